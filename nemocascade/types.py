@@ -6,13 +6,132 @@ Shape letters: C capacity of a packed batch in tokens, D number of documents in 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the assistant makes. Arguments keep their order.
+
+    A call that was parsed from text holds text; the environment reads it by the tool's schema.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat.
+
+    content: the visible text.
+    reasoning: what stands between the think tags; assistant turns only.
+    tool_calls: calls at the end of an assistant turn.
+    trained: False keeps an assistant turn out of the loss (`weight: 0` in a row).
+    """
+
+    role: Role
+    content: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the assistant may call; `parameters` is its JSON schema."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A task of an environment.
+
+    id: the same for the same task, different for different ones.
+    domain: the environment that scores it.
+    messages: turns up to where the assistant answers.
+    tools: functions declared to the assistant.
+    answer: what the verifier needs; never shown to the model.
+    source: where it came from, for messages.
+    demonstration: turns of a right solution with reasoning, where one is known.
+    """
+
+    id: str
+    domain: str
+    messages: tuple[Message, ...]
+    answer: Mapping[str, Any]
+    tools: tuple[Tool, ...] = ()
+    source: str = ""
+    demonstration: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier found. Either a reward or an error: a verifier that failed is not a zero.
+
+    reward: finite; None exactly when `error` is set.
+    error: why there is no reward, such as a verifier that was killed at its time limit.
+    details: what the reward was made from, JSON values only.
+    """
+
+    reward: float | None
+    error: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.reward is None) == (self.error is None):
+            raise ValueError(
+                f"a verdict holds a reward or an error, this one has reward={self.reward!r} "
+                f"and error={self.error!r}"
+            )
+        if self.reward is not None and not math.isfinite(self.reward):
+            raise ValueError(f"reward {self.reward} is not finite: report an error instead")
+
+
+class ToolSession(Protocol):
+    """The tools of one episode, and the state they change."""
+
+    def step(self, calls: Sequence[ToolCall]) -> list[Message]:
+        """Execute `calls` in order: a `tool` turn for each, errors as text; never raises."""
+
+
+class Environment(Protocol):
+    """A domain: tasks, and verdicts on their solutions. Threads may share one."""
+
+    domain: str
+
+    def prompts(
+        self, *, seed: int, count: int, difficulty: int = 0, heldout: bool = False
+    ) -> Iterable[Prompt]:
+        """`count` different tasks made from `seed`; higher `difficulty` is harder, 0 easiest.
+
+        Held-out tasks are disjoint from the others whatever the seeds.
+        """
+
+    def read(self, path: str | Path) -> Iterable[Prompt]:
+        """The tasks in a JSONL file of released rows. Raises ValueError naming the row."""
+
+    def session(self, prompt: Prompt) -> ToolSession | None:
+        """Fresh tools for one episode; None where the domain has no tools."""
+
+    def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        """The verdict on the turns that answered `prompt`; never raises for what they hold."""
+
+    def close(self) -> None:
+        """End the processes that the verifier holds."""
 
 
 @dataclass(frozen=True)
