@@ -3,9 +3,12 @@
 kernels/README.md holds the table of ops, their shapes and their measured numbers.
 """
 
+from nemocascade_kernels.attention_step.op import attention_step
 from nemocascade_kernels.linear_logprob.op import LinearLogprob, linear_logprob
 from nemocascade_kernels.linear_policy_loss.objectives import Grpo, Mopd, Nll, Objective
 from nemocascade_kernels.linear_policy_loss.op import PolicyLoss, linear_policy_loss
+from nemocascade_kernels.mamba_step.op import mamba_step
+from nemocascade_kernels.mamba_step.sizes import MambaWeights
 from nemocascade_kernels.mopd_advantage.op import (
     MopdAdvantage,
     mopd_advantage,
@@ -25,17 +28,20 @@ from .moe_router import (
 __all__ = [
     "Grpo",
     "LinearLogprob",
+    "MambaWeights",
     "Mopd",
     "MopdAdvantage",
     "Nll",
     "Objective",
     "PolicyLoss",
     "Routing",
+    "attention_step",
     "grouped_gemm",
     "linear_logprob",
     "linear_policy_loss",
     "load_balance_loss",
     "make_routing",
+    "mamba_step",
     "moe_experts",
     "moe_permute",
     "moe_route",

@@ -80,7 +80,7 @@ class CascadeModel(HybridModel):
         """
         batch = packed.batch
         assert batch is not None
-        hidden = self._embed(batch.tokens) if self.pre_process else None
+        hidden = self.embed(batch.tokens) if self.pre_process else None
         hidden = self.decoder(hidden, packed)
         if not self.post_process or objective is None:
             return hidden
@@ -106,7 +106,7 @@ class CascadeModel(HybridModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """[T] ids -> [T/tp, 1, H]."""
         embedding = self.embedding.word_embeddings
         hidden = embedding(tokens[None])
@@ -120,7 +120,7 @@ def build_model(
 ) -> list[CascadeModel]:
     """This rank's part of the model, one chunk for each virtual pipeline stage, on its device."""
     shape, parallel = config.shape, world.parallel
-    spec = ModuleSpec(module=CascadeStack, submodules=layer_specs(accelerators))
+    spec = ModuleSpec(module=CascadeStack, submodules=layer_specs(shape, accelerators))
     chunks = []
     for stage in range(parallel.vpp):
         # Tied weights of two stages are made equal on the CUDA device.

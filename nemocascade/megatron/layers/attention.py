@@ -94,25 +94,29 @@ class Attention(MegatronModule):
 
     def forward(self, hidden: Tensor, packed: PackedSeq) -> Tensor:
         """hidden: [T, 1, H], or [T / tp, 1, H] under sequence parallelism. Returns the same."""
-        q, k, v = self._project(hidden)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            q, k = self.q_layernorm(q), self.k_layernorm(k)
-        if self.rope_dim:
-            cos, sin = rotary_tables(packed, self.rope_dim, self.rope_base)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mixed = self._attend(q, k, v, packed)
+        q, k, v = self.heads(self.linear_qkv(hidden)[0], self.rotary(packed))
+        mixed = self.attend(q, k, v, packed)
         out: Tensor = self.linear_proj(mixed.flatten(1).unsqueeze(1))[0]
         return out
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeq) -> Tensor:
+    def rotary(self, packed: PackedSeq) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of every row's angles, None without rotary positions."""
+        return rotary_tables(packed, self.rope_dim, self.rope_base) if self.rope_dim else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeq) -> Tensor:
+        """Causal attention within documents, as `packed_attention`."""
         if self.te_attention is None or not q.is_cuda or q.dtype == torch.float32:
             return packed_attention(q, k, v, packed)
         out: Tensor = self.te_attention(q, k, v, packed)
         return out
 
-    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, heads / tp, d], k and v [T, kv heads of this rank, d]."""
-        qkv, _ = self.linear_qkv(hidden)
+    def heads(
+        self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, heads / tp, d], k and v [T, kv heads of this rank, d], normalised and rotated.
+
+        qkv: [T, 1, ...], of `linear_qkv`. rotary: cos and sin [T, m] of the rows' angles.
+        """
         rank = self.tp_group.rank()
         if self.sharing > 1:
             qkv = all_gather_last_dim_from_tensor_parallel_region(qkv, group=self.tp_group)
@@ -123,4 +127,9 @@ class Attention(MegatronModule):
         if self.sharing > 1:
             mine = self.ratio // self.sharing
             q = q.narrow(2, rank % self.sharing * mine, mine)
-        return q.flatten(1, 2), k.squeeze(2), v.squeeze(2)
+        q, k, v = q.flatten(1, 2), k.squeeze(2), v.squeeze(2)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return q, k, v

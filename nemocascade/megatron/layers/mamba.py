@@ -186,14 +186,14 @@ class MambaMixer(MegatronModule):
 
     def forward(self, hidden: Tensor, packed: PackedSeq) -> Tensor:
         """hidden: [T, 1, H], or [T / tp, 1, H] under sequence parallelism. Returns the same."""
-        zxbcdt = self.in_proj(hidden)[0].squeeze(1)
-        mix = self._mix_by_fla if self.fla and zxbcdt.is_cuda else self._mix
-        mixed = mix(zxbcdt, packed)
+        mixed = self.mix(self.in_proj(hidden)[0].squeeze(1), packed)
         out: Tensor = self.out_proj(mixed.unsqueeze(1))[0]
         return out
 
-    def _mix(self, zxbcdt: Tensor, packed: PackedSeq) -> Tensor:
-        """[T, inner / tp], what out_proj takes."""
+    def mix(self, zxbcdt: Tensor, packed: PackedSeq) -> Tensor:
+        """[T, inner / tp], what out_proj takes, from what in_proj gives."""
+        if self.fla and zxbcdt.is_cuda:
+            return self._mix_by_fla(zxbcdt, packed)
         return packed_mamba_core(
             zxbcdt,
             self.conv1d.weight.squeeze(1),
@@ -208,7 +208,7 @@ class MambaMixer(MegatronModule):
         )
 
     def _mix_by_fla(self, zxbcdt: Tensor, packed: PackedSeq) -> Tensor:
-        """As `_mix`, with fla-core's convolution and scan."""
+        """As `mix`, with fla-core's convolution and scan."""
         s = self.sizes
         shared = s.groups * s.state
         z, xbc, dt = zxbcdt.split([s.inner, s.channels, s.heads], dim=-1)

@@ -88,6 +88,11 @@ class PackedSeq:
         value: V = self._cache[key]
         return value
 
+    def documents(self) -> list[slice]:
+        """The rows of each document."""
+        ends = (self.starts + self.lengths).tolist()
+        return [slice(a, b) for a, b in zip(self.starts.tolist(), ends, strict=True)]
+
     def document_of(self) -> Tensor:
         """[T] int64 on the host: the document of each row."""
         return self.cached(

@@ -14,13 +14,19 @@ def rotary_tables(packed: PackedSeq, dim: int, base: float) -> tuple[Tensor, Ten
     """cos and sin of `position * base^(-2 i / dim)`, i < dim / 2: both [T, dim / 2] float32."""
 
     def make() -> tuple[Tensor, Tensor]:
-        index = torch.arange(0, dim, 2, dtype=torch.float64)
-        frequency = torch.exp(-math.log(base) * index / dim)
-        # In float64 up to here: at position 2^17 float32 has lost the angle's third digit.
-        angle = packed.positions_on_host().double()[:, None] * frequency
-        return angle.cos().float().to(packed.device), angle.sin().float().to(packed.device)
+        cos, sin = rotary_at(packed.positions_on_host(), dim, base)
+        return cos.to(packed.device), sin.to(packed.device)
 
     return packed.cached(("rotary", dim, base), make)
+
+
+def rotary_at(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """As `rotary_tables`, of `positions` [T] int64 and on their device."""
+    index = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device)
+    frequency = torch.exp(-math.log(base) * index / dim)
+    # In float64 up to here: at position 2^17 float32 has lost the angle's third digit.
+    angle = positions.double()[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

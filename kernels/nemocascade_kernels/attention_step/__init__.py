@@ -1,0 +1,1 @@
+"""One step of grouped-query attention for many sequences."""

@@ -1,0 +1,1 @@
+"""One step of Mamba-2's mixer for many sequences."""

@@ -1,0 +1,173 @@
+"""The model as a decoder: prompts in packed form, then a token a step for the sequences in slots.
+
+It runs the training model's own chunks, on whatever ranks they are spread over. Ranks of one
+data-parallel group make the same calls; where experts are spread over several of them, those make
+calls of the same kind at the same time, and one that has nothing to do calls with no rows.
+
+Shape letters: n rows of a step, H hidden size, V vocabulary, tp tensor-parallel ranks, D documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from nemocascade.megatron.layers.decode import Places, SlotLayer, Step, slot_layer
+from nemocascade.megatron.microbatch import Microbatch
+from nemocascade.megatron.model import CascadeModel
+from nemocascade.megatron.world import World
+from nemocascade.types import Document, pack_documents
+
+LayerCall = Callable[[SlotLayer, Tensor], Tensor]
+
+
+class SlotModel:
+    """The live model with room for `slots` sequences.
+
+    chunks: of `build_model`, not wrapped in DDP. The weights are read where they lie; `refresh`
+    says that they changed. Calls run without gradients and put the modules in evaluation mode.
+    """
+
+    def __init__(self, world: World, chunks: Sequence[CascadeModel], slots: int) -> None:
+        self.world, self.chunks, self.slots = world, list(chunks), slots
+        self.config = chunks[0].config
+        self.vocabulary: int = self.config.shape.vocab_size
+        self.context = 0
+        self._layers: list[list[SlotLayer]] = [
+            [slot_layer(block, slots) for block in chunk.decoder.layers] for chunk in chunks
+        ]
+
+    def refresh(self) -> None:
+        """The weights may have changed since the last call."""
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            for layer in self._each_layer():
+                layer.refresh()
+
+    def reserve(self, context: int) -> None:
+        """Make room for sequences of `context` tokens; it is never given back."""
+        if context > self.context:
+            self.context = context
+            for layer in self._each_layer():
+                layer.reserve(context)
+
+    @torch.no_grad()
+    def prefill(
+        self, prompts: Sequence[Tensor], slots: Sequence[Sequence[int]], capacity: int = 0
+    ) -> Tensor | None:
+        """Read prompts, each once, and leave their states in slots.
+
+        prompts: D tensors [m] of ids, m at least 1. slots: for each, those that continue it.
+        capacity: tokens of the pack; 0 is just enough.
+        Returns logits [D, V] after each prompt's last token on the last stage, None on the others.
+        """
+        packed = self._pack(prompts, capacity)
+        places = Places.of(slots, self.world.device)
+        self.reserve(max((p.numel() for p in prompts), default=0))
+
+        def layer(layer: SlotLayer, hidden: Tensor) -> Tensor:
+            return layer.prefill(hidden, packed, places)
+
+        assert packed.batch is not None
+        hidden = self._through(packed.batch.tokens, layer)
+        if hidden is None:
+            return None
+        ends = (packed.starts + packed.lengths - 1)[: len(prompts)]
+        return self._logits(hidden, ends.to(self.world.device))
+
+    @torch.no_grad()
+    def decode(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int
+    ) -> Tensor | None:
+        """Read one token for each row.
+
+        tokens, slots, positions: [n] int64 on the device: the token, the row's slot, the tokens
+        that it holds already. longest: at least the largest position + 1.
+        Returns logits [n, V] on the last stage, None on the others.
+        """
+        real = tokens.numel()
+        multiple = self.world.parallel.tp
+        spare = max(multiple, -(-real // multiple) * multiple) - real
+        if spare:
+            tokens, positions = (
+                torch.nn.functional.pad(t, (0, spare)) for t in (tokens, positions)
+            )
+            slots = torch.nn.functional.pad(slots, (0, spare), value=self.slots)
+        self.reserve(longest)
+        step = Step(slots, positions, longest, real)
+        hidden = self._through(tokens, lambda layer, hidden: layer.step(hidden, step))
+        if hidden is None:
+            return None
+        logits = self._logits(hidden, None)
+        return logits[:real]
+
+    def _each_layer(self) -> list[SlotLayer]:
+        return [layer for layers in self._layers for layer in layers]
+
+    def _pack(self, prompts: Sequence[Tensor], capacity: int) -> Microbatch:
+        documents = [
+            Document(p.cpu(), torch.zeros(p.numel(), dtype=torch.bool), f"prompt {i}")
+            for i, p in enumerate(prompts)
+        ]
+        multiple = self.world.parallel.tp
+        total = max(1, capacity, sum(p.numel() for p in prompts))
+        batch = pack_documents(documents, -(-total // multiple) * multiple)
+        return Microbatch.from_batch(batch, self.world.device)
+
+    def _through(self, tokens: Tensor, apply: LayerCall) -> Tensor | None:
+        """Hidden states [T/tp, 1, H] after the final norm on the last stage, None on the others.
+
+        The stages hand them on in the order of the chunks: with interleaved chunks, the last stage
+        hands back to the first.
+        """
+        hidden: Tensor | None = None
+        tp = self.world.parallel.tp
+        for chunk, layers in zip(self.chunks, self._layers, strict=True):
+            if chunk.pre_process:
+                hidden = chunk.embed(tokens)
+            elif self.world.parallel.pp > 1:
+                hidden = self._receive(tokens.numel() // tp)
+            assert hidden is not None
+            for layer in layers:
+                hidden = apply(layer, hidden)
+            if chunk.post_process:
+                return chunk.decoder.final_norm(hidden)
+            self._send(hidden)
+        return None
+
+    def _send(self, hidden: Tensor) -> None:
+        group, pp = self.world.groups.pp, self.world.parallel.pp
+        to = dist.get_global_rank(group, (self.world.pp_rank + 1) % pp)
+        dist.send(hidden.contiguous(), to, group=group)
+
+    def _receive(self, rows: int) -> Tensor:
+        group, pp = self.world.groups.pp, self.world.parallel.pp
+        hidden = torch.empty(
+            rows,
+            1,
+            self.config.hidden_size,
+            dtype=self.config.params_dtype,
+            device=self.world.device,
+        )
+        dist.recv(hidden, dist.get_global_rank(group, (self.world.pp_rank - 1) % pp), group=group)
+        return hidden
+
+    def _logits(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
+        """[n, V] of the chosen rows; the same bits on every tensor-parallel rank."""
+        tp = self.world.groups.tp
+        if self.world.parallel.tp > 1:
+            hidden = gather_from_sequence_parallel_region(hidden, group=tp)
+        hidden = hidden.squeeze(1)
+        if rows is not None:
+            hidden = hidden[rows]
+        mine = torch.nn.functional.linear(hidden, self.chunks[-1].lm_head())
+        if self.world.parallel.tp == 1:
+            return mine
+        shards = [torch.empty_like(mine) for _ in range(tp.size())]
+        dist.all_gather(shards, mine, group=tp)
+        return torch.cat(shards, dim=1)
