@@ -17,7 +17,7 @@ from torch import Tensor
 
 #: Bytes of logits that exist at a time. On a GPU a long chunk amortises the read and write of the
 #: weight gradient by each chunk's product; on a CPU the chunk should stay near the cache.
-LOGITS_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
+LOGITS_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 #: Rows of a chunk are a multiple of this, so that no product has a ragged last tile.
 ROW_MULTIPLE = 128
 #: On a GPU, rows of the logits buffer start on a line of this size, whatever V is: cuBLAS has no

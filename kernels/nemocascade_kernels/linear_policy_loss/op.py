@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemocascade_kernels import backends
+from nemocascade_kernels import backends, native
 from nemocascade_kernels.linear_logprob.checks import check_head, check_targets, checked_main_grad
 from nemocascade_kernels.linear_logprob.chunks import Rows, trained_rows
 from nemocascade_kernels.linear_logprob.main_grad import placeholder_gradient
@@ -21,7 +21,11 @@ from nemocascade_kernels.linear_policy_loss.onepass import OnePass, one_pass
 
 OP = backends.Op("linear_policy_loss")
 OP.register("triton", "nemocascade_kernels.linear_policy_loss.triton", refuse=triton_refusal)
-OP.register("native", "nemocascade_kernels.linear_logprob.native", refuse=native_refusal)
+OP.register(
+    "native",
+    "nemocascade_kernels.linear_policy_loss.native",
+    refuse=lambda *tensors: native_refusal(*tensors) or native.lacks("policy_rows_"),
+)
 OP.register("torch", "nemocascade_kernels.linear_logprob.eager")
 OP.register("reference", "nemocascade_kernels.linear_policy_loss.reference")
 

@@ -1,0 +1,52 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "linear_logprob/tensors.h"
+#include "linear_policy_loss/policy.h"
+
+namespace {
+
+using nemocascade::linear_logprob::data;
+using nemocascade::linear_policy_loss::Kind;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void policy_rows(Tensor logits, const Tensor& target, double scale, int64_t kind,
+                 const Tensor& weight, const Tensor& a, const Tensor& b, double x, double y,
+                 double grad_scale, bool entropy, bool gradient, Tensor out) {
+  STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Kind::kMopd), "objective ", kind,
+                  " is none of 0..3");
+  const int64_t rows = logits.size(0);
+  const int64_t* ids = data<int64_t>(target, ScalarType::Long, rows, "target");
+  const nemocascade::linear_policy_loss::Objective objective{
+      static_cast<Kind>(kind),
+      data<float>(weight, ScalarType::Float, rows, "weight"),
+      data<float>(a, ScalarType::Float, rows, "a"),
+      data<float>(b, ScalarType::Float, rows, "b"),
+      static_cast<float>(x),
+      static_cast<float>(y)};
+  float* found = data<float>(out, ScalarType::Float, 3 * rows, "out");
+  const nemocascade::linear_policy_loss::Result result{found, found + rows, found + 2 * rows};
+  nemocascade::linear_logprob::dispatch(logits, scale, [&](const auto& view) {
+    torch::stable::parallel_for(
+        0, rows, nemocascade::linear_logprob::kRowsAtATime, [&](int64_t begin, int64_t end) {
+          nemocascade::linear_policy_loss::policy_rows(view, ids, begin, end, objective,
+                                                       static_cast<float>(grad_scale), entropy,
+                                                       gradient, result);
+        });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade_kernels, m) {
+  m.def(
+      "policy_rows_(Tensor(a!) logits, Tensor target, float scale, int kind, Tensor weight, "
+      "Tensor a, Tensor b, float x, float y, float grad_scale, bool entropy, bool gradient, "
+      "Tensor(b!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nemocascade_kernels, CPU, m) {
+  m.impl("policy_rows_", TORCH_BOX(&policy_rows));
+}

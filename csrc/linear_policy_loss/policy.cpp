@@ -1,0 +1,120 @@
+#include "linear_policy_loss/policy.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "common/vectors.h"
+#include "linear_logprob/row_sums.h"
+
+namespace nemocascade::linear_policy_loss {
+namespace {
+
+struct Token {
+  float loss, slope;
+};
+
+// (f, df / dlogprob) of one token.
+INLINE Token evaluate(const Objective& objective, int64_t r, float logprob) {
+  const float weight = objective.weight[r];
+  switch (objective.kind) {
+    case Kind::kNll:
+      return {-weight * logprob, -weight};
+    case Kind::kGrpo:
+      return {-weight * objective.a[r] * logprob, -weight * objective.a[r]};
+    case Kind::kGrpoKl: {
+      const float difference = objective.b[r] - logprob, excess = std::expm1(difference);
+      const float kl = objective.x * (excess - difference);
+      return {weight * (kl - objective.a[r] * logprob),
+              weight * (-objective.x * excess - objective.a[r])};
+    }
+    case Kind::kMopd: {
+      const float ratio = std::exp(logprob - objective.b[r]);
+      const bool kept = ratio >= objective.x && ratio <= objective.y;
+      const float slope = -weight * (kept ? ratio : 0.0f) * (objective.a[r] - logprob);
+      return {slope * logprob, slope};
+    }
+  }
+  return {std::numeric_limits<float>::quiet_NaN(), 0.0f};
+}
+
+template <typename T>
+INLINE void scale_row(const float* kept, int64_t size, float factor, T* row) {
+  int64_t j = 0;
+  for (; j + kStep <= size; j += kStep)
+    for (int64_t u = 0; u < kUnroll; ++u) {
+      const int64_t at = j + u * kLanes;
+      store(row + at, load(kept + at) * factor);
+    }
+  for (; j + kLanes <= size; j += kLanes) store(row + j, load(kept + j) * factor);
+  if (j < size) store_tail(row + j, size - j, load(kept + j) * factor);
+}
+
+template <bool kEntropy, bool kGradient, typename T>
+INLINE void rows(const linear_logprob::Logits<T>& logits, const int64_t* target, int64_t begin,
+                 int64_t end, const Objective& objective, float grad_scale, const Result& out) {
+  const int64_t size = logits.vocabulary;
+  const float scale = logits.scale;
+  std::unique_ptr<float[]> kept;
+  if constexpr (kGradient)
+    kept = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(size + kLanes));
+  for (int64_t r = begin; r < end; ++r) {
+    T* row = logits.data + r * logits.stride;
+    const float top = row_maximum(row, size) * scale;
+    float total, weighted;
+    linear_logprob::row_sums<kEntropy, kGradient>(row, size, scale, top, kept.get(), &total,
+                                                  &weighted);
+    const bool inside = target[r] >= 0 && target[r] < size;
+    const float log_total = std::log(total);
+    const float logprob = inside ? widen(row[target[r]]) * scale - top - log_total
+                                 : std::numeric_limits<float>::quiet_NaN();
+    const Token token = evaluate(objective, r, logprob);
+    out.loss[r] = token.loss;
+    out.logprob[r] = logprob;
+    out.entropy[r] = kEntropy ? log_total - weighted / total : 0.0f;
+    if constexpr (kGradient) {
+      const float slope = token.slope * grad_scale;
+      if (slope == 0.0f) {
+        std::memset(row, 0, static_cast<size_t>(size) * sizeof(T));
+        continue;
+      }
+      scale_row(kept.get(), size, -scale * slope / total, row);
+      // Made anew, not read back and added to: it may have been rounded.
+      if (inside) store_tail(row + target[r], 1, fill(-scale * slope * std::expm1(logprob)));
+    }
+  }
+}
+
+template <typename T>
+INLINE void rows_of(const linear_logprob::Logits<T>& logits, const int64_t* target, int64_t begin,
+                    int64_t end, const Objective& objective, float grad_scale, bool entropy,
+                    bool gradient, const Result& out) {
+  if (entropy && gradient) {
+    rows<true, true>(logits, target, begin, end, objective, grad_scale, out);
+  } else if (entropy) {
+    rows<true, false>(logits, target, begin, end, objective, grad_scale, out);
+  } else if (gradient) {
+    rows<false, true>(logits, target, begin, end, objective, grad_scale, out);
+  } else {
+    rows<false, false>(logits, target, begin, end, objective, grad_scale, out);
+  }
+}
+
+}  // namespace
+
+template <>
+FOR_EACH_CPU void policy_rows(const linear_logprob::Logits<float>& logits, const int64_t* target,
+                              int64_t begin, int64_t end, const Objective& objective,
+                              float grad_scale, bool entropy, bool gradient, const Result& out) {
+  rows_of(logits, target, begin, end, objective, grad_scale, entropy, gradient, out);
+}
+
+template <>
+FOR_EACH_CPU void policy_rows(const linear_logprob::Logits<Bf16>& logits, const int64_t* target,
+                              int64_t begin, int64_t end, const Objective& objective,
+                              float grad_scale, bool entropy, bool gradient, const Result& out) {
+  rows_of(logits, target, begin, end, objective, grad_scale, entropy, gradient, out);
+}
+
+}  // namespace nemocascade::linear_policy_loss

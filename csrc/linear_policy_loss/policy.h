@@ -1,0 +1,37 @@
+// A policy loss on rows of logits for the CPU: statistics, objective and gradient of a row at once.
+#pragma once
+
+#include <cstdint>
+
+#include "linear_logprob/rows.h"
+
+namespace nemocascade::linear_policy_loss {
+
+// Objectives that the kernel knows. The numbers are those of linear_policy_loss/native.py.
+enum class Kind : int64_t { kNll = 0, kGrpo = 1, kGrpoKl = 2, kMopd = 3 };
+
+// f of a token: two constants of each token and two settings, as the twins of triton.py have them.
+struct Objective {
+  Kind kind;
+  const float* weight;
+  const float* a;
+  const float* b;
+  float x, y;
+};
+
+// Outputs, one element a row.
+struct Result {
+  float* loss;
+  float* logprob;
+  float* entropy;
+};
+
+// Loss, log-probability and entropy (0 where it is not wanted) of rows [begin, end); where
+// `gradient` is set, the logits become grad_scale times the gradient. A row whose slope is 0
+// becomes 0, whatever it held. A target outside [0, vocabulary) makes NaN.
+template <typename T>
+void policy_rows(const linear_logprob::Logits<T>& logits, const int64_t* target, int64_t begin,
+                 int64_t end, const Objective& objective, float grad_scale, bool entropy,
+                 bool gradient, const Result& out);
+
+}  // namespace nemocascade::linear_policy_loss
