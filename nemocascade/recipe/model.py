@@ -51,6 +51,9 @@ class ModelConfig:
     mamba_chunk: int = 128
     """Tokens in a chunk of the state-space scan."""
 
+    mamba_dt_min: float = 0.0
+    """Lower bound of the scan's time step, softplus(dt + dt_bias)."""
+
     num_experts: int = 8
     experts_per_token: int = 2
     expert_width: int = 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
@@ -13,6 +14,7 @@ from nemocascade.megatron.layers.block import ResidualBlock
 from nemocascade.megatron.layers.mamba import MambaMixer
 from nemocascade.megatron.layers.mlp import MLP
 from nemocascade.megatron.layers.moe import MoEMixer
+from nemocascade.recipe import ModelConfig
 
 
 def _block(mixer: type, **params: Any) -> ModuleSpec:
@@ -21,13 +23,14 @@ def _block(mixer: type, **params: Any) -> ModuleSpec:
     )
 
 
-def layer_specs(accelerators: Accelerators) -> HybridStackSubmodules:
+def layer_specs(shape: ModelConfig, accelerators: Accelerators) -> HybridStackSubmodules:
     """The layers that Megatron's HybridStack builds: M, *, - and E.
 
     accelerators: optional packages that mixers may use.
     """
+    dt_limit = (shape.mamba_dt_min, math.inf)
     return HybridStackSubmodules(
-        mamba_layer=_block(MambaMixer, accelerators=accelerators),
+        mamba_layer=_block(MambaMixer, accelerators=accelerators, dt_limit=dt_limit),
         attention_layer=_block(Attention, accelerators=accelerators),
         mlp_layer=_block(MLP),
         moe_layer=_block(MoEMixer),
