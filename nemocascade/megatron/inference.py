@@ -28,6 +28,7 @@ LayerCall = Callable[[SlotLayer, Tensor], Tensor]
 class SlotModel:
     """The live model with room for `slots` sequences.
 
+    Slot `slots`, one beyond, belongs to rows that stand for nothing.
     chunks: of `build_model`, not wrapped in DDP. The weights are read where they lie; `refresh`
     says that they changed. Calls run without gradients and put the modules in evaluation mode.
     """
@@ -105,6 +106,13 @@ class SlotModel:
             return None
         logits = self._logits(hidden, None)
         return logits[:real]
+
+    @torch.no_grad()
+    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Give the slots `targets` the state of `source`, which holds `length` tokens."""
+        index = torch.tensor(targets, dtype=torch.int64, device=self.world.device)
+        for layer in self._each_layer():
+            layer.copy(source, index, length)
 
     def _each_layer(self) -> list[SlotLayer]:
         return [layer for layers in self._layers for layer in layers]

@@ -25,6 +25,7 @@ from nemocascade.megatron.layers.linear import bare_linear
 from nemocascade.megatron.layers.mamba import MambaMixer
 from nemocascade.megatron.layers.rope import rotary_at
 from nemocascade.megatron.microbatch import Microbatch
+from nemocascade.megatron.replay import RouteRecorder
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +36,16 @@ class Step:
     positions: [n] int64, tokens that the slot holds before this one.
     longest: at least the largest position + 1; what attention may read of the caches.
     real: rows that stand for a sequence; they come first.
+    recorder: where the routers leave their choices; None: nowhere.
     """
 
     slots: Tensor
     positions: Tensor
     longest: int
     real: int
+    recorder: RouteRecorder | None = None
+    # Routers replay choices in training only.
+    replay: None = None
 
     def token_mask(self, rows: slice) -> Tensor | None:
         """As `Microbatch.token_mask`."""
@@ -83,6 +88,9 @@ class SlotLayer:
     def reserve(self, context: int) -> None:
         """Make room for sequences of `context` tokens."""
 
+    def copy(self, source: int, targets: Tensor, length: int) -> None:
+        """Give the slots `targets` the state of `source`, which holds `length` tokens."""
+
     def prefill(self, hidden: Tensor, packed: Microbatch, places: Places) -> Tensor:
         """Read whole prompts, and leave their states in the slots. hidden: [T/tp, 1, H]."""
         out: Tensor = self.block(hidden, packed_seq_params=packed)
@@ -120,6 +128,10 @@ class MambaSlots(SlotLayer):
             eps=s.eps,
         )
 
+    def copy(self, source: int, targets: Tensor, length: int) -> None:
+        for state in (self.conv, self.ssm):
+            state[targets] = state[source].clone()
+
     def prefill(self, hidden: Tensor, packed: Microbatch, places: Places) -> Tensor:
         mixer, s = self.mixer, self.mixer.sizes
         zxbcdt = mixer.in_proj(self.block.norm(hidden))[0].squeeze(1)
@@ -156,6 +168,10 @@ class AttentionSlots(SlotLayer):
                 torch.nn.functional.pad(cache, (0, 0, 0, context - held))
                 for cache in (self.keys, self.values)
             )
+
+    def copy(self, source: int, targets: Tensor, length: int) -> None:
+        for cache in (self.keys, self.values):
+            cache[targets, :, :length] = cache[source, :, :length].clone()
 
     def prefill(self, hidden: Tensor, packed: Microbatch, places: Places) -> Tensor:
         mixer: Attention = self.mixer

@@ -1,0 +1,1 @@
+"""Generation on the live training weights, and episodes made of it."""
