@@ -1,0 +1,220 @@
+"""What the domains share: the split into training and held-out tasks, rows, the final message."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from nemocascade.envs.child import ChildPool
+from nemocascade.types import ROLES, Message, Prompt, Role, Tool, ToolSession, Verdict
+
+HELDOUT_SHARE = 4
+"""One task in this many is held out, decided by the hash of its text."""
+TRIES = 2000
+"""Tasks made in a row that are all known before a difficulty counts as exhausted."""
+
+Row = Mapping[str, Any]
+
+
+class Domain(ABC):
+    """The part of an `Environment` that is the same everywhere."""
+
+    domain: str
+
+    @abstractmethod
+    def make(self, rng: random.Random, difficulty: int) -> Prompt:
+        """A random task with its demonstration; `difficulty` 0 is the easiest."""
+
+    @abstractmethod
+    def claims(self, row: Row) -> bool:
+        """Whether a released row is of this domain."""
+
+    @abstractmethod
+    def parse(self, row: Row) -> Mapping[str, Any]:
+        """The `answer` of a released row. Raises ValueError, KeyError or TypeError if broken."""
+
+    @abstractmethod
+    def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        """The verdict; what it raises becomes an error verdict."""
+
+    def prompts(
+        self, *, seed: int, count: int, difficulty: int = 0, heldout: bool = False
+    ) -> Iterator[Prompt]:
+        """`count` different tasks, the same for the same arguments.
+
+        Which side of the split a task belongs to is a property of its text, so no task stands on
+        both sides whatever the seeds. Raises ValueError where there are fewer than `count`.
+        """
+        rng = random.Random(f"{self.domain}/{seed}/{difficulty}/{heldout}")
+        seen: set[str] = set()
+        tries = 0
+        while len(seen) < count:
+            prompt = self.make(rng, difficulty)
+            task = task_id(prompt)
+            tries += 1
+            if tries > TRIES:
+                raise ValueError(
+                    f"{self.domain} has about {len(seen)} tasks of difficulty {difficulty} on "
+                    f"this side of the split, {count} were asked for: ask for fewer, or raise "
+                    "the difficulty"
+                )
+            if task in seen or is_heldout(task) != heldout:
+                continue
+            tries = 0
+            seen.add(task)
+            yield replace(prompt, id=task, source=f"{self.domain}:{seed}:{len(seen)}")
+
+    def read(self, path: str | Path) -> Iterator[Prompt]:
+        """The tasks of a JSONL file whose rows are all of this domain."""
+        return read_prompts(path, [self])
+
+    def session(self, prompt: Prompt) -> ToolSession | None:
+        """No tools, unless the domain says otherwise."""
+        return None
+
+    def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        """The verdict on `response`. A verifier that fails reports an error, never a zero."""
+        if prompt.domain != self.domain:
+            raise ValueError(f"{self.domain} cannot score a task of {prompt.domain}")
+        try:
+            return self.check(prompt, response)
+        except Exception as error:  # any failure of a verifier is reported, and none is a zero
+            return Verdict(None, f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Nothing to end, unless the domain says otherwise."""
+        return
+
+
+class CheckedDomain(Domain):
+    """A domain some of whose checks run in killable children."""
+
+    def __init__(self, children: ChildPool) -> None:
+        self._children = children
+
+    def close(self) -> None:
+        """End the children; domains may share them, and a later check starts new ones."""
+        self._children.close()
+
+
+def task_id(prompt: Prompt) -> str:
+    """16 bytes of the hash of what the model sees, in hex."""
+    seen = (
+        prompt.domain,
+        [(m.role, m.content) for m in prompt.messages],
+        [(t.name, t.description, dict(t.parameters)) for t in prompt.tools],
+    )
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:32]
+
+
+def is_heldout(task: str) -> bool:
+    """The side of the split that the task with this id belongs to."""
+    return int(task[:8], 16) % HELDOUT_SHARE == 0
+
+
+def demonstration(prompt: Prompt, *, thinking: bool) -> list[Message]:
+    """The turns of a right solution, with its reasoning or without.
+
+    Raises ValueError for a task that has none, as tasks from files.
+    """
+    if not prompt.demonstration:
+        raise ValueError(
+            f"task {prompt.id} has no demonstration: only tasks made by `prompts` have one"
+        )
+    if thinking:
+        return list(prompt.demonstration)
+    return [replace(m, reasoning="") for m in prompt.demonstration]
+
+
+def final_text(response: Sequence[Message]) -> str:
+    """The last assistant turn without its reasoning; empty if it never left its reasoning."""
+    last = response[-1] if response else None
+    if last is None or last.role != "assistant":
+        return ""
+    content = last.content
+    if "</think>" in content:
+        content = content.rpartition("</think>")[2]
+    elif content.lstrip().startswith("<think>"):
+        return ""
+    return content.strip()
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last `\boxed{...}` holds, braces balanced; None without one."""
+    start = text.rfind("\\boxed{")
+    while start >= 0:
+        depth = 0
+        for i in range(start + len("\\boxed"), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start + len("\\boxed{") : i].strip()
+        start = text.rfind("\\boxed{", 0, start)
+    return None
+
+
+def read_prompts(path: str | Path, domains: Sequence[Domain]) -> Iterator[Prompt]:
+    """The tasks of a JSONL file (`.jsonl` or `.jsonl.gz`), each by the domain that claims its row.
+
+    Raises ValueError naming `file:line` for a row that is broken or that no domain claims.
+    """
+    name = str(path)
+    with gzip.open(name) if name.endswith(".gz") else Path(name).open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            where = f"{Path(name).name}:{number}"
+            try:
+                yield _parse_row(json.loads(line), where, domains)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _parse_row(row: object, where: str, domains: Sequence[Domain]) -> Prompt:
+    if not isinstance(row, Mapping):
+        raise ValueError("a row must be an object")
+    domain = next((d for d in domains if d.claims(row)), None)
+    if domain is None:
+        known = ", ".join(d.domain for d in domains)
+        raise ValueError(f"fields {sorted(row)} are of none of these domains: {known}")
+    params = row.get("responses_create_params") or {}
+    turns = params.get("input") or row.get("prompt")
+    if isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
+    if not turns:
+        raise ValueError("no prompt: 'responses_create_params.input' and 'prompt' are empty")
+    messages = tuple(_message(turn) for turn in turns)
+    if messages[-1].role not in ("user", "tool"):
+        raise ValueError(f"the prompt ends with a turn of {messages[-1].role}, not of the user")
+    prompt = Prompt(
+        id="",
+        domain=domain.domain,
+        messages=messages,
+        answer=dict(domain.parse(row)),
+        tools=tuple(_tool(tool) for tool in params.get("tools") or ()),
+        source=where,
+    )
+    return replace(prompt, id=task_id(prompt))
+
+
+def _message(turn: Row) -> Message:
+    role = "system" if turn["role"] == "developer" else turn["role"]
+    if role not in ROLES:
+        raise ValueError(f"unknown role {role!r}, known are {', '.join(ROLES)}")
+    content = turn["content"]
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content)
+    return Message(cast(Role, role), content)
+
+
+def _tool(tool: Row) -> Tool:
+    function = tool.get("function") or tool
+    return Tool(
+        function["name"], function.get("description") or "", dict(function.get("parameters") or {})
+    )

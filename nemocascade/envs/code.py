@@ -1,0 +1,245 @@
+"""Code: the program passes all hidden tests, or it scores 0."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nemocascade.envs.base import Domain, Row, final_text
+from nemocascade.envs.sandbox.pool import Outcome, Program, Sandbox
+from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.types import Message, Prompt, Verdict
+
+TOLERANCE = 1e-6
+"""Relative and absolute; numbers with a point or an exponent are compared so, integers exactly."""
+
+_FENCE = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL)
+_INTEGER = re.compile(r"[+-]?\d+")
+
+
+class Code(Domain):
+    """Strict binary. Programs run in the sandbox; outputs are compared here, outside of it.
+
+    Two styles of tests: text on standard input and output, and calls of a function. Expected
+    values never enter the sandbox, so a program that rewrites its harness gains nothing.
+    The sandbox starts with the first program. Raises SandboxUnavailable then, where it cannot.
+    """
+
+    domain = "code"
+
+    def __init__(self, config: SandboxConfig | None = None) -> None:
+        self._config = config or SandboxConfig()
+        self._lock = threading.Lock()
+        self._sandbox: Sandbox | None = None
+
+    @property
+    def sandbox(self) -> Sandbox:
+        """The pool that runs the programs."""
+        with self._lock:
+            if self._sandbox is None:
+                self._sandbox = Sandbox(self._config)
+            return self._sandbox
+
+    def claims(self, row: Row) -> bool:
+        return "unit_tests" in (row.get("verifier_metadata") or {})
+
+    def parse(self, row: Row) -> Mapping[str, Any]:
+        """`unit_tests`: `inputs`, `outputs`, and for calls `fn_name`.
+
+        A call's input is a list of arguments, or a text with the JSON of an argument on each line.
+        """
+        tests = row["verifier_metadata"]["unit_tests"]
+        tests = json.loads(tests) if isinstance(tests, str) else tests
+        inputs, outputs = list(tests["inputs"]), list(tests["outputs"])
+        if not inputs or len(inputs) != len(outputs):
+            raise ValueError(f"{len(inputs)} inputs have {len(outputs)} outputs")
+        function = tests.get("fn_name") or ""
+        if function:
+            inputs = [_arguments(given) for given in inputs]
+            outputs = [json.loads(out) if isinstance(out, str) else out for out in outputs]
+        return {"function": function, "inputs": inputs, "outputs": outputs}
+
+    def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        source = program_of(final_text(response))
+        if not source.strip():
+            return Verdict(0.0, details={"reason": "no program"})
+        tests = prompt.answer
+        passed, reason = (_calls if tests["function"] else _scripts)(self.sandbox, source, tests)
+        wanted = len(tests["outputs"])
+        details = {"passed": passed, "tests": wanted, "reason": reason}
+        return Verdict(float(passed == wanted), details=details)
+
+    def close(self) -> None:
+        """End the sandbox's workers."""
+        with self._lock:
+            if self._sandbox is not None:
+                self._sandbox.close()
+                self._sandbox = None
+
+    def make(self, rng: random.Random, difficulty: int) -> Prompt:
+        """0: one operation on x. 1: two. 2: a choice, or a loop over a list. 3: input and output.
+
+        Programs of level 3 read a line and print; the others define a function of one argument.
+        """
+        text, expression, function = _LEVELS[min(max(difficulty, 0), 2)](rng)
+        many = "xs" in expression
+        name = "xs" if many else "x"
+        inputs: list[Any] = rng.sample(range(-20, 50), 6)
+        if many:
+            inputs = [rng.choices(range(-9, 30), k=4) for _ in range(6)]
+        outputs = [function(given) for given in inputs]
+        answer: dict[str, Any]
+        if difficulty >= 3:
+            ask = f"Read numbers xs. Print {text}." if many else f"Read x. Print {text}."
+            source = f"{_READ[name]}\nprint({expression})"
+            lines = [" ".join(map(str, given)) if many else str(given) for given in inputs]
+            answer = {
+                "function": "",
+                "inputs": [f"{line}\n" for line in lines],
+                "outputs": [f"{out}\n" for out in outputs],
+            }
+        else:
+            called = rng.choice("fghp")
+            ask = f"Write {called}({name}): {text}."
+            source = f"def {called}({name}):\n    return {expression}"
+            answer = {"function": called, "inputs": [[i] for i in inputs], "outputs": outputs}
+        return Prompt(
+            id="",
+            domain=self.domain,
+            messages=(Message("user", ask),),
+            answer=answer,
+            demonstration=(Message("assistant", source, f"{text}: {expression}"),),
+        )
+
+
+def program_of(text: str) -> str:
+    """The last fenced block of Python, or the whole text where nothing is fenced."""
+    blocks = _FENCE.findall(text)
+    return blocks[-1] if blocks else text
+
+
+def same_output(expected: str, got: str) -> bool:
+    """Whether two outputs agree: the same words in the same lines, numbers as numbers."""
+    ours, theirs = expected.strip().splitlines(), got.strip().splitlines()
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+
+
+def same_value(expected: Any, got: Any) -> bool:
+    """Whether two JSON values agree: the same types and values, floats within the tolerance."""
+    if isinstance(expected, bool) or isinstance(got, bool):
+        return expected is got
+    if isinstance(expected, int) and isinstance(got, int):
+        return expected == got
+    if isinstance(expected, int | float) and isinstance(got, int | float):
+        return _close(expected, got)
+    if isinstance(expected, list) and isinstance(got, list):
+        return len(expected) == len(got) and all(map(same_value, expected, got))
+    if isinstance(expected, dict) and isinstance(got, dict):
+        return expected.keys() == got.keys() and all(
+            same_value(value, got[key]) for key, value in expected.items()
+        )
+    return type(expected) is type(got) and bool(expected == got)
+
+
+def _calls(sandbox: Sandbox, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
+    """All calls in one process. How many tests passed, and what stopped the others."""
+    outcome = sandbox.run(Program(source, function=tests["function"], calls=tuple(tests["inputs"])))
+    results = outcome.results[: len(tests["outputs"])]
+    passed = sum(same_value(e, g) for e, g in zip(tests["outputs"], results, strict=False))
+    return passed, "" if passed == len(tests["outputs"]) else _reason(outcome)
+
+
+def _scripts(sandbox: Sandbox, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
+    """A process for each test, up to the first that fails."""
+    for passed, (given, wanted) in enumerate(zip(tests["inputs"], tests["outputs"], strict=True)):
+        outcome = sandbox.run(Program(source, stdin=given))
+        if outcome.status != "ok" or not same_output(wanted, outcome.stdout):
+            return passed, _reason(outcome)
+    return len(tests["outputs"]), ""
+
+
+def _reason(outcome: Outcome) -> str:
+    if outcome.status == "ok":
+        return "wrong output"
+    said = outcome.stderr.strip().splitlines()
+    return f"{outcome.status}: {said[-1][:200]}" if said else outcome.status
+
+
+def _arguments(given: Any) -> list[Any]:
+    if isinstance(given, str):
+        return [json.loads(line) for line in given.splitlines() if line.strip()]
+    if not isinstance(given, list):
+        raise ValueError(f"the input of a call must be a list or lines of JSON, it is {given!r}")
+    return given
+
+
+def _same_line(expected: str, got: str) -> bool:
+    ours, theirs = expected.split(), got.split()
+    return len(ours) == len(theirs) and all(map(_same_word, ours, theirs))
+
+
+def _same_word(expected: str, got: str) -> bool:
+    if expected == got:
+        return True
+    if _INTEGER.fullmatch(expected) and _INTEGER.fullmatch(got):
+        return expected.lstrip("+") == got.lstrip("+")
+    try:
+        return _close(float(expected), float(got))
+    except ValueError:
+        return False
+
+
+def _close(a: float, b: float) -> bool:
+    try:
+        return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    except OverflowError:  # an integer beyond any float
+        return False
+
+
+_READ = {"x": "x = int(input())", "xs": "xs = list(map(int, input().split()))"}
+_Task = tuple[str, str, Callable[[Any], Any]]
+
+
+def _one(rng: random.Random) -> _Task:
+    return rng.choice(_OPERATIONS)(rng.randint(1, 99), "x", "x", lambda x: x)
+
+
+def _two(rng: random.Random) -> _Task:
+    first = rng.choice((_times, _plus))(rng.randint(2, 12), "x", "x", lambda x: x)
+    other = rng.choice((_plus, _minus))
+    return other(rng.randint(1, 20), *first)
+
+
+def _branch(rng: random.Random) -> _Task:
+    k, a, b = rng.randint(1, 20), rng.randint(1, 20), rng.randint(1, 20)
+    if rng.random() < 0.5:
+        text = f"x plus {a} if x is above {k}, else x minus {b}"
+        return text, f"x + {a} if x > {k} else x - {b}", lambda x: x + a if x > k else x - b
+    name, reduce = rng.choice((("sum", sum), ("max", max), ("min", min)))
+    text = f"the {name} of all in xs plus {a} times {b}"
+    return text, f"{name}(xs) + {a} * {b}", lambda xs: reduce(xs) + a * b
+
+
+def _times(k: int, text: str, code: str, f: Callable[[Any], Any]) -> _Task:
+    return f"{text} times {k}", f"{code} * {k}", lambda x: f(x) * k
+
+
+def _plus(k: int, text: str, code: str, f: Callable[[Any], Any]) -> _Task:
+    return f"{text} plus {k}", f"{code} + {k}", lambda x: f(x) + k
+
+
+def _minus(k: int, text: str, code: str, f: Callable[[Any], Any]) -> _Task:
+    return f"{text} minus {k}", f"{code} - {k}", lambda x: f(x) - k
+
+
+def _modulo(k: int, text: str, code: str, f: Callable[[Any], Any]) -> _Task:
+    return f"the rest of {text} by {k}", f"{code} % {k}", lambda x: f(x) % k
+
+
+_OPERATIONS = (_times, _plus, _minus, _modulo)
+_LEVELS = (_one, _two, _branch)

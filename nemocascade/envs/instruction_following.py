@@ -1,0 +1,70 @@
+"""Instruction following: rule verifiers of IFEval, and of IFBench where it is installed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from nemocascade.envs import ifeval
+from nemocascade.envs.base import CheckedDomain, Row, final_text
+from nemocascade.envs.child import ChildPool
+from nemocascade.envs.instruction_tasks import make_task
+from nemocascade.types import Message, Prompt, Verdict
+
+Grading = Literal["binary", "fraction"]
+
+
+class InstructionFollowing(CheckedDomain):
+    """The final message, reasoning stripped, against the row's list of instructions.
+
+    grading: "binary", 1 if all hold, or "fraction", the share that holds.
+    language_check: how English is told for the two kinds about case. "langdetect" as published;
+        "letters" for messages of a few words, on which langdetect guesses at random.
+    """
+
+    domain = "instruction_following"
+
+    def __init__(
+        self,
+        children: ChildPool,
+        *,
+        grading: Grading = "binary",
+        language_check: ifeval.LanguageCheck = "langdetect",
+    ) -> None:
+        super().__init__(children)
+        self._grading = grading
+        self._language_check: ifeval.LanguageCheck = language_check
+
+    def claims(self, row: Row) -> bool:
+        return "instruction_id_list" in row
+
+    def parse(self, row: Row) -> Mapping[str, Any]:
+        kinds = list(row["instruction_id_list"])
+        # Released rows hold every argument of every kind, null where it is not the kind's.
+        arguments = [
+            {key: value for key, value in (given or {}).items() if value is not None}
+            for given in row.get("kwargs") or [{}] * len(kinds)
+        ]
+        if len(kinds) != len(arguments) or not kinds:
+            raise ValueError(f"{len(kinds)} instructions have {len(arguments)} sets of kwargs")
+        return {"kinds": kinds, "kwargs": arguments}
+
+    def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        text = final_text(response)
+        kinds, arguments = prompt.answer["kinds"], prompt.answer["kwargs"]
+        held = [self._follows(k, a, text) for k, a in zip(kinds, arguments, strict=True)]
+        reward = sum(held) / len(held) if self._grading == "fraction" else float(all(held))
+        return Verdict(reward, details={"kinds": kinds, "held": held})
+
+    def make(self, rng: random.Random, difficulty: int) -> Prompt:
+        """`difficulty` + 1 instructions about one word; kinds that shape the text from 1 on."""
+        return make_task(rng, difficulty, self.domain)
+
+    def _follows(self, kind: str, arguments: dict[str, Any], text: str) -> bool:
+        if kind in ifeval.KINDS:
+            return ifeval.follows(kind, arguments, text, self._language_check)
+        found = self._children.call(
+            "nemocascade.envs.checks.ifbench:follows", kind, arguments, text
+        )
+        return bool(found)

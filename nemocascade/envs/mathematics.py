@@ -1,0 +1,85 @@
+r"""Mathematics: the last `\boxed{...}` against the expected answer, by `math-verify`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemocascade.envs.base import CheckedDomain, Row, final_text, last_boxed
+from nemocascade.envs.words import NAMES, NOUNS
+from nemocascade.types import Message, Prompt, Verdict
+
+LONGEST_ANSWER = 2000
+"""Characters; a longer box is no answer, and is not handed to an algebra system."""
+
+
+class Mathematics(CheckedDomain):
+    """1 if the last box equals the expected answer, else 0. Algebra runs in a killable child."""
+
+    domain = "math"
+
+    def claims(self, row: Row) -> bool:
+        return "expected_answer" in row and "options" not in row
+
+    def parse(self, row: Row) -> Mapping[str, Any]:
+        return {"expected": str(row["expected_answer"])}
+
+    def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        found, expected = last_boxed(final_text(response)), prompt.answer["expected"]
+        details = {"found": found, "expected": expected}
+        if not found or len(found) > LONGEST_ANSWER:
+            return Verdict(0.0, details=details)
+        # The same text needs no algebra.
+        right = found == expected or self._children.call(
+            "nemocascade.envs.checks.mathematics:equal", expected, found
+        )
+        return Verdict(float(right), details=details)
+
+    def make(self, rng: random.Random, difficulty: int) -> Prompt:
+        """0: a sum or difference below 20. 1: below 100. 2: in words. 3: products, fractions."""
+        question, reasoning, answer = _LEVELS[min(max(difficulty, 0), len(_LEVELS) - 1)](rng)
+        return Prompt(
+            id="",
+            domain=self.domain,
+            messages=(Message("user", question),),
+            answer={"expected": answer},
+            demonstration=(Message("assistant", f"\\boxed{{{answer}}}", reasoning),),
+        )
+
+
+def _digits(rng: random.Random, low: int, high: int) -> tuple[str, str, str]:
+    a, b = rng.randint(low, high), rng.randint(low, high)
+    verb = rng.choice(("What is", "Compute", "Give", "Find", "Say"))
+    if rng.random() < 0.5:
+        text, value = f"{a} + {b}", a + b
+    else:
+        a, b = max(a, b), min(a, b)
+        text, value = f"{a} - {b}", a - b
+    return f"{verb} {text}.", f"{text} = {value}.", str(value)
+
+
+def _small(rng: random.Random) -> tuple[str, str, str]:
+    return _digits(rng, 0, 19)
+
+
+def _large(rng: random.Random) -> tuple[str, str, str]:
+    return _digits(rng, 10, 99)
+
+
+def _words(rng: random.Random) -> tuple[str, str, str]:
+    name, thing = rng.choice(NAMES), rng.choice(NOUNS)
+    a, b = rng.randint(2, 12), rng.randint(1, 9)
+    c = rng.randint(1, a + b - 1)
+    question = f"{name} has {a} {thing}s, gets {b} and gives {c}. How many are left?"
+    return question, f"{a} + {b} = {a + b}. {a + b} - {c} = {a + b - c}.", str(a + b - c)
+
+
+def _products(rng: random.Random) -> tuple[str, str, str]:
+    a, b, c = rng.randint(2, 12), rng.randint(2, 12), rng.randint(2, 30)
+    if rng.random() < 0.5:
+        return f"What is {a} * {b} + {c}?", f"{a} * {b} = {a * b}.", str(a * b + c)
+    return f"Write {a}/{b} + {c}/{b} as a fraction.", "Add.", f"\\frac{{{a + c}}}{{{b}}}"
+
+
+_LEVELS = (_small, _large, _words, _products)

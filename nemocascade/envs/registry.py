@@ -1,0 +1,56 @@
+"""All environments by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nemocascade.envs.base import Domain
+from nemocascade.envs.child import ChildPool
+from nemocascade.envs.code import Code
+from nemocascade.envs.instruction_following import InstructionFollowing
+from nemocascade.envs.mathematics import Mathematics
+from nemocascade.envs.multiple_choice import MultipleChoice
+from nemocascade.envs.structured_output import StructuredOutput
+from nemocascade.envs.tool_calling import ToolCalling
+from nemocascade.recipe.envs import EnvConfig
+
+DOMAINS = (
+    "instruction_following",
+    "multiple_choice",
+    "tool_calling",
+    "structured_output",
+    "math",
+    "code",
+)
+
+
+def make_environments(config: EnvConfig | None = None) -> dict[str, Domain]:
+    """An environment for each domain, sharing one pool of check processes; none starts before use.
+
+    Raises ValueError naming every setting that is out of range. `close_environments` ends them.
+    """
+    config = config or EnvConfig()
+    if problems := config.problems():
+        raise ValueError("; ".join(problems))
+    children = ChildPool(
+        config.check_workers,
+        timeout_s=config.check_timeout_s,
+        memory_mib=config.check_memory_mib,
+    )
+    domains: list[Domain] = [
+        InstructionFollowing(
+            children, grading=config.if_grading, language_check=config.if_language_check
+        ),
+        MultipleChoice(children),
+        ToolCalling(),
+        StructuredOutput(children),
+        Mathematics(children),
+        Code(config.sandbox),
+    ]
+    return {domain.domain: domain for domain in domains}
+
+
+def close_environments(environments: Mapping[str, Domain]) -> None:
+    """End every process that the environments hold."""
+    for environment in environments.values():
+        environment.close()

@@ -1,0 +1,110 @@
+"""What a forked child does with a program: run it as a script, or call its function.
+
+Nothing here is trusted: the program shares this interpreter and may change it. All it can reach
+is what it answers, and the answers are judged outside, against values that never come here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import types
+from typing import Any
+
+RESULT_FD = 3
+JOB_FD = 4
+LOST_OUTPUT = 120
+"""Exit status where the output cannot be flushed, as Python's own."""
+
+
+def run() -> int:
+    """Read the job, run it, write its results. Returns the exit status."""
+    with open(JOB_FD, encoding="utf-8") as file:
+        job = json.load(file)
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8", errors="replace")
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8", errors="replace"
+    )
+    sys.stderr = io.TextIOWrapper(
+        io.FileIO(2, "w", closefd=False), encoding="utf-8", errors="replace", write_through=True
+    )
+    status = 1
+    try:
+        status = _run_job(job)
+    except SystemExit as end:
+        status = _exit_status(end)
+    except BaseException:  # the program's own failure, shown as Python shows it
+        _show_exception()
+    return status if _finish() else LOST_OUTPUT
+
+
+def _run_job(job: dict[str, Any]) -> int:
+    name = "solution" if job["function"] else "__main__"
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    sys.argv = ["program.py"]
+    exec(compile(job["source"], "program.py", "exec"), module.__dict__)
+    if not job["function"]:
+        return 0
+    function = _find(module, job["function"])
+    with os.fdopen(RESULT_FD, "w", encoding="utf-8") as results:
+        for arguments in job["calls"]:
+            value = _plain(function(*arguments))
+            results.write(json.dumps(value) + "\n")
+            results.flush()
+    return 0
+
+
+def _find(module: types.ModuleType, name: str) -> Any:
+    """The function, or the method of a class `Solution`, as some problem collections ask for it."""
+    found = getattr(module, name, None)
+    if found is None and hasattr(module, "Solution"):
+        found = getattr(module.Solution(), name, None)
+    if found is None:
+        raise NameError(f"the program defines no {name}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """JSON values; tuples become lists, sets sorted lists. Raises TypeError for anything else."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) in (list, tuple):
+        return [_plain(v) for v in value]
+    if type(value) in (set, frozenset):
+        return sorted(_plain(v) for v in value)
+    if type(value) is dict:
+        return {str(k): _plain(v) for k, v in value.items()}
+    raise TypeError(f"a result of type {type(value).__name__} cannot be compared")
+
+
+def _exit_status(end: SystemExit) -> int:
+    if end.code is None:
+        return 0
+    if isinstance(end.code, int):
+        return end.code & 0xFF
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def _show_exception() -> None:
+    import traceback
+
+    traceback.print_exc()
+
+
+def _finish() -> bool:
+    """Wait for threads as an interpreter does at its end, then flush. Whether that worked."""
+    threading = sys.modules.get("threading")
+    if threading is not None:
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):  # the program closed them
+        return False
+    return True

@@ -1,0 +1,149 @@
+"""System calls that Python 3.12 lacks, by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+NAMESPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
+
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 0x40000
+MNT_DETACH = 2
+
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP = 22
+PR_SET_CHILD_SUBREAPER = 36
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+CAPABILITIES = 64
+"""Numbers tried when capabilities are dropped; the kernel knows fewer."""
+
+MACHINE = platform.machine()
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_CAPSET = {"x86_64": 126, "aarch64": 91}
+_CAPABILITY_VERSION = 0x20080522
+_MOUNT_SETATTR = 442
+_AT_FDCWD = -100
+_AT_RECURSIVE = 0x8000
+_READ_ONLY_NO_SUID_NO_DEVICES = 0x1 | 0x2 | 0x4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces in `flags` for new ones. Raises OSError."""
+    _check(_libc.unshare(flags), f"unshare({flags:#x})")
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    """mount(2). Raises OSError."""
+    _check(
+        _libc.mount(
+            source.encode(),
+            target.encode(),
+            kind.encode() if kind else None,
+            ctypes.c_ulong(flags),
+            data.encode(),
+        ),
+        f"mount {kind or ''} on {target}",
+    )
+
+
+def make_read_only(target: str, *, recursive: bool) -> None:
+    """Mounts at (and below) `target` become read-only, without set-uid programs and devices.
+
+    Raises OSError; kernels before 5.12 lack the call.
+    """
+    attributes = (ctypes.c_uint64 * 4)(_READ_ONLY_NO_SUID_NO_DEVICES, 0, 0, 0)
+    _check(
+        _libc.syscall(
+            ctypes.c_long(_MOUNT_SETATTR),
+            ctypes.c_int(_AT_FDCWD),
+            target.encode(),
+            ctypes.c_uint(_AT_RECURSIVE if recursive else 0),
+            attributes,
+            ctypes.c_size_t(ctypes.sizeof(attributes)),
+        ),
+        f"make {target} read-only",
+    )
+
+
+def unmount(target: str) -> None:
+    """Detach a mount. Raises OSError."""
+    _check(_libc.umount2(target.encode(), MNT_DETACH), f"umount {target}")
+
+
+def pivot_root(new: str, old: str) -> None:
+    """pivot_root(2). Raises OSError."""
+    _check(
+        _libc.syscall(ctypes.c_long(_PIVOT_ROOT[MACHINE]), new.encode(), old.encode()),
+        "pivot_root",
+    )
+
+
+def prctl(option: int, argument: int = 0) -> None:
+    """prctl(2) with one argument. Raises OSError."""
+    zero = ctypes.c_ulong(0)
+    _check(
+        _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(argument), zero, zero, zero),
+        f"prctl({option}, {argument})",
+    )
+
+
+def drop_capabilities() -> None:
+    """Give up all capabilities, for good. Raises OSError."""
+    for number in range(CAPABILITIES):
+        try:
+            prctl(PR_CAPBSET_DROP, number)
+        except OSError:
+            break  # the first number that this kernel does not know, or there are none to drop
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+    none = (ctypes.c_uint32 * 6)()
+    _check(_libc.syscall(ctypes.c_long(_CAPSET[MACHINE]), header, none), "capset")
+
+
+def set_seccomp_filter(instructions: list[tuple[int, int, int, int]]) -> None:
+    """Install a classic BPF program `(code, jump if true, jump if false, k)` on this thread.
+
+    Needs PR_SET_NO_NEW_PRIVS. Raises OSError.
+    """
+    size = len(instructions)
+    raw = b"".join(
+        code.to_bytes(2, sys.byteorder) + bytes((jt, jf)) + k.to_bytes(4, sys.byteorder)
+        for code, jt, jf, k in instructions
+    )
+    buffer = ctypes.create_string_buffer(raw, len(raw))
+
+    class Program(ctypes.Structure):
+        _fields_ = [("size", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+
+    program = Program(size, ctypes.addressof(buffer))
+    zero = ctypes.c_ulong(0)
+    mode_filter = ctypes.c_ulong(2)
+    _check(
+        _libc.prctl(ctypes.c_int(PR_SET_SECCOMP), mode_filter, ctypes.byref(program), zero, zero),
+        "seccomp filter",
+    )

@@ -1,0 +1,115 @@
+"""Namespaces and an almost empty file system, by the kernel's own calls."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+from . import linux
+
+NOBODY = 65534
+SCRATCH = "/scratch"
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+
+
+def enter(visible: Sequence[str]) -> None:
+    """Go on as process 1 of new namespaces whose file system holds `visible`, read-only.
+
+    The calling process stays outside as a guard: it waits, and the sandbox dies with it. Needs
+    root, or a host that lets ordinary users make user namespaces. Raises OSError.
+    """
+    if os.geteuid() == 0:
+        linux.unshare(linux.NAMESPACES)
+    else:
+        enter_user_namespace(os.geteuid(), os.getegid())
+    child = os.fork()
+    if child:
+        _guard(child)
+    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    _change_root(visible)
+
+
+def become_nobody() -> None:
+    """Give up root and all capabilities. Raises OSError."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    linux.drop_capabilities()
+    # A change of user hides a process from itself: it could not map users for its children.
+    linux.prctl(linux.PR_SET_DUMPABLE, 1)
+    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def enter_user_namespace(user: int, group: int) -> None:
+    """New namespaces of all kinds, in which `user` and `group` of outside are nobody."""
+    linux.unshare(linux.CLONE_NEWUSER | linux.NAMESPACES)
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{NOBODY} {user} 1"),
+        ("gid_map", f"{NOBODY} {group} 1"),
+    ):
+        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+            file.write(text)
+
+
+def hide_and_make_scratch(scratch_mib: int) -> None:
+    """In a program's own mount namespace: an empty scratch folder, and no /proc."""
+    size = f"size={scratch_mib}m,nr_inodes=1024,mode=0700"
+    linux.mount("scratch", SCRATCH, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, size)
+    flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
+    linux.mount("hidden", "/proc", "tmpfs", flags, "size=0,nr_inodes=1,mode=0500")
+
+
+def _guard(child: int) -> None:
+    """Wait for process 1 and end as it ended. Only /dev/null stays open."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+    os.closerange(3, 1 << 16)
+    _, status = os.waitpid(child, 0)
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def _change_root(visible: Sequence[str]) -> None:
+    linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
+    root = _mount_point(visible)
+    linux.mount("root", root, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=1m,mode=0755")
+    for path in visible:
+        if os.path.islink(path):
+            os.makedirs(os.path.dirname(root + path), exist_ok=True)
+            os.symlink(os.readlink(path), root + path)
+        else:
+            _bind(path, root + path)
+            linux.make_read_only(root + path, recursive=True)
+    for path in (*DEVICES, "/proc"):
+        # The outer /proc: a container's own rules may forbid to mount a new one. Only trusted
+        # code sees it, programs get an empty folder in its place.
+        _bind(path, root + path)
+    os.mkdir(root + SCRATCH)
+    os.mkdir(root + "/old")
+    os.chdir(root)
+    linux.pivot_root(".", "old")
+    os.chdir("/")
+    linux.unmount("/old")
+    os.rmdir("/old")
+    linux.make_read_only("/", recursive=False)
+
+
+def _mount_point(visible: Sequence[str]) -> str:
+    """A folder that a new root can cover without covering what it shall show."""
+    for folder in ("/mnt", "/run", "/tmp", "/var"):
+        if os.path.isdir(folder) and not any((p + "/").startswith(folder + "/") for p in visible):
+            return folder
+    raise OSError("no folder of /mnt, /run, /tmp, /var is free to build a file system on")
+
+
+def _bind(source: str, target: str) -> None:
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(target, "wb"):
+            pass
+    linux.mount(source, target, None, linux.MS_BIND | linux.MS_REC)

@@ -1,0 +1,216 @@
+"""A worker: an interpreter behind the walls that forks a child for each program.
+
+Forking a warm interpreter costs about a millisecond, starting one twenty. The worker holds no data
+of any program: sources, inputs and outputs pass through pipes between the trusted side and the
+child, so a program that searches the memory it was forked with finds nothing of another's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import math
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any, NoReturn
+
+from . import harness, linux, seccomp, walls
+
+CHANNEL_FD = 200
+"""Where the worker's socket lies, out of the way of a program's file descriptors."""
+FDS = 5
+"""File descriptors that come with a program: stdin, stdout, stderr, results, job."""
+LONGEST_WAIT_MS = 1e6
+
+# Imported once here instead of in every program.
+PRELOADED = (
+    *("bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions"),
+    *("functools", "heapq", "itertools", "math", "operator", "random", "re", "statistics"),
+    *("string", "threading", "traceback", "typing"),
+)
+
+
+def main(settings_text: str) -> None:
+    """Build the walls that the settings ask for, then serve programs until the socket closes."""
+    settings = json.loads(settings_text)
+    os.dup2(0, CHANNEL_FD)
+    os.set_inheritable(CHANNEL_FD, False)
+    null = os.open("/dev/null", os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+    channel = socket.socket(fileno=CHANNEL_FD)
+    try:
+        _settle(settings)
+    except (OSError, KeyError) as error:
+        channel.send(json.dumps({"refused": f"{type(error).__name__}: {error}"}).encode())
+        return
+    channel.send(json.dumps({"ready": True}).encode())
+    while True:
+        message, fds, _, _ = socket.recv_fds(channel, 64, FDS)
+        if not message:
+            return
+        if message == b"run" and len(fds) == FDS:
+            answer = _supervise(channel, fds, settings)
+            channel.send(json.dumps(answer).encode())
+
+
+def _settle(settings: dict[str, Any]) -> None:
+    for name in PRELOADED:
+        __import__(name)
+    import site
+
+    # `exit` and `quit` exist in every interpreter that people know; -S leaves them out.
+    site.setquit()
+    if settings["walls"] == "namespaces":
+        walls.enter(settings["visible"])
+    if settings["walls"] != "none":
+        walls.become_nobody()
+        seccomp.program(linux.MACHINE)
+    linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
+    gc.collect()
+    gc.freeze()
+
+
+def _supervise(channel: socket.socket, fds: list[int], settings: dict[str, Any]) -> dict[str, Any]:
+    """Run one program to its end, its time limit, or the order to kill it."""
+    started = time.monotonic()
+    told, tell = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        _launch(fds, tell, settings)
+    for fd in (*fds, tell):
+        os.close(fd)
+    with os.fdopen(told) as reader:
+        text = reader.read()
+    os.waitpid(launcher, 0)
+    if not text.isdigit():
+        return {"refused": text or "the child that builds a program's walls died"}
+    program = int(text)
+    over_time = _wait(channel, program, started + settings["time_s"])
+    _, status, usage = os.wait4(program, 0)
+    if settings["walls"] == "none":
+        _end_orphans()
+    return {
+        "status": os.waitstatus_to_exitcode(status),
+        "over_time": over_time,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "wall_s": time.monotonic() - started,
+    }
+
+
+def _wait(channel: socket.socket, program: int, deadline: float) -> bool:
+    """Wait for the program's end, and kill it at the deadline or on demand. Whether it was late."""
+    watched = os.pidfd_open(program)
+    over_time = False
+    try:
+        poll = select.poll()
+        poll.register(watched, select.POLLIN)
+        poll.register(channel, select.POLLIN)
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            ready = {fd for fd, _ in poll.poll(min(1000 * left + 1, LONGEST_WAIT_MS))}
+            if watched in ready:
+                return over_time
+            if channel.fileno() in ready:
+                order = channel.recv(64)
+                os.kill(program, signal.SIGKILL)
+                if not order:  # whoever asked is gone
+                    os._exit(0)
+                poll.unregister(channel)
+            elif time.monotonic() >= deadline:
+                over_time = True
+                os.kill(program, signal.SIGKILL)
+                deadline = math.inf
+    finally:
+        os.close(watched)
+
+
+def _end_orphans() -> None:
+    """Without a process namespace: what the program left has become our child. Kill it."""
+    while True:
+        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+            children = [int(text) for text in file.read().split()]
+        if not children:
+            return
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def _launch(fds: list[int], tell: int, settings: dict[str, Any]) -> NoReturn:
+    """In the first child: make namespaces, fork the program into them, tell its id, and end."""
+    try:
+        os.setsid()
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("1000")
+        if settings["walls"] != "none":
+            walls.enter_user_namespace(os.geteuid(), os.getegid())
+            walls.hide_and_make_scratch(settings["scratch_mib"])
+        program = os.fork()
+        if program == 0:
+            _become_program(fds, settings)
+        os.write(tell, str(program).encode())
+    except BaseException as error:
+        os.write(tell, f"{type(error).__name__}: {error}".encode())
+    finally:
+        os._exit(0)
+
+
+def _become_program(fds: list[int], settings: dict[str, Any]) -> NoReturn:
+    """In the second child: close, limit, give up rights, and run."""
+    status = 125
+    try:
+        # Its own session: a signal to its process group reaches nobody else.
+        os.setsid()
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, CHANNEL_FD + 10) for fd in fds]
+        for number, fd in enumerate(high):
+            os.dup2(fd, number)
+        os.closerange(FDS, 1 << 16)
+        os.chdir(settings["scratch"])
+        _set_limits(settings)
+        _give_up_rights(settings["walls"])
+        status = harness.run()
+    except BaseException as error:
+        os.write(2, f"sandbox: {type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(status)
+
+
+def _set_limits(settings: dict[str, Any]) -> None:
+    cpu = int(settings["time_s"]) + 1
+    limits = {
+        resource.RLIMIT_AS: settings["memory_mib"] << 20,
+        resource.RLIMIT_CPU: cpu,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: settings["scratch_mib"] << 20,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_NPROC: settings["processes"],
+    }
+    for kind, limit in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (bound, bound))
+
+
+def _give_up_rights(kind: str) -> None:
+    if kind != "none":
+        linux.drop_capabilities()
+    linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+    try:
+        linux.set_seccomp_filter(seccomp.program(linux.MACHINE))
+    except (OSError, KeyError):
+        # Without walls the filter is a help, not a promise.
+        if kind != "none":
+            raise
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

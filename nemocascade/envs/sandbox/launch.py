@@ -1,0 +1,152 @@
+"""Starts a worker behind its walls, by bubblewrap or by the kernel's own calls."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+from nemocascade.recipe.envs import SandboxConfig
+
+Walls = Literal["bubblewrap", "namespaces", "none"]
+
+_HERE = Path(__file__).resolve().parent
+_INSIDE = "/worker"
+_START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from inside import zygote; sys.path.pop(0); "
+    "zygote.main(sys.argv[2])"
+)
+_SCRATCH = "/scratch"
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+
+
+class WallsError(RuntimeError):
+    """These walls cannot be built on this host; the message says what was refused."""
+
+
+def missing(walls: Walls) -> str | None:
+    """Why `walls` cannot even be tried; None if they can."""
+    if sys.platform != "linux":
+        return f"the sandbox needs Linux, this is {sys.platform}"
+    if walls == "bubblewrap" and shutil.which("bwrap") is None:
+        return "bwrap is not installed"
+    return None
+
+
+def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
+    """Start a worker. Raises WallsError where the host does not let it build its walls.
+
+    scratch: the folder programs write to where there are no walls.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    visible = _visible()
+    folder = scratch or _SCRATCH
+    settings = {
+        "walls": walls,
+        "visible": visible,
+        "scratch": folder,
+        "time_s": config.time_s,
+        "memory_mib": config.memory_mib,
+        "processes": config.processes,
+        "scratch_mib": config.scratch_mib,
+    }
+    code = _INSIDE if walls == "bubblewrap" else str(_HERE)
+    python = [_python(), "-s", "-P", "-S", "-B", "-c", _START, code, json.dumps(settings)]
+    command = _bubblewrap(visible) + python if walls == "bubblewrap" else python
+    with theirs:
+        process = subprocess.Popen(
+            command,
+            stdin=theirs.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            # A program sees the worker's environment, so it is written anew.
+            env={
+                "PATH": "/usr/bin:/bin",
+                "HOME": folder,
+                "TMPDIR": folder,
+                "LANG": "C.UTF-8",
+                "PYTHONUTF8": "1",
+                "PYTHONHASHSEED": "0",
+            },
+            cwd="/",
+            start_new_session=True,
+        )
+    return Worker(process, ours)
+
+
+class Worker:
+    """A started worker process and the socket to it."""
+
+    START_TIMEOUT_S = 60.0
+
+    def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+        self.process = process
+        self.channel = channel
+        channel.settimeout(self.START_TIMEOUT_S)
+        try:
+            first = channel.recv(1 << 16)
+        except (TimeoutError, ConnectionError):
+            first = b""
+        answer = json.loads(first) if first else {}
+        if "ready" not in answer:
+            self.kill()
+            assert process.stderr is not None
+            said = process.stderr.read().decode(errors="replace").strip().splitlines()
+            process.stderr.close()
+            reason = answer.get("refused") or (said[-1] if said else "the worker did not start")
+            raise WallsError(str(reason))
+        assert process.stderr is not None
+        process.stderr.close()
+
+    def kill(self) -> None:
+        """Kill the worker, whatever runs in it, and reap it."""
+        self.channel.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def _python() -> str:
+    """The interpreter itself, not a virtual environment's link to it."""
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
+def _visible() -> list[str]:
+    """What programs can read: the interpreter and the system's libraries, no site-packages."""
+    prefixes = {sys.base_prefix, sys.base_exec_prefix, str(Path(_python()).parent.parent)}
+    wanted = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", *sorted(prefixes)]
+    shown: list[str] = []
+    for path in wanted:
+        inside = any(path == p or path.startswith(p + "/") for p in shown)
+        if os.path.exists(path) and path != "/" and not inside:
+            shown.append(path)
+    return shown
+
+
+def _bubblewrap(visible: list[str]) -> list[str]:
+    command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    command += ["--as-pid-1"]
+    if os.geteuid() == 0:
+        # The kernel does not count root's processes, so the worker must be able to become nobody.
+        for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
+            command += ["--cap-add", capability]
+    else:
+        command += ["--unshare-user", "--uid", "65534", "--gid", "65534"]
+    for path in visible:
+        if os.path.islink(path):
+            command += ["--symlink", os.readlink(path), path]
+        else:
+            # bwrap makes missing parents for the owner alone; the worker will be another user.
+            for parent in reversed(Path(path).parents[:-1]):
+                command += ["--perms", "0755", "--dir", str(parent)]
+            command += ["--ro-bind", path, path]
+    command += ["--ro-bind", str(_HERE / "inside"), f"{_INSIDE}/inside"]
+    for device in _DEVICES:
+        command += ["--dev-bind", device, device]
+    # Only the worker sees /proc, to map users for its children; programs get an empty folder.
+    command += ["--dev-bind", "/proc", "/proc", "--dir", _SCRATCH, "--remount-ro", "/"]
+    return [*command, "--chdir", "/", "--"]

@@ -1,0 +1,101 @@
+"""Structured output: the answer is JSON and satisfies the schema made strict."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemocascade.envs.base import CheckedDomain, Row, final_text
+from nemocascade.envs.words import COLORS, NAMES, NOUNS
+from nemocascade.types import Message, Prompt, Verdict
+
+_KEYS = (
+    *("name", "age", "size", "color", "price", "count", "title", "owner", "city", "open"),
+    *("ready", "score", "level", "kind", "note", "week", "paid", "rank", "label", "total"),
+)
+
+
+class StructuredOutput(CheckedDomain):
+    """1 if the final message is JSON, nothing around it, that satisfies the strict schema, else 0.
+
+    Strict: all properties are required and no other is allowed. Remote references are errors. The
+    validator runs in a killable child, because a schema may hold regular expressions.
+    """
+
+    domain = "structured_output"
+
+    def claims(self, row: Row) -> bool:
+        return "schema_str" in row or "schema" in row
+
+    def parse(self, row: Row) -> Mapping[str, Any]:
+        kind = row.get("schema_type", "json")
+        if kind != "json":
+            raise ValueError(f"schema_type {kind!r}: only json can be verified")
+        schema = json.loads(row["schema_str"]) if "schema_str" in row else row["schema"]
+        if not isinstance(schema, dict):
+            raise ValueError(f"a schema must be an object, this is {type(schema).__name__}")
+        return {"schema": schema}
+
+    def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        problem = self._children.call(
+            "nemocascade.envs.checks.schema:problem", prompt.answer["schema"], final_text(response)
+        )
+        return Verdict(float(problem is None), details={"problem": problem})
+
+    def make(self, rng: random.Random, difficulty: int) -> Prompt:
+        """0: one or two fields. 1: three, with choices. 2: with a list. 3: the schema in JSON."""
+        fields = (rng.randint(1, 2), 3, 3, 3)[min(max(difficulty, 0), 3)]
+        keys = rng.sample(_KEYS, fields)
+        kinds = ("integer", "string", "boolean", "choice", "list")[: 3 + min(max(difficulty, 0), 2)]
+        chosen = [rng.choice(kinds) for _ in keys]
+        if difficulty >= 1:
+            chosen[-1] = kinds[-1]
+        parts = [_FIELDS[kind](rng) for kind in chosen]
+        schema = {
+            "type": "object",
+            "properties": {k: part[1] for k, part in zip(keys, parts, strict=True)},
+        }
+        value = {k: part[2] for k, part in zip(keys, parts, strict=True)}
+        listed = ", ".join(f"{k} {part[0]}" for k, part in zip(keys, parts, strict=True))
+        shown = json.dumps(schema) if difficulty >= 3 else listed
+        return Prompt(
+            id="",
+            domain=self.domain,
+            messages=(Message("user", f"Write JSON: {shown}"),),
+            answer={"schema": schema},
+            demonstration=(Message("assistant", json.dumps(value), f"keys: {', '.join(keys)}."),),
+        )
+
+
+def _integer(rng: random.Random) -> tuple[str, dict[str, Any], Any]:
+    return "integer", {"type": "integer"}, rng.randint(1, 99)
+
+
+def _string(rng: random.Random) -> tuple[str, dict[str, Any], Any]:
+    return "string", {"type": "string"}, rng.choice(NOUNS + NAMES)
+
+
+def _boolean(rng: random.Random) -> tuple[str, dict[str, Any], Any]:
+    return "boolean", {"type": "boolean"}, rng.random() < 0.5
+
+
+def _choice(rng: random.Random) -> tuple[str, dict[str, Any], Any]:
+    options = rng.sample(COLORS, 2)
+    return f"{options[0]} or {options[1]}", {"enum": options}, rng.choice(options)
+
+
+def _list(rng: random.Random) -> tuple[str, dict[str, Any], Any]:
+    n = rng.randint(1, 3)
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": n, "maxItems": n}
+    return f"list of {n} integers", schema, [rng.randint(1, 9) for _ in range(n)]
+
+
+_FIELDS = {
+    "integer": _integer,
+    "string": _string,
+    "boolean": _boolean,
+    "choice": _choice,
+    "list": _list,
+}

@@ -1,0 +1,86 @@
+"""Settings of the verifiers, and of the sandbox that runs programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SandboxConfig:
+    """How programs of the model are run. Limits are for one program."""
+
+    isolation: Literal["auto", "bubblewrap", "namespaces"] = "auto"
+    """What builds the walls: bubblewrap, or the namespace calls of the kernel without it. `auto`
+    takes the first that works on this host."""
+
+    allow_unsafe: bool = False
+    """Where the host forbids isolation, run programs as ordinary processes of this user, with
+    resource limits only. They can then read and delete whatever the user can."""
+
+    workers: int = 0
+    """Programs that run at once; 0 = one for each core that this process may use."""
+
+    time_s: float = 10.0
+    """Wall-clock time; the same bounds the processor time of each process."""
+
+    memory_mib: int = 512
+    """Address space of each process."""
+
+    processes: int = 8
+    """Processes and threads at once."""
+
+    output_kib: int = 1024
+    """What a program may write to standard output and to standard error, each."""
+
+    scratch_mib: int = 16
+    """Size of the folder that a program may write to; its memory too."""
+
+    def problems(self) -> list[str]:
+        """Every rule these settings break."""
+        names = ("time_s", "memory_mib", "processes", "output_kib", "scratch_mib")
+        found = [
+            f"sandbox.{name}({getattr(self, name)}) must be above 0"
+            for name in names
+            if getattr(self, name) <= 0
+        ]
+        if self.workers < 0:
+            found.append(f"sandbox.workers({self.workers}) must not be negative")
+        if 0 < self.memory_mib < 64:
+            found.append(
+                f"sandbox.memory_mib({self.memory_mib}) is less than a Python process needs: "
+                "at least 64"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """How responses are scored."""
+
+    if_grading: Literal["binary", "fraction"] = "binary"
+    """Instruction following: 1 if all instructions hold, or the share that holds."""
+
+    if_language_check: Literal["langdetect", "letters"] = "langdetect"
+    """How English is told where an instruction asks for it. `letters` looks at the alphabet alone:
+    for answers of a few words, on which langdetect guesses."""
+
+    check_workers: int = 1
+    """Child processes for checks that may run for ever: algebra, schemas, regular expressions."""
+
+    check_timeout_s: float = 5.0
+    """Seconds after which such a check is killed and reported as an error."""
+
+    check_memory_mib: int = 2048
+    """Address space of such a child."""
+
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+
+    def problems(self) -> list[str]:
+        """Every rule these settings break."""
+        found = [
+            f"envs.{name}({getattr(self, name)}) must be above 0"
+            for name in ("check_workers", "check_timeout_s", "check_memory_mib")
+            if getattr(self, name) <= 0
+        ]
+        return found + self.sandbox.problems()
