@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nemocascade.megatron.layers.packing import PackedSeq
+from nemocascade.megatron.replay import RouteRecorder, RouteReplay
 from nemocascade.types import PackedBatch
 
 
@@ -18,17 +19,38 @@ class Microbatch(PackedSeq):
     batch: the packed batch; its tensors lie on the device.
     trained_rows: rows whose loss counts, known to the host.
     aux_scale: factor on the routers' auxiliary losses, 1 / (documents of the whole step).
+    replay: choices of experts that the routers take; None: they choose.
+    recorder: where the routers leave their choices; None: nowhere.
+    chosen: by layer number, the choices [rows, K] that a recomputation takes again.
     """
 
     batch: PackedBatch | None = None
     aux_scale: float = 1.0
     trained_rows: int = 0
+    replay: RouteReplay | None = None
+    recorder: RouteRecorder | None = None
+    chosen: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_batch(
-        cls, batch: PackedBatch, device: torch.device, aux_scale: float = 1.0
+        cls,
+        batch: PackedBatch,
+        device: torch.device,
+        aux_scale: float = 1.0,
+        *,
+        replay: RouteReplay | None = None,
+        recorder: RouteRecorder | None = None,
     ) -> Microbatch:
-        """Describe `batch`, whose tensors are on the host, and move it to `device`."""
+        """Describe `batch`, whose tensors are on the host, and move it to `device`.
+
+        Raises ValueError if `replay` or `recorder` is for another number of tokens.
+        """
+        for name, routes in (("replay", replay), ("recorder", recorder)):
+            if routes is not None and routes.choices.shape[0] != batch.capacity:
+                raise ValueError(
+                    f"{name} holds {routes.choices.shape[0]} tokens and the packed batch "
+                    f"{batch.capacity}: make it for the batch's capacity"
+                )
         seq = PackedSeq.from_cu_seqlens(batch.cu_seqlens, device)
         return cls(
             starts=seq.starts,
@@ -39,6 +61,8 @@ class Microbatch(PackedSeq):
             batch=batch.to(device),
             aux_scale=aux_scale,
             trained_rows=batch.num_trained(),
+            replay=replay,
+            recorder=recorder,
         )
 
     def token_mask(self, rows: slice) -> Tensor | None:

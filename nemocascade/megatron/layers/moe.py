@@ -49,11 +49,17 @@ class Router(MegatronModule):
         self.register_buffer("expert_bias", bias)
         self.register_buffer("load", torch.zeros_like(bias), persistent=False)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Routing]:
-        """x [T, H] -> logits [T, E] float32 and the routing."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, H] -> logits [T, E] float32."""
+        return F.linear(x.float(), self.weight.float())
+
+    def route(
+        self, logits: Tensor, token_mask: Tensor | None, choices: Tensor | None = None
+    ) -> Routing:
+        """The routing of logits [T, E]. choices: [T, K] int32, experts to take instead of choosing;
+        their weights come from the logits all the same."""
         shape = self.config.shape
-        logits = F.linear(x.float(), self.weight.float())
-        routing = moe_route(
+        return moe_route(
             logits,
             shape.experts_per_token,
             score=shape.router_score,
@@ -63,8 +69,8 @@ class Router(MegatronModule):
             normalize=shape.router_normalize,
             scale=shape.router_scale,
             token_mask=token_mask,
+            experts=choices,
         )
-        return logits, routing
 
     def update_bias(self, group: dist.ProcessGroup, rate: float) -> Tensor:
         """Move the bias by `rate` towards equal load and start counting anew.
@@ -198,8 +204,8 @@ class MoEMixer(MegatronModule):
         """hidden_states [T, 1, H], this rank's part of the sequence -> the same shape."""
         x = hidden_states.flatten(0, 1)
         rows = self._rows(x.shape[0])
-        mask = packed.token_mask(rows)
-        logits, routing = self.router(x, mask)
+        logits = self.router(x)
+        routing = self._route(logits, packed, rows)
         y = self.experts(x, routing)
         if self.training and torch.is_grad_enabled():
             y = self._with_losses(y, logits, routing, packed, rows)
@@ -209,6 +215,26 @@ class MoEMixer(MegatronModule):
         if self.shared_experts is not None:
             y = y + self.shared_experts(hidden_states, packed)
         return y
+
+    def _route(self, logits: Tensor, packed: Microbatch, rows: slice) -> Routing:
+        """By the router's choice, by a replayed one, or by that of the pass to be recomputed."""
+        mask, layer, replay = packed.token_mask(rows), self.layer_number, packed.replay
+        if self.config.recomputing:
+            # Scores may round differently the second time, and the bias may have moved.
+            return self.router.route(logits, mask, packed.chosen[layer])
+        choices = None
+        if replay is not None:
+            choices = replay.of_layer(layer, rows)
+            if not replay.complete:
+                own = self.router.route(logits.detach(), mask).experts
+                recorded = choices[:, :1] < self.config.shape.num_experts
+                choices = torch.where(recorded, choices, own)
+        routing = self.router.route(logits, mask, choices)
+        if self.config.recompute_layers and torch.is_grad_enabled():
+            packed.chosen[layer] = routing.experts
+        if packed.recorder is not None:
+            packed.recorder.keep(layer, rows, routing.experts)
+        return routing
 
     def _rows(self, count: int) -> slice:
         """Which rows of the packed sequence this rank holds under sequence parallelism."""
