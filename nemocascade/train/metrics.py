@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -38,15 +39,21 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def load_imbalance(load: torch.Tensor) -> dict[str, float]:
-    """How unevenly experts are used: [layers, E] slots -> largest over mean, and idle experts.
+def load_imbalance(load: torch.Tensor) -> dict[str, Any]:
+    """How unevenly experts are used. load: [layers, E], slots of each expert.
 
-    `moe_max_load` is the mean over layers of the busiest expert's load over the average expert's
-    (1 = even); `moe_idle_experts` the share of experts that got nothing.
+    `moe_max_load_by_layer` is the busiest expert's load over the average expert's (1 = even), of
+    each MoE layer in order, and `moe_max_load` their mean. `moe_load_entropy` is the entropy of the
+    load over log E (1 = even, 0 = one expert has all), the mean over layers. `moe_idle_experts` is
+    the share of experts that got nothing.
     """
-    mean = load.mean(1).clamp(min=1e-9)
+    busiest = load.amax(1) / load.mean(1).clamp(min=1e-9)
+    shares = load / load.sum(1, keepdim=True).clamp(min=1e-9)
+    entropy = torch.special.entr(shares).sum(1) / math.log(max(2, load.shape[1]))
     return {
-        "moe_max_load": float((load.amax(1) / mean).mean()),
+        "moe_max_load": float(busiest.mean()),
+        "moe_max_load_by_layer": [round(float(value), 4) for value in busiest],
+        "moe_load_entropy": float(entropy.mean()),
         "moe_idle_experts": float((load == 0).float().mean()),
     }
 

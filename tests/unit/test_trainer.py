@@ -132,9 +132,21 @@ def test_frozen_router_keeps_its_weights_and_moves_its_bias(world: World, tmp_pa
 
 
 def test_load_imbalance() -> None:
-    even, one = torch.full((2, 4), 5.0), torch.tensor([[8.0, 0, 0, 0]])
-    assert load_imbalance(even) == {"moe_max_load": 1.0, "moe_idle_experts": 0.0}
-    assert load_imbalance(one) == {"moe_max_load": 4.0, "moe_idle_experts": 0.75}
+    even, one = torch.full((2, 4), 5.0), torch.tensor([[20.0, 0, 0, 0], [20.0, 0, 0, 0]])
+    half = torch.tensor([[6.0, 6.0, 0.0, 0.0]])
+    assert load_imbalance(even) == {
+        "moe_max_load": 1.0,
+        "moe_max_load_by_layer": [1.0, 1.0],
+        "moe_load_entropy": pytest.approx(1.0),
+        "moe_idle_experts": 0.0,
+    }
+    assert load_imbalance(one)["moe_max_load"] == 4.0
+    assert load_imbalance(one)["moe_load_entropy"] == pytest.approx(0.0)
+    assert load_imbalance(one)["moe_idle_experts"] == 0.75
+    assert load_imbalance(half)["moe_load_entropy"] == pytest.approx(0.5)
+    mixed = load_imbalance(torch.cat([half, even[:1]]))
+    assert mixed["moe_max_load_by_layer"] == [2.0, 1.0]
+    assert mixed["moe_max_load"] == 1.5
 
 
 def test_is_due() -> None:
