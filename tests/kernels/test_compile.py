@@ -31,6 +31,11 @@ def test_every_kernel_compiles_without_a_spill(arch: str) -> None:
     pattern = r"\w+ +\S+ +\d+ registers +0 B spilled +\d+ B shared +(wgmma|mma|tcgen05|-) +ok"
     assert all(re.fullmatch(pattern, line.strip()) for line in lines[:-1]), result.stdout
     assert {line.split()[0] for line in lines[:-1]} >= set(ahead.op_folders())
+    if arch == "sm_90":
+        products = {line.split()[1] for line in lines if " wgmma " in line}
+        for model in ("nemotron", "qwen3", "mixtral"):
+            of_model = {re.sub(r".*:|]", "", name) for name in products if f"[{model}:" in name}
+            assert of_model == {"up", "down", "grad_x", "grad_h", "grad_w_up", "grad_w_down"}
 
 
 KERNEL = """

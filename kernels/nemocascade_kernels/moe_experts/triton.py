@@ -357,9 +357,13 @@ _Specs = dict[str, str]
 
 
 def aot_kernels(arch: int) -> list[AotKernel]:
-    """Nemotron 3 Nano (relu2) and Qwen3-30B (SwiGLU) in bfloat16, with float32 main gradients."""
-    nemotron = _aot_of("nemotron", 128, 6, 2688, 1856, gated=False, arch=arch)
-    return nemotron + _aot_of("qwen3", 128, 8, 2048, 768, gated=True, arch=arch)
+    """Nemotron 3 Nano (relu2), Qwen3-30B and Mixtral 8x7B (SwiGLU) in bfloat16, with float32 main
+    gradients."""
+    return [
+        *_aot_of("nemotron", 128, 6, 2688, 1856, gated=False, arch=arch),
+        *_aot_of("qwen3", 128, 8, 2048, 768, gated=True, arch=arch),
+        *_aot_of("mixtral", 8, 2, 4096, 14_336, gated=True, arch=arch),
+    ]
 
 
 def _aot_of(
