@@ -21,11 +21,9 @@ def group_advantages(rewards: Tensor, valid: Tensor, settings: GrpoConfig) -> Te
     count = valid.sum(1, keepdim=True).double()
     mean = rewards.sum(1, keepdim=True) / count.clamp(min=1)
     centred = torch.where(valid, rewards - mean, 0.0)
-    if settings.leave_one_out:
-        # r_i - mean of the others = (r_i - mean) n / (n - 1)
-        advantage = centred * count / (count - 1).clamp(min=1)
-    else:
-        advantage = centred
+    # r_i less the mean of the others = (r_i - mean) n / (n - 1)
+    others = count / (count - 1).clamp(min=1)
+    advantage = centred * others if settings.leave_one_out else centred
     if settings.scale_by_std:
         freedom = count - 1 if settings.unbiased_std else count
         variance = centred.square().sum(1, keepdim=True) / freedom.clamp(min=1)
@@ -48,10 +46,11 @@ def overlong_penalty(length: int, settings: RolloutConfig) -> float:
 
     0 up to `max_response_tokens - overlong_buffer`, growing to `overlong_penalty` at the limit.
     """
-    over = length - (settings.max_response_tokens - settings.overlong_buffer)
-    if settings.overlong_penalty == 0 or over <= 0:
-        return 0.0 if length < settings.max_response_tokens else settings.overlong_penalty
-    return settings.overlong_penalty * min(1.0, over / max(1, settings.overlong_buffer))
+    limit, buffer = settings.max_response_tokens, settings.overlong_buffer
+    if buffer == 0:
+        return settings.overlong_penalty if length >= limit else 0.0
+    share = (length - (limit - buffer)) / buffer
+    return settings.overlong_penalty * min(1.0, max(0.0, share))
 
 
 def token_weights(lengths: Tensor, groups: Tensor, settings: GrpoConfig) -> Tensor:
