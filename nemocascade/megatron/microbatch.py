@@ -22,6 +22,7 @@ class Microbatch(PackedSeq):
     replay: choices of experts that the routers take; None: they choose.
     recorder: where the routers leave their choices; None: nowhere.
     chosen: by layer number, the choices [rows, K] that a recomputation takes again.
+    temperature: of the policy whose log-probabilities train. entropy: whether it is measured.
     """
 
     batch: PackedBatch | None = None
@@ -30,6 +31,8 @@ class Microbatch(PackedSeq):
     replay: RouteReplay | None = None
     recorder: RouteRecorder | None = None
     chosen: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    temperature: float = 1.0
+    entropy: bool = False
 
     @classmethod
     def from_batch(
@@ -40,6 +43,8 @@ class Microbatch(PackedSeq):
         *,
         replay: RouteReplay | None = None,
         recorder: RouteRecorder | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
     ) -> Microbatch:
         """Describe `batch`, whose tensors are on the host, and move it to `device`.
 
@@ -63,6 +68,8 @@ class Microbatch(PackedSeq):
             trained_rows=batch.num_trained(),
             replay=replay,
             recorder=recorder,
+            temperature=temperature,
+            entropy=entropy,
         )
 
     def token_mask(self, rows: slice) -> Tensor | None:

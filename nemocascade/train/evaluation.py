@@ -45,6 +45,70 @@ def from_last_stage(world: World, value: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def policy_metrics(
+    world: World, outputs: Sequence[Any], batches: Sequence[PackedBatch]
+) -> dict[str, float]:
+    """Means over the trained tokens of a step, on every rank: the objective's metrics, and the
+    difference between training and rollout.
+
+    outputs: of `run_schedule`; batches: this rank's, on the host. `mismatch_mean` and
+    `mismatch_max` are of |log pi_train - log pi_rollout|, where batches hold the latter.
+    """
+    sums: dict[str, float] = {}
+    largest = 0.0
+    first_of_shards = world.tp_rank == 0
+    for out, batch in zip(outputs if first_of_shards else [], batches, strict=False):
+        tokens = float(out.metrics["tokens"])
+        sums["tokens"] = sums.get("tokens", 0.0) + tokens
+        for name, value in out.metrics.items():
+            if name != "tokens":
+                sums[name] = sums.get(name, 0.0) + float(value) * tokens
+        trained = batch.token_weight != 0
+        if batch.rollout_logprob is not None and bool(trained.any()):
+            gap = (out.logprob.cpu() - batch.rollout_logprob)[trained].abs()
+            sums["mismatch_mean"] = sums.get("mismatch_mean", 0.0) + float(gap.sum())
+            largest = max(largest, float(gap.max()))
+    total: dict[str, float] = {}
+    for found, _ in (gathered := world.all_gather_object((sums, largest))):
+        for name, value in found.items():
+            total[name] = total.get(name, 0.0) + value
+    tokens = max(1.0, total.pop("tokens", 0.0))
+    means = {name: value / tokens for name, value in total.items()}
+    if "mismatch_mean" in means:
+        means["mismatch_max"] = max(most for _, most in gathered)
+    return means
+
+
+@torch.no_grad()
+def token_logprobs(
+    world: World,
+    config: CascadeConfig,
+    chunks: Sequence[Any],
+    batches: Sequence[PackedBatch],
+    *,
+    temperature: float = 1.0,
+) -> list[torch.Tensor]:
+    """Log-probabilities of the rows that train, [C] float32 on the host, for each of this rank's
+    batches; 0 in the other rows. Every rank of a pipeline gets them.
+
+    All data-parallel ranks give the same number of batches.
+    """
+    for chunk in chunks:
+        chunk.eval()
+    micro = [Microbatch.from_batch(b, world.device, temperature=temperature) for b in batches]
+    outputs = run_schedule(
+        world, config, chunks, micro, lambda m: nll_objective(batch_of(m)), forward_only=True
+    )
+    shape = (len(batches), batches[0].capacity)
+    found = torch.zeros(shape, device=world.device)
+    if outputs:
+        found = torch.stack([o.logprob.float() for o in outputs]).to(world.device)
+    last = dist.get_global_rank(world.groups.pp, world.parallel.pp - 1)
+    dist.broadcast(found, src=last, group=world.groups.pp)
+    return list(found.cpu())
+
+
+@torch.no_grad()
 def heldout_loss(
     world: World,
     config: CascadeConfig,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from nemocascade.train.evaluation import (
     from_last_stage,
     heldout_loss,
     nll_objective,
+    policy_metrics,
     sum_of_losses,
 )
 from nemocascade.train.flops import batch_flops
@@ -45,7 +46,7 @@ class StepResult:
 
     loss: the objective, summed over the step. grad_norm: before clipping. tokens: of documents,
     without padding. trained_tokens: rows whose loss counted. flops: see train/flops.py.
-    expert_load: [layers of kind E, experts] slots, or None.
+    expert_load: [layers of kind E, experts] slots, or None. metrics: see `policy_metrics`.
     """
 
     loss: float
@@ -54,6 +55,7 @@ class StepResult:
     trained_tokens: int
     flops: float
     expert_load: torch.Tensor | None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -87,11 +89,17 @@ class Trainer:
         self.step_number = 0
 
     def train_step(
-        self, batches: Sequence[PackedBatch], objective: Objective = nll_objective
+        self,
+        batches: Sequence[PackedBatch],
+        objective: Objective = nll_objective,
+        *,
+        temperature: float = 1.0,
+        policy: bool = False,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches of the step.
 
         Weights are divided by their sum over all ranks, so that the loss is a weighted mean.
+        temperature: of the policy that is trained. policy: measure it too (`policy_metrics`).
 
         Raises NonFiniteError, before any weight changes, if the loss or the gradient is not
         finite; the batches of the rank that saw it first are written to RUN/nonfinite.
@@ -104,7 +112,13 @@ class Trainer:
         weight_sum = max(float(totals[0]), 1e-20)
         batches = [replace(b, token_weight=b.token_weight / weight_sum) for b in batches]
         micro = [
-            Microbatch.from_batch(b, self.world.device, 1.0 / max(1.0, float(totals[3])))
+            Microbatch.from_batch(
+                b,
+                self.world.device,
+                1.0 / max(1.0, float(totals[3])),
+                temperature=temperature,
+                entropy=policy,
+            )
             for b in batches
         ]
         outputs = run_schedule(
@@ -128,6 +142,7 @@ class Trainer:
             trained_tokens=int(totals[2]),
             flops=float(totals[4]),
             expert_load=load,
+            metrics=policy_metrics(self.world, outputs, batches) if policy else {},
         )
 
     def evaluate(self, steps: Iterable[Sequence[PackedBatch]]) -> tuple[float, int]:
