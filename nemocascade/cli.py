@@ -1,4 +1,4 @@
-"""The command line: `nemocascade run | eval | tokenizer`."""
+"""The command line: `nemocascade run | eval | convert | tokenizer`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from nemocascade.data.tokenizer_training import train_tokenizer
+from nemocascade.megatron.convert import export_huggingface, import_huggingface
 from nemocascade.recipe import DataConfig
 from nemocascade.stages.evaluate import EvalSettings, run_eval
 from nemocascade.stages.launch import exit_cleanly
@@ -20,6 +22,7 @@ USAGE = """usage: nemocascade COMMAND ...
 
   run RECIPE.py [--field value ...]              run a recipe script
   eval --artifact DIR --data.path FILE ...       held-out loss of an artifact
+  convert SOURCE TARGET                          Hugging Face folder <-> artifact
   tokenizer --data.path FILE ... --output FILE   train a sentencepiece tokenizer
 
 `nemocascade COMMAND --help` shows all settings of a command.
@@ -75,9 +78,61 @@ def _tokenizer(arguments: list[str]) -> None:
     exit_cleanly(work)
 
 
+@dataclass(frozen=True)
+class ConvertSettings:
+    """Convert a Hugging Face folder (NemotronHForCausalLM, Qwen3MoeForCausalLM) to an artifact, or
+    an artifact of any layout to such a folder. What SOURCE is decides which."""
+
+    source: tyro.conf.Positional[str]
+    """Hugging Face folder or artifact."""
+
+    target: tyro.conf.Positional[str]
+    """Folder to write."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the written weights; auto rounds nothing."""
+
+    family: Literal["auto", "NemotronHForCausalLM", "Qwen3MoeForCausalLM"] = "auto"
+    """Of a written Hugging Face folder; auto is the one that the model came from or fits."""
+
+    shard_gib: float = 5.0
+    """Largest weights file of a written Hugging Face folder."""
+
+
+def _convert(arguments: list[str]) -> None:
+    settings = tyro.cli(ConvertSettings, args=arguments, prog="nemocascade convert")
+    source, target = Path(settings.source), Path(settings.target)
+
+    def work() -> Path:
+        if (source / "manifest.json").is_file():
+            report = export_huggingface(
+                source,
+                target,
+                precision=settings.precision,
+                family=settings.family,
+                shard_bytes=int(settings.shard_gib * 2**30),
+            )
+        else:
+            report = import_huggingface(source, target, precision=settings.precision)
+        print(
+            f"{report.folder}: {report.family}, {report.precision}, {report.tensors} tensors, "
+            f"{report.num_bytes / 2**30:.2f} GiB"
+        )
+        for what, names in (
+            ("rounded", report.rounded),
+            ("not carried over", report.left_behind),
+        ):
+            if names:
+                print(f"{what}: {len(names)}: {', '.join(names)}")
+        return target
+
+    exit_cleanly(work)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "eval": _eval,
+    "convert": _convert,
     "tokenizer": _tokenizer,
 }
 

@@ -33,8 +33,19 @@ from nemocascade.recipe import ModelConfig
 from nemocascade.types import Artifact
 
 KIND = "artifact"
-# What a Hugging Face tokenizer.json may have beside it.
-TOKENIZER_COMPANIONS = ("tokenizer_config.json", "chat_template.jinja")
+ORIGIN = "huggingface.json"
+# What may lie beside a tokenizer and travels with it from artifact to artifact. ORIGIN: what a
+# converted folder said besides its weights.
+TOKENIZER_COMPANIONS = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    ORIGIN,
+)
 
 
 def write_artifact(
@@ -138,10 +149,12 @@ def _tokenizer_name(path: Path) -> str:
 
 
 def _tokenizer_files(path: Path) -> dict[str, bytes]:
+    """A tokenizer's file and its companions, by the names that an artifact gives them."""
     files = {_tokenizer_name(path): path.read_bytes()}
-    if path.suffix == ".json":
-        for name in TOKENIZER_COMPANIONS:
-            companion = path.with_name(name)
-            if companion.is_file():
-                files[name] = companion.read_bytes()
+    # A tokenizer.json may stand for a tokenizer.model that lies beside it.
+    names = (*TOKENIZER_COMPANIONS, *(["tokenizer.model"] if path.suffix == ".json" else []))
+    for name in names:
+        companion = path.with_name(name)
+        if companion.is_file():
+            files[name] = companion.read_bytes()
     return files

@@ -13,11 +13,22 @@ import tyro
 from nemocascade.data.errors import DataError
 from nemocascade.megatron.accelerators import AcceleratorError
 from nemocascade.megatron.checkpoint import CheckpointError
+from nemocascade.megatron.convert import ConversionError
 from nemocascade.megatron.world import RecipeError
 from nemocascade.recipe import SftRecipe
 from nemocascade.stages.setup import MainRankError
 from nemocascade.stages.sft import run_sft
 from nemocascade.train.dump import NonFiniteError
+
+# What a user can mend: each says what is wrong and what to do.
+ERRORS = (
+    RecipeError,
+    DataError,
+    CheckpointError,
+    ConversionError,
+    AcceleratorError,
+    NonFiniteError,
+)
 
 
 def parse(recipe: SftRecipe, arguments: list[str] | None = None) -> SftRecipe:
@@ -49,7 +60,7 @@ def exit_cleanly(work: Callable[[], Path]) -> Path:
     except MainRankError:
         # The main rank says why.
         raise SystemExit(2) from None
-    except (RecipeError, DataError, CheckpointError, AcceleratorError, NonFiniteError) as error:
+    except ERRORS as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(3 if isinstance(error, NonFiniteError) else 2) from None

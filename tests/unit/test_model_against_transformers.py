@@ -23,6 +23,8 @@ from transformers_weights import (
     from_qwen3_moe,
     load_into,
     nemotron_h,
+    part_of,
+    parts_by_key,
     qwen3_moe,
 )
 
@@ -221,10 +223,10 @@ def read_with_transformers(
     )
 
 
-def read_packed(model: CascadeModel, batch: PackedBatch, device: torch.device) -> Readings:
+def read_packed(model: CascadeModel, batch: PackedBatch, world: World) -> Readings:
     """All documents and the padding at once."""
     model.zero_grad()
-    packed = Microbatch.from_batch(batch, device)
+    packed = Microbatch.from_batch(batch, world.device)
     assert packed.batch is not None
     with torch.no_grad():
         hidden = model(packed).squeeze(1)[: batch.num_tokens]
@@ -236,7 +238,11 @@ def read_packed(model: CascadeModel, batch: PackedBatch, device: torch.device) -
         logits=logits,
         logprob=out.logprob[: batch.num_tokens],
         loss=out.loss.detach(),
-        gradients={n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+        gradients={
+            key: part_of(part, part.owner.grad)
+            for key, part in parts_by_key(model, world).items()
+            if part.owner.grad is not None
+        },
     )
 
 
@@ -255,7 +261,7 @@ def build_ours(
     tensors = {name: p.data for name, p in theirs.named_parameters()}
     kept = theirs.state_dict()
     tensors |= {name: value for name, value in theirs.named_buffers() if name in kept}
-    load_into(model, to_ours(tensors, shape), shape)
+    load_into(model, to_ours(tensors, shape), shape, world)
     return model
 
 
@@ -285,7 +291,7 @@ def test_packed_documents_equal_nemotron_h(world: World, case: str) -> None:
     ours = build_ours(world, shape, theirs, from_nemotron_h)
     batch = packed_batch(shape, seed=5)
     expected = read_with_transformers(theirs, shape, batch.to(world.device), from_nemotron_h)
-    assert_equal(read_packed(ours, batch, world.device), expected)
+    assert_equal(read_packed(ours, batch, world), expected)
 
 
 @pytest.mark.parametrize("case", QWEN3_MOE)
@@ -296,7 +302,7 @@ def test_packed_documents_equal_qwen3_moe(world: World, case: str) -> None:
     ours = build_ours(world, shape, theirs, from_qwen3_moe)
     batch = packed_batch(shape, seed=6)
     expected = read_with_transformers(theirs, shape, batch.to(world.device), from_qwen3_moe)
-    assert_equal(read_packed(ours, batch, world.device), expected)
+    assert_equal(read_packed(ours, batch, world), expected)
 
 
 def test_the_time_step_limit_equals_transformers(world: World) -> None:
@@ -307,12 +313,12 @@ def test_the_time_step_limit_equals_transformers(world: World) -> None:
     ours = build_ours(world, shape, theirs, from_nemotron_h)
     batch = packed_batch(shape, seed=8)
     expected = read_with_transformers(theirs, shape, batch.to(world.device), from_nemotron_h)
-    unlimited = read_packed(ours, batch, world.device)
+    unlimited = read_packed(ours, batch, world)
     assert error(unlimited.hidden, expected.hidden) > 1e-3
     for module in ours.modules():
         if isinstance(module, MambaMixer):
             module.dt_limit = (0.02, float("inf"))
-    assert_equal(read_packed(ours, batch, world.device), expected)
+    assert_equal(read_packed(ours, batch, world), expected)
 
 
 def test_joined_documents_do_not_equal_packed_ones(world: World) -> None:
@@ -324,8 +330,8 @@ def test_joined_documents_do_not_equal_packed_ones(world: World) -> None:
     batch = packed_batch(shape, seed=10)
     joined = replace(batch, cu_seqlens=batch.cu_seqlens[[0, -2, -1]])
     expected = read_with_transformers(theirs, shape, joined.to(world.device), from_nemotron_h)
-    assert_equal(read_packed(ours, joined, world.device), expected)
-    packed = read_packed(ours, batch, world.device)
+    assert_equal(read_packed(ours, joined, world), expected)
+    packed = read_packed(ours, batch, world)
     first = LENGTHS[0]
     assert error(packed.hidden[:first], expected.hidden[:first]) <= TOLERANCE
     assert error(packed.hidden[first:], expected.hidden[first:]) > 1e-2
@@ -347,8 +353,8 @@ def test_no_tensor_is_lost_on_the_way(world: World, fault: str) -> None:
         broken = copy.copy(ours)
         del broken["decoder.layers.1.mixer.router.expert_bias"]
         with pytest.raises(ValueError, match="expert_bias is missing"):
-            load_into(model, broken, shape)
+            load_into(model, broken, shape, world)
     else:
         name = "decoder.layers.3.mixer.linear_fc1.weight"
         with pytest.raises(ValueError, match=r"linear_fc1\.weight is"):
-            load_into(model, ours | {name: ours[name].t()}, shape)
+            load_into(model, ours | {name: ours[name].t()}, shape, world)

@@ -142,7 +142,7 @@ def write_folder(
     digest, problems = "", []
     if reports is not None:
         try:
-            digest, problems = _finish(temporary, final, kind, reports, documents, fields)
+            digest, problems = finish_folder(temporary, final, kind, reports, documents, fields)
         except OSError as error:
             problems = [f"rank 0 cannot complete it: {error}"]
         if problems:
@@ -151,7 +151,7 @@ def write_folder(
     return str(world.broadcast_object(digest))
 
 
-def _finish(
+def finish_folder(
     temporary: Path,
     final: Path,
     kind: str,
@@ -159,7 +159,11 @@ def _finish(
     documents: dict[str, bytes],
     fields: dict[str, Any],
 ) -> tuple[str, list[str]]:
-    """Rank 0's part: index, documents, manifest, rename."""
+    """What rank 0 does when all files are written: index, documents, manifest, rename.
+
+    reports: of each file, or why it could not be written. Returns the digest and the problems,
+    one of which is empty.
+    """
     problems = [r for r in reports if isinstance(r, str)]
     written = [r for r in reports if isinstance(r, WrittenFile)]
     if problems:

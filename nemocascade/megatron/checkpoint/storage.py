@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -40,6 +41,7 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,50 +101,82 @@ class WrittenFile:
     index: Index
 
 
+@dataclass(frozen=True, eq=False)
+class Outgoing:
+    """A tensor on its way into a file, read box by box as it is written.
+
+    dtype: its safetensors name. read: the values of a box, of that dtype, in any memory.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[Box], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The tensor's bytes in row-major order, at most CHUNK_BYTES at a time."""
+        whole, dtype = Box((0,) * len(self.shape), self.shape), DTYPES[self.dtype]
+        for box in whole.split(CHUNK_BYTES // dtype.itemsize):
+            # `contiguous()` keeps odd strides where a size is 1, and those have no view as bytes.
+            part = torch.empty(box.size, dtype=dtype, device="cpu").copy_(self.read(box))
+            if part.numel():
+                yield memoryview(part.reshape(-1).view(torch.uint8).numpy())
+
+
+def write_tensors(
+    path: Path, tensors: Sequence[Outgoing], metadata: dict[str, str] | None = None
+) -> tuple[str, int]:
+    """Write a safetensors file, hashed as it goes out, and fsync it; its sha256 and its bytes."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        head: list[Any] = [len(text).to_bytes(8, "little"), text]
+        for data in chain(head, (chunk for tensor in tensors for chunk in tensor.chunks())):
+            digest.update(data)
+            size += file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest(), size
+
+
 def write_pieces(folder: Path, name: str, pieces: Iterable[Piece]) -> WrittenFile:
     """Write `pieces` to the safetensors file `folder/name`, hashed as it goes out, and fsync it."""
     # The widest types first, so that every tensor is aligned.
     ordered = sorted(pieces, key=lambda p: -p.tensor.element_size())
     names = [f"{p.key}@{','.join(map(str, p.box.offset))}" for p in ordered]
-    header: dict[str, Any] = {}
-    end = 0
-    for piece, tensor_name in zip(ordered, names, strict=True):
-        begin, end = end, end + piece.tensor.numel() * piece.tensor.element_size()
-        header[tensor_name] = {
-            "dtype": piece.dtype_name,
-            "shape": list(piece.box.size),
-            "data_offsets": [begin, end],
-        }
-    if len(header) != len(ordered):
+    if len(set(names)) != len(names):
         twice = sorted({n for n in names if names.count(n) > 1})
         raise ValueError(f"{name}: the same piece stands twice: {', '.join(twice)}")
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with (folder / name).open("wb") as file:
-        head: list[Any] = [len(text).to_bytes(8, "little"), text]
-        for data in chain(head, (chunk for p in ordered for chunk in _chunks(p.tensor))):
-            digest.update(data)
-            size += file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    outgoing = [
+        Outgoing(n, p.dtype_name, p.box.size, _reader_of(p.tensor))
+        for n, p in zip(names, ordered, strict=True)
+    ]
+    sha256, size = write_tensors(folder / name, outgoing)
     index = {p.key: StoredTensor(p.global_shape, p.dtype_name, ()) for p in ordered}
     for piece, tensor_name in zip(ordered, names, strict=True):
         entry = index[piece.key]
         stored = StoredPiece(name, tensor_name, piece.box)
         index[piece.key] = StoredTensor(entry.shape, entry.dtype, (*entry.pieces, stored))
-    return WrittenFile(name, digest.hexdigest(), size, index)
+    return WrittenFile(name, sha256, size, index)
 
 
-def _chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """The tensor's bytes in row-major order, a bounded copy at a time."""
-    tensor = tensor.detach()
-    whole = Box((0,) * tensor.ndim, tuple(tensor.shape))
-    for box in whole.split(CHUNK_BYTES // tensor.element_size()):
-        # `contiguous()` keeps odd strides where a size is 1, and those have no view as bytes.
-        part = torch.empty(box.size, dtype=tensor.dtype, device="cpu").copy_(tensor[box.slices()])
-        if part.numel():
-            yield memoryview(part.reshape(-1).view(torch.uint8).numpy())
+def _reader_of(tensor: Tensor) -> Callable[[Box], Tensor]:
+    detached = tensor.detach()
+    return lambda box: detached[box.slices()]
 
 
 def merge_indices(parts: Sequence[Index]) -> tuple[Index, list[str]]:

@@ -12,6 +12,7 @@ from nemocascade.megatron.checkpoint.folder import agree, digest_of
 from nemocascade.megatron.checkpoint.state import unwrap
 from nemocascade.megatron.checkpoint.storage import Index, Piece, Reader
 from nemocascade.megatron.world import World
+from nemocascade.recipe import ModelConfig, ParallelConfig
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Fields of ModelConfig that change neither a tensor nor what the model computes.
@@ -21,12 +22,20 @@ FREE_FIELDS = frozenset({"init_std", "mamba_chunk"})
 def describe_model(world: World, chunks: Sequence[Any]) -> dict[str, Any]:
     """Manifest fields: model shape and its hash, precision, and the layout that wrote."""
     config = unwrap(chunks[0]).config
-    model = dataclasses.asdict(config.shape)
+    precision = PRECISIONS[config.params_dtype]
+    return describe_shape(config.shape, precision, world.parallel, world.size)
+
+
+def describe_shape(
+    shape: ModelConfig, precision: str, parallel: ParallelConfig, world_size: int
+) -> dict[str, Any]:
+    """As `describe_model`, of a model that was not built."""
+    model = dataclasses.asdict(shape)
     return {
         "model": model,
         "model_sha256": digest_of(_essential(model)),
-        "precision": PRECISIONS[config.params_dtype],
-        "layout": {"world": world.size, **dataclasses.asdict(world.parallel)},
+        "precision": precision,
+        "layout": {"world": world_size, **dataclasses.asdict(parallel)},
         "torch": torch.__version__,
     }
 

@@ -1,0 +1,17 @@
+"""Hugging Face model folders to and from artifacts, tensor by tensor, without their code."""
+
+from nemocascade.megatron.convert.config import ConfigError
+from nemocascade.megatron.convert.conversion import (
+    Report,
+    export_huggingface,
+    import_huggingface,
+)
+from nemocascade.megatron.convert.folder import ConversionError
+
+__all__ = [
+    "ConfigError",
+    "ConversionError",
+    "Report",
+    "export_huggingface",
+    "import_huggingface",
+]

@@ -1,0 +1,385 @@
+"""A Hugging Face folder becomes an artifact, and an artifact a Hugging Face folder.
+
+Neither a process group nor a model is made, and no code of the folder runs: names, shapes and
+dtypes are compared first, then the tensors are streamed from file to file, a chunk at a time.
+An artifact that was converted keeps in `huggingface.json` what its folder said besides, so that
+converting it back gives the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nemocascade.megatron.artifact import (
+    KIND,
+    ORIGIN,
+    TOKENIZER_COMPANIONS,
+    artifact_model,
+    read_artifact,
+)
+from nemocascade.megatron.checkpoint.errors import CheckpointError
+from nemocascade.megatron.checkpoint.folder import (
+    INDEX,
+    TEMPORARY,
+    finish_folder,
+    hash_problems,
+    read_manifest,
+    remove,
+    write_durably,
+)
+from nemocascade.megatron.checkpoint.state import MODEL
+from nemocascade.megatron.checkpoint.storage import (
+    DTYPES,
+    Index,
+    Outgoing,
+    Reader,
+    StoredPiece,
+    StoredTensor,
+    WrittenFile,
+    index_from_json,
+    write_tensors,
+)
+from nemocascade.megatron.checkpoint.weights import describe_shape
+from nemocascade.megatron.convert.config import (
+    FAMILIES,
+    ConfigError,
+    config_of_model,
+    families_of_model,
+    family_of,
+    model_of_config,
+)
+from nemocascade.megatron.convert.folder import (
+    CONFIG,
+    SHARD_BYTES,
+    TOKENIZERS,
+    WEIGHTS,
+    ConversionError,
+    json_bytes,
+    main_dtype,
+    publish,
+    read_index,
+    read_json,
+    write_weights,
+)
+from nemocascade.megatron.convert.names import Family, NameMap, Style, name_map, whole
+from nemocascade.megatron.convert.stream import (
+    differences,
+    equal_tensors,
+    outgoing,
+    sources_of,
+)
+from nemocascade.recipe import ModelConfig, ParallelConfig
+from nemocascade.types import Artifact
+
+Precision = Literal["auto", "fp32", "bf16"]
+STAGE = "convert"
+# Float32 in a model of any precision: what the scan's decays and the routers' choice need.
+_ALWAYS_FLOAT32 = (".A_log", ".dt_bias", ".D", ".router.expert_bias")
+_DTYPE_OF = {"fp32": "F32", "bf16": "BF16"}
+_PRECISION_OF = {dtype: name for name, dtype in _DTYPE_OF.items()}
+_CONFIG_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# Settings of config.json that are about the file and not about the model.
+_VOLATILE = ("auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did. tensors, num_bytes: written. rounded: tensors that lost bits.
+    left_behind: files of the source that were not carried over."""
+
+    folder: Path
+    family: Family
+    precision: str
+    tensors: int
+    num_bytes: int
+    rounded: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
+
+
+def import_huggingface(source: Path, target: Path, *, precision: Precision = "auto") -> Report:
+    """Write the artifact `target` from the Hugging Face folder `source`.
+
+    precision: of the artifact's weights; "auto" is the one that most of the folder's bytes have,
+    and refuses to round the others.
+
+    Raises ConversionError listing every setting our model does not have, every tensor that is
+    missing, unknown or misshapen, and every one that would be rounded unasked.
+    """
+    config = read_json(source / CONFIG)
+    try:
+        family, shape = family_of(config), model_of_config(config)
+    except ConfigError as error:
+        raise ConversionError(source, error.problems) from None
+    index = read_index(source)
+    style = _style_of(family, index, shape)
+    names = name_map(family, shape, style)
+    problems = differences(index, names.theirs)
+    if problems:
+        raise ConversionError(source, problems)
+    chosen = _precision_of_folder(source, index, precision)
+    dtypes = _our_dtypes(names, chosen)
+    rounded = _rounded(names, index, dtypes)
+    if rounded and precision == "auto":
+        asked = f"to round them to {chosen}, say --precision {chosen}"
+        raise ConversionError(
+            source, [f"{n} is {index[n].dtype}, most others are not: {asked}" for n in rounded]
+        )
+    tokenizer, documents = _documents(source, config, index, style)
+    fields = {
+        **describe_shape(shape, chosen, ParallelConfig(), 1),
+        "stage": STAGE,
+        "step": 0,
+        "recipe": {},
+        "data": {"source": source.name, "family": family},
+        "scores": {},
+        "parent": None,
+        "parent_digest": None,
+        "tokenizer": tokenizer,
+    }
+    with Reader(source, index) as reader:
+        for copy in names.copies:
+            embedding = next(m.ours for m in names.moves if m.theirs == copy)
+            first = next(m.theirs for m in names.moves if m.ours == embedding)
+            if not equal_tensors(reader, copy, first):
+                problem = f"{copy} differs from {first}, but config.json says they are tied"
+                raise ConversionError(source, [problem])
+        tensors = outgoing(names, reader, dtypes, to_ours=True)
+        written = _write_artifact(target, tensors, documents, fields)
+    carried = {*documents, CONFIG, *(p.file for e in index.values() for p in e.pieces)}
+    left = {p.name for p in source.iterdir() if not p.name.startswith(".")} - carried
+    left.discard(f"{WEIGHTS}.index.json")
+    return Report(
+        target, family, chosen, len(tensors), written, tuple(rounded), tuple(sorted(left))
+    )
+
+
+def export_huggingface(
+    source: Path,
+    target: Path,
+    *,
+    precision: Precision = "auto",
+    family: Family | Literal["auto"] = "auto",
+    shard_bytes: int = SHARD_BYTES,
+) -> Report:
+    """Write the Hugging Face folder `target` from the artifact `source`, of any layout.
+
+    precision: of the folder's weights; "auto" rounds nothing: an artifact that was converted gets
+    its folder's dtypes back, another one keeps its own. family: "auto" is the one the artifact
+    came from, or the only one that can express the model. shard_bytes: of a weights file.
+
+    Raises ConversionError if `target` exists, if the family cannot express the model, or listing
+    every tensor that is missing, unknown or misshapen; CheckpointError if the artifact is damaged.
+    """
+    artifact, index = _open_artifact(source)
+    shape = artifact_model(artifact)
+    origin = _origin(source)
+    chosen_family = _family(source, shape, origin, family)
+    names = name_map(chosen_family, shape, _style_of_origin(chosen_family, shape, origin))
+    problems = differences(index, names.ours, MODEL)
+    if target.exists():
+        problems.append(f"{target} exists already: name a folder that does not")
+    if problems:
+        raise ConversionError(source, problems)
+    chosen = artifact.precision if precision == "auto" else precision
+    stored = {name.removeprefix(MODEL): entry for name, entry in index.items()}
+    dtypes = _their_dtypes(names, stored, artifact, origin, precision)
+    rounded = _rounded_back(names, stored, dtypes)
+    files = _small_files(source, (*TOKENIZERS, *TOKENIZER_COMPANIONS))
+    files.pop(ORIGIN, None)
+    files[CONFIG] = json_bytes(_config(shape, chosen_family, origin, dtypes))
+    temporary = target.with_name(TEMPORARY + target.name)
+    if temporary.exists():
+        remove(temporary)
+    temporary.mkdir(parents=True)
+    with Reader(source, index) as reader:
+        tensors = outgoing(names, reader, dtypes, to_ours=False, source_prefix=MODEL)
+        write_weights(temporary, tensors, shard_bytes)
+    for name, data in files.items():
+        write_durably(temporary / name, data)
+    publish(temporary, target)
+    size = sum(t.num_bytes for t in tensors)
+    return Report(target, chosen_family, chosen, len(tensors), size, tuple(rounded))
+
+
+def _style_of(family: Family, index: Index, shape: ModelConfig) -> Style:
+    prefixes = ("backbone.", "model.") if family == "NemotronHForCausalLM" else ("model.",)
+    prefix = next((p for p in prefixes if any(n.startswith(p) for n in index)), prefixes[0])
+    return Style(
+        prefix=prefix,
+        merged_experts=any(
+            n.endswith((".experts.up_proj", ".experts.gate_up_proj")) for n in index
+        ),
+        stored_head=shape.tie_embeddings and "lm_head.weight" in index,
+    )
+
+
+def _style_of_origin(family: Family, shape: ModelConfig, origin: Mapping[str, Any]) -> Style:
+    if origin and family_of(origin["config"]) == family:
+        return Style(**origin["style"])
+    nemotron = family == "NemotronHForCausalLM"
+    # transformers does not tie NemotronH's embeddings by itself: it wants the head in the file.
+    return Style(
+        prefix="backbone." if nemotron else "model.",
+        stored_head=nemotron and shape.tie_embeddings,
+    )
+
+
+def _precision_of_folder(source: Path, index: Index, precision: Precision) -> str:
+    if precision != "auto":
+        return precision
+    dtype = main_dtype(index)
+    if dtype not in _PRECISION_OF:
+        raise ConversionError(source, [f"its weights are {dtype}: say --precision bf16 or fp32"])
+    return _PRECISION_OF[dtype]
+
+
+def _our_dtypes(names: NameMap, precision: str) -> dict[str, str]:
+    return {
+        name: "F32" if name.endswith(_ALWAYS_FLOAT32) else _DTYPE_OF[precision]
+        for name in names.ours
+    }
+
+
+def _their_dtypes(
+    names: NameMap,
+    stored: Index,
+    artifact: Artifact,
+    origin: Mapping[str, Any],
+    precision: Precision,
+) -> dict[str, str]:
+    if precision != "auto":
+        fixed = {name for name in names.theirs if name.endswith(".e_score_correction_bias")}
+        return {n: "F32" if n in fixed else _DTYPE_OF[precision] for n in names.theirs}
+    if artifact.stage == STAGE and origin:
+        other = origin["dtypes"]["others"]
+        return {n: other.get(n, origin["dtypes"]["main"]) for n in names.theirs}
+    made_of = {move.theirs: move.ours for move in names.moves}
+    return {name: stored[made_of[name]].dtype for name in names.theirs}
+
+
+def _loses(source: str, target: str) -> bool:
+    return source != target and not DTYPES[target].itemsize > DTYPES[source].itemsize
+
+
+def _rounded(names: NameMap, index: Index, dtypes: Mapping[str, str]) -> list[str]:
+    """Their names that lose bits on the way to ours."""
+    made = sources_of(names)
+    return sorted(
+        {n for ours, of in made.items() for n in of if _loses(index[n].dtype, dtypes[ours])}
+    )
+
+
+def _rounded_back(names: NameMap, stored: Index, dtypes: Mapping[str, str]) -> list[str]:
+    moves = names.moves
+    return sorted({m.theirs for m in moves if _loses(stored[m.ours].dtype, dtypes[m.theirs])})
+
+
+def _documents(
+    source: Path, config: dict[str, Any], index: Index, style: Style
+) -> tuple[str | None, dict[str, bytes]]:
+    """The tokenizer's name in the artifact, and the small files: tokenizer, its companions, and
+    what the folder says besides its weights."""
+    tokenizer = next((source / name for name in TOKENIZERS if (source / name).is_file()), None)
+    files = _small_files(source, (*TOKENIZERS, *TOKENIZER_COMPANIONS))
+    main = main_dtype(index)
+    origin = {
+        "config": config,
+        "style": vars(style),
+        "dtypes": {
+            "main": main,
+            "others": {n: e.dtype for n, e in sorted(index.items()) if e.dtype != main},
+        },
+    }
+    files[ORIGIN] = json_bytes(origin)
+    return None if tokenizer is None else tokenizer.name, files
+
+
+def _small_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def _write_artifact(
+    target: Path,
+    tensors: list[Outgoing],
+    documents: dict[str, bytes],
+    fields: dict[str, Any],
+) -> int:
+    """Write the folder as a run of one rank would, in files of SHARD_BYTES; returns the bytes."""
+    temporary = target.with_name(TEMPORARY + target.name)
+    if temporary.exists():
+        remove(temporary)
+    temporary.mkdir(parents=True)
+    shards: list[list[Outgoing]] = [[]]
+    # The widest types first, so that every tensor is aligned.
+    for tensor in sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize):
+        if shards[-1] and sum(t.num_bytes for t in shards[-1]) + tensor.num_bytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    written = []
+    for number, shard in enumerate(shards):
+        name = f"rank_{number:05d}.safetensors"
+        named = [
+            Outgoing(f"{MODEL}{t.name}@{','.join('0' * len(t.shape))}", t.dtype, t.shape, t.read)
+            for t in shard
+        ]
+        sha256, size = write_tensors(temporary / name, named)
+        index = {
+            MODEL + t.name: StoredTensor(
+                t.shape, t.dtype, (StoredPiece(name, n.name, whole(t.shape)),)
+            )
+            for t, n in zip(shard, named, strict=True)
+        }
+        written.append(WrittenFile(name, sha256, size, index))
+    _, problems = finish_folder(temporary, target, KIND, written, documents, fields)
+    if problems:
+        raise ConversionError(target, problems)
+    return sum(w.size for w in written)
+
+
+def _open_artifact(source: Path) -> tuple[Artifact, Index]:
+    """The artifact and its index, every file's hash checked."""
+    artifact = read_artifact(source)
+    manifest = read_manifest(source, KIND)
+    weights = [name for name in manifest["files"] if name.endswith(".safetensors")]
+    if problems := hash_problems(source, manifest, weights):
+        raise CheckpointError(source, problems)
+    return artifact, index_from_json(json.loads((source / INDEX).read_bytes()))
+
+
+def _origin(source: Path) -> dict[str, Any]:
+    return read_json(source / ORIGIN) if (source / ORIGIN).is_file() else {}
+
+
+def _family(source: Path, shape: ModelConfig, origin: Mapping[str, Any], asked: str) -> Family:
+    try:
+        able = families_of_model(shape)
+        if asked != "auto":
+            if asked not in FAMILIES:
+                raise ConfigError([f"family({asked}) is unknown: use {', '.join(FAMILIES)}"])
+            config_of_model(shape, asked)
+            return asked
+    except ConfigError as error:
+        raise ConversionError(source, error.problems) from None
+    known = family_of(origin["config"]) if origin else able[0]
+    return known if known in able else able[0]
+
+
+def _config(
+    shape: ModelConfig, family: Family, origin: Mapping[str, Any], dtypes: Mapping[str, str]
+) -> dict[str, Any]:
+    """The folder's own config.json where it says the same model, otherwise a new one."""
+    made = config_of_model(shape, family)
+    counts = {name: list(dtypes.values()).count(name) for name in set(dtypes.values())}
+    main = _PRECISION_OF.get(max(sorted(counts), key=lambda n: counts[n]), "fp32")
+    made["dtype"] = _CONFIG_DTYPES[main]
+    if not origin or family_of(origin["config"]) != family:
+        return made
+    theirs = {k: v for k, v in origin["config"].items() if k not in _VOLATILE}
+    if model_of_config(theirs) == shape:
+        return {**theirs, "dtype": made["dtype"]}
+    # Trained on as another shape: what the model says wins over what the folder said.
+    return {**theirs, **made}

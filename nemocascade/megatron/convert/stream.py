@@ -1,0 +1,149 @@
+"""Tensors of one side, put together box by box from the stored tensors of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from nemocascade.megatron.checkpoint.boxes import Box, first_overlap
+from nemocascade.megatron.checkpoint.storage import (
+    CHUNK_BYTES,
+    DTYPES,
+    Index,
+    Outgoing,
+    Piece,
+    Reader,
+)
+from nemocascade.megatron.convert.names import NameMap, Shape, whole
+
+
+def outgoing(
+    names: NameMap,
+    reader: Reader,
+    dtypes: Mapping[str, str],
+    *,
+    to_ours: bool,
+    source_prefix: str = "",
+) -> list[Outgoing]:
+    """Every tensor of one side, to be written, read from `reader`, which holds the other side.
+
+    dtypes: the safetensors dtype of each tensor; values are converted to it. source_prefix: stands
+    before the names in the reader's index. Nothing is read before a tensor is written, and then
+    at most a chunk at a time.
+    """
+    shapes = names.ours if to_ours else names.theirs
+    moves: dict[str, list[tuple[Box, str, Box]]] = {name: [] for name in shapes}
+    for move in names.moves:
+        if not to_ours:
+            moves[move.theirs].append((move.their_box, move.ours, move.our_box))
+        elif move.theirs not in names.copies:
+            moves[move.ours].append((move.our_box, move.theirs, move.their_box))
+    return [
+        Outgoing(
+            name, dtypes[name], shape, _reader(moves[name], reader, dtypes[name], source_prefix)
+        )
+        for name, shape in shapes.items()
+    ]
+
+
+def _reader(
+    moves: list[tuple[Box, str, Box]], reader: Reader, dtype: str, prefix: str
+) -> Callable[[Box], Tensor]:
+    def read(box: Box) -> Tensor:
+        # Boxes that no move brings are tensors that one side has not; they are zero.
+        values = torch.zeros(box.size, dtype=DTYPES[dtype])
+        for target, source, origin in moves:
+            common = box.intersect(target)
+            if common is not None:
+                part = translate(common, target, origin)
+                place = values[common.relative_to(box.offset).slices()].view(part.size)
+                shape = reader.index[prefix + source].shape
+                reader.read_into(Piece(prefix + source, shape, part, place))
+        return values
+
+    return read
+
+
+def translate(part: Box, here: Box, there: Box) -> Box:
+    """`part` of the box `here`, as a box in the tensor of which `there` is the same elements."""
+    axes = min(len(here.size), len(there.size))
+    inner = part.relative_to(here.offset)
+    lead = len(there.size) - axes
+    skip = len(part.size) - axes
+    offset = tuple(a + b for a, b in zip(there.offset[lead:], inner.offset[skip:], strict=True))
+    return Box(there.offset[:lead] + offset, (1,) * lead + part.size[skip:])
+
+
+def convert_tensors(names: NameMap, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in memory under our names, in their dtypes; moves of absent tensors are left out."""
+    ours: dict[str, Tensor] = {}
+    for move in names.moves:
+        if move.theirs in theirs and move.theirs not in names.copies:
+            value = theirs[move.theirs]
+            if move.ours not in ours:
+                ours[move.ours] = value.new_zeros(names.ours[move.ours])
+            source = value[move.their_box.slices()].reshape(move.our_box.size)
+            ours[move.ours][move.our_box.slices()] = source
+    return ours
+
+
+def differences(index: Index, shapes: Mapping[str, Shape], prefix: str = "") -> list[str]:
+    """Every tensor that is missing, unknown or misshapen in `index`."""
+    stored = {name.removeprefix(prefix): entry for name, entry in index.items()}
+    problems = [f"{name} is missing" for name in sorted(shapes.keys() - stored.keys())]
+    problems += [
+        f"{name} {list(stored[name].shape)} is unknown: it has no place in this model"
+        for name in sorted(stored.keys() - shapes.keys())
+    ]
+    problems += [
+        f"{name} has shape {list(stored[name].shape)}, the model needs {list(shape)}"
+        for name, shape in sorted(shapes.items())
+        if name in stored and stored[name].shape != shape
+    ]
+    return problems
+
+
+def untiled(names: NameMap) -> list[str]:
+    """Tensors of either side that the moves do not bring exactly once; [] for a sound map."""
+    main = [m for m in names.moves if m.theirs not in names.copies]
+    problems = _untiled(names.theirs, ((m.theirs, m.their_box) for m in names.moves))
+    ours = {name: shape for name, shape in names.ours.items() if name not in names.zeros}
+    return problems + _untiled(ours, ((m.ours, m.our_box) for m in main))
+
+
+def _untiled(shapes: Mapping[str, Shape], moved: Iterable[tuple[str, Box]]) -> list[str]:
+    boxes: dict[str, list[Box]] = {name: [] for name in shapes}
+    for name, box in moved:
+        boxes[name].append(box)
+    return [
+        name
+        for name, shape in shapes.items()
+        if sum(b.volume for b in boxes[name]) != whole(shape).volume
+        or first_overlap(boxes[name]) is not None
+        or any(b.intersect(whole(shape)) != b for b in boxes[name])
+    ]
+
+
+def equal_tensors(reader: Reader, left: str, right: str) -> bool:
+    """Whether two stored tensors of one shape and dtype hold the same bits, a chunk at a time."""
+    a, b = reader.index[left], reader.index[right]
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    dtype = DTYPES[a.dtype]
+    for box in whole(a.shape).split(CHUNK_BYTES // dtype.itemsize):
+        pair = [torch.empty(box.size, dtype=dtype) for _ in range(2)]
+        for name, values in zip((left, right), pair, strict=True):
+            reader.read_into(Piece(name, a.shape, box, values))
+        if not torch.equal(*(v.view(torch.uint8) for v in pair)):
+            return False
+    return True
+
+
+def sources_of(names: NameMap) -> dict[str, set[str]]:
+    """Our name -> the names of theirs that it is made of."""
+    made: dict[str, set[str]] = {}
+    for move in names.moves:
+        made.setdefault(move.ours, set()).add(move.theirs)
+    return made
