@@ -16,6 +16,8 @@ from typing import Literal
 
 import torch
 
+from nemocascade.megatron import native
+from nemocascade.megatron.layers import mamba_native
 from nemocascade.recipe import EngineConfig
 
 Adam = Literal["transformer_engine", "apex", "torch"]
@@ -109,6 +111,7 @@ def detect(engine: EngineConfig, device: torch.device) -> Accelerators:
             _bf16(device),
             _triton(device),
             *(_native(package, purpose, instead) for package, purpose, instead in _NATIVE),
+            _mamba_core(device),
             adam_te,
             te_attention,
             adam_apex,
@@ -281,3 +284,13 @@ def _native(package: str, purpose: str, instead: str) -> Finding:
     except Exception as error:  # a library for another torch may fail in any way
         return Finding(name, "built", purpose, instead, _reason(error))
     return Finding(name, f"CUDA {cuda}" if cuda else f"CPU only ({refusal})", purpose, instead)
+
+
+def _mamba_core(device: torch.device) -> Finding:
+    """The Mamba-2 mixer's core in C++, which is for CPUs."""
+    name, purpose = "native Mamba-2 core", "Mamba-2 between its projections, in fp32 and bf16"
+    instead = "torch operators"
+    if device.type != "cpu":
+        return Finding(name, None, purpose, instead, f"it is for CPUs, the run is on {device.type}")
+    reason = native.lacks(*mamba_native.OPERATORS)
+    return Finding(name, None if reason else "built", purpose, instead, reason or "")

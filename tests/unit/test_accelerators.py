@@ -190,5 +190,5 @@ def test_detection_on_this_machine() -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
     found = detect(EngineConfig(), device)
     names = [f.name for f in found.findings]
-    assert len(names) == len(set(names)) == 10
+    assert len(names) == len(set(names)) == 11
     assert finding(found, "CUDA device").used == torch.cuda.is_available()

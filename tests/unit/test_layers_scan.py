@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_core_equals_its_parts(
     inputs = core_inputs(packed.total, dtype)
     upstream = draw(packed.total, SIZES.inner, seed=9)
     ours = value_and_gradients(
-        lambda *i: packed_mamba_core(*i, packed, sizes, chunk), inputs, upstream
+        lambda *i: packed_mamba_core(*i, packed, sizes, chunk, "torch"), inputs, upstream
     )
     exact = [t.double() for t in inputs]
     theirs = value_and_gradients(lambda *i: core_by_parts(*i, packed, limit), exact, upstream)
@@ -216,7 +217,12 @@ def conv_of_rows(x: Tensor, packed: PackedSeq) -> Tensor:
 
 def core_of_rows(zxbcdt: Tensor, packed: PackedSeq) -> Tensor:
     _, *rest = core_inputs(1, zxbcdt.dtype)
-    return packed_mamba_core(zxbcdt, *rest, packed, SIZES)
+    return packed_mamba_core(zxbcdt, *rest, packed, SIZES, impl="torch")
+
+
+def native_core_of_rows(zxbcdt: Tensor, packed: PackedSeq) -> Tensor:
+    _, *rest = core_inputs(1, zxbcdt.dtype)
+    return packed_mamba_core(zxbcdt, *rest, packed, SIZES, impl="native")
 
 
 def rows_of(name: str, rows: int, dtype: torch.dtype) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -225,35 +231,37 @@ def rows_of(name: str, rows: int, dtype: torch.dtype) -> tuple[Callable[..., Ten
         return scan_of_rows, [x, dt, B, C]
     if name == "convolution":
         return conv_of_rows, [draw(rows, 5, dtype=dtype)]
-    return core_of_rows, [core_inputs(rows, dtype)[0]]
+    function = core_of_rows if name == "core" else native_core_of_rows
+    return function, [core_inputs(rows, dtype)[0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["scan", "convolution", "core"])
+@pytest.mark.parametrize("name", ["scan", "convolution", "core", "native core"])
 def test_documents_are_isolated(name: str, dtype: torch.dtype) -> None:
     packed = pack(LENGTHS)
     function, rows = rows_of(name, packed.total, dtype)
     assert_isolated(function, rows, packed)
 
 
-@pytest.mark.parametrize("name", ["scan", "convolution", "core"])
+@pytest.mark.parametrize("name", ["scan", "convolution", "core", "native core"])
 def test_packed_equals_one_at_a_time(name: str) -> None:
     packed = pack(LENGTHS)
     function, rows = rows_of(name, packed.total, torch.float32)
     assert_packed_equals_alone(function, rows, packed, 1e-5)
 
 
-def test_a_document_of_zeros_gives_zero() -> None:
+@pytest.mark.parametrize("impl", ["torch", "native"])
+def test_a_document_of_zeros_gives_zero(impl: Literal["torch", "native"]) -> None:
     packed = pack((3, 40))
     inputs = core_inputs(43, torch.float32)
     inputs[0][3:] = 0
     inputs[2].zero_()
-    out = packed_mamba_core(*inputs, packed, SIZES)
+    out = packed_mamba_core(*inputs, packed, SIZES, impl=impl)
     assert bool((out[3:] == 0).all())
     assert bool((out[:3] != 0).any())
 
 
-@pytest.mark.parametrize("name", ["scan", "convolution", "core"])
+@pytest.mark.parametrize("name", ["scan", "convolution", "core", "native core"])
 def test_rows_past_two_to_the_31_elements(name: str) -> None:
     """Rows stand so far apart in memory that the last ones lie beyond 2^31 elements.
 
@@ -326,5 +334,8 @@ def test_wrong_settings_are_named() -> None:
     inputs = core_inputs(4)
     with pytest.raises(ValueError, match="columns"):
         packed_mamba_core(inputs[0][:, 1:], *inputs[1:], pack((4,)), SIZES)
+    inputs[5] = inputs[5][1:]
+    with pytest.raises(ValueError, match=r"D is \[5\], not \[6\]"):
+        packed_mamba_core(*inputs, pack((4,)), SIZES)
     with pytest.raises(ValueError, match="5 rows, the packed microbatch has 4 tokens"):
         packed_causal_conv1d(draw(5, 5), draw(5, 4), draw(5), pack((4,)))

@@ -7,6 +7,7 @@
 The three steps equal `conv.packed_causal_conv1d`, `ssm.packed_ssd_scan` and
 `norm.gated_rms_norm`. Done one after the other for a block of chunks, their intermediate values
 stay in a CPU's caches, and only the input and the states between chunks are kept for backward.
+`mamba_native` does the same in C++; it runs where it can, and what stands here elsewhere.
 
 Shape letters: as `ssd`, and K rows of the convolution's window, W = h p + 2 g n its channels.
 """
@@ -14,13 +15,14 @@ Shape letters: as `ssd`, and K rows of the convolution's window, W = h p + 2 g n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemocascade.megatron.layers.chunks import ChunkBlock, chunk_table
+from nemocascade.megatron.layers.mamba_native import native_mamba_core, refusal
 from nemocascade.megatron.layers.packing import PackedSeq
 from nemocascade.megatron.layers.ssd import (
     LARGEST_CHUNK,
@@ -68,12 +70,16 @@ def packed_mamba_core(
     packed: PackedSeq,
     sizes: CoreSizes,
     chunk: int = LARGEST_CHUNK,
+    impl: Literal["auto", "native", "torch"] = "auto",
 ) -> Tensor:
     """The mixer between its projections (module docstring), each document by itself.
 
     zxbcdt: [T, h p + W + h], the parts z, x, B, C and dt; conv_weight: [W, K]; conv_bias: [W];
     dt_bias, A (negative), D: [h]; norm_weight: [h p]. Returns [T, h p] in zxbcdt's dtype.
-    Raises ValueError if a shape is wrong or the window is longer than a chunk.
+    chunk: rows of a chunk of the torch operators. impl: "auto" is the native core in float32 and
+    bfloat16 on a CPU where it is built, and torch's operators elsewhere.
+    Raises ValueError if a shape is wrong, the window is longer than a chunk, or the native core is
+    asked for and refused.
     """
     packed.check_rows(zxbcdt.shape[0], "the mixer's projection")
     width = sizes.inner + sizes.channels + sizes.heads
@@ -84,10 +90,44 @@ def packed_mamba_core(
             f"a convolution over {conv_weight.shape[1]} rows reaches beyond a chunk of {chunk}: "
             f"use at most {chunk + 1}"
         )
+    _check_parameters(conv_weight, conv_bias, dt_bias, A, D, norm_weight, sizes)
+    refused = "torch was asked for" if impl == "torch" else refusal(zxbcdt)
+    if impl == "native" and refused is not None:
+        raise ValueError(f"the native core cannot run: {refused}; pass impl='torch'")
+    if refused is None:
+        return native_mamba_core(
+            zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, packed, sizes
+        )
     out: Tensor = _Core.apply(
         zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, packed, sizes, chunk
     )
     return out
+
+
+def _check_parameters(
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    sizes: CoreSizes,
+) -> None:
+    heads, channels = (sizes.heads,), (sizes.channels,)
+    wrong = [
+        f"{name} is {list(tensor.shape)}, not {list(shape)}"
+        for name, tensor, shape in (
+            ("conv_weight", conv_weight, (*channels, conv_weight.shape[1])),
+            ("conv_bias", conv_bias, channels),
+            ("dt_bias", dt_bias, heads),
+            ("A", A, heads),
+            ("D", D, heads),
+            ("norm_weight", norm_weight, (sizes.inner,)),
+        )
+        if tuple(tensor.shape) != shape
+    ]
+    if wrong:
+        raise ValueError("packed_mamba_core: " + "; ".join(wrong))
 
 
 class _Core(torch.autograd.Function):

@@ -1,0 +1,94 @@
+// The Mamba-2 mixer between its projections, on the CPU:
+//
+//   [x, B, C] = silu(conv1d([x, B, C]))
+//   y = scan(x, softplus(dt + dt_bias), A, B, C, D)
+//   out = group RMSNorm(y * silu(z)) * weight
+//
+// nemocascade/megatron/layers/mamba_core.py states it with shapes, and ssd.py how the scan becomes
+// matrix products within chunks of 32 rows. Here a group of heads runs through a document at once:
+// its convolution, scan and norm need nothing of another group, and its state stays in the caches.
+#pragma once
+
+#include <cstdint>
+
+namespace nemocascade::mamba_core {
+
+// Rows of a chunk; the convolution reaches no further than into the one before.
+constexpr int64_t kChunk = 32;
+constexpr int64_t kLargestWindow = kChunk + 1;
+
+struct Sizes {
+  int64_t heads;
+  int64_t head_dim;
+  int64_t groups;
+  int64_t state;
+  int64_t window;  // K rows of the convolution
+  float dt_low;
+  float dt_high;
+  float eps;
+
+  int64_t ratio() const { return heads / groups; }
+  int64_t inner() const { return heads * head_dim; }
+  int64_t channels() const { return inner() + 2 * groups * state; }
+  int64_t columns() const { return inner() + channels() + heads; }
+};
+
+// W = channels(). All contiguous. The same struct holds the gradients, which are sums in double.
+template <typename T>
+struct Parameters {
+  T* conv_weight;  // [W, K]
+  T* conv_bias;    // [W]
+  T* dt_bias;      // [heads]
+  T* A;            // [heads]
+  T* D;            // [heads]
+  T* norm_weight;  // [inner]
+};
+
+// Rows of float32 or, where `is_bf16` is set, bfloat16: z, x, B, C, dt beside each other, or the
+// output. Element (t, j) is number t * stride + j. All arithmetic is in float.
+struct Rows {
+  void* data;
+  int64_t stride;
+  bool is_bf16;
+};
+
+// Rows [begin, end) of the pack.
+struct Document {
+  int64_t begin;
+  int64_t end;
+};
+
+// The part of the work that one thread does at a time: a group of heads in some documents.
+struct Task {
+  const Document* documents;
+  int64_t count;
+  int64_t group;
+};
+
+// Writes the task's rows and columns of the output.
+using Forward = void(const Sizes& sizes, const Parameters<const float>& parameters,
+                     const Task& task, const Rows& zxbcdt, const Rows& out);
+
+// Writes the task's rows and columns of d_zxbcdt and adds to the group's elements of `sums`.
+using Backward = void(const Sizes& sizes, const Parameters<const float>& parameters,
+                      const Task& task, const Rows& zxbcdt, const Rows& d_out, const Rows& d_zxbcdt,
+                      const Parameters<double>& sums);
+
+// forward.cpp and backward.cpp are compiled once for each level of the processor, in a namespace
+// of its name: CMakeLists.txt.
+namespace level_base {
+Forward forward;
+Backward backward;
+}  // namespace level_base
+#ifdef NEMOCASCADE_X86_LEVELS
+namespace level_v3 {
+Forward forward;
+Backward backward;
+}  // namespace level_v3
+namespace level_v4 {
+Forward forward;
+Backward backward;
+}  // namespace level_v4
+#endif
+
+}  // namespace nemocascade::mamba_core

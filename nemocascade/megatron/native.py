@@ -1,0 +1,46 @@
+"""The compiled library of this package (csrc/), loaded at first use and never required."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
+
+
+@functools.cache
+def refusal() -> str | None:
+    """Why the compiled library cannot be used, or None once it is loaded."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not built: run `make setup`, or `pip install` the package"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} cannot be loaded ({error}): build it again with `make setup`"
+    return None
+
+
+@functools.cache
+def lacks(*names: str) -> str | None:
+    """Why these operators cannot be used, or None where the library has them."""
+    reason = refusal()
+    if reason is not None:
+        return reason
+    missing = [name for name in names if not hasattr(torch.ops.nemocascade, name)]
+    return (
+        f"{LIBRARY.name} is older than {missing}: build it again with `make setup`"
+        if missing
+        else None
+    )
+
+
+@functools.cache
+def op(name: str) -> Any:
+    """An operator of the library. Raises ImportError, with the reason, where it is missing."""
+    reason = lacks(name)
+    if reason is not None:
+        raise ImportError(reason)
+    return getattr(torch.ops.nemocascade, name).default
