@@ -11,16 +11,18 @@ from typing import Any
 
 from nemocascade.data.documents import DocumentSet, StageData, build_data, open_data
 from nemocascade.data.loader import HeldoutLoader
+from nemocascade.data.packing import WorkModel
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.megatron.accelerators import Accelerators, detect
+from nemocascade.megatron.parameters import count_parameters
 from nemocascade.megatron.world import (
     RecipeError,
     World,
     start_world,
     world_size_of_environment,
 )
-from nemocascade.recipe import DataConfig, SftRecipe
+from nemocascade.recipe import DataConfig, ModelConfig, SftRecipe
 from nemocascade.train.metrics import LOGGER, start_logging
 
 
@@ -111,6 +113,15 @@ def heldout_loader(
         dp_size=world.dp_size,
         pad_id=tokenizer.pad_id,
         microbatch_multiple=world.parallel.pp if world.parallel.vpp > 1 else 1,
+    )
+
+
+def work_of(model: ModelConfig) -> WorkModel:
+    """What packed sequences of this model cost, so that ranks finish together."""
+    return WorkModel.of_transformer(
+        count_parameters(model).active,
+        model.pattern.count("*"),
+        model.num_heads * model.head_dim,
     )
 
 

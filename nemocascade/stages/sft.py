@@ -13,6 +13,7 @@ from nemocascade.stages.setup import (
     open_stage_data,
     open_tokenizer,
     stage_world,
+    work_of,
     write_recipe,
 )
 from nemocascade.train.checkpointing import Checkpoints
@@ -49,6 +50,7 @@ def run_sft(recipe: SftRecipe) -> Path:
             dp_rank=world.dp_rank,
             dp_size=world.dp_size,
             pad_id=tokenizer.pad_id,
+            work=work_of(recipe.model),
         )
         heldout = None
         if data.heldout is not None:
