@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nemocascade.recipe.envs import SandboxConfig
 
@@ -21,6 +24,8 @@ _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from inside import zygote; sys.path.pop(0); "
     "zygote.main(sys.argv[2])"
 )
+_CREDENTIALS = struct.Struct("iII")
+"""struct ucred: process, user, group."""
 _SCRATCH = "/scratch"
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
@@ -44,11 +49,11 @@ def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
     scratch: the folder programs write to where there are no walls.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    visible = _visible()
+    shown = visible()
     folder = scratch or _SCRATCH
     settings = {
         "walls": walls,
-        "visible": visible,
+        "visible": shown,
         "scratch": folder,
         "time_s": config.time_s,
         "memory_mib": config.memory_mib,
@@ -57,7 +62,7 @@ def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
     }
     code = _INSIDE if walls == "bubblewrap" else str(_HERE)
     python = [_python(), "-s", "-P", "-S", "-B", "-c", _START, code, json.dumps(settings)]
-    command = _bubblewrap(visible) + python if walls == "bubblewrap" else python
+    command = _bubblewrap(shown) + python if walls == "bubblewrap" else python
     with theirs:
         process = subprocess.Popen(
             command,
@@ -67,6 +72,7 @@ def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
             # A program sees the worker's environment, so it is written anew.
             env={
                 "PATH": "/usr/bin:/bin",
+                "LD_LIBRARY_PATH": f"{sys.base_exec_prefix}/lib",
                 "HOME": folder,
                 "TMPDIR": folder,
                 "LANG": "C.UTF-8",
@@ -80,19 +86,20 @@ def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
 
 
 class Worker:
-    """A started worker process and the socket to it."""
+    """A started worker process and the socket to it. `pid` is the worker's own, behind its walls.
+
+    Raises WallsError if it refused to start.
+    """
 
     START_TIMEOUT_S = 60.0
 
     def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
         self.process = process
         self.channel = channel
+        self.pid = process.pid
+        self._inner: int | None = None
         channel.settimeout(self.START_TIMEOUT_S)
-        try:
-            first = channel.recv(1 << 16)
-        except (TimeoutError, ConnectionError):
-            first = b""
-        answer = json.loads(first) if first else {}
+        answer = self._hello()
         if "ready" not in answer:
             self.kill()
             assert process.stderr is not None
@@ -106,8 +113,36 @@ class Worker:
     def kill(self) -> None:
         """Kill the worker, whatever runs in it, and reap it."""
         self.channel.close()
+        if self._inner is not None:
+            # All programs die with process 1 of their worker's namespace.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._inner, signal.SIGKILL)
+            os.close(self._inner)
+            self._inner = None
         self.process.kill()
         self.process.wait()
+
+    def _hello(self) -> dict[str, Any]:
+        """The first message. With it the kernel tells the sender's id, as this side sees it.
+
+        The process that was started is only the outermost: bubblewrap, or the guard.
+        """
+        room = socket.CMSG_SPACE(_CREDENTIALS.size)
+        self.channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        try:
+            first, ancillary, _, _ = self.channel.recvmsg(1 << 16, room)
+        except (TimeoutError, ConnectionError):
+            return {}
+        finally:
+            self.channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        if not first:
+            return {}
+        for _, kind, data in ancillary:
+            if kind == socket.SCM_CREDENTIALS:
+                self.pid = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
+                with contextlib.suppress(ProcessLookupError):  # it refused, and has ended
+                    self._inner = os.pidfd_open(self.pid)
+        return dict(json.loads(first))
 
 
 def _python() -> str:
@@ -115,7 +150,7 @@ def _python() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
-def _visible() -> list[str]:
+def visible() -> list[str]:
     """What programs can read: the interpreter and the system's libraries, no site-packages."""
     prefixes = {sys.base_prefix, sys.base_exec_prefix, str(Path(_python()).parent.parent)}
     wanted = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", *sorted(prefixes)]

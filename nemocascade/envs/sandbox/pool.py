@@ -106,7 +106,7 @@ class Sandbox:
 
     def process_ids(self) -> list[int]:
         """Ids of the idle workers."""
-        return [w.process.pid for w in list(self._slots.queue) if w is not None]
+        return [w.pid for w in list(self._slots.queue) if w is not None]
 
     def close(self) -> None:
         """End all workers; a later run starts new ones."""

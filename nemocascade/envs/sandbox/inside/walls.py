@@ -59,7 +59,7 @@ def hide_and_make_scratch(scratch_mib: int) -> None:
     size = f"size={scratch_mib}m,nr_inodes=1024,mode=0700"
     linux.mount("scratch", SCRATCH, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, size)
     flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
-    linux.mount("hidden", "/proc", "tmpfs", flags, "size=0,nr_inodes=1,mode=0500")
+    linux.mount("hidden", "/proc", "tmpfs", flags, "size=0,nr_inodes=1,mode=0000")
 
 
 def _guard(child: int) -> None:
