@@ -66,6 +66,19 @@ def render_prompt(conversation: Conversation, *, thinking: bool) -> list[Segment
     return [*body, *_opening(reasons=thinking)]
 
 
+def render_results(messages: Iterable[Message], *, thinking: bool) -> list[Segment]:
+    """What follows an assistant's turn that made calls: their results, and where the assistant's
+    next turn is generated. Nothing trains. The turn before has ended with `<|im_end|>`.
+    """
+    return [
+        Segment("\n"),
+        *_header("user"),
+        *(segment for message in messages for segment in _result(message)),
+        *_footer(),
+        *_opening(reasons=thinking),
+    ]
+
+
 def text_of(segments: Iterable[Segment]) -> str:
     """The rendered text as one string."""
     return "".join(s.text for s in segments)
@@ -121,16 +134,20 @@ def _turns(conversation: Conversation, thinking: bool) -> Iterator[Segment]:
             # Results that follow each other share one user turn.
             if messages[i - 1].role != "tool":
                 yield from _header("user")
-            yield Segment("<tool_response>", control=True)
-            yield Segment(f"\n{message.content}\n")
-            yield Segment("</tool_response>", control=True)
-            yield Segment("\n")
+            yield from _result(message)
             if i + 1 == len(messages) or messages[i + 1].role != "tool":
                 yield from _footer()
         elif message.role == "user":
             yield from _header("user")
             yield Segment(message.content)
             yield from _footer()
+
+
+def _result(message: Message) -> Iterator[Segment]:
+    yield Segment("<tool_response>", control=True)
+    yield Segment(f"\n{message.content}\n")
+    yield Segment("</tool_response>", control=True)
+    yield Segment("\n")
 
 
 def _header(role: str) -> Iterator[Segment]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nemocascade.data.documents import DocumentSet, StageData, build_data, open_data
 from nemocascade.data.loader import HeldoutLoader
@@ -22,8 +22,21 @@ from nemocascade.megatron.world import (
     start_world,
     world_size_of_environment,
 )
-from nemocascade.recipe import DataConfig, ModelConfig, SftRecipe
+from nemocascade.recipe import DataConfig, EngineConfig, ModelConfig, ParallelConfig, SftRecipe
 from nemocascade.train.metrics import LOGGER, start_logging
+
+
+class Recipe(Protocol):
+    """What every stage's recipe has."""
+
+    @property
+    def run_dir(self) -> str: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
+    def problems(self, world_size: int) -> list[str]:
+        """Every rule that is broken, each with a remedy."""
 
 
 class MainRankError(RuntimeError):
@@ -31,7 +44,7 @@ class MainRankError(RuntimeError):
 
 
 @contextmanager
-def stage_world(recipe: SftRecipe) -> Iterator[tuple[World, Accelerators]]:
+def stage_world(recipe: Recipe) -> Iterator[tuple[World, Accelerators]]:
     """Check the recipe, join the process groups, and leave them at the end.
 
     Raises RecipeError with every setting that cannot run, before any process group is made.
@@ -125,7 +138,7 @@ def work_of(model: ModelConfig) -> WorkModel:
     )
 
 
-def write_recipe(recipe: SftRecipe, world: World) -> None:
+def write_recipe(recipe: Any, world: World) -> None:
     """Keep the resolved recipe in RUN/recipe.json."""
     if world.is_main:
         path = Path(recipe.run_dir) / "recipe.json"

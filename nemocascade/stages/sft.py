@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
+from nemocascade.data.documents import StageData
 from nemocascade.data.loader import HeldoutLoader, PackedLoader
 from nemocascade.megatron.world import World
 from nemocascade.recipe import SftRecipe
@@ -60,7 +62,22 @@ def run_sft(recipe: SftRecipe) -> Path:
         heldout_loss = _train(recipe, world, trainer, loader, heldout, checkpoints)
         loader.close()
         scores = {} if heldout_loss is None else {"heldout_loss": heldout_loss}
-        return checkpoints.write_artifact(trainer, recipe, tokenizer, data, scores)
+        return checkpoints.write_artifact(
+            trainer, recipe, "sft", tokenizer, _describe(recipe, data), scores
+        )
+
+
+def _describe(recipe: SftRecipe, data: StageData) -> dict[str, Any]:
+    """What the artifact's manifest says of its data."""
+    held = data.heldout
+    return {
+        "path": list(recipe.data.path),
+        "documents": len(data.train),
+        "tokens": int(data.train.lengths.sum()),
+        "fingerprint": data.train.fingerprint,
+        "heldout_documents": 0 if held is None else len(held),
+        "heldout_fingerprint": None if held is None else held.fingerprint,
+    }
 
 
 def _train(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, Protocol
 
-from nemocascade.data.documents import StageData
-from nemocascade.data.loader import PackedLoader
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.megatron.artifact import load_artifact_weights, read_artifact, write_artifact
 from nemocascade.megatron.checkpoint import (
@@ -20,9 +19,19 @@ from nemocascade.megatron.checkpoint import (
     save_checkpoint,
 )
 from nemocascade.megatron.world import World
-from nemocascade.recipe import CheckpointConfig, SftRecipe
+from nemocascade.recipe import CheckpointConfig
 from nemocascade.train.metrics import LOGGER
 from nemocascade.train.trainer import Trainer
+
+
+class Source(Protocol):
+    """What a stage trains on, with a position that a checkpoint keeps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, JSON values only."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
 
 
 class Checkpoints:
@@ -38,7 +47,7 @@ class Checkpoints:
         self.saved_step = -1
 
     def start(
-        self, trainer: Trainer, loader: PackedLoader, *, resume: bool, init_from: str = ""
+        self, trainer: Trainer, source: Source, *, resume: bool, init_from: str = ""
     ) -> Path | None:
         """Go on from the newest checkpoint; without one, start from `init_from` or as built.
 
@@ -51,7 +60,7 @@ class Checkpoints:
         if folder is not None:
             extra = load_checkpoint(folder, self.world, trainer.chunks, trainer.optimizer)
             trainer.step_number = self.saved_step = extra["step"]
-            loader.load_state_dict(extra["data"])
+            source.load_state_dict(extra["data"])
             self.parent = extra["parent"]
             self._check_parent(folder, init_from)
             LOGGER.info("resumed from %s, step %d", folder, self.saved_step)
@@ -62,7 +71,7 @@ class Checkpoints:
             LOGGER.info("weights from %s (%s)", init_from, artifact.digest[:12])
         return folder
 
-    def save(self, trainer: Trainer, loader: PackedLoader) -> Path | None:
+    def save(self, trainer: Trainer, source: Source) -> Path | None:
         """Write the checkpoint of the trainer's step, then delete those beyond `keep`.
 
         Returns its folder, or None if this step stands on disk already.
@@ -70,7 +79,7 @@ class Checkpoints:
         step = trainer.step_number
         if step == self.saved_step:
             return None
-        extra = {"step": step, "data": loader.state_dict(), "parent": self.parent}
+        extra = {"step": step, "data": source.state_dict(), "parent": self.parent}
         folder = save_checkpoint(
             self.root, step, self.world, trainer.chunks, trainer.optimizer, extra
         )
@@ -82,28 +91,24 @@ class Checkpoints:
     def write_artifact(
         self,
         trainer: Trainer,
-        recipe: SftRecipe,
+        recipe: Any,
+        stage: str,
         tokenizer: Tokenizer,
-        data: StageData,
+        data: dict[str, Any],
         scores: dict[str, float],
     ) -> Path:
-        """Write RUN/artifact from the trainer's weights and return the folder."""
-        held = data.heldout
+        """Write RUN/artifact from the trainer's weights and return the folder.
+
+        recipe: a dataclass. data: what it was trained on, JSON values only.
+        """
         artifact = write_artifact(
             self.run_dir / "artifact",
             self.world,
             trainer.chunks,
-            stage=type(recipe).__name__.removesuffix("Recipe").lower(),
+            stage=stage,
             step=trainer.step_number,
             recipe=json.loads(json.dumps(dataclasses.asdict(recipe))),
-            data={
-                "path": list(recipe.data.path),
-                "documents": len(data.train),
-                "tokens": int(data.train.lengths.sum()),
-                "fingerprint": data.train.fingerprint,
-                "heldout_documents": 0 if held is None else len(held),
-                "heldout_fingerprint": None if held is None else held.fingerprint,
-            },
+            data=data,
             scores=scores,
             tokenizer=Path(tokenizer.path),
             parent=self.parent["folder"] if self.parent else None,

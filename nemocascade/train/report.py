@@ -33,4 +33,4 @@ def step_values(result: StepResult, lr: float, step_time_s: float, world: World)
     }
     if result.expert_load is not None:
         values |= load_imbalance(result.expert_load)
-    return values
+    return values | result.metrics

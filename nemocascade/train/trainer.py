@@ -145,6 +145,10 @@ class Trainer:
             metrics=policy_metrics(self.world, outputs, batches) if policy else {},
         )
 
+    def skip_step(self) -> None:
+        """A step that had nothing to train on: no weight and no optimizer state changes."""
+        self.step_number += 1
+
     def evaluate(self, steps: Iterable[Sequence[PackedBatch]]) -> tuple[float, int]:
         """Mean negative log-likelihood of held-out batches and the number of its tokens."""
         return heldout_loss(self.world, self.config, self.chunks, steps)

@@ -1,0 +1,89 @@
+"""Episodes: the turns of a model and of the environment that answers its calls."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from threading import Lock
+
+import torch
+
+from nemocascade.data.chat_template import encode, render_results
+from nemocascade.data.reply import Reply, parse_reply
+from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.recipe.rl import RolloutConfig
+from nemocascade.rollout.engine import Completion
+from nemocascade.stages.tasks import Task
+from nemocascade.types import Environment, Message, ToolSession
+
+
+class Episodes:
+    """The conversations of one call of an engine, by request.
+
+    A turn with calls is answered by the tools of its task; one without ends the episode, and so
+    does turn number `max_turns`. Calls that cannot be read are answered with what is wrong.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        environments: Mapping[str, Environment],
+        settings: RolloutConfig,
+        tasks: Mapping[int, Task],
+    ) -> None:
+        self.tokenizer, self.environments = tokenizer, environments
+        self.settings, self.tasks = settings, tasks
+        self._sessions: dict[int, ToolSession | None] = {}
+        self._results: dict[int, list[list[Message]]] = {}
+        self._lock = Lock()
+
+    def respond(self, completion: Completion) -> list[int] | None:
+        """The tokens of the environment's turn, and of the next generation prompt; None at the end.
+
+        Runs in a thread of its own; an episode is never asked twice at a time.
+        """
+        number = completion.request.id
+        session = self._session(number)
+        if session is None or completion.turns >= self.settings.max_turns:
+            return None
+        reply = self._parse(completion.last_turn())
+        calls = reply.message.tool_calls
+        if not calls and not reply.faults:
+            return None
+        results = session.step(calls) if calls else []
+        results += [Message("tool", f"error: {fault}") for fault in reply.faults]
+        with self._lock:
+            self._results.setdefault(number, []).append(results)
+        ids, _ = encode(render_results(results, thinking=self.settings.thinking), self.tokenizer)
+        return ids
+
+    def response(self, completion: Completion) -> list[Message]:
+        """The turns that answered the prompt: the model's, and between them the tools'."""
+        results = self._results.get(completion.request.id, [])
+        messages: list[Message] = []
+        for turn, ids in enumerate(_turns(completion)):
+            messages.append(self._parse(ids).message)
+            if turn < len(results):
+                messages += results[turn]
+        return messages
+
+    def _parse(self, ids: list[int]) -> Reply:
+        return parse_reply(self.tokenizer.decode(ids), thinking=self.settings.thinking)
+
+    def _session(self, number: int) -> ToolSession | None:
+        with self._lock:
+            if number not in self._sessions:
+                prompt = self.tasks[number].prompt
+                self._sessions[number] = self.environments[prompt.domain].session(prompt)
+            return self._sessions[number]
+
+
+def _turns(completion: Completion) -> list[list[int]]:
+    """The model's stretches of a completion, as ids."""
+    start = len(completion.request.prompt)
+    written, ids = completion.written[start:], completion.tokens[start:]
+    if not ids.numel():
+        return []
+    cuts = torch.nonzero(written[1:] != written[:-1])[:, 0].add(1).tolist()
+    bounds = [0, *cuts, ids.numel()]
+    return [ids[a:b].tolist() for a, b in itertools.pairwise(bounds) if bool(written[a])]

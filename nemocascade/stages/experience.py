@@ -1,0 +1,191 @@
+"""From tasks to scored rollouts: generation and verification side by side, the same on every rank.
+
+The data-parallel ranks deal the tasks out and exchange what they gathered, so every rank knows all
+of a step's rollouts, in the order of the tasks, whatever the layout is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.megatron.world import World
+from nemocascade.recipe.rl import GrpoConfig, RolloutConfig
+from nemocascade.rollout.advantages import group_advantages, is_informative, overlong_penalty
+from nemocascade.rollout.engine import Completion, Engine, Request, Sampling
+from nemocascade.stages.episodes import Episodes
+from nemocascade.stages.tasks import Task, TaskStream
+from nemocascade.types import Environment, Verdict
+
+VERIFIER_THREADS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One scored answer. Tensors are those of its `Completion`: [n], prompt and all."""
+
+    tokens: Tensor
+    written: Tensor
+    logprob: Tensor
+    prompt_tokens: int
+    truncated: bool
+    turns: int
+    text: str
+    verdict: Verdict
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model wrote."""
+        return int(self.written.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The rollouts of one task. advantage: [G] float64, once `advantages_of` set it."""
+
+    task: Task
+    rollouts: tuple[Rollout, ...]
+    advantage: Tensor | None = None
+
+    def rewards(self, settings: RolloutConfig) -> tuple[Tensor, Tensor]:
+        """Rewards less the overlong penalty, and which are there; both [G]."""
+        valid = torch.tensor([r.verdict.reward is not None for r in self.rollouts])
+        rewards = torch.tensor(
+            [
+                (r.verdict.reward or 0.0) - overlong_penalty(r.length, settings)
+                for r in self.rollouts
+            ],
+            dtype=torch.float64,
+        )
+        return rewards, valid
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a step's rollouts are made of. drawn: tasks that were tried."""
+
+    groups: tuple[Group, ...]
+    drawn: int
+    tried: tuple[Group, ...]
+
+
+class Collector:
+    """Draws rollouts of the live policy and has them scored."""
+
+    def __init__(
+        self,
+        world: World,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        environments: Mapping[str, Environment],
+        settings: RolloutConfig,
+        *,
+        seed: int,
+    ) -> None:
+        self.world, self.engine, self.tokenizer = world, engine, tokenizer
+        self.environments, self.settings, self.seed = environments, settings, seed
+
+    def sampling(self) -> Sampling:
+        """As the recipe draws; texts end with the template's end of turn."""
+        s = self.settings
+        return Sampling(
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            max_tokens=s.max_response_tokens,
+            stop_tokens=((self.tokenizer.end_of_turn_id,),),
+            seed=self.seed,
+        )
+
+    def roll_out(
+        self, tasks: Sequence[Task], copies: int, sampling: Sampling | None = None
+    ) -> list[Group]:
+        """`copies` scored answers to each task, in order, the same list on every rank.
+
+        A draw depends on the seed, the task's number and the copy, not on the ranks.
+        """
+        world = self.world
+        mine = tasks[world.dp_rank :: world.dp_size]
+        by_id = {task.number * copies + copy: task for task in mine for copy in range(copies)}
+        requests = [Request(number, task.ids) for number, task in by_id.items()]
+        found = self._generate(requests, by_id, sampling or self.sampling())
+        # One rank of each replica has the verdicts.
+        shown = found if self._scores else {}
+        everything: dict[int, Rollout] = {}
+        for part in world.all_gather_object(shown):
+            everything |= part
+        return [
+            Group(task, tuple(everything[task.number * copies + copy] for copy in range(copies)))
+            for task in tasks
+        ]
+
+    @property
+    def _scores(self) -> bool:
+        return self.world.tp_rank == 0 and self.world.is_first_stage
+
+    def _generate(
+        self, requests: Sequence[Request], by_id: Mapping[int, Task], sampling: Sampling
+    ) -> dict[int, Rollout]:
+        """Rollouts of this replica by request; verified while others are still written."""
+        episodes = Episodes(self.tokenizer, self.environments, self.settings, by_id)
+        found: dict[int, Future[Rollout]] = {}
+        with ThreadPoolExecutor(VERIFIER_THREADS, thread_name_prefix="verify") as pool:
+            for completion in self.engine.run(requests, sampling, episodes.respond):
+                if self._scores:
+                    number = completion.request.id
+                    found[number] = pool.submit(self._score, completion, by_id[number], episodes)
+            return {number: future.result() for number, future in found.items()}
+
+    def _score(self, completion: Completion, task: Task, episodes: Episodes) -> Rollout:
+        response = episodes.response(completion)
+        verdict = self.environments[task.prompt.domain].score(task.prompt, response)
+        return Rollout(
+            tokens=completion.tokens,
+            written=completion.written,
+            logprob=completion.logprob,
+            prompt_tokens=len(completion.request.prompt),
+            truncated=completion.finish == "length",
+            turns=completion.turns,
+            text=self.tokenizer.decode(completion.response),
+            verdict=verdict,
+        )
+
+
+def gather(collector: Collector, stream: TaskStream, settings: RolloutConfig) -> Gathered:
+    """The groups that a step trains on.
+
+    With dynamic filtering, groups whose rewards are all equal are dropped and other tasks drawn in
+    their place, up to `max_draws * prompts_per_step` tasks in all.
+    """
+    wanted, most = settings.prompts_per_step, settings.max_draws * settings.prompts_per_step
+    kept: list[Group] = []
+    tried: list[Group] = []
+    while True:
+        count = min(wanted - len(kept), most - len(tried))
+        if not settings.dynamic_filtering and tried:
+            count = 0
+        if count <= 0:
+            return Gathered(tuple(kept), len(tried), tuple(tried))
+        groups = collector.roll_out(stream.take(count), settings.rollouts_per_prompt)
+        tried += groups
+        kept += [g for g in groups if not settings.dynamic_filtering or _teaches(g, settings)]
+
+
+def advantages_of(groups: Sequence[Group], rollout: RolloutConfig, grpo: GrpoConfig) -> list[Group]:
+    """The groups with their advantages."""
+    found = []
+    for group in groups:
+        rewards, valid = group.rewards(rollout)
+        advantage = group_advantages(rewards[None], valid[None], grpo)[0]
+        found.append(replace(group, advantage=advantage))
+    return found
+
+
+def _teaches(group: Group, settings: RolloutConfig) -> bool:
+    rewards, valid = group.rewards(settings)
+    return bool(is_informative(rewards[None], valid[None])[0])

@@ -1,0 +1,326 @@
+"""What stages that train on rollouts share: the run, its batches, evaluation and report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
+from nemocascade.megatron.artifact import artifact_model, read_artifact
+from nemocascade.megatron.swap import WeightSwap
+from nemocascade.megatron.world import RecipeError, World, world_size_of_environment
+from nemocascade.recipe.rl import GrpoRecipe
+from nemocascade.rollout.advantages import token_weights
+from nemocascade.rollout.live import LiveEngine
+from nemocascade.stages.batches import TrainingSequence, lay_out, pack_sequences
+from nemocascade.stages.experience import Collector, Gathered, Group
+from nemocascade.stages.setup import stage_world, write_recipe
+from nemocascade.stages.tasks import Task, TaskStream, encode_prompts, read_tasks
+from nemocascade.train.checkpointing import Checkpoints
+from nemocascade.train.evaluation import token_logprobs
+from nemocascade.train.metrics import LOGGER, MetricsWriter
+from nemocascade.train.trainer import Trainer
+from nemocascade.types import Artifact, Environment, PackedBatch
+
+
+@dataclass(eq=False)
+class PolicyRun:
+    """A stage under way: its policy, the tasks, and where things are kept."""
+
+    recipe: GrpoRecipe
+    world: World
+    trainer: Trainer
+    tokenizer: Tokenizer
+    engine: LiveEngine
+    environments: dict[str, Environment]
+    collector: Collector
+    stream: TaskStream
+    heldout: list[Task]
+    checkpoints: Checkpoints
+    parent: Artifact
+
+    def metrics_writer(self, first_step: int) -> MetricsWriter:
+        """Of this run, from `first_step` on."""
+        return MetricsWriter(
+            Path(self.recipe.run_dir),
+            is_main=self.world.is_main,
+            first_step=first_step,
+            steps=self.recipe.steps,
+            tensorboard=self.recipe.log.tensorboard,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean reward of greedy answers to the held-out tasks, by domain; {} without any.
+
+        Answers whose verifier failed are left out of the mean, and counted in the log.
+        """
+        if not self.heldout:
+            return {}
+        limit = self.recipe.eval.max_response_tokens or self.recipe.rollout.max_response_tokens
+        greedy = replace(self.collector.sampling(), temperature=0.0, max_tokens=limit)
+        found: dict[str, list[float]] = {}
+        errors = 0
+        for group in self.collector.roll_out(self.heldout, 1, greedy):
+            reward = group.rollouts[0].verdict.reward
+            if reward is None:
+                errors += 1
+            else:
+                found.setdefault(group.task.prompt.domain, []).append(reward)
+        if errors:
+            LOGGER.warning("held out: %d verifiers failed, their answers are not counted", errors)
+        return {f"heldout/{name}": sum(r) / len(r) for name, r in sorted(found.items())}
+
+    def log_scores(self, when: str, scores: dict[str, float]) -> None:
+        """Scores in the log."""
+        text = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        LOGGER.info("%s: %s", when, text)
+
+    def rollout_values(self, gathered: Gathered, seconds: float) -> dict[str, Any]:
+        """What a step's rollouts were like, for its line of metrics.jsonl."""
+        rollouts = [r for g in gathered.tried for r in g.rollouts]
+        rewards = [r.verdict.reward for r in rollouts if r.verdict.reward is not None]
+        lengths = torch.tensor([r.length for r in rollouts], dtype=torch.float64)
+        by_domain: dict[str, list[float]] = {}
+        for group in gathered.tried:
+            scored = [r.verdict.reward for r in group.rollouts if r.verdict.reward is not None]
+            by_domain.setdefault(group.task.prompt.domain, []).extend(scored)
+        values: dict[str, Any] = {
+            "rollout_time_s": seconds,
+            "reward": _mean(rewards),
+            "response_tokens": float(lengths.mean()),
+            "response_tokens_max": float(lengths.max()),
+            "truncated": _mean([float(r.truncated) for r in rollouts]),
+            "turns": _mean([float(r.turns) for r in rollouts]),
+            "verifier_errors": len(rollouts) - len(rewards),
+            "groups": len(gathered.groups),
+            "groups_drawn": gathered.drawn,
+            "groups_all_right": _share(gathered, low=1.0),
+            "groups_all_wrong": _share(gathered, high=0.0),
+        }
+        if len(by_domain) > 1:
+            values |= {f"reward/{name}": _mean(r) for name, r in sorted(by_domain.items())}
+        return values
+
+    def watch_mismatch(self, step: int, metrics: dict[str, float]) -> None:
+        """Warn where training and rollout disagree on the log-probabilities of the same tokens."""
+        limits = self.recipe.rollout
+        mean, largest = metrics["mismatch_mean"], metrics["mismatch_max"]
+        if mean > limits.mismatch_mean_alarm or largest > limits.mismatch_max_alarm:
+            LOGGER.warning(
+                "step %d: |log pi_train - log pi_rollout| has mean %.3g and largest %.3g: the "
+                "rollouts are not of the policy that is trained",
+                step,
+                mean,
+                largest,
+            )
+
+    def keep_samples(self, step: int, groups: Sequence[Group]) -> None:
+        """Some rollouts of a step as text, in RUN/rollouts."""
+        count = self.recipe.rollout.samples
+        if not self.world.is_main or not count:
+            return
+        folder = Path(self.recipe.run_dir) / "rollouts"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for group in groups[:count]:
+            rollout = group.rollouts[0]
+            lines.append(
+                {
+                    "step": step,
+                    "domain": group.task.prompt.domain,
+                    "task": group.task.prompt.id,
+                    "prompt": [
+                        {"role": m.role, "content": m.content} for m in group.task.prompt.messages
+                    ],
+                    "response": rollout.text,
+                    "reward": rollout.verdict.reward,
+                    "error": rollout.verdict.error,
+                    "details": dict(rollout.verdict.details),
+                    "rewards_of_group": [r.verdict.reward for r in group.rollouts],
+                }
+            )
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / f"step_{step:08d}.jsonl").write_text(text, encoding="utf-8")
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        self.checkpoints.save(self.trainer, self.stream)
+
+    def write_artifact(self, scores: dict[str, float]) -> Path:
+        """Write RUN/artifact and return its folder."""
+        data = {
+            "domains": [d.domain for d in self.recipe.domains],
+            "tasks": {name: len(found) for name, found in self.stream.prompts.items()},
+            "heldout": len(self.heldout),
+        }
+        return self.checkpoints.write_artifact(
+            self.trainer, self.recipe, self.recipe.stage, self.tokenizer, data, scores
+        )
+
+
+@contextmanager
+def policy_run(recipe: GrpoRecipe) -> Iterator[PolicyRun]:
+    """Check the recipe, read the artifact it starts from, and resume if there is a checkpoint."""
+    problems = recipe.problems(world_size_of_environment())
+    unknown = sorted({d.domain for d in recipe.domains} - set(DOMAINS))
+    problems += [f"domains names {n!r}, known are {', '.join(DOMAINS)}" for n in unknown]
+    if problems:
+        raise RecipeError(problems)
+    parent = read_artifact(Path(recipe.init_from))
+    model = artifact_model(parent)
+    problems = recipe.problems(world_size_of_environment(), model)
+    if parent.tokenizer_path is None:
+        problems.append(f"init_from({recipe.init_from}) holds no tokenizer: use another artifact")
+    if problems:
+        raise RecipeError(problems)
+    with stage_world(recipe) as (world, accelerators):
+        write_recipe(recipe, world)
+        tokenizer = load_tokenizer(str(parent.tokenizer_path))
+        check_vocabulary(tokenizer, model.vocab_size)
+        trainer = Trainer(
+            world,
+            model,
+            engine=recipe.engine,
+            moe=recipe.moe,
+            optimizer=recipe.optimizer,
+            accelerators=accelerators,
+            seed=recipe.seed,
+            run_dir=Path(recipe.run_dir),
+        )
+        every = make_environments(recipe.envs)
+        try:
+            environments: dict[str, Environment] = {
+                d.domain: every[d.domain] for d in recipe.domains
+            }
+            stream = TaskStream(
+                recipe.domains, environments, tokenizer, recipe.rollout, seed=recipe.seed
+            )
+            engine = LiveEngine(
+                world,
+                trainer.modules,
+                slots=recipe.rollout.slots,
+                prefill_tokens=recipe.rollout.prefill_tokens,
+                decode=tokenizer.decode,
+                vocabulary=tokenizer.vocab_size,
+            )
+            checkpoints = Checkpoints(Path(recipe.run_dir), recipe.checkpoint, world)
+            checkpoints.start(trainer, stream, resume=recipe.resume, init_from=recipe.init_from)
+            yield PolicyRun(
+                recipe=recipe,
+                world=world,
+                trainer=trainer,
+                tokenizer=tokenizer,
+                engine=engine,
+                environments=environments,
+                collector=Collector(
+                    world, engine, tokenizer, environments, recipe.rollout, seed=recipe.seed
+                ),
+                stream=stream,
+                heldout=_heldout_tasks(recipe, environments, tokenizer),
+                checkpoints=checkpoints,
+                parent=parent,
+            )
+        finally:
+            close_environments(every)
+
+
+def training_batches(
+    run: PolicyRun, groups: Sequence[Group], recipe: GrpoRecipe, reference: WeightSwap | None
+) -> list[PackedBatch]:
+    """This rank's micro-batches of a step, with the reference's log-probabilities where asked."""
+    sequences = training_sequences(groups, recipe)
+    world = run.world
+    layout = lay_out(
+        sequences,
+        recipe.grpo.capacity,
+        ranks=world.dp_size,
+        multiple=world.parallel.pp if world.parallel.vpp > 1 else 1,
+    )
+    batches = [
+        pack_sequences([sequences[i] for i in bin_], recipe.grpo.capacity, run.tokenizer.pad_id)
+        for bin_ in layout[world.dp_rank]
+    ]
+    if reference is None:
+        return batches
+    with reference.using("start"):
+        found = token_logprobs(
+            world,
+            run.trainer.config,
+            run.trainer.chunks,
+            batches,
+            temperature=recipe.rollout.temperature,
+        )
+    return [replace(b, ref_logprob=r) for b, r in zip(batches, found, strict=True)]
+
+
+def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[TrainingSequence]:
+    """The rollouts that train, with their advantages and the weights of their tokens.
+
+    Out stay answers whose verifier failed, and truncated ones under overlong filtering.
+    """
+    chosen = []
+    for number, group in enumerate(groups):
+        assert group.advantage is not None
+        for rollout, advantage in zip(group.rollouts, group.advantage.tolist(), strict=True):
+            filtered = rollout.truncated and recipe.rollout.overlong_filter
+            if rollout.verdict.reward is not None and not filtered and rollout.length:
+                chosen.append((number, rollout, advantage))
+    if not chosen:
+        return []
+    weights = token_weights(
+        torch.tensor([rollout.length for _, rollout, _ in chosen]),
+        torch.tensor([number for number, _, _ in chosen]),
+        recipe.grpo,
+    )
+    return [
+        TrainingSequence(
+            tokens=rollout.tokens,
+            written=rollout.written,
+            logprob=rollout.logprob,
+            weight=weight,
+            advantage=advantage,
+        )
+        for (_, rollout, advantage), weight in zip(chosen, weights.tolist(), strict=True)
+    ]
+
+
+def _heldout_tasks(
+    recipe: GrpoRecipe, environments: dict[str, Environment], tokenizer: Tokenizer
+) -> list[Task]:
+    tasks: list[Task] = []
+    if not recipe.eval.prompts:
+        return tasks
+    for domain in recipe.domains:
+        prompts = read_tasks(
+            domain,
+            environments[domain.domain],
+            seed=recipe.seed,
+            heldout=True,
+            count=recipe.eval.prompts,
+        )
+        for prompt, ids in encode_prompts(prompts, tokenizer, recipe.rollout):
+            tasks.append(Task(prompt, ids, len(tasks)))
+    return tasks
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _share(gathered: Gathered, *, low: float | None = None, high: float | None = None) -> float:
+    """The share of tried groups with all rewards at least `low`, or at most `high`."""
+    count = 0
+    for group in gathered.tried:
+        rewards = [r.verdict.reward for r in group.rollouts if r.verdict.reward is not None]
+        if rewards:
+            count += (low is not None and min(rewards) >= low) or (
+                high is not None and max(rewards) <= high
+            )
+    return count / max(1, len(gathered.tried))
