@@ -3,12 +3,18 @@
 kernels/README.md holds the table of ops, their shapes and their measured numbers.
 """
 
-from nemocascade_kernels.attention_step.op import attention_step
+from nemocascade_kernels.decode_step.op import (
+    step_attention,
+    step_experts,
+    step_linear,
+    step_mamba,
+    step_norm,
+    step_route,
+)
+from nemocascade_kernels.decode_step.weights import MambaWeights
 from nemocascade_kernels.linear_logprob.op import LinearLogprob, linear_logprob
 from nemocascade_kernels.linear_policy_loss.objectives import Grpo, Mopd, Nll, Objective
 from nemocascade_kernels.linear_policy_loss.op import PolicyLoss, linear_policy_loss
-from nemocascade_kernels.mamba_step.op import mamba_step
-from nemocascade_kernels.mamba_step.sizes import MambaWeights
 from nemocascade_kernels.mopd_advantage.op import (
     MopdAdvantage,
     mopd_advantage,
@@ -17,6 +23,7 @@ from nemocascade_kernels.mopd_advantage.op import (
 
 from .moe_experts import grouped_gemm, moe_experts, moe_permute, moe_unpermute
 from .moe_router import (
+    RouterSettings,
     Routing,
     load_balance_loss,
     make_routing,
@@ -34,20 +41,25 @@ __all__ = [
     "Nll",
     "Objective",
     "PolicyLoss",
+    "RouterSettings",
     "Routing",
-    "attention_step",
     "grouped_gemm",
     "linear_logprob",
     "linear_policy_loss",
     "load_balance_loss",
     "make_routing",
-    "mamba_step",
     "moe_experts",
     "moe_permute",
     "moe_route",
     "moe_unpermute",
     "mopd_advantage",
     "mopd_advantage_metrics",
+    "step_attention",
+    "step_experts",
+    "step_linear",
+    "step_mamba",
+    "step_norm",
+    "step_route",
     "update_expert_bias",
     "z_loss",
 ]

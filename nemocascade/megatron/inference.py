@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from nemocascade_kernels import step_linear, step_norm
 from torch import Tensor
 
 from nemocascade.megatron.layers.decode import Places, SlotLayer, Step, slot_layer
@@ -71,11 +72,11 @@ class SlotModel:
         places = Places.of(slots, self.world.device)
         self.reserve(max((p.numel() for p in prompts), default=0))
 
-        def layer(layer: SlotLayer, hidden: Tensor) -> Tensor:
-            return layer.prefill(hidden, packed, places)
+        def read(layer: SlotLayer, hidden: Tensor) -> Tensor:
+            return layer.prefill(hidden.unsqueeze(1), packed, places).squeeze(1)
 
         assert packed.batch is not None
-        hidden = self._through(packed.batch.tokens, layer)
+        hidden = self._through(packed.batch.tokens, read)
         if hidden is None:
             return None
         ends = (packed.starts + packed.lengths - 1)[: len(prompts)]
@@ -128,7 +129,7 @@ class SlotModel:
         return Microbatch.from_batch(batch, self.world.device)
 
     def _through(self, tokens: Tensor, apply: LayerCall) -> Tensor | None:
-        """Hidden states [T/tp, 1, H] after the final norm on the last stage, None on the others.
+        """Hidden states [T/tp, H] after the last layer on the last stage, None on the others.
 
         The stages hand them on in the order of the chunks: with interleaved chunks, the last stage
         hands back to the first.
@@ -137,14 +138,14 @@ class SlotModel:
         tp = self.world.parallel.tp
         for chunk, layers in zip(self.chunks, self._layers, strict=True):
             if chunk.pre_process:
-                hidden = chunk.embed(tokens)
+                hidden = chunk.embed(tokens).squeeze(1)
             elif self.world.parallel.pp > 1:
                 hidden = self._receive(tokens.numel() // tp)
             assert hidden is not None
             for layer in layers:
                 hidden = apply(layer, hidden)
             if chunk.post_process:
-                return chunk.decoder.final_norm(hidden)
+                return hidden
             self._send(hidden)
         return None
 
@@ -157,7 +158,6 @@ class SlotModel:
         group, pp = self.world.groups.pp, self.world.parallel.pp
         hidden = torch.empty(
             rows,
-            1,
             self.config.hidden_size,
             dtype=self.config.params_dtype,
             device=self.world.device,
@@ -167,13 +167,13 @@ class SlotModel:
 
     def _logits(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
         """[n, V] of the chosen rows; the same bits on every tensor-parallel rank."""
-        tp = self.world.groups.tp
+        tp, chunk = self.world.groups.tp, self.chunks[-1]
         if self.world.parallel.tp > 1:
             hidden = gather_from_sequence_parallel_region(hidden, group=tp)
-        hidden = hidden.squeeze(1)
         if rows is not None:
             hidden = hidden[rows]
-        mine = torch.nn.functional.linear(hidden, self.chunks[-1].lm_head())
+        norm = chunk.decoder.final_norm
+        mine = step_linear(step_norm(hidden, norm.weight, norm.eps), chunk.lm_head())
         if self.world.parallel.tp == 1:
             return mine
         shards = [torch.empty_like(mine) for _ in range(tp.size())]

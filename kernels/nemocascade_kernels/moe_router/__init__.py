@@ -2,9 +2,10 @@
 
 from nemocascade_kernels.moe_router.losses import load_balance_loss, update_expert_bias, z_loss
 from nemocascade_kernels.moe_router.op import make_routing, moe_route
-from nemocascade_kernels.moe_router.routing import Routing
+from nemocascade_kernels.moe_router.routing import RouterSettings, Routing
 
 __all__ = [
+    "RouterSettings",
     "Routing",
     "load_balance_loss",
     "make_routing",

@@ -15,14 +15,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nemocascade_kernels import MambaWeights, attention_step, mamba_step
+from nemocascade_kernels import (
+    MambaWeights,
+    RouterSettings,
+    step_attention,
+    step_experts,
+    step_linear,
+    step_mamba,
+    step_norm,
+    step_route,
+)
 from torch import Tensor
 
 from nemocascade.megatron.layers.attention import Attention
 from nemocascade.megatron.layers.block import ResidualBlock
 from nemocascade.megatron.layers.final_states import convolution_tails, scan_final_states
-from nemocascade.megatron.layers.linear import bare_linear
 from nemocascade.megatron.layers.mamba import MambaMixer
+from nemocascade.megatron.layers.mlp import MLP
+from nemocascade.megatron.layers.moe import MoEMixer
 from nemocascade.megatron.layers.rope import rotary_at
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.replay import RouteRecorder
@@ -74,6 +84,17 @@ class Places:
         return cls(document.contiguous(), slot.contiguous())
 
 
+def apply_linear(linear: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`residual + linear(x)`: without tensor parallelism, the bare product.
+
+    linear: a tensor-parallel linear without bias. x: [n, ...], or this rank's rows or columns.
+    """
+    if linear.tp_group.size() == 1:
+        return step_linear(x, linear.weight, residual)
+    y: Tensor = linear(x.unsqueeze(1))[0].squeeze(1)
+    return y if residual is None else residual + y
+
+
 class SlotLayer:
     """A layer of the stack beside what its sequences have left in it. This one keeps nothing."""
 
@@ -97,19 +118,84 @@ class SlotLayer:
         return out
 
     def step(self, hidden: Tensor, step: Step) -> Tensor:
-        """Read a token for each row. hidden: [n/tp, 1, H]."""
-        mixed: Tensor = self.mixer(self.block.norm(hidden), step)
-        return hidden + mixed
+        """Read a token for each row. hidden: [n/tp, H]."""
+        mixed: Tensor = self.mixer(self.normed(hidden).unsqueeze(1), step)
+        return hidden + mixed.squeeze(1)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The layer's norm of [n/tp, H]."""
+        norm: Any = self.block.norm
+        return step_norm(hidden, norm.weight, norm.eps)
+
+
+class MlpSlots(SlotLayer):
+    """A dense MLP keeps nothing; without tensor parallelism it is a single expert."""
+
+    def step(self, hidden: Tensor, step: Step) -> Tensor:
+        if self.mixer.tp_group.size() > 1:
+            return super().step(hidden, step)
+        return hidden + mlp_step(self.mixer, self.normed(hidden))
+
+
+class MoeSlots(SlotLayer):
+    """A mixture of experts keeps nothing. Where the experts are all here, so is a shorter way."""
+
+    def __init__(self, block: ResidualBlock, slots: int) -> None:
+        super().__init__(block, slots)
+        shape = self.mixer.config.shape
+        self.settings = RouterSettings(
+            top_k=shape.experts_per_token,
+            score=shape.router_score,
+            num_groups=shape.router_groups,
+            top_groups=shape.router_top_groups,
+            normalize=shape.router_normalize,
+            scale=shape.router_scale,
+        )
+
+    def step(self, hidden: Tensor, step: Step) -> Tensor:
+        mixer: MoEMixer = self.mixer
+        if mixer.tp_group.size() * mixer.experts.ep_size * mixer.experts.etp_size > 1:
+            return super().step(hidden, step)
+        x = self.normed(hidden)
+        rows = slice(0, x.shape[0])
+        logits = step_linear(x.float(), mixer.router.weight.float())
+        bias = mixer.router.expert_bias if mixer.config.shape.router_bias else None
+        chosen, weights = step_route(logits, self.settings, bias, real=step.real)
+        if step.recorder is not None:
+            step.recorder.keep(mixer.layer_number, rows, chosen)
+        hidden = hidden + step_experts(
+            x,
+            chosen,
+            weights,
+            mixer.experts.linear_fc1,
+            mixer.experts.linear_fc2,
+            activation=mixer.config.shape.activation,
+        )
+        if mixer.shared_experts is not None:
+            hidden += mlp_step(mixer.shared_experts, x)
+        return hidden
+
+
+def mlp_step(mlp: MLP, x: Tensor) -> Tensor:
+    """`mlp(x)`, [n, H], without tensor parallelism: one expert, chosen by every row."""
+    return step_experts(
+        x,
+        torch.zeros(x.shape[0], 1, dtype=torch.int32, device=x.device),
+        torch.ones(x.shape[0], 1, device=x.device),
+        mlp.linear_fc1.weight[None],
+        mlp.linear_fc2.weight[None],
+        activation=mlp.activation,
+    )
 
 
 class MambaSlots(SlotLayer):
-    """conv: [S + 1, W, K - 1], the convolution's last inputs. ssm: [S + 1, h, p, N] float32."""
+    """conv: [S + 1, K - 1, W], the convolution's last inputs. ssm: [S + 1, h, p, N] float32."""
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)
         mixer, s = self.mixer, self.mixer.sizes
         weight = mixer.conv1d.weight
-        self.conv = weight.new_zeros(slots + 1, s.channels, weight.shape[-1] - 1)
+        self.conv = weight.new_zeros(slots + 1, weight.shape[-1] - 1, s.channels)
         self.ssm = mixer.A_log.new_zeros(
             slots + 1, s.heads, s.head_dim, s.state, dtype=torch.float32
         )
@@ -137,7 +223,7 @@ class MambaSlots(SlotLayer):
         zxbcdt = mixer.in_proj(self.block.norm(hidden))[0].squeeze(1)
         if places.slot.numel():
             _, xbc, dt = zxbcdt.split([s.inner, s.channels, s.heads], dim=1)
-            tails = convolution_tails(xbc, packed, self.conv.shape[2])
+            tails = convolution_tails(xbc, packed, self.conv.shape[1])
             states = scan_final_states(xbc, dt, self.weights, packed, self.ssm.shape[1:])
             self.conv[places.slot] = tails[places.document].to(self.conv.dtype)
             self.ssm[places.slot] = states[places.document]
@@ -145,10 +231,9 @@ class MambaSlots(SlotLayer):
         return hidden + mixed
 
     def step(self, hidden: Tensor, step: Step) -> Tensor:
-        mixer = self.mixer
-        zxbcdt = bare_linear(mixer.in_proj, self.block.norm(hidden)).squeeze(1)
-        y = mamba_step(zxbcdt, self.conv, self.ssm, step.slots, self.weights)
-        return hidden + bare_linear(mixer.out_proj, y.unsqueeze(1))
+        zxbcdt = apply_linear(self.mixer.in_proj, self.normed(hidden))
+        y = step_mamba(zxbcdt, self.conv, self.ssm, step.slots, self.weights)
+        return apply_linear(self.mixer.out_proj, y, hidden)
 
 
 class AttentionSlots(SlotLayer):
@@ -190,15 +275,20 @@ class AttentionSlots(SlotLayer):
         rotary = None
         if mixer.rope_dim:
             rotary = rotary_at(step.positions, mixer.rope_dim, mixer.rope_base)
-        qkv = bare_linear(mixer.linear_qkv, self.block.norm(hidden))
-        q, k, v = mixer.heads(qkv, rotary)
-        mixed = attention_step(
+        qkv = apply_linear(mixer.linear_qkv, self.normed(hidden))
+        q, k, v = mixer.heads(qkv.unsqueeze(1), rotary)
+        mixed = step_attention(
             q, k, v, self.keys, self.values, step.slots, step.positions, step.longest
         )
-        return hidden + bare_linear(mixer.linear_proj, mixed.flatten(1).unsqueeze(1))
+        return apply_linear(mixer.linear_proj, mixed.flatten(1), hidden)
 
 
 def slot_layer(block: ResidualBlock, slots: int) -> SlotLayer:
     """`block` with room for `slots` sequences."""
-    kinds: dict[type, type[SlotLayer]] = {MambaMixer: MambaSlots, Attention: AttentionSlots}
-    return kinds.get(type(block.mixer), SlotLayer)(block, slots)
+    kinds: dict[type, type[SlotLayer]] = {
+        MambaMixer: MambaSlots,
+        Attention: AttentionSlots,
+        MoEMixer: MoeSlots,
+        MLP: MlpSlots,
+    }
+    return kinds[type(block.mixer)](block, slots)

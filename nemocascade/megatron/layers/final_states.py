@@ -16,7 +16,7 @@ from nemocascade.megatron.layers.packing import PackedSeq
 
 
 def convolution_tails(xbc: Tensor, packed: PackedSeq, width: int) -> Tensor:
-    """[D, W, width]: the last `width` rows of each document, zeros where it is shorter.
+    """[D, width, W]: the last `width` rows of each document, zeros where it is shorter.
 
     xbc: [T, W], what the convolution reads.
     """
@@ -29,7 +29,7 @@ def convolution_tails(xbc: Tensor, packed: PackedSeq, width: int) -> Tensor:
         return rows.to(packed.device), outside.to(packed.device)
 
     rows, outside = packed.cached(("tails", width), make)
-    return xbc[rows].masked_fill_(outside[:, :, None], 0).transpose(1, 2)
+    return xbc[rows].masked_fill_(outside[:, :, None], 0)
 
 
 def scan_final_states(

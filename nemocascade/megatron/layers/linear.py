@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
@@ -86,11 +85,3 @@ def row_linear(
     )
     _fill(linear, config, name, tp_shard(tp_group, 1), residual=True)
     return linear
-
-
-def bare_linear(linear: ColumnParallelLinear | RowParallelLinear, x: Tensor) -> Tensor:
-    """`linear(x)` where nothing is differentiated: without tensor parallelism, the bare product."""
-    if linear.tp_group.size() > 1:
-        out: Tensor = linear(x)[0]
-        return out
-    return F.linear(x, linear.weight)

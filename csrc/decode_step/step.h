@@ -1,0 +1,63 @@
+// One token for each of many sequences, on the CPU in float32.
+//
+// A row's result is made by the same operations in the same order whatever rows stand beside it, so
+// that a generated text does not depend on its batch. All matrices are contiguous, rows first.
+#pragma once
+
+#include <cstdint>
+
+namespace nemocascade::decode_step {
+
+// out[m, n] = residual[m, n] + sum_k x[m][k] w[n, k], for columns [begin, end).
+// x: pointers to rows. residual: null for zeros; it may be `out`.
+struct Product {
+  const float* const* x;
+  const float* w;
+  int64_t rows, depth, columns;
+  const float* residual;
+  float* out;
+};
+void product(const Product& p, int64_t begin, int64_t end);
+
+// out = x / sqrt(mean(x^2) + eps) * weight, for rows [begin, end) of x [., depth].
+void rms_norm(const float* x, const float* weight, int64_t depth, float eps, int64_t begin,
+              int64_t end, float* out);
+
+// scores = sigmoid(logits), or softmax over each row of `count`, for `rows` rows.
+void scores(const float* logits, int64_t rows, int64_t count, bool softmax, float* out);
+
+// h = relu(h)^2, in place.
+void relu2(float* h, int64_t count);
+// h[:, :width] = silu(h[:, :width]) * h[:, width:], in place, for `rows` rows of 2 width.
+void swiglu(float* h, int64_t rows, int64_t width);
+// out[t] = sum_k weights[t, k] y[t, k], in the order of k; choices without an expert are left out.
+// y: [T, K, depth]. experts: [T, K], `absent` for none.
+void combine(const float* y, const float* weights, const int32_t* experts, int32_t absent,
+             int64_t tokens, int64_t top_k, int64_t depth, float* out);
+
+// Mamba-2's mixer between its projections; see op.py. W = heads head_dim + 2 groups state.
+struct Mamba {
+  int64_t heads, head_dim, groups, state, width;  // width: of the convolution
+  float dt_low, dt_high, eps;
+  const float *conv_weight, *conv_bias;  // [W, width], [W]
+  const float *dt_bias, *a, *d;          // [heads]
+  const float* norm_weight;              // [heads head_dim]
+
+  int64_t inner() const { return heads * head_dim; }
+  int64_t channels() const { return inner() + 2 * groups * state; }
+  int64_t group_width() const { return inner() / groups; }
+  // Floats of scratch that a call needs.
+  int64_t scratch() const { return group_width() + 2 * state; }
+};
+// One row and one group. zxbcdt, out: of the row. conv: [width - 1, W] and ssm: [heads, head_dim,
+// state], of the row's slot.
+void mamba(const Mamba& m, const float* zxbcdt, int64_t group, float* conv, float* ssm,
+           float* scratch, float* out);
+
+// Attention of `ratio` query heads [ratio, dim] over `length` cached keys and values [length, dim].
+// scratch: [ratio, length rounded up to kKeysAtATime].
+constexpr int64_t kKeysAtATime = 16;
+void attention(const float* q, const float* keys, const float* values, int64_t ratio, int64_t dim,
+               int64_t length, float* scratch, float* out);
+
+}  // namespace nemocascade::decode_step

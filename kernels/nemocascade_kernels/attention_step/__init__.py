@@ -1,1 +1,0 @@
-"""One step of grouped-query attention for many sequences."""

@@ -1,0 +1,103 @@
+"""The definitions of the steps, in plain torch. See `op` for shapes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemocascade_kernels.decode_step.weights import MambaWeights
+from nemocascade_kernels.moe_router import reference as router
+from nemocascade_kernels.moe_router.routing import RouterSettings
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `op.step_norm`."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    """See `op.step_linear`."""
+    y = F.linear(x, weight)
+    return y if residual is None else residual + y
+
+
+def route(
+    logits: Tensor, bias: Tensor | None, real: int, settings: RouterSettings
+) -> tuple[Tensor, Tensor]:
+    """See `op.step_route`."""
+    mask = torch.arange(logits.shape[0], device=logits.device) < real
+    routing = router.route(logits, bias, mask, None, settings)
+    return routing.experts, routing.weights
+
+
+def experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, w_up: Tensor, w_down: Tensor, swiglu: bool
+) -> Tensor:
+    """See `op.step_experts`: all experts of all tokens, of which the chosen are summed."""
+    h = torch.einsum("th,eih->tei", x, w_up)
+    if swiglu:
+        gate, up = h.chunk(2, dim=2)
+        h = F.silu(gate) * up
+    else:
+        h = torch.relu(h).square()
+    y = torch.einsum("tei,ehi->teh", h, w_down)
+    share = torch.zeros(x.shape[0], w_up.shape[0] + 1, dtype=weights.dtype, device=x.device)
+    share.scatter_(1, chosen.long(), weights)
+    return torch.einsum("te,teh->th", share[:, :-1].to(y.dtype), y)
+
+
+def mamba(
+    zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, slots: Tensor, w: MambaWeights
+) -> Tensor:
+    """See `op.step_mamba`."""
+    high = torch.promote_types(zxbcdt.dtype, torch.float32)
+    heads, head_dim, state = ssm_state.shape[1:]
+    inner, shared = heads * head_dim, w.groups * state
+    z, xbc, dt = zxbcdt.to(high).split([inner, inner + 2 * shared, heads], dim=1)
+
+    window = torch.cat([conv_state[slots], xbc[:, None].to(conv_state.dtype)], dim=1)
+    conv_state[slots] = window[:, 1:]
+    mixed = F.silu((window.to(high) * w.conv_weight.t().to(high)).sum(1) + w.conv_bias.to(high))
+    x, b, c = mixed.split([inner, shared, shared], dim=1)
+
+    step = F.softplus(dt + w.dt_bias).clamp(*w.dt_limit)
+    ratio = heads // w.groups
+    x = x.reshape(-1, heads, head_dim)
+    b = b.reshape(-1, w.groups, 1, state).repeat_interleave(ratio, 1)
+    c = c.reshape(-1, w.groups, state, 1).repeat_interleave(ratio, 1)
+    decay = torch.exp(step * w.A)[:, :, None, None]
+    now = ssm_state[slots] * decay + (step[:, :, None] * x)[..., None] * b
+    ssm_state[slots] = now.to(ssm_state.dtype)
+    y = (now @ c).squeeze(3) + w.D[:, None] * x
+
+    u = (y.flatten(1) * F.silu(z)).view(-1, w.groups, inner // w.groups)
+    u = u * torch.rsqrt(u.square().mean(2, keepdim=True) + w.eps)
+    return (u.flatten(1) * w.norm_weight.to(high)).to(zxbcdt.dtype)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    longest: int,
+) -> Tensor:
+    """See `op.step_attention`."""
+    high = torch.promote_types(q.dtype, torch.float32)
+    rows, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    keys[slots, :, positions] = k.to(keys.dtype)
+    values[slots, :, positions] = v.to(values.dtype)
+    grouped = q.to(high).view(rows, kv_heads, heads // kv_heads, dim)
+    past_k = keys[:, :, :longest].index_select(0, slots).to(high)
+    past_v = values[:, :, :longest].index_select(0, slots).to(high)
+    scores = torch.matmul(grouped, past_k.transpose(2, 3)) * dim**-0.5
+    ahead = torch.arange(longest, device=q.device) > positions[:, None]
+    weights = scores.masked_fill_(ahead[:, None, None], float("-inf")).softmax(3)
+    # What was never written may hold anything, and 0 * NaN is NaN.
+    past_v = past_v.masked_fill(ahead[:, None, :, None], 0)
+    return torch.matmul(weights, past_v).view(rows, heads, dim).to(q.dtype)

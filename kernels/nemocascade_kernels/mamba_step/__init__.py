@@ -1,1 +1,0 @@
-"""One step of Mamba-2's mixer for many sequences."""
