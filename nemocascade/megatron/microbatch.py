@@ -80,10 +80,3 @@ class Microbatch(PackedSeq):
             return None
         index = torch.arange(rows.start, rows.stop, device=self.device)
         return index < real
-
-    def routed_documents(self, rows: slice) -> Tensor:
-        """[rows] int64 on the device: each row's document; padding comes last."""
-        return self.cached(
-            ("documents", rows.start, rows.stop),
-            lambda: self.document_of()[rows].to(self.device),
-        )

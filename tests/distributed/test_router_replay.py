@@ -1,5 +1,5 @@
 """Router replay under every parallel axis: records equal those of one process, and so does training
-on a foreign record."""
+on a foreign record, with the global load-balance loss."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def replay_once(parallel: dict[str, int], recompute: bool = False) -> dict[str, 
         world,
         shape,
         engine=engine,
-        moe=MoeTrainingConfig(load_balance_coef=1e-2, z_loss_coef=1e-3),
+        moe=MoeTrainingConfig(load_balance="global", load_balance_coef=1e-2, z_loss_coef=1e-3),
         optimizer=OptimizerConfig(lr=1e-3, schedule="constant"),
         accelerators=detect(engine, world.device),
         seed=3,

@@ -20,11 +20,27 @@ def activate(x: Tensor, activation: str) -> Tensor:
     """relu2: `relu(x)^2` (arXiv 2109.08668). swiglu: `silu(a) * b` with x = [a, b] (arXiv
     2002.05202), which halves the last dimension."""
     if activation == "relu2":
-        return torch.relu(x).square()
+        squared: Tensor = _SquaredRelu.apply(x)
+        return squared
     if activation == "swiglu":
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
     raise ValueError(f"activation {activation!r} is unknown: use relu2 or swiglu")
+
+
+class _SquaredRelu(torch.autograd.Function):
+    """`relu(x)^2`, with fewer passes over memory than its two operators make in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.clamp_min(0)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return torch.mul(grads[0], positive).mul_(2)
 
 
 class MLP(MegatronModule):

@@ -254,7 +254,7 @@ class MoEMixer(MegatronModule):
         if training.load_balance != "none" and training.load_balance_coef:
             loss = load_balance_loss(
                 logits,
-                routing.experts,
+                routing,
                 packed,
                 rows,
                 score=shape.router_score,
