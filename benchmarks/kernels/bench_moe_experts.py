@@ -58,7 +58,8 @@ def problems(suite: str, device: torch.device, tiny: bool) -> list[Problem]:
         make("Nemotron", 32_768, **NEMOTRON, skewed=True),
         *(make("Qwen3-30B", t, **QWEN3) for t in tokens),
         make("Qwen3-30B", 8192, **QWEN3, skewed=True),
-        make("Mixtral", 8192, **MIXTRAL),
+        *(make("Mixtral", t, **MIXTRAL) for t in tokens),
+        make("Mixtral", 8192, **MIXTRAL, skewed=True),
     ]
 
 
