@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ HELDOUT_SHARE = 4
 """One task in this many is held out, decided by the hash of its text."""
 TRIES = 2000
 """Tasks made in a row that are all known before a difficulty counts as exhausted."""
+
+_LOGGER = logging.getLogger("nemocascade")
 
 Row = Mapping[str, Any]
 
@@ -72,8 +75,46 @@ class Domain(ABC):
             yield replace(prompt, id=task, source=f"{self.domain}:{seed}:{len(seen)}")
 
     def read(self, path: str | Path) -> Iterator[Prompt]:
-        """The tasks of a JSONL file whose rows are all of this domain."""
-        return read_prompts(path, [self])
+        """This domain's tasks in a JSONL file (`.jsonl` or `.jsonl.gz`) of released rows.
+
+        A file may mix domains; rows that this one does not claim are counted and logged. Raises
+        ValueError naming `file:line` for a row that is broken, and if no row is of this domain.
+        """
+        others = found = 0
+        for where, row in _rows(path):
+            if not self.claims(row):
+                others += 1
+                continue
+            found += 1
+            try:
+                prompt = self._prompt(row, where)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+            yield prompt
+        if not found:
+            raise ValueError(f"{path}: none of its {others} rows is of {self.domain}")
+        if others:
+            _LOGGER.info("%s: %d rows of other domains than %s", path, others, self.domain)
+
+    def _prompt(self, row: Row, where: str) -> Prompt:
+        params = row.get("responses_create_params") or {}
+        turns = params.get("input") or row.get("prompt")
+        if isinstance(turns, str):
+            turns = [{"role": "user", "content": turns}]
+        if not turns:
+            raise ValueError("'responses_create_params.input' and 'prompt' are both empty")
+        messages = tuple(_message(turn) for turn in turns)
+        if messages[-1].role not in ("user", "tool"):
+            raise ValueError(f"the prompt ends with a turn of {messages[-1].role}, not of the user")
+        prompt = Prompt(
+            id="",
+            domain=self.domain,
+            messages=messages,
+            answer=dict(self.parse(row)),
+            tools=tuple(_tool(tool) for tool in params.get("tools") or ()),
+            source=where,
+        )
+        return replace(prompt, id=task_id(prompt))
 
     def session(self, prompt: Prompt) -> ToolSession | None:
         """No tools, unless the domain says otherwise."""
@@ -159,11 +200,8 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def read_prompts(path: str | Path, domains: Sequence[Domain]) -> Iterator[Prompt]:
-    """The tasks of a JSONL file (`.jsonl` or `.jsonl.gz`), each by the domain that claims its row.
-
-    Raises ValueError naming `file:line` for a row that is broken or that no domain claims.
-    """
+def _rows(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a JSONL file, each with its `file:line`."""
     name = str(path)
     with gzip.open(name) if name.endswith(".gz") else Path(name).open("rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -171,36 +209,12 @@ def read_prompts(path: str | Path, domains: Sequence[Domain]) -> Iterator[Prompt
                 continue
             where = f"{Path(name).name}:{number}"
             try:
-                yield _parse_row(json.loads(line), where, domains)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-
-
-def _parse_row(row: object, where: str, domains: Sequence[Domain]) -> Prompt:
-    if not isinstance(row, Mapping):
-        raise ValueError("a row must be an object")
-    domain = next((d for d in domains if d.claims(row)), None)
-    if domain is None:
-        known = ", ".join(d.domain for d in domains)
-        raise ValueError(f"fields {sorted(row)} are of none of these domains: {known}")
-    params = row.get("responses_create_params") or {}
-    turns = params.get("input") or row.get("prompt")
-    if isinstance(turns, str):
-        turns = [{"role": "user", "content": turns}]
-    if not turns:
-        raise ValueError("no prompt: 'responses_create_params.input' and 'prompt' are empty")
-    messages = tuple(_message(turn) for turn in turns)
-    if messages[-1].role not in ("user", "tool"):
-        raise ValueError(f"the prompt ends with a turn of {messages[-1].role}, not of the user")
-    prompt = Prompt(
-        id="",
-        domain=domain.domain,
-        messages=messages,
-        answer=dict(domain.parse(row)),
-        tools=tuple(_tool(tool) for tool in params.get("tools") or ()),
-        source=where,
-    )
-    return replace(prompt, id=task_id(prompt))
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: not JSON ({error})") from error
+            if not isinstance(row, Mapping):
+                raise ValueError(f"{where}: a row must be an object, it is {type(row).__name__}")
+            yield where, row
 
 
 def _message(turn: Row) -> Message:

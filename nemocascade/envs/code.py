@@ -27,7 +27,7 @@ class Code(Domain):
 
     Two styles of tests: text on standard input and output, and calls of a function. Expected
     values never enter the sandbox, so a program that rewrites its harness gains nothing.
-    The sandbox starts with the first program. Raises SandboxUnavailable then, where it cannot.
+    The sandbox starts with the first program.
     """
 
     domain = "code"
@@ -63,6 +63,14 @@ class Code(Domain):
             inputs = [_arguments(given) for given in inputs]
             outputs = [json.loads(out) if isinstance(out, str) else out for out in outputs]
         return {"function": function, "inputs": inputs, "outputs": outputs}
+
+    def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        """The verdict. Raises SandboxUnavailable where programs cannot be isolated at all.
+
+        No later verdict could be better, so that is no error of this one.
+        """
+        assert self.sandbox
+        return super().score(prompt, response)
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         source = program_of(final_text(response))
