@@ -329,7 +329,8 @@ INLINE void convolution_backward(Gradients& d) {
 INLINE void chunk_backward(Gradients& d, int64_t begin) {
   Group& g = d.g;
   const Shape& s = g.shape;
-  g.convolve(d.at, d.rows, begin, s.channels, d.slope);
+  for (int64_t t = 0; t < d.rows; ++t) g.prefetch_heads(d.d_out, d.at + t);
+  g.convolve(d.at, d.rows, begin, d.at - kChunk, s.channels, d.slope);
   g.decay(d.at, d.rows);
   g.score(d.tiles);
   transpose(g.c(), s.channels, kChunk, s.state_width, g.c_columns, kChunk);
@@ -380,7 +381,8 @@ INLINE void sweep(Group& g, Document document, int64_t first, int64_t end, const
                   const Place& place) {
   for (int64_t chunk = first; chunk + 1 < end; ++chunk) {
     const int64_t at = document.begin + chunk * kChunk;
-    g.convolve(at, kChunk, document.begin, g.shape.width + g.shape.state_width, nullptr);
+    g.convolve(at, kChunk, document.begin, at + kChunk, g.shape.width + g.shape.state_width,
+               nullptr);
     g.decay(at, kChunk);
     transpose(g.b(), g.shape.channels, kChunk, g.shape.state_width, g.b_columns, kChunk);
     float* after = place(chunk + 1);
@@ -421,6 +423,7 @@ INLINE void document_backward(Gradients& d, Document document) {
 void backward(const Sizes& sizes, const Parameters<const float>& parameters, const Task& task,
               const Rows& zxbcdt, const Rows& d_out, const Rows& d_zxbcdt,
               const Parameters<double>& sums) {
+  const FlushDenormals flush;
   int64_t chunks = 0;
   for (int64_t index = 0; index < task.count; ++index)
     chunks = larger(chunks, chunks_of(task.documents[index]));

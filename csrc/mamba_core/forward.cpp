@@ -26,6 +26,7 @@ INLINE void gate(const Group& g, int64_t t, int64_t at, float* gated, const Rows
 
 void forward(const Sizes& sizes, const Parameters<const float>& parameters, const Task& task,
              const Rows& zxbcdt, const Rows& out) {
+  const FlushDenormals flush;
   const Shape shape(sizes);
   Group g(sizes, parameters, zxbcdt, task.group, shape.width + kSquare + shape.states);
   float* gated = g.memory.take(shape.width);
@@ -36,7 +37,7 @@ void forward(const Sizes& sizes, const Parameters<const float>& parameters, cons
     const float* entering = nullptr;
     for (int64_t at = document.begin; at < document.end; at += kChunk) {
       const int64_t rows = smaller(kChunk, document.end - at), tiles = whole_tiles(rows);
-      g.convolve(at, rows, document.begin, shape.channels, nullptr);
+      g.convolve(at, rows, document.begin, at + rows, shape.channels, nullptr);
       g.decay(at, rows);
       g.score(tiles);
       for (int64_t h = 0; h < shape.ratio; ++h) {

@@ -154,9 +154,23 @@ struct Group {
             first_column() + h * shape.head_dim);
   }
 
+  // Rows of a pack are far apart, so that the processor does not see by itself which come next.
+  INLINE void prefetch_row(int64_t row, int64_t channels) const {
+    for (int64_t index = 0; index < num_segments(); ++index) {
+      const Segment part = segment(index);
+      if (part.place < channels) prefetch(zxbcdt, row, part.source, part.length);
+    }
+  }
+
+  INLINE void prefetch_heads(const Rows& rows, int64_t row) const {
+    prefetch(rows, row, first_column(), shape.ratio * shape.head_dim);
+  }
+
   // raw and act of `rows` rows from `at`, in the first `channels` of a padded row; act is zero
   // beyond the rows. slope: receives the derivative of SiLU, or null. begin: of the document.
-  INLINE void convolve(int64_t at, int64_t rows, int64_t begin, int64_t channels, float* slope) {
+  // next: the first row of the chunk that comes next; negative if there is none.
+  INLINE void convolve(int64_t at, int64_t rows, int64_t begin, int64_t next, int64_t channels,
+                       float* slope) {
     for (int64_t t = 0; t < shape.before + rows; ++t) {
       float* row = raw + t * shape.channels;
       const int64_t source = at - shape.before + t;
@@ -169,7 +183,9 @@ struct Group {
         if (part.place < channels) read(zxbcdt, source, part.source, part.length, row + part.place);
       }
     }
-    for (int64_t t = 0; t < rows; ++t)
+    for (int64_t t = 0; t < rows; ++t) {
+      if (next >= 0) prefetch_row(next + t, channels);
+      if (channels == shape.channels) prefetch_heads(zxbcdt, at + t);
       for (int64_t j = 0; j < channels; j += kLanes) {
         const int64_t place = t * shape.channels + j;
         Floats total = load(bias + j);
@@ -179,6 +195,7 @@ struct Group {
         store(act + place, total * s);
         if (slope != nullptr) store(slope + place, s * (total * (1.0f - s) + 1.0f));
       }
+    }
     for (int64_t t = rows; t < kChunk; ++t) clear(act + t * shape.channels, channels);
   }
 
