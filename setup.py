@@ -158,7 +158,7 @@ setup(
         *find_packages(include=["nemocascade", "nemocascade.*"]),
         *find_packages("kernels", include=["nemocascade_kernels", "nemocascade_kernels.*"]),
     ],
-    package_data={"*": ["py.typed"]},
+    package_data={"*": ["py.typed", "*.sbatch"]},
     ext_modules=[Extension(module, sources=[]) for module in LIBRARIES.values()],
     cmdclass={"build_ext": CMakeBuild},
     # No CPython API is used, so the wheel serves every later Python too.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemocascade.megatron import cpu
+from nemocascade.megatron.watchdog import Watchdog
 from nemocascade.recipe import EngineConfig, ParallelConfig
 
 
@@ -40,6 +41,8 @@ class World:
     device: torch.device
     parallel: ParallelConfig
     groups: ProcessGroupCollection
+    watch: Watchdog = field(default_factory=Watchdog)
+    """Names a rank that stalls or dies; see `phase`."""
 
     @property
     def dp_rank(self) -> int:

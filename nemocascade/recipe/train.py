@@ -115,7 +115,11 @@ class EngineConfig:
     """Triton scan and convolution of fla-core for Mamba-2 on GPUs, where it is installed."""
 
     timeout_s: float = 1800.0
-    """Seconds after which a collective that does not finish is an error."""
+    """Seconds after which a collective that does not finish is an error. The watchdog names a rank
+    that is silent or stuck for four fifths of that."""
+
+    preflight: bool = True
+    """Check disk, predicted memory, devices and collectives at the start."""
 
 
 @dataclass(frozen=True)

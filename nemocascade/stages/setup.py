@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +16,14 @@ from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokeniz
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.megatron.accelerators import Accelerators, detect
 from nemocascade.megatron.parameters import count_parameters
+from nemocascade.megatron.watchdog import Watchdog, job_store
 from nemocascade.megatron.world import (
     RecipeError,
     World,
     start_world,
     world_size_of_environment,
 )
+from nemocascade.plan.start import check_together, problems_before
 from nemocascade.recipe import DataConfig, EngineConfig, ModelConfig, ParallelConfig, SftRecipe
 from nemocascade.train.metrics import LOGGER, start_logging
 
@@ -49,18 +51,47 @@ def stage_world(recipe: Recipe) -> Iterator[tuple[World, Accelerators]]:
 
     Raises RecipeError with every setting that cannot run, before any process group is made.
     """
-    problems = recipe.problems(world_size_of_environment())
-    if problems:
-        raise RecipeError(problems)
+    size = world_size_of_environment()
+    check = problems_before(recipe, size) if recipe.engine.preflight else recipe.problems(size)
+    if check:
+        raise RecipeError(check)
     world = start_world(recipe.parallel, recipe.engine)
+    world = replace(world, watch=_watchdog(recipe, world))
     try:
         start_logging(Path(recipe.run_dir), is_main=world.is_main)
+        world.watch.start()
         accelerators = detect(recipe.engine, world.device)
         LOGGER.info(world.describe())
         LOGGER.info("accelerators:\n%s", accelerators.table())
+        if recipe.engine.preflight:
+            _check_together(recipe, world)
+        world.watch.enter("set-up")
         yield world, accelerators
+    except Exception as error:
+        world.watch.fail(error)
+        raise
     finally:
+        world.watch.close()
         world.close()
+
+
+def _check_together(recipe: Recipe, world: World) -> None:
+    """Time devices and collectives. Raises RecipeError, on every rank, with what is too slow."""
+    world.watch.enter("preflight")
+    found = check_together(recipe, world)
+    LOGGER.info(found.text())
+    if found.problems:
+        raise RecipeError(found.problems)
+
+
+def _watchdog(recipe: Recipe, world: World) -> Watchdog:
+    return Watchdog(
+        world.rank,
+        world.size,
+        store=job_store() if world.size > 1 else None,
+        limit_s=0.8 * recipe.engine.timeout_s,
+        stacks=Path(recipe.run_dir) / "stacks",
+    )
 
 
 def main_first(world: World, work: Any, rest: Any) -> Any:

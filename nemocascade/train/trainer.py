@@ -104,6 +104,8 @@ class Trainer:
         Raises NonFiniteError, before any weight changes, if the loss or the gradient is not
         finite; the batches of the rank that saw it first are written to RUN/nonfinite.
         """
+        watch = self.world.watch
+        watch.enter(f"step {self.step_number}: forward and backward")
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -125,6 +127,7 @@ class Trainer:
             self.world, self.config, self.chunks, micro, lambda m: objective(batch_of(m))
         )
         loss = self._finite_loss(outputs, batches)
+        watch.enter(f"step {self.step_number}: optimizer")
         try:
             norm = self.optimizer.step(self.optimizer.settings.lr_at(self.step_number))
         except NonFiniteGradientError as error:
@@ -134,6 +137,7 @@ class Trainer:
                 f"changed. Every rank wrote its batches to {folder}"
             ) from error
         load = self._move_router_bias()
+        watch.enter(f"after step {self.step_number}")
         self.step_number += 1
         return StepResult(
             loss=loss,

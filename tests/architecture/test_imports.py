@@ -21,9 +21,11 @@ ALLOWED = {
     "rollout": {"types", "recipe", "megatron"},
     "train": {"megatron", "kernels", "data", "types", "recipe"},
     # The launcher of a recipe script and a stage's set-up speak to the engine's world.
-    "stages": {"train", "rollout", "envs", "data", "types", "recipe", "megatron"},
+    "stages": {"train", "rollout", "envs", "data", "types", "recipe", "megatron", "plan"},
     "cascade": {"stages", "megatron", "recipe", "types"},
-    "plan": {"stages", "megatron", "recipe", "types"},
+    # The planner counts FLOPs as the trainer's MFU does, and checks tokenizers as the data does. It
+    # stands below the stages: every job checks itself when it starts.
+    "plan": {"train", "data", "megatron", "recipe", "types"},
 }
 KERNEL_LIBRARIES = {"torch", "triton", "nemocascade_kernels"}
 

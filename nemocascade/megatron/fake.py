@@ -1,0 +1,183 @@
+"""A rank of a world of any size in one process: groups whose collectives do nothing.
+
+For building what a rank would build, on the meta device, without the other ranks: shapes and
+bytes are exact, values are not there. torch's own fake backend stands in for NCCL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nemocascade.megatron import cpu
+from nemocascade.megatron.accelerators import Accelerators
+from nemocascade.megatron.config import make_config
+from nemocascade.megatron.model import CascadeModel, build_model
+from nemocascade.megatron.world import World
+from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
+
+# Axes that each of Megatron's groups joins. Dense groups count tp, cp, dp, pp, expert groups etp,
+# ep, expert dp, pp; the first axis varies fastest, as in `parallel_state`.
+_DENSE = {
+    "tp": "tp",
+    "pp": "pp",
+    "mp": "tp-pp",
+    "cp": "cp",
+    "tp_cp": "tp-cp",
+    "dp": "dp",
+    "dp_cp": "dp-cp",
+    "intra_dp_cp": "dp-cp",
+    "tp_dp_cp": "tp-dp-cp",
+    "embd": "pp",
+    "pos_embd": "pp",
+}
+_EXPERT = {
+    "ep": "ep",
+    "expt_tp": "tp",
+    "tp_ep": "tp-ep",
+    "tp_ep_pp": "tp-ep-pp",
+    "expt_dp": "dp",
+    "intra_expt_dp": "dp",
+}
+
+
+class OnMeta(TorchFunctionMode):
+    """While active, every factory makes its tensor on the meta device, whatever device it names.
+
+    `Tensor.type()` says nothing of meta: Megatron's optimizers sort parameters by its CUDA name,
+    which `cpu.cuda_names` makes where there is no CUDA.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            named = "torch.cuda." if torch.cuda.is_available() else "torch."
+            return func(*args).replace("torch.meta.", named, 1)
+        if kwargs.get("device") is not None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def fake_world(rank: int, size: int, parallel: ParallelConfig) -> Iterator[World]:
+    """Rank `rank` of `size`, with the groups that a model is built with; nothing is ever sent.
+
+    Raises RuntimeError if this process has a process group already.
+    """
+    with _fake_group(rank, size):
+        groups = _own_groups(rank, size, parallel)
+        yield _world(rank, size, parallel, groups)
+
+
+@contextlib.contextmanager
+def fake_megatron_world(rank: int, size: int, parallel: ParallelConfig) -> Iterator[World]:
+    """As `fake_world`, with all of Megatron's global groups, which its optimizers look up. Takes
+    seconds where the world has hundreds of ranks."""
+    cpu.install()
+    with _fake_group(rank, size):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+            context_parallel_size=parallel.cp,
+            expert_model_parallel_size=parallel.ep,
+            expert_tensor_parallel_size=parallel.etp,
+            create_gloo_process_groups=False,
+        )
+        try:
+            groups = ProcessGroupCollection.use_mpu_process_groups()
+            with mock.patch.object(dist, "all_gather_object", _gather_own):
+                yield _world(rank, size, parallel, groups)
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def _gather_own(objects: list[Any], own: Any, group: Any = None) -> None:
+    """Every rank says what this one says; Megatron asks for what all ranks agree on."""
+    objects[:] = [own] * len(objects)
+
+
+@contextlib.contextmanager
+def _fake_group(rank: int, size: int) -> Iterator[None]:
+    if dist.is_initialized():
+        raise RuntimeError("a fake world needs a process without a process group")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _world(rank: int, size: int, parallel: ParallelConfig, groups: ProcessGroupCollection) -> World:
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=0,
+        device=torch.device("meta"),
+        parallel=parallel,
+        groups=groups,
+    )
+
+
+def group_ranks(rank: int, size: int, parallel: ParallelConfig) -> dict[str, list[int]]:
+    """The ranks of each of Megatron's groups that `rank` is in."""
+    p = parallel
+    stage = size // p.pp
+    dense = {"tp": p.tp, "cp": p.cp, "dp": stage // p.tp // p.cp, "pp": p.pp}
+    expert = {"tp": p.etp, "ep": p.ep, "dp": stage // p.etp // p.ep, "pp": p.pp}
+    found = {name: _along(rank, dense, axes) for name, axes in _DENSE.items()}
+    return found | {name: _along(rank, expert, axes) for name, axes in _EXPERT.items()}
+
+
+def _along(rank: int, sizes: dict[str, int], axes: str) -> list[int]:
+    """Ranks that differ from `rank` on `axes` only."""
+    strides, stride = {}, 1
+    for axis, size in sizes.items():
+        strides[axis], stride = stride, stride * size
+    chosen = [a for a in sizes if a in axes.split("-")]
+    base = rank - sum(rank // strides[a] % sizes[a] * strides[a] for a in chosen)
+    ranks = [base]
+    for axis in chosen:
+        ranks = [r + i * strides[axis] for i in range(sizes[axis]) for r in ranks]
+    return sorted(ranks)
+
+
+def _own_groups(rank: int, size: int, parallel: ParallelConfig) -> ProcessGroupCollection:
+    made: dict[tuple[int, ...], Any] = {}
+
+    def group(ranks: list[int]) -> Any:
+        key = tuple(ranks)
+        if key not in made:
+            made[key] = dist.new_group(ranks, backend="fake")
+        return made[key]
+
+    named = {name: group(ranks) for name, ranks in group_ranks(rank, size, parallel).items()}
+    alone = group([rank])
+    return ProcessGroupCollection(
+        **{f.name: named.get(f.name, alone) for f in fields(ProcessGroupCollection)}
+    )
+
+
+def build_on_meta(
+    world: World, shape: ModelConfig, engine: EngineConfig, moe: MoeTrainingConfig
+) -> list[CascadeModel]:
+    """This rank's chunks on the meta device. world: a fake one."""
+    config = make_config(shape, world.parallel, engine, moe, seed=0)
+    with torch.device("meta"):
+        return build_model(world, config, Accelerators())

@@ -1,0 +1,199 @@
+"""Bytes that a micro-batch keeps between forward and backward, by kind of layer.
+
+A layer keeps what its operators save for backward. Shape letters: T tokens of the micro-batch, R
+its rows on a rank between layers (T / tp), H hidden size, b bytes of an activation. Terms are those
+of `nemocascade/megatron/layers`; a test counts them on a CPU by autograd's saved-tensor hooks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
+
+Terms = dict[str, float]
+# Documents up to this length go through a CPU's attention in batches.
+SHORT_DOCUMENT = 64
+# Logits that the fused head holds at a time.
+HEAD_CHUNK_BYTES = {"gpu": 1 << 30, "cpu": 128 << 20}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a micro-batch is made of.
+
+    tokens: its capacity. document: length of the documents that fill it. imbalance: rows that the
+    busiest rank's experts get, over the mean. on_gpu: whose operators run. fla: the Mamba scan is
+    fla-core's.
+    """
+
+    tokens: int
+    document: int
+    imbalance: float = 1.0
+    on_gpu: bool = True
+    fla: bool = False
+
+
+class Activations:
+    """Bytes by term for each kind of layer on one rank."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        engine: EngineConfig,
+        moe: MoeTrainingConfig,
+        load: Load,
+    ) -> None:
+        self.model, self.parallel, self.moe, self.load = model, parallel, moe, load
+        self.engine = engine
+        self.width = 2 if engine.precision == "bf16" else 4
+        self.rows = load.tokens / parallel.tp
+        self.stream = self.rows * model.hidden_size * self.width
+
+    def layer(self, symbol: str) -> Terms:
+        """What one layer keeps. With recomputation, its input and the routers' choices only."""
+        if self.engine.recompute:
+            chosen = self.rows * self.model.experts_per_token * 4 if symbol == "E" else 0.0
+            return {"layer input": self.stream, "routing": chosen}
+        return self.full_layer(symbol)
+
+    def full_layer(self, symbol: str) -> Terms:
+        """What one layer keeps without recomputation."""
+        norm = {"layer input": self.stream, "norm": self.stream + 4 * self.rows}
+        kinds = {"M": self._mamba, "*": self._attention, "E": self._moe}
+        mixer = kinds[symbol]() if symbol in kinds else self._mlp(self.model.mlp_width, "MLP")
+        return _add(norm, mixer)
+
+    def _mamba(self) -> Terms:
+        m, tp, tokens = self.model, self.parallel.tp, self.load.tokens
+        inner = m.mamba_inner / tp
+        terms = {
+            "Mamba projection": tokens * m.mamba_in_proj / tp * self.width,
+            "Mamba output": tokens * inner * self.width,
+        }
+        if self.load.on_gpu:
+            # On a CPU the native core computes them again.
+            terms["Mamba states"] = self._states() * inner * m.mamba_state * 4
+        if self.load.on_gpu and self.load.fla:
+            channels = inner + 2 * m.mamba_groups * m.mamba_state / tp
+            terms["Mamba convolution"] = tokens * channels * self.width
+            # Five float32 tensors of the gated norm, and the scan's own output.
+            terms["Mamba gate"] = tokens * inner * (5 * 4 + self.width)
+            terms["Mamba time steps"] = tokens * m.mamba_heads / tp * 4 * 3
+        return terms
+
+    def _states(self) -> float:
+        """Chunks after which another one of the same document follows."""
+        per_document = -(-self.load.document // self.model.mamba_chunk) - 1
+        return per_document * self.load.tokens / self.load.document
+
+    def _attention(self) -> Terms:
+        m, tokens, tp = self.model, self.load.tokens, self.parallel.tp
+        heads = m.num_heads / tp
+        kv = max(m.num_kv_heads / tp, 1.0)
+        query = tokens * heads * m.head_dim * self.width
+        both = 2 * tokens * kv * m.head_dim * self.width
+        terms = {
+            "attention q k v": query + both,
+            "attention output": query,
+            "attention sums": tokens * heads * 4,
+        }
+        turned = m.qk_norm or m.rope
+        if m.qk_norm:
+            # The norms' inputs; what they make is kept as q and k above.
+            terms["attention norms"] = query + both / 2 + tokens * (heads + kv) * 4
+        if not self.load.on_gpu:
+            # Torch's attention runs document by document, and the parts are joined. Short documents
+            # are gathered into batches; long ones read k and v where the projection wrote them.
+            terms["attention output"] += query
+            if self.load.document <= SHORT_DOCUMENT:
+                terms["attention rows"] = 3 * 8.0 * tokens
+            elif turned:
+                terms["attention norms"] = query + both + tokens * (heads + kv) * 4
+                terms["attention q k v"] = query + both / 2
+            elif kv > 1:
+                terms["attention q k v"] += query
+        return terms
+
+    def _mlp(self, width: int, name: str) -> Terms:
+        tokens = self.load.tokens * width / self.parallel.tp * self.width
+        return {name: tokens * (4 if self.model.activation == "swiglu" else 2)}
+
+    def _moe(self) -> Terms:
+        m, rows = self.model, self.rows
+        scores = rows * m.num_experts * 4
+        slots = rows * m.experts_per_token
+        terms = {"router": scores + rows * 4 * m.experts_per_token}
+        if self.width < 4:
+            terms["router"] += rows * m.hidden_size * 4 + m.num_experts * m.hidden_size * 4
+        if not self.moe.freeze_router:
+            if self.moe.load_balance != "none" and self.moe.load_balance_coef:
+                terms["router losses"] = 2 * scores + rows * 4
+            if self.moe.z_loss_coef:
+                terms["router losses"] = terms.get("router losses", 0.0) + 8 * rows
+        # weights, experts, order and positions, 4 bytes each.
+        terms["routing"] = 4 * 4 * slots
+        terms |= self._experts(slots)
+        if m.shared_expert_width:
+            terms |= self._mlp(m.shared_expert_width, "shared expert")
+        return terms
+
+    def _experts(self, slots: float) -> Terms:
+        m, p = self.model, self.parallel
+        gates = 2 if m.activation == "swiglu" else 1
+        hidden = m.expert_width / p.etp * gates * self.width
+        if p.ep * p.etp == 1:
+            return {"experts": slots * hidden}
+        arrived = slots * p.etp * self.load.imbalance
+        return {
+            "experts": arrived * hidden,
+            "dispatch": arrived * (m.hidden_size * self.width + 4 * 4)
+            + slots * p.etp * 8
+            + slots * m.hidden_size * self.width,
+        }
+
+    def embedding(self) -> Terms:
+        """Of the first stage: the ids."""
+        return {"token ids": self.load.tokens * 8.0}
+
+    def head(self) -> Terms:
+        """Of the last stage: the final norm's input, the whole hidden states and their gradient,
+        which the loss makes in its forward pass."""
+        whole = self.load.tokens * self.model.hidden_size * self.width
+        return {"final norm": self.stream + 4 * self.rows, "LM head gradient": whole}
+
+    def head_peak(self) -> float:
+        """While the loss runs: gathered hidden states and a chunk of logits; under vocabulary
+        parallelism two chunks are on their way."""
+        whole = self.load.tokens * self.model.hidden_size * self.width
+        gathered = whole if self.parallel.tp > 1 else 0.0
+        logits = 4.0 * self.load.tokens * self.model.vocab_size / self.parallel.tp
+        chunk = min(logits, HEAD_CHUNK_BYTES["gpu" if self.load.on_gpu else "cpu"])
+        return gathered + self.stream + chunk * (2 if self.parallel.tp > 1 else 1)
+
+    def layer_peak(self, symbol: str) -> float:
+        """Most that one layer's backward needs beside what is kept: its gradients, and with
+        recomputation everything that it keeps for a moment."""
+        terms = self.full_layer(symbol)
+        largest = max(terms.values())
+        again = sum(terms.values()) - self.stream if self.engine.recompute else 0.0
+        return again + 2 * self.stream + largest
+
+
+def _add(*parts: Terms) -> Terms:
+    total: Terms = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def in_flight(parallel: ParallelConfig, pp_rank: int, microbatches: int) -> float:
+    """Micro-batches of a pipeline rank that wait for their backward at once, in units of all its
+    layers: 1F1B (arXiv 2104.04473), and its interleaved form."""
+    ahead = parallel.pp - pp_rank
+    if parallel.vpp == 1:
+        return float(min(ahead, microbatches))
+    chunks = 2 * (parallel.pp - pp_rank - 1) + (parallel.vpp - 1) * parallel.pp + 1
+    return min(chunks, microbatches * parallel.vpp) / parallel.vpp

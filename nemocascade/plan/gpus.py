@@ -1,0 +1,60 @@
+"""Known accelerators: memory and ceilings, extendable by a JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An accelerator as the planner sees it.
+
+    memory_gib: what torch can allocate, after the driver's own. matmul_tflops: bf16 matrix products
+    as they run at good sizes, below the datasheet's peak. memory_gb_s, link_gb_s, network_gb_s:
+    bandwidth of its memory, of a rank to its neighbours in a node, and of a rank to other nodes,
+    in each direction. per_node: accelerators that the link joins.
+    """
+
+    name: str
+    memory_gib: float
+    matmul_tflops: float
+    memory_gb_s: float
+    link_gb_s: float
+    network_gb_s: float
+    per_node: int = 8
+
+
+# Datasheet figures times what large transfers and products reach in practice: 0.8 of the matrix
+# peak, 0.85 of memory, 0.8 of links. H200's matrix rate is measured.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-80gb", 78.0, 250, 1730, 240, 20),
+        Gpu("h100", 78.0, 720, 2850, 360, 40),
+        Gpu("h200", 139.0, 790, 4080, 360, 40),
+        Gpu("b200", 178.0, 1750, 6800, 720, 40),
+        Gpu("cpu", 16.0, 0.1, 20, 5, 1, per_node=64),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The accelerator of that name, or of a JSON file with the fields of `Gpu`.
+
+    Raises ValueError if there is none, naming those that are known.
+    """
+    if name in GPUS:
+        return GPUS[name]
+    fields = {f.name for f in dataclasses.fields(Gpu)}
+    if name.endswith(".json") and Path(name).is_file():
+        values = json.loads(Path(name).read_bytes())
+        if wrong := sorted((fields - {"per_node"} - set(values)) | (set(values) - fields)):
+            raise ValueError(f"{name}: fields {', '.join(wrong)} are unknown or missing")
+        return Gpu(**values)
+    raise ValueError(
+        f"--gpu {name!r} is not known: use {', '.join(GPUS)}, or a JSON file with "
+        f"{', '.join(sorted(fields))}"
+    )

@@ -1,0 +1,143 @@
+"""The job that is planned: a recipe's settings, where it runs, and what else it holds."""
+
+from __future__ import annotations
+
+import runpy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemocascade.megatron.artifact import artifact_model, read_artifact
+from nemocascade.plan.gpus import Gpu
+from nemocascade.recipe import (
+    EngineConfig,
+    ModelConfig,
+    MoeTrainingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Generation on the training ranks: sequences at once over the whole world, and their length.
+
+    Attention keeps keys and values of every token; a Mamba layer keeps one state a sequence.
+    """
+
+    sequences: int = 0
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the planner plans for.
+
+    capacity: tokens of a micro-batch. sequences_per_step: micro-batches over all data-parallel
+    ranks. document: length of the documents that fill a micro-batch. imbalance: rows of the
+    busiest experts' rank over the mean. teachers: further copies of the weights on each rank's
+    device, in the run's precision. margin: share of the device's memory left for fragmentation
+    and communication buffers.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    engine: EngineConfig
+    moe: MoeTrainingConfig
+    optimizer: OptimizerConfig
+    capacity: int
+    sequences_per_step: int
+    gpu: Gpu
+    world_size: int
+    document: int = 0
+    imbalance: float = 1.5
+    teachers: int = 0
+    rollout: Rollout = Rollout()
+    margin: float = 0.08
+    fla: bool = True
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.gpu.name != "cpu"
+
+    @property
+    def document_length(self) -> int:
+        """Length of the documents; a pack is one document where it is not known."""
+        return min(self.document or self.capacity, self.capacity)
+
+    @property
+    def microbatches(self) -> int:
+        """Of one data-parallel rank in a step."""
+        return self.sequences_per_step // max(1, self.parallel.data_parallel(self.world_size))
+
+    def problems(self) -> list[str]:
+        """Every rule that the layout breaks, each with its remedy."""
+        return self.model.problems() or self.parallel.problems(
+            self.model,
+            self.world_size,
+            capacity=self.capacity,
+            sequences_per_step=self.sequences_per_step,
+        )
+
+    def with_layout(self, parallel: ParallelConfig, *, recompute: bool) -> Job:
+        """The same work on another layout."""
+        engine = replace(self.engine, recompute=recompute)
+        return replace(self, parallel=parallel, engine=engine)
+
+
+def load_recipe(script: Path) -> Any:
+    """The `RECIPE` of a recipe script. Raises ValueError if it defines none."""
+    values = runpy.run_path(str(script), run_name="nemocascade_recipe")
+    if "RECIPE" not in values:
+        raise ValueError(f"{script} defines no RECIPE: a recipe script ends in `launch(RECIPE)`")
+    return values["RECIPE"]
+
+
+def job_of_recipe(recipe: Any, gpu: Gpu, world_size: int, **options: Any) -> Job:
+    """The job that `recipe` describes; options are further fields of Job.
+
+    A reinforcement-learning recipe trains its episodes packed: as many packs as whole episodes of
+    the largest size need, and generates as many sequences at once as its rollout says.
+
+    Raises ValueError if the recipe names no model and no artifact that says what it is.
+    """
+    common = {
+        "model": _model_of(recipe),
+        "parallel": recipe.parallel,
+        "engine": recipe.engine,
+        "moe": recipe.moe,
+        "optimizer": recipe.optimizer,
+        "gpu": gpu,
+        "world_size": world_size,
+    }
+    if hasattr(recipe, "data"):
+        sizes = {
+            "capacity": recipe.data.capacity,
+            "sequences_per_step": recipe.data.sequences_per_step,
+        }
+        return Job(**{**common, **sizes, **options})
+    r = recipe.rollout
+    longest = r.max_prompt_tokens + r.max_response_tokens
+    episodes = r.prompts_per_step * r.rollouts_per_prompt
+    capacity = recipe.grpo.capacity
+    dp = max(1, recipe.parallel.data_parallel(world_size))
+    packs = -(-episodes * longest // capacity // dp) * dp
+    sizes = {
+        "capacity": capacity,
+        "sequences_per_step": max(dp, packs),
+        "rollout": Rollout(min(episodes, r.slots * dp), longest),
+    }
+    return Job(**{**common, **sizes, **options})
+
+
+def _model_of(recipe: Any) -> ModelConfig:
+    model = getattr(recipe, "model", None)
+    if isinstance(model, ModelConfig):
+        return model
+    folder = Path(recipe.init_from)
+    if not recipe.init_from or not folder.is_dir():
+        raise ValueError(
+            f"the recipe takes its model from init_from({recipe.init_from!r}), which is no "
+            "artifact folder: name one with --init-from"
+        )
+    return artifact_model(read_artifact(folder))

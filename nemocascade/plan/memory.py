@@ -1,0 +1,131 @@
+"""Memory of the worst rank: what it holds all the time, and what a step adds at its peak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemocascade.plan.activations import Activations, Load, in_flight
+from nemocascade.plan.job import Job
+from nemocascade.plan.parameters import Place, place_of, stage_chunks, state_bytes
+
+GIB = float(1 << 30)
+# CUDA context, NCCL's buffers for each communicator, and libraries' workspaces.
+_FIXED = 2.5 * GIB
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by what they are for.
+
+    activations: kept between forward and backward, at most. peak: of one operator's backward or of
+    the LM head while its logits exist, whichever is more. other: context and communication.
+    """
+
+    place: Place
+    parameters: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    peak: float
+    teachers: float
+    rollout: float
+    other: float
+
+    @property
+    def total(self) -> float:
+        """Most that the rank holds at once; rollout and training take turns."""
+        standing = self.parameters + self.gradients + self.optimizer + self.buffers
+        step = max(self.activations + self.peak, self.rollout)
+        return standing + self.teachers + step + self.other
+
+    def table(self) -> list[tuple[str, float]]:
+        """Names and GiB, for people."""
+        names = (
+            ("parameters", self.parameters),
+            ("gradients", self.gradients),
+            ("optimizer", self.optimizer),
+            ("router buffers", self.buffers),
+            ("activations", self.activations),
+            ("largest operator or LM head", self.peak),
+            ("teachers", self.teachers),
+            ("rollout caches (instead of activations)", self.rollout),
+            ("context, communication", self.other),
+        )
+        return [(name, value / GIB) for name, value in names if value]
+
+
+def stage_memory(job: Job, place: Place) -> Memory:
+    """The memory of the rank at `place`."""
+    state = state_bytes(
+        job.model,
+        job.parallel,
+        job.world_size,
+        place,
+        engine=job.engine,
+        moe=job.moe,
+        optimizer=job.optimizer,
+        on_gpu=job.on_gpu,
+    )
+    load = Load(job.capacity, job.document_length, job.imbalance, job.on_gpu, job.fla)
+    kept = Activations(job.model, job.parallel, job.engine, job.moe, load)
+    layers = "".join(stage_chunks(job.model, job.parallel, place.pp))
+    first, last = place.pp == 0, place.pp == job.parallel.pp - 1
+    flying = in_flight(job.parallel, place.pp, job.microbatches)
+    activations = flying * sum(sum(kept.layer(symbol).values()) for symbol in layers)
+    peaks = [kept.layer_peak(symbol) for symbol in set(layers)]
+    if first:
+        activations += flying * sum(kept.embedding().values())
+    if last:
+        # The loss of a micro-batch is followed by its backward.
+        activations += sum(kept.head().values())
+        peaks.append(kept.head_peak())
+    if job.parallel.pp > 1:
+        activations += 2 * kept.stream
+    return Memory(
+        place=place,
+        parameters=state.parameters,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        buffers=state.buffers,
+        activations=activations,
+        peak=max(peaks, default=0.0),
+        teachers=float(job.teachers * state.parameters),
+        rollout=_rollout(job, layers),
+        other=_FIXED if job.on_gpu else 0.0,
+    )
+
+
+def _rollout(job: Job, layers: str) -> float:
+    """Keys, values and states of the sequences that a rank generates."""
+    dp = max(1, job.parallel.data_parallel(job.world_size))
+    sequences = -(-job.rollout.sequences // dp)
+    m, tp = job.model, job.parallel.tp
+    width = 2 if job.engine.precision == "bf16" else 4
+    token = 2 * max(m.num_kv_heads / tp, 1.0) * m.head_dim * width
+    channels = m.mamba_inner + 2 * m.mamba_groups * m.mamba_state
+    state = (m.mamba_inner * m.mamba_state * 4 + channels * (m.mamba_conv - 1) * width) / tp
+    each = layers.count("*") * token * job.rollout.length + layers.count("M") * state
+    return sequences * each
+
+
+def worst_rank(job: Job) -> Memory:
+    """The rank with most memory. A stage's ranks differ in their share of the optimizer only."""
+    return max((stage_memory(job, place) for place in _candidates(job)), key=lambda m: m.total)
+
+
+def _candidates(job: Job) -> list[Place]:
+    """The first rank of each stage: padding stands at the buffers' ends, so it owns most."""
+    return [Place(stage, 0, 0) for stage in range(job.parallel.pp)]
+
+
+def every_rank(job: Job) -> list[Memory]:
+    """The memory of each rank, in order."""
+    places = [place_of(rank, job.parallel, job.world_size) for rank in range(job.world_size)]
+    made = {place: stage_memory(job, place) for place in set(places)}
+    return [made[place] for place in places]
+
+
+def available(job: Job) -> float:
+    """Bytes that a rank may use."""
+    return job.gpu.memory_gib * GIB * (1.0 - job.margin)

@@ -1,0 +1,252 @@
+"""Bytes of parameters, gradients and optimizer state of each rank, without building anything.
+
+The parameters of a rank are listed in the order in which Megatron's DDP lays them into buffers, and
+the buffers' padding and the distributed optimizer's shards are computed as Megatron computes them,
+so the result is exact.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nemocascade.recipe import (
+    EngineConfig,
+    ModelConfig,
+    MoeTrainingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+
+# Megatron's DDP: parameters start at multiples of 64 elements, buckets end at multiples of 128.
+_START, _END = 64, 128
+_SMALLEST_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
+_MAIN_BYTES, _MOMENT_BYTES, _GRADIENT_BYTES = 4, 8, 4
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """numel: elements on this rank. float32: whatever the model's precision. expert: routed, so
+    replicated over the expert data-parallel ranks. shared: of two stages, in a bucket of its own.
+    """
+
+    name: str
+    numel: int
+    float32: bool = False
+    expert: bool = False
+    shared: bool = False
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of a rank that a whole run holds. buffers: persistent and not, of the routers."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.buffers
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands. Ranks count tp (or etp, ep) fastest, then the replicas, then pp."""
+
+    pp: int
+    dp: int
+    expert_dp: int
+
+
+def place_of(rank: int, parallel: ParallelConfig, world_size: int) -> Place:
+    """The coordinates of `rank` that its memory depends on."""
+    stage = world_size // parallel.pp
+    inner = rank % stage
+    return Place(
+        pp=rank // stage,
+        dp=inner // (parallel.tp * parallel.cp),
+        expert_dp=inner // (parallel.etp * parallel.ep),
+    )
+
+
+def stage_chunks(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[str]:
+    """The layers of a pipeline rank, a pattern for each of its vpp chunks."""
+    pieces = parallel.layout(model.pattern).split("|")
+    return pieces[pp_rank :: parallel.pp]
+
+
+def chunk_parameters(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    moe: MoeTrainingConfig,
+    pattern: str,
+    *,
+    first: bool,
+    last: bool,
+) -> list[Parameter]:
+    """The parameters of one chunk on each of its ranks, in the order of the module tree."""
+    table = model.vocab_size // parallel.tp * model.hidden_size
+    shared = model.tie_embeddings and parallel.pp > 1
+    found: list[Parameter] = []
+    if first:
+        found.append(Parameter("embedding.word_embeddings.weight", table, shared=shared))
+    for index, symbol in enumerate(pattern):
+        found += _layer(model, parallel, moe, symbol, f"decoder.layers.{index}")
+    if last:
+        found.append(Parameter("decoder.final_norm.weight", model.hidden_size))
+        if shared or not model.tie_embeddings:
+            found.append(Parameter("output_layer.weight", table, shared=shared))
+    return found
+
+
+def _layer(
+    model: ModelConfig, parallel: ParallelConfig, moe: MoeTrainingConfig, symbol: str, name: str
+) -> list[Parameter]:
+    hidden, tp = model.hidden_size, parallel.tp
+    gates = 2 if model.activation == "swiglu" else 1
+    found = [Parameter(f"{name}.norm.weight", hidden)]
+
+    def add(part: str, numel: int, **options: bool) -> None:
+        found.append(Parameter(f"{name}.mixer.{part}", numel, **options))
+
+    def mlp(prefix: str, width: int) -> None:
+        add(f"{prefix}linear_fc1.weight", gates * width // tp * hidden)
+        add(f"{prefix}linear_fc2.weight", width // tp * hidden)
+
+    if symbol == "M":
+        channels = model.mamba_inner + 2 * model.mamba_groups * model.mamba_state
+        for part in ("A_log", "dt_bias", "D"):
+            add(part, model.mamba_heads // tp, float32=True)
+        add("in_proj.weight", model.mamba_in_proj // tp * hidden)
+        add("conv1d.weight", channels // tp * model.mamba_conv)
+        add("conv1d.bias", channels // tp)
+        add("norm.weight", model.mamba_inner // tp)
+        add("out_proj.weight", model.mamba_inner // tp * hidden)
+    elif symbol == "*":
+        heads = model.num_heads + 2 * model.num_kv_heads
+        add("linear_qkv.weight", heads * model.head_dim // tp * hidden)
+        add("linear_proj.weight", model.num_heads * model.head_dim // tp * hidden)
+        if model.qk_norm:
+            add("q_layernorm.weight", model.head_dim)
+            add("k_layernorm.weight", model.head_dim)
+    elif symbol == "E":
+        local = model.num_experts // parallel.ep
+        width = model.expert_width // parallel.etp
+        add("router.weight", model.num_experts * hidden, trained=not moe.freeze_router)
+        add("experts.linear_fc1", local * gates * width * hidden, expert=True)
+        add("experts.linear_fc2", local * hidden * width, expert=True)
+        if model.shared_expert_width:
+            mlp("shared_experts.", model.shared_expert_width)
+    else:
+        mlp("", model.mlp_width)
+    return found
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def state_bytes(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    world_size: int,
+    place: Place,
+    *,
+    engine: EngineConfig,
+    moe: MoeTrainingConfig,
+    optimizer: OptimizerConfig,
+    on_gpu: bool,
+) -> StateBytes:
+    """What the rank at `place` holds from the first step to the last.
+
+    on_gpu: gradients are reduced while backward runs, which cuts the buffers of the first stage
+    into buckets, each with its own padding.
+    """
+    dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
+    expert_dp = world_size // (parallel.etp * parallel.ep * parallel.pp)
+    size = 2 if engine.precision == "bf16" else 4
+    weights = gradients = states = 0
+    routers = 0
+    for chunk, pattern in enumerate(stage_chunks(model, parallel, place.pp)):
+        routers += pattern.count("E")
+        parameters = chunk_parameters(
+            model,
+            parallel,
+            moe,
+            pattern,
+            first=place.pp == 0 and chunk == 0,
+            last=place.pp == parallel.pp - 1 and chunk == parallel.vpp - 1,
+        )
+        weights += sum(p.numel * _width(p, size) for p in parameters if not p.trained)
+        bucketed = on_gpu and place.pp == 0 and chunk == 0
+        bucket = max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * dp) if bucketed else None
+        for buffer in _buffers(parameters, size):
+            width, expert = _width(buffer[0], size), buffer[0].expert
+            ranks, rank = (expert_dp, place.expert_dp) if expert else (dp, place.dp)
+            if optimizer.distributed:
+                buckets = _buckets(buffer, bucket, ranks)
+                padded = sum(end - start for start, end, _ in buckets)
+                owned = sum(_owned(b, rank, ranks) for b in buckets)
+            else:
+                padded = owned = sum(p.numel for p in buffer)
+            main = _MAIN_BYTES if width < _MAIN_BYTES else 0
+            weights += padded * width
+            gradients += padded * _GRADIENT_BYTES
+            states += owned * (main + _MOMENT_BYTES)
+    # Selection bias and load of each router, float32.
+    buffers = routers * 2 * 4 * model.num_experts
+    return StateBytes(weights, gradients, states, buffers)
+
+
+def _width(parameter: Parameter, size: int) -> int:
+    return 4 if parameter.float32 else size
+
+
+def _buffers(parameters: Iterable[Parameter], size: int) -> list[list[Parameter]]:
+    """Trained parameters by dtype and by the ranks that share them."""
+    groups: dict[tuple[int, bool], list[Parameter]] = {}
+    for p in parameters:
+        if p.trained:
+            groups.setdefault((_width(p, size), p.expert), []).append(p)
+    return list(groups.values())
+
+
+_Bucket = tuple[int, int, list[tuple[int, int]]]
+
+
+def _buckets(parameters: Sequence[Parameter], size: int | None, ranks: int) -> list[_Bucket]:
+    """(start, padded end, spans of the parameters) of each bucket, from the last parameter on."""
+    found: list[_Bucket] = []
+    multiple = math.lcm(ranks, _END)
+    spans: list[tuple[int, int]] = []
+    begin = position = 0
+
+    def close(end: int) -> int:
+        padded = -(-end // multiple) * multiple
+        found.append((begin, padded, list(spans)))
+        spans.clear()
+        return padded
+
+    for parameter in reversed(parameters):
+        position = -(-position // _START) * _START
+        if parameter.shared and spans:
+            begin = position = close(position)
+        end = position + parameter.numel
+        spans.append((position, end))
+        if parameter.shared or (size is not None and end - begin >= size):
+            begin = position = close(end)
+        else:
+            position = end
+    if spans:
+        close(position)
+    return found
+
+
+def _owned(bucket: _Bucket, rank: int, ranks: int) -> int:
+    """Elements of parameters in the share of a rank of a bucket."""
+    start, end, spans = bucket
+    share = (end - start) // ranks
+    low, high = start + rank * share, start + (rank + 1) * share
+    return sum(max(0, min(b, high) - max(a, low)) for a, b in spans)

@@ -1,0 +1,190 @@
+"""`nemocascade plan`: the recipe's own layout, the best ten, and the nearest one that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from nemocascade.plan.gpus import find_gpu
+from nemocascade.plan.job import Job, Rollout, job_of_recipe, load_recipe
+from nemocascade.plan.memory import GIB, available
+from nemocascade.plan.search import (
+    Plan,
+    best_plans,
+    faults,
+    least_memory,
+    nearest_fitting,
+    price,
+)
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Memory of the worst rank and time of a step for a recipe, over all legal layouts."""
+
+    recipe: tyro.conf.Positional[str]
+    """Recipe script."""
+
+    gpus: int = 8
+    """Ranks."""
+
+    gpu: str = "h200"
+    """A known accelerator, or a JSON file with the fields of nemocascade.plan.gpus.Gpu."""
+
+    best: int = 10
+    """Layouts to print."""
+
+    document: int = 0
+    """Length of the documents that fill a pack; 0 = one document of the whole capacity."""
+
+    longest: int = 0
+    """Longest document. Packs may then be halved down to it; 0 = the capacity stays."""
+
+    imbalance: float = 1.5
+    """Rows of the busiest rank's experts over the mean."""
+
+    teachers: int = 0
+    """Teacher models that stay on the device."""
+
+    rollout_sequences: int = 0
+    """Sequences generated at once on the training ranks, over the world."""
+
+    rollout_length: int = 0
+    """Their length in tokens."""
+
+    margin: float = 0.08
+    """Share of the device's memory that stays free."""
+
+    fla: bool = True
+    """The Mamba scan is fla-core's, which keeps more for backward than ours."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+
+def run_plan(settings: PlanSettings, override: Callable[[Any], Any] | None = None) -> str:
+    """The report. override: changes the recipe before it is planned.
+
+    Raises ValueError for an unknown accelerator or a script without a recipe.
+    """
+    recipe = load_recipe(Path(settings.recipe))
+    if override is not None:
+        recipe = override(recipe)
+    job = job_of_recipe(
+        recipe,
+        find_gpu(settings.gpu),
+        settings.gpus,
+        document=settings.document,
+        imbalance=settings.imbalance,
+        teachers=settings.teachers,
+        rollout=Rollout(settings.rollout_sequences, settings.rollout_length),
+        margin=settings.margin,
+        fla=settings.fla,
+    )
+    problems = faults(job)
+    best = best_plans(job, count=settings.best, longest=settings.longest)
+    nearest = nearest_fitting(job) if problems else None
+    if settings.json:
+        return json.dumps(_as_json(job, problems, best, nearest), indent=1)
+    return "\n".join(_lines(job, problems, best, nearest, settings))
+
+
+def _lines(
+    job: Job, problems: list[str], best: list[Plan], nearest: Plan | None, settings: PlanSettings
+) -> list[str]:
+    lines = [
+        f"{job.world_size} x {job.gpu.name}: {available(job) / GIB:.1f} GiB a rank to use; "
+        f"{job.sequences_per_step} packs of {job.capacity:,} tokens a step, documents of "
+        f"{job.document_length:,}; expert imbalance {job.imbalance:g}",
+        "",
+    ]
+    if problems:
+        lines += ["The recipe's layout cannot run:", *(f"  - {p}" for p in problems)]
+        if nearest is not None:
+            lines += ["The nearest one that fits:", *_details(nearest)]
+    else:
+        lines += ["The recipe's layout:", *_details(price(job))]
+    lines.append("")
+    if best:
+        lines += [f"The fastest {len(best)} that fit:", HEADER, RULE, *map(row, best)]
+    else:
+        least = least_memory(job, longest=settings.longest)
+        need = "no layout is legal"
+        if least is not None:
+            need = f"the least needs {least.memory.total / GIB:.1f} GiB: {least.describe()}"
+        lines.append(f"No layout fits; {need}. Use more ranks, or a smaller data.capacity.")
+    return lines
+
+
+HEADER = "| tp | pp | vpp | ep | etp | dp | capacity | layers | GiB | s a step | tokens/s/GPU |"
+RULE = "|---|---|---|---|---|---|---|---|---|---|---|"
+
+
+def row(plan: Plan) -> str:
+    """A line of the table of layouts."""
+    p = plan.job.parallel
+    cells = (
+        p.tp,
+        p.pp,
+        p.vpp,
+        p.ep,
+        p.etp,
+        p.data_parallel(plan.job.world_size),
+        plan.job.capacity,
+        "recomputed" if plan.job.engine.recompute else "kept",
+        f"{plan.memory.total / GIB:.1f}",
+        f"{plan.time.total:.2f}",
+        f"{plan.tokens_per_s_per_gpu:,.0f}",
+    )
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _details(plan: Plan) -> list[str]:
+    layout = plan.job.parallel.pipeline_layout
+    lines = [f"  {plan.describe()}"]
+    if layout:
+        lines.append(f"  --parallel.pipeline-layout '{layout}'")
+    lines.append(
+        f"  {plan.memory.total / GIB:.1f} GiB on the worst rank (stage {plan.memory.place.pp}): "
+        + ", ".join(f"{name} {value:.2f}" for name, value in plan.memory.table())
+    )
+    parts = [(n, v) for n, v in plan.time.table() if v >= 0.0005]
+    lines.append(
+        f"  {plan.time.total:.2f} s a step, {plan.tokens_per_s_per_gpu:,.0f} tokens/s/GPU: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in parts)
+    )
+    return lines
+
+
+def _as_json(
+    job: Job, problems: list[str], best: list[Plan], nearest: Plan | None
+) -> dict[str, Any]:
+    own = None if problems else price(job)
+    return {
+        "gpus": job.world_size,
+        "gpu": dataclasses.asdict(job.gpu),
+        "available_gib": available(job) / GIB,
+        "problems": problems,
+        "own": own and _plan_json(own),
+        "nearest": nearest and _plan_json(nearest),
+        "best": [_plan_json(plan) for plan in best],
+    }
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "parallel": dataclasses.asdict(plan.job.parallel),
+        "dp": plan.job.parallel.data_parallel(plan.job.world_size),
+        "capacity": plan.job.capacity,
+        "recompute": plan.job.engine.recompute,
+        "fits": plan.fits,
+        "memory_gib": {"total": plan.memory.total / GIB, **dict(plan.memory.table())},
+        "time_s": {"total": plan.time.total, **dict(plan.time.table())},
+        "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
+    }

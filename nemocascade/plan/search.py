@@ -1,0 +1,176 @@
+"""All legal layouts of a job, the best of them, and the nearest one to a layout that cannot run."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from nemocascade.plan.job import Job
+from nemocascade.plan.memory import GIB, Memory, available, worst_rank
+from nemocascade.plan.timing import StepModel, StepTime
+from nemocascade.recipe import ModelConfig, ParallelConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout with its price."""
+
+    job: Job
+    memory: Memory
+    time: StepTime
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= available(self.job)
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        return self.time.tokens / self.time.total / self.job.world_size
+
+    def describe(self) -> str:
+        """The layout as command-line settings."""
+        p, e = self.job.parallel, self.job.engine
+        names = ("tp", "pp", "vpp", "ep", "etp")
+        parts = [f"{name} {getattr(p, name)}" for name in names]
+        parts.append(f"dp {p.data_parallel(self.job.world_size)}")
+        if self.job.parallel.cp > 1:
+            parts.append(f"cp {p.cp}")
+        parts.append(f"capacity {self.job.capacity}")
+        parts.append("recompute" if e.recompute else "keep")
+        return " ".join(parts)
+
+
+def price(job: Job) -> Plan:
+    """Memory and time of a legal job."""
+    return Plan(job, worst_rank(job), StepModel(job).step())
+
+
+def legal_layouts(job: Job, *, longest: int = 0) -> Iterator[Job]:
+    """Every layout that `ParallelConfig.problems` passes, with and without recomputation.
+
+    longest: tokens of the longest document; the micro-batch is halved, and their number doubled,
+    as long as it still fits. 0: the capacity stays.
+    """
+    world, m = job.world_size, job.model
+    has_experts = "E" in m.pattern
+    capacities = [job.capacity]
+    while longest and capacities[-1] % 2 == 0 and capacities[-1] // 2 >= longest:
+        capacities.append(capacities[-1] // 2)
+    for capacity in capacities:
+        sequences = job.sequences_per_step * job.capacity // capacity
+        work = replace(job, capacity=capacity, sequences_per_step=sequences)
+        for tp in _divisors(world, 64):
+            for pp in _divisors(world // tp, m.num_layers):
+                for vpp in _interleavings(m, pp):
+                    layout = _pipeline_layout(m, pp, vpp)
+                    for ep in _divisors(world // pp, m.num_experts) if has_experts else (1,):
+                        for etp in _divisors(world // pp // ep, 8) if has_experts else (1,):
+                            p = ParallelConfig(tp, pp, vpp, ep, etp, 1, layout)
+                            if not replace(work, parallel=p).problems():
+                                for recompute in (False, True):
+                                    yield work.with_layout(p, recompute=recompute)
+
+
+def best_plans(job: Job, *, count: int = 10, longest: int = 0) -> list[Plan]:
+    """The fastest layouts that fit, at most `count`, fastest first."""
+    fitting = _fitting(job, longest)
+    return sorted(fitting, key=lambda plan: (plan.time.total, plan.memory.total))[:count]
+
+
+def least_memory(job: Job, *, longest: int = 0) -> Plan | None:
+    """The legal layout that needs least; None if there is no legal one at all."""
+    sizes = ((worst_rank(found).total, found) for found in legal_layouts(job, longest=longest))
+    best = min(sizes, key=lambda pair: pair[0], default=None)
+    return None if best is None else price(best[1])
+
+
+def nearest_fitting(job: Job) -> Plan | None:
+    """The layout that fits and differs least from the job's own: fewest and smallest factors on the
+    axes, then speed. None if nothing fits."""
+
+    def distance(plan: Plan) -> tuple[float, float]:
+        mine, other = job.parallel, plan.job.parallel
+        axes = sum(
+            abs(math.log2(getattr(other, name) / max(1, getattr(mine, name))))
+            for name in ("tp", "pp", "vpp", "ep", "etp")
+        )
+        again = 0.5 if plan.job.engine.recompute != job.engine.recompute else 0.0
+        return axes + again, plan.time.total
+
+    return min(_fitting(job), key=distance, default=None)
+
+
+def _fitting(job: Job, longest: int = 0) -> Iterator[Plan]:
+    """Every layout that fits, priced; the time of the others is not worth computing."""
+    for found in legal_layouts(job, longest=longest):
+        memory = worst_rank(found)
+        if memory.total <= available(found):
+            yield Plan(found, memory, StepModel(found).step())
+
+
+def faults(job: Job) -> list[str]:
+    """Why the job's own layout cannot run, each with its remedy; [] if it can."""
+    problems = job.problems()
+    if problems:
+        return problems
+    plan = price(job)
+    if plan.fits:
+        return []
+    return [
+        f"the worst rank (stage {plan.memory.place.pp}) needs {plan.memory.total / GIB:.1f} GiB, "
+        f"a {job.gpu.name} gives {available(job) / GIB:.1f} GiB of {job.gpu.memory_gib:.0f} with "
+        f"a margin of {job.margin:.0%}: use a layout below"
+    ]
+
+
+def _divisors(number: int, largest: int) -> list[int]:
+    return [d for d in range(1, min(number, largest) + 1) if number % d == 0]
+
+
+def _interleavings(model: ModelConfig, pp: int) -> list[int]:
+    """Chunks a stage may hold: those that split the layers evenly, and the small numbers."""
+    if pp == 1:
+        return [1]
+    most = model.num_layers // pp
+    return [v for v in range(1, most + 1) if v <= 4 or model.num_layers % (pp * v) == 0]
+
+
+def _pipeline_layout(model: ModelConfig, pp: int, vpp: int) -> str:
+    """Empty where layers split evenly; otherwise pieces of nearly equal work."""
+    pieces = pp * vpp
+    if model.num_layers % pieces == 0:
+        return ""
+    return balanced_layout(model.pattern, pieces)
+
+
+@functools.cache
+def balanced_layout(pattern: str, pieces: int) -> str:
+    """The pattern cut into `pieces` whose heaviest is as light as possible.
+
+    A MoE layer counts three, others two: their shares of time in a hybrid model. The last piece
+    carries the LM head, four.
+    """
+    weight = {"E": 3, "M": 2, "*": 2, "-": 2}
+    sums = [0]
+    for symbol in pattern:
+        sums.append(sums[-1] + weight[symbol])
+    count = len(pattern)
+    # best[k][i]: the heaviest of k pieces that hold the first i layers.
+    best = [[math.inf] * (count + 1) for _ in range(pieces + 1)]
+    cut = [[0] * (count + 1) for _ in range(pieces + 1)]
+    best[0][0] = 0
+    for k in range(1, pieces + 1):
+        head = 4 if k == pieces else 0
+        for i in range(k, count + 1):
+            for j in range(k - 1, i):
+                heaviest = max(best[k - 1][j], sums[i] - sums[j] + head)
+                if heaviest < best[k][i]:
+                    best[k][i], cut[k][i] = heaviest, j
+    ends = [count]
+    for k in range(pieces, 0, -1):
+        ends.append(cut[k][ends[-1]])
+    ends.reverse()
+    return "|".join(pattern[a:b] for a, b in itertools.pairwise(ends))

@@ -1,0 +1,192 @@
+"""Slurm jobs of recipes: one sbatch script a stage, each after the one before it.
+
+    nemocascade submit sft.py grpo.py --nodes 32 --partition gpu --time 24:00:00
+
+The script is a template, which a site may replace. Before the time limit Slurm signals the batch
+shell, which leaves the file RUN/stop; the ranks save a checkpoint at the end of the step, and the
+job requeues itself. A run resumes from its newest checkpoint, so nothing else has to be said.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from nemocascade.plan.job import load_recipe
+
+TEMPLATE = Path(__file__).with_name("template.sbatch")
+STOPPED = 75
+"""Exit code of ranks that stopped on request, after a checkpoint: sysexits' "try again"."""
+
+
+class SubmitError(RuntimeError):
+    """Slurm refused a job, or is not there."""
+
+
+@dataclass(frozen=True)
+class SubmitSettings:
+    """Write and submit a Slurm job for each recipe; each starts when the one before has ended well.
+    Arguments that are not named here go to every recipe."""
+
+    recipes: tyro.conf.Positional[tuple[str, ...]]
+    """Recipe scripts, in order."""
+
+    nodes: int = 1
+    ranks_per_node: int = 8
+    """Processes on each node, one for each GPU."""
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    time: str = "24:00:00"
+    """Time limit of each job, as Slurm writes it."""
+
+    warning_s: int = 600
+    """Seconds before the time limit at which a checkpoint is asked for: more than a step takes and
+    a save."""
+
+    gpus: bool = True
+    """Ask Slurm for `ranks_per_node` GPUs on each node."""
+
+    container_image: str = ""
+    """Image for Slurm's container plug-in (pyxis); empty = none."""
+
+    container_mounts: str = ""
+    """`host:container` pairs for it, by commas."""
+
+    environment: str = ""
+    """File of `export` lines for the script, for example of a site's network."""
+
+    srun_options: str = ""
+    """Further options of srun."""
+
+    sbatch_options: tuple[str, ...] = ()
+    """Further `--name=value` options of sbatch."""
+
+    torchrun: str = "torchrun"
+    """How nodes start torchrun, for example a virtual environment's."""
+
+    port: int = 29500
+    template: str = ""
+    """Another script template; see nemocascade/plan/template.sbatch."""
+
+    after: str = ""
+    """Job id that the first job waits for."""
+
+    dry_run: bool = False
+    """Print the scripts and the commands, and submit nothing."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job: its recipe, run folder, and script."""
+
+    recipe: Path
+    run_dir: Path
+    script: str
+
+
+def make_stages(settings: SubmitSettings, arguments: list[str]) -> list[Stage]:
+    """The script of every recipe. Raises ValueError listing all settings that cannot be meant."""
+    problems = []
+    if not settings.recipes:
+        problems.append("no recipe: name at least one script")
+    for name in ("nodes", "ranks_per_node", "warning_s"):
+        if getattr(settings, name) < 1:
+            problems.append(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least 1")
+    problems += [f"{r} is no file" for r in settings.recipes if not Path(r).is_file()]
+    if len(settings.recipes) > 1 and any(a.startswith("--run-dir") for a in arguments):
+        problems.append("--run-dir with several recipes: they would share one folder")
+    if problems:
+        raise ValueError("; ".join(problems))
+    template = Path(settings.template or TEMPLATE).read_text(encoding="utf-8")
+    return [_stage(settings, Path(recipe), arguments, template) for recipe in settings.recipes]
+
+
+def _stage(settings: SubmitSettings, recipe: Path, arguments: list[str], template: str) -> Stage:
+    run_dir = _run_dir(recipe, arguments)
+    container = ""
+    if settings.container_image:
+        container = f"--container-image={shlex.quote(settings.container_image)} "
+        if settings.container_mounts:
+            container += f"--container-mounts={shlex.quote(settings.container_mounts)} "
+    script = template.format(
+        job_name=f"nemocascade-{run_dir.name}",
+        nodes=settings.nodes,
+        ranks_per_node=settings.ranks_per_node,
+        time=settings.time,
+        log=run_dir / "slurm-%j.txt",
+        warning_s=settings.warning_s,
+        options="".join(f"#SBATCH {o}\n" for o in _options(settings)),
+        recipe=shlex.quote(str(recipe)),
+        run_dir=shlex.quote(str(run_dir)),
+        again=STOPPED,
+        environment=f". {shlex.quote(settings.environment)}" if settings.environment else "",
+        srun_options=f"{settings.srun_options} " if settings.srun_options else "",
+        container=container,
+        torchrun=settings.torchrun,
+        port=settings.port,
+        arguments=shlex.join(arguments),
+    )
+    return Stage(recipe, run_dir, script)
+
+
+def _options(settings: SubmitSettings) -> list[str]:
+    named = {
+        "partition": settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "gpus-per-node": str(settings.ranks_per_node) if settings.gpus else "",
+    }
+    return [f"--{name}={value}" for name, value in named.items() if value] + list(
+        settings.sbatch_options
+    )
+
+
+def _run_dir(recipe: Path, arguments: list[str]) -> Path:
+    """Where the stage writes: the recipe's run_dir, or what the arguments make of it."""
+    run_dir = load_recipe(recipe).run_dir
+    for index, argument in enumerate(arguments):
+        if argument == "--run-dir" and index + 1 < len(arguments):
+            run_dir = arguments[index + 1]
+        elif argument.startswith("--run-dir="):
+            run_dir = argument.partition("=")[2]
+    return Path.cwd() / run_dir
+
+
+def run_submit(settings: SubmitSettings, arguments: list[str]) -> list[str]:
+    """Submit the stages in order; the jobs' ids. With dry_run, print them instead.
+
+    Raises ValueError for settings, and SubmitError with Slurm's own words where it refuses.
+    """
+    stages = make_stages(settings, arguments)
+    if not settings.dry_run and shutil.which("sbatch") is None:
+        raise SubmitError("sbatch is not on the PATH: submit on a login node, or use --dry-run")
+    jobs: list[str] = []
+    before = settings.after
+    for number, stage in enumerate(stages):
+        path = stage.run_dir / "job.sbatch"
+        command = ["sbatch", "--parsable"]
+        if before:
+            command.append(f"--dependency=afterok:{before}")
+        command.append(str(path))
+        if settings.dry_run:
+            print(f"# {path}\n{stage.script}\n# {shlex.join(command)}\n")
+            before = f"JOB_{number + 1}"
+            jobs.append(before)
+            continue
+        stage.run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(stage.script, encoding="utf-8")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            waiting = f"; jobs {', '.join(jobs)} stay in the queue" if jobs else ""
+            raise SubmitError(f"{shlex.join(command)}: {done.stderr.strip()}{waiting}")
+        before = done.stdout.strip().partition(";")[0]
+        print(f"{stage.recipe}: job {before}, {path}")
+        jobs.append(before)
+    return jobs

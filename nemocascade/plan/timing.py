@@ -1,0 +1,192 @@
+"""Time of a step: work over ceilings, communication by axis, the pipeline's bubble, imbalance.
+
+A layer takes the longer of its products at the matrix ceiling and its traffic at the memory
+ceiling, plus its communication, which is counted as not overlapped. The backward pass is twice the
+forward; recomputation adds a forward. The data-parallel reduction overlaps with backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from nemocascade.plan.job import Job
+from nemocascade.plan.parameters import Place, stage_chunks, state_bytes
+from nemocascade.train.flops import layer_flops
+
+# Share of the matrix ceiling that a layer's products reach: large dense products nearly all, the
+# experts' grouped ones less, and the scan's small blocks less again. Assumptions of the model.
+_EFFICIENCY = {"M": 0.55, "*": 0.7, "E": 0.6, "-": 0.85, "head": 0.85}
+# Elements of a row of the stream that a layer's pointwise operators move, in units of H, b bytes.
+_TRAFFIC = {"M": 24.0, "*": 14.0, "E": 20.0, "-": 12.0}
+_OVERLAP = 0.8
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step. compute: of the slowest stage, recomputation included.
+    tensor, expert, pipeline, data: communication of the axes that is waited for. bubble: the
+    pipeline's. imbalance: of packs over data-parallel ranks. optimizer: the update itself.
+    flops: of the whole step by the trainer's formula, without recomputation.
+    """
+
+    compute: float
+    tensor: float
+    expert: float
+    pipeline: float
+    data: float
+    bubble: float
+    imbalance: float
+    optimizer: float
+    tokens: int
+    flops: float
+
+    @property
+    def total(self) -> float:
+        parts = (self.compute, self.tensor, self.expert, self.pipeline, self.data)
+        return sum(parts) + self.bubble + self.imbalance + self.optimizer
+
+    def table(self) -> list[tuple[str, float]]:
+        """Names and seconds, for people."""
+        names = [f.name for f in dataclasses.fields(self) if f.type == "float"]
+        return [(name, getattr(self, name)) for name in names if name != "flops"]
+
+
+@dataclass(frozen=True)
+class _Cost:
+    compute: float = 0.0
+    tensor: float = 0.0
+    expert: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tensor + self.expert
+
+    def plus(self, other: _Cost) -> _Cost:
+        return _Cost(
+            self.compute + other.compute,
+            self.tensor + other.tensor,
+            self.expert + other.expert,
+        )
+
+
+class StepModel:
+    """Prices of a job's layers on its layout."""
+
+    def __init__(self, job: Job, pack_imbalance: float = 1.03) -> None:
+        self.job, self.pack_imbalance = job, pack_imbalance
+        p = job.parallel
+        self.width = 2 if job.engine.precision == "bf16" else 4
+        self.stream = job.capacity * job.model.hidden_size * self.width
+        self.tensor_speed = self._speed(p.tp)
+        self.expert_speed = self._speed(p.etp * p.ep)
+
+    def _speed(self, ranks: int) -> float:
+        """Bytes a second between ranks of a group of neighbours."""
+        gpu = self.job.gpu
+        return (gpu.link_gb_s if ranks <= gpu.per_node else gpu.network_gb_s) * 1e9
+
+    def layer(self, symbol: str) -> _Cost:
+        """Forward and backward of one layer for one micro-batch."""
+        job, p = self.job, self.job.parallel
+        passes = 4.0 if job.engine.recompute else 3.0
+        length = job.document_length
+        flops = layer_flops(job.model, symbol, length) * job.capacity / length / p.tp
+        slow = 1.0
+        if symbol == "E":
+            slow = job.imbalance if p.ep > 1 else 1.0
+        rate = job.gpu.matmul_tflops * 1e12 * _EFFICIENCY[symbol]
+        traffic = _TRAFFIC[symbol] * self.stream / p.tp / (job.gpu.memory_gb_s * 1e9)
+        compute = passes * (max(flops * slow / rate, 0.0) + traffic)
+        gathers = self.stream * (p.tp - 1) / p.tp / self.tensor_speed
+        shared = symbol != "E" or job.model.shared_expert_width > 0
+        # A gather and a scatter in each pass, and a gather more for the weight's gradient.
+        tensor = gathers * (2 * passes + 1) if p.tp > 1 and shared else 0.0
+        return _Cost(compute, tensor, self._dispatch(passes) if symbol == "E" else 0.0)
+
+    def _dispatch(self, passes: float) -> float:
+        p, m = self.job.parallel, self.job.model
+        group = p.ep * p.etp
+        if group == 1:
+            return 0.0
+        sent = self.stream / p.tp * m.experts_per_token * p.etp * (group - 1) / group
+        # There and back in every pass; backward's two products need one exchange each way.
+        exchanges = 2.0 * (passes - 1.0)
+        return exchanges * sent * self.job.imbalance / self.expert_speed
+
+    def head(self) -> _Cost:
+        """LM head and loss: three products, made in the forward pass."""
+        m = self.job.model
+        flops = 6.0 * m.hidden_size * m.vocab_size * self.job.capacity / self.job.parallel.tp
+        rate = self.job.gpu.matmul_tflops * 1e12 * _EFFICIENCY["head"]
+        return _Cost(flops / rate)
+
+    def stage(self, pp_rank: int) -> _Cost:
+        """Forward and backward of a stage for one micro-batch."""
+        cost = _Cost()
+        for symbol in "".join(stage_chunks(self.job.model, self.job.parallel, pp_rank)):
+            cost = cost.plus(self.layer(symbol))
+        if pp_rank == self.job.parallel.pp - 1:
+            cost = cost.plus(self.head())
+        return cost
+
+    def step(self) -> StepTime:
+        """The whole step."""
+        job, p = self.job, self.job.parallel
+        stages = [self.stage(rank) for rank in range(p.pp)]
+        slowest = max(stages, key=lambda c: c.total)
+        count = job.microbatches
+        bubble = slowest.total * (p.pp - 1) / p.vpp
+        hand_over = 0.0
+        if p.pp > 1:
+            edge = self.stream / p.tp / self._speed(p.pp * job.world_size // p.pp)
+            hand_over = 2.0 * p.vpp * count * edge
+        data, update = self._update()
+        backward = slowest.total * 2.0 / 3.0
+        working = count * slowest.total
+        flops = (
+            sum(3.0 * layer_flops(job.model, s, job.document_length) for s in job.model.pattern)
+            / job.document_length
+            + 6.0 * job.model.hidden_size * job.model.vocab_size
+        )
+        tokens = job.capacity * job.sequences_per_step
+        return StepTime(
+            compute=count * slowest.compute,
+            tensor=count * slowest.tensor,
+            expert=count * slowest.expert,
+            pipeline=hand_over,
+            data=max(data - _OVERLAP * backward, data * (1.0 - _OVERLAP)),
+            bubble=bubble,
+            imbalance=working * (self.pack_imbalance - 1.0) if self._dp() > 1 else 0.0,
+            optimizer=update,
+            tokens=tokens,
+            flops=flops * tokens,
+        )
+
+    def _dp(self) -> int:
+        return self.job.parallel.data_parallel(self.job.world_size)
+
+    def _update(self) -> tuple[float, float]:
+        """Seconds of reducing gradients and gathering weights, and of the update."""
+        job, p = self.job, self.job.parallel
+        state = max(
+            (
+                state_bytes(
+                    job.model,
+                    p,
+                    job.world_size,
+                    Place(stage, 0, 0),
+                    engine=job.engine,
+                    moe=job.moe,
+                    optimizer=job.optimizer,
+                    on_gpu=job.on_gpu,
+                )
+                for stage in range(p.pp)
+            ),
+            key=lambda s: s.gradients,
+        )
+        dp = self._dp()
+        moved = (state.gradients + state.parameters) * (dp - 1) / max(1, dp)
+        whole = job.world_size <= job.gpu.per_node
+        speed = (job.gpu.link_gb_s if whole else job.gpu.network_gb_s) * 1e9
+        return moved / speed if dp > 1 else 0.0, 3.0 * state.optimizer / (job.gpu.memory_gb_s * 1e9)
