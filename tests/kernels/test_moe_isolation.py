@@ -69,8 +69,9 @@ def run(
 def layer(
     function: str, x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor, activation: str
 ) -> Tensor:
-    if function == "moe_experts":
-        return moe_experts(x, routing, w_up, w_down, activation=activation)
+    if function.startswith("moe_experts"):
+        backend = "torch" if function == "moe_experts in torch" else None
+        return moe_experts(x, routing, w_up, w_down, activation=activation, backend=backend)
     h = grouped_gemm(moe_permute(x, routing), w_up, routing.offsets)
     # relu2 alone: torch's own silu is not position-independent.
     return moe_unpermute(grouped_gemm(activate(h, activation), w_down, routing.offsets), routing)
@@ -78,7 +79,12 @@ def layer(
 
 @pytest.mark.parametrize(
     ("function", "activation"),
-    [("moe_experts", "relu2"), ("moe_experts", "swiglu"), ("grouped_gemm", "relu2")],
+    [
+        ("moe_experts", "relu2"),
+        ("moe_experts", "swiglu"),
+        ("moe_experts in torch", "swiglu"),
+        ("grouped_gemm", "relu2"),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(

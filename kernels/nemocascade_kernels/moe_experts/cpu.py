@@ -9,12 +9,15 @@ token's K rows is one `embedding_bag`, whose order is that of the choices. Produ
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemocascade_kernels import native
+from nemocascade_kernels.linear_logprob.native import add_product, adds_products
 from nemocascade_kernels.moe_experts.rows import SLACK, mm_rows, mm_rows_apart
 from nemocascade_kernels.moe_router.routing import Routing
 
@@ -64,9 +67,16 @@ def _weight_gradient(
     elif main_grad is not None and x.shape[0]:
         if main_grad.dtype == x.dtype:
             main_grad[e].addmm_(grad.t(), x)
+        elif _adds_in_float32(x.dtype) and main_grad.is_contiguous():
+            add_product(main_grad[e], grad, x, first=False)
         else:
-            # torch has no CPU product of bfloat16 matrices into float32.
             main_grad[e].add_(torch.mm(grad.t(), x))
+
+
+@functools.cache
+def _adds_in_float32(dtype: torch.dtype) -> bool:
+    """Whether there is a product of such matrices into float32; torch's own rounds the result."""
+    return native.lacks("has_product", "add_product_") is None and adds_products(dtype)
 
 
 def permute(x: Tensor, routing: Routing) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemocascade_kernels import native
 from nemocascade_kernels.backends import Op
 from nemocascade_kernels.linear_logprob.checks import checked_main_grad
 from nemocascade_kernels.linear_logprob.main_grad import placeholder_gradient
@@ -28,9 +29,20 @@ def triton_refusal(*tensors: Tensor) -> str | None:
     return None
 
 
+def native_refusal(*tensors: Tensor) -> str | None:
+    """Why the compiled CPU path cannot take such a call."""
+    if any(tensor.dtype != torch.float32 for tensor in tensors):
+        return f"it works in float32, and got {sorted({str(t.dtype) for t in tensors})}"
+    reason = native.lacks("moe_experts_forward", "moe_experts_backward", "moe_experts_product")
+    if reason is None and not native.op("moe_experts_has_product")():
+        return "the BLAS of this torch cannot be called from outside"
+    return reason
+
+
 _MODULE = "nemocascade_kernels.moe_experts"
 OP = Op("moe_experts")
 OP.register("triton", f"{_MODULE}.triton", refuse=triton_refusal)
+OP.register("native", f"{_MODULE}.native", refuse=native_refusal)
 OP.register("torch", f"{_MODULE}.cpu", refuse=cpu_refusal)
 OP.register("reference", f"{_MODULE}.reference")
 

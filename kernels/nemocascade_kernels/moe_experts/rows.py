@@ -11,11 +11,13 @@ is ever used has been tried.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+#: x [R, K], weight [K, N] -> [R, N]
+Product = Callable[[Tensor, Tensor], Tensor]
 #: Sizes tried. All are multiples of the smallest: a group is covered with at most 31 rows too many.
 _CANDIDATES = (32, 64, 96, 128, 160, 192, 224, 256, 384, 512, 1024)
 #: Rows that a buffer must have beyond its last group's end.
@@ -92,30 +94,48 @@ def _cover_rest(count: int, sizes: tuple[int, ...]) -> tuple[int, tuple[int, ...
 def _sizes(
     dtype: torch.dtype, depth: int, width: int, transposed: bool, threads: int
 ) -> tuple[int, ...]:
-    """The set of mutually consistent sizes that is cheapest for groups of common lengths."""
+    """Sizes for one weight."""
     del threads  # A key of the cache: libraries divide the work by it.
+    return best_sizes([trial(torch.mm, dtype, depth, width, transposed)])
+
+
+def trial(
+    product: Product, dtype: torch.dtype, depth: int, width: int, transposed: bool
+) -> dict[int, Tensor]:
+    """Sizes that give a row the same bits wherever it stands, and the rows that they give."""
     shift = 17
     x, weight = _cancelling(max(_CANDIDATES) + shift, depth, width, dtype)
     if not transposed:
         weight = weight.contiguous()
     results: dict[int, Tensor] = {}
     for size in _CANDIDATES:
-        result = torch.mm(x[:size], weight)
-        moved = torch.mm(x[shift : shift + size], weight)
+        result = product(x[:size], weight)
+        moved = product(x[shift : shift + size], weight)
         if torch.equal(result[shift:], moved[:-shift]):
             results[size] = result
+    return results
+
+
+def best_sizes(trials: Sequence[dict[int, Tensor]]) -> tuple[int, ...]:
+    """The cheapest sizes, for groups of common lengths, that agree with each other in all trials.
+
+    Raises RuntimeError if there are none.
+    """
+    stable = [size for size in trials[0] if all(size in results for results in trials)]
     sets = {
         tuple(
             size
-            for size, result in results.items()
-            if size % smallest == 0 and _agree(result, results[smallest])
+            for size in stable
+            if size % smallest == 0
+            and all(_agree(results[size], results[smallest]) for results in trials)
         )
-        for smallest in results
+        for smallest in stable
     }
     if not sets:
+        shapes = [tuple(next(iter(results.values())).shape) for results in trials if results]
         raise RuntimeError(
-            f"no number of rows gives reproducible rows for [{depth}, {width}] {dtype} products: "
-            f"tried {_CANDIDATES}"
+            f"no number of rows gives reproducible rows for products like {shapes}: tried "
+            f"{_CANDIDATES}"
         )
     return min(sorted(sets), key=_cost)
 

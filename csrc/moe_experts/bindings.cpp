@@ -1,0 +1,162 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <memory>
+#include <optional>
+
+#include "moe_experts/experts.h"
+#include "moe_experts/product.h"
+
+namespace {
+
+using nemocascade::moe_experts::Experts;
+using nemocascade::moe_experts::Piece;
+using nemocascade::moe_experts::Task;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Rows of a backward's window: a multiple of them for every thread keeps all busy.
+constexpr int64_t kWindowRows = 2048, kWindowRowsPerThread = 512;
+
+// Data of a contiguous CPU tensor of this type that holds `elements` elements.
+template <typename T>
+T* data(const Tensor& tensor, ScalarType type, int64_t elements, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type &&
+                      tensor.numel() == elements,
+                  name, " must be a contiguous CPU tensor of ", elements, " elements");
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+float* floats(const Tensor& tensor, int64_t elements, const char* name) {
+  return data<float>(tensor, ScalarType::Float, elements, name);
+}
+
+float* floats(const std::optional<Tensor>& tensor, int64_t elements, const char* name) {
+  return tensor.has_value() ? floats(*tensor, elements, name) : nullptr;
+}
+
+// Every thread takes the next task when it has done one. Products inside must run on one thread
+// each, which BLAS does within a parallel region: so there is one, however few the tasks.
+void run(int64_t count, int64_t scratch_floats, const Task& task) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(
+      0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t worker = begin; worker < end; ++worker) {
+          const auto scratch = std::make_unique_for_overwrite<float[]>(scratch_floats);
+          for (int64_t i = next++; i < count; i = next++) task(i, scratch.get());
+        }
+      });
+}
+
+// The arguments, checked: pieces [P, 4] int64 must cover slots one after the other.
+Experts experts_of(int64_t hidden, const Tensor& order, const Tensor& positions,
+                   const Tensor& weights, const Tensor& w_up, const Tensor& w_down,
+                   const Tensor& pieces, bool swiglu) {
+  STD_TORCH_CHECK(nemocascade::moe_experts::has_product(), "this torch exports no sgemm_");
+  const int64_t count = w_down.size(0), width = w_down.size(2), tokens = weights.size(0);
+  const int64_t top_k = weights.size(1), slots = tokens * top_k;
+  const Experts experts{tokens,
+                        top_k,
+                        hidden,
+                        width,
+                        swiglu,
+                        floats(w_up, count * width * (swiglu ? 2 : 1) * hidden, "w_up"),
+                        floats(w_down, count * hidden * width, "w_down"),
+                        floats(weights, slots, "weights"),
+                        data<int32_t>(order, ScalarType::Int, slots, "order"),
+                        data<int32_t>(positions, ScalarType::Int, slots, "positions"),
+                        reinterpret_cast<const Piece*>(
+                            data<int64_t>(pieces, ScalarType::Long, pieces.size(0) * 4, "pieces")),
+                        pieces.size(0)};
+  int64_t next = 0;
+  for (int64_t i = 0; i < experts.num_pieces; ++i) {
+    const Piece& piece = experts.pieces[i];
+    STD_TORCH_CHECK(piece.expert >= 0 && piece.expert < count && piece.first == next &&
+                        piece.count > 0 && piece.count <= piece.size,
+                    "piece ", i, " does not follow the one before");
+    const bool last = i + 1 == experts.num_pieces || experts.pieces[i + 1].expert != piece.expert;
+    STD_TORCH_CHECK(last || piece.count == piece.size, "piece ", i, " must be full");
+    next += piece.count;
+  }
+  STD_TORCH_CHECK(next <= slots, "pieces hold ", next, " of ", slots, " slots");
+  for (int64_t i = 0; i < slots; ++i) {
+    STD_TORCH_CHECK(experts.order[i] >= 0 && experts.order[i] < slots, "order holds ",
+                    experts.order[i], ", which is no slot");
+  }
+  return experts;
+}
+
+void moe_experts_forward(const Tensor& x, const Tensor& order, const Tensor& positions,
+                         const Tensor& weights, const Tensor& w_up, const Tensor& w_down,
+                         const Tensor& pieces, bool swiglu, std::optional<Tensor> h, Tensor rows,
+                         Tensor y) {
+  const int64_t hidden = x.size(1);
+  const Experts experts =
+      experts_of(hidden, order, positions, weights, w_up, w_down, pieces, swiglu);
+  const int64_t slots = experts.tokens * experts.top_k;
+  nemocascade::moe_experts::forward(experts, floats(x, experts.tokens * hidden, "x"),
+                                    floats(h, experts.filled() * experts.up(), "h"),
+                                    floats(rows, slots * hidden, "rows"),
+                                    floats(y, experts.tokens * hidden, "y"), run);
+}
+
+void moe_experts_backward(const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& order,
+                          const Tensor& positions, const Tensor& weights, const Tensor& w_up,
+                          const Tensor& w_down, const Tensor& pieces, bool swiglu,
+                          std::optional<Tensor> rows, std::optional<Tensor> grad_x,
+                          std::optional<Tensor> grad_weights, std::optional<Tensor> grad_up,
+                          std::optional<Tensor> grad_down) {
+  const int64_t hidden = x.size(1), threads = torch::stable::get_num_threads();
+  const Experts experts =
+      experts_of(hidden, order, positions, weights, w_up, w_down, pieces, swiglu);
+  const int64_t slots = experts.tokens * experts.top_k;
+  STD_TORCH_CHECK(rows.has_value() == grad_x.has_value(), "rows are scratch for grad_x");
+  nemocascade::moe_experts::backward(
+      experts, floats(grad, experts.tokens * hidden, "grad"),
+      floats(x, experts.tokens * hidden, "x"), floats(h, experts.filled() * experts.up(), "h"),
+      {floats(rows, slots * hidden, "rows"), floats(grad_x, experts.tokens * hidden, "grad_x"),
+       floats(grad_weights, slots, "grad_weights"), floats(grad_up, w_up.numel(), "grad_up"),
+       floats(grad_down, w_down.numel(), "grad_down")},
+      std::max(kWindowRows, kWindowRowsPerThread * threads), threads, run);
+}
+
+bool moe_experts_has_product() { return nemocascade::moe_experts::has_product(); }
+
+// The product that the experts' pieces use, alone: out = x @ weight, or x @ weight.T.
+void moe_experts_product(const Tensor& x, const Tensor& weight, bool transposed, Tensor out) {
+  STD_TORCH_CHECK(nemocascade::moe_experts::has_product(), "this torch exports no sgemm_");
+  const int64_t rows = x.size(0), k = x.size(1), n = weight.size(transposed ? 0 : 1);
+  const float *from = floats(x, rows * k, "x"), *factor = floats(weight, k * n, "weight");
+  float* to = floats(out, rows * n, "out");
+  run(1, 0, [&](int64_t, float*) {
+    nemocascade::moe_experts::multiply(from, factor, transposed, rows, k, n, to);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade_kernels, m) {
+  m.def(
+      "moe_experts_forward(Tensor x, Tensor order, Tensor positions, Tensor weights, Tensor w_up, "
+      "Tensor w_down, Tensor pieces, bool swiglu, Tensor(a!)? h, Tensor(b!) rows, Tensor(c!) y) "
+      "-> ()");
+  m.def(
+      "moe_experts_backward(Tensor grad, Tensor x, Tensor h, Tensor order, Tensor positions, "
+      "Tensor weights, Tensor w_up, Tensor w_down, Tensor pieces, bool swiglu, Tensor(a!)? rows, "
+      "Tensor(b!)? grad_x, Tensor(c!)? grad_weights, Tensor(d!)? grad_up, Tensor(e!)? grad_down) "
+      "-> ()");
+  m.def("moe_experts_has_product() -> bool");
+  m.def("moe_experts_product(Tensor x, Tensor weight, bool transposed, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nemocascade_kernels, CompositeExplicitAutograd, m) {
+  m.impl("moe_experts_has_product", TORCH_BOX(&moe_experts_has_product));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nemocascade_kernels, CPU, m) {
+  m.impl("moe_experts_forward", TORCH_BOX(&moe_experts_forward));
+  m.impl("moe_experts_backward", TORCH_BOX(&moe_experts_backward));
+  m.impl("moe_experts_product", TORCH_BOX(&moe_experts_product));
+}

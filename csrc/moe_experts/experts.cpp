@@ -1,0 +1,199 @@
+#include "moe_experts/experts.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "moe_experts/product.h"
+#include "moe_experts/rows.h"
+
+namespace nemocascade::moe_experts {
+namespace {
+
+// Tokens whose rows a thread adds up at a time.
+constexpr int64_t kTokensAtATime = 64;
+// A weight's gradient is cut into blocks of a multiple of this many rows.
+constexpr int64_t kBlockRows = 32;
+
+int64_t largest_size(const Experts& experts) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < experts.num_pieces; ++i) size = std::max(size, experts.pieces[i].size);
+  return size;
+}
+
+// A product into `out`, of which only `count` rows may be written; `scratch` takes all of them.
+void multiply_into(const float* x, const float* weight, bool transposed, const Piece& piece,
+                   int64_t k, int64_t n, float* scratch, float* out) {
+  const bool exact = piece.count == piece.size;
+  multiply(x, weight, transposed, piece.size, k, n, exact ? out : scratch);
+  if (!exact) std::copy_n(scratch, piece.count * n, out);
+}
+
+void combine_all(const Experts& experts, const float* rows, const float* weights, float* out,
+                 const Parallel& parallel) {
+  const int64_t blocks = (experts.tokens + kTokensAtATime - 1) / kTokensAtATime;
+  parallel(blocks, 0, [&](int64_t block, float*) {
+    const int64_t begin = block * kTokensAtATime;
+    combine(rows, experts.positions, weights, experts.filled(), experts.top_k, experts.hidden,
+            begin, std::min(begin + kTokensAtATime, experts.tokens), out);
+  });
+}
+
+// Consecutive pieces, and where each begins in the buffers of their intermediate results.
+struct Window {
+  int64_t first_piece, end_piece;
+  std::vector<int64_t> starts;
+  int64_t rows = 0;
+};
+
+std::vector<Window> windows_of(const Experts& experts, int64_t limit) {
+  std::vector<Window> windows;
+  for (int64_t i = 0; i < experts.num_pieces; ++i) {
+    const int64_t size = experts.pieces[i].size;
+    if (windows.empty() || windows.back().rows + size > limit) windows.push_back({i, i, {}, 0});
+    Window& window = windows.back();
+    window.starts.push_back(window.rows);
+    window.rows += size;
+    window.end_piece = i + 1;
+  }
+  return windows;
+}
+
+// Rows of a window: gathered x and gradient, and what the weights' gradients are made of.
+struct Buffers {
+  float *x, *grad, *active, *grad_h;
+};
+
+// A block of rows of one weight's gradient: `left^T right` over the pieces of one expert.
+struct Block {
+  int64_t first_piece, end_piece;
+  bool up;
+  int64_t begin, end;
+};
+
+class Backward {
+ public:
+  Backward(const Experts& experts, const float* grad, const float* x, const float* h,
+           const Gradients& gradients)
+      : experts_(experts), grad_(grad), x_(x), h_(h), gradients_(gradients) {}
+
+  // Everything that belongs to one piece but the weights' gradients.
+  void piece(const Window& window, int64_t index, const Buffers& buffers, float* scratch) const {
+    const Piece& piece = experts_.pieces[index];
+    const int64_t start = window.starts[index - window.first_piece];
+    const int64_t hidden = experts_.hidden, width = experts_.width, up = experts_.up();
+    const int32_t* slots = experts_.order + piece.first;
+    float* grad = buffers.grad + start * hidden;
+    float* grad_h = buffers.grad_h + start * up;
+    gather(grad_, slots, experts_.top_k, hidden, piece.count, piece.size, grad);
+    multiply(grad, experts_.w_down + piece.expert * hidden * width, false, piece.size, hidden,
+             width, scratch);
+    activate_gradient(h_ + piece.first * up, scratch, experts_.weights, slots, experts_.swiglu,
+                      piece.count, piece.size, width,
+                      {buffers.active + start * width, grad_h, gradients_.weights});
+    if (gradients_.rows != nullptr) {
+      multiply_into(grad_h, experts_.w_up + piece.expert * up * hidden, false, piece, up, hidden,
+                    scratch, gradients_.rows + piece.first * hidden);
+    }
+    if (gradients_.up != nullptr) {
+      gather(x_, slots, experts_.top_k, hidden, piece.count, piece.count,
+             buffers.x + start * hidden);
+    }
+  }
+
+  // The blocks of a window's weight gradients: at least two a thread, so that none waits long.
+  std::vector<Block> blocks(const Window& window, int64_t threads) const {
+    std::vector<Block> whole;
+    for (int64_t i = window.first_piece; i < window.end_piece;) {
+      int64_t end = i + 1;
+      while (end < window.end_piece && experts_.pieces[end].expert == experts_.pieces[i].expert) {
+        ++end;
+      }
+      if (gradients_.down != nullptr) whole.push_back({i, end, false, 0, experts_.hidden});
+      if (gradients_.up != nullptr) whole.push_back({i, end, true, 0, experts_.up()});
+      i = end;
+    }
+    const int64_t wanted = 2 * threads, count = static_cast<int64_t>(whole.size());
+    const int64_t cuts = count == 0 ? 1 : (wanted + count - 1) / count;
+    std::vector<Block> cut;
+    for (const Block& block : whole) {
+      const int64_t even = (block.end + cuts - 1) / cuts;
+      const int64_t rows = (even + kBlockRows - 1) / kBlockRows * kBlockRows;
+      for (int64_t begin = 0; begin < block.end; begin += rows) {
+        cut.push_back({block.first_piece, block.end_piece, block.up, begin,
+                       std::min(begin + rows, block.end)});
+      }
+    }
+    return cut;
+  }
+
+  void weight_gradient(const Window& window, const Block& block, const Buffers& buffers) const {
+    const int64_t hidden = experts_.hidden, width = experts_.width, up = experts_.up();
+    const int64_t left_width = block.up ? up : hidden, right_width = block.up ? hidden : width;
+    const float* lefts = block.up ? buffers.grad_h : buffers.grad;
+    const float* rights = block.up ? buffers.x : buffers.active;
+    float* out =
+        (block.up ? gradients_.up : gradients_.down) +
+        (experts_.pieces[block.first_piece].expert * left_width + block.begin) * right_width;
+    // Only an expert's last piece holds fewer rows than its size: the rows lie end to end.
+    const int64_t first = window.starts[block.first_piece - window.first_piece];
+    const int64_t last = block.end_piece - 1;
+    const int64_t rows =
+        window.starts[last - window.first_piece] - first + experts_.pieces[last].count;
+    add_outer({lefts + first * left_width + block.begin, left_width},
+              {rights + first * right_width, right_width}, rows, block.end - block.begin,
+              right_width, out);
+  }
+
+ private:
+  const Experts& experts_;
+  const float *grad_, *x_, *h_;
+  const Gradients& gradients_;
+};
+
+}  // namespace
+
+void forward(const Experts& experts, const float* x, float* h, float* rows, float* y,
+             const Parallel& parallel) {
+  const int64_t hidden = experts.hidden, width = experts.width, up = experts.up();
+  const int64_t most = largest_size(experts);
+  parallel(experts.num_pieces, most * (hidden + up + width), [&](int64_t index, float* scratch) {
+    const Piece& piece = experts.pieces[index];
+    float *gathered = scratch, *pre = gathered + most * hidden, *active = pre + most * up;
+    gather(x, experts.order + piece.first, experts.top_k, hidden, piece.count, piece.size,
+           gathered);
+    multiply(gathered, experts.w_up + piece.expert * up * hidden, true, piece.size, hidden, up,
+             pre);
+    activate(pre, experts.swiglu, piece.size, width, active);
+    if (h != nullptr) std::copy_n(pre, piece.count * up, h + piece.first * up);
+    multiply_into(active, experts.w_down + piece.expert * hidden * width, true, piece, width,
+                  hidden, gathered, rows + piece.first * hidden);
+  });
+  combine_all(experts, rows, experts.weights, y, parallel);
+}
+
+void backward(const Experts& experts, const float* grad, const float* x, const float* h,
+              const Gradients& gradients, int64_t window, int64_t threads,
+              const Parallel& parallel) {
+  const int64_t hidden = experts.hidden, width = experts.width, up = experts.up();
+  const std::vector<Window> windows = windows_of(experts, window);
+  int64_t rows = 0;
+  for (const Window& part : windows) rows = std::max(rows, part.rows);
+  const auto memory = std::make_unique_for_overwrite<float[]>(rows * (2 * hidden + width + up));
+  const Buffers buffers{memory.get(), memory.get() + rows * hidden,
+                        memory.get() + rows * 2 * hidden,
+                        memory.get() + rows * (2 * hidden + width)};
+  const Backward pass(experts, grad, x, h, gradients);
+  const int64_t scratch = largest_size(experts) * std::max(hidden, width);
+  for (const Window& part : windows) {
+    parallel(part.end_piece - part.first_piece, scratch, [&](int64_t index, float* room) {
+      pass.piece(part, part.first_piece + index, buffers, room);
+    });
+    const std::vector<Block> blocks = pass.blocks(part, threads);
+    parallel(static_cast<int64_t>(blocks.size()), 0,
+             [&](int64_t index, float*) { pass.weight_gradient(part, blocks[index], buffers); });
+  }
+  if (gradients.x != nullptr) combine_all(experts, gradients.rows, nullptr, gradients.x, parallel);
+}
+
+}  // namespace nemocascade::moe_experts
