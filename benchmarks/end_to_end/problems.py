@@ -134,5 +134,6 @@ def make_trainer(shape: ModelConfig) -> Trainer:
         seed=0,
         run_dir=Path("runs/benchmark"),
     )
-    load_into(trainer.modules[0], from_nemotron_h(dict(initial(shape).state_dict()), shape), shape)
+    weights = from_nemotron_h(dict(initial(shape).state_dict()), shape)
+    load_into(trainer.modules[0], weights, shape, world())
     return trainer
