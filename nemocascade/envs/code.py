@@ -80,7 +80,7 @@ class Code(Domain):
         passed, reason = (_calls if tests["function"] else _scripts)(self.sandbox, source, tests)
         wanted = len(tests["outputs"])
         details = {"passed": passed, "tests": wanted, "reason": reason}
-        return Verdict(float(passed == wanted), details=details)
+        return Verdict(float(passed == wanted and not reason), details=details)
 
     def close(self) -> None:
         """End the sandbox's workers."""
@@ -159,7 +159,8 @@ def _calls(sandbox: Sandbox, source: str, tests: Mapping[str, Any]) -> tuple[int
     outcome = sandbox.run(Program(source, function=tests["function"], calls=tuple(tests["inputs"])))
     results = outcome.results[: len(tests["outputs"])]
     passed = sum(same_value(e, g) for e, g in zip(tests["outputs"], results, strict=False))
-    return passed, "" if passed == len(tests["outputs"]) else _reason(outcome)
+    complete = passed == len(tests["outputs"]) and outcome.status == "ok"
+    return passed, "" if complete else _reason(outcome)
 
 
 def _scripts(sandbox: Sandbox, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
