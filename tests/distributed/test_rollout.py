@@ -1,0 +1,120 @@
+"""Generation on every parallel layout gives the tokens of one process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import run_ranks
+
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "TP2": (2, {"tp": 2}),
+    "PP2": (2, {"pp": 2}),
+    "PP2 VPP2": (2, {"pp": 2, "vpp": 2}),
+    "EP2": (2, {"ep": 2}),
+    "ETP2": (2, {"etp": 2}),
+    "DP2": (2, {}),
+    "TP2 EP2 on 2": (2, {"tp": 2, "ep": 2}),
+    "TP2 EP2": (4, {"tp": 2, "ep": 2}),
+    "PP2 EP2": (4, {"pp": 2, "ep": 2}),
+}
+TOLERANCE = 1e-4  # of a log-probability
+
+Found = dict[str, list[Any]]
+
+
+def generate_each(layouts: dict[str, dict[str, int]]) -> dict[str, dict[str, Found]]:
+    """What each layout generates, by request, with an environment and without."""
+    return {name: generate(parallel) for name, parallel in layouts.items()}
+
+
+def generate(parallel: dict[str, int]) -> dict[str, Found]:
+    """Tokens, log-probabilities and turns of this rank's requests."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+    from rollout_support import EVEN, draw_tokens, make_model
+
+    from nemocascade.megatron.world import start_world
+    from nemocascade.recipe import EngineConfig, ParallelConfig
+    from nemocascade.rollout.engine import Completion, Request, Sampling
+    from nemocascade.rollout.live import LiveEngine
+
+    world = start_world(ParallelConfig(**parallel), EngineConfig(precision="fp32"))
+    chunks = make_model(world, EVEN)
+    requests = [
+        Request(3 * p + g, tuple(draw_tokens(EVEN.vocab_size, 4 + 5 * p, seed=p).tolist()))
+        for p in range(3)
+        for g in range(3)
+    ]
+    # Uneven shares, so that a rank goes along with another that still has work.
+    mine = requests if world.dp_size == 1 else [requests[:7], requests[7:]][world.dp_rank]
+    stop = tuple((t,) for t in range(0, EVEN.vocab_size, 9))
+    runs = {
+        "plain": (Sampling(max_tokens=12, seed=3, stop_tokens=stop), None),
+        "truncated": (Sampling(temperature=0.8, top_k=50, top_p=0.9, max_tokens=8, seed=5), None),
+        "environment": (Sampling(max_tokens=40, seed=4, stop_tokens=stop), respond_after(2)),
+    }
+    engine = LiveEngine(world, chunks, slots=4)
+    results = {}
+    for name, (sampling, respond) in runs.items():
+        found: Found = {}
+        for c in engine.run(mine, sampling, respond):
+            assert isinstance(c, Completion)
+            found[str(c.request.id)] = [c.response, c.logprob.tolist(), c.turns]
+        results[name] = found
+    world.barrier()
+    return results
+
+
+def respond_after(turns: int) -> Any:
+    """An environment that answers so many times, shortly and at length."""
+
+    def respond(c: Any) -> list[int] | None:
+        if c.turns > turns:
+            return None
+        return [(c.request.id * 7 + i) % 200 + 1 for i in range(2 if c.turns == 1 else 9)]
+
+    return respond
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Found]]:
+    """The requests of all ranks together, by layout, after a check that ranks of one data-parallel
+    group agree."""
+    found: dict[str, dict[str, Found]] = {}
+    for ranks in (1, 2, 4):
+        layouts = {name: p for name, (n, p) in LAYOUTS.items() if n == ranks}
+        layouts |= {"one": {}} if ranks == 1 else {}
+        of_rank = run_ranks(generate_each, ranks, {"layouts": layouts}, timeout_s=300)
+        for name in layouts:
+            whole: dict[str, Found] = {}
+            for result in of_rank:
+                for run, texts in result[name].items():
+                    known = whole.setdefault(run, {})
+                    assert all(known.get(i, text) == text for i, text in texts.items()), name
+                    known |= texts
+            found[name] = whole
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_generates_the_same(name: str, results: dict[str, dict[str, Found]]) -> None:
+    for run, expected in results["one"].items():
+        found = results[name][run]
+        assert found.keys() == expected.keys()
+        for request, (tokens, logprobs, turns) in expected.items():
+            assert found[request][0] == tokens, (run, request)
+            assert found[request][2] == turns
+            errors = [abs(a - b) for a, b in zip(found[request][1], logprobs, strict=True)]
+            assert max(errors) < TOLERANCE
+
+
+def test_the_texts_differ_and_stop_early(results: dict[str, dict[str, Found]]) -> None:
+    """The matrix would hold for a model that always writes the same."""
+    one = results["one"]
+    assert len({tuple(t[0]) for t in one["plain"].values()}) == 9
+    assert len({len(t[0]) for t in one["plain"].values()}) > 2
+    assert {t[2] for t in one["environment"].values()} > {1} or min(
+        t[2] for t in one["environment"].values()
+    ) > 1
