@@ -1,4 +1,4 @@
-"""The command line: `nemocascade run | eval | convert | tokenizer`."""
+"""The command line: `nemocascade run | eval | plan | preflight | submit | ...`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ import tyro
 
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.megatron.convert import export_huggingface, import_huggingface
+from nemocascade.plan.commands import PreflightSettings, run_preflight
+from nemocascade.plan.report import PlanSettings, run_plan
+from nemocascade.plan.slurm import SubmitSettings, run_submit
 from nemocascade.recipe import DataConfig
 from nemocascade.stages.evaluate import EvalSettings, run_eval
-from nemocascade.stages.launch import exit_cleanly
+from nemocascade.stages.launch import exit_cleanly, parse
 
 USAGE = """usage: nemocascade COMMAND ...
 
   run RECIPE.py [--field value ...]              run a recipe script
   eval --artifact DIR --data.path FILE ...       held-out loss of an artifact
+  plan RECIPE.py --gpus N --gpu NAME             memory and time of every layout
+  preflight RECIPE.py [--ranks N]                every problem of a job before it starts
+  submit RECIPE.py ... --nodes N                 Slurm jobs, one a stage
   convert SOURCE TARGET                          Hugging Face folder <-> artifact
   tokenizer --data.path FILE ... --output FILE   train a sentencepiece tokenizer
 
@@ -129,9 +135,51 @@ def _convert(arguments: list[str]) -> None:
     exit_cleanly(work)
 
 
+def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """A command's own arguments, and those after `--`, which are the recipe's."""
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _plan(arguments: list[str]) -> None:
+    mine, rest = _apart(arguments)
+    settings = tyro.cli(PlanSettings, args=mine, prog="nemocascade plan")
+
+    def work() -> Path:
+        print(run_plan(settings, lambda recipe: parse(recipe, rest)))
+        return Path(settings.recipe)
+
+    exit_cleanly(work)
+
+
+def _preflight(arguments: list[str]) -> None:
+    mine, rest = _apart(arguments)
+    settings = tyro.cli(PreflightSettings, args=mine, prog="nemocascade preflight")
+    found = run_preflight(settings, lambda recipe: parse(recipe, rest))
+    print(found.as_json() if settings.json else found.text())
+    if found.problems:
+        raise SystemExit(2)
+
+
+def _submit(arguments: list[str]) -> None:
+    mine, rest = _apart(arguments)
+    settings = tyro.cli(SubmitSettings, args=mine, prog="nemocascade submit")
+
+    def work() -> Path:
+        run_submit(settings, rest)
+        return Path(".")
+
+    exit_cleanly(work)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "eval": _eval,
+    "plan": _plan,
+    "preflight": _preflight,
+    "submit": _submit,
     "convert": _convert,
     "tokenizer": _tokenizer,
 }

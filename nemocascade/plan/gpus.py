@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemocascade.plan.errors import PlanError
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -44,7 +46,7 @@ GPUS = {
 def find_gpu(name: str) -> Gpu:
     """The accelerator of that name, or of a JSON file with the fields of `Gpu`.
 
-    Raises ValueError if there is none, naming those that are known.
+    Raises PlanError if there is none, naming those that are known.
     """
     if name in GPUS:
         return GPUS[name]
@@ -52,9 +54,9 @@ def find_gpu(name: str) -> Gpu:
     if name.endswith(".json") and Path(name).is_file():
         values = json.loads(Path(name).read_bytes())
         if wrong := sorted((fields - {"per_node"} - set(values)) | (set(values) - fields)):
-            raise ValueError(f"{name}: fields {', '.join(wrong)} are unknown or missing")
+            raise PlanError(f"{name}: fields {', '.join(wrong)} are unknown or missing")
         return Gpu(**values)
-    raise ValueError(
+    raise PlanError(
         f"--gpu {name!r} is not known: use {', '.join(GPUS)}, or a JSON file with "
         f"{', '.join(sorted(fields))}"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemocascade.megatron.artifact import artifact_model, read_artifact
+from nemocascade.plan.errors import PlanError
 from nemocascade.plan.gpus import Gpu
 from nemocascade.recipe import (
     EngineConfig,
@@ -86,10 +87,10 @@ class Job:
 
 
 def load_recipe(script: Path) -> Any:
-    """The `RECIPE` of a recipe script. Raises ValueError if it defines none."""
+    """The `RECIPE` of a recipe script. Raises PlanError if it defines none."""
     values = runpy.run_path(str(script), run_name="nemocascade_recipe")
     if "RECIPE" not in values:
-        raise ValueError(f"{script} defines no RECIPE: a recipe script ends in `launch(RECIPE)`")
+        raise PlanError(f"{script} defines no RECIPE: a recipe script ends in `launch(RECIPE)`")
     return values["RECIPE"]
 
 
@@ -99,7 +100,7 @@ def job_of_recipe(recipe: Any, gpu: Gpu, world_size: int, **options: Any) -> Job
     A reinforcement-learning recipe trains its episodes packed: as many packs as whole episodes of
     the largest size need, and generates as many sequences at once as its rollout says.
 
-    Raises ValueError if the recipe names no model and no artifact that says what it is.
+    Raises PlanError if the recipe names no model and no artifact that says what it is.
     """
     common = {
         "model": _model_of(recipe),
@@ -136,7 +137,7 @@ def _model_of(recipe: Any) -> ModelConfig:
         return model
     folder = Path(recipe.init_from)
     if not recipe.init_from or not folder.is_dir():
-        raise ValueError(
+        raise PlanError(
             f"the recipe takes its model from init_from({recipe.init_from!r}), which is no "
             "artifact folder: name one with --init-from"
         )

@@ -71,7 +71,7 @@ class PlanSettings:
 def run_plan(settings: PlanSettings, override: Callable[[Any], Any] | None = None) -> str:
     """The report. override: changes the recipe before it is planned.
 
-    Raises ValueError for an unknown accelerator or a script without a recipe.
+    Raises PlanError for an unknown accelerator or a script without a recipe.
     """
     recipe = load_recipe(Path(settings.recipe))
     if override is not None:

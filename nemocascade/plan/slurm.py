@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tyro
 
+from nemocascade.plan.errors import PlanError
 from nemocascade.plan.job import load_recipe
 
 TEMPLATE = Path(__file__).with_name("template.sbatch")
@@ -24,14 +25,10 @@ STOPPED = 75
 """Exit code of ranks that stopped on request, after a checkpoint: sysexits' "try again"."""
 
 
-class SubmitError(RuntimeError):
-    """Slurm refused a job, or is not there."""
-
-
 @dataclass(frozen=True)
 class SubmitSettings:
     """Write and submit a Slurm job for each recipe; each starts when the one before has ended well.
-    Arguments that are not named here go to every recipe."""
+    Arguments after `--` go to every recipe."""
 
     recipes: tyro.conf.Positional[tuple[str, ...]]
     """Recipe scripts, in order."""
@@ -92,7 +89,7 @@ class Stage:
 
 
 def make_stages(settings: SubmitSettings, arguments: list[str]) -> list[Stage]:
-    """The script of every recipe. Raises ValueError listing all settings that cannot be meant."""
+    """The script of every recipe. Raises PlanError listing all settings that cannot be meant."""
     problems = []
     if not settings.recipes:
         problems.append("no recipe: name at least one script")
@@ -103,7 +100,7 @@ def make_stages(settings: SubmitSettings, arguments: list[str]) -> list[Stage]:
     if len(settings.recipes) > 1 and any(a.startswith("--run-dir") for a in arguments):
         problems.append("--run-dir with several recipes: they would share one folder")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise PlanError("; ".join(problems))
     template = Path(settings.template or TEMPLATE).read_text(encoding="utf-8")
     return [_stage(settings, Path(recipe), arguments, template) for recipe in settings.recipes]
 
@@ -162,11 +159,11 @@ def _run_dir(recipe: Path, arguments: list[str]) -> Path:
 def run_submit(settings: SubmitSettings, arguments: list[str]) -> list[str]:
     """Submit the stages in order; the jobs' ids. With dry_run, print them instead.
 
-    Raises ValueError for settings, and SubmitError with Slurm's own words where it refuses.
+    Raises PlanError for settings, and with Slurm's own words where it refuses.
     """
     stages = make_stages(settings, arguments)
     if not settings.dry_run and shutil.which("sbatch") is None:
-        raise SubmitError("sbatch is not on the PATH: submit on a login node, or use --dry-run")
+        raise PlanError("sbatch is not on the PATH: submit on a login node, or use --dry-run")
     jobs: list[str] = []
     before = settings.after
     for number, stage in enumerate(stages):
@@ -185,7 +182,7 @@ def run_submit(settings: SubmitSettings, arguments: list[str]) -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             waiting = f"; jobs {', '.join(jobs)} stay in the queue" if jobs else ""
-            raise SubmitError(f"{shlex.join(command)}: {done.stderr.strip()}{waiting}")
+            raise PlanError(f"{shlex.join(command)}: {done.stderr.strip()}{waiting}")
         before = done.stdout.strip().partition(";")[0]
         print(f"{stage.recipe}: job {before}, {path}")
         jobs.append(before)

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from nemocascade.megatron.world import World
+from nemocascade.plan.errors import PlanError
 from nemocascade.plan.gpus import GPUS, Gpu
 from nemocascade.plan.job import Job, job_of_recipe
 from nemocascade.plan.memory import GIB
@@ -43,7 +44,7 @@ def job_here(recipe: Any, world_size: int) -> Job | None:
     """The recipe on this machine; None where its model is not known before it is read."""
     try:
         return job_of_recipe(recipe, this_gpu(), world_size)
-    except ValueError:
+    except PlanError:
         return None
 
 

@@ -70,6 +70,8 @@ def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> 
         run.keep_samples(step, groups)
         if last or is_due(step, recipe.checkpoint.every):
             run.save()
+        if not last:
+            run.stop_if_asked()
     writer.close()
     return scores or run.evaluate()
 

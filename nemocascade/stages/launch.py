@@ -15,7 +15,10 @@ from nemocascade.megatron.accelerators import AcceleratorError
 from nemocascade.megatron.checkpoint import CheckpointError
 from nemocascade.megatron.convert import ConversionError
 from nemocascade.megatron.world import RecipeError
+from nemocascade.plan.errors import PlanError
 from nemocascade.recipe import SftRecipe
+from nemocascade.recipe.rl import GrpoRecipe
+from nemocascade.stages.grpo import run_grpo
 from nemocascade.stages.setup import MainRankError
 from nemocascade.stages.sft import run_sft
 from nemocascade.train.dump import NonFiniteError
@@ -28,10 +31,21 @@ ERRORS = (
     ConversionError,
     AcceleratorError,
     NonFiniteError,
+    PlanError,
 )
 
 
-def parse(recipe: SftRecipe, arguments: list[str] | None = None) -> SftRecipe:
+StageRecipe = SftRecipe | GrpoRecipe
+
+
+def run_stage(recipe: StageRecipe) -> Path:
+    """Run the stage that a recipe is of; returns the artifact's folder."""
+    if isinstance(recipe, GrpoRecipe):
+        return run_grpo(recipe)
+    return run_sft(recipe)
+
+
+def parse[R: StageRecipe](recipe: R, arguments: list[str] | None = None) -> R:
     """`recipe` with the command line's overrides. Unknown names end the program with a hint."""
     return tyro.cli(
         type(recipe),
@@ -42,7 +56,7 @@ def parse(recipe: SftRecipe, arguments: list[str] | None = None) -> SftRecipe:
     )
 
 
-def launch(recipe: SftRecipe, arguments: list[str] | None = None) -> Path:
+def launch(recipe: StageRecipe, arguments: list[str] | None = None) -> Path:
     """Run the stage of `recipe` with the command line's overrides; returns the artifact's folder.
 
     Settings and data that cannot run end the program with exit code 2 and a message.
@@ -50,7 +64,7 @@ def launch(recipe: SftRecipe, arguments: list[str] | None = None) -> Path:
     resolved = parse(recipe, arguments)
     if not Path(resolved.run_dir).is_absolute():
         resolved = replace(resolved, run_dir=str(Path.cwd() / resolved.run_dir))
-    return exit_cleanly(lambda: run_sft(resolved))
+    return exit_cleanly(lambda: run_stage(resolved))
 
 
 def exit_cleanly(work: Callable[[], Path]) -> Path:

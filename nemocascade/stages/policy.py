@@ -153,6 +153,10 @@ class PolicyRun:
         """Write a checkpoint of this step."""
         self.checkpoints.save(self.trainer, self.stream)
 
+    def stop_if_asked(self) -> None:
+        """Save and end where a scheduler asked for it."""
+        self.checkpoints.stop_if_asked(self.trainer, self.stream)
+
     def write_artifact(self, scores: dict[str, float]) -> Path:
         """Write RUN/artifact and return its folder."""
         data = {

@@ -111,6 +111,8 @@ def _train(
             writer.write(step, values)
         if last or is_due(step, recipe.checkpoint.every):
             checkpoints.save(trainer, loader)
+        if not last:
+            checkpoints.stop_if_asked(trainer, loader)
     if first >= recipe.steps:
         LOGGER.info("all %d steps are done already", recipe.steps)
         heldout_loss = trainer.evaluate(heldout)[0] if heldout is not None else None

@@ -34,6 +34,19 @@ class Source(Protocol):
         """Go on from a position."""
 
 
+STOP = "stop"
+"""A file of this name in the run folder asks for a checkpoint and an end. Schedulers leave it there
+before a time limit; `stop.done` says that the checkpoint is written."""
+
+
+class Stopped(SystemExit):
+    """The run ended on request, after a checkpoint. Exit code 75: try again (sysexits)."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(75)
+        self.step = step
+
+
 class Checkpoints:
     """The checkpoints of a run, in RUN/checkpoints, and its artifact. Every rank calls all."""
 
@@ -56,6 +69,9 @@ class Checkpoints:
         Raises CheckpointError on every rank if the checkpoint or artifact cannot be read, or if
         the run folder holds checkpoints and `resume` is off.
         """
+        if self.world.is_main:
+            for name in (STOP, f"{STOP}.done"):
+                (self.run_dir / name).unlink(missing_ok=True)
         folder = self._find(resume=resume)
         if folder is not None:
             extra = load_checkpoint(folder, self.world, trainer.chunks, trainer.optimizer)
@@ -79,6 +95,7 @@ class Checkpoints:
         step = trainer.step_number
         if step == self.saved_step:
             return None
+        self.world.watch.enter(f"checkpoint of step {step}")
         extra = {"step": step, "data": source.state_dict(), "parent": self.parent}
         folder = save_checkpoint(
             self.root, step, self.world, trainer.chunks, trainer.optimizer, extra
@@ -87,6 +104,18 @@ class Checkpoints:
         if self.world.is_main:
             self._prune(folder)
         return folder
+
+    def stop_if_asked(self, trainer: Trainer, source: Source) -> None:
+        """After a step: where RUN/stop lies, save a checkpoint and raise Stopped on every rank."""
+        request = self.run_dir / STOP
+        if not self.world.broadcast_object(self.world.is_main and request.exists()):
+            return
+        self.save(trainer, source)
+        if self.world.is_main:
+            request.replace(request.with_name(f"{STOP}.done"))
+        LOGGER.info("stopped on request after step %d, which is saved", trainer.step_number)
+        self.world.barrier()
+        raise Stopped(trainer.step_number)
 
     def write_artifact(
         self,

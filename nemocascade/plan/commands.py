@@ -1,0 +1,57 @@
+"""`nemocascade preflight`: a job's problems before it starts, in one process and without a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from nemocascade.plan.gpus import find_gpu
+from nemocascade.plan.job import job_of_recipe, load_recipe
+from nemocascade.plan.preflight import Preflight, offline
+
+
+@dataclass(frozen=True)
+class PreflightSettings:
+    """Check a recipe: settings, files, disk, tokenizer, start, memory, and a dry run of every rank.
+
+    Devices and collectives are checked by the job itself when it starts.
+    """
+
+    recipe: tyro.conf.Positional[str]
+    """Recipe script."""
+
+    ranks: int = 0
+    """World size; 0 = that of the launcher, or 1."""
+
+    gpu: str = "h200"
+    """A known accelerator, or a JSON file with the fields of nemocascade.plan.gpus.Gpu."""
+
+    dry_run: bool = True
+    """Build every rank's model on the meta device."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+
+def run_preflight(
+    settings: PreflightSettings, override: Callable[[Any], Any] | None = None
+) -> Preflight:
+    """All findings. override: changes the recipe before it is checked."""
+    found = Preflight()
+    with found.guarded("recipe"):
+        recipe = load_recipe(Path(settings.recipe))
+        if override is not None:
+            recipe = override(recipe)
+        ranks = settings.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+        job = None
+        with found.guarded("model"):
+            job = job_of_recipe(recipe, find_gpu(settings.gpu), ranks)
+        checked = offline(recipe, job, ranks, dry_run=settings.dry_run)
+        found.findings += checked.findings
+        found.seconds = checked.seconds
+    return found

@@ -1,0 +1,116 @@
+"""A rank that is stopped, killed, stuck or failing is named on every other rank, with its phase and
+collective, and the job ends with an error and the stacks of all ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launch import _start
+
+RANKS = 3
+VICTIM = 1
+LIMIT_S = 5.0
+STEP = 4
+# Beside the limit: the interpreter's start, imports, and a machine with other work.
+PATIENCE_S = 90.0
+
+
+def work_until_a_fault(fault: str, folder: str) -> None:
+    """All-reduce in a loop; in one step of it the victim fails in its own way."""
+    import logging
+    import signal
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from nemocascade.megatron.watchdog import Watchdog, job_store
+
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    logging.getLogger("nemocascade").addHandler(logging.StreamHandler())
+    watch = Watchdog(
+        rank, RANKS, store=job_store(), limit_s=LIMIT_S, stacks=Path(folder) / "stacks"
+    )
+    watch.start()
+    try:
+        for step in range(1000):
+            watch.enter(f"step {step}: work")
+            if step == STEP:
+                (Path(folder) / f"reached.{rank}").write_text(str(time.time()))
+            if rank == VICTIM and step == STEP:
+                time.sleep(1.5)
+                if fault == "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                elif fault == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif fault == "stuck":
+                    time.sleep(1000)
+                elif fault == "raises":
+                    raise ValueError("the victim's own fault")
+            if fault == "other collective" and rank == VICTIM and step == STEP:
+                dist.barrier(dist.new_group([0, 1, 2], backend="gloo"))
+            dist.all_reduce(torch.ones(8))
+    except Exception as error:
+        watch.fail(error)
+        raise
+    finally:
+        watch.close()
+
+
+def run_with(fault: str, folder: Path) -> tuple[list[int], list[str], float]:
+    """Exit codes and logs of all ranks, and the seconds from the fault to the last rank's end.
+
+    A victim that is stopped is killed when the others have ended, as a launcher does.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    target = f"{Path(__file__).resolve()}:work_until_a_fault"
+    request = {"target": target, "kwargs": {"fault": fault, "folder": str(folder)}}
+    (folder / "request.json").write_text(json.dumps(request))
+    extra = {"MASTER_PORT": str(store.port)}
+    ranks = [_start(rank, RANKS, folder, extra) for rank in range(RANKS)]
+    others = [p for i, p in enumerate(ranks) if i != VICTIM or fault in ("raises", "stuck")]
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        for process in others:
+            process.wait(timeout=max(1.0, deadline - time.monotonic()))
+        ended = time.time()
+    except subprocess.TimeoutExpired:
+        ended = float("inf")
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    logs = [(folder / f"stderr.{rank}").read_text() for rank in range(RANKS)]
+    began = float((folder / f"reached.{VICTIM}").read_text())
+    return [p.returncode for p in ranks], logs, ended - began
+
+
+@pytest.mark.parametrize("fault", ["stopped", "killed", "stuck", "raises"])
+def test_the_victim_is_named_by_every_other_rank(fault: str, tmp_path: Path) -> None:
+    codes, logs, seconds = run_with(fault, tmp_path)
+    assert seconds < 4 * LIMIT_S + 10, "\n".join(logs)
+    for rank in range(RANKS):
+        if rank == VICTIM:
+            continue
+        assert codes[rank] != 0
+        [line, *_] = [x for x in logs[rank].splitlines() if f"watchdog on rank {rank}" in x]
+        assert f"rank {VICTIM} (" in line, line
+        assert f"phase 'step {STEP}: work'" in line, line
+        stack = (tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text()
+        assert "all_reduce" in stack, stack
+    if fault == "raises":
+        assert codes[VICTIM] == 1
+        assert "the victim's own fault" in logs[0]
+    else:
+        assert codes[VICTIM] != 0
+        assert "outside any collective" in logs[0]
+    victim = (tmp_path / "stacks" / f"rank_{VICTIM:05d}.txt").read_text()
+    assert "work_until_a_fault" in victim
