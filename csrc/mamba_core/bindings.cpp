@@ -6,12 +6,14 @@
 #include <string>
 #include <vector>
 
+#include "common/levels.h"
 #include "mamba_core/core.h"
 #include "mamba_core/schedule.h"
 
 namespace {
 
 using namespace nemocascade::mamba_core;
+using nemocascade::Rows;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -104,7 +106,7 @@ Sizes sizes_of(int64_t heads, int64_t head_dim, int64_t groups, int64_t state, i
 
 // The functions of a level; an empty name is this processor's best.
 Functions functions_named(const std::string& level) {
-  const Functions found = level.empty() ? functions() : functions_of(level.c_str());
+  const Functions found = functions_of(level.empty() ? nemocascade::best_level() : level.c_str());
   STD_TORCH_CHECK(found.forward != nullptr, "this processor or build has no level ", level,
                   ": leave it empty");
   return found;

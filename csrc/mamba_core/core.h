@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "common/rows.h"
+
 namespace nemocascade::mamba_core {
 
 // Rows of a chunk; the convolution reaches no further than into the one before.
@@ -42,14 +44,6 @@ struct Parameters {
   T* A;            // [heads]
   T* D;            // [heads]
   T* norm_weight;  // [inner]
-};
-
-// Rows of float32 or, where `is_bf16` is set, bfloat16: z, x, B, C, dt beside each other, or the
-// output. Element (t, j) is number t * stride + j. All arithmetic is in float.
-struct Rows {
-  void* data;
-  int64_t stride;
-  bool is_bf16;
 };
 
 // Rows [begin, end) of the pack.

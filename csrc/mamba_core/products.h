@@ -2,9 +2,11 @@
 // multiples of kPad.
 #pragma once
 
-#include "mamba_core/vectors.h"
+#include "common/vectors.h"
 
 namespace nemocascade::mamba_core::NEMOCASCADE_LEVEL {
+
+using namespace nemocascade::NEMOCASCADE_LEVEL;
 
 // Rows that a product computes at once; numbers of rows are multiples of it.
 constexpr int64_t kTile = 8;
@@ -64,7 +66,7 @@ INLINE void transpose(const float* from, int64_t from_row, int64_t rows, int64_t
       const float* at = from + i * from_row + j;
       Quad a = load_as<Quad>(at), b = load_as<Quad>(at + from_row);
       Quad c = load_as<Quad>(at + 2 * from_row), d = load_as<Quad>(at + 3 * from_row);
-      transpose(a, b, c, d);
+      transpose_quads(a, b, c, d);
       float* out = to + j * to_row + i;
       store(out, a);
       store(out + to_row, b);

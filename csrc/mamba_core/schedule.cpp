@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/levels.h"
+
 namespace nemocascade::mamba_core {
 namespace {
 
@@ -10,37 +12,15 @@ namespace {
 constexpr int64_t kRanges = 32;
 constexpr int64_t kRangeRows = 256;
 
-#ifdef NEMOCASCADE_X86_LEVELS
-bool has_v3() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-}
-
-bool has_v4() {
-  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
-}
-#endif
-
 }  // namespace
 
 Functions functions_of(const char* level) {
-  if (std::strcmp(level, "base") == 0) return {level_base::forward, level_base::backward};
+  if (!has_level(level)) return {nullptr, nullptr};
 #ifdef NEMOCASCADE_X86_LEVELS
-  if (std::strcmp(level, "v3") == 0 && has_v3()) return {level_v3::forward, level_v3::backward};
-  if (std::strcmp(level, "v4") == 0 && has_v4()) return {level_v4::forward, level_v4::backward};
+  if (std::strcmp(level, "v3") == 0) return {level_v3::forward, level_v3::backward};
+  if (std::strcmp(level, "v4") == 0) return {level_v4::forward, level_v4::backward};
 #endif
-  return {nullptr, nullptr};
-}
-
-Functions functions() {
-  static const Functions best = [] {
-    for (const char* level : {"v4", "v3"})
-      if (const Functions found = functions_of(level); found.forward != nullptr) return found;
-    return functions_of("base");
-  }();
-  return best;
+  return {level_base::forward, level_base::backward};
 }
 
 std::vector<Range> cut(const std::vector<Document>& documents) {

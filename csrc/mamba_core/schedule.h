@@ -13,9 +13,7 @@ struct Functions {
   Backward* backward;
 };
 
-// Those of the highest level that this processor has. level: "base", "v3" or "v4" asks for one;
-// its functions are null where it cannot be had.
-Functions functions();
+// Those of a level (common/levels.h); null where it cannot be had.
 Functions functions_of(const char* level);
 
 // Consecutive documents.

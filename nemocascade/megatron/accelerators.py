@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from nemocascade.megatron import native
-from nemocascade.megatron.layers import mamba_native
+from nemocascade.megatron.layers import mamba_native, norm
 from nemocascade.recipe import EngineConfig
 
 Adam = Literal["transformer_engine", "apex", "torch"]
@@ -111,7 +111,7 @@ def detect(engine: EngineConfig, device: torch.device) -> Accelerators:
             _bf16(device),
             _triton(device),
             *(_native(package, purpose, instead) for package, purpose, instead in _NATIVE),
-            _mamba_core(device),
+            _native_layers(device),
             adam_te,
             te_attention,
             adam_apex,
@@ -286,11 +286,13 @@ def _native(package: str, purpose: str, instead: str) -> Finding:
     return Finding(name, f"CUDA {cuda}" if cuda else f"CPU only ({refusal})", purpose, instead)
 
 
-def _mamba_core(device: torch.device) -> Finding:
-    """The Mamba-2 mixer's core in C++, which is for CPUs."""
-    name, purpose = "native Mamba-2 core", "Mamba-2 between its projections, in fp32 and bf16"
+def _native_layers(device: torch.device) -> Finding:
+    """The Mamba-2 mixer's core and RMSNorm in C++, which are for CPUs."""
+    name, purpose = "native layers", "Mamba-2 between its projections, RMSNorm; fp32 and bf16"
     instead = "torch operators"
     if device.type != "cpu":
-        return Finding(name, None, purpose, instead, f"it is for CPUs, the run is on {device.type}")
-    reason = native.lacks(*mamba_native.OPERATORS)
+        return Finding(
+            name, None, purpose, instead, f"they are for CPUs, the run is on {device.type}"
+        )
+    reason = native.lacks(*mamba_native.OPERATORS, *norm.OPERATORS)
     return Finding(name, None if reason else "built", purpose, instead, reason or "")

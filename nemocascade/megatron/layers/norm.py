@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemocascade.megatron import native
 from nemocascade.megatron.config import CascadeConfig
+
+OPERATORS = ("rms_norm", "rms_norm_backward")
 
 
 class RMSNorm(torch.nn.Module):
@@ -35,12 +38,37 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension; dtype and shape of x.
 
     torch's fused kernel on a GPU. On a CPU torch computes and differentiates it operator by
-    operator, so there it is a function of its own that keeps only x and a scale for each row.
+    operator, so there it is a function of its own that keeps only x and a scale for each row; in
+    float32 and bfloat16 it is compiled (csrc/rms_norm/), where the library is built.
     """
     if x.is_cuda or x.is_meta:
         return F.rms_norm(x, weight.shape, weight, eps)
+    if x.dtype in (torch.float32, torch.bfloat16) and native.lacks(*OPERATORS) is None:
+        compiled: Tensor = _NativeRMSNorm.apply(x, weight, eps)
+        return compiled
     y: Tensor = _RMSNorm.apply(x, weight, eps)
     return y
+
+
+class _NativeRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.contiguous().view(-1, x.shape[-1])
+        y = torch.empty_like(rows)
+        native.op("rms_norm")(rows, weight.float().contiguous(), eps, y)
+        ctx.save_for_backward(rows, weight)
+        ctx.eps = eps
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        dx, d_weight = torch.empty_like(rows), weight.new_empty(weight.shape, dtype=torch.float32)
+        upstream = grad.contiguous().view(rows.shape)
+        native.op("rms_norm_backward")(
+            rows, weight.float().contiguous(), ctx.eps, upstream, dx, d_weight
+        )
+        return dx.view(grad.shape), d_weight.to(weight.dtype), None
 
 
 class _RMSNorm(torch.autograd.Function):

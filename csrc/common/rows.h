@@ -1,0 +1,15 @@
+// A matrix in memory, float32 or bfloat16.
+#pragma once
+
+#include <cstdint>
+
+namespace nemocascade {
+
+// Rows of float32 or, where `is_bf16` is set, bfloat16. Element (t, j) is number t * stride + j.
+struct Rows {
+  void* data;
+  int64_t stride;
+  bool is_bf16;
+};
+
+}  // namespace nemocascade

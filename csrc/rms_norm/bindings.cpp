@@ -1,0 +1,111 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "common/levels.h"
+#include "rms_norm/rms_norm.h"
+
+namespace {
+
+using nemocascade::Rows;
+using nemocascade::rms_norm::Norm;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Rows that are done at a time, by one thread. The weight's gradient is summed over such ranges in
+// their order: the same for any number of threads.
+constexpr int64_t kRangeRows = 256;
+
+struct Functions {
+  nemocascade::rms_norm::Forward* forward;
+  nemocascade::rms_norm::Backward* backward;
+};
+
+Functions functions() {
+  namespace norm = nemocascade::rms_norm;
+#ifdef NEMOCASCADE_X86_LEVELS
+  const char* level = nemocascade::best_level();
+  if (std::strcmp(level, "v4") == 0) return {norm::level_v4::forward, norm::level_v4::backward};
+  if (std::strcmp(level, "v3") == 0) return {norm::level_v3::forward, norm::level_v3::backward};
+#endif
+  return {norm::level_base::forward, norm::level_base::backward};
+}
+
+Rows rows(const Tensor& tensor, const Tensor& like, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && tensor.is_contiguous() &&
+                      (type == ScalarType::Float || type == ScalarType::BFloat16) &&
+                      type == like.scalar_type() && tensor.size(0) == like.size(0) &&
+                      tensor.size(1) == like.size(1),
+                  name, " must be a contiguous CPU matrix of x's shape, float32 or bfloat16 as x");
+  return {tensor.mutable_data_ptr(), tensor.size(1), type == ScalarType::BFloat16};
+}
+
+float* floats(const Tensor& tensor, int64_t count, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.numel() == count &&
+                      tensor.scalar_type() == ScalarType::Float,
+                  name, " must be a contiguous float32 CPU tensor of ", count, " elements");
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+
+Norm norm_of(const Tensor& x, const Tensor& weight, double eps) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) >= 1, "x must be a matrix with columns");
+  return {rows(x, x, "x"), floats(weight, x.size(1), "weight"), x.size(1), static_cast<float>(eps)};
+}
+
+// run(range, first row, end row) for all ranges of `total` rows.
+template <typename F>
+void for_each_range(int64_t total, const F& run) {
+  const int64_t ranges = (total + kRangeRows - 1) / kRangeRows;
+  torch::stable::parallel_for(0, ranges, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t range = begin; range < end; ++range)
+      run(range, range * kRangeRows, std::min(total, (range + 1) * kRangeRows));
+  });
+}
+
+void rms_norm(const Tensor& x, const Tensor& weight, double eps, Tensor y) {
+  const Norm norm = norm_of(x, weight, eps);
+  const Rows to = rows(y, x, "y");
+  const Functions chosen = functions();
+  for_each_range(x.size(0), [&](int64_t, int64_t begin, int64_t end) {
+    chosen.forward(norm, begin, end, to);
+  });
+}
+
+void rms_norm_backward(const Tensor& x, const Tensor& weight, double eps, const Tensor& dy,
+                       Tensor dx, Tensor d_weight) {
+  const Norm norm = norm_of(x, weight, eps);
+  const Rows upstream = rows(dy, x, "dy"), to = rows(dx, x, "dx");
+  const int64_t total = x.size(0), width = norm.width;
+  float* wanted = floats(d_weight, width, "d_weight");
+  const Functions chosen = functions();
+  const int64_t ranges = (total + kRangeRows - 1) / kRangeRows;
+  std::vector<float> sums(static_cast<size_t>(ranges * width));
+  for_each_range(total, [&](int64_t range, int64_t begin, int64_t end) {
+    chosen.backward(norm, begin, end, upstream, to, sums.data() + range * width);
+  });
+  for (int64_t j = 0; j < width; ++j) {
+    double sum = 0.0;
+    for (int64_t range = 0; range < ranges; ++range)
+      sum += sums[static_cast<size_t>(range * width + j)];
+    wanted[j] = static_cast<float>(sum);
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) y) -> ()");
+  m.def(
+      "rms_norm_backward(Tensor x, Tensor weight, float eps, Tensor dy, Tensor(a!) dx, "
+      "Tensor(b!) d_weight) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nemocascade, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+}
