@@ -1,5 +1,5 @@
 // Levels of the processor that some files are compiled for, each in a namespace of its name: `base`
-// everywhere, on x86-64 also `v3` (AVX2) and `v4` (AVX-512). See CMakeLists.txt and vectors.h.
+// everywhere, on x86-64 also `v3` (AVX2) and `v4` (AVX-512). See CMakeLists.txt and simd.h.
 #pragma once
 
 #include <cstring>

@@ -2,7 +2,7 @@
 // multiples of kPad.
 #pragma once
 
-#include "common/vectors.h"
+#include "common/simd.h"
 
 namespace nemocascade::mamba_core::NEMOCASCADE_LEVEL {
 

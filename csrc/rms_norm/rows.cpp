@@ -1,4 +1,4 @@
-#include "common/vectors.h"
+#include "common/simd.h"
 #include "rms_norm/rms_norm.h"
 
 namespace nemocascade::rms_norm::NEMOCASCADE_LEVEL {
