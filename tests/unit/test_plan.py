@@ -42,6 +42,7 @@ from nemocascade.plan.search import (
     nearest_fitting,
     price,
 )
+from nemocascade.plan.tables import rows
 from nemocascade.plan.timing import StepModel
 from nemocascade.recipe import (
     EngineConfig,
@@ -291,3 +292,9 @@ def test_the_report_is_readable_and_names_what_does_not_fit() -> None:
     assert "cannot run" in text
     assert "No layout fits; the least needs" in text
     assert worst_rank(job_of(256)).parameters / GIB < 8
+
+
+def test_the_documentation_holds_the_planners_numbers() -> None:
+    text = (RECIPES.parent / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    missing = [line for line in rows("h200", (8,)) if line not in text]
+    assert not missing, "run python -m nemocascade.plan.tables h200 h100 and mend the page"

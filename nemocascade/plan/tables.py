@@ -1,0 +1,62 @@
+"""The tables of docs/parallelism.md: `python -m nemocascade.plan.tables [gpu ...]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+from nemocascade.plan.gpus import find_gpu
+from nemocascade.plan.job import Job
+from nemocascade.plan.memory import GIB
+from nemocascade.plan.report import HEADER, RULE, row
+from nemocascade.plan.search import best_plans, least_memory
+from nemocascade.recipe import (
+    EngineConfig,
+    MoeTrainingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    nemotron3_nano_30b,
+)
+
+RANKS = (8, 64, 256)
+CAPACITIES = (4096, 32_768, 262_144)
+TOKENS_PER_STEP = 64 * 262_144
+
+
+def nano(gpu: str, ranks: int, capacity: int) -> Job:
+    """Nemotron-3-Nano-30B-A3B, 16.8 M tokens a step, documents that fill their packs."""
+    return Job(
+        model=nemotron3_nano_30b(),
+        parallel=ParallelConfig(),
+        engine=EngineConfig(precision="bf16"),
+        moe=MoeTrainingConfig(),
+        optimizer=OptimizerConfig(),
+        capacity=capacity,
+        sequences_per_step=TOKENS_PER_STEP // capacity,
+        gpu=find_gpu(gpu),
+        world_size=ranks,
+    )
+
+
+def rows(gpu: str, ranks: Sequence[int] = RANKS) -> Iterator[str]:
+    """The fastest layout for each number of ranks and each capacity, a line each."""
+    for count in ranks:
+        for capacity in CAPACITIES:
+            job = nano(gpu, count, capacity)
+            best = best_plans(job, count=1)
+            if best:
+                yield f"| {count} {row(best[0])}"
+                continue
+            least = least_memory(job)
+            need = "" if least is None else f": the least needs {least.memory.total / GIB:.0f} GiB"
+            yield f"| {count} | {capacity:,} does not fit{need} |"
+
+
+def table(gpu: str) -> str:
+    """A whole table in Markdown."""
+    return "\n".join([f"| ranks {HEADER}", f"|---{RULE}", *rows(gpu)])
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ["h200"]:
+        print(f"{name}\n\n{table(name)}\n")
