@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from nemocascade.recipe.data import DataConfig, TokenizerConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig
+from nemocascade.recipe.rl import DomainConfig
 from nemocascade.recipe.train import (
     CheckpointConfig,
     EngineConfig,
@@ -15,6 +16,20 @@ from nemocascade.recipe.train import (
     MoeTrainingConfig,
     OptimizerConfig,
 )
+
+
+@dataclass(frozen=True)
+class DemonstrationConfig:
+    """Training data made from the tasks of the environments, with their known solutions."""
+
+    domains: tuple[DomainConfig, ...] = ()
+    """Domains, with `tasks` rows of each. Empty: none is made, and `data.path` is all."""
+
+    heldout: int = 32
+    """Held-out rows of each domain."""
+
+    thinking: float = 0.5
+    """Share of the rows that reason before they answer."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,7 @@ class SftRecipe:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    demonstrations: DemonstrationConfig = field(default_factory=DemonstrationConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     moe: MoeTrainingConfig = field(default_factory=MoeTrainingConfig)
@@ -53,7 +69,7 @@ class SftRecipe:
         found = self.model.problems() + self.optimizer.problems()
         if self.steps < 1:
             found.append(f"steps({self.steps}) must be at least 1")
-        if not self.data.path:
+        if not self.data.path and not self.demonstrations.domains:
             found.append("data.path is empty: name JSONL or Parquet files, or synthetic:arithmetic")
         for name in ("capacity", "sequences_per_step", "balance_group"):
             if getattr(self.data, name) < 1:

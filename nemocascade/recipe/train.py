@@ -81,7 +81,7 @@ class MoeTrainingConfig:
     """What training does to the routers."""
 
     load_balance: Literal["none", "sequence", "global"] = "sequence"
-    """Load-balance loss: over each document, over the whole batch, or none."""
+    """Load-balance loss: over each document, over all tokens of a micro-batch, or none."""
 
     load_balance_coef: float = 1e-4
     z_loss_coef: float = 0.0

@@ -10,6 +10,7 @@ from nemocascade.data.documents import StageData
 from nemocascade.data.loader import HeldoutLoader, PackedLoader
 from nemocascade.megatron.world import World
 from nemocascade.recipe import SftRecipe
+from nemocascade.stages.demonstrations import with_demonstrations
 from nemocascade.stages.setup import (
     heldout_loader,
     open_stage_data,
@@ -33,6 +34,8 @@ def run_sft(recipe: SftRecipe) -> Path:
     run_dir = Path(recipe.run_dir)
     with stage_world(recipe) as (world, accelerators):
         write_recipe(recipe, world)
+        if recipe.demonstrations.domains:
+            recipe = with_demonstrations(recipe, world)
         tokenizer = open_tokenizer(recipe, world)
         data = open_stage_data(recipe, world, tokenizer)
         trainer = Trainer(

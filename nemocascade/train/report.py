@@ -33,4 +33,8 @@ def step_values(result: StepResult, lr: float, step_time_s: float, world: World)
     }
     if result.expert_load is not None:
         values |= load_imbalance(result.expert_load)
+    if result.expert_bias is not None:
+        values["moe_bias_range"] = float(
+            (result.expert_bias.amax(1) - result.expert_bias.amin(1)).mean()
+        )
     return values | result.metrics

@@ -46,7 +46,8 @@ class StepResult:
 
     loss: the objective, summed over the step. grad_norm: before clipping. tokens: of documents,
     without padding. trained_tokens: rows whose loss counted. flops: see train/flops.py.
-    expert_load: [layers of kind E, experts] slots, or None. metrics: see `policy_metrics`.
+    expert_load: [layers of kind E, experts] slots, or None. expert_bias: [layers of kind E,
+    experts], the selection bias after the step, or None. metrics: see `policy_metrics`.
     """
 
     loss: float
@@ -55,6 +56,7 @@ class StepResult:
     trained_tokens: int
     flops: float
     expert_load: torch.Tensor | None
+    expert_bias: torch.Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -136,7 +138,7 @@ class Trainer:
                 f"step {self.step_number}: the loss is {loss:.6g} but the {error}; no weight was "
                 f"changed. Every rank wrote its batches to {folder}"
             ) from error
-        load = self._move_router_bias()
+        load, bias = self._move_router_bias()
         watch.enter(f"after step {self.step_number}")
         self.step_number += 1
         return StepResult(
@@ -146,6 +148,7 @@ class Trainer:
             trained_tokens=int(totals[2]),
             flops=float(totals[4]),
             expert_load=load,
+            expert_bias=bias,
             metrics=policy_metrics(self.world, outputs, batches) if policy else {},
         )
 
@@ -197,16 +200,20 @@ class Trainer:
         """The MoE mixers of this rank, in the order of the layers."""
         return [m for c in self.modules for m in c.modules() if isinstance(m, MoEMixer)]
 
-    def _move_router_bias(self) -> torch.Tensor | None:
-        """Update every router's selection bias; [layers of kind E, experts] load, on every rank."""
+    def _move_router_bias(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Update every router's selection bias; load and bias of all layers, on every rank."""
         pattern = self.config.shape.pattern
         order = [i for i, symbol in enumerate(pattern) if symbol == "E"]
         if not order:
-            return None
-        table = torch.zeros(len(order), self.config.shape.num_experts, device=self.world.device)
+            return None, None
+        shape = (2, len(order), self.config.shape.num_experts)
+        table = torch.zeros(shape, device=self.world.device)
         rate = self.config.moe_training.bias_update_rate
         for mixer in self.routers():
             row = order.index(mixer.layer_number - 1)
-            table[row] = mixer.router.update_bias(self.world.groups.tp_dp_cp, rate)
+            table[0, row] = mixer.router.update_bias(self.world.groups.tp_dp_cp, rate)
+            if self.config.shape.router_bias:
+                table[1, row] = mixer.router.expert_bias
         dist.all_reduce(table, group=self.world.groups.pp)
-        return table.cpu()
+        load, bias = table.cpu()
+        return load, bias if self.config.shape.router_bias else None

@@ -77,6 +77,10 @@ def test_loss_is_the_mean_over_trained_tokens(world: World, tmp_path: Path) -> N
     load = result.expert_load
     assert load is not None
     assert load.sum().item() == 120 * 2, "padding was routed"
+    bias, mean = result.expert_bias, load.mean()
+    assert bias is not None
+    # One step from 0: up by the rate where an expert had too little, down where it had too much.
+    assert torch.allclose(bias, 1e-3 * (mean - load).sign())
 
 
 def test_steps_lower_the_loss_and_evaluate_agrees(world: World, tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""IF-RL of the tiny model: GRPO on instructions that rules verify.
+
+    python recipes/tiny/domains_sft.py
+    python recipes/tiny/if_rl.py --init-from runs/tiny/domains_sft/artifact
+"""
+
+from nemocascade.recipe import (
+    CheckpointConfig,
+    DomainConfig,
+    EngineConfig,
+    GrpoConfig,
+    GrpoRecipe,
+    OptimizerConfig,
+    RolloutConfig,
+)
+from nemocascade.recipe.envs import EnvConfig
+from nemocascade.stages.launch import launch
+
+RECIPE = GrpoRecipe(
+    steps=30,
+    stage="if_rl",
+    run_dir="runs/tiny/if_rl",
+    init_from="runs/tiny/domains_sft/artifact",
+    domains=(DomainConfig(domain="instruction_following", tasks=800),),
+    rollout=RolloutConfig(
+        prompts_per_step=16,
+        rollouts_per_prompt=8,
+        max_prompt_tokens=96,
+        max_response_tokens=48,
+        thinking=False,
+        slots=128,
+        max_draws=2,
+    ),
+    grpo=GrpoConfig(capacity=2048),
+    envs=EnvConfig(if_language_check="letters"),
+    optimizer=OptimizerConfig(
+        lr=5e-4,
+        min_lr=5e-4,
+        schedule="constant",
+        warmup_steps=0,
+        beta2=0.95,
+        weight_decay=0.0,
+    ),
+    engine=EngineConfig(precision="fp32"),
+    checkpoint=CheckpointConfig(every=0),
+)
+
+if __name__ == "__main__":
+    launch(RECIPE)

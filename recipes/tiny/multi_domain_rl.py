@@ -1,0 +1,52 @@
+"""Multi-domain RL of the tiny model: multiple choice, tool calling and structured output, 55 / 30 / 15.
+
+    python recipes/tiny/domains_sft.py
+    python recipes/tiny/multi_domain_rl.py --init-from runs/tiny/domains_sft/artifact
+"""
+
+from nemocascade.recipe import (
+    CheckpointConfig,
+    DomainConfig,
+    EngineConfig,
+    GrpoConfig,
+    GrpoRecipe,
+    OptimizerConfig,
+    RolloutConfig,
+)
+from nemocascade.stages.launch import launch
+
+RECIPE = GrpoRecipe(
+    steps=30,
+    stage="multi_domain_rl",
+    run_dir="runs/tiny/multi_domain_rl",
+    init_from="runs/tiny/domains_sft/artifact",
+    domains=(
+        DomainConfig(domain="multiple_choice", share=0.55, tasks=800),
+        DomainConfig(domain="tool_calling", share=0.30, tasks=800),
+        DomainConfig(domain="structured_output", share=0.15, tasks=800),
+    ),
+    rollout=RolloutConfig(
+        prompts_per_step=16,
+        rollouts_per_prompt=8,
+        max_prompt_tokens=128,
+        max_response_tokens=96,
+        thinking=False,
+        slots=128,
+        max_draws=2,
+        overlong_filter=True,
+    ),
+    grpo=GrpoConfig(capacity=2048),
+    optimizer=OptimizerConfig(
+        lr=5e-4,
+        min_lr=5e-4,
+        schedule="constant",
+        warmup_steps=0,
+        beta2=0.95,
+        weight_decay=0.0,
+    ),
+    engine=EngineConfig(precision="fp32"),
+    checkpoint=CheckpointConfig(every=0),
+)
+
+if __name__ == "__main__":
+    launch(RECIPE)
