@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import itertools
 import json
 import logging
 import os
@@ -33,7 +32,8 @@ from typing import Any
 
 LOGGER = logging.getLogger("nemocascade")
 EXIT_CODE = 4
-_PREFIX = "nemocascade/watchdog"
+GRACE_S = 20.0
+_ENDED = "ended by its launcher (SIGTERM)"
 # Frames of the main thread that travel with each sign of life.
 _FRAMES = 12
 
@@ -44,7 +44,8 @@ class Sign:
 
     beat: rises with every sign. since_s: how long its main thread has been in the phase.
     collective: the one it is in, empty outside. waits_s: how long it has been seen there without a
-    break. failed: why it ends. done: it has left in order.
+    break. failed: why it ends. done: it leaves, in order or because it names another rank.
+    verdict: what it says of that rank; all ranks join in.
     """
 
     rank: int
@@ -58,6 +59,7 @@ class Sign:
     stack: list[str] = field(default_factory=list)
     failed: str = ""
     done: bool = False
+    verdict: list[str] = field(default_factory=list)
 
     def where(self) -> str:
         """The rank and what it was doing, for people."""
@@ -71,7 +73,8 @@ class Sign:
 class Watchdog:
     """Watches the ranks of a job. Without a store it does nothing but hold the phase's name.
 
-    limit_s: silence or stall that ends the job. stacks: folder for the stacks of all ranks.
+    name: of the job, the same on all ranks and new for each: a store may outlive a job. limit_s:
+    silence or stall that ends the job. stacks: folder for the stacks of all ranks.
     """
 
     def __init__(
@@ -80,12 +83,15 @@ class Watchdog:
         size: int = 1,
         *,
         store: Any = None,
+        name: str = "",
         limit_s: float = 0.0,
         stacks: Path | None = None,
     ) -> None:
         self.rank, self.size, self.store = rank, size, store
+        self.prefix = f"nemocascade/watchdog/{name}"
         self.limit_s, self.stacks = limit_s, stacks
-        self.interval = min(15.0, max(0.05, limit_s / 10))
+        # Every rank reads the signs of all: the more there are, the more rarely.
+        self.interval = max(0.05, min(limit_s / 10, max(5.0, size / 100)))
         self._own = Sign(rank, socket.gethostname(), os.getpid())
         self._entered = self._waiting_since = time.monotonic()
         self._seen: dict[int, tuple[Sign, float]] = {}
@@ -112,14 +118,19 @@ class Watchdog:
         """Leave in order: the others must not take the silence for death."""
         if self._thread is None:
             return
+        assert self._wake is not None
         self._own.done = not self._own.failed
         self._stop.set()
+        with contextlib.suppress(OSError):
+            os.write(self._wake[1], b"\0")
         self._thread.join(timeout=2 * self.interval + 5)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._thread = None
         with contextlib.suppress(Exception):
             self._tell()
+        for descriptor in self._wake:
+            os.close(descriptor)
 
     def enter(self, phase: str) -> None:
         """The main thread begins `phase`: what a report will say it was doing."""
@@ -140,20 +151,31 @@ class Watchdog:
             self._own.stack = _summary(_last_frames(error))
             self._own.collective = _collective(_last_frames(error))
         deadline = time.monotonic() + max(1.0, 6 * self.interval)
-        while time.monotonic() < deadline and not self._others_know():
-            time.sleep(self.interval / 2)
+        with contextlib.suppress(Exception):  # without a store there is nobody to tell
+            self._tell()
+            while time.monotonic() < deadline and not self._others_know():
+                time.sleep(min(0.1, self.interval))
+                self._listen()
+                if self._silent(4 * self.interval):
+                    break
+        if self._all_failed():
+            return  # a fault of the job, not of a rank: each says it by itself
         silent = self._silent(4 * self.interval)
-        self._log(
-            [f"has died or was stopped: {s.where()}; silent for {q:.1f} s" for s, q in silent]
-            or [f"failed: {self._own.where()}: {self._own.failed}"]
-        )
+        self._log(_died(silent) or [f"failed: {self._own.where()}: {self._own.failed}"])
         self._dump([sign for sign, _ in silent])
 
     def _others_know(self) -> bool:
         """Whether every other rank has failed or left as well, so that nobody is left to tell."""
-        with self._lock:
-            others = [s for r, (s, _) in self._seen.items() if r != self.rank]
+        others = self._others()
         return len(others) == self.size - 1 and all(s.failed or s.done for s in others)
+
+    def _all_failed(self) -> bool:
+        others = self._others()
+        return len(others) == self.size - 1 and all(s.failed for s in others)
+
+    def _others(self) -> list[Sign]:
+        with self._lock:
+            return [s for r, (s, _) in self._seen.items() if r != self.rank]
 
     def _run(self) -> None:
         assert self._wake is not None
@@ -189,10 +211,10 @@ class Watchdog:
                 own.stack, own.collective = _summary(frames), collective
                 own.waits_s = time.monotonic() - self._waiting_since
             text = json.dumps(asdict(own))
-        self.store.set(f"{_PREFIX}/{self.rank}", text)
+        self.store.set(f"{self.prefix}/{self.rank}", text)
 
     def _listen(self) -> None:
-        keys = [f"{_PREFIX}/{r}" for r in range(self.size)]
+        keys = [f"{self.prefix}/{r}" for r in range(self.size)]
         if not self.store.check(keys):
             return
         now = time.monotonic()
@@ -207,50 +229,57 @@ class Watchdog:
         now = time.monotonic()
         with self._lock:
             seen = list(self._seen.values())
-        return [(s, now - at) for s, at in seen if not s.done and now - at > limit_s]
+        return [(s, now - at) for s, at in seen if not (s.done or s.failed) and now - at > limit_s]
 
     def _problem(self) -> tuple[list[str], list[Sign]] | None:
         """What is wrong with the job, and the ranks that cannot speak for themselves."""
-        silent = self._silent(self.limit_s)
-        if silent:
-            return (
-                [f"has died or was stopped: {s.where()}; silent for {q:.1f} s" for s, q in silent],
-                [sign for sign, _ in silent],
-            )
         with self._lock:
             signs = [sign for sign, _ in self._seen.values()]
+        quiet = self._silent(3 * self.interval)
+        missing = [sign for sign, _ in quiet]
+        for sign in signs:
+            if sign.verdict and sign.rank != self.rank:
+                return sign.verdict, missing
+        silent = self._silent(self.limit_s)
+        if silent:
+            return _died(silent), missing
         failed = [s for s in signs if s.failed]
         if failed:
-            return [f"failed: {s.where()}: {s.failed}" for s in failed], []
+            return [f"failed: {s.where()}: {s.failed}" for s in failed], missing
         busy = [s for s in signs if not s.done]
         longest = max(busy, key=lambda s: s.waits_s, default=None)
         if longest is None or longest.waits_s < self.limit_s:
             return None
-        return [
-            f"stalls: {s.where()}; rank {longest.rank} has waited {longest.waits_s:.1f} s in "
-            f"{longest.collective}"
-            for s in _culprits(busy)
-        ], []
+        culprits = _culprits(busy)
+        gone = [pair for pair in quiet if pair[0] in culprits]
+        waited = f"; rank {longest.rank} has waited {longest.waits_s:.1f} s in {longest.collective}"
+        lines = _died(gone) or [f"stalls: {s.where()}" for s in culprits]
+        return [line + waited for line in lines], missing
 
     def _terminated(self) -> None:
-        """The launcher ends this rank, mostly because another one is gone."""
-        self._own.failed = "was ended by its launcher (SIGTERM)"
-        with contextlib.suppress(Exception):
-            self._tell()
-            self._listen()
-        with self._lock:
-            failed = [s for s, _ in self._seen.values() if s.failed and s.rank != self.rank]
-        silent = self._silent(3 * self.interval)
-        lines = [f"has died or was stopped: {s.where()}; silent for {q:.1f} s" for s, q in silent]
-        lines += [f"failed: {s.where()}: {s.failed}" for s in failed if "SIGTERM" not in s.failed]
+        """The launcher ends this rank, mostly because another one is gone: which one shows when it
+        has been silent for a while. Launchers wait longer than GRACE_S before they kill."""
+        self._own.failed = _ENDED
+        deadline = time.monotonic() + GRACE_S
+        silent: list[tuple[Sign, float]] = []
+        failed: list[Sign] = []
+        with contextlib.suppress(Exception):  # the store may be gone with the launcher
+            while time.monotonic() < deadline and not (silent or failed or self._all_failed()):
+                self._tell()
+                time.sleep(self.interval / 4)
+                self._listen()
+                silent = self._silent(3 * self.interval)
+                failed = [s for s in self._others() if s.failed and s.failed != _ENDED]
+        lines = _died(silent) + [f"failed: {s.where()}: {s.failed}" for s in failed]
         lines = lines or [f"was ended by its launcher: {self._own.where()}"]
         self._end(lines, [s for s, _ in silent], code=128 + signal.SIGTERM)
 
     def _end(self, lines: list[str], silent: list[Sign], code: int = EXIT_CODE) -> None:
         self._log(lines)
         self._dump(silent)
-        # The others must see this sign of life until they have named the same rank themselves.
+        # The others must not take this rank for the one that died: they name the same one.
         with contextlib.suppress(Exception):
+            self._own.done, self._own.verdict = True, lines
             self._tell()
             time.sleep(2 * self.interval)
         for handler in LOGGER.handlers:
@@ -269,7 +298,8 @@ class Watchdog:
             self.stacks.mkdir(parents=True, exist_ok=True)
             path = self.stacks / f"rank_{self.rank:05d}.txt"
             with path.open("w") as file:
-                print(self._own.where(), file=file, flush=True)
+                lines = [self._own.where(), *self._own.stack, "", "all threads:"]
+                print("\n".join(lines), file=file, flush=True)
                 faulthandler.dump_traceback(file=file, all_threads=True)
             for sign in silent:
                 text = "\n".join([f"{sign.where()}, as it was last heard of", *sign.stack])
@@ -288,6 +318,10 @@ def job_store() -> Any:
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     return store.clone() if isinstance(store, dist.TCPStore) else None
+
+
+def _died(silent: list[tuple[Sign, float]]) -> list[str]:
+    return [f"has died or was stopped: {s.where()}; silent for {q:.1f} s" for s, q in silent]
 
 
 def _culprits(signs: list[Sign]) -> list[Sign]:
@@ -318,12 +352,14 @@ def _summary(frames: list[tuple[str, int, str]]) -> list[str]:
 
 def _collective(frames: list[tuple[str, int, str]]) -> str:
     """The outermost function of torch.distributed that the thread is in, and who called it."""
-    for inner, (file, line, name) in itertools.pairwise(frames):
-        if inner[0].endswith("distributed_c10d.py") and not file.endswith(
-            ("distributed_c10d.py", "c10d_logger.py", "contextlib.py")
-        ):
-            return f"{inner[2]} called by {Path(file).name}:{line} in {name}"
-    return ""
+    inside = [i for i, (file, _, _) in enumerate(frames) if file.endswith("distributed_c10d.py")]
+    if not inside:
+        return ""
+    name = frames[inside[-1]][2]
+    for file, line, caller in frames[inside[-1] + 1 :]:
+        if not file.endswith(("c10d_logger.py", "contextlib.py")):
+            return f"{name} called by {Path(file).name}:{line} in {caller}"
+    return name
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,24 +26,31 @@ from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import CheckpointError, latest_checkpoint
 from nemocascade.megatron.fake import build_on_meta, fake_world
 from nemocascade.megatron.world import World
+from nemocascade.plan.gpus import GPUS
 from nemocascade.plan.job import Job
 from nemocascade.plan.memory import GIB, available, every_rank
 from nemocascade.plan.parameters import chunk_parameters, stage_chunks
 from nemocascade.plan.search import nearest_fitting
 from nemocascade.recipe import ParallelConfig
 
-# A device or link this far below the table is broken or shared.
+# A device or link this far below the table is throttled, shared or wrongly set up.
 SLOW = 0.5
 _COLLECTIVE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check. problem: empty if it passed. measured: what was seen, for people."""
+    """One check. problem: empty if the job can run. warning: it runs, but slower than it should.
+    measured: what was seen, for people."""
 
     check: str
     problem: str = ""
     measured: str = ""
+    warning: str = ""
+
+    def line(self) -> str:
+        mark = "FAIL" if self.problem else "slow" if self.warning else "ok  "
+        return f"  {mark} {self.check}: {self.problem or self.warning or self.measured or 'fine'}"
 
 
 @dataclass
@@ -57,11 +64,17 @@ class Preflight:
     def problems(self) -> list[str]:
         return [f.problem for f in self.findings if f.problem]
 
-    def add(self, check: str, problems: list[str], measured: str = "") -> None:
+    @property
+    def warnings(self) -> list[str]:
+        return [f.warning for f in self.findings if f.warning]
+
+    def add(
+        self, check: str, problems: list[str], measured: str = "", warnings: Sequence[str] = ()
+    ) -> None:
         """Note a check and everything that is wrong with it."""
-        self.findings += [Finding(check, p, measured) for p in problems] or [
-            Finding(check, "", measured)
-        ]
+        found = [Finding(check, p, measured) for p in problems]
+        found += [Finding(check, "", measured, w) for w in warnings]
+        self.findings += found or [Finding(check, "", measured)]
 
     @contextmanager
     def guarded(self, check: str) -> Iterator[None]:
@@ -73,10 +86,7 @@ class Preflight:
 
     def text(self) -> str:
         """A line a check."""
-        lines = [
-            f"  {'FAIL' if f.problem else 'ok  '} {f.check}: {f.problem or f.measured or 'fine'}"
-            for f in self.findings
-        ]
+        lines = [f.line() for f in self.findings]
         count = len(self.problems)
         end = f"{count} problem(s)" if count else "all checks passed"
         return "\n".join(["preflight:", *lines, f"{end} in {self.seconds:.1f} s"])
@@ -200,7 +210,7 @@ def check_memory(job: Job, into: Preflight) -> None:
                 remedy = f"the nearest layout that fits is {nearest.describe()}"
             problems.append(
                 f"rank {worst} needs {need / GIB:.1f} GiB, a {job.gpu.name} gives "
-                f"{have / GIB:.1f}: {remedy}"
+                f"{have / GIB:.1f}: {remedy}; --engine.preflight False starts all the same"
             )
         into.add("memory", problems, f"{need / GIB:.1f} of {have / GIB:.1f} GiB on rank {worst}")
 
@@ -257,19 +267,20 @@ def check_device(world: World, job: Job, into: Preflight) -> None:
         x = torch.zeros((256 << 20) if on_gpu else (8 << 20), dtype=torch.uint8, device=device)
         y = torch.empty_like(x)
         copied = 2 * x.numel() / _time(lambda: y.copy_(x), device) / 1e9
-        problems = []
-        if on_gpu:
+        warnings = []
+        if on_gpu and job.gpu.name in GPUS:
             for what, found, expected, unit in (
                 ("matrix products", tflops, job.gpu.matmul_tflops, "TFLOP/s"),
                 ("memory", copied, job.gpu.memory_gb_s, "GB/s"),
             ):
                 if found < SLOW * expected:
-                    problems.append(
+                    warnings.append(
                         f"rank {world.rank} ({os.uname().nodename}): {what} run at {found:.0f} "
                         f"{unit}, {job.gpu.name} has {expected:.0f}: another program uses the "
                         "device, or it is throttled"
                     )
-        into.add("device", problems, f"{tflops:.2f} TFLOP/s, copies {copied:.0f} GB/s")
+        seen = f"{tflops:.2f} TFLOP/s, copies {copied:.0f} GB/s"
+        into.add("device", [], seen, warnings)
 
 
 def check_axes(world: World, job: Job, into: Preflight) -> None:
@@ -297,15 +308,15 @@ def check_axes(world: World, job: Job, into: Preflight) -> None:
             if float(data[0]) != ranks or float(data[-1]) != ranks:
                 problems.append(f"rank {world.rank}: a sum over {name} of {ranks} ones is wrong")
             speed = 2 * (ranks - 1) / ranks * size / seconds / 1e9
-            wide = ranks > job.gpu.per_node
-            expected = job.gpu.network_gb_s if wide else job.gpu.link_gb_s
-            # A group of neighbours may still cross nodes; only the network's speed is certain.
-            if on_gpu and speed < SLOW * 0.5 * min(expected, job.gpu.network_gb_s):
-                problems.append(
+            warnings = []
+            # A group of neighbours may cross nodes; only the network's speed is certain.
+            if on_gpu and job.gpu.name in GPUS and speed < SLOW * job.gpu.network_gb_s:
+                warnings.append(
                     f"rank {world.rank}: {name} ({ranks} ranks) moves {speed:.1f} GB/s, "
                     f"{job.gpu.network_gb_s:.0f} expected: look at NCCL_DEBUG=INFO"
                 )
-            into.add(f"collective on {name}", problems, f"{ranks} ranks, {speed:.2f} GB/s")
+            seen = f"{ranks} ranks, {speed:.2f} GB/s"
+            into.add(f"collective on {name}", problems, seen, warnings)
 
 
 def _time(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
@@ -351,12 +362,9 @@ def online(world: World, job: Job) -> Preflight:
     found = Preflight()
     check_device(world, job, found)
     check_axes(world, job, found)
-    elsewhere = world.all_gather_object(found.problems)
-    mine = set(found.problems)
-    for rank, problems in enumerate(elsewhere):
-        for problem in problems:
-            if problem not in mine:
-                mine.add(problem)
-                found.add(f"rank {rank}", [problem])
+    elsewhere = world.all_gather_object((found.problems, found.warnings))
+    for rank, (problems, warnings) in enumerate(elsewhere):
+        if rank != world.rank and (problems or warnings):
+            found.add(f"rank {rank}", problems, warnings=warnings)
     found.seconds = time.perf_counter() - started
     return found

@@ -27,8 +27,8 @@ from nemocascade.plan.preflight import (
 def this_gpu() -> Gpu:
     """The device of this machine, as the table knows it, with its true memory.
 
-    An accelerator that is not in the table gets the ceilings of the slowest one that is. A CPU's
-    memory is shared by the ranks of the node.
+    An accelerator that is not in the table keeps its name, and plans with the ceilings of the
+    slowest one that is. A CPU's memory is shared by the ranks of the node.
     """
     if not torch.cuda.is_available():
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -36,7 +36,8 @@ def this_gpu() -> Gpu:
         return dataclasses.replace(GPUS["cpu"], memory_gib=memory)
     properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
     name = properties.name.lower()
-    known = next((g for key, g in GPUS.items() if key.split("-")[0] in name), GPUS["a100-80gb"])
+    unknown = dataclasses.replace(GPUS["a100-80gb"], name=name)
+    known = next((g for key, g in GPUS.items() if key.split("-")[0] in name), unknown)
     return dataclasses.replace(known, memory_gib=properties.total_memory / GIB)
 
 

@@ -54,7 +54,8 @@ def run_eval(settings: EvalSettings) -> tuple[float, int]:
         data=settings.data,
         tokenizer=TokenizerConfig(path=str(tokenizer_path or "")),
         parallel=settings.parallel,
-        engine=settings.engine,
+        # What the checks at the start foresee is training.
+        engine=replace(settings.engine, preflight=False),
     )
     with stage_world(recipe) as (world, accelerators):
         tokenizer = open_tokenizer(recipe, world)

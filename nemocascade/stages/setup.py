@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -89,6 +90,7 @@ def _watchdog(recipe: Recipe, world: World) -> Watchdog:
         world.rank,
         world.size,
         store=job_store() if world.size > 1 else None,
+        name=world.broadcast_object(uuid.uuid4().hex),
         limit_s=0.8 * recipe.engine.timeout_s,
         stacks=Path(recipe.run_dir) / "stacks",
     )

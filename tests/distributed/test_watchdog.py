@@ -3,9 +3,11 @@ collective, and the job ends with an error and the stacks of all ranks."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ RANKS = 3
 VICTIM = 1
 LIMIT_S = 5.0
 STEP = 4
+SILENT = ("stopped", "killed")
 # Beside the limit: the interpreter's start, imports, and a machine with other work.
 PATIENCE_S = 90.0
 
@@ -29,13 +32,21 @@ def work_until_a_fault(fault: str, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from nemocascade.megatron.watchdog import Watchdog, job_store
+    # The module alone: its package would import all of Megatron-Core into every rank.
+    path = Path(__file__).resolve().parents[2] / "nemocascade" / "megatron" / "watchdog.py"
+    spec = importlib.util.spec_from_file_location("watchdog_alone", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
 
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    other = dist.new_group(backend="gloo")
     logging.getLogger("nemocascade").addHandler(logging.StreamHandler())
-    watch = Watchdog(
-        rank, RANKS, store=job_store(), limit_s=LIMIT_S, stacks=Path(folder) / "stacks"
+    watch = module.Watchdog(
+        rank, RANKS, store=module.job_store(), limit_s=LIMIT_S, stacks=Path(folder) / "stacks"
     )
     watch.start()
     try:
@@ -54,7 +65,7 @@ def work_until_a_fault(fault: str, folder: str) -> None:
                 elif fault == "raises":
                     raise ValueError("the victim's own fault")
             if fault == "other collective" and rank == VICTIM and step == STEP:
-                dist.barrier(dist.new_group([0, 1, 2], backend="gloo"))
+                dist.broadcast(torch.ones(8), src=0, group=other)
             dist.all_reduce(torch.ones(8))
     except Exception as error:
         watch.fail(error)
@@ -76,7 +87,7 @@ def run_with(fault: str, folder: Path) -> tuple[list[int], list[str], float]:
     (folder / "request.json").write_text(json.dumps(request))
     extra = {"MASTER_PORT": str(store.port)}
     ranks = [_start(rank, RANKS, folder, extra) for rank in range(RANKS)]
-    others = [p for i, p in enumerate(ranks) if i != VICTIM or fault in ("raises", "stuck")]
+    others = [p for i, p in enumerate(ranks) if i != VICTIM or fault not in SILENT]
     try:
         deadline = time.monotonic() + PATIENCE_S
         for process in others:
@@ -93,7 +104,16 @@ def run_with(fault: str, folder: Path) -> tuple[list[int], list[str], float]:
     return [p.returncode for p in ranks], logs, ended - began
 
 
-@pytest.mark.parametrize("fault", ["stopped", "killed", "stuck", "raises"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "stopped",
+        "killed",
+        "raises",
+        pytest.param("stuck", marks=pytest.mark.slow),
+        pytest.param("other collective", marks=pytest.mark.slow),
+    ],
+)
 def test_the_victim_is_named_by_every_other_rank(fault: str, tmp_path: Path) -> None:
     codes, logs, seconds = run_with(fault, tmp_path)
     assert seconds < 4 * LIMIT_S + 10, "\n".join(logs)
@@ -106,11 +126,11 @@ def test_the_victim_is_named_by_every_other_rank(fault: str, tmp_path: Path) -> 
         assert f"phase 'step {STEP}: work'" in line, line
         stack = (tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text()
         assert "all_reduce" in stack, stack
-    if fault == "raises":
-        assert codes[VICTIM] == 1
-        assert "the victim's own fault" in logs[0]
-    else:
-        assert codes[VICTIM] != 0
-        assert "outside any collective" in logs[0]
+    assert codes[VICTIM] != 0
     victim = (tmp_path / "stacks" / f"rank_{VICTIM:05d}.txt").read_text()
     assert "work_until_a_fault" in victim
+    named = {
+        "raises": "the victim's own fault",
+        "other collective": "in broadcast called by",
+    }.get(fault, "outside any collective")
+    assert named in logs[0]
