@@ -1,7 +1,7 @@
 """Code RL of the tiny model: GRPO on functions that must pass all of their hidden tests.
 
-    python recipes/tiny/domains_sft.py
-    python recipes/tiny/code_rl.py --init-from runs/tiny/domains_sft/artifact
+python recipes/tiny/domains_sft.py
+python recipes/tiny/code_rl.py --init-from runs/tiny/domains_sft/artifact
 """
 
 from nemocascade.recipe import (

@@ -1,7 +1,7 @@
 """IF-RL of the tiny model: GRPO on instructions that rules verify.
 
-    python recipes/tiny/domains_sft.py
-    python recipes/tiny/if_rl.py --init-from runs/tiny/domains_sft/artifact
+python recipes/tiny/domains_sft.py
+python recipes/tiny/if_rl.py --init-from runs/tiny/domains_sft/artifact
 """
 
 from nemocascade.recipe import (

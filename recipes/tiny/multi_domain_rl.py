@@ -1,7 +1,7 @@
-"""Multi-domain RL of the tiny model: multiple choice, tool calling and structured output, 55 / 30 / 15.
+"""Multi-domain RL of the tiny model: multiple choice, tool calling, structured output.
 
-    python recipes/tiny/domains_sft.py
-    python recipes/tiny/multi_domain_rl.py --init-from runs/tiny/domains_sft/artifact
+python recipes/tiny/domains_sft.py
+python recipes/tiny/multi_domain_rl.py --init-from runs/tiny/domains_sft/artifact
 """
 
 from nemocascade.recipe import (
