@@ -317,7 +317,8 @@ def job_store() -> Any:
     store: Any = dist.distributed_c10d._get_default_store()
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
-    return store.clone() if isinstance(store, dist.TCPStore) else None
+    tcp: Any = store if isinstance(store, dist.TCPStore) else None
+    return None if tcp is None else tcp.clone()
 
 
 def _died(silent: list[tuple[Sign, float]]) -> list[str]:

@@ -31,6 +31,10 @@ class PreflightSettings:
     gpu: str = "h200"
     """A known accelerator, or a JSON file with the fields of nemocascade.plan.gpus.Gpu."""
 
+    model: str = ""
+    """Preset of the model, to check ahead: the stages before have not run, so the artifact to start
+    from is not looked for."""
+
     dry_run: bool = True
     """Build every rank's model on the meta device."""
 
@@ -50,8 +54,8 @@ def run_preflight(
         ranks = settings.ranks or int(os.environ.get("WORLD_SIZE", "1"))
         job = None
         with found.guarded("model"):
-            job = job_of_recipe(recipe, find_gpu(settings.gpu), ranks)
-        checked = offline(recipe, job, ranks, dry_run=settings.dry_run)
+            job = job_of_recipe(recipe, find_gpu(settings.gpu), ranks, preset=settings.model)
+        checked = offline(recipe, job, ranks, dry_run=settings.dry_run, ahead=bool(settings.model))
         found.findings += checked.findings
         found.seconds = checked.seconds
     return found

@@ -11,6 +11,7 @@ from nemocascade.megatron.artifact import artifact_model, read_artifact
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.gpus import Gpu
 from nemocascade.recipe import (
+    PRESETS,
     EngineConfig,
     ModelConfig,
     MoeTrainingConfig,
@@ -94,8 +95,12 @@ def load_recipe(script: Path) -> Any:
     return values["RECIPE"]
 
 
-def job_of_recipe(recipe: Any, gpu: Gpu, world_size: int, **options: Any) -> Job:
+def job_of_recipe(
+    recipe: Any, gpu: Gpu, world_size: int, *, preset: str = "", **options: Any
+) -> Job:
     """The job that `recipe` describes; options are further fields of Job.
+
+    preset: the model of a recipe whose artifact to start from is not there yet.
 
     A reinforcement-learning recipe trains its episodes packed: as many packs as whole episodes of
     the largest size need, and generates as many sequences at once as its rollout says.
@@ -103,7 +108,7 @@ def job_of_recipe(recipe: Any, gpu: Gpu, world_size: int, **options: Any) -> Job
     Raises PlanError if the recipe names no model and no artifact that says what it is.
     """
     common = {
-        "model": _model_of(recipe),
+        "model": _model_of(recipe, preset),
         "parallel": recipe.parallel,
         "engine": recipe.engine,
         "moe": recipe.moe,
@@ -131,14 +136,18 @@ def job_of_recipe(recipe: Any, gpu: Gpu, world_size: int, **options: Any) -> Job
     return Job(**{**common, **sizes, **options})
 
 
-def _model_of(recipe: Any) -> ModelConfig:
+def _model_of(recipe: Any, preset: str) -> ModelConfig:
     model = getattr(recipe, "model", None)
     if isinstance(model, ModelConfig):
         return model
+    if preset:
+        if preset not in PRESETS:
+            raise PlanError(f"--model {preset!r} is no preset: use {', '.join(PRESETS)}")
+        return PRESETS[preset]()
     folder = Path(recipe.init_from)
     if not recipe.init_from or not folder.is_dir():
         raise PlanError(
             f"the recipe takes its model from init_from({recipe.init_from!r}), which is no "
-            "artifact folder: name one with --init-from"
+            "artifact folder: name one, or say --model with a preset to plan ahead"
         )
     return artifact_model(read_artifact(folder))

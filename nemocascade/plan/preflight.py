@@ -8,6 +8,7 @@ a fake world of the job's real size, every rank's model is built on the meta dev
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -301,7 +302,7 @@ def check_axes(world: World, job: Job, into: Preflight) -> None:
             continue
         with into.guarded(f"collective on {name}"):
             data = torch.ones(size // 4, device=world.device)
-            seconds = _time(lambda d=data, g=group: dist.all_reduce(d, group=g), world.device)
+            seconds = _time(functools.partial(dist.all_reduce, data, group=group), world.device)
             data.fill_(1)
             dist.all_reduce(data, group=group)
             problems = []
@@ -337,14 +338,18 @@ def _time(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> fl
     return best
 
 
-def offline(recipe: Any, job: Job | None, world_size: int, *, dry_run: bool) -> Preflight:
+def offline(
+    recipe: Any, job: Job | None, world_size: int, *, dry_run: bool, ahead: bool = False
+) -> Preflight:
     """Everything that needs neither device nor other ranks. job: None where the recipe's model is
-    not known, which is a finding already."""
+    not known, which is a finding already. ahead: what stages before this one will write is not
+    there yet."""
     started = time.perf_counter()
     found = Preflight()
     check_settings(recipe, world_size, found)
     check_files(recipe, found)
-    check_start(recipe, found)
+    if not ahead:
+        check_start(recipe, found)
     check_tokenizer(recipe, found)
     if job is not None:
         check_disk(job, recipe, found)

@@ -37,6 +37,9 @@ class PlanSettings:
     gpu: str = "h200"
     """A known accelerator, or a JSON file with the fields of nemocascade.plan.gpus.Gpu."""
 
+    model: str = ""
+    """Preset of a recipe whose artifact to start from is not there yet."""
+
     best: int = 10
     """Layouts to print."""
 
@@ -53,7 +56,7 @@ class PlanSettings:
     """Teacher models that stay on the device."""
 
     rollout_sequences: int = 0
-    """Sequences generated at once on the training ranks, over the world."""
+    """Sequences generated at once on the training ranks, over the world. 0 = as the recipe says."""
 
     rollout_length: int = 0
     """Their length in tokens."""
@@ -80,12 +83,13 @@ def run_plan(settings: PlanSettings, override: Callable[[Any], Any] | None = Non
         recipe,
         find_gpu(settings.gpu),
         settings.gpus,
+        preset=settings.model,
         document=settings.document,
         imbalance=settings.imbalance,
         teachers=settings.teachers,
-        rollout=Rollout(settings.rollout_sequences, settings.rollout_length),
         margin=settings.margin,
         fla=settings.fla,
+        **_rollout(settings),
     )
     problems = faults(job)
     best = best_plans(job, count=settings.best, longest=settings.longest)
@@ -93,6 +97,13 @@ def run_plan(settings: PlanSettings, override: Callable[[Any], Any] | None = Non
     if settings.json:
         return json.dumps(_as_json(job, problems, best, nearest), indent=1)
     return "\n".join(_lines(job, problems, best, nearest, settings))
+
+
+def _rollout(settings: PlanSettings) -> dict[str, Rollout]:
+    """What the command line says of generation; nothing leaves it to the recipe."""
+    if not settings.rollout_sequences:
+        return {}
+    return {"rollout": Rollout(settings.rollout_sequences, settings.rollout_length)}
 
 
 def _lines(

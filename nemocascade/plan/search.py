@@ -49,7 +49,8 @@ def price(job: Job) -> Plan:
 
 
 def legal_layouts(job: Job, *, longest: int = 0) -> Iterator[Job]:
-    """Every layout that `ParallelConfig.problems` passes, with and without recomputation.
+    """Every layout that `ParallelConfig.problems` passes, with and without recomputation; tp up to
+    64, etp up to 8, and vpp up to 4 where it does not split the layers evenly.
 
     longest: tokens of the longest document; the micro-batch is halved, and their number doubled,
     as long as it still fits. 0: the capacity stays.
