@@ -113,7 +113,8 @@ class ToolCalling(Domain):
         turns = (
             Message("assistant", "", reasoning, calls),
             *results,
-            Message("assistant", "Done."),
+            # Each turn of a thinking model starts in its reasoning, the last one too.
+            Message("assistant", "Done.", "all is done."),
         )
         compact = Message("system", "\n".join(_compact(_KNOWN[name]) for name in shown))
         declared = difficulty >= 3

@@ -25,7 +25,8 @@ class SandboxConfig:
     """Wall-clock time; the same bounds the processor time of each process."""
 
     memory_mib: int = 512
-    """Address space of each process."""
+    """Address space of each process. All of a program's memory is at most this times `processes`,
+    and the scratch folder."""
 
     processes: int = 8
     """Processes and threads at once."""

@@ -212,6 +212,8 @@ def test_demonstrations_hold_what_a_session_answers() -> None:
         for task in domain.prompts(seed=1, count=10, difficulty=level):
             asked, *results, last = task.demonstration
             assert domain.session(task).step(asked.tool_calls) == results
-            assert last == Message("assistant", "Done.")
+            assert last.content == "Done."
+            assert asked.reasoning
+            assert last.reasoning
             assert len(asked.tool_calls) == (2 if level >= 2 else 1)
             assert bool(task.tools) == (level >= 3)

@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import selectors
+import signal
 import socket
 import tempfile
 import time
@@ -220,9 +221,11 @@ def _run(worker: launch.Worker, program: Program, config: SandboxConfig) -> Outc
     if "status" not in answer:
         raise SandboxError(f"a program could not be isolated: {answer.get('refused')}")
     status: Status = "ok" if answer["status"] == 0 else "failed"
+    # The kernel kills what is over its processor time, which threads use up faster than the clock.
+    killed = answer["status"] == -signal.SIGKILL
     if exchange.over:
         status = "output"
-    elif answer["over_time"] or answer["cpu_s"] >= config.time_s:
+    elif answer["over_time"] or (killed and answer["cpu_s"] >= config.time_s):
         status = "time"
     return Outcome(
         status,
