@@ -370,3 +370,23 @@ def test_memory_is_bounded_by_a_chunk(tmp_path: Path, monkeypatch: pytest.Monkey
     import_huggingface(source, tmp_path / "chunks")
     assert 2048 < largest <= 4096
     assert read_artifact(tmp_path / "whole").digest == read_artifact(tmp_path / "chunks").digest
+
+
+def test_the_command_converts_both_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nemocascade import cli
+
+    _, shape = SHAPES["nemotron, all experts"]
+    source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
+    for a, b in (("hf", "artifact"), ("artifact", "back")):
+        paths = [str(tmp_path / name) for name in (a, b)]
+        monkeypatch.setattr("sys.argv", ["nemocascade", "convert", *paths])
+        cli.main()
+    printed = capsys.readouterr().out
+    assert "not carried over: 1: modeling_own.py" in printed
+    assert_same_folder(source, tmp_path / "back")
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "exists already" in capsys.readouterr().err
