@@ -228,6 +228,30 @@ Tensor step_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tensor 
   return out;
 }
 
+void step_draw(const Tensor& logits, const std::optional<Tensor>& u, double scale, int64_t limit,
+               const std::optional<Tensor>& allowed, Tensor tokens, Tensor logprobs) {
+  const int64_t rows = logits.size(0), vocabulary = logits.size(1);
+  STD_TORCH_CHECK(limit >= 1 && limit <= vocabulary, "limit is ", limit, ", which is not in 1..",
+                  vocabulary);
+  const float* from = floats(logits, rows * vocabulary, "logits");
+  const double* numbers = u.has_value() ? data<double>(*u, ScalarType::Double, rows, "u") : nullptr;
+  const bool* mask = allowed.has_value()
+                         ? data<bool>(*allowed, ScalarType::Bool, rows * vocabulary, "allowed")
+                         : nullptr;
+  int64_t* to = data<int64_t>(tokens, ScalarType::Long, rows, "tokens");
+  float* found = floats(logprobs, rows, "logprobs");
+  const int64_t grain = std::max<int64_t>(1, kWork / (vocabulary * 8));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<double> scratch(vocabulary / nemocascade::decode_step::kDrawBlock + 1);
+    for (int64_t r = begin; r < end; ++r) {
+      nemocascade::decode_step::draw(from + r * vocabulary, vocabulary, static_cast<float>(scale),
+                                     numbers == nullptr ? -1.0 : numbers[r], limit,
+                                     mask == nullptr ? nullptr : mask + r * vocabulary,
+                                     scratch.data(), to + r, found + r);
+    }
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade_kernels, m) {
@@ -246,6 +270,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade_kernels, m) {
   m.def(
       "step_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor "
       "slots, Tensor positions) -> Tensor");
+  m.def(
+      "step_draw(Tensor logits, Tensor? u, float scale, int limit, Tensor? allowed, Tensor(a!) "
+      "tokens, Tensor(b!) logprobs) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nemocascade_kernels, CPU, m) {
@@ -255,4 +282,5 @@ STABLE_TORCH_LIBRARY_IMPL(nemocascade_kernels, CPU, m) {
   m.impl("step_experts", TORCH_BOX(&step_experts));
   m.impl("step_mamba", TORCH_BOX(&step_mamba));
   m.impl("step_attention", TORCH_BOX(&step_attention));
+  m.impl("step_draw", TORCH_BOX(&step_draw));
 }

@@ -35,6 +35,14 @@ void swiglu(float* h, int64_t rows, int64_t width);
 void combine(const float* y, const float* weights, const int32_t* experts, int32_t absent,
              int64_t tokens, int64_t top_k, int64_t depth, float* out);
 
+// A token of one row of logits [vocabulary], and its log-probability under softmax(logits scale).
+// u in [0, 1) inverts the cumulative distribution over ids below `limit` that `allowed` (null for
+// all) allows; a negative one takes the largest logit, the first of equals.
+// scratch: a double for every kDrawBlock ids.
+constexpr int64_t kDrawBlock = 64;
+void draw(const float* logits, int64_t vocabulary, float scale, double u, int64_t limit,
+          const bool* allowed, double* scratch, int64_t* token, float* logprob);
+
 // Mamba-2's mixer between its projections; see op.py. W = heads head_dim + 2 groups state.
 struct Mamba {
   int64_t heads, head_dim, groups, state, width;  // width: of the convolution

@@ -4,7 +4,10 @@ kernels/README.md holds the table of ops, their shapes and their measured number
 """
 
 from nemocascade_kernels.decode_step.op import (
+    Steps,
+    decode_steps,
     step_attention,
+    step_draw,
     step_experts,
     step_linear,
     step_mamba,
@@ -43,6 +46,8 @@ __all__ = [
     "PolicyLoss",
     "RouterSettings",
     "Routing",
+    "Steps",
+    "decode_steps",
     "grouped_gemm",
     "linear_logprob",
     "linear_policy_loss",
@@ -55,6 +60,7 @@ __all__ = [
     "mopd_advantage",
     "mopd_advantage_metrics",
     "step_attention",
+    "step_draw",
     "step_experts",
     "step_linear",
     "step_mamba",

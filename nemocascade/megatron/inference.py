@@ -14,14 +14,18 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from nemocascade_kernels import step_linear, step_norm
+from nemocascade_kernels import decode_steps, step_draw
 from torch import Tensor
 
+from nemocascade.megatron.decode_graph import DecodeGraphs
 from nemocascade.megatron.layers.decode import Places, SlotLayer, Step, slot_layer
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.world import World
 from nemocascade.types import Document, pack_documents
+
+# Room for this many tokens is made at first.
+LEAST_CONTEXT = 256
 
 LayerCall = Callable[[SlotLayer, Tensor], Tensor]
 
@@ -42,21 +46,39 @@ class SlotModel:
         self._layers: list[list[SlotLayer]] = [
             [slot_layer(block, slots) for block in chunk.decoder.layers] for chunk in chunks
         ]
+        self._graphs: DecodeGraphs | None = None
+        if world.device.type == "cuda" and self._stands_alone:
+            self._graphs = DecodeGraphs(
+                self._captured_step, most_rows=slots, spare=slots, device=world.device
+            )
+
+    @property
+    def _stands_alone(self) -> bool:
+        """No other rank takes part in a step."""
+        parallel = self.world.parallel
+        return parallel.tp * parallel.pp * parallel.ep * parallel.etp == 1
 
     def refresh(self) -> None:
         """The weights may have changed since the last call."""
         for chunk in self.chunks:
             chunk.eval()
+        if self._graphs is not None:
+            self._graphs.clear()
         with torch.no_grad():
             for layer in self._each_layer():
                 layer.refresh()
 
     def reserve(self, context: int) -> None:
-        """Make room for sequences of `context` tokens; it is never given back."""
+        """Make room for sequences of `context` tokens; it is never given back.
+
+        Room grows by half at least, so that a text that becomes longer is not copied at each token.
+        """
         if context > self.context:
-            self.context = context
+            self.context = max(context, self.context + self.context // 2, LEAST_CONTEXT)
             for layer in self._each_layer():
-                layer.reserve(context)
+                layer.reserve(self.context)
+            if self._graphs is not None:
+                self._graphs.clear()
 
     @torch.no_grad()
     def prefill(
@@ -92,21 +114,31 @@ class SlotModel:
         that it holds already. longest: at least the largest position + 1.
         Returns logits [n, V] on the last stage, None on the others.
         """
-        real = tokens.numel()
-        multiple = self.world.parallel.tp
-        spare = max(multiple, -(-real // multiple) * multiple) - real
+        if self._graphs is not None:
+            self.reserve(self._graphs.rounded_length(longest))
+            return self._graphs.step(tokens, slots, positions, longest)
+        self.reserve(longest)
+        real, tp = tokens.numel(), self.world.parallel.tp
+        spare = max(tp, -(-real // tp) * tp) - real
         if spare:
             tokens, positions = (
                 torch.nn.functional.pad(t, (0, spare)) for t in (tokens, positions)
             )
             slots = torch.nn.functional.pad(slots, (0, spare), value=self.slots)
-        self.reserve(longest)
-        step = Step(slots, positions, longest, real)
+        logits = self._step(tokens, Step(slots, positions, longest, real, self.slots))
+        return None if logits is None else logits[:real]
+
+    def _step(self, tokens: Tensor, step: Step) -> Tensor | None:
         hidden = self._through(tokens, lambda layer, hidden: layer.step(hidden, step))
-        if hidden is None:
-            return None
-        logits = self._logits(hidden, None)
-        return logits[:real]
+        return None if hidden is None else self._logits(hidden, None)
+
+    def _captured_step(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int
+    ) -> Tensor:
+        """A step of which the host does not know which rows are real."""
+        logits = self._step(tokens, Step(slots, positions, longest, None, self.slots))
+        assert logits is not None
+        return logits
 
     @torch.no_grad()
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
@@ -114,6 +146,19 @@ class SlotModel:
         index = torch.tensor(targets, dtype=torch.int64, device=self.world.device)
         for layer in self._each_layer():
             layer.copy(source, index, length)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        logits: Tensor,
+        u: Tensor | None,
+        *,
+        temperature: float,
+        limit: int,
+        allowed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [n] and log-probabilities [n], as `nemocascade_kernels.step_draw`."""
+        return step_draw(logits, u, temperature=temperature, limit=limit, allowed=allowed)
 
     def _each_layer(self) -> list[SlotLayer]:
         return [layer for layers in self._layers for layer in layers]
@@ -172,8 +217,9 @@ class SlotModel:
             hidden = gather_from_sequence_parallel_region(hidden, group=tp)
         if rows is not None:
             hidden = hidden[rows]
-        norm = chunk.decoder.final_norm
-        mine = step_linear(step_norm(hidden, norm.weight, norm.eps), chunk.lm_head())
+        norm, head = chunk.decoder.final_norm, chunk.lm_head()
+        steps = decode_steps(head)
+        mine = steps.linear(steps.norm(hidden, norm.weight, norm.eps), head, None)
         if self.world.parallel.tp == 1:
             return mine
         shards = [torch.empty_like(mine) for _ in range(tp.size())]

@@ -28,7 +28,7 @@ from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.world import World
 from nemocascade.rollout.engine import Completion, Counts, Finish, Request, Respond, Sampling
 from nemocascade.rollout.replies import Replies
-from nemocascade.rollout.sampling import draw, uniforms
+from nemocascade.rollout.sampling import allowed_tokens, uniforms
 from nemocascade.rollout.slots import SlotTable, Text
 from nemocascade.rollout.stops import Decode, Stops
 
@@ -282,8 +282,14 @@ class _Run:
     ) -> tuple[Tensor, Tensor]:
         """Tokens [n] and their log-probabilities [n], on every rank of the data-parallel group."""
         if logits is not None:
-            u = uniforms(self.table.keys[rows], positions)
-            tokens, logprobs = draw(logits, u, self.sampling, self.vocabulary)
+            greedy = self.sampling.temperature == 0
+            tokens, logprobs = self.model.draw(
+                logits,
+                None if greedy else uniforms(self.table.keys[rows], positions),
+                temperature=self.sampling.temperature or 1.0,
+                limit=self.vocabulary,
+                allowed=allowed_tokens(logits, self.sampling, self.vocabulary),
+            )
         if self.world.parallel.pp == 1:
             return tokens, logprobs
         both = torch.empty(2, rows.numel(), dtype=torch.float64, device=self.world.device)

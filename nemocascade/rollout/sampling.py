@@ -1,4 +1,4 @@
-"""Random numbers that depend on seed, request and position alone, and the draw of a token.
+"""Random numbers that depend on seed, request and position alone, and what may be drawn.
 
 Shape letters: n rows, V vocabulary.
 """
@@ -13,9 +13,6 @@ from nemocascade.rollout.engine import Sampling
 # Constants of splitmix64's finaliser (Stafford's variant 13) and its step, as signed integers.
 _STEP = -7046029254386353131
 _FIRST, _SECOND = -4658895280553007687, -7723592293110705685
-# Probabilities are added up in stretches of this many first.
-_STRETCH = 128
-_MARGIN = 2.0**-40
 
 
 def request_keys(seed: int, ids: Tensor) -> Tensor:
@@ -33,68 +30,25 @@ def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     return _shift(bits, 11).double() * 2.0**-53
 
 
-def draw(logits: Tensor, u: Tensor, sampling: Sampling, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """A token a row and its log-probability, by inverting the cumulative distribution at u.
+def allowed_tokens(logits: Tensor, sampling: Sampling, vocabulary: int) -> Tensor | None:
+    """[n, V] bool, the ids that top-k and top-p leave; None if they leave all.
 
-    logits: [n, V] floating point. u: [n] float64 in [0, 1). vocabulary: ids from here on are never
-    drawn (rows of the head without a token); V excludes none.
-    Returns tokens [n] int64, and their log-probabilities [n] float32 under softmax(logits /
-    temperature) over all of V, whatever was truncated; at temperature 0 under softmax(logits).
+    logits: [n, V]. vocabulary: ids from here on are never drawn, so they are not counted. The
+    probabilities are those at the sampling temperature; top-p is of what top-k left, renormalised.
+    Of equal ones the lower id is kept first, and the token that reaches p is kept.
     """
-    temperature = sampling.temperature
-    scaled = logits.float()
-    if temperature not in (0.0, 1.0):
-        scaled = scaled / temperature
-    logprobs = torch.log_softmax(scaled, dim=1)
-    allowed = logprobs if vocabulary >= logits.shape[1] else logprobs[:, :vocabulary]
-    if temperature == 0.0:
-        tokens = allowed.argmax(1)
-    else:
-        weights = allowed.exp()
-        if sampling.top_k or sampling.top_p < 1:
-            weights = _truncate(weights, sampling.top_k, sampling.top_p)
-        tokens = _invert(weights, u)
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
-
-
-def _truncate(weights: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The weights [n, V] with zeros outside the top k and, of those, the top p.
-
-    Of equal weights the lower id is kept first. The token that reaches p is kept.
-    """
-    ranked, order = weights.sort(dim=1, descending=True, stable=True)
-    if top_k:
-        ranked[:, top_k:] = 0
-    if top_p < 1:
+    if sampling.temperature == 0 or (not sampling.top_k and sampling.top_p >= 1):
+        return None
+    scaled = logits[:, :vocabulary].float() / sampling.temperature
+    ranked, order = scaled.softmax(1).sort(dim=1, descending=True, stable=True)
+    kept = torch.ones_like(ranked, dtype=torch.bool)
+    if sampling.top_k:
+        kept[:, sampling.top_k :] = False
+        ranked = ranked.masked_fill(~kept, 0)
+    if sampling.top_p < 1:
         sums = ranked.cumsum(1, dtype=torch.float64)
-        before = sums - ranked
-        ranked = ranked.masked_fill(before >= top_p * sums[:, -1:], 0)
-    return torch.zeros_like(weights).scatter_(1, order, ranked)
-
-
-def _invert(weights: Tensor, u: Tensor) -> Tensor:
-    """[n]: the first id at which the sum of weights [n, V] exceeds u times their total.
-
-    In two levels, because the sums of stretches are cheaper than all partial sums.
-    """
-    rows, width = weights.shape
-    padded = torch.nn.functional.pad(weights, (0, -width % _STRETCH))
-    stretches = padded.view(rows, -1, _STRETCH)
-    sums = stretches.sum(2, dtype=torch.float64).cumsum(1)
-    # Below the total whatever the rounding, so that a weight above zero is found.
-    target = u[:, None] * sums[:, -1:] * (1 - _MARGIN)
-    at = _first_above(sums, target)
-    before = torch.where(at > 0, sums.gather(1, (at - 1).clamp_(min=0)), 0.0)
-    inside = stretches.gather(1, at[:, :, None].expand(-1, -1, _STRETCH)).squeeze(1)
-    partial = inside.cumsum(1, dtype=torch.float64)
-    target = torch.minimum(target - before, partial[:, -1:] * (1 - _MARGIN))
-    # Weights that are not finite lead anywhere; their log-probability tells the caller.
-    return (at * _STRETCH + _first_above(partial, target)).squeeze(1).clamp_(max=width - 1)
-
-
-def _first_above(sums: Tensor, target: Tensor) -> Tensor:
-    """[n, 1]: the first index at which rising sums [n, m] exceed target [n, 1]."""
-    return torch.searchsorted(sums, target, right=True).clamp_(max=sums.shape[1] - 1)
+        kept &= sums - ranked < sampling.top_p * sums[:, -1:]
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, kept)
 
 
 def _mix(z: Tensor) -> Tensor:

@@ -90,3 +90,15 @@ def attention(
         q.contiguous(), k.contiguous(), v.contiguous(), keys, values, slots, positions
     )
     return out
+
+
+def draw(
+    logits: Tensor, u: Tensor | None, temperature: float, limit: int, allowed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `op.step_draw`."""
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+    logprobs = torch.empty(logits.shape[0])
+    native.op("step_draw")(
+        logits.contiguous(), u, 1.0 / temperature, limit, allowed, tokens, logprobs
+    )
+    return tokens, logprobs

@@ -10,6 +10,8 @@ heads, p head dimension, g groups, N state, W = h p + 2 g N channels of the conv
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ _NATIVE = (
     "step_experts",
     "step_mamba",
     "step_attention",
+    "step_draw",
 )
 
 
@@ -241,6 +244,103 @@ def step_attention(
     module = OP.choose(q, keys, backend=backend)
     out: Tensor = module.attention(q, k, v, keys, values, slots, positions, longest)
     return out
+
+
+def step_draw(
+    logits: Tensor,
+    u: Tensor | None,
+    *,
+    temperature: float = 1.0,
+    limit: int = 0,
+    allowed: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A token a row and its log-probability, by inverting the cumulative distribution at u.
+
+    logits: [n, V] floating point. u: [n] float64 in [0, 1), or None for the most probable token,
+    the first of equals. temperature: divides the logits. limit: ids from here on are never drawn; 0
+    excludes none. allowed: [n, V] bool, the ids that may be drawn; None is all. backend: as above.
+    Returns tokens [n] int64, and their log-probabilities [n] float32 under softmax(logits /
+    temperature) over all of V, whatever was excluded.
+    Raises ValueError for shapes or settings that do not fit.
+    """
+    rows, vocabulary = logits.shape
+    if (
+        not temperature > 0
+        or not 0 <= limit <= vocabulary
+        or (u is not None and u.shape != (rows,))
+        or (allowed is not None and allowed.shape != logits.shape)
+    ):
+        raise ValueError(
+            f"step_draw: logits {list(logits.shape)}, u {None if u is None else list(u.shape)} and "
+            f"allowed {None if allowed is None else list(allowed.shape)} must fit, temperature"
+            f"({temperature}) must be above 0 and limit({limit}) in 0..{vocabulary}"
+        )
+    module = OP.choose(logits, backend=backend)
+    tokens, logprobs = module.draw(logits, u, temperature, limit or vocabulary, allowed)
+    return tokens, logprobs
+
+
+class Steps(Protocol):
+    """An implementation: the functions above, without their checks and their search for it."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def linear(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor: ...
+
+    def route(
+        self, logits: Tensor, bias: Tensor | None, real: int, settings: RouterSettings
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def experts(
+        self,
+        x: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        swiglu: bool,
+    ) -> Tensor: ...
+
+    def mamba(
+        self,
+        zxbcdt: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        slots: Tensor,
+        w: MambaWeights,
+    ) -> Tensor: ...
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        longest: int,
+    ) -> Tensor: ...
+
+    def draw(
+        self,
+        logits: Tensor,
+        u: Tensor | None,
+        temperature: float,
+        limit: int,
+        allowed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def decode_steps(*tensors: Tensor, backend: str | None = None) -> Steps:
+    """The steps for a model of such tensors, to be chosen once for thousands of calls.
+
+    Arguments are those of the functions above, with none left out; shapes are not checked.
+    """
+    steps: Any = OP.choose(*tensors, backend=backend)
+    found: Steps = steps
+    return found
 
 
 def _check(what: str, tensors: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:

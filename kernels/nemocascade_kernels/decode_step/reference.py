@@ -10,6 +10,10 @@ from nemocascade_kernels.decode_step.weights import MambaWeights
 from nemocascade_kernels.moe_router import reference as router
 from nemocascade_kernels.moe_router.routing import RouterSettings
 
+# Probabilities are added up in stretches of this many first.
+_STRETCH = 128
+_MARGIN = 2.0**-40
+
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `op.step_norm`."""
@@ -43,7 +47,7 @@ def experts(
         h = torch.relu(h).square()
     y = torch.einsum("tei,ehi->teh", h, w_down)
     share = torch.zeros(x.shape[0], w_up.shape[0] + 1, dtype=weights.dtype, device=x.device)
-    share.scatter_(1, chosen.long(), weights)
+    share.scatter_add_(1, chosen.long(), weights)
     return torch.einsum("te,teh->th", share[:, :-1].to(y.dtype), y)
 
 
@@ -101,3 +105,40 @@ def attention(
     # What was never written may hold anything, and 0 * NaN is NaN.
     past_v = past_v.masked_fill(ahead[:, None, :, None], 0)
     return torch.matmul(weights, past_v).view(rows, heads, dim).to(q.dtype)
+
+
+def draw(
+    logits: Tensor, u: Tensor | None, temperature: float, limit: int, allowed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `op.step_draw`."""
+    high = torch.promote_types(logits.dtype, torch.float32)
+    logprobs = torch.log_softmax(logits.to(high) / temperature, dim=1)
+    drawn = logprobs[:, :limit]
+    if allowed is not None:
+        drawn = drawn.masked_fill(~allowed[:, :limit], float("-inf"))
+    tokens = drawn.argmax(1) if u is None else _invert(drawn.exp(), u)
+    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def _invert(weights: Tensor, u: Tensor) -> Tensor:
+    """[n]: the first id at which the sum of weights [n, V] exceeds u times their total.
+
+    In two levels, because the sums of stretches are cheaper than all partial sums.
+    """
+    rows, width = weights.shape
+    stretches = F.pad(weights, (0, -width % _STRETCH)).view(rows, -1, _STRETCH)
+    sums = stretches.sum(2, dtype=torch.float64).cumsum(1)
+    # Below the total whatever the rounding, so that a weight above zero is found.
+    target = u[:, None] * sums[:, -1:] * (1 - _MARGIN)
+    at = _first_above(sums, target)
+    before = torch.where(at > 0, sums.gather(1, (at - 1).clamp_(min=0)), 0.0)
+    inside = stretches.gather(1, at[:, :, None].expand(-1, -1, _STRETCH)).squeeze(1)
+    partial = inside.cumsum(1, dtype=torch.float64)
+    target = torch.minimum(target - before, partial[:, -1:] * (1 - _MARGIN))
+    # Weights that are not finite lead anywhere; their log-probability tells the caller.
+    return (at * _STRETCH + _first_above(partial, target)).squeeze(1).clamp_(max=width - 1)
+
+
+def _first_above(sums: Tensor, target: Tensor) -> Tensor:
+    """[n, 1]: the first index at which rising sums [n, m] exceed target [n, 1]."""
+    return torch.searchsorted(sums, target, right=True).clamp_(max=sums.shape[1] - 1)

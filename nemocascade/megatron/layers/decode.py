@@ -15,16 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nemocascade_kernels import (
-    MambaWeights,
-    RouterSettings,
-    step_attention,
-    step_experts,
-    step_linear,
-    step_mamba,
-    step_norm,
-    step_route,
-)
+from nemocascade_kernels import MambaWeights, RouterSettings, Steps, decode_steps
 from torch import Tensor
 
 from nemocascade.megatron.layers.attention import Attention
@@ -45,23 +36,25 @@ class Step:
     slots: [n] int64, the slot of each row; rows past `real` name the spare slot.
     positions: [n] int64, tokens that the slot holds before this one.
     longest: at least the largest position + 1; what attention may read of the caches.
-    real: rows that stand for a sequence; they come first.
+    real: rows that stand for a sequence; they come first. None: the host does not know.
+    spare: the slot of the others.
     recorder: where the routers leave their choices; None: nowhere.
     """
 
     slots: Tensor
     positions: Tensor
     longest: int
-    real: int
+    real: int | None
+    spare: int
     recorder: RouteRecorder | None = None
     # Routers replay choices in training only.
     replay: None = None
 
     def token_mask(self, rows: slice) -> Tensor | None:
         """As `Microbatch.token_mask`."""
-        if rows.stop <= self.real:
+        if self.real is not None and rows.stop <= self.real:
             return None
-        return torch.arange(rows.start, rows.stop, device=self.slots.device) < self.real
+        return self.slots[rows] != self.spare
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,27 +77,24 @@ class Places:
         return cls(document.contiguous(), slot.contiguous())
 
 
-def apply_linear(linear: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """`residual + linear(x)`: without tensor parallelism, the bare product.
-
-    linear: a tensor-parallel linear without bias. x: [n, ...], or this rank's rows or columns.
-    """
-    if linear.tp_group.size() == 1:
-        return step_linear(x, linear.weight, residual)
-    y: Tensor = linear(x.unsqueeze(1))[0].squeeze(1)
-    return y if residual is None else residual + y
-
-
 class SlotLayer:
-    """A layer of the stack beside what its sequences have left in it. This one keeps nothing."""
+    """A layer of the stack beside what its sequences have left in it. This one keeps nothing.
+
+    Where no tensor is cut over ranks (`whole`), a step goes through `decode_steps` on the bare
+    weights; elsewhere through the training modules, which know how to talk to each other.
+    """
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         self.block = block
         self.mixer: Any = block.mixer
         self.slots = slots
+        self.whole = self.mixer.tp_group.size() == 1
 
     def refresh(self) -> None:
-        """Derive again what follows from the weights; called before they are first used."""
+        """Look the weights up again; called before they are first used."""
+        norm: Any = self.block.norm
+        self.norm_weight, self.norm_eps = norm.weight, norm.eps
+        self.steps: Steps = decode_steps(norm.weight)
 
     def reserve(self, context: int) -> None:
         """Make room for sequences of `context` tokens."""
@@ -124,25 +114,43 @@ class SlotLayer:
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The layer's norm of [n/tp, H]."""
-        norm: Any = self.block.norm
-        return step_norm(hidden, norm.weight, norm.eps)
+        return self.steps.norm(hidden, self.norm_weight, self.norm_eps)
+
+    def linear(self, linear: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`residual + linear(x)` of rows [n, ...], or of this rank's part of them."""
+        if self.whole:
+            return self.steps.linear(x, linear.weight, residual)
+        y: Tensor = linear(x.unsqueeze(1))[0].squeeze(1)
+        return y if residual is None else residual + y
 
 
 class MlpSlots(SlotLayer):
-    """A dense MLP keeps nothing; without tensor parallelism it is a single expert."""
-
-    def step(self, hidden: Tensor, step: Step) -> Tensor:
-        if self.mixer.tp_group.size() > 1:
-            return super().step(hidden, step)
-        return hidden + mlp_step(self.mixer, self.normed(hidden))
-
-
-class MoeSlots(SlotLayer):
-    """A mixture of experts keeps nothing. Where the experts are all here, so is a shorter way."""
+    """A dense MLP keeps nothing; where it is whole, and on a CPU, it is a single expert."""
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)
-        shape = self.mixer.config.shape
+        self.whole &= self.mixer.linear_fc1.weight.is_cpu
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.expert = SingleExpert(self.mixer, self.steps)
+
+    def step(self, hidden: Tensor, step: Step) -> Tensor:
+        if not self.whole:
+            return super().step(hidden, step)
+        return hidden + self.expert(self.normed(hidden))
+
+
+class MoeSlots(SlotLayer):
+    """A mixture of experts keeps nothing. Where all experts are here there is a shorter way; on a
+    GPU the training layer's grouped products are the better one."""
+
+    def __init__(self, block: ResidualBlock, slots: int) -> None:
+        super().__init__(block, slots)
+        mixer, shape = self.mixer, self.mixer.config.shape
+        self.whole &= mixer.experts.ep_size * mixer.experts.etp_size == 1
+        self.whole &= mixer.router.weight.is_cpu
+        self.swiglu = shape.activation == "swiglu"
         self.settings = RouterSettings(
             top_k=shape.experts_per_token,
             score=shape.router_score,
@@ -152,40 +160,48 @@ class MoeSlots(SlotLayer):
             scale=shape.router_scale,
         )
 
-    def step(self, hidden: Tensor, step: Step) -> Tensor:
+    def refresh(self) -> None:
+        super().refresh()
         mixer: MoEMixer = self.mixer
-        if mixer.tp_group.size() * mixer.experts.ep_size * mixer.experts.etp_size > 1:
+        # Scores are made in float32 whatever the model's precision.
+        self.router_weight = mixer.router.weight.float()
+        self.router_steps = decode_steps(self.router_weight)
+        self.bias = mixer.router.expert_bias if mixer.config.shape.router_bias else None
+        self.up, self.down = mixer.experts.linear_fc1, mixer.experts.linear_fc2
+        self.shared: SingleExpert | None = None
+        if mixer.shared_experts is not None and self.whole:
+            self.shared = SingleExpert(mixer.shared_experts, self.steps)
+
+    def step(self, hidden: Tensor, step: Step) -> Tensor:
+        if not self.whole:
             return super().step(hidden, step)
         x = self.normed(hidden)
-        rows = slice(0, x.shape[0])
-        logits = step_linear(x.float(), mixer.router.weight.float())
-        bias = mixer.router.expert_bias if mixer.config.shape.router_bias else None
-        chosen, weights = step_route(logits, self.settings, bias, real=step.real)
+        logits = self.router_steps.linear(x.float(), self.router_weight, None)
+        real = x.shape[0] if step.real is None else step.real
+        chosen, weights = self.router_steps.route(logits, self.bias, real, self.settings)
         if step.recorder is not None:
-            step.recorder.keep(mixer.layer_number, rows, chosen)
-        hidden = hidden + step_experts(
-            x,
-            chosen,
-            weights,
-            mixer.experts.linear_fc1,
-            mixer.experts.linear_fc2,
-            activation=mixer.config.shape.activation,
-        )
-        if mixer.shared_experts is not None:
-            hidden += mlp_step(mixer.shared_experts, x)
+            step.recorder.keep(self.mixer.layer_number, slice(0, x.shape[0]), chosen)
+        hidden = hidden + self.steps.experts(x, chosen, weights, self.up, self.down, self.swiglu)
+        if self.shared is not None:
+            hidden += self.shared(x)
         return hidden
 
 
-def mlp_step(mlp: MLP, x: Tensor) -> Tensor:
-    """`mlp(x)`, [n, H], without tensor parallelism: one expert, chosen by every row."""
-    return step_experts(
-        x,
-        torch.zeros(x.shape[0], 1, dtype=torch.int32, device=x.device),
-        torch.ones(x.shape[0], 1, device=x.device),
-        mlp.linear_fc1.weight[None],
-        mlp.linear_fc2.weight[None],
-        activation=mlp.activation,
-    )
+class SingleExpert:
+    """A dense MLP as one expert that every row chooses."""
+
+    def __init__(self, mlp: MLP, steps: Steps) -> None:
+        self.steps, self.swiglu = steps, mlp.activation == "swiglu"
+        self.up, self.down = mlp.linear_fc1.weight[None], mlp.linear_fc2.weight[None]
+        self._rows = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, H] of [n, H]."""
+        if self._rows != x.shape[0]:
+            self._rows = x.shape[0]
+            self._chosen = torch.zeros(self._rows, 1, dtype=torch.int32, device=x.device)
+            self._weights = torch.ones(self._rows, 1, device=x.device)
+        return self.steps.experts(x, self._chosen, self._weights, self.up, self.down, self.swiglu)
 
 
 class MambaSlots(SlotLayer):
@@ -201,7 +217,9 @@ class MambaSlots(SlotLayer):
         )
 
     def refresh(self) -> None:
+        super().refresh()
         mixer, s = self.mixer, self.mixer.sizes
+        self.in_proj, self.out_proj = mixer.in_proj, mixer.out_proj
         self.weights = MambaWeights(
             conv_weight=mixer.conv1d.weight.squeeze(1),
             conv_bias=mixer.conv1d.bias,
@@ -231,9 +249,9 @@ class MambaSlots(SlotLayer):
         return hidden + mixed
 
     def step(self, hidden: Tensor, step: Step) -> Tensor:
-        zxbcdt = apply_linear(self.mixer.in_proj, self.normed(hidden))
-        y = step_mamba(zxbcdt, self.conv, self.ssm, step.slots, self.weights)
-        return apply_linear(self.mixer.out_proj, y, hidden)
+        zxbcdt = self.linear(self.in_proj, self.normed(hidden))
+        y = self.steps.mamba(zxbcdt, self.conv, self.ssm, step.slots, self.weights)
+        return self.linear(self.out_proj, y, hidden)
 
 
 class AttentionSlots(SlotLayer):
@@ -262,11 +280,12 @@ class AttentionSlots(SlotLayer):
         mixer: Attention = self.mixer
         qkv = mixer.linear_qkv(self.block.norm(hidden))[0]
         q, k, v = mixer.heads(qkv, mixer.rotary(packed))
-        lengths, starts = packed.lengths.tolist(), packed.starts.tolist()
+        rows = packed.documents()
         for document, slot in zip(places.document.tolist(), places.slot.tolist(), strict=True):
-            rows = slice(starts[document], starts[document] + lengths[document])
-            self.keys[slot, :, : lengths[document]] = k[rows].transpose(0, 1)
-            self.values[slot, :, : lengths[document]] = v[rows].transpose(0, 1)
+            here = rows[document]
+            length = here.stop - here.start
+            self.keys[slot, :, :length] = k[here].transpose(0, 1)
+            self.values[slot, :, :length] = v[here].transpose(0, 1)
         mixed: Tensor = mixer.linear_proj(mixer.attend(q, k, v, packed).flatten(1).unsqueeze(1))[0]
         return hidden + mixed
 
@@ -275,12 +294,12 @@ class AttentionSlots(SlotLayer):
         rotary = None
         if mixer.rope_dim:
             rotary = rotary_at(step.positions, mixer.rope_dim, mixer.rope_base)
-        qkv = apply_linear(mixer.linear_qkv, self.normed(hidden))
+        qkv = self.linear(mixer.linear_qkv, self.normed(hidden))
         q, k, v = mixer.heads(qkv.unsqueeze(1), rotary)
-        mixed = step_attention(
+        mixed = self.steps.attention(
             q, k, v, self.keys, self.values, step.slots, step.positions, step.longest
         )
-        return apply_linear(mixer.linear_proj, mixed.flatten(1), hidden)
+        return self.linear(mixer.linear_proj, mixed.flatten(1), hidden)
 
 
 def slot_layer(block: ResidualBlock, slots: int) -> SlotLayer:

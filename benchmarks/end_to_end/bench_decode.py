@@ -1,0 +1,230 @@
+"""Tokens per second of greedy generation on one process, beside transformers' `generate`.
+
+    python benchmarks/end_to_end/bench_decode.py
+    python benchmarks/end_to_end/bench_decode.py --case tiny/64 --seconds 60
+    python benchmarks/end_to_end/bench_decode.py --profile tiny/64
+    python benchmarks/end_to_end/bench_decode.py --out benchmarks/results/<record>.json
+
+The same NemotronH weights and the same prompts, all of one length and all different, so that
+transformers needs no padding, and continuations of one length, so that no row of its batch idles.
+Tokens must agree. Ours is `LiveEngine` with a slot for each prompt; it reads the prompts together.
+transformers runs with its cache and the faster of its expert products, found by trying. Reading the
+prompts is part of the time; tokens are the generated ones.
+
+Exit code: 0 fine; 1 tokens disagree, or slower than the record compared with; 3 a goal is missed
+and `--strict` was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks import measure, run  # noqa: E402
+from benchmarks.end_to_end.problems import ENGINE, initial, small, world  # noqa: E402
+from benchmarks.measure import Case, Goal, Row  # noqa: E402
+from nemocascade.megatron.accelerators import Accelerators  # noqa: E402
+from nemocascade.megatron.config import make_config  # noqa: E402
+from nemocascade.megatron.model import build_model  # noqa: E402
+from nemocascade.megatron.parameters import count_parameters  # noqa: E402
+from nemocascade.recipe import ModelConfig, MoeTrainingConfig, tiny  # noqa: E402
+from nemocascade.rollout.engine import Request, Sampling  # noqa: E402
+from nemocascade.rollout.live import LiveEngine  # noqa: E402
+from tests.unit.transformers_weights import from_nemotron_h, load_into  # noqa: E402
+
+OURS, PEER = "ours, live weights", "transformers generate"
+EXPERTS = ("grouped_mm", "eager")  # transformers' expert products
+
+
+@dataclass(frozen=True)
+class Problem:
+    """goal: how many times transformers' tokens/s ours should make."""
+
+    make_shape: Callable[[], ModelConfig]
+    batch: int
+    prompt: int
+    written: int
+    goal: float
+
+
+PROBLEMS = {
+    "tiny/1": Problem(tiny, 1, 128, 128, 1.0),
+    "tiny/16": Problem(tiny, 16, 128, 128, 1.0),
+    "tiny/64": Problem(tiny, 64, 128, 128, 3.0),
+    "small/1": Problem(small, 1, 64, 32, 1.0),
+    "small/16": Problem(small, 16, 64, 32, 1.0),
+    "small/64": Problem(small, 64, 64, 32, 3.0),
+}
+
+
+def draw_prompts(problem: Problem) -> Tensor:
+    """[batch, prompt] random ids."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = problem.make_shape().vocab_size
+    return torch.randint(vocabulary, (problem.batch, problem.prompt), generator=generator)
+
+
+def make_ours(problem: Problem) -> Callable[[], Tensor]:
+    """A call that gives the tokens [batch, written]."""
+    shape = problem.make_shape()
+    config = make_config(shape, world().parallel, ENGINE, MoeTrainingConfig(), seed=0)
+    chunks = build_model(world(), config, Accelerators())
+    weights = from_nemotron_h(dict(initial(shape).state_dict()), shape)
+    load_into(chunks[0], weights, shape, world())
+    engine = LiveEngine(
+        world(), chunks, slots=problem.batch, prefill_tokens=problem.batch * problem.prompt
+    )
+    prompts = [tuple(row) for row in draw_prompts(problem).tolist()]
+    requests = [Request(i, prompt) for i, prompt in enumerate(prompts)]
+    sampling = Sampling(temperature=0.0, max_tokens=problem.written)
+
+    def call() -> Tensor:
+        found = sorted(engine.run(requests, sampling), key=lambda c: c.request.id)
+        return torch.tensor([c.response for c in found])
+
+    return call
+
+
+def make_peer(problem: Problem, chosen: dict[str, Any]) -> Callable[[], Tensor]:
+    """As `make_ours`, by the faster of transformers' ways, which is written to `chosen`."""
+    model: Any = initial(problem.make_shape()).eval()
+    model.config.use_cache = True
+    prompts = draw_prompts(problem)
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            tokens: Tensor = model.generate(
+                prompts,
+                max_new_tokens=problem.written,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+        return tokens[:, problem.prompt :]
+
+    def seconds(experts: str) -> float:
+        model.set_experts_implementation(experts)
+        call()  # the first call of a shape is slower
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    chosen["experts"] = min(EXPERTS, key=seconds)
+    model.set_experts_implementation(chosen["experts"])
+    return call
+
+
+def make_case(name: str, problem: Problem, chosen: dict[str, Any]) -> Case:
+    """chosen: receives the way of transformers that was fastest."""
+    shape = problem.make_shape()
+    return Case(
+        name=name,
+        settings={
+            "model": asdict(shape),
+            "parameters": count_parameters(shape).total,
+            "dtype": "float32",
+            "batch": problem.batch,
+            "prompt_tokens": problem.prompt,
+            "written_tokens": problem.written,
+            "threads": torch.get_num_threads(),
+        },
+        rows=[
+            Row(PEER, "peer", lambda: make_peer(problem, chosen)),
+            Row(OURS, "ours", lambda: make_ours(problem)),
+        ],
+        goals=[Goal(f"{problem.goal:g} x {PEER}", OURS, 1 / problem.goal, PEER)],
+        repeats=15,
+        agree=0.0,
+    )
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """The case on the screen."""
+    settings = record["settings"]
+    tokens = settings["batch"] * settings["written_tokens"]
+    print(
+        f"\n{record['case']}: {settings['parameters'] / 1e6:.1f} M parameters, {settings['batch']} "
+        f"prompts of {settings['prompt_tokens']} tokens, {settings['written_tokens']} written "
+        f"after each, {settings['threads']} threads"
+    )
+    ours = next(row for row in record["rows"] if row["name"] == OURS)
+    for row in record["rows"]:
+        if "missing" in row:
+            print(f"  {row['name']:24s} missing: {row['missing']}")
+            continue
+        row["tokens_per_s"] = tokens / row["median_s"]
+        print(
+            f"  {row['name']:24s} {row['tokens_per_s']:9,.0f} tokens/s {row['median_s']:8.3f} s "
+            f"[{row['p20_s']:.3f}, {row['p80_s']:.3f}]  ours is "
+            f"{row['median_s'] / ours['median_s']:.2f} x  {row.get('wrong', '')}"
+        )
+
+
+def profile(problem: Problem) -> None:
+    """Where our time goes, by Python function and by operator."""
+    call = make_ours(problem)
+    call()
+    profiler = cProfile.Profile()
+    profiler.runcall(call)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+    with torch.profiler.profile() as operators:
+        call()
+    print(operators.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--case", choices=PROBLEMS, action="append", help="only this problem")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time budget of a case")
+    parser.add_argument("--profile", choices=PROBLEMS, help="show where the time goes, and end")
+    parser.add_argument("--out", type=Path, help="write the record to this file")
+    parser.add_argument("--compare", type=Path, help="fail where we are slower than in this record")
+    parser.add_argument("--tolerance", type=float, default=0.10, help="allowed slowdown")
+    parser.add_argument("--strict", action="store_true", help="exit with 3 where a goal is missed")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes; no record")
+    options = parser.parse_args(arguments)
+    if options.profile:
+        profile(PROBLEMS[options.profile])
+        return 0
+    device = world().device
+    ceilings = measure.ceilings(device, tiny=options.dry_run)
+    cases: list[dict[str, Any]] = []
+    for name in options.case or PROBLEMS:
+        problem = PROBLEMS[name]
+        if options.dry_run:
+            problem = Problem(problem.make_shape, problem.batch, 16, 4, problem.goal)
+        ways: dict[str, Any] = {}
+        outcomes = measure.measure(
+            make_case(name, problem, ways), device, 0.0 if options.dry_run else options.seconds
+        )
+        record = run.case_record(make_case(name, problem, {}), outcomes, ceilings)
+        cases.append(record | {"ways": {PEER: ways}})
+        print_table(cases[-1])
+    record = {
+        "format": run.FORMAT,
+        "suite": "end_to_end",
+        "environment": run.environment(device),
+        "ceilings": ceilings,
+        "ops": {"decode": {"tests": "greedy tokens agree", "cases": cases}},
+    }
+    return run.finish(record, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
