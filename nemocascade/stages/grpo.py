@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from nemocascade_kernels import Grpo
-
 from nemocascade.megatron.swap import WeightSwap
 from nemocascade.recipe.rl import GrpoRecipe
 from nemocascade.stages.experience import advantages_of, gather
 from nemocascade.stages.policy import PolicyRun, policy_run, training_batches
 from nemocascade.train.metrics import LOGGER
+from nemocascade.train.objectives import grpo_objective
 from nemocascade.train.report import is_due, step_values
-from nemocascade.train.trainer import Objective
-from nemocascade.types import PackedBatch
 
 REFERENCE = "start"
 
@@ -74,13 +71,3 @@ def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> 
             run.stop_if_asked()
     writer.close()
     return scores or run.evaluate()
-
-
-def grpo_objective(kl_coef: float) -> Objective:
-    """Eq. 1 of Nemotron-Cascade 2 (arXiv 2603.19220), with k3 to the reference where asked."""
-
-    def objective(batch: PackedBatch) -> Grpo:
-        assert batch.advantage is not None
-        return Grpo(batch.token_weight, batch.advantage, batch.ref_logprob, kl_coef)
-
-    return objective

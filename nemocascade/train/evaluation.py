@@ -7,18 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from nemocascade_kernels import Nll
 
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.schedule import run_schedule
 from nemocascade.megatron.world import World
+from nemocascade.train.objectives import nll_objective
 from nemocascade.types import PackedBatch
-
-
-def nll_objective(batch: PackedBatch) -> Nll:
-    """Negative log-likelihood of the trained tokens, as the batch weighs them."""
-    return Nll(batch.token_weight)
 
 
 def batch_of(packed: Microbatch) -> PackedBatch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,12 @@ from nemocascade.train.evaluation import (
     batch_of,
     from_last_stage,
     heldout_loss,
-    nll_objective,
     policy_metrics,
     sum_of_losses,
 )
 from nemocascade.train.flops import batch_flops
+from nemocascade.train.objectives import Objective, nll_objective
 from nemocascade.types import PackedBatch
-
-Objective = Callable[[PackedBatch], Any]
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ def replay_once(parallel: dict[str, int], recompute: bool = False) -> dict[str, 
     from nemocascade.train.evaluation import (
         batch_of,
         from_last_stage,
-        nll_objective,
         sum_of_losses,
     )
+    from nemocascade.train.objectives import nll_objective
     from nemocascade.train.trainer import Trainer
 
     engine = EngineConfig(precision="fp32", recompute=recompute)

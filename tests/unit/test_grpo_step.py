@@ -26,10 +26,10 @@ from nemocascade.recipe import (
 )
 from nemocascade.stages.batches import lay_out, pack_sequences
 from nemocascade.stages.experience import Group, Rollout, advantages_of
-from nemocascade.stages.grpo import grpo_objective
 from nemocascade.stages.policy import training_sequences
 from nemocascade.stages.tasks import Task
 from nemocascade.train.evaluation import token_logprobs
+from nemocascade.train.objectives import grpo_objective
 from nemocascade.train.trainer import Trainer
 from nemocascade.types import Document, PackedBatch, Prompt, Verdict, pack_documents
 

@@ -1,0 +1,32 @@
+"""The objective of each stage, from the fields of a packed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from nemocascade_kernels import Grpo, Nll
+
+from nemocascade.types import PackedBatch
+
+Objective = Callable[[PackedBatch], Any]
+"""The objective of a batch, for `linear_policy_loss`."""
+
+
+def nll_objective(batch: PackedBatch) -> Nll:
+    """Negative log-likelihood of the trained tokens, as the batch weighs them."""
+    return Nll(batch.token_weight)
+
+
+def grpo_objective(kl_coef: float) -> Objective:
+    """Eq. 1 of Nemotron-Cascade 2 (arXiv 2603.19220), with k3 to the reference where asked.
+
+    Raises ValueError for a batch without advantages, or without the reference that k3 needs.
+    """
+
+    def objective(batch: PackedBatch) -> Grpo:
+        if batch.advantage is None:
+            raise ValueError("a GRPO batch must have advantages: fill PackedBatch.advantage")
+        return Grpo(batch.token_weight, batch.advantage, batch.ref_logprob, kl_coef)
+
+    return objective
