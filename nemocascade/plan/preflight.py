@@ -226,23 +226,12 @@ def check_dry_run(job: Job, into: Preflight) -> None:
     with into.guarded("dry run"):
         problems = []
         total = 0
+        planned = [_listed(job, stage) for stage in range(p.pp)]
         for rank in range(job.world_size):
             with fake_world(rank, job.world_size, p) as world:
                 chunks = build_on_meta(world, job.model, job.engine, job.moe)
                 built = sum(t.numel() for c in chunks for t in c.parameters())
-                stage = world.pp_rank
-            listed = sum(
-                parameter.numel
-                for chunk, pattern in enumerate(stage_chunks(job.model, p, stage))
-                for parameter in chunk_parameters(
-                    job.model,
-                    p,
-                    job.moe,
-                    pattern,
-                    first=stage == 0 and chunk == 0,
-                    last=stage == p.pp - 1 and chunk == p.vpp - 1,
-                )
-            )
+                listed = planned[world.pp_rank]
             total += built
             if built != listed:
                 problems.append(f"rank {rank} builds {built} parameters, the planner says {listed}")
@@ -253,6 +242,23 @@ def check_dry_run(job: Job, into: Preflight) -> None:
             f"{job.world_size} ranks built on the meta device in {seconds:.1f} s, "
             f"{total / job.world_size / 1e9:.3f} B parameters a rank",
         )
+
+
+def _listed(job: Job, stage: int) -> int:
+    """Parameters of a rank of a stage, as the planner counts them."""
+    p = job.parallel
+    return sum(
+        parameter.numel
+        for chunk, pattern in enumerate(stage_chunks(job.model, p, stage))
+        for parameter in chunk_parameters(
+            job.model,
+            p,
+            job.moe,
+            pattern,
+            first=stage == 0 and chunk == 0,
+            last=stage == p.pp - 1 and chunk == p.vpp - 1,
+        )
+    )
 
 
 def check_device(world: World, job: Job, into: Preflight) -> None:
