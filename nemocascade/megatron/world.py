@@ -136,6 +136,19 @@ def resolve_device(engine: EngineConfig) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _meeting_point(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
+    """Where ranks meet, this process's rank and their number.
+
+    The launcher's store outlives a world and remembers the addresses of its ranks, so each world of
+    a process has a part of the store to itself.
+    """
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 0, 1
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    number = store.add(f"nemocascade/worlds_of_rank_{rank}", 1)
+    return dist.PrefixStore(f"nemocascade/world_{number}", store), rank, size
+
+
 def start_world(parallel: ParallelConfig, engine: EngineConfig) -> World:
     """Join the process group and make Megatron's groups for `parallel`.
 
@@ -150,11 +163,8 @@ def start_world(parallel: ParallelConfig, engine: EngineConfig) -> World:
     timeout = datetime.timedelta(seconds=engine.timeout_s)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            store = dist.HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        store, rank, size = _meeting_point(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,

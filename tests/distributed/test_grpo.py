@@ -1,0 +1,169 @@
+"""A GRPO stage on every parallel layout, and interrupted: rollouts, rewards and updates agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import run_ranks
+
+LAYOUTS = {"TP2": {"tp": 2}, "DP2": {}, "EP2": {"ep": 2}, "PP2": {"pp": 2}}
+STEPS = 2
+COMPARED = ("loss", "grad_norm", "entropy", "logprob")
+EXACT = ("reward", "response_tokens", "groups", "groups_drawn", "trained_tokens")
+
+Lines = list[dict[str, Any]]
+
+
+def start_policy(folder: str) -> str:
+    """An artifact to start from: a small model after two steps of SFT."""
+    from nemocascade.stages.sft import run_sft
+
+    return str(run_sft(sft_recipe(folder)))
+
+
+def sft_recipe(folder: str) -> Any:
+    from dataclasses import replace
+
+    from nemocascade.recipe import (
+        CheckpointConfig,
+        DataConfig,
+        DemonstrationConfig,
+        DomainConfig,
+        EngineConfig,
+        OptimizerConfig,
+        SftRecipe,
+        TokenizerConfig,
+        tiny,
+    )
+
+    return SftRecipe(
+        steps=2,
+        run_dir=folder,
+        model=replace(tiny(), hidden_size=64, vocab_size=512),
+        data=DataConfig(capacity=512, sequences_per_step=2, balance_group=2),
+        demonstrations=DemonstrationConfig(
+            domains=(DomainConfig(domain="instruction_following", tasks=64),), heldout=8
+        ),
+        tokenizer=TokenizerConfig(train_vocab_size=400),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, schedule="constant"),
+        engine=EngineConfig(precision="fp32"),
+        checkpoint=CheckpointConfig(every=0),
+    )
+
+
+def grpo(artifact: str, folder: str, parallel: dict[str, int], steps: int = STEPS) -> Lines:
+    """metrics.jsonl of a stage. Answers are junk, and some junk keeps to "no commas"."""
+    from nemocascade.recipe import (
+        CheckpointConfig,
+        DomainConfig,
+        EngineConfig,
+        GrpoConfig,
+        GrpoRecipe,
+        OptimizerConfig,
+        ParallelConfig,
+        RlEvalConfig,
+        RolloutConfig,
+    )
+    from nemocascade.recipe.envs import EnvConfig
+    from nemocascade.stages.grpo import run_grpo
+
+    run_grpo(
+        GrpoRecipe(
+            steps=steps,
+            run_dir=folder,
+            init_from=artifact,
+            domains=(DomainConfig(domain="instruction_following", tasks=64),),
+            rollout=RolloutConfig(
+                prompts_per_step=6,
+                rollouts_per_prompt=4,
+                max_prompt_tokens=96,
+                max_response_tokens=12,
+                thinking=False,
+                slots=8,
+                max_draws=3,
+            ),
+            grpo=GrpoConfig(capacity=256, kl_coef=0.1),
+            envs=EnvConfig(if_language_check="letters"),
+            optimizer=OptimizerConfig(lr=1e-3, min_lr=0.0, warmup_steps=0, schedule="constant"),
+            parallel=ParallelConfig(**parallel),
+            engine=EngineConfig(precision="fp32"),
+            checkpoint=CheckpointConfig(every=1),
+            eval=RlEvalConfig(prompts=8),
+        )
+    )
+    text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def alone(folder: str) -> dict[str, Any]:
+    """One process: a run, and the same run stopped after its first step."""
+    artifact = start_policy(f"{folder}/sft")
+    whole = grpo(artifact, f"{folder}/whole", {})
+    grpo(artifact, f"{folder}/parts", {}, steps=1)
+    parts = grpo(artifact, f"{folder}/parts", {})
+    return {"artifact": artifact, "whole": whole, "parts": parts}
+
+
+def together(artifact: str, folder: str) -> dict[str, Lines]:
+    """Two ranks, layout by layout."""
+    return {
+        name: grpo(artifact, f"{folder}/{name}", parallel) for name, parallel in LAYOUTS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = str(tmp_path_factory.mktemp("grpo"))
+    (found,) = run_ranks(alone, 1, {"folder": folder}, timeout_s=300)
+    arguments = {"artifact": found["artifact"], "folder": folder}
+    return {**found, **run_ranks(together, 2, arguments, timeout_s=500)[0], "folder": folder}
+
+
+def test_it_trains_on_groups_that_differ(runs: dict[str, Any]) -> None:
+    for line in runs["whole"]:
+        assert line["groups"] >= 1
+        assert line["grad_norm"] > 0
+        assert 0 < line["reward"] < 1
+        assert line["mismatch_mean"] <= 1e-4
+        assert line["mismatch_max"] <= 1e-2
+        assert line["kl"] >= 0
+    assert runs["whole"][0]["kl"] == pytest.approx(0, abs=1e-6), "the start is its own reference"
+    assert "heldout/instruction_following" in runs["whole"][-1]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_process(name: str, runs: dict[str, Any]) -> None:
+    """The same rollouts and rewards, and the same update within rounding."""
+    assert len(runs[name]) == STEPS
+    for ours, theirs in zip(runs[name], runs["whole"], strict=True):
+        for key in EXACT:
+            assert ours[key] == theirs[key], (key, ours["step"])
+        for key in COMPARED:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), (key, ours["step"])
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(runs: dict[str, Any]) -> None:
+    """Rollouts included: the artifact's weights are the same files."""
+    timing = {"rollout_time_s", "step_time_s", "tokens_per_s", "tflops_per_rank", "mfu"}
+    timing.add("peak_memory_gib")
+    for ours, theirs in zip(runs["parts"], runs["whole"], strict=True):
+        shown = [k for k in theirs if k not in timing and not k.startswith("heldout")]
+        assert {k: ours[k] for k in shown} == {k: theirs[k] for k in shown}
+    hashes = []
+    for name in ("whole", "parts"):
+        manifest = json.loads((Path(runs["folder"]) / name / "artifact/manifest.json").read_text())
+        weights = {k: v for k, v in manifest["files"].items() if k.endswith(".safetensors")}
+        assert weights
+        hashes.append(weights)
+    assert hashes[0] == hashes[1]
+
+
+def test_rollouts_are_kept_as_text(runs: dict[str, Any]) -> None:
+    text = (Path(runs["folder"]) / "whole/rollouts/step_00000001.jsonl").read_text()
+    sample = json.loads(text.splitlines()[0])
+    assert sample["prompt"][0]["role"] == "user"
+    assert sample["response"]
+    assert len(sample["rewards_of_group"]) == 4
