@@ -47,32 +47,81 @@ INLINE void convolve(const Mamba& m, const float* x, int64_t first, int64_t coun
   }
 }
 
+// kRows rows of a head's state move on by a token; y = S C, one for each row and zeros.
+template <int kRows>
+INLINE Quad scan_rows(int64_t size, float decay, const float* added, const float* b, const float* c,
+                      float* state) {
+  const int64_t whole = size / kLanes * kLanes, rest = size - whole;
+  Floats sums[4] = {};
+  for (int64_t n = 0; n < whole; n += kLanes) {
+    const Floats from = load(b + n), to = load(c + n);
+    for (int i = 0; i < kRows; ++i) {
+      float* at = state + i * size + n;
+      const Floats next = load(at) * decay + added[i] * from;
+      store(at, next);
+      sums[i] += next * to;
+    }
+  }
+  if (rest > 0) {
+    const Floats from = load_tail(b + whole, rest, 0.0f), to = load_tail(c + whole, rest, 0.0f);
+    for (int i = 0; i < kRows; ++i) {
+      float* at = state + i * size + whole;
+      const Floats next = load_tail(at, rest, 0.0f) * decay + added[i] * from;
+      store_tail(at, rest, next);
+      sums[i] += next * to;
+    }
+  }
+  return four_sums(sums[0], sums[1], sums[2], sums[3]);
+}
+
 // The state of a head moves on by a token; y = S C + D x replaces x [head_dim].
 INLINE void scan(const Mamba& m, int64_t head, float step, const float* b, const float* c,
                  float* state, float* x) {
   const float decay = std::exp(step * m.a[head]), skip = m.d[head];
-  const int64_t whole = m.state / kLanes * kLanes, rest = m.state - whole;
-  for (int64_t p = 0; p < m.head_dim; p += 4) {
-    const int64_t count = std::min<int64_t>(4, m.head_dim - p);
-    Floats sums[4] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      float* row = state + (p + i) * m.state;
-      const float added = step * x[p + i];
-      for (int64_t n = 0; n < whole; n += kLanes) {
-        const Floats next = load(row + n) * decay + added * load(b + n);
-        store(row + n, next);
-        sums[i] += next * load(c + n);
-      }
-      if (rest > 0) {
-        const Floats next =
-            load_tail(row + whole, rest, 0.0f) * decay + added * load_tail(b + whole, rest, 0.0f);
-        store_tail(row + whole, rest, next);
-        sums[i] += next * load_tail(c + whole, rest, 0.0f);
-      }
-    }
-    const Quad y = four_sums(sums[0], sums[1], sums[2], sums[3]);
-    for (int64_t i = 0; i < count; ++i) x[p + i] = y[i] + skip * x[p + i];
+  int64_t p = 0;
+  for (; p + 4 <= m.head_dim; p += 4) {
+    float added[4];
+    for (int i = 0; i < 4; ++i) added[i] = step * x[p + i];
+    const Quad y = scan_rows<4>(m.state, decay, added, b, c, state + p * m.state);
+    for (int i = 0; i < 4; ++i) x[p + i] = y[i] + skip * x[p + i];
   }
+  for (; p < m.head_dim; ++p) {
+    const float added = step * x[p];
+    x[p] = scan_rows<1>(m.state, decay, &added, b, c, state + p * m.state)[0] + skip * x[p];
+  }
+}
+
+// The products of a query with kKeys keys, and zeros.
+template <int kKeys>
+INLINE Quad dots(const float* query, const float* keys, int64_t dim) {
+  const int64_t whole = dim / kLanes * kLanes, rest = dim - whole;
+  Floats sums[4] = {};
+  for (int64_t d = 0; d < whole; d += kLanes) {
+    const Floats part = load(query + d);
+    for (int i = 0; i < kKeys; ++i) sums[i] += part * load(keys + i * dim + d);
+  }
+  if (rest > 0) {
+    const Floats part = load_tail(query + whole, rest, 0.0f);
+    for (int i = 0; i < kKeys; ++i) {
+      sums[i] += part * load_tail(keys + i * dim + whole, rest, 0.0f);
+    }
+  }
+  return four_sums(sums[0], sums[1], sums[2], sums[3]);
+}
+
+// The weighted sum of `length` rows, kLanes columns of them at `values`; `lanes` columns count.
+INLINE Floats weighted(const float* weights, const float* values, int64_t dim, int64_t length,
+                       int64_t lanes) {
+  // Four chains, so that an addition need not wait for the one before.
+  Floats sums[4] = {};
+  int64_t t = 0;
+  if (lanes == kLanes) {
+    for (; t + 4 <= length; t += 4) {
+      for (int i = 0; i < 4; ++i) sums[i] += weights[t + i] * load(values + (t + i) * dim);
+    }
+  }
+  for (; t < length; ++t) sums[0] += weights[t] * load_tail(values + t * dim, lanes, 0.0f);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 }  // namespace
@@ -115,25 +164,18 @@ FOR_EACH_CPU void attention(const float* q, const float* keys, const float* valu
   for (int64_t r = 0; r < ratio; ++r) {
     const float* query = q + r * dim;
     float* scores = scratch + r * padded;
-    float top = -std::numeric_limits<float>::infinity();
-    for (int64_t t = 0; t < length; t += 4) {
-      const int64_t count = std::min<int64_t>(4, length - t);
-      Floats sums[4] = {};
-      for (int64_t d = 0; d < dim; d += kLanes) {
-        const int64_t lanes = std::min(kLanes, dim - d);
-        const Floats part = loaded(query + d, lanes);
-        for (int64_t i = 0; i < count; ++i)
-          sums[i] += part * loaded(keys + (t + i) * dim + d, lanes);
-      }
-      const Quad found = four_sums(sums[0], sums[1], sums[2], sums[3]) * scale;
-      for (int64_t i = 0; i < count; ++i) {
-        scores[t + i] = found[i];
-        top = std::max(top, found[i]);
-      }
+    int64_t t = 0;
+    for (; t + 4 <= length; t += 4) {
+      const Quad found = dots<4>(query, keys + t * dim, dim) * scale;
+      std::memcpy(scores + t, &found, sizeof(found));
     }
+    for (; t < length; ++t) scores[t] = dots<1>(query, keys + t * dim, dim)[0] * scale;
     std::fill(scores + length, scores + padded, -std::numeric_limits<float>::infinity());
-    Floats totals = {};
-    for (int64_t t = 0; t < padded; t += kLanes) {
+    Floats tops = load(scores), totals = {};
+    for (t = kLanes; t < padded; t += kLanes) tops = larger(load(scores + t), tops);
+    float top = tops[0];
+    for (int64_t i = 1; i < kLanes; ++i) top = std::max(top, tops[i]);
+    for (t = 0; t < padded; t += kLanes) {
       const Floats weights = exponential(load(scores + t) - top);
       store(scores + t, weights);
       totals += weights;
@@ -141,9 +183,7 @@ FOR_EACH_CPU void attention(const float* q, const float* keys, const float* valu
     const float share = 1.0f / one_sum(totals);
     for (int64_t d = 0; d < dim; d += kLanes) {
       const int64_t lanes = std::min(kLanes, dim - d);
-      Floats sum = {};
-      for (int64_t t = 0; t < length; ++t) sum += scores[t] * loaded(values + t * dim + d, lanes);
-      stored(out + r * dim + d, lanes, sum * share);
+      stored(out + r * dim + d, lanes, weighted(scores, values + d, dim, length, lanes) * share);
     }
   }
 }

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from nemocascade_kernels import decode_steps, step_draw
+from nemocascade_kernels import decode_steps
 from torch import Tensor
 
 from nemocascade.megatron.decode_graph import DecodeGraphs
@@ -67,6 +67,13 @@ class SlotModel:
         with torch.no_grad():
             for layer in self._each_layer():
                 layer.refresh()
+        # In any precision: logits are drawn from in float32.
+        self._draws = decode_steps(torch.empty(0, device=self.world.device))
+        if self.chunks[-1].post_process:
+            norm = self.chunks[-1].decoder.final_norm
+            self._norm_weight, self._norm_eps = norm.weight, norm.eps
+            self._head = self.chunks[-1].lm_head()
+            self._steps = decode_steps(self._head)
 
     def reserve(self, context: int) -> None:
         """Make room for sequences of `context` tokens; it is never given back.
@@ -158,7 +165,7 @@ class SlotModel:
         allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Tokens [n] and log-probabilities [n], as `nemocascade_kernels.step_draw`."""
-        return step_draw(logits, u, temperature=temperature, limit=limit, allowed=allowed)
+        return self._draws.draw(logits.float(), u, temperature, limit, allowed)
 
     def _each_layer(self) -> list[SlotLayer]:
         return [layer for layers in self._layers for layer in layers]
@@ -183,7 +190,7 @@ class SlotModel:
         tp = self.world.parallel.tp
         for chunk, layers in zip(self.chunks, self._layers, strict=True):
             if chunk.pre_process:
-                hidden = chunk.embed(tokens).squeeze(1)
+                hidden = self._embed(chunk, tokens)
             elif self.world.parallel.pp > 1:
                 hidden = self._receive(tokens.numel() // tp)
             assert hidden is not None
@@ -193,6 +200,12 @@ class SlotModel:
                 return hidden
             self._send(hidden)
         return None
+
+    def _embed(self, chunk: CascadeModel, tokens: Tensor) -> Tensor:
+        """[T/tp, H]."""
+        if self.world.parallel.tp > 1:
+            return chunk.embed(tokens).squeeze(1)
+        return torch.nn.functional.embedding(tokens, chunk.embedding.word_embeddings.weight)
 
     def _send(self, hidden: Tensor) -> None:
         group, pp = self.world.groups.pp, self.world.parallel.pp
@@ -212,14 +225,13 @@ class SlotModel:
 
     def _logits(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
         """[n, V] of the chosen rows; the same bits on every tensor-parallel rank."""
-        tp, chunk = self.world.groups.tp, self.chunks[-1]
+        tp = self.world.groups.tp
         if self.world.parallel.tp > 1:
             hidden = gather_from_sequence_parallel_region(hidden, group=tp)
         if rows is not None:
             hidden = hidden[rows]
-        norm, head = chunk.decoder.final_norm, chunk.lm_head()
-        steps = decode_steps(head)
-        mine = steps.linear(steps.norm(hidden, norm.weight, norm.eps), head, None)
+        normed = self._steps.norm(hidden, self._norm_weight, self._norm_eps)
+        mine = self._steps.linear(normed, self._head, None)
         if self.world.parallel.tp == 1:
             return mine
         shards = [torch.empty_like(mine) for _ in range(tp.size())]
