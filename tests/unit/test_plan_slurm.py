@@ -241,3 +241,5 @@ def test_a_warned_job_saves_requeues_and_resumes(
         raise AssertionError(f"{error}:\n{log()[-4000:]}") from None
     finally:
         run(["scancel", job], slurm)
+        with contextlib.suppress(TimeoutError):
+            wait_for(lambda: not run(["squeue", "-h"], slurm).strip(), 60, "still in the queue")
