@@ -21,6 +21,7 @@ from nemocascade.megatron.decode_graph import DecodeGraphs
 from nemocascade.megatron.layers.decode import Places, SlotLayer, Step, slot_layer
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel
+from nemocascade.megatron.replay import RouteRecorder
 from nemocascade.megatron.world import World
 from nemocascade.types import Document, pack_documents
 
@@ -36,9 +37,20 @@ class SlotModel:
     Slot `slots`, one beyond, belongs to rows that stand for nothing.
     chunks: of `build_model`, not wrapped in DDP. The weights are read where they lie; `refresh`
     says that they changed. Calls run without gradients and put the modules in evaluation mode.
+    record_routing: keep the experts of each call's tokens in `choices`, [T or n, L, K] as
+    `RouteRecorder` has them, on every rank; None without it.
     """
 
-    def __init__(self, world: World, chunks: Sequence[CascadeModel], slots: int) -> None:
+    choices: Tensor | None
+
+    def __init__(
+        self,
+        world: World,
+        chunks: Sequence[CascadeModel],
+        slots: int,
+        *,
+        record_routing: bool = False,
+    ) -> None:
         self.world, self.chunks, self.slots = world, list(chunks), slots
         self.config = chunks[0].config
         self.vocabulary: int = self.config.shape.vocab_size
@@ -46,8 +58,9 @@ class SlotModel:
         self._layers: list[list[SlotLayer]] = [
             [slot_layer(block, slots) for block in chunk.decoder.layers] for chunk in chunks
         ]
+        self.record_routing, self.choices = record_routing, None
         self._graphs: DecodeGraphs | None = None
-        if world.device.type == "cuda" and self._stands_alone:
+        if not record_routing and world.device.type == "cuda" and self._stands_alone:
             self._graphs = DecodeGraphs(
                 self._captured_step, most_rows=slots, spare=slots, device=world.device
             )
@@ -97,7 +110,14 @@ class SlotModel:
         capacity: tokens of the pack; 0 is just enough.
         Returns logits [D, V] after each prompt's last token on the last stage, None on the others.
         """
-        packed = self._pack(prompts, capacity)
+        documents = [
+            Document(p.cpu(), torch.zeros(p.numel(), dtype=torch.bool), f"prompt {i}")
+            for i, p in enumerate(prompts)
+        ]
+        total = max(1, capacity, sum(p.numel() for p in prompts))
+        batch = pack_documents(documents, self._filled_up(total))
+        recorder = self._recorder(batch.capacity)
+        packed = Microbatch.from_batch(batch, self.world.device, recorder=recorder)
         places = Places.of(slots, self.world.device)
         self.reserve(max((p.numel() for p in prompts), default=0))
 
@@ -106,6 +126,7 @@ class SlotModel:
 
         assert packed.batch is not None
         hidden = self._through(packed.batch.tokens, read)
+        self._keep_choices(recorder)
         if hidden is None:
             return None
         ends = (packed.starts + packed.lengths - 1)[: len(prompts)]
@@ -125,14 +146,16 @@ class SlotModel:
             self.reserve(self._graphs.rounded_length(longest))
             return self._graphs.step(tokens, slots, positions, longest)
         self.reserve(longest)
-        real, tp = tokens.numel(), self.world.parallel.tp
-        spare = max(tp, -(-real // tp) * tp) - real
+        real = tokens.numel()
+        spare = self._filled_up(real) - real
         if spare:
             tokens, positions = (
                 torch.nn.functional.pad(t, (0, spare)) for t in (tokens, positions)
             )
             slots = torch.nn.functional.pad(slots, (0, spare), value=self.slots)
-        logits = self._step(tokens, Step(slots, positions, longest, real, self.slots))
+        recorder = self._recorder(tokens.numel())
+        logits = self._step(tokens, Step(slots, positions, longest, real, self.slots, recorder))
+        self._keep_choices(recorder)
         return None if logits is None else logits[:real]
 
     def _step(self, tokens: Tensor, step: Step) -> Tensor | None:
@@ -170,15 +193,18 @@ class SlotModel:
     def _each_layer(self) -> list[SlotLayer]:
         return [layer for layers in self._layers for layer in layers]
 
-    def _pack(self, prompts: Sequence[Tensor], capacity: int) -> Microbatch:
-        documents = [
-            Document(p.cpu(), torch.zeros(p.numel(), dtype=torch.bool), f"prompt {i}")
-            for i, p in enumerate(prompts)
-        ]
-        multiple = self.world.parallel.tp
-        total = max(1, capacity, sum(p.numel() for p in prompts))
-        batch = pack_documents(documents, -(-total // multiple) * multiple)
-        return Microbatch.from_batch(batch, self.world.device)
+    def _filled_up(self, rows: int) -> int:
+        """A number of rows that tensor-parallel ranks share equally."""
+        tp = self.world.parallel.tp
+        return max(tp, -(-rows // tp) * tp)
+
+    def _recorder(self, rows: int) -> RouteRecorder | None:
+        if not self.record_routing:
+            return None
+        return RouteRecorder(self.config.shape, rows, self.world.device)
+
+    def _keep_choices(self, recorder: RouteRecorder | None) -> None:
+        self.choices = None if recorder is None else recorder.gathered(self.world.groups)
 
     def _through(self, tokens: Tensor, apply: LayerCall) -> Tensor | None:
         """Hidden states [T/tp, H] after the last layer on the last stage, None on the others.

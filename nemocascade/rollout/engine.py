@@ -74,7 +74,8 @@ class Completion:
     environment added are not. logprob: [n] float32, of written tokens under the untruncated
     distribution at the sampling temperature (at 1 for temperature 0), as `linear_logprob` computes
     it with that temperature; 0 elsewhere. turns: stretches that the model wrote. finish: `length`
-    where max_tokens ended the text.
+    where max_tokens ended the text. routing: [n - 1, L, K] integers, the experts that each token
+    went through in each MoE layer, where the engine records them; the last token went through none.
     """
 
     request: Request
@@ -83,6 +84,7 @@ class Completion:
     logprob: Tensor
     finish: Finish
     turns: int = 1
+    routing: Tensor | None = None
 
     @property
     def response(self) -> list[int]:

@@ -42,6 +42,7 @@ class Text:
 class SlotTable:
     """history: [S, longest] int64 and logprob: [S, longest] float32, the texts; keys: [S] int64, of
     their random numbers; all on the device. texts: by slot. free: slots without a text.
+    routing: [S, longest, L, K], the experts of tokens that were read, once there are any.
     """
 
     def __init__(self, slots: int, longest: int, device: torch.device) -> None:
@@ -49,6 +50,7 @@ class SlotTable:
         self.history = torch.zeros(slots, longest, dtype=torch.int64, device=device)
         self.logprob = torch.zeros(slots, longest, device=device)
         self.keys = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.routing: Tensor | None = None
         self.texts: dict[int, Text] = {}
         self.free = list(range(slots - 1, -1, -1))
 
@@ -76,6 +78,19 @@ class SlotTable:
     def last_turn(self, text: Text) -> Tensor:
         """[m] ids of the model's last stretch."""
         return self.history[text.slot, text.turn_start : text.known]
+
+    def keep_routing(self, slot: int, first: int, choices: Tensor) -> None:
+        """Keep the experts [m, L, K] of a text's tokens from number `first` on."""
+        self._routing_like(choices)[slot, first : first + choices.shape[0]] = choices
+
+    def keep_step_routing(self, slots: Tensor, positions: Tensor, choices: Tensor) -> None:
+        """Keep the experts [n, L, K] of one token of each slot."""
+        self._routing_like(choices)[slots, positions] = choices
+
+    def _routing_like(self, choices: Tensor) -> Tensor:
+        if self.routing is None:
+            self.routing = choices.new_zeros(*self.history.shape, *choices.shape[1:])
+        return self.routing
 
     def extend(self, text: Text, tokens: Sequence[int]) -> None:
         """Add an environment's tokens."""
@@ -109,6 +124,9 @@ class SlotTable:
             logprob=logprob.clone(),
             finish=finish,
             turns=1 + len(text.given),
+            routing=None
+            if self.routing is None
+            else self.routing[text.slot, : length - 1].cpu().clone(),
         )
 
     def release(self, text: Text) -> None:

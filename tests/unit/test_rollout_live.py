@@ -10,12 +10,15 @@ import pytest
 import torch
 from rollout_support import ODD, draw_tokens, full_logits, make_model
 
+from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel
+from nemocascade.megatron.replay import RouteRecorder
 from nemocascade.megatron.world import World, start_world
 from nemocascade.recipe import EngineConfig, ParallelConfig
 from nemocascade.rollout.engine import Completion, Request, Sampling
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.rollout.replies import RespondError
+from nemocascade.types import Document, pack_documents
 
 VOCABULARY = ODD.vocab_size
 
@@ -213,3 +216,34 @@ def test_broken_calls(world: World, chunks: list[CascadeModel]) -> None:
         broken[0].lm_head()[3, 5] = float("nan")
     with pytest.raises(FloatingPointError, match="request 1"):
         list(LiveEngine(world, broken).run([request], Sampling(max_tokens=3)))
+
+
+def test_routing_is_recorded(world: World, chunks: list[CascadeModel]) -> None:
+    """The experts of every token that was read: those of the training forward on the same text."""
+    stop = tuple((t,) for t in range(0, VOCABULARY, 4))
+    engine = LiveEngine(world, chunks, slots=3, record_routing=True)
+    found = list(
+        engine.run(
+            make_requests(2, 4),
+            Sampling(max_tokens=30, seed=2, stop_tokens=stop),
+            lambda c: None if c.turns > 2 else [5] * (2 if c.turns == 1 else 12),
+        )
+    )
+    assert max(c.turns for c in found) == 3
+    agree = total = 0
+    for c in found:
+        document = Document(c.tokens, torch.ones(len(c.tokens), dtype=torch.bool), "text")
+        batch = pack_documents([document], len(c.tokens))
+        recorder = RouteRecorder(ODD, len(c.tokens), world.device)
+        with torch.no_grad():
+            chunks[0](Microbatch.from_batch(batch, world.device, recorder=recorder))
+        expected = recorder.gathered(world.groups)[:-1]
+        assert c.routing is not None
+        assert c.routing.shape == expected.shape
+        assert c.routing.dtype == expected.dtype
+        agree += int((c.routing == expected).sum())
+        total += expected.numel()
+    # Experts whose scores are nearly alike may change places.
+    assert agree > 0.995 * total
+    [plain] = LiveEngine(world, chunks).run(make_requests(1, 1), Sampling(max_tokens=2))
+    assert plain.routing is None
