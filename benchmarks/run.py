@@ -276,7 +276,16 @@ def main(arguments: list[str] | None = None) -> int:
             outcomes = measure.measure(case, device, 0.0 if options.dry_run else options.seconds)
             entry["cases"].append(case_record(case, outcomes, ceilings))
             print_case(entry["cases"][-1])
+            # A run that is stopped keeps the cases it has measured.
+            write_record(record, options)
     return finish(record, options)
+
+
+def write_record(record: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the record, as far as it goes, to `--out`."""
+    if options.out is not None and not options.dry_run:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def finish(record: dict[str, Any], options: argparse.Namespace) -> int:
@@ -287,8 +296,7 @@ def finish(record: dict[str, Any], options: argparse.Namespace) -> int:
     ]
     missed = [goal["goal"] for case in cases for goal in case["goals"] if goal["met"] is False]
     if options.out is not None and not options.dry_run:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(record, options)
         print(f"\nrecord: {options.out}")
     slower = []
     if options.compare is not None:
