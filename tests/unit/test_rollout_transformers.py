@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from rollout_support import draw_tokens
 from test_model_against_transformers import build_ours, randomise
 from transformers_weights import from_nemotron_h, nemotron_h
@@ -64,7 +65,13 @@ def test_greedy_tokens(world: World, case: str) -> None:
     found = {c.request.id: c for c in LiveEngine(world, [ours], slots=3).run(requests, sampling)}
     for i, prompt in enumerate(prompts):
         expected = theirs.generate(
-            prompt[None], max_new_tokens=WRITTEN, do_sample=False, eos_token_id=None, pad_token_id=0
+            prompt[None],
+            # Without a mask it would take tokens of id 0 for padding.
+            attention_mask=torch.ones_like(prompt[None]),
+            max_new_tokens=WRITTEN,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert found[i].tokens.tolist() == expected[0].tolist(), f"prompt of {len(prompt)}"
     assert len({t for c in found.values() for t in c.response}) > WRITTEN
