@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -183,7 +184,8 @@ def test_weights_are_handed_over_as_a_folder(server: Any, tmp_path: Path) -> Non
 def test_transformers_serve(tmp_path: Path) -> None:
     """A real server with a tiny checkpoint: its greedy text is that of `generate`."""
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("fastapi")
+    for package in ("fastapi", "uvicorn", "accelerate"):
+        pytest.importorskip(package)
     folder = write_checkpoint(tmp_path / "tiny", transformers)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -256,6 +258,8 @@ def wait_for(url: str, process: Any) -> None:
         try:
             with urllib.request.urlopen(url, timeout=2):
                 return
+        except urllib.error.HTTPError:
+            return  # it answers, if only that it cannot
         except OSError:
             time.sleep(0.2)
     raise AssertionError(f"{url} did not answer")
