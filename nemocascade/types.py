@@ -101,17 +101,70 @@ class Verdict:
             raise ValueError(f"reward {self.reward} is not finite: report an error instead")
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a judge is asked.
+
+    kind: the form of the answer: "compare" two responses, or "grade" one.
+    messages: the conversation that asks a model; it says how the answer must look.
+    facts: what the messages were made from, for a judge that goes by rules.
+    """
+
+    kind: Literal["compare", "grade"]
+    messages: tuple[Message, ...]
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a judge said: its text, or why there is none. A judge that failed has said nothing."""
+
+    text: str | None
+    error: str | None = None
+
+
+class Judge(Protocol):
+    """Answers questions about responses. Threads may share one that is not collective.
+
+    collective: it generates on the training ranks, so every rank asks at the same time, outside of
+    a generation, and gets all answers.
+    """
+
+    collective: bool
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        """An answer to each question, in order, in bounded time; never raises for what it met."""
+
+    def close(self) -> None:
+        """End what the judge holds."""
+
+
 class ToolSession(Protocol):
     """The tools of one episode, and the state they change."""
+
+    @property
+    def done(self) -> bool:
+        """A call has ended the episode: the model writes no further turn."""
 
     def step(self, calls: Sequence[ToolCall]) -> list[Message]:
         """Execute `calls` in order: a `tool` turn for each, errors as text; never raises."""
 
+    def close(self) -> None:
+        """Leave nothing behind. Called once, whatever way the episode ended."""
+
 
 class Environment(Protocol):
-    """A domain: tasks, and verdicts on their solutions. Threads may share one."""
+    """A domain: tasks, and verdicts on their solutions. Threads may share one.
+
+    by_group: a verdict depends on the other responses to the same prompt.
+    collective: the verifier works on all ranks at once, see `Judge`.
+    """
 
     domain: str
+    by_group: bool
+
+    @property
+    def collective(self) -> bool: ...
 
     def prompts(
         self, *, seed: int, count: int, difficulty: int = 0, heldout: bool = False
@@ -128,7 +181,15 @@ class Environment(Protocol):
         """Fresh tools for one episode; None where the domain has no tools."""
 
     def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        """The verdict on the turns that answered `prompt`; never raises for what they hold."""
+        """The verdict on the turns that answered `prompt`; never raises for what they hold.
+
+        Where verdicts are made by group, this is the absolute measure of held-out tasks.
+        """
+
+    def score_groups(
+        self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
+    ) -> list[list[Verdict]]:
+        """The verdicts on all responses to each prompt, in order; otherwise as `score`."""
 
     def close(self) -> None:
         """End the processes that the verifier holds."""

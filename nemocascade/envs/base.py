@@ -30,6 +30,12 @@ class Domain(ABC):
     """The part of an `Environment` that is the same everywhere."""
 
     domain: str
+    by_group = False
+
+    @property
+    def collective(self) -> bool:
+        """No verifier works on all ranks at once, unless the domain says otherwise."""
+        return False
 
     @abstractmethod
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
@@ -128,6 +134,12 @@ class Domain(ABC):
             return self.check(prompt, response)
         except Exception as error:  # any failure of a verifier is reported, and none is a zero
             return Verdict(None, f"{type(error).__name__}: {error}")
+
+    def score_groups(
+        self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
+    ) -> list[list[Verdict]]:
+        """Each response by itself, unless the domain compares them."""
+        return [[self.score(prompt, r) for r in responses] for prompt, responses in groups]
 
     def close(self) -> None:
         """Nothing to end, unless the domain says otherwise."""

@@ -25,6 +25,14 @@ class OfficeSession:
         self.office = office
         self._allowed = allowed
 
+    @property
+    def done(self) -> bool:
+        """No call ends an episode in the office."""
+        return False
+
+    def close(self) -> None:
+        """The office lives in memory alone."""
+
     def step(self, calls: Sequence[ToolCall]) -> list[Message]:
         """Execute `calls` in order; a call that cannot be executed is answered with the reason."""
         return [Message("tool", self._answer(call)) for call in calls]

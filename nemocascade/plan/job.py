@@ -125,7 +125,7 @@ def job_of_recipe(
     r = recipe.rollout
     longest = r.max_prompt_tokens + r.max_response_tokens
     episodes = r.prompts_per_step * r.rollouts_per_prompt
-    capacity = recipe.grpo.capacity
+    capacity = recipe.capacity
     dp = max(1, recipe.parallel.data_parallel(world_size))
     packs = -(-episodes * longest // capacity // dp) * dp
     sizes = {

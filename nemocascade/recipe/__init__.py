@@ -1,12 +1,16 @@
 """Recipes: typed, documented settings of a stage. A default stands on its field only."""
 
 from nemocascade.recipe.data import DataConfig, TokenizerConfig
+from nemocascade.recipe.envs import EnvConfig, SandboxConfig
+from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.recipe.model import PRESETS, ModelConfig, nemotron3_nano_30b, tiny
+from nemocascade.recipe.mopd import MopdConfig, MopdRecipe, TeacherConfig
 from nemocascade.recipe.parallel import ParallelConfig
 from nemocascade.recipe.rl import (
     DomainConfig,
     GrpoConfig,
     GrpoRecipe,
+    PolicyRecipe,
     RlEvalConfig,
     RolloutConfig,
 )
@@ -27,17 +31,24 @@ __all__ = [
     "DemonstrationConfig",
     "DomainConfig",
     "EngineConfig",
+    "EnvConfig",
     "EvalConfig",
     "GrpoConfig",
     "GrpoRecipe",
+    "JudgeConfig",
     "LogConfig",
     "ModelConfig",
     "MoeTrainingConfig",
+    "MopdConfig",
+    "MopdRecipe",
     "OptimizerConfig",
     "ParallelConfig",
+    "PolicyRecipe",
     "RlEvalConfig",
     "RolloutConfig",
+    "SandboxConfig",
     "SftRecipe",
+    "TeacherConfig",
     "TokenizerConfig",
     "nemotron3_nano_30b",
     "tiny",

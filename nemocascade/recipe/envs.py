@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nemocascade.recipe.judge import JudgeConfig
+
 
 @dataclass(frozen=True)
 class SandboxConfig:
@@ -76,6 +78,7 @@ class EnvConfig:
     """Address space of such a child."""
 
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def problems(self) -> list[str]:
         """Every rule these settings break."""
@@ -84,4 +87,4 @@ class EnvConfig:
             for name in ("check_workers", "check_timeout_s", "check_memory_mib")
             if getattr(self, name) <= 0
         ]
-        return found + self.sandbox.problems()
+        return found + self.sandbox.problems() + self.judge.problems()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -166,8 +167,8 @@ class RlEvalConfig:
 
 
 @dataclass(frozen=True)
-class GrpoRecipe:
-    """Group-relative policy optimisation, strictly on-policy, on verifiable rewards."""
+class PolicyRecipe(ABC):
+    """What stages share that train on rollouts of their own policy."""
 
     steps: int = 100
     """Optimizer steps, each on rollouts of its own."""
@@ -190,7 +191,6 @@ class GrpoRecipe:
 
     domains: tuple[DomainConfig, ...] = (DomainConfig(),)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    grpo: GrpoConfig = field(default_factory=GrpoConfig)
     envs: EnvConfig = field(default_factory=EnvConfig)
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
@@ -205,6 +205,11 @@ class GrpoRecipe:
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=10))
     eval: RlEvalConfig = field(default_factory=RlEvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Tokens in one packed sequence (micro-batch) of training."""
 
     def problems(self, world_size: int, model: ModelConfig | None = None) -> list[str]:
         """Every rule this recipe breaks in a world of `world_size` ranks, each with a remedy.
@@ -227,15 +232,10 @@ class GrpoRecipe:
             for i, d in enumerate(self.domains)
             if not d.share > 0
         ]
-        if self.rollout.rollouts_per_prompt < 2:
-            found.append(
-                f"rollout.rollouts_per_prompt({self.rollout.rollouts_per_prompt}) must be at least "
-                "2: an advantage compares the answers to one prompt"
-            )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
-        if self.grpo.capacity < longest:
+        if self.capacity < longest:
             found.append(
-                f"grpo.capacity({self.grpo.capacity}) must hold a whole episode: "
+                f"capacity({self.capacity}) must hold a whole episode: "
                 f"max_prompt_tokens({self.rollout.max_prompt_tokens}) + "
                 f"max_response_tokens({self.rollout.max_response_tokens}) = {longest}"
             )
@@ -244,7 +244,27 @@ class GrpoRecipe:
             found += self.parallel.problems(
                 model,
                 world_size,
-                capacity=self.grpo.capacity,
+                capacity=self.capacity,
                 sequences_per_step=dp * self.parallel.pp,
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class GrpoRecipe(PolicyRecipe):
+    """Group-relative policy optimisation, strictly on-policy, on rewards."""
+
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+
+    @property
+    def capacity(self) -> int:
+        return self.grpo.capacity
+
+    def problems(self, world_size: int, model: ModelConfig | None = None) -> list[str]:
+        found = super().problems(world_size, model)
+        if self.rollout.rollouts_per_prompt < 2:
+            found.append(
+                f"rollout.rollouts_per_prompt({self.rollout.rollouts_per_prompt}) must be at least "
+                "2: an advantage compares the answers to one prompt"
             )
         return found

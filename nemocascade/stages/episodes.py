@@ -21,7 +21,7 @@ class Episodes:
     """The conversations of one call of an engine, by request.
 
     A turn with calls is answered by the tools of its task; one without ends the episode, and so
-    does turn number `max_turns`. Calls that cannot be read are answered with what is wrong.
+    do turn number `max_turns` and a call that its session calls the last. Calls that cannot be read are answered with what is wrong.
     """
 
     def __init__(
@@ -54,8 +54,22 @@ class Episodes:
         results += [Message("tool", f"error: {fault}") for fault in reply.faults]
         with self._lock:
             self._results.setdefault(number, []).append(results)
+        if session.done:
+            return None
         ids, _ = encode(render_results(results, thinking=self.settings.thinking), self.tokenizer)
         return ids
+
+    def close(self, number: int) -> None:
+        """The episode of a request has ended: its tools leave nothing behind."""
+        with self._lock:
+            session = self._sessions.pop(number, None)
+        if session is not None:
+            session.close()
+
+    def close_all(self) -> None:
+        """End every episode, also those that were cut short."""
+        for number in list(self._sessions):
+            self.close(number)
 
     def response(self, completion: Completion) -> list[Message]:
         """The turns that answered the prompt: the model's, and between them the tools'."""

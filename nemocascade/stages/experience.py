@@ -134,12 +134,17 @@ class Collector:
         """Rollouts of this replica by request; verified while others are still written."""
         episodes = Episodes(self.tokenizer, self.environments, self.settings, by_id)
         found: dict[int, Future[Rollout]] = {}
-        with ThreadPoolExecutor(VERIFIER_THREADS, thread_name_prefix="verify") as pool:
-            for completion in self.engine.run(requests, sampling, episodes.respond):
-                if self._scores:
+        try:
+            with ThreadPoolExecutor(VERIFIER_THREADS, thread_name_prefix="verify") as pool:
+                for completion in self.engine.run(requests, sampling, episodes.respond):
                     number = completion.request.id
-                    found[number] = pool.submit(self._score, completion, by_id[number], episodes)
-            return {number: future.result() for number, future in found.items()}
+                    episodes.close(number)
+                    if self._scores:
+                        task = by_id[number]
+                        found[number] = pool.submit(self._score, completion, task, episodes)
+                return {number: future.result() for number, future in found.items()}
+        finally:
+            episodes.close_all()
 
     def _score(self, completion: Completion, task: Task, episodes: Episodes) -> Rollout:
         response = episodes.response(completion)

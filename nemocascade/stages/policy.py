@@ -243,12 +243,12 @@ def training_batches(
     world = run.world
     layout = lay_out(
         sequences,
-        recipe.grpo.capacity,
+        recipe.capacity,
         ranks=world.dp_size,
         multiple=world.parallel.pp if world.parallel.vpp > 1 else 1,
     )
     batches = [
-        pack_sequences([sequences[i] for i in bin_], recipe.grpo.capacity, run.tokenizer.pad_id)
+        pack_sequences([sequences[i] for i in bin_], recipe.capacity, run.tokenizer.pad_id)
         for bin_ in layout[world.dp_rank]
     ]
     if reference is None:

@@ -1,0 +1,103 @@
+"""The recipe of multi-domain on-policy distillation (MOPD)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nemocascade.recipe.model import ModelConfig
+from nemocascade.recipe.rl import PolicyRecipe, RolloutConfig
+from nemocascade.recipe.train import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Who teaches a domain."""
+
+    domain: str = "math"
+    artifact: str = ""
+    """Artifact folder: the tokenizer, the vocabulary and the shape must be the student's. In a
+    cascade, empty = the artifact so far with the best held-out score of the domain."""
+
+
+@dataclass(frozen=True)
+class MopdConfig:
+    """The objective (Nemotron-Cascade 2, arXiv 2603.19220, Eq. 2-4), and where teachers wait."""
+
+    ratio_low: float = 0.5
+    """A token counts 0 where pi_train / pi_rollout is below this."""
+
+    ratio_high: float = 2.0
+    """Likewise above this."""
+
+    keep: Literal["host", "disk"] = "host"
+    """Where each rank's part of a teacher waits for its turn: in host memory, or in files in RUN
+    that are read ahead while rollouts are verified."""
+
+    capacity: int = 131_072
+    """Tokens in one packed sequence (micro-batch) of training."""
+
+
+@dataclass(frozen=True)
+class MopdRecipe(PolicyRecipe):
+    """Multi-domain on-policy distillation: one teacher a prompt, by its domain."""
+
+    stage: str = "mopd"
+    """Name of the stage, for its artifact and messages."""
+
+    run_dir: str = "runs/mopd"
+    """Folder for everything the run writes."""
+
+    teachers: tuple[TeacherConfig, ...] = ()
+    """One for each domain; domains may share an artifact."""
+
+    mopd: MopdConfig = field(default_factory=MopdConfig)
+    rollout: RolloutConfig = field(
+        default_factory=lambda: RolloutConfig(
+            rollouts_per_prompt=4, max_response_tokens=98_304, dynamic_filtering=False
+        )
+    )
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            lr=2e-6,
+            min_lr=2e-6,
+            schedule="constant",
+            warmup_steps=30,
+            warmup_start_lr=2e-7,
+            beta2=0.95,
+            weight_decay=0.0,
+        )
+    )
+
+    @property
+    def capacity(self) -> int:
+        return self.mopd.capacity
+
+    def problems(self, world_size: int, model: ModelConfig | None = None) -> list[str]:
+        found = super().problems(world_size, model)
+        taught = [t.domain for t in self.teachers]
+        for domain in (d.domain for d in self.domains):
+            if taught.count(domain) != 1:
+                found.append(
+                    f"teachers name {domain} {taught.count(domain)} times: it needs one teacher"
+                )
+        found += [
+            f"teachers: {t.domain} has no artifact: name a folder"
+            for t in self.teachers
+            if not t.artifact
+        ]
+        found += [
+            f"teachers: {d} is no domain of this recipe: take it out, or add it to domains"
+            for d in sorted(set(taught) - {d.domain for d in self.domains})
+        ]
+        if not 0 <= self.mopd.ratio_low < self.mopd.ratio_high:
+            found.append(
+                f"mopd.ratio_low({self.mopd.ratio_low}) must lie in 0..ratio_high"
+                f"({self.mopd.ratio_high})"
+            )
+        if self.rollout.dynamic_filtering:
+            found.append(
+                "rollout.dynamic_filtering drops groups by their rewards, which distillation does "
+                "not use: set it to False"
+            )
+        return found
