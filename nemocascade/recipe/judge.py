@@ -21,6 +21,11 @@ class JudgeConfig:
     model: str = ""
     """Name of the model on the server."""
 
+    form: Literal["chat", "response_roles"] = "chat"
+    """`chat`: the question stands in a system and a user turn, for any model. `response_roles`: the
+    two responses are turns of the roles response_1 and response_2 and the model's template brings
+    the instructions, as NVIDIA's GenRM models have it; those compare and don't grade."""
+
     api_key_env: str = ""
     """Environment variable that holds the server's key; empty = none is sent."""
 
