@@ -2,17 +2,21 @@
 the model.
 
 A set of weights is everything a forward pass reads, parameters and persistent buffers, as this rank
-holds them. Sets wait in host memory. The optimizer's state is not touched, and the weights come
-back bit for bit.
+holds them. Sets wait in host memory, or in files that are read ahead of their turn. The optimizer's
+state is not touched, and the weights come back bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemocascade.megatron.artifact import load_artifact_weights
@@ -23,20 +27,29 @@ from nemocascade.types import Artifact
 WeightSet = list[Tensor]
 """This rank's part of a model on the host, in the order of `live_tensors`."""
 
+Place = Callable[[str], None]
+"""Puts a set of weights, by its name, into the model."""
+
 
 class SwapError(RuntimeError):
     """Weights were asked for while others than the model's own are in place."""
 
 
 class WeightSwap:
-    """The model's chunks, and the sets of weights that can take the place of their own."""
+    """The model's chunks, and the sets of weights that can take the place of their own.
 
-    def __init__(self, world: World, chunks: Sequence[Any]) -> None:
-        self.world, self.chunks = world, list(chunks)
+    folder: where sets wait in files, a file of each rank's part; None: they wait in host memory. It
+    must be of this run alone: `close` removes it.
+    """
+
+    def __init__(self, world: World, chunks: Sequence[Any], folder: Path | None = None) -> None:
+        self.world, self.chunks, self.folder = world, list(chunks), folder
         self.current: str | None = None
         """Name of the set in place; None for the model's own weights."""
-        self._sets: dict[str, WeightSet] = {}
+        self._sets: dict[str, WeightSet | Path] = {}
         self._own: WeightSet | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._ahead: dict[str, Future[WeightSet]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -46,13 +59,15 @@ class WeightSwap:
     @property
     def num_bytes(self) -> int:
         """Host memory that this rank's sets take, the model's own weights included."""
-        sets = [*self._sets.values(), *([self._own] if self._own else [])]
+        sets = [kept for kept in self._sets.values() if not isinstance(kept, Path)]
+        sets += [self._own] if self._own else []
+        sets += [read.result() for read in self._ahead.values() if read.done()]
         return sum(t.numel() * t.element_size() for kept in sets for t in kept)
 
     def keep(self, name: str) -> None:
         """Add a copy of the model's own weights as they are now."""
         self._refuse_while_swapped("keep")
-        self._sets[name] = self._copy()
+        self._store(name, self._copy())
 
     def load(self, name: str, artifact: Artifact) -> None:
         """Add the weights of an artifact; every rank calls it.
@@ -63,13 +78,22 @@ class WeightSwap:
         own = self._copy()
         try:
             load_artifact_weights(artifact, self.world, self.chunks)
-            self._sets[name] = self._copy()
+            self._store(name, self._copy())
         finally:
             self._fill(own)
 
     def drop(self, name: str) -> None:
         """Forget a set."""
-        del self._sets[name]
+        self._ahead.pop(name, None)
+        kept = self._sets.pop(name)
+        if isinstance(kept, Path):
+            kept.unlink(missing_ok=True)
+
+    def read_ahead(self, name: str) -> None:
+        """Start to read a set that waits in a file; it lies in host memory until its next turn."""
+        kept = self._sets[name]
+        if isinstance(kept, Path) and name not in self._ahead:
+            self._ahead[name] = self._reader.submit(_read, kept)
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
@@ -77,16 +101,57 @@ class WeightSwap:
 
         Raises KeyError for an unknown name and SwapError inside another swap.
         """
-        self._refuse_while_swapped("use")
-        chosen = self._sets[name]
-        self._own = self._copy(into=self._own)
-        self.current = name
-        try:
-            self._fill(chosen)
+        with self.away() as place:
+            place(name)
             yield
+
+    @contextmanager
+    def away(self) -> Iterator[Place]:
+        """Sets take turns inside, each put in place by its name; the model's own weights, which
+        are copied and brought back once, are there again afterwards.
+
+        Raises SwapError inside another swap; placing an unknown name raises KeyError.
+        """
+        self._refuse_while_swapped("use")
+        self._own = self._copy(into=self._own)
+
+        def place(name: str) -> None:
+            chosen = self._take(name)
+            self.current = name
+            self._fill(chosen)
+
+        try:
+            yield place
         finally:
             self._fill(self._own)
             self.current = None
+
+    def close(self) -> None:
+        """Forget all sets, and remove their files."""
+        self._reader.shutdown()
+        self._ahead.clear()
+        self._sets.clear()
+        self._own = None
+        self.world.barrier()
+        if self.folder is not None and self.world.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _store(self, name: str, weights: WeightSet) -> None:
+        self._ahead.pop(name, None)
+        if self.folder is None:
+            self._sets[name] = weights
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}_rank_{self.world.rank:05d}.safetensors"
+        save_file({f"{i:06d}": t for i, t in enumerate(weights)}, path)
+        self._sets[name] = path
+
+    def _take(self, name: str) -> WeightSet:
+        kept = self._sets[name]
+        if not isinstance(kept, Path):
+            return kept
+        ahead = self._ahead.pop(name, None)
+        return ahead.result() if ahead is not None else _read(kept)
 
     def _refuse_while_swapped(self, what: str) -> None:
         if self.current is not None:
@@ -116,6 +181,11 @@ class WeightSwap:
     def _wait(self) -> None:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
+
+
+def _read(path: Path) -> WeightSet:
+    found = load_file(path)
+    return [found[name] for name in sorted(found)]
 
 
 def live_tensors(chunks: Sequence[Any]) -> list[Tensor]:

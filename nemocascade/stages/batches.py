@@ -18,7 +18,7 @@ class TrainingSequence:
 
     tokens: int64. written: bool, by the model. logprob: float32, of the rollout. weight: of each
     written token; 0 = the sequence does not train. advantage: of each written token.
-    teacher: which teacher scores it, -1 for none.
+    domain: of its task.
     """
 
     tokens: Tensor
@@ -26,7 +26,7 @@ class TrainingSequence:
     logprob: Tensor
     weight: float
     advantage: float = 0.0
-    teacher: int = -1
+    domain: str = ""
 
 
 def lay_out(
@@ -57,10 +57,15 @@ def lay_out(
     return [bins[rank::ranks] for rank in range(ranks)]
 
 
-def pack_sequences(chosen: Sequence[TrainingSequence], capacity: int, pad_id: int) -> PackedBatch:
+def pack_sequences(
+    chosen: Sequence[TrainingSequence],
+    capacity: int,
+    pad_id: int,
+    document_ids: Sequence[int] = (),
+) -> PackedBatch:
     """One micro-batch. A row's constants are those of the token that it predicts."""
     documents = [Document(s.tokens.int(), s.written, "rollout") for s in chosen]
-    batch = pack_documents(documents, capacity, pad_id=pad_id)
+    batch = pack_documents(documents, capacity, pad_id=pad_id, document_ids=document_ids)
     weight, advantage, rollout = (torch.zeros(capacity) for _ in range(3))
     start = 0
     for s in chosen:

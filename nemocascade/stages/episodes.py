@@ -21,7 +21,8 @@ class Episodes:
     """The conversations of one call of an engine, by request.
 
     A turn with calls is answered by the tools of its task; one without ends the episode, and so
-    do turn number `max_turns` and a call that its session calls the last. Calls that cannot be read are answered with what is wrong.
+    do turn number `max_turns` and a call that its session calls the last. Calls that cannot be read
+    are answered with what is wrong.
     """
 
     def __init__(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from nemocascade.megatron.swap import WeightSwap
 from nemocascade.recipe.rl import GrpoRecipe
+from nemocascade.stages.bookkeeping import Bookkeeper
 from nemocascade.stages.experience import advantages_of, gather
-from nemocascade.stages.policy import PolicyRun, policy_run, training_batches
+from nemocascade.stages.policy import REFERENCE, PolicyRun, policy_run, training_batches
+from nemocascade.train.evaluation import policy_metrics
 from nemocascade.train.metrics import LOGGER
 from nemocascade.train.objectives import grpo_objective
-from nemocascade.train.report import is_due, step_values
-
-REFERENCE = "start"
+from nemocascade.train.report import step_values
 
 
 def run_grpo(recipe: GrpoRecipe) -> Path:
@@ -34,12 +34,8 @@ def run_grpo(recipe: GrpoRecipe) -> Path:
 def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> dict[str, float]:
     """The loop. Returns the last held-out scores."""
     trainer, objective = run.trainer, grpo_objective(recipe.grpo.kl_coef)
-    first = trainer.step_number
-    writer = run.metrics_writer(first)
-    scores = run.evaluate() if first == 0 else {}
-    if scores:
-        run.log_scores("before", scores)
-    for step in range(first, recipe.steps):
+    books = Bookkeeper(run)
+    for step in range(books.first, recipe.steps):
         started = time.perf_counter()
         gathered = gather(run.collector, run.stream, recipe.rollout)
         rolled_out = time.perf_counter()
@@ -50,7 +46,7 @@ def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> 
                 training_batches(run, groups, recipe, reference),
                 objective,
                 temperature=recipe.rollout.temperature,
-                policy=True,
+                measure=policy_metrics,
             )
             seconds = time.perf_counter() - started
             values |= step_values(result, recipe.optimizer.lr_at(step), seconds, run.world)
@@ -58,16 +54,5 @@ def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> 
         else:
             trainer.skip_step()
             LOGGER.warning("step %d: no group of %d can teach anything", step, gathered.drawn)
-        last = step + 1 == recipe.steps
-        if last or is_due(step, recipe.eval.every):
-            scores = run.evaluate()
-            values |= scores
-        if last or is_due(step, recipe.log.every):
-            writer.write(step, values)
-        run.keep_samples(step, groups)
-        if last or is_due(step, recipe.checkpoint.every):
-            run.save()
-        if not last:
-            run.stop_if_asked()
-    writer.close()
-    return scores or run.evaluate()
+        books.after_step(step, values, groups)
+    return books.close()

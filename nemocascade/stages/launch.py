@@ -17,8 +17,10 @@ from nemocascade.megatron.convert import ConversionError
 from nemocascade.megatron.world import RecipeError
 from nemocascade.plan.errors import PlanError
 from nemocascade.recipe import SftRecipe
+from nemocascade.recipe.mopd import MopdRecipe
 from nemocascade.recipe.rl import GrpoRecipe
 from nemocascade.stages.grpo import run_grpo
+from nemocascade.stages.mopd import run_mopd
 from nemocascade.stages.setup import MainRankError
 from nemocascade.stages.sft import run_sft
 from nemocascade.train.dump import NonFiniteError
@@ -35,13 +37,15 @@ ERRORS = (
 )
 
 
-StageRecipe = SftRecipe | GrpoRecipe
+StageRecipe = SftRecipe | GrpoRecipe | MopdRecipe
 
 
 def run_stage(recipe: StageRecipe) -> Path:
     """Run the stage that a recipe is of; returns the artifact's folder."""
     if isinstance(recipe, GrpoRecipe):
         return run_grpo(recipe)
+    if isinstance(recipe, MopdRecipe):
+        return run_mopd(recipe)
     return run_sft(recipe)
 
 

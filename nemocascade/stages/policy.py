@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from nemocascade.envs.registry import DOMAINS, close_environments, make_environm
 from nemocascade.megatron.artifact import artifact_model, read_artifact
 from nemocascade.megatron.swap import WeightSwap
 from nemocascade.megatron.world import RecipeError, World, world_size_of_environment
-from nemocascade.recipe.rl import GrpoRecipe
+from nemocascade.recipe.rl import GrpoRecipe, PolicyRecipe
 from nemocascade.rollout.advantages import token_weights
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.stages.batches import TrainingSequence, lay_out, pack_sequences
@@ -29,12 +29,15 @@ from nemocascade.train.metrics import LOGGER, MetricsWriter
 from nemocascade.train.trainer import Trainer
 from nemocascade.types import Artifact, Environment, PackedBatch
 
+REFERENCE = "start"
+"""Name of the weights that a stage started from, where they are kept."""
+
 
 @dataclass(eq=False)
 class PolicyRun:
     """A stage under way: its policy, the tasks, and where things are kept."""
 
-    recipe: GrpoRecipe
+    recipe: PolicyRecipe
     world: World
     trainer: Trainer
     tokenizer: Tokenizer
@@ -157,9 +160,9 @@ class PolicyRun:
         """Save and end where a scheduler asked for it."""
         self.checkpoints.stop_if_asked(self.trainer, self.stream)
 
-    def write_artifact(self, scores: dict[str, float]) -> Path:
-        """Write RUN/artifact and return its folder."""
-        data = {
+    def write_artifact(self, scores: dict[str, float], **data: Any) -> Path:
+        """Write RUN/artifact and return its folder. data: more of what it was trained on."""
+        data |= {
             "domains": [d.domain for d in self.recipe.domains],
             "tasks": {name: len(found) for name, found in self.stream.prompts.items()},
             "heldout": len(self.heldout),
@@ -170,8 +173,13 @@ class PolicyRun:
 
 
 @contextmanager
-def policy_run(recipe: GrpoRecipe) -> Iterator[PolicyRun]:
-    """Check the recipe, read the artifact it starts from, and resume if there is a checkpoint."""
+def policy_run[R: PolicyRecipe](
+    recipe: R, check: Callable[[R], object] | None = None
+) -> Iterator[PolicyRun]:
+    """Check the recipe, read the artifact it starts from, and resume if there is a checkpoint.
+
+    check: raises RecipeError for what else cannot run; called before any process group is made.
+    """
     problems = recipe.problems(world_size_of_environment())
     unknown = sorted({d.domain for d in recipe.domains} - set(DOMAINS))
     problems += [f"domains names {n!r}, known are {', '.join(DOMAINS)}" for n in unknown]
@@ -184,6 +192,8 @@ def policy_run(recipe: GrpoRecipe) -> Iterator[PolicyRun]:
         problems.append(f"init_from({recipe.init_from}) holds no tokenizer: use another artifact")
     if problems:
         raise RecipeError(problems)
+    if check is not None:
+        check(recipe)
     with stage_world(recipe) as (world, accelerators):
         write_recipe(recipe, world)
         tokenizer = load_tokenizer(str(parent.tokenizer_path))
@@ -239,29 +249,48 @@ def training_batches(
     run: PolicyRun, groups: Sequence[Group], recipe: GrpoRecipe, reference: WeightSwap | None
 ) -> list[PackedBatch]:
     """This rank's micro-batches of a step, with the reference's log-probabilities where asked."""
-    sequences = training_sequences(groups, recipe)
-    world = run.world
+    batches = my_batches(run, training_sequences(groups, recipe))
+    if reference is None:
+        return batches
+    with reference.using(REFERENCE):
+        found = logprobs_of(run, batches)
+    return [replace(b, ref_logprob=r) for b, r in zip(batches, found, strict=True)]
+
+
+def my_batches(
+    run: PolicyRun, sequences: Sequence[TrainingSequence], *, first: int = 0
+) -> list[PackedBatch]:
+    """This rank's micro-batches of the sequences of a step, as many as every other rank's.
+
+    first: number of the first sequence; their numbers become the batches' `document_ids`.
+    """
+    world, capacity = run.world, run.recipe.capacity
     layout = lay_out(
         sequences,
-        recipe.capacity,
+        capacity,
         ranks=world.dp_size,
         multiple=world.parallel.pp if world.parallel.vpp > 1 else 1,
     )
-    batches = [
-        pack_sequences([sequences[i] for i in bin_], recipe.capacity, run.tokenizer.pad_id)
+    return [
+        pack_sequences(
+            [sequences[i] for i in bin_],
+            capacity,
+            run.tokenizer.pad_id,
+            [first + i for i in bin_],
+        )
         for bin_ in layout[world.dp_rank]
     ]
-    if reference is None:
-        return batches
-    with reference.using("start"):
-        found = token_logprobs(
-            world,
-            run.trainer.config,
-            run.trainer.chunks,
-            batches,
-            temperature=recipe.rollout.temperature,
-        )
-    return [replace(b, ref_logprob=r) for b, r in zip(batches, found, strict=True)]
+
+
+def logprobs_of(run: PolicyRun, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
+    """Log-probabilities that the weights in place give the trained rows, as `token_logprobs`."""
+    return token_logprobs(
+        run.world,
+        run.trainer.config,
+        run.trainer.chunks,
+        batches,
+        temperature=run.recipe.rollout.temperature,
+    )
 
 
 def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[TrainingSequence]:
@@ -290,13 +319,14 @@ def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[Trai
             logprob=rollout.logprob,
             weight=weight,
             advantage=advantage,
+            domain=groups[number].task.prompt.domain,
         )
-        for (_, rollout, advantage), weight in zip(chosen, weights.tolist(), strict=True)
+        for (number, rollout, advantage), weight in zip(chosen, weights.tolist(), strict=True)
     ]
 
 
 def _heldout_tasks(
-    recipe: GrpoRecipe, environments: dict[str, Environment], tokenizer: Tokenizer
+    recipe: PolicyRecipe, environments: dict[str, Environment], tokenizer: Tokenizer
 ) -> list[Task]:
     tasks: list[Task] = []
     if not recipe.eval.prompts:

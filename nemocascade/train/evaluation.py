@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,40 @@ def policy_metrics(
     if "mismatch_mean" in means:
         means["mismatch_max"] = max(most for _, most in gathered)
     return means
+
+
+@torch.no_grad()
+def domain_means(
+    world: World,
+    outputs: Sequence[Any],
+    batches: Sequence[PackedBatch],
+    domains: Sequence[str],
+    rows: Callable[[torch.Tensor, PackedBatch], Mapping[str, torch.Tensor]],
+) -> dict[str, float]:
+    """`name/domain`: means over the trained tokens of each domain, on every rank.
+
+    outputs: of `run_schedule`; batches: this rank's, on the host. domains: by the number that
+    stands in a batch's `document_ids`. rows: quantities [C] from the log-probabilities [C] of the
+    training pass and the batch.
+    """
+    sums: dict[str, list[float]] = {}
+    first_of_shards = world.tp_rank == 0
+    for out, batch in zip(outputs if first_of_shards else [], batches, strict=False):
+        found = rows(out.logprob.float().cpu(), batch)
+        bounds = batch.cu_seqlens.tolist()
+        for number, start, end in zip(batch.document_ids, bounds[:-1], bounds[1:], strict=False):
+            trained = batch.token_weight[start:end] != 0
+            for name, values in found.items():
+                total = sums.setdefault(f"{name}/{domains[number]}", [0.0, 0.0])
+                total[0] += float(values[start:end][trained].double().sum())
+                total[1] += float(trained.sum())
+    merged: dict[str, list[float]] = {}
+    for part in world.all_gather_object(sums):
+        for name, (value, count) in part.items():
+            total = merged.setdefault(name, [0.0, 0.0])
+            total[0] += value
+            total[1] += count
+    return {name: value / max(1.0, count) for name, (value, count) in sorted(merged.items())}
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,15 @@ from nemocascade.train.evaluation import (
     batch_of,
     from_last_stage,
     heldout_loss,
-    policy_metrics,
     sum_of_losses,
 )
 from nemocascade.train.flops import batch_flops
 from nemocascade.train.objectives import Objective, nll_objective
 from nemocascade.types import PackedBatch
+
+Measure = Callable[[World, Sequence[Any], Sequence[PackedBatch]], dict[str, float]]
+"""Measures of a step from the outputs of `run_schedule` and this rank's batches, on the host, as
+`policy_metrics`; the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class StepResult:
     loss: the objective, summed over the step. grad_norm: before clipping. tokens: of documents,
     without padding. trained_tokens: rows whose loss counted. flops: see train/flops.py.
     expert_load: [layers of kind E, experts] slots, or None. expert_bias: [layers of kind E,
-    experts], the selection bias after the step, or None. metrics: see `policy_metrics`.
+    experts], the selection bias after the step, or None. metrics: of `measure`.
     """
 
     loss: float
@@ -94,12 +97,13 @@ class Trainer:
         objective: Objective = nll_objective,
         *,
         temperature: float = 1.0,
-        policy: bool = False,
+        measure: Measure | None = None,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches of the step.
 
         Weights are divided by their sum over all ranks, so that the loss is a weighted mean.
-        temperature: of the policy that is trained. policy: measure it too (`policy_metrics`).
+        temperature: of the policy that is trained. measure: what is reported of it, from the
+        outputs of the training pass; every rank calls it.
 
         Raises NonFiniteError, before any weight changes, if the loss or the gradient is not
         finite; the batches of the rank that saw it first are written to RUN/nonfinite.
@@ -119,7 +123,7 @@ class Trainer:
                 self.world.device,
                 1.0 / max(1.0, float(totals[3])),
                 temperature=temperature,
-                entropy=policy,
+                entropy=measure is not None,
             )
             for b in batches
         ]
@@ -147,7 +151,7 @@ class Trainer:
             flops=float(totals[4]),
             expert_load=load,
             expert_bias=bias,
-            metrics=policy_metrics(self.world, outputs, batches) if policy else {},
+            metrics=measure(self.world, outputs, batches) if measure else {},
         )
 
     def skip_step(self) -> None:

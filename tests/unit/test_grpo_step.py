@@ -28,7 +28,7 @@ from nemocascade.stages.batches import lay_out, pack_sequences
 from nemocascade.stages.experience import Group, Rollout, advantages_of
 from nemocascade.stages.policy import training_sequences
 from nemocascade.stages.tasks import Task
-from nemocascade.train.evaluation import token_logprobs
+from nemocascade.train.evaluation import policy_metrics, token_logprobs
 from nemocascade.train.objectives import grpo_objective
 from nemocascade.train.trainer import Trainer
 from nemocascade.types import Document, PackedBatch, Prompt, Verdict, pack_documents
@@ -155,7 +155,7 @@ def test_loss_and_gradients_are_those_of_the_paper(trainer: Trainer, normalize: 
         batches(trainer, swap, found, settings),
         grpo_objective(KL),
         temperature=TEMPERATURE,
-        policy=True,
+        measure=policy_metrics,
     )
     # Terms of about 4 of both signs nearly cancel.
     assert result.loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)

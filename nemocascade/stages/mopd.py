@@ -1,0 +1,123 @@
+"""Multi-domain on-policy distillation: the run's own checkpoints teach the student's own rollouts.
+
+Nemotron-Cascade 2 (arXiv 2603.19220), Eq. 2-4.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemocascade.megatron.world import World
+from nemocascade.recipe.mopd import MopdConfig, MopdRecipe
+from nemocascade.stages.batches import TrainingSequence
+from nemocascade.stages.bookkeeping import Bookkeeper
+from nemocascade.stages.experience import Gathered, Group
+from nemocascade.stages.policy import PolicyRun, policy_run
+from nemocascade.stages.teachers import Teachers, open_teachers
+from nemocascade.train.evaluation import domain_means, policy_metrics
+from nemocascade.train.metrics import LOGGER
+from nemocascade.train.objectives import mopd_objective
+from nemocascade.train.report import step_values
+from nemocascade.train.trainer import Measure
+from nemocascade.types import PackedBatch
+
+
+def run_mopd(recipe: MopdRecipe) -> Path:
+    """Train as the recipe says and return the artifact's folder.
+
+    Raises RecipeError if settings cannot run or a teacher does not fit the student,
+    CheckpointError if an artifact or a checkpoint cannot be read, and NonFiniteError if training
+    breaks down.
+    """
+    with policy_run(recipe, check=open_teachers) as run:
+        by_domain = open_teachers(recipe)
+        with closing(Teachers(run, by_domain, recipe.mopd.keep)) as teachers:
+            scores = _train(recipe, run, teachers)
+        digests = {domain: artifact.digest for domain, artifact in by_domain.items()}
+        return run.write_artifact(scores, teachers=digests)
+
+
+def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, float]:
+    """The loop. Returns the last held-out scores."""
+    trainer, rollout = run.trainer, recipe.rollout
+    objective = mopd_objective(recipe.mopd.ratio_low, recipe.mopd.ratio_high)
+    books = Bookkeeper(run)
+    for step in range(books.first, recipe.steps):
+        started = time.perf_counter()
+        teachers.read_ahead()
+        tasks = run.stream.take(rollout.prompts_per_step)
+        groups = tuple(run.collector.roll_out(tasks, rollout.rollouts_per_prompt))
+        rolled_out = time.perf_counter()
+        values = run.rollout_values(Gathered(groups, len(groups), groups), rolled_out - started)
+        sequences = teachers.in_turn(student_sequences(groups, recipe))
+        if sequences:
+            batches = teachers.batches(sequences)
+            values["teacher_time_s"] = time.perf_counter() - rolled_out
+            result = trainer.train_step(
+                batches,
+                objective,
+                temperature=rollout.temperature,
+                measure=_measure(sequences, recipe.mopd),
+            )
+            seconds = time.perf_counter() - started
+            values |= step_values(result, recipe.optimizer.lr_at(step), seconds, run.world)
+            run.watch_mismatch(step, result.metrics)
+        else:
+            trainer.skip_step()
+            LOGGER.warning("step %d: all %d groups were filtered", step, len(groups))
+        books.after_step(step, values, groups)
+    return books.close()
+
+
+def student_sequences(groups: Sequence[Group], recipe: MopdRecipe) -> list[TrainingSequence]:
+    """Every rollout, each of its tokens weighing 1 / |V(y)|: the mean of Eq. 4 is by sequence.
+
+    Rewards take no part, so a rollout whose verifier failed trains like the others. Out stay
+    empty ones, and truncated ones under overlong filtering.
+    """
+    return [
+        TrainingSequence(
+            tokens=rollout.tokens,
+            written=rollout.written,
+            logprob=rollout.logprob,
+            weight=1.0 / rollout.length,
+            domain=group.task.prompt.domain,
+        )
+        for group in groups
+        for rollout in group.rollouts
+        if rollout.length and not (rollout.truncated and recipe.rollout.overlong_filter)
+    ]
+
+
+def _measure(sequences: Sequence[TrainingSequence], settings: MopdConfig) -> Measure:
+    """`policy_metrics`, and by domain: the teacher's advantage, the estimate of the reverse KL
+    (its negative: the mean of log pi - log pi_teacher over the student's own tokens), the
+    importance ratio, and the share of tokens that the gate stops."""
+    domains = [s.domain for s in sequences]
+
+    def rows(logprob: torch.Tensor, batch: PackedBatch) -> dict[str, torch.Tensor]:
+        assert batch.teacher_logprob is not None
+        assert batch.rollout_logprob is not None
+        advantage = batch.teacher_logprob - logprob
+        ratio = torch.exp(logprob - batch.rollout_logprob)
+        gated = (ratio < settings.ratio_low) | (ratio > settings.ratio_high)
+        return {
+            "advantage": advantage,
+            "reverse_kl": -advantage,
+            "importance": torch.where(gated, 0.0, ratio),
+            "gated": gated.to(logprob.dtype),
+        }
+
+    def measure(
+        world: World, outputs: Sequence[Any], batches: Sequence[PackedBatch]
+    ) -> dict[str, float]:
+        overall = policy_metrics(world, outputs, batches)
+        return overall | domain_means(world, outputs, batches, domains, rows)
+
+    return measure
