@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from launch import run_ranks
+from start_policy import start_policy
 
 LAYOUTS = {"TP2": {"tp": 2}, "DP2": {}, "EP2": {"ep": 2}, "PP2": {"pp": 2}}
 STEPS = 2
@@ -15,43 +16,6 @@ COMPARED = ("loss", "grad_norm", "entropy", "logprob")
 EXACT = ("reward", "response_tokens", "groups", "groups_drawn", "trained_tokens")
 
 Lines = list[dict[str, Any]]
-
-
-def start_policy(folder: str) -> str:
-    """An artifact to start from: a small model after two steps of SFT."""
-    from nemocascade.stages.sft import run_sft
-
-    return str(run_sft(sft_recipe(folder)))
-
-
-def sft_recipe(folder: str) -> Any:
-    from dataclasses import replace
-
-    from nemocascade.recipe import (
-        CheckpointConfig,
-        DataConfig,
-        DemonstrationConfig,
-        DomainConfig,
-        EngineConfig,
-        OptimizerConfig,
-        SftRecipe,
-        TokenizerConfig,
-        tiny,
-    )
-
-    return SftRecipe(
-        steps=2,
-        run_dir=folder,
-        model=replace(tiny(), hidden_size=64, vocab_size=512),
-        data=DataConfig(capacity=512, sequences_per_step=2, balance_group=2),
-        demonstrations=DemonstrationConfig(
-            domains=(DomainConfig(domain="instruction_following", tasks=64),), heldout=8
-        ),
-        tokenizer=TokenizerConfig(train_vocab_size=400),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, schedule="constant"),
-        engine=EngineConfig(precision="fp32"),
-        checkpoint=CheckpointConfig(every=0),
-    )
 
 
 def grpo(artifact: str, folder: str, parallel: dict[str, int], steps: int = STEPS) -> Lines:

@@ -8,33 +8,36 @@ from pathlib import Path
 
 import pytest
 import torch
+from policy_support import (
+    CAPACITY,
+    ENGINE,
+    TEMPERATURE,
+    gradients,
+    plain_logprobs,
+    rollout,
+    sft_batch,
+    small_trainer,
+)
 from torch import Tensor
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.swap import WeightSwap
 from nemocascade.megatron.world import World, start_world
 from nemocascade.recipe import (
-    EngineConfig,
     GrpoConfig,
     GrpoRecipe,
-    MoeTrainingConfig,
-    OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
-    tiny,
 )
 from nemocascade.stages.batches import lay_out, pack_sequences
-from nemocascade.stages.experience import Group, Rollout, advantages_of
+from nemocascade.stages.experience import Group, advantages_of
 from nemocascade.stages.policy import training_sequences
 from nemocascade.stages.tasks import Task
 from nemocascade.train.evaluation import policy_metrics, token_logprobs
 from nemocascade.train.objectives import grpo_objective
 from nemocascade.train.trainer import Trainer
-from nemocascade.types import Document, PackedBatch, Prompt, Verdict, pack_documents
+from nemocascade.types import PackedBatch, Prompt
 
-ENGINE = EngineConfig(precision="fp32")
-VOCABULARY, CAPACITY, TEMPERATURE, KL = 64, 96, 0.8, 0.3
+KL = 0.3
 
 
 @pytest.fixture(scope="module")
@@ -46,35 +49,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture
 def trainer(world: World, tmp_path: Path) -> Trainer:
-    return Trainer(
-        world,
-        replace(tiny(), pattern="M*E", vocab_size=VOCABULARY, hidden_size=64),
-        engine=ENGINE,
-        moe=MoeTrainingConfig(load_balance="none"),
-        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0, schedule="constant", clip_grad=0.0),
-        accelerators=Accelerators(),
-        seed=1,
-        run_dir=tmp_path,
-    )
-
-
-def rollout(
-    generator: torch.Generator, reward: float | None, *, truncated: bool = False
-) -> Rollout:
-    """A prompt of 5 tokens, an answer, a stretch of the environment's, and a second answer."""
-    length = int(torch.randint(12, 40, (), generator=generator))
-    written = torch.arange(length) >= 5
-    written[8:10] = False
-    return Rollout(
-        tokens=torch.randint(VOCABULARY, (length,), generator=generator),
-        written=written,
-        logprob=torch.zeros(length),
-        prompt_tokens=5,
-        truncated=truncated,
-        turns=2,
-        text="",
-        verdict=Verdict(reward) if reward is not None else Verdict(None, "killed"),
-    )
+    return small_trainer(world, tmp_path)
 
 
 def groups() -> list[Group]:
@@ -95,20 +70,6 @@ def recipe(**grpo: object) -> GrpoRecipe:
         rollout=RolloutConfig(temperature=TEMPERATURE),
         grpo=GrpoConfig(capacity=CAPACITY, kl_coef=KL, **grpo),  # type: ignore[arg-type]
     )
-
-
-def gradients(trainer: Trainer) -> list[Tensor]:
-    return [p.main_grad.clone() for m in trainer.modules for p in m.parameters()]  # type: ignore[union-attr]
-
-
-def plain_logprobs(trainer: Trainer, tokens: Tensor) -> Tensor:
-    """log pi of each token after the first, [n - 1]; by way of full logits."""
-    model = trainer.modules[0]
-    document = Document(tokens.int(), torch.ones(len(tokens), dtype=torch.bool), "x")
-    packed = Microbatch.from_batch(pack_documents([document], len(tokens)), torch.device("cpu"))
-    hidden = model(packed)[:, 0]
-    logits = (hidden @ model.lm_head().t())[:-1] / TEMPERATURE
-    return torch.log_softmax(logits, -1).gather(1, tokens[1:, None])[:, 0]
 
 
 def plain_loss(
@@ -180,11 +141,6 @@ def batches(
             trainer.world, trainer.config, trainer.chunks, packed, temperature=TEMPERATURE
         )
     return [replace(b, ref_logprob=r) for b, r in zip(packed, reference, strict=True)]
-
-
-def sft_batch() -> PackedBatch:
-    tokens = torch.randint(VOCABULARY, (60,), generator=torch.Generator().manual_seed(9))
-    return pack_documents([Document(tokens.int(), torch.arange(60) > 3, "x")], CAPACITY)
 
 
 def test_what_does_not_train_is_left_out() -> None:

@@ -1,0 +1,138 @@
+"""A MOPD stage on every parallel layout, and interrupted: rollouts and updates agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import run_ranks
+from start_policy import start_policy
+
+LAYOUTS = {"TP2": {"tp": 2}, "DP2": {}, "EP2": {"ep": 2}, "PP2": {"pp": 2}}
+STEPS = 2
+DOMAINS = ("instruction_following", "math")
+EXACT = ("reward", "response_tokens", "trained_tokens")
+
+Lines = list[dict[str, Any]]
+
+
+def teach(artifact: str, teacher: str, folder: str, parallel: dict[str, int], **more: Any) -> Lines:
+    """metrics.jsonl of a stage with the start itself and `teacher` as teachers."""
+    from nemocascade.recipe import (
+        CheckpointConfig,
+        DomainConfig,
+        EngineConfig,
+        MopdConfig,
+        MopdRecipe,
+        OptimizerConfig,
+        ParallelConfig,
+        RlEvalConfig,
+        RolloutConfig,
+        TeacherConfig,
+    )
+    from nemocascade.recipe.envs import EnvConfig
+    from nemocascade.stages.mopd import run_mopd
+
+    run_mopd(
+        MopdRecipe(
+            steps=more.get("steps", STEPS),
+            run_dir=folder,
+            init_from=artifact,
+            domains=tuple(DomainConfig(domain=name, tasks=64) for name in DOMAINS),
+            teachers=(TeacherConfig(DOMAINS[0], teacher), TeacherConfig(DOMAINS[1], artifact)),
+            rollout=RolloutConfig(
+                prompts_per_step=6,
+                rollouts_per_prompt=2,
+                max_prompt_tokens=96,
+                max_response_tokens=12,
+                thinking=False,
+                slots=8,
+                dynamic_filtering=False,
+            ),
+            mopd=MopdConfig(capacity=256, keep=more.get("keep", "host")),
+            envs=EnvConfig(if_language_check="letters"),
+            optimizer=OptimizerConfig(lr=1e-3, min_lr=0.0, warmup_steps=0, schedule="constant"),
+            parallel=ParallelConfig(**parallel),
+            engine=EngineConfig(precision="fp32"),
+            checkpoint=CheckpointConfig(every=1),
+            eval=RlEvalConfig(prompts=4),
+        )
+    )
+    text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def alone(folder: str) -> dict[str, Any]:
+    """One process: a run, and the same run stopped after its first step, its teachers on disk."""
+    artifact = start_policy(f"{folder}/sft", DOMAINS)
+    teacher = f"{folder}/first/artifact"
+    # Any other weights will do for a teacher: those after two steps of distillation from itself.
+    from dataclasses import replace
+
+    from start_policy import sft_recipe
+
+    from nemocascade.stages.sft import run_sft
+
+    other = replace(sft_recipe(f"{folder}/first", DOMAINS), steps=4, init_from=artifact)
+    run_sft(other)
+    whole = teach(artifact, teacher, f"{folder}/whole", {})
+    teach(artifact, teacher, f"{folder}/parts", {}, steps=1)
+    parts = teach(artifact, teacher, f"{folder}/parts", {}, keep="disk")
+    return {"artifact": artifact, "teacher": teacher, "whole": whole, "parts": parts}
+
+
+def together(artifact: str, teacher: str, folder: str) -> dict[str, Lines]:
+    """Two ranks, layout by layout."""
+    return {
+        name: teach(artifact, teacher, f"{folder}/{name}", parallel)
+        for name, parallel in LAYOUTS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = str(tmp_path_factory.mktemp("mopd"))
+    (found,) = run_ranks(alone, 1, {"folder": folder}, timeout_s=300)
+    arguments = {"artifact": found["artifact"], "teacher": found["teacher"], "folder": folder}
+    return {**found, **run_ranks(together, 2, arguments, timeout_s=500)[0], "folder": folder}
+
+
+def test_each_domain_has_its_own_teacher(runs: dict[str, Any]) -> None:
+    """At the first step the student is its own teacher of one domain, and not of the other."""
+    first, second = runs["whole"]
+    assert first["reverse_kl/math"] == pytest.approx(0, abs=1e-6)
+    assert first["gated/math"] == 0
+    assert abs(first["reverse_kl/instruction_following"]) > 1e-3
+    assert first["importance/instruction_following"] == pytest.approx(1, abs=1e-3)
+    assert first["grad_norm"] > 0
+    assert second["reverse_kl/math"] != 0
+    for line in runs["whole"]:
+        assert line["mismatch_mean"] <= 1e-4
+    manifest = json.loads((Path(runs["folder"]) / "whole/artifact/manifest.json").read_text())
+    assert set(manifest["data"]["teachers"]) == set(DOMAINS)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_process(name: str, runs: dict[str, Any]) -> None:
+    assert len(runs[name]) == STEPS
+    for ours, theirs in zip(runs[name], runs["whole"], strict=True):
+        for key in EXACT:
+            assert ours[key] == theirs[key], (key, ours["step"])
+        compared = [k for k in theirs if k.startswith(("advantage", "reverse_kl", "importance"))]
+        for key in ("loss", "grad_norm", "entropy", "logprob", *compared):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), (key, ours["step"])
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(runs: dict[str, Any]) -> None:
+    """Wherever the teachers wait. Their files are gone afterwards."""
+    hashes = []
+    for name in ("whole", "parts"):
+        folder = Path(runs["folder"]) / name
+        manifest = json.loads((folder / "artifact/manifest.json").read_text())
+        weights = {k: v for k, v in manifest["files"].items() if k.endswith(".safetensors")}
+        assert weights
+        hashes.append(weights)
+        assert not (folder / "teachers").exists()
+    assert hashes[0] == hashes[1]
