@@ -37,7 +37,17 @@ class SandboxConfig:
     """What a program may write to standard output and to standard error, each."""
 
     scratch_mib: int = 16
-    """Size of the folder that a program may write to; its memory too."""
+    """Size of the folder that a program may write to; its memory too. For a repository, at least
+    twice its size."""
+
+    packages: tuple[str, ...] = ()
+    """Folders such as a site-packages that programs may read and import from, for repositories
+    that need more than the standard library."""
+
+    @property
+    def scratch_entries(self) -> int:
+        """Files and folders that fit in the scratch folder."""
+        return 64 * self.scratch_mib
 
     def problems(self) -> list[str]:
         """Every rule these settings break."""

@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +50,8 @@ def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
     scratch: the folder programs write to where there are no walls.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    shown = visible()
+    packages = [os.path.realpath(path) for path in config.packages]
+    shown = visible(packages)
     folder = scratch or _SCRATCH
     settings = {
         "walls": walls,
@@ -59,6 +61,8 @@ def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
         "memory_mib": config.memory_mib,
         "processes": config.processes,
         "scratch_mib": config.scratch_mib,
+        "scratch_entries": config.scratch_entries,
+        "packages": packages,
     }
     code = _INSIDE if walls == "bubblewrap" else str(_HERE)
     python = [_python(), "-s", "-P", "-S", "-B", "-c", _START, code, json.dumps(settings)]
@@ -150,10 +154,13 @@ def _python() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
-def visible() -> list[str]:
-    """What programs can read: the interpreter and the system's libraries, no site-packages."""
+def visible(packages: Sequence[str] = ()) -> list[str]:
+    """What programs can read: the interpreter, the system's libraries, and folders of `packages`.
+
+    Without those, no site-packages.
+    """
     prefixes = {sys.base_prefix, sys.base_exec_prefix, str(Path(_python()).parent.parent)}
-    wanted = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", *sorted(prefixes)]
+    wanted = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", *sorted(prefixes), *packages]
     shown: list[str] = []
     for path in wanted:
         inside = any(path == p or path.startswith(p + "/") for p in shown)

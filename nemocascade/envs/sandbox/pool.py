@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -12,8 +13,9 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from nemocascade.envs.sandbox import launch
@@ -22,6 +24,7 @@ from nemocascade.recipe.envs import SandboxConfig
 GRACE_S = 5.0
 """A worker that says nothing for this long after a program's time limit is killed."""
 _CHUNK = 1 << 16
+_PAGE = 4096
 
 Status = Literal["ok", "failed", "time", "output"]
 
@@ -41,12 +44,14 @@ class Program:
     stdin: text on standard input.
     function, calls: call this function (or method of `Solution`) with each list of arguments;
         without a function the source runs as a script.
+    files: by relative path, laid into the program's folder before it starts.
     """
 
     source: str
     stdin: str = ""
     function: str = ""
     calls: tuple[Sequence[Any], ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class Sandbox:
         self.config = config or SandboxConfig()
         if problems := self.config.problems():
             raise ValueError("; ".join(problems))
+        if missing := [path for path in self.config.packages if not os.path.isdir(path)]:
+            raise ValueError(f"sandbox.packages: {', '.join(missing)} is no folder here")
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.walls, first = self._choose()
         self.size = self.config.workers or len(os.sched_getaffinity(0))
@@ -88,7 +95,11 @@ class Sandbox:
             self._slots.put(worker)
 
     def run(self, program: Program) -> Outcome:
-        """Run one program. Raises SandboxError within `time_s` + 5 s if a worker is lost."""
+        """Run one program. Raises SandboxError within `time_s` + 5 s if a worker is lost.
+
+        Raises it too, at once, for files that the program's folder has no room for.
+        """
+        _check_room(program.files, self.config)
         worker = self._slots.get()
         try:
             if worker is None:
@@ -195,7 +206,12 @@ def _proven(worker: launch.Worker, config: SandboxConfig) -> launch.Worker:
 
 def _run(worker: launch.Worker, program: Program, config: SandboxConfig) -> Outcome:
     """Hand the program's pipes to the worker, feed and drain them, and wait for its answer."""
-    job = {"source": program.source, "function": program.function, "calls": program.calls}
+    job = {
+        "source": program.source,
+        "function": program.function,
+        "calls": program.calls,
+        "files": {path: base64.b64encode(data).decode() for path, data in program.files.items()},
+    }
     with contextlib.ExitStack() as stack:
         # Written by us: stdin and the job. Read by us: stdout, stderr and results.
         stdin_r, stdin_w = _pipe(stack)
@@ -236,6 +252,19 @@ def _run(worker: launch.Worker, program: Program, config: SandboxConfig) -> Outc
         answer["wall_s"],
         answer["cpu_s"],
     )
+
+
+def _check_room(files: Mapping[str, bytes], config: SandboxConfig) -> None:
+    """Raise SandboxError where `files` do not fit the scratch folder, half of it left free."""
+    folders = {str(parent) for path in files for parent in PurePosixPath(path).parents}
+    pages = sum(-(-len(data) // _PAGE) for data in files.values()) + len(folders)
+    entries = len(files) + len(folders)
+    room = config.scratch_mib << 20
+    if 2 * pages * _PAGE > room or 2 * entries > config.scratch_entries:
+        raise SandboxError(
+            f"{len(files)} files of {pages * _PAGE / 2**20:.1f} MiB are more than half of what "
+            f"sandbox.scratch_mib({config.scratch_mib}) holds: raise it"
+        )
 
 
 class _Fd:

@@ -6,6 +6,7 @@ is what it answers, and the answers are judged outside, against values that neve
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -23,6 +24,7 @@ def run() -> int:
     """Read the job, run it, write its results. Returns the exit status."""
     with open(JOB_FD, encoding="utf-8") as file:
         job = json.load(file)
+    _lay_out(job.pop("files"))
     sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8", errors="replace")
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8", errors="replace"
@@ -38,6 +40,14 @@ def run() -> int:
     except BaseException:  # the program's own failure, shown as Python shows it
         _show_exception()
     return status if _finish() else LOST_OUTPUT
+
+
+def _lay_out(files: dict[str, str]) -> None:
+    """Write files, by relative path and in base64, into the current folder."""
+    for path, data in files.items():
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(base64.b64decode(data))
 
 
 def _run_job(job: dict[str, Any]) -> int:

@@ -54,9 +54,9 @@ def enter_user_namespace(user: int, group: int) -> None:
             file.write(text)
 
 
-def hide_and_make_scratch(scratch_mib: int) -> None:
+def hide_and_make_scratch(scratch_mib: int, entries: int) -> None:
     """In a program's own mount namespace: an empty scratch folder, and no /proc."""
-    size = f"size={scratch_mib}m,nr_inodes=1024,mode=0700"
+    size = f"size={scratch_mib}m,nr_inodes={entries},mode=0700"
     linux.mount("scratch", SCRATCH, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, size)
     flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
     linux.mount("hidden", "/proc", "tmpfs", flags, "size=0,nr_inodes=1,mode=0000")

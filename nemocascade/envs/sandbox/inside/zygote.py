@@ -14,9 +14,11 @@ import math
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from typing import Any, NoReturn
 
@@ -32,7 +34,7 @@ LONGEST_WAIT_MS = 1e6
 PRELOADED = (
     *("bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions"),
     *("functools", "heapq", "itertools", "math", "operator", "random", "re", "statistics"),
-    *("string", "threading", "traceback", "typing"),
+    *("string", "threading", "traceback", "typing", "unittest"),
 )
 
 
@@ -67,6 +69,7 @@ def _settle(settings: dict[str, Any]) -> None:
 
     # `exit` and `quit` exist in every interpreter that people know; -S leaves them out.
     site.setquit()
+    sys.path += settings["packages"]
     if settings["walls"] == "namespaces":
         walls.enter(settings["visible"])
     if settings["walls"] != "none":
@@ -80,6 +83,9 @@ def _settle(settings: dict[str, Any]) -> None:
 def _supervise(channel: socket.socket, fds: list[int], settings: dict[str, Any]) -> dict[str, Any]:
     """Run one program to its end, its time limit, or the order to kill it."""
     started = time.monotonic()
+    if settings["walls"] == "none":
+        # There is no namespace whose end would take the program's folder along.
+        settings = {**settings, "scratch": tempfile.mkdtemp(dir=settings["scratch"])}
     told, tell = os.pipe()
     launcher = os.fork()
     if launcher == 0:
@@ -90,12 +96,15 @@ def _supervise(channel: socket.socket, fds: list[int], settings: dict[str, Any])
         text = reader.read()
     os.waitpid(launcher, 0)
     if not text.isdigit():
+        if settings["walls"] == "none":
+            shutil.rmtree(settings["scratch"], ignore_errors=True)
         return {"refused": text or "the child that builds a program's walls died"}
     program = int(text)
     over_time = _wait(channel, program, started + settings["time_s"])
     _, status, usage = os.wait4(program, 0)
     if settings["walls"] == "none":
         _end_orphans()
+        shutil.rmtree(settings["scratch"], ignore_errors=True)
     return {
         "status": os.waitstatus_to_exitcode(status),
         "over_time": over_time,
@@ -151,7 +160,7 @@ def _launch(fds: list[int], tell: int, settings: dict[str, Any]) -> NoReturn:
             file.write("1000")
         if settings["walls"] != "none":
             walls.enter_user_namespace(os.geteuid(), os.getegid())
-            walls.hide_and_make_scratch(settings["scratch_mib"])
+            walls.hide_and_make_scratch(settings["scratch_mib"], settings["scratch_entries"])
         program = os.fork()
         if program == 0:
             _become_program(fds, settings)
