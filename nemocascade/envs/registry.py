@@ -8,11 +8,14 @@ from nemocascade.envs.base import Domain
 from nemocascade.envs.child import ChildPool
 from nemocascade.envs.code import Code
 from nemocascade.envs.instruction_following import InstructionFollowing
+from nemocascade.envs.judges.factory import make_judge
 from nemocascade.envs.mathematics import Mathematics
 from nemocascade.envs.multiple_choice import MultipleChoice
+from nemocascade.envs.preference import Preference
 from nemocascade.envs.structured_output import StructuredOutput
 from nemocascade.envs.tool_calling import ToolCalling
 from nemocascade.recipe.envs import EnvConfig
+from nemocascade.types import Judge
 
 DOMAINS = (
     "instruction_following",
@@ -21,17 +24,23 @@ DOMAINS = (
     "structured_output",
     "math",
     "code",
+    "preference",
 )
 
 
-def make_environments(config: EnvConfig | None = None) -> dict[str, Domain]:
+def make_environments(
+    config: EnvConfig | None = None, *, judge: Judge | None = None
+) -> dict[str, Domain]:
     """An environment for each domain, sharing one pool of check processes; none starts before use.
 
-    Raises ValueError naming every setting that is out of range. `close_environments` ends them.
+    judge: shared by the domains that need one; None makes the one that the settings name. Raises
+    ValueError naming every setting that is out of range. `close_environments` ends them.
     """
     config = config or EnvConfig()
     if problems := config.problems():
         raise ValueError("; ".join(problems))
+    if judge is None:
+        judge = make_judge(config.judge)
     children = ChildPool(
         config.check_workers,
         timeout_s=config.check_timeout_s,
@@ -46,6 +55,7 @@ def make_environments(config: EnvConfig | None = None) -> dict[str, Domain]:
         StructuredOutput(children),
         Mathematics(children),
         Code(config.sandbox),
+        Preference(judge),
     ]
     return {domain.domain: domain for domain in domains}
 

@@ -23,6 +23,8 @@ from nemocascade.recipe.envs import EnvConfig, SandboxConfig
 from nemocascade.types import Message, Prompt, Verdict
 
 LEVELS = range(5)
+# Demonstrations of preference are of mixed quality on purpose; test_preference.py looks at them.
+VERIFIED = tuple(name for name in DOMAINS if name != "preference")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_tasks_are_a_function_of_the_seed(environments: dict[str, Domain], name:
 
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", DOMAINS)
+@pytest.mark.parametrize("name", VERIFIED)
 def test_demonstrations_are_right_and_other_answers_wrong(
     environments: dict[str, Domain], name: str, level: int, thinking: bool
 ) -> None:

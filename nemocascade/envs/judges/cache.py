@@ -1,0 +1,84 @@
+"""Answers that a judge gave, in memory and, where asked, in a file that outlives the run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from collections import OrderedDict
+from pathlib import Path
+from threading import Lock
+
+MAX_CHARACTERS = 2**28
+"""Text that is kept in memory; the answers used longest ago are forgotten."""
+
+_LOGGER = logging.getLogger("nemocascade")
+
+
+class AnswerCache:
+    """Answers by the hash of what was asked. Threads may share one, and processes its file.
+
+    path: a JSONL file of `key` and `text`, appended to; empty = memory only. Lines that a killed
+    process left unfinished are skipped and counted.
+    """
+
+    def __init__(self, path: str = "", max_characters: int = MAX_CHARACTERS) -> None:
+        self.path = path
+        self._max = max_characters
+        self._size = 0
+        self._texts: OrderedDict[str, str] = OrderedDict()
+        self._lock = Lock()
+        if path and Path(path).exists():
+            self._read()
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def get(self, key: str) -> str | None:
+        """The answer, or None."""
+        with self._lock:
+            text = self._texts.get(key)
+            if text is not None:
+                self._texts.move_to_end(key)
+            return text
+
+    def put(self, key: str, text: str) -> None:
+        """Keep an answer."""
+        with self._lock:
+            self._keep(key, text)
+            if self.path:
+                self._append(json.dumps({"key": key, "text": text}) + "\n")
+
+    def _keep(self, key: str, text: str) -> None:
+        self._size += len(text) - len(self._texts.pop(key, ""))
+        self._texts[key] = text
+        while self._size > self._max and len(self._texts) > 1:
+            self._size -= len(self._texts.popitem(last=False)[1])
+
+    def _append(self, line: str) -> None:
+        """One write under a lock, so that lines of several processes don't mix."""
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        with Path(self.path).open("a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            end = file.seek(0, os.SEEK_END)
+            # A process that was killed may have left a line without its end.
+            if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+                line = "\n" + line
+            file.write(line.encode())
+
+    def _read(self) -> None:
+        broken = 0
+        with Path(self.path).open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    key, text = row["key"], row["text"]
+                    if not (isinstance(key, str) and isinstance(text, str)):
+                        raise TypeError("key and text must be strings")
+                except (ValueError, KeyError, TypeError):
+                    broken += bool(line.strip())
+                    continue
+                self._keep(key, text)
+        if broken:
+            _LOGGER.warning("%s: %d lines hold no answer and are skipped", self.path, broken)

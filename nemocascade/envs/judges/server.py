@@ -1,0 +1,274 @@
+"""A judge behind a server that speaks OpenAI's chat completions: vLLM, SGLang, or another.
+
+**Bounded time.** A request ends at `timeout_s`, all tries of a question at `deadline_s`. A server
+that has answered nothing for `deadline_s` is taken to be down: from then on one question at a time
+is tried, once, the others wait for what it finds, and if it fails, so do all that were asked
+before. So a dead server costs about one deadline, not one for each question, and one that comes
+back is noticed at the next question.
+
+**No error is an answer.** A question without a usable reply gets an `Answer` with an error. What
+the judge wrote is an answer, however it reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event, Lock
+from typing import Any
+
+from nemocascade.envs.judges.cache import AnswerCache
+from nemocascade.envs.judges.prompts import reward_model_turns
+from nemocascade.envs.judges.transport import Reply, TransportError, post
+from nemocascade.recipe.judge import JudgeConfig
+from nemocascade.types import Answer, Question
+
+PATH = "/v1/chat/completions"
+LONGEST_WAIT_S = 60.0
+_AGAIN = frozenset({408, 409, 425, 429})
+"""Statuses below 500 after which a request may succeed when it is repeated."""
+_LOG_EVERY_S = 30.0
+_SHOWN = 300
+
+_LOGGER = logging.getLogger("nemocascade")
+
+
+class _TryError(Exception):
+    """A try failed. kind: what it is counted as. final: repeating it would change nothing."""
+
+    def __init__(
+        self, kind: str, reason: str, *, final: bool = False, wait_s: float | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.kind, self.final, self.wait_s = kind, final, wait_s
+
+
+class ServerJudge:
+    """Asks a server, many questions at a time. Threads share one, and its limit of requests.
+
+    counts: `asked` questions, those `cached` (answered before, or just being asked), `requests`,
+    `retries`, `answered`, `failed` questions, and failed tries by kind: `timeout`, `connection`,
+    `protocol`, `status_500` and so on, `nonsense`, and `down` for those that were not sent.
+    """
+
+    collective = False
+
+    def __init__(self, settings: JudgeConfig) -> None:
+        """Raises ValueError naming every setting that cannot work."""
+        problems = settings.problems()
+        self._key = os.environ.get(settings.api_key_env, "") if settings.api_key_env else ""
+        if settings.api_key_env and not self._key:
+            problems.append(
+                f"judge.api_key_env({settings.api_key_env}) is not set in the environment: export "
+                "it, or leave the name empty for a server without keys"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.settings = settings
+        self.url = settings.url.rstrip("/").removesuffix("/v1") + PATH
+        self.counts: Counter[str] = Counter()
+        self._cache = AnswerCache(settings.cache)
+        self._lock = Lock()
+        self._closing = Event()
+        self._under_way: dict[str, Future[Answer]] = {}
+        self._last_answer_s = time.monotonic()
+        self._silent = False
+        self._probing = Lock()
+        self._probe_failed_s = 0.0
+        self._logged_s = 0.0
+        self._pool = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="judge")
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        """An answer to each question, in order; what was answered before is not asked again."""
+        asked = [self._submit(question) for question in questions]
+        return [future.result() for future in asked]
+
+    def close(self) -> None:
+        """End all waiting; questions under way get errors at their next failure."""
+        self._closing.set()
+        self._pool.shutdown(wait=True, cancel_futures=False)
+        if self.counts:
+            _LOGGER.info("judge: %s", self.summary())
+
+    def summary(self) -> str:
+        """The counts in words."""
+        with self._lock:
+            return ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()))
+
+    def _submit(self, question: Question) -> Future[Answer]:
+        body = self._body(question)
+        key = hashlib.sha256(body).hexdigest()
+        done: Future[Answer] = Future()
+        with self._lock:
+            self.counts["asked"] += 1
+            known = self._cache.get(key)
+            if known is not None:
+                self.counts["cached"] += 1
+                done.set_result(Answer(known))
+                return done
+            if key in self._under_way:
+                self.counts["cached"] += 1
+                return self._under_way[key]
+            try:
+                future = self._pool.submit(self._answer, key, body, time.monotonic())
+            except RuntimeError:
+                done.set_result(Answer(None, "the judge is closed"))
+                return done
+            self._under_way[key] = future
+            return future
+
+    def _body(self, question: Question) -> bytes:
+        """The request. Its seed is of what is asked, so that the same question draws the same."""
+        s = self.settings
+        turns: list[Any]
+        if s.form == "response_roles":
+            turns = reward_model_turns(question)
+        else:
+            turns = [{"role": m.role, "content": m.content} for m in question.messages]
+        fields = {
+            "model": s.model,
+            "messages": turns,
+            "temperature": s.temperature,
+            "top_p": s.top_p,
+            "max_tokens": s.max_tokens,
+        }
+        seed = hashlib.sha256(json.dumps(fields).encode()).digest()[:4]
+        return json.dumps({**fields, "seed": int.from_bytes(seed) >> 1}).encode()
+
+    def _answer(self, key: str, body: bytes, asked_s: float) -> Answer:
+        """All tries of one question, which was asked at `asked_s`; in a thread of the pool."""
+        try:
+            answer = self._tries(body, asked_s)
+        except Exception as error:  # a fault of this program is no answer either
+            _LOGGER.exception("judge: a question failed")
+            answer = Answer(None, f"{type(error).__name__}: {error}")
+        if answer.text is not None:
+            try:
+                self._cache.put(key, answer.text)
+            except OSError as error:
+                self._warn("the cache %s cannot be written: %s", self.settings.cache, error)
+        with self._lock:
+            self._under_way.pop(key, None)
+            self.counts["failed" if answer.text is None else "answered"] += 1
+        if answer.text is None:
+            self._warn("a question got no answer (%s); so far: %s", answer.error, self.summary())
+        return answer
+
+    def _tries(self, body: bytes, asked_s: float) -> Answer:
+        s = self.settings
+        end = time.monotonic() + s.deadline_s
+        reason = "none was sent"
+        for attempt in range(s.retries + 1):
+            if self._closing.is_set():
+                return Answer(None, f"the judge was closed; last: {reason}")
+            if attempt:
+                self._count("retries")
+            try:
+                return Answer(self._guarded(body, end, asked_s))
+            except _TryError as failure:
+                self._count(failure.kind)
+                reason = f"{failure.kind}: {failure}"
+                if failure.final or attempt == s.retries:
+                    break
+                wait_s = self._wait_s(attempt, failure.wait_s)
+            if time.monotonic() + wait_s >= end:
+                reason = f"no answer within deadline_s({s.deadline_s:g}); last: {reason}"
+                break
+            self._closing.wait(wait_s)
+        return Answer(None, reason)
+
+    def _guarded(self, body: bytes, end: float, asked_s: float) -> str:
+        """One try; where the server is down, only one question at a time makes it."""
+        if not self._is_down():
+            return self._once(body, end)
+        with self._probing:
+            if self._is_down():
+                if self._probe_failed_s >= asked_s:
+                    reason = f"{self.url} has answered nothing for {self.settings.deadline_s:g} s"
+                    raise _TryError("down", reason, final=True)
+                try:
+                    return self._once(body, end)
+                except _TryError as failure:
+                    self._probe_failed_s = time.monotonic()
+                    failure.final = True
+                    raise
+        return self._once(body, end)
+
+    def _once(self, body: bytes, end: float) -> str:
+        """What the model wrote, in one try that is over by `end`."""
+        timeout_s = max(0.001, min(self.settings.timeout_s, end - time.monotonic()))
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._count("requests")
+        with self._lock:
+            # Silence is counted from a request that gets no answer, not from when none is asked.
+            if not self._silent:
+                self._last_answer_s, self._silent = time.monotonic(), True
+        try:
+            reply = post(self.url, body, headers, timeout_s)
+        except TransportError as error:
+            raise _TryError(error.kind, str(error)) from None
+        if reply.status != 200:
+            shown = reply.body[:_SHOWN].decode(errors="replace")
+            raise _TryError(
+                f"status_{reply.status}",
+                f"{self.url} said {shown!r}",
+                final=reply.status < 500 and reply.status not in _AGAIN,
+                wait_s=reply.retry_after_s,
+            )
+        text = _text_of(reply)
+        with self._lock:
+            self._last_answer_s, self._silent = time.monotonic(), False
+        return text
+
+    def _is_down(self) -> bool:
+        """Whether failures have been all there was for `deadline_s`."""
+        with self._lock:
+            return self._silent and (
+                time.monotonic() - self._last_answer_s > self.settings.deadline_s
+            )
+
+    def _count(self, kind: str) -> None:
+        with self._lock:
+            self.counts[kind] += 1
+
+    def _wait_s(self, attempt: int, asked_s: float | None) -> float:
+        """Twice the wait before, and a random part, so that requests don't come back together."""
+        wait = self.settings.backoff_s * 2**attempt
+        if asked_s is not None:
+            wait = max(wait, asked_s)
+        return min(wait, LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
+
+    def _warn(self, text: str, *values: object) -> None:
+        """At most one line in a while: thousands of questions may fail at once."""
+        now = time.monotonic()
+        with self._lock:
+            if self._logged_s and now - self._logged_s < _LOG_EVERY_S:
+                return
+            self._logged_s = now
+        _LOGGER.warning(f"judge: {text}", *values)
+
+
+def _text_of(reply: Reply) -> str:
+    """The message of a chat completion. An empty one is an answer: the model said nothing."""
+    try:
+        message = json.loads(reply.body)["choices"][0]["message"]
+        content = message["content"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        shown = reply.body[:_SHOWN].decode(errors="replace")
+        raise _TryError(
+            "nonsense", f"no chat completion ({type(error).__name__}): {shown!r}"
+        ) from None
+    if content is None:
+        return ""
+    if not isinstance(content, str):
+        raise _TryError("nonsense", f"the message's content is {type(content).__name__}, not text")
+    return content

@@ -1,0 +1,221 @@
+"""Preference: a judge compares all responses to a prompt with each other (RLHF)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nemocascade.envs.base import Domain, Row, final_text
+from nemocascade.envs.judges.prompts import Comparison, compare_question, parse_comparison
+from nemocascade.envs.preference_rewards import Pair, all_pairs, break_tie, group_rewards
+from nemocascade.envs.words import COLORS, NAMES, NOUNS
+from nemocascade.types import Answer, Judge, Message, Prompt, Question, Verdict
+
+TRUTHS = (
+    *("ground_truth", "expected_answer", "instruction_id_list", "options"),
+    *("schema_str", "schema", "verifier_metadata"),
+)
+"""What the rows of other domains hold; a row for preference has none of it."""
+
+ALLOWED = ("a", "and", "is", "the")
+QUALITIES = ("plain", "greeting", "thanks", "full")
+SHARES = (0.5, 0.2, 0.2, 0.1)
+"""Demonstrations are of mixed quality: what most of them do is not what the judge prefers."""
+
+
+@dataclass(frozen=True)
+class _Duel:
+    """A response and the one it is held against; both final messages."""
+
+    prompt: Prompt
+    response: str
+    baseline: str
+
+    def questions(self) -> list[Question]:
+        """Asked in both orders, so that no place is an advantage; the same text needs no judge."""
+        if self.response == self.baseline:
+            return []
+        facts = self.prompt.answer.get("facts")
+        texts = (self.response, self.baseline)
+        return [
+            compare_question(self.prompt.messages, *order, facts=facts)
+            for order in (texts, texts[::-1])
+        ]
+
+
+class Preference(Domain):
+    """By group: the reward of `preference_rewards`, from a comparison of every pair.
+
+    Absolute, for held-out tasks: the response against `answer["baseline"]`, 1 for a win, 0.5 for a
+    tie and 0 for a loss, the mean of both orders, as ArenaHard counts. A comparison that does not
+    parse is a tie, in both measures; one without an answer is no comparison, and a response without
+    any comparison has an error for a verdict. Lengths are counted in characters.
+    """
+
+    domain = "preference"
+    by_group = True
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+
+    @property
+    def collective(self) -> bool:
+        """As the judge is."""
+        return self.judge.collective
+
+    def claims(self, row: Row) -> bool:
+        return not any(row.get(name) for name in TRUTHS)
+
+    def parse(self, row: Row) -> Mapping[str, Any]:
+        """`baseline`: the text that held-out answers are held against; rows may lack it."""
+        return {"baseline": row.get("baseline")}
+
+    def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        return self._absolute([(prompt, response)])[0]
+
+    def score_groups(
+        self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
+    ) -> list[list[Verdict]]:
+        """The verdicts on all responses to each prompt; of a group of one, the absolute one.
+
+        All questions are put to the judge at once.
+        """
+        single = [k for k, (_, responses) in enumerate(groups) if len(responses) == 1]
+        several = [k for k, (_, responses) in enumerate(groups) if len(responses) != 1]
+        found: list[list[Verdict]] = [[] for _ in groups]
+        try:
+            absolute = self._absolute([(groups[k][0], groups[k][1][0]) for k in single])
+            for k, verdict in zip(single, absolute, strict=True):
+                found[k] = [verdict]
+            for k, verdicts in zip(
+                several, self._compare([groups[k] for k in several]), strict=True
+            ):
+                found[k] = verdicts
+        except Exception as error:  # any failure of a verifier is reported, and none is a zero
+            failed = Verdict(None, f"{type(error).__name__}: {error}")
+            return [[failed] * len(responses) for _, responses in groups]
+        return found
+
+    def close(self) -> None:
+        """End what the judge holds."""
+        self.judge.close()
+
+    def _ask(self, questions: Sequence[Question]) -> list[Answer]:
+        return self.judge.ask(questions) if questions else []
+
+    def _absolute(self, items: Sequence[tuple[Prompt, Sequence[Message]]]) -> list[Verdict]:
+        duels = [
+            _Duel(prompt, final_text(response), baseline)
+            if (baseline := prompt.answer.get("baseline")) is not None
+            else None
+            for prompt, response in items
+        ]
+        asked = [duel.questions() if duel else [] for duel in duels]
+        answers = iter(self._ask([q for questions in asked for q in questions]))
+        return [
+            _won(duel, [next(answers) for _ in questions])
+            for duel, questions in zip(duels, asked, strict=True)
+        ]
+
+    def _compare(
+        self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
+    ) -> list[list[Verdict]]:
+        questions = []
+        for prompt, responses in groups:
+            texts = [final_text(response) for response in responses]
+            questions += [
+                compare_question(
+                    prompt.messages, texts[i], texts[j], facts=prompt.answer.get("facts")
+                )
+                for i, j in all_pairs(len(texts))
+            ]
+        answers = iter(self._ask(questions))
+        return [
+            _group_verdicts(responses, {pair: next(answers) for pair in all_pairs(len(responses))})
+            for _, responses in groups
+        ]
+
+    def make(self, rng: random.Random, difficulty: int) -> Prompt:
+        """Someone asks about `difficulty` + 1 things. The judge prefers an answer that says all of
+        it, addresses the one who asked, and thanks."""
+        name = rng.choice(NAMES)
+        count = min(max(difficulty, 0), 3) + 1
+        things = list(zip(rng.sample(NOUNS, count), rng.sample(COLORS, count), strict=True))
+        said = " and ".join(f"the {noun} is {color}" for noun, color in things)
+        texts = {
+            "plain": f"{said}.",
+            "greeting": f"dear {name}, {said}.",
+            "thanks": f"{said}. thank you.",
+            "full": f"dear {name}, {said}. thank you.",
+        }
+        wanted = ("dear", name, *(w for thing in things for w in thing), "thank", "you")
+        (quality,) = rng.choices(QUALITIES, SHARES)
+        asked = " and ".join(f"a {color} {noun}" for noun, color in things)
+        return Prompt(
+            id="",
+            domain=self.domain,
+            messages=(Message("user", f"{name} asks about {asked}."),),
+            answer={
+                "baseline": texts["greeting"],
+                "facts": {"wanted": wanted, "allowed": ALLOWED},
+                "best": texts["full"],
+            },
+            demonstration=(Message("assistant", texts[quality], f"{name}. {asked}. {quality}."),),
+        )
+
+
+def against(prompt: Prompt, baseline: str) -> Prompt:
+    """The task with another baseline for its absolute measure."""
+    return replace(prompt, answer={**prompt.answer, "baseline": baseline})
+
+
+def _group_verdicts(
+    responses: Sequence[Sequence[Message]], answers: Mapping[Pair, Answer]
+) -> list[Verdict]:
+    """The verdicts on one group, and with them how its comparisons went."""
+    read: dict[Pair, Comparison | None] = {
+        pair: None if answer.text is None else parse_comparison(answer.text)
+        for pair, answer in answers.items()
+    }
+    rewards = group_rewards(
+        read,
+        [sum(len(m.reasoning.strip()) for m in response) for response in responses],
+        [len(final_text(response)) for response in responses],
+    )
+    verdicts = []
+    for i, reward in enumerate(rewards):
+        mine = [pair for pair in read if i in pair]
+        unanswered = [answers[pair].error or "no reason given" for pair in mine if not read[pair]]
+        counts = {
+            "unanswered": len(unanswered),
+            "unparsed": sum(1 for pair in mine if (c := read[pair]) and not c.parsed),
+        }
+        if reward is None:
+            verdicts.append(Verdict(None, f"no comparison: {unanswered[0]}", details=counts))
+        else:
+            verdicts.append(Verdict(reward.total, details={**asdict(reward), **counts}))
+    return verdicts
+
+
+def _won(duel: _Duel | None, answers: Sequence[Answer]) -> Verdict:
+    """The verdict on a response beside its baseline. answers: in both orders, or none needed."""
+    if duel is None:
+        return Verdict(None, "the task has no baseline to hold a response against")
+    if not answers:
+        return Verdict(0.5, details={"games": 0, "unanswered": 0, "unparsed": 0})
+    read = [None if a.text is None else parse_comparison(a.text) for a in answers]
+    points = []
+    for turned, comparison in enumerate(read):
+        if comparison is not None:
+            mine, other = break_tie(comparison)[:: -1 if turned else 1]
+            points.append(1.0 if mine > other else 0.5 if mine == other else 0.0)
+    counts = {
+        "games": len(points),
+        "unanswered": read.count(None),
+        "unparsed": sum(1 for c in read if c and not c.parsed),
+    }
+    if not points:
+        return Verdict(None, f"no comparison: {answers[0].error}", details=counts)
+    return Verdict(sum(points) / len(points), details=counts)

@@ -1,0 +1,124 @@
+"""From comparisons to rewards: the RLHF reward of Nemotron-Cascade 2 (arXiv 2603.19220).
+
+    s_i = s_j:   s_i += 3.5 - s_r,  s_j += s_r - 3.5                     the ranking breaks a tie
+    R_base(i) =  mean of i's scores
+    w_i =        1 - (l_i - l_min) / (l_max - l_min), less the group's mean
+    R_i =        R_base(i) + 0.5 w_think(i) + 0.5 w_answer(i) + conciseness bonuses
+
+The shortest reasoning and the shortest answer get a bonus of 0.5 each where their R_base is at or
+above the group's 80th percentile. What the paper leaves open is decided so: the percentile is
+interpolated linearly; lengths that are all equal weigh 0; an empty reasoning or answer is not the
+shortest one; of several that are equally short, each that qualifies gets the bonus, so a reward
+does not depend on the order of the rollouts.
+
+A pair without an answer counts for neither of its two responses. A response without any answered
+pair has no reward, and is no part of the group whose lengths and percentile are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from nemocascade.envs.judges.prompts import UNPARSED_RANKING, Comparison
+
+LENGTH_WEIGHT = 0.5
+BONUS = 0.5
+PERCENTILE = 80
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PreferenceReward:
+    """A reward and its parts. base: 1..5, and up to 2.5 beyond where ties were broken.
+
+    think, answer: the weighted length terms. bonus: 0, 0.5 or 1. pairs: answered comparisons.
+    """
+
+    base: float
+    think: float
+    answer: float
+    bonus: float
+    pairs: int
+
+    @property
+    def total(self) -> float:
+        return self.base + self.think + self.answer + self.bonus
+
+
+def all_pairs(count: int) -> list[Pair]:
+    """Every pair of `count` responses once, the lower number first: 16 make 120."""
+    return list(combinations(range(count), 2))
+
+
+def break_tie(comparison: Comparison) -> tuple[float, float]:
+    """The two scores, the ranking added where they are equal."""
+    first, second = comparison.first, comparison.second
+    if first == second:
+        lean = UNPARSED_RANKING - comparison.ranking
+        return first + lean, second - lean
+    return first, second
+
+
+def group_rewards(
+    comparisons: Mapping[Pair, Comparison | None],
+    think_lengths: Sequence[int],
+    answer_lengths: Sequence[int],
+) -> list[PreferenceReward | None]:
+    """The rewards of a prompt's responses; None for one without an answered pair.
+
+    comparisons: by pair, None where the judge gave no answer. Lengths: of each response's reasoning
+    and final message, in any one unit.
+    """
+    scores: list[list[float]] = [[] for _ in think_lengths]
+    for (i, j), comparison in comparisons.items():
+        if comparison is not None:
+            first, second = break_tie(comparison)
+            scores[i].append(first)
+            scores[j].append(second)
+    there = [i for i, found in enumerate(scores) if found]
+    base = {i: sum(scores[i]) / len(scores[i]) for i in there}
+    rewards: list[PreferenceReward | None] = [None] * len(scores)
+    if not there:
+        return rewards
+    bar = percentile(list(base.values()), PERCENTILE)
+    think, answer = (
+        dict(zip(there, length_terms([lengths[i] for i in there]), strict=True))
+        for lengths in (think_lengths, answer_lengths)
+    )
+    bonus = dict.fromkeys(there, 0.0)
+    for lengths in (think_lengths, answer_lengths):
+        shortest = min((lengths[i] for i in there if lengths[i] > 0), default=0)
+        for i in there:
+            if 0 < lengths[i] == shortest and base[i] >= bar:
+                bonus[i] += BONUS
+    for i in there:
+        rewards[i] = PreferenceReward(
+            base=base[i],
+            think=LENGTH_WEIGHT * think[i],
+            answer=LENGTH_WEIGHT * answer[i],
+            bonus=bonus[i],
+            pairs=len(scores[i]),
+        )
+    return rewards
+
+
+def length_terms(lengths: Sequence[int]) -> list[float]:
+    """`w_i` of each length: the shortest highest, a mean of 0; all 0 where they are equal."""
+    low, high = min(lengths), max(lengths)
+    if low == high:
+        return [0.0] * len(lengths)
+    raw = [1 - (length - low) / (high - low) for length in lengths]
+    mean = sum(raw) / len(raw)
+    return [w - mean for w in raw]
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Between the two nearest values in proportion; exact where it falls on one of them."""
+    ordered = sorted(values)
+    low, rest = divmod(percent * (len(ordered) - 1), 100)
+    if rest == 0:
+        return ordered[low]
+    return ordered[low] + (ordered[low + 1] - ordered[low]) * rest / 100
