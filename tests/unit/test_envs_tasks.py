@@ -166,6 +166,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "structured_output": {"schema_str": '{"type": "object"}', "schema_type": "json"},
     "math": {"expected_answer": "4"},
     "code": {"verifier_metadata": {"unit_tests": {"inputs": ["1\n"], "outputs": ["2\n"]}}},
+    "preference": {},
 }
 RIGHT = {
     "instruction_following": [Message("assistant", "a cat")],
