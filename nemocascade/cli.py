@@ -1,30 +1,35 @@
-"""The command line: `nemocascade run | eval | plan | preflight | submit | ...`."""
+"""The command line: `nemocascade run | eval | score | report | plan | ...`."""
 
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
+from nemocascade.cascade.launch import end_cleanly, parse_cascade, run_report
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.megatron.convert import export_huggingface, import_huggingface
 from nemocascade.plan.commands import PreflightSettings, run_preflight
 from nemocascade.plan.report import PlanSettings, run_plan
 from nemocascade.plan.slurm import SubmitSettings, run_submit
-from nemocascade.recipe import DataConfig
+from nemocascade.recipe import CascadeRecipe, DataConfig
 from nemocascade.stages.evaluate import EvalSettings, run_eval
 from nemocascade.stages.launch import exit_cleanly, parse
+from nemocascade.stages.scoring import ScoreSettings, run_scoring
 
 USAGE = """usage: nemocascade COMMAND ...
 
-  run RECIPE.py [--field value ...]              run a recipe script
+  run RECIPE.py [--field value ...]              run a recipe script: a stage, or a cascade
   eval --artifact DIR --data.path FILE ...       held-out loss of an artifact
+  score --artifact DIR --domains NAME ...        mean reward of its answers to held-out tasks
+  report RUN                                     artifacts, scores and teachers of a cascade
   plan RECIPE.py --gpus N --gpu NAME             memory and time of every layout
   preflight RECIPE.py [--ranks N]                every problem of a job before it starts
   submit RECIPE.py ... --nodes N                 Slurm jobs, one a stage
@@ -69,6 +74,36 @@ def _eval(arguments: list[str]) -> None:
         return Path(settings.artifact)
 
     exit_cleanly(work)
+
+
+def _score(arguments: list[str]) -> None:
+    settings = tyro.cli(
+        ScoreSettings,
+        args=arguments,
+        prog="nemocascade score",
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+    def work() -> Path:
+        found = run_scoring(settings)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found.as_json(), ensure_ascii=False))
+        return Path(settings.artifact)
+
+    exit_cleanly(work)
+
+
+def _report(arguments: list[str]) -> None:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise SystemExit("usage: nemocascade report RUN")
+    end_cleanly(lambda: run_report(Path(arguments[0])))
+
+
+def _overridden(recipe: Any, arguments: list[str]) -> Any:
+    """A recipe of any kind with the command line's settings."""
+    if isinstance(recipe, CascadeRecipe):
+        return parse_cascade(recipe, arguments)[0]
+    return parse(recipe, arguments)
 
 
 def _tokenizer(arguments: list[str]) -> None:
@@ -148,7 +183,7 @@ def _plan(arguments: list[str]) -> None:
     settings = tyro.cli(PlanSettings, args=mine, prog="nemocascade plan")
 
     def work() -> Path:
-        print(run_plan(settings, lambda recipe: parse(recipe, rest)))
+        print(run_plan(settings, lambda recipe: _overridden(recipe, rest)))
         return Path(settings.recipe)
 
     exit_cleanly(work)
@@ -157,7 +192,7 @@ def _plan(arguments: list[str]) -> None:
 def _preflight(arguments: list[str]) -> None:
     mine, rest = _apart(arguments)
     settings = tyro.cli(PreflightSettings, args=mine, prog="nemocascade preflight")
-    found = run_preflight(settings, lambda recipe: parse(recipe, rest))
+    found = run_preflight(settings, lambda recipe: _overridden(recipe, rest))
     print(found.as_json() if settings.json else found.text())
     if found.problems:
         raise SystemExit(2)
@@ -177,6 +212,8 @@ def _submit(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "eval": _eval,
+    "score": _score,
+    "report": _report,
     "plan": _plan,
     "preflight": _preflight,
     "submit": _submit,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import tyro
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import job_of_recipe, load_recipe
 from nemocascade.plan.preflight import Preflight, offline
+from nemocascade.recipe import CascadeRecipe
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,17 @@ class PreflightSettings:
 def run_preflight(
     settings: PreflightSettings, override: Callable[[Any], Any] | None = None
 ) -> Preflight:
-    """All findings. override: changes the recipe before it is checked."""
+    """All findings; of a cascade, those of every stage. override: changes the recipe before it is
+    checked."""
     found = Preflight()
     with found.guarded("recipe"):
         recipe = load_recipe(Path(settings.recipe))
         if override is not None:
             recipe = override(recipe)
         ranks = settings.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+        if isinstance(recipe, CascadeRecipe):
+            _check_cascade(recipe, settings, ranks, found)
+            return found
         job = None
         with found.guarded("model"):
             job = job_of_recipe(recipe, find_gpu(settings.gpu), ranks, preset=settings.model)
@@ -59,3 +64,23 @@ def run_preflight(
         found.findings += checked.findings
         found.seconds = checked.seconds
     return found
+
+
+def _check_cascade(
+    cascade: CascadeRecipe, settings: PreflightSettings, ranks: int, into: Preflight
+) -> None:
+    """The cascade's own rules, and every stage as if those before it had run."""
+    problems = cascade.problems(ranks)
+    into.add("cascade", problems, f"{len(cascade.stages)} stages, {ranks} ranks")
+    if problems:
+        return
+    for name in cascade.names:
+        recipe, model = cascade.resolved(name), cascade.model_of(name)
+        job = None
+        with into.guarded(f"{name}: model"):
+            gpu = find_gpu(settings.gpu)
+            job = job_of_recipe(recipe, gpu, ranks, preset=settings.model, model=model)
+        ahead = bool(cascade.start_of(name) or settings.model)
+        checked = offline(recipe, job, ranks, dry_run=settings.dry_run, ahead=ahead)
+        into.findings += [replace(f, check=f"{name}: {f.check}") for f in checked.findings]
+        into.seconds += checked.seconds

@@ -96,11 +96,18 @@ def load_recipe(script: Path) -> Any:
 
 
 def job_of_recipe(
-    recipe: Any, gpu: Gpu, world_size: int, *, preset: str = "", **options: Any
+    recipe: Any,
+    gpu: Gpu,
+    world_size: int,
+    *,
+    preset: str = "",
+    model: ModelConfig | None = None,
+    **options: Any,
 ) -> Job:
     """The job that `recipe` describes; options are further fields of Job.
 
-    preset: the model of a recipe whose artifact to start from is not there yet.
+    preset: the model of a recipe whose artifact to start from is not there yet. model: likewise,
+    where it is known from the stages before.
 
     A reinforcement-learning recipe trains its episodes packed: as many packs as whole episodes of
     the largest size need, and generates as many sequences at once as its rollout says.
@@ -108,7 +115,7 @@ def job_of_recipe(
     Raises PlanError if the recipe names no model and no artifact that says what it is.
     """
     common = {
-        "model": _model_of(recipe, preset),
+        "model": model or _model_of(recipe, preset),
         "parallel": recipe.parallel,
         "engine": recipe.engine,
         "moe": recipe.moe,

@@ -22,6 +22,7 @@ from nemocascade.plan.search import (
     nearest_fitting,
     price,
 )
+from nemocascade.recipe import CascadeRecipe, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,36 @@ class PlanSettings:
 
 
 def run_plan(settings: PlanSettings, override: Callable[[Any], Any] | None = None) -> str:
-    """The report. override: changes the recipe before it is planned.
+    """The report; of a cascade, one for each stage. override: changes the recipe before it is
+    planned.
 
     Raises PlanError for an unknown accelerator or a script without a recipe.
     """
     recipe = load_recipe(Path(settings.recipe))
     if override is not None:
         recipe = override(recipe)
+    if not isinstance(recipe, CascadeRecipe):
+        text, value = _plan_stage(recipe, settings)
+        return json.dumps(value, indent=1) if settings.json else text
+    found = {
+        name: _plan_stage(recipe.resolved(name), settings, recipe.model_of(name))
+        for name in recipe.names
+    }
+    if settings.json:
+        return json.dumps({"stages": {name: value for name, (_, value) in found.items()}}, indent=1)
+    return "\n\n".join(f"== {name} ==\n{text}" for name, (text, _) in found.items())
+
+
+def _plan_stage(
+    recipe: Any, settings: PlanSettings, model: ModelConfig | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The report of one stage, for people and for machines. model: where it is known already."""
     job = job_of_recipe(
         recipe,
         find_gpu(settings.gpu),
         settings.gpus,
         preset=settings.model,
+        model=model,
         document=settings.document,
         imbalance=settings.imbalance,
         teachers=settings.teachers,
@@ -94,9 +113,8 @@ def run_plan(settings: PlanSettings, override: Callable[[Any], Any] | None = Non
     problems = faults(job)
     best = best_plans(job, count=settings.best, longest=settings.longest)
     nearest = nearest_fitting(job) if problems else None
-    if settings.json:
-        return json.dumps(_as_json(job, problems, best, nearest), indent=1)
-    return "\n".join(_lines(job, problems, best, nearest, settings))
+    text = "\n".join(_lines(job, problems, best, nearest, settings))
+    return text, _as_json(job, problems, best, nearest)
 
 
 def _rollout(settings: PlanSettings) -> dict[str, Rollout]:

@@ -19,6 +19,7 @@ import tyro
 
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.job import load_recipe
+from nemocascade.recipe import CascadeRecipe
 
 TEMPLATE = Path(__file__).with_name("template.sbatch")
 STOPPED = 75
@@ -27,7 +28,9 @@ STOPPED = 75
 
 @dataclass(frozen=True)
 class SubmitSettings:
-    """Write and submit a Slurm job for each recipe; each starts when the one before has ended well.
+    """Write and submit a Slurm job for each recipe, and for each stage of a cascade. Each starts when
+    the one before has ended well.
+
     Arguments after `--` go to every recipe."""
 
     recipes: tyro.conf.Positional[tuple[str, ...]]
@@ -87,6 +90,11 @@ class Stage:
     run_dir: Path
     script: str
 
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.recipe} ({self.run_dir.name})"
+
 
 def make_stages(settings: SubmitSettings, arguments: list[str]) -> list[Stage]:
     """The script of every recipe. Raises PlanError listing all settings that cannot be meant."""
@@ -102,11 +110,37 @@ def make_stages(settings: SubmitSettings, arguments: list[str]) -> list[Stage]:
     if problems:
         raise PlanError("; ".join(problems))
     template = Path(settings.template or TEMPLATE).read_text(encoding="utf-8")
-    return [_stage(settings, Path(recipe), arguments, template) for recipe in settings.recipes]
+    return [
+        stage
+        for recipe in settings.recipes
+        for stage in _stages(settings, Path(recipe), arguments, template)
+    ]
 
 
-def _stage(settings: SubmitSettings, recipe: Path, arguments: list[str], template: str) -> Stage:
-    run_dir = _run_dir(recipe, arguments)
+def _stages(
+    settings: SubmitSettings, script: Path, arguments: list[str], template: str
+) -> list[Stage]:
+    """A recipe's job, or those of a cascade's stages."""
+    recipe = load_recipe(script)
+    run_dir = _run_dir(recipe.run_dir, arguments)
+    if not isinstance(recipe, CascadeRecipe):
+        return [_stage(settings, script, run_dir, arguments, template)]
+    chosen = [a for a in ("--only", "--from") if a in arguments]
+    if chosen:
+        raise PlanError(
+            f"{script}: {', '.join(chosen)} among the recipe's arguments: each job of a cascade "
+            "runs one stage, and one whose result is there already ends at once"
+        )
+    # A stage watches its own folder for the request to stop.
+    return [
+        _stage(settings, script, run_dir / "stages" / name, ["--only", name, *arguments], template)
+        for name in recipe.names
+    ]
+
+
+def _stage(
+    settings: SubmitSettings, recipe: Path, run_dir: Path, arguments: list[str], template: str
+) -> Stage:
     container = ""
     if settings.container_image:
         container = f"--container-image={shlex.quote(settings.container_image)} "
@@ -145,9 +179,8 @@ def _options(settings: SubmitSettings) -> list[str]:
     )
 
 
-def _run_dir(recipe: Path, arguments: list[str]) -> Path:
-    """Where the stage writes: the recipe's run_dir, or what the arguments make of it."""
-    run_dir = load_recipe(recipe).run_dir
+def _run_dir(run_dir: str, arguments: list[str]) -> Path:
+    """Where the recipe writes: its `run_dir`, or what the arguments make of it."""
     for index, argument in enumerate(arguments):
         if argument == "--run-dir" and index + 1 < len(arguments):
             run_dir = arguments[index + 1]
@@ -184,6 +217,6 @@ def run_submit(settings: SubmitSettings, arguments: list[str]) -> list[str]:
             waiting = f"; jobs {', '.join(jobs)} stay in the queue" if jobs else ""
             raise PlanError(f"{shlex.join(command)}: {done.stderr.strip()}{waiting}")
         before = done.stdout.strip().partition(";")[0]
-        print(f"{stage.recipe}: job {before}, {path}")
+        print(f"{stage.name}: job {before}, {path}")
         jobs.append(before)
     return jobs

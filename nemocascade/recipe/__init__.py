@@ -1,5 +1,6 @@
 """Recipes: typed, documented settings of a stage. A default stands on its field only."""
 
+from nemocascade.recipe.cascade import AlarmConfig, CascadeRecipe, StageConfig, TeacherChoice
 from nemocascade.recipe.data import DataConfig, TokenizerConfig
 from nemocascade.recipe.envs import EnvConfig, SandboxConfig
 from nemocascade.recipe.judge import JudgeConfig
@@ -14,6 +15,7 @@ from nemocascade.recipe.rl import (
     RlEvalConfig,
     RolloutConfig,
 )
+from nemocascade.recipe.scores import ScoreConfig, ScoredDomain
 from nemocascade.recipe.sft import DemonstrationConfig, SftRecipe
 from nemocascade.recipe.train import (
     CheckpointConfig,
@@ -26,6 +28,8 @@ from nemocascade.recipe.train import (
 
 __all__ = [
     "PRESETS",
+    "AlarmConfig",
+    "CascadeRecipe",
     "CheckpointConfig",
     "DataConfig",
     "DemonstrationConfig",
@@ -47,7 +51,11 @@ __all__ = [
     "RlEvalConfig",
     "RolloutConfig",
     "SandboxConfig",
+    "ScoreConfig",
+    "ScoredDomain",
     "SftRecipe",
+    "StageConfig",
+    "TeacherChoice",
     "TeacherConfig",
     "TokenizerConfig",
     "nemotron3_nano_30b",

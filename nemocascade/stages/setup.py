@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -47,8 +47,10 @@ class MainRankError(RuntimeError):
 
 
 @contextmanager
-def stage_world(recipe: Recipe) -> Iterator[tuple[World, Accelerators]]:
+def stage_world(recipe: Recipe, *, show: bool = True) -> Iterator[tuple[World, Accelerators]]:
     """Check the recipe, join the process groups, and leave them at the end.
+
+    show: layout and accelerators, in the log.
 
     Raises RecipeError with every setting that cannot run, before any process group is made.
     """
@@ -62,8 +64,9 @@ def stage_world(recipe: Recipe) -> Iterator[tuple[World, Accelerators]]:
         start_logging(Path(recipe.run_dir), is_main=world.is_main)
         world.watch.start()
         accelerators = detect(recipe.engine, world.device)
-        LOGGER.info(world.describe())
-        LOGGER.info("accelerators:\n%s", accelerators.table())
+        if show:
+            LOGGER.info(world.describe())
+            LOGGER.info("accelerators:\n%s", accelerators.table())
         if recipe.engine.preflight:
             _check_together(recipe, world)
         world.watch.enter("set-up")
@@ -110,6 +113,25 @@ def main_first(world: World, work: Any, rest: Any) -> Any:
     if message is not None:
         raise MainRankError(message)
     return result if world.is_main else rest()
+
+
+def on_main_rank(run_dir: Path, engine: EngineConfig, work: Callable[[], Any]) -> Any:
+    """What `work()` gives on the main rank, on every rank, in a world of its own between stages.
+
+    The log goes to RUN/log.txt. A failure fails all ranks.
+    """
+    if world_size_of_environment() == 1:
+        start_logging(run_dir, is_main=True)
+        return work()
+    # The others wait while the main rank hashes data sets.
+    world = start_world(ParallelConfig(), replace(engine, timeout_s=max(86_400, engine.timeout_s)))
+    try:
+        start_logging(run_dir, is_main=world.is_main)
+        results: list[Any] = []
+        main_first(world, lambda: results.append(work()), lambda: None)
+        return world.broadcast_object(results[0] if results else None)
+    finally:
+        world.close()
 
 
 def open_tokenizer(recipe: SftRecipe, world: World) -> Tokenizer:

@@ -18,7 +18,9 @@ LOGGER = logging.getLogger("nemocascade")
 
 def start_logging(run_dir: Path, *, is_main: bool) -> logging.Logger:
     """Send the log to the terminal and to RUN/log.txt on the main rank; warnings only elsewhere."""
-    LOGGER.handlers.clear()
+    for handler in LOGGER.handlers[:]:
+        LOGGER.removeHandler(handler)
+        handler.close()
     LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO if is_main else logging.WARNING)
     line = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")

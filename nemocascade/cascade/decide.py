@@ -1,0 +1,208 @@
+"""Whether a stage runs, with what, and why. Reads the disk and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nemocascade.cascade.errors import CascadeError
+from nemocascade.cascade.inputs import FileHashes, differences, key_of, stage_inputs
+from nemocascade.cascade.records import StageRecord, Teacher, done_scores, read_record
+from nemocascade.megatron.artifact import read_artifact
+from nemocascade.megatron.checkpoint import CheckpointError, complete_checkpoints
+from nemocascade.recipe import MopdRecipe
+from nemocascade.recipe.cascade import CascadeRecipe, StageConfig, StageRecipe
+from nemocascade.stages.scoring import Scores
+from nemocascade.types import Artifact
+
+Action = Literal["keep", "run", "resume"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to a stage.
+
+    action: `keep` what is done, `run` it from its start, or `resume` it. reasons: why, for people.
+    recipe: as it runs; None where a stage before it must run first. retire: what lies in its folder
+    is of other inputs and moves away.
+    """
+
+    stage: str
+    action: Action
+    reasons: tuple[str, ...]
+    recipe: StageRecipe | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
+    teachers: dict[str, Teacher] = field(default_factory=dict)
+    retire: bool = False
+
+    def text(self) -> str:
+        """A line for people, and one for each reason."""
+        head = f"{self.stage}: {self.action}"
+        if self.retire:
+            head += ", and what lies in its folder is kept under retired/"
+        lines = [head, *(f"  - {reason}" for reason in self.reasons)]
+        for domain, teacher in self.teachers.items():
+            lines.append(f"  - {domain} is taught by {describe_teacher(teacher)}")
+        return "\n".join(lines)
+
+
+def describe_teacher(teacher: Teacher) -> str:
+    """A teacher and why it is one."""
+    if not teacher.stage:
+        return f"{teacher.artifact}, as its recipe says"
+    score = "" if teacher.score is None else f", score {teacher.score:.3f}"
+    return f"{teacher.stage}{score}{', pinned' if teacher.pinned else ''}"
+
+
+def decide(
+    cascade: CascadeRecipe,
+    name: str,
+    files: FileHashes,
+    *,
+    pending: Collection[str] = (),
+    again: bool = False,
+) -> Decision:
+    """What to do about a stage.
+
+    pending: stages before it that will have run by then, in a dry run. again: run it though
+    nothing has changed.
+
+    Raises CascadeError if a stage that it needs has no artifact.
+    """
+    stage = cascade.stage(name)
+    waits = _waits_for(cascade, stage, pending)
+    if waits:
+        return Decision(name, "run", (f"after {', '.join(waits)}, which run before it",))
+    start = cascade.start_of(name)
+    parent = _artifact_of(cascade, name, start) if start else None
+    teachers = _teachers(cascade, stage)
+    recipe = cascade.resolved(
+        name,
+        tokenizer=str(parent.tokenizer_path or "") if parent else "",
+        teachers={domain: t.artifact for domain, t in teachers.items()},
+    )
+    inputs = stage_inputs(
+        recipe,
+        parent.digest if parent else _digest(recipe.init_from),
+        {domain: _digest(t.artifact) for domain, t in teachers.items()},
+        files,
+    )
+    action, reasons, retire = _compare(Path(recipe.run_dir), inputs, again=again)
+    return Decision(name, action, reasons, recipe, inputs, key_of(inputs), teachers, retire)
+
+
+def _waits_for(cascade: CascadeRecipe, stage: StageConfig, pending: Collection[str]) -> list[str]:
+    """Of the pending stages, those whose artifacts or scores the stage needs."""
+    needed = {cascade.start_of(stage.name)}
+    for domain in cascade.open_teachers(stage.name):
+        pin = cascade.teachers.pinned.get(domain)
+        needed |= {pin} if pin else {s.name for s in cascade.before(stage.name)}
+    return [name for name in cascade.names if name in needed and name in pending]
+
+
+def _compare(
+    folder: Path, inputs: dict[str, Any], *, again: bool
+) -> tuple[Action, tuple[str, ...], bool]:
+    """Action, reasons, and whether the folder's content must go."""
+    record = read_record(folder)
+    if record is None:
+        if complete_checkpoints(folder / "checkpoints") or (folder / "artifact").exists():
+            return "run", ("its folder holds a run that no cascade has a record of",), True
+        return "run", ("it has not run yet",), False
+    if changed := differences(record.inputs, inputs):
+        return "run", tuple(f"changed: {line}" for line in changed), True
+    if again:
+        return "run", ("it was asked for again",), True
+    if record.status != "done":
+        kept = complete_checkpoints(folder / "checkpoints")
+        found = f"from {kept[-1].name}" if kept else "from its start: no checkpoint was finished"
+        return "resume", (f"it was stopped; it goes on {found}",), False
+    if problem := _damage(folder, record):
+        return "run", (problem,), True
+    return "keep", ("done, and nothing that it depends on has changed",), False
+
+
+def _damage(folder: Path, record: StageRecord) -> str:
+    """Why the artifact of a finished stage cannot be used; empty if it can."""
+    try:
+        found = read_artifact(folder / "artifact")
+    except CheckpointError as error:
+        return f"its artifact is damaged: {'; '.join(error.problems)}"
+    if found.digest != record.artifact_digest:
+        return (
+            f"its artifact is {found.digest[:12]}, and {record.artifact_digest[:12]} was left here"
+        )
+    return ""
+
+
+def _artifact_of(cascade: CascadeRecipe, name: str, source: str) -> Artifact:
+    """The artifact of a stage that `name` needs."""
+    folder = Path(cascade.stage_dir(source))
+    record = read_record(folder)
+    if record is None or record.status != "done":
+        raise CascadeError(
+            f"stage {name} needs the artifact of {source}, which is not done: run {source} first, "
+            f"with --only {source}, or without --only and --from"
+        )
+    return read_artifact(folder / "artifact")
+
+
+def _teachers(cascade: CascadeRecipe, stage: StageConfig) -> dict[str, Teacher]:
+    """One for each domain of an MOPD stage, those that its recipe names included."""
+    if not isinstance(stage.recipe, MopdRecipe):
+        return {}
+    open_ = cascade.open_teachers(stage.name)
+    chosen = choose_teachers(cascade, stage.name, done_scores(cascade)) if open_ else {}
+    for domain in open_:
+        source = chosen[domain].stage
+        _artifact_of(cascade, stage.name, source)
+    named = {t.domain: t.artifact for t in stage.recipe.teachers if t.artifact}
+    found = {}
+    for domain in (d.domain for d in stage.recipe.domains):
+        outside = Teacher("", named.get(domain, ""), None, pinned=True)
+        found[domain] = chosen.get(domain, outside)
+    return found
+
+
+def choose_teachers(
+    cascade: CascadeRecipe, name: str, scores: Mapping[str, Scores]
+) -> dict[str, Teacher]:
+    """The teacher of every domain that stage `name` leaves open: the pinned one, else the artifact
+    before it with the best score.
+
+    Of equal scores the stage's own start wins, which then teaches nothing new and holds what is
+    there; else the latest. Raises CascadeError for a domain that has no score.
+    """
+    start = cascade.start_of(name)
+    earlier = [s.name for s in cascade.before(name)]
+    found = {}
+    for domain in cascade.open_teachers(name):
+        by_stage = {s: scores[s].of(domain) for s in earlier if s in scores}
+        pin = cascade.teachers.pinned.get(domain)
+        if pin:
+            best = pin
+        else:
+            candidates = [
+                (score, stage == start, earlier.index(stage), stage)
+                for stage, score in by_stage.items()
+                if score is not None
+            ]
+            if not candidates:
+                raise CascadeError(
+                    f"stage {name}: no artifact before it has a score of {domain}, so its teacher "
+                    f"cannot be chosen: see the errors in scores.json, or set "
+                    f"--teachers.pinned {domain} STAGE"
+                )
+            best = max(candidates)[-1]
+        found[domain] = Teacher(
+            best, cascade.artifact_dir(best), by_stage.get(best), pinned=pin is not None
+        )
+    return found
+
+
+def _digest(folder: str) -> str:
+    """Of an artifact from outside; empty for none. Raises CheckpointError if it is damaged."""
+    return read_artifact(Path(folder)).digest if folder else ""

@@ -1,0 +1,9 @@
+"""What ends a cascade with a message."""
+
+
+class CascadeError(ValueError):
+    """A cascade that cannot go on; the message says why and what to do."""
+
+
+class AlarmError(CascadeError):
+    """A stage has harmed a domain by more than the recipe allows."""

@@ -1,0 +1,155 @@
+"""What a stage's artifact depends on, as a key: the same key, the same artifact.
+
+In the key stand the recipe, the artifact it starts from, its teachers, and the content of every
+file that it names. Out of it stays what changes only how the stage runs: folders, layout,
+checkpoints, logs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemocascade.megatron.artifact import read_artifact
+from nemocascade.megatron.checkpoint.folder import digest_of, file_sha256
+from nemocascade.recipe import MopdRecipe, ScoreConfig, SftRecipe
+from nemocascade.recipe.cascade import StageRecipe
+
+VERSION = 1
+HOW = (
+    *("run_dir", "init_from", "resume", "parallel", "checkpoint", "log"),
+    *("engine.device", "engine.recompute", "engine.timeout_s", "engine.preflight"),
+    *("data.cache_dir", "envs.sandbox.workers", "envs.check_workers"),
+    *("envs.judge.api_key_env", "envs.judge.cache", "envs.judge.concurrency"),
+)
+"""Settings that leave the artifact as it is, up to the rounding of another layout."""
+
+Inputs = dict[str, Any]
+
+
+def stage_inputs(
+    recipe: StageRecipe, start: str, teachers: Mapping[str, str], files: FileHashes
+) -> Inputs:
+    """What makes the artifact, JSON values only.
+
+    recipe: as it runs. start: digest of the artifact it starts from, or empty. teachers: digest by
+    domain.
+    """
+    said = json.loads(json.dumps(asdict(recipe)))
+    for name in HOW:
+        _drop(said, name.split("."))
+    if isinstance(recipe, MopdRecipe):
+        said.pop("teachers")
+    return {
+        "version": VERSION,
+        "kind": type(recipe).__name__,
+        "recipe": said,
+        "start": start,
+        "teachers": dict(sorted(teachers.items())),
+        "files": files.of(recipe_files(recipe)),
+    }
+
+
+def key_of(inputs: Inputs) -> str:
+    """The content key."""
+    return digest_of(inputs)
+
+
+def recipe_files(recipe: StageRecipe) -> list[str]:
+    """Files and artifacts from outside that a stage reads, besides what it starts from."""
+    found: list[str] = []
+    if isinstance(recipe, SftRecipe):
+        found += [*recipe.data.path, *recipe.data.heldout_path]
+        # The tokenizer of the artifact that the stage starts from is part of that.
+        if not recipe.init_from:
+            found.append(recipe.tokenizer.path)
+    else:
+        found += [path for d in recipe.domains for path in (*d.path, *d.heldout_path)]
+        found.append(recipe.envs.judge.artifact)
+    return sorted({f for f in found if f and not f.startswith("synthetic:")})
+
+
+def score_files(config: ScoreConfig) -> list[str]:
+    """Files with held-out tasks."""
+    return sorted({path for d in config.domains for path in d.heldout_path})
+
+
+class FileHashes:
+    """Hashes of files and folders by content, remembered by size and time of change.
+
+    memory: where they are kept between runs, for data sets that take hours to read.
+    """
+
+    def __init__(self, memory: Path) -> None:
+        self.memory = memory
+        try:
+            self._known: dict[str, Any] = json.loads(memory.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            self._known = {}
+
+    def of(self, paths: list[str]) -> dict[str, str]:
+        """Hash by path; `missing` where there is nothing. An artifact's is its digest."""
+        return {path: self._of(Path(path)) for path in paths}
+
+    def _of(self, path: Path) -> str:
+        if path.is_dir():
+            if (path / "manifest.json").is_file():
+                return read_artifact(path).digest
+            parts = {str(p.relative_to(path)): self._file(p) for p in _files(path)}
+            return digest_of(parts)
+        return self._file(path) if path.is_file() else "missing"
+
+    def _file(self, path: Path) -> str:
+        status = path.stat()
+        state = [status.st_size, status.st_mtime_ns]
+        name = str(path.absolute())
+        if name not in self._known or self._known[name][0] != state:
+            self._known[name] = [state, file_sha256(path)]
+            self.memory.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.memory.with_name(f".{self.memory.name}.partial")
+            partial.write_text(json.dumps(self._known), encoding="utf-8")
+            partial.replace(self.memory)
+        return str(self._known[name][1])
+
+
+def differences(old: Inputs, new: Inputs) -> list[str]:
+    """What has changed between two sets of inputs, a line each, for people."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    found = []
+    for name in sorted(before.keys() | after.keys()):
+        a, b = before.get(name, "none"), after.get(name, "none")
+        if a != b:
+            short = name.removeprefix("recipe.")
+            found.append(f"{short}: {_short(a)} -> {_short(b)}")
+    return found
+
+
+def _drop(values: dict[str, Any], path: list[str]) -> None:
+    for name in path[:-1]:
+        values = values.get(name, {})
+    values.pop(path[-1], None)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (p for p in sorted(folder.rglob("*")) if p.is_file())
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{name}" if prefix else name)
+    elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        for number, inner in enumerate(value):
+            yield from _flat(inner, f"{prefix}.{number}")
+    else:
+        yield prefix, value
+
+
+def _short(value: Any) -> str:
+    """A digest by its first 12 letters, anything else as it is."""
+    text = str(value) if value != "" else "none"
+    return text[:12] if len(text) == hashlib.sha256().digest_size * 2 else text

@@ -1,0 +1,117 @@
+"""From a cascade's script to its run: overrides by stage, errors, exit codes."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from nemocascade.cascade.errors import AlarmError, CascadeError
+from nemocascade.cascade.lineage import report_text
+from nemocascade.cascade.run import Choice, dry_run, run_cascade
+from nemocascade.recipe.cascade import CascadeRecipe, StageConfig
+from nemocascade.stages.launch import exit_cleanly
+
+ALARMED = 5
+"""Exit code of a run that an alarm has stopped."""
+
+
+@dataclass(frozen=True)
+class _Shared(CascadeRecipe):
+    """The settings of a cascade that are no stage's."""
+
+    # A stage's own are shown under its name.
+    stages: tyro.conf.Suppress[tuple[StageConfig, ...]] = ()
+
+
+def parse_cascade(
+    cascade: CascadeRecipe, arguments: Sequence[str] | None = None
+) -> tuple[CascadeRecipe, Choice, bool]:
+    """`cascade` with the command line's overrides, which stages run, and whether only to say so.
+
+    A stage's settings go by its name: `--stages.if-rl.steps 20`. Unknown names end the program
+    with a hint.
+    """
+    by_stage = make_dataclass(
+        "Stages", [(s.name, type(s.recipe), field(default=s.recipe)) for s in cascade.stages]
+    )
+
+    # The annotations of a class made here must be types, not names to look up later.
+    @dataclass(frozen=True)
+    class Command:
+        """A cascade: its stages run in order, each on the artifact of the one it starts from."""
+
+        shared: Annotated[_Shared, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+        stages: Annotated[by_stage, tyro.conf.FlagConversionOff]  # type: ignore[valid-type]
+
+        begin: Annotated[str, tyro.conf.arg(name="from")] = ""
+        """Stage to begin with; those before it are taken as they lie, stale or not."""
+
+        only: str = ""
+        """The one stage to run."""
+
+        again: bool = False
+        """Run the stage of --from or --only anew, though nothing has changed."""
+
+        dry_run: bool = False
+        """Print what would run, with what, and why."""
+
+    shared = _Shared(**{**_values(cascade), "stages": ()})
+    found: Any = tyro.cli(
+        Command,
+        default=Command(shared, by_stage()),
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    stages = tuple(replace(s, recipe=getattr(found.stages, s.name)) for s in cascade.stages)
+    resolved = CascadeRecipe(**{**_values(found.shared), "stages": stages})
+    return resolved, Choice(found.begin, found.only, found.again), found.dry_run
+
+
+def launch(cascade: CascadeRecipe, arguments: Sequence[str] | None = None) -> Path:
+    """Run `cascade` with the command line's overrides; returns the last artifact's folder.
+
+    Settings that cannot run end the program with exit code 2 and a message, an alarm that stops the
+    run with code 5.
+    """
+    resolved, choice, dry = parse_cascade(cascade, arguments)
+    resolved = replace(resolved, run_dir=str(Path.cwd() / resolved.run_dir))
+
+    def work() -> Path:
+        if dry:
+            if _is_main():
+                print(dry_run(resolved, choice))
+            return Path(resolved.run_dir)
+        artifact = run_cascade(resolved, choice)
+        if _is_main():
+            print(report_text(Path(resolved.run_dir)))
+        return artifact
+
+    return end_cleanly(work)
+
+
+def end_cleanly(work: Callable[[], Path]) -> Path:
+    """As `exit_cleanly`, for a cascade's own errors too."""
+    try:
+        return exit_cleanly(work)
+    except CascadeError as error:
+        if _is_main():
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(ALARMED if isinstance(error, AlarmError) else 2) from None
+
+
+def run_report(run_dir: Path) -> Path:
+    """Print the tree of a run's artifacts and their scores, and write its report."""
+    print(report_text(run_dir))
+    return run_dir
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _values(recipe: CascadeRecipe) -> dict[str, Any]:
+    return {f.name: getattr(recipe, f.name) for f in fields(CascadeRecipe)}

@@ -1,0 +1,191 @@
+"""What a cascade keeps on disk: a record in each stage's folder, and cascade.json, made of them.
+
+    RUN/cascade.json                stages, teachers, alarms, settings, versions
+    RUN/stages/NAME/stage.json      what the stage is made of, and whether it is done
+    RUN/stages/NAME/scores.json     held-out scores of its artifact
+    RUN/retired/NAME.1/             a stage's folder whose inputs have changed since
+
+Each file is replaced whole, so a kill leaves the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from nemocascade.megatron.checkpoint.folder import flush, write_durably
+from nemocascade.recipe.cascade import CascadeRecipe
+from nemocascade.stages.scoring import Scores, read_scores
+
+VERSION = 1
+STAGE = "stage.json"
+SCORES = "scores.json"
+CASCADE = "cascade.json"
+RETIRED = "retired"
+
+Status = Literal["done", "running", "pending"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Who teaches a domain. stage: empty for an artifact from outside. score: its held-out score
+    when it was chosen, None where there is none. pinned: the recipe says so."""
+
+    stage: str
+    artifact: str
+    score: float | None
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage is made of and where it stands.
+
+    key: of `inputs`. artifact_digest: empty until it is done. seconds: that made the artifact;
+    work that was lost to a kill is not in it. tokens: of the steps in metrics.jsonl.
+    """
+
+    key: str
+    inputs: dict[str, Any]
+    status: Status
+    artifact_digest: str = ""
+    seconds: float = 0.0
+    tokens: int = 0
+    teachers: dict[str, Teacher] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A stage has harmed a domain. before, after: held-out scores of the artifact it started from
+    and of its own. drop: their difference in points, hundredths."""
+
+    domain: str
+    stage: str
+    from_stage: str
+    before: float
+    after: float
+    drop: float
+
+    def text(self) -> str:
+        """For people."""
+        return (
+            f"{self.stage} has lost {self.drop:.1f} points of {self.domain}: "
+            f"{100 * self.before:.1f} after {self.from_stage}, {100 * self.after:.1f} now"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    write_durably(partial, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    partial.replace(path)
+    flush(path.parent)
+
+
+def write_record(folder: Path, record: StageRecord) -> None:
+    """Keep a stage's record in its folder."""
+    write_json(folder / STAGE, {"version": VERSION, **asdict(record)})
+
+
+def read_record(folder: Path) -> StageRecord | None:
+    """The record in a stage's folder; None where there is none that this program can read."""
+    try:
+        found = json.loads((folder / STAGE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if found.pop("version", None) != VERSION:
+        return None
+    teachers = {d: Teacher(**value) for d, value in found.pop("teachers").items()}
+    return StageRecord(teachers=teachers, **found)
+
+
+def retire(run_dir: Path, name: str) -> Path:
+    """Move a stage's folder out of the way, whole, and return where it lies now."""
+    shelf = run_dir / RETIRED
+    shelf.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (shelf / f"{name}.{number}").exists():
+        number += 1
+    target = shelf / f"{name}.{number}"
+    (run_dir / "stages" / name).rename(target)
+    return target
+
+
+def done_scores(recipe: CascadeRecipe) -> dict[str, Scores]:
+    """Scores of the stages that are done, of the artifacts that lie there now, in order."""
+    found = {}
+    for name in recipe.names:
+        folder = Path(recipe.stage_dir(name))
+        record, scores = read_record(folder), read_scores(folder / SCORES)
+        if record is None or scores is None or record.status != "done":
+            continue
+        if scores.digest == record.artifact_digest:
+            found[name] = scores
+    return found
+
+
+def find_alarms(recipe: CascadeRecipe, scores: Mapping[str, Scores]) -> list[Alarm]:
+    """Every domain that a stage has brought more than `alarm.drop` points below its start."""
+    found = []
+    for name, after in scores.items():
+        start = recipe.start_of(name)
+        if start not in scores or scores[start].settings != after.settings:
+            continue
+        for domain in after.scores:
+            a, b = scores[start].of(domain), after.of(domain)
+            if a is not None and b is not None and 100 * (a - b) > recipe.alarm.drop:
+                found.append(Alarm(domain, name, start, a, b, 100 * (a - b)))
+    return found
+
+
+def write_cascade(recipe: CascadeRecipe) -> list[Alarm]:
+    """Make RUN/cascade.json from the stages' folders, and return the alarms."""
+    stages = []
+    teachers: dict[str, Any] = {}
+    for stage in recipe.stages:
+        folder = Path(recipe.stage_dir(stage.name))
+        record = read_record(folder)
+        stages.append(
+            {
+                "name": stage.name,
+                "kind": stage.kind,
+                "start": recipe.start_of(stage.name),
+                "side": stage.side,
+                "status": record.status if record else "pending",
+                "run_dir": str(folder),
+                "artifact_digest": record.artifact_digest if record else "",
+                "seconds": record.seconds if record else 0.0,
+                "tokens": record.tokens if record else 0,
+                "key": record.key if record else "",
+            }
+        )
+        if record:
+            teachers |= {domain: asdict(t) for domain, t in record.teachers.items()}
+    alarms = find_alarms(recipe, done_scores(recipe))
+    value = {
+        "version": VERSION,
+        "stages": stages,
+        "teachers": teachers,
+        "alarms": [asdict(a) for a in alarms],
+        "settings": asdict(recipe),
+        "versions": versions(),
+    }
+    write_json(Path(recipe.run_dir) / CASCADE, value)
+    return alarms
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    found = {"python": platform.python_version()}
+    for package in ("nemocascade", "torch", "megatron-core"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,246 @@
+"""Runs the stages in order, in the same processes, and goes on where it was stopped.
+
+The main rank decides and writes; all ranks are told between the stages, in a world of their own, so
+they do the same whatever each sees of the file system.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemocascade.cascade.decide import Decision, decide
+from nemocascade.cascade.errors import AlarmError
+from nemocascade.cascade.inputs import FileHashes, score_files
+from nemocascade.cascade.records import (
+    SCORES,
+    Alarm,
+    StageRecord,
+    read_record,
+    retire,
+    write_cascade,
+    write_json,
+    write_record,
+)
+from nemocascade.megatron.artifact import read_artifact
+from nemocascade.megatron.checkpoint import clean_leftovers, complete_checkpoints, remove
+from nemocascade.megatron.world import RecipeError, world_size_of_environment
+from nemocascade.recipe.cascade import CascadeRecipe
+from nemocascade.stages.launch import run_stage
+from nemocascade.stages.scoring import (
+    read_scores,
+    score_artifact,
+    scoring_problems,
+    settings_key,
+)
+from nemocascade.stages.setup import on_main_rank
+
+LOGGER = logging.getLogger("nemocascade")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which stages run.
+
+    begin: the first one; those before it are taken as they lie, also where they are stale.
+    only: the one stage that runs. again: run what `begin` or `only` names, though nothing has
+    changed; what lay there is kept.
+    """
+
+    begin: str = ""
+    only: str = ""
+    again: bool = False
+
+    def problems(self, cascade: CascadeRecipe) -> list[str]:
+        """What cannot be meant."""
+        found = [
+            f"--{option} {name!r} is no stage: use one of {', '.join(cascade.names)}"
+            for option, name in (("from", self.begin), ("only", self.only))
+            if name and name not in cascade.names
+        ]
+        if self.begin and self.only:
+            found.append("--from and --only name different things to run: give one of them")
+        if self.again and not (self.begin or self.only):
+            found.append("--again needs --from or --only: which stage is to run anew?")
+        return found
+
+    def stages(self, cascade: CascadeRecipe) -> list[str]:
+        """Names, in order."""
+        if self.only:
+            return [self.only]
+        return cascade.names[cascade.names.index(self.begin) if self.begin else 0 :]
+
+    def anew(self, name: str) -> bool:
+        """Whether this stage runs whatever lies there."""
+        return self.again and name == (self.only or self.begin)
+
+
+def check(cascade: CascadeRecipe, choice: Choice) -> None:
+    """Raise RecipeError with everything that cannot run, before any process group is made."""
+    problems = choice.problems(cascade) + cascade.problems(world_size_of_environment())
+    problems += [p for p in scoring_problems(cascade.scores) if p not in problems]
+    if problems:
+        raise RecipeError(problems)
+
+
+def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
+    """What would run, with what, and why. Changes nothing but the memory of file hashes."""
+    check(cascade, choice)
+    files = _file_hashes(cascade)
+    pending: list[str] = []
+    lines = []
+    for name in choice.stages(cascade):
+        decision = decide(cascade, name, files, pending=pending, again=choice.anew(name))
+        if decision.action != "keep":
+            pending.append(name)
+        recipe = cascade.stage(name).recipe
+        start = cascade.start_of(name) or recipe.init_from or "random weights"
+        lines += [
+            decision.text(),
+            f"    {cascade.stage(name).kind}, {recipe.steps} steps from {start}, "
+            f"into {cascade.stage_dir(name)}",
+        ]
+    return "\n".join(lines)
+
+
+def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
+    """Run what has to run and return the last main-line stage's artifact folder.
+
+    Raises RecipeError before anything starts, CascadeError where the run cannot go on, AlarmError
+    where an alarm stops it, and what a stage raises.
+    """
+    choice = choice or Choice()
+    check(cascade, choice)
+    run = _Run(cascade, choice)
+    for name in choice.stages(cascade):
+        run.stage(name)
+    last = [s.name for s in cascade.stages if not s.side][-1]
+    return Path(cascade.artifact_dir(choice.only or last))
+
+
+class _Run:
+    """A cascade under way, on every rank."""
+
+    def __init__(self, cascade: CascadeRecipe, choice: Choice) -> None:
+        self.cascade, self.choice = cascade, choice
+        self.run_dir = Path(cascade.run_dir)
+
+    def stage(self, name: str) -> None:
+        """Decide, run, score and compare one stage."""
+        if self.cascade.open_teachers(name):
+            # Teachers are chosen by the scores of all that came before.
+            self._score([s.name for s in self.cascade.before(name)])
+        decision: Decision = self._on_main(lambda: self._begin(name))
+        if decision.action != "keep":
+            recipe: Any = decision.recipe
+            started, first = time.monotonic(), self._on_main(lambda: self._first_step(name))
+            run_stage(recipe)
+            # What the stage held in cycles would stay beside the next one.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            seconds = time.monotonic() - started
+            self._on_main(lambda: self._done(decision, seconds, first))
+        self._score([name])
+        alarms: list[Alarm] = self._on_main(lambda: self._alarms(name))
+        if alarms and self.cascade.alarm.stop:
+            text = "; ".join(a.text() for a in alarms)
+            raise AlarmError(
+                f"{text}: change the recipe, or go on all the same with --alarm.stop False"
+            )
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        return on_main_rank(self.run_dir, self.cascade.scores.engine, work)
+
+    def _begin(self, name: str) -> Decision:
+        """Decide, and make the stage's folder ready."""
+        decision = decide(
+            self.cascade, name, _file_hashes(self.cascade), again=self.choice.anew(name)
+        )
+        LOGGER.info(decision.text())
+        if decision.retire:
+            LOGGER.warning("%s: its folder lies in %s now", name, retire(self.run_dir, name))
+        if decision.action != "keep":
+            record = StageRecord(
+                decision.key, decision.inputs, "running", teachers=decision.teachers
+            )
+            write_record(self._folder(name), record)
+        write_cascade(self.cascade)
+        return decision
+
+    def _first_step(self, name: str) -> int:
+        """The step that the stage goes on from."""
+        kept = complete_checkpoints(self._folder(name) / "checkpoints")
+        return int(kept[-1].name.removeprefix("step_")) if kept else 0
+
+    def _done(self, decision: Decision, seconds: float, first_step: int) -> None:
+        """Note that the stage is done."""
+        folder = self._folder(decision.stage)
+        lines = _metrics(folder / "metrics.jsonl")
+        before = sum(v.get("step_time_s") or 0.0 for v in lines if v["step"] < first_step)
+        record = StageRecord(
+            decision.key,
+            decision.inputs,
+            "done",
+            artifact_digest=read_artifact(folder / "artifact").digest,
+            seconds=seconds + before,
+            tokens=sum(v.get("tokens") or 0 for v in lines),
+            teachers=decision.teachers,
+        )
+        write_record(folder, record)
+
+    def _score(self, names: list[str]) -> None:
+        """Score the finished ones of these stages that have no scores of these settings."""
+        key, names = self._on_main(lambda: self._unscored(names))
+        for name in names:
+            folder = self._folder(name)
+            found = score_artifact(folder / "artifact", self.cascade.scores, folder, settings=key)
+            self._on_main(partial(write_json, folder / SCORES, found.as_json()))
+
+    def _unscored(self, names: list[str]) -> tuple[str, list[str]]:
+        config = self.cascade.scores
+        key = settings_key(config, _file_hashes(self.cascade).of(score_files(config)))
+        missing = []
+        for name in names:
+            record, scores = (
+                read_record(self._folder(name)),
+                read_scores(self._folder(name) / SCORES),
+            )
+            if record is None or record.status != "done":
+                continue
+            if scores is None or (scores.digest, scores.settings) != (record.artifact_digest, key):
+                missing.append(name)
+        return key, missing
+
+    def _alarms(self, name: str) -> list[Alarm]:
+        """This stage's alarms, once its results are all on disk; its checkpoints may go now."""
+        alarms = [a for a in write_cascade(self.cascade) if a.stage == name]
+        for alarm in alarms:
+            LOGGER.warning("alarm: %s", alarm.text())
+        clean_leftovers(self._folder(name))
+        checkpoints = self._folder(name) / "checkpoints"
+        if not self.cascade.keep_checkpoints and checkpoints.exists():
+            remove(checkpoints)
+        return alarms
+
+    def _folder(self, name: str) -> Path:
+        return Path(self.cascade.stage_dir(name))
+
+
+def _file_hashes(cascade: CascadeRecipe) -> FileHashes:
+    return FileHashes(Path(cascade.run_dir) / "files.json")
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,305 @@
+"""Held-out scores of an artifact: mean reward of greedy answers, by domain, on any layout."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from nemocascade.data.errors import DataError
+from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
+from nemocascade.megatron.accelerators import Accelerators
+from nemocascade.megatron.artifact import artifact_model, load_artifact_weights, read_artifact
+from nemocascade.megatron.checkpoint.folder import digest_of
+from nemocascade.megatron.config import make_config
+from nemocascade.megatron.model import build_model
+from nemocascade.megatron.world import RecipeError, World, world_size_of_environment
+from nemocascade.recipe import (
+    DomainConfig,
+    EngineConfig,
+    ModelConfig,
+    MoeTrainingConfig,
+    ParallelConfig,
+    RolloutConfig,
+    ScoreConfig,
+    ScoredDomain,
+)
+from nemocascade.rollout.live import LiveEngine
+from nemocascade.stages.experience import Collector, Group
+from nemocascade.stages.setup import stage_world
+from nemocascade.stages.tasks import Task, encode_prompts, read_tasks
+from nemocascade.train.metrics import LOGGER
+from nemocascade.types import Artifact, Environment
+
+VERSION = 1
+# How scores are made, not what they are of.
+_HOW = ("parallel", "slots")
+
+
+@dataclass(frozen=True)
+class DomainScore:
+    """score: mean reward, None where every verifier failed. tasks: that were answered. errors:
+    verdicts that failed, which are not in the mean."""
+
+    score: float | None
+    tasks: int
+    errors: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """An artifact's scores by domain, with some answers as text."""
+
+    digest: str
+    settings: str
+    scores: dict[str, DomainScore]
+    samples: dict[str, list[dict[str, Any]]]
+    seconds: float
+
+    def of(self, domain: str) -> float | None:
+        """The score of a domain; None without one."""
+        found = self.scores.get(domain)
+        return None if found is None else found.score
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of scores.json."""
+        return {"version": VERSION, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """Mean reward of an artifact's greedy answers to held-out tasks, by domain."""
+
+    artifact: str = ""
+    """Artifact folder."""
+
+    domains: tuple[str, ...] = DOMAINS
+    """Names of the domains."""
+
+    difficulty: int = 0
+    """Of tasks that are made; 0 is the easiest."""
+
+    work_dir: str = "runs/score"
+    """Folder for the log."""
+
+    scores: ScoreConfig = field(default_factory=ScoreConfig)
+
+
+def run_scoring(settings: ScoreSettings) -> Scores:
+    """The scores that the settings ask for. Raises as `score_artifact` does."""
+    domains = tuple(ScoredDomain(d, difficulty=settings.difficulty) for d in settings.domains)
+    config = replace(settings.scores, domains=settings.scores.domains or domains)
+    return score_artifact(Path(settings.artifact), config, Path(settings.work_dir))
+
+
+def settings_key(config: ScoreConfig, files: Mapping[str, str]) -> str:
+    """What scores depend on besides the artifact. files: fingerprints of held-out files."""
+    said = {name: value for name, value in asdict(config).items() if name not in _HOW}
+    said["engine"] = said["engine"]["precision"]
+    return digest_of({"version": VERSION, "settings": json.loads(json.dumps(said)), "files": files})
+
+
+def read_scores(path: Path) -> Scores | None:
+    """The content of a scores.json; None where it is missing or of another version."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if found.pop("version", None) != VERSION:
+        return None
+    scores = {name: DomainScore(**value) for name, value in found.pop("scores").items()}
+    return Scores(scores=scores, **found)
+
+
+def score_artifact(
+    folder: Path, config: ScoreConfig, work_dir: Path, *, settings: str = ""
+) -> Scores:
+    """Answer every domain's held-out tasks greedily and score the answers; every rank calls it.
+
+    settings: kept with the scores, see `settings_key`.
+
+    Raises CheckpointError for an artifact that cannot be read, RecipeError for settings that
+    cannot run, and DataError for a domain without held-out tasks.
+    """
+    started = time.perf_counter()
+    artifact = read_artifact(folder)
+    problems = scoring_problems(config)
+    if artifact.tokenizer_path is None:
+        problems.append(f"{folder} holds no tokenizer: score another artifact")
+    if problems:
+        raise RecipeError(problems)
+    job = _Job(str(work_dir), config, artifact_model(artifact))
+    with stage_world(job, show=False) as (world, accelerators):
+        engine, tokenizer = _open_engine(artifact, job, world, accelerators)
+        environments = make_environments(config.envs)
+        try:
+            chosen: dict[str, Environment] = {
+                d.domain: environments[d.domain] for d in config.domains
+            }
+            groups = _answer(world, engine, tokenizer, chosen, config)
+        finally:
+            close_environments(environments)
+    found = Scores(
+        digest=artifact.digest,
+        settings=settings,
+        scores={name: _score_of(answered) for name, answered in groups.items()},
+        samples={name: _samples(answered[: config.samples]) for name, answered in groups.items()},
+        seconds=time.perf_counter() - started,
+    )
+    _report(found)
+    return found
+
+
+def scoring_problems(config: ScoreConfig) -> list[str]:
+    """What is wrong with the settings, as far as it is known without a model."""
+    problems = config.problems(world_size_of_environment())
+    problems += [
+        f"scores.domains names {d.domain!r}, known are {', '.join(DOMAINS)}"
+        for d in config.domains
+        if d.domain not in DOMAINS
+    ]
+    if not config.domains:
+        problems.append("scores.domains is empty: name at least one domain")
+    return problems
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A scoring run as `stage_world` sees it."""
+
+    run_dir: str
+    config: ScoreConfig
+    model: ModelConfig
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.config.parallel
+
+    @property
+    def engine(self) -> EngineConfig:
+        # What the checks at the start foresee is training.
+        return replace(self.config.engine, preflight=False)
+
+    def problems(self, world_size: int) -> list[str]:
+        return self.config.problems(world_size, self.model)
+
+
+def _open_engine(
+    artifact: Artifact, job: _Job, world: World, accelerators: Accelerators
+) -> tuple[LiveEngine, Tokenizer]:
+    """The artifact's weights, ready to generate; no optimizer is made."""
+    tokenizer = load_tokenizer(str(artifact.tokenizer_path))
+    check_vocabulary(tokenizer, job.model.vocab_size)
+    config = make_config(job.model, world.parallel, job.engine, MoeTrainingConfig(), seed=0)
+    chunks = build_model(world, config, accelerators)
+    load_artifact_weights(artifact, world, chunks)
+    engine = LiveEngine(
+        world,
+        chunks,
+        slots=job.config.slots,
+        decode=tokenizer.decode,
+        vocabulary=tokenizer.vocab_size,
+    )
+    return engine, tokenizer
+
+
+def _answer(
+    world: World,
+    engine: LiveEngine,
+    tokenizer: Tokenizer,
+    environments: Mapping[str, Environment],
+    config: ScoreConfig,
+) -> dict[str, list[Group]]:
+    """The answers to every domain's tasks; domains with one limit are generated together."""
+    rollout = RolloutConfig(
+        rollouts_per_prompt=1,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_response_tokens=config.max_response_tokens,
+        max_turns=config.max_turns,
+        thinking=config.thinking,
+        slots=config.slots,
+    )
+    collector = Collector(world, engine, tokenizer, environments, rollout, seed=config.seed)
+    found: dict[str, list[Group]] = {d.domain: [] for d in config.domains}
+
+    def limit(domain: ScoredDomain) -> int:
+        return domain.max_response_tokens or config.max_response_tokens
+
+    for most, domains in groupby(sorted(config.domains, key=limit), key=limit):
+        tasks: list[Task] = []
+        for domain in domains:
+            tasks += _tasks(domain, environments, tokenizer, rollout, config, first=len(tasks))
+        greedy = replace(collector.sampling(), temperature=0.0, max_tokens=most)
+        for group in collector.roll_out(tasks, 1, greedy):
+            found[group.task.prompt.domain].append(group)
+    return found
+
+
+def _tasks(
+    domain: ScoredDomain,
+    environments: Mapping[str, Environment],
+    tokenizer: Tokenizer,
+    rollout: RolloutConfig,
+    config: ScoreConfig,
+    *,
+    first: int,
+) -> list[Task]:
+    """A domain's held-out tasks, numbered from `first`."""
+    source = DomainConfig(
+        domain.domain, difficulty=domain.difficulty, heldout_path=domain.heldout_path
+    )
+    prompts = read_tasks(
+        source,
+        environments[domain.domain],
+        seed=config.seed,
+        heldout=True,
+        count=domain.tasks or config.tasks,
+    )
+    encoded = encode_prompts(prompts, tokenizer, rollout)
+    if not encoded:
+        raise DataError(
+            f"{domain.domain}: no held-out task has a prompt of at most "
+            f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
+        )
+    return [Task(prompt, ids, first + i) for i, (prompt, ids) in enumerate(encoded)]
+
+
+def _score_of(groups: Sequence[Group]) -> DomainScore:
+    rewards = [g.rollouts[0].verdict.reward for g in groups]
+    valid = [r for r in rewards if r is not None]
+    mean = sum(valid) / len(valid) if valid else None
+    return DomainScore(mean, len(rewards), len(rewards) - len(valid))
+
+
+def _samples(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": [{"role": m.role, "content": m.content} for m in g.task.prompt.messages],
+            "response": g.rollouts[0].text,
+            "reward": g.rollouts[0].verdict.reward,
+            "error": g.rollouts[0].verdict.error,
+        }
+        for g in groups
+    ]
+
+
+def _report(found: Scores) -> None:
+    """Scores in the log, and the verdicts that failed."""
+    shown = ", ".join(
+        f"{name} {'-' if s.score is None else format(s.score, '.3f')}"
+        for name, s in found.scores.items()
+    )
+    LOGGER.info("held out: %s (%.1f s)", shown, found.seconds)
+    for name, score in found.scores.items():
+        if score.errors:
+            LOGGER.warning(
+                "held out: %d of %d verdicts of %s failed and are not counted",
+                score.errors,
+                score.tasks,
+                name,
+            )
