@@ -1,1 +1,1 @@
-"""Ordered stages: what each starts from, what is done already, scores, alarms, teachers."""
+"""The cascade: ordered stages, scores and alarms, the choice of teachers, the report."""

@@ -11,7 +11,11 @@ from nemocascade.cascade.errors import CascadeError
 from nemocascade.cascade.inputs import FileHashes, differences, key_of, stage_inputs
 from nemocascade.cascade.records import StageRecord, Teacher, done_scores, read_record
 from nemocascade.megatron.artifact import read_artifact
-from nemocascade.megatron.checkpoint import CheckpointError, complete_checkpoints
+from nemocascade.megatron.checkpoint import (
+    CheckpointError,
+    complete_checkpoints,
+    latest_checkpoint,
+)
 from nemocascade.recipe import MopdRecipe
 from nemocascade.recipe.cascade import CascadeRecipe, StageConfig, StageRecipe
 from nemocascade.stages.scoring import Scores
@@ -117,8 +121,8 @@ def _compare(
     if again:
         return "run", ("it was asked for again",), True
     if record.status != "done":
-        kept = complete_checkpoints(folder / "checkpoints")
-        found = f"from {kept[-1].name}" if kept else "from its start: no checkpoint was finished"
+        newest = latest_checkpoint(folder / "checkpoints")
+        found = f"from {newest.name}" if newest else "from its start: no checkpoint was finished"
         return "resume", (f"it was stopped; it goes on {found}",), False
     if problem := _damage(folder, record):
         return "run", (problem,), True

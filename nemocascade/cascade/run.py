@@ -32,7 +32,7 @@ from nemocascade.cascade.records import (
     write_record,
 )
 from nemocascade.megatron.artifact import read_artifact
-from nemocascade.megatron.checkpoint import clean_leftovers, complete_checkpoints, remove
+from nemocascade.megatron.checkpoint import clean_leftovers, latest_checkpoint, remove
 from nemocascade.megatron.world import RecipeError, world_size_of_environment
 from nemocascade.recipe.cascade import CascadeRecipe
 from nemocascade.stages.launch import run_stage
@@ -141,9 +141,9 @@ class _Run:
             self._score([s.name for s in self.cascade.before(name)])
         decision: Decision = self._on_main(lambda: self._begin(name))
         if decision.action != "keep":
-            recipe: Any = decision.recipe
+            assert decision.recipe is not None
             started, first = time.monotonic(), self._on_main(lambda: self._first_step(name))
-            run_stage(recipe)
+            run_stage(decision.recipe)
             # What the stage held in cycles would stay beside the next one.
             gc.collect()
             if torch.cuda.is_available():
@@ -179,8 +179,8 @@ class _Run:
 
     def _first_step(self, name: str) -> int:
         """The step that the stage goes on from."""
-        kept = complete_checkpoints(self._folder(name) / "checkpoints")
-        return int(kept[-1].name.removeprefix("step_")) if kept else 0
+        newest = latest_checkpoint(self._folder(name) / "checkpoints")
+        return int(newest.name.removeprefix("step_")) if newest else 0
 
     def _done(self, decision: Decision, seconds: float, first_step: int) -> None:
         """Note that the stage is done."""

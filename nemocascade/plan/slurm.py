@@ -28,8 +28,8 @@ STOPPED = 75
 
 @dataclass(frozen=True)
 class SubmitSettings:
-    """Write and submit a Slurm job for each recipe, and for each stage of a cascade. Each starts when
-    the one before has ended well.
+    """Write and submit a Slurm job for each recipe, and for each stage of a cascade; each starts
+    when the one before has ended well.
 
     Arguments after `--` go to every recipe."""
 

@@ -24,6 +24,8 @@ from nemocascade.recipe import (
     GrpoConfig,
     GrpoRecipe,
     LogConfig,
+    MopdConfig,
+    MopdRecipe,
     OptimizerConfig,
     ParallelConfig,
     RlEvalConfig,
@@ -50,16 +52,27 @@ SHARED: dict[str, Any] = {
 
 def sft(**changes: Any) -> SftRecipe:
     recipe = SftRecipe(
-        steps=4,
+        steps=24,
         model=replace(tiny(), pattern="M*E", hidden_size=64, vocab_size=512),
         data=DataConfig(capacity=512, sequences_per_step=2, balance_group=2),
         demonstrations=DemonstrationConfig(
             domains=tuple(DomainConfig(domain=d, tasks=64) for d in DOMAINS), heldout=8
         ),
         tokenizer=TokenizerConfig(train_vocab_size=400),
-        **SHARED,
+        **{**SHARED, "optimizer": replace(CONSTANT, lr=4e-3), "checkpoint": CheckpointConfig(12)},
     )
     return replace(recipe, **changes)
+
+
+ROLLOUT = RolloutConfig(
+    prompts_per_step=4,
+    rollouts_per_prompt=4,
+    max_prompt_tokens=96,
+    max_response_tokens=12,
+    thinking=False,
+    slots=16,
+    dynamic_filtering=False,
+)
 
 
 def rl(stage: str, domain: str = "instruction_following", **changes: Any) -> GrpoRecipe:
@@ -67,15 +80,7 @@ def rl(stage: str, domain: str = "instruction_following", **changes: Any) -> Grp
         steps=2,
         stage=stage,
         domains=(DomainConfig(domain=domain, tasks=64),),
-        rollout=RolloutConfig(
-            prompts_per_step=4,
-            rollouts_per_prompt=4,
-            max_prompt_tokens=96,
-            max_response_tokens=12,
-            thinking=False,
-            slots=8,
-            max_draws=1,
-        ),
+        rollout=ROLLOUT,
         grpo=GrpoConfig(capacity=256),
         envs=ENVS,
         eval=RlEvalConfig(prompts=0),
@@ -84,14 +89,28 @@ def rl(stage: str, domain: str = "instruction_following", **changes: Any) -> Grp
     return replace(recipe, **changes)
 
 
+def mopd(**changes: Any) -> MopdRecipe:
+    recipe = MopdRecipe(
+        steps=2,
+        domains=tuple(DomainConfig(domain=d, tasks=64) for d in DOMAINS),
+        rollout=replace(ROLLOUT, rollouts_per_prompt=2),
+        mopd=MopdConfig(capacity=256),
+        envs=ENVS,
+        eval=RlEvalConfig(prompts=0),
+        **SHARED,
+    )
+    return replace(recipe, **changes)
+
+
 def small_cascade(run_dir: str, **changes: Any) -> CascadeRecipe:
-    """SFT, RL, a side branch from SFT, and RL again on what the main line has."""
+    """SFT, RL, a teacher aside from SFT, distillation from the best so far, and RL again."""
     recipe = CascadeRecipe(
         run_dir=run_dir,
         stages=(
             StageConfig("sft", sft()),
             StageConfig("if_rl", rl("if_rl")),
-            StageConfig("teacher", rl("teacher", seed=2), start="sft", side=True),
+            StageConfig("teacher", rl("teacher", "math"), start="sft", side=True),
+            StageConfig("mopd", mopd()),
             StageConfig("last", rl("last", seed=3)),
         ),
         scores=ScoreConfig(
