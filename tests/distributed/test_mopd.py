@@ -68,13 +68,13 @@ def alone(folder: str) -> dict[str, Any]:
     """One process: a run, and the same run stopped after its first step, its teachers on disk."""
     artifact = start_policy(f"{folder}/sft", DOMAINS)
     teacher = f"{folder}/first/artifact"
-    # Any other weights will do for a teacher: those after two steps of distillation from itself.
     from dataclasses import replace
 
     from start_policy import sft_recipe
 
     from nemocascade.stages.sft import run_sft
 
+    # Any other weights will do for a teacher.
     other = replace(sft_recipe(f"{folder}/first", DOMAINS), steps=4, init_from=artifact)
     run_sft(other)
     whole = teach(artifact, teacher, f"{folder}/whole", {})
