@@ -113,7 +113,7 @@ class Code(Domain):
             }
         else:
             called = rng.choice("fghp")
-            ask = f"Write {called}({name}): {text}."
+            ask = f"{rng.choice(_ASKS)} {called}({name}): {text}."
             source = f"def {called}({name}):\n    return {expression}"
             answer = {"function": called, "inputs": [[i] for i in inputs], "outputs": outputs}
         return Prompt(
@@ -215,7 +215,7 @@ _Task = tuple[str, str, Callable[[Any], Any]]
 
 
 def _one(rng: random.Random) -> _Task:
-    return rng.choice(_OPERATIONS)(rng.randint(1, 99), "x", "x", lambda x: x)
+    return rng.choice(_OPERATIONS)(rng.randint(1, 15), "x", "x", lambda x: x)
 
 
 def _two(rng: random.Random) -> _Task:
@@ -250,5 +250,6 @@ def _modulo(k: int, text: str, code: str, f: Callable[[Any], Any]) -> _Task:
     return f"the rest of {text} by {k}", f"{code} % {k}", lambda x: f(x) % k
 
 
+_ASKS = ("Write", "Define", "Code", "Make", "Give", "Build", "Add", "Program")
 _OPERATIONS = (_times, _plus, _minus, _modulo)
 _LEVELS = (_one, _two, _branch)

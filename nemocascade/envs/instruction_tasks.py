@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemocascade.envs import ifeval
-from nemocascade.envs.words import COLORS, NOUNS
+from nemocascade.envs.words import COLORS
+from nemocascade.envs.words import SOME_NOUNS as NOUNS
 from nemocascade.types import Message, Prompt
 
 TRIES = 200

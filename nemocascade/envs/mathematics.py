@@ -37,7 +37,7 @@ class Mathematics(CheckedDomain):
         return Verdict(float(right), details=details)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """0: a sum or difference below 20. 1: below 100. 2: in words. 3: products, fractions."""
+        """0: a sum or difference of digits. 1: below 100. 2: in words. 3: products, fractions."""
         question, reasoning, answer = _LEVELS[min(max(difficulty, 0), len(_LEVELS) - 1)](rng)
         return Prompt(
             id="",
@@ -48,9 +48,15 @@ class Mathematics(CheckedDomain):
         )
 
 
+_ASKS = (
+    *("What is", "Compute", "Give", "Find", "Say", "Tell"),
+    *("Solve", "Work out", "Calculate", "Do", "Evaluate", "Answer"),
+)
+
+
 def _digits(rng: random.Random, low: int, high: int) -> tuple[str, str, str]:
     a, b = rng.randint(low, high), rng.randint(low, high)
-    verb = rng.choice(("What is", "Compute", "Give", "Find", "Say"))
+    verb = rng.choice(_ASKS)
     if rng.random() < 0.5:
         text, value = f"{a} + {b}", a + b
     else:
@@ -60,7 +66,7 @@ def _digits(rng: random.Random, low: int, high: int) -> tuple[str, str, str]:
 
 
 def _small(rng: random.Random) -> tuple[str, str, str]:
-    return _digits(rng, 0, 19)
+    return _digits(rng, 0, 9)
 
 
 def _large(rng: random.Random) -> tuple[str, str, str]:

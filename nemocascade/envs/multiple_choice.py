@@ -12,6 +12,7 @@ from nemocascade.envs.words import CATEGORIES
 from nemocascade.types import Message, Prompt, Verdict
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_KINDS = ("animal", "cloth", "color", "tool")
 _DECORATION = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{(.*)\}", re.DOTALL)
 
 
@@ -85,9 +86,9 @@ def _letter(found: str | None, options: Mapping[str, str]) -> str | None:
 
 
 def _kinds(rng: random.Random) -> tuple[str, str, str, list[str]]:
-    kind, *others = rng.sample(sorted(CATEGORIES), 4)
-    right = rng.choice(CATEGORIES[kind])
-    wrong = [rng.choice(CATEGORIES[other]) for other in others]
+    kind, *others = rng.sample(_KINDS, 4)
+    right = rng.choice(CATEGORIES[kind][:4])
+    wrong = [rng.choice(CATEGORIES[other][:4]) for other in others]
     return f"Which is a {kind}?", f"{right} is a {kind}.", right, wrong
 
 

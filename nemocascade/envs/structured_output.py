@@ -15,6 +15,7 @@ _KEYS = (
     *("name", "age", "size", "color", "price", "count", "title", "owner", "city", "open"),
     *("ready", "score", "level", "kind", "note", "week", "paid", "rank", "label", "total"),
 )
+_ASKS = ("Write", "Give", "Make", "Return")
 
 
 class StructuredOutput(CheckedDomain):
@@ -47,7 +48,7 @@ class StructuredOutput(CheckedDomain):
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """0: one or two fields. 1: three, with choices. 2: with a list. 3: the schema in JSON."""
         fields = (rng.randint(1, 2), 3, 3, 3)[min(max(difficulty, 0), 3)]
-        keys = rng.sample(_KEYS, fields)
+        keys = rng.sample(_KEYS[:8] if difficulty <= 0 else _KEYS, fields)
         kinds = ("integer", "string", "boolean", "choice", "list")[: 3 + min(max(difficulty, 0), 2)]
         chosen = [rng.choice(kinds) for _ in keys]
         if difficulty >= 1:
@@ -63,7 +64,7 @@ class StructuredOutput(CheckedDomain):
         return Prompt(
             id="",
             domain=self.domain,
-            messages=(Message("user", f"Write JSON: {shown}"),),
+            messages=(Message("user", f"{rng.choice(_ASKS)} JSON: {shown}"),),
             answer={"schema": schema},
             demonstration=(Message("assistant", json.dumps(value), f"keys: {', '.join(keys)}."),),
         )

@@ -10,7 +10,14 @@ from typing import Any
 
 from nemocascade.envs.base import Domain, Row
 from nemocascade.envs.office import EMPTY, Office, OfficeError, tools
-from nemocascade.envs.words import COLORS, NAMES, NOUNS, VERBS
+from nemocascade.envs.words import (
+    COLORS,
+    FEW_COLORS,
+    FEW_NOUNS,
+    FEW_VERBS,
+    NAMES,
+    NOUNS,
+)
 from nemocascade.types import Message, Prompt, Tool, ToolCall, ToolSession, Verdict
 
 MAX_CALLS = 64
@@ -176,25 +183,29 @@ def _thing(rng: random.Random) -> str:
     return f"{rng.choice(COLORS)} {rng.choice(NOUNS)}"
 
 
+def _chore(rng: random.Random) -> str:
+    return f"{rng.choice(FEW_VERBS)} {rng.choice(FEW_COLORS)} {rng.choice(FEW_NOUNS)}"
+
+
 def _add_task(rng: random.Random) -> _Job:
-    title = f"{rng.choice(VERBS)} {_thing(rng)}"
+    title = _chore(rng)
     return _job(f"Add a task: {title}.", "add_task", title=title)
 
 
 def _finish_task(rng: random.Random) -> _Job:
-    title = f"{rng.choice(VERBS)} {_thing(rng)}"
+    title = _chore(rng)
     row = {"title": title, "due": "", "done": False}
     return _job(f"I did this: {title}.", "finish_task", ("tasks", row), title=title)
 
 
 def _delete_task(rng: random.Random) -> _Job:
-    title = f"{rng.choice(VERBS)} {_thing(rng)}"
+    title = _chore(rng)
     row = {"title": title, "due": "", "done": False}
     return _job(f"Drop the task {title}.", "delete_task", ("tasks", row), title=title)
 
 
 def _delete_file(rng: random.Random) -> _Job:
-    path = f"{rng.choice(COLORS)} {rng.choice(NOUNS)}"
+    path = f"{rng.choice(FEW_COLORS)} {rng.choice(FEW_NOUNS)}"
     row = {"path": path, "text": "", "shared": []}
     return _job(f"Delete the file {path}.", "delete_file", ("files", row), path=path)
 

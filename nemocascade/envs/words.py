@@ -12,3 +12,9 @@ NOUNS = tuple(w for c in ("animal", "food", "tool", "place", "cloth") for w in C
 COLORS = CATEGORIES["color"]
 NAMES = ("ana", "ben", "chen", "dora", "emil", "fay", "gus", "hana", "ivan", "jo", "kim", "leo")
 VERBS = ("buy", "find", "sell", "wash", "move", "check", "paint", "fix")
+
+SOME_NOUNS = tuple(w for c in ("animal", "tool", "cloth", "food") for w in CATEGORIES[c][:4])
+FEW_NOUNS = ("cat", "dog", "hen", "saw", "hat", "lamp")
+"""For the easiest tasks: a model that was trained for minutes has met each word many times."""
+FEW_COLORS = COLORS[:4]
+FEW_VERBS = VERBS[:4]

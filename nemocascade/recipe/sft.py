@@ -31,9 +31,6 @@ class DemonstrationConfig:
     thinking: float = 0.5
     """Share of the rows that reason before they answer."""
 
-    repeats: int = 0
-    """Rows that ask for words of the tasks again: a start for models of random weights."""
-
 
 @dataclass(frozen=True)
 class SftRecipe:

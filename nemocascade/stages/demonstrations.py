@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from nemocascade.envs.registry import DOMAINS, close_environments, make_environm
 from nemocascade.megatron.world import RecipeError, World
 from nemocascade.recipe import SftRecipe
 from nemocascade.stages.setup import main_first
-from nemocascade.types import Prompt
 
 
 def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
@@ -66,25 +65,6 @@ def _rows(recipe: SftRecipe, heldout: bool) -> Iterator[dict[str, Any]]:
     finally:
         close_environments(environments)
     rng = random.Random(f"demonstrations/{recipe.seed}/{heldout}")
-    rows = [sft_row(prompt, thinking=rng.random() < settings.thinking) for prompt in prompts]
-    rows += _repeats(prompts, settings.heldout if heldout else settings.repeats, rng)
-    rng.shuffle(rows)
-    yield from rows
-
-
-def _repeats(prompts: Sequence[Prompt], count: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Rows that ask for the words of the tasks again, in random order.
-
-    Every domain's answers hold words of its prompt. A base model can copy; one of random weights
-    learns it from these rows sooner than from the tasks.
-    """
-    words = sorted({w for p in prompts for m in p.messages for w in m.content.split()})
-    rows = []
-    for _ in range(count if words else 0):
-        text = " ".join(rng.choices(words, k=rng.randint(2, 16)))
-        turns = [
-            {"role": "user", "content": f"Repeat: {text}"},
-            {"role": "assistant", "content": text},
-        ]
-        rows.append({"messages": turns})
-    return rows
+    rng.shuffle(prompts)
+    for prompt in prompts:
+        yield sft_row(prompt, thinking=rng.random() < settings.thinking)

@@ -1,0 +1,81 @@
+"""MOPD of Nemotron-3-Nano-30B-A3B with the numbers of Nemotron-Cascade 2 (arXiv 2603.19220).
+
+128 prompts x 4 rollouts a step, 52 steps, AdamW (0.9, 0.95), learning rate 2e-7 -> 2e-6 over 30
+steps, which the paper calls important: the gradient is large at first. Prompts: math 30 %,
+instructions 30 %, tools 10 %, STEM 15 %, structured output 15 %. 128 GPUs: tp 8 leaves dp 16, and
+ep 8 on the same ranks.
+
+Math is taught by the SFT checkpoint, the rest by the best one after IF-RL and multi-domain RL; name
+them with --teachers, or let `cascade.py` choose by held-out scores.
+
+    torchrun ... recipes/nemotron3_nano_30b/mopd.py --init-from ARTIFACT
+"""
+
+from nemocascade.recipe import (
+    CheckpointConfig,
+    DomainConfig,
+    EngineConfig,
+    MoeTrainingConfig,
+    MopdConfig,
+    MopdRecipe,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TeacherConfig,
+)
+from nemocascade.stages.launch import launch
+
+DATA = ("data/mopd.jsonl",)
+SFT = "runs/nemotron3_nano_30b/sft/artifact"
+MULTI = "runs/nemotron3_nano_30b/multi_domain_rl/artifact"
+
+RECIPE = MopdRecipe(
+    steps=52,
+    run_dir="runs/nemotron3_nano_30b/mopd",
+    init_from=MULTI,
+    domains=(
+        DomainConfig(domain="math", share=0.30, path=DATA, tasks=0),
+        DomainConfig(domain="instruction_following", share=0.30, path=DATA, tasks=0),
+        DomainConfig(domain="tool_calling", share=0.10, path=DATA, tasks=0),
+        DomainConfig(domain="multiple_choice", share=0.15, path=DATA, tasks=0),
+        DomainConfig(domain="structured_output", share=0.15, path=DATA, tasks=0),
+    ),
+    teachers=(
+        TeacherConfig("math", SFT),
+        TeacherConfig("instruction_following", MULTI),
+        TeacherConfig("tool_calling", MULTI),
+        TeacherConfig("multiple_choice", MULTI),
+        TeacherConfig("structured_output", MULTI),
+    ),
+    rollout=RolloutConfig(
+        prompts_per_step=128,
+        rollouts_per_prompt=4,
+        max_prompt_tokens=32_768,
+        max_response_tokens=98_304,
+        temperature=1.0,
+        top_p=1.0,
+        thinking=True,
+        slots=128,
+        dynamic_filtering=False,
+        overlong_filter=False,
+    ),
+    mopd=MopdConfig(ratio_low=0.5, ratio_high=2.0, capacity=131_072, keep="host"),
+    optimizer=OptimizerConfig(
+        lr=2e-6,
+        min_lr=2e-6,
+        schedule="constant",
+        warmup_steps=30,
+        warmup_start_lr=2e-7,
+        beta1=0.9,
+        beta2=0.95,
+        weight_decay=0.0,
+        clip_grad=1.0,
+    ),
+    moe=MoeTrainingConfig(load_balance="none", freeze_router=True, bias_update_rate=1e-3),
+    parallel=ParallelConfig(tp=8, ep=8),
+    engine=EngineConfig(precision="bf16", recompute=True),
+    checkpoint=CheckpointConfig(every=5),
+)
+
+if __name__ == "__main__":
+    launch(RECIPE)
