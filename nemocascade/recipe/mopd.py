@@ -100,4 +100,9 @@ class MopdRecipe(PolicyRecipe):
                 "rollout.dynamic_filtering drops groups by their rewards, which distillation does "
                 "not use: set it to False"
             )
+        if self.rollout.min_best_reward is not None:
+            found.append(
+                "rollout.min_best_reward masks prompts by their rewards, which distillation does "
+                "not use: set it to None"
+            )
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
@@ -76,6 +77,10 @@ class RolloutConfig:
     """Prompts drawn for a step are at most this many times `prompts_per_step`; a step that finds
     fewer groups trains on those."""
 
+    min_best_reward: float | None = None
+    """Mask the loss of prompts with no rollout whose reward is above this; they are counted, and
+    none is drawn in their place. None masks none."""
+
     overlong_filter: bool = False
     """A truncated answer leaves the loss; it still counts in its group's mean and deviation."""
 
@@ -117,6 +122,10 @@ class RolloutConfig:
             )
         if not 0 < self.top_p <= 1:
             found.append(f"rollout.top_p({self.top_p}) must lie in (0, 1]")
+        if self.min_best_reward is not None and not math.isfinite(self.min_best_reward):
+            found.append(
+                f"rollout.min_best_reward({self.min_best_reward}) must be a number or None"
+            )
         if not 0 <= self.overlong_buffer < max(1, self.max_response_tokens):
             found.append(
                 f"rollout.overlong_buffer({self.overlong_buffer}) must lie in "

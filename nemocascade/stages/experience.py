@@ -67,11 +67,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What a step's rollouts are made of. drawn: tasks that were tried."""
+    """What a step's rollouts are made of.
+
+    groups: those that train. drawn: tasks that were tried. tried: the groups of all of these.
+    masked: groups that would train, were a reward above `min_best_reward` among theirs.
+    """
 
     groups: tuple[Group, ...]
     drawn: int
     tried: tuple[Group, ...]
+    masked: int = 0
 
 
 class Collector:
@@ -165,7 +170,8 @@ def gather(collector: Collector, stream: TaskStream, settings: RolloutConfig) ->
     """The groups that a step trains on.
 
     With dynamic filtering, groups whose rewards are all equal are dropped and other tasks drawn in
-    their place, up to `max_draws * prompts_per_step` tasks in all.
+    their place, up to `max_draws * prompts_per_step` tasks in all. Groups that `min_best_reward`
+    masks keep their place: nothing is drawn for them.
     """
     wanted, most = settings.prompts_per_step, settings.max_draws * settings.prompts_per_step
     kept: list[Group] = []
@@ -175,7 +181,8 @@ def gather(collector: Collector, stream: TaskStream, settings: RolloutConfig) ->
         if not settings.dynamic_filtering and tried:
             count = 0
         if count <= 0:
-            return Gathered(tuple(kept), len(tried), tuple(tried))
+            trained = tuple(g for g in kept if not _masked(g, settings))
+            return Gathered(trained, len(tried), tuple(tried), len(kept) - len(trained))
         groups = collector.roll_out(stream.take(count), settings.rollouts_per_prompt)
         tried += groups
         kept += [g for g in groups if not settings.dynamic_filtering or _teaches(g, settings)]
@@ -189,6 +196,14 @@ def advantages_of(groups: Sequence[Group], rollout: RolloutConfig, grpo: GrpoCon
         advantage = group_advantages(rewards[None], valid[None], grpo)[0]
         found.append(replace(group, advantage=advantage))
     return found
+
+
+def _masked(group: Group, settings: RolloutConfig) -> bool:
+    """Whether no rollout has a reward above the least that the best one must have."""
+    if settings.min_best_reward is None:
+        return False
+    rewards = [r.verdict.reward for r in group.rollouts if r.verdict.reward is not None]
+    return not any(reward > settings.min_best_reward for reward in rewards)
 
 
 def _teaches(group: Group, settings: RolloutConfig) -> bool:

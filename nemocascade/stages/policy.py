@@ -104,6 +104,7 @@ class PolicyRun:
             "verifier_errors": len(rollouts) - len(rewards),
             "groups": len(gathered.groups),
             "groups_drawn": gathered.drawn,
+            "groups_masked": gathered.masked,
             "groups_all_right": _share(gathered, low=1.0),
             "groups_all_wrong": _share(gathered, high=0.0),
         }
