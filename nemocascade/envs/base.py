@@ -49,6 +49,13 @@ class Domain(ABC):
     def parse(self, row: Row) -> Mapping[str, Any]:
         """The `answer` of a released row. Raises ValueError, KeyError or TypeError if broken."""
 
+    def prepare(self, row: Row, folder: Path) -> Row:
+        """A claimed row, with the `prompt` that is built from its other fields where it has none.
+
+        folder: of the file, for names in the row that are relative to it.
+        """
+        return row
+
     @abstractmethod
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         """The verdict; what it raises becomes an error verdict."""
@@ -93,7 +100,7 @@ class Domain(ABC):
                 continue
             found += 1
             try:
-                prompt = self._prompt(row, where)
+                prompt = self._prompt(self.prepare(row, Path(path).parent), where)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
             yield prompt

@@ -9,10 +9,12 @@ from nemocascade.envs.child import ChildPool
 from nemocascade.envs.code import Code
 from nemocascade.envs.instruction_following import InstructionFollowing
 from nemocascade.envs.judges.factory import make_judge
+from nemocascade.envs.long_context import LongContext
 from nemocascade.envs.mathematics import Mathematics
 from nemocascade.envs.multiple_choice import MultipleChoice
 from nemocascade.envs.preference import Preference
 from nemocascade.envs.structured_output import StructuredOutput
+from nemocascade.envs.swe_agentless import SweAgentless
 from nemocascade.envs.tool_calling import ToolCalling
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.types import Judge
@@ -25,6 +27,8 @@ DOMAINS = (
     "math",
     "code",
     "preference",
+    "long_context",
+    "swe_agentless",
 )
 
 
@@ -56,6 +60,8 @@ def make_environments(
         Mathematics(children),
         Code(config.sandbox),
         Preference(judge),
+        LongContext(judge),
+        SweAgentless(config.sandbox, judge),
     ]
     return {domain.domain: domain for domain in domains}
 

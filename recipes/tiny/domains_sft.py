@@ -27,6 +27,8 @@ DOMAINS = (
     "structured_output",
     "math",
     "code",
+    "long_context",
+    "swe_agentless",
 )
 
 RECIPE = SftRecipe(

@@ -65,7 +65,11 @@ def test_demonstrations_are_right_and_other_answers_wrong(
     environments: dict[str, Domain], name: str, level: int, thinking: bool
 ) -> None:
     domain = environments[name]
-    prompts = list(domain.prompts(seed=1, count=3 if name == "code" else 25, difficulty=level))
+    prompts = list(
+        domain.prompts(
+            seed=1, count=3 if name in ("code", "swe_agentless") else 25, difficulty=level
+        )
+    )
     try:
         for prompt in prompts:
             turns = demonstration(prompt, thinking=thinking)
@@ -167,11 +171,22 @@ ROWS: dict[str, dict[str, Any]] = {
     "math": {"expected_answer": "4"},
     "code": {"verifier_metadata": {"unit_tests": {"inputs": ["1\n"], "outputs": ["2\n"]}}},
     "preference": {},
+    "long_context": {"ground_truth": "The lake.", "metadata": {"documents": 6}},
+    "swe_agentless": {
+        "problem_statement": "f adds.",
+        "files": {"f.py": "def f(x):\n    return x + 2\n"},
+        "golden_files": ["f.py"],
+        "tests": {
+            "files": {"test_f.py": "from f import f\n\n\ndef test_f():\n    assert f(3) == 6\n"},
+            "FAIL_TO_PASS": ["test_f.py::test_f"],
+        },
+    },
 }
 RIGHT = {
     "instruction_following": [Message("assistant", "a cat")],
     "multiple_choice": [Message("assistant", r"\boxed{B}")],
     "structured_output": [Message("assistant", "{}")],
+    "long_context": [Message("assistant", "It is there.\nAnswer: lake")],
     "math": [Message("assistant", r"\boxed{4}")],
 }
 

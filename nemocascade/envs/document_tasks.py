@@ -1,0 +1,130 @@
+"""Questions over documents made from a seed: facts to find, and to combine across documents."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nemocascade.envs.words import CATEGORIES, COLORS, NAMES
+
+PLACES = CATEGORIES["place"]
+_THINGS = CATEGORIES["cloth"] + CATEGORIES["tool"]
+
+
+@dataclass(frozen=True)
+class DocumentTask:
+    """documents: what to read. reasoning: the facts that make the answer, in order."""
+
+    documents: tuple[str, ...]
+    question: str
+    answer: str
+    reasoning: str
+
+
+def make_task(rng: random.Random, difficulty: int) -> DocumentTask:
+    """A question whose facts stand in different documents among others that only distract.
+
+    0: five documents of a sentence, one of which holds the answer. d from 1 on: `5 (d + 1)`
+    documents of `2^d` sentences; a chain of `d + 2` facts, or a count or a maximum over facts in
+    more than `d` documents. 7 is about 32K tokens, and nothing ends the growth.
+    """
+    if difficulty <= 0:
+        return _find(rng)
+    facts, question, answer, reasoning, distract = rng.choice(_KINDS)(rng, difficulty)
+    count, length = 5 * (difficulty + 1), 2**difficulty
+    documents: list[list[str]] = [[] for _ in range(count)]
+    for fact, place in zip(facts, rng.sample(range(count), len(facts)), strict=True):
+        documents[place].append(fact)
+    for document in documents:
+        document += [distract() for _ in range(length - len(document))]
+        rng.shuffle(document)
+    return DocumentTask(tuple(map(" ".join, documents)), question, answer, reasoning)
+
+
+def _find(rng: random.Random) -> DocumentTask:
+    """Two say where somebody is, three what somebody has; one of either kind is asked for."""
+    names = rng.sample(NAMES, 5)
+    places, things = rng.sample(PLACES, 2), rng.sample(_THINGS, 3)
+    facts = [f"{n} is at the {p}." for n, p in zip(names, places, strict=False)]
+    facts += [f"{n} has a {t}." for n, t in zip(names[2:], things, strict=True)]
+    asked = rng.randrange(5)
+    if asked < 2:
+        question, answer = f"Where is {names[asked]}?", places[asked]
+    else:
+        question, answer = f"What has {names[asked]}?", things[asked - 2]
+    fact = facts[asked]
+    rng.shuffle(facts)
+    return DocumentTask(tuple(facts), question, answer, fact)
+
+
+_Made = tuple[list[str], str, str, str, Callable[[], str]]
+"""Facts, question, answer, reasoning, and sentences that only distract, one a call."""
+
+
+class _Numbers:
+    """Numbers of boxes, each once, so that no two sentences of a task are of one box."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._seen: set[int] = set()
+
+    def __call__(self) -> int:
+        # Twice as many as are taken: a draw is new within a few tries.
+        limit = 2 * len(self._seen) + 1000
+        while (number := self._rng.randrange(limit)) in self._seen:
+            pass
+        self._seen.add(number)
+        return number
+
+
+def _chain(rng: random.Random, difficulty: int) -> _Made:
+    """Somebody has a thing; it is in a box; that is in another; the last is at a place."""
+    number = _Numbers(rng)
+    name, place = rng.choice(NAMES), rng.choice(PLACES)
+    holders = [f"the {rng.choice(COLORS)} {rng.choice(_THINGS)}"]
+    holders += [f"box {number()}" for _ in range(difficulty)]
+    facts = [f"{name} has {holders[0]}."]
+    facts += [f"{a} is in {b}." for a, b in itertools.pairwise(holders)]
+    facts.append(f"{holders[-1]} is at the {place}.")
+
+    def distract() -> str:
+        where = rng.choice((f"at the {rng.choice(PLACES)}", f"in box {number()}"))
+        return f"box {number()} is {where}."
+
+    question = f"At which place is what {name} has?"
+    return facts, question, place, " ".join(facts), distract
+
+
+def _count(rng: random.Random, difficulty: int) -> _Made:
+    """How many boxes are at a place; each in a document of its own."""
+    number = _Numbers(rng)
+    place, *others = rng.sample(PLACES, len(PLACES))
+    found = difficulty + 1 + rng.randint(0, 3)
+    facts = [f"box {number()} is at the {place}." for _ in range(found)]
+
+    def distract() -> str:
+        return f"box {number()} is at the {rng.choice(others)}."
+
+    question = f"How many boxes are at the {place}?"
+    return facts, question, str(found), f"{' '.join(facts)} That is {found}.", distract
+
+
+def _most(rng: random.Random, difficulty: int) -> _Made:
+    """Who has the most of a kind, of which others have other kinds."""
+    kind, *others = rng.sample(CATEGORIES["food"], len(CATEGORIES["food"]))
+    people = rng.sample(NAMES, min(len(NAMES), difficulty + 2))
+    amounts = rng.sample(range(2, 100), len(people))
+    facts = [f"{n} has {k} {kind}s." for n, k in zip(people, amounts, strict=True)]
+    most = max(amounts)
+    winner = people[amounts.index(most)]
+
+    def distract() -> str:
+        return f"{rng.choice(NAMES)} has {rng.randint(2, 999)} {rng.choice(others)}s."
+
+    reasoning = f"{' '.join(facts)} The most is {most}."
+    return facts, f"Who has the most {kind}s?", winner, reasoning, distract
+
+
+_KINDS: Sequence[Callable[[random.Random, int], _Made]] = (_chain, _count, _most)

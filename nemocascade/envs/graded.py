@@ -1,0 +1,73 @@
+"""Domains whose verdict is a judge's grade where no rule decides."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from nemocascade.envs.base import Domain
+from nemocascade.envs.judges.prompts import parse_grade
+from nemocascade.types import Answer, Judge, Message, Prompt, Question, Verdict
+
+THREADS = 8
+"""Responses that rules examine at once, where whole groups are scored."""
+_SHOWN = 200
+
+
+class GradedDomain(Domain):
+    """Rules first; what they leave open is asked of a judge, a call's questions all at once.
+
+    A grade is a reward in 0..1. A judge that failed, or said nothing that is a grade, is an error.
+    """
+
+    def __init__(self, judge: Judge | None = None) -> None:
+        self.judge = judge
+
+    @property
+    def collective(self) -> bool:
+        """As the judge."""
+        return self.judge is not None and self.judge.collective
+
+    @abstractmethod
+    def examine(self, prompt: Prompt, response: Sequence[Message]) -> Verdict | Question:
+        """The verdict where rules decide, else what the judge is asked."""
+
+    def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        found = self.examine(prompt, response)
+        return found if isinstance(found, Verdict) else self._ask([found])[0]
+
+    def score_groups(
+        self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
+    ) -> list[list[Verdict]]:
+        """As `score`, with one call of the judge; of a collective one also without a question."""
+        pairs = [(prompt, r) for prompt, responses in groups for r in responses]
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="examine") as pool:
+            found = list(pool.map(lambda pair: self._examined(*pair), pairs))
+        questions = [f for f in found if isinstance(f, Question)]
+        graded = iter(self._ask(questions) if questions or self.collective else [])
+        verdicts = iter([f if isinstance(f, Verdict) else next(graded) for f in found])
+        return [[next(verdicts) for _ in responses] for _, responses in groups]
+
+    def _examined(self, prompt: Prompt, response: Sequence[Message]) -> Verdict | Question:
+        if prompt.domain != self.domain:
+            raise ValueError(f"{self.domain} cannot score a task of {prompt.domain}")
+        try:
+            return self.examine(prompt, response)
+        except Exception as error:  # any failure of a verifier is reported, and none is a zero
+            return Verdict(None, f"{type(error).__name__}: {error}")
+
+    def _ask(self, questions: Sequence[Question]) -> list[Verdict]:
+        if self.judge is None:
+            reason = f"no rule decides a task of {self.domain}, and it has no judge: set envs.judge"
+            return [Verdict(None, reason) for _ in questions]
+        return [_graded(answer) for answer in self.judge.ask(questions)]
+
+
+def _graded(answer: Answer) -> Verdict:
+    if answer.text is None:
+        return Verdict(None, f"the judge failed: {answer.error}")
+    grade = parse_grade(answer.text)
+    if grade is None:
+        return Verdict(None, f"the judge's answer holds no grade: ...{answer.text[-_SHOWN:]!r}")
+    return Verdict(grade, details={"grade": grade})

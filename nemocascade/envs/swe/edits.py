@@ -1,0 +1,155 @@
+"""Search/replace edits: the form of a repair, how it is read, and how it changes files.
+
+An answer holds one or more blocks; what stands outside of them is not read:
+
+    ### src/cart.py
+    <<<<<<< SEARCH
+    lines that stand in the file, once
+    =======
+    lines that take their place
+    >>>>>>> REPLACE
+
+Each marker is a line of its own. Further blocks for the same file may follow without its name. The
+searched lines are whole lines of the file, with their indentation; they must stand in it exactly
+once. Without searched lines the block makes a new file. A line that looks like a marker is one.
+(The form is that of Agentless, Xia et al., arXiv 2407.01489; whole lines and one occurrence are
+rules here.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+FORM = """\
+### path/of/the/file
+<<<<<<< SEARCH
+lines of the file, exactly as they are
+=======
+lines that take their place
+>>>>>>> REPLACE"""
+SEARCH, DIVIDER, REPLACE = "<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"
+MOST_EDITS = 64
+LONGEST_PATH = 512
+
+_PATH = re.compile(r"###[ \t]+(\S.*?)[ \t]*")
+
+
+class EditError(ValueError):
+    """Edits that cannot be read or applied. The message says which and why."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Lines of a file and what takes their place, both without line ends."""
+
+    path: str
+    search: tuple[str, ...]
+    replace: tuple[str, ...]
+
+
+def parse_edits(text: str) -> list[Edit]:
+    """The edits of an answer, in order. Raises EditError for any fault, and if there is none."""
+    edits: list[Edit] = []
+    named: str | None = None
+    lines = iter(text.replace("\r\n", "\n").split("\n"))
+    for line in lines:
+        if heading := _PATH.fullmatch(line):
+            named = heading[1].strip("`")
+        elif line.rstrip() == SEARCH:
+            if named is None:
+                raise EditError(f"edit {len(edits) + 1} names no file: begin with '### path'")
+            path = checked_path(named)
+            search = _until(lines, DIVIDER, path)
+            edits.append(Edit(path, search, _until(lines, REPLACE, path)))
+        elif line.rstrip() == REPLACE:
+            raise EditError(f"{REPLACE!r} without a {SEARCH!r} before it")
+    if not edits:
+        raise EditError("no edit: none of the lines is " + SEARCH)
+    if len(edits) > MOST_EDITS:
+        raise EditError(f"{len(edits)} edits are more than {MOST_EDITS}")
+    return edits
+
+
+def apply_edits(files: Mapping[str, str], edits: Sequence[Edit]) -> dict[str, str]:
+    """The files after the edits, which see each other's results in order.
+
+    files: texts by their paths. Raises EditError where an edit's lines are missing, stand in the
+    file more than once, or stay as they are; and for a new file whose path is taken.
+    """
+    changed = dict(files)
+    for edit in edits:
+        path = checked_path(edit.path)
+        if not edit.search:
+            changed[path] = _new_file(changed, edit)
+        elif path not in changed:
+            raise EditError(f"{path}: no such file")
+        else:
+            changed[path] = _replaced(changed[path], edit)
+    return changed
+
+
+def edit_text(edit: Edit) -> str:
+    """An edit in the form that `parse_edits` reads."""
+    return "\n".join((f"### {edit.path}", SEARCH, *edit.search, DIVIDER, *edit.replace, REPLACE))
+
+
+def checked_path(path: str) -> str:
+    """`path`, if it can only lie inside of the repository. Raises EditError.
+
+    Relative, with forward slashes, in its shortest form, and not in a `.git` folder.
+    """
+    parts = path.split("/")
+    if (
+        len(path) > LONGEST_PATH
+        or path != str(PurePosixPath(path))
+        or path.startswith(("/", "~"))
+        or any(part in ("", ".", "..") or part.lower() == ".git" for part in parts)
+        or any(ord(c) < 32 or c in '\\:*?"<>|' for c in path)
+    ):
+        raise EditError(f"{path[:80]!r} is no path inside of the repository, such as src/cart.py")
+    return path
+
+
+def _until(lines: Iterator[str], marker: str, path: str) -> tuple[str, ...]:
+    found: list[str] = []
+    for line in lines:
+        bare = line.rstrip()
+        if bare == marker:
+            return tuple(found)
+        if bare in (SEARCH, DIVIDER, REPLACE):
+            raise EditError(f"{path}: {bare!r} where {marker!r} must come first")
+        found.append(line)
+    raise EditError(f"{path}: an edit is not finished, {marker!r} is missing")
+
+
+def _new_file(files: Mapping[str, str], edit: Edit) -> str:
+    if edit.path in files:
+        raise EditError(f"{edit.path}: it exists, so an edit must say which of its lines change")
+    above = [str(p) for p in PurePosixPath(edit.path).parents]
+    below = f"{edit.path}/"
+    if any(p in files for p in above) or any(p.startswith(below) for p in files):
+        raise EditError(f"{edit.path}: a file and a folder would have one name")
+    if not edit.replace:
+        raise EditError(f"{edit.path}: an edit without any line")
+    return "\n".join(edit.replace) + "\n"
+
+
+def _replaced(text: str, edit: Edit) -> str:
+    lines = text.split("\n")
+    bare = [line.removesuffix("\r") for line in lines]
+    size = len(edit.search)
+    search = list(edit.search)
+    places = [i for i in range(len(bare) - size + 1) if bare[i : i + size] == search]
+    if len(places) != 1:
+        shown = edit.search[0].strip()[:80]
+        where = f"the {size} searched lines, from {shown!r} on, stand in it {len(places)} times"
+        raise EditError(f"{edit.path}: {where}, not once")
+    if edit.search == edit.replace:
+        raise EditError(f"{edit.path}: an edit that changes nothing")
+    # A file keeps its own line ends.
+    end = "\r" if lines[places[0]].endswith("\r") else ""
+    lines[places[0] : places[0] + size] = [line + end for line in edit.replace]
+    return "\n".join(lines)

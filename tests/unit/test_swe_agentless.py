@@ -1,0 +1,272 @@
+"""Repairs by search/replace edits: tests decide, and no edit can decide in their place."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from graded_support import WrittenJudge
+
+from nemocascade.envs.sandbox import launch
+from nemocascade.envs.sandbox.pool import SandboxUnavailable
+from nemocascade.envs.swe.bugs import make_bug
+from nemocascade.envs.swe.edits import Edit, apply_edits, edit_text
+from nemocascade.envs.swe.repository import judge
+from nemocascade.envs.swe.texts import with_texts
+from nemocascade.envs.swe_agentless import SweAgentless
+from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.types import Answer, Message, Prompt, Verdict
+
+TESTS = """\
+import unittest
+
+from cart import total
+
+
+class TestCart(unittest.TestCase):
+    def test_sum(self):
+        self.assertEqual(total([1, 2]), 3)
+
+    def test_none(self):
+        with self.assertRaises(TypeError):
+            total(None)
+"""
+FILES = {
+    "cart.py": "def total(xs):\n    return sum(xs) + 1\n",
+    "tests/test_cart.py": TESTS,
+    "notes.txt": "The total of a cart.",
+    "other.py": "x = 1\n",
+}
+ROW: dict[str, Any] = {
+    "problem_statement": "The total of a cart is wrong.",
+    "repository": FILES,
+    "golden_files": ["cart.py"],
+    "tests": {
+        "files": {"tests/test_cart.py": TESTS},
+        "FAIL_TO_PASS": '["tests/test_cart.py::TestCart::test_sum"]',
+        "PASS_TO_PASS": ["tests.test_cart.TestCart.test_none"],
+        "sealed": True,
+    },
+}
+PATCH = "--- a/cart.py\n+++ b/cart.py\n@@ -2 +2 @@\n-    return sum(xs) + 1\n+    return sum(xs)\n"
+RIGHT = Edit("cart.py", ("    return sum(xs) + 1",), ("    return sum(xs)",))
+
+
+@pytest.fixture(scope="module")
+def domain() -> Iterator[SweAgentless]:
+    made = SweAgentless(SandboxConfig(workers=1, time_s=4.0))
+    try:
+        assert made.sandbox.size == 1
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    yield made
+    made.close()
+
+
+def read(folder: Path, domain: SweAgentless, *rows: dict[str, Any]) -> list[Prompt]:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return list(domain.read(path))
+
+
+def said(*edits: Edit | str) -> list[Message]:
+    return [
+        Message("assistant", "\n".join(e if isinstance(e, str) else edit_text(e) for e in edits))
+    ]
+
+
+def test_a_prompt_holds_the_issue_and_files_but_no_answer(
+    domain: SweAgentless, tmp_path: Path
+) -> None:
+    (prompt,) = read(tmp_path, domain, ROW)
+    text = prompt.messages[0].content
+    for shown in ("The total of a cart is wrong.", "### cart.py", "### notes.txt", "SEARCH"):
+        assert shown in text
+    assert "### other.py" not in text
+
+
+@pytest.mark.parametrize(
+    ("edits", "reward"),
+    [
+        ([RIGHT], 1.0),
+        (["I think that this is it:", RIGHT, "Done."], 1.0),
+        ([Edit("cart.py", ("    return sum(xs) + 1",), ("    return 3",))], 0.0),
+        ([Edit("cart.py", ("    return sum(xs) + 1",), ("    return sum(xs",))], 0.0),
+        ([Edit("cart.py", ("    return sum(xs) + 1",), ("    while True: pass",))], 0.0),
+        (["no edit"], 0.0),
+        ([Edit("cart.py", ("    return sum(xs)",), ("    return 3",))], 0.0),
+        ([Edit("cart.py", ("    return sum(xs) + 1",), ("    return sum(xs or ())",))], 0.0),
+        ([Edit("missing.py", ("x",), ("y",))], 0.0),
+        ([RIGHT, Edit("missing.py", ("x",), ("y",))], 0.0),
+    ],
+)
+def test_tests_decide(
+    domain: SweAgentless, tmp_path: Path, edits: list[Edit | str], reward: float
+) -> None:
+    (prompt,) = read(tmp_path, domain, ROW)
+    verdict = domain.score(prompt, said(*edits))
+    assert verdict.error is None
+    assert verdict.reward == reward
+
+
+def broken(line: str) -> Edit:
+    """A wrong repair that tries something else."""
+    return Edit("cart.py", ("    return sum(xs) + 1",), (f"    return {line}",))
+
+
+FAKES: dict[str, list[Edit]] = {
+    "the test file is rewritten": [
+        Edit(
+            "tests/test_cart.py", ("        self.assertEqual(total([1, 2]), 3)",), ("        pass",)
+        ),
+    ],
+    "the module that the tests import is another": [Edit("tests/cart.py", (), ("total = sum",))],
+    "unittest is another": [
+        Edit("unittest.py", (), ("class TestCase:", "    pass", "def main():", "    pass"))
+    ],
+    "assertions are replaced": [
+        Edit(
+            "cart.py",
+            ("def total(xs):",),
+            (
+                "import unittest",
+                "unittest.TestCase.assertEqual = lambda *a: None",
+                "def total(xs):",
+            ),
+        )
+    ],
+    "the process ends well": [
+        Edit("cart.py", ("def total(xs):",), ("import os", "os._exit(0)", "def total(xs):"))
+    ],
+    "a result is equal to everything": [
+        Edit(
+            "cart.py",
+            ("    return sum(xs) + 1",),
+            ("    return type('A', (int,), {'__eq__': lambda *a: True})(1)",),
+        )
+    ],
+    "the tests are rewritten while they are loaded": [
+        Edit(
+            "cart.py",
+            ("def total(xs):",),
+            ("open('tests/test_cart.py', 'w').write('')", "def total(xs):"),
+        )
+    ],
+    "a setting skips the tests": [
+        Edit("conftest.py", (), ("collect_ignore = ['tests']",)),
+        Edit("tests/__init__.py", (), ("import cart", "cart.total = sum")),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_a_pass_cannot_be_faked(domain: SweAgentless, tmp_path: Path, name: str) -> None:
+    (prompt,) = read(tmp_path, domain, ROW)
+    verdict = domain.score(prompt, said(*FAKES[name]))
+    assert verdict.error is None
+    assert verdict.reward == 0.0
+    assert domain.score(prompt, said(RIGHT)).reward == 1.0
+
+
+@pytest.mark.parametrize("path", ["../cart.py", "/tmp/cart.py", "a/../../b.py", ".git/hooks/x"])
+def test_edits_cannot_leave_the_repository(domain: SweAgentless, tmp_path: Path, path: str) -> None:
+    (prompt,) = read(tmp_path, domain, ROW)
+    verdict = domain.score(prompt, said(RIGHT, Edit(path, (), ("x",))))
+    assert verdict.reward == 0.0
+    assert "no path inside of the repository" in verdict.details["reason"]
+
+
+def test_a_folder_is_read_without_following_links(domain: SweAgentless, tmp_path: Path) -> None:
+    outside = tmp_path / "secret.py"
+    outside.write_text("total = 'outside'\n")
+    root = tmp_path / "repo"
+    for name, text in FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "total.py").symlink_to(outside)
+    (root / "linked").symlink_to(tmp_path)
+    (root / ".git").mkdir()
+    (root / ".git" / "total.txt").write_text("total cart")
+    (prompt,) = read(tmp_path, domain, {**ROW, "repository": "repo"})
+    text = prompt.messages[0].content
+    assert "### notes.txt" in text
+    assert "outside" not in text
+    assert ".git" not in text
+    assert domain.score(prompt, said(RIGHT)).reward == 1.0
+    through = Edit("total.py", ("total = 'outside'",), ("total = 1",))
+    assert domain.score(prompt, said(through)).reward == 0.0
+    assert outside.read_text() == "total = 'outside'\n"
+    assert (root / "cart.py").read_text() == FILES["cart.py"]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"problem_statement": " "}, "is empty"),
+        ({"repository": {}}, "nothing to edit"),
+        ({"repository": {"../cart.py": "x"}}, "no path inside of the repository"),
+        ({"repository": {"cart.py": 3}}, "cart.py: the content is int, not text"),
+        ({"repository": "nowhere"}, "nowhere holds no file"),
+        ({"golden_files": ["card.py"]}, "the golden file 'card.py' is not in the repository"),
+        ({"golden_files": []}, "'golden_files' and 'patch' are both missing"),
+        ({"golden_files": [], "patch": "fix"}, "no unified diff"),
+        ({"tests": {}}, "needs a judge: set envs.judge"),
+        ({"tests": {"files": {"t.py": "x"}}}, "names no test"),
+        ({"tests": {**ROW["tests"], "files": {}}}, "tests that an edit could change"),
+        ({"tests": {**ROW["tests"], "framework": "nose"}}, r"framework\('nose'\) must be"),
+        ({"tests": {**ROW["tests"], "FAIL_TO_PASS": "["}}, "JSONDecodeError"),
+    ],
+)
+def test_broken_rows_are_named(tmp_path: Path, change: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{fault}"):
+        read(tmp_path, SweAgentless(), ROW, {**ROW, **change})
+
+
+def test_without_tests_the_judge_grades_edits_that_apply(tmp_path: Path) -> None:
+    written = WrittenJudge(Answer('{"score": 0.9}'), Answer(None, "down"))
+    domain = SweAgentless(judge=written)
+    row = {**ROW, "tests": None, "golden_files": None, "patch": PATCH}
+    (prompt,) = read(tmp_path, domain, row)
+    groups = [(prompt, [said(RIGHT), said("no edit"), said(broken("3"))])]
+    (found,) = domain.score_groups(groups)
+    assert [v.reward for v in found] == [0.9, 0.0, None]
+    assert found[2].error == "the judge failed: down"
+    (questions,) = written.calls
+    assert len(questions) == 2
+    asked = questions[0].messages[-1].content
+    for shown in (ROW["problem_statement"], PATCH.strip(), "return sum(xs)\n>>>>>>> REPLACE"):
+        assert shown in asked
+    with pytest.raises(ValueError, match="the judge needs 'patch'"):
+        read(tmp_path, domain, {**ROW, "tests": None})
+
+
+@pytest.mark.parametrize("difficulty", range(4))
+def test_made_bugs_fail_their_tests_until_they_are_repaired(
+    domain: SweAgentless, difficulty: int
+) -> None:
+    rng = random.Random(f"bugs/{difficulty}")
+    for _ in range(3):
+        bug = make_bug(rng, difficulty)
+        before = with_texts({}, bug.files)
+        assert judge(domain.sandbox, before, before, bug.tests).reward == 0.0
+        after = with_texts({}, apply_edits(bug.files, [bug.edit]))
+        verdict = judge(domain.sandbox, before, after, bug.tests)
+        assert verdict == Verdict(1.0, details=verdict.details)
+        assert len(bug.tests.fail_to_pass) == max(1, difficulty)
+        assert not any("test" in path for path in bug.files)
+
+
+def test_a_host_without_isolation_stops_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = SweAgentless()
+    (prompt,) = read(tmp_path, made, ROW)
+    monkeypatch.setattr(launch, "missing", lambda walls: "forbidden by this test")
+    with pytest.raises(SandboxUnavailable):
+        made.score(prompt, said(RIGHT))
+    with pytest.raises(SandboxUnavailable):
+        made.score_groups([(prompt, [said(RIGHT)])])
