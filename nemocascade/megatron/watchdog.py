@@ -4,8 +4,9 @@ Each rank has a thread that tells the job's store, every `interval`, that the ra
 phase its main thread is, in which collective, and where in the code; and that reads what the others
 told. A rank that is silent for `limit_s` is stopped or dead. When a rank has waited in one
 collective for `limit_s`, those outside of any, or in another one than the rest, are what it waits
-for. Then every rank logs who it is, writes the stacks of its own threads and the last known stack
-of the silent ones, and ends with EXIT_CODE.
+for; they stall if they have reported no progress for as long. Then every rank logs who it is,
+writes the stacks of its own threads and the last known stack of the silent ones, and ends with
+EXIT_CODE.
 
 A rank that raises says so to the others, and waits a moment so that they can log it.
 """
@@ -42,7 +43,8 @@ _FRAMES = 12
 class Sign:
     """What a rank tells of itself.
 
-    beat: rises with every sign. since_s: how long its main thread has been in the phase.
+    beat: rises with every sign. since_s: how long its main thread has been in the phase. progress:
+    how far it is there. still_s: how long it has reported neither a phase nor progress.
     collective: the one it is in, empty outside. waits_s: how long it has been seen there without a
     break. failed: why it ends. done: it leaves, in order or because it names another rank.
     verdict: what it says of that rank; all ranks join in.
@@ -54,6 +56,8 @@ class Sign:
     beat: int = 0
     phase: str = "start"
     since_s: float = 0.0
+    progress: str = ""
+    still_s: float = 0.0
     collective: str = ""
     waits_s: float = 0.0
     stack: list[str] = field(default_factory=list)
@@ -64,8 +68,9 @@ class Sign:
     def where(self) -> str:
         """The rank and what it was doing, for people."""
         inside = f", in {self.collective}" if self.collective else ", outside any collective"
+        far = f" ({self.progress})" if self.progress else ""
         return (
-            f"rank {self.rank} ({self.host}, process {self.pid}), phase {self.phase!r} for "
+            f"rank {self.rank} ({self.host}, process {self.pid}), phase {self.phase!r}{far} for "
             f"{self.since_s:.1f} s{inside}"
         )
 
@@ -93,7 +98,7 @@ class Watchdog:
         # Every rank reads the signs of all: the more there are, the more rarely.
         self.interval = max(0.05, min(limit_s / 10, max(5.0, size / 100)))
         self._own = Sign(rank, socket.gethostname(), os.getpid())
-        self._entered = self._waiting_since = time.monotonic()
+        self._entered = self._moved = self._waiting_since = time.monotonic()
         self._seen: dict[int, tuple[Sign, float]] = {}
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -135,8 +140,17 @@ class Watchdog:
     def enter(self, phase: str) -> None:
         """The main thread begins `phase`: what a report will say it was doing."""
         with self._lock:
-            self._own.phase = phase
-            self._entered = self._waiting_since = time.monotonic()
+            self._own.phase, self._own.progress = phase, ""
+            self._entered = self._moved = self._waiting_since = time.monotonic()
+
+    def progress(self, progress: str) -> None:
+        """The main thread has got so far in its phase: whoever waits for it does so rightly.
+
+        Cheap; but say it only where something was done, or a rank that is stuck is never named.
+        """
+        with self._lock:
+            self._own.progress = progress
+            self._moved = self._waiting_since = time.monotonic()
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank ends because of `error`, and name whom it died of.
@@ -203,6 +217,7 @@ class Watchdog:
             own = self._own
             own.beat += 1
             own.since_s = time.monotonic() - self._entered
+            own.still_s = time.monotonic() - self._moved
             if not own.failed:
                 frames = list(_frames(sys._current_frames().get(self._main or 0)))
                 collective = _collective(frames)
@@ -253,7 +268,11 @@ class Watchdog:
         culprits = _culprits(busy)
         gone = [pair for pair in quiet if pair[0] in culprits]
         waited = f"; rank {longest.rank} has waited {longest.waits_s:.1f} s in {longest.collective}"
-        lines = _died(gone) or [f"stalls: {s.where()}" for s in culprits]
+        # A rank that gets on is slower than the others, and not stuck.
+        stuck = [s for s in culprits if s.still_s >= self.limit_s]
+        lines = _died(gone) or [f"stalls: {s.where()}" for s in stuck]
+        if not lines:
+            return None
         return [line + waited for line in lines], missing
 
     def _terminated(self) -> None:
