@@ -18,7 +18,9 @@ from nemocascade_kernels import decode_steps
 from torch import Tensor
 
 from nemocascade.megatron.decode_graph import DecodeGraphs
-from nemocascade.megatron.layers.decode import Places, SlotLayer, Step, slot_layer
+from nemocascade.megatron.layers.decode import SlotLayer, Step
+from nemocascade.megatron.layers.decode_states import slot_layer
+from nemocascade.megatron.layers.places import Places
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.replay import RouteRecorder
@@ -102,13 +104,20 @@ class SlotModel:
 
     @torch.no_grad()
     def prefill(
-        self, prompts: Sequence[Tensor], slots: Sequence[Sequence[int]], capacity: int = 0
+        self,
+        prompts: Sequence[Tensor],
+        slots: Sequence[Sequence[int]],
+        held: Sequence[int] = (),
+        capacity: int = 0,
     ) -> Tensor | None:
-        """Read prompts, each once, and leave their states in slots.
+        """Read prompts or pieces of texts, each once, and leave their states in slots.
 
         prompts: D tensors [m] of ids, m at least 1. slots: for each, those that continue it.
-        capacity: tokens of the pack; 0 is just enough.
+        held: for each, the tokens that the first of its slots holds, which it goes on from; it
+        begins where that is 0, and all do where `held` is empty. Activations take memory for what
+        is read here alone. capacity: tokens of the pack; 0 is just enough.
         Returns logits [D, V] after each prompt's last token on the last stage, None on the others.
+        Raises ValueError if a piece goes on from no slot.
         """
         documents = [
             Document(p.cpu(), torch.zeros(p.numel(), dtype=torch.bool), f"prompt {i}")
@@ -118,8 +127,9 @@ class SlotModel:
         batch = pack_documents(documents, self._filled_up(total))
         recorder = self._recorder(batch.capacity)
         packed = Microbatch.from_batch(batch, self.world.device, recorder=recorder)
-        places = Places.of(slots, self.world.device)
-        self.reserve(max((p.numel() for p in prompts), default=0))
+        places = Places.of(slots, held, self.world.device)
+        ends = [p.numel() + n for p, n in zip(prompts, held or [0] * len(prompts), strict=True)]
+        self.reserve(max(ends, default=0))
 
         def read(layer: SlotLayer, hidden: Tensor) -> Tensor:
             return layer.prefill(hidden.unsqueeze(1), packed, places).squeeze(1)
@@ -129,8 +139,8 @@ class SlotModel:
         self._keep_choices(recorder)
         if hidden is None:
             return None
-        ends = (packed.starts + packed.lengths - 1)[: len(prompts)]
-        return self._logits(hidden, ends.to(self.world.device))
+        last = (packed.starts + packed.lengths - 1)[: len(prompts)]
+        return self._logits(hidden, last.to(self.world.device))
 
     @torch.no_grad()
     def decode(

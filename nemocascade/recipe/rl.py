@@ -70,6 +70,11 @@ class RolloutConfig:
     """Prompts are read together up to this many tokens; 0 = each by itself, which makes a prompt's
     states the same bits whatever prompts stand beside it."""
 
+    prefill_chunk: int = 8192
+    """A longer prompt, or answer of a tool, is read so many tokens at a time, each piece onto the
+    states of those before it: the memory of activations does not grow with the prompt. Another
+    value changes log-probabilities by rounding. 0 = as a whole."""
+
     dynamic_filtering: bool = True
     """Drop groups whose rewards are all equal, and draw other prompts in their place."""
 
@@ -114,6 +119,11 @@ class RolloutConfig:
                 "max_draws",
             )
             if getattr(self, name) < 1
+        ]
+        found += [
+            f"rollout.{name}({getattr(self, name)}) must be at least 0"
+            for name in ("prefill_tokens", "prefill_chunk")
+            if getattr(self, name) < 0
         ]
         if not self.temperature > 0:
             found.append(

@@ -120,12 +120,14 @@ class Engine(Protocol):
 class Counts:
     """What a run did. steps: decoding steps; rows: tokens that those read, over all steps.
 
-    prefills and prefill_tokens: prompts that were read. generated: tokens written.
+    prefills, prefill_tokens: prompts and turns of an environment that were read; pieces: in so many
+    pieces. generated: tokens written.
     """
 
     steps: int = 0
     rows: int = 0
     prefills: int = 0
     prefill_tokens: int = 0
+    pieces: int = 0
     generated: int = 0
     extra: dict[str, float] = field(default_factory=dict)

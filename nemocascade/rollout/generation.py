@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,29 +12,14 @@ from torch import Tensor
 from nemocascade.megatron.inference import SlotModel
 from nemocascade.megatron.world import World
 from nemocascade.rollout.engine import Completion, Counts, Finish, Request, Respond, Sampling
+from nemocascade.rollout.reading import Reader
 from nemocascade.rollout.replies import Replies
 from nemocascade.rollout.sampling import allowed_tokens, uniforms
 from nemocascade.rollout.slots import SlotTable, Text
 from nemocascade.rollout.stops import Decode, Stops
 
-# A text that an environment continued is read again as a whole where that reads at most this many
-# times as many tokens as were added; otherwise its slot reads the added ones, one a step.
-REREAD = 8
-
-
-@dataclass
-class Group:
-    """Requests that continue one prompt and have not begun.
-
-    kept: the prompt was read, and its state stands in the slot beyond the others. logits: [1, V]
-    after it, on the last stage. choices: [m, L, K], its experts, where they are recorded.
-    """
-
-    prompt: tuple[int, ...]
-    requests: deque[Request]
-    kept: bool = False
-    logits: Tensor | None = None
-    choices: Tensor | None = None
+# Between two reports of progress to the watchdog.
+TELL_S = 1.0
 
 
 class Generation:
@@ -51,27 +35,36 @@ class Generation:
         *,
         slots: int,
         prefill_tokens: int,
+        prefill_chunk: int,
         decode: Decode | None,
         vocabulary: int,
         counts: Counts,
     ) -> None:
         self.world, self.model, self.sampling, self.counts = world, model, sampling, counts
-        self.spare, self.room, self.vocabulary = slots, prefill_tokens, vocabulary
+        self.vocabulary = vocabulary
         longest = max((len(r.prompt) for r in requests), default=1) + sampling.max_tokens
         self.table = SlotTable(slots, longest, world.device)
         self.stops = Stops(sampling, model.vocabulary, decode, world.device)
         self.replies = Replies(world, respond)
-        self.groups: deque[Group] = deque()
-        for request in requests:
-            if not self.groups or self.groups[-1].prompt != request.prompt:
-                self.groups.append(Group(request.prompt, deque()))
-            self.groups[-1].requests.append(request)
+        self.reader = Reader(
+            model,
+            self.table,
+            requests,
+            sampling,
+            counts,
+            spare=slots,
+            room=prefill_tokens,
+            piece=prefill_chunk,
+        )
         self.running: list[Text] = []
-        self.rereading: list[Text] = []
         self.finished: list[Completion] = []
+        self.requests, self.ended = len(requests), 0
+        self._told = (0, 0, 0)
+        self._told_at = 0.0
 
     def completions(self) -> Iterator[Completion]:
         """Run to the end."""
+        self.world.watch.enter("rollout: generation")
         self.model.refresh()
         self._arrange()
         with self.replies:
@@ -79,19 +72,36 @@ class Generation:
                 self._take_replies()
                 reads, decodes, unfinished = self._agree()
                 if reads:
-                    self._read_prompts()
+                    self._read()
                 elif decodes:
                     self._step()
+                self.ended += len(self.finished)
+                self._tell()
                 yield from self.finished
                 self.finished.clear()
                 if not unfinished:
                     return
 
+    def _tell(self) -> None:
+        """Say how far the run is, where it has got on and not all the time."""
+        done = (self.ended, self.counts.steps, self.counts.pieces)
+        now = time.monotonic()
+        if done == self._told or now - self._told_at < TELL_S:
+            return
+        self._told, self._told_at = done, now
+        self.world.watch.progress(
+            f"{self.ended} of {self.requests} texts done, {len(self.table.texts)} under way, "
+            f"{self.counts.prefill_tokens} tokens read and {self.counts.generated} written"
+        )
+
     def _agree(self) -> tuple[bool, bool, bool]:
-        """Whether a prompt can be read, a text goes on, anything is left: on this rank or on one
-        that shares experts with it."""
-        reads = bool(self.rereading or (self.groups and self.table.free))
-        mine = (reads, bool(self.running), bool(self.table.texts or self.groups))
+        """Whether there is something to read, a text goes on, anything is left: on this rank or on
+        one that shares experts with it."""
+        mine = (
+            self.reader.ready,
+            bool(self.running),
+            bool(self.table.texts or self.reader.ready),
+        )
         if not self._in_step:
             return mine
         flags = torch.tensor(mine, dtype=torch.int32, device=self.world.device)
@@ -104,76 +114,12 @@ class Generation:
         """Experts are spread over data-parallel ranks."""
         return bool(self.world.groups.tp_ep.size() > self.world.parallel.tp)
 
-    def _read_prompts(self) -> None:
-        """Read what fits into a pack of the prompts that wait, and draw the first tokens."""
-        self._begin_from_kept()
-        prompts: list[Tensor] = []
-        readers: list[list[Text]] = []
-        used = 0
-        while self.rereading and self._fits(used, self.rereading[0].known):
-            text = self.rereading.pop(0)
-            prompts.append(self.table.history[text.slot, : text.known])
-            readers.append([text])
-            used += text.known
-        kept: Group | None = None
-        while self.groups and self.table.free and self._fits(used, len(self.groups[0].prompt)):
-            group = self.groups[0]
-            prompts.append(torch.tensor(group.prompt))
-            readers.append(self._admit(group))
-            used += len(group.prompt)
-            if group.requests:
-                kept = group
-                break
-            self.groups.popleft()
-        if not prompts and not self._in_step:
-            return
-        places = [[t.slot for t in texts] for texts in readers]
+    def _read(self) -> None:
+        """Begin the requests of a kept prompt, read a pass, and draw first tokens."""
+        kept = self.reader.begin_from_kept()
         if kept is not None:
-            places[-1].append(self.spare)
-        logits = self.model.prefill(prompts, places)
-        self.counts.prefills += len(prompts)
-        self.counts.prefill_tokens += used
-        choices = self._choices_of(prompts)
-        if kept is not None:
-            kept.kept, kept.logits = True, None if logits is None else logits[-1:]
-            kept.choices = choices[-1]
-        for texts, found in zip(readers, choices, strict=True):
-            self._keep_routing(texts, found)
-        self._begin([(texts, row) for row, texts in enumerate(readers)], logits)
-
-    def _choices_of(self, prompts: list[Tensor]) -> list[Tensor | None]:
-        """The recorded experts of each prompt of the pack, in order."""
-        if self.model.choices is None:
-            return [None] * len(prompts)
-        lengths = [p.numel() for p in prompts]
-        padding = self.model.choices.shape[0] - sum(lengths)
-        return list(self.model.choices.split([*lengths, padding])[:-1])
-
-    def _keep_routing(self, texts: list[Text], choices: Tensor | None) -> None:
-        if choices is None:
-            return
-        for text in texts:
-            # What was recorded when a token was first read stays.
-            self.table.keep_routing(text.slot, text.held, choices[text.held :])
-
-    def _fits(self, used: int, length: int) -> bool:
-        return not used or used + length <= self.room
-
-    def _admit(self, group: Group) -> list[Text]:
-        count = min(len(group.requests), len(self.table.free))
-        return self.table.admit([group.requests.popleft() for _ in range(count)], self.sampling)
-
-    def _begin_from_kept(self) -> None:
-        """Give free slots to the requests of a prompt that was read for others before."""
-        if not self.groups or not self.groups[0].kept or not self.table.free:
-            return
-        group = self.groups[0]
-        texts = self._admit(group)
-        self.model.copy(self.spare, [t.slot for t in texts], len(group.prompt))
-        self._keep_routing(texts, group.choices)
-        self._begin([(texts, 0)], group.logits)
-        if not group.requests:
-            self.groups.popleft()
+            self._begin(*kept)
+        self._begin(*self.reader.read(always=self._in_step))
 
     def _begin(self, readers: list[tuple[list[Text], int]], logits: Tensor | None) -> None:
         """Draw the first token of texts whose prompts were read, each from its row of logits."""
@@ -195,7 +141,7 @@ class Generation:
         self.rows, self.positions = self.table.where(self.running)
 
     def _step(self) -> None:
-        """Read a token of every running text, and draw the next where that was the last known."""
+        """Read the last token of every running text, and draw the next."""
         tokens = self.table.history[self.rows, self.positions]
         longest = max((t.held for t in self.running), default=0) + 1
         logits = self.model.decode(tokens, self.rows, self.positions, longest)
@@ -207,14 +153,7 @@ class Generation:
         for text in self.running:
             text.held += 1
         self.positions = self.positions + 1
-        at_end = [i for i, t in enumerate(self.running) if t.held == t.known]
-        texts = [self.running[i] for i in at_end]
-        rows, positions = self.rows, self.positions
-        if len(at_end) < len(self.running):
-            rows, positions = self.table.where(texts)
-            if logits is not None:
-                logits = logits[torch.tensor(at_end, dtype=torch.int64, device=logits.device)]
-        if texts and self._draw(texts, rows, positions, logits):
+        if self.running and self._draw(self.running, self.rows, self.positions, logits):
             self._arrange()
 
     def _draw(
@@ -281,7 +220,7 @@ class Generation:
 
     def _take_replies(self) -> None:
         """Continue or finish the texts that their environments have answered."""
-        idle = not (self.running or self.rereading or (self.groups and self.table.free))
+        idle = not (self.running or self.reader.ready)
         for slot, tokens in self.replies.take(idle and not self._in_step):
             text = self.table.texts[slot]
             if tokens is None:
@@ -291,8 +230,4 @@ class Generation:
             else:
                 self.table.extend(text, tokens)
                 text.pausing = False
-                if text.known <= REREAD * len(tokens):
-                    self.rereading.append(text)
-                else:
-                    self.running.append(text)
-                    self._arrange()
+                self.reader.add(text)

@@ -1,7 +1,12 @@
 """The engine on the live training weights: continuous batching over slots.
 
 A step reads one token of every text under way and draws the next ones. A slot whose text finished
-is given to the next request at once. A prompt is read once, however many requests continue it.
+is given to the next request at once. A prompt is read once, however many requests continue it,
+and what an environment adds is read onto the states of its slot: no token is read twice.
+
+**Memory.** A pass reads at most `prefill_chunk` tokens of a text and goes on from the states which
+the pass before it left, so activations do not grow with prompts. The keys and values of attention
+do.
 
 **Reproducibility.** A draw depends on the seed, the request's id, the position and the logits, and
 a row's logits on its own text: prompts are read alone unless `prefill_tokens` says otherwise, and
@@ -30,9 +35,12 @@ class LiveEngine:
     """An `Engine` on the chunks of `build_model`, whose weights it reads where they lie.
 
     slots: texts under way at a time on this data-parallel rank. prefill_tokens: prompts are read
-    together up to this many tokens; 0 reads each by itself. decode: ids to text, for stop strings.
-    vocabulary: ids from here on are never drawn; 0 excludes none. record_routing: completions carry
-    the experts of their tokens, for router replay.
+    together up to this many tokens; 0 reads each by itself. prefill_chunk: tokens of one text that
+    are read at once; 0 is all of them. decode: ids to text, for stop strings. vocabulary: ids from
+    here on are never drawn; 0 excludes none. record_routing: completions carry the experts of their
+    tokens, for router replay.
+
+    Raises ValueError if there is no slot, or a size is negative.
     """
 
     def __init__(
@@ -42,14 +50,21 @@ class LiveEngine:
         *,
         slots: int = 64,
         prefill_tokens: int = 0,
+        prefill_chunk: int = 0,
         decode: Decode | None = None,
         vocabulary: int = 0,
         record_routing: bool = False,
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots({slots}) must be at least 1")
+        if prefill_tokens < 0 or prefill_chunk < 0:
+            raise ValueError(
+                f"prefill_tokens({prefill_tokens}) and prefill_chunk({prefill_chunk}) must be at "
+                "least 0"
+            )
         self.world, self.chunks = world, list(chunks)
-        self.slots, self.prefill_tokens = slots, prefill_tokens
+        self.slots = slots
+        self.prefill_tokens, self.prefill_chunk = prefill_tokens, prefill_chunk
         self.decode = decode
         self.record_routing = record_routing
         self.vocabulary = vocabulary or chunks[0].config.shape.vocab_size
@@ -77,6 +92,7 @@ class LiveEngine:
             respond,
             slots=self.slots,
             prefill_tokens=self.prefill_tokens,
+            prefill_chunk=self.prefill_chunk,
             decode=self.decode,
             vocabulary=self.vocabulary,
             counts=self.counts,

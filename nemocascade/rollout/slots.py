@@ -20,9 +20,9 @@ from nemocascade.rollout.sampling import request_keys
 class Text:
     """A request under way.
 
-    held: tokens that the model has read. known: tokens that there are; a text whose `held` is below
-    `known - 1` reads tokens that stand already. limit: tokens at most. given: stretches [start,
-    end) after the prompt that an environment wrote. pausing: it takes no part in steps.
+    held: tokens that the model has read. known: tokens that there are: in steps one more than held;
+    a text with more to read is read first. limit: tokens at most. given: stretches [start, end)
+    after the prompt that an environment wrote. pausing: it takes no part in steps.
     """
 
     request: Request
@@ -86,6 +86,11 @@ class SlotTable:
     def keep_step_routing(self, slots: Tensor, positions: Tensor, choices: Tensor) -> None:
         """Keep the experts [n, L, K] of one token of each slot."""
         self._routing_like(choices)[slots, positions] = choices
+
+    def routing_of(self, text: Text, length: int) -> Tensor:
+        """[length, L, K], the experts of a text's first tokens; they are recorded."""
+        assert self.routing is not None
+        return self.routing[text.slot, :length]
 
     def _routing_like(self, choices: Tensor) -> Tensor:
         if self.routing is None:

@@ -119,6 +119,7 @@ class Collector:
         by_id = {task.number * copies + copy: task for task in mine for copy in range(copies)}
         requests = [Request(number, task.ids) for number, task in by_id.items()]
         found = self._generate(requests, by_id, sampling or self.sampling())
+        world.watch.enter("rollout: exchange")
         # One rank of each replica has the verdicts.
         shown = found if self._scores else {}
         everything: dict[int, Rollout] = {}
@@ -147,6 +148,7 @@ class Collector:
                     if self._scores:
                         task = by_id[number]
                         found[number] = pool.submit(self._score, completion, task, episodes)
+                self.world.watch.enter("rollout: verdicts")
                 return {number: future.result() for number, future in found.items()}
         finally:
             episodes.close_all()

@@ -222,6 +222,7 @@ def policy_run[R: PolicyRecipe](
                 trainer.modules,
                 slots=recipe.rollout.slots,
                 prefill_tokens=recipe.rollout.prefill_tokens,
+                prefill_chunk=recipe.rollout.prefill_chunk,
                 decode=tokenizer.decode,
                 vocabulary=tokenizer.vocab_size,
             )

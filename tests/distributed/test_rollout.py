@@ -21,6 +21,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "PP2 EP2": (4, {"pp": 2, "ep": 2}),
 }
 TOLERANCE = 1e-4  # of a log-probability
+# At the end of a run's name: prompts and answers are read five tokens at a time.
+PIECES = ", in pieces"
 
 Found = dict[str, list[Any]]
 
@@ -55,13 +57,19 @@ def generate(parallel: dict[str, int]) -> dict[str, Found]:
         "truncated": (Sampling(temperature=0.8, top_k=50, top_p=0.9, max_tokens=8, seed=5), None),
         "environment": (Sampling(max_tokens=40, seed=4, stop_tokens=stop), respond_after(2)),
     }
-    engine = LiveEngine(world, chunks, slots=4)
+    runs |= {f"{name}{PIECES}": run for name, run in runs.items() if name != "truncated"}
+    engines = {
+        PIECES: LiveEngine(world, chunks, slots=4, prefill_chunk=5, record_routing=True),
+        "": LiveEngine(world, chunks, slots=4),
+    }
     results = {}
     for name, (sampling, respond) in runs.items():
+        engine = engines[PIECES if name.endswith(PIECES) else ""]
         found: Found = {}
         for c in engine.run(mine, sampling, respond):
             assert isinstance(c, Completion)
-            found[str(c.request.id)] = [c.response, c.logprob.tolist(), c.turns]
+            routed = None if c.routing is None else c.routing.flatten(1).tolist()
+            found[str(c.request.id)] = [c.response, c.logprob.tolist(), c.turns, routed]
         results[name] = found
     world.barrier()
     return results
@@ -103,10 +111,22 @@ def test_layout_generates_the_same(name: str, results: dict[str, dict[str, Found
     for run, expected in results["one"].items():
         found = results[name][run]
         assert found.keys() == expected.keys()
-        for request, (tokens, logprobs, turns) in expected.items():
+        for request, (tokens, logprobs, turns, routed) in expected.items():
             assert found[request][0] == tokens, (run, request)
             assert found[request][2] == turns
+            assert (routed is None) == (not run.endswith(PIECES))
+            assert routed is None or found[request][3] == routed
             errors = [abs(a - b) for a, b in zip(found[request][1], logprobs, strict=True)]
+            assert max(errors) < TOLERANCE
+
+
+def test_pieces_give_the_texts_of_the_whole(results: dict[str, dict[str, Found]]) -> None:
+    """On one process; `test_layout_generates_the_same` holds the layouts to it."""
+    for run in ("plain", "environment"):
+        for request, (tokens, logprobs, turns, _) in results["one"][run].items():
+            found = results["one"][f"{run}{PIECES}"][request]
+            assert (found[0], found[2]) == (tokens, turns)
+            errors = [abs(a - b) for a, b in zip(found[1], logprobs, strict=True)]
             assert max(errors) < TOLERANCE
 
 

@@ -114,6 +114,24 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _variable_length(q: Tensor, k: Tensor, v: Tensor, packed: PackedSeq) -> Tensor:
+    ends = (packed.cu_seqlens, packed.max_length)
+    return variable_length(q, k, v, *ends, *ends)
+
+
+def variable_length(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    longest_q: int,
+    cu_k: Tensor,
+    longest_k: int,
+) -> Tensor:
+    """Causal attention by torch's flash kernel, on a GPU in half precision.
+
+    q: [T, h, d]; k, v: [U, g, d]. cu_q, cu_k: [D + 1] int32, where each document's queries and keys
+    begin; its last query sees all of its keys. longest: of a document. Returns [T, h, d].
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"window_size": (-1, 0)}
@@ -123,10 +141,9 @@ def _variable_length(q: Tensor, k: Tensor, v: Tensor, packed: PackedSeq) -> Tens
         else:  # torch 2.11
             ratio = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
-    cu, longest = packed.cu_seqlens, packed.max_length
     # The kernel wants dense heads; a slice of the fused projection may have gaps between rows.
     q, k, v = (t.contiguous() for t in (q, k, v))
-    out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+    out: Any = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **options)
     return out
 
 

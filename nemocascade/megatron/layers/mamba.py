@@ -34,6 +34,7 @@ from nemocascade.megatron.layers.mamba_core import CoreSizes, packed_mamba_core
 from nemocascade.megatron.layers.norm import gated_rms_norm
 from nemocascade.megatron.layers.packing import PackedSeq
 from nemocascade.megatron.layers.ssd import LARGEST_CHUNK
+from nemocascade.megatron.layers.ssm import packed_ssd_scan
 
 
 def _parameter(value: Tensor) -> torch.nn.Parameter:
@@ -210,20 +211,34 @@ class MambaMixer(MegatronModule):
     def _mix_by_fla(self, zxbcdt: Tensor, packed: PackedSeq) -> Tensor:
         """As `mix`, with fla-core's convolution and scan."""
         s = self.sizes
-        shared = s.groups * s.state
         z, xbc, dt = zxbcdt.split([s.inner, s.channels, s.heads], dim=-1)
         xbc = fla_causal_conv1d(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, packed)
-        x, b, c = xbc.split([s.inner, shared, shared], dim=-1)
-        y = fla_ssd_scan(
+        steps = F.softplus(dt.float() + self.dt_bias.float()).clamp(*s.dt_limit)
+        return self.gated(self.scan(xbc, steps, packed).flatten(1), z)
+
+    def scan(self, mixed: Tensor, steps: Tensor, packed: PackedSeq) -> Tensor:
+        """The state-space scan [T, h, p] of the convolution's output [T, W] and steps [T, h], each
+        document from a zero state."""
+        s = self.sizes
+        shared = s.groups * s.state
+        x, b, c = mixed.split([s.inner, shared, shared], dim=-1)
+        inputs = (
             x.unflatten(-1, (s.heads, s.head_dim)),
-            F.softplus(dt.float() + self.dt_bias.float()).clamp(*s.dt_limit),
+            steps,
             -self.A_log.float().exp(),
             b.unflatten(-1, (s.groups, s.state)),
             c.unflatten(-1, (s.groups, s.state)),
             self.D.float(),
             packed,
         )
-        return gated_rms_norm(y.flatten(1), z, self.norm.weight, s.groups, s.eps)
+        if self.fla and mixed.is_cuda:
+            return fla_ssd_scan(*inputs)
+        return packed_ssd_scan(*inputs, self.chunk)
+
+    def gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """The gated norm of y [T, inner / tp]."""
+        s = self.sizes
+        return gated_rms_norm(y, z, self.norm.weight, s.groups, s.eps)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
