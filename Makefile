@@ -5,8 +5,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# The command that `make cascade` runs.
-CASCADE := recipes/tiny/sft.py
+# What `make cascade` runs.
+CASCADE := recipes/tiny/cascade.py
 # Workers of pytest: tests of parallelism start 2-4 processes of their own.
 TEST_WORKERS ?= 2
 SUITE ?= cpu
@@ -49,8 +49,8 @@ $(BUILT): $(INSTALLED) setup.py CMakeLists.txt $(CSRC)
 	$(RUN) tools/native_report.py
 	touch $@
 
-cascade: setup  ## Run the cascade at small size (ARGS="--steps 50" passes arguments)
-	$(RUN) $(CASCADE) $(ARGS)
+cascade: setup  ## Run the cascade at small size (ARGS="--dry-run" passes arguments)
+	$(VENV)/bin/nemocascade run $(CASCADE) $(ARGS)
 
 test: lint  ## Lint, then every quick test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) -m "not slow" $(ARGS)

@@ -125,7 +125,7 @@ def differences(old: Inputs, new: Inputs) -> list[str]:
         if a != b:
             short = name.removeprefix("recipe.")
             found.append(f"{short}: {_short(a)} -> {_short(b)}")
-    return found
+    return sorted(found)
 
 
 def _drop(values: dict[str, Any], path: list[str]) -> None:
@@ -139,7 +139,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict):
         for name, inner in value.items():
             yield from _flat(inner, f"{prefix}.{name}" if prefix else name)
     elif isinstance(value, list) and any(isinstance(v, dict) for v in value):

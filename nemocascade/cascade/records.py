@@ -158,7 +158,7 @@ def write_cascade(recipe: CascadeRecipe) -> list[Alarm]:
                 "start": recipe.start_of(stage.name),
                 "side": stage.side,
                 "status": record.status if record else "pending",
-                "run_dir": str(folder),
+                "run_dir": f"stages/{stage.name}",
                 "artifact_digest": record.artifact_digest if record else "",
                 "seconds": record.seconds if record else 0.0,
                 "tokens": record.tokens if record else 0,

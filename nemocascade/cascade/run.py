@@ -86,15 +86,25 @@ class Choice:
 
 def check(cascade: CascadeRecipe, choice: Choice) -> None:
     """Raise RecipeError with everything that cannot run, before any process group is made."""
-    problems = choice.problems(cascade) + cascade.problems(world_size_of_environment())
-    problems += [p for p in scoring_problems(cascade.scores) if p not in problems]
+    problems = choice.problems(cascade) + _problems_here(cascade)
     if problems:
         raise RecipeError(problems)
 
 
+def _problems_here(cascade: CascadeRecipe) -> list[str]:
+    """Of the cascade and its scores, in the world of this process."""
+    problems = cascade.problems(world_size_of_environment())
+    return problems + [p for p in scoring_problems(cascade.scores) if p not in problems]
+
+
 def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
-    """What would run, with what, and why. Changes nothing but the memory of file hashes."""
-    check(cascade, choice)
+    """What would run, with what, and why; and what keeps it from running on the ranks that are
+    here. Changes nothing but the memory of file hashes.
+
+    Raises RecipeError if there is no order in which stages could run.
+    """
+    if problems := choice.problems(cascade) + cascade.order_problems():
+        raise RecipeError(problems)
     files = _file_hashes(cascade)
     pending: list[str] = []
     lines = []
@@ -109,6 +119,9 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
             f"    {cascade.stage(name).kind}, {recipe.steps} steps from {start}, "
             f"into {cascade.stage_dir(name)}",
         ]
+    if problems := _problems_here(cascade):
+        ranks = world_size_of_environment()
+        lines += [f"this cannot run on {ranks} rank(s):", *(f"  - {p}" for p in problems)]
     return "\n".join(lines)
 
 

@@ -153,7 +153,7 @@ class CascadeRecipe:
 
     def problems(self, world_size: int) -> list[str]:
         """Every rule that the cascade or one of its stages breaks, each with a remedy."""
-        found = self._order_problems()
+        found = self.order_problems()
         if not self.alarm.drop > 0:
             found.append(f"alarm.drop({self.alarm.drop}) must be above 0 points")
         if found:
@@ -170,7 +170,8 @@ class CascadeRecipe:
             found += [f"stages.{stage.name}: {problem}" for problem in broken]
         return found
 
-    def _order_problems(self) -> list[str]:
+    def order_problems(self) -> list[str]:
+        """Why the stages cannot run one after the other."""
         if not self.stages:
             return ["stages is empty: name at least one"]
         found = [f"stages: {n!r} stands twice: rename one" for n in repeated(self.names)]

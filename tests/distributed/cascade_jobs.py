@@ -12,8 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nemocascade.cascade.run import Choice, run_cascade
+from nemocascade.cascade.errors import CascadeError
+from nemocascade.cascade.lineage import report_text
+from nemocascade.cascade.run import Choice, dry_run, run_cascade
 from nemocascade.recipe import (
+    AlarmConfig,
     CascadeRecipe,
     CheckpointConfig,
     DataConfig,
@@ -52,21 +55,21 @@ SHARED: dict[str, Any] = {
 
 def sft(**changes: Any) -> SftRecipe:
     recipe = SftRecipe(
-        steps=24,
+        steps=48,
         model=replace(tiny(), pattern="M*E", hidden_size=64, vocab_size=512),
         data=DataConfig(capacity=512, sequences_per_step=2, balance_group=2),
         demonstrations=DemonstrationConfig(
             domains=tuple(DomainConfig(domain=d, tasks=64) for d in DOMAINS), heldout=8
         ),
         tokenizer=TokenizerConfig(train_vocab_size=400),
-        **{**SHARED, "optimizer": replace(CONSTANT, lr=4e-3), "checkpoint": CheckpointConfig(12)},
+        **{**SHARED, "optimizer": replace(CONSTANT, lr=4e-3), "checkpoint": CheckpointConfig(24)},
     )
     return replace(recipe, **changes)
 
 
 ROLLOUT = RolloutConfig(
     prompts_per_step=4,
-    rollouts_per_prompt=4,
+    rollouts_per_prompt=8,
     max_prompt_tokens=96,
     max_response_tokens=12,
     thinking=False,
@@ -139,9 +142,75 @@ def with_recipe(cascade: CascadeRecipe, name: str, **changes: Any) -> CascadeRec
 def digests(run_dir: str | Path) -> dict[str, str]:
     """Of the artifacts, by stage: equal digests are equal bits, and equal words of what made
     them."""
+    return digests_of(f"{run_dir}/stages")
+
+
+def scenarios(root: str) -> dict[str, Any]:
+    """A cascade from end to end, and what comes of changes afterwards, in one process."""
+    run_dir = f"{root}/run"
+    base = small_cascade(run_dir)
+    found: dict[str, Any] = {"before": dry_run(base, Choice())}
+    found["refused"] = _refusal(base, Choice(only="if_rl"))
+    run_cascade(base)
+    found |= {"first": digests(run_dir), "cascade": _json(run_dir, "cascade.json")}
+    found["report"] = report_text(Path(run_dir))
+    found["scores"] = {name: _json(run_dir, f"stages/{name}/scores.json") for name in base.names}
+    found["leftovers"] = [str(p) for p in Path(run_dir).glob("stages/*/checkpoints")]
+
+    found["kept"] = dry_run(base, Choice())
+    times = _times(run_dir)
+    run_cascade(base)
+    found["untouched"] = times == _times(run_dir)
+
+    # Two stages change; of what comes after, only what depends on them runs.
+    changed = with_recipe(base, "last", seed=11)
+    found["change"] = dry_run(changed, Choice())
+    run_cascade(changed)
+    found |= {"changed": digests(run_dir), "retired": digests_of(f"{run_dir}/retired")}
+    upstream = with_recipe(changed, "if_rl", steps=3)
+    found["upstream"] = dry_run(upstream, Choice())
+    found["from"] = dry_run(upstream, Choice(begin="mopd"))
+    found["again"] = dry_run(changed, Choice(only="teacher", again=True))
+
+    # Other held-out tasks are other scores, of the same artifacts.
+    fewer = replace(changed, scores=replace(changed.scores, tasks=4))
+    run_cascade(fewer)
+    found["rescored"] = _json(run_dir, "stages/sft/scores.json")
+    found["same"] = digests(run_dir)
+
+    scores = _json(run_dir, "stages/sft/scores.json")
+    scores["scores"]["math"]["score"] = 1.0
+    Path(run_dir, "stages/sft/scores.json").write_text(json.dumps(scores))
+    found["alarm"] = _refusal(replace(fewer, alarm=AlarmConfig(drop=50.0, stop=True)), Choice())
+    found["alarms"] = _json(run_dir, "cascade.json")["alarms"]
+
+    next(Path(run_dir).glob("stages/last/artifact/*.safetensors")).unlink()
+    found["damaged"] = dry_run(fewer, Choice(only="last"))
+    return found
+
+
+def _refusal(cascade: CascadeRecipe, choice: Choice) -> str:
+    try:
+        run_cascade(cascade, choice)
+    except CascadeError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _json(run_dir: str, name: str) -> Any:
+    return json.loads(Path(run_dir, name).read_text(encoding="utf-8"))
+
+
+def _times(run_dir: str) -> dict[str, int]:
+    """When each file of the stages was written, but for records that are made anew each time."""
+    return {str(p): p.stat().st_mtime_ns for p in Path(run_dir, "stages").rglob("*") if p.is_file()}
+
+
+def digests_of(folder: str) -> dict[str, str]:
+    """Digests of the artifacts in the folders below this one."""
     return {
         p.parents[1].name: json.loads(p.read_text())["digest"]
-        for p in sorted(Path(run_dir).glob("stages/*/artifact/manifest.json"))
+        for p in sorted(Path(folder).glob("*/artifact/manifest.json"))
     }
 
 
@@ -157,7 +226,7 @@ def kill_and_restart(root: str, kills: int, seed: int) -> dict[str, Any]:
     for _ in range(kills):
         child = _start(str(run_dir))
         # Spread over the run; each restart has less left to do.
-        time.sleep(moments.uniform(0.05, 2.5 * whole_s / kills))
+        time.sleep(moments.uniform(0.05, 1.4 * whole_s / kills))
         os.kill(child, signal.SIGKILL)
         died.append(_end(child) == -signal.SIGKILL)
     assert _end(_start(str(run_dir))) == 0
@@ -194,11 +263,16 @@ def _end(child: int) -> int:
 
 
 def on_layouts(run_dir: str, layouts: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """The cascade with a parallel layout for each stage."""
+    """The cascade with a parallel layout for each stage, then once more."""
     cascade = small_cascade(run_dir)
     for name, sizes in layouts.items():
         cascade = with_recipe(cascade, name, parallel=ParallelConfig(**sizes))
     run_cascade(cascade)
-    once = digests(run_dir)
-    run_cascade(cascade, Choice())
-    return {"once": once, "again": digests(run_dir)}
+    once, times = digests(run_dir), _times(run_dir)
+    run_cascade(cascade)
+    return {"once": once, "kept": times == _times(run_dir)}
+
+
+def on_one(run_dir: str) -> str:
+    """What one process would do about a cascade that more ranks have run."""
+    return dry_run(small_cascade(run_dir), Choice())

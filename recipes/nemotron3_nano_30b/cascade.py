@@ -1,0 +1,84 @@
+"""The whole cascade of Nemotron-3-Nano-30B-A3B as Nemotron-Cascade 2 has it (arXiv 2603.19220).
+
+SFT -> IF-RL -> multi-domain RL -> MOPD -> code RL, each with the numbers of its own script, and
+after each the held-out score of every domain. 256 GPUs: SFT runs on tp 8 x pp 2, which leaves
+dp 16; the other stages and the scores on tp 8, which leaves dp 32; ep 8 on the same ranks.
+
+Math is taught by the SFT checkpoint, as in the paper; the other domains by the artifact with the
+best held-out score. An alarm tells of a stage that loses more than 5 points of a domain.
+
+    nemocascade plan recipes/nemotron3_nano_30b/cascade.py --gpus 256 --gpu h200
+    nemocascade preflight recipes/nemotron3_nano_30b/cascade.py --ranks 256
+    nemocascade submit recipes/nemotron3_nano_30b/cascade.py --nodes 32 --dry-run
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemocascade.cascade.launch import launch
+from nemocascade.plan.job import load_recipe
+from nemocascade.recipe import (
+    CascadeRecipe,
+    EngineConfig,
+    ParallelConfig,
+    RlEvalConfig,
+    ScoreConfig,
+    ScoredDomain,
+    StageConfig,
+    TeacherChoice,
+)
+
+
+def stage(name: str, **changes: Any) -> Any:
+    """The recipe of a script beside this one. The cascade scores, so the stage itself need not."""
+    recipe = load_recipe(Path(__file__).with_name(f"{name}.py"))
+    if hasattr(recipe, "rollout"):
+        changes = {"eval": RlEvalConfig(prompts=0), **changes}
+    return replace(recipe, **changes)
+
+
+def sft() -> Any:
+    """SFT on the released rows. Its tokenizer goes with every artifact that follows."""
+    recipe = stage("sft")
+    data = replace(recipe.data, path=("data/sft.jsonl",))
+    return replace(
+        recipe, data=data, tokenizer=replace(recipe.tokenizer, path="data/tokenizer.json")
+    )
+
+
+DOMAINS = (
+    "instruction_following",
+    "multiple_choice",
+    "tool_calling",
+    "structured_output",
+    "math",
+    "code",
+)
+
+RECIPE = CascadeRecipe(
+    run_dir="runs/nemotron3_nano_30b/cascade",
+    stages=(
+        StageConfig("sft", sft()),
+        StageConfig("if_rl", stage("if_rl")),
+        StageConfig("multi_domain_rl", stage("multi_domain_rl")),
+        StageConfig("mopd", stage("mopd", teachers=())),
+        StageConfig("code_rl", stage("code_rl")),
+    ),
+    scores=ScoreConfig(
+        domains=tuple(
+            ScoredDomain(name, heldout_path=(f"data/heldout/{name}.jsonl",)) for name in DOMAINS
+        ),
+        tasks=256,
+        max_prompt_tokens=32_768,
+        max_response_tokens=49_152,
+        thinking=True,
+        slots=128,
+        parallel=ParallelConfig(tp=8, ep=8),
+        engine=EngineConfig(precision="bf16"),
+    ),
+    teachers=TeacherChoice(pinned={"math": "sft"}),
+)
+
+if __name__ == "__main__":
+    launch(RECIPE)
