@@ -202,6 +202,7 @@ def _open_engine(
         world,
         chunks,
         slots=job.config.slots,
+        prefill_chunk=RolloutConfig.prefill_chunk,
         decode=tokenizer.decode,
         vocabulary=tokenizer.vocab_size,
     )
