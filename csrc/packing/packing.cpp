@@ -17,8 +17,10 @@ using Wide = __int128;  // n * capacity^2 may pass 2^63
 // least four documents a bin. Measured: less leaves bins that nothing fits, more balances worse.
 constexpr int64_t kClosingShare = 8;
 constexpr int64_t kClosingDocuments = 4;
-// Balance may cost one bin in a thousand beyond first-fit-decreasing, not more.
+// Balance may cost one bin in a thousand beyond first-fit-decreasing; one of at least a hundred.
+// First-fit-decreasing puts documents of like lengths, and so of like kinds, into one bin.
 constexpr int64_t kExtraBinsShare = 1000;
+constexpr int64_t kLeastBinsForOneExtra = 100;
 
 // splitmix64 (Steele, Lea, Flood 2014).
 class Random {
@@ -216,8 +218,9 @@ Bins assign(const std::vector<int64_t>& lengths, int64_t capacity) {
   const int64_t spread_count = count_spread(lengths, tokens, least);
   spread(lengths, spread_count, level, balanced);
   close(lengths, spread_count, capacity, level, true, balanced);
-  const int64_t allowed = first_fit.size() + first_fit.size() / kExtraBinsShare;
-  return balanced.size() <= allowed ? balanced : first_fit;
+  const int64_t extra = std::max<int64_t>(first_fit.size() / kExtraBinsShare,
+                                          first_fit.size() >= kLeastBinsForOneExtra);
+  return balanced.size() <= first_fit.size() + extra ? balanced : first_fit;
 }
 
 // Groups of bins of nearly equal work, the most work first, each from its least to its greatest;

@@ -16,7 +16,7 @@ side wait for the slowest. The planner therefore
 4. *closes* the bins with the rest (an eighth of the tokens, and at least four documents a bin) by
    first-fit-decreasing, except that no remainder is left that is shorter than every document;
 5. keeps the result of plain first-fit-decreasing where balance would cost more than one bin in
-   a thousand.
+   a thousand, or more than one bin of a hundred and more.
 
 Which documents share a bin depends on the lengths, the capacity and the seed: not on the model,
 not on the number of ranks.

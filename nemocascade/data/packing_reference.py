@@ -14,6 +14,7 @@ from collections.abc import Sequence
 CLOSING_SHARE = 8
 CLOSING_DOCUMENTS = 4
 EXTRA_BINS_SHARE = 1000
+LEAST_BINS_FOR_ONE_EXTRA = 100
 _MASK = (1 << 64) - 1
 
 
@@ -133,8 +134,9 @@ def assign(lengths: Sequence[int], capacity: int) -> Bins:
     spread_count = count_spread(lengths, tokens, least)
     spread(lengths[:spread_count], level, balanced)
     close(lengths, spread_count, level, True, balanced)
-    allowed = len(first_fit.fills) + len(first_fit.fills) // EXTRA_BINS_SHARE
-    return balanced if len(balanced.fills) <= allowed else first_fit
+    least = len(first_fit.fills)
+    extra = max(least // EXTRA_BINS_SHARE, int(least >= LEAST_BINS_FOR_ONE_EXTRA))
+    return balanced if len(balanced.fills) <= least + extra else first_fit
 
 
 def balance_level(lengths: Sequence[int], bins: int) -> int:

@@ -4,7 +4,13 @@ from nemocascade.recipe.cascade import AlarmConfig, CascadeRecipe, StageConfig, 
 from nemocascade.recipe.data import DataConfig, TokenizerConfig
 from nemocascade.recipe.envs import EnvConfig, SandboxConfig
 from nemocascade.recipe.judge import JudgeConfig
-from nemocascade.recipe.model import PRESETS, ModelConfig, nemotron3_nano_30b, tiny
+from nemocascade.recipe.model import (
+    PRESETS,
+    ModelConfig,
+    nemotron3_nano_30b,
+    tiny,
+    tiny_policy,
+)
 from nemocascade.recipe.mopd import MopdConfig, MopdRecipe, TeacherConfig
 from nemocascade.recipe.parallel import ParallelConfig
 from nemocascade.recipe.rl import (
@@ -60,4 +66,5 @@ __all__ = [
     "TokenizerConfig",
     "nemotron3_nano_30b",
     "tiny",
+    "tiny_policy",
 ]

@@ -134,6 +134,12 @@ def tiny() -> ModelConfig:
     return ModelConfig(pattern="MEM*EME*")
 
 
+def tiny_policy() -> ModelConfig:
+    """About 1.3 M parameters, for cascades on CPUs. Attention follows a convolution at once and the
+    head is the embedding, so that it learns within minutes to copy words of its prompt."""
+    return ModelConfig(pattern="M*EM*E", tie_embeddings=True)
+
+
 def nemotron3_nano_30b() -> ModelConfig:
     """Nemotron-3-Nano-30B-A3B as published (arXiv 2512.20848): 31.6 B parameters, 3.2 B active."""
     return ModelConfig(
@@ -154,4 +160,4 @@ def nemotron3_nano_30b() -> ModelConfig:
     )
 
 
-PRESETS = {"tiny": tiny, "nemotron3_nano_30b": nemotron3_nano_30b}
+PRESETS = {"tiny": tiny, "tiny_policy": tiny_policy, "nemotron3_nano_30b": nemotron3_nano_30b}
