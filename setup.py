@@ -158,7 +158,10 @@ setup(
         *find_packages(include=["nemocascade", "nemocascade.*"]),
         *find_packages("kernels", include=["nemocascade_kernels", "nemocascade_kernels.*"]),
     ],
-    package_data={"*": ["py.typed", "*.sbatch"]},
+    package_data={
+        "*": ["py.typed", "*.sbatch"],
+        "nemocascade.envs.swe": ["repositories/**"],
+    },
     ext_modules=[Extension(module, sources=[]) for module in LIBRARIES.values()],
     cmdclass={"build_ext": CMakeBuild},
     # No CPython API is used, so the wheel serves every later Python too.

@@ -23,6 +23,7 @@ from nemocascade.recipe import CascadeRecipe, DataConfig
 from nemocascade.stages.evaluate import EvalSettings, run_eval
 from nemocascade.stages.launch import exit_cleanly, parse
 from nemocascade.stages.scoring import ScoreSettings, run_scoring
+from nemocascade.stages.trajectories import ReplaySettings, replay
 
 USAGE = """usage: nemocascade COMMAND ...
 
@@ -34,6 +35,7 @@ USAGE = """usage: nemocascade COMMAND ...
   preflight RECIPE.py [--ranks N]                every problem of a job before it starts
   submit RECIPE.py ... --nodes N                 Slurm jobs, one a stage
   convert SOURCE TARGET                          Hugging Face folder <-> artifact
+  replay RUN/rollouts                            score logged episodes with tools again
   tokenizer --data.path FILE ... --output FILE   train a sentencepiece tokenizer
 
 `nemocascade COMMAND --help` shows all settings of a command.
@@ -209,6 +211,24 @@ def _submit(arguments: list[str]) -> None:
     exit_cleanly(work)
 
 
+def _replay(arguments: list[str]) -> None:
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--path", *arguments]
+    settings = tyro.cli(ReplaySettings, args=arguments, prog="nemocascade replay")
+
+    def work() -> Path:
+        found = replay(settings)
+        for episode in found:
+            verdict = episode.verdict
+            note = "" if episode.same else f"  DIFFERS, it was {episode.logged}"
+            print(f"{episode.where}: {verdict.error or verdict.reward}{note}")
+        if different := sum(not episode.same for episode in found):
+            raise SystemExit(f"{different} of {len(found)} episodes have another verdict")
+        return Path(settings.path)
+
+    exit_cleanly(work)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "eval": _eval,
@@ -219,6 +239,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "submit": _submit,
     "convert": _convert,
     "tokenizer": _tokenizer,
+    "replay": _replay,
 }
 
 

@@ -126,6 +126,7 @@ class Domain(ABC):
             answer=dict(self.parse(row)),
             tools=tuple(_tool(tool) for tool in params.get("tools") or ()),
             source=where,
+            pass_rate=_pass_rate(row),
         )
         return replace(prompt, id=task_id(prompt))
 
@@ -234,6 +235,13 @@ def _rows(path: str | Path) -> Iterator[tuple[str, Row]]:
             if not isinstance(row, Mapping):
                 raise ValueError(f"{where}: a row must be an object, it is {type(row).__name__}")
             yield where, row
+
+
+def _pass_rate(row: Row) -> float | None:
+    rate = row.get("pass_rate")
+    if rate is not None and not 0 <= float(rate) <= 1:
+        raise ValueError(f"'pass_rate' is {rate}, a share of tries lies in 0..1")
+    return None if rate is None else float(rate)
 
 
 def _message(turn: Row) -> Message:

@@ -14,6 +14,7 @@ from nemocascade.envs.mathematics import Mathematics
 from nemocascade.envs.multiple_choice import MultipleChoice
 from nemocascade.envs.preference import Preference
 from nemocascade.envs.structured_output import StructuredOutput
+from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_agentless import SweAgentless
 from nemocascade.envs.tool_calling import ToolCalling
 from nemocascade.recipe.envs import EnvConfig
@@ -29,6 +30,7 @@ DOMAINS = (
     "preference",
     "long_context",
     "swe_agentless",
+    "swe_agentic",
 )
 
 
@@ -62,6 +64,7 @@ def make_environments(
         Preference(judge),
         LongContext(judge),
         SweAgentless(config.sandbox, judge),
+        SweAgentic(config.sandbox, config.agent),
     ]
     return {domain.domain: domain for domain in domains}
 

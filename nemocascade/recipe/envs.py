@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from nemocascade.recipe.judge import JudgeConfig
@@ -68,6 +68,37 @@ class SandboxConfig:
 
 
 @dataclass(frozen=True)
+class AgentConfig:
+    """What an agent may do to a repository in one episode, and how much its tools answer."""
+
+    result_chars: int = 16_000
+    """Of one answer; what is longer is cut, and the answer says by how much."""
+
+    search_matches: int = 100
+    """Lines that one search shows."""
+
+    calls: int = 1000
+    """Calls that are executed; the next one ends the episode."""
+
+    test_runs: int = 50
+    """Runs of the repository's tests."""
+
+    changed_files: int = 64
+    """Files that edits may change or make."""
+
+    file_kib: int = 1024
+    """Size of a file that an edit leaves."""
+
+    def problems(self) -> list[str]:
+        """Every rule these settings break."""
+        return [
+            f"envs.agent.{f.name}({getattr(self, f.name)}) must be at least 1"
+            for f in fields(self)
+            if getattr(self, f.name) < 1
+        ]
+
+
+@dataclass(frozen=True)
 class EnvConfig:
     """How responses are scored."""
 
@@ -88,6 +119,7 @@ class EnvConfig:
     """Address space of such a child."""
 
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def problems(self) -> list[str]:
@@ -97,4 +129,4 @@ class EnvConfig:
             for name in ("check_workers", "check_timeout_s", "check_memory_mib")
             if getattr(self, name) <= 0
         ]
-        return found + self.sandbox.problems() + self.judge.problems()
+        return found + self.sandbox.problems() + self.agent.problems() + self.judge.problems()

@@ -41,6 +41,24 @@ class DomainConfig:
     heldout_path: tuple[str, ...] = ()
     """JSONL files of the held-out tasks. Empty: made, and disjoint from the others."""
 
+    drop_solved: float = 0.0
+    """Share of the tasks from `path` with a `pass_rate` of 1 that is dropped: they teach nothing.
+    Which ones is decided by their text."""
+
+    drop_unsolved: float = 0.0
+    """Likewise of the tasks with a `pass_rate` of 0."""
+
+    def problems(self) -> list[str]:
+        """Every rule these settings break."""
+        return [
+            f"domains: {name}({share}) of {self.domain} must lie in 0..1"
+            for name, share in (
+                ("drop_solved", self.drop_solved),
+                ("drop_unsolved", self.drop_unsolved),
+            )
+            if not 0 <= share <= 1
+        ]
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -258,6 +276,7 @@ class PolicyRecipe(ABC):
                 f"max_prompt_tokens({self.rollout.max_prompt_tokens}) + "
                 f"max_response_tokens({self.rollout.max_response_tokens}) = {longest}"
             )
+        found += [problem for domain in self.domains for problem in domain.problems()]
         if model is not None and not found:
             dp = max(1, self.parallel.data_parallel(world_size))
             found += self.parallel.problems(

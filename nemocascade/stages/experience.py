@@ -20,7 +20,7 @@ from nemocascade.rollout.advantages import group_advantages, is_informative, ove
 from nemocascade.rollout.engine import Completion, Engine, Request, Sampling
 from nemocascade.stages.episodes import Episodes
 from nemocascade.stages.tasks import Task, TaskStream
-from nemocascade.types import Environment, Verdict
+from nemocascade.types import Environment, Message, Verdict
 
 VERIFIER_THREADS = 8
 
@@ -37,6 +37,7 @@ class Rollout:
     turns: int
     text: str
     verdict: Verdict
+    response: tuple[Message, ...] = ()
 
     @property
     def length(self) -> int:
@@ -165,6 +166,7 @@ class Collector:
             turns=completion.turns,
             text=self.tokenizer.decode(completion.response),
             verdict=verdict,
+            response=tuple(response),
         )
 
 

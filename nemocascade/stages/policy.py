@@ -23,6 +23,7 @@ from nemocascade.stages.batches import TrainingSequence, lay_out, pack_sequences
 from nemocascade.stages.experience import Collector, Gathered, Group
 from nemocascade.stages.setup import stage_world, write_recipe
 from nemocascade.stages.tasks import Task, TaskStream, encode_prompts, read_tasks
+from nemocascade.stages.trajectories import logged
 from nemocascade.train.checkpointing import Checkpoints
 from nemocascade.train.evaluation import token_logprobs
 from nemocascade.train.metrics import LOGGER, MetricsWriter
@@ -132,24 +133,7 @@ class PolicyRun:
             return
         folder = Path(self.recipe.run_dir) / "rollouts"
         folder.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for group in groups[:count]:
-            rollout = group.rollouts[0]
-            lines.append(
-                {
-                    "step": step,
-                    "domain": group.task.prompt.domain,
-                    "task": group.task.prompt.id,
-                    "prompt": [
-                        {"role": m.role, "content": m.content} for m in group.task.prompt.messages
-                    ],
-                    "response": rollout.text,
-                    "reward": rollout.verdict.reward,
-                    "error": rollout.verdict.error,
-                    "details": dict(rollout.verdict.details),
-                    "rewards_of_group": [r.verdict.reward for r in group.rollouts],
-                }
-            )
+        lines = [logged(step, group) for group in groups[:count]]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (folder / f"step_{step:08d}.jsonl").write_text(text, encoding="utf-8")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -42,11 +42,40 @@ def read_tasks(
             seed=seed, count=count, difficulty=domain.difficulty, heldout=heldout
         )
         return list(made)
-    rows = (prompt for path in paths for prompt in environment.read(path))
+    rows: Iterator[Prompt] = (prompt for path in paths for prompt in environment.read(path))
+    if not heldout and (domain.drop_solved or domain.drop_unsolved):
+        rows = _filtered(rows, domain)
     found = list(islice(rows, count or None))
     if not found:
         raise DataError(f"{domain.domain}: {', '.join(paths)} holds no task: name other files")
     return found
+
+
+def _filtered(prompts: Iterable[Prompt], domain: DomainConfig) -> Iterator[Prompt]:
+    """The tasks that pass the filter by `pass_rate`; the dropped ones are counted and logged."""
+    shares = {"solved": domain.drop_solved, "unsolved": domain.drop_unsolved}
+    dropped = dict.fromkeys(shares, 0)
+    kept = unknown = 0
+    try:
+        for prompt in prompts:
+            unknown += prompt.pass_rate is None
+            what = {1.0: "solved", 0.0: "unsolved", None: None}.get(prompt.pass_rate)
+            # Other digits of the id than those that hold tasks out.
+            if what and int(prompt.id[8:16], 16) < shares[what] * 2**32:
+                dropped[what] += 1
+                continue
+            kept += 1
+            yield prompt
+    finally:  # also where no more were asked for
+        LOGGER.info(
+            "%s: by pass_rate, %d tasks solved every time and %d never solved are dropped, %d kept",
+            domain.domain,
+            dropped["solved"],
+            dropped["unsolved"],
+            kept,
+        )
+        if unknown:
+            LOGGER.warning("%s: %d tasks have no pass_rate and are kept", domain.domain, unknown)
 
 
 def encode_prompts(

@@ -24,7 +24,8 @@ RECIPE = GrpoRecipe(
     steps=22,
     stage="code_rl",
     run_dir="runs/nemotron3_nano_30b/code_rl",
-    domains=(DomainConfig(domain="code", path=("data/code_rl.jsonl",), tasks=0),),
+    # Those solved 8 times of 8 are out; rows without a `pass_rate` stay.
+    domains=(DomainConfig(domain="code", path=("data/code_rl.jsonl",), tasks=0, drop_solved=1.0),),
     rollout=RolloutConfig(
         prompts_per_step=128,
         rollouts_per_prompt=16,
@@ -34,7 +35,6 @@ RECIPE = GrpoRecipe(
         top_p=0.95,
         thinking=True,
         slots=128,
-        # The prompts were filtered beforehand: those solved 8 times of 8 are out.
         dynamic_filtering=False,
         overlong_filter=True,
     ),

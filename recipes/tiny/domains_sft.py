@@ -29,6 +29,7 @@ DOMAINS = (
     "code",
     "long_context",
     "swe_agentless",
+    "swe_agentic",
 )
 
 RECIPE = SftRecipe(

@@ -1,0 +1,1 @@
+"""Accounts and the book that holds them."""

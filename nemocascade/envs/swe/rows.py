@@ -1,0 +1,123 @@
+"""Repair tasks from rows in the style of SWE-Gym and R2E-Gym, with their snapshots beside them.
+
+A row names a folder with the repository as it was before the repair, the text of the issue, and the
+tests that decide:
+
+    {"instance_id": "...", "problem_statement": "...", "repository": "folder",
+     "tests": {"files": {"tests/test_a.py": "..."}, "framework": "pytest"},
+     "FAIL_TO_PASS": ["tests/test_a.py::test_b"], "PASS_TO_PASS": [...]}
+
+`files` may be the name of a folder too. Names of tests may stand in a text of JSON, as SWE-Gym has
+them, and inside of `tests`. A `test_patch` must have been applied: its files are `tests.files`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from nemocascade.envs.swe.repository import Files, HiddenTests, check_path, read_snapshot
+
+Row = Mapping[str, Any]
+ROW, SNAPSHOT, TESTS = "row.json", "repository", "tests"
+"""In a folder of tasks, each task is a folder with these."""
+
+
+def folder_rows(folder: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a folder of task folders, each with its name. Raises ValueError without any."""
+    found = sorted(folder.glob(f"*/{ROW}"))
+    if not found:
+        raise ValueError(
+            f"{folder} holds no */{ROW}: a task is a folder with {ROW}, {SNAPSHOT}/ and {TESTS}/"
+        )
+    for path in found:
+        try:
+            row = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+        base: dict[str, Any] = {"repository": f"{path.parent.name}/{SNAPSHOT}"}
+        if (path.parent / TESTS).is_dir():
+            base["tests"] = {"files": f"{path.parent.name}/{TESTS}"}
+        yield str(path.relative_to(folder)), {**base, **row}
+
+
+def issue_of(row: Row) -> str:
+    """The text of the issue. Raises ValueError if it is empty."""
+    issue = str(row.get("problem_statement") or row.get("issue") or "").strip()
+    if not issue:
+        raise ValueError("'problem_statement' (or 'issue') is empty")
+    return issue
+
+
+def answer_of(row: Row, folder: Path) -> dict[str, Any]:
+    """What the verifier needs of a row, in JSON values. folder: its names are relative to it.
+
+    Raises ValueError for what is missing or has another form.
+    """
+    where = row.get("repository")
+    if not isinstance(where, str) or not where:
+        raise ValueError("'repository' must name the folder with the snapshot")
+    root = (folder / where).resolve()
+    if not root.is_dir():
+        raise ValueError(f"'repository': there is no folder {root}")
+    tests = row.get("tests") or {}
+    names = {key: _names(row, tests, key) for key in ("FAIL_TO_PASS", "PASS_TO_PASS")}
+    if not names["FAIL_TO_PASS"]:
+        raise ValueError("'FAIL_TO_PASS' names no test: a repair must make one pass")
+    framework = tests.get("framework", "unittest")
+    if framework not in ("unittest", "pytest"):
+        raise ValueError(f"'tests.framework' is {framework!r}, it must be unittest or pytest")
+    return {
+        "repository": str(root),
+        "tests": _test_files(tests.get("files"), folder),
+        "fail_to_pass": names["FAIL_TO_PASS"],
+        "pass_to_pass": names["PASS_TO_PASS"],
+        "framework": framework,
+        "sealed": bool(tests.get("sealed", False)),
+    }
+
+
+def snapshot_of(answer: Mapping[str, Any]) -> Files:
+    """The repository before the repair: `files` by path, or the folder `repository`."""
+    if "files" in answer:
+        return {path: text.encode() for path, text in answer["files"].items()}
+    return _read_once(answer["repository"])
+
+
+def hidden_of(answer: Mapping[str, Any]) -> HiddenTests:
+    """The tests that decide."""
+    return HiddenTests(
+        files={path: text.encode() for path, text in answer["tests"].items()},
+        fail_to_pass=tuple(answer["fail_to_pass"]),
+        pass_to_pass=tuple(answer["pass_to_pass"]),
+        framework=answer["framework"],
+        sealed=answer["sealed"],
+    )
+
+
+@lru_cache(maxsize=32)
+def _read_once(folder: str) -> Files:
+    """Many episodes of one task share its files."""
+    return read_snapshot(folder)
+
+
+def _names(row: Row, tests: Row, key: str) -> list[str]:
+    found = row.get(key, tests.get(key, []))
+    found = json.loads(found) if isinstance(found, str) else found
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{key!r} must be a list of test ids")
+    return found
+
+
+def _test_files(files: Any, folder: Path) -> dict[str, str]:
+    if isinstance(files, str):
+        root = (folder / files).resolve()
+        if not root.is_dir():
+            raise ValueError(f"'tests.files': there is no folder {root}")
+        return {path: data.decode() for path, data in read_snapshot(root).items()}
+    if not isinstance(files, Mapping) or not files:
+        raise ValueError("'tests.files' must be a folder, or an object of paths and texts")
+    return {check_path(path): str(text) for path, text in files.items()}

@@ -1,0 +1,224 @@
+"""Software repair by an agent: it works on a private copy of a repository until its tests pass."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemocascade.envs.base import Domain, Row
+from nemocascade.envs.sandbox.pool import Sandbox, SandboxError
+from nemocascade.envs.swe.made import make_task
+from nemocascade.envs.swe.repository import Framework, judge, run_tests
+from nemocascade.envs.swe.rows import (
+    answer_of,
+    folder_rows,
+    hidden_of,
+    issue_of,
+    snapshot_of,
+)
+from nemocascade.envs.swe.workspace import TOOLS, ToolError, Workspace, arguments_of, cut
+from nemocascade.recipe.envs import AgentConfig, SandboxConfig
+from nemocascade.types import Message, Prompt, ToolCall, ToolSession, Verdict
+
+ASK = (
+    "Repair the repository so that this issue is solved. Find the code that is wrong, change it "
+    "with the tools, run the tests, and submit.\n\n<issue>\n{issue}\n</issue>"
+)
+
+
+class RepositorySession:
+    """The tools of one episode. Nothing of it lies on a disk, and `close` forgets the copy.
+
+    sandbox: called when tests are to be run; None where a response is replayed, which needs edits
+    alone.
+    """
+
+    def __init__(
+        self,
+        answer: Mapping[str, Any],
+        limits: AgentConfig,
+        sandbox: Callable[[], Sandbox] | None,
+    ) -> None:
+        self.workspace = Workspace(snapshot_of(answer), limits)
+        self._framework: Framework = answer["framework"]
+        self._limits, self._sandbox = limits, sandbox
+        self.calls = self.edits = self.test_runs = 0
+        self.submitted = False
+
+    @property
+    def done(self) -> bool:
+        """The agent has submitted, or made more calls than it may."""
+        return self.submitted or self.calls > self._limits.calls
+
+    def step(self, calls: Sequence[ToolCall]) -> list[Message]:
+        """Execute `calls` in order; what comes after the end is not executed."""
+        return [Message("tool", self._answer(call)) for call in calls]
+
+    def close(self) -> None:
+        """Forget the copy of the repository."""
+        self.workspace = Workspace({}, self._limits)
+        self._sandbox = None
+
+    def _answer(self, call: ToolCall) -> str:
+        if self.done:
+            return "error: the work has ended"
+        self.calls += 1
+        if self.done:
+            return f"error: more than {self._limits.calls} calls: the work ends here"
+        limit = self._limits.result_chars
+        try:
+            arguments = arguments_of(call.name, call.arguments)
+            if call.name == "submit":
+                self.submitted = True
+                return "submitted"
+            if call.name == "run_tests":
+                return cut(self._run_tests(arguments.get("tests", "")), limit, end=True)
+            answer = self.workspace.call(call.name, arguments)
+            self.edits += call.name == "edit"
+            return cut(answer, limit)
+        except ToolError as error:
+            return cut(f"error: {error}", limit)
+
+    def _run_tests(self, tests: str) -> str:
+        if self._sandbox is None:
+            return ""
+        if self.test_runs >= self._limits.test_runs:
+            raise ToolError(f"the tests have run {self.test_runs} times: no more runs are allowed")
+        self.test_runs += 1
+        wanted = [line.strip() for line in tests.splitlines() if line.strip()]
+        files = self.workspace.files
+        try:
+            return run_tests(self._sandbox(), files, wanted, framework=self._framework).text
+        except (SandboxError, ValueError) as error:
+            raise ToolError(f"the tests could not be run: {error}") from error
+
+
+class SweAgentic(Domain):
+    """1 if all hidden tests pass on the repository that the agent leaves, else 0.
+
+    The verdict depends on the response alone: its edits are replayed on a fresh copy, and the
+    hidden tests run there. It makes no difference whether the agent submitted or ran out of turns
+    or of context: the edits it has made by then count. An answer of a tool is cut at
+    `AgentConfig.result_chars`; one that does not fit into the context that is left ends the
+    episode. The sandbox starts when tests first run.
+    """
+
+    domain = "swe_agentic"
+
+    def __init__(
+        self, config: SandboxConfig | None = None, limits: AgentConfig | None = None
+    ) -> None:
+        self._config = config or SandboxConfig()
+        self._limits = limits or AgentConfig()
+        self._lock = threading.Lock()
+        self._sandbox: Sandbox | None = None
+
+    @property
+    def sandbox(self) -> Sandbox:
+        """The pool that runs the tests."""
+        with self._lock:
+            if self._sandbox is None:
+                self._sandbox = Sandbox(self._config)
+            return self._sandbox
+
+    def close(self) -> None:
+        """End the sandbox's workers."""
+        with self._lock:
+            if self._sandbox is not None:
+                self._sandbox.close()
+                self._sandbox = None
+
+    def read(self, path: str | Path) -> Iterator[Prompt]:
+        """The tasks of a JSONL file, or of a folder of task folders: see `swe.rows`."""
+        folder = Path(path)
+        if not folder.is_dir():
+            yield from super().read(path)
+            return
+        for where, row in folder_rows(folder):
+            try:
+                prompt = self._prompt(self.prepare(row, folder), where)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+            yield prompt
+
+    def claims(self, row: Row) -> bool:
+        return "problem_statement" in row or "issue" in row
+
+    def prepare(self, row: Row, folder: Path) -> Row:
+        """The row with its `answer`, a prompt from its issue, and the tools."""
+        prompt = row.get("prompt") or ASK.format(issue=issue_of(row))
+        params = row.get("responses_create_params") or {}
+        tools = [
+            {"name": t.name, "description": t.description, "parameters": t.parameters}
+            for t in TOOLS.values()
+        ]
+        return {
+            **row,
+            "prompt": prompt,
+            "responses_create_params": {**params, "tools": tools},
+            "answer": answer_of(row, folder),
+        }
+
+    def parse(self, row: Row) -> Mapping[str, Any]:
+        return dict(row["answer"])
+
+    def session(self, prompt: Prompt) -> ToolSession:
+        """A fresh copy of the repository for one episode."""
+        return RepositorySession(prompt.answer, self._limits, lambda: self.sandbox)
+
+    def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        """The verdict. Raises SandboxUnavailable where tests cannot be isolated at all.
+
+        No later verdict could be better, so that is no error of this one.
+        """
+        assert self.sandbox
+        return super().score(prompt, response)
+
+    def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        session = RepositorySession(prompt.answer, self._limits, None)
+        session.step([call for message in response for call in message.tool_calls])
+        changes = session.workspace.changes
+        made = {
+            "calls": session.calls,
+            "edits": session.edits,
+            "submitted": session.submitted,
+            "changed": sorted(changes),
+        }
+        if not changes:
+            return Verdict(0.0, details={**made, "reason": "nothing was changed"})
+        snapshot = snapshot_of(prompt.answer)
+        verdict = judge(self.sandbox, snapshot, session.workspace.files, hidden_of(prompt.answer))
+        return Verdict(verdict.reward, verdict.error, {**made, **verdict.details})
+
+    def make(self, rng: random.Random, difficulty: int) -> Prompt:
+        """0: one short file. 1: two files, one to be found. 2: a whole repository, whose issue
+        names the file. 3: an issue that does not.
+
+        Below 2 the tools stand in the system turn in a short form, for models with a small context.
+        """
+        task = make_task(rng, difficulty)
+        session = RepositorySession(task.answer, self._limits, None)
+        turns: list[Message] = []
+        for calls, reasoning in task.steps:
+            results = session.step(calls)
+            turns.append(Message("assistant", "", reasoning, tuple(calls)))
+            # Nobody answers the call that ends the work.
+            turns += [] if session.done else results
+        declared = difficulty >= 2
+        brief = Message("system", "\n".join(_brief(TOOLS[name]) for name in task.tools))
+        ask = Message("user", ASK.format(issue=task.issue) if declared else task.issue)
+        return Prompt(
+            id="",
+            domain=self.domain,
+            messages=(ask,) if declared else (brief, ask),
+            tools=tuple(TOOLS.values()) if declared else (),
+            answer=task.answer,
+            demonstration=tuple(turns),
+        )
+
+
+def _brief(tool: Any) -> str:
+    return f"{tool.name}({', '.join(tool.parameters['required'])})"

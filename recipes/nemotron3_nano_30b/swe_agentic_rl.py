@@ -1,0 +1,84 @@
+"""Agentic SWE RL of Nemotron-3-Nano-30B-A3B, the numbers of Nemotron-Cascade 2 (arXiv 2603.19220).
+
+GRPO on episodes in which an agent repairs a repository: 16 prompts x 64 rollouts a step, at most
+200 turns in a context of 262,144 tokens, temperature 0.8, learning rate 3e-6 -> 0 after 10 steps of
+warm-up; 1 if all hidden tests pass, else 0. Prompts that were solved every time are dropped
+beforehand, and so are 90 % of those never solved: rows need their `pass_rate`. Published are
+neither the number of steps nor top-p. 128 GPUs: tp 8, pp 2 as in SFT on sequences of that length.
+
+Tests run on the hosts of the first ranks of each replica, so what the repositories import must be
+there: name it in `--envs.sandbox.packages`.
+
+    torchrun ... recipes/nemotron3_nano_30b/swe_agentic_rl.py --init-from ARTIFACT
+"""
+
+from nemocascade.recipe import (
+    AgentConfig,
+    CheckpointConfig,
+    DomainConfig,
+    EngineConfig,
+    EnvConfig,
+    GrpoConfig,
+    GrpoRecipe,
+    MoeTrainingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    SandboxConfig,
+)
+from nemocascade.stages.launch import launch
+
+STEPS = 100
+
+RECIPE = GrpoRecipe(
+    steps=STEPS,
+    stage="swe_agentic_rl",
+    run_dir="runs/nemotron3_nano_30b/swe_agentic_rl",
+    domains=(
+        DomainConfig(
+            domain="swe_agentic",
+            path=("data/swe_agentic/tasks.jsonl",),
+            tasks=0,
+            drop_solved=1.0,
+            drop_unsolved=0.9,
+        ),
+    ),
+    rollout=RolloutConfig(
+        prompts_per_step=16,
+        rollouts_per_prompt=64,
+        max_prompt_tokens=32_768,
+        max_response_tokens=229_376,
+        max_turns=200,
+        temperature=0.8,
+        top_p=1.0,
+        thinking=True,
+        slots=64,
+        dynamic_filtering=False,
+        samples=16,
+    ),
+    envs=EnvConfig(
+        sandbox=SandboxConfig(
+            time_s=600.0, memory_mib=8192, processes=64, output_kib=4096, scratch_mib=2048
+        ),
+        agent=AgentConfig(),
+    ),
+    grpo=GrpoConfig(normalize="batch", kl_coef=0.0, capacity=262_144),
+    optimizer=OptimizerConfig(
+        lr=3e-6,
+        min_lr=0.0,
+        schedule="linear",
+        warmup_steps=10,
+        decay_steps=STEPS,
+        beta1=0.9,
+        beta2=0.95,
+        weight_decay=0.0,
+        clip_grad=1.0,
+    ),
+    moe=MoeTrainingConfig(load_balance="none", freeze_router=True, bias_update_rate=1e-3),
+    parallel=ParallelConfig(tp=8, pp=2, ep=8),
+    engine=EngineConfig(precision="bf16", recompute=True),
+    checkpoint=CheckpointConfig(every=5),
+)
+
+if __name__ == "__main__":
+    launch(RECIPE)
