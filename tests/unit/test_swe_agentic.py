@@ -1,25 +1,22 @@
-"""Agents that repair repositories: tools, confinement, verdicts, masks, logs."""
+"""Agents that repair repositories: tasks, tools, confinement, verdicts, rows."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from data_fixtures import sentencepiece_tokenizer
 from sandbox_support import sandbox_or_skip
+from swe_support import SANDBOX, task, turn
 
-from nemocascade.data.chat_template import encode, render, render_prompt
+from nemocascade.data.chat_template import encode, render
 from nemocascade.data.conversation import Conversation
-from nemocascade.data.errors import DataError
 from nemocascade.envs import swe_agentic
 from nemocascade.envs.swe.made import make_task
 from nemocascade.envs.swe.repository import run_tests
@@ -27,18 +24,10 @@ from nemocascade.envs.swe.rows import snapshot_of
 from nemocascade.envs.swe.shipped import repositories, vary
 from nemocascade.envs.swe.workspace import TOOLS, ToolError, Workspace, cut
 from nemocascade.envs.swe_agentic import SweAgentic
-from nemocascade.recipe import DomainConfig, GrpoConfig, GrpoRecipe, RolloutConfig
+from nemocascade.recipe import DomainConfig
 from nemocascade.recipe.envs import AgentConfig, SandboxConfig
-from nemocascade.rollout.engine import Completion, Request
-from nemocascade.stages.batches import pack_sequences
-from nemocascade.stages.episodes import Episodes
-from nemocascade.stages.experience import Group, Rollout, advantages_of
-from nemocascade.stages.policy import training_sequences
-from nemocascade.stages.tasks import Task, read_tasks
-from nemocascade.stages.trajectories import ReplaySettings, logged, replay
-from nemocascade.types import Message, Prompt, ToolCall, Verdict
-
-SANDBOX = SandboxConfig(time_s=10.0, workers=1)
+from nemocascade.stages.tasks import read_tasks
+from nemocascade.types import Message, Prompt, ToolCall
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +36,6 @@ def domain() -> Iterator[SweAgentic]:
     made = SweAgentic(SANDBOX)
     yield made
     made.close()
-
-
-def task(difficulty: int = 0, seed: int = 1) -> Prompt:
-    return next(iter(SweAgentic().prompts(seed=seed, count=1, difficulty=difficulty)))
-
-
-def turn(*calls: tuple[str, dict[str, str]]) -> Message:
-    return Message("assistant", "", tool_calls=tuple(ToolCall(n, a) for n, a in calls))
 
 
 def edits_of(prompt: Prompt) -> list[ToolCall]:
@@ -468,130 +449,6 @@ def test_tasks_are_dropped_by_their_pass_rate(tmp_path: Path) -> None:
     assert kept(settings) == kept(settings)
     assert len(kept(DomainConfig("swe_agentic", path=(str(path),)))) == 800
     assert DomainConfig(drop_solved=2.0).problems()
-
-
-# Rollouts
-
-
-def play(
-    prompt: Prompt, turns: Sequence[Message], domain: SweAgentic, limit: int = 4000
-) -> tuple[Rollout, list[bool]]:
-    """An episode in which the model says `turns`, by the stage's own parts; and whose tokens
-    are the environment's."""
-    tokenizer = sentencepiece_tokenizer()
-    settings = RolloutConfig(thinking=False, max_turns=len(turns))
-    start, _ = encode(
-        render_prompt(Conversation(prompt.messages, prompt.tools), thinking=False), tokenizer
-    )
-    request = Request(7, tuple(start))
-    episodes = Episodes(
-        tokenizer, {prompt.domain: domain}, settings, {7: Task(prompt, request.prompt, 7)}
-    )
-    ids, written = list(start), [False] * len(start)
-    completion = None
-    finish = "stop"
-    for number, message in enumerate(turns, start=1):
-        whole = Conversation((*prompt.messages, Message("assistant", "", "", message.tool_calls)))
-        said, trained = encode(render(whole, thinking=False), tokenizer)
-        said = [i for i, t in zip(said, trained, strict=True) if t]
-        ids, written = ids + said, written + [True] * len(said)
-        completion = Completion(
-            request,
-            torch.tensor(ids),
-            torch.tensor(written),
-            torch.zeros(len(ids)),
-            finish,  # type: ignore[arg-type]
-            turns=number,
-        )
-        answer = episodes.respond(completion)
-        if answer is None:
-            break
-        if len(ids) + len(answer) > limit:
-            finish = "length"
-            break
-        ids, written = ids + answer, written + [False] * len(answer)
-    assert completion is not None
-    response = episodes.response(completion)
-    rollout = Rollout(
-        completion.tokens,
-        completion.written,
-        completion.logprob,
-        len(start),
-        finish == "length",
-        completion.turns,
-        tokenizer.decode(completion.response),
-        domain.score(prompt, response),
-        tuple(response),
-    )
-    episodes.close_all()
-    return rollout, [not w for w in written]
-
-
-def test_tokens_of_the_environment_never_train(domain: SweAgentic) -> None:
-    prompt = task(1)
-    said = [m for m in prompt.demonstration if m.role == "assistant"]
-    rollout, given = play(prompt, said, domain)
-    assert (rollout.verdict.reward, rollout.turns) == (1.0, 3)
-    group = Group(Task(prompt, (), 0), (rollout, rollout_with(rollout, 0.0)))
-    recipe = GrpoRecipe(grpo=GrpoConfig(capacity=2048))
-    (group,) = advantages_of([group], recipe.rollout, recipe.grpo)
-    (sequence, _) = training_sequences([group], recipe)
-    batch = pack_sequences([sequence], 2048, 0)
-    length = len(given)
-    for row in range(length - 1):
-        trains = bool(batch.token_weight[row])
-        assert trains == (not given[row + 1])
-        assert bool(batch.advantage[row]) == trains
-    # Every turn of the model trains, and between them lie the tools' answers.
-    changes = sum(a != b for a, b in itertools.pairwise(given))
-    assert changes == 2 * 3 - 1
-
-
-def rollout_with(rollout: Rollout, reward: float) -> Rollout:
-    return replace(rollout, verdict=Verdict(reward))
-
-
-def test_an_episode_without_context_left_scores_what_its_edits_earn(domain: SweAgentic) -> None:
-    prompt = task(2)
-    said = [m for m in prompt.demonstration if m.role == "assistant"]
-    cut_off, _ = play(prompt, [said[2], turn(("list", {}))], domain, limit=0)
-    assert cut_off.truncated
-    assert not cut_off.verdict.details["submitted"]
-    assert cut_off.verdict.reward == 1.0
-    nothing, _ = play(prompt, [said[1], said[2]], domain, limit=0)
-    assert (nothing.truncated, nothing.verdict.reward) == (True, 0.0)
-
-
-def test_an_episode_that_loops_ends_with_its_turns(domain: SweAgentic) -> None:
-    prompt = task(2)
-    rollout, _ = play(prompt, [turn(("list", {}))] * 20, domain, limit=100_000)
-    assert (rollout.turns, rollout.verdict.reward) == (20, 0.0)
-    assert len([m for m in rollout.response if m.role == "tool"]) == 19
-
-
-def test_a_logged_episode_is_replayed(domain: SweAgentic, tmp_path: Path) -> None:
-    lines = []
-    for difficulty, solve in ((0, True), (1, False), (3, True)):
-        prompt = task(difficulty)
-        said = [m for m in prompt.demonstration if m.role == "assistant"]
-        rollout, _ = play(prompt, said if solve else said[:-1], domain)
-        lines.append(logged(5, Group(Task(prompt, (), 0), (rollout,))))
-    assert [line["reward"] for line in lines] == [1.0, 0.0, 1.0]
-    calls = [t["calls"][0]["name"] for t in lines[0]["turns"] if "calls" in t]
-    assert calls == ["read", "edit"]
-    assert "return x" in lines[0]["turns"][1]["content"]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "step_00000005.jsonl").write_text(text + json.dumps({"domain": "math"}) + "\n")
-    found = replay(ReplaySettings(path=str(tmp_path)))
-    assert [r.verdict.reward for r in found] == [1.0, 0.0, 1.0]
-    assert all(r.same for r in found)
-    lines[1]["reward"] = 1.0
-    changed = tmp_path / "changed.jsonl"
-    changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [r.same for r in replay(ReplaySettings(path=str(changed)))] == [True, False, True]
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError, match="none of its 0"):
-        replay(ReplaySettings(path=str(tmp_path / "empty.jsonl")))
 
 
 def test_short_tasks_are_made_as_they_say() -> None:
