@@ -1,8 +1,9 @@
 """The whole cascade of Nemotron-3-Nano-30B-A3B as Nemotron-Cascade 2 has it (arXiv 2603.19220).
 
-SFT -> IF-RL -> multi-domain RL -> MOPD -> code RL, each with the numbers of its own script, and
-after each the held-out score of every domain. 256 GPUs: SFT runs on tp 8 x pp 2, which leaves
-dp 16; the other stages and the scores on tp 8, which leaves dp 32; ep 8 on the same ranks.
+SFT -> IF-RL -> multi-domain RL -> MOPD -> long-context RL -> code RL -> SWE RL, each with the
+numbers of its own script, and after each the held-out score of every domain. 256 GPUs: SFT runs on
+tp 8 x pp 2, which leaves dp 16; the other stages and the scores on tp 8, which leaves dp 32; ep 8
+on the same ranks.
 
 Math is taught by the SFT checkpoint, as in the paper; the other domains by the artifact with the
 best held-out score. An alarm tells of a stage that loses more than 5 points of a domain.
@@ -53,8 +54,12 @@ DOMAINS = (
     "tool_calling",
     "structured_output",
     "math",
+    "long_context",
     "code",
+    "swe_agentless",
 )
+
+LONG_CONTEXT = stage("long_context_rl")
 
 RECIPE = CascadeRecipe(
     run_dir="runs/nemotron3_nano_30b/cascade",
@@ -63,7 +68,9 @@ RECIPE = CascadeRecipe(
         StageConfig("if_rl", stage("if_rl")),
         StageConfig("multi_domain_rl", stage("multi_domain_rl")),
         StageConfig("mopd", stage("mopd", teachers=())),
+        StageConfig("long_context_rl", LONG_CONTEXT),
         StageConfig("code_rl", stage("code_rl")),
+        StageConfig("swe_agentless_rl", stage("swe_agentless_rl")),
     ),
     scores=ScoreConfig(
         domains=tuple(
@@ -74,6 +81,8 @@ RECIPE = CascadeRecipe(
         max_response_tokens=49_152,
         thinking=True,
         slots=128,
+        # Answers over documents are graded by that stage's judge.
+        envs=LONG_CONTEXT.envs,
         parallel=ParallelConfig(tp=8, ep=8),
         engine=EngineConfig(precision="bf16"),
     ),

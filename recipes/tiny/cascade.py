@@ -32,7 +32,7 @@ def stage(name: str, **changes: Any) -> Any:
     """The recipe of a script beside this one. The cascade scores, so the stage itself need not."""
     recipe = load_recipe(Path(__file__).with_name(f"{name}.py"))
     if hasattr(recipe, "rollout"):
-        changes = {"eval": RlEvalConfig(prompts=0), **changes}
+        changes = {"steps": 20, "eval": RlEvalConfig(prompts=0), **changes}
     return replace(recipe, checkpoint=CheckpointConfig(every=10), **changes)
 
 
@@ -45,7 +45,9 @@ RECIPE = CascadeRecipe(
         StageConfig("if_rl", stage("if_rl")),
         StageConfig("multi_domain_rl", stage("multi_domain_rl")),
         StageConfig("mopd", stage("mopd", teachers=())),
+        StageConfig("long_context_rl", stage("long_context_rl")),
         StageConfig("code_rl", stage("code_rl")),
+        StageConfig("swe_agentless_rl", stage("swe_agentless_rl")),
     ),
     scores=ScoreConfig(
         domains=tuple(ScoredDomain(d.domain) for d in SFT.demonstrations.domains),
