@@ -43,20 +43,28 @@ def make_task(rng: random.Random, difficulty: int) -> DocumentTask:
     return DocumentTask(tuple(map(" ".join, documents)), question, answer, reasoning)
 
 
+_FINDS = (
+    ("{name} is at the {value}.", "Where is {name}?", PLACES[:4]),
+    ("{name} has a {value}.", "What does {name} have?", CATEGORIES["cloth"][:4]),
+    ("{name} eats {value}.", "What does {name} eat?", CATEGORIES["food"][:4]),
+    ("{name} likes {value}.", "What does {name} like?", COLORS[:4]),
+    ("{name} sees a {value}.", "What does {name} see?", CATEGORIES["animal"][:4]),
+)
+"""A fact, the question that asks for it, and its few values."""
+
+
 def _find(rng: random.Random) -> DocumentTask:
-    """Two say where somebody is, three what somebody has; one of either kind is asked for."""
-    names = rng.sample(NAMES, 5)
-    places, things = rng.sample(PLACES, 2), rng.sample(_THINGS, 3)
-    facts = [f"{n} is at the {p}." for n, p in zip(names, places, strict=False)]
-    facts += [f"{n} has a {t}." for n, t in zip(names[2:], things, strict=True)]
-    asked = rng.randrange(5)
-    if asked < 2:
-        question, answer = f"Where is {names[asked]}?", places[asked]
-    else:
-        question, answer = f"What has {names[asked]}?", things[asked - 2]
-    fact = facts[asked]
+    """A fact of each kind, each of somebody else; one is asked for."""
+    names = rng.sample(NAMES, len(_FINDS))
+    values = [rng.choice(values) for _, _, values in _FINDS]
+    facts = [
+        fact.format(name=name, value=value)
+        for (fact, _, _), name, value in zip(_FINDS, names, values, strict=True)
+    ]
+    asked = rng.randrange(len(_FINDS))
+    question, reasoning = _FINDS[asked][1].format(name=names[asked]), facts[asked]
     rng.shuffle(facts)
-    return DocumentTask(tuple(facts), question, answer, fact)
+    return DocumentTask(tuple(facts), question, values[asked], reasoning)
 
 
 _Made = tuple[list[str], str, str, str, Callable[[], str]]

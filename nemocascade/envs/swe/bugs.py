@@ -61,7 +61,7 @@ def make_bug(rng: random.Random, difficulty: int) -> Bug:
 
 def _easy(rng: random.Random) -> Bug:
     name, other = rng.sample("fghp", 2)
-    k = rng.randint(2, 40)
+    k = rng.randint(2, 9)
     said, right, wrong = *rng.choice(_SIGNS), rng.choice(_SIGNS)[1]
     while wrong == right:
         wrong = rng.choice(_SIGNS)[1]
@@ -71,7 +71,7 @@ def _easy(rng: random.Random) -> Bug:
         (f"def {name}(x):", f"    return x {wrong} {k}"),
         (3, 5, 11),
     )
-    distractor = f"def {other}(x):\n    return x {rng.choice(_SIGNS)[1]} {rng.randint(2, 40)}\n"
+    distractor = f"def {other}(x):\n    return x {rng.choice(_SIGNS)[1]} {rng.randint(2, 9)}\n"
     files = {f"{name}.py": _text(function.wrong), f"{other}.py": distractor}
     path = f"{name}.py"
     return Bug(

@@ -34,7 +34,7 @@ LONGEST_WAIT_MS = 1e6
 PRELOADED = (
     *("bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions"),
     *("functools", "heapq", "itertools", "math", "operator", "random", "re", "statistics"),
-    *("string", "threading", "traceback", "typing", "unittest"),
+    *("hashlib", "string", "threading", "traceback", "typing", "unittest"),
 )
 
 
