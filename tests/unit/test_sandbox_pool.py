@@ -76,6 +76,16 @@ def test_long_input_output_and_source(sandbox: Sandbox) -> None:
     assert sandbox.run(Program(f"s = {text!r}\nprint(len(s))")).stdout == "500000\n"
 
 
+def test_files_lie_in_the_folder_of_the_program(sandbox: Sandbox) -> None:
+    files = {"a/b/c.bin": bytes(range(256)), "helper.py": b"VALUE = 7\n"}
+    source = (
+        "import os, sys\nsys.path.insert(0, os.getcwd())\nimport helper\n"
+        "print(helper.VALUE, open('a/b/c.bin', 'rb').read() == bytes(range(256)))"
+    )
+    assert sandbox.run(Program(source, files=files)).stdout == "7 True\n"
+    assert sandbox.run(Program("import os; print(os.listdir('.'))")).stdout == "[]\n"
+
+
 def test_threads_share_the_pool(sandbox: Sandbox) -> None:
     with ThreadPoolExecutor(6) as threads:
         found = threads.map(lambda n: sandbox.run(Program(f"print({n} ** 2)")).stdout, range(24))
@@ -197,6 +207,12 @@ def test_unsafe_is_a_choice_and_says_so() -> None:
         assert left.wall_s < 1
         (worker,) = sandbox.process_ids()
         assert not psutil.Process(worker).children()
+        # Each program has a folder of its own, which goes with it.
+        look = "import os\nprint(os.listdir('.'), os.listdir('..'))"
+        found = sandbox.run(Program(look, files={"a/b": b"x"})).stdout
+        assert found.startswith("['a'] ['tmp")
+        assert sandbox.run(Program("import os; print(os.listdir('.'))")).stdout == "[]\n"
+        assert found.count("'tmp") == 1
     finally:
         sandbox.close()
 

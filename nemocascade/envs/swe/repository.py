@@ -12,6 +12,7 @@ everything, can pass: tests that run in one interpreter with what they test cann
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _RUNNER = Path(runner.__file__).read_text(encoding="utf-8")
 _SUPPORT = {"conftest.py", "pytest.ini", "tox.ini", "setup.cfg", "pyproject.toml"}
 """Files that configure tests wherever they stand: an edit of them does not count."""
 _SHOWN_DETAILS = 8
+_LOGGER = logging.getLogger("nemocascade")
 _OUTPUT_SHARE = 2000
 
 
@@ -87,10 +89,13 @@ def read_snapshot(folder: str | Path, *, most_mib: int = 256) -> dict[str, bytes
     """
     root = Path(folder)
     found: dict[str, bytes] = {}
-    size = 0
+    size = links = 0
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
-        if {".git", "__pycache__"} & set(relative.parts) or path.is_symlink():
+        if {".git", "__pycache__"} & set(relative.parts):
+            continue
+        if path.is_symlink():
+            links += 1
             continue
         if path.is_file():
             found[relative.as_posix()] = path.read_bytes()
@@ -99,6 +104,8 @@ def read_snapshot(folder: str | Path, *, most_mib: int = 256) -> dict[str, bytes
                 raise ValueError(f"{root} holds more than {most_mib} MiB: is it a repository?")
     if not found:
         raise ValueError(f"{root} holds no file: a snapshot is a folder with the repository's")
+    if links:
+        _LOGGER.info("%s: %d links are left out", root, links)
     return found
 
 
