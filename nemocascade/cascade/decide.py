@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemocascade.cascade.errors import CascadeError
-from nemocascade.cascade.inputs import FileHashes, differences, key_of, stage_inputs
+from nemocascade.cascade.inputs import FileHashes, at_default, differences, key_of, stage_inputs
 from nemocascade.cascade.records import StageRecord, Teacher, done_scores, read_record
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import (
@@ -94,7 +94,7 @@ def decide(
         {domain: _digest(t.artifact) for domain, t in teachers.items()},
         files,
     )
-    action, reasons, retire = _compare(Path(recipe.run_dir), inputs, again=again)
+    action, reasons, retire = _compare(recipe, inputs, again=again)
     return Decision(name, action, reasons, recipe, inputs, key_of(inputs), teachers, retire)
 
 
@@ -108,15 +108,16 @@ def _waits_for(cascade: CascadeRecipe, stage: StageConfig, pending: Collection[s
 
 
 def _compare(
-    folder: Path, inputs: dict[str, Any], *, again: bool
+    recipe: StageRecipe, inputs: dict[str, Any], *, again: bool
 ) -> tuple[Action, tuple[str, ...], bool]:
     """Action, reasons, and whether the folder's content must go."""
+    folder = Path(recipe.run_dir)
     record = read_record(folder)
     if record is None:
         if complete_checkpoints(folder / "checkpoints") or (folder / "artifact").exists():
             return "run", ("its folder holds a run that no cascade has a record of",), True
         return "run", ("it has not run yet",), False
-    if changed := differences(record.inputs, inputs):
+    if changed := differences(record.inputs, inputs, at_default(recipe)):
         return "run", tuple(f"changed: {line}" for line in changed), True
     if again:
         return "run", ("it was asked for again",), True

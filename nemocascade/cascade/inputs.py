@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,32 @@ class FileHashes:
         return str(self._known[name][1])
 
 
-def differences(old: Inputs, new: Inputs) -> list[str]:
-    """What has changed between two sets of inputs, a line each, for people."""
+def at_default(recipe: Any, prefix: str = "recipe") -> set[str]:
+    """Names, as in `Inputs`, of the settings that have their defaults."""
+    found: set[str] = set()
+    for f in fields(recipe):
+        name, value = f"{prefix}.{f.name}", getattr(recipe, f.name)
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if is_dataclass(value):
+            found |= at_default(value, name)
+        elif isinstance(value, tuple) and any(is_dataclass(v) for v in value):
+            found |= {n for i, v in enumerate(value) for n in at_default(v, f"{name}.{i}")}
+        elif value == default:
+            found.add(name)
+    return found
+
+
+def differences(old: Inputs, new: Inputs, unset: Collection[str] = ()) -> list[str]:
+    """What has changed between two sets of inputs, a line each, for people.
+
+    unset: settings at their defaults. One that the old inputs did not know yet is no change: a
+    newer program has more settings, and its defaults do as before.
+    """
     before, after = dict(_flat(old)), dict(_flat(new))
     found = []
     for name in sorted(before.keys() | after.keys()):
+        if name not in before and name in unset:
+            continue
         a, b = before.get(name, "none"), after.get(name, "none")
         if a != b:
             short = name.removeprefix("recipe.")

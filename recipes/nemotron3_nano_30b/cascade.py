@@ -57,9 +57,12 @@ DOMAINS = (
     "long_context",
     "code",
     "swe_agentless",
+    "swe_agentic",
 )
 
-LONG_CONTEXT = stage("long_context_rl")
+# Longer than the others': as in training.
+LIMITS = {"code": 120_832, "swe_agentless": 98_304, "swe_agentic": 229_376}
+LONG_CONTEXT, AGENTIC = stage("long_context_rl"), stage("swe_agentic_rl")
 
 RECIPE = CascadeRecipe(
     run_dir="runs/nemotron3_nano_30b/cascade",
@@ -71,18 +74,26 @@ RECIPE = CascadeRecipe(
         StageConfig("long_context_rl", LONG_CONTEXT),
         StageConfig("code_rl", stage("code_rl")),
         StageConfig("swe_agentless_rl", stage("swe_agentless_rl")),
+        StageConfig("swe_agentic_rl", AGENTIC),
     ),
     scores=ScoreConfig(
         domains=tuple(
-            ScoredDomain(name, heldout_path=(f"data/heldout/{name}.jsonl",)) for name in DOMAINS
+            ScoredDomain(
+                name,
+                heldout_path=(f"data/heldout/{name}.jsonl",),
+                max_response_tokens=LIMITS.get(name, 0),
+            )
+            for name in DOMAINS
         ),
         tasks=256,
         max_prompt_tokens=32_768,
         max_response_tokens=49_152,
         thinking=True,
-        slots=128,
-        # Answers over documents are graded by that stage's judge.
-        envs=LONG_CONTEXT.envs,
+        max_turns=200,
+        slots=64,
+        # Repositories are tested in the sandbox of that stage, answers over documents graded by the
+        # judge of that one.
+        envs=replace(AGENTIC.envs, judge=LONG_CONTEXT.envs.judge),
         parallel=ParallelConfig(tp=8, ep=8),
         engine=EngineConfig(precision="bf16"),
     ),

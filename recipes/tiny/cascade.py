@@ -37,6 +37,8 @@ def stage(name: str, **changes: Any) -> Any:
 
 
 SFT = stage("domains_sft")
+# What an agent's tools answer counts too.
+LIMITS = {"swe_agentic": 256}
 
 RECIPE = CascadeRecipe(
     run_dir="runs/tiny/cascade",
@@ -48,11 +50,15 @@ RECIPE = CascadeRecipe(
         StageConfig("long_context_rl", stage("long_context_rl")),
         StageConfig("code_rl", stage("code_rl")),
         StageConfig("swe_agentless_rl", stage("swe_agentless_rl")),
+        StageConfig("swe_agentic_rl", stage("swe_agentic_rl")),
     ),
     scores=ScoreConfig(
-        domains=tuple(ScoredDomain(d.domain) for d in SFT.demonstrations.domains),
+        domains=tuple(
+            ScoredDomain(d.domain, max_response_tokens=LIMITS.get(d.domain, 0))
+            for d in SFT.demonstrations.domains
+        ),
         tasks=64,
-        max_prompt_tokens=320,
+        max_prompt_tokens=160,
         max_response_tokens=96,
         thinking=False,
         slots=128,

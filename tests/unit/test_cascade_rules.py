@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from nemocascade.cascade.decide import choose_teachers
 from nemocascade.cascade.errors import CascadeError
-from nemocascade.cascade.inputs import FileHashes, differences, key_of, stage_inputs
+from nemocascade.cascade.inputs import FileHashes, at_default, differences, key_of, stage_inputs
 from nemocascade.cascade.launch import parse_cascade
 from nemocascade.cascade.records import find_alarms
 from nemocascade.cascade.run import Choice
@@ -236,6 +237,26 @@ def test_the_key_holds_what_makes_the_artifact(tmp_path: Path) -> None:
     rows.write_text("two\n")
     [line] = differences(base, stage_inputs(recipe, "parent", {}, FileHashes(tmp_path / "f.json")))
     assert line.startswith(f"files.{rows}: ")
+
+
+def test_settings_that_a_newer_program_adds_change_nothing_at_their_defaults(
+    tmp_path: Path,
+) -> None:
+    files = FileHashes(tmp_path / "files.json")
+    recipe = replace(RL, domains=(DomainConfig("math", tasks=9), DomainConfig("code")))
+    new = stage_inputs(recipe, "parent", {}, files)
+    old = json.loads(json.dumps(new))
+    del old["recipe"]["envs"]["sandbox"]
+    del old["recipe"]["domains"][1]["difficulty"]
+    assert differences(old, new, at_default(recipe)) == []
+    assert differences(old, new) != []
+    # A setting that is set, or was there before, does count.
+    del old["recipe"]["domains"][0]["tasks"]
+    old["recipe"]["domains"][0]["share"] = 0.5
+    assert differences(old, new, at_default(recipe)) == [
+        "domains.0.share: 0.5 -> 1.0",
+        "domains.0.tasks: none -> 9",
+    ]
 
 
 def test_files_are_hashed_by_content_and_remembered(tmp_path: Path) -> None:

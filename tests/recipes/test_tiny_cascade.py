@@ -1,0 +1,90 @@
+"""All stages of the tiny cascade, as a user runs them, each for a step or two on few tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from nemocascade.plan.job import load_recipe
+from nemocascade.recipe import CascadeRecipe, MopdRecipe, PolicyRecipe
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "recipes/tiny/cascade.py"
+
+
+def small(cascade: CascadeRecipe) -> list[str]:
+    """Arguments that leave a moment's work of every stage."""
+    changes: dict[str, object] = {"scores.tasks": 2, "scores.max-response-tokens": 12}
+    for number, domain in enumerate(cascade.scores.domains):
+        if domain.max_response_tokens:
+            changes[f"scores.domains.{number}.max-response-tokens"] = 24
+    for stage in cascade.stages:
+        name = f"stages.{stage.name.replace('_', '-')}"
+        changes[f"{name}.log.tensorboard"] = False
+        if isinstance(stage.recipe, PolicyRecipe):
+            changes |= {
+                f"{name}.steps": 1,
+                f"{name}.rollout.prompts-per-step": 2,
+                f"{name}.rollout.rollouts-per-prompt": 2,
+                f"{name}.rollout.max-draws": 1,
+                f"{name}.rollout.max-response-tokens": 12,
+            }
+            domains = stage.recipe.domains
+            prefix = f"{name}.domains"
+        else:
+            changes |= {
+                f"{name}.steps": 2,
+                f"{name}.model.hidden-size": 64,
+                f"{name}.demonstrations.heldout": 2,
+            }
+            domains = stage.recipe.demonstrations.domains
+            prefix = f"{name}.demonstrations.domains"
+        changes |= {f"{prefix}.{i}.tasks": 40 for i in range(len(domains))}
+    return [part for name, value in changes.items() for part in (f"--{name}", str(value))]
+
+
+def nemocascade(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "nemocascade.cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=550,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_every_stage_runs_and_is_scored(tmp_path: Path) -> None:
+    cascade = load_recipe(ROOT / SCRIPT)
+    run_dir = tmp_path / "run"
+    arguments = ("run", SCRIPT, "--run-dir", str(run_dir), *small(cascade))
+    printed = nemocascade(*arguments)
+    found = json.loads((run_dir / "cascade.json").read_text())
+    assert [s["name"] for s in found["stages"]] == cascade.names
+    scored = {d.domain for d in cascade.scores.domains}
+    trained: set[str] = set()
+    for stage in cascade.stages:
+        entry = next(s for s in found["stages"] if s["name"] == stage.name)
+        assert entry["status"] == "done", stage.name
+        scores = json.loads((run_dir / "stages" / stage.name / "scores.json").read_text())
+        assert scores["digest"] == entry["artifact_digest"]
+        assert set(scores["scores"]) == scored
+        failed = {d: s["errors"] for d, s in scores["scores"].items() if s["errors"]}
+        assert not failed, (stage.name, failed)
+        # The table at the end has a row for each stage.
+        assert any(line.split()[0] == stage.name for line in printed.splitlines() if line.strip())
+        if isinstance(stage.recipe, PolicyRecipe):
+            trained |= {d.domain for d in stage.recipe.domains}
+        if isinstance(stage.recipe, MopdRecipe):
+            taught = {d.domain for d in stage.recipe.domains}
+            assert set(found["teachers"]) == taught
+            assert {found["teachers"][d]["stage"] for d in taught} <= set(cascade.names)
+    assert trained <= scored, "a stage trains a domain that nothing scores"
+    again = nemocascade(*arguments, "--dry-run")
+    assert again.count(": keep") == len(cascade.stages)
