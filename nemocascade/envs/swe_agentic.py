@@ -145,7 +145,9 @@ class SweAgentic(Domain):
             yield prompt
 
     def claims(self, row: Row) -> bool:
-        return "problem_statement" in row or "issue" in row
+        """Rows of a repository in a folder; `swe_agentless` may read them too."""
+        inline = "files" in row or isinstance(row.get("repository"), Mapping)
+        return ("problem_statement" in row or "issue" in row) and not inline
 
     def prepare(self, row: Row, folder: Path) -> Row:
         """The row with its `answer`, a prompt from its issue, and the tools."""

@@ -61,7 +61,9 @@ class SweAgentless(GradedDomain):
             return self._sandbox
 
     def claims(self, row: Row) -> bool:
-        return "problem_statement" in row or "issue" in row
+        """Rows that say which files are to be repaired; `swe_agentic` may read them too."""
+        golden = "golden_files" in row or "patch" in row
+        return ("problem_statement" in row or "issue" in row) and golden
 
     def prepare(self, row: Row, folder: Path) -> Row:
         """The row with its `files` read, and with a `prompt` where it has none.

@@ -181,6 +181,14 @@ ROWS: dict[str, dict[str, Any]] = {
             "FAIL_TO_PASS": ["test_f.py::test_f"],
         },
     },
+    "swe_agentic": {
+        "problem_statement": "f adds.",
+        "repository": "repository",
+        "tests": {
+            "files": {"test_f.py": "from f import f\n\n\ndef test_f():\n    assert f(3) == 6\n"},
+            "FAIL_TO_PASS": ["test_f.py::test_f"],
+        },
+    },
 }
 RIGHT = {
     "instruction_following": [Message("assistant", "a cat")],
@@ -205,6 +213,8 @@ def row_of(name: str) -> dict[str, Any]:
 def test_released_rows(environments: dict[str, Domain], tmp_path: Path, name: str) -> None:
     """A file may mix domains: each reads its own rows and no other claims them."""
     path = tmp_path / "rows.jsonl.gz"
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "f.py").write_text("def f(x):\n    return x + 2\n")
     with gzip.open(path, "wt") as file:
         for other in DOMAINS:
             file.write(json.dumps(row_of(other)) + "\n\n")
