@@ -159,7 +159,7 @@ setup(
         *find_packages("kernels", include=["nemocascade_kernels", "nemocascade_kernels.*"]),
     ],
     package_data={
-        "*": ["py.typed", "*.sbatch"],
+        "*": ["py.typed", "*.sbatch", "*.jinja", "*.css"],
         "nemocascade.envs.swe": ["repositories/**"],
     },
     ext_modules=[Extension(module, sources=[]) for module in LIBRARIES.values()],

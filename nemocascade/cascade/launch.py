@@ -11,6 +11,7 @@ import tyro
 
 from nemocascade.cascade.errors import AlarmError, CascadeError
 from nemocascade.cascade.lineage import report_text
+from nemocascade.cascade.report import write_report
 from nemocascade.cascade.run import Choice, dry_run, run_cascade
 from nemocascade.recipe.cascade import CascadeRecipe, StageConfig
 from nemocascade.stages.launch import exit_cleanly
@@ -87,7 +88,7 @@ def launch(cascade: CascadeRecipe, arguments: Sequence[str] | None = None) -> Pa
             return Path(resolved.run_dir)
         artifact = run_cascade(resolved, choice)
         if _is_main():
-            print(report_text(Path(resolved.run_dir)))
+            run_report(Path(resolved.run_dir))
         return artifact
 
     return end_cleanly(work)
@@ -106,7 +107,9 @@ def end_cleanly(work: Callable[[], Path]) -> Path:
 def run_report(run_dir: Path) -> Path:
     """Print the tree of a run's artifacts and their scores, and write its report."""
     print(report_text(run_dir))
-    return run_dir
+    page = write_report(run_dir)
+    print(f"report: {page}")
+    return page
 
 
 def _is_main() -> bool:

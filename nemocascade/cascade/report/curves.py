@@ -1,0 +1,90 @@
+"""Which measures of a stage are shown, in which order. A measure that is absent has no panel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from nemocascade.cascade.report.figures import Line, Panel
+from nemocascade.cascade.report.record import Curve, Run, Stage
+from nemocascade.cascade.report.words import label
+
+# Title, names of the curves, the axis holds 0. `*` stands for every domain.
+MEASURES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
+    ("Loss", ("loss", "heldout_loss"), False),
+    ("Reward", ("reward",), False),
+    ("Reward by domain", ("reward/*",), False),
+    ("Held-out score", ("heldout/*",), False),
+    ("Response length, tokens", ("response_tokens",), True),
+    ("Truncated responses, share", ("truncated",), True),
+    ("Turns an episode", ("turns",), True),
+    ("Entropy, nats a token", ("entropy",), True),
+    ("Gradient norm", ("grad_norm",), True),
+    ("KL to the start, nats a token", ("kl",), True),
+    ("Reverse KL to the teacher, nats a token", ("reverse_kl",), True),
+    ("Reverse KL by domain, nats a token", ("reverse_kl/*",), True),
+    ("Size of the teacher's advantage", ("advantage_abs",), True),
+    ("Importance weight", ("ratio",), False),
+    ("Importance weight by domain", ("importance/*",), False),
+    ("Tokens below and above the gate, share", ("gated_low", "gated_high"), True),
+    ("Tokens that the gate stops, by domain", ("gated/*",), True),
+    ("Groups all right and all wrong, share", ("groups_all_right", "groups_all_wrong"), True),
+    ("Verifier errors a step", ("verifier_errors",), True),
+    ("|log π train − log π rollout|, mean", ("mismatch_mean",), True),
+    ("Learning rate", ("lr",), True),
+    ("Tokens a second", ("tokens_per_s",), True),
+    ("Busiest expert's load over the mean", ("moe_max_load",), False),
+)
+LABELS = {
+    "loss": "training",
+    "heldout_loss": "held out",
+    "gated_low": "below",
+    "gated_high": "above",
+    "groups_all_right": "all right",
+    "groups_all_wrong": "all wrong",
+}
+# What is computed once a stage's evaluation runs, and so has few points.
+DOTS = ("heldout_loss", "heldout/")
+# Where they never change, these say nothing: settings and other panels hold them.
+QUIET = ("turns", "verifier_errors", "truncated", "lr", "gated_low", "gated_high")
+
+
+def panels(run: Run, stage: Stage) -> list[Panel]:
+    """The panels of a stage. A domain has the same colour in every panel of the report."""
+    curves = dict(stage.curves)
+    if stage.kind == "mopd" and "advantage" in curves:
+        # a_t = log pi_teacher - log pi on the student's own tokens: its mean is -KL(pi || teacher).
+        curves.setdefault("reverse_kl", [(step, -value) for step, value in curves["advantage"]])
+    found = []
+    for title, names, from_zero in MEASURES:
+        lines = [line for name in names for line in _lines(run, name, curves)]
+        if lines:
+            found.append(Panel(title, tuple(lines), from_zero, by_domain=names[0].endswith("*")))
+    return found
+
+
+def _lines(run: Run, name: str, curves: Mapping[str, Curve]) -> Iterator[Line]:
+    stem = name.removesuffix("*")
+    if stem == name:
+        if name in curves and not _is_quiet(name, curves[name]):
+            style = {"heldout_loss": 1, "gated_high": 1, "groups_all_wrong": 1}.get(name, 0)
+            yield Line(LABELS.get(name, ""), curves[name], style, dots=name in DOTS)
+        return
+    found = sorted(
+        n.removeprefix(stem) for n in curves if n.startswith(stem) and not _is_quiet(n, curves[n])
+    )
+    order = domain_styles(run)
+    for number, domain in enumerate(found):
+        style = order.get(domain, len(order) + number)
+        yield Line(label(domain), curves[stem + domain], style, dots=stem in DOTS)
+
+
+def domain_styles(run: Run) -> dict[str, int]:
+    """The number of each domain's colour."""
+    named = [d for s in run.stages for d in s.domains]
+    return {domain: n for n, domain in enumerate(dict.fromkeys([*run.domains, *named]))}
+
+
+def _is_quiet(name: str, curve: Curve) -> bool:
+    """Whether a curve has nothing to show. A single evaluation stands in the table of scores."""
+    constant = all(value == curve[0][1] for _, value in curve)
+    return (name in QUIET and constant) or (name.startswith("heldout/") and len(curve) < 2)

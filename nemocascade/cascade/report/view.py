@@ -1,0 +1,319 @@
+"""What the page shows, in the words and the order in which it shows it. No markup here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemocascade.cascade.report import words
+from nemocascade.cascade.report.record import Curve, Run, Sample, Score, Stage
+from nemocascade.cascade.report.scores import ordered, scale, standard_error, trains
+
+PAIRS = 3
+"""Tasks of a domain that are shown before and after."""
+NEAR_TEACHER = 0.02
+"""A student this far below its teacher, or less, has reached it."""
+# Settings in which stages differ in kind; the whole recipe stands beside them.
+COMPARED = (
+    "steps",
+    "optimizer.lr",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "rollout.prompts_per_step",
+    "rollout.rollouts_per_prompt",
+    "rollout.max_response_tokens",
+    "rollout.temperature",
+    "rollout.top_p",
+    "rollout.thinking",
+    "rollout.dynamic_filtering",
+    "rollout.overlong_filter",
+    "grpo.kl_coef",
+    "grpo.normalize",
+    "mopd.ratio_low",
+    "mopd.ratio_high",
+    "data.capacity",
+    "grpo.capacity",
+    "mopd.capacity",
+    "engine.precision",
+    "parallel.tp",
+    "parallel.pp",
+    "parallel.ep",
+    "parallel.cp",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score of the table. heat: 0..1 of its scale; change: from the stage it started from."""
+
+    text: str
+    heat: float
+    change: str
+    alarm: bool
+    trained: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One task, answered before and after, and in between."""
+
+    prompt: tuple[tuple[str, str], ...]
+    answers: tuple[tuple[str, Sample], ...]
+
+    @property
+    def before(self) -> tuple[str, Sample]:
+        return self.answers[0]
+
+    @property
+    def after(self) -> tuple[str, Sample]:
+        return self.answers[-1]
+
+    @property
+    def between(self) -> tuple[tuple[str, Sample], ...]:
+        return self.answers[1:-1]
+
+
+def score_rows(run: Run) -> list[tuple[str, list[Cell | None]]]:
+    """Domains with their cells, in the order of `ordered(run)`."""
+    alarmed = {(a.domain, a.stage) for a in run.alarms}
+    rows = []
+    for domain in run.domains:
+        cells = [
+            _cell(run, domain, stage, (domain, stage.name) in alarmed) for stage in ordered(run)
+        ]
+        rows.append((domain, cells))
+    return rows
+
+
+def mean_row(run: Run) -> list[str]:
+    """The mean of each column, "" where it lacks a domain."""
+    means = [mean_score(run, stage) for stage in ordered(run)]
+    return ["" if mean is None else words.score(mean, points=True) for mean in means]
+
+
+def _cell(run: Run, domain: str, stage: Stage, alarm: bool) -> Cell | None:
+    found = stage.scores.get(domain)
+    if found is None:
+        return None
+    trained = trains(stage, domain)
+    if found.value is None:
+        return Cell("–", 0.0, "", alarm, trained, f"no verdict on any of {found.tasks} tasks")
+    points = run.in_points(domain)
+    low, high = scale(run, domain)
+    before = value_of(run.stage(stage.start), domain)
+    change = ""
+    if before is not None:
+        change = words.score(found.value - before, points=points, signed=True)
+    return Cell(
+        text=words.score(found.value, points=points),
+        heat=round((found.value - low) / (high - low), 3),
+        change=change,
+        alarm=alarm,
+        trained=trained,
+        note=_note(found, points),
+    )
+
+
+def _note(found: Score, points: bool) -> str:
+    """How sure a score is, for the one who points at it."""
+    parts = [f"{found.tasks:,} tasks"]
+    if found.errors:
+        parts.append(f"{found.errors:,} without a verdict, not counted")
+    error = standard_error(found)
+    if error is not None:
+        parts.append(f"standard error {words.score(error, points=points)}")
+    return ", ".join(parts)
+
+
+def value_of(stage: Stage | None, domain: str) -> float | None:
+    """A stage's score of a domain, where there is one."""
+    if stage is None or domain not in stage.scores:
+        return None
+    return stage.scores[domain].value
+
+
+def other_scales(run: Run) -> list[str]:
+    """Domains whose scores are no shares."""
+    return [domain for domain in run.domains if not run.in_points(domain)]
+
+
+def verifier_errors(run: Run) -> int:
+    """Held-out answers of all stages that no verifier could judge."""
+    return sum(score.errors for stage in run.scored for score in stage.scores.values())
+
+
+def mean_score(run: Run, stage: Stage) -> float | None:
+    """The mean over the domains whose scores lie in 0..1; None unless the stage has them all."""
+    values = [value_of(stage, domain) for domain in run.domains if run.in_points(domain)]
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found and len(found) == len(values) else None
+
+
+def headline(run: Run) -> list[tuple[str, str, str]]:
+    """The figures at the top: label, value, remark."""
+    done = sum(s.status == "done" for s in run.stages)
+    tiles = [("Stages done", f"{done} of {len(run.stages)}", "")]
+    line = [(s, m) for s in run.main_line if (m := mean_score(run, s)) is not None]
+    if line:
+        (first, before), (last, after) = line[0], line[-1]
+        change = words.score(after - before, points=True, signed=True)
+        remark = f"after {words.words(last.name)}"
+        if len(line) > 1:
+            remark = f"{change} since {words.words(first.name)}"
+        tiles.append(("Mean score", words.score(after, points=True), remark))
+    tiles.append(("Alarms", str(len(run.alarms)), ""))
+    seconds = sum(s.seconds or 0 for s in run.stages)
+    tokens = sum(s.tokens or 0 for s in run.stages)
+    if seconds:
+        tiles.append(("Time", words.duration(seconds), "all stages"))
+    if tokens:
+        tiles.append(("Tokens", words.count(tokens), "all stages"))
+    return tiles
+
+
+def alarm_lines(run: Run) -> list[str]:
+    """A sentence for each alarm."""
+    lines = []
+    for alarm in run.alarms:
+        points = run.in_points(alarm.domain)
+        drop = words.score(alarm.before - alarm.after, points=points)
+        before = words.score(alarm.before, points=points)
+        after = words.score(alarm.after, points=points)
+        since = f" (against {words.words(alarm.from_stage)})" if alarm.from_stage else ""
+        lines.append(
+            f"{words.words(alarm.domain)} lost {drop}{' points' * points} in "
+            f"{words.words(alarm.stage)}{since}: {before} → {after}"
+        )
+    return lines
+
+
+def teacher_rows(run: Run) -> list[dict[str, Any]]:
+    """Teachers with the student before and after distillation, and at the end of the run."""
+    student = next((s for s in run.stages if s.kind == "mopd"), None)
+    last = run.main_line[-1] if run.main_line else None
+    rows = []
+    for teacher in run.teachers:
+        points = run.in_points(teacher.domain)
+        start = None if student is None else run.stage(student.start)
+        after = value_of(student, teacher.domain)
+        gap = None if after is None or teacher.score is None else after - teacher.score
+        rows.append(
+            {
+                "domain": teacher.domain,
+                "name": words.words(teacher.stage) or teacher.artifact,
+                "pinned": teacher.pinned,
+                "score": _text(teacher.score, points),
+                "before": _text(value_of(start, teacher.domain), points),
+                "after": _text(after, points),
+                "gap": "" if gap is None else words.score(gap, points=points, signed=True),
+                "reached": gap is not None and gap >= -NEAR_TEACHER * (1 if points else 50),
+                "end": _text(value_of(last, teacher.domain), points),
+            }
+        )
+    return rows
+
+
+def _text(value: float | None, points: bool) -> str:
+    return "" if value is None else words.score(value, points=points)
+
+
+def cost_rows(run: Run) -> list[dict[str, Any]]:
+    """Stages with time, tokens, speed, and what became of their own domains."""
+    longest = max([s.seconds or 0 for s in run.stages], default=0) or 1
+    most = max([s.tokens or 0 for s in run.stages], default=0) or 1
+    return [
+        {
+            "stage": stage,
+            "steps": _steps(stage),
+            "time": words.duration(stage.seconds) if stage.seconds else "",
+            "time_share": 100 * (stage.seconds or 0) / longest,
+            "tokens": words.count(stage.tokens) if stage.tokens else "",
+            "tokens_share": 100 * (stage.tokens or 0) / most,
+            "speed": words.count(stage.tokens / stage.seconds)
+            if stage.tokens and stage.seconds
+            else "",
+        }
+        for stage in run.stages
+    ]
+
+
+def _steps(stage: Stage) -> str:
+    """Steps done, of how many."""
+    done = 1 + max((curve[-1][0] for curve in stage.curves.values() if curve), default=-1)
+    wanted = stage.recipe.get("steps")
+    if not done and wanted is None:
+        return ""
+    return f"{done:,}" if done == wanted or wanted is None else f"{done:,} of {wanted:,}"
+
+
+def lineage(run: Run) -> list[tuple[int, Stage]]:
+    """Stages with their depth: what goes on from a stage stands below it, branches indented."""
+    names = {s.name for s in run.stages}
+
+    def below(start: str, depth: int) -> Iterator[tuple[int, Stage]]:
+        mine = [s for s in run.stages if (s.start if s.start in names else "") == start]
+        line = [s for s in mine if not s.side][-1:]
+        for stage in [s for s in mine if s not in line] + line:
+            inward = depth if stage in line else depth + 1
+            yield inward, stage
+            yield from below(stage.name, inward)
+
+    return list(below("", 0))
+
+
+def pairs(run: Run) -> list[tuple[str, list[Pair]]]:
+    """Held-out tasks of each domain, as the first and the last stage of the main line answered
+    them; tasks whose reward changed come first."""
+    found: list[tuple[str, list[Pair]]] = []
+    for domain in run.domains:
+        answers: dict[str, list[tuple[str, Sample]]] = {}
+        for stage in run.main_line:
+            for sample in stage.samples:
+                if sample.domain == domain:
+                    answers.setdefault(sample.task, []).append((stage.name, sample))
+        both = [
+            Pair(given[0][1].prompt, tuple(given)) for given in answers.values() if len(given) > 1
+        ]
+        both.sort(key=lambda p: p.before[1].reward == p.after[1].reward)
+        if both:
+            found.append((domain, both[:PAIRS]))
+    return found
+
+
+def first_and_last(curve: Curve) -> tuple[str, str]:
+    """Means of the first and the last tenth of a curve."""
+    part = max(1, len(curve) // 10)
+    ends = curve[:part], curve[-part:]
+    first, last = (words.number(sum(v for _, v in end) / len(end)) for end in ends)
+    return first, last
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Settings by their dotted names."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+            for number, entry in enumerate(value):
+                part = entry if isinstance(entry, Mapping) else {"": entry}
+                yield from flat(part, f"{prefix}{name}.{number}.")
+        else:
+            yield prefix + name, _setting(value)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def compared_settings(run: Run) -> tuple[list[Stage], list[tuple[str, Sequence[str]]]]:
+    """Stages with a recipe, and the main settings of each; "" where a stage has no such setting."""
+    stages = [s for s in run.stages if s.recipe]
+    each = [dict(flat(stage.recipe)) for stage in stages]
+    rows = [(name, [found.get(name, "") for found in each]) for name in COMPARED]
+    return stages, [(name, row) for name, row in rows if any(row)]
