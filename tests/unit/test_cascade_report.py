@@ -98,7 +98,7 @@ def test_the_whole_run_is_in_the_report(finished: Path) -> None:
         "Reward",
         "Entropy",
         "Gradient norm",
-        "Response length",
+        "Response tokens",
         "Reverse KL to",
     ):
         assert any(label.startswith(measure) and "mopd" in label for label in labels), measure

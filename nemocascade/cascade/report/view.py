@@ -168,10 +168,11 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     tiles.append(("Alarms", str(len(run.alarms)), ""))
     seconds = sum(s.seconds or 0 for s in run.stages)
     tokens = sum(s.tokens or 0 for s in run.stages)
+    reach = "of all stages" if done == len(run.stages) else "so far"
     if seconds:
-        tiles.append(("Time", words.duration(seconds), "all stages"))
+        tiles.append(("Time", words.duration(seconds), reach))
     if tokens:
-        tiles.append(("Tokens", words.count(tokens), "all stages"))
+        tiles.append(("Tokens", words.count(tokens), reach))
     return tiles
 
 

@@ -61,12 +61,12 @@ def score(value: float, *, points: bool, signed: bool = False) -> str:
 
 
 def tick(value: float) -> str:
-    """The shortest text of a round number on an axis."""
+    """The shortest text of a round number, as on an axis."""
     size = abs(value)
     if size >= 10_000:
         return count(value)
     if size >= 1e-3 or value == 0:
-        return _sign(f"{value:.6g}")
+        return _sign(f"{value:.4g}")
     mantissa, exponent = f"{value:.4e}".split("e")
     return _sign(f"{float(mantissa):g}e{int(exponent)}")
 

@@ -114,7 +114,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "words": words.words,
         "duration": words.duration,
-        "number": words.number,
+        "tick": words.tick,
     }
     environment.globals["swatch"] = _swatch
     return environment
