@@ -10,12 +10,12 @@ from typing import Any
 from nemocascade.envs.base import Domain, Row, final_text
 from nemocascade.envs.judges.prompts import Comparison, compare_question, parse_comparison
 from nemocascade.envs.preference_rewards import Pair, all_pairs, break_tie, group_rewards
-from nemocascade.envs.words import COLORS, NAMES, NOUNS
+from nemocascade.envs.words import COLORS, NAMES, NOUNS, SOME_NOUNS
 from nemocascade.types import Answer, Judge, Message, Prompt, Question, Verdict
 
 TRUTHS = (
     *("ground_truth", "expected_answer", "instruction_id_list", "options"),
-    *("schema_str", "schema", "verifier_metadata"),
+    *("schema_str", "schema", "verifier_metadata", "problem_statement"),
     *("question", "problem_statement", "issue"),
 )
 """What the rows of other domains hold; a row for preference has none of it."""
@@ -143,7 +143,8 @@ class Preference(Domain):
         it, addresses the one who asked, and thanks."""
         name = rng.choice(NAMES)
         count = min(max(difficulty, 0), 3) + 1
-        things = list(zip(rng.sample(NOUNS, count), rng.sample(COLORS, count), strict=True))
+        nouns = rng.sample(SOME_NOUNS if count == 1 else NOUNS, count)
+        things = list(zip(nouns, rng.sample(COLORS, count), strict=True))
         said = " and ".join(f"the {noun} is {color}" for noun, color in things)
         texts = {
             "plain": f"{said}.",

@@ -32,13 +32,16 @@ class JudgeConfig:
     artifact: str = ""
     """Artifact folder of the judge; its tokenizer must be the policy's, and so must its shape."""
 
+    thinking: bool = True
+    """Of an `artifact`: the question opens a reasoning block. A server has its own template."""
+
     temperature: float = 0.6
     top_p: float = 0.95
     max_tokens: int = 16_384
     """Of an answer, its reasoning included."""
 
     concurrency: int = 64
-    """Requests under way at a time, on each data-parallel rank."""
+    """Requests under way at a server at a time, from each data-parallel rank."""
 
     timeout_s: float = 600.0
     """Of one request."""
@@ -53,7 +56,7 @@ class JudgeConfig:
     """Of all tries of one question together; then it is an error."""
 
     cache: str = ""
-    """File that keeps answers by what was asked, for restarts; empty = in memory only."""
+    """File that keeps a server's answers by what was asked, for restarts; empty = memory only."""
 
     def problems(self) -> list[str]:
         """Every rule these settings break."""

@@ -7,7 +7,6 @@ of a step's rollouts, in the order of the tasks, whatever the layout is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,32 +16,11 @@ from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.megatron.world import World
 from nemocascade.recipe.rl import GrpoConfig, RolloutConfig
 from nemocascade.rollout.advantages import group_advantages, is_informative, overlong_penalty
-from nemocascade.rollout.engine import Completion, Engine, Request, Sampling
+from nemocascade.rollout.engine import Engine, Request, Sampling
 from nemocascade.stages.episodes import Episodes
 from nemocascade.stages.tasks import Task, TaskStream
-from nemocascade.types import Environment, Message, Verdict
-
-VERIFIER_THREADS = 8
-
-
-@dataclass(frozen=True, eq=False)
-class Rollout:
-    """One scored answer. Tensors are those of its `Completion`: [n], prompt and all."""
-
-    tokens: Tensor
-    written: Tensor
-    logprob: Tensor
-    prompt_tokens: int
-    truncated: bool
-    turns: int
-    text: str
-    verdict: Verdict
-    response: tuple[Message, ...] = ()
-
-    @property
-    def length(self) -> int:
-        """Tokens that the model wrote."""
-        return int(self.written.sum())
+from nemocascade.stages.verification import THREADS, Rollout, Verification, score_after, shows
+from nemocascade.types import Environment
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +59,10 @@ class Gathered:
 
 
 class Collector:
-    """Draws rollouts of the live policy and has them scored."""
+    """Draws rollouts of the live policy and has them scored.
+
+    threads: verifiers at a time on each data-parallel rank.
+    """
 
     def __init__(
         self,
@@ -92,9 +73,11 @@ class Collector:
         settings: RolloutConfig,
         *,
         seed: int,
+        threads: int = THREADS,
     ) -> None:
         self.world, self.engine, self.tokenizer = world, engine, tokenizer
         self.environments, self.settings, self.seed = environments, settings, seed
+        self.threads = threads
 
     def sampling(self) -> Sampling:
         """As the recipe draws; texts end with the template's end of turn."""
@@ -109,65 +92,77 @@ class Collector:
         )
 
     def roll_out(
-        self, tasks: Sequence[Task], copies: int, sampling: Sampling | None = None
+        self,
+        tasks: Sequence[Task],
+        copies: int,
+        sampling: Sampling | None = None,
+        *,
+        scored: bool = True,
     ) -> list[Group]:
         """`copies` scored answers to each task, in order, the same list on every rank.
 
-        A draw depends on the seed, the task's number and the copy, not on the ranks.
+        A draw depends on the seed, the task's number and the copy, not on the ranks. scored: False
+        leaves the verdicts out.
         """
         world = self.world
         mine = tasks[world.dp_rank :: world.dp_size]
         by_id = {task.number * copies + copy: task for task in mine for copy in range(copies)}
-        requests = [Request(number, task.ids) for number, task in by_id.items()]
-        found = self._generate(requests, by_id, sampling or self.sampling())
-        world.watch.enter("rollout: exchange")
-        # One rank of each replica has the verdicts.
-        shown = found if self._scores else {}
         everything: dict[int, Rollout] = {}
-        for part in world.all_gather_object(shown):
+        found = self._generate(by_id, copies, sampling or self.sampling(), scored)
+        world.watch.enter("rollout: exchange")
+        for part in world.all_gather_object(found):
             everything |= part
-        return [
+        groups = [
             Group(task, tuple(everything[task.number * copies + copy] for copy in range(copies)))
             for task in tasks
         ]
-
-    @property
-    def _scores(self) -> bool:
-        return self.world.tp_rank == 0 and self.world.is_first_stage
+        return self._score_collectively(groups) if scored else groups
 
     def _generate(
-        self, requests: Sequence[Request], by_id: Mapping[int, Task], sampling: Sampling
+        self, by_id: Mapping[int, Task], copies: int, sampling: Sampling, scored: bool
     ) -> dict[int, Rollout]:
-        """Rollouts of this replica by request; verified while others are still written."""
+        """Rollouts of this replica by request, on the rank that has its verdicts; scored while
+        others are still written, where the verifiers do not need all ranks."""
         episodes = Episodes(self.tokenizer, self.environments, self.settings, by_id)
-        found: dict[int, Future[Rollout]] = {}
+        verification = Verification(
+            episodes,
+            self.environments,
+            self.tokenizer,
+            by_id,
+            copies=copies,
+            scored=scored,
+            threads=self.threads,
+        )
+        requests = [Request(number, task.ids) for number, task in by_id.items()]
         try:
-            with ThreadPoolExecutor(VERIFIER_THREADS, thread_name_prefix="verify") as pool:
-                for completion in self.engine.run(requests, sampling, episodes.respond):
-                    number = completion.request.id
-                    episodes.close(number)
-                    if self._scores:
-                        task = by_id[number]
-                        found[number] = pool.submit(self._score, completion, task, episodes)
-                self.world.watch.enter("rollout: verdicts")
-                return {number: future.result() for number, future in found.items()}
+            for completion in self.engine.run(requests, sampling, episodes.respond):
+                episodes.close(completion.request.id)
+                if shows(self.world):
+                    verification.add(completion)
+            self.world.watch.enter("rollout: verdicts")
+            return verification.rollouts()
         finally:
+            verification.close()
             episodes.close_all()
 
-    def _score(self, completion: Completion, task: Task, episodes: Episodes) -> Rollout:
-        response = episodes.response(completion)
-        verdict = self.environments[task.prompt.domain].score(task.prompt, response)
-        return Rollout(
-            tokens=completion.tokens,
-            written=completion.written,
-            logprob=completion.logprob,
-            prompt_tokens=len(completion.request.prompt),
-            truncated=completion.finish == "length",
-            turns=completion.turns,
-            text=self.tokenizer.decode(completion.response),
-            verdict=verdict,
-            response=tuple(response),
-        )
+    def _score_collectively(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with the verdicts of verifiers that work on all ranks at once."""
+        scored = list(groups)
+        for name, environment in self.environments.items():
+            chosen = [k for k, g in enumerate(groups) if g.task.prompt.domain == name]
+            if not environment.collective or not chosen:
+                continue
+            self.world.watch.enter("rollout: judge")
+            verdicts = score_after(
+                self.world,
+                environment,
+                [(groups[k].task.prompt, [r.response for r in groups[k].rollouts]) for k in chosen],
+            )
+            for k, found in zip(chosen, verdicts, strict=True):
+                pairs = zip(groups[k].rollouts, found, strict=True)
+                rollouts = tuple(replace(r, verdict=v) for r, v in pairs)
+                scored[k] = replace(groups[k], rollouts=rollouts)
+        return scored
 
 
 def gather(collector: Collector, stream: TaskStream, settings: RolloutConfig) -> Gathered:

@@ -18,12 +18,17 @@ from nemocascade.megatron.swap import WeightSwap
 from nemocascade.megatron.world import RecipeError, World, world_size_of_environment
 from nemocascade.recipe.rl import GrpoRecipe, PolicyRecipe
 from nemocascade.rollout.advantages import token_weights
+from nemocascade.rollout.engine import Sampling
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.stages.batches import TrainingSequence, lay_out, pack_sequences
 from nemocascade.stages.experience import Collector, Gathered, Group
+from nemocascade.stages.judge import check_judge, judge_on_ranks
+from nemocascade.stages.rollout_report import rollout_values
 from nemocascade.stages.setup import stage_world, write_recipe
 from nemocascade.stages.tasks import Task, TaskStream, encode_prompts, read_tasks
 from nemocascade.stages.trajectories import logged
+from nemocascade.stages.verification import verifier_threads
+from nemocascade.stages.win_rate import over_start, start_answers
 from nemocascade.train.checkpointing import Checkpoints
 from nemocascade.train.evaluation import token_logprobs
 from nemocascade.train.metrics import LOGGER, MetricsWriter
@@ -49,6 +54,7 @@ class PolicyRun:
     heldout: list[Task]
     checkpoints: Checkpoints
     parent: Artifact
+    start_answers: dict[int, str]
 
     def metrics_writer(self, first_step: int) -> MetricsWriter:
         """Of this run, from `first_step` on."""
@@ -61,17 +67,17 @@ class PolicyRun:
         )
 
     def evaluate(self) -> dict[str, float]:
-        """Mean reward of greedy answers to the held-out tasks, by domain; {} without any.
+        """Mean reward of greedy answers to the held-out tasks, by domain; {} without any. Domains
+        that compare answers also have the win rate against the stage's start.
 
         Answers whose verifier failed are left out of the mean, and counted in the log.
         """
         if not self.heldout:
             return {}
-        limit = self.recipe.eval.max_response_tokens or self.recipe.rollout.max_response_tokens
-        greedy = replace(self.collector.sampling(), temperature=0.0, max_tokens=limit)
+        groups = self.collector.roll_out(self.heldout, 1, _greedy(self.recipe, self.collector))
         found: dict[str, list[float]] = {}
         errors = 0
-        for group in self.collector.roll_out(self.heldout, 1, greedy):
+        for group in groups:
             reward = group.rollouts[0].verdict.reward
             if reward is None:
                 errors += 1
@@ -79,7 +85,8 @@ class PolicyRun:
                 found.setdefault(group.task.prompt.domain, []).append(reward)
         if errors:
             LOGGER.warning("held out: %d verifiers failed, their answers are not counted", errors)
-        return {f"heldout/{name}": sum(r) / len(r) for name, r in sorted(found.items())}
+        scores = {f"heldout/{name}": sum(r) / len(r) for name, r in sorted(found.items())}
+        return scores | over_start(self.collector, groups, self.start_answers)
 
     def log_scores(self, when: str, scores: dict[str, float]) -> None:
         """Scores in the log."""
@@ -88,30 +95,7 @@ class PolicyRun:
 
     def rollout_values(self, gathered: Gathered, seconds: float) -> dict[str, Any]:
         """What a step's rollouts were like, for its line of metrics.jsonl."""
-        rollouts = [r for g in gathered.tried for r in g.rollouts]
-        rewards = [r.verdict.reward for r in rollouts if r.verdict.reward is not None]
-        lengths = torch.tensor([r.length for r in rollouts], dtype=torch.float64)
-        by_domain: dict[str, list[float]] = {}
-        for group in gathered.tried:
-            scored = [r.verdict.reward for r in group.rollouts if r.verdict.reward is not None]
-            by_domain.setdefault(group.task.prompt.domain, []).extend(scored)
-        values: dict[str, Any] = {
-            "rollout_time_s": seconds,
-            "reward": _mean(rewards),
-            "response_tokens": float(lengths.mean()),
-            "response_tokens_max": float(lengths.max()),
-            "truncated": _mean([float(r.truncated) for r in rollouts]),
-            "turns": _mean([float(r.turns) for r in rollouts]),
-            "verifier_errors": len(rollouts) - len(rewards),
-            "groups": len(gathered.groups),
-            "groups_drawn": gathered.drawn,
-            "groups_masked": gathered.masked,
-            "groups_all_right": _share(gathered, low=1.0),
-            "groups_all_wrong": _share(gathered, high=0.0),
-        }
-        if len(by_domain) > 1:
-            values |= {f"reward/{name}": _mean(r) for name, r in sorted(by_domain.items())}
-        return values
+        return rollout_values(gathered, seconds, self.environments)
 
     def watch_mismatch(self, step: int, metrics: dict[str, float]) -> None:
         """Warn where training and rollout disagree on the log-probabilities of the same tokens."""
@@ -179,6 +163,8 @@ def policy_run[R: PolicyRecipe](
         raise RecipeError(problems)
     if check is not None:
         check(recipe)
+    settings = recipe.envs.judge
+    check_judge(settings, parent)
     with stage_world(recipe) as (world, accelerators):
         write_recipe(recipe, world)
         tokenizer = load_tokenizer(str(parent.tokenizer_path))
@@ -193,7 +179,19 @@ def policy_run[R: PolicyRecipe](
             seed=recipe.seed,
             run_dir=Path(recipe.run_dir),
         )
-        every = make_environments(recipe.envs)
+        engine = LiveEngine(
+            world,
+            trainer.modules,
+            slots=recipe.rollout.slots,
+            prefill_tokens=recipe.rollout.prefill_tokens,
+            prefill_chunk=recipe.rollout.prefill_chunk,
+            decode=tokenizer.decode,
+            vocabulary=tokenizer.vocab_size,
+        )
+        judge = judge_on_ranks(
+            settings, parent, world, trainer.chunks, engine, tokenizer, seed=recipe.seed
+        )
+        every = make_environments(recipe.envs, judge=judge)
         try:
             environments: dict[str, Environment] = {
                 d.domain: every[d.domain] for d in recipe.domains
@@ -201,15 +199,16 @@ def policy_run[R: PolicyRecipe](
             stream = TaskStream(
                 recipe.domains, environments, tokenizer, recipe.rollout, seed=recipe.seed
             )
-            engine = LiveEngine(
+            collector = Collector(
                 world,
-                trainer.modules,
-                slots=recipe.rollout.slots,
-                prefill_tokens=recipe.rollout.prefill_tokens,
-                prefill_chunk=recipe.rollout.prefill_chunk,
-                decode=tokenizer.decode,
-                vocabulary=tokenizer.vocab_size,
+                engine,
+                tokenizer,
+                environments,
+                recipe.rollout,
+                seed=recipe.seed,
+                threads=verifier_threads(settings),
             )
+            heldout = _heldout_tasks(recipe, environments, tokenizer)
             checkpoints = Checkpoints(Path(recipe.run_dir), recipe.checkpoint, world)
             checkpoints.start(trainer, stream, resume=recipe.resume, init_from=recipe.init_from)
             yield PolicyRun(
@@ -219,13 +218,14 @@ def policy_run[R: PolicyRecipe](
                 tokenizer=tokenizer,
                 engine=engine,
                 environments=environments,
-                collector=Collector(
-                    world, engine, tokenizer, environments, recipe.rollout, seed=recipe.seed
-                ),
+                collector=collector,
                 stream=stream,
-                heldout=_heldout_tasks(recipe, environments, tokenizer),
+                heldout=heldout,
                 checkpoints=checkpoints,
                 parent=parent,
+                start_answers=start_answers(
+                    collector, trainer, parent, heldout, _greedy(recipe, collector)
+                ),
             )
         finally:
             close_environments(every)
@@ -311,6 +311,12 @@ def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[Trai
     ]
 
 
+def _greedy(recipe: PolicyRecipe, collector: Collector) -> Sampling:
+    """How held-out tasks are answered."""
+    limit = recipe.eval.max_response_tokens or recipe.rollout.max_response_tokens
+    return replace(collector.sampling(), temperature=0.0, max_tokens=limit)
+
+
 def _heldout_tasks(
     recipe: PolicyRecipe, environments: dict[str, Environment], tokenizer: Tokenizer
 ) -> list[Task]:
@@ -328,19 +334,3 @@ def _heldout_tasks(
         for prompt, ids in encode_prompts(prompts, tokenizer, recipe.rollout):
             tasks.append(Task(prompt, ids, len(tasks)))
     return tasks
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def _share(gathered: Gathered, *, low: float | None = None, high: float | None = None) -> float:
-    """The share of tried groups with all rewards at least `low`, or at most `high`."""
-    count = 0
-    for group in gathered.tried:
-        rewards = [r.verdict.reward for r in group.rollouts if r.verdict.reward is not None]
-        if rewards:
-            count += (low is not None and min(rewards) >= low) or (
-                high is not None and max(rewards) <= high
-            )
-    return count / max(1, len(gathered.tried))

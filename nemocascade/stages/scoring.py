@@ -31,8 +31,10 @@ from nemocascade.recipe import (
 )
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.stages.experience import Collector, Group
+from nemocascade.stages.judge import check_judge, judge_on_ranks
 from nemocascade.stages.setup import stage_world
 from nemocascade.stages.tasks import Task, encode_prompts, read_tasks
+from nemocascade.stages.verification import verifier_threads
 from nemocascade.train.metrics import LOGGER
 from nemocascade.types import Artifact, Environment
 
@@ -133,10 +135,14 @@ def score_artifact(
         problems.append(f"{folder} holds no tokenizer: score another artifact")
     if problems:
         raise RecipeError(problems)
+    check_judge(config.envs.judge, artifact)
     job = _Job(str(work_dir), config, artifact_model(artifact))
     with stage_world(job, show=False) as (world, accelerators):
         engine, tokenizer = _open_engine(artifact, job, world, accelerators)
-        environments = make_environments(config.envs)
+        judge = judge_on_ranks(
+            config.envs.judge, artifact, world, engine.chunks, engine, tokenizer, seed=config.seed
+        )
+        environments = make_environments(config.envs, judge=judge)
         try:
             chosen: dict[str, Environment] = {
                 d.domain: environments[d.domain] for d in config.domains
@@ -225,7 +231,15 @@ def _answer(
         thinking=config.thinking,
         slots=config.slots,
     )
-    collector = Collector(world, engine, tokenizer, environments, rollout, seed=config.seed)
+    collector = Collector(
+        world,
+        engine,
+        tokenizer,
+        environments,
+        rollout,
+        seed=config.seed,
+        threads=verifier_threads(config.envs.judge),
+    )
     found: dict[str, list[Group]] = {d.domain: [] for d in config.domains}
 
     def limit(domain: ScoredDomain) -> int:

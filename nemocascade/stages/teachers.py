@@ -18,6 +18,7 @@ from nemocascade.megatron.world import RecipeError
 from nemocascade.recipe.mopd import MopdRecipe
 from nemocascade.stages.batches import TrainingSequence
 from nemocascade.stages.policy import PolicyRun, logprobs_of, my_batches
+from nemocascade.stages.same_model import model_problems
 from nemocascade.train.metrics import LOGGER
 from nemocascade.types import Artifact, PackedBatch
 
@@ -34,29 +35,10 @@ def open_teachers(recipe: MopdRecipe) -> dict[str, Artifact]:
     problems = []
     for domain, teacher in found.items():
         named = f"teachers: {domain} is taught by {teacher.folder}"
-        different = [
-            f"{name} {teacher.model.get(name)} is not {student.model.get(name)}"
-            for name in sorted(teacher.model.keys() | student.model.keys())
-            if teacher.model.get(name) != student.model.get(name)
-        ]
-        if different:
-            problems.append(
-                f"{named}, whose shape is not the student's ({'; '.join(different)}): name an "
-                "artifact of the same model"
-            )
-        if _tokenizer_bytes(teacher) != _tokenizer_bytes(student):
-            problems.append(
-                f"{named}, whose tokenizer is not the student's: ids would mean other texts; name "
-                "an artifact with the same tokenizer"
-            )
+        problems += model_problems(named, teacher, "the student's", student)
     if problems:
         raise RecipeError(problems)
     return found
-
-
-def _tokenizer_bytes(artifact: Artifact) -> bytes | None:
-    path = artifact.tokenizer_path
-    return None if path is None else path.read_bytes()
 
 
 class Teachers:

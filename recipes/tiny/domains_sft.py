@@ -30,6 +30,7 @@ DOMAINS = (
     "long_context",
     "swe_agentless",
     "swe_agentic",
+    "preference",
 )
 
 RECIPE = SftRecipe(

@@ -92,6 +92,8 @@ class ServerJudge:
 
     def close(self) -> None:
         """End all waiting; questions under way get errors at their next failure."""
+        if self._closing.is_set():
+            return
         self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=False)
         if self.counts:

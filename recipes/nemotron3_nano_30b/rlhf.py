@@ -1,0 +1,85 @@
+"""RLHF of Nemotron-3-Nano-30B-A3B with the numbers of Nemotron-Cascade 2 (arXiv 2603.19220).
+
+GRPO on comparisons of all pairs of a prompt's answers, 120 a prompt, by a generative reward model
+on a server of its own: 128 prompts x 16 rollouts a step, 25 steps, KL 0.03 to the stage's start,
+strictly on-policy, AdamW (0.9, 0.95), learning rate 3e-6. The judge draws at temperature 0.6, top-p
+0.95. 128 GPUs: tp 8 leaves dp 16, and ep 8 on the same ranks. Data: the released rows of the stage,
+prompts without a ground truth.
+
+    vllm serve nvidia/Qwen3-Nemotron-235B-A22B-GenRM ...
+    torchrun ... recipes/nemotron3_nano_30b/rlhf.py --init-from ARTIFACT \\
+        --envs.judge.url http://HOST:8000
+"""
+
+from nemocascade.recipe import (
+    CheckpointConfig,
+    DomainConfig,
+    EngineConfig,
+    GrpoConfig,
+    GrpoRecipe,
+    MoeTrainingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
+from nemocascade.recipe.envs import EnvConfig
+from nemocascade.recipe.judge import JudgeConfig
+from nemocascade.stages.launch import launch
+
+RECIPE = GrpoRecipe(
+    steps=25,
+    stage="rlhf",
+    run_dir="runs/nemotron3_nano_30b/rlhf",
+    domains=(
+        DomainConfig(
+            domain="preference",
+            path=("data/rlhf.jsonl",),
+            tasks=0,
+            heldout_path=("data/rlhf_heldout.jsonl",),
+        ),
+    ),
+    rollout=RolloutConfig(
+        prompts_per_step=128,
+        rollouts_per_prompt=16,
+        max_prompt_tokens=32_768,
+        max_response_tokens=16_384,
+        temperature=1.0,
+        top_p=1.0,
+        thinking=True,
+        slots=128,
+        # Rewards of comparisons are hardly ever all equal.
+        dynamic_filtering=False,
+        # The paper's text; its table says otherwise.
+        overlong_filter=False,
+    ),
+    grpo=GrpoConfig(normalize="batch", kl_coef=0.03, capacity=49_152),
+    envs=EnvConfig(
+        judge=JudgeConfig(
+            kind="server",
+            url="http://localhost:8000",
+            model="nvidia/Qwen3-Nemotron-235B-A22B-GenRM",
+            form="response_roles",
+            temperature=0.6,
+            top_p=0.95,
+            max_tokens=16_384,
+            concurrency=64,
+        )
+    ),
+    optimizer=OptimizerConfig(
+        lr=3e-6,
+        min_lr=3e-6,
+        schedule="constant",
+        warmup_steps=0,
+        beta1=0.9,
+        beta2=0.95,
+        weight_decay=0.0,
+        clip_grad=1.0,
+    ),
+    moe=MoeTrainingConfig(load_balance="none", freeze_router=True, bias_update_rate=1e-3),
+    parallel=ParallelConfig(tp=8, ep=8),
+    engine=EngineConfig(precision="bf16", recompute=True),
+    checkpoint=CheckpointConfig(every=5),
+)
+
+if __name__ == "__main__":
+    launch(RECIPE)
