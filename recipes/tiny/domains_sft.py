@@ -1,7 +1,7 @@
 """SFT on the tasks of all reinforcement-learning domains: what the tiny RL stages start from.
 
-The rows are made from the environments' own tasks with their known solutions, half of them with
-reasoning. It is short on purpose: the policy half knows each domain, and RL teaches the rest.
+The rows are made from the environments' own tasks with their known solutions, a quarter of them
+with reasoning. It is short on purpose: the policy half knows each domain, and RL teaches the rest.
 
     python recipes/tiny/domains_sft.py
 """
@@ -16,33 +16,35 @@ from nemocascade.recipe import (
     OptimizerConfig,
     SftRecipe,
     TokenizerConfig,
-    tiny,
+    tiny_policy,
 )
 from nemocascade.stages.launch import launch
 
-DOMAINS = (
-    "instruction_following",
-    "multiple_choice",
-    "tool_calling",
-    "structured_output",
-    "math",
-    "code",
-    "long_context",
-    "swe_agentless",
-    "swe_agentic",
-    "preference",
-)
+# Rows of each domain. Domains whose answers are short, or hard, have more.
+ROWS = {
+    "instruction_following": 800,
+    "multiple_choice": 1200,
+    "tool_calling": 800,
+    "structured_output": 800,
+    "math": 800,
+    "code": 400,
+    "preference": 500,
+    "long_context": 1200,
+    "swe_agentless": 600,
+    "swe_agentic": 500,
+}
 
 RECIPE = SftRecipe(
-    steps=150,
+    steps=350,
     run_dir="runs/tiny/domains_sft",
-    model=tiny(),
-    data=DataConfig(capacity=2048, sequences_per_step=4, balance_group=4),
+    model=tiny_policy(),
+    data=DataConfig(capacity=2048, sequences_per_step=2, balance_group=1),
     demonstrations=DemonstrationConfig(
-        domains=tuple(DomainConfig(domain=name, tasks=800) for name in DOMAINS)
+        domains=tuple(DomainConfig(domain=name, tasks=rows) for name, rows in ROWS.items()),
+        thinking=0.25,
     ),
     tokenizer=TokenizerConfig(train_vocab_size=1024),
-    optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20, decay_steps=150),
+    optimizer=OptimizerConfig(lr=4e-3, min_lr=4e-4, warmup_steps=20, decay_steps=350),
     engine=EngineConfig(precision="fp32"),
     checkpoint=CheckpointConfig(every=0),
     eval=EvalConfig(every=50),
