@@ -22,20 +22,20 @@ from nemocascade.stages.launch import launch
 
 # Rows of each domain. Domains whose answers are short, or hard, have more.
 ROWS = {
-    "instruction_following": 800,
-    "multiple_choice": 1200,
+    "instruction_following": 400,
+    "multiple_choice": 2400,
     "tool_calling": 800,
-    "structured_output": 800,
-    "math": 800,
+    "structured_output": 600,
+    "math": 400,
     "code": 400,
-    "preference": 500,
-    "long_context": 1200,
-    "swe_agentless": 600,
+    "preference": 400,
+    "long_context": 800,
+    "swe_agentless": 700,
     "swe_agentic": 500,
 }
 
 RECIPE = SftRecipe(
-    steps=350,
+    steps=400,
     run_dir="runs/tiny/domains_sft",
     model=tiny_policy(),
     data=DataConfig(capacity=2048, sequences_per_step=2, balance_group=1),
@@ -44,7 +44,7 @@ RECIPE = SftRecipe(
         thinking=0.25,
     ),
     tokenizer=TokenizerConfig(train_vocab_size=1024),
-    optimizer=OptimizerConfig(lr=4e-3, min_lr=4e-4, warmup_steps=20, decay_steps=350),
+    optimizer=OptimizerConfig(lr=4e-3, min_lr=4e-4, warmup_steps=20, decay_steps=400),
     engine=EngineConfig(precision="fp32"),
     checkpoint=CheckpointConfig(every=0),
     eval=EvalConfig(every=50),

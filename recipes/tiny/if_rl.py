@@ -21,7 +21,7 @@ RECIPE = GrpoRecipe(
     stage="if_rl",
     run_dir="runs/tiny/if_rl",
     init_from="runs/tiny/domains_sft/artifact",
-    domains=(DomainConfig(domain="instruction_following", tasks=800),),
+    domains=(DomainConfig(domain="instruction_following", difficulty=1, tasks=800),),
     rollout=RolloutConfig(
         prompts_per_step=16,
         rollouts_per_prompt=8,
