@@ -1,0 +1,327 @@
+"""MOPD against GRPO from a student that has lost a domain, on the same prompts and rollouts.
+
+    python benchmarks/end_to_end/mopd_vs_grpo.py --seeds 5 --out benchmarks/results/<record>.json
+    python benchmarks/end_to_end/mopd_vs_grpo.py --base runs/tiny/domains_sft/artifact ...
+    python benchmarks/end_to_end/mopd_vs_grpo.py --quick           # does the code run?
+
+The paper's comparison (Nemotron-Cascade 2, arXiv 2603.19220, section on MOPD), in small. The base
+is the tiny model after SFT on all domains. Then, for each seed:
+
+1. teacher: GRPO on the domain, from the base;
+2. student: the teacher after SFT on another domain alone, which makes it lose the first;
+3. the race: MOPD, taught by the teacher, and GRPO on rewards, both from the student, with the same
+   prompts in the same order, the same number of rollouts a step and the same seed of the draws.
+
+Held-out answers are greedy, to the same tasks for all. Teacher level is the teacher's own score on
+them, less `--margin`. GRPO's dynamic filtering is off, since it draws more prompts. Learning rates
+are those of recipes/tiny; with several `--mopd-lrs` or `--grpo-lrs`, each is run on a seed that
+takes no part in the races, and the one with the best mean held-out score is used, so that neither
+way has the better tuning. A teacher that is not `--gap` above its student refuses the seed: there
+would be nothing to win back; the record counts such seeds.
+
+Runs lie in `--work`, and what is there is not run again. Beside the record a plot is written, PNG.
+Exit code: 0 fine, whatever wins; 1 no seed could be raced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks.end_to_end.races import Race, plot, summary  # noqa: E402
+from benchmarks.run import environment  # noqa: E402
+from nemocascade.plan.job import load_recipe  # noqa: E402
+from nemocascade.recipe import (  # noqa: E402
+    DemonstrationConfig,
+    DomainConfig,
+    GrpoRecipe,
+    LogConfig,
+    MopdRecipe,
+    OptimizerConfig,
+    RlEvalConfig,
+    RolloutConfig,
+    ScoreConfig,
+    ScoredDomain,
+    SftRecipe,
+    TeacherConfig,
+    TokenizerConfig,
+)
+from nemocascade.stages.launch import StageRecipe, run_stage  # noqa: E402
+from nemocascade.stages.scoring import score_artifact  # noqa: E402
+
+FORMAT = 1
+WAYS = ("MOPD", "GRPO")
+TUNING_SEED = 1000
+LOG = LogConfig(every=1, tensorboard=False)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all races share. Steps of each stage; evaluations every `eval_every` steps."""
+
+    domain: str = "instruction_following"
+    other: str = "multiple_choice"
+    base_steps: int = 150
+    teacher_steps: int = 30
+    regress_steps: int = 15
+    regress_lr: float = 1e-3
+    race_steps: int = 30
+    eval_every: int = 2
+    eval_tasks: int = 256
+    prompts: int = 16
+    rollouts: int = 8
+    tasks: int = 800
+    gap: float = 0.10
+    margin: float = 0.0
+
+
+def tiny_recipe(name: str) -> Any:
+    """The recipe of recipes/tiny/<name>.py."""
+    return load_recipe(ROOT / "recipes" / "tiny" / f"{name}.py")
+
+
+class Bench:
+    """Makes the artifacts of a seed, and races from them; what is made already is taken."""
+
+    def __init__(self, setting: Setting, work: Path, base: Path | None) -> None:
+        self.setting, self.work = setting, work
+        self.rl: GrpoRecipe = tiny_recipe("if_rl")
+        self.mopd: MopdRecipe = tiny_recipe("mopd")
+        self.base = base or self.made(
+            "base", replace(tiny_recipe("domains_sft"), steps=setting.base_steps, log=LOG)
+        )
+
+    def made(self, name: str, recipe: StageRecipe) -> Path:
+        """The artifact of a recipe, run in `work`/name unless it lies there."""
+        folder = self.work / name
+        recipe = replace(recipe, run_dir=str(folder))
+        artifact = folder / "artifact"
+        if (artifact / "manifest.json").is_file():
+            written = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+            if written != json.loads(json.dumps(asdict(recipe))):
+                raise SystemExit(f"{folder} was made with other settings: name another --work")
+            return artifact
+        return run_stage(recipe)
+
+    @property
+    def rollout(self) -> RolloutConfig:
+        """Of the race, the same for both ways."""
+        return replace(
+            self.mopd.rollout,
+            prompts_per_step=self.setting.prompts,
+            rollouts_per_prompt=self.setting.rollouts,
+            dynamic_filtering=False,
+        )
+
+    @property
+    def domains(self) -> tuple[DomainConfig, ...]:
+        return (DomainConfig(domain=self.setting.domain, tasks=self.setting.tasks),)
+
+    def teacher(self, seed: int) -> Path:
+        """GRPO on the domain, with the recipe's own filtering."""
+        rollout = replace(self.rollout, dynamic_filtering=True, max_draws=2)
+        recipe = replace(
+            self.rl,
+            seed=seed,
+            steps=self.setting.teacher_steps,
+            init_from=str(self.base),
+            domains=self.domains,
+            rollout=rollout,
+            eval=RlEvalConfig(prompts=0),
+            log=LOG,
+        )
+        return self.made(f"seed_{seed}/teacher", recipe)
+
+    def student(self, seed: int, teacher: Path) -> Path:
+        """The teacher after SFT on the other domain alone."""
+        setting, sft = self.setting, tiny_recipe("domains_sft")
+        assert isinstance(sft, SftRecipe)
+        other = DomainConfig(domain=setting.other, tasks=setting.tasks)
+        recipe = replace(
+            sft,
+            seed=seed,
+            steps=setting.regress_steps,
+            init_from=str(teacher),
+            demonstrations=DemonstrationConfig(domains=(other,)),
+            tokenizer=TokenizerConfig(path=str(teacher / "tokenizer.model")),
+            optimizer=OptimizerConfig(
+                lr=setting.regress_lr,
+                min_lr=setting.regress_lr,
+                schedule="constant",
+                warmup_steps=0,
+            ),
+            log=LOG,
+        )
+        return self.made(f"seed_{seed}/student", recipe)
+
+    def score(self, seed: int, artifact: Path) -> float:
+        """Held-out score, on the tasks that the races are evaluated on."""
+        rollout = self.rollout
+        config = ScoreConfig(
+            domains=(ScoredDomain(self.setting.domain),),
+            tasks=self.setting.eval_tasks,
+            seed=seed,
+            max_prompt_tokens=rollout.max_prompt_tokens,
+            max_response_tokens=rollout.max_response_tokens,
+            thinking=rollout.thinking,
+            slots=rollout.slots,
+            envs=self.rl.envs,
+            engine=self.rl.engine,
+        )
+        found = score_artifact(artifact, config, self.work / "scoring").scores[self.setting.domain]
+        assert found.score is not None, found
+        return found.score
+
+    def race(self, seed: int, way: str, lr: float, start: Path, teacher: Path) -> Race:
+        """One way from the student, with its scores."""
+        recipe = self._race_recipe(seed, way, lr, start, teacher)
+        artifact = self.made(f"seed_{seed}/{way.lower()}_lr_{lr:g}", recipe)
+        lines = (artifact.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps, scores, tokens, seconds = [0], [self.score(seed, start)], [0.0], [0.0]
+        spent, took = 0.0, 0.0
+        for row in map(json.loads, lines):
+            spent += row["response_tokens"] * row["groups_drawn"] * self.setting.rollouts
+            # A step without anything to learn from records the time of its rollouts alone.
+            took += row.get("step_time_s", row["rollout_time_s"])
+            if (score := row.get(f"heldout/{self.setting.domain}")) is not None:
+                steps.append(row["step"] + 1)
+                scores.append(score)
+                tokens.append(spent)
+                seconds.append(took)
+        return Race(steps, scores, tokens, seconds, self.score(seed, teacher))
+
+    def _race_recipe(
+        self, seed: int, way: str, lr: float, start: Path, teacher: Path
+    ) -> GrpoRecipe | MopdRecipe:
+        shared: dict[str, Any] = {
+            "seed": seed,
+            "steps": self.setting.race_steps,
+            "init_from": str(start),
+            "domains": self.domains,
+            "rollout": self.rollout,
+            "envs": self.rl.envs,
+            "eval": RlEvalConfig(every=self.setting.eval_every, prompts=self.setting.eval_tasks),
+            "log": LOG,
+        }
+        if way == "GRPO":
+            return replace(self.rl, optimizer=with_lr(self.rl.optimizer, lr), **shared)
+        return replace(
+            self.mopd,
+            teachers=(TeacherConfig(self.setting.domain, str(teacher)),),
+            optimizer=with_lr(self.mopd.optimizer, lr),
+            **shared,
+        )
+
+
+def with_lr(optimizer: OptimizerConfig, lr: float) -> OptimizerConfig:
+    """The same schedule at another height."""
+    scale = lr / optimizer.lr
+    return replace(
+        optimizer,
+        lr=lr,
+        min_lr=optimizer.min_lr * scale,
+        warmup_start_lr=optimizer.warmup_start_lr * scale,
+    )
+
+
+def tuned(bench: Bench, lrs: dict[str, Sequence[float]]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The learning rate of each way, and what was tried to find it."""
+    chosen, tried = {way: found[0] for way, found in lrs.items()}, {}
+    if all(len(found) == 1 for found in lrs.values()):
+        return chosen, {}
+    teacher = bench.teacher(TUNING_SEED)
+    student = bench.student(TUNING_SEED, teacher)
+    for way, candidates in lrs.items():
+        means = {}
+        for lr in candidates:
+            race = bench.race(TUNING_SEED, way, lr, student, teacher)
+            means[lr] = sum(race.scores) / len(race.scores)
+        chosen[way] = max(means, key=lambda lr: means[lr])
+        tried[way] = [{"lr": lr, "mean_score": mean} for lr, mean in means.items()]
+    return chosen, tried
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="races: seeds 1, 2, ...")
+    parser.add_argument("--work", type=Path, default=Path("runs/mopd_vs_grpo"))
+    parser.add_argument("--base", type=Path, help="artifact of the SFT on all domains")
+    parser.add_argument("--out", type=Path, help="write the record to this file, and a plot")
+    parser.add_argument("--mopd-lrs", type=float, nargs="+", help="default: the recipe's")
+    parser.add_argument("--grpo-lrs", type=float, nargs="+", help="default: the recipe's")
+    parser.add_argument("--quick", action="store_true", help="few steps, to try the code")
+    for name, value in asdict(Setting()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
+    return parser.parse_args(arguments)
+
+
+def setting_of(options: argparse.Namespace) -> Setting:
+    """The defaults, made small for --quick, with what the command line names."""
+    setting = Setting()
+    if options.quick:
+        setting = replace(
+            setting, base_steps=4, teacher_steps=2, regress_steps=2, race_steps=2, eval_every=1,
+            eval_tasks=8, prompts=2, rollouts=2, tasks=16, gap=-1.0,
+        )  # fmt: skip
+    named = {n: v for n in asdict(setting) if (v := getattr(options, n)) is not None}
+    return replace(setting, **named)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    setting = setting_of(options)
+    bench = Bench(setting, options.work.resolve(), options.base and options.base.resolve())
+    lrs = {
+        "MOPD": options.mopd_lrs or [bench.mopd.optimizer.lr],
+        "GRPO": options.grpo_lrs or [bench.rl.optimizer.lr],
+    }
+    chosen, tried = tuned(bench, lrs)
+    races: dict[str, list[Race]] = {way: [] for way in WAYS}
+    refused = []
+    for seed in range(1, options.seeds + 1):
+        teacher = bench.teacher(seed)
+        student = bench.student(seed, teacher)
+        level, start = bench.score(seed, teacher), bench.score(seed, student)
+        print(f"seed {seed}: teacher {level:.3f}, student {start:.3f}", flush=True)
+        if level - start < setting.gap:
+            refused.append({"seed": seed, "teacher": level, "student": start})
+            continue
+        for way in WAYS:
+            race = bench.race(seed, way, chosen[way], student, teacher)
+            races[way].append(race)
+            print(f"  {way}: {' '.join(f'{s:.3f}' for s in race.scores)}", flush=True)
+    if not races[WAYS[0]]:
+        print(f"no seed lost {setting.gap} of {setting.domain}: raise --regress-steps")
+        return 1
+    record = {
+        "format": FORMAT,
+        "suite": "end_to_end",
+        "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "settings": asdict(setting) | {"lr": chosen, "tuning": tried, "base": str(options.base)},
+        "refused_seeds": refused,
+        "summary": summary(races, setting.margin),
+        "races": {way: [asdict(race) for race in found] for way, found in races.items()},
+    }
+    print(json.dumps(record["summary"], indent=1))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        title = f"Winning back {setting.domain}: {len(races['MOPD'])} seeds, 95 % intervals"
+        plot(options.out.with_suffix(".png"), races, title)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
