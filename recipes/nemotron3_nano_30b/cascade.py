@@ -1,12 +1,14 @@
 """The whole cascade of Nemotron-3-Nano-30B-A3B as Nemotron-Cascade 2 has it (arXiv 2603.19220).
 
-SFT -> IF-RL -> multi-domain RL -> MOPD -> long-context RL -> code RL -> SWE RL, each with the
-numbers of its own script, and after each the held-out score of every domain. 256 GPUs: SFT runs on
-tp 8 x pp 2, which leaves dp 16; the other stages and the scores on tp 8, which leaves dp 32; ep 8
-on the same ranks.
+SFT -> IF-RL -> multi-domain RL -> MOPD -> RLHF -> long-context RL -> code RL -> SWE RL, each with
+the numbers of its own script, and after each the held-out score of every domain. 256 GPUs: SFT runs
+on tp 8 x pp 2, which leaves dp 16; the other stages and the scores on tp 8, which leaves dp 32; ep
+8 on the same ranks.
 
-Math is taught by the SFT checkpoint, as in the paper; the other domains by the artifact with the
-best held-out score. An alarm tells of a stage that loses more than 5 points of a domain.
+In MOPD math is taught by the SFT checkpoint and preference by RLHF aside from it, as in the paper;
+the other domains by the artifact with the best held-out score. How many prompts of preference the
+paper mixed in is not published: here one in six. An alarm tells of a stage that loses more than
+5 points of a domain.
 
     nemocascade plan recipes/nemotron3_nano_30b/cascade.py --gpus 256 --gpu h200
     nemocascade preflight recipes/nemotron3_nano_30b/cascade.py --ranks 256
@@ -21,6 +23,7 @@ from nemocascade.cascade.launch import launch
 from nemocascade.plan.job import load_recipe
 from nemocascade.recipe import (
     CascadeRecipe,
+    DomainConfig,
     EngineConfig,
     ParallelConfig,
     RlEvalConfig,
@@ -54,6 +57,7 @@ DOMAINS = (
     "tool_calling",
     "structured_output",
     "math",
+    "preference",
     "long_context",
     "code",
     "swe_agentless",
@@ -62,6 +66,7 @@ DOMAINS = (
 
 # Longer than the others': as in training.
 LIMITS = {"code": 120_832, "swe_agentless": 98_304, "swe_agentic": 229_376}
+MOPD, RLHF = stage("mopd", teachers=()), stage("rlhf")
 LONG_CONTEXT, AGENTIC = stage("long_context_rl"), stage("swe_agentic_rl")
 
 RECIPE = CascadeRecipe(
@@ -70,7 +75,19 @@ RECIPE = CascadeRecipe(
         StageConfig("sft", sft()),
         StageConfig("if_rl", stage("if_rl")),
         StageConfig("multi_domain_rl", stage("multi_domain_rl")),
-        StageConfig("mopd", stage("mopd", teachers=())),
+        StageConfig("rlhf_teacher", RLHF, start="sft", side=True),
+        StageConfig(
+            "mopd",
+            replace(
+                MOPD,
+                envs=RLHF.envs,
+                domains=(
+                    *MOPD.domains,
+                    DomainConfig("preference", share=0.20, path=RLHF.domains[0].path, tasks=0),
+                ),
+            ),
+        ),
+        StageConfig("rlhf", RLHF),
         StageConfig("long_context_rl", LONG_CONTEXT),
         StageConfig("code_rl", stage("code_rl")),
         StageConfig("swe_agentless_rl", stage("swe_agentless_rl")),
@@ -97,7 +114,7 @@ RECIPE = CascadeRecipe(
         parallel=ParallelConfig(tp=8, ep=8),
         engine=EngineConfig(precision="bf16"),
     ),
-    teachers=TeacherChoice(pinned={"math": "sft"}),
+    teachers=TeacherChoice(pinned={"math": "sft", "preference": "rlhf_teacher"}),
 )
 
 if __name__ == "__main__":

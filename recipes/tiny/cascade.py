@@ -1,7 +1,8 @@
 """The whole cascade with the tiny model, for CPUs: about 15 minutes on two cores, no download.
 
-SFT, then one RL stage after the other, with distillation (MOPD) in the middle, in the order of
-Nemotron-Cascade 2 (arXiv 2603.19220). After each stage every domain is scored.
+SFT, then one RL stage after the other, with a teacher of preferences aside and distillation (MOPD)
+in the middle, in the order of Nemotron-Cascade 2 (arXiv 2603.19220). After each stage every domain
+is scored.
 
     nemocascade run recipes/tiny/cascade.py
     nemocascade run recipes/tiny/cascade.py --dry-run
@@ -19,6 +20,7 @@ from nemocascade.recipe import (
     AlarmConfig,
     CascadeRecipe,
     CheckpointConfig,
+    DomainConfig,
     EngineConfig,
     EnvConfig,
     RlEvalConfig,
@@ -31,12 +33,32 @@ from nemocascade.recipe import (
 def stage(name: str, **changes: Any) -> Any:
     """The recipe of a script beside this one. The cascade scores, so the stage itself need not."""
     recipe = load_recipe(Path(__file__).with_name(f"{name}.py"))
-    if hasattr(recipe, "rollout"):
-        changes = {"steps": 20, "eval": RlEvalConfig(prompts=0), **changes}
-    return replace(recipe, checkpoint=CheckpointConfig(every=10), **changes)
+    return replace(recipe, **changes)
 
 
-SFT = stage("domains_sft")
+def policy(name: str, **changes: Any) -> Any:
+    """A stage on rollouts, shorter than when it runs alone."""
+    shorter = {"steps": 20, "checkpoint": CheckpointConfig(every=10)}
+    return stage(name, **{**shorter, "eval": RlEvalConfig(prompts=0), **changes})
+
+
+SFT = stage("domains_sft", checkpoint=CheckpointConfig(every=50))
+IF, MULTI, RLHF = policy("if_rl"), policy("multi_domain_rl"), policy("rlhf")
+LONG, CODE = policy("long_context_rl"), policy("code_rl")
+AGENTLESS, AGENTIC = policy("swe_agentless_rl"), policy("swe_agentic_rl")
+
+# Tasks are distilled and scored as hard as the stage of their domain has them.
+DIFFICULTY = {
+    domain.domain: domain.difficulty
+    for recipe in (IF, MULTI, RLHF, LONG, CODE, AGENTLESS, AGENTIC)
+    for domain in recipe.domains
+}
+MOPD = policy("mopd", teachers=())
+TAUGHT = (*MOPD.domains, DomainConfig("preference", share=0.20, tasks=800))
+MOPD = replace(
+    MOPD,
+    domains=tuple(replace(d, difficulty=DIFFICULTY.get(d.domain, 0)) for d in TAUGHT),
+)
 # What an agent's tools answer counts too.
 LIMITS = {"swe_agentic": 256}
 
@@ -44,17 +66,23 @@ RECIPE = CascadeRecipe(
     run_dir="runs/tiny/cascade",
     stages=(
         StageConfig("sft", SFT),
-        StageConfig("if_rl", stage("if_rl")),
-        StageConfig("multi_domain_rl", stage("multi_domain_rl")),
-        StageConfig("mopd", stage("mopd", teachers=())),
-        StageConfig("long_context_rl", stage("long_context_rl")),
-        StageConfig("code_rl", stage("code_rl")),
-        StageConfig("swe_agentless_rl", stage("swe_agentless_rl")),
-        StageConfig("swe_agentic_rl", stage("swe_agentic_rl")),
+        StageConfig("if_rl", IF),
+        StageConfig("multi_domain_rl", MULTI),
+        StageConfig("rlhf_teacher", RLHF, start="sft", side=True),
+        StageConfig("mopd", MOPD),
+        StageConfig("rlhf", RLHF),
+        StageConfig("long_context_rl", LONG),
+        StageConfig("code_rl", CODE),
+        StageConfig("swe_agentless_rl", AGENTLESS),
+        StageConfig("swe_agentic_rl", AGENTIC),
     ),
     scores=ScoreConfig(
         domains=tuple(
-            ScoredDomain(d.domain, max_response_tokens=LIMITS.get(d.domain, 0))
+            ScoredDomain(
+                d.domain,
+                difficulty=DIFFICULTY.get(d.domain, 0),
+                max_response_tokens=LIMITS.get(d.domain, 0),
+            )
             for d in SFT.demonstrations.domains
         ),
         tasks=64,

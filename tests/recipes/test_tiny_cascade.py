@@ -68,6 +68,7 @@ def test_every_stage_runs_and_is_scored(tmp_path: Path) -> None:
     found = json.loads((run_dir / "cascade.json").read_text())
     assert [s["name"] for s in found["stages"]] == cascade.names
     scored = {d.domain for d in cascade.scores.domains}
+    assert f"report: {run_dir / 'report' / 'index.html'}" in printed
     trained: set[str] = set()
     for stage in cascade.stages:
         entry = next(s for s in found["stages"] if s["name"] == stage.name)
