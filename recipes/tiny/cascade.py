@@ -90,7 +90,7 @@ RECIPE = CascadeRecipe(
         max_response_tokens=96,
         thinking=False,
         slots=128,
-        envs=EnvConfig(if_language_check="letters"),
+        envs=EnvConfig(if_language_check="letters", check_timeout_s=30.0),
         engine=EngineConfig(precision="fp32"),
     ),
     # 64 tasks: a score is known to about 6 points.
