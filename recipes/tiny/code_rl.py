@@ -20,7 +20,7 @@ RECIPE = GrpoRecipe(
     stage="code_rl",
     run_dir="runs/tiny/code_rl",
     init_from="runs/tiny/domains_sft/artifact",
-    domains=(DomainConfig(domain="code", tasks=800),),
+    domains=(DomainConfig(domain="code", difficulty=1, tasks=800),),
     rollout=RolloutConfig(
         prompts_per_step=16,
         rollouts_per_prompt=8,

@@ -20,34 +20,39 @@ from nemocascade.recipe import (
 )
 from nemocascade.stages.launch import launch
 
-# Rows of each domain. Domains whose answers are short, or hard, have more.
-ROWS = {
-    "instruction_following": 400,
-    "multiple_choice": 2400,
-    "tool_calling": 800,
-    "structured_output": 600,
-    "math": 400,
-    "code": 400,
-    "preference": 400,
-    "long_context": 800,
-    "swe_agentless": 700,
-    "swe_agentic": 500,
-}
+# Domain, difficulty, rows. Domains whose answers are short, or hard, have more.
+ROWS = (
+    ("instruction_following", 1, 500),
+    ("multiple_choice", 0, 2000),
+    ("tool_calling", 0, 800),
+    ("structured_output", 0, 300),
+    ("structured_output", 1, 400),
+    ("math", 0, 400),
+    ("code", 0, 300),
+    ("code", 1, 500),
+    ("preference", 0, 400),
+    ("long_context", 0, 800),
+    ("swe_agentless", 0, 700),
+    ("swe_agentic", 0, 700),
+)
 
 RECIPE = SftRecipe(
-    steps=400,
+    steps=600,
     run_dir="runs/tiny/domains_sft",
     model=tiny_policy(),
     data=DataConfig(capacity=2048, sequences_per_step=2, balance_group=1),
     demonstrations=DemonstrationConfig(
-        domains=tuple(DomainConfig(domain=name, tasks=rows) for name, rows in ROWS.items()),
+        domains=tuple(
+            DomainConfig(domain=name, difficulty=difficulty, tasks=rows)
+            for name, difficulty, rows in ROWS
+        ),
         thinking=0.25,
     ),
     tokenizer=TokenizerConfig(train_vocab_size=1024),
-    optimizer=OptimizerConfig(lr=4e-3, min_lr=4e-4, warmup_steps=20, decay_steps=400),
+    optimizer=OptimizerConfig(lr=4e-3, min_lr=4e-4, warmup_steps=20, decay_steps=600),
     engine=EngineConfig(precision="fp32"),
     checkpoint=CheckpointConfig(every=0),
-    eval=EvalConfig(every=50),
+    eval=EvalConfig(every=100),
 )
 
 if __name__ == "__main__":

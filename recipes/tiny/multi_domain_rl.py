@@ -23,7 +23,7 @@ RECIPE = GrpoRecipe(
     domains=(
         DomainConfig(domain="multiple_choice", share=0.55, tasks=800),
         DomainConfig(domain="tool_calling", share=0.30, tasks=800),
-        DomainConfig(domain="structured_output", share=0.15, tasks=800),
+        DomainConfig(domain="structured_output", difficulty=1, share=0.15, tasks=800),
     ),
     rollout=RolloutConfig(
         prompts_per_step=16,
