@@ -112,20 +112,48 @@ Functions functions_named(const std::string& level) {
   return found;
 }
 
-void mamba_core(const Tensor& zxbcdt, const Tensor& parameters, const Tensor& cu_seqlens,
-                int64_t heads, int64_t head_dim, int64_t groups, int64_t state, int64_t window,
-                double dt_low, double dt_high, double eps, std::string level, Tensor out) {
-  const Sizes s = sizes_of(heads, head_dim, groups, state, window, dt_low, dt_high, eps);
+void run_forward(const Sizes& s, const Tensor& zxbcdt, const Tensor& parameters,
+                 const std::vector<Document>& documents, const std::string& level,
+                 const Tensor& out) {
   const bool is_bf16 = zxbcdt.scalar_type() == ScalarType::BFloat16;
   const int64_t total = zxbcdt.size(0);
   const Rows from = rows(zxbcdt, is_bf16, total, s.columns(), "zxbcdt");
   const Rows to = rows(out, is_bf16, total, s.inner(), "out");
   const auto given = split<const float>(
       s, data<float>(parameters, ScalarType::Float, parameter_count(s), "parameters"));
-  const auto documents = documents_of(cu_seqlens, total);
   const Functions chosen = functions_named(level);
   for_each_task(documents, cut(documents), s.groups,
                 [&](size_t, const Task& task) { chosen.forward(s, given, task, from, to); });
+}
+
+void mamba_core(const Tensor& zxbcdt, const Tensor& parameters, const Tensor& cu_seqlens,
+                int64_t heads, int64_t head_dim, int64_t groups, int64_t state, int64_t window,
+                double dt_low, double dt_high, double eps, std::string level, Tensor out) {
+  const Sizes s = sizes_of(heads, head_dim, groups, state, window, dt_low, dt_high, eps);
+  run_forward(s, zxbcdt, parameters, documents_of(cu_seqlens, zxbcdt.size(0)), level, out);
+}
+
+// Documents going_on[i] continue from inputs[i], [K - 1, W], and states[i], [heads, head_dim, N].
+void mamba_core_onward(const Tensor& zxbcdt, const Tensor& parameters, const Tensor& cu_seqlens,
+                       int64_t heads, int64_t head_dim, int64_t groups, int64_t state,
+                       int64_t window, double dt_low, double dt_high, double eps, std::string level,
+                       const Tensor& going_on, const Tensor& inputs, const Tensor& states,
+                       Tensor out) {
+  const Sizes s = sizes_of(heads, head_dim, groups, state, window, dt_low, dt_high, eps);
+  auto documents = documents_of(cu_seqlens, zxbcdt.size(0));
+  const int64_t count = going_on.numel(), before = (s.window - 1) * s.channels();
+  const int64_t per_state = s.inner() * s.state;
+  const int64_t* which = data<int64_t>(going_on, ScalarType::Long, count, "going_on");
+  const float* all_inputs = data<float>(inputs, ScalarType::Float, count * before, "inputs");
+  const float* all_states = data<float>(states, ScalarType::Float, count * per_state, "states");
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(which[i] >= 0 && which[i] < static_cast<int64_t>(documents.size()),
+                    "going_on names document ", which[i], " of ", documents.size());
+    Document& document = documents[static_cast<size_t>(which[i])];
+    document.inputs = all_inputs + i * before;
+    document.state = all_states + i * per_state;
+  }
+  run_forward(s, zxbcdt, parameters, documents, level, out);
 }
 
 void mamba_core_backward(const Tensor& zxbcdt, const Tensor& parameters, const Tensor& cu_seqlens,
@@ -167,6 +195,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade, m) {
       "int groups, int state, int window, float dt_low, float dt_high, float eps, "
       "str level, Tensor(a!) out) -> ()");
   m.def(
+      "mamba_core_onward(Tensor zxbcdt, Tensor parameters, Tensor cu_seqlens, int heads, "
+      "int head_dim, int groups, int state, int window, float dt_low, float dt_high, float eps, "
+      "str level, Tensor going_on, Tensor inputs, Tensor states, Tensor(a!) out) -> ()");
+  m.def(
       "mamba_core_backward(Tensor zxbcdt, Tensor parameters, Tensor cu_seqlens, int heads, "
       "int head_dim, int groups, int state, int window, float dt_low, float dt_high, float eps, "
       "str level, Tensor d_out, Tensor(a!) d_zxbcdt, Tensor(b!) d_parameters) -> ()");
@@ -174,5 +206,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(nemocascade, CPU, m) {
   m.impl("mamba_core", TORCH_BOX(&mamba_core));
+  m.impl("mamba_core_onward", TORCH_BOX(&mamba_core_onward));
   m.impl("mamba_core_backward", TORCH_BOX(&mamba_core_backward));
 }

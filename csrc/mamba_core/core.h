@@ -46,10 +46,13 @@ struct Parameters {
   T* norm_weight;  // [inner]
 };
 
-// Rows [begin, end) of the pack.
+// Rows [begin, end) of the pack. One that goes on from others has the convolution's inputs before
+// it, [K - 1, W], and the state that enters, [heads, head_dim, state]; others begin.
 struct Document {
   int64_t begin;
   int64_t end;
+  const float* inputs = nullptr;
+  const float* state = nullptr;
 };
 
 // The part of the work that one thread does at a time: a group of heads in some documents.

@@ -3,7 +3,6 @@
 namespace nemocascade::mamba_core::NEMOCASCADE_LEVEL {
 namespace {
 
-// The gated norm of row t of y. gated: memory for a row.
 // The gated norm of row t of y, which is row `at` of the pack. gated: memory for a row.
 INLINE void gate(const Group& g, int64_t t, int64_t at, float* gated, const Rows& out) {
   const Shape& s = g.shape;
@@ -35,9 +34,13 @@ void forward(const Sizes& sizes, const Parameters<const float>& parameters, cons
   for (int64_t index = 0; index < task.count; ++index) {
     const Document document = task.documents[index];
     const float* entering = nullptr;
+    if (document.state != nullptr) {
+      g.read_state(document.state, state);
+      entering = state;
+    }
     for (int64_t at = document.begin; at < document.end; at += kChunk) {
       const int64_t rows = smaller(kChunk, document.end - at), tiles = whole_tiles(rows);
-      g.convolve(at, rows, document.begin, at + rows, shape.channels, nullptr);
+      g.convolve(at, rows, document.begin, at + rows, shape.channels, nullptr, document.inputs);
       g.decay(at, rows);
       g.score(tiles);
       for (int64_t h = 0; h < shape.ratio; ++h) {

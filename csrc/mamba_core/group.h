@@ -166,16 +166,40 @@ struct Group {
     prefetch(rows, row, first_column(), shape.ratio * shape.head_dim);
   }
 
+  // Row t of the inputs before a document, as a padded row.
+  INLINE void read_before(const float* inputs, int64_t t, int64_t channels, float* to) const {
+    const Rows rows{const_cast<float*>(inputs), sizes.channels(), false};
+    for (int64_t index = 0; index < num_segments(); ++index) {
+      const Segment part = segment(index);
+      if (part.place < channels)
+        read(rows, t, part.source - sizes.inner(), part.length, to + part.place);
+    }
+  }
+
+  // The group's part of a state [heads, head_dim, state], laid as `advance` leaves it.
+  INLINE void read_state(const float* from, float* to) const {
+    for (int64_t h = 0; h < shape.ratio; ++h)
+      for (int64_t p = 0; p < shape.head_dim; ++p) {
+        const float* row = from + (head(h) * shape.head_dim + p) * shape.state;
+        for (int64_t n = 0; n < shape.state; ++n)
+          to[n * shape.width + h * shape.head_width + p] = row[n];
+      }
+  }
+
   // raw and act of `rows` rows from `at`, in the first `channels` of a padded row; act is zero
   // beyond the rows. slope: receives the derivative of SiLU, or null. begin: of the document.
-  // next: the first row of the chunk that comes next; negative if there is none.
+  // next: the first row of the chunk that comes next; negative if there is none. inputs: of the
+  // rows before the document, or null for zeros.
   INLINE void convolve(int64_t at, int64_t rows, int64_t begin, int64_t next, int64_t channels,
-                       float* slope) {
+                       float* slope, const float* inputs = nullptr) {
     for (int64_t t = 0; t < shape.before + rows; ++t) {
       float* row = raw + t * shape.channels;
       const int64_t source = at - shape.before + t;
       if (source < begin) {
-        clear(row, channels);
+        if (inputs == nullptr)
+          clear(row, channels);
+        else
+          read_before(inputs, source - begin + shape.before, channels, row);
         continue;
       }
       for (int64_t index = 0; index < num_segments(); ++index) {

@@ -11,6 +11,8 @@ from rollout_support import ODD, draw_tokens, full_logits, make_model
 from torch import Tensor
 
 from nemocascade.megatron.inference import SlotModel
+from nemocascade.megatron.layers import decode_states
+from nemocascade.megatron.layers.mamba_native import ONWARD, refusal
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.world import World, start_world
 from nemocascade.recipe import EngineConfig, ModelConfig, ParallelConfig
@@ -19,7 +21,7 @@ from nemocascade.rollout.engine import Completion, Request, Sampling
 from nemocascade.rollout.live import LiveEngine
 
 SHAPES = {
-    "mixed": ODD,
+    "M and others": ODD,
     "M": replace(ODD, pattern="MM"),
     "M, a group a head, short window": replace(ODD, pattern="MM", mamba_groups=6, mamba_conv=2),
     "*": replace(ODD, pattern="**"),
@@ -78,9 +80,18 @@ def read_in_pieces(model: SlotModel, texts: Sequence[Tensor], slots: Sequence[in
     return torch.stack([last[i] for i in range(len(texts))])
 
 
-@pytest.mark.parametrize("case", SHAPES)
-def test_pieces_equal_the_whole(world: World, case: str) -> None:
-    """At sizes below the convolution's window, around the scan's chunks, and odd ones."""
+def test_the_compiled_mixer_goes_on() -> None:
+    """The library is not older than this operator."""
+    assert refusal(torch.zeros(1), ONWARD) is None
+
+
+@pytest.mark.parametrize("case", [*SHAPES, *(f"{name}, torch" for name in SHAPES if "M" in name)])
+def test_pieces_equal_the_whole(world: World, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At sizes below the convolution's window, around the scan's chunks, and odd ones; with the
+    compiled mixer and with torch's operators."""
+    if case.endswith(", torch"):
+        case = case.removesuffix(", torch")
+        monkeypatch.setattr(decode_states, "refusal", lambda *_: "torch is asked for")
     shape: ModelConfig = SHAPES[case]
     chunks = make_model(world, shape)
     lengths = (67, 1, 3, 33, 100)

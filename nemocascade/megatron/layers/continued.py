@@ -5,6 +5,8 @@ that enters, so it runs from zero as ever, and what the entering state S gives i
 
     y_t += exp(sum_{s <= t} dt_s A) C_t^T S          S' += exp(sum_s dt_s A) S
 
+On a CPU, where it is built, `mamba_native.native_mamba_onward` makes y in one pass instead.
+
 Nothing here has a gradient. Shape letters: T tokens, D documents, W channels of the convolution, K
 its width, h heads, p head dimension, g groups, N state. `entering` and `before` hold, by document,
 the states of those documents that go on; the others begin.
@@ -20,6 +22,7 @@ from nemocascade_kernels import MambaWeights
 from torch import Tensor
 
 from nemocascade.megatron.layers.conv import packed_causal_conv1d
+from nemocascade.megatron.layers.mamba import MambaMixer
 from nemocascade.megatron.layers.packing import PackedSeq
 
 States = Mapping[int, Tensor]
@@ -69,13 +72,20 @@ def steps_of(dt: Tensor, w: MambaWeights) -> Tensor:
     return F.softplus(dt.float() + w.dt_bias).clamp_(*w.dt_limit)
 
 
-def add_entering(
-    y: Tensor, mixed: Tensor, steps: Tensor, w: MambaWeights, packed: PackedSeq, entering: States
-) -> None:
-    """Add what entering states [h, p, N] give to y [T, h, p], of a scan from zero.
+def mix_onward(
+    mixer: MambaMixer,
+    zxbcdt: Tensor,
+    mixed: Tensor,
+    steps: Tensor,
+    w: MambaWeights,
+    packed: PackedSeq,
+    entering: States,
+) -> Tensor:
+    """`mixer.mix` of zxbcdt where states [h, p, N] enter some documents: [T, h p].
 
-    mixed: [T, W], of the convolution. steps: [T, h], of `steps_of`.
+    mixed: [T, W], of `convolution`. steps: [T, h], of `steps_of`. w: of the mixer.
     """
+    y = mixer.scan(mixed, steps, packed)
     rows = packed.documents()
     for document, state in entering.items():
         here = rows[document]
@@ -85,6 +95,7 @@ def add_entering(
         by_group = state.view(w.groups, -1, size).transpose(1, 2)
         read = torch.bmm(c.transpose(0, 1), by_group).transpose(0, 1)
         y[here] += (read.reshape(-1, heads, head_dim) * opened[:, :, None]).to(y.dtype)
+    return mixer.gated(y.flatten(1), zxbcdt[:, : y.shape[1] * y.shape[2]])
 
 
 def final_states(
@@ -98,7 +109,7 @@ def final_states(
     """[D, h, p, N] float32, the state after each document's last token.
 
     `S' = exp(sum_s dt_s A) S + sum_t exp(sum_{s > t} dt_s A) dt_t x_t B_t^T`, the recurrence of
-    `ssm` unrolled: one product a document. Arguments as of `add_entering`. shape: [h, p, N].
+    `ssm` unrolled: one product a document. Arguments as of `mix_onward`. shape: [h, p, N].
     """
     heads, head_dim, state = shape
     inner, ratio = heads * head_dim, heads // w.groups

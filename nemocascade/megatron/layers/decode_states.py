@@ -14,14 +14,15 @@ from nemocascade.megatron.layers.attention import Attention
 from nemocascade.megatron.layers.attention_past import attention_over_past
 from nemocascade.megatron.layers.block import ResidualBlock
 from nemocascade.megatron.layers.continued import (
-    add_entering,
     convolution,
     convolution_tails,
     final_states,
+    mix_onward,
     steps_of,
 )
 from nemocascade.megatron.layers.decode import MlpSlots, MoeSlots, SlotLayer, Step
 from nemocascade.megatron.layers.mamba import MambaMixer
+from nemocascade.megatron.layers.mamba_native import ONWARD, native_mamba_onward, refusal
 from nemocascade.megatron.layers.mlp import MLP
 from nemocascade.megatron.layers.moe import MoEMixer
 from nemocascade.megatron.layers.places import Places
@@ -66,15 +67,15 @@ class MambaSlots(SlotLayer):
         zxbcdt = mixer.in_proj(self.block.norm(hidden))[0].squeeze(1)
         y: Tensor | None = None
         if places.slot.numel():
-            z, xbc, dt = zxbcdt.split([s.inner, s.channels, s.heads], dim=1)
+            _, xbc, dt = zxbcdt.split([s.inner, s.channels, s.heads], dim=1)
             before = {d: self.conv[slot] for d, (slot, _) in places.past.items()}
             entering = {d: self.ssm[slot] for d, (slot, _) in places.past.items()}
             mixed = convolution(xbc, self.weights, packed, before)
             steps = steps_of(dt, self.weights)
-            if places.past:
-                scanned = mixer.scan(mixed, steps, packed)
-                add_entering(scanned, mixed, steps, self.weights, packed, entering)
-                y = mixer.gated(scanned.flatten(1), z)
+            if places.past and refusal(zxbcdt, ONWARD) is None:
+                y = native_mamba_onward(zxbcdt, self.weights, packed, s, before, entering)
+            elif places.past:
+                y = mix_onward(mixer, zxbcdt, mixed, steps, self.weights, packed, entering)
             tails = convolution_tails(xbc, packed, self.conv.shape[1], before)
             states = final_states(mixed, steps, self.weights, packed, self.ssm.shape[1:], entering)
             self.conv[places.slot] = tails[places.document].to(self.conv.dtype)

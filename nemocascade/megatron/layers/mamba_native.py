@@ -8,9 +8,11 @@ of threads. Only the inputs are kept for backward.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from nemocascade_kernels import MambaWeights
 from torch import Tensor
 
 from nemocascade.megatron import native
@@ -20,15 +22,19 @@ if TYPE_CHECKING:
     from nemocascade.megatron.layers.mamba_core import CoreSizes
 
 OPERATORS = ("mamba_core", "mamba_core_backward")
+ONWARD = "mamba_core_onward"
 
 
-def refusal(zxbcdt: Tensor) -> str | None:
-    """Why the native core cannot take this projection, or None if it can."""
+def refusal(zxbcdt: Tensor, *operators: str) -> str | None:
+    """Why the native core cannot take this projection, or None if it can.
+
+    operators: those that are needed; training's where none is named.
+    """
     if zxbcdt.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {zxbcdt.device.type}"
     if zxbcdt.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {zxbcdt.dtype}"
-    return native.lacks(*OPERATORS)
+    return native.lacks(*(operators or OPERATORS))
 
 
 def native_mamba_core(
@@ -54,6 +60,50 @@ def native_mamba_core(
     return out
 
 
+def native_mamba_onward(
+    zxbcdt: Tensor,
+    w: MambaWeights,
+    packed: PackedSeq,
+    sizes: CoreSizes,
+    before: Mapping[int, Tensor],
+    entering: Mapping[int, Tensor],
+    level: str = "",
+) -> Tensor:
+    """`native_mamba_core` without a gradient, where some documents go on from others.
+
+    before: by document, the convolution's inputs before it, [K - 1, W]. entering: by document, the
+    state [h, p, N] that enters. The same documents; the others begin.
+    """
+    small = (w.conv_weight, w.conv_bias, w.dt_bias, w.A, w.D, w.norm_weight)
+    joined = torch.cat([p.reshape(-1).float() for p in small])
+    out = zxbcdt.new_empty(zxbcdt.shape[0], sizes.inner)
+    native.op(ONWARD)(
+        _with_contiguous_rows(zxbcdt),
+        joined,
+        *_settings(packed, sizes, w.conv_weight.shape[1], level),
+        torch.tensor(list(before), dtype=torch.int64),
+        torch.stack([inputs.float() for inputs in before.values()]),
+        torch.stack([entering[document] for document in before]),
+        out,
+    )
+    return out
+
+
+def _settings(packed: PackedSeq, sizes: CoreSizes, window: int, level: str) -> tuple[Any, ...]:
+    """What the operators take after the parameters."""
+    return (
+        packed.cu_seqlens,
+        sizes.heads,
+        sizes.head_dim,
+        sizes.groups,
+        sizes.state,
+        window,
+        *sizes.dt_limit,
+        sizes.eps,
+        level,
+    )
+
+
 class _NativeCore(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -61,17 +111,7 @@ class _NativeCore(torch.autograd.Function):
         zxbcdt, *parameters = inputs
         zxbcdt = _with_contiguous_rows(zxbcdt)
         joined = torch.cat([p.reshape(-1).float() for p in parameters])
-        settings = (
-            packed.cu_seqlens,
-            sizes.heads,
-            sizes.head_dim,
-            sizes.groups,
-            sizes.state,
-            parameters[0].shape[1],
-            *sizes.dt_limit,
-            sizes.eps,
-            level,
-        )
+        settings = _settings(packed, sizes, parameters[0].shape[1], level)
         out = zxbcdt.new_empty(zxbcdt.shape[0], sizes.inner)
         native.op("mamba_core")(zxbcdt, joined, *settings, out)
         ctx.save_for_backward(zxbcdt, joined)
