@@ -16,14 +16,14 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=30,
+    steps=60,
     stage="multi_domain_rl",
     run_dir="runs/tiny/multi_domain_rl",
     init_from="runs/tiny/domains_sft/artifact",
     domains=(
         DomainConfig(domain="multiple_choice", share=0.55, tasks=800),
         DomainConfig(domain="tool_calling", share=0.30, tasks=800),
-        DomainConfig(domain="structured_output", difficulty=1, share=0.15, tasks=800),
+        DomainConfig(domain="structured_output", share=0.15, tasks=800),
     ),
     rollout=RolloutConfig(
         prompts_per_step=16,
@@ -32,6 +32,7 @@ RECIPE = GrpoRecipe(
         max_response_tokens=96,
         thinking=False,
         slots=128,
+        prefill_tokens=2048,
         max_draws=2,
         overlong_filter=True,
     ),
@@ -40,7 +41,7 @@ RECIPE = GrpoRecipe(
         lr=5e-4,
         min_lr=5e-4,
         schedule="constant",
-        warmup_steps=0,
+        warmup_steps=5,
         beta2=0.95,
         weight_decay=0.0,
     ),

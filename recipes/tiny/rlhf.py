@@ -21,7 +21,7 @@ from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=30,
+    steps=60,
     stage="rlhf",
     run_dir="runs/tiny/rlhf",
     init_from="runs/tiny/domains_sft/artifact",
@@ -33,6 +33,7 @@ RECIPE = GrpoRecipe(
         max_response_tokens=48,
         thinking=False,
         slots=128,
+        prefill_tokens=2048,
         max_draws=2,
     ),
     grpo=GrpoConfig(kl_coef=0.03, capacity=2048),
@@ -41,7 +42,7 @@ RECIPE = GrpoRecipe(
         lr=5e-4,
         min_lr=5e-4,
         schedule="constant",
-        warmup_steps=0,
+        warmup_steps=5,
         beta2=0.95,
         weight_decay=0.0,
     ),

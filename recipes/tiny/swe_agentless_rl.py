@@ -16,7 +16,7 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=30,
+    steps=60,
     stage="swe_agentless_rl",
     run_dir="runs/tiny/swe_agentless_rl",
     init_from="runs/tiny/domains_sft/artifact",
@@ -28,6 +28,7 @@ RECIPE = GrpoRecipe(
         max_response_tokens=96,
         thinking=False,
         slots=128,
+        prefill_tokens=2048,
         max_draws=2,
         # Prompts without one repair that passes do not train.
         min_best_reward=0.5,
@@ -37,7 +38,7 @@ RECIPE = GrpoRecipe(
         lr=5e-4,
         min_lr=5e-4,
         schedule="constant",
-        warmup_steps=0,
+        warmup_steps=5,
         beta2=0.95,
         weight_decay=0.0,
     ),
