@@ -15,7 +15,7 @@ from nemocascade.types import Answer, Judge, Message, Prompt, Question, Verdict
 
 TRUTHS = (
     *("ground_truth", "expected_answer", "instruction_id_list", "options"),
-    *("schema_str", "schema", "verifier_metadata", "problem_statement"),
+    *("schema_str", "schema", "verifier_metadata"),
     *("question", "problem_statement", "issue"),
 )
 """What the rows of other domains hold; a row for preference has none of it."""

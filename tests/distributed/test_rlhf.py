@@ -175,9 +175,9 @@ def server() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, server: str) -> dict[str, Any]:
     folder = str(tmp_path_factory.mktemp("rlhf"))
-    (found,) = run_ranks(alone, 1, {"folder": folder, "url": server}, timeout_s=400)
+    (found,) = run_ranks(alone, 1, {"folder": folder, "url": server}, timeout_s=900)
     arguments = {"policy": found["policy"], "judge": found["judge"], "folder": folder}
-    two = run_ranks(together, 2, arguments, timeout_s=400)[0]
+    two = run_ranks(together, 2, arguments, timeout_s=900)[0]
     return {**found, "two": two, "folder": folder}
 
 
