@@ -79,11 +79,12 @@ RECIPE = CascadeRecipe(
     scores=ScoreConfig(
         domains=tuple(
             ScoredDomain(
-                d.domain,
-                difficulty=DIFFICULTY.get(d.domain, 0),
-                max_response_tokens=LIMITS.get(d.domain, 0),
+                name,
+                difficulty=DIFFICULTY.get(name, 0),
+                max_response_tokens=LIMITS.get(name, 0),
             )
-            for d in SFT.demonstrations.domains
+            # A domain may have demonstrations of several difficulties.
+            for name in dict.fromkeys(d.domain for d in SFT.demonstrations.domains)
         ),
         tasks=64,
         max_prompt_tokens=160,
