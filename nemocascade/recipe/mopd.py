@@ -34,6 +34,10 @@ class MopdConfig:
     """Where each rank's part of a teacher waits for its turn: in host memory, or in files in RUN
     that are read ahead while rollouts are verified."""
 
+    score_rollouts: bool = True
+    """Have verifiers and judges score the rollouts, for the metrics alone: the objective reads no
+    reward. Off saves their time."""
+
     capacity: int = 131_072
     """Tokens in one packed sequence (micro-batch) of training."""
 

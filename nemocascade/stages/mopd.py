@@ -52,7 +52,11 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
         started = time.perf_counter()
         teachers.read_ahead()
         tasks = run.stream.take(rollout.prompts_per_step)
-        groups = tuple(run.collector.roll_out(tasks, rollout.rollouts_per_prompt))
+        groups = tuple(
+            run.collector.roll_out(
+                tasks, rollout.rollouts_per_prompt, scored=recipe.mopd.score_rollouts
+            )
+        )
         rolled_out = time.perf_counter()
         values = run.rollout_values(Gathered(groups, len(groups), groups), rolled_out - started)
         sequences = teachers.in_turn(student_sequences(groups, recipe))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nemocascade.stages.experience import Gathered, Group
-from nemocascade.stages.verification import Rollout
+from nemocascade.stages.verification import NOT_SCORED, Rollout
 from nemocascade.types import Environment
 
 
@@ -30,7 +30,9 @@ def rollout_values(
         "response_tokens_max": float(lengths.max()),
         "truncated": _mean([float(r.truncated) for r in rollouts]),
         "turns": _mean([float(r.turns) for r in rollouts]),
-        "verifier_errors": len(rollouts) - len(rewards),
+        "verifier_errors": sum(
+            r.verdict.reward is None and r.verdict != NOT_SCORED for r in rollouts
+        ),
         "groups": len(gathered.groups),
         "groups_drawn": gathered.drawn,
         "groups_masked": gathered.masked,

@@ -59,7 +59,10 @@ RECIPE = MopdRecipe(
         dynamic_filtering=False,
         overlong_filter=False,
     ),
-    mopd=MopdConfig(ratio_low=0.5, ratio_high=2.0, capacity=131_072, keep="host"),
+    # Rewards take no part; verifying responses of up to 98,304 tokens would only cost time.
+    mopd=MopdConfig(
+        ratio_low=0.5, ratio_high=2.0, capacity=131_072, keep="host", score_rollouts=False
+    ),
     optimizer=OptimizerConfig(
         lr=2e-6,
         min_lr=2e-6,

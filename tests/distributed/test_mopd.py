@@ -51,7 +51,9 @@ def teach(artifact: str, teacher: str, folder: str, parallel: dict[str, int], **
                 slots=8,
                 dynamic_filtering=False,
             ),
-            mopd=MopdConfig(capacity=256, keep=more.get("keep", "host")),
+            mopd=MopdConfig(
+                capacity=256, keep=more.get("keep", "host"), score_rollouts=more.get("scored", True)
+            ),
             envs=EnvConfig(if_language_check="letters"),
             optimizer=OptimizerConfig(lr=1e-3, min_lr=0.0, warmup_steps=0, schedule="constant"),
             parallel=ParallelConfig(**parallel),
@@ -79,7 +81,7 @@ def alone(folder: str) -> dict[str, Any]:
     run_sft(other)
     whole = teach(artifact, teacher, f"{folder}/whole", {})
     teach(artifact, teacher, f"{folder}/parts", {}, steps=1)
-    parts = teach(artifact, teacher, f"{folder}/parts", {}, keep="disk")
+    parts = teach(artifact, teacher, f"{folder}/parts", {}, keep="disk", scored=False)
     return {"artifact": artifact, "teacher": teacher, "whole": whole, "parts": parts}
 
 
@@ -126,7 +128,10 @@ def test_layout_equals_one_process(name: str, runs: dict[str, Any]) -> None:
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(runs: dict[str, Any]) -> None:
-    """Wherever the teachers wait. Their files are gone afterwards."""
+    """Wherever the teachers wait, and scored or not. Their files are gone afterwards."""
+    unscored = runs["parts"][-1]
+    assert unscored["reward"] is None
+    assert unscored["verifier_errors"] == 0
     hashes = []
     for name in ("whole", "parts"):
         folder = Path(runs["folder"]) / name
