@@ -45,7 +45,7 @@ def policy(name: str, **changes: Any) -> Any:
 SFT = stage("domains_sft", checkpoint=CheckpointConfig(every=50))
 IF, MULTI, RLHF = policy("if_rl"), policy("multi_domain_rl"), policy("rlhf")
 LONG, CODE = policy("long_context_rl"), policy("code_rl")
-AGENTLESS, AGENTIC = policy("swe_agentless_rl"), policy("swe_agentic_rl")
+AGENTLESS, AGENTIC = policy("swe_agentless_rl"), policy("swe_agentic_rl", steps=12)
 
 # Tasks are distilled and scored as hard as the stage of their domain has them.
 DIFFICULTY = {

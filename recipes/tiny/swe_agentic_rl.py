@@ -16,18 +16,20 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=60,
+    steps=40,
     stage="swe_agentic_rl",
     run_dir="runs/tiny/swe_agentic_rl",
     init_from="runs/tiny/domains_sft/artifact",
     domains=(DomainConfig(domain="swe_agentic", tasks=800),),
     rollout=RolloutConfig(
-        prompts_per_step=16,
+        prompts_per_step=8,
         rollouts_per_prompt=8,
         max_prompt_tokens=128,
         # The answers of the tools count too.
         max_response_tokens=256,
         max_turns=4,
+        # As the paper: many small decisions in a row go wrong too often at 1.
+        temperature=0.8,
         thinking=False,
         slots=128,
         prefill_tokens=2048,
