@@ -53,7 +53,7 @@ cascade: setup  ## Run the cascade at small size (ARGS="--dry-run" passes argume
 	$(VENV)/bin/nemocascade run $(CASCADE) $(ARGS)
 
 test: lint  ## Lint, then every quick test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: setup  ## The tests that take more than a minute each
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(ARGS)

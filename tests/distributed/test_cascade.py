@@ -143,6 +143,7 @@ def test_killed_at_random_moments_the_artifacts_are_the_same_bits(
     assert result["retired"] == []
 
 
+@pytest.mark.slow
 def test_every_stage_on_a_layout_of_its_own(tmp_path: Path) -> None:
     """TP2, EP2 and DP2 in one job of two ranks; one process then finds nothing left to do."""
     layouts = {"sft": {"tp": 2}, "if_rl": {"ep": 2}, "mopd": {"tp": 2, "ep": 2}}

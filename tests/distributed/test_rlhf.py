@@ -176,9 +176,15 @@ def server() -> Iterator[str]:
 def runs(tmp_path_factory: pytest.TempPathFactory, server: str) -> dict[str, Any]:
     folder = str(tmp_path_factory.mktemp("rlhf"))
     (found,) = run_ranks(alone, 1, {"folder": folder, "url": server}, timeout_s=900)
-    arguments = {"policy": found["policy"], "judge": found["judge"], "folder": folder}
-    two = run_ranks(together, 2, arguments, timeout_s=900)[0]
-    return {**found, "two": two, "folder": folder}
+    return {**found, "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def two(runs: dict[str, Any]) -> dict[str, Lines]:
+    """Metrics of two ranks, by layout and judge."""
+    arguments = {name: runs[name] for name in ("policy", "judge", "folder")}
+    found: dict[str, Lines] = run_ranks(together, 2, arguments, timeout_s=900)[0]
+    return found
 
 
 @pytest.mark.parametrize("judge", ["rule", "artifact", "server"])
@@ -226,14 +232,18 @@ def test_the_judges_weights_leave_no_trace(runs: dict[str, Any]) -> None:
     assert runs["judged"]["fewer"] == [answers[3]] * 2, "an answer is of its question alone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_an_artifact_judges_alike_on_every_layout(name: str, runs: dict[str, Any]) -> None:
-    for ours, theirs in zip(runs["two"][name], runs["artifact"], strict=True):
+def test_an_artifact_judges_alike_on_every_layout(
+    name: str, runs: dict[str, Any], two: dict[str, Lines]
+) -> None:
+    for ours, theirs in zip(two[name], runs["artifact"], strict=True):
         for key in EXACT:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-9), (key, ours["step"])
 
 
-def test_groups_are_dealt_to_the_ranks(runs: dict[str, Any]) -> None:
-    for ours, theirs in zip(runs["two"]["rule"], runs["rule"], strict=True):
+@pytest.mark.slow
+def test_groups_are_dealt_to_the_ranks(runs: dict[str, Any], two: dict[str, Lines]) -> None:
+    for ours, theirs in zip(two["rule"], runs["rule"], strict=True):
         for key in (*EXACT, OVER_START, "heldout/preference"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-9), (key, ours["step"])
