@@ -8,9 +8,12 @@ from typing import Any, cast
 import pytest
 import torch
 
+from nemocascade.envs.child import ChildPool
+from nemocascade.envs.multiple_choice import MultipleChoice
 from nemocascade.recipe import GrpoRecipe, MopdRecipe, RolloutConfig
 from nemocascade.stages.experience import Collector, Group, Rollout, advantages_of, gather
-from nemocascade.stages.policy import PolicyRun, training_sequences
+from nemocascade.stages.policy import training_sequences
+from nemocascade.stages.rollout_report import rollout_values
 from nemocascade.stages.tasks import Task, TaskStream
 from nemocascade.types import Prompt, Verdict
 
@@ -98,7 +101,7 @@ def test_their_tokens_are_in_no_batch_and_their_rewards_in_the_metrics() -> None
     groups = advantages_of(found.groups, rollouts, recipe.grpo)
     # Of group 3 one rollout has no verdict.
     assert len(training_sequences(groups, recipe)) == 5
-    values = PolicyRun.rollout_values(cast(PolicyRun, None), found, 1.0)
+    values = rollout_values(found, 1.0, {"d": MultipleChoice(ChildPool())})
     assert values["groups_masked"] == 4
     assert values["groups"] == 3
     scored = [r for row in REWARDS for r in row if r is not None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemocascade.envs.swe.shipped import repository_task
-from nemocascade.envs.words import FEW_VERBS, SOME_NOUNS
+from nemocascade.envs.words import NOUNS, SOME_NOUNS, VERBS
 from nemocascade.types import ToolCall
 
 Steps = tuple[tuple[tuple[ToolCall, ...], str], ...]
@@ -38,14 +38,15 @@ def make_task(rng: random.Random, difficulty: int) -> MadeTask:
 def _short_task(rng: random.Random, *, search: bool) -> MadeTask:
     """A function that does another operation, or uses another number, than the issue asks."""
     words, right, function = rng.choice(_OPERATIONS)
-    k = rng.randint(2, 9)
+    most = 60 if search else 9
+    k = rng.randint(2, most)
     wrong, wrong_k = right, k
     if rng.random() < 0.5:
         wrong = rng.choice([sign for _, sign, _ in _OPERATIONS if sign != right])
     else:
-        wrong_k = rng.choice([n for n in range(2, 10) if n != k])
-    file, other, *names = rng.sample(SOME_NOUNS, 4)
-    name, second = names if search else rng.sample(FEW_VERBS, 2)
+        wrong_k = rng.choice([n for n in range(2, most + 1) if n != k])
+    file, other, *names = rng.sample(NOUNS if search else SOME_NOUNS, 4)
+    name, second = names if search else rng.sample(VERBS[:6], 2)
     path = f"{file}.py"
     files = {path: _function(name, f"x {wrong} {wrong_k}")}
     if search:
