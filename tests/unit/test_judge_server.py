@@ -38,13 +38,19 @@ class Handler(BaseHTTPRequestHandler):
             self.server.seen.append((self.path, body, self.headers.get("Authorization")))
             self.server.now += 1
             self.server.most = max(self.server.most, self.server.now)
+        self.under_way = True
         try:
             self.server.behave(self, number)
         except OSError:
             self.close_connection = True
         finally:
-            with self.server.lock:
-                self.server.now -= 1
+            self.end()
+
+    def end(self) -> None:
+        """The request counts as over: before its answer leaves, for the next one may come then."""
+        with self.server.lock:
+            self.server.now -= self.under_way
+            self.under_way = False
 
     def say(self, text: str | None) -> None:
         choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
@@ -55,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(data)))
+        self.end()
         self.end_headers()
         self.wfile.write(data)
 
