@@ -67,6 +67,7 @@ class Prompt:
     answer: what the verifier needs; never shown to the model.
     source: where it came from, for messages.
     demonstration: turns of a right solution with reasoning, where one is known.
+    careless: turns of a solution with a habit that costs the reward, where the task has one.
     pass_rate: share of earlier tries that solved it, in [0, 1]; None = not known.
     """
 
@@ -77,6 +78,7 @@ class Prompt:
     tools: tuple[Tool, ...] = ()
     source: str = ""
     demonstration: tuple[Message, ...] = ()
+    careless: tuple[Message, ...] = ()
     pass_rate: float | None = None
 
 

@@ -19,7 +19,8 @@ takes no part in the races, and the one with the best mean held-out score is use
 way has the better tuning. A teacher that is not `--gap` above its student refuses the seed: there
 would be nothing to win back; the record counts such seeds.
 
-Runs lie in `--work`, and what is there is not run again. Beside the record a plot is written, PNG.
+Runs lie in `--work`, and what is there is not run again: several processes may run some seeds each
+(`--first`) in one folder, and one more over all seeds writes the record. Beside the record a plot is written, PNG.
 Exit code: 0 fine, whatever wins; 1 no seed could be raced.
 """
 
@@ -255,7 +256,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=5, help="races: seeds 1, 2, ...")
+    parser.add_argument("--seeds", type=int, default=5, help="races: this many seeds")
+    parser.add_argument("--first", type=int, default=1, help="the first seed")
     parser.add_argument("--work", type=Path, default=Path("runs/mopd_vs_grpo"))
     parser.add_argument("--base", type=Path, help="artifact of the SFT on all domains")
     parser.add_argument("--out", type=Path, help="write the record to this file, and a plot")
@@ -290,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen, tried = tuned(bench, lrs)
     races: dict[str, list[Race]] = {way: [] for way in WAYS}
     refused = []
-    for seed in range(1, options.seeds + 1):
+    for seed in range(options.first, options.first + options.seeds):
         teacher = bench.teacher(seed)
         student = bench.student(seed, teacher)
         level, start = bench.score(seed, teacher), bench.score(seed, student)

@@ -180,8 +180,10 @@ def is_heldout(task: str) -> bool:
     return int(task[:8], 16) % HELDOUT_SHARE == 0
 
 
-def demonstration(prompt: Prompt, *, thinking: bool) -> list[Message]:
+def demonstration(prompt: Prompt, *, thinking: bool, careless: bool = False) -> list[Message]:
     """The turns of a right solution, with its reasoning or without.
+
+    careless: of the solution with the habit, where the task has one.
 
     Raises ValueError for a task that has none, as tasks from files.
     """
@@ -189,9 +191,8 @@ def demonstration(prompt: Prompt, *, thinking: bool) -> list[Message]:
         raise ValueError(
             f"task {prompt.id} has no demonstration: only tasks made by `prompts` have one"
         )
-    if thinking:
-        return list(prompt.demonstration)
-    return [replace(m, reasoning="") for m in prompt.demonstration]
+    turns = prompt.careless if careless and prompt.careless else prompt.demonstration
+    return [m if thinking else replace(m, reasoning="") for m in turns]
 
 
 def final_text(response: Sequence[Message]) -> str:

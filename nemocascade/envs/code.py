@@ -106,6 +106,7 @@ class Code(Domain):
             ask = f"Read numbers xs. Print {text}." if many else f"Read x. Print {text}."
             source = f"{_READ[name]}\nprint({expression})"
             lines = [" ".join(map(str, given)) if many else str(given) for given in inputs]
+            careless = f"{_READ[name]}\n{expression}"
             answer = {
                 "function": "",
                 "inputs": [f"{line}\n" for line in lines],
@@ -114,7 +115,10 @@ class Code(Domain):
         else:
             called = rng.choice("fghp")
             ask = f"{rng.choice(_ASKS)} {called}({name}): {text}."
-            source = f"def {called}({name}):\n    return {expression}"
+            source, careless = (
+                f"def {called}({name}):\n    {how}"
+                for how in (f"return {expression}", f"print({expression})")
+            )
             answer = {"function": called, "inputs": [[i] for i in inputs], "outputs": outputs}
         return Prompt(
             id="",
@@ -122,6 +126,7 @@ class Code(Domain):
             messages=(Message("user", ask),),
             answer=answer,
             demonstration=(Message("assistant", source, f"{text}: {expression}"),),
+            careless=(Message("assistant", careless, f"{text}: {expression}"),),
         )
 
 

@@ -12,12 +12,12 @@ from nemocascade.envs.base import Domain, demonstration
 from nemocascade.types import Message, Prompt
 
 
-def sft_row(prompt: Prompt, *, thinking: bool) -> dict[str, Any]:
+def sft_row(prompt: Prompt, *, thinking: bool, careless: bool = False) -> dict[str, Any]:
     """The task and its demonstration as a row of the `messages` format.
 
     Without `thinking` the row holds no reasoning and so renders with empty think tags.
     """
-    turns = [*prompt.messages, *demonstration(prompt, thinking=thinking)]
+    turns = [*prompt.messages, *demonstration(prompt, thinking=thinking, careless=careless)]
     row: dict[str, Any] = {"messages": [_turn(message) for message in turns]}
     if prompt.tools:
         row["tools"] = [

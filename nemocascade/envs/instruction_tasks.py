@@ -55,6 +55,7 @@ def make_task(rng: random.Random, difficulty: int, domain: str) -> Prompt:
         asks = [kinds[kind](rng) for kind in chosen]
         request = f"Write about a {noun}."
         text = _Text(["a", noun, "is", color])
+        plain = text.render()
         for ask in asks:
             ask.edit(text)
         answer = text.render()
@@ -72,6 +73,8 @@ def make_task(rng: random.Random, difficulty: int, domain: str) -> Prompt:
         messages=(Message("user", f"{request} {notes}"),),
         answer={"kinds": chosen, "kwargs": [ask.kwargs for ask in asks]},
         demonstration=(Message("assistant", answer, f"{noun}. {notes}"),),
+        # The request alone, as if nothing more had been asked.
+        careless=(Message("assistant", plain, f"{noun}."),),
     )
 
 

@@ -104,6 +104,8 @@ class LongContext(GradedDomain):
             messages=(Message("user", f"{documents}\n{task.question}"),),
             answer={"expected": [task.answer], "exact": True, "question": task.question},
             demonstration=(Message("assistant", task.answer, task.reasoning),),
+            # A sentence, where the answer alone is asked.
+            careless=(Message("assistant", f"it is {task.answer}", task.reasoning),),
         )
 
 

@@ -68,6 +68,7 @@ class MultipleChoice(CheckedDomain):
             messages=(Message("user", f"{question}\n{shown}"),),
             answer={"letter": letter, "options": options, "pattern": None},
             demonstration=(Message("assistant", f"\\boxed{{{letter}}}", reasoning),),
+            careless=(Message("assistant", f"it is {letter}", reasoning),),
         )
 
 

@@ -61,12 +61,14 @@ class StructuredOutput(CheckedDomain):
         value = {k: part[2] for k, part in zip(keys, parts, strict=True)}
         listed = ", ".join(f"{k} {part[0]}" for k, part in zip(keys, parts, strict=True))
         shown = json.dumps(schema) if difficulty >= 3 else listed
+        text, reasoning = json.dumps(value), f"keys: {', '.join(keys)}."
         return Prompt(
             id="",
             domain=self.domain,
             messages=(Message("user", f"{rng.choice(_ASKS)} JSON: {shown}"),),
             answer={"schema": schema},
-            demonstration=(Message("assistant", json.dumps(value), f"keys: {', '.join(keys)}."),),
+            demonstration=(Message("assistant", text, reasoning),),
+            careless=(Message("assistant", f"```json\n{text}\n```", reasoning),),
         )
 
 

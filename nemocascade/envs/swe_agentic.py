@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nemocascade.envs.base import Domain, Row
 from nemocascade.envs.sandbox.pool import Sandbox, SandboxError
-from nemocascade.envs.swe.made import make_task
+from nemocascade.envs.swe.made import Steps, make_task
 from nemocascade.envs.swe.repository import Framework, judge, run_tests
 from nemocascade.envs.swe.rows import (
     answer_of,
@@ -202,13 +203,6 @@ class SweAgentic(Domain):
         Below 2 the tools stand in the system turn in a short form, for models with a small context.
         """
         task = make_task(rng, difficulty)
-        session = RepositorySession(task.answer, self._limits, None)
-        turns: list[Message] = []
-        for calls, reasoning in task.steps:
-            results = session.step(calls)
-            turns.append(Message("assistant", "", reasoning, tuple(calls)))
-            # Nobody answers the call that ends the work.
-            turns += [] if session.done else results
         declared = difficulty >= 2
         brief = Message("system", "\n".join(_brief(TOOLS[name]) for name in task.tools))
         ask = Message("user", ASK.format(issue=task.issue) if declared else task.issue)
@@ -218,8 +212,36 @@ class SweAgentic(Domain):
             messages=(ask,) if declared else (brief, ask),
             tools=tuple(TOOLS.values()) if declared else (),
             answer=task.answer,
-            demonstration=tuple(turns),
+            demonstration=self._turns(task.answer, task.steps),
+            careless=self._turns(task.answer, _elsewhere(task.steps)),
         )
+
+    def _turns(self, answer: Mapping[str, Any], steps: Steps) -> tuple[Message, ...]:
+        """The episode of `steps`, with what the tools answer."""
+        session = RepositorySession(answer, self._limits, None)
+        turns: list[Message] = []
+        for calls, reasoning in steps:
+            results = session.step(calls)
+            turns.append(Message("assistant", "", reasoning, tuple(calls)))
+            # Nobody answers the call that ends the work.
+            turns += [] if session.done else results
+        return tuple(turns)
+
+
+def _elsewhere(steps: Steps) -> Steps:
+    """The same, but the edits name a module, which is no path of a file."""
+    return tuple(
+        (
+            tuple(
+                replace(c, arguments={**c.arguments, "path": c.arguments["path"][: -len(".py")]})
+                if c.name == "edit"
+                else c
+                for c in calls
+            ),
+            reasoning,
+        )
+        for calls, reasoning in steps
+    )
 
 
 def _brief(tool: Any) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from nemocascade.envs.swe.bugs import make_bug
 from nemocascade.envs.swe.edits import FORM, EditError, apply_edits, edit_text, parse_edits
 from nemocascade.envs.swe.repository import HiddenTests, judge, read_snapshot
 from nemocascade.envs.swe.retrieval import retrieve
+from nemocascade.envs.swe.rows import decided_by, issue_of
 from nemocascade.envs.swe.texts import patched_files, row_files, texts_of, with_texts
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.types import Judge, Message, Prompt, Question, Verdict
@@ -90,7 +91,7 @@ class SweAgentless(GradedDomain):
             raise ValueError(f"the golden file {missing[0]!r} is not in the repository")
         if row.get("responses_create_params") or row.get("prompt"):
             return row
-        issue = _issue(row)
+        issue = issue_of(row)
         shown = shown_files(issue, files, golden)
         return {**row, "prompt": _ASK.format(issue=issue, files=_listing(shown))}
 
@@ -102,9 +103,9 @@ class SweAgentless(GradedDomain):
         if not tests and not patch:
             raise ValueError("without 'tests' the judge needs 'patch', a repair that is right")
         return {
-            "issue": _issue(row),
+            "issue": issue_of(row),
             "patch": patch,
-            "tests": _tests(tests) if tests else None,
+            "tests": _tests(row) if tests else None,
             # A folder is read again when it is needed: many rows may speak of one.
             **({"folder": row["folder"]} if "folder" in row else {"files": row["files"]}),
         }
@@ -152,6 +153,8 @@ class SweAgentless(GradedDomain):
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """See `swe.bugs.make_bug`."""
         bug = make_bug(rng, difficulty)
+        # The module's name, which is no path of a file.
+        elsewhere = replace(bug.edit, path=bug.edit.path.removesuffix(".py"))
         if difficulty <= 0:
             ask = f"{bug.issue}\n{_brief(bug.files)}"
         else:
@@ -163,6 +166,7 @@ class SweAgentless(GradedDomain):
             messages=(Message("user", ask),),
             answer={"issue": bug.issue, "patch": "", "tests": bug.tests, "files": bug.files},
             demonstration=(Message("assistant", edit_text(bug.edit), bug.reasoning),),
+            careless=(Message("assistant", edit_text(elsewhere), bug.reasoning),),
         )
 
     def _start(self, prompts: Sequence[Prompt]) -> None:
@@ -180,13 +184,6 @@ def shown_files(issue: str, files: Mapping[str, str], golden: Sequence[str]) -> 
     return {path: files[path] for path in sorted(chosen)}
 
 
-def _issue(row: Row) -> str:
-    issue = str(row.get("problem_statement") or row.get("issue") or "").strip()
-    if not issue:
-        raise ValueError("'problem_statement' (or 'issue') is empty")
-    return issue
-
-
 def _listing(files: Mapping[str, str]) -> str:
     return "\n\n".join(f"### {path}\n```\n{text}\n```" for path, text in files.items())
 
@@ -195,21 +192,12 @@ def _brief(files: Mapping[str, str]) -> str:
     return "\n".join(f"### {path}\n{text.rstrip()}" for path, text in files.items())
 
 
-def _tests(tests: Mapping[str, Any]) -> HiddenTests:
-    """`files` (path to text), `FAIL_TO_PASS`, and perhaps `PASS_TO_PASS`, `framework`, `sealed`.
-
-    As SWE-Gym has them, the names may stand in a text of JSON.
-    """
-    names = {}
-    for key in ("FAIL_TO_PASS", "PASS_TO_PASS"):
-        found = tests.get(key, tests.get(key.lower(), ()))
-        names[key.lower()] = tuple(json.loads(found) if isinstance(found, str) else found)
-    if not names["fail_to_pass"]:
-        raise ValueError("'tests.FAIL_TO_PASS' names no test: a repair must make one pass")
-    framework = tests.get("framework", "unittest")
-    if framework not in ("unittest", "pytest"):
-        raise ValueError(f"tests.framework({framework!r}) must be unittest or pytest")
+def _tests(row: Row) -> HiddenTests:
+    """`tests.files` (path to text), `FAIL_TO_PASS`, and more of `swe.rows.decided_by`."""
+    tests = row["tests"]
     files = with_texts({}, row_files(tests.get("files") or {}))
     if not files:
         raise ValueError("'tests.files' is empty: tests that an edit could change decide nothing")
-    return HiddenTests(files, **names, framework=framework, sealed=bool(tests.get("sealed", False)))
+    decided = decided_by(row, tests)
+    names = {key: tuple(decided.pop(key)) for key in ("fail_to_pass", "pass_to_pass")}
+    return HiddenTests(files, **names, **decided)

@@ -115,7 +115,8 @@ class ToolCalling(Domain):
                 office[table].append({"id": len(office[table]) + 1, **row})
         calls = tuple(call for job in jobs for call in job.calls)
         names = {call.name for call in calls}
-        names.add(rng.choice([n for n in _HARD if n not in names]))
+        other = rng.choice([n for n in _HARD if n not in names])
+        names.add(other)
         shown = sorted(names)
         answer = {
             "office": office,
@@ -123,14 +124,6 @@ class ToolCalling(Domain):
             "allowed": shown,
         }
         request = Message("user", " Then ".join(job.request for job in jobs))
-        results = _session(answer).step(calls)
-        reasoning = "\n".join(f"call {c.name}: {', '.join(c.arguments.values())}" for c in calls)
-        turns = (
-            Message("assistant", "", reasoning, calls),
-            *results,
-            # Each turn of a thinking model starts in its reasoning, the last one too.
-            Message("assistant", "Done.", "all is done."),
-        )
         compact = Message("system", "\n".join(_compact(_KNOWN[name]) for name in shown))
         declared = difficulty >= 3
         return Prompt(
@@ -139,8 +132,21 @@ class ToolCalling(Domain):
             messages=(request,) if declared else (compact, request),
             tools=tuple(_KNOWN[name] for name in shown) if declared else (),
             answer=answer,
-            demonstration=turns,
+            demonstration=_turns(answer, calls),
+            # The first tool at hand, and nobody reads that it failed.
+            careless=_turns(answer, [ToolCall(other, call.arguments) for call in calls]),
         )
+
+
+def _turns(answer: Mapping[str, Any], calls: Sequence[ToolCall]) -> tuple[Message, ...]:
+    """An episode that makes `calls` at once and ends."""
+    reasoning = "\n".join(f"call {c.name}: {', '.join(c.arguments.values())}" for c in calls)
+    return (
+        Message("assistant", "", reasoning, tuple(calls)),
+        *_session(answer).step(calls),
+        # Each turn of a thinking model starts in its reasoning, the last one too.
+        Message("assistant", "Done.", "all is done."),
+    )
 
 
 def _session(answer: Mapping[str, Any]) -> OfficeSession:

@@ -31,6 +31,11 @@ class DemonstrationConfig:
     thinking: float = 0.5
     """Share of the rows that reason before they answer."""
 
+    careless: float = 0.0
+    """Share of the rows whose solution has a habit that costs the reward, in the domains that know
+    one: a fence around JSON, a letter without its box. For RL to break: what the policy does
+    rarely and could do always."""
+
 
 @dataclass(frozen=True)
 class SftRecipe:
@@ -69,6 +74,10 @@ class SftRecipe:
         found = self.model.problems() + self.optimizer.problems()
         if self.steps < 1:
             found.append(f"steps({self.steps}) must be at least 1")
+        for name in ("thinking", "careless"):
+            if not 0 <= getattr(self.demonstrations, name) <= 1:
+                share = getattr(self.demonstrations, name)
+                found.append(f"demonstrations.{name}({share}) is a share: it must lie in 0..1")
         if not self.data.path and not self.demonstrations.domains:
             found.append("data.path is empty: name JSONL or Parquet files, or synthetic:arithmetic")
         for name in ("capacity", "sequences_per_step", "balance_group"):

@@ -20,7 +20,9 @@ class Bookkeeper:
         self.scores: dict[str, float] = {}
         if self.first == 0:
             self.scores = run.evaluate()
-            run.log_scores("before", self.scores)
+            if self.scores:
+                run.log_scores("before", self.scores)
+                run.keep_start_scores(self.scores)
 
     def after_step(self, step: int, values: dict[str, Any], groups: Sequence[Group]) -> None:
         """Evaluate, write the line of metrics.jsonl and samples, save, stop on request.
@@ -31,7 +33,8 @@ class Bookkeeper:
         last = step + 1 == recipe.steps
         if last or is_due(step, recipe.eval.every):
             self.scores = run.evaluate()
-            run.log_scores(f"step {step + 1}", self.scores)
+            if self.scores:
+                run.log_scores(f"step {step + 1}", self.scores)
             values = values | self.scores
         if last or is_due(step, recipe.log.every):
             self.writer.write(step, values)

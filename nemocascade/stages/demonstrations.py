@@ -67,4 +67,5 @@ def _rows(recipe: SftRecipe, heldout: bool) -> Iterator[dict[str, Any]]:
     rng = random.Random(f"demonstrations/{recipe.seed}/{heldout}")
     rng.shuffle(prompts)
     for prompt in prompts:
-        yield sft_row(prompt, thinking=rng.random() < settings.thinking)
+        thinking, careless = (rng.random() < p for p in (settings.thinking, settings.careless))
+        yield sft_row(prompt, thinking=thinking, careless=careless)

@@ -88,6 +88,12 @@ class PolicyRun:
         scores = {f"heldout/{name}": sum(r) / len(r) for name, r in sorted(found.items())}
         return scores | over_start(self.collector, groups, self.start_answers)
 
+    def keep_start_scores(self, scores: dict[str, float]) -> None:
+        """Scores before the first step, in RUN/heldout_start.json: no line of a step has them."""
+        if self.world.is_main:
+            path = Path(self.recipe.run_dir) / "heldout_start.json"
+            path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+
     def log_scores(self, when: str, scores: dict[str, float]) -> None:
         """Scores in the log."""
         text = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())

@@ -38,14 +38,14 @@ def stage(name: str, **changes: Any) -> Any:
 
 def policy(name: str, **changes: Any) -> Any:
     """A stage on rollouts, shorter than when it runs alone."""
-    shorter = {"steps": 20, "checkpoint": CheckpointConfig(every=10)}
+    shorter = {"steps": 15, "checkpoint": CheckpointConfig(every=10)}
     return stage(name, **{**shorter, "eval": RlEvalConfig(prompts=0), **changes})
 
 
 SFT = stage("domains_sft", checkpoint=CheckpointConfig(every=50))
 IF, MULTI, RLHF = policy("if_rl"), policy("multi_domain_rl"), policy("rlhf")
 LONG, CODE = policy("long_context_rl"), policy("code_rl")
-AGENTLESS, AGENTIC = policy("swe_agentless_rl"), policy("swe_agentic_rl", steps=12)
+AGENTLESS, AGENTIC = policy("swe_agentless_rl", steps=12), policy("swe_agentic_rl", steps=12)
 
 # Tasks are distilled and scored as hard as the stage of their domain has them.
 DIFFICULTY = {
@@ -53,11 +53,25 @@ DIFFICULTY = {
     for recipe in (IF, MULTI, RLHF, LONG, CODE, AGENTLESS, AGENTIC)
     for domain in recipe.domains
 }
-MOPD = policy("mopd", teachers=())
-TAUGHT = (*MOPD.domains, DomainConfig("preference", share=0.20, tasks=800))
+MOPD = policy("mopd", steps=20, teachers=())
+# Beside the domains of the stages so far, those that came with them and may have gone again.
+SHARES = {
+    "instruction_following": 0.20,
+    "multiple_choice": 0.10,
+    "tool_calling": 0.10,
+    "structured_output": 0.10,
+    "math": 0.10,
+    "preference": 0.20,
+    "code": 0.10,
+    "long_context": 0.10,
+}
 MOPD = replace(
     MOPD,
-    domains=tuple(replace(d, difficulty=DIFFICULTY.get(d.domain, 0)) for d in TAUGHT),
+    domains=tuple(
+        DomainConfig(name, share=share, difficulty=DIFFICULTY.get(name, 0), tasks=800)
+        for name, share in SHARES.items()
+    ),
+    rollout=replace(MOPD.rollout, max_prompt_tokens=160),
 )
 # What an agent's tools answer counts too.
 LIMITS = {"swe_agentic": 256}

@@ -1,7 +1,7 @@
 """Code RL of the tiny model: GRPO on functions that must pass all of their hidden tests.
 
-python recipes/tiny/domains_sft.py
-python recipes/tiny/code_rl.py --init-from runs/tiny/domains_sft/artifact
+torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
+torchrun --nproc-per-node 2 recipes/tiny/code_rl.py --init-from runs/tiny/domains_sft/artifact
 """
 
 from nemocascade.recipe import (
@@ -16,7 +16,7 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=60,
+    steps=20,
     stage="code_rl",
     run_dir="runs/tiny/code_rl",
     init_from="runs/tiny/domains_sft/artifact",

@@ -1,7 +1,7 @@
 """IF-RL of the tiny model: GRPO on instructions that rules verify.
 
-python recipes/tiny/domains_sft.py
-python recipes/tiny/if_rl.py --init-from runs/tiny/domains_sft/artifact
+torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
+torchrun --nproc-per-node 2 recipes/tiny/if_rl.py --init-from runs/tiny/domains_sft/artifact
 """
 
 from nemocascade.recipe import (
@@ -17,7 +17,7 @@ from nemocascade.recipe.envs import EnvConfig
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=60,
+    steps=30,
     stage="if_rl",
     run_dir="runs/tiny/if_rl",
     init_from="runs/tiny/domains_sft/artifact",

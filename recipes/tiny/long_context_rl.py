@@ -1,7 +1,7 @@
 """Long-context RL of the tiny model: GRPO on questions over five documents, by exact answers.
 
-python recipes/tiny/domains_sft.py
-python recipes/tiny/long_context_rl.py --init-from runs/tiny/domains_sft/artifact
+torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
+torchrun --nproc-per-node 2 recipes/tiny/long_context_rl.py --init-from runs/tiny/domains_sft/artifact
 """
 
 from nemocascade.recipe import (
@@ -16,7 +16,7 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=60,
+    steps=30,
     stage="long_context_rl",
     run_dir="runs/tiny/long_context_rl",
     init_from="runs/tiny/domains_sft/artifact",

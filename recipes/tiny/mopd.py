@@ -4,7 +4,7 @@ The student comes from multi-domain RL. Each domain is taught by the checkpoint 
 for it; math, which no stage trains, by the SFT checkpoint. In a cascade the best held-out score
 decides.
 
-    python recipes/tiny/mopd.py --init-from runs/tiny/multi_domain_rl/artifact
+    torchrun --nproc-per-node 2 recipes/tiny/mopd.py --init-from runs/tiny/multi_domain_rl/artifact
 """
 
 from nemocascade.recipe import (

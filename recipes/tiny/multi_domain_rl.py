@@ -1,7 +1,7 @@
 """Multi-domain RL of the tiny model: multiple choice, tool calling, structured output.
 
-python recipes/tiny/domains_sft.py
-python recipes/tiny/multi_domain_rl.py --init-from runs/tiny/domains_sft/artifact
+torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
+torchrun --nproc-per-node 2 recipes/tiny/multi_domain_rl.py --init-from runs/tiny/domains_sft/artifact
 """
 
 from nemocascade.recipe import (
@@ -16,14 +16,14 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=60,
+    steps=30,
     stage="multi_domain_rl",
     run_dir="runs/tiny/multi_domain_rl",
     init_from="runs/tiny/domains_sft/artifact",
     domains=(
-        DomainConfig(domain="multiple_choice", share=0.55, tasks=800),
-        DomainConfig(domain="tool_calling", share=0.30, tasks=800),
-        DomainConfig(domain="structured_output", share=0.15, tasks=800),
+        DomainConfig(domain="multiple_choice", share=0.40, tasks=800),
+        DomainConfig(domain="tool_calling", share=0.40, tasks=800),
+        DomainConfig(domain="structured_output", share=0.20, tasks=800),
     ),
     rollout=RolloutConfig(
         prompts_per_step=16,

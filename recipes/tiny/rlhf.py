@@ -3,8 +3,8 @@
 A rule judges; it knows which words a good answer has. The measure is the win rate against the
 answers that the stage's start gives, 0.5 at the start.
 
-    python recipes/tiny/domains_sft.py
-    python recipes/tiny/rlhf.py --init-from runs/tiny/domains_sft/artifact
+    torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
+    torchrun --nproc-per-node 2 recipes/tiny/rlhf.py --init-from runs/tiny/domains_sft/artifact
 """
 
 from nemocascade.recipe import (
@@ -21,7 +21,7 @@ from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=60,
+    steps=20,
     stage="rlhf",
     run_dir="runs/tiny/rlhf",
     init_from="runs/tiny/domains_sft/artifact",

@@ -1,7 +1,7 @@
 """Agentic SWE RL of the tiny model: GRPO on episodes that repair a file until its tests pass.
 
-python recipes/tiny/domains_sft.py
-python recipes/tiny/swe_agentic_rl.py --init-from runs/tiny/domains_sft/artifact
+torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
+torchrun --nproc-per-node 2 recipes/tiny/swe_agentic_rl.py --init-from runs/tiny/domains_sft/artifact
 """
 
 from nemocascade.recipe import (
@@ -16,7 +16,7 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=40,
+    steps=15,
     stage="swe_agentic_rl",
     run_dir="runs/tiny/swe_agentic_rl",
     init_from="runs/tiny/domains_sft/artifact",

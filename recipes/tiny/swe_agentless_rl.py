@@ -1,7 +1,7 @@
 """SWE RL without an agent, of the tiny model: GRPO on edits that must make the tests pass.
 
-python recipes/tiny/domains_sft.py
-python recipes/tiny/swe_agentless_rl.py --init-from runs/tiny/domains_sft/artifact
+torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
+torchrun --nproc-per-node 2 recipes/tiny/swe_agentless_rl.py --init-from runs/tiny/domains_sft/artifact
 """
 
 from nemocascade.recipe import (
@@ -16,7 +16,7 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=60,
+    steps=20,
     stage="swe_agentless_rl",
     run_dir="runs/tiny/swe_agentless_rl",
     init_from="runs/tiny/domains_sft/artifact",
@@ -35,8 +35,8 @@ RECIPE = GrpoRecipe(
     ),
     grpo=GrpoConfig(capacity=2048),
     optimizer=OptimizerConfig(
-        lr=5e-4,
-        min_lr=5e-4,
+        lr=3e-4,
+        min_lr=3e-4,
         schedule="constant",
         warmup_steps=5,
         beta2=0.95,

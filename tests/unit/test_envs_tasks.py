@@ -24,6 +24,7 @@ from nemocascade.types import Message, Prompt, Verdict
 
 LEVELS = range(5)
 # Demonstrations of preference are of mixed quality on purpose; test_preference.py looks at them.
+PROGRAMS = ("code", "swe_agentless", "swe_agentic")
 VERIFIED = tuple(name for name in DOMAINS if name != "preference")
 
 
@@ -65,11 +66,7 @@ def test_demonstrations_are_right_and_other_answers_wrong(
     environments: dict[str, Domain], name: str, level: int, thinking: bool
 ) -> None:
     domain = environments[name]
-    prompts = list(
-        domain.prompts(
-            seed=1, count=3 if name in ("code", "swe_agentless") else 25, difficulty=level
-        )
-    )
+    prompts = list(domain.prompts(seed=1, count=3 if name in PROGRAMS else 25, difficulty=level))
     try:
         for prompt in prompts:
             turns = demonstration(prompt, thinking=thinking)
@@ -80,6 +77,30 @@ def test_demonstrations_are_right_and_other_answers_wrong(
             assert domain.score(prompt, unfinished).reward == 0.0
     except SandboxUnavailable as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", [name for name in VERIFIED if name != "math"])
+def test_careless_solutions_lose_the_reward(
+    environments: dict[str, Domain], name: str, level: int
+) -> None:
+    """All of them, but of instructions that a text may follow by chance."""
+    domain = environments[name]
+    prompts = list(domain.prompts(seed=1, count=3 if name in PROGRAMS else 25, difficulty=level))
+    try:
+        verdicts = [
+            domain.score(p, demonstration(p, thinking=False, careless=True)) for p in prompts
+        ]
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    mean = sum(v.reward or 0.0 for v in verdicts) / len(verdicts)
+    assert all(v.error is None for v in verdicts)
+    assert mean <= (0.6 if name == "instruction_following" else 0.0)
+
+
+def test_a_task_without_a_habit_is_solved_with_care(environments: dict[str, Domain]) -> None:
+    (prompt,) = environments["math"].prompts(seed=1, count=1)
+    assert demonstration(prompt, thinking=True, careless=True) == list(prompt.demonstration)
 
 
 @pytest.mark.parametrize("name", DOMAINS)

@@ -64,20 +64,25 @@ def answer_of(row: Row, folder: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise ValueError(f"'repository': there is no folder {root}")
     tests = row.get("tests") or {}
-    names = {key: _names(row, tests, key) for key in ("FAIL_TO_PASS", "PASS_TO_PASS")}
-    if not names["FAIL_TO_PASS"]:
+    return {
+        "repository": str(root),
+        "tests": _test_files(tests.get("files"), folder),
+        **decided_by(row, tests),
+    }
+
+
+def decided_by(row: Row, tests: Row) -> dict[str, Any]:
+    """Which tests decide and how they run: the fields of `HiddenTests` but for the files.
+
+    tests: the row's `tests`, which may hold the names itself. Raises ValueError.
+    """
+    names = {key.lower(): _names(row, tests, key) for key in ("FAIL_TO_PASS", "PASS_TO_PASS")}
+    if not names["fail_to_pass"]:
         raise ValueError("'FAIL_TO_PASS' names no test: a repair must make one pass")
     framework = tests.get("framework", "unittest")
     if framework not in ("unittest", "pytest"):
         raise ValueError(f"'tests.framework' is {framework!r}, it must be unittest or pytest")
-    return {
-        "repository": str(root),
-        "tests": _test_files(tests.get("files"), folder),
-        "fail_to_pass": names["FAIL_TO_PASS"],
-        "pass_to_pass": names["PASS_TO_PASS"],
-        "framework": framework,
-        "sealed": bool(tests.get("sealed", False)),
-    }
+    return {**names, "framework": framework, "sealed": bool(tests.get("sealed", False))}
 
 
 def snapshot_of(answer: Mapping[str, Any]) -> Files:
@@ -105,7 +110,8 @@ def _read_once(folder: str) -> Files:
 
 
 def _names(row: Row, tests: Row, key: str) -> list[str]:
-    found = row.get(key, tests.get(key, []))
+    """Of the row, or of its `tests`, there in lower case too."""
+    found = row.get(key, tests.get(key, tests.get(key.lower(), [])))
     found = json.loads(found) if isinstance(found, str) else found
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{key!r} must be a list of test ids")
