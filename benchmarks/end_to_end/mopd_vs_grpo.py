@@ -20,7 +20,8 @@ way has the better tuning. A teacher that is not `--gap` above its student refus
 would be nothing to win back; the record counts such seeds.
 
 Runs lie in `--work`, and what is there is not run again: several processes may run some seeds each
-(`--first`) in one folder, and one more over all seeds writes the record. Beside the record a plot is written, PNG.
+(`--first`) in one folder, and one more over all seeds writes the record. Beside the record a plot
+is written, PNG.
 Exit code: 0 fine, whatever wins; 1 no seed could be raced.
 """
 

@@ -5,9 +5,10 @@
     python benchmarks/end_to_end/tiny_stages.py --stages if_rl code_rl --seeds 1
 
 For each seed: SFT on all domains (or one artifact for all seeds), then every stage of recipes/tiny
-from that artifact, as its script says, each as a command of its own on `--ranks` processes of one thread. Held-out answers are greedy,
-to tasks that no stage trains on. Seconds are those of the whole command: start, evaluations,
-training, artifact. RLHF is measured by its win rate against the stage's start, 0.5 at the start.
+from that artifact, as its script says, each as a command of its own on `--ranks` processes of one
+thread. Held-out answers are greedy, to tasks that no stage trains on. Seconds are those of the
+whole command: start, evaluations, training, artifact. RLHF
+is measured by its win rate against the stage's start, 0.5 at the start.
 
 Runs lie in `--work`, and what is there is not run again.
 

@@ -1,7 +1,7 @@
 """Code RL of the tiny model: GRPO on functions that must pass all of their hidden tests.
 
 torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
-torchrun --nproc-per-node 2 recipes/tiny/code_rl.py --init-from runs/tiny/domains_sft/artifact
+torchrun --nproc-per-node 2 recipes/tiny/code_rl.py
 """
 
 from nemocascade.recipe import (

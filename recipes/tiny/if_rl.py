@@ -1,7 +1,7 @@
 """IF-RL of the tiny model: GRPO on instructions that rules verify.
 
 torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
-torchrun --nproc-per-node 2 recipes/tiny/if_rl.py --init-from runs/tiny/domains_sft/artifact
+torchrun --nproc-per-node 2 recipes/tiny/if_rl.py
 """
 
 from nemocascade.recipe import (

@@ -1,7 +1,7 @@
 """Long-context RL of the tiny model: GRPO on questions over five documents, by exact answers.
 
 torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
-torchrun --nproc-per-node 2 recipes/tiny/long_context_rl.py --init-from runs/tiny/domains_sft/artifact
+torchrun --nproc-per-node 2 recipes/tiny/long_context_rl.py
 """
 
 from nemocascade.recipe import (

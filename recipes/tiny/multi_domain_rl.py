@@ -1,7 +1,7 @@
 """Multi-domain RL of the tiny model: multiple choice, tool calling, structured output.
 
 torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
-torchrun --nproc-per-node 2 recipes/tiny/multi_domain_rl.py --init-from runs/tiny/domains_sft/artifact
+torchrun --nproc-per-node 2 recipes/tiny/multi_domain_rl.py
 """
 
 from nemocascade.recipe import (

@@ -4,7 +4,7 @@ A rule judges; it knows which words a good answer has. The measure is the win ra
 answers that the stage's start gives, 0.5 at the start.
 
     torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
-    torchrun --nproc-per-node 2 recipes/tiny/rlhf.py --init-from runs/tiny/domains_sft/artifact
+    torchrun --nproc-per-node 2 recipes/tiny/rlhf.py
 """
 
 from nemocascade.recipe import (

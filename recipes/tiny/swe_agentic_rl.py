@@ -1,7 +1,7 @@
 """Agentic SWE RL of the tiny model: GRPO on episodes that repair a file until its tests pass.
 
 torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
-torchrun --nproc-per-node 2 recipes/tiny/swe_agentic_rl.py --init-from runs/tiny/domains_sft/artifact
+torchrun --nproc-per-node 2 recipes/tiny/swe_agentic_rl.py
 """
 
 from nemocascade.recipe import (

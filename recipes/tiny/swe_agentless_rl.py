@@ -1,7 +1,7 @@
 """SWE RL without an agent, of the tiny model: GRPO on edits that must make the tests pass.
 
 torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
-torchrun --nproc-per-node 2 recipes/tiny/swe_agentless_rl.py --init-from runs/tiny/domains_sft/artifact
+torchrun --nproc-per-node 2 recipes/tiny/swe_agentless_rl.py
 """
 
 from nemocascade.recipe import (
