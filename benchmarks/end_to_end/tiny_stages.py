@@ -7,8 +7,8 @@
 For each seed: SFT on all domains (or one artifact for all seeds), then every stage of recipes/tiny
 from that artifact, as its script says, each as a command of its own on `--ranks` processes of one
 thread. Held-out answers are greedy, to tasks that no stage trains on. Seconds are those of the
-whole command: start, evaluations, training, artifact. RLHF
-is measured by its win rate against the stage's start, 0.5 at the start.
+whole command: start, evaluations, training, artifact. RLHF is measured by its win rate against the
+stage's start, 0.5 at the start.
 
 Runs lie in `--work`, and what is there is not run again.
 
@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.run import environment  # noqa: E402
-from nemocascade.plan.job import load_recipe  # noqa: E402
 
 FORMAT = 1
 SECONDS = 240.0
@@ -125,10 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
             start = base / "domains_sft" / "artifact"
         print(f"seed {seed}, from {start}", flush=True)
         for name in options.stages:
-            steps = load_recipe(ROOT / "recipes" / "tiny" / f"{name}.py").steps
-            every = str(max(1, steps // 2))
-            more = ("--init-from", str(start), "--eval.every", every)
-            seconds = run(name, base / name, seed, ranks, *more)
+            seconds = run(name, base / name, seed, ranks, "--init-from", str(start))
             result = measured(base / name, seconds)
             found[name][str(seed)] = result
             curves = "; ".join(

@@ -44,8 +44,8 @@ def policy(name: str, **changes: Any) -> Any:
 
 SFT = stage("domains_sft", checkpoint=CheckpointConfig(every=50))
 IF, MULTI, RLHF = policy("if_rl"), policy("multi_domain_rl"), policy("rlhf")
-LONG, CODE = policy("long_context_rl"), policy("code_rl")
-AGENTLESS, AGENTIC = policy("swe_agentless_rl", steps=12), policy("swe_agentic_rl", steps=12)
+LONG, CODE = policy("long_context_rl"), policy("code_rl", steps=12)
+AGENTLESS, AGENTIC = policy("swe_agentless_rl", steps=12), policy("swe_agentic_rl", steps=10)
 
 # Tasks are distilled and scored as hard as the stage of their domain has them.
 DIFFICULTY = {
@@ -53,7 +53,7 @@ DIFFICULTY = {
     for recipe in (IF, MULTI, RLHF, LONG, CODE, AGENTLESS, AGENTIC)
     for domain in recipe.domains
 }
-MOPD = policy("mopd", steps=20, teachers=())
+MOPD = policy("mopd", steps=28, teachers=())
 # Beside the domains of the stages so far, those that came with them and may have gone again.
 SHARES = {
     "instruction_following": 0.20,
@@ -72,6 +72,8 @@ MOPD = replace(
         for name, share in SHARES.items()
     ),
     rollout=replace(MOPD.rollout, max_prompt_tokens=160),
+    # The last steps settle on the teachers.
+    optimizer=replace(MOPD.optimizer, schedule="linear", min_lr=2e-5, decay_steps=MOPD.steps),
 )
 # What an agent's tools answer counts too.
 LIMITS = {"swe_agentic": 256}
@@ -82,7 +84,7 @@ RECIPE = CascadeRecipe(
         StageConfig("sft", SFT),
         StageConfig("if_rl", IF),
         StageConfig("multi_domain_rl", MULTI),
-        StageConfig("rlhf_teacher", RLHF, start="sft", side=True),
+        StageConfig("rlhf_teacher", replace(RLHF, steps=8), start="sft", side=True),
         StageConfig("mopd", MOPD),
         StageConfig("rlhf", RLHF),
         StageConfig("long_context_rl", LONG),

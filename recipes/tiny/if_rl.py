@@ -17,7 +17,7 @@ from nemocascade.recipe.envs import EnvConfig
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=30,
+    steps=25,
     stage="if_rl",
     run_dir="runs/tiny/if_rl",
     init_from="runs/tiny/domains_sft/artifact",

@@ -16,7 +16,7 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=30,
+    steps=20,
     stage="long_context_rl",
     run_dir="runs/tiny/long_context_rl",
     init_from="runs/tiny/domains_sft/artifact",

@@ -16,7 +16,7 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=30,
+    steps=25,
     stage="multi_domain_rl",
     run_dir="runs/tiny/multi_domain_rl",
     init_from="runs/tiny/domains_sft/artifact",

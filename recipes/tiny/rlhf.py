@@ -21,7 +21,7 @@ from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=20,
+    steps=15,
     stage="rlhf",
     run_dir="runs/tiny/rlhf",
     init_from="runs/tiny/domains_sft/artifact",

@@ -16,7 +16,7 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=15,
+    steps=12,
     stage="swe_agentic_rl",
     run_dir="runs/tiny/swe_agentic_rl",
     init_from="runs/tiny/domains_sft/artifact",

@@ -123,6 +123,7 @@ def alone(folder: str, url: str) -> dict[str, Any]:
         "policy": policy,
         "judge": judge,
         "rule": train(policy, f"{folder}/whole", rule),
+        "start": json.loads(Path(f"{folder}/whole/heldout_start.json").read_text()),
         "parts": train(policy, f"{folder}/parts", rule),
         "artifact": train(policy, f"{folder}/artifact", artifact_judge(judge)),
         "server": train(policy, f"{folder}/server", server),
@@ -203,6 +204,8 @@ def test_it_trains_on_comparisons(runs: dict[str, Any], judge: str) -> None:
 def test_the_start_ties_with_itself(runs: dict[str, Any]) -> None:
     log = (Path(runs["folder"]) / "whole" / "log.txt").read_text()
     assert "before: heldout/preference 0." in log
+    assert runs["start"][OVER_START] == 0.5
+    assert 0 <= runs["start"]["heldout/preference"] <= 1
     assert f"{OVER_START} 0.500" in log.split("before: ")[1].splitlines()[0]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.end_to_end.races import Race, interval, plot, summary
+from benchmarks.end_to_end.tiny_stages import measured
 
 
 def race(*scores: float, teacher: float = 0.8) -> Race:
@@ -57,3 +58,26 @@ def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     plot(tmp_path / "race.png", {"MOPD": FAST, "GRPO": SLOW}, "Three seeds")
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stage_is_measured_from_its_start(tmp_path: Path) -> None:
+    rows: list[dict[str, float]] = [
+        {"step": 0, "reward": 0.1},
+        {"step": 1, "reward": 0.3, "heldout/code": 0.5, "heldout/math": 0.2},
+        {"step": 2, "reward": 0.4, "heldout/code": 0.75, "heldout/math": 0.1},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    start = {"heldout/code": 0.25, "heldout/math": 0.2}
+    (tmp_path / "heldout_start.json").write_text(json.dumps(start))
+    found = measured(tmp_path, 9.0)
+    assert found["heldout"]["code"] == [[0, 0.25], [2, 0.5], [3, 0.75]]
+    assert found["gain"] == {"code": 0.5, "math": pytest.approx(-0.1)}
+    assert (found["steps"], found["seconds"], found["reward"]) == (3, 9.0, [0.1, 0.3, 0.4])
+
+
+def test_a_comparison_is_measured_by_its_win_rate(tmp_path: Path) -> None:
+    scores = {"heldout/preference": 0.9, "heldout/preference_over_start": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "reward": 2.0, **scores}))
+    start = {"heldout/preference": 0.0, "heldout/preference_over_start": 0.5}
+    (tmp_path / "heldout_start.json").write_text(json.dumps(start))
+    assert measured(tmp_path, 1.0)["gain"] == {"preference_over_start": 0.5}

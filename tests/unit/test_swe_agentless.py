@@ -226,6 +226,18 @@ def test_broken_rows_are_named(tmp_path: Path, change: dict[str, Any], fault: st
         read(tmp_path, SweAgentless(), ROW, {**ROW, **change})
 
 
+def test_deciding_tests_may_stand_in_the_row_or_in_lower_case(tmp_path: Path) -> None:
+    tests = {"files": ROW["tests"]["files"]}
+    names = ROW["tests"]["FAIL_TO_PASS"]
+    beside = {**ROW, "tests": tests, "FAIL_TO_PASS": names}
+    lower = {**ROW, "tests": {**tests, "fail_to_pass": names}}
+    first, second = (
+        p.answer["tests"] for row in (beside, lower) for p in read(tmp_path, SweAgentless(), row)
+    )
+    assert first == second
+    assert first.fail_to_pass == ("tests/test_cart.py::TestCart::test_sum",)
+
+
 def test_without_tests_the_judge_grades_edits_that_apply(tmp_path: Path) -> None:
     written = WrittenJudge(Answer('{"score": 0.9}'), Answer(None, "down"))
     domain = SweAgentless(judge=written)

@@ -63,11 +63,13 @@ class RuleJudge:
 
 
 def quality(text: str, wanted: Sequence[str], allowed: Sequence[str]) -> float:
-    """1 for none of the wanted words, 5 for all; less for strange words and repeated ones."""
+    """1 for none of the wanted words, 5 for all, by the square of their share: the last words count
+    most, and more than the length terms. Less for strange words and repeated ones."""
     words = Counter(_WORD.findall(text.lower()))
     held = sum(word in words for word in wanted)
     strange = sum(count - (word in wanted) for word, count in words.items() if word not in allowed)
-    score = SCORE_MIN + (SCORE_MAX - SCORE_MIN) * held / len(wanted) - STRANGE_COST * strange
+    share = held / len(wanted)
+    score = SCORE_MIN + (SCORE_MAX - SCORE_MIN) * share**2 - STRANGE_COST * strange
     return max(SCORE_MIN, score)
 
 

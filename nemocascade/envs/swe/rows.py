@@ -81,7 +81,7 @@ def decided_by(row: Row, tests: Row) -> dict[str, Any]:
         raise ValueError("'FAIL_TO_PASS' names no test: a repair must make one pass")
     framework = tests.get("framework", "unittest")
     if framework not in ("unittest", "pytest"):
-        raise ValueError(f"'tests.framework' is {framework!r}, it must be unittest or pytest")
+        raise ValueError(f"tests.framework({framework!r}) must be unittest or pytest")
     return {**names, "framework": framework, "sealed": bool(tests.get("sealed", False))}
 
 
