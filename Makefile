@@ -8,8 +8,10 @@ SHELL := /bin/bash
 # What `make cascade` runs.
 CASCADE := recipes/tiny/cascade.py
 # Its processes: two on a CPU, of a thread each, are faster than one of two threads.
-RANKS ?= $(shell if nvidia-smi -L >/dev/null 2>&1 || [ "$$(getconf _NPROCESSORS_ONLN)" -lt 2 ]; \
+ifndef RANKS
+RANKS := $(shell if nvidia-smi -L >/dev/null 2>&1 || [ "$$(getconf _NPROCESSORS_ONLN)" -lt 2 ]; \
   then echo 1; else echo 2; fi)
+endif
 # Workers of pytest: tests of parallelism start 2-4 processes of their own.
 TEST_WORKERS ?= 2
 SUITE ?= cpu
@@ -53,8 +55,12 @@ $(BUILT): $(INSTALLED) setup.py CMakeLists.txt $(CSRC)
 	touch $@
 
 cascade: setup  ## Run the cascade at small size (ARGS="--dry-run" passes arguments)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) \
-	  -m nemocascade.cli run $(CASCADE) $(ARGS)
+ifeq ($(RANKS),1)
+	$(RUN) -m nemocascade.cli run $(CASCADE) $(ARGS)
+else
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/torchrun --standalone \
+	  --nproc-per-node $(RANKS) -m nemocascade.cli run $(CASCADE) $(ARGS)
+endif
 
 test: lint  ## Lint, then every quick test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(ARGS)

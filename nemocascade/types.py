@@ -67,7 +67,7 @@ class Prompt:
     answer: what the verifier needs; never shown to the model.
     source: where it came from, for messages.
     demonstration: turns of a right solution with reasoning, where one is known.
-    careless: turns of a solution with a habit that costs the reward, where the task has one.
+    careless: turns of a solution with a habit that may cost the reward, if known.
     pass_rate: share of earlier tries that solved it, in [0, 1]; None = not known.
     """
 

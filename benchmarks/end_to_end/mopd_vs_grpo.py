@@ -20,9 +20,10 @@ way has the better tuning. A teacher that is not `--gap` above its student refus
 would be nothing to win back; the record counts such seeds.
 
 Runs lie in `--work`, and what is there is not run again: several processes may run some seeds each
-(`--first`) in one folder, and one more over all seeds writes the record. Beside the record a plot
+(`--first`, with `--base` and one learning rate a way) in one folder, and one more over all seeds
+writes the record; its seconds are then of a shared machine. Beside the record a plot
 is written, PNG.
-Exit code: 0 fine, whatever wins; 1 no seed could be raced.
+Exit code: 0 fine, whatever wins; 1 no seed could be raced; 2 the options do not go together.
 """
 
 from __future__ import annotations
@@ -180,7 +181,9 @@ class Bench:
             envs=self.rl.envs,
             engine=self.rl.engine,
         )
-        found = score_artifact(artifact, config, self.work / "scoring").scores[self.setting.domain]
+        found = score_artifact(artifact, config, self.work / "scoring" / f"seed_{seed}").scores[
+            self.setting.domain
+        ]
         assert found.score is not None, found
         return found.score
 
@@ -284,6 +287,10 @@ def setting_of(options: argparse.Namespace) -> Setting:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    several = max(len(options.mopd_lrs or ()), len(options.grpo_lrs or ())) > 1
+    if options.first != 1 and (options.base is None or several):
+        print("--first needs --base, and one learning rate a way: all seeds share what they make")
+        return 2
     setting = setting_of(options)
     bench = Bench(setting, options.work.resolve(), options.base and options.base.resolve())
     lrs = {
@@ -292,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     chosen, tried = tuned(bench, lrs)
     races: dict[str, list[Race]] = {way: [] for way in WAYS}
-    refused = []
+    raced, refused = [], []
     for seed in range(options.first, options.first + options.seeds):
         teacher = bench.teacher(seed)
         student = bench.student(seed, teacher)
@@ -301,6 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
         if level - start < setting.gap:
             refused.append({"seed": seed, "teacher": level, "student": start})
             continue
+        raced.append(seed)
         for way in WAYS:
             race = bench.race(seed, way, chosen[way], student, teacher)
             races[way].append(race)
@@ -313,6 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
         "suite": "end_to_end",
         "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "settings": asdict(setting) | {"lr": chosen, "tuning": tried, "base": str(options.base)},
+        "seeds": raced,
         "refused_seeds": refused,
         "summary": summary(races, setting.margin),
         "races": {way: [asdict(race) for race in found] for way, found in races.items()},

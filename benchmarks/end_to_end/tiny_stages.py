@@ -10,7 +10,7 @@ thread. Held-out answers are greedy, to tasks that no stage trains on. Seconds a
 whole command: start, evaluations, training, artifact. RLHF is measured by its win rate against the
 stage's start, 0.5 at the start.
 
-Runs lie in `--work`, and what is there is not run again.
+Runs lie in `--work`, and what is there, made with the same settings, is not run again.
 
 Exit code: 0 fine; 1 a command failed; 3 a goal is missed and `--strict` was given.
 """
@@ -20,9 +20,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.run import environment  # noqa: E402
+from nemocascade.plan.job import load_recipe  # noqa: E402
 
 FORMAT = 1
 SECONDS = 240.0
@@ -50,12 +53,19 @@ WIN_RATE = "preference_over_start"
 
 def run(script: str, folder: Path, seed: int, ranks: int, *arguments: str) -> float:
     """Run a tiny recipe into `folder` unless it lies there; the seconds that it took."""
-    took = folder / "seconds.json"
-    if took.is_file():
-        return float(json.loads(took.read_text(encoding="utf-8")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), f"recipes/tiny/{script}.py"]
     command += ["--seed", str(seed), "--run-dir", str(folder), *arguments]
+    record = folder / "command.json"
+    asked = {"command": command[1:], "recipe": _settings(script)}
+    if record.is_file():
+        found = json.loads(record.read_text(encoding="utf-8"))
+        seconds = float(found.pop("seconds"))
+        if found != json.loads(json.dumps(asked)):
+            raise SystemExit(f"{folder} was made with other settings: name another --work")
+        return seconds
+    # What was stopped half-way would go on, and its seconds would be of the rest alone.
+    shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     done = subprocess.run(
         command,
@@ -69,8 +79,12 @@ def run(script: str, folder: Path, seed: int, ranks: int, *arguments: str) -> fl
     if done.returncode:
         print(done.stderr[-4000:], file=sys.stderr)
         raise SystemExit(1)
-    took.write_text(json.dumps(seconds), encoding="utf-8")
+    record.write_text(json.dumps(asked | {"seconds": seconds}, indent=1), encoding="utf-8")
     return seconds
+
+
+def _settings(script: str) -> dict[str, Any]:
+    return asdict(load_recipe(ROOT / "recipes" / "tiny" / f"{script}.py"))
 
 
 def measured(folder: Path, seconds: float) -> dict[str, Any]:
@@ -100,10 +114,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    cards = torch.cuda.device_count()
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1, 2, ...")
     parser.add_argument("--sft", type=Path, help="artifact that all stages start from")
     parser.add_argument("--stages", nargs="+", default=list(GOALS), choices=list(GOALS))
-    parser.add_argument("--ranks", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--ranks", type=int, default=min(2, cards or os.cpu_count() or 1))
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_stages"))
     parser.add_argument("--out", type=Path, help="write the record to this file")
     parser.add_argument("--strict", action="store_true", help="exit 3 where a goal is missed")
@@ -142,7 +157,12 @@ def main(arguments: list[str] | None = None) -> int:
             "environment": environment(
                 torch.device("cuda" if torch.cuda.is_available() else "cpu")
             ),
-            "settings": {"ranks": ranks, "goals": GOALS, "seconds": SECONDS},
+            "settings": {
+                "ranks": ranks,
+                "sft": str(options.sft),
+                "goals": GOALS,
+                "seconds": SECONDS,
+            },
             "sft_seconds": sft,
             "stages": found,
             "missed": missed,

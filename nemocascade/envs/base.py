@@ -181,9 +181,9 @@ def is_heldout(task: str) -> bool:
 
 
 def demonstration(prompt: Prompt, *, thinking: bool, careless: bool = False) -> list[Message]:
-    """The turns of a right solution, with its reasoning or without.
+    """The turns of a solution, with its reasoning or without: of the right one.
 
-    careless: of the solution with the habit, where the task has one.
+    careless: the turns of `Prompt.careless`; those of the right solution where the task has none.
 
     Raises ValueError for a task that has none, as tasks from files.
     """

@@ -15,7 +15,8 @@ from nemocascade.types import Message, Prompt
 def sft_row(prompt: Prompt, *, thinking: bool, careless: bool = False) -> dict[str, Any]:
     """The task and its demonstration as a row of the `messages` format.
 
-    Without `thinking` the row holds no reasoning and so renders with empty think tags.
+    Without `thinking` the row holds no reasoning and so renders with empty think tags. careless:
+    see `envs.base.demonstration`. Raises ValueError for a task without a demonstration.
     """
     turns = [*prompt.messages, *demonstration(prompt, thinking=thinking, careless=careless)]
     row: dict[str, Any] = {"messages": [_turn(message) for message in turns]}

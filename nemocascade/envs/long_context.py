@@ -104,7 +104,7 @@ class LongContext(GradedDomain):
             messages=(Message("user", f"{documents}\n{task.question}"),),
             answer={"expected": [task.answer], "exact": True, "question": task.question},
             demonstration=(Message("assistant", task.answer, task.reasoning),),
-            # A sentence, where the answer alone is asked.
+            # A sentence; the verifier takes the exact answer alone.
             careless=(Message("assistant", f"it is {task.answer}", task.reasoning),),
         )
 

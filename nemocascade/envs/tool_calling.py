@@ -133,7 +133,7 @@ class ToolCalling(Domain):
             tools=tuple(_KNOWN[name] for name in shown) if declared else (),
             answer=answer,
             demonstration=_turns(answer, calls),
-            # The first tool at hand, and nobody reads that it failed.
+            # A declared tool that the request does not need, and nobody reads that it failed.
             careless=_turns(answer, [ToolCall(other, call.arguments) for call in calls]),
         )
 

@@ -31,7 +31,10 @@ def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for path, is_heldout in ((train, False), (heldout, True)):
-            lines = (json.dumps(row, ensure_ascii=False) for row in _rows(recipe, is_heldout))
+            lines = (
+                json.dumps(row, ensure_ascii=False)
+                for row in demonstration_rows(recipe, heldout=is_heldout)
+            )
             text = "".join(f"{line}\n" for line in lines)
             # A file that is the same keeps its time, and with it the tokenised data.
             if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -47,7 +50,7 @@ def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
     return replace(recipe, data=data)
 
 
-def _rows(recipe: SftRecipe, heldout: bool) -> Iterator[dict[str, Any]]:
+def demonstration_rows(recipe: SftRecipe, *, heldout: bool) -> Iterator[dict[str, Any]]:
     """Rows of all domains in random order, some with reasoning and some without."""
     settings = recipe.demonstrations
     environments = make_environments()
@@ -67,5 +70,6 @@ def _rows(recipe: SftRecipe, heldout: bool) -> Iterator[dict[str, Any]]:
     rng = random.Random(f"demonstrations/{recipe.seed}/{heldout}")
     rng.shuffle(prompts)
     for prompt in prompts:
-        thinking, careless = (rng.random() < p for p in (settings.thinking, settings.careless))
+        thinking = rng.random() < settings.thinking
+        careless = settings.careless > 0 and rng.random() < settings.careless
         yield sft_row(prompt, thinking=thinking, careless=careless)

@@ -1,12 +1,12 @@
-"""The whole cascade with the tiny model, for CPUs: about 15 minutes on two cores, no download.
+"""The whole cascade with the tiny model, for CPUs: 15 minutes on two cores, no download.
 
 SFT, then one RL stage after the other, with a teacher of preferences aside and distillation (MOPD)
 in the middle, in the order of Nemotron-Cascade 2 (arXiv 2603.19220). After each stage every domain
 is scored.
 
-    nemocascade run recipes/tiny/cascade.py
+    torchrun --nproc-per-node 2 -m nemocascade.cli run recipes/tiny/cascade.py
     nemocascade run recipes/tiny/cascade.py --dry-run
-    nemocascade run recipes/tiny/cascade.py --only mopd --stages.mopd.steps 40
+    nemocascade run recipes/tiny/cascade.py --only rlhf --stages.rlhf.steps 40
     nemocascade report runs/tiny/cascade
 """
 
@@ -54,7 +54,7 @@ DIFFICULTY = {
     for domain in recipe.domains
 }
 MOPD = policy("mopd", steps=28, teachers=())
-# Beside the domains of the stages so far, those that came with them and may have gone again.
+# Domains that RL has trained so far, and those that SFT alone taught, which RL may have harmed.
 SHARES = {
     "instruction_following": 0.20,
     "multiple_choice": 0.10,
@@ -72,7 +72,7 @@ MOPD = replace(
         for name, share in SHARES.items()
     ),
     rollout=replace(MOPD.rollout, max_prompt_tokens=160),
-    # The last steps settle on the teachers.
+    # The last steps settle on the teachers. Change `decay_steps` with `steps`.
     optimizer=replace(MOPD.optimizer, schedule="linear", min_lr=2e-5, decay_steps=MOPD.steps),
 )
 # What an agent's tools answer counts too.

@@ -3,7 +3,8 @@
 The rows are made from the environments' own tasks with their known solutions, a quarter of them
 with reasoning. Six of ten show a habit that costs the reward: a fence around JSON, a call of the
 wrong tool, `print` for `return`. So greedy answers mostly fail, while draws succeed now and then:
-that is where RL can work within minutes. Mathematics has no such habit.
+that is where RL can work within minutes. Mathematics has no such habit; answers of the preference
+domain are of mixed quality anyway.
 
     torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
 """

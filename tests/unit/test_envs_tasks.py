@@ -18,13 +18,15 @@ from nemocascade.envs.base import Domain, demonstration, final_text, is_heldout,
 from nemocascade.envs.demonstrations import sft_row, write_sft_rows
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.envs.sandbox.pool import SandboxUnavailable
+from nemocascade.recipe import DemonstrationConfig, DomainConfig, SftRecipe
 from nemocascade.recipe.data import DataConfig
 from nemocascade.recipe.envs import EnvConfig, SandboxConfig
+from nemocascade.stages.demonstrations import demonstration_rows
 from nemocascade.types import Message, Prompt, Verdict
 
 LEVELS = range(5)
-# Demonstrations of preference are of mixed quality on purpose; test_preference.py looks at them.
 PROGRAMS = ("code", "swe_agentless", "swe_agentic")
+# Demonstrations of preference are of mixed quality on purpose; test_preference.py looks at them.
 VERIFIED = tuple(name for name in DOMAINS if name != "preference")
 
 
@@ -96,6 +98,19 @@ def test_careless_solutions_lose_the_reward(
     mean = sum(v.reward or 0.0 for v in verdicts) / len(verdicts)
     assert all(v.error is None for v in verdicts)
     assert mean <= (0.6 if name == "instruction_following" else 0.0)
+
+
+def test_rows_for_sft_are_careless_as_often_as_asked() -> None:
+    domains = (DomainConfig(domain="multiple_choice", tasks=400),)
+    found = {}
+    for share in (0.0, 0.6, 1.0):
+        made = DemonstrationConfig(domains=domains, thinking=0.0, careless=share)
+        rows = list(demonstration_rows(SftRecipe(demonstrations=made), heldout=False))
+        assert len(rows) == 400
+        found[share] = sum("boxed" not in row["messages"][-1]["content"] for row in rows) / 400
+    assert found[0.0] == 0.0
+    assert found[0.6] == pytest.approx(0.6, abs=0.1)
+    assert found[1.0] == 1.0
 
 
 def test_a_task_without_a_habit_is_solved_with_care(environments: dict[str, Domain]) -> None:

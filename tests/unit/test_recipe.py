@@ -8,11 +8,13 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemocascade.recipe import (
     DataConfig,
+    DemonstrationConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -52,6 +54,13 @@ def test_world_size_rule_names_value_and_remedy() -> None:
     assert "tp(2) x pp(2)" in problem
     assert "6 ranks" in problem
     assert "--parallel" in problem
+
+
+@pytest.mark.parametrize(("name", "share"), [("careless", 1.5), ("thinking", -0.1)])
+def test_a_share_lies_between_none_and_all(name: str, share: float) -> None:
+    shares: dict[str, Any] = {name: share}
+    (problem,) = recipe(demonstrations=DemonstrationConfig(**shares)).problems(1)
+    assert problem == f"demonstrations.{name}({share}) is a share: it must lie in 0..1"
 
 
 def test_all_problems_at_once() -> None:

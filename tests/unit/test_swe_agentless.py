@@ -218,7 +218,7 @@ def test_a_folder_is_read_without_following_links(domain: SweAgentless, tmp_path
         ({"tests": {"files": {"t.py": "x"}}}, "names no test"),
         ({"tests": {**ROW["tests"], "files": {}}}, "tests that an edit could change"),
         ({"tests": {**ROW["tests"], "framework": "nose"}}, r"framework\('nose'\) must be"),
-        ({"tests": {**ROW["tests"], "FAIL_TO_PASS": "["}}, "JSONDecodeError"),
+        ({"tests": {**ROW["tests"], "FAIL_TO_PASS": "["}}, "is no JSON"),
     ],
 )
 def test_broken_rows_are_named(tmp_path: Path, change: dict[str, Any], fault: str) -> None:
@@ -226,15 +226,18 @@ def test_broken_rows_are_named(tmp_path: Path, change: dict[str, Any], fault: st
         read(tmp_path, SweAgentless(), ROW, {**ROW, **change})
 
 
-def test_deciding_tests_may_stand_in_the_row_or_in_lower_case(tmp_path: Path) -> None:
+def test_names_of_tests_may_stand_in_several_places(tmp_path: Path) -> None:
     tests = {"files": ROW["tests"]["files"]}
     names = ROW["tests"]["FAIL_TO_PASS"]
     beside = {**ROW, "tests": tests, "FAIL_TO_PASS": names}
     lower = {**ROW, "tests": {**tests, "fail_to_pass": names}}
-    first, second = (
-        p.answer["tests"] for row in (beside, lower) for p in read(tmp_path, SweAgentless(), row)
-    )
-    assert first == second
+    empty = {**beside, "tests": {**tests, "FAIL_TO_PASS": None}}
+    low_row = {**ROW, "tests": tests, "fail_to_pass": names}
+    inside = {**ROW, "tests": {**tests, "FAIL_TO_PASS": names}, "FAIL_TO_PASS": ["other.T.test"]}
+    rows = (beside, lower, empty, low_row, inside)
+    first, *others = (p.answer["tests"] for p in read(tmp_path, SweAgentless(), *rows))
+    assert all(other == first for other in others)
+    assert len(others) == 4
     assert first.fail_to_pass == ("tests/test_cart.py::TestCart::test_sum",)
 
 

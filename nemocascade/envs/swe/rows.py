@@ -8,7 +8,8 @@ tests that decide:
      "FAIL_TO_PASS": ["tests/test_a.py::test_b"], "PASS_TO_PASS": [...]}
 
 `files` may be the name of a folder too. Names of tests may stand in a text of JSON, as SWE-Gym has
-them, and inside of `tests`. A `test_patch` must have been applied: its files are `tests.files`.
+them; inside of `tests`, which goes first; and under lower-case keys. A `test_patch` must have been
+applied: its files are `tests.files`.
 """
 
 from __future__ import annotations
@@ -67,18 +68,21 @@ def answer_of(row: Row, folder: Path) -> dict[str, Any]:
     return {
         "repository": str(root),
         "tests": _test_files(tests.get("files"), folder),
-        **decided_by(row, tests),
+        **test_settings_of(row, tests),
     }
 
 
-def decided_by(row: Row, tests: Row) -> dict[str, Any]:
+def test_settings_of(row: Row, tests: Row) -> dict[str, Any]:
     """Which tests decide and how they run: the fields of `HiddenTests` but for the files.
 
-    tests: the row's `tests`, which may hold the names itself. Raises ValueError.
+    tests: the row's `tests`, which may hold the names itself. Raises ValueError for names that are
+    no list of texts, for none that fails, and for an unknown framework.
     """
     names = {key.lower(): _names(row, tests, key) for key in ("FAIL_TO_PASS", "PASS_TO_PASS")}
     if not names["fail_to_pass"]:
-        raise ValueError("'FAIL_TO_PASS' names no test: a repair must make one pass")
+        raise ValueError(
+            "'FAIL_TO_PASS' names no test, in the row or in 'tests': a repair must make one pass"
+        )
     framework = tests.get("framework", "unittest")
     if framework not in ("unittest", "pytest"):
         raise ValueError(f"tests.framework({framework!r}) must be unittest or pytest")
@@ -110,11 +114,18 @@ def _read_once(folder: str) -> Files:
 
 
 def _names(row: Row, tests: Row, key: str) -> list[str]:
-    """Of the row, or of its `tests`, there in lower case too."""
-    found = row.get(key, tests.get(key, tests.get(key.lower(), [])))
-    found = json.loads(found) if isinstance(found, str) else found
+    """Of `tests`, or of the row; null is as nothing."""
+    places = ((tests, key), (tests, key.lower()), (row, key), (row, key.lower()))
+    found: Any = next((v for where, name in places if (v := where.get(name)) is not None), [])
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except ValueError as error:
+            raise ValueError(
+                f"{key}({found[:80]!r}) is no JSON ({error}): give a list of test ids"
+            ) from error
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{key!r} must be a list of test ids")
+        raise ValueError(f"{key}({str(found)[:80]}) must be a list of test ids, or its JSON text")
     return found
 
 
