@@ -60,10 +60,10 @@ SHARES = {
     "multiple_choice": 0.10,
     "tool_calling": 0.10,
     "structured_output": 0.10,
-    "math": 0.10,
-    "preference": 0.20,
-    "code": 0.10,
-    "long_context": 0.10,
+    "math": 0.15,
+    "preference": 0.15,
+    "code": 0.05,
+    "long_context": 0.15,
 }
 MOPD = replace(
     MOPD,
