@@ -198,6 +198,11 @@ def _tests(row: Row) -> HiddenTests:
     files = with_texts({}, row_files(tests.get("files") or {}))
     if not files:
         raise ValueError("'tests.files' is empty: tests that an edit could change decide nothing")
-    decided = test_settings_of(row, tests)
-    names = {key: tuple(decided.pop(key)) for key in ("fail_to_pass", "pass_to_pass")}
-    return HiddenTests(files, **names, **decided)
+    said = test_settings_of(row, tests)
+    return HiddenTests(
+        files,
+        fail_to_pass=tuple(said["fail_to_pass"]),
+        pass_to_pass=tuple(said["pass_to_pass"]),
+        framework=said["framework"],
+        sealed=said["sealed"],
+    )
