@@ -49,7 +49,6 @@ from tests.unit.transformers_weights import from_nemotron_h, load_into  # noqa: 
 
 OURS, PEER = "ours, live weights", "transformers generate"
 NEAR = 1e-4  # of two logits, in standard deviations of a row
-TRIED = 16  # tokens written to find the faster way of transformers
 EXPERTS = ("grouped_mm", "eager")  # transformers' expert products
 
 
@@ -136,11 +135,11 @@ def make_peer(problem: Problem, chosen: dict[str, Any]) -> Callable[[], Tensor]:
     chosen["model"] = model
     prompts = draw_prompts(problem)
 
-    def call(written: int = problem.written) -> Tensor:
+    def call() -> Tensor:
         with torch.inference_mode():
             tokens: Tensor = model.generate(
                 prompts,
-                max_new_tokens=written,
+                max_new_tokens=problem.written,
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=0,
@@ -150,11 +149,10 @@ def make_peer(problem: Problem, chosen: dict[str, Any]) -> Callable[[], Tensor]:
         return chosen["tokens"]
 
     def seconds(experts: str) -> float:
-        """Of short answers: the slower way may take minutes for long ones."""
         model.set_experts_implementation(experts)
-        call(2)  # the first call of a shape is slower
+        call()  # the first call of a shape is slower
         start = time.perf_counter()
-        call(TRIED)
+        call()
         return time.perf_counter() - start
 
     chosen["experts"] = min(EXPERTS, key=seconds)
