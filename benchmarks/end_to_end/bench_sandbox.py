@@ -201,7 +201,8 @@ def attack_table() -> list[dict[str, Any]]:
             "walls": sandbox.walls,
             "outcome": outcome.status,
             "seconds": time.perf_counter() - start,
-            "said": said[-1] if said else "",
+            # A record names no folder of the machine.
+            "said": said[-1].replace(f"{ROOT}/", "") if said else "",
         }
         print(f"  {name:24s} {entry['outcome']:8s} {entry['seconds']:6.2f} s  {entry['said'][:60]}")
         found.append(entry)

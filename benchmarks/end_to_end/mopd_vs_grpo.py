@@ -21,8 +21,8 @@ would be nothing to win back; the record counts such seeds.
 
 Runs lie in `--work`, and what is there is not run again: several processes may run some seeds each
 (`--first`, with `--base` and one learning rate a way) in one folder, and one more over all seeds
-writes the record; its seconds are then of a shared machine. Beside the record a plot
-is written, PNG.
+writes the record; its seconds are then of a shared machine. Beside the record a
+plot is written, PNG.
 Exit code: 0 fine, whatever wins; 1 no seed could be raced; 2 the options do not go together.
 """
 

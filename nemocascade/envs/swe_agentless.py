@@ -17,7 +17,7 @@ from nemocascade.envs.swe.bugs import make_bug
 from nemocascade.envs.swe.edits import FORM, EditError, apply_edits, edit_text, parse_edits
 from nemocascade.envs.swe.repository import HiddenTests, judge, read_snapshot
 from nemocascade.envs.swe.retrieval import retrieve
-from nemocascade.envs.swe.rows import issue_of, test_settings_of
+from nemocascade.envs.swe.rows import hidden_of, issue_of, test_settings_of
 from nemocascade.envs.swe.texts import patched_files, row_files, texts_of, with_texts
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.types import Judge, Message, Prompt, Question, Verdict
@@ -195,14 +195,7 @@ def _brief(files: Mapping[str, str]) -> str:
 def _tests(row: Row) -> HiddenTests:
     """`tests.files` (path to text), `FAIL_TO_PASS`, and more of `swe.rows.test_settings_of`."""
     tests = row["tests"]
-    files = with_texts({}, row_files(tests.get("files") or {}))
+    files = row_files(tests.get("files") or {})
     if not files:
         raise ValueError("'tests.files' is empty: tests that an edit could change decide nothing")
-    said = test_settings_of(row, tests)
-    return HiddenTests(
-        files,
-        fail_to_pass=tuple(said["fail_to_pass"]),
-        pass_to_pass=tuple(said["pass_to_pass"]),
-        framework=said["framework"],
-        sealed=said["sealed"],
-    )
+    return hidden_of({"tests": files, **test_settings_of(row, tests)})

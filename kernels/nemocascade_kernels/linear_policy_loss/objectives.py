@@ -38,7 +38,7 @@ class Objective:
 
     def token_loss(self, logprob: Tensor) -> Tensor:
         """f of each token, [R]; differentiable in logprob [R] float32. The fields are [R] here."""
-        raise NotImplementedError
+        raise NotImplementedError  # the base has no loss; every objective defines its own
 
     def metrics(self, logprob: Tensor) -> dict[str, Tensor]:
         """Quantities of each token, [R], whose means over the trained tokens are reported."""
