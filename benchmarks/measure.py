@@ -256,16 +256,25 @@ def _status_bytes(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
+LONG_PRODUCT_S = 0.05
+"""A product of this many seconds shows a CPU's rate; no larger one is tried."""
+
+
 def ceilings(device: torch.device, tiny: bool = False) -> dict[str, float]:
     """Highest rates seen on this device: TFLOP/s of a large matrix product by dtype, GB/s of a
-    copy.
+    copy. Processors without bfloat16 products need seconds for large ones and get smaller.
     """
-    size = 256 if tiny else 8192 if device.type == "cuda" else 2048
+    largest = 256 if tiny else 8192 if device.type == "cuda" else 2048
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
-        a = torch.randn(size, size, device=device).to(dtype)
-        b = torch.randn(size, size, device=device).to(dtype)
-        time_s = _best(functools.partial(torch.matmul, a, b), device)
+        size = 256 if device.type == "cpu" else largest
+        while True:
+            a = torch.randn(size, size, device=device).to(dtype)
+            b = torch.randn(size, size, device=device).to(dtype)
+            time_s = _best(functools.partial(torch.matmul, a, b), device)
+            if size == largest or time_s > LONG_PRODUCT_S:
+                break
+            size *= 2
         found[f"matmul_{str(dtype).removeprefix('torch.')}_tflops"] = 2 * size**3 / time_s / 1e12
     length = (1 << 20) if tiny else (1 << 32) if device.type == "cuda" else (1 << 28)
     source = torch.empty(length, dtype=torch.uint8, device=device).fill_(1)

@@ -24,7 +24,7 @@ RIGHT_SCRIPT = "print(2 * int(input()) + 1)"
 
 @pytest.fixture(scope="module")
 def code() -> Iterator[Code]:
-    made = Code(SandboxConfig(time_s=1.0, workers=1))
+    made = Code(SandboxConfig(time_s=3.0, workers=1))
     try:
         assert made.sandbox.size == 1
     except SandboxUnavailable as error:
@@ -50,7 +50,7 @@ def ask(code: Code, tests: dict[str, Any], source: str) -> Verdict:
         (
             CALLS,
             f"{RIGHT_CALL}\nimport threading, time\n"
-            "threading.Thread(target=time.sleep, args=(9,)).start()",
+            "threading.Thread(target=time.sleep, args=(30,)).start()",
             0.0,
             3,
         ),
@@ -138,7 +138,7 @@ def test_a_worker_that_dies_is_an_error_and_no_zero(code: Code) -> None:
     (worker,) = code.sandbox.process_ids()
     kill = threading.Timer(0.2, os.kill, (worker, signal.SIGKILL))
     kill.start()
-    verdict = ask(code, CALLS, "import time\ntime.sleep(0.9)")
+    verdict = ask(code, CALLS, "import time\ntime.sleep(2.9)")
     kill.join()
     assert verdict.reward is None
     assert "SandboxError" in str(verdict.error)

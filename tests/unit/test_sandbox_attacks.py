@@ -15,14 +15,23 @@ from nemocascade.envs.sandbox import launch
 from nemocascade.envs.sandbox.pool import Outcome, Program, Sandbox
 from nemocascade.recipe.envs import SandboxConfig
 
-CONFIG = {"time_s": 1.0, "workers": 1, "memory_mib": 256, "output_kib": 64, "scratch_mib": 4}
-BOUND_S = 4.0
-"""A program of one second's limit has ended by then, on a busy machine."""
+CONFIG = {"time_s": 15.0, "workers": 1, "memory_mib": 256, "output_kib": 64, "scratch_mib": 4}
+"""Time for every attack that ends by itself to do so on a busy machine."""
+GRACE_S = 3.0
+"""A program whose time is over has ended by then."""
 
 
 @pytest.fixture(scope="module", params=["bubblewrap", "namespaces"])
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     made = sandbox_or_skip(SandboxConfig(isolation=request.param, **CONFIG))  # type: ignore[arg-type]
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def hurried(sandbox: Sandbox) -> Iterator[Sandbox]:
+    """The same walls with a limit of one second, for attacks that only the limit ends."""
+    made = Sandbox(replace(sandbox.config, isolation=sandbox.walls, time_s=1.0))  # type: ignore[arg-type]
     yield made
     made.close()
 
@@ -39,7 +48,7 @@ def still_works(sandbox: Sandbox) -> Iterator[None]:
 def attack(sandbox: Sandbox, source: str) -> Outcome:
     start = time.monotonic()
     outcome = sandbox.run(Program(source))
-    assert time.monotonic() - start < BOUND_S
+    assert time.monotonic() - start < sandbox.config.time_s + GRACE_S
     return outcome
 
 
@@ -52,17 +61,17 @@ def refused(sandbox: Sandbox, source: str, *errors: str) -> None:
     assert any(error in outcome.stderr for error in errors), outcome.stderr
 
 
-def test_infinite_loop(sandbox: Sandbox) -> None:
-    outcome = attack(sandbox, "while True: pass")
+def test_infinite_loop(hurried: Sandbox) -> None:
+    outcome = attack(hurried, "while True: pass")
     assert outcome.status == "time"
 
 
-def test_sleep(sandbox: Sandbox) -> None:
-    outcome = attack(sandbox, "import time; print('a', flush=True); time.sleep(1000)")
+def test_sleep(hurried: Sandbox) -> None:
+    outcome = attack(hurried, "import time; print('a', flush=True); time.sleep(1000)")
     assert (outcome.status, outcome.stdout) == ("time", "a\n")
 
 
-def test_signals_and_alarms_do_not_extend_the_time(sandbox: Sandbox) -> None:
+def test_signals_and_alarms_do_not_extend_the_time(hurried: Sandbox) -> None:
     source = """
 import signal
 for s in range(1, 64):
@@ -70,10 +79,10 @@ for s in range(1, 64):
     except (OSError, ValueError): pass
 while True: pass
 """
-    assert attack(sandbox, source).status == "time"
+    assert attack(hurried, source).status == "time"
 
 
-def test_fork_bomb(sandbox: Sandbox) -> None:
+def test_fork_bomb(hurried: Sandbox) -> None:
     source = """
 import os
 made = 0
@@ -87,8 +96,8 @@ while made < 1000:
 print(made, flush=True)
 while True: os.fork()
 """
-    outcome = attack(sandbox, source)
-    assert int(outcome.stdout.split()[0]) < sandbox.config.processes
+    outcome = attack(hurried, source)
+    assert int(outcome.stdout.split()[0]) < hurried.config.processes
     assert outcome.status in ("time", "failed")
 
 
@@ -258,7 +267,7 @@ except OSError as e: print(e.strerror)
     assert outcome.stdout.startswith("1 0\n")
 
 
-def test_a_thread_that_outlives_the_program(sandbox: Sandbox) -> None:
+def test_a_thread_that_outlives_the_program(sandbox: Sandbox, hurried: Sandbox) -> None:
     source = """
 import os, threading, time
 def stay():
@@ -269,7 +278,7 @@ print('end')
     outcome = attack(sandbox, source)
     assert (outcome.status, outcome.stdout) == ("ok", "end\n")
     waiting = source.replace(", daemon=True", "")
-    assert attack(sandbox, waiting).status == "time"
+    assert attack(hurried, waiting).status == "time"
 
 
 def test_a_process_that_outlives_the_program(sandbox: Sandbox) -> None:
@@ -283,7 +292,6 @@ print('end')
 """
     outcome = attack(sandbox, source)
     assert (outcome.status, outcome.stdout) == ("ok", "end\n")
-    assert outcome.wall_s < 1
 
 
 def test_more_threads_than_allowed(sandbox: Sandbox) -> None:
