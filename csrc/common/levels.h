@@ -4,6 +4,31 @@
 
 #include <cstring>
 
+// A table of functions whose source is compiled for each level: `name` stands in the namespace of
+// each one. NEMOCASCADE_LEVELS_OF declares them, NEMOCASCADE_BEST_OF is the processor's.
+#ifdef NEMOCASCADE_X86_LEVELS
+#define NEMOCASCADE_LEVELS_OF(Table, name) \
+  namespace level_base {                   \
+  extern const Table name;                 \
+  }                                        \
+  namespace level_v3 {                     \
+  extern const Table name;                 \
+  }                                        \
+  namespace level_v4 {                     \
+  extern const Table name;                 \
+  }
+#define NEMOCASCADE_BEST_OF(space, name)                                       \
+  (std::strcmp(nemocascade::best_level(), "v4") == 0   ? space::level_v4::name \
+   : std::strcmp(nemocascade::best_level(), "v3") == 0 ? space::level_v3::name \
+                                                       : space::level_base::name)
+#else
+#define NEMOCASCADE_LEVELS_OF(Table, name) \
+  namespace level_base {                   \
+  extern const Table name;                 \
+  }
+#define NEMOCASCADE_BEST_OF(space, name) (space::level_base::name)
+#endif
+
 namespace nemocascade {
 
 // Whether the library was compiled for the level and this processor has it.

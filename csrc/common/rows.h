@@ -1,9 +1,12 @@
-// A matrix in memory, float32 or bfloat16.
+// Matrices in memory, float32 or bfloat16.
 #pragma once
 
 #include <cstdint>
 
 namespace nemocascade {
+
+// Bits of a bfloat16.
+enum class Bf16 : uint16_t {};
 
 // Rows of float32 or, where `is_bf16` is set, bfloat16. Element (t, j) is number t * stride + j.
 struct Rows {

@@ -17,9 +17,10 @@ constexpr int64_t kLanes = NEMOCASCADE_LANES;
 constexpr int64_t kDoubleLanes = kLanes / 2;
 // Rows of matrices are padded to a multiple of this, at every level.
 constexpr int64_t kPad = 16;
-
-// Bits of a bfloat16.
-enum class Bf16 : uint16_t {};
+constexpr float kLowest = -__builtin_inff();
+// Independent chains of operations, so that the latency of one hides behind the others.
+constexpr int64_t kUnroll = 4;
+constexpr int64_t kStep = kLanes * kUnroll;
 
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
@@ -92,6 +93,42 @@ INLINE void store(Bf16* to, Floats values) {
 
 INLINE float widen(float value) { return value; }
 INLINE float widen(Bf16 value) { return bits_as<float>(static_cast<uint32_t>(value) << 16); }
+
+// The first elements of a vector, the last of a row, with `filler` after them.
+template <typename T>
+INLINE Floats load_tail(const T* from, int64_t count, float filler) {
+  Floats values = fill(filler);
+  for (int64_t i = 0; i < count; ++i) values[i] = widen(from[i]);
+  return values;
+}
+
+template <typename T>
+INLINE void store_tail(T* to, int64_t count, Floats values) {
+  T whole[kLanes];
+  store(whole, values);
+  std::memcpy(to, whole, static_cast<size_t>(count) * sizeof(T));
+}
+
+INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+INLINE float largest(Floats values) {
+  float top = values[0];
+  for (int64_t i = 1; i < kLanes; ++i) top = values[i] > top ? values[i] : top;
+  return top;
+}
+
+template <typename T>
+INLINE float row_maximum(const T* row, int64_t size) {
+  Floats best[kUnroll];
+  for (auto& lane : best) lane = fill(kLowest);
+  int64_t j = 0;
+  for (; j + kStep <= size; j += kStep)
+    for (int64_t u = 0; u < kUnroll; ++u) best[u] = larger(load(row + j + u * kLanes), best[u]);
+  for (; j + kLanes <= size; j += kLanes) best[0] = larger(load(row + j), best[0]);
+  if (j < size) best[0] = larger(load_tail(row + j, size - j, kLowest), best[0]);
+  for (int64_t u = 1; u < kUnroll; ++u) best[0] = larger(best[0], best[u]);
+  return largest(best[0]);
+}
 
 INLINE void clear(float* to, int64_t count) {
   std::memset(to, 0, static_cast<size_t>(count) * sizeof(float));
@@ -202,7 +239,7 @@ INLINE Quad sums(Floats first, Floats second, Floats third, Floats fourth) {
   return (a + b) + (c + d);
 }
 
-// exp(x) for x <= 0 to about 2 units in the last place; 0 below -87, NaN for NaN.
+// exp(x) to about 2 units in the last place for x <= 0 or not far above; 0 below -87, NaN for NaN.
 // 2^t = 2^n 2^f with n the nearest integer to t; 2^f on [-1/2, 1/2] by its Taylor polynomial of
 // degree 7, whose error there is below 1e-8.
 INLINE Floats exponential(Floats x) {
@@ -256,6 +293,8 @@ INLINE Floats sigmoid(Floats x) {
   const Floats e = exponential(x < 0.0f ? x : -x);
   return (x < 0.0f ? e : fill(1.0f)) / (e + 1.0f);
 }
+
+INLINE Floats silu(Floats x) { return x * sigmoid(x); }
 
 // log(1 + exp(x)) = max(x, 0) + log1p(e) with e = exp(-|x|) in [0, 1], and
 // log1p(e) = 2 artanh(s) with s = e / (2 + e) <= 1/3, by its series: the rest is below 1e-9.

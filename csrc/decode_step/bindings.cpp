@@ -17,6 +17,14 @@ using nemocascade::moe_router::Settings;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+const nemocascade::decode_step::RowSteps& row_steps() {
+  return NEMOCASCADE_BEST_OF(nemocascade::decode_step, row_steps);
+}
+
+const nemocascade::decode_step::Mixers& mixers() {
+  return NEMOCASCADE_BEST_OF(nemocascade::decode_step, mixers);
+}
+
 // Multiplications that a thread takes at least: fewer cost more to hand out than to do.
 constexpr int64_t kWork = 1 << 17;
 // Columns are handed out so many at a time.
@@ -52,12 +60,25 @@ std::vector<const float*> row_pointers(const float* x, int64_t rows, int64_t dep
   return pointers;
 }
 
-void multiply(const Product& p) {
-  const int64_t blocks = (p.columns + kColumns - 1) / kColumns;
-  const int64_t grain = std::max<int64_t>(1, kWork / (p.rows * p.depth * kColumns + 1));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    nemocascade::decode_step::product(p, begin * kColumns, std::min(end * kColumns, p.columns));
-  });
+// Products of one number of columns, handed out together.
+void multiply(const std::vector<Product>& products) {
+  if (products.empty()) return;
+  const int64_t columns = products[0].columns, blocks = (columns + kColumns - 1) / kColumns;
+  const auto count = static_cast<int64_t>(products.size());
+  int64_t rows = 0;
+  for (const Product& p : products) rows += p.rows;
+  const int64_t work = rows * products[0].depth * kColumns / count;
+  const auto& steps = row_steps();
+  torch::stable::parallel_for(
+      0, count * blocks, std::max<int64_t>(1, kWork / (work + 1)), [&](int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end;) {
+          const int64_t index = at / blocks, block = at % blocks;
+          const int64_t last = std::min(blocks, block + end - at);
+          steps.product(products[static_cast<size_t>(index)], block * kColumns,
+                        std::min(last * kColumns, columns));
+          at += last - block;
+        }
+      });
 }
 
 Tensor step_norm(const Tensor& x, const Tensor& weight, double eps) {
@@ -66,7 +87,7 @@ Tensor step_norm(const Tensor& x, const Tensor& weight, double eps) {
   const float* from = floats(x, rows * depth, "x");
   const float* factor = floats(weight, depth, "weight");
   float* to = floats(out, rows * depth, "out");
-  nemocascade::decode_step::rms_norm(from, factor, depth, static_cast<float>(eps), 0, rows, to);
+  row_steps().rms_norm(from, factor, depth, static_cast<float>(eps), 0, rows, to);
   return out;
 }
 
@@ -74,9 +95,9 @@ Tensor step_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   const int64_t rows = x.size(0), depth = x.size(1), columns = weight.size(0);
   Tensor out = new_matrix(x, rows, columns);
   const auto pointers = row_pointers(floats(x, rows * depth, "x"), rows, depth);
-  multiply({pointers.data(), floats(weight, columns * depth, "weight"), rows, depth, columns,
-            residual.has_value() ? floats(*residual, rows * columns, "residual") : nullptr,
-            floats(out, rows * columns, "out")});
+  multiply({{pointers.data(), floats(weight, columns * depth, "weight"), rows, depth, columns,
+             residual.has_value() ? floats(*residual, rows * columns, "residual") : nullptr,
+             floats(out, rows * columns, "out")}});
   return out;
 }
 
@@ -91,8 +112,7 @@ void step_route(const Tensor& logits, const std::optional<Tensor>& bias, int64_t
                           normalize,
                           static_cast<float>(scale)};
   std::vector<float> scores(rows * count);
-  nemocascade::decode_step::scores(floats(logits, rows * count, "logits"), rows, count, softmax,
-                                   scores.data());
+  row_steps().scores(floats(logits, rows * count, "logits"), rows, count, softmax, scores.data());
   const float* added = bias.has_value() ? floats(*bias, count, "bias") : nullptr;
   int32_t* chosen = data<int32_t>(experts, ScalarType::Int, rows * top_k, "experts");
   float* weighed = floats(weights, rows * top_k, "weights");
@@ -128,26 +148,36 @@ Tensor step_experts(const Tensor& x, const Tensor& experts, const Tensor& weight
   std::vector<const float*> sorted(slots);
   for (int64_t i = 0; i < slots; ++i) sorted[i] = rows + order[i] / top_k * hidden;
   std::vector<float> h(slots * up), y(slots * hidden), by_slot(slots * hidden);
+  std::vector<Product> products;
   for (int64_t e = 0; e < count; ++e) {
     const int64_t begin = starts[e], n = starts[e + 1] - begin;
     if (n == 0) continue;
-    float* active = h.data() + begin * up;
-    multiply({sorted.data() + begin, first + e * up * hidden, n, hidden, up, nullptr, active});
-    if (swiglu) {
-      nemocascade::decode_step::swiglu(active, n, width);
-    } else {
-      nemocascade::decode_step::relu2(active, n * up);
-    }
-    const auto pointers = row_pointers(active, n, up);
-    multiply({pointers.data(), second + e * hidden * width, n, width, hidden, nullptr,
-              y.data() + begin * hidden});
+    products.push_back({sorted.data() + begin, first + e * up * hidden, n, hidden, up, nullptr,
+                        h.data() + begin * up});
   }
-  for (int64_t i = 0; i < starts[count]; ++i) {
+  multiply(products);
+  const int64_t filled = starts[count];
+  const int64_t rows_at_a_time = std::max<int64_t>(1, kWork / (up * 8 + 1));
+  torch::stable::parallel_for(0, filled, rows_at_a_time, [&](int64_t begin, int64_t end) {
+    if (swiglu) {
+      row_steps().swiglu(h.data() + begin * up, end - begin, width);
+    } else {
+      row_steps().relu2(h.data() + begin * up, (end - begin) * up);
+    }
+  });
+  const auto active = row_pointers(h.data(), slots, up);
+  for (Product& p : products) {
+    const int64_t begin = (p.out - h.data()) / up, e = (p.w - first) / (up * hidden);
+    p = {active.data() + begin,    second + e * hidden * width, p.rows, width, hidden, nullptr,
+         y.data() + begin * hidden};
+  }
+  multiply(products);
+  for (int64_t i = 0; i < filled; ++i) {
     std::copy_n(y.data() + i * hidden, hidden, by_slot.data() + order[i] * hidden);
   }
-  nemocascade::decode_step::combine(by_slot.data(), floats(weights, slots, "weights"), ids,
-                                    static_cast<int32_t>(count), tokens, top_k, hidden,
-                                    floats(out, tokens * hidden, "out"));
+  row_steps().combine(by_slot.data(), floats(weights, slots, "weights"), ids,
+                      static_cast<int32_t>(count), tokens, top_k, hidden,
+                      floats(out, tokens * hidden, "out"));
   return out;
 }
 
@@ -188,8 +218,8 @@ Tensor step_mamba(const Tensor& zxbcdt, Tensor conv_state, Tensor ssm_state, con
     std::vector<float> scratch(m.scratch());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t r = i / m.groups;
-      nemocascade::decode_step::mamba(m, from + r * input, i % m.groups, conv + at[r] * conv_size,
-                                      ssm + at[r] * ssm_size, scratch.data(), to + r * m.inner());
+      mixers().mamba(m, from + r * input, i % m.groups, conv + at[r] * conv_size,
+                     ssm + at[r] * ssm_size, scratch.data(), to + r * m.inner());
     }
   });
   return out;
@@ -220,9 +250,8 @@ Tensor step_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tensor 
       const int64_t first = (at[r] * kv_heads + i % kv_heads) * capacity * dim;
       std::copy_n(new_keys + i * dim, dim, all_keys + first + held[r] * dim);
       std::copy_n(new_values + i * dim, dim, all_values + first + held[r] * dim);
-      nemocascade::decode_step::attention(queries + i * ratio * dim, all_keys + first,
-                                          all_values + first, ratio, dim, held[r] + 1,
-                                          scratch.data(), to + i * ratio * dim);
+      mixers().attention(queries + i * ratio * dim, all_keys + first, all_values + first, ratio,
+                         dim, held[r] + 1, scratch.data(), to + i * ratio * dim);
     }
   });
   return out;
@@ -240,14 +269,14 @@ void step_draw(const Tensor& logits, const std::optional<Tensor>& u, double scal
                          : nullptr;
   int64_t* to = data<int64_t>(tokens, ScalarType::Long, rows, "tokens");
   float* found = floats(logprobs, rows, "logprobs");
+  const auto draw = NEMOCASCADE_BEST_OF(nemocascade::decode_step, draw);
   const int64_t grain = std::max<int64_t>(1, kWork / (vocabulary * 8));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> scratch(vocabulary / nemocascade::decode_step::kDrawBlock + 1);
     for (int64_t r = begin; r < end; ++r) {
-      nemocascade::decode_step::draw(from + r * vocabulary, vocabulary, static_cast<float>(scale),
-                                     numbers == nullptr ? -1.0 : numbers[r], limit,
-                                     mask == nullptr ? nullptr : mask + r * vocabulary,
-                                     scratch.data(), to + r, found + r);
+      draw(from + r * vocabulary, vocabulary, static_cast<float>(scale),
+           numbers == nullptr ? -1.0 : numbers[r], limit,
+           mask == nullptr ? nullptr : mask + r * vocabulary, scratch.data(), to + r, found + r);
     }
   });
 }

@@ -1,25 +1,23 @@
-#include <algorithm>
 #include <cmath>
-#include <limits>
 
-#include "common/vectors.h"
+#include "common/simd.h"
 #include "decode_step/step.h"
-#include "decode_step/sums.h"
 
-namespace nemocascade::decode_step {
+namespace nemocascade::decode_step::NEMOCASCADE_LEVEL {
+
+using namespace nemocascade::NEMOCASCADE_LEVEL;
+
 namespace {
-
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 // exp(logits scale - top) of a vector's ids, 0 past the end.
 INLINE Floats weights_at(const float* logits, int64_t from, int64_t end, float scale, float top) {
-  const int64_t lanes = std::min(kLanes, end - from);
+  const int64_t lanes = smaller(kLanes, end - from);
   const Floats x = lanes == kLanes ? load(logits + from) : load_tail(logits + from, lanes, kLowest);
   return exponential(x * scale - top);
 }
 
 INLINE Floats without(Floats weights, int64_t from, int64_t end, const bool* allowed) {
-  for (int64_t i = 0; i < std::min(kLanes, end - from); ++i) {
+  for (int64_t i = 0; i < smaller(kLanes, end - from); ++i) {
     if (!allowed[from + i]) weights[i] = 0.0f;
   }
   return weights;
@@ -55,12 +53,12 @@ INLINE int64_t inverted(const float* logits, int64_t limit, float scale, float t
     block = last;
     before -= blocks[last];
   }
-  const int64_t first = block * kDrawBlock, end = std::min(first + kDrawBlock, limit);
+  const int64_t first = block * kDrawBlock, end = smaller(first + kDrawBlock, limit);
   int64_t found = first;
   for (int64_t v = first; v < end; v += kLanes) {
     Floats weights = weights_at(logits, v, end, scale, top);
     if (allowed != nullptr) weights = without(weights, v, end, allowed);
-    for (int64_t i = 0; i < std::min(kLanes, end - v); ++i) {
+    for (int64_t i = 0; i < smaller(kLanes, end - v); ++i) {
       if (weights[i] > 0.0f) found = v + i;
       before += static_cast<double>(weights[i]);
       if (before > target && weights[i] > 0.0f) return found;
@@ -69,22 +67,12 @@ INLINE int64_t inverted(const float* logits, int64_t limit, float scale, float t
   return found;
 }
 
-}  // namespace
-
-FOR_EACH_CPU void draw(const float* logits, int64_t vocabulary, float scale, double u,
-                       int64_t limit, const bool* allowed, double* scratch, int64_t* token,
-                       float* logprob) {
-  Floats tops = fill(kLowest);
-  for (int64_t v = 0; v < vocabulary; v += kLanes) {
-    const int64_t lanes = std::min(kLanes, vocabulary - v);
-    tops = larger(lanes == kLanes ? load(logits + v) : load_tail(logits + v, lanes, kLowest), tops);
-  }
-  float top = tops[0];
-  for (int64_t i = 1; i < kLanes; ++i) top = std::max(top, tops[i]);
-  top *= scale;
+void draw_token(const float* logits, int64_t vocabulary, float scale, double u, int64_t limit,
+                const bool* allowed, double* scratch, int64_t* token, float* logprob) {
+  const float top = row_maximum(logits, vocabulary) * scale;
   double total = 0.0;
   for (int64_t b = 0; b * kDrawBlock < vocabulary; ++b) {
-    const int64_t end = std::min((b + 1) * kDrawBlock, vocabulary);
+    const int64_t end = smaller((b + 1) * kDrawBlock, vocabulary);
     Floats all = {}, drawn = {};
     for (int64_t v = b * kDrawBlock; v < end; v += kLanes) {
       const Floats weights = weights_at(logits, v, end, scale, top);
@@ -97,8 +85,8 @@ FOR_EACH_CPU void draw(const float* logits, int64_t vocabulary, float scale, dou
         drawn += kept;
       }
     }
-    total += static_cast<double>(one_sum(all));
-    scratch[b] = static_cast<double>(one_sum(drawn));
+    total += static_cast<double>(sum(all));
+    scratch[b] = static_cast<double>(sum(drawn));
   }
   const int64_t count = (limit + kDrawBlock - 1) / kDrawBlock;
   *token = u < 0.0 ? largest_allowed(logits, limit, allowed)
@@ -107,4 +95,8 @@ FOR_EACH_CPU void draw(const float* logits, int64_t vocabulary, float scale, dou
       static_cast<float>(static_cast<double>(logits[*token] * scale - top) - std::log(total));
 }
 
-}  // namespace nemocascade::decode_step
+}  // namespace
+
+const Draw draw = draw_token;
+
+}  // namespace nemocascade::decode_step::NEMOCASCADE_LEVEL

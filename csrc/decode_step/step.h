@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "common/levels.h"
+
 namespace nemocascade::decode_step {
 
 // out[m, n] = residual[m, n] + sum_k x[m][k] w[n, k], for columns [begin, end).
@@ -17,31 +19,37 @@ struct Product {
   const float* residual;
   float* out;
 };
-void product(const Product& p, int64_t begin, int64_t end);
 
-// out = x / sqrt(mean(x^2) + eps) * weight, for rows [begin, end) of x [., depth].
-void rms_norm(const float* x, const float* weight, int64_t depth, float eps, int64_t begin,
-              int64_t end, float* out);
+struct RowSteps {
+  void (*product)(const Product& p, int64_t begin, int64_t end);
 
-// scores = sigmoid(logits), or softmax over each row of `count`, for `rows` rows.
-void scores(const float* logits, int64_t rows, int64_t count, bool softmax, float* out);
+  // out = x / sqrt(mean(x^2) + eps) * weight, for rows [begin, end) of x [., depth].
+  void (*rms_norm)(const float* x, const float* weight, int64_t depth, float eps, int64_t begin,
+                   int64_t end, float* out);
 
-// h = relu(h)^2, in place.
-void relu2(float* h, int64_t count);
-// h[:, :width] = silu(h[:, :width]) * h[:, width:], in place, for `rows` rows of 2 width.
-void swiglu(float* h, int64_t rows, int64_t width);
-// out[t] = sum_k weights[t, k] y[t, k], in the order of k; choices without an expert are left out.
-// y: [T, K, depth]. experts: [T, K], `absent` for none.
-void combine(const float* y, const float* weights, const int32_t* experts, int32_t absent,
-             int64_t tokens, int64_t top_k, int64_t depth, float* out);
+  // scores = sigmoid(logits), or softmax over each row of `count`, for `rows` rows.
+  void (*scores)(const float* logits, int64_t rows, int64_t count, bool softmax, float* out);
+
+  // h = relu(h)^2, in place.
+  void (*relu2)(float* h, int64_t count);
+
+  // h[:, :width] = silu(h[:, :width]) * h[:, width:], in place, for `rows` rows of 2 width. Rows
+  // stay 2 width apart.
+  void (*swiglu)(float* h, int64_t rows, int64_t width);
+
+  // out[t] = sum_k weights[t, k] y[t, k], in the order of k; choices without an expert are left
+  // out. y: [T, K, depth]. experts: [T, K], `absent` for none.
+  void (*combine)(const float* y, const float* weights, const int32_t* experts, int32_t absent,
+                  int64_t tokens, int64_t top_k, int64_t depth, float* out);
+};
 
 // A token of one row of logits [vocabulary], and its log-probability under softmax(logits scale).
 // u in [0, 1) inverts the cumulative distribution over ids below `limit` that `allowed` (null for
 // all) allows; a negative one takes the largest logit, the first of equals.
 // scratch: a double for every kDrawBlock ids.
 constexpr int64_t kDrawBlock = 64;
-void draw(const float* logits, int64_t vocabulary, float scale, double u, int64_t limit,
-          const bool* allowed, double* scratch, int64_t* token, float* logprob);
+using Draw = void (*)(const float* logits, int64_t vocabulary, float scale, double u, int64_t limit,
+                      const bool* allowed, double* scratch, int64_t* token, float* logprob);
 
 // Mamba-2's mixer between its projections; see op.py. W = heads head_dim + 2 groups state.
 struct Mamba {
@@ -57,15 +65,23 @@ struct Mamba {
   // Floats of scratch that a call needs.
   int64_t scratch() const { return group_width() + 2 * state; }
 };
-// One row and one group. zxbcdt, out: of the row. conv: [width - 1, W] and ssm: [heads, head_dim,
-// state], of the row's slot.
-void mamba(const Mamba& m, const float* zxbcdt, int64_t group, float* conv, float* ssm,
-           float* scratch, float* out);
 
-// Attention of `ratio` query heads [ratio, dim] over `length` cached keys and values [length, dim].
-// scratch: [ratio, length rounded up to kKeysAtATime].
+struct Mixers {
+  // One row and one group. zxbcdt, out: of the row. conv: [width - 1, W] and ssm: [heads, head_dim,
+  // state], of the row's slot.
+  void (*mamba)(const Mamba& m, const float* zxbcdt, int64_t group, float* conv, float* ssm,
+                float* scratch, float* out);
+
+  // Attention of `ratio` query heads [ratio, dim] over `length` cached keys and values [length,
+  // dim]. scratch: [ratio, length rounded up to kKeysAtATime].
+  void (*attention)(const float* q, const float* keys, const float* values, int64_t ratio,
+                    int64_t dim, int64_t length, float* scratch, float* out);
+};
 constexpr int64_t kKeysAtATime = 16;
-void attention(const float* q, const float* keys, const float* values, int64_t ratio, int64_t dim,
-               int64_t length, float* scratch, float* out);
+
+// rows.cpp, mixers.cpp and draw.cpp are compiled once for each level of the processor.
+NEMOCASCADE_LEVELS_OF(RowSteps, row_steps)
+NEMOCASCADE_LEVELS_OF(Mixers, mixers)
+NEMOCASCADE_LEVELS_OF(Draw, draw)
 
 }  // namespace nemocascade::decode_step

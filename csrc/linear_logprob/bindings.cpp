@@ -10,12 +10,15 @@
 
 namespace {
 
-using nemocascade::linear_logprob::Bf16;
 using nemocascade::linear_logprob::data;
 using nemocascade::linear_logprob::dispatch;
 using nemocascade::linear_logprob::kRowsAtATime;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+const nemocascade::linear_logprob::RowKernels& row_kernels() {
+  return NEMOCASCADE_BEST_OF(nemocascade::linear_logprob, row_kernels);
+}
 
 void logits_statistics(const Tensor& logits, const Tensor& target, double scale, bool entropy,
                        Tensor out) {
@@ -24,11 +27,13 @@ void logits_statistics(const Tensor& logits, const Tensor& target, double scale,
   float* found = data<float>(out, ScalarType::Float, 4 * rows, "out");
   const nemocascade::linear_logprob::Statistics statistics{found, found + rows, found + 2 * rows,
                                                            entropy ? found + 3 * rows : nullptr};
-  dispatch(logits, scale, [&](const auto& view) {
-    torch::stable::parallel_for(0, rows, kRowsAtATime, [&](int64_t begin, int64_t end) {
-      nemocascade::linear_logprob::row_statistics(view, ids, begin, end, statistics);
-    });
-  });
+  const auto& kernels = row_kernels();
+  dispatch(logits, scale, kernels.statistics, kernels.statistics_bf16,
+           [&](const auto& view, auto kernel) {
+             torch::stable::parallel_for(0, rows, kRowsAtATime, [&](int64_t begin, int64_t end) {
+               kernel(view, ids, begin, end, statistics);
+             });
+           });
 }
 
 void logits_gradient(Tensor logits, const Tensor& target, double scale, const Tensor& lse,
@@ -40,15 +45,17 @@ void logits_gradient(Tensor logits, const Tensor& target, double scale, const Te
       data<float>(slope, ScalarType::Float, rows, "slope"),
       data<float>(entropy, ScalarType::Float, rows, "entropy"),
       data<float>(entropy_slope, ScalarType::Float, rows, "entropy_slope")};
-  dispatch(logits, scale, [&](const auto& view) {
-    torch::stable::parallel_for(0, rows, kRowsAtATime, [&](int64_t begin, int64_t end) {
-      nemocascade::linear_logprob::row_gradient(view, ids, begin, end, slopes);
-    });
-  });
+  const auto& kernels = row_kernels();
+  dispatch(logits, scale, kernels.gradient, kernels.gradient_bf16,
+           [&](const auto& view, auto kernel) {
+             torch::stable::parallel_for(0, rows, kRowsAtATime, [&](int64_t begin, int64_t end) {
+               kernel(view, ids, begin, end, slopes);
+             });
+           });
 }
 
-// A bfloat16 CPU matrix with contiguous rows.
-const Bf16* matrix(const Tensor& tensor, const char* name) {
+// The bits of a bfloat16 CPU matrix with contiguous rows.
+const uint16_t* matrix(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && tensor.stride(1) == 1 &&
                       tensor.scalar_type() == ScalarType::BFloat16,
                   name, " must be a bfloat16 CPU matrix with contiguous rows");
@@ -57,7 +64,7 @@ const Bf16* matrix(const Tensor& tensor, const char* name) {
                       tensor.size(0) <= std::numeric_limits<int>::max(),
                   name, " has ", tensor.size(0), " rows, ", tensor.stride(0),
                   " elements apart: both must be below 2^31");
-  return static_cast<const Bf16*>(tensor.const_data_ptr());
+  return static_cast<const uint16_t*>(tensor.const_data_ptr());
 }
 
 bool has_product() { return nemocascade::linear_logprob::has_product(); }

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
-#include "common/vectors.h"
+#include "common/simd.h"
 
-namespace nemocascade::linear_logprob {
+namespace nemocascade::linear_logprob::NEMOCASCADE_LEVEL {
+
+using namespace nemocascade::NEMOCASCADE_LEVEL;
+
 namespace {
 
 // Sums of e = exp(x - top), and of e (x - top) where kWeighted; x = scale * logit. Where kKeep, e
@@ -14,11 +16,11 @@ namespace {
 template <bool kWeighted, bool kKeep, typename T>
 INLINE void row_sums(const T* row, int64_t size, float scale, float top, float* kept, float* total,
                      float* weighted) {
-  Floats sums[kUnroll] = {}, products[kUnroll] = {};
+  Floats totals[kUnroll] = {}, products[kUnroll] = {};
   const auto add = [&](Floats logits, int64_t at, int64_t u) __attribute__((always_inline)) {
     const Floats x = logits * scale - top;
     const Floats e = exponential(x);
-    sums[u] += e;
+    totals[u] += e;
     // 0 * -inf, beyond the row's end, must count nothing.
     if constexpr (kWeighted) products[u] += e == 0.0f ? fill(0.0f) : e * x;
     if constexpr (kKeep) store(kept + at, e);
@@ -27,14 +29,14 @@ INLINE void row_sums(const T* row, int64_t size, float scale, float top, float* 
   for (; j + kStep <= size; j += kStep)
     for (int64_t u = 0; u < kUnroll; ++u) add(load(row + j + u * kLanes), j + u * kLanes, u);
   for (; j + kLanes <= size; j += kLanes) add(load(row + j), j, 0);
-  if (j < size) add(load_tail(row + j, size - j, -std::numeric_limits<float>::infinity()), j, 0);
+  if (j < size) add(load_tail(row + j, size - j, kLowest), j, 0);
   for (int64_t u = 1; u < kUnroll; ++u) {
-    sums[0] += sums[u];
+    totals[0] += totals[u];
     products[0] += products[u];
   }
-  *total = sum(sums[0]);
+  *total = sum(totals[0]);
   *weighted = sum(products[0]);
 }
 
 }  // namespace
-}  // namespace nemocascade::linear_logprob
+}  // namespace nemocascade::linear_logprob::NEMOCASCADE_LEVEL

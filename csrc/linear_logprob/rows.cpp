@@ -2,19 +2,17 @@
 
 #include <cmath>
 #include <cstring>
-#include <limits>
 
-#include "common/vectors.h"
 #include "linear_logprob/row_sums.h"
 
-namespace nemocascade::linear_logprob {
+namespace nemocascade::linear_logprob::NEMOCASCADE_LEVEL {
 namespace {
 
 // gradient_j = -scale p_j (slope + entropy_slope (log p_j + entropy)), and + scale slope at target.
 template <bool kEntropy, typename T>
 INLINE void gradient_of_row(T* row, int64_t size, float scale, float lse, float slope,
                             float entropy, float entropy_slope) {
-  const auto gradient = [&](Floats logits) __attribute__((always_inline)) {
+  const auto slope_of = [&](Floats logits) __attribute__((always_inline)) {
     const Floats log_p = logits * scale - lse;
     const Floats p = exponential(log_p);
     if constexpr (!kEntropy) return p * (-scale * slope);
@@ -25,15 +23,15 @@ INLINE void gradient_of_row(T* row, int64_t size, float scale, float lse, float 
   for (; j + kStep <= size; j += kStep)
     for (int64_t u = 0; u < kUnroll; ++u) {
       T* at = row + j + u * kLanes;
-      store(at, gradient(load(at)));
+      store(at, slope_of(load(at)));
     }
-  for (; j + kLanes <= size; j += kLanes) store(row + j, gradient(load(row + j)));
-  if (j < size) store_tail(row + j, size - j, gradient(load_tail(row + j, size - j, 0.0f)));
+  for (; j + kLanes <= size; j += kLanes) store(row + j, slope_of(load(row + j)));
+  if (j < size) store_tail(row + j, size - j, slope_of(load_tail(row + j, size - j, 0.0f)));
 }
 
 template <typename T>
-INLINE void statistics_of_rows(const Logits<T>& logits, const int64_t* target, int64_t begin,
-                               int64_t end, const Statistics& out) {
+void statistics(const Logits<T>& logits, const int64_t* target, int64_t begin, int64_t end,
+                const Statistics& out) {
   for (int64_t r = begin; r < end; ++r) {
     const T* row = logits.data + r * logits.stride;
     const float top = row_maximum(row, logits.vocabulary) * logits.scale;
@@ -47,14 +45,13 @@ INLINE void statistics_of_rows(const Logits<T>& logits, const int64_t* target, i
     }
     out.maximum[r] = top;
     const bool inside = target[r] >= 0 && target[r] < logits.vocabulary;
-    out.target_logit[r] =
-        inside ? widen(row[target[r]]) * logits.scale : -std::numeric_limits<float>::infinity();
+    out.target_logit[r] = inside ? widen(row[target[r]]) * logits.scale : kLowest;
   }
 }
 
 template <typename T>
-INLINE void gradient_of_rows(const Logits<T>& logits, const int64_t* target, int64_t begin,
-                             int64_t end, const Slopes& slopes) {
+void gradient(const Logits<T>& logits, const int64_t* target, int64_t begin, int64_t end,
+              const Slopes& slopes) {
   for (int64_t r = begin; r < end; ++r) {
     T* row = logits.data + r * logits.stride;
     const float slope = slopes.slope[r], lse = slopes.lse[r], scale = logits.scale;
@@ -84,28 +81,7 @@ INLINE void gradient_of_rows(const Logits<T>& logits, const int64_t* target, int
 
 }  // namespace
 
-template <>
-FOR_EACH_CPU void row_statistics(const Logits<float>& logits, const int64_t* target, int64_t begin,
-                                 int64_t end, const Statistics& out) {
-  statistics_of_rows(logits, target, begin, end, out);
-}
+const RowKernels row_kernels = {statistics<float>, statistics<Bf16>, gradient<float>,
+                                gradient<Bf16>};
 
-template <>
-FOR_EACH_CPU void row_statistics(const Logits<Bf16>& logits, const int64_t* target, int64_t begin,
-                                 int64_t end, const Statistics& out) {
-  statistics_of_rows(logits, target, begin, end, out);
-}
-
-template <>
-FOR_EACH_CPU void row_gradient(const Logits<float>& logits, const int64_t* target, int64_t begin,
-                               int64_t end, const Slopes& slopes) {
-  gradient_of_rows(logits, target, begin, end, slopes);
-}
-
-template <>
-FOR_EACH_CPU void row_gradient(const Logits<Bf16>& logits, const int64_t* target, int64_t begin,
-                               int64_t end, const Slopes& slopes) {
-  gradient_of_rows(logits, target, begin, end, slopes);
-}
-
-}  // namespace nemocascade::linear_logprob
+}  // namespace nemocascade::linear_logprob::NEMOCASCADE_LEVEL

@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+#include "common/levels.h"
+#include "common/rows.h"
+
 namespace nemocascade::linear_logprob {
 
 // The logits of some rows. Element (r, j) is at data[r * stride + j]; x = scale * logit.
@@ -31,18 +34,25 @@ struct Slopes {
   const float* entropy_slope;
 };
 
-// Bits of a bfloat16.
-using Bf16 = uint16_t;
+// For logits of float and of Bf16.
+struct RowKernels {
+  // Statistics of rows [begin, end). A target outside [0, vocabulary) has target_logit -inf.
+  template <typename T>
+  using StatisticsOf = void (*)(const Logits<T>& logits, const int64_t* target, int64_t begin,
+                                int64_t end, const Statistics& out);
+  StatisticsOf<float> statistics;
+  StatisticsOf<Bf16> statistics_bf16;
 
-// Statistics of rows [begin, end). A target outside [0, vocabulary) has target_logit -inf.
-template <typename T>
-void row_statistics(const Logits<T>& logits, const int64_t* target, int64_t begin, int64_t end,
-                    const Statistics& out);
+  // Overwrites rows [begin, end) with the gradient of slope * logprob + entropy_slope * entropy. A
+  // row whose slopes are both 0 becomes 0, whatever it held.
+  template <typename T>
+  using GradientOf = void (*)(const Logits<T>& logits, const int64_t* target, int64_t begin,
+                              int64_t end, const Slopes& slopes);
+  GradientOf<float> gradient;
+  GradientOf<Bf16> gradient_bf16;
+};
 
-// Overwrites rows [begin, end) with the gradient of slope * logprob + entropy_slope * entropy. A
-// row whose slopes are both 0 becomes 0, whatever it held.
-template <typename T>
-void row_gradient(const Logits<T>& logits, const int64_t* target, int64_t begin, int64_t end,
-                  const Slopes& slopes);
+// rows.cpp is compiled once for each level of the processor.
+NEMOCASCADE_LEVELS_OF(RowKernels, row_kernels)
 
 }  // namespace nemocascade::linear_logprob

@@ -28,18 +28,18 @@ Logits<T> view(const Tensor& logits, double scale) {
           static_cast<float>(scale)};
 }
 
-// Calls f with the logits in their element type.
-template <typename F>
-void dispatch(const Tensor& logits, double scale, const F& f) {
+// Calls f with the logits in their element type, and the kernel of that type.
+template <typename F, typename Float, typename Bfloat>
+void dispatch(const Tensor& logits, double scale, Float kernel, Bfloat kernel_bf16, const F& f) {
   STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2 && logits.size(1) >= 1 &&
                       (logits.size(1) == 1 || logits.stride(1) == 1),
                   "logits must be a CPU matrix with contiguous rows");
   if (logits.scalar_type() == ScalarType::Float) {
-    f(view<float>(logits, scale));
+    f(view<float>(logits, scale), kernel);
   } else {
     STD_TORCH_CHECK(logits.scalar_type() == ScalarType::BFloat16,
                     "logits must be float32 or bfloat16");
-    f(view<Bf16>(logits, scale));
+    f(view<Bf16>(logits, scale), kernel_bf16);
   }
 }
 

@@ -28,14 +28,15 @@ void policy_rows(Tensor logits, const Tensor& target, double scale, int64_t kind
       static_cast<float>(y)};
   float* found = data<float>(out, ScalarType::Float, 3 * rows, "out");
   const nemocascade::linear_policy_loss::Result result{found, found + rows, found + 2 * rows};
-  nemocascade::linear_logprob::dispatch(logits, scale, [&](const auto& view) {
-    torch::stable::parallel_for(
-        0, rows, nemocascade::linear_logprob::kRowsAtATime, [&](int64_t begin, int64_t end) {
-          nemocascade::linear_policy_loss::policy_rows(view, ids, begin, end, objective,
-                                                       static_cast<float>(grad_scale), entropy,
-                                                       gradient, result);
-        });
-  });
+  const auto& kernels = NEMOCASCADE_BEST_OF(nemocascade::linear_policy_loss, policy_rows);
+  nemocascade::linear_logprob::dispatch(
+      logits, scale, kernels.rows, kernels.rows_bf16, [&](const auto& view, auto kernel) {
+        torch::stable::parallel_for(
+            0, rows, nemocascade::linear_logprob::kRowsAtATime, [&](int64_t begin, int64_t end) {
+              kernel(view, ids, begin, end, objective, static_cast<float>(grad_scale), entropy,
+                     gradient, result);
+            });
+      });
 }
 
 }  // namespace

@@ -2,14 +2,31 @@
 
 #include <cmath>
 #include <cstring>
-#include <limits>
-#include <memory>
 
-#include "common/vectors.h"
 #include "linear_logprob/row_sums.h"
 
-namespace nemocascade::linear_policy_loss {
+namespace nemocascade::linear_policy_loss::NEMOCASCADE_LEVEL {
+
+using namespace nemocascade::NEMOCASCADE_LEVEL;
+
 namespace {
+
+constexpr float kNan = __builtin_nanf("");
+
+// Room for a row of floats.
+class Room {
+ public:
+  explicit Room(int64_t count)
+      : all_(count == 0 ? nullptr : new float[static_cast<size_t>(count)]) {}
+  ~Room() { delete[] all_; }
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
+
+  INLINE float* get() const { return all_; }
+
+ private:
+  float* all_;
+};
 
 struct Token {
   float loss, slope;
@@ -36,7 +53,7 @@ INLINE Token evaluate(const Objective& objective, int64_t r, float logprob) {
       return {slope * logprob, slope};
     }
   }
-  return {std::numeric_limits<float>::quiet_NaN(), 0.0f};
+  return {kNan, 0.0f};
 }
 
 template <typename T>
@@ -56,19 +73,16 @@ INLINE void rows(const linear_logprob::Logits<T>& logits, const int64_t* target,
                  int64_t end, const Objective& objective, float grad_scale, const Result& out) {
   const int64_t size = logits.vocabulary;
   const float scale = logits.scale;
-  std::unique_ptr<float[]> kept;
-  if constexpr (kGradient)
-    kept = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(size + kLanes));
+  const Room kept(kGradient ? size + kLanes : 0);
   for (int64_t r = begin; r < end; ++r) {
     T* row = logits.data + r * logits.stride;
     const float top = row_maximum(row, size) * scale;
     float total, weighted;
-    linear_logprob::row_sums<kEntropy, kGradient>(row, size, scale, top, kept.get(), &total,
-                                                  &weighted);
+    linear_logprob::NEMOCASCADE_LEVEL::row_sums<kEntropy, kGradient>(row, size, scale, top,
+                                                                     kept.get(), &total, &weighted);
     const bool inside = target[r] >= 0 && target[r] < size;
     const float log_total = std::log(total);
-    const float logprob = inside ? widen(row[target[r]]) * scale - top - log_total
-                                 : std::numeric_limits<float>::quiet_NaN();
+    const float logprob = inside ? widen(row[target[r]]) * scale - top - log_total : kNan;
     const Token token = evaluate(objective, r, logprob);
     out.loss[r] = token.loss;
     out.logprob[r] = logprob;
@@ -87,9 +101,9 @@ INLINE void rows(const linear_logprob::Logits<T>& logits, const int64_t* target,
 }
 
 template <typename T>
-INLINE void rows_of(const linear_logprob::Logits<T>& logits, const int64_t* target, int64_t begin,
-                    int64_t end, const Objective& objective, float grad_scale, bool entropy,
-                    bool gradient, const Result& out) {
+void rows_of(const linear_logprob::Logits<T>& logits, const int64_t* target, int64_t begin,
+             int64_t end, const Objective& objective, float grad_scale, bool entropy, bool gradient,
+             const Result& out) {
   if (entropy && gradient) {
     rows<true, true>(logits, target, begin, end, objective, grad_scale, out);
   } else if (entropy) {
@@ -103,18 +117,6 @@ INLINE void rows_of(const linear_logprob::Logits<T>& logits, const int64_t* targ
 
 }  // namespace
 
-template <>
-FOR_EACH_CPU void policy_rows(const linear_logprob::Logits<float>& logits, const int64_t* target,
-                              int64_t begin, int64_t end, const Objective& objective,
-                              float grad_scale, bool entropy, bool gradient, const Result& out) {
-  rows_of(logits, target, begin, end, objective, grad_scale, entropy, gradient, out);
-}
+const PolicyRows policy_rows = {rows_of<float>, rows_of<Bf16>};
 
-template <>
-FOR_EACH_CPU void policy_rows(const linear_logprob::Logits<Bf16>& logits, const int64_t* target,
-                              int64_t begin, int64_t end, const Objective& objective,
-                              float grad_scale, bool entropy, bool gradient, const Result& out) {
-  rows_of(logits, target, begin, end, objective, grad_scale, entropy, gradient, out);
-}
-
-}  // namespace nemocascade::linear_policy_loss
+}  // namespace nemocascade::linear_policy_loss::NEMOCASCADE_LEVEL

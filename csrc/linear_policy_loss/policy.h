@@ -26,12 +26,21 @@ struct Result {
   float* entropy;
 };
 
+// For logits of float and of Bf16.
+//
 // Loss, log-probability and entropy (0 where it is not wanted) of rows [begin, end); where
 // `gradient` is set, the logits become grad_scale times the gradient. A row whose slope is 0
 // becomes 0, whatever it held. A target outside [0, vocabulary) makes NaN.
-template <typename T>
-void policy_rows(const linear_logprob::Logits<T>& logits, const int64_t* target, int64_t begin,
-                 int64_t end, const Objective& objective, float grad_scale, bool entropy,
-                 bool gradient, const Result& out);
+struct PolicyRows {
+  template <typename T>
+  using Of = void (*)(const linear_logprob::Logits<T>& logits, const int64_t* target, int64_t begin,
+                      int64_t end, const Objective& objective, float grad_scale, bool entropy,
+                      bool gradient, const Result& out);
+  Of<float> rows;
+  Of<Bf16> rows_bf16;
+};
+
+// policy.cpp is compiled once for each level of the processor.
+NEMOCASCADE_LEVELS_OF(PolicyRows, policy_rows)
 
 }  // namespace nemocascade::linear_policy_loss

@@ -134,11 +134,12 @@ void mamba_core(const Tensor& zxbcdt, const Tensor& parameters, const Tensor& cu
 }
 
 // Documents going_on[i] continue from inputs[i], [K - 1, W], and states[i], [heads, head_dim, N].
+// left [D, heads, head_dim, N]: receives the state after each document.
 void mamba_core_onward(const Tensor& zxbcdt, const Tensor& parameters, const Tensor& cu_seqlens,
                        int64_t heads, int64_t head_dim, int64_t groups, int64_t state,
                        int64_t window, double dt_low, double dt_high, double eps, std::string level,
                        const Tensor& going_on, const Tensor& inputs, const Tensor& states,
-                       Tensor out) {
+                       Tensor left, Tensor out) {
   const Sizes s = sizes_of(heads, head_dim, groups, state, window, dt_low, dt_high, eps);
   auto documents = documents_of(cu_seqlens, zxbcdt.size(0));
   const int64_t count = going_on.numel(), before = (s.window - 1) * s.channels();
@@ -152,6 +153,12 @@ void mamba_core_onward(const Tensor& zxbcdt, const Tensor& parameters, const Ten
     Document& document = documents[static_cast<size_t>(which[i])];
     document.inputs = all_inputs + i * before;
     document.state = all_states + i * per_state;
+  }
+  float* after = data<float>(left, ScalarType::Float,
+                             static_cast<int64_t>(documents.size()) * per_state, "left");
+  for (Document& document : documents) {
+    document.left = after;
+    after += per_state;
   }
   run_forward(s, zxbcdt, parameters, documents, level, out);
 }
@@ -197,7 +204,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade, m) {
   m.def(
       "mamba_core_onward(Tensor zxbcdt, Tensor parameters, Tensor cu_seqlens, int heads, "
       "int head_dim, int groups, int state, int window, float dt_low, float dt_high, float eps, "
-      "str level, Tensor going_on, Tensor inputs, Tensor states, Tensor(a!) out) -> ()");
+      "str level, Tensor going_on, Tensor inputs, Tensor states, Tensor(a!) left, "
+      "Tensor(b!) out) -> ()");
   m.def(
       "mamba_core_backward(Tensor zxbcdt, Tensor parameters, Tensor cu_seqlens, int heads, "
       "int head_dim, int groups, int state, int window, float dt_low, float dt_high, float eps, "

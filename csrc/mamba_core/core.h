@@ -47,12 +47,14 @@ struct Parameters {
 };
 
 // Rows [begin, end) of the pack. One that goes on from others has the convolution's inputs before
-// it, [K - 1, W], and the state that enters, [heads, head_dim, state]; others begin.
+// it, [K - 1, W], and the state that enters, [heads, head_dim, state]; others begin. `left`
+// receives the state after its last row, where it is wanted.
 struct Document {
   int64_t begin;
   int64_t end;
   const float* inputs = nullptr;
   const float* state = nullptr;
+  float* left = nullptr;
 };
 
 // The part of the work that one thread does at a time: a group of heads in some documents.

@@ -48,9 +48,10 @@ void forward(const Sizes& sizes, const Parameters<const float>& parameters, cons
         g.mix(h, tiles, decays, entering, nullptr);
       }
       for (int64_t t = 0; t < rows; ++t) gate(g, t, at + t, gated, out);
-      if (at + kChunk < document.end) g.advance(tiles, entering, state);
+      if (at + kChunk < document.end || document.left != nullptr) g.advance(tiles, entering, state);
       entering = state;
     }
+    if (document.left != nullptr) g.write_state(state, document.left);
   }
 }
 

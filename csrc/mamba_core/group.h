@@ -186,6 +186,16 @@ struct Group {
       }
   }
 
+  // As `read_state`, the other way.
+  INLINE void write_state(const float* from, float* to) const {
+    for (int64_t h = 0; h < shape.ratio; ++h)
+      for (int64_t p = 0; p < shape.head_dim; ++p) {
+        float* row = to + (head(h) * shape.head_dim + p) * shape.state;
+        for (int64_t n = 0; n < shape.state; ++n)
+          row[n] = from[n * shape.width + h * shape.head_width + p];
+      }
+  }
+
   // raw and act of `rows` rows from `at`, in the first `channels` of a padded row; act is zero
   // beyond the rows. slope: receives the derivative of SiLU, or null. begin: of the document.
   // next: the first row of the chunk that comes next; negative if there is none. inputs: of the

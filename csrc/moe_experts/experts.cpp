@@ -15,6 +15,8 @@ constexpr int64_t kTokensAtATime = 64;
 // A weight's gradient is cut into blocks of a multiple of this many rows.
 constexpr int64_t kBlockRows = 32;
 
+const RowLoops& loops() { return NEMOCASCADE_BEST_OF(nemocascade::moe_experts, row_loops); }
+
 int64_t largest_size(const Experts& experts) {
   int64_t size = 0;
   for (int64_t i = 0; i < experts.num_pieces; ++i) size = std::max(size, experts.pieces[i].size);
@@ -34,8 +36,8 @@ void combine_all(const Experts& experts, const float* rows, const float* weights
   const int64_t blocks = (experts.tokens + kTokensAtATime - 1) / kTokensAtATime;
   parallel(blocks, 0, [&](int64_t block, float*) {
     const int64_t begin = block * kTokensAtATime;
-    combine(rows, experts.positions, weights, experts.filled(), experts.top_k, experts.hidden,
-            begin, std::min(begin + kTokensAtATime, experts.tokens), out);
+    loops().combine(rows, experts.positions, weights, experts.filled(), experts.top_k,
+                    experts.hidden, begin, std::min(begin + kTokensAtATime, experts.tokens), out);
   });
 }
 
@@ -85,19 +87,19 @@ class Backward {
     const int32_t* slots = experts_.order + piece.first;
     float* grad = buffers.grad + start * hidden;
     float* grad_h = buffers.grad_h + start * up;
-    gather(grad_, slots, experts_.top_k, hidden, piece.count, piece.size, grad);
+    loops().gather(grad_, slots, experts_.top_k, hidden, piece.count, piece.size, grad);
     multiply(grad, experts_.w_down + piece.expert * hidden * width, false, piece.size, hidden,
              width, scratch);
-    activate_gradient(h_ + piece.first * up, scratch, experts_.weights, slots, experts_.swiglu,
-                      piece.count, piece.size, width,
-                      {buffers.active + start * width, grad_h, gradients_.weights});
+    loops().activate_gradient(h_ + piece.first * up, scratch, experts_.weights, slots,
+                              experts_.swiglu, piece.count, piece.size, width,
+                              {buffers.active + start * width, grad_h, gradients_.weights});
     if (gradients_.rows != nullptr) {
       multiply_into(grad_h, experts_.w_up + piece.expert * up * hidden, false, piece, up, hidden,
                     scratch, gradients_.rows + piece.first * hidden);
     }
     if (gradients_.up != nullptr) {
-      gather(x_, slots, experts_.top_k, hidden, piece.count, piece.count,
-             buffers.x + start * hidden);
+      loops().gather(x_, slots, experts_.top_k, hidden, piece.count, piece.count,
+                     buffers.x + start * hidden);
     }
   }
 
@@ -160,11 +162,11 @@ void forward(const Experts& experts, const float* x, float* h, float* rows, floa
   parallel(experts.num_pieces, most * (hidden + up + width), [&](int64_t index, float* scratch) {
     const Piece& piece = experts.pieces[index];
     float *gathered = scratch, *pre = gathered + most * hidden, *active = pre + most * up;
-    gather(x, experts.order + piece.first, experts.top_k, hidden, piece.count, piece.size,
-           gathered);
+    loops().gather(x, experts.order + piece.first, experts.top_k, hidden, piece.count, piece.size,
+                   gathered);
     multiply(gathered, experts.w_up + piece.expert * up * hidden, true, piece.size, hidden, up,
              pre);
-    activate(pre, experts.swiglu, piece.size, width, active);
+    loops().activate(pre, experts.swiglu, piece.size, width, active);
     if (h != nullptr) std::copy_n(pre, piece.count * up, h + piece.first * up);
     multiply_into(active, experts.w_down + piece.expert * hidden * width, true, piece, width,
                   hidden, gathered, rows + piece.first * hidden);

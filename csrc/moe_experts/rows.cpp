@@ -1,17 +1,12 @@
 #include "moe_experts/rows.h"
 
-#include <algorithm>
+#include "common/simd.h"
 
-#include "common/vectors.h"
+namespace nemocascade::moe_experts::NEMOCASCADE_LEVEL {
 
-namespace nemocascade::moe_experts {
+using namespace nemocascade::NEMOCASCADE_LEVEL;
+
 namespace {
-
-// 1 / (1 + exp(-x)), from the exponential of -|x|, which cannot overflow.
-INLINE Floats sigmoid(Floats x) {
-  const Floats e = exponential(x < 0.0f ? x : -x);
-  return (x < 0.0f ? e : fill(1.0f)) / (e + 1.0f);
-}
 
 // max(x, 0); a NaN stays one.
 INLINE Floats relu(Floats x) { return x < 0.0f ? fill(0.0f) : x; }
@@ -32,18 +27,14 @@ INLINE void for_each_vector(int64_t width, const F& f) {
   }
 }
 
-}  // namespace
-
-FOR_EACH_CPU
 void gather(const float* x, const int32_t* slots, int64_t top_k, int64_t hidden, int64_t count,
             int64_t size, float* out) {
   for (int64_t i = 0; i < count; ++i) {
-    std::copy_n(x + slots[i] / top_k * hidden, hidden, out + i * hidden);
+    copy(x + slots[i] / top_k * hidden, hidden, out + i * hidden);
   }
-  std::fill_n(out + count * hidden, (size - count) * hidden, 0.0f);
+  clear(out + count * hidden, (size - count) * hidden);
 }
 
-FOR_EACH_CPU
 void activate(const float* h, bool swiglu, int64_t rows, int64_t width, float* active) {
   if (!swiglu) {
     for_each_vector(rows * width, [&](const auto& at, const auto& put) {
@@ -55,13 +46,11 @@ void activate(const float* h, bool swiglu, int64_t rows, int64_t width, float* a
   for (int64_t i = 0; i < rows; ++i) {
     const float *gates = h + i * 2 * width, *ups = gates + width;
     for_each_vector(width, [&](const auto& at, const auto& put) {
-      const Floats gate = at(gates);
-      put(active + i * width, gate * sigmoid(gate) * at(ups));
+      put(active + i * width, silu(at(gates)) * at(ups));
     });
   }
 }
 
-FOR_EACH_CPU
 void activate_gradient(const float* h, const float* grad, const float* weights,
                        const int32_t* slots, bool swiglu, int64_t count, int64_t size,
                        int64_t width, const ActivationGradient& out) {
@@ -74,11 +63,11 @@ void activate_gradient(const float* h, const float* grad, const float* weights,
       const Floats g = at(slope), weighted = g * weight;
       if (swiglu) {
         const Floats gate = at(row), other = at(row + width), s = sigmoid(gate);
-        const Floats silu = gate * s, value = silu * other;
+        const Floats open = gate * s, value = open * other;
         dot += value * g;
         put(active, value * weight);
-        put(grad_row, weighted * other * (s + silu * (1.0f - s)));
-        put(grad_row + width, weighted * silu);
+        put(grad_row, weighted * other * (s + open * (1.0f - s)));
+        put(grad_row + width, weighted * open);
       } else {
         const Floats positive = relu(at(row)), value = positive * positive;
         dot += value * g;
@@ -88,10 +77,9 @@ void activate_gradient(const float* h, const float* grad, const float* weights,
     });
     if (out.dots != nullptr) out.dots[slots[i]] = sum(dot);
   }
-  std::fill_n(out.h + count * up, (size - count) * up, 0.0f);
+  clear(out.h + count * up, (size - count) * up);
 }
 
-FOR_EACH_CPU
 void combine(const float* rows, const int32_t* positions, const float* weights, int64_t filled,
              int64_t top_k, int64_t hidden, int64_t begin, int64_t end, float* out) {
   for (int64_t t = begin; t < end; ++t) {
@@ -107,4 +95,8 @@ void combine(const float* rows, const int32_t* positions, const float* weights, 
   }
 }
 
-}  // namespace nemocascade::moe_experts
+}  // namespace
+
+const RowLoops row_loops = {gather, activate, activate_gradient, combine};
+
+}  // namespace nemocascade::moe_experts::NEMOCASCADE_LEVEL

@@ -116,6 +116,29 @@ def test_pieces_equal_the_whole(world: World, case: str, monkeypatch: pytest.Mon
                 assert error(one, other) < TOLERANCE, (size, length)
 
 
+@pytest.mark.parametrize("case", [name for name in SHAPES if "M" in name])
+def test_the_compiled_mixer_leaves_the_states_of_torch(
+    world: World, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole texts and texts that go on, one of them beside one that begins."""
+    shape: ModelConfig = SHAPES[case]
+    lengths = (1, 31, 32, 33, 64, 67)
+    count = len(lengths)
+    texts = [draw_tokens(shape.vocab_size, n, seed=n) for n in lengths]
+    models = []
+    for reason in (None, "torch is asked for"):
+        monkeypatch.setattr(decode_states, "refusal", lambda *_, reason=reason: reason)
+        model = SlotModel(world, make_model(world, shape), slots=count)
+        model.refresh()
+        model.prefill(texts, [[i] for i in range(count)])
+        more = [draw_tokens(shape.vocab_size, 40, seed=99 + i) for i in range(2)]
+        model.prefill(more, [[1], [2]], [31, 0])
+        models.append(model)
+    for i, length in enumerate((1, 71, 40, 33, 64, 67)):
+        for one, other in zip(*(states_of(m, i, length) for m in models), strict=True):
+            assert error(one, other) < TOLERANCE, lengths[i]
+
+
 def test_a_piece_goes_on_after_steps(world: World, chunks: list[CascadeModel]) -> None:
     """Prompt, steps, a piece, steps, a piece: as the packed forward; the last piece goes to several
     slots at once, and what stands in slots that it does not name does not matter."""

@@ -5,7 +5,7 @@ that enters, so it runs from zero as ever, and what the entering state S gives i
 
     y_t += exp(sum_{s <= t} dt_s A) C_t^T S          S' += exp(sum_s dt_s A) S
 
-On a CPU, where it is built, `mamba_native.native_mamba_onward` makes y in one pass instead.
+On a CPU, where it is built, `mamba_native.native_mamba_onward` makes both in one pass instead.
 
 Nothing here has a gradient. Shape letters: T tokens, D documents, W channels of the convolution, K
 its width, h heads, p head dimension, g groups, N state. `entering` and `before` hold, by document,

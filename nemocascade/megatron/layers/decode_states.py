@@ -63,27 +63,34 @@ class MambaSlots(SlotLayer):
             state[targets] = state[source].clone()
 
     def prefill(self, hidden: Tensor, packed: Microbatch, places: Places) -> Tensor:
-        mixer, s = self.mixer, self.mixer.sizes
+        mixer = self.mixer
         zxbcdt = mixer.in_proj(self.block.norm(hidden))[0].squeeze(1)
-        y: Tensor | None = None
-        if places.slot.numel():
-            _, xbc, dt = zxbcdt.split([s.inner, s.channels, s.heads], dim=1)
-            before = {d: self.conv[slot] for d, (slot, _) in places.past.items()}
-            entering = {d: self.ssm[slot] for d, (slot, _) in places.past.items()}
-            mixed = convolution(xbc, self.weights, packed, before)
-            steps = steps_of(dt, self.weights)
-            if places.past and refusal(zxbcdt, ONWARD) is None:
-                y = native_mamba_onward(zxbcdt, self.weights, packed, s, before, entering)
-            elif places.past:
-                y = mix_onward(mixer, zxbcdt, mixed, steps, self.weights, packed, entering)
-            tails = convolution_tails(xbc, packed, self.conv.shape[1], before)
-            states = final_states(mixed, steps, self.weights, packed, self.ssm.shape[1:], entering)
-            self.conv[places.slot] = tails[places.document].to(self.conv.dtype)
-            self.ssm[places.slot] = states[places.document]
-        if y is None:
-            y = mixer.mix(zxbcdt, packed)
+        keeps = bool(places.slot.numel())
+        y = self._mix(zxbcdt, packed, places) if keeps else mixer.mix(zxbcdt, packed)
         out: Tensor = mixer.out_proj(y.unsqueeze(1))[0]
         return hidden + out
+
+    def _mix(self, zxbcdt: Tensor, packed: Microbatch, places: Places) -> Tensor:
+        """[T, h p] of the projection's rows; the states after them stay in the slots."""
+        mixer, s, w = self.mixer, self.mixer.sizes, self.weights
+        _, xbc, dt = zxbcdt.split([s.inner, s.channels, s.heads], dim=1)
+        before = {d: self.conv[slot] for d, (slot, _) in places.past.items()}
+        entering = {d: self.ssm[slot] for d, (slot, _) in places.past.items()}
+        y: Tensor
+        if refusal(zxbcdt, ONWARD) is None:
+            y, states = native_mamba_onward(zxbcdt, w, packed, s, before, entering)
+        else:
+            mixed = convolution(xbc, w, packed, before)
+            steps = steps_of(dt, w)
+            if places.past:
+                y = mix_onward(mixer, zxbcdt, mixed, steps, w, packed, entering)
+            else:
+                y = mixer.mix(zxbcdt, packed)
+            states = final_states(mixed, steps, w, packed, self.ssm.shape[1:], entering)
+        tails = convolution_tails(xbc, packed, self.conv.shape[1], before)
+        self.conv[places.slot] = tails[places.document].to(self.conv.dtype)
+        self.ssm[places.slot] = states[places.document]
+        return y
 
     def step(self, hidden: Tensor, step: Step) -> Tensor:
         zxbcdt = self.linear(self.in_proj, self.normed(hidden))

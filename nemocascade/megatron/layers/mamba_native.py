@@ -68,25 +68,33 @@ def native_mamba_onward(
     before: Mapping[int, Tensor],
     entering: Mapping[int, Tensor],
     level: str = "",
-) -> Tensor:
-    """`native_mamba_core` without a gradient, where some documents go on from others.
+) -> tuple[Tensor, Tensor]:
+    """`native_mamba_core` without a gradient, where some documents may go on from others.
 
     before: by document, the convolution's inputs before it, [K - 1, W]. entering: by document, the
     state [h, p, N] that enters. The same documents; the others begin.
+    Returns the mixed rows [T, h p], and the state after each document [D, h, p, N] float32.
     """
     small = (w.conv_weight, w.conv_bias, w.dt_bias, w.A, w.D, w.norm_weight)
     joined = torch.cat([p.reshape(-1).float() for p in small])
     out = zxbcdt.new_empty(zxbcdt.shape[0], sizes.inner)
+    shape = (sizes.heads, sizes.head_dim, sizes.state)
+    left = joined.new_empty(packed.num_documents, *shape)
+    window = joined.new_empty(len(before), w.conv_weight.shape[1] - 1, sizes.channels)
+    states = joined.new_empty(len(before), *shape)
+    for i, (document, inputs) in enumerate(before.items()):
+        window[i], states[i] = inputs, entering[document]
     native.op(ONWARD)(
         _with_contiguous_rows(zxbcdt),
         joined,
         *_settings(packed, sizes, w.conv_weight.shape[1], level),
         torch.tensor(list(before), dtype=torch.int64),
-        torch.stack([inputs.float() for inputs in before.values()]),
-        torch.stack([entering[document] for document in before]),
+        window,
+        states,
+        left,
         out,
     )
-    return out
+    return out, left
 
 
 def _settings(packed: PackedSeq, sizes: CoreSizes, window: int, level: str) -> tuple[Any, ...]:
