@@ -46,6 +46,8 @@ SFT = stage("domains_sft", checkpoint=CheckpointConfig(every=50))
 IF, MULTI, RLHF = policy("if_rl"), policy("multi_domain_rl"), policy("rlhf")
 LONG, CODE = policy("long_context_rl"), policy("code_rl", steps=12)
 AGENTLESS, AGENTIC = policy("swe_agentless_rl", steps=12), policy("swe_agentic_rl", steps=10)
+# At the height of the stage alone, ten steps undo what the stage before it learnt.
+AGENTIC = replace(AGENTIC, optimizer=replace(AGENTIC.optimizer, lr=3e-4, min_lr=3e-4))
 
 # Tasks are distilled and scored as hard as the stage of their domain has them.
 DIFFICULTY = {
