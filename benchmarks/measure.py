@@ -262,7 +262,7 @@ LONG_PRODUCT_S = 0.05
 
 def ceilings(device: torch.device, tiny: bool = False) -> dict[str, float]:
     """Highest rates seen on this device: TFLOP/s of a large matrix product by dtype, GB/s of a
-    copy. Processors without bfloat16 products need seconds for large ones and get smaller.
+    copy. Processors without bfloat16 products need seconds for large ones and get smaller ones.
     """
     largest = 256 if tiny else 8192 if device.type == "cuda" else 2048
     found = {}

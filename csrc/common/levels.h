@@ -2,32 +2,10 @@
 // everywhere, on x86-64 also `v3` (AVX2) and `v4` (AVX-512). See CMakeLists.txt and simd.h.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
-
-// A table of functions whose source is compiled for each level: `name` stands in the namespace of
-// each one. NEMOCASCADE_LEVELS_OF declares them, NEMOCASCADE_BEST_OF is the processor's.
-#ifdef NEMOCASCADE_X86_LEVELS
-#define NEMOCASCADE_LEVELS_OF(Table, name) \
-  namespace level_base {                   \
-  extern const Table name;                 \
-  }                                        \
-  namespace level_v3 {                     \
-  extern const Table name;                 \
-  }                                        \
-  namespace level_v4 {                     \
-  extern const Table name;                 \
-  }
-#define NEMOCASCADE_BEST_OF(space, name)                                       \
-  (std::strcmp(nemocascade::best_level(), "v4") == 0   ? space::level_v4::name \
-   : std::strcmp(nemocascade::best_level(), "v3") == 0 ? space::level_v3::name \
-                                                       : space::level_base::name)
-#else
-#define NEMOCASCADE_LEVELS_OF(Table, name) \
-  namespace level_base {                   \
-  extern const Table name;                 \
-  }
-#define NEMOCASCADE_BEST_OF(space, name) (space::level_base::name)
-#endif
+#include <stdexcept>
+#include <string>
 
 namespace nemocascade {
 
@@ -35,21 +13,46 @@ namespace nemocascade {
 inline bool has_level(const char* level) {
   if (std::strcmp(level, "base") == 0) return true;
 #ifdef NEMOCASCADE_X86_LEVELS
+#ifdef __clang__
+  // Its older versions do not know the levels by name.
   const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  const bool has_v3 = __builtin_cpu_supports("x86-64-v3");
+  const bool has_v4 = __builtin_cpu_supports("x86-64-v4");
+#endif
   if (std::strcmp(level, "v3") == 0) return has_v3;
-  if (std::strcmp(level, "v4") == 0)
-    return has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(level, "v4") == 0) return has_v4;
 #endif
   return false;
 }
 
-// The highest that this processor has.
+// The highest that this processor has, or the one that NEMOCASCADE_CPU_LEVEL names. Throws
+// std::runtime_error if there is no such level here.
 inline const char* best_level() {
-  static const char* const best = has_level("v4") ? "v4" : has_level("v3") ? "v3" : "base";
+  static const char* const best = [] {
+    if (const char* named = std::getenv("NEMOCASCADE_CPU_LEVEL")) {
+      if (has_level(named)) return named;
+      throw std::runtime_error(std::string("NEMOCASCADE_CPU_LEVEL is ") + named +
+                               ": this processor or build has no such level; name base, v3 or v4, "
+                               "or leave it unset");
+    }
+    return has_level("v4") ? "v4" : has_level("v3") ? "v3" : "base";
+  }();
   return best;
 }
 
 }  // namespace nemocascade
+
+// The table or function `name` of the processor's level; `space` is where the levels stand.
+#ifdef NEMOCASCADE_X86_LEVELS
+#define NEMOCASCADE_BEST_OF(space, name)                                       \
+  (std::strcmp(nemocascade::best_level(), "v4") == 0   ? space::level_v4::name \
+   : std::strcmp(nemocascade::best_level(), "v3") == 0 ? space::level_v3::name \
+                                                       : space::level_base::name)
+#else
+#define NEMOCASCADE_BEST_OF(space, name) (space::level_base::name)
+#endif

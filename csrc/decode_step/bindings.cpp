@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/levels.h"
 #include "decode_step/step.h"
 #include "moe_router/router.h"
 
@@ -60,7 +61,7 @@ std::vector<const float*> row_pointers(const float* x, int64_t rows, int64_t dep
   return pointers;
 }
 
-// Products of one number of columns, handed out together.
+// Products of one depth and number of columns, handed out together.
 void multiply(const std::vector<Product>& products) {
   if (products.empty()) return;
   const int64_t columns = products[0].columns, blocks = (columns + kColumns - 1) / kColumns;

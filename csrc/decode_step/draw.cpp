@@ -9,6 +9,8 @@ using namespace nemocascade::NEMOCASCADE_LEVEL;
 
 namespace {
 
+static_assert(kDrawBlock % kLanes == 0);
+
 // exp(logits scale - top) of a vector's ids, 0 past the end.
 INLINE Floats weights_at(const float* logits, int64_t from, int64_t end, float scale, float top) {
   const int64_t lanes = smaller(kLanes, end - from);

@@ -9,6 +9,8 @@ using namespace nemocascade::NEMOCASCADE_LEVEL;
 
 namespace {
 
+static_assert(kKeysAtATime % kLanes == 0);
+
 INLINE float bounded(float x, float low, float high) {
   const float above = x < low ? low : x;
   return above > high ? high : above;
@@ -131,7 +133,7 @@ INLINE Floats weighted(const float* weights, const float* values, int64_t dim, i
 
 void mamba(const Mamba& m, const float* zxbcdt, int64_t group, float* conv, float* ssm,
            float* scratch, float* out) {
-  const FlushDenormals flush;
+  [[maybe_unused]] const FlushDenormals flush;
   const int64_t inner = m.inner(), channels = m.channels(), width = m.group_width();
   const int64_t first = group * width, ratio = m.heads / m.groups;
   float *x = scratch, *b = x + width, *c = b + m.state;

@@ -7,7 +7,7 @@ using namespace nemocascade::NEMOCASCADE_LEVEL;
 
 namespace {
 
-// Rows of a block: with four columns, its sums and what they are made of fill the registers.
+// Rows of a block: with four columns, its sums and factors stay in registers.
 constexpr int kRows = kLanes == 16 ? 4 : 3;
 
 // Sums of M rows with N columns, N a multiple of 4. Each sum has one accumulator, whose lanes are

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "common/levels.h"
+#include "common/tables.h"
 
 namespace nemocascade::decode_step {
 

@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "common/levels.h"
 #include "linear_logprob/product.h"
 #include "linear_logprob/rows.h"
 #include "linear_logprob/tensors.h"

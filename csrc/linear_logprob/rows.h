@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "common/levels.h"
 #include "common/rows.h"
+#include "common/tables.h"
 
 namespace nemocascade::linear_logprob {
 
@@ -17,7 +17,7 @@ struct Logits {
   float scale;
 };
 
-// Outputs of `row_statistics`, one element a row. See RowStatistics in
+// Outputs of `RowKernels::statistics`, one element a row. See RowStatistics in
 // linear_logprob/statistics.py.
 struct Statistics {
   float* maximum;
@@ -26,7 +26,7 @@ struct Statistics {
   float* weighted;  // null: not wanted
 };
 
-// What `row_gradient` needs of a row. entropy and entropy_slope may both be null.
+// What `RowKernels::gradient` needs of a row. entropy and entropy_slope may both be null.
 struct Slopes {
   const float* lse;
   const float* slope;

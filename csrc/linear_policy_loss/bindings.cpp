@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "common/levels.h"
 #include "linear_logprob/tensors.h"
 #include "linear_policy_loss/policy.h"
 

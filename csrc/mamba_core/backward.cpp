@@ -423,7 +423,7 @@ INLINE void document_backward(Gradients& d, Document document) {
 void backward(const Sizes& sizes, const Parameters<const float>& parameters, const Task& task,
               const Rows& zxbcdt, const Rows& d_out, const Rows& d_zxbcdt,
               const Parameters<double>& sums) {
-  const FlushDenormals flush;
+  [[maybe_unused]] const FlushDenormals flush;
   int64_t chunks = 0;
   for (int64_t index = 0; index < task.count; ++index)
     chunks = larger(chunks, chunks_of(task.documents[index]));

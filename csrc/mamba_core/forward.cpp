@@ -25,7 +25,7 @@ INLINE void gate(const Group& g, int64_t t, int64_t at, float* gated, const Rows
 
 void forward(const Sizes& sizes, const Parameters<const float>& parameters, const Task& task,
              const Rows& zxbcdt, const Rows& out) {
-  const FlushDenormals flush;
+  [[maybe_unused]] const FlushDenormals flush;
   const Shape shape(sizes);
   Group g(sizes, parameters, zxbcdt, task.group, shape.width + kSquare + shape.states);
   float* gated = g.memory.take(shape.width);
@@ -35,6 +35,8 @@ void forward(const Sizes& sizes, const Parameters<const float>& parameters, cons
     const Document document = task.documents[index];
     const float* entering = nullptr;
     if (document.state != nullptr) {
+      // What pads the heads is the last document's until here.
+      clear(state, shape.states);
       g.read_state(document.state, state);
       entering = state;
     }

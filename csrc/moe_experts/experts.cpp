@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/levels.h"
 #include "moe_experts/product.h"
 #include "moe_experts/rows.h"
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "common/levels.h"
+#include "common/tables.h"
 
 namespace nemocascade::moe_experts {
 

@@ -120,7 +120,7 @@ def test_pieces_equal_the_whole(world: World, case: str, monkeypatch: pytest.Mon
 def test_the_compiled_mixer_leaves_the_states_of_torch(
     world: World, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole texts and texts that go on, one of them beside one that begins."""
+    """Whole texts, then one that goes on beside one that begins."""
     shape: ModelConfig = SHAPES[case]
     lengths = (1, 31, 32, 33, 64, 67)
     count = len(lengths)
