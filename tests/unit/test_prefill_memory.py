@@ -68,7 +68,11 @@ def rise(length: int, piece: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_of_a_prompt_of_32k_tokens() -> None:
     """Beside the whole read, and beside a prompt of a quarter of the length."""
-    whole, pieces, quarter = rise(32768, 0), rise(32768, 2048), rise(8192, 2048)
+    whole, pieces, quarter = (
+        # Now and then a peak holds what the allocator has not given back: the least counts.
+        min(rise(length, piece) for _ in range(3))
+        for length, piece in ((32768, 0), (32768, 2048), (8192, 2048))
+    )
     print(
         f"whole {whole / MIB:.0f} MiB, in pieces of 2,048 {pieces / MIB:.0f} MiB, "
         f"8,192 tokens in such pieces {quarter / MIB:.0f} MiB"
