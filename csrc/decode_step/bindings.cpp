@@ -19,11 +19,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 const nemocascade::decode_step::RowSteps& row_steps() {
-  return NEMOCASCADE_BEST_OF(nemocascade::decode_step, row_steps);
+  static const auto& best = NEMOCASCADE_BEST_OF(nemocascade::decode_step, row_steps);
+  return best;
 }
 
 const nemocascade::decode_step::Mixers& mixers() {
-  return NEMOCASCADE_BEST_OF(nemocascade::decode_step, mixers);
+  static const auto& best = NEMOCASCADE_BEST_OF(nemocascade::decode_step, mixers);
+  return best;
 }
 
 // Multiplications that a thread takes at least: fewer cost more to hand out than to do.
@@ -149,14 +151,19 @@ Tensor step_experts(const Tensor& x, const Tensor& experts, const Tensor& weight
   std::vector<const float*> sorted(slots);
   for (int64_t i = 0; i < slots; ++i) sorted[i] = rows + order[i] / top_k * hidden;
   std::vector<float> h(slots * up), y(slots * hidden), by_slot(slots * hidden);
-  std::vector<Product> products;
-  for (int64_t e = 0; e < count; ++e) {
-    const int64_t begin = starts[e], n = starts[e + 1] - begin;
-    if (n == 0) continue;
-    products.push_back({sorted.data() + begin, first + e * up * hidden, n, hidden, up, nullptr,
-                        h.data() + begin * up});
-  }
-  multiply(products);
+  // The products of every expert that has slots: to[i] = w[expert] x[i] of the sorted slots i.
+  const auto products = [&](const std::vector<const float*>& x, const float* w, int64_t depth,
+                            int64_t columns, std::vector<float>& to) {
+    std::vector<Product> found;
+    for (int64_t e = 0; e < count; ++e) {
+      const int64_t begin = starts[e], n = starts[e + 1] - begin;
+      if (n == 0) continue;
+      found.push_back({x.data() + begin, w + e * columns * depth, n, depth, columns, nullptr,
+                       to.data() + begin * columns});
+    }
+    return found;
+  };
+  multiply(products(sorted, first, hidden, up, h));
   const int64_t filled = starts[count];
   const int64_t rows_at_a_time = std::max<int64_t>(1, kWork / (up * 8 + 1));
   torch::stable::parallel_for(0, filled, rows_at_a_time, [&](int64_t begin, int64_t end) {
@@ -167,12 +174,7 @@ Tensor step_experts(const Tensor& x, const Tensor& experts, const Tensor& weight
     }
   });
   const auto active = row_pointers(h.data(), slots, up);
-  for (Product& p : products) {
-    const int64_t begin = (p.out - h.data()) / up, e = (p.w - first) / (up * hidden);
-    p = {active.data() + begin,    second + e * hidden * width, p.rows, width, hidden, nullptr,
-         y.data() + begin * hidden};
-  }
-  multiply(products);
+  multiply(products(active, second, width, hidden, y));
   for (int64_t i = 0; i < filled; ++i) {
     std::copy_n(y.data() + i * hidden, hidden, by_slot.data() + order[i] * hidden);
   }

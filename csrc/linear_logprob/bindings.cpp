@@ -18,7 +18,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 const nemocascade::linear_logprob::RowKernels& row_kernels() {
-  return NEMOCASCADE_BEST_OF(nemocascade::linear_logprob, row_kernels);
+  static const auto& best = NEMOCASCADE_BEST_OF(nemocascade::linear_logprob, row_kernels);
+  return best;
 }
 
 void logits_statistics(const Tensor& logits, const Tensor& target, double scale, bool entropy,

@@ -16,7 +16,10 @@ constexpr int64_t kTokensAtATime = 64;
 // A weight's gradient is cut into blocks of a multiple of this many rows.
 constexpr int64_t kBlockRows = 32;
 
-const RowLoops& loops() { return NEMOCASCADE_BEST_OF(nemocascade::moe_experts, row_loops); }
+const RowLoops& loops() {
+  static const auto& best = NEMOCASCADE_BEST_OF(nemocascade::moe_experts, row_loops);
+  return best;
+}
 
 int64_t largest_size(const Experts& experts) {
   int64_t size = 0;

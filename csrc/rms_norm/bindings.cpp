@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "common/levels.h"
@@ -20,19 +19,9 @@ using torch::stable::Tensor;
 // their order: the same for any number of threads.
 constexpr int64_t kRangeRows = 256;
 
-struct Functions {
-  nemocascade::rms_norm::Forward* forward;
-  nemocascade::rms_norm::Backward* backward;
-};
-
-Functions functions() {
-  namespace norm = nemocascade::rms_norm;
-#ifdef NEMOCASCADE_X86_LEVELS
-  const char* level = nemocascade::best_level();
-  if (std::strcmp(level, "v4") == 0) return {norm::level_v4::forward, norm::level_v4::backward};
-  if (std::strcmp(level, "v3") == 0) return {norm::level_v3::forward, norm::level_v3::backward};
-#endif
-  return {norm::level_base::forward, norm::level_base::backward};
+const nemocascade::rms_norm::Functions& functions() {
+  static const auto& best = NEMOCASCADE_BEST_OF(nemocascade::rms_norm, functions);
+  return best;
 }
 
 Rows rows(const Tensor& tensor, const Tensor& like, const char* name) {
@@ -70,7 +59,7 @@ void for_each_range(int64_t total, const F& run) {
 void rms_norm(const Tensor& x, const Tensor& weight, double eps, Tensor y) {
   const Norm norm = norm_of(x, weight, eps);
   const Rows to = rows(y, x, "y");
-  const Functions chosen = functions();
+  const auto& chosen = functions();
   for_each_range(x.size(0), [&](int64_t, int64_t begin, int64_t end) {
     chosen.forward(norm, begin, end, to);
   });
@@ -82,7 +71,7 @@ void rms_norm_backward(const Tensor& x, const Tensor& weight, double eps, const 
   const Rows upstream = rows(dy, x, "dy"), to = rows(dx, x, "dx");
   const int64_t total = x.size(0), width = norm.width;
   float* wanted = floats(d_weight, width, "d_weight");
-  const Functions chosen = functions();
+  const auto& chosen = functions();
   const int64_t ranges = (total + kRangeRows - 1) / kRangeRows;
   std::vector<float> sums(static_cast<size_t>(ranges * width));
   for_each_range(total, [&](int64_t range, int64_t begin, int64_t end) {

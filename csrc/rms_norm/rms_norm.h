@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/rows.h"
+#include "common/tables.h"
 
 namespace nemocascade::rms_norm {
 
@@ -16,27 +17,16 @@ struct Norm {
   float eps;
 };
 
-// Writes rows [begin, end) of y.
-using Forward = void(const Norm& norm, int64_t begin, int64_t end, const Rows& y);
+struct Functions {
+  // Writes rows [begin, end) of y.
+  void (*forward)(const Norm& norm, int64_t begin, int64_t end, const Rows& y);
 
-// Writes rows [begin, end) of dx and the sum over them of the weight's gradient, [width].
-using Backward = void(const Norm& norm, int64_t begin, int64_t end, const Rows& dy, const Rows& dx,
-                      float* d_weight);
+  // Writes rows [begin, end) of dx and the sum over them of the weight's gradient, [width].
+  void (*backward)(const Norm& norm, int64_t begin, int64_t end, const Rows& dy, const Rows& dx,
+                   float* d_weight);
+};
 
-// rows.cpp is compiled once for each level of the processor: common/levels.h.
-namespace level_base {
-Forward forward;
-Backward backward;
-}  // namespace level_base
-#ifdef NEMOCASCADE_X86_LEVELS
-namespace level_v3 {
-Forward forward;
-Backward backward;
-}  // namespace level_v3
-namespace level_v4 {
-Forward forward;
-Backward backward;
-}  // namespace level_v4
-#endif
+// rows.cpp is compiled once for each level of the processor.
+NEMOCASCADE_LEVELS_OF(Functions, functions)
 
 }  // namespace nemocascade::rms_norm

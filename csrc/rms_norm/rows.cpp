@@ -39,8 +39,6 @@ INLINE float read_row(const Norm& norm, int64_t t, const Buffers& row) {
   return 1.0f / std::sqrt(sum(squares) / static_cast<float>(norm.width) + norm.eps);
 }
 
-}  // namespace
-
 void forward(const Norm& norm, int64_t begin, int64_t end, const Rows& y) {
   const Buffers row(norm);
   for (int64_t t = begin; t < end; ++t) {
@@ -73,5 +71,9 @@ void backward(const Norm& norm, int64_t begin, int64_t end, const Rows& dy, cons
   }
   copy(row.sums(), norm.width, d_weight);
 }
+
+}  // namespace
+
+const Functions functions = {forward, backward};
 
 }  // namespace nemocascade::rms_norm::NEMOCASCADE_LEVEL

@@ -69,7 +69,7 @@ def rise(length: int, piece: int) -> int:
 def test_memory_of_a_prompt_of_32k_tokens() -> None:
     """Beside the whole read, and beside a prompt of a quarter of the length."""
     whole, pieces, quarter = (
-        # Now and then a peak holds what the allocator has not given back: the least counts.
+        # A peak varies from run to run, by up to half: the least counts.
         min(rise(length, piece) for _ in range(3))
         for length, piece in ((32768, 0), (32768, 2048), (8192, 2048))
     )

@@ -120,7 +120,7 @@ def wait_for_end(process: int) -> None:
 def lone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
     """A pool of one worker of each kind, soon given up on."""
     monkeypatch.setattr(pool, "GRACE_S", 0.3)
-    config = SandboxConfig(isolation=request.param, time_s=2.0, workers=1)
+    config = SandboxConfig(isolation=request.param, time_s=1.0, workers=1)
     sandbox = sandbox_or_skip(config)
     yield sandbox
     sandbox.close()
@@ -139,7 +139,7 @@ def test_a_worker_that_is_killed_in_a_run_is_an_error(lone: Sandbox) -> None:
     kill = threading.Timer(0.2, os.kill, (worker, signal.SIGKILL))
     kill.start()
     with pytest.raises(SandboxError, match="died"):
-        lone.run(Program("import time; time.sleep(1.9)"))
+        lone.run(Program("import time; time.sleep(0.9)"))
     kill.join()
     assert lone.run(Program("print(1)")).stdout == "1\n"
 
@@ -150,7 +150,7 @@ def test_a_worker_that_hangs_is_an_error(lone: Sandbox) -> None:
     start = time.monotonic()
     with pytest.raises(SandboxError, match="in time"):
         lone.run(Program("print(1)"))
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 4
     wait_for_end(worker)
     assert lone.run(Program("print(1)")).stdout == "1\n"
 
@@ -193,7 +193,7 @@ def test_a_host_that_forbids_isolation_is_refused() -> None:
 @pytest.mark.usefixtures("forbidden")
 def test_unsafe_is_a_choice_and_says_so() -> None:
     with pytest.warns(RuntimeWarning, match="WITHOUT isolation"):
-        sandbox = Sandbox(SandboxConfig(allow_unsafe=True, time_s=4.0, workers=1))
+        sandbox = Sandbox(SandboxConfig(allow_unsafe=True, time_s=1.0, workers=1))
     try:
         assert sandbox.walls == "none"
         assert sandbox.run(Program("print(int(input()) + 1)", stdin="1")).stdout == "2\n"
@@ -204,7 +204,7 @@ def test_unsafe_is_a_choice_and_says_so() -> None:
                 "import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(60)\nprint(1)"
             )
         )
-        assert left.status == "ok"
+        assert left.wall_s < 1
         (worker,) = sandbox.process_ids()
         assert not psutil.Process(worker).children()
         # Each program has a folder of its own, which goes with it.
