@@ -14,7 +14,11 @@ from typing import Any, Literal
 import tyro
 
 from nemocascade.cascade.launch import end_cleanly, parse_cascade, run_report
+from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer_training import train_tokenizer
+from nemocascade.envs.sandbox.pool import SandboxUnavailable
+from nemocascade.envs.swe.checking import CheckSettings, check_tasks, summary
+from nemocascade.envs.swe.importing import ImportSettings, import_rows
 from nemocascade.megatron.convert import export_huggingface, import_huggingface
 from nemocascade.plan.commands import PreflightSettings, run_preflight
 from nemocascade.plan.report import PlanSettings, run_plan
@@ -23,7 +27,7 @@ from nemocascade.recipe import CascadeRecipe, DataConfig
 from nemocascade.stages.evaluate import EvalSettings, run_eval
 from nemocascade.stages.launch import exit_cleanly, parse
 from nemocascade.stages.scoring import ScoreSettings, run_scoring
-from nemocascade.stages.trajectories import ReplaySettings, replay
+from nemocascade.stages.trajectories import ReplaySettings, replay, settings_of_run
 
 USAGE = """usage: nemocascade COMMAND ...
 
@@ -36,6 +40,8 @@ USAGE = """usage: nemocascade COMMAND ...
   submit RECIPE.py ... --nodes N                 Slurm jobs, one a stage
   convert SOURCE TARGET                          Hugging Face folder <-> artifact
   replay RUN/rollouts                            score logged episodes with tools again
+  import-swe ROWS FOLDER --repositories FOLDER   tasks of rows as SWE-Gym has them, from git clones
+  check-tasks PATH                               whether the tests of repair tasks can decide
   tokenizer --data.path FILE ... --output FILE   train a sentencepiece tokenizer
 
 `nemocascade COMMAND --help` shows all settings of a command.
@@ -214,9 +220,13 @@ def _submit(arguments: list[str]) -> None:
 def _replay(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--path", *arguments]
-    settings = tyro.cli(ReplaySettings, args=arguments, prog="nemocascade replay")
 
     def work() -> Path:
+        named = arguments[:1] == ["--path"] and len(arguments) > 1
+        default = settings_of_run(Path(arguments[1])) if named else ReplaySettings()
+        settings = tyro.cli(
+            ReplaySettings, default=default, args=arguments, prog="nemocascade replay"
+        )
         found = replay(settings)
         for episode in found:
             verdict = episode.verdict
@@ -224,6 +234,42 @@ def _replay(arguments: list[str]) -> None:
             print(f"{episode.where}: {verdict.error or verdict.reward}{note}")
         if different := sum(not episode.same for episode in found):
             raise SystemExit(f"{different} of {len(found)} episodes have another verdict")
+        return Path(settings.path)
+
+    exit_cleanly(work)
+
+
+def _import_swe(arguments: list[str]) -> None:
+    settings = tyro.cli(ImportSettings, args=arguments, prog="nemocascade import-swe")
+
+    def work() -> Path:
+        try:
+            found = import_rows(settings)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        print(found.text())
+        if found.failed:
+            raise SystemExit(1)
+        return Path(settings.target)
+
+    exit_cleanly(work)
+
+
+def _check_tasks(arguments: list[str]) -> None:
+    settings = tyro.cli(CheckSettings, args=arguments, prog="nemocascade check-tasks")
+
+    def work() -> Path:
+        found = []
+        try:
+            for task in check_tasks(settings):
+                found.append(task)
+                if task.faults:
+                    print(f"{task.name}: {'; '.join(task.faults)}", flush=True)
+        except (ValueError, SandboxUnavailable) as error:
+            raise DataError(str(error)) from error
+        print(summary(found))
+        if any(task.faults for task in found):
+            raise SystemExit(1)
         return Path(settings.path)
 
     exit_cleanly(work)
@@ -240,6 +286,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "convert": _convert,
     "tokenizer": _tokenizer,
     "replay": _replay,
+    "import-swe": _import_swe,
+    "check-tasks": _check_tasks,
 }
 
 

@@ -136,6 +136,13 @@ class Judge(Protocol):
 
     collective: bool
 
+    @property
+    def activity(self) -> int:
+        """Rises while the judge gets on, whatever comes of it: a wait for it is then no stall."""
+
+    def begin(self, questions: Sequence[Question]) -> None:
+        """Questions that will be asked soon; a judge with time to spare may start on them."""
+
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """An answer to each question, in order, in bounded time; never raises for what it met."""
 
@@ -170,6 +177,10 @@ class Environment(Protocol):
     @property
     def collective(self) -> bool: ...
 
+    @property
+    def activity(self) -> int:
+        """As of the judge, where there is one."""
+
     def prompts(
         self, *, seed: int, count: int, difficulty: int = 0, heldout: bool = False
     ) -> Iterable[Prompt]:
@@ -188,6 +199,14 @@ class Environment(Protocol):
         """The verdict on the turns that answered `prompt`; never raises for what they hold.
 
         Where verdicts are made by group, this is the absolute measure of held-out tasks.
+        """
+
+    def begin_group(
+        self, prompt: Prompt, written: Mapping[int, Sequence[Message]], new: int
+    ) -> None:
+        """Response `new` of a group is written, beside others: what can be asked now may be.
+
+        written: those there are, by their place in the group.
         """
 
     def score_groups(

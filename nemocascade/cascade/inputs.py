@@ -18,13 +18,14 @@ from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint.folder import digest_of, file_sha256
 from nemocascade.recipe import MopdRecipe, ScoreConfig, SftRecipe
 from nemocascade.recipe.cascade import StageRecipe
+from nemocascade.recipe.judge import HOW as JUDGE_HOW
 
 VERSION = 1
 HOW = (
     *("run_dir", "init_from", "resume", "parallel", "checkpoint", "log"),
     *("engine.device", "engine.recompute", "engine.timeout_s", "engine.preflight"),
     *("data.cache_dir", "envs.sandbox.workers", "envs.check_workers"),
-    *("envs.judge.api_key_env", "envs.judge.cache", "envs.judge.concurrency"),
+    *(f"envs.judge.{name}" for name in JUDGE_HOW),
 )
 """Settings that leave the artifact as it is, up to the rounding of another layout."""
 
@@ -135,9 +136,11 @@ def differences(old: Inputs, new: Inputs, unset: Collection[str] = ()) -> list[s
     """What has changed between two sets of inputs, a line each, for people.
 
     unset: settings at their defaults. One that the old inputs did not know yet is no change: a
-    newer program has more settings, and its defaults do as before.
+    newer program has more settings, and its defaults do as before. Nor is one of `HOW`, which older
+    programs may have kept.
     """
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before = {name: value for name, value in _flat(old) if not _is_how(name)}
+    after = dict(_flat(new))
     found = []
     for name in sorted(before.keys() | after.keys()):
         if name not in before and name in unset:
@@ -147,6 +150,10 @@ def differences(old: Inputs, new: Inputs, unset: Collection[str] = ()) -> list[s
             short = name.removeprefix("recipe.")
             found.append(f"{short}: {_short(a)} -> {_short(b)}")
     return sorted(found)
+
+
+def _is_how(name: str) -> bool:
+    return f"{name}.".startswith(tuple(f"recipe.{how}." for how in HOW))
 
 
 def _drop(values: dict[str, Any], path: list[str]) -> None:

@@ -37,6 +37,11 @@ class Domain(ABC):
         """No verifier works on all ranks at once, unless the domain says otherwise."""
         return False
 
+    @property
+    def activity(self) -> int:
+        """None to tell of, unless the domain has a judge."""
+        return 0
+
     @abstractmethod
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """A random task with its demonstration; `difficulty` 0 is the easiest."""
@@ -65,8 +70,9 @@ class Domain(ABC):
     ) -> Iterator[Prompt]:
         """`count` different tasks, the same for the same arguments.
 
-        Which side of the split a task belongs to is a property of its text, so no task stands on
-        both sides whatever the seeds. Raises ValueError where there are fewer than `count`.
+        Which side of the split a task belongs to is a property of what has to be solved, so no task
+        stands on both sides whatever the seeds. Raises ValueError where there are fewer than
+        `count`.
         """
         rng = random.Random(f"{self.domain}/{seed}/{difficulty}/{heldout}")
         seen: set[str] = set()
@@ -81,11 +87,16 @@ class Domain(ABC):
                     f"this side of the split, {count} were asked for: ask for fewer, or raise "
                     "the difficulty"
                 )
-            if task in seen or is_heldout(task) != heldout:
+            if task in seen or is_heldout(self.split_key(prompt)) != heldout:
                 continue
             tries = 0
             seen.add(task)
             yield replace(prompt, id=task, source=f"{self.domain}:{seed}:{len(seen)}")
+
+    def split_key(self, prompt: Prompt) -> str:
+        """A hash of what a made task asks for, in hex, which decides its side of the split. The
+        same for prompts that ask for the same and read differently."""
+        return task_id(prompt)
 
     def read(self, path: str | Path) -> Iterator[Prompt]:
         """This domain's tasks in a JSONL file (`.jsonl` or `.jsonl.gz`) of released rows.
@@ -149,6 +160,12 @@ class Domain(ABC):
         """Each response by itself, unless the domain compares them."""
         return [[self.score(prompt, r) for r in responses] for prompt, responses in groups]
 
+    def begin_group(
+        self, prompt: Prompt, written: Mapping[int, Sequence[Message]], new: int
+    ) -> None:
+        """Nothing to begin with, unless the domain compares responses."""
+        return
+
     def close(self) -> None:
         """Nothing to end, unless the domain says otherwise."""
         return
@@ -172,12 +189,17 @@ def task_id(prompt: Prompt) -> str:
         [(m.role, m.content) for m in prompt.messages],
         [(t.name, t.description, dict(t.parameters)) for t in prompt.tools],
     )
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:32]
+    return digest(json.dumps(seen))
 
 
-def is_heldout(task: str) -> bool:
-    """The side of the split that the task with this id belongs to."""
-    return int(task[:8], 16) % HELDOUT_SHARE == 0
+def digest(text: str) -> str:
+    """16 bytes of the hash of a text, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def is_heldout(key: str) -> bool:
+    """The side of the split that a task with this `split_key` belongs to."""
+    return int(key[:8], 16) % HELDOUT_SHARE == 0
 
 
 def demonstration(prompt: Prompt, *, thinking: bool, careless: bool = False) -> list[Message]:

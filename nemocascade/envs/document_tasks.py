@@ -26,12 +26,13 @@ class DocumentTask:
 def make_task(rng: random.Random, difficulty: int) -> DocumentTask:
     """A question whose facts stand in different documents among others that only distract.
 
-    0: five documents of a sentence, one of which holds the answer. d from 1 on: `5 (d + 1)`
-    documents of `2^d` sentences; a chain of `d + 2` facts, or a count or a maximum over facts in
-    more than `d` documents. 7 is about 32K tokens, and nothing ends the growth.
+    0: five documents of a sentence; a fact, which may stand beside another of its kind, or the
+    number of documents that say the same. d from 1 on: `5 (d + 1)` documents of `2^d` sentences; a
+    chain of `d + 2` facts beside chains of others, or a count or a maximum over facts in more than
+    `d` documents. Every two steps make it about six times as long, and nothing ends the growth.
     """
     if difficulty <= 0:
-        return _find(rng)
+        return rng.choice((_find, _same))(rng)
     facts, question, answer, reasoning, distract = rng.choice(_KINDS)(rng, difficulty)
     count, length = 5 * (difficulty + 1), 2**difficulty
     documents: list[list[str]] = [[] for _ in range(count)]
@@ -44,27 +45,56 @@ def make_task(rng: random.Random, difficulty: int) -> DocumentTask:
 
 
 _FINDS = (
-    ("{name} is at the {value}.", "Where is {name}?", PLACES[:4]),
-    ("{name} has a {value}.", "What does {name} have?", CATEGORIES["cloth"][:4]),
-    ("{name} eats {value}.", "What does {name} eat?", CATEGORIES["food"][:4]),
-    ("{name} likes {value}.", "What does {name} like?", COLORS[:4]),
-    ("{name} sees a {value}.", "What does {name} see?", CATEGORIES["animal"][:4]),
+    ("{name} is at the {value}.", "Where is {name}?", "How many are at the {value}?", PLACES[:4]),
+    (
+        "{name} has a {value}.",
+        "What does {name} have?",
+        "How many have a {value}?",
+        CATEGORIES["cloth"][:4],
+    ),
+    (
+        "{name} eats {value}.",
+        "What does {name} eat?",
+        "How many eat {value}?",
+        CATEGORIES["food"][:4],
+    ),
+    ("{name} likes {value}.", "What does {name} like?", "How many like {value}?", COLORS[:4]),
+    (
+        "{name} sees a {value}.",
+        "What does {name} see?",
+        "How many see a {value}?",
+        CATEGORIES["animal"][:4],
+    ),
 )
-"""A fact, the question that asks for it, and its few values."""
+"""A fact, the questions that ask for it and for how many share it, and its few values."""
 
 
 def _find(rng: random.Random) -> DocumentTask:
-    """A fact of each kind, each of somebody else; one is asked for."""
-    names = rng.sample(NAMES, len(_FINDS))
-    values = [rng.choice(values) for _, _, values in _FINDS]
+    """Facts of four kinds, two of which are of one kind, all of different people. One is asked for;
+    for the two of a kind, its owner's name must be read."""
+    first, *others = rng.sample(_FINDS, 4)
+    names = rng.sample(NAMES, 5)
+    values = [*rng.sample(first[3], 2), *(rng.choice(kind[3]) for kind in others)]
     facts = [
-        fact.format(name=name, value=value)
-        for (fact, _, _), name, value in zip(_FINDS, names, values, strict=True)
+        kind[0].format(name=name, value=value)
+        for kind, name, value in zip((first, first, *others), names, values, strict=True)
     ]
-    asked = rng.randrange(len(_FINDS))
-    question, reasoning = _FINDS[asked][1].format(name=names[asked]), facts[asked]
-    rng.shuffle(facts)
-    return DocumentTask(tuple(facts), question, values[asked], reasoning)
+    asked = rng.randrange(5)
+    question = (first, first, *others)[asked][1].format(name=names[asked])
+    documents = tuple(rng.sample(facts, len(facts)))
+    return DocumentTask(documents, question, values[asked], facts[asked])
+
+
+def _same(rng: random.Random) -> DocumentTask:
+    """What five people have, eat, like or see; how many share one of two values."""
+    fact, _, question, values = rng.choice(_FINDS)
+    wanted, other = rng.sample(values, 2)
+    names, count = rng.sample(NAMES, 5), rng.randint(1, 4)
+    facts = [fact.format(name=name, value=wanted) for name in names[:count]]
+    rest = [fact.format(name=name, value=other) for name in names[count:]]
+    documents = tuple(rng.sample([*facts, *rest], 5))
+    reasoning = f"{' '.join(facts)} That is {count}."
+    return DocumentTask(documents, question.format(value=wanted), str(count), reasoning)
 
 
 _Made = tuple[list[str], str, str, str, Callable[[], str]]
@@ -87,29 +117,34 @@ class _Numbers:
         return number
 
 
+_CHAINS = 3
+
+
 def _chain(rng: random.Random, difficulty: int) -> _Made:
-    """Somebody has a thing; it is in a box; that is in another; the last is at a place."""
+    """Somebody has a thing; it is in a box; that is in another; the last is at a place. Others have
+    things in as many boxes, which are at other places."""
     number = _Numbers(rng)
-    name, place = rng.choice(NAMES), rng.choice(PLACES)
-    holders = [f"the {rng.choice(COLORS)} {rng.choice(_THINGS)}"]
-    holders += [f"box {number()}" for _ in range(difficulty)]
-    facts = [f"{name} has {holders[0]}."]
-    facts += [f"{a} is in {b}." for a, b in itertools.pairwise(holders)]
-    facts.append(f"{holders[-1]} is at the {place}.")
+    names, places = rng.sample(NAMES, _CHAINS), rng.sample(PLACES, _CHAINS)
+    things = rng.sample([f"the {c} {t}" for c in COLORS for t in _THINGS], _CHAINS)
+    chains = []
+    for name, thing, place in zip(names, things, places, strict=True):
+        holders = [thing, *(f"box {number()}" for _ in range(difficulty))]
+        links = [f"{a} is in {b}." for a, b in itertools.pairwise(holders)]
+        chains.append([f"{name} has {thing}.", *links, f"{holders[-1]} is at the {place}."])
 
     def distract() -> str:
         where = rng.choice((f"at the {rng.choice(PLACES)}", f"in box {number()}"))
         return f"box {number()} is {where}."
 
-    question = f"At which place is what {name} has?"
-    return facts, question, place, " ".join(facts), distract
+    question = f"At which place is what {names[0]} has?"
+    return [*itertools.chain(*chains)], question, places[0], " ".join(chains[0]), distract
 
 
 def _count(rng: random.Random, difficulty: int) -> _Made:
     """How many boxes are at a place; each in a document of its own."""
     number = _Numbers(rng)
     place, *others = rng.sample(PLACES, len(PLACES))
-    found = difficulty + 1 + rng.randint(0, 3)
+    found = difficulty + 1 + rng.randint(0, 3 * difficulty + 2)
     facts = [f"box {number()} is at the {place}." for _ in range(found)]
 
     def distract() -> str:

@@ -29,6 +29,11 @@ class GradedDomain(Domain):
         """As the judge."""
         return self.judge is not None and self.judge.collective
 
+    @property
+    def activity(self) -> int:
+        """As the judge's."""
+        return 0 if self.judge is None else self.judge.activity
+
     @abstractmethod
     def examine(self, prompt: Prompt, response: Sequence[Message]) -> Verdict | Question:
         """The verdict where rules decide, else what the judge is asked."""

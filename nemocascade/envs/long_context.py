@@ -13,28 +13,35 @@ from nemocascade.envs.base import Row, final_text, last_boxed
 from nemocascade.envs.document_tasks import make_task
 from nemocascade.envs.graded import GradedDomain
 from nemocascade.envs.judges.prompts import grade_question
+from nemocascade.envs.judges.rule import knows_language
 from nemocascade.types import Message, Prompt, Question, Verdict
 
 MIN_DOCUMENTS = 5
 EXACT_WORDS = 5
 """References of at most this many words are exact, unless a row says otherwise."""
 
-_ANSWER = re.compile(r"(?:^|\n)[ \t*#]*(?:final )?answer[ \t*]*[:=][ \t*]*(.+)", re.IGNORECASE)
+_ANSWER = re.compile(
+    r"^[ \t*#]*(?:final )?answer[ \t*]*(?:[:=]\s*|$\s*)[*\s]*(\S.*)", re.IGNORECASE | re.MULTILINE
+)
+_TEXT = re.compile(r"^\\(?:text|textbf|mathrm)\{(.*)\}$", re.DOTALL)
 _ARTICLES = ("a", "an", "the")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
-_EDGE = string.punctuation.replace("-", "").replace("%", "")
+_EDGE = string.punctuation.replace("-", "").replace("%", "") + "\u2018\u2019\u201c\u201d\u2026"
 _OTHERS = ("instruction_id_list", "options", "schema_str", "schema", "problem_statement", "issue")
 """Fields of rows of other domains, which may have `ground_truth` and `metadata` as well."""
-_ASK = "Answer the question from the documents alone.\n\n{documents}\n\nQuestion: {question}"
+_ASK = (
+    "Answer the question from the documents alone. End with a line `Answer: ` and the answer alone."
+    "\n\n{documents}\n\nQuestion: {question}"
+)
 
 
 class LongContext(GradedDomain):
     r"""1 if the answer is one of the right ones, else 0; or a judge's grade beside a reference.
 
-    The answer is the last `\boxed{...}`, else what follows the last line that begins with
-    `Answer:`, else the whole final message. Answers are compared without case, articles and the
-    punctuation around words, as SQuAD does (Rajpurkar et al., arXiv 1606.05250, which takes out
-    all punctuation: 3.5 and 35 would be equal).
+    The answer is the last `\boxed{...}`, else what follows the last `Answer:` or `Answer` at the
+    start of a line, on it or on the next, else the whole final message. Answers are compared
+    without case, articles and the punctuation around words, as SQuAD does (Rajpurkar et al., arXiv
+    1606.05250, which takes out all punctuation: 3.5 and 35 would be equal).
 
     A row is judged where `metadata.grading` says `judge`, or, where it says nothing, where a
     reference has more than `EXACT_WORDS` words; `exact` compares whatever the length is.
@@ -52,6 +59,9 @@ class LongContext(GradedDomain):
         if "question" not in row or row.get("responses_create_params") or row.get("prompt"):
             return row
         if "documents" in row:
+            if not isinstance(row["documents"], list):
+                kind = type(row["documents"]).__name__
+                raise ValueError(f"'documents' is {kind}: give a list of texts, or of objects")
             documents = [_document(d, i) for i, d in enumerate(row["documents"], start=1)]
             if len(documents) < MIN_DOCUMENTS:
                 raise ValueError(
@@ -60,7 +70,10 @@ class LongContext(GradedDomain):
                 )
             text = "\n\n".join(documents)
         else:
-            text = str(row["context"])
+            text = row["context"]
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise ValueError(f"'context' is {kind}, not text: give 'documents', a list")
         return {**row, "prompt": _ASK.format(documents=text, question=row["question"])}
 
     def parse(self, row: Row) -> Mapping[str, Any]:
@@ -76,10 +89,11 @@ class LongContext(GradedDomain):
             grading = "exact" if longest <= EXACT_WORDS else "judge"
         if grading not in ("exact", "judge"):
             raise ValueError(f"metadata.grading({grading!r}) must be exact or judge")
-        if grading == "judge" and self.judge is None:
+        if grading == "judge" and not knows_language(self.judge):
             raise ValueError(
                 f"the reference {expected[0][:80]!r} needs a judge, and there is none: set "
-                "envs.judge, or metadata.grading to exact"
+                "envs.judge.kind to server or artifact (a rule knows nothing of language), or "
+                "metadata.grading to exact"
             )
         return {"expected": expected, "exact": grading == "exact", "question": row.get("question")}
 
@@ -113,7 +127,8 @@ def answer_of(text: str) -> str:
     """The answer that a final message gives."""
     boxed = last_boxed(text)
     if boxed is not None:
-        return boxed
+        inner = _TEXT.match(boxed.strip())
+        return inner[1] if inner else boxed
     lines = _ANSWER.findall(text)
     return str(lines[-1] if lines else text).strip()
 

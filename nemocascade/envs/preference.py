@@ -66,6 +66,11 @@ class Preference(Domain):
         """As the judge is."""
         return self.judge.collective
 
+    @property
+    def activity(self) -> int:
+        """As the judge's."""
+        return self.judge.activity
+
     def claims(self, row: Row) -> bool:
         return not any(row.get(name) for name in TRUTHS)
 
@@ -95,9 +100,19 @@ class Preference(Domain):
             ):
                 found[k] = verdicts
         except Exception as error:  # any failure of a verifier is reported, and none is a zero
+            if self.collective:  # the other ranks are in the middle of the same questions
+                raise
             failed = Verdict(None, f"{type(error).__name__}: {error}")
             return [[failed] * len(responses) for _, responses in groups]
         return found
+
+    def begin_group(
+        self, prompt: Prompt, written: Mapping[int, Sequence[Message]], new: int
+    ) -> None:
+        """Put the comparisons of response `new` with those written before it to the judge."""
+        texts = {i: final_text(response) for i, response in written.items()}
+        pairs = [(min(i, new), max(i, new)) for i in texts if i != new]
+        self.judge.begin([_question(prompt, texts, pair) for pair in pairs])
 
     def close(self) -> None:
         """End what the judge holds."""
@@ -125,13 +140,8 @@ class Preference(Domain):
     ) -> list[list[Verdict]]:
         questions = []
         for prompt, responses in groups:
-            texts = [final_text(response) for response in responses]
-            questions += [
-                compare_question(
-                    prompt.messages, texts[i], texts[j], facts=prompt.answer.get("facts")
-                )
-                for i, j in all_pairs(len(texts))
-            ]
+            texts = dict(enumerate(map(final_text, responses)))
+            questions += [_question(prompt, texts, pair) for pair in all_pairs(len(texts))]
         answers = iter(self._ask(questions))
         return [
             _group_verdicts(responses, {pair: next(answers) for pair in all_pairs(len(responses))})
@@ -173,14 +183,26 @@ def against(prompt: Prompt, baseline: str) -> Prompt:
     return replace(prompt, answer={**prompt.answer, "baseline": baseline})
 
 
+def _is_turned(pair: Pair) -> bool:
+    """Whether the second of a pair is shown first, as in every other pair of each response: so a
+    judge that favours a place favours nobody."""
+    return sum(pair) % 2 == 1
+
+
+def _question(prompt: Prompt, texts: Mapping[int, str], pair: Pair) -> Question:
+    first, second = pair[::-1] if _is_turned(pair) else pair
+    facts = prompt.answer.get("facts")
+    return compare_question(prompt.messages, texts[first], texts[second], facts=facts)
+
+
 def _group_verdicts(
     responses: Sequence[Sequence[Message]], answers: Mapping[Pair, Answer]
 ) -> list[Verdict]:
     """The verdicts on one group, and with them how its comparisons went."""
-    read: dict[Pair, Comparison | None] = {
-        pair: None if answer.text is None else parse_comparison(answer.text)
-        for pair, answer in answers.items()
-    }
+    read: dict[Pair, Comparison | None] = {}
+    for pair, answer in answers.items():
+        found = None if answer.text is None else parse_comparison(answer.text)
+        read[pair] = found.turned() if found is not None and _is_turned(pair) else found
     rewards = group_rewards(
         read,
         [sum(len(m.reasoning.strip()) for m in response) for response in responses],

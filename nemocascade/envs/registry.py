@@ -63,7 +63,7 @@ def make_environments(
         Code(config.sandbox),
         Preference(judge),
         LongContext(judge),
-        SweAgentless(config.sandbox, judge),
+        SweAgentless(config.sandbox, judge, config.agentless),
         SweAgentic(config.sandbox, config.agent),
     ]
     return {domain.domain: domain for domain in domains}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from nemocascade.envs.swe.rows import (
     issue_of,
     snapshot_of,
 )
-from nemocascade.envs.swe.workspace import TOOLS, ToolError, Workspace, arguments_of, cut
+from nemocascade.envs.swe.workspace import TOOLS, ToolError, Workspace, arguments_of, clean, cut
 from nemocascade.recipe.envs import AgentConfig, SandboxConfig
 from nemocascade.types import Message, Prompt, ToolCall, ToolSession, Verdict
 
@@ -47,6 +48,7 @@ class RepositorySession:
         self._framework: Framework = answer["framework"]
         self._limits, self._sandbox = limits, sandbox
         self.calls = self.edits = self.test_runs = 0
+        self._tested_s = 0.0
         self.submitted = False
 
     @property
@@ -71,30 +73,43 @@ class RepositorySession:
             return f"error: more than {self._limits.calls} calls: the work ends here"
         limit = self._limits.result_chars
         try:
-            arguments = arguments_of(call.name, call.arguments)
-            if call.name == "submit":
-                self.submitted = True
-                return "submitted"
-            if call.name == "run_tests":
-                return cut(self._run_tests(arguments.get("tests", "")), limit, end=True)
-            answer = self.workspace.call(call.name, arguments)
-            self.edits += call.name == "edit"
-            return cut(answer, limit)
+            # The end of a report of tests says the most.
+            return cut(clean(self._execute(call)), limit, end=call.name == "run_tests")
         except ToolError as error:
-            return cut(f"error: {error}", limit)
+            return cut(clean(f"error: {error}"), limit)
+
+    def _execute(self, call: ToolCall) -> str:
+        arguments = arguments_of(call.name, call.arguments)
+        if call.name == "submit":
+            self.submitted = True
+            return "submitted"
+        if call.name == "run_tests":
+            return self._run_tests(arguments.get("tests", ""))
+        answer = self.workspace.call(call.name, arguments)
+        self.edits += call.name == "edit"
+        return answer
 
     def _run_tests(self, tests: str) -> str:
         if self._sandbox is None:
             return ""
-        if self.test_runs >= self._limits.test_runs:
+        limits = self._limits
+        if self.test_runs >= limits.test_runs:
             raise ToolError(f"the tests have run {self.test_runs} times: no more runs are allowed")
+        if self._tested_s >= limits.tests_time_s:
+            raise ToolError(
+                f"the tests have run for {self._tested_s:.1f} s, {limits.tests_time_s:g} s are "
+                "allowed for all runs together: no more runs are allowed"
+            )
         self.test_runs += 1
         wanted = [line.strip() for line in tests.splitlines() if line.strip()]
         files = self.workspace.files
+        start = time.monotonic()
         try:
             return run_tests(self._sandbox(), files, wanted, framework=self._framework).text
         except (SandboxError, ValueError) as error:
             raise ToolError(f"the tests could not be run: {error}") from error
+        finally:
+            self._tested_s += time.monotonic() - start
 
 
 class SweAgentic(Domain):
@@ -151,9 +166,15 @@ class SweAgentic(Domain):
         return ("problem_statement" in row or "issue" in row) and not inline
 
     def prepare(self, row: Row, folder: Path) -> Row:
-        """The row with its `answer`, a prompt from its issue, and the tools."""
-        prompt = row.get("prompt") or ASK.format(issue=issue_of(row))
+        """The row with its `answer`, a prompt from its issue, and the tools.
+
+        A text as `prompt` is not shown: in R2E-Gym it is what a model wrote the issue from, and
+        holds the solution.
+        """
         params = row.get("responses_create_params") or {}
+        prompt = row.get("prompt")
+        if not params.get("input") and (not prompt or isinstance(prompt, str)):
+            prompt = ASK.format(issue=issue_of(row))
         tools = [
             {"name": t.name, "description": t.description, "parameters": t.parameters}
             for t in TOOLS.values()
@@ -197,8 +218,9 @@ class SweAgentic(Domain):
         return Verdict(verdict.reward, verdict.error, {**made, **verdict.details})
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """0: one short file. 1: two files, one to be found. 2: a whole repository, whose issue
-        names the file. 3: an issue that does not.
+        """0: one short file, or a bug of a repository that ships with the project, to be found by
+        search. 1: two short files, one to be found. 2: a whole repository, whose issue names the
+        file. 3: an issue that does not.
 
         Below 2 the tools stand in the system turn in a short form, for models with a small context.
         """

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemocascade.envs.base import Row, final_text
+from nemocascade.envs.base import Row, digest, final_text
 from nemocascade.envs.graded import GradedDomain
 from nemocascade.envs.judges.prompts import grade_question
+from nemocascade.envs.judges.rule import knows_language
 from nemocascade.envs.sandbox.pool import Sandbox
 from nemocascade.envs.swe.bugs import make_bug
 from nemocascade.envs.swe.edits import FORM, EditError, apply_edits, edit_text, parse_edits
-from nemocascade.envs.swe.repository import HiddenTests, judge, read_snapshot
-from nemocascade.envs.swe.retrieval import retrieve
-from nemocascade.envs.swe.rows import hidden_of, issue_of, test_settings_of
-from nemocascade.envs.swe.texts import patched_files, row_files, texts_of, with_texts
-from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.envs.swe.repository import HiddenTests, judge
+from nemocascade.envs.swe.retrieval import Index, folder_index
+from nemocascade.envs.swe.rows import issue_of, snapshot_of
+from nemocascade.envs.swe.shown import SEPARATOR, shown_files
+from nemocascade.envs.swe.tasks import Task, TaskFolders, task_of, texts_at
+from nemocascade.envs.swe.texts import made_files, patched_files, with_texts
+from nemocascade.recipe.envs import AgentlessConfig, SandboxConfig
 from nemocascade.types import Judge, Message, Prompt, Question, Verdict
-
-RETRIEVED = 5
-"""Files beside the golden ones that a prompt shows (Nemotron-Cascade 2, arXiv 2603.19220)."""
 
 _ASK = (
     "Repair the repository as the issue asks. Below are the issue and some of the repository's "
@@ -38,7 +38,7 @@ _CRITERIA = (
 )
 
 
-class SweAgentless(GradedDomain):
+class SweAgentless(TaskFolders, GradedDomain):
     """1 if the repaired repository passes its tests, else 0; without tests, a judge's grade.
 
     Edits that cannot be read or applied score 0. The tests' own files are never the model's: see
@@ -47,9 +47,15 @@ class SweAgentless(GradedDomain):
 
     domain = "swe_agentless"
 
-    def __init__(self, config: SandboxConfig | None = None, judge: Judge | None = None) -> None:
+    def __init__(
+        self,
+        config: SandboxConfig | None = None,
+        judge: Judge | None = None,
+        limits: AgentlessConfig | None = None,
+    ) -> None:
         super().__init__(judge)
         self._config = config or SandboxConfig()
+        self._limits = limits or AgentlessConfig()
         self._lock = threading.Lock()
         self._sandbox: Sandbox | None = None
 
@@ -67,48 +73,75 @@ class SweAgentless(GradedDomain):
         return ("problem_statement" in row or "issue" in row) and golden
 
     def prepare(self, row: Row, folder: Path) -> Row:
-        """The row with its `files` read, and with a `prompt` where it has none.
+        """The row with its `answer`, and with a prompt from its issue where it has no turns.
 
-        The repository is `files` (path to text), or `repository`: such an object, or the name of a
-        folder beside the JSONL file. `golden_files`, or the files of `patch`, are those to repair.
+        `golden_files`, or the files of `patch`, are those to repair; see `swe.tasks` for the rest.
+        A text as `prompt` is not shown: in R2E-Gym it is what a model wrote the issue from, and
+        holds the solution.
         """
-        where = row.get("repository", row.get("files"))
-        if isinstance(where, str):
-            root = (folder / where).resolve()
-            row = {**row, "folder": str(root)}
-            files = texts_of(read_snapshot(root))
-        else:
-            files = row_files(where or {})
-            row = {**row, "files": files}
-        if not files:
-            raise ValueError("'repository' and 'files' name no text file: there is nothing to edit")
-        patched = patched_files(row["patch"]) if row.get("patch") else []
-        golden = list(row.get("golden_files") or patched)
-        if not golden:
-            raise ValueError("'golden_files' and 'patch' are both missing: which files are wrong?")
-        # A patch may make files that are not there yet.
-        if missing := sorted(set(golden) - set(files) - set(patched)):
-            raise ValueError(f"the golden file {missing[0]!r} is not in the repository")
-        if row.get("responses_create_params") or row.get("prompt"):
+        task = task_of(row, folder)
+        golden = _golden(row, task)
+        if task.tests is None:
+            self._check_judge(task.patch)
+        answer = {
+            "issue": issue_of(row),
+            "patch": task.patch,
+            "tests": task.tests,
+            # A folder is read again when it is needed: many rows may speak of one.
+            **task.where,
+        }
+        row = {**row, "answer": answer}
+        turns = row.get("prompt")
+        if (row.get("responses_create_params") or {}).get("input"):
             return row
-        issue = issue_of(row)
-        shown = shown_files(issue, files, golden)
-        return {**row, "prompt": _ASK.format(issue=issue, files=_listing(shown))}
+        if turns and not isinstance(turns, str):
+            return row
+        where = task.where.get("repository")
+        hidden = () if task.tests is None else task.tests.files
+        prompt = self._prompt_text(
+            answer["issue"],
+            task.texts,
+            golden,
+            patch=task.patch,
+            hidden=hidden,
+            index=None if where is None else folder_index(where),
+        )
+        return {**row, "prompt": prompt}
 
     def parse(self, row: Row) -> Mapping[str, Any]:
-        """`tests`: see `_tests`; or `patch`, the reference for the judge."""
-        tests, patch = row.get("tests"), str(row.get("patch") or "")
-        if not tests and self.judge is None:
-            raise ValueError("without 'tests' a repair needs a judge: set envs.judge")
-        if not tests and not patch:
+        return dict(row["answer"])
+
+    def _check_judge(self, patch: str) -> None:
+        if not knows_language(self.judge):
+            raise ValueError(
+                "without 'tests' a repair needs a judge: set envs.judge.kind to server or artifact "
+                "(a rule cannot tell right repairs from wrong ones), or give the row 'tests'"
+            )
+        if not patch:
             raise ValueError("without 'tests' the judge needs 'patch', a repair that is right")
-        return {
-            "issue": issue_of(row),
-            "patch": patch,
-            "tests": _tests(row) if tests else None,
-            # A folder is read again when it is needed: many rows may speak of one.
-            **({"folder": row["folder"]} if "folder" in row else {"files": row["files"]}),
-        }
+
+    def _prompt_text(
+        self,
+        issue: str,
+        files: Mapping[str, str],
+        golden: Sequence[str],
+        *,
+        patch: str = "",
+        hidden: Collection[str] = (),
+        index: Index | None = None,
+    ) -> str:
+        """The prompt: see `swe.shown`."""
+        shown = shown_files(
+            issue,
+            files,
+            golden,
+            room=self._limits.prompt_chars - len(_ASK) - len(issue),
+            retrieved=self._limits.retrieved,
+            patch=patch,
+            hidden=hidden,
+            index=index,
+        )
+        return _ASK.format(issue=issue, files=SEPARATOR.join(shown.values()))
 
     def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         """The verdict. Raises SandboxUnavailable where tests cannot be isolated at all.
@@ -127,13 +160,10 @@ class SweAgentless(GradedDomain):
 
     def examine(self, prompt: Prompt, response: Sequence[Message]) -> Verdict | Question:
         text, answer = final_text(response), prompt.answer
-        if "folder" in answer:
-            snapshot = read_snapshot(answer["folder"])
-        else:
-            snapshot = with_texts({}, answer["files"])
+        texts = texts_at(answer)
         try:
             edits = parse_edits(text)
-            repaired = apply_edits(texts_of(snapshot), edits)
+            repaired = apply_edits(texts, edits)
         except EditError as error:
             return Verdict(0.0, details={"reason": str(error)})
         tests: HiddenTests | None = answer["tests"]
@@ -141,7 +171,9 @@ class SweAgentless(GradedDomain):
             asked = [Message("user", answer["issue"])]
             shown = "\n".join(map(edit_text, edits))
             return grade_question(asked, shown, reference=answer["patch"], criteria=_CRITERIA)
-        return judge(self.sandbox, snapshot, with_texts(snapshot, repaired), tests)
+        snapshot = snapshot_of(answer)
+        changed = {path: new for path, new in repaired.items() if texts.get(path) != new}
+        return judge(self.sandbox, snapshot, with_texts(snapshot, changed), tests)
 
     def close(self) -> None:
         """End the sandbox's workers."""
@@ -149,6 +181,10 @@ class SweAgentless(GradedDomain):
             if self._sandbox is not None:
                 self._sandbox.close()
                 self._sandbox = None
+
+    def split_key(self, prompt: Prompt) -> str:
+        """Of the issue and its repair: other files in a prompt don't make another task."""
+        return digest(f"{prompt.answer['issue']}\n{prompt.demonstration[0].content}")
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """See `swe.bugs.make_bug`."""
@@ -158,8 +194,7 @@ class SweAgentless(GradedDomain):
         if difficulty <= 0:
             ask = f"{bug.issue}\n{_brief(bug.files)}"
         else:
-            shown = shown_files(bug.issue, bug.files, [bug.edit.path])
-            ask = _ASK.format(issue=bug.issue, files=_listing(shown))
+            ask = self._prompt_text(bug.issue, bug.files, [bug.edit.path])
         return Prompt(
             id="",
             domain=self.domain,
@@ -174,28 +209,23 @@ class SweAgentless(GradedDomain):
             assert self.sandbox
 
 
-def shown_files(issue: str, files: Mapping[str, str], golden: Sequence[str]) -> dict[str, str]:
-    """The golden files and the `RETRIEVED` others that match the issue best, by path.
+def _golden(row: Row, task: Task) -> list[str]:
+    """The files to repair: but for hidden tests, which no edit can change.
 
-    The order says nothing of which is which.
+    Raises ValueError where the row names none, or one that is not there before the repair.
     """
-    others = {path: text for path, text in files.items() if path not in golden}
-    chosen = {*(path for path in golden if path in files), *retrieve(issue, others, RETRIEVED)}
-    return {path: files[path] for path in sorted(chosen)}
-
-
-def _listing(files: Mapping[str, str]) -> str:
-    return "\n\n".join(f"### {path}\n```\n{text}\n```" for path, text in files.items())
+    patched = patched_files(task.patch) if task.patch else []
+    named = list(row.get("golden_files") or patched)
+    if not named:
+        raise ValueError("'golden_files' and 'patch' are both missing: which files are wrong?")
+    golden = [path for path in named if task.tests is None or path not in task.tests.files]
+    if not golden:
+        raise ValueError(f"the golden files {named} are all hidden tests: name those to repair")
+    made = made_files(task.patch) if task.patch else set()
+    if missing := sorted(set(golden) - set(task.texts) - made):
+        raise ValueError(f"the golden file {missing[0]!r} is not in the repository, or is no text")
+    return golden
 
 
 def _brief(files: Mapping[str, str]) -> str:
     return "\n".join(f"### {path}\n{text.rstrip()}" for path, text in files.items())
-
-
-def _tests(row: Row) -> HiddenTests:
-    """`tests.files` (path to text), `FAIL_TO_PASS`, and more of `swe.rows.test_settings_of`."""
-    tests = row["tests"]
-    files = row_files(tests.get("files") or {})
-    if not files:
-        raise ValueError("'tests.files' is empty: tests that an edit could change decide nothing")
-    return hidden_of({"tests": files, **test_settings_of(row, tests)})

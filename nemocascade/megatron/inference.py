@@ -57,6 +57,9 @@ class SlotModel:
         self.config = chunks[0].config
         self.vocabulary: int = self.config.shape.vocab_size
         self.context = 0
+        self.longest = 0
+        """No sequence of the present run becomes longer, so room beyond is not made ahead; 0 is not
+        known."""
         self._layers: list[list[SlotLayer]] = [
             [slot_layer(block, slots) for block in chunk.decoder.layers] for chunk in chunks
         ]
@@ -93,10 +96,12 @@ class SlotModel:
     def reserve(self, context: int) -> None:
         """Make room for sequences of `context` tokens; it is never given back.
 
-        Room grows by half at least, so that a text that becomes longer is not copied at each token.
+        Room grows by half at least, so that a text that becomes longer is not copied at each token;
+        but not beyond `longest`.
         """
         if context > self.context:
-            self.context = max(context, self.context + self.context // 2, LEAST_CONTEXT)
+            ahead = max(self.context + self.context // 2, LEAST_CONTEXT)
+            self.context = max(context, min(ahead, self.longest or ahead))
             for layer in self._each_layer():
                 layer.reserve(self.context)
             if self._graphs is not None:

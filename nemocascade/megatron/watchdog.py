@@ -9,6 +9,10 @@ writes the stacks of its own threads and the last known stack of the silent ones
 EXIT_CODE.
 
 A rank that raises says so to the others, and waits a moment so that they can log it.
+
+Where ranks wait for one that is at work on something else than the model, a verifier for instance,
+they `meet` instead of entering a collective: that has no time-out of its own, and the rank that is
+waited for counts as stuck only if it reports no progress.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ from typing import Any
 LOGGER = logging.getLogger("nemocascade")
 EXIT_CODE = 4
 GRACE_S = 20.0
+_MEETING_S = 1.0
+"""A rank in a meeting asks at least so often whether the others are there."""
 _ENDED = "ended by its launcher (SIGTERM)"
 # Frames of the main thread that travel with each sign of life.
 _FRAMES = 12
@@ -105,6 +111,7 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._thread: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
+        self._meetings = 0
 
     def start(self) -> None:
         """Begin to watch. Call it in the main thread."""
@@ -151,6 +158,23 @@ class Watchdog:
         with self._lock:
             self._own.progress = progress
             self._moved = self._waiting_since = time.monotonic()
+
+    def meet(self) -> None:
+        """Wait until every rank has come here as often as this one, however long that takes."""
+        self._meetings += 1
+        if self.store is None or self._thread is None:
+            return
+        name = f"{self.prefix}/meeting"
+        arrived = self.store.add(f"{name}_{self._meetings}", 1)
+        started = time.monotonic()
+        while arrived < self.size:
+            # Short waits are asked after often, long ones as rarely as signs of life are told.
+            waited = time.monotonic() - started
+            time.sleep(min(max(0.001, waited / 20), self.interval, _MEETING_S))
+            arrived = self.store.add(f"{name}_{self._meetings}", 0)
+        if self.rank == 0 and self._meetings > 1:
+            # Who is here has left the meeting before.
+            self.store.delete_key(f"{name}_{self._meetings - 1}")
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank ends because of `error`, and name whom it died of.
@@ -265,7 +289,7 @@ class Watchdog:
         longest = max(busy, key=lambda s: s.waits_s, default=None)
         if longest is None or longest.waits_s < self.limit_s:
             return None
-        culprits = _culprits(busy)
+        culprits = _culprits(busy, self.limit_s)
         gone = [pair for pair in quiet if pair[0] in culprits]
         waited = f"; rank {longest.rank} has waited {longest.waits_s:.1f} s in {longest.collective}"
         # A rank that gets on is slower than the others, and not stuck.
@@ -344,10 +368,13 @@ def _died(silent: list[tuple[Sign, float]]) -> list[str]:
     return [f"has died or was stopped: {s.where()}; silent for {q:.1f} s" for s, q in silent]
 
 
-def _culprits(signs: list[Sign]) -> list[Sign]:
-    """Those the others wait for: outside a collective, or in one that the fewest are in."""
+def _culprits(signs: list[Sign], limit_s: float) -> list[Sign]:
+    """Those the others wait for: outside a collective, or in one that the fewest are in.
+
+    Nobody while one has just come to its collective: it may be the one that the others waited for.
+    """
     outside = [s for s in signs if not s.collective]
-    if outside:
+    if outside or min(s.waits_s for s in signs) < limit_s:
         return outside
     counts = Counter((s.phase, s.collective) for s in signs)
     fewest = min(counts.values())
@@ -371,8 +398,13 @@ def _summary(frames: list[tuple[str, int, str]]) -> list[str]:
 
 
 def _collective(frames: list[tuple[str, int, str]]) -> str:
-    """The outermost function of torch.distributed that the thread is in, and who called it."""
-    inside = [i for i, (file, _, _) in enumerate(frames) if file.endswith("distributed_c10d.py")]
+    """The outermost function of torch.distributed that the thread is in, or the meeting, and who
+    called it."""
+    inside = [
+        i
+        for i, (file, _, name) in enumerate(frames)
+        if file.endswith("distributed_c10d.py") or (file == __file__ and name == "meet")
+    ]
     if not inside:
         return ""
     name = frames[inside[-1]][2]

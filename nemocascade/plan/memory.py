@@ -106,7 +106,8 @@ def _rollout(job: Job, layers: str) -> float:
     channels = m.mamba_inner + 2 * m.mamba_groups * m.mamba_state
     state = (m.mamba_inner * m.mamba_state * 4 + channels * (m.mamba_conv - 1) * width) / tp
     each = layers.count("*") * token * job.rollout.length + layers.count("M") * state
-    return sequences * each
+    # And a slot for rows that stand for nothing, and one for a prompt that others continue.
+    return (sequences + 2) * each if sequences else 0.0
 
 
 def worst_rank(job: Job) -> Memory:

@@ -2,7 +2,7 @@
 
 from nemocascade.recipe.cascade import AlarmConfig, CascadeRecipe, StageConfig, TeacherChoice
 from nemocascade.recipe.data import DataConfig, TokenizerConfig
-from nemocascade.recipe.envs import AgentConfig, EnvConfig, SandboxConfig
+from nemocascade.recipe.envs import AgentConfig, AgentlessConfig, EnvConfig, SandboxConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.recipe.model import (
     PRESETS,
@@ -35,6 +35,7 @@ from nemocascade.recipe.train import (
 __all__ = [
     "PRESETS",
     "AgentConfig",
+    "AgentlessConfig",
     "AlarmConfig",
     "CascadeRecipe",
     "CheckpointConfig",

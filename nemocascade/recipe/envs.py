@@ -83,6 +83,10 @@ class AgentConfig:
     test_runs: int = 50
     """Runs of the repository's tests."""
 
+    tests_time_s: float = 1800.0
+    """Wall-clock time of all these runs together; once it is used up, no other one starts. Each
+    has the sandbox's `time_s`."""
+
     changed_files: int = 64
     """Files that edits may change or make."""
 
@@ -96,6 +100,27 @@ class AgentConfig:
             for f in fields(self)
             if getattr(self, f.name) < 1
         ]
+
+
+@dataclass(frozen=True)
+class AgentlessConfig:
+    """What the prompt of a repair without an agent shows."""
+
+    prompt_chars: int = 80_000
+    """Of a prompt, which should fit `rollout.max_prompt_tokens`: source code has three characters
+    to a token or more. The files to repair come first, and are cut where they are too long."""
+
+    retrieved: int = 5
+    """Files beside those to repair, the best by BM25 (Nemotron-Cascade 2, arXiv 2603.19220)."""
+
+    def problems(self) -> list[str]:
+        """Every rule these settings break."""
+        found = []
+        if self.prompt_chars < 1:
+            found.append(f"envs.agentless.prompt_chars({self.prompt_chars}) must be at least 1")
+        if self.retrieved < 0:
+            found.append(f"envs.agentless.retrieved({self.retrieved}) must not be negative")
+        return found
 
 
 @dataclass(frozen=True)
@@ -120,6 +145,7 @@ class EnvConfig:
 
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
+    agentless: AgentlessConfig = field(default_factory=AgentlessConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def problems(self) -> list[str]:
@@ -129,4 +155,5 @@ class EnvConfig:
             for name in ("check_workers", "check_timeout_s", "check_memory_mib")
             if getattr(self, name) <= 0
         ]
-        return found + self.sandbox.problems() + self.agent.problems() + self.judge.problems()
+        parts = (self.sandbox, self.agent, self.agentless, self.judge)
+        return found + [problem for part in parts for problem in part.problems()]

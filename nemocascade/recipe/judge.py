@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
+
+HOW = (
+    *("url", "api_key_env", "concurrency", "timeout_s", "retries"),
+    *("backoff_s", "deadline_s", "silence_s", "cache"),
+)
+"""Settings of how a judge is reached: what it is asked, and answers, does not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,7 @@ class JudgeConfig:
     ranks. `rule`: a fixed rule, for tests and the tiny recipes; it knows nothing of language."""
 
     url: str = ""
-    """Of the server, `http://host:port`."""
+    """Of the server, `http://host:port`. Proxies of the environment are not used."""
 
     model: str = ""
     """Name of the model on the server."""
@@ -47,13 +54,18 @@ class JudgeConfig:
     """Of one request."""
 
     retries: int = 4
-    """Further tries after a failure, each after twice the wait before."""
+    """Further tries after failures, each after twice the wait before. While nobody listens, and
+    after the statuses 429, 502, 503 and 504, tries go on without counting."""
 
     backoff_s: float = 1.0
     """Wait before the first further try."""
 
-    deadline_s: float = 3600.0
-    """Of all tries of one question together; then it is an error."""
+    deadline_s: float = 7200.0
+    """From when a question is asked, its turn in the queue included; then it is an error."""
+
+    silence_s: float = 1800.0
+    """A server that answers nothing for so long, though asked, is taken to be down: questions fail
+    at once until it answers one."""
 
     cache: str = ""
     """File that keeps a server's answers by what was asked, for restarts; empty = memory only."""
@@ -61,7 +73,7 @@ class JudgeConfig:
     def problems(self) -> list[str]:
         """Every rule these settings break."""
         found = []
-        if self.kind == "server" and not self.url.startswith(("http://", "https://")):
+        if self.kind == "server" and not _is_url(self.url):
             found.append(f"judge.url({self.url!r}) must be http://host:port of the server")
         if self.kind == "server" and not self.model:
             found.append("judge.model is empty: name the model as the server does")
@@ -73,7 +85,7 @@ class JudgeConfig:
             found.append(f"judge.top_p({self.top_p}) must lie in (0, 1]")
         found += [
             f"judge.{name}({getattr(self, name)}) must be above 0"
-            for name in ("max_tokens", "concurrency", "timeout_s", "deadline_s")
+            for name in ("max_tokens", "concurrency", "timeout_s", "deadline_s", "silence_s")
             if not getattr(self, name) > 0
         ]
         found += [
@@ -82,3 +94,13 @@ class JudgeConfig:
             if getattr(self, name) < 0
         ]
         return found
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        # The port is read, and may raise, here only.
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return named and parts.scheme in ("http", "https") and text.isascii() and text.isprintable()

@@ -121,7 +121,8 @@ class RolloutConfig:
     """Warn where the largest one is above this."""
 
     samples: int = 4
-    """Rollouts a step that are kept as readable text in RUN/rollouts."""
+    """Groups a step of which the best and the worst rollout are kept as readable text in
+    RUN/rollouts."""
 
     def problems(self) -> list[str]:
         """Every rule these settings break."""

@@ -43,6 +43,7 @@ class Generation:
         self.world, self.model, self.sampling, self.counts = world, model, sampling, counts
         self.vocabulary = vocabulary
         longest = max((len(r.prompt) for r in requests), default=1) + sampling.max_tokens
+        model.longest = longest
         self.table = SlotTable(slots, longest, world.device)
         self.stops = Stops(sampling, model.vocabulary, decode, world.device)
         self.replies = Replies(world, respond)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from threading import Lock
 
 import torch
@@ -11,9 +12,11 @@ import torch
 from nemocascade.data.chat_template import encode, render_results
 from nemocascade.data.reply import Reply, parse_reply
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.megatron.watchdog import Watchdog
 from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.rollout.engine import Completion
 from nemocascade.stages.tasks import Task
+from nemocascade.train.metrics import LOGGER
 from nemocascade.types import Environment, Message, ToolSession
 
 
@@ -22,7 +25,10 @@ class Episodes:
 
     A turn with calls is answered by the tools of its task; one without ends the episode, and so
     do turn number `max_turns` and a call that its session calls the last. Calls that cannot be read
-    are answered with what is wrong.
+    are answered with what is wrong. Tools that fail end their episode and no other: what becomes of
+    it is the verifier's to say.
+
+    watch: is told of every call that has ended, so that slow tools are not taken for a stall.
     """
 
     def __init__(
@@ -31,9 +37,11 @@ class Episodes:
         environments: Mapping[str, Environment],
         settings: RolloutConfig,
         tasks: Mapping[int, Task],
+        watch: Watchdog | None = None,
     ) -> None:
         self.tokenizer, self.environments = tokenizer, environments
         self.settings, self.tasks = settings, tasks
+        self._watch = watch or Watchdog()
         self._sessions: dict[int, ToolSession | None] = {}
         self._results: dict[int, list[list[Message]]] = {}
         self._lock = Lock()
@@ -44,6 +52,18 @@ class Episodes:
         Runs in a thread of its own; an episode is never asked twice at a time.
         """
         number = completion.request.id
+        try:
+            return self._answer(number, completion)
+        except Exception as error:
+            LOGGER.warning(
+                "%s: its tools failed, the episode ends: %s: %s",
+                self.tasks[number].prompt.source,
+                type(error).__name__,
+                error,
+            )
+            return None
+
+    def _answer(self, number: int, completion: Completion) -> list[int] | None:
         session = self._session(number)
         if session is None or completion.turns >= self.settings.max_turns:
             return None
@@ -51,8 +71,12 @@ class Episodes:
         calls = reply.message.tool_calls
         if not calls and not reply.faults:
             return None
-        results = session.step(calls) if calls else []
+        results = []
+        for call in calls:
+            results += session.step([call])
+            self._watch.progress(f"a tool of request {number} has answered")
         results += [Message("tool", f"error: {fault}") for fault in reply.faults]
+        results = [replace(m, content=_encodable(m.content)) for m in results]
         with self._lock:
             self._results.setdefault(number, []).append(results)
         if session.done:
@@ -87,10 +111,19 @@ class Episodes:
 
     def _session(self, number: int) -> ToolSession | None:
         with self._lock:
-            if number not in self._sessions:
-                prompt = self.tasks[number].prompt
-                self._sessions[number] = self.environments[prompt.domain].session(prompt)
-            return self._sessions[number]
+            if number in self._sessions:
+                return self._sessions[number]
+        # Outside of the lock: a repository may take long to read.
+        prompt = self.tasks[number].prompt
+        session = self.environments[prompt.domain].session(prompt)
+        with self._lock:
+            self._sessions[number] = session
+        return session
+
+
+def _encodable(text: str) -> str:
+    """Text without lone surrogates, which no tokenizer takes; programs may print them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _turns(completion: Completion) -> list[list[int]]:

@@ -110,6 +110,8 @@ class Collector:
         everything: dict[int, Rollout] = {}
         found = self._generate(by_id, copies, sampling or self.sampling(), scored)
         world.watch.enter("rollout: exchange")
+        # Texts and verdicts of one replica may take longer than a collective would wait.
+        world.watch.meet()
         for part in world.all_gather_object(found):
             everything |= part
         groups = [
@@ -123,7 +125,9 @@ class Collector:
     ) -> dict[int, Rollout]:
         """Rollouts of this replica by request, on the rank that has its verdicts; scored while
         others are still written, where the verifiers do not need all ranks."""
-        episodes = Episodes(self.tokenizer, self.environments, self.settings, by_id)
+        episodes = Episodes(
+            self.tokenizer, self.environments, self.settings, by_id, self.world.watch
+        )
         verification = Verification(
             episodes,
             self.environments,
@@ -140,7 +144,10 @@ class Collector:
                 if shows(self.world):
                     verification.add(completion)
             self.world.watch.enter("rollout: verdicts")
-            return verification.rollouts()
+            return verification.rollouts(self.world.watch)
+        except BaseException:
+            verification.give_up()
+            raise
         finally:
             verification.close()
             episodes.close_all()

@@ -9,7 +9,13 @@ from nemocascade.megatron.swap import WeightSwap
 from nemocascade.recipe.rl import GrpoRecipe
 from nemocascade.stages.bookkeeping import Bookkeeper
 from nemocascade.stages.experience import advantages_of, gather
-from nemocascade.stages.policy import REFERENCE, PolicyRun, policy_run, training_batches
+from nemocascade.stages.policy import (
+    REFERENCE,
+    PolicyRun,
+    policy_run,
+    training_batches,
+    training_sequences,
+)
 from nemocascade.train.evaluation import policy_metrics
 from nemocascade.train.metrics import LOGGER
 from nemocascade.train.objectives import grpo_objective
@@ -41,9 +47,10 @@ def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> 
         rolled_out = time.perf_counter()
         groups = advantages_of(gathered.groups, recipe.rollout, recipe.grpo)
         values = run.rollout_values(gathered, rolled_out - started)
-        if groups:
+        sequences = training_sequences(groups, recipe)
+        if sequences:
             result = trainer.train_step(
-                training_batches(run, groups, recipe, reference),
+                training_batches(run, sequences, reference),
                 objective,
                 temperature=recipe.rollout.temperature,
                 measure=policy_metrics,
@@ -53,6 +60,11 @@ def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> 
             run.watch_mismatch(step, result.metrics)
         else:
             trainer.skip_step()
-            LOGGER.warning("step %d: no group of %d can teach anything", step, gathered.drawn)
+            LOGGER.warning(
+                "step %d: no group of %d can teach anything; %d verdicts failed",
+                step,
+                gathered.drawn,
+                values["verifier_errors"],
+            )
         books.after_step(step, values, groups)
     return books.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from nemocascade.data.chat_template import encode, render_prompt
 from nemocascade.data.conversation import Conversation
 from nemocascade.data.reply import parse_reply
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.envs.judges.server import ServerJudge, server_problems
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.swap import WeightSwap
 from nemocascade.megatron.world import RecipeError, World
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rollout.engine import Engine, Request, Sampling
 from nemocascade.stages.same_model import model_problems
+from nemocascade.stages.setup import main_first
 from nemocascade.stages.verification import shows
 from nemocascade.train.metrics import LOGGER
 from nemocascade.types import Answer, Artifact, Question
@@ -44,9 +47,34 @@ def open_judge(settings: JudgeConfig, policy: Artifact) -> Artifact:
 
 
 def check_judge(settings: JudgeConfig, policy: Artifact) -> None:
-    """Raises as `open_judge` for an artifact that cannot judge; needs no process group."""
+    """Raises as `open_judge` for an artifact that cannot judge, and RecipeError for the settings of
+    a server that cannot work; needs no process group."""
     if settings.kind == "artifact":
         open_judge(settings, policy)
+    if settings.kind == "server" and (problems := server_problems(settings)):
+        raise RecipeError(problems)
+
+
+def probe_judge(settings: JudgeConfig, world: World) -> None:
+    """Ask a server one question, before anything costly begins; every rank calls it.
+
+    Raises RecipeError on the main rank, and MainRankError on the others, if the server refuses it:
+    its address, the model's name, the key or the form of the question is wrong.
+    """
+
+    def probe() -> None:
+        with closing(ServerJudge(settings)) as judge:
+            if reason := judge.probe():
+                raise RecipeError(
+                    [
+                        f"the judge refuses what it is asked ({reason}): check envs.judge.url, "
+                        "model, form, api_key_env and max_tokens"
+                    ]
+                )
+
+    if settings.kind == "server":
+        world.watch.enter("judge: first question")
+        main_first(world, probe, lambda: None)
 
 
 def judge_on_ranks(
@@ -74,6 +102,7 @@ class ArtifactJudge:
     """
 
     collective = True
+    activity = 0
 
     def __init__(
         self,
@@ -92,6 +121,9 @@ class ArtifactJudge:
         self.swap.load(WEIGHTS, artifact)
         LOGGER.info("judge: %s (%s)", artifact.folder, artifact.digest[:12])
 
+    def begin(self, questions: Sequence[Question]) -> None:
+        """The ranks are at work on the policy until all questions are asked."""
+
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """An answer to each question, in order, on every rank; every rank asks the same."""
         if not questions:
@@ -108,6 +140,7 @@ class ArtifactJudge:
             for completion in self.engine.run(requests, self._sampling()):
                 texts[completion.request.id] = self._read(completion.response)
         everything: dict[int, str] = {}
+        world.watch.meet()
         for part in world.all_gather_object(texts if shows(world) else {}):
             everything |= part
         return [Answer(everything[number]) for number in numbers]

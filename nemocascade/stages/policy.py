@@ -22,11 +22,11 @@ from nemocascade.rollout.engine import Sampling
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.stages.batches import TrainingSequence, lay_out, pack_sequences
 from nemocascade.stages.experience import Collector, Gathered, Group
-from nemocascade.stages.judge import check_judge, judge_on_ranks
+from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.rollout_report import rollout_values
 from nemocascade.stages.setup import stage_world, write_recipe
 from nemocascade.stages.tasks import Task, TaskStream, encode_prompts, read_tasks
-from nemocascade.stages.trajectories import logged
+from nemocascade.stages.trajectories import extremes, logged
 from nemocascade.stages.verification import verifier_threads
 from nemocascade.stages.win_rate import over_start, start_answers
 from nemocascade.train.checkpointing import Checkpoints
@@ -80,7 +80,8 @@ class PolicyRun:
         for group in groups:
             reward = group.rollouts[0].verdict.reward
             if reward is None:
-                errors += 1
+                # Those that compare may have nothing to hold an answer against but the start's.
+                errors += not self.environments[group.task.prompt.domain].by_group
             else:
                 found.setdefault(group.task.prompt.domain, []).append(reward)
         if errors:
@@ -117,13 +118,13 @@ class PolicyRun:
             )
 
     def keep_samples(self, step: int, groups: Sequence[Group]) -> None:
-        """Some rollouts of a step as text, in RUN/rollouts."""
+        """The best and the worst rollout of some groups of a step as text, in RUN/rollouts."""
         count = self.recipe.rollout.samples
         if not self.world.is_main or not count:
             return
         folder = Path(self.recipe.run_dir) / "rollouts"
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [logged(step, group) for group in groups[:count]]
+        lines = [logged(step, g, number) for g in groups[:count] for number in extremes(g)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (folder / f"step_{step:08d}.jsonl").write_text(text, encoding="utf-8")
 
@@ -173,6 +174,7 @@ def policy_run[R: PolicyRecipe](
     check_judge(settings, parent)
     with stage_world(recipe) as (world, accelerators):
         write_recipe(recipe, world)
+        probe_judge(settings, world)
         tokenizer = load_tokenizer(str(parent.tokenizer_path))
         check_vocabulary(tokenizer, model.vocab_size)
         trainer = Trainer(
@@ -238,10 +240,10 @@ def policy_run[R: PolicyRecipe](
 
 
 def training_batches(
-    run: PolicyRun, groups: Sequence[Group], recipe: GrpoRecipe, reference: WeightSwap | None
+    run: PolicyRun, sequences: Sequence[TrainingSequence], reference: WeightSwap | None
 ) -> list[PackedBatch]:
     """This rank's micro-batches of a step, with the reference's log-probabilities where asked."""
-    batches = my_batches(run, training_sequences(groups, recipe))
+    batches = my_batches(run, sequences)
     if reference is None:
         return batches
     with reference.using(REFERENCE):

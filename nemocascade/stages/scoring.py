@@ -29,9 +29,10 @@ from nemocascade.recipe import (
     ScoreConfig,
     ScoredDomain,
 )
+from nemocascade.recipe.judge import HOW as JUDGE_HOW
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.stages.experience import Collector, Group
-from nemocascade.stages.judge import check_judge, judge_on_ranks
+from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import stage_world
 from nemocascade.stages.tasks import Task, encode_prompts, read_tasks
 from nemocascade.stages.verification import verifier_threads
@@ -103,6 +104,8 @@ def settings_key(config: ScoreConfig, files: Mapping[str, str]) -> str:
     """What scores depend on besides the artifact. files: fingerprints of held-out files."""
     said = {name: value for name, value in asdict(config).items() if name not in _HOW}
     said["engine"] = said["engine"]["precision"]
+    for name in JUDGE_HOW:
+        said["envs"]["judge"].pop(name)
     return digest_of({"version": VERSION, "settings": json.loads(json.dumps(said)), "files": files})
 
 
@@ -138,6 +141,7 @@ def score_artifact(
     check_judge(config.envs.judge, artifact)
     job = _Job(str(work_dir), config, artifact_model(artifact))
     with stage_world(job, show=False) as (world, accelerators):
+        probe_judge(config.envs.judge, world)
         engine, tokenizer = _open_engine(artifact, job, world, accelerators)
         judge = judge_on_ranks(
             config.envs.judge, artifact, world, engine.chunks, engine, tokenizer, seed=config.seed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nemocascade.data.errors import DataError
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
@@ -15,15 +15,27 @@ from nemocascade.stages.experience import Group
 from nemocascade.types import Message, Prompt, ToolCall, Verdict
 
 
-def logged(step: int, group: Group) -> dict[str, Any]:
-    """The first rollout of a group, in JSON values.
+def extremes(group: Group) -> list[int]:
+    """The numbers of a group's best and worst rollout; of the first one where all are alike."""
+    rewards = {i: r.verdict.reward for i, r in enumerate(group.rollouts)}
+    scored = {i: reward for i, reward in rewards.items() if reward is not None}
+    if not scored:
+        return [0]
+    best, worst = (choose(scored, key=lambda i: scored[i]) for choose in (max, min))
+    return list(dict.fromkeys((best, worst)))
+
+
+def logged(step: int, group: Group, number: int = 0) -> dict[str, Any]:
+    """One rollout of a group, in JSON values.
 
     An episode with calls is logged turn by turn, and with what its verifier needs, so that it can
-    be scored again.
+    be scored again; but not where that is more than JSON values, as in domains without tools, whose
+    answers may still look like calls.
     """
-    rollout, prompt = group.rollouts[0], group.task.prompt
+    rollout, prompt = group.rollouts[number], group.task.prompt
     line: dict[str, Any] = {
         "step": step,
+        "rollout": number,
         "domain": prompt.domain,
         "task": prompt.id,
         "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
@@ -34,9 +46,18 @@ def logged(step: int, group: Group) -> dict[str, Any]:
         "details": dict(rollout.verdict.details),
         "rewards_of_group": [r.verdict.reward for r in group.rollouts],
     }
-    if any(m.tool_calls for m in rollout.response):
+    called = any(m.tool_calls or m.role == "tool" for m in rollout.response)
+    if called and _is_json(prompt.answer):
         line |= {"turns": [_turn(m) for m in rollout.response], "answer": dict(prompt.answer)}
     return line
+
+
+def _is_json(answer: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(dict(answer))
+    except TypeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -47,7 +68,31 @@ class ReplaySettings:
     """A file of RUN/rollouts, or the folder."""
 
     envs: EnvConfig = field(default_factory=EnvConfig)
-    """As in the run."""
+    """How verdicts are made; as in the run, where its recipe.json lies beside `rollouts`."""
+
+
+def settings_of_run(path: Path) -> ReplaySettings:
+    """The settings for a file or folder of rollouts, with those of its run's recipe."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        recipe = json.loads((folder.parent / "recipe.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ReplaySettings(str(path))
+    except ValueError as error:
+        raise DataError(f"{folder.parent / 'recipe.json'} is no JSON: {error}") from error
+    return ReplaySettings(str(path), _filled(EnvConfig(), recipe.get("envs", {})))
+
+
+def _filled[T](default: T, said: Mapping[str, Any]) -> T:
+    """A dataclass with the values of `said`; settings of another version are left out."""
+    found: dict[str, Any] = {}
+    for f in fields(cast(Any, default)):
+        if f.name in said:
+            old, new = getattr(default, f.name), said[f.name]
+            if is_dataclass(old):
+                new = _filled(old, new)
+            found[f.name] = tuple(new) if isinstance(old, tuple) else new
+    return cast(T, replace(cast(Any, default), **found))
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,21 @@
 """From completions to scored rollouts, beside a generation that goes on or after it.
 
 A response is scored as soon as it is written, or with its whole group as soon as that is, where
-verdicts are made by group. A verifier that works on all ranks waits for the generation's end.
+verdicts are made by group; what a judge can be asked before, it is asked before. A verifier that
+works on all ranks waits for the generation's end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from threading import Lock
 
 from torch import Tensor
 
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.megatron.watchdog import Watchdog
 from nemocascade.megatron.world import World
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rollout.engine import Completion
@@ -23,6 +25,9 @@ from nemocascade.types import Environment, Message, Prompt, Verdict
 
 THREADS = 8
 """Verifiers at a time, where they use the processor."""
+
+_LOOK_S = 1.0
+"""So often a wait for verdicts looks whether a judge gets on."""
 
 NOT_SCORED = Verdict(None, "not scored")
 
@@ -70,20 +75,36 @@ class Verification:
         self._futures: list[Future[None]] = []
         self._rollouts: dict[int, Rollout] = {}
         self._lock = Lock()
+        self._wait = True
 
     def add(self, completion: Completion) -> None:
         """Score it once it can be, while this thread goes on."""
         self._futures.append(self._pool.submit(self._finish, completion))
 
-    def rollouts(self) -> dict[int, Rollout]:
-        """All rollouts by request, once their verdicts are there."""
+    def rollouts(self, watch: Watchdog) -> dict[int, Rollout]:
+        """All rollouts by request, once their verdicts are there.
+
+        Each verdict, and whatever a judge does meanwhile, is progress.
+        """
+        open_, before = set(self._futures), -1
+        while open_:
+            ended, open_ = wait(open_, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
+            activity = sum(e.activity for e in self.environments.values())
+            if ended or activity != before:
+                count = len(self._futures)
+                watch.progress(f"{count - len(open_)} of {count} verdicts")
+                before = activity
         for future in self._futures:
             future.result()
         return self._rollouts
 
+    def give_up(self) -> None:
+        """An error ends the stage: its report must not wait for verdicts that nobody reads."""
+        self._wait = False
+
     def close(self) -> None:
         """End the threads, after what they work on."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=self._wait, cancel_futures=True)
 
     def _finish(self, completion: Completion) -> None:
         """Read a response; score it, or its group if it is the last one of that."""
@@ -99,12 +120,16 @@ class Verification:
             self._rollouts[number] = rollout
             first = task.number * self.copies
             group = [self._rollouts.get(n) for n in range(first, first + self.copies)]
-        if environment.by_group and not later and all(group):
-            responses = [r.response for r in group if r is not None]
-            (verdicts,) = environment.score_groups([(task.prompt, responses)])
-            with self._lock:
-                for n, verdict in enumerate(verdicts, start=first):
-                    self._rollouts[n] = replace(self._rollouts[n], verdict=verdict)
+        if not environment.by_group or later:
+            return
+        written = {i: r.response for i, r in enumerate(group) if r is not None}
+        if len(written) < self.copies:
+            environment.begin_group(task.prompt, written, number - first)
+            return
+        (verdicts,) = environment.score_groups([(task.prompt, list(written.values()))])
+        with self._lock:
+            for n, verdict in enumerate(verdicts, start=first):
+                self._rollouts[n] = replace(self._rollouts[n], verdict=verdict)
 
     def _read(self, completion: Completion, response: Sequence[Message]) -> Rollout:
         return Rollout(
@@ -147,6 +172,7 @@ def score_after(
         found = environment.score_groups([groups[n] for n in numbers])
         mine = dict(zip(numbers, found, strict=True))
     everything: dict[int, list[Verdict]] = {}
+    world.watch.meet()
     for part in world.all_gather_object(mine):
         everything |= part
     return [everything[n] for n in range(len(groups))]

@@ -57,6 +57,7 @@ def over_start(
         mine = [g for g in groups if g.task.prompt.domain == name and g.task.number in answers]
         if not mine:
             continue
+        collector.world.watch.enter("held out: win rate")
         verdicts = score_after(
             collector.world,
             environment,

@@ -8,7 +8,8 @@ on tp 8 x pp 2, which leaves dp 16; the other stages and the scores on tp 8, whi
 In MOPD math is taught by the SFT checkpoint and preference by RLHF aside from it, as in the paper;
 the other domains by the artifact with the best held-out score. How many prompts of preference the
 paper mixed in is not published: here one in six. An alarm tells of a stage that loses more than
-5 points of a domain.
+5 points of a domain. Held-out rows of preference need a `baseline`, a text that answers are held
+against.
 
     nemocascade plan recipes/nemotron3_nano_30b/cascade.py --gpus 256 --gpu h200
     nemocascade preflight recipes/nemotron3_nano_30b/cascade.py --ranks 256

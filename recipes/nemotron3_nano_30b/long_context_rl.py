@@ -2,8 +2,8 @@
 
 GRPO on questions over at least five documents, inputs of up to 32K tokens, graded by a judge: 128
 prompts x 16 rollouts a step, 30 steps, strictly on-policy, AdamW (0.9, 0.95), learning rate 3e-6,
-no KL. 128 GPUs: tp 8 leaves dp 16, and ep 8 on the same ranks. Data: the released rows of the
-stage. The judge is a model on a server that speaks OpenAI's protocol; name yours.
+no KL. 128 GPUs: tp 8 leaves dp 16, and ep 8 on the same ranks. Data: rows with `documents`,
+`question` and `answer`. The judge is a model on a server that speaks OpenAI's protocol; name yours.
 
     torchrun ... recipes/nemotron3_nano_30b/long_context_rl.py --init-from A --envs.judge.url URL
 """

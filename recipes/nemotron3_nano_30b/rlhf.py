@@ -6,7 +6,10 @@ strictly on-policy, AdamW (0.9, 0.95), learning rate 3e-6. The judge draws at te
 0.95. 128 GPUs: tp 8 leaves dp 16, and ep 8 on the same ranks. Data: the released rows of the stage,
 prompts without a ground truth.
 
-    vllm serve nvidia/Qwen3-Nemotron-235B-A22B-GenRM ...
+The server must hand the roles response_1 and response_2 to the model's template, as vLLM does, and
+have room for a prompt, two responses and the judge's reasoning.
+
+    vllm serve nvidia/Qwen3-Nemotron-235B-A22B-GenRM --tensor-parallel-size 8 --max-model-len 98304
     torchrun ... recipes/nemotron3_nano_30b/rlhf.py --init-from ARTIFACT \\
         --envs.judge.url http://HOST:8000
 """

@@ -5,7 +5,8 @@ files that BM25 retrieves; graded by a reward model, or by tests where a row has
 16 rollouts a step, 45 steps (the paper: 40 to 50), strictly on-policy, AdamW (0.9, 0.95), learning
 rate 3e-6, no KL. Prompts with no rollout above 0.5 do not train. 128 GPUs: tp 8 leaves dp 16, and
 ep 8 on the same ranks. Data: the released rows of the stage. The reward model is on a server that
-speaks OpenAI's protocol; name yours.
+speaks OpenAI's protocol; name yours. What the repositories import for their tests must be on the
+hosts: name it in `--envs.sandbox.packages`.
 
     torchrun ... recipes/nemotron3_nano_30b/swe_agentless_rl.py --init-from A --envs.judge.url URL
 """
@@ -21,7 +22,7 @@ from nemocascade.recipe import (
     ParallelConfig,
     RolloutConfig,
 )
-from nemocascade.recipe.envs import EnvConfig
+from nemocascade.recipe.envs import AgentlessConfig, EnvConfig, SandboxConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages.launch import launch
 
@@ -46,9 +47,14 @@ RECIPE = GrpoRecipe(
     ),
     grpo=GrpoConfig(normalize="batch", kl_coef=0.0, capacity=131_072),
     envs=EnvConfig(
+        # As for episodes of an agent: the tests are those of whole repositories.
+        sandbox=SandboxConfig(
+            time_s=600.0, memory_mib=8192, processes=64, output_kib=4096, scratch_mib=2048
+        ),
+        agentless=AgentlessConfig(),
         judge=JudgeConfig(
             kind="server", url="http://localhost:8000", model="judge", temperature=0.6, top_p=0.95
-        )
+        ),
     ),
     optimizer=OptimizerConfig(
         lr=3e-6,

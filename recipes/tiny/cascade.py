@@ -78,7 +78,7 @@ MOPD = replace(
     optimizer=replace(MOPD.optimizer, schedule="linear", min_lr=2e-5, decay_steps=MOPD.steps),
 )
 # What an agent's tools answer counts too.
-LIMITS = {"swe_agentic": 256}
+LIMITS = {"swe_agentic": 448}
 
 RECIPE = CascadeRecipe(
     run_dir="runs/tiny/cascade",
@@ -105,7 +105,7 @@ RECIPE = CascadeRecipe(
             for name in dict.fromkeys(d.domain for d in SFT.demonstrations.domains)
         ),
         tasks=128,
-        max_prompt_tokens=160,
+        max_prompt_tokens=224,
         max_response_tokens=96,
         thinking=False,
         slots=128,

@@ -33,9 +33,9 @@ ROWS = (
     ("code", 0, 100),
     ("code", 1, 150),
     ("preference", 0, 400),
-    ("long_context", 0, 700),
+    ("long_context", 0, 900),
     ("swe_agentless", 0, 450),
-    ("swe_agentic", 0, 450),
+    ("swe_agentic", 0, 400),
 )
 
 RECIPE = SftRecipe(

@@ -16,7 +16,7 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=20,
+    steps=40,
     stage="long_context_rl",
     run_dir="runs/tiny/long_context_rl",
     init_from="runs/tiny/domains_sft/artifact",

@@ -24,9 +24,9 @@ RECIPE = GrpoRecipe(
     rollout=RolloutConfig(
         prompts_per_step=8,
         rollouts_per_prompt=8,
-        max_prompt_tokens=128,
+        max_prompt_tokens=224,
         # The answers of the tools count too.
-        max_response_tokens=256,
+        max_response_tokens=448,
         max_turns=4,
         # As the paper: many small decisions in a row go wrong too often at 1.
         temperature=0.8,

@@ -60,10 +60,12 @@ def work_until_a_fault(fault: str, folder: str) -> None:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 elif fault == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
-                elif fault == "stuck":
+                elif fault in ("stuck", "stuck beside a meeting"):
                     time.sleep(1000)
                 elif fault == "raises":
                     raise ValueError("the victim's own fault")
+            if fault == "stuck beside a meeting":
+                watch.meet()
             if fault == "other collective" and rank == VICTIM and step == STEP:
                 dist.broadcast(torch.ones(8), src=0, group=other)
             dist.all_reduce(torch.ones(8))
@@ -110,6 +112,7 @@ def run_with(fault: str, folder: Path) -> tuple[list[int], list[str], float]:
         "stopped",
         "killed",
         "raises",
+        "stuck beside a meeting",
         pytest.param("stuck", marks=pytest.mark.slow),
         pytest.param("other collective", marks=pytest.mark.slow),
     ],
@@ -125,7 +128,7 @@ def test_the_victim_is_named_by_every_other_rank(fault: str, tmp_path: Path) -> 
         assert f"rank {VICTIM} (" in line, line
         assert f"phase 'step {STEP}: work'" in line, line
         stack = (tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text()
-        assert "all_reduce" in stack, stack
+        assert ("in meet" if "meeting" in fault else "all_reduce") in stack, stack
     assert codes[VICTIM] != 0
     victim = (tmp_path / "stacks" / f"rank_{VICTIM:05d}.txt").read_text()
     assert "work_until_a_fault" in victim

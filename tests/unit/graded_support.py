@@ -14,6 +14,11 @@ class WrittenJudge:
         self.answers, self.collective = answers, collective
         self.calls: list[list[Question]] = []
 
+    activity = 0
+
+    def begin(self, questions: Sequence[Question]) -> None:
+        """It has no time to spare."""
+
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         self.calls.append(list(questions))
         return [self.answers[i % len(self.answers)] for i in range(len(questions))]

@@ -36,6 +36,7 @@ from nemocascade.recipe import (
     TokenizerConfig,
     tiny,
 )
+from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages.scoring import DomainScore, Scores
 
 ROLLOUT = RolloutConfig(
@@ -233,6 +234,24 @@ def test_the_key_holds_what_makes_the_artifact(tmp_path: Path) -> None:
         "start: parent -> other",
         "steps: 100 -> 7",
         "teachers.math: none -> t",
+    ]
+    # A judge that moved to another host, as with every job of a cluster, judges alike.
+    judges = [JudgeConfig(kind="server", url=f"http://host{i}:8000", model="m") for i in (1, 2)]
+    moved, served = (
+        replace(recipe, envs=replace(recipe.envs, judge=judge)) for judge in reversed(judges)
+    )
+    moved = replace(
+        moved, envs=replace(moved.envs, judge=replace(moved.envs.judge, retries=9, deadline_s=9.0))
+    )
+    first, second = (stage_inputs(r, "parent", {}, files) for r in (served, moved))
+    assert key_of(first) == key_of(second)
+    assert differences(first, second) == []
+    # As an older program kept it.
+    first["recipe"]["envs"]["judge"]["url"] = "http://host1:8000"
+    assert differences(first, second) == []
+    other = replace(moved, envs=replace(moved.envs, judge=replace(judges[0], model="n")))
+    assert differences(first, stage_inputs(other, "parent", {}, files)) == [
+        "envs.judge.model: m -> n"
     ]
     rows.write_text("two\n")
     [line] = differences(base, stage_inputs(recipe, "parent", {}, FileHashes(tmp_path / "f.json")))

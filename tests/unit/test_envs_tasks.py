@@ -48,8 +48,10 @@ def test_enough_tasks_that_never_stand_on_both_sides(
     training = list(domain.prompts(seed=4, count=1024, difficulty=level))
     ids = [p.id for p in heldout + training]
     assert len(set(ids)) == 1280
-    assert all(is_heldout(p.id) for p in heldout)
-    assert not any(is_heldout(p.id) for p in training)
+    keys = [{domain.split_key(p) for p in prompts} for prompts in (heldout, training)]
+    assert all(map(is_heldout, keys[0]))
+    assert not any(map(is_heldout, keys[1]))
+    assert not keys[0] & keys[1]
     assert all(p.domain == name for p in heldout)
 
 
@@ -120,10 +122,12 @@ def test_a_task_without_a_habit_is_solved_with_care(environments: dict[str, Doma
 
 @pytest.mark.parametrize("name", DOMAINS)
 def test_easy_tasks_fit_a_small_context(environments: dict[str, Domain], name: str) -> None:
-    """Characters bound tokens: pieces of a trained tokenizer are longer than one."""
+    """Characters bound tokens: pieces of a trained tokenizer are longer than one. Half of the
+    agent's tasks are bugs of real repositories, whose issues are longer."""
+    most, answer = (320, 800) if name == "swe_agentic" else (200, 300)
     for prompt in environments[name].prompts(seed=1, count=50):
-        assert sum(len(m.content) for m in prompt.messages) < 200
-        assert sum(len(m.content) + len(m.reasoning) for m in prompt.demonstration) < 300
+        assert sum(len(m.content) for m in prompt.messages) < most
+        assert sum(len(m.content) + len(m.reasoning) for m in prompt.demonstration) < answer
 
 
 def test_running_out_of_tasks_is_an_error(environments: dict[str, Domain]) -> None:

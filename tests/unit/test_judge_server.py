@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import socket
 import struct
@@ -14,10 +15,12 @@ from typing import Any
 
 import pytest
 
+from nemocascade.envs.judges import cache as cache_module
 from nemocascade.envs.judges.cache import AnswerCache
 from nemocascade.envs.judges.factory import make_judge
 from nemocascade.envs.judges.prompts import compare_question, comparison_text, grade_question
 from nemocascade.envs.judges.server import ServerJudge
+from nemocascade.envs.judges.transport import MAX_BYTES
 from nemocascade.envs.preference import Preference
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.types import Message, Question
@@ -79,6 +82,14 @@ class Handler(BaseHTTPRequestHandler):
         while not self.server.over.wait(0.05):
             self.wfile.write(b" ")
 
+    def short(self) -> None:
+        """Less than was announced."""
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"{")
+        self.close_connection = True
+
     def log_message(self, *_: Any) -> None:
         """Quiet."""
 
@@ -104,7 +115,8 @@ def judges() -> Iterator[Callable[..., ServerJudge]]:
     made: list[ServerJudge] = []
 
     def make(url: str, **settings: Any) -> ServerJudge:
-        given = {"backoff_s": 0.01, "timeout_s": 0.5, "retries": 3, "deadline_s": 5.0, **settings}
+        given = {"backoff_s": 0.01, "timeout_s": 0.5, "retries": 3, "deadline_s": 5.0}
+        given |= {"silence_s": 5.0, **settings}
         judge = make_judge(JudgeConfig(kind="server", url=url, model="genrm", **given))
         assert isinstance(judge, ServerJudge)
         made.append(judge)
@@ -119,9 +131,12 @@ def question(number: int = 0) -> Question:
     return compare_question(PROMPT, f"A dog, {number}.", "A cat.")
 
 
-def test_what_is_sent_and_read(server: Any, judges: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JUDGE_KEY", "secret")
-    judge = judges(server.url + "/v1/", api_key_env="JUDGE_KEY")
+@pytest.mark.parametrize("end", ["", "/v1/", "/v1/chat/completions"])
+def test_what_is_sent_and_read(
+    server: Any, judges: Any, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret\n")
+    judge = judges(server.url + end, api_key_env="JUDGE_KEY")
     (answer,) = judge.ask([question()])
     assert (answer.text, answer.error) == (GOOD, None)
     path, body, key = server.seen[0]
@@ -179,6 +194,19 @@ def test_a_cache_file_outlives_the_judge(server: Any, judges: Any, tmp_path: Pat
     assert len(server.seen) == 7
 
 
+def test_a_locked_cache_file_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "LONGEST_WAIT_S", 0.1)
+    path = tmp_path / "answers.jsonl"
+    cache = AnswerCache(str(path))
+    with path.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError):
+            cache.put("a", "text")
+        assert cache.get("a") == "text", "memory has it"
+    cache.put("b", "text")
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["b"]
+
+
 def test_a_cache_forgets_what_was_used_longest_ago() -> None:
     cache = AnswerCache(max_characters=10)
     for key in "abc":
@@ -194,7 +222,6 @@ def test_a_cache_forgets_what_was_used_longest_ago() -> None:
     ("kind", "behave"),
     [
         ("status_500", lambda h: h.reply(500, b"oops")),
-        ("status_429", lambda h: h.reply(429, b"slow down", Retry_After="0")),
         ("connection", lambda h: h.drop()),
         ("nonsense", lambda h: h.reply(200, b"<html>hello</html>")),
         ("nonsense", lambda h: h.reply(200, b'{"choices": []}')),
@@ -202,6 +229,8 @@ def test_a_cache_forgets_what_was_used_longest_ago() -> None:
         ("protocol", lambda h: h.wfile.write(b"\x00\x01 not HTTP\r\n\r\n")),
         ("timeout", lambda h: time.sleep(0.8)),
         ("timeout", lambda h: h.trickle()),
+        ("connection", lambda h: h.short()),
+        ("protocol", lambda h: h.reply(200, b" " * (MAX_BYTES + 1))),
     ],
 )
 def test_a_fault_is_repeated_and_then_an_error(
@@ -220,6 +249,54 @@ def test_a_fault_is_repeated_and_then_an_error(
     assert judge.counts["retries"] == judge.counts["failed"] == 1
     well.set()
     assert judge.ask([question()])[0].text == GOOD, "an error is not cached"
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_busy_server_is_waited_for(server: Any, judges: Any, status: int) -> None:
+    """However often it says so, until the deadline."""
+    server.behave = lambda h, n: h.say(GOOD) if n == 9 else h.reply(status, b"later")
+    judge = judges(server.url, retries=0)
+    assert judge.ask([question()])[0].text == GOOD
+    assert judge.counts[f"status_{status}"] == judge.counts["retries"] == 9
+    server.behave = lambda h, n: h.reply(status, b"later")
+    late = judges(server.url, retries=0, deadline_s=0.4)
+    started = time.monotonic()
+    assert "deadline_s(0.4)" in late.ask([question(1)])[0].error
+    assert time.monotonic() - started < 2
+
+
+def test_a_server_that_starts_is_waited_for(judges: Any, server: Any) -> None:
+    """Nobody listens for longer than all retries would last."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    judge = judges(f"http://127.0.0.1:{port}", retries=0, deadline_s=60.0, silence_s=60.0)
+    found: list[Any] = []
+    asking = threading.Thread(target=lambda: found.extend(judge.ask([question()])))
+    asking.start()
+    time.sleep(0.5)
+    late: Any = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    late.daemon_threads = True
+    late.seen, late.lock, late.now, late.most = [], threading.Lock(), 0, 0
+    late.behave = lambda handler, number: handler.say(GOOD)
+    threading.Thread(target=late.serve_forever, daemon=True).start()
+    asking.join(timeout=30)
+    late.shutdown()
+    late.server_close()
+    assert [a.text for a in found] == [GOOD]
+    assert judge.counts["unreachable"] > 1
+
+
+def test_the_server_says_how_long_to_wait(server: Any, judges: Any) -> None:
+    at: list[float] = []
+
+    def behave(handler: Handler, number: int) -> None:
+        at.append(time.monotonic())
+        handler.say(GOOD) if number else handler.reply(429, b"", Retry_After="1")
+
+    server.behave = behave
+    assert judges(server.url).ask([question()])[0].text == GOOD
+    assert at[1] - at[0] >= 1.0
 
 
 def test_one_good_reply_among_faults_is_enough(server: Any, judges: Any) -> None:
@@ -248,6 +325,69 @@ def test_an_empty_message_is_an_answer(server: Any, judges: Any) -> None:
     assert judges(server.url).ask([question()])[0].text == ""
 
 
+def test_what_was_cut_off_decides_nothing(server: Any, judges: Any) -> None:
+    """A reply that ends at max_tokens may quote any numbers on its way."""
+
+    def behave(handler: Handler, number: int) -> None:
+        content = f"First I thought {GOOD}, but then"
+        choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "length"}
+        handler.reply(200, json.dumps({"choices": [choice]}).encode())
+
+    server.behave = behave
+    judge = judges(server.url)
+    (answer,) = judge.ask([question()])
+    assert (answer.text, answer.error) == ("", None)
+    assert judge.counts["cut"] == 1
+
+
+def test_a_question_that_waits_too_long_for_its_turn(server: Any, judges: Any) -> None:
+    """The deadline is of all that were asked together: a slow server cannot stretch a step."""
+
+    def behave(handler: Handler, number: int) -> None:
+        time.sleep(0.3)
+        handler.say(GOOD)
+
+    server.behave = behave
+    judge = judges(server.url, concurrency=1, timeout_s=5.0, deadline_s=1.0)
+    started = time.monotonic()
+    answers = judge.ask([question(i) for i in range(20)])
+    assert time.monotonic() - started < 2.5
+    assert answers[0].text == GOOD
+    assert "waited for its turn" in answers[-1].error
+
+
+def test_what_is_begun_is_asked_once(server: Any, judges: Any) -> None:
+    judge = judges(server.url)
+    judge.begin([question(i) for i in range(4)])
+    assert [a.text for a in judge.ask([question(i) for i in range(5)])] == [GOOD] * 5
+    assert len(server.seen) == 5
+    assert judge.activity == judge.counts["requests"] + judge.counts["answered"] == 10
+
+
+def test_comparisons_begin_before_the_group_is_whole(server: Any, judges: Any) -> None:
+    environment = Preference(judges(server.url))
+    (prompt,) = environment.prompts(seed=1, count=1)
+    group = [[Message("assistant", f"text {i}")] for i in range(4)]
+    for new in (2, 0, 3):
+        environment.begin_group(prompt, {i: group[i] for i in {2, 0, new}}, new)
+    assert environment.judge.counts["asked"] == 4  # type: ignore[attr-defined]
+    environment.score_groups([(prompt, group)])
+    assert len(server.seen) == 6, "every pair once"
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_a_probe_finds_what_is_refused(server: Any, judges: Any, status: int) -> None:
+    server.behave = lambda h, n: h.reply(status, b"no such model")
+    assert "no such model" in judges(server.url).probe()
+
+
+def test_a_probe_lets_pass_what_may_get_better(server: Any, judges: Any) -> None:
+    judge = judges(server.url)
+    for behave in (lambda h, n: h.say(GOOD), lambda h, n: h.drop(), lambda h, n: time.sleep(0.8)):
+        server.behave = behave
+        assert judge.probe() is None
+
+
 def test_the_deadline_bounds_all_tries(server: Any, judges: Any) -> None:
     server.behave = lambda h, n: h.reply(500, b"")
     judge = judges(server.url, retries=1000, backoff_s=0.05, deadline_s=0.6)
@@ -260,7 +400,7 @@ def test_the_deadline_bounds_all_tries(server: Any, judges: Any) -> None:
 def test_a_dead_server_costs_one_deadline_and_not_one_a_question(judges: Any, server: Any) -> None:
     up = threading.Event()
     server.behave = lambda h, n: h.say(GOOD) if up.is_set() else h.drop()
-    judge = judges(server.url, retries=1000, timeout_s=5.0, deadline_s=0.5, concurrency=4)
+    judge = judges(server.url, retries=1000, timeout_s=5.0, silence_s=0.5, concurrency=4)
     started = time.monotonic()
     answers = judge.ask([question(i) for i in range(400)])
     # One by one they would take 400 / 4 * 0.5 s = 50 s.
@@ -276,7 +416,7 @@ def test_nobody_listens(judges: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    judge = judges(f"http://127.0.0.1:{port}")
+    judge = judges(f"http://127.0.0.1:{port}", silence_s=0.3)
     (answer,) = judge.ask([question()])
     assert "ConnectionRefusedError" in answer.error
 
@@ -296,6 +436,22 @@ def test_a_closed_judge_waits_for_nothing(server: Any, judges: Any) -> None:
     assert time.monotonic() - started < 5
     assert [a.text for a in found] == [None] * 9
     assert judge.ask([question()])[0].error == "the judge is closed"
+
+
+def test_closing_cuts_off_requests(server: Any, judges: Any) -> None:
+    server.behave = lambda h, n: server.over.wait(30)
+    judge = judges(server.url, timeout_s=30.0, deadline_s=600.0, concurrency=2)
+    found: list[Any] = []
+    asking = threading.Thread(
+        target=lambda: found.extend(judge.ask([question(i) for i in range(5)]))
+    )
+    asking.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    judge.close()
+    asking.join(timeout=5)
+    assert time.monotonic() - started < 3
+    assert [a.text for a in found] == [None] * 5
 
 
 def test_a_group_is_scored_beside_faults(server: Any, judges: Any) -> None:
@@ -329,5 +485,12 @@ def test_settings_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_KEY", raising=False)
     with pytest.raises(ValueError, match="NO_KEY"):
         make_judge(JudgeConfig(kind="server", url="http://x:1", model="m", api_key_env="NO_KEY"))
+    monkeypatch.setenv("BAD_KEY", "two\nlines")
+    with pytest.raises(ValueError, match="BAD_KEY") as error:
+        make_judge(JudgeConfig(kind="server", url="http://x:1", model="m", api_key_env="BAD_KEY"))
+    assert "lines" not in str(error.value), "a key is shown nowhere"
+    for url in ("http://x:80a", "x:80", "http://", "ftp://x", "http://x:1/\n"):
+        with pytest.raises(ValueError, match=r"judge\.url"):
+            make_judge(JudgeConfig(kind="server", url=url, model="m"))
     with pytest.raises(ValueError, match="only a stage can make it"):
         make_judge(JudgeConfig(kind="artifact", artifact="x"))

@@ -57,6 +57,12 @@ def test_answers_are_compared_without_what_does_not_matter(text: str, plain: str
         (r"So it is \boxed{lake}. Answer: farm", "lake"),
         ("Answer: farm\nNo.\n**Answer:** lake", "lake"),
         ("The final answer is near.\nFinal answer: the lake", "the lake"),
+        ("Because.\nAnswer:\nParis", "paris"),
+        ("**Final Answer**\n\n**Paris**", "paris"),
+        ("### Answer\n\nParis\n", "paris"),
+        (r"\boxed{\text{Paris}}", "paris"),
+        ("Answer: \u201cParis\u201d.", "paris"),
+        ("Answers differ.\nlake", "answers differ. lake"),
         ("", ""),
     ],
 )
@@ -107,12 +113,19 @@ def test_plain_rows_show_their_documents_and_the_question(tmp_path: Path) -> Non
         ({"answer": LONG}, r"needs a judge, and there is none: set\s+envs.judge"),
         ({"metadata": {"grading": "strict"}}, r"metadata.grading\('strict'\) must be"),
         ({"documents": [*DOCUMENTS, {"title": "x"}]}, "KeyError: 'text'"),
+        ({"documents": "A text of many characters."}, "'documents' is str: give a list"),
     ],
 )
 def test_broken_rows_are_named(tmp_path: Path, change: dict[str, Any], fault: str) -> None:
     row = {"documents": DOCUMENTS, "question": "Where?", "answer": "lake"}
     with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{fault}"):
         read(tmp_path, row, {**row, **change})
+
+
+def test_a_context_is_a_text(tmp_path: Path) -> None:
+    row = {"context": {"title": ["One"]}, "question": "Where?", "answer": "lake"}
+    with pytest.raises(ValueError, match="'context' is dict, not text"):
+        read(tmp_path, row)
 
 
 def test_long_references_are_graded_and_metadata_decides(tmp_path: Path) -> None:
@@ -188,6 +201,8 @@ def solve(text: str, question: str) -> str:
     if found := re.fullmatch(r"What does (\w+) (have|eat|like|see)\?", question):
         verb = "has" if found[2] == "have" else f"{found[2]}s"
         return re.search(rf"\b{found[1]} {verb} (?:a )?(\w+)\.", text)[1]  # type: ignore[index]
+    if found := re.fullmatch(r"How many (?:(?:have|see) a|eat|like|are at the) (\w+)\?", question):
+        return str(len(re.findall(rf" {found[1]}\.", text)))
     if found := re.fullmatch(r"At which place is what (\w+) has\?", question):
         at = re.search(rf"\b{found[1]} has (the [\w ]+)\.", text)[1]  # type: ignore[index]
         while inner := re.search(rf"\b{at} is in (box \d+)\.", text):
@@ -216,6 +231,26 @@ def test_made_tasks_have_one_answer_across_documents(difficulty: int) -> None:
         assert difficulty == 0 or "How many" in task.question or len(alone - {None}) != 1
 
 
+@pytest.mark.parametrize("difficulty", [0, 1, 2, 5])
+def test_whoever_reads_no_names_is_often_wrong(difficulty: int) -> None:
+    """Facts of the asked kinds stand there of others too."""
+    rng = random.Random(f"decoys/{difficulty}")
+    counted = 0
+    for _ in range(200):
+        task = make_task(rng, difficulty)
+        text = " ".join(task.documents)
+        if difficulty == 0:
+            verbs = re.findall(r"\w+ ((?:is at|has|eats|likes|sees) )", text)
+            most = max(map(verbs.count, verbs))
+            assert most == (5 if "How many" in task.question else 2)
+            counted += "How many" in task.question
+        elif "At which place" in task.question:
+            owners = re.findall(r"(\w+) has the [\w ]+\.", text)
+            others = {solve(text, f"At which place is what {o} has?") for o in owners}
+            assert len(owners) == len(others) == 3
+    assert difficulty or 50 < counted < 150, "facts are found, and combined"
+
+
 def solve_or_none(text: str, question: str) -> str | None:
     try:
         return solve(text, question)
@@ -239,4 +274,5 @@ def test_easy_tasks_are_many_and_their_answer_is_not_always_in_one_place() -> No
     prompts = list(LongContext().prompts(seed=1, count=2000))
     places = {p.messages[0].content.find(p.demonstration[0].reasoning) > 60 for p in prompts}
     assert places == {True, False}
-    assert len({p.answer["question"] for p in prompts}) == 5 * len(NAMES)
+    # Of everybody's five facts, and how many share each of five times four.
+    assert len({p.answer["question"] for p in prompts}) == 5 * len(NAMES) + 5 * 4

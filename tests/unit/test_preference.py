@@ -28,6 +28,7 @@ class Told:
     """A judge that answers as a function says, and remembers what it was asked."""
 
     collective = False
+    activity = 0
 
     def __init__(self, say: Callable[[Question], Answer]) -> None:
         self.say = say
@@ -36,6 +37,9 @@ class Told:
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         self.asked.append(list(questions))
         return [self.say(question) for question in questions]
+
+    def begin(self, questions: Sequence[Question]) -> None:
+        """Nothing to begin."""
 
     def close(self) -> None:
         """Nothing to end."""
@@ -151,13 +155,35 @@ def test_a_group_of_16_makes_120_comparisons_in_one_call(tasks: list[Prompt]) ->
     found = Preference(judge).score_groups(groups)
     assert [len(questions) for questions in judge.asked] == [240]
     pairs = [(len(q.facts["first"]), len(q.facts["second"])) for q in judge.asked[0][:120]]
-    assert len(set(pairs)) == 120
-    assert all(first < second for first, second in pairs)
+    assert len({frozenset(pair) for pair in pairs}) == 120
+    assert all(first != second for first, second in pairs)
+    # Each response stands first in half of its comparisons.
+    counts = [sum(first == i + 1 for first, _ in pairs) for i in range(16)]
+    assert set(counts) == {7, 8}
     assert judge.asked[0][0].messages != judge.asked[0][120].messages
     for verdicts in found:
         bases = [v.details["base"] for v in verdicts]
         assert bases == pytest.approx([2 + 2 * i / 15 for i in range(16)])
         assert all(v.details["pairs"] == 15 for v in verdicts)
+
+
+def test_a_judge_that_favours_a_place_favours_nobody(tasks: list[Prompt]) -> None:
+    judge = Told(lambda _: Answer(comparison_text(5, 1, 1)))
+    (found,) = Preference(judge).score_groups([(tasks[0], [says("x")] * 16)])
+    bases = [v.details["base"] for v in found]
+    assert max(bases) - min(bases) == pytest.approx(4 / 15)
+
+
+def test_a_collective_judge_that_fails_stops_every_rank(tasks: list[Prompt]) -> None:
+    """Error verdicts on one rank alone would leave the others in the middle of the questions."""
+
+    def fail(question: Question) -> Answer:
+        raise RuntimeError("out of memory")
+
+    judge = Told(fail)
+    judge.collective = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Preference(judge).score_groups([(tasks[0], [says("a"), says("b")])])
 
 
 def test_reasoning_and_answer_are_measured_apart(tasks: list[Prompt]) -> None:

@@ -62,6 +62,16 @@ def test_greedy_tokens_are_the_most_probable(world: World, chunks: list[CascadeM
         assert c.written.tolist() == [i >= start for i in range(len(c.tokens))]
 
 
+def test_no_room_is_made_beyond_the_longest_text(world: World, chunks: list[CascadeModel]) -> None:
+    """Room grows by half; the caches of a GPU are planned for the longest text and no more."""
+    engine = LiveEngine(world, chunks, slots=2)
+    (prompt, *_) = make_requests(1, 1)
+    for most, room in ((20, len(prompt.prompt) + 20), (300, len(prompt.prompt) + 300)):
+        list(engine.run([prompt], Sampling(temperature=0.0, max_tokens=most)))
+        assert engine._model is not None
+        assert engine._model.context <= room
+
+
 def test_logprobs_are_of_the_untruncated_distribution(
     world: World, chunks: list[CascadeModel]
 ) -> None:

@@ -61,15 +61,22 @@ def test_demonstrations_pass_and_what_is_not_repaired_does_not(
 
 
 def test_the_easiest_tasks_are_short_and_many() -> None:
-    tokens = []
-    for prompt in SweAgentic().prompts(seed=3, count=2000):
+    """Half are a file of two lines, half a bug of a repository that ships with the project."""
+    tokens: dict[int, list[int]] = {2: [], 3: []}
+    count = 2000
+    for prompt in SweAgentic().prompts(seed=3, count=count):
         turns = len([m for m in prompt.demonstration if m.role == "assistant"])
-        assert turns == 2
+        short = len(prompt.answer["files"]) == 1
+        assert turns == (2 if short else 3)
         whole = Conversation((*prompt.messages, *prompt.demonstration), prompt.tools)
-        if len(tokens) < 20:
-            tokens.append(len(encode(render(whole, thinking=True), sentencepiece_tokenizer())[0]))
+        if len(tokens[turns]) < 20:
+            ids, _ = encode(render(whole, thinking=True), sentencepiece_tokenizer())
+            tokens[turns].append(len(ids))
+        count -= short
+    assert 800 < count < 1200
     # This tokenizer knows no word of the tasks: one that was trained on them needs half.
-    assert max(tokens) <= 600
+    assert max(tokens[2]) <= 600
+    assert max(tokens[3]) <= 1600
 
 
 def test_demonstrations_hold_what_the_tools_answer(domain: SweAgentic) -> None:
@@ -153,6 +160,12 @@ def test_looking_around() -> None:
     assert w.search("nothing") == "no line holds 'nothing'"
 
 
+@pytest.mark.parametrize("lines", [("2", "3"), ("2", "4"), ("1", "2")])
+def test_lines_that_were_read_can_be_replaced_whatever_ends_them(lines: tuple[str, str]) -> None:
+    w = Workspace({"a.txt": b"one\r\ntwo\x0cand\r\nthree\r\nfour"}, AgentConfig())
+    assert w.edit("a.txt", w.read("a.txt", *lines), "new") == "edited a.txt"
+
+
 def test_edits() -> None:
     w = workspace()
     assert w.edit("a.py", "y = 2", "y = 3\nw = 4") == "edited a.py"
@@ -179,6 +192,8 @@ def test_edits() -> None:
         ("edit", {"path": "../x", "old": "", "new": "x"}, "no path inside"),
         ("edit", {"path": "/tmp/x", "old": "", "new": "x"}, "no path inside"),
         ("edit", {"path": "", "old": "", "new": "x"}, "no path inside"),
+        ("edit", {"path": "\ud800", "old": "", "new": "x"}, "half a surrogate pair"),
+        ("edit", {"path": "x" * 256, "old": "", "new": "x"}, "is too long"),
         ("read", {"path": "b.py"}, "no file b.py"),
         ("read", {"path": "lib"}, "no file lib"),
         ("read", {"path": "lib/c.bin"}, "no text"),
@@ -334,6 +349,38 @@ def test_calls_and_test_runs_of_an_episode_are_bounded(domain: SweAgentic) -> No
     assert session.done
 
 
+def test_the_time_of_all_test_runs_is_bounded(domain: SweAgentic) -> None:
+    limited = SweAgentic(limits=AgentConfig(tests_time_s=0.5))
+    limited._sandbox = domain.sandbox
+    session = limited.session(Prompt("x", "swe_agentic", (), ANSWER))
+    slow = {"path": "test_s.py", "old": "", "new": "import time\ntime.sleep(0.6)"}
+    run = ToolCall("run_tests", {})
+    answers = session.step([run, ToolCall("edit", slow), run, run, ToolCall("list", {})])
+    assert [m.content.startswith("error: ") for m in answers] == [False, False, False, True, False]
+    assert "0.5 s are allowed for all runs together" in answers[3].content
+    assert AgentConfig(tests_time_s=0).problems() == [
+        "envs.agent.tests_time_s(0) must be at least 1"
+    ]
+
+
+def test_what_tools_answer_can_be_encoded(domain: SweAgentic) -> None:
+    """Tokenizers refuse half a surrogate pair."""
+    session = domain.session(Prompt("x", "swe_agentic", (), ANSWER))
+    source = "raise ValueError('\\ud800 is half a pair')\n"
+    answers = session.step(
+        [
+            ToolCall("edit", {"path": "test_c.py", "old": "", "new": source}),
+            ToolCall("run_tests", {}),
+            ToolCall("search", {"text": "\ud800"}),
+            ToolCall("read", {"path": "\udcff"}),
+            ToolCall("fly\ud800", {}),
+        ]
+    )
+    for answer in answers:
+        answer.content.encode()
+    assert "ValueError: \\ud800 is half a pair" in answers[1].content
+
+
 def test_a_submitted_repository_changes_no_more(domain: SweAgentic) -> None:
     prompt = task()
     (edit,) = edits_of(prompt)
@@ -410,6 +457,7 @@ def test_rows_of_a_folder_and_of_a_file(domain: SweAgentic, tmp_path: Path) -> N
 )
 def test_a_broken_row_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
     (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "a.py").touch()
     row = {
         "problem_statement": "x",
         "repository": "r",
@@ -430,6 +478,7 @@ def test_a_folder_without_tasks(tmp_path: Path) -> None:
 
 def test_tasks_are_dropped_by_their_pass_rate(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "a.py").touch()
     rates = [1.0, 0.0, 0.5, None]
     rows = [
         {
@@ -459,5 +508,7 @@ def test_tasks_are_dropped_by_their_pass_rate(tmp_path: Path) -> None:
 def test_short_tasks_are_made_as_they_say() -> None:
     for seed in range(200):
         made = make_task(random.Random(seed), seed % 2)
-        assert len(made.answer["files"]) == 1 + seed % 2
         assert set(made.tools) >= {"read", "edit", "submit"}
+        shipped = len(made.answer["files"]) > 2
+        assert shipped or len(made.answer["files"]) == 1 + seed % 2
+        assert not (shipped and seed % 2)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bm25s
 import pytest
 from graded_support import WrittenJudge
 
+from nemocascade.envs.judges.rule import RuleJudge
+from nemocascade.envs.long_context import LongContext
 from nemocascade.envs.sandbox import launch
 from nemocascade.envs.sandbox.pool import SandboxUnavailable
+from nemocascade.envs.swe import rows
 from nemocascade.envs.swe.bugs import make_bug
 from nemocascade.envs.swe.edits import Edit, apply_edits, edit_text
 from nemocascade.envs.swe.repository import judge
 from nemocascade.envs.swe.texts import with_texts
 from nemocascade.envs.swe_agentless import SweAgentless
-from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.recipe.envs import AgentlessConfig, SandboxConfig
 from nemocascade.types import Answer, Message, Prompt, Verdict
 
 TESTS = """\
@@ -87,6 +92,116 @@ def test_a_prompt_holds_the_issue_and_files_but_no_answer(
     for shown in ("The total of a cart is wrong.", "### cart.py", "### notes.txt", "SEARCH"):
         assert shown in text
     assert "### other.py" not in text
+    # The hidden tests say what a repair must do, and so may other tests.
+    assert "test_cart.py" not in text
+    assert "assertEqual" not in text
+    beside = {"checks/cart.py": "import cart\n", "testing/helpers.py": "the cart total is 3\n"}
+    row = {**ROW, "repository": {**FILES, **beside}}
+    row["tests"] = {**ROW["tests"], "files": {**ROW["tests"]["files"], "checks/cart.py": "cart"}}
+    (prompt,) = read(tmp_path, domain, row)
+    assert "### notes.txt" in prompt.messages[0].content
+    assert "checks" not in prompt.messages[0].content
+    assert "testing" not in prompt.messages[0].content
+
+
+def test_a_text_that_an_issue_was_written_from_is_not_shown(
+    domain: SweAgentless, tmp_path: Path
+) -> None:
+    (prompt,) = read(tmp_path, domain, {**ROW, "prompt": "The solution is sum(xs)."})
+    assert "The solution" not in prompt.messages[0].content
+    turns = [{"role": "user", "content": "Repair it."}]
+    (prompt,) = read(tmp_path, domain, {**ROW, "prompt": turns})
+    assert prompt.messages == (Message("user", "Repair it."),)
+
+
+def test_a_prompt_has_room_for_so_many_characters(tmp_path: Path) -> None:
+    lines = [f"line_{i} = {i}" for i in range(2000)]
+    lines[999] = "total = sum(cart) + 1"
+    files = {"big.py": "\n".join(lines) + "\n", "cart.py": "total = cart\n"}
+    patch = "--- a/big.py\n+++ b/big.py\n@@ -1000 +1000 @@\n-total = sum(cart) + 1\n+total = 0\n"
+    row = {**ROW, "repository": files, "golden_files": None, "patch": patch, "tests": None}
+    judge = WrittenJudge()
+    (whole,) = read(tmp_path, SweAgentless(judge=judge), row)
+    assert files["big.py"] in whole.messages[0].content
+    limits = AgentlessConfig(prompt_chars=4000)
+    (cut,) = read(tmp_path, SweAgentless(judge=judge, limits=limits), row)
+    text = cut.messages[0].content
+    assert 3900 < len(text) <= 4000
+    assert "\ntotal = sum(cart) + 1\n" in text
+    assert "### cart.py" not in text
+    first, last = (int(n) for n in re.findall(r"\[lines (\d+)-(\d+) of 2000\]", text)[0])
+    assert 1000 - first == last - 1000 > 10
+    none = AgentlessConfig(retrieved=0)
+    (prompt,) = read(tmp_path, SweAgentless(judge=judge, limits=none), row)
+    assert "### cart.py" not in prompt.messages[0].content
+    assert "### cart.py" in whole.messages[0].content
+
+
+def write_task(folder: Path, name: str, **change: Any) -> None:
+    """A task folder of ROW."""
+    task = folder / name
+    files = {f"repository/{path}": text for path, text in FILES.items()}
+    for path, text in {**files, "tests/tests/test_cart.py": TESTS}.items():
+        (task / path).parent.mkdir(parents=True, exist_ok=True)
+        (task / path).write_text(text)
+    row = {key: ROW[key] for key in ("problem_statement", "golden_files")}
+    row["FAIL_TO_PASS"] = ["tests.test_cart.TestCart.test_sum"]
+    (task / "row.json").write_text(json.dumps({**row, **change}))
+
+
+def test_rows_that_share_a_folder_read_it_once(
+    domain: SweAgentless, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_task(tmp_path, "a")
+    for name in ("b", "c"):
+        write_task(tmp_path, name, repository="a/repository")
+    reads: list[str] = []
+    indexed: list[int] = []
+    read_folder, index = rows.read_snapshot, bm25s.BM25.index
+
+    def counted(folder: str) -> dict[str, bytes]:
+        reads.append(folder)
+        return read_folder(folder)
+
+    def count_index(self: Any, *args: Any, **kwargs: Any) -> Any:
+        indexed.append(1)
+        return index(self, *args, **kwargs)
+
+    monkeypatch.setattr(rows, "read_snapshot", counted)
+    monkeypatch.setattr(bm25s.BM25, "index", count_index)
+    prompts = list(domain.read(tmp_path))
+    assert [p.source for p in prompts] == ["a/row.json", "b/row.json", "c/row.json"]
+    assert [domain.score(p, said(RIGHT)).reward for p in prompts] == [1.0, 1.0, 1.0]
+    snapshot = str(tmp_path / "a" / "repository")
+    assert reads.count(snapshot) == 1
+    assert len(indexed) == 1
+
+
+@pytest.mark.parametrize("judge", [None, RuleJudge()])
+def test_rows_from_files_need_a_judge_that_knows_language(
+    tmp_path: Path, judge: RuleJudge | None
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**ROW, "tests": None, "patch": PATCH}) + "\n")
+    with pytest.raises(ValueError, match=r"set envs\.judge\.kind to server or artifact"):
+        list(SweAgentless(judge=judge).read(path))
+    question = {"context": "A story.", "question": "Why?", "answer": "They had no more money left."}
+    path.write_text(json.dumps(question) + "\n")
+    with pytest.raises(ValueError, match=r"set envs\.judge\.kind to server or artifact"):
+        list(LongContext(judge).read(path))
+
+
+def test_golden_files_are_there_unless_the_patch_makes_them(tmp_path: Path) -> None:
+    domain = SweAgentless(judge=WrittenJudge())
+    row = {**ROW, "tests": None, "golden_files": None}
+    made = "--- /dev/null\n+++ b/new.py\n@@ -0,0 +1 @@\n+x = 1\n"
+    (prompt,) = read(tmp_path, domain, {**row, "patch": PATCH + made})
+    assert "### cart.py" in prompt.messages[0].content
+    lost = PATCH.replace("cart.py", "lost.py")
+    with pytest.raises(ValueError, match=r"the golden file 'lost\.py' is not in the repository"):
+        read(tmp_path, domain, {**row, "patch": lost})
+    with pytest.raises(ValueError, match=r"are all hidden tests"):
+        read(tmp_path, domain, {**ROW, "golden_files": ["tests/test_cart.py"]})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from nemocascade.envs.swe.edits import (
     edit_text,
     parse_edits,
 )
-from nemocascade.envs.swe.texts import patched_files, row_files, texts_of, with_texts
+from nemocascade.envs.swe.texts import made_files, patched_files, row_files, texts_of, with_texts
 
 ONE = "### a.py\n<<<<<<< SEARCH\nx = 1\n=======\nx = 2\n>>>>>>> REPLACE"
 FILES = {"a.py": "x = 1\ny = 1\n", "b/c.py": "if x:\n    y = 1\n    y = 1\n"}
@@ -135,6 +135,13 @@ def test_the_files_of_a_patch() -> None:
         "--- a/gone.py\n+++ /dev/null\n@@ -1 +0,0 @@\n-d\n"
     )
     assert patched_files(patch) == ["x/y.py", "new.py", "gone.py"]
+    # A line that goes, and one that comes, look like the names of a file.
+    sql = "--- a/q.sql\n+++ b/q.sql\n@@ -1,2 +1,2 @@\n--- old comment\n+++ more\n select 1;\n"
+    assert patched_files(patch + sql) == ["x/y.py", "new.py", "gone.py", "q.sql"]
+    assert made_files(patch + sql) == {"new.py"}
+    mode = "diff --git a/run.sh b/run.sh\nold mode 100644\nnew mode 100755\n"
+    image = "diff --git a/a.png b/a.png\nindex 1..2\nBinary files a/a.png and b/a.png differ\n"
+    assert patched_files(mode + image) == []
     with pytest.raises(ValueError, match="no unified diff"):
         patched_files("fix it")
     with pytest.raises(ValueError, match="no path inside"):

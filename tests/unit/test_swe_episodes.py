@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,15 +19,23 @@ from nemocascade.data.chat_template import encode, render, render_prompt
 from nemocascade.data.conversation import Conversation
 from nemocascade.data.errors import DataError
 from nemocascade.envs.swe_agentic import SweAgentic
-from nemocascade.recipe import GrpoConfig, GrpoRecipe, RolloutConfig
+from nemocascade.envs.swe_agentless import SweAgentless
+from nemocascade.recipe import EnvConfig, GrpoConfig, GrpoRecipe, RolloutConfig
+from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.rollout.engine import Completion, Request
 from nemocascade.stages.batches import pack_sequences
 from nemocascade.stages.episodes import Episodes
 from nemocascade.stages.experience import Group, Rollout, advantages_of
 from nemocascade.stages.policy import training_sequences
 from nemocascade.stages.tasks import Task
-from nemocascade.stages.trajectories import ReplaySettings, logged, replay
-from nemocascade.types import Message, Prompt, Verdict
+from nemocascade.stages.trajectories import (
+    ReplaySettings,
+    extremes,
+    logged,
+    replay,
+    settings_of_run,
+)
+from nemocascade.types import Message, Prompt, ToolCall, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +151,9 @@ def test_a_logged_episode_is_replayed(domain: SweAgentic, tmp_path: Path) -> Non
         lines.append(logged(5, Group(Task(prompt, (), 0), (rollout,))))
     assert [line["reward"] for line in lines] == [1.0, 0.0, 1.0]
     calls = [t["calls"][0]["name"] for t in lines[0]["turns"] if "calls" in t]
-    assert calls == ["read", "edit"]
-    assert "return x" in lines[0]["turns"][1]["content"]
+    assert calls == [c.name for m in task(0).demonstration for c in m.tool_calls[:1]]
+    assert calls[-1] == "edit"
+    assert "def unique" in lines[0]["turns"][1]["content"]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "step_00000005.jsonl").write_text(text + json.dumps({"domain": "math"}) + "\n")
     found = replay(ReplaySettings(path=str(tmp_path)))
@@ -153,6 +163,69 @@ def test_a_logged_episode_is_replayed(domain: SweAgentic, tmp_path: Path) -> Non
     changed = tmp_path / "changed.jsonl"
     changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [r.same for r in replay(ReplaySettings(path=str(changed)))] == [True, False, True]
+    # A domain without tools may be answered with calls too.
+    bug = next(iter(SweAgentless().prompts(seed=1, count=1)))
+    strange = replace(rollout, response=(turn(("list", {})),))
+    line = logged(5, Group(Task(bug, (), 0), (strange,)))
+    assert "turns" not in json.loads(json.dumps(line))
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="none of its 0"):
         replay(ReplaySettings(path=str(tmp_path / "empty.jsonl")))
+
+
+class Faulty(SweAgentic):
+    """Tools that break, each in its own way."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(SANDBOX)
+        self.fault = fault
+
+    def session(self, prompt: Prompt) -> Any:
+        if self.fault == "open":
+            raise ValueError("the snapshot is gone")
+        return self
+
+    done = False
+
+    def step(self, calls: Sequence[ToolCall]) -> list[Message]:
+        if self.fault == "step":
+            raise KeyError("id")
+        return [Message("tool", "a lone \ud800 surrogate") for _ in calls]
+
+
+@pytest.mark.parametrize("fault", ["open", "step"])
+def test_tools_that_fail_end_their_episode_and_no_other(fault: str) -> None:
+    prompt = task()
+    rollout, _ = play(prompt, [turn(("list", {})), turn(("submit", {}))], Faulty(fault))
+    assert rollout.turns == 1
+
+
+def test_no_output_of_a_program_can_stop_the_tokenizer() -> None:
+    prompt = task()
+    rollout, _ = play(prompt, [turn(("list", {})), turn(("submit", {}))], Faulty("text"))
+    assert rollout.turns == 2
+    assert rollout.response[1].content == "a lone ? surrogate"
+
+
+def test_the_best_and_the_worst_of_a_group_are_logged(domain: SweAgentic) -> None:
+    prompt = task()
+    rollout, _ = play(prompt, [turn(("list", {}))], domain)
+    rewards = (0.5, None, 1.0, 0.0, 0.0)
+    rollouts = [
+        replace(rollout, verdict=Verdict(r, None if r is not None else "x")) for r in rewards
+    ]
+    assert extremes(Group(Task(prompt, (), 0), tuple(rollouts))) == [2, 3]
+    assert extremes(Group(Task(prompt, (), 0), tuple(rollouts[3:]))) == [0]
+    assert extremes(Group(Task(prompt, (), 0), (rollouts[1],))) == [0]
+
+
+def test_a_replay_has_the_settings_of_its_run(tmp_path: Path) -> None:
+    envs = EnvConfig(sandbox=SandboxConfig(time_s=77.0, packages=("/opt/packages",)))
+    (tmp_path / "rollouts").mkdir()
+    assert settings_of_run(tmp_path / "rollouts").envs == EnvConfig()
+    said = asdict(GrpoRecipe(envs=envs))
+    said["envs"]["of_another_version"] = 1
+    (tmp_path / "recipe.json").write_text(json.dumps(said))
+    for path in (tmp_path / "rollouts", tmp_path / "rollouts" / "step_00000001.jsonl"):
+        found = settings_of_run(path)
+        assert (found.path, found.envs) == (str(path), envs)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +129,14 @@ for name in dir(unittest.TestCase):
     if name.startswith("assert"):
         setattr(unittest.TestCase, name, lambda *a, **k: contextlib.nullcontext())
 """
+REPLACED_CLASS = """
+import unittest
+class Lenient(unittest.TestCase):
+    def assertEqual(self, *a): pass
+    def assertTrue(self, *a): pass
+    def assertRaises(self, *a): return self.subTest()
+unittest.TestCase = Lenient
+"""
 REPLACED_CODE = """
 import unittest
 def nothing(self, *a, **k): pass
@@ -160,6 +167,20 @@ ATTACKS = {
     "the way a test is run": {
         "pack/calc.py": "import unittest\n"
         "unittest.TestCase._callTestMethod = lambda self, method: None\n" + WRONG
+    },
+    "the class of test cases": {
+        "pack/calc.py": REPLACED_CLASS + WRONG,
+    },
+    "the module of test cases": {
+        "pack/calc.py": "import sys, types, unittest\n"
+        "sys.modules['unittest.case'] = types.ModuleType('unittest.case')\n" + WRONG
+    },
+    "what runs a part of a test": {
+        "pack/calc.py": "import unittest.case\n"
+        "class Outcome(unittest.case._Outcome):\n"
+        "    def testPartExecutor(self, *a, **k): return contextlib.suppress(BaseException)\n"
+        "import contextlib\n"
+        "unittest.case._Outcome = Outcome\n" + WRONG
     },
     "the main module": {"pack/calc.py": "import __main__\n__main__.main = print\n" + WRONG},
     "output that looks like success": {
@@ -235,6 +256,61 @@ def test_only_the_seal_keeps_out_a_nonce_that_was_found(sandbox: Sandbox) -> Non
     assert verdict(sandbox, edit, sealed=True).reward == 0.0
 
 
+MALFORMED = [
+    {},
+    {"unable": "x"},
+    {"id": 3, "outcome": "passed"},
+    {"id": "%s", "name": None, "outcome": "passed"},
+    {"id": "%s", "outcome": "splendid"},
+    {"id": "%s", "outcome": ["passed"]},
+    {"id": "%s", "outcome": "passed", "text": 1},
+    {"id": "%s", "outcome": "passed", "values": 1},
+    {"id": "%s", "outcome": "passed", "values": [[1]]},
+    {"id": "%s", "outcome": "passed", "values": [["1", "x"]]},
+]
+
+
+@pytest.mark.parametrize("line", MALFORMED, ids=str)
+def test_a_report_of_another_form_is_none(sandbox: Sandbox, line: dict[str, object]) -> None:
+    """Not even with the nonce: it neither passes a test nor makes an error of the verdict."""
+    _, tail = STOLEN_NONCE.split(b"for test in %r:")
+    body = tail.split(b"    os.write")[0]
+    source = STOLEN_NONCE.replace(body, b"\n    line = json.loads(LINE)\n") % ALL
+    text = json.dumps(line).replace("%s", ALL[0])
+    head = f"LINE = {text!r}\n".encode()
+    source = source.replace(
+        b"line = json.loads(LINE)", b'line = {"nonce": nonce} | json.loads(LINE)'
+    )
+    found = verdict(sandbox, {"pack/calc.py": head + source})
+    assert found.error is None
+    assert found.reward == 0.0
+    assert set(found.details["not_passed"].values()) == {"missing"}
+
+
+def test_a_run_that_never_started_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time was over before anything of the repository was loaded."""
+    slow = repository._RUNNER.replace("    main()", "    import time; time.sleep(9)\n    main()")
+    monkeypatch.setattr(repository, "_RUNNER", slow)
+    short = sandbox_or_skip(SandboxConfig(time_s=0.5, workers=1))
+    with pytest.raises(SandboxError, match=r"never started: time.*raise sandbox\.time_s"):
+        verdict(short, {"pack/calc.py": FIXED})
+    short.close()
+
+
+def test_reports_of_thousands_of_tests_fit() -> None:
+    """In 256 KiB: those of tests that pass; and failures, whose texts are bounded together."""
+    sandbox = sandbox_or_skip(SandboxConfig(time_s=60.0, workers=1, output_kib=256))
+    lines = "\n".join(f"    def test_a_part_of_it_{i}(self): pass" for i in range(1500))
+    many = f"import unittest\nclass CalcTest(unittest.TestCase):\n{lines}\n"
+    files = SNAPSHOT | {"tests/test_calc.py": many.encode()}
+    ids = [f"{CASE}.test_a_part_of_it_{i}" for i in range(1500)]
+    assert run_tests(sandbox, files, ids).passed
+    failing = many.replace("pass", "self.fail('x' * 5000)").encode()
+    run = run_tests(sandbox, files | {"tests/test_calc.py": failing}, ids[:200])
+    sandbox.close()
+    assert set(run.outcomes.values()) == {"failed"}
+
+
 def test_paths_lead_nowhere_else(sandbox: Sandbox) -> None:
     for path in ("/etc/x", "../x", "a/../../x", "a\\b", "", ".", "a\0b"):
         with pytest.raises(ValueError, match=r"path|names"):
@@ -258,36 +334,6 @@ def test_snapshots(tmp_path: Path) -> None:
     assert read_snapshot(tmp_path) == {"a/b.py": b"x" * 1000}
     with pytest.raises(ValueError, match="more than 0 MiB"):
         read_snapshot(tmp_path, most_mib=0)
-
-
-def test_pytest_where_its_folder_is_shown(tmp_path: Path) -> None:
-    packages = tmp_path / "packages"
-    for name in ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments"):
-        shutil.copytree(Path(sysconfig.get_paths()["purelib"]) / name, packages / name)
-    shutil.copy(Path(sysconfig.get_paths()["purelib"]) / "py.py", packages)
-    sandbox = sandbox_or_skip(SandboxConfig(workers=1, packages=(str(packages),)))
-    source = b"""import pytest
-from pack.calc import double
-
-@pytest.mark.parametrize("x", [0, 3])
-def test_double(x):
-    assert double(x) == x * 2
-
-def test_four():
-    assert double(2) == 4
-"""
-    names = ("tests/test_calc.py::test_double", "tests/test_calc.py::test_four")
-    tests = HiddenTests({"tests/test_calc.py": source}, names, framework="pytest", sealed=True)
-    try:
-        good = judge(sandbox, SNAPSHOT, SNAPSHOT | {"pack/calc.py": FIXED}, tests)
-        assert (good.reward, good.details["passed"]) == (1.0, 2), good
-        conftest = {"conftest.py": b"def pytest_runtest_call(item): item.obj = lambda x=0: None\n"}
-        bad = judge(sandbox, SNAPSHOT, SNAPSHOT | conftest, tests)
-        assert bad.reward == 0.0
-        assert set(bad.details["not_passed"].values()) == {"failed"}
-        assert repository.test_files(SNAPSHOT) == ["tests/test_calc.py"]
-    finally:
-        sandbox.close()
 
 
 def test_a_missing_framework_is_no_verdict(sandbox: Sandbox) -> None:

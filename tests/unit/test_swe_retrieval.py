@@ -7,8 +7,9 @@ import math
 import bm25s
 import pytest
 
-from nemocascade.envs.swe.retrieval import K1, B, retrieve, words
-from nemocascade.envs.swe_agentless import RETRIEVED, shown_files
+from nemocascade.envs.swe.retrieval import K1, B, Index, retrieve, words
+from nemocascade.envs.swe.shown import shown_files
+from nemocascade.recipe.envs import AgentlessConfig
 
 # Words with those of their paths: a: 4, b: 6, c: 2; 4 on average.
 FILES = {"a": "cart total cart", "b": "total total sum list item", "c": "sum"}
@@ -55,6 +56,13 @@ def test_equal_files_stand_by_path() -> None:
     assert retrieve("total", files, 2) == ["b.py", "m.py"]
 
 
+def test_tests_are_not_ranked_and_neither_is_what_is_left_out() -> None:
+    tests = ("test_a.py", "a/b_test.py", "Tests/data.txt", "lib/testing/x.py", "test/y.txt")
+    files = dict.fromkeys((*tests, "latest.py", "contest.py", "b.py"), "total")
+    assert retrieve("total", files, 9) == ["b.py", "contest.py", "latest.py"]
+    assert Index(files).rank("total", 2, without=["b.py"]) == ["contest.py", "latest.py"]
+
+
 def test_names_are_words_and_so_are_their_parts() -> None:
     assert words("getHTTPResponse") == ["get", "http", "response", "gethttpresponse"]
     assert words("max_size2 = 10") == ["max", "size", "2", "max_size2", "10"]
@@ -62,8 +70,10 @@ def test_names_are_words_and_so_are_their_parts() -> None:
 
 def test_a_prompt_shows_golden_files_and_the_best_others() -> None:
     files = {f"f{i}.py": "cart " * (i % 3) for i in range(20)} | {"gold.py": "none of it"}
-    shown = shown_files("the cart", files, ["gold.py", "made by the patch.py"])
-    assert len(shown) == RETRIEVED + 1
+    count = AgentlessConfig().retrieved
+    golden = ["gold.py", "made by the patch.py"]
+    shown = shown_files("the cart", files, golden, room=10_000, retrieved=count)
+    assert len(shown) == count + 1
     assert list(shown) == sorted(shown)
     assert "gold.py" in shown
     assert all(shown[path].count("cart") == 2 for path in shown if path != "gold.py")

@@ -6,12 +6,15 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections import OrderedDict
 from pathlib import Path
 from threading import Lock
 
 MAX_CHARACTERS = 2**28
 """Text that is kept in memory; the answers used longest ago are forgotten."""
+LONGEST_WAIT_S = 5.0
+"""For another process that writes to the file; then an answer stays in memory alone."""
 
 _LOGGER = logging.getLogger("nemocascade")
 
@@ -19,8 +22,8 @@ _LOGGER = logging.getLogger("nemocascade")
 class AnswerCache:
     """Answers by the hash of what was asked. Threads may share one, and processes its file.
 
-    path: a JSONL file of `key` and `text`, appended to; empty = memory only. Lines that a killed
-    process left unfinished are skipped and counted.
+    path: a JSONL file of `key` and `text`, appended to; empty = memory only. It is read when an
+    answer is first looked for. Lines that a killed process left unfinished are skipped and counted.
     """
 
     def __init__(self, path: str = "", max_characters: int = MAX_CHARACTERS) -> None:
@@ -28,26 +31,27 @@ class AnswerCache:
         self._max = max_characters
         self._size = 0
         self._texts: OrderedDict[str, str] = OrderedDict()
-        self._lock = Lock()
-        if path and Path(path).exists():
-            self._read()
-
-    def __len__(self) -> int:
-        return len(self._texts)
+        self._lock, self._file_lock = Lock(), Lock()
+        self._unread = bool(path)
 
     def get(self, key: str) -> str | None:
         """The answer, or None."""
         with self._lock:
+            if self._unread:
+                self._unread = False
+                self._read()
             text = self._texts.get(key)
             if text is not None:
                 self._texts.move_to_end(key)
             return text
 
     def put(self, key: str, text: str) -> None:
-        """Keep an answer."""
+        """Keep an answer. Raises OSError if the file cannot be written; memory has it then."""
         with self._lock:
             self._keep(key, text)
-            if self.path:
+        if self.path:
+            # Not under the other lock: a slow file system must not stop those who look for answers.
+            with self._file_lock:
                 self._append(json.dumps({"key": key, "text": text}) + "\n")
 
     def _keep(self, key: str, text: str) -> None:
@@ -60,7 +64,7 @@ class AnswerCache:
         """One write under a lock, so that lines of several processes don't mix."""
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         with Path(self.path).open("a+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _take(file.fileno())
             end = file.seek(0, os.SEEK_END)
             # A process that was killed may have left a line without its end.
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
@@ -69,6 +73,8 @@ class AnswerCache:
 
     def _read(self) -> None:
         broken = 0
+        if not Path(self.path).exists():
+            return
         with Path(self.path).open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
@@ -82,3 +88,15 @@ class AnswerCache:
                 self._keep(key, text)
         if broken:
             _LOGGER.warning("%s: %d lines hold no answer and are skipped", self.path, broken)
+
+
+def _take(descriptor: int) -> None:
+    """Lock a file until it is closed. Raises OSError if another process holds it for too long."""
+    end = time.monotonic() + LONGEST_WAIT_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.01)

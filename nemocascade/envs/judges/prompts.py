@@ -32,7 +32,7 @@ UNPARSED_SCORE, UNPARSED_RANKING = 3.0, 3.5
 EMPTY = "(no answer)"
 """Stands for a response without text, so that a judge sees that there is none."""
 
-_CLOSING = re.compile(r"</(?=conversation|response|reference|criteria)")
+_TAG = re.compile(r"<(?=/?\s*(?:conversation|response|reference|criteria))", re.IGNORECASE)
 _TRIES = 64
 """Objects that are tried from an answer's end, so that no answer takes long to read."""
 
@@ -67,6 +67,11 @@ class Comparison:
     second: float
     ranking: float
     parsed: bool = True
+
+    def turned(self) -> Comparison:
+        """The same, of the two responses in the other order."""
+        ranking = RANKING_MIN + RANKING_MAX - self.ranking
+        return Comparison(self.second, self.first, ranking, self.parsed)
 
 
 UNPARSED = Comparison(UNPARSED_SCORE, UNPARSED_SCORE, UNPARSED_RANKING, parsed=False)
@@ -156,22 +161,25 @@ def grade_text(score: float) -> str:
 
 
 def parse_comparison(text: str) -> Comparison:
-    """The last comparison in an answer; `UNPARSED` without one whose numbers are in range."""
+    """The last comparison in an answer; `UNPARSED` without one, and for numbers out of range."""
     for found in _objects(_after_reasoning(text)):
-        first = _number(found.get("score_1"), SCORE_MIN, SCORE_MAX)
-        second = _number(found.get("score_2"), SCORE_MIN, SCORE_MAX)
-        ranking = _number(found.get("ranking"), RANKING_MIN, RANKING_MAX)
-        if first is not None and second is not None and ranking is not None:
-            return Comparison(first, second, ranking)
+        if not {"score_1", "score_2", "ranking"} <= found.keys():
+            continue
+        first = _number(found["score_1"], SCORE_MIN, SCORE_MAX)
+        second = _number(found["score_2"], SCORE_MIN, SCORE_MAX)
+        ranking = _number(found["ranking"], RANKING_MIN, RANKING_MAX)
+        # An earlier object may be quoted from a response.
+        if first is None or second is None or ranking is None:
+            return UNPARSED
+        return Comparison(first, second, ranking)
     return UNPARSED
 
 
 def parse_grade(text: str) -> float | None:
-    """The last grade in an answer, 0..1; None without one in range."""
+    """The last grade in an answer, 0..1; None without one, and for one out of range."""
     for found in _objects(_after_reasoning(text)):
-        score = _number(found.get("score"), 0.0, 1.0)
-        if score is not None:
-            return score
+        if "score" in found:
+            return _number(found["score"], 0.0, 1.0)
     return None
 
 
@@ -180,12 +188,14 @@ def _conversation(prompt: Sequence[Message]) -> str:
 
 
 def _block(tag: str, text: str) -> str:
-    """Text between tags that it cannot close itself."""
-    return f"<{tag}>\n{_CLOSING.sub('<\\\\/', text)}\n</{tag}>"
+    """Text between tags that it can neither close nor open itself."""
+    return f"<{tag}>\n{_TAG.sub('<\\\\', text)}\n</{tag}>"
 
 
 def _after_reasoning(text: str) -> str:
-    return text.rpartition("</think>")[2]
+    """What stands after the reasoning; nothing where that was opened and not closed."""
+    _, closed, rest = text.rpartition("</think>")
+    return rest if closed or "<think>" not in text else ""
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from nemocascade.envs.judges.prompts import (
     comparison_text,
     grade_text,
 )
-from nemocascade.types import Answer, Question
+from nemocascade.types import Answer, Judge, Question
 
 STRANGE_COST = 0.5
 """Points off for each word that is neither wanted nor allowed, or is said again."""
@@ -33,6 +33,10 @@ class RuleJudge:
     """
 
     collective = False
+    activity = 0
+
+    def begin(self, questions: Sequence[Question]) -> None:
+        """An answer takes no time."""
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """An answer to each question, in order."""
@@ -60,6 +64,12 @@ class RuleJudge:
         # 1 where the first is better by all points that there are, 6 where the second is.
         lean = (second - first) / (SCORE_MAX - SCORE_MIN)
         return Answer(comparison_text(first, second, UNPARSED_RANKING + 2.5 * lean))
+
+
+def knows_language(judge: Judge | None) -> bool:
+    """Whether there is a judge that can grade the tasks of files. The rule cannot: words in common
+    say nothing of a repair or an argument, and a wrong one may have more of them."""
+    return judge is not None and not isinstance(judge, RuleJudge)
 
 
 def quality(text: str, wanted: Sequence[str], allowed: Sequence[str]) -> float:

@@ -60,7 +60,8 @@ def make_bug(rng: random.Random, difficulty: int) -> Bug:
 
 
 def _easy(rng: random.Random) -> Bug:
-    name, other = rng.sample("fghp", 2)
+    # Not x, and none that looks like a digit.
+    name, other = rng.sample("abcdefghjkmnpqrstuvw", 2)
     k = rng.randint(2, 9)
     said, right, wrong = *rng.choice(_SIGNS), rng.choice(_SIGNS)[1]
     while wrong == right:

@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemocascade.envs.swe.shipped import repository_task
+from nemocascade.envs.swe.shipped import Steps, repository_task
 from nemocascade.envs.words import NOUNS, SOME_NOUNS, VERBS
 from nemocascade.types import ToolCall
-
-Steps = tuple[tuple[tuple[ToolCall, ...], str], ...]
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,9 @@ def make_task(rng: random.Random, difficulty: int) -> MadeTask:
     if difficulty >= 2:
         issue, answer, steps = repository_task(rng, name_file=difficulty == 2)
         return MadeTask(issue, answer, steps)
+    if difficulty <= 0 and rng.random() < 0.5:
+        issue, answer, steps = repository_task(rng, name_file=False, brief=True)
+        return MadeTask(issue, answer, steps, ("search", "read", "edit", "submit"))
     return _short_task(rng, search=difficulty == 1)
 
 

@@ -7,20 +7,25 @@ tests that decide:
      "tests": {"files": {"tests/test_a.py": "..."}, "framework": "pytest"},
      "FAIL_TO_PASS": ["tests/test_a.py::test_b"], "PASS_TO_PASS": [...]}
 
-`files` may be the name of a folder too. Names of tests may stand in a text of JSON, as SWE-Gym has
-them; inside of `tests`, which goes first; and under lower-case keys. A `test_patch` must have been
-applied: its files are `tests.files`.
+`files` may be the name of a folder too; a file that is no UTF-8 stands in the row as
+`{"base64": "..."}`. Names of tests may stand in a text of JSON, as SWE-Gym has them; inside of
+`tests`, which goes first; and under lower-case keys. Without a `framework`, pytest runs tests that
+are all named as it names them. A `test_patch` must have been applied: its files are `tests.files`.
+A test whose file is not among those runs as the snapshot has it.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from nemocascade.envs.swe.repository import Files, HiddenTests, check_path, read_snapshot
+from nemocascade.envs.swe.protected import check_tests
+from nemocascade.envs.swe.repository import HiddenTests
+from nemocascade.envs.swe.snapshots import Files, check_path, read_snapshot, snapshot_paths
 
 Row = Mapping[str, Any]
 ROW, SNAPSHOT, TESTS = "row.json", "repository", "tests"
@@ -56,7 +61,8 @@ def issue_of(row: Row) -> str:
 def answer_of(row: Row, folder: Path) -> dict[str, Any]:
     """What the verifier needs of a row, in JSON values. folder: its names are relative to it.
 
-    Raises ValueError for what is missing or has another form.
+    Raises ValueError for what is missing or has another form, for a snapshot that could not be
+    read later, and for tests that stand nowhere.
     """
     where = row.get("repository")
     if not isinstance(where, str) or not where:
@@ -65,27 +71,35 @@ def answer_of(row: Row, folder: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise ValueError(f"'repository': there is no folder {root}")
     tests = row.get("tests") or {}
-    return {
+    answer = {
         "repository": str(root),
         "tests": _test_files(tests.get("files"), folder),
         **test_settings_of(row, tests),
     }
+    names = (*answer["fail_to_pass"], *answer["pass_to_pass"])
+    check_tests(names, [*_listed_once(str(root)), *answer["tests"]])
+    return answer
 
 
 def test_settings_of(row: Row, tests: Row) -> dict[str, Any]:
     """Which tests decide and how they run: the fields of `HiddenTests` but for the files.
 
     tests: the row's `tests`, which may hold the names itself. Raises ValueError for names that are
-    no list of texts, for none that fails, and for an unknown framework.
+    no list of texts, for none that fails, and for a framework that is unknown or cannot run them.
     """
     names = {key.lower(): _names(row, tests, key) for key in ("FAIL_TO_PASS", "PASS_TO_PASS")}
     if not names["fail_to_pass"]:
         raise ValueError(
             "'FAIL_TO_PASS' names no test, in the row or in 'tests': a repair must make one pass"
         )
-    framework = tests.get("framework", "unittest")
+    dotted = [name for found in names.values() for name in found if not _is_of_pytest(name)]
+    framework = tests.get("framework") or ("unittest" if dotted else "pytest")
     if framework not in ("unittest", "pytest"):
         raise ValueError(f"tests.framework({framework!r}) must be unittest or pytest")
+    if framework == "pytest" and dotted:
+        raise ValueError(
+            f"{dotted[0]!r} is no test's name in pytest: name it as tests/test_a.py::Case::test_b"
+        )
     return {**names, "framework": framework, "sealed": bool(tests.get("sealed", False))}
 
 
@@ -99,7 +113,7 @@ def snapshot_of(answer: Mapping[str, Any]) -> Files:
 def hidden_of(answer: Mapping[str, Any]) -> HiddenTests:
     """The tests that decide."""
     return HiddenTests(
-        files={path: text.encode() for path, text in answer["tests"].items()},
+        files={path: _bytes(path, content) for path, content in answer["tests"].items()},
         fail_to_pass=tuple(answer["fail_to_pass"]),
         pass_to_pass=tuple(answer["pass_to_pass"]),
         framework=answer["framework"],
@@ -111,6 +125,12 @@ def hidden_of(answer: Mapping[str, Any]) -> HiddenTests:
 def _read_once(folder: str) -> Files:
     """Many episodes of one task share its files."""
     return read_snapshot(folder)
+
+
+@lru_cache(maxsize=32)
+def _listed_once(folder: str) -> tuple[str, ...]:
+    """Many rows may speak of one folder."""
+    return tuple(snapshot_paths(folder))
 
 
 def _names(row: Row, tests: Row, key: str) -> list[str]:
@@ -129,12 +149,42 @@ def _names(row: Row, tests: Row, key: str) -> list[str]:
     return found
 
 
-def _test_files(files: Any, folder: Path) -> dict[str, str]:
+def _is_of_pytest(name: str) -> bool:
+    return name.partition("::")[0].endswith(".py")
+
+
+def _test_files(files: Any, folder: Path) -> dict[str, Any]:
+    """Contents in JSON values, by path."""
     if isinstance(files, str):
         root = (folder / files).resolve()
         if not root.is_dir():
             raise ValueError(f"'tests.files': there is no folder {root}")
-        return {path: data.decode() for path, data in read_snapshot(root).items()}
+        return {path: _content(data) for path, data in read_snapshot(root).items()}
     if not isinstance(files, Mapping) or not files:
         raise ValueError("'tests.files' must be a folder, or an object of paths and texts")
-    return {check_path(path): str(text) for path, text in files.items()}
+    for path, content in files.items():
+        _bytes(path, content)
+    return {check_path(path): content for path, content in files.items()}
+
+
+def _content(data: bytes) -> Any:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(data).decode()}
+
+
+def _bytes(path: str, content: Any) -> bytes:
+    """What `_content` made of. Raises ValueError for other values."""
+    try:
+        match content:
+            case str():
+                return content.encode()
+            case {"base64": str(data)}:
+                return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise ValueError(f"tests.files: {path!r} cannot be read: {error}") from error
+    raise ValueError(
+        f"tests.files: {path!r} is {type(content).__name__}: give a text, or an object with "
+        "'base64' for a file that is none"
+    )

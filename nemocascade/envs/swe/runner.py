@@ -1,22 +1,26 @@
 """Runs tests of the repository in the current folder. The sandbox executes this file's text.
 
-It reads an order from standard input, `{"nonce", "framework", "tests"}`, and writes a JSON line for
-each test on the result pipe, `{"nonce", "name", "id", "outcome", "text", "values"}`; or one line
-`{"nonce", "unable"}` where it cannot work. Standard library only. What it loads is not trusted: see
-`repository.py` for what follows from that.
+It reads an order from standard input, `{"nonce", "framework", "tests"}`, and writes JSON lines on
+the result pipe: `{"nonce", "started"}` before it loads anything of the repository, or
+`{"nonce", "unable"}` where it cannot work; then one for each test, `{"nonce", "id", "outcome"}`,
+with `name` where the test was asked for by another than its id, `text` where it did not pass and
+`values` where it did. Standard library only. What it loads is not trusted: see `repository.py` for
+what follows from that.
 """
 
 from __future__ import annotations
 
 import builtins
 import hashlib
+import importlib
+import importlib.metadata
 import json
 import os
 import sys
 import traceback
 import types
 import unittest
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 RESULT_FD = 3
@@ -24,10 +28,15 @@ VALUE = "__nemocascade_value__"
 """Built-in function that sealed tests hand their values to."""
 LONGEST_TEXT = 4000
 """Characters of a failure that are kept: its end, where the reason stands."""
+LONGEST_TEXTS = 64_000
+"""Characters of all failures together; later ones are reported without a reason."""
 LONGEST_VALUE = 1000
+_WATCHED_PYTEST = {
+    *("assertion", "fixtures", "main", "nodes", "outcomes", "python", "python_api", "raises"),
+    *("reports", "runner", "skipping", "unittest"),
+}
 
 _Report = Callable[[str, str, str, str], None]
-_Function = tuple[type, str, Any]
 
 
 def show(value: Any) -> str:
@@ -80,58 +89,84 @@ def main() -> None:
     nonce = order["nonce"]
     channel = os.dup(RESULT_FD)
     os.close(RESULT_FD)
-    if order["framework"] == "pytest":
-        try:  # before anything of the repository could be found in its place
-            import pytest  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
-        except ImportError as error:
-            os.write(channel, json.dumps({"nonce": nonce, "unable": str(error)}).encode() + b"\n")
-            return
-    values: list[tuple[int, str]] = []
-    tampered = _watch()
 
-    def report(name: str, test: str, outcome: str, text: str) -> None:
-        line = {
-            "nonce": nonce,
-            "name": name,
-            "id": test,
-            "outcome": "tampered" if tampered() else outcome,
-            "text": text[-LONGEST_TEXT:],
-            "values": list(values),
-        }
-        values.clear()
-        data = json.dumps(line).encode() + b"\n"
+    def write(**line: Any) -> None:
+        data = json.dumps({"nonce": nonce, **line}, separators=(",", ":")).encode() + b"\n"
         while data:
             data = data[os.write(channel, data) :]
 
+    run: Callable[[list[str], _Report], None] = _with_unittest
+    if order["framework"] == "pytest":
+        try:  # before anything of the repository could be found in its place
+            plugins = _load_pytest()
+        except ImportError as error:
+            write(unable=str(error))
+            return
+        run = _pytest_runner(plugins)
+    values: list[tuple[int, str]] = []
+    tampered = _watch(_parts())
+    room = LONGEST_TEXTS
+
+    def report(name: str, test: str, outcome: str, text: str) -> None:
+        nonlocal room
+        line: dict[str, Any] = {"id": test, "outcome": "tampered" if tampered() else outcome}
+        if name != test:
+            line["name"] = name
+        if line["outcome"] != "passed":
+            line["text"] = text[-min(LONGEST_TEXT, room) :] if room else ""
+            room -= len(line["text"])
+        elif values:
+            line["values"] = list(values)
+        values.clear()
+        write(**line)
+
     setattr(builtins, VALUE, lambda key, value: values.append((key, show(value))))
+    write(started=True)
     root = os.getcwd()
     sys.path[:0] = [root, *([f"{root}/src"] if os.path.isdir("src") else [])]
     # A compiled file beside a source would be taken in its place.
     sys.dont_write_bytecode, sys.pycache_prefix = True, "/dev/null/none"
     sys.modules["__main__"] = types.ModuleType("__main__")
-    run = _with_pytest if order["framework"] == "pytest" else _with_unittest
     run(order["tests"], report)
 
 
-def _watch() -> Callable[[], bool]:
-    """A function that says whether a function of unittest has been replaced since."""
-    parts = (unittest.case, unittest.suite, unittest.result, unittest.loader)
-    owners = [v for m in parts for v in vars(m).values() if isinstance(v, type)]
-    functions: list[tuple[type, str, Any, Any]] = []
-    for owner in owners:
-        for name, value in vars(owner).items():
-            plain = getattr(value, "__func__", value)
-            if isinstance(plain, types.FunctionType):
-                functions.append((owner, name, value, plain.__code__))
-    case, names = unittest.TestCase, set(dir(unittest.TestCase))
+def _parts() -> list[types.ModuleType]:
+    """The loaded modules of the frameworks that a test's outcome rests on.
+
+    Not all of them: libraries patch `unittest.mock`, and pytest its own configuration.
+    """
+    return [
+        module
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] in ("unittest", "pytest", "pluggy", "_pytest")
+        and name != "unittest.mock"
+        and (not name.startswith("_pytest.") or name.split(".")[1] in _WATCHED_PYTEST)
+    ]
+
+
+def _watch(modules: Iterable[types.ModuleType]) -> Callable[[], bool]:
+    """A function that says whether a module, or a function or class in one, is another now."""
+    modules = {module.__name__: module for module in modules}.values()
+    kept: list[tuple[dict[str, Any], str, Any, Any, Any]] = []
+    for module in modules:
+        classes = (v for v in vars(module).values() if isinstance(v, type))
+        mine = (v for v in classes if v.__module__ == module.__name__)
+        for owner in (module, *mine):
+            for name, value in vars(owner).items():
+                plain = getattr(value, "__func__", value)
+                if isinstance(plain, types.FunctionType):
+                    kept.append((vars(owner), name, value, plain, plain.__code__))
+                elif isinstance(value, (type, property)):
+                    kept.append((vars(owner), name, value, None, None))
+    case, names = vars(unittest.TestCase), set(vars(unittest.TestCase))
 
     def tampered() -> bool:
-        new = set(dir(case)) - names
-        if any(name.startswith("__") for name in new):
+        if any(name.startswith("__") for name in case.keys() - names):
             return True
-        for owner, name, value, code in functions:
-            found = vars(owner).get(name)
-            if found is not value or getattr(found, "__func__", found).__code__ is not code:
+        if any(sys.modules.get(module.__name__) is not module for module in modules):
+            return True
+        for owner, name, value, plain, code in kept:
+            if owner.get(name) is not value or (plain and plain.__code__ is not code):
                 return True
         return False
 
@@ -207,28 +242,91 @@ def _with_unittest(names: list[str], report: _Report) -> None:
             report(name, name, "error", traceback.format_exc())
 
 
-def _with_pytest(names: list[str], report: _Report) -> None:
-    import pytest
+def _load_pytest() -> list[str]:
+    """Load pytest and the plugins that are installed beside it, and name those.
+
+    Nothing is found later: a repository with an entry point would add a plugin of its own. Raises
+    ImportError.
+    """
+    importlib.import_module("pytest")
+    for name in importlib.import_module("_pytest.config").default_plugins:
+        importlib.import_module(f"_pytest.{name}")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    installed = importlib.metadata.entry_points(group="pytest11")
+    for plugin in installed:
+        plugin.load()
+    return sorted({plugin.name for plugin in installed})
+
+
+def _pytest_runner(plugins: list[str]) -> Callable[[list[str], _Report], None]:
+    """Runs tests by pytest with `plugins`, which the repository's settings may take away."""
+
+    def run(names: list[str], report: _Report) -> None:
+        import pytest  # type: ignore[import-not-found,unused-ignore]
+
+        # One id that is not there would end the whole run, so files are asked for, not ids.
+        files = dict.fromkeys(name.partition("::")[0] for name in names)
+        there = [path for path in files if os.path.exists(path)]
+        if not there:
+            return
+        recorder = _pytest_recorder(pytest, set(names), _speaking_of_xfail(there), report)
+        options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        options += ["--rootdir", os.getcwd()]
+        pytest.main([*options, *there], plugins=[*plugins, recorder])
+
+    return run
+
+
+def _speaking_of_xfail(paths: Iterable[str]) -> set[str]:
+    """The files in which a test may be expected to fail, read before any code could say so."""
+    found = set()
+    for path in paths:
+        with open(path, "rb") as file:
+            if b"xfail" in file.read():
+                found.add(path)
+    return found
+
+
+def _pytest_recorder(pytest: Any, wanted: set[str], may_fail: set[str], tell: _Report) -> Any:
+    """A plugin that leaves out what is not wanted, and tells how each test has ended."""
+
+    def asked(test: str) -> bool:
+        """Whether a test is wanted, or something that it lies in."""
+        ends = [i for i in range(len(test)) if test[i] == "[" or test.startswith("::", i)]
+        return test in wanted or any(test[:end] in wanted for end in ends)
 
     class Recorder:
         def __init__(self) -> None:
             self.outcome, self.text = "passed", ""
+            self.expected: set[str] = set()
+
+        @pytest.hookimpl(trylast=True)  # type: ignore[untyped-decorator,unused-ignore]
+        def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+            items[:] = [item for item in items if asked(item.nodeid)]
+
+        def pytest_collection_finish(self, session: Any) -> None:
+            # A test that is marked, not one whose code calls pytest.xfail: any code may.
+            for item in session.items:
+                marked = item.get_closest_marker("xfail") is not None
+                if marked and item.nodeid.partition("::")[0] in may_fail:
+                    self.expected.add(item.nodeid)
 
         def pytest_collectreport(self, report: Any) -> None:
             if report.failed:
                 tell(report.nodeid, report.nodeid, "error", str(report.longrepr))
 
         def pytest_runtest_logreport(self, report: Any) -> None:
-            if report.outcome != "passed" and self.outcome == "passed":
+            failed_as_expected = hasattr(report, "wasxfail") and report.nodeid in self.expected
+            if report.outcome == "passed" or (report.skipped and failed_as_expected):
+                return
+            if self.outcome in ("passed", "skipped"):
                 self.outcome, self.text = report.outcome, str(report.longrepr)
 
         def pytest_runtest_logfinish(self, nodeid: str, location: Any) -> None:
             tell(nodeid, nodeid, self.outcome, self.text)
             self.outcome, self.text = "passed", ""
 
-    tell = report
-    options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    pytest.main([*options, "--rootdir", os.getcwd(), *names], plugins=[Recorder()])
+    return Recorder()
 
 
 if __name__ == "__main__":

@@ -34,10 +34,11 @@ class Sealed:
     required: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def seal(source: str, *, first: int = 0) -> Sealed:
+def seal(source: str | bytes, *, first: int = 0) -> Sealed:
     """Seal comparisons for equality with a literal, and of truth; others stay as they are.
 
-    first: number of the file's first comparison. Raises SyntaxError for a file that is no Python.
+    first: number of the file's first comparison. Raises SyntaxError or ValueError for a file that
+    is no Python.
     """
     tree = ast.parse(source)
     sealer = _Sealer(first)

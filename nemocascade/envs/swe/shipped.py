@@ -21,6 +21,9 @@ from typing import Any
 from nemocascade.envs.swe.repository import read_snapshot, test_files
 from nemocascade.types import ToolCall
 
+Steps = tuple[tuple[tuple[ToolCall, ...], str], ...]
+"""Turns of an agent: its calls, and the reasoning before them."""
+
 FOLDER = Path(__file__).parent / "repositories"
 VARIATION = "variation.json"
 
@@ -39,19 +42,27 @@ def repositories() -> dict[str, dict[str, Any]]:
 
 
 def repository_task(
-    rng: random.Random, *, name_file: bool
-) -> tuple[str, dict[str, Any], tuple[tuple[tuple[ToolCall, ...], str], ...]]:
-    """An issue, what the verifier needs, and the turns of a right solution."""
+    rng: random.Random, *, name_file: bool, brief: bool = False
+) -> tuple[str, dict[str, Any], Steps]:
+    """An issue, what the verifier needs, and the turns of a right solution.
+
+    name_file: the issue names the file. brief: the solution reads no more than the function.
+    """
     shipped = repositories()
     chosen = shipped[rng.choice(sorted(shipped))]
     bug = rng.choice(chosen["bugs"])
     words = {word: rng.choice(others) for word, others in chosen["choices"].items()}
-    return vary(chosen, bug, words, name_file=name_file)
+    return vary(chosen, bug, words, name_file=name_file, brief=brief)
 
 
 def vary(
-    chosen: dict[str, Any], bug: dict[str, Any], words: dict[str, str], *, name_file: bool
-) -> tuple[str, dict[str, Any], tuple[tuple[tuple[ToolCall, ...], str], ...]]:
+    chosen: dict[str, Any],
+    bug: dict[str, Any],
+    words: dict[str, str],
+    *,
+    name_file: bool,
+    brief: bool = False,
+) -> tuple[str, dict[str, Any], Steps]:
     """One bug of one repository, with words replaced. Raises ValueError for a broken variation."""
 
     def put(text: str) -> str:
@@ -78,19 +89,42 @@ def vary(
         "sealed": True,
     }
     issue = put(bug["issue"])
-    line = right.strip().splitlines()[0]
-    steps = (
+    steps = _short_steps if brief else _long_steps
+    if name_file:
+        issue += f"\n\nThe code in question is in {path}."
+    return issue, answer, steps(files, path, right, wrong)
+
+
+def _long_steps(files: dict[str, str], path: str, right: str, wrong: str) -> Steps:
+    """Look at what there is, and read the whole file."""
+    return (
         ((ToolCall("list", {}),), "Which files are there?"),
         ((ToolCall("read", {"path": path}),), f"The issue is about {path}."),
         (
             (ToolCall("edit", {"path": path, "old": wrong, "new": right}),),
-            f"It must be: {line}",
+            f"It must be: {right.strip().splitlines()[0]}",
         ),
         ((ToolCall("submit", {}),), "The repair is done."),
     )
-    if name_file:
-        issue += f"\n\nThe code in question is in {path}."
-    return issue, answer, steps
+
+
+def _short_steps(files: dict[str, str], path: str, right: str, wrong: str) -> Steps:
+    """Search for the function, and read it as far as the bug."""
+    before, _, _ = files[path].partition(wrong)
+    last = before.count("\n") + wrong.rstrip("\n").count("\n") + 1
+    heads = [
+        (number, line.strip().partition("(")[0])
+        for number, line in enumerate(files[path].splitlines()[:last], start=1)
+        if line.lstrip().startswith(("def ", "class "))
+    ]
+    first, head = heads[-1] if heads else (1, wrong.strip().splitlines()[0])
+    part = {"path": path, "start": str(first), "end": str(last)}
+    edit = ToolCall("edit", {"path": path, "old": wrong, "new": right})
+    return (
+        ((ToolCall("search", {"text": head}),), f"where is {head}"),
+        ((ToolCall("read", part),), f"read {path}"),
+        ((edit, ToolCall("submit", {})), right.strip().splitlines()[0]),
+    )
 
 
 def _ids(tests: dict[str, str]) -> list[str]:

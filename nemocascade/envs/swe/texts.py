@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from nemocascade.envs.swe.edits import checked_path
+from nemocascade.envs.swe.patches import parse_patch
+from nemocascade.envs.swe.rows import snapshot_of
 
 LARGEST_TEXT = 1 << 20
 """Bytes; larger files, and those that are not UTF-8, are no sources and cannot be edited."""
-
-_BEFORE = re.compile(r"^--- (?:a/)?([^\t\n]+)", re.MULTILINE)
-_AFTER = re.compile(r"^\+\+\+ (?:b/)?([^\t\n]+)", re.MULTILINE)
 
 
 def texts_of(files: Mapping[str, bytes]) -> dict[str, str]:
@@ -25,6 +24,12 @@ def texts_of(files: Mapping[str, bytes]) -> dict[str, str]:
             except UnicodeDecodeError:
                 continue
     return found
+
+
+@lru_cache(maxsize=8)
+def folder_texts(folder: str) -> Mapping[str, str]:
+    """The texts in a folder, shared by its rows and rollouts: nobody may change them."""
+    return texts_of(snapshot_of({"repository": folder}))
 
 
 def with_texts(files: Mapping[str, bytes], texts: Mapping[str, str]) -> dict[str, bytes]:
@@ -45,12 +50,17 @@ def row_files(files: Any) -> dict[str, str]:
 
 
 def patched_files(patch: str) -> list[str]:
-    """The files that a unified diff changes, as they were named before; new ones as after it."""
-    before, after = _BEFORE.findall(patch), _AFTER.findall(patch)
-    if not before or len(before) != len(after):
-        raise ValueError("'patch' is no unified diff: it has no pairs of --- and +++ lines")
-    paths = [b if b != "/dev/null" else a for b, a in zip(before, after, strict=True)]
-    return [checked_path(path) for path in dict.fromkeys(paths)]
+    """The text files that a patch changes, as they were named before; new ones as after it.
+
+    Files whose mode alone changes are none. Raises ValueError for a patch that cannot be read.
+    """
+    files = [f for f in parse_patch(patch) if f.hunks or f.old != f.new]
+    return [checked_path(path) for path in dict.fromkeys(f.path for f in files if not f.is_binary)]
+
+
+def made_files(patch: str) -> set[str]:
+    """The files that a patch makes: those that are not there before it."""
+    return {file.path for file in parse_patch(patch) if file.old is None}
 
 
 def _pair(file: Mapping[str, Any]) -> tuple[str, Any]:

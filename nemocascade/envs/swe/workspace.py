@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nemocascade.envs.swe.repository import Files, check_path
+from nemocascade.envs.swe.snapshots import Files, check_path
 from nemocascade.recipe.envs import AgentConfig
 from nemocascade.types import Tool
 
@@ -97,11 +97,12 @@ class Workspace:
         text = self._text(path)
         if not start and not end:
             return text.rstrip("\n")
-        lines = text.splitlines()
+        # With their ends: what is read must be what stands there, or no edit of it would match.
+        lines = text.splitlines(keepends=True)
         first, last = _number(start, 1), _number(end, len(lines))
         if not 1 <= first <= last:
             raise ToolError(f"lines {first} to {last} of {len(lines)}: start must be before end")
-        return "\n".join(lines[first - 1 : last])
+        return "".join(lines[first - 1 : last]).removesuffix("\n").removesuffix("\r")
 
     def search(self, text: str, path: str = "") -> str:
         """Lines that hold `text`, as `path:line: text`."""
@@ -190,6 +191,14 @@ def arguments_of(name: str, arguments: Mapping[str, Any]) -> dict[str, str]:
     return {
         key: value if isinstance(value, str) else str(value) for key, value in arguments.items()
     }
+
+
+def clean(text: str) -> str:
+    """The text with what cannot be encoded, half a surrogate pair, written as an escape.
+
+    Tokenizers refuse such a text, and a repository's tests can print one.
+    """
+    return text.encode(errors="backslashreplace").decode()
 
 
 def cut(text: str, limit: int, *, end: bool = False) -> str:
