@@ -5,22 +5,22 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemocascade.envs.base import Domain, Row
+from nemocascade.envs.base import Row
 from nemocascade.envs.sandbox.pool import Sandbox, SandboxError
 from nemocascade.envs.swe.made import Steps, make_task
 from nemocascade.envs.swe.repository import Framework, judge, run_tests
 from nemocascade.envs.swe.rows import (
     answer_of,
-    folder_rows,
     hidden_of,
     issue_of,
     snapshot_of,
 )
+from nemocascade.envs.swe.tasks import TaskFolders
 from nemocascade.envs.swe.workspace import TOOLS, ToolError, Workspace, arguments_of, clean, cut
 from nemocascade.recipe.envs import AgentConfig, SandboxConfig
 from nemocascade.types import Message, Prompt, ToolCall, ToolSession, Verdict
@@ -112,7 +112,7 @@ class RepositorySession:
             self._tested_s += time.monotonic() - start
 
 
-class SweAgentic(Domain):
+class SweAgentic(TaskFolders):
     """1 if all hidden tests pass on the repository that the agent leaves, else 0.
 
     The verdict depends on the response alone: its edits are replayed on a fresh copy, and the
@@ -146,19 +146,6 @@ class SweAgentic(Domain):
             if self._sandbox is not None:
                 self._sandbox.close()
                 self._sandbox = None
-
-    def read(self, path: str | Path) -> Iterator[Prompt]:
-        """The tasks of a JSONL file, or of a folder of task folders: see `swe.rows`."""
-        folder = Path(path)
-        if not folder.is_dir():
-            yield from super().read(path)
-            return
-        for where, row in folder_rows(folder):
-            try:
-                prompt = self._prompt(self.prepare(row, folder), where)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-            yield prompt
 
     def claims(self, row: Row) -> bool:
         """Rows of a repository in a folder; `swe_agentless` may read them too."""
