@@ -20,9 +20,8 @@ MIN_DOCUMENTS = 5
 EXACT_WORDS = 5
 """References of at most this many words are exact, unless a row says otherwise."""
 
-_ANSWER = re.compile(
-    r"^[ \t*#]*(?:final )?answer[ \t*]*(?:[:=]\s*|$\s*)[*\s]*(\S.*)", re.IGNORECASE | re.MULTILINE
-)
+_MARK = r"[ \t*#]*(?:final )?answer[ \t*]*(?:[:=]|$)"
+_ANSWER = re.compile(rf"^{_MARK}[*\s]*(?!{_MARK})(\S.*)", re.IGNORECASE | re.MULTILINE)
 _TEXT = re.compile(r"^\\(?:text|textbf|mathrm)\{(.*)\}$", re.DOTALL)
 _ARTICLES = ("a", "an", "the")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")

@@ -179,10 +179,10 @@ class Watchdog:
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank ends because of `error`, and name whom it died of.
 
-        Called while the error is handled. A broken connection is another rank's doing: so this
-        waits until a silent rank shows, or a few intervals.
+        Called while the error is handled; a second call does nothing. A broken connection is
+        another rank's doing: so this waits until a silent rank shows, or a few intervals.
         """
-        if self._thread is None:
+        if self._thread is None or self._own.failed:
             return
         with self._lock:
             self._own.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

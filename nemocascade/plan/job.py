@@ -138,7 +138,7 @@ def job_of_recipe(
     sizes = {
         "capacity": capacity,
         "sequences_per_step": max(dp, packs),
-        "rollout": Rollout(min(episodes, r.slots * dp), longest),
+        "rollout": Rollout(r.slots * dp, longest),
     }
     return Job(**{**common, **sizes, **options})
 

@@ -123,7 +123,7 @@ class Episodes:
 
 def _encodable(text: str) -> str:
     """Text without lone surrogates, which no tokenizer takes; programs may print them."""
-    return text.encode("utf-8", "replace").decode()
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _turns(completion: Completion) -> list[list[int]]:

@@ -80,8 +80,9 @@ class PolicyRun:
         for group in groups:
             reward = group.rollouts[0].verdict.reward
             if reward is None:
-                # Those that compare may have nothing to hold an answer against but the start's.
-                errors += not self.environments[group.task.prompt.domain].by_group
+                compared = self.environments[group.task.prompt.domain].by_group
+                # Without a baseline there is nothing to hold an answer against but the start's.
+                errors += not (compared and group.task.prompt.answer.get("baseline") is None)
             else:
                 found.setdefault(group.task.prompt.domain, []).append(reward)
         if errors:
@@ -173,8 +174,8 @@ def policy_run[R: PolicyRecipe](
     settings = recipe.envs.judge
     check_judge(settings, parent)
     with stage_world(recipe) as (world, accelerators):
-        write_recipe(recipe, world)
         probe_judge(settings, world)
+        write_recipe(recipe, world)
         tokenizer = load_tokenizer(str(parent.tokenizer_path))
         check_vocabulary(tokenizer, model.vocab_size)
         trainer = Trainer(
@@ -235,6 +236,10 @@ def policy_run[R: PolicyRecipe](
                     collector, trainer, parent, heldout, _greedy(recipe, collector)
                 ),
             )
+        except Exception as error:
+            # Before verifiers are ended, which may take as long as what they work on.
+            world.watch.fail(error)
+            raise
         finally:
             close_environments(every)
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 from nemocascade.data.errors import DataError
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.recipe import EnvConfig
+from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages.experience import Group
 from nemocascade.types import Message, Prompt, ToolCall, Verdict
 
@@ -80,7 +81,9 @@ def settings_of_run(path: Path) -> ReplaySettings:
         return ReplaySettings(str(path))
     except ValueError as error:
         raise DataError(f"{folder.parent / 'recipe.json'} is no JSON: {error}") from error
-    return ReplaySettings(str(path), _filled(EnvConfig(), recipe.get("envs", {})))
+    envs = _filled(EnvConfig(), recipe.get("envs", {}))
+    # No episode with tools needs the run's judge, which may be gone.
+    return ReplaySettings(str(path), replace(envs, judge=JudgeConfig()))
 
 
 def _filled[T](default: T, said: Mapping[str, Any]) -> T:

@@ -7,10 +7,11 @@ works on all ranks waits for the generation's end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from threading import Lock
+from typing import Any
 
 from torch import Tensor
 
@@ -82,18 +83,8 @@ class Verification:
         self._futures.append(self._pool.submit(self._finish, completion))
 
     def rollouts(self, watch: Watchdog) -> dict[int, Rollout]:
-        """All rollouts by request, once their verdicts are there.
-
-        Each verdict, and whatever a judge does meanwhile, is progress.
-        """
-        open_, before = set(self._futures), -1
-        while open_:
-            ended, open_ = wait(open_, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
-            activity = sum(e.activity for e in self.environments.values())
-            if ended or activity != before:
-                count = len(self._futures)
-                watch.progress(f"{count - len(open_)} of {count} verdicts")
-                before = activity
+        """All rollouts by request, once their verdicts are there."""
+        _wait_for(self._futures, self.environments.values(), watch, "verdicts")
         for future in self._futures:
             future.result()
         return self._rollouts
@@ -169,10 +160,28 @@ def score_after(
     mine: dict[int, list[Verdict]] = {}
     if shows(world):
         numbers = range(world.dp_rank, len(groups), world.dp_size)
-        found = environment.score_groups([groups[n] for n in numbers])
-        mine = dict(zip(numbers, found, strict=True))
+        with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
+            found = pool.submit(environment.score_groups, [groups[n] for n in numbers])
+            _wait_for([found], [environment], world.watch, "calls of a verifier")
+        mine = dict(zip(numbers, found.result(), strict=True))
     everything: dict[int, list[Verdict]] = {}
     world.watch.meet()
     for part in world.all_gather_object(mine):
         everything |= part
     return [everything[n] for n in range(len(groups))]
+
+
+def _wait_for(
+    futures: Sequence[Future[Any]],
+    environments: Collection[Environment],
+    watch: Watchdog,
+    what: str,
+) -> None:
+    """Wait until all have ended. Each one, and whatever a judge does meanwhile, is progress."""
+    open_, before = set(futures), -1
+    while open_:
+        ended, open_ = wait(open_, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
+        activity = sum(e.activity for e in environments)
+        if ended or activity != before:
+            watch.progress(f"{len(futures) - len(open_)} of {len(futures)} {what}")
+            before = activity

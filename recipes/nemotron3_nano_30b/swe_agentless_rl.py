@@ -22,7 +22,7 @@ from nemocascade.recipe import (
     ParallelConfig,
     RolloutConfig,
 )
-from nemocascade.recipe.envs import AgentlessConfig, EnvConfig, SandboxConfig
+from nemocascade.recipe.envs import EnvConfig, SandboxConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages.launch import launch
 
@@ -51,7 +51,6 @@ RECIPE = GrpoRecipe(
         sandbox=SandboxConfig(
             time_s=600.0, memory_mib=8192, processes=64, output_kib=4096, scratch_mib=2048
         ),
-        agentless=AgentlessConfig(),
         judge=JudgeConfig(
             kind="server", url="http://localhost:8000", model="judge", temperature=0.6, top_p=0.95
         ),

@@ -45,8 +45,8 @@ def policy(name: str, **changes: Any) -> Any:
 SFT = stage("domains_sft", checkpoint=CheckpointConfig(every=50))
 IF, MULTI, RLHF = policy("if_rl"), policy("multi_domain_rl"), policy("rlhf")
 LONG, CODE = policy("long_context_rl"), policy("code_rl", steps=12)
-AGENTLESS, AGENTIC = policy("swe_agentless_rl", steps=12), policy("swe_agentic_rl", steps=10)
-# At the height of the stage alone, ten steps undo what the stage before it learnt.
+AGENTLESS, AGENTIC = policy("swe_agentless_rl", steps=12), policy("swe_agentic_rl", steps=14)
+# At the height of the stage alone, its steps undo what the stage before it learnt.
 AGENTIC = replace(AGENTIC, optimizer=replace(AGENTIC.optimizer, lr=3e-4, min_lr=3e-4))
 
 # Tasks are distilled and scored as hard as the stage of their domain has them.
@@ -77,8 +77,8 @@ MOPD = replace(
     # The last steps settle on the teachers. Change `decay_steps` with `steps`.
     optimizer=replace(MOPD.optimizer, schedule="linear", min_lr=2e-5, decay_steps=MOPD.steps),
 )
-# What an agent's tools answer counts too.
-LIMITS = {"swe_agentic": 448}
+# What an agent's tools answer counts too; its episodes take the time of all other answers together.
+LIMITS, TASKS = {"swe_agentic": 448}, {"swe_agentic": 64}
 
 RECIPE = CascadeRecipe(
     run_dir="runs/tiny/cascade",
@@ -100,19 +100,20 @@ RECIPE = CascadeRecipe(
                 name,
                 difficulty=DIFFICULTY.get(name, 0),
                 max_response_tokens=LIMITS.get(name, 0),
+                tasks=TASKS.get(name, 0),
             )
             # A domain may have demonstrations of several difficulties.
             for name in dict.fromkeys(d.domain for d in SFT.demonstrations.domains)
         ),
         tasks=128,
-        max_prompt_tokens=224,
+        max_prompt_tokens=160,
         max_response_tokens=96,
         thinking=False,
         slots=128,
         envs=EnvConfig(if_language_check="letters", check_timeout_s=30.0),
         engine=EngineConfig(precision="fp32"),
     ),
-    # 128 tasks: a score is known to about 4 points.
+    # 128 tasks: a score is known to about 4 points, the agent's to about 6.
     alarm=AlarmConfig(drop=15.0),
 )
 

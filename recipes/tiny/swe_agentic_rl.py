@@ -16,7 +16,7 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = GrpoRecipe(
-    steps=12,
+    steps=20,
     stage="swe_agentic_rl",
     run_dir="runs/tiny/swe_agentic_rl",
     init_from="runs/tiny/domains_sft/artifact",
@@ -24,7 +24,7 @@ RECIPE = GrpoRecipe(
     rollout=RolloutConfig(
         prompts_per_step=8,
         rollouts_per_prompt=8,
-        max_prompt_tokens=224,
+        max_prompt_tokens=160,
         # The answers of the tools count too.
         max_response_tokens=448,
         max_turns=4,

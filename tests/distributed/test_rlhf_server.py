@@ -20,7 +20,13 @@ TIMEOUT_S = 5.0
 SLOW_S = 0.7
 
 
-def train(artifact: str, folder: str, judge: dict[str, Any], parallel: dict[str, int]) -> Any:
+def train(
+    artifact: str,
+    folder: str,
+    judge: dict[str, Any],
+    parallel: dict[str, int],
+    heldout: int = 0,
+) -> Any:
     """The lines of metrics.jsonl of one step, and whether the weights are the start's."""
     from dataclasses import replace
 
@@ -34,7 +40,7 @@ def train(artifact: str, folder: str, judge: dict[str, Any], parallel: dict[str,
     made = replace(
         made,
         engine=replace(made.engine, timeout_s=TIMEOUT_S),
-        eval=RlEvalConfig(prompts=0),
+        eval=RlEvalConfig(prompts=heldout, every=1),
     )
     found = run_grpo(made)
     weights = [
@@ -91,7 +97,8 @@ def reply(handler: Any, status: int, content: str) -> None:
 def test_verdicts_may_take_longer_than_a_collective(
     policy: str, server: Any, tmp_path: Path
 ) -> None:
-    """One rank asks, one question at a time, while the other waits for it."""
+    """One rank asks, one question at a time, while the other waits for it; in the steps and in the
+    comparison with the start."""
     texts = iter(range(10**6))
 
     def behave(handler: Any) -> None:
@@ -102,9 +109,11 @@ def test_verdicts_may_take_longer_than_a_collective(
     judge = {**server(behave), "concurrency": 1}
     arguments = {"artifact": policy, "folder": str(tmp_path), "judge": judge}
     started = time.monotonic()
-    found = run_ranks(train, 2, {**arguments, "parallel": {"tp": 2}}, timeout_s=170)
-    # Four prompts of three answers: twelve questions, and the one before all.
-    assert time.monotonic() - started > 13 * SLOW_S > TIMEOUT_S
+    arguments |= {"parallel": {"tp": 2}, "heldout": 6}
+    found = run_ranks(train, 2, arguments, timeout_s=170)
+    # Four prompts of three answers are twelve questions; a task held out, two in both orders.
+    assert time.monotonic() - started > 24 * SLOW_S
+    assert min(12, 2 * 6) * SLOW_S > TIMEOUT_S
     (line,) = found[0]["lines"]
     assert (line["judge_unanswered"], line["verifier_errors"]) == (0, 0)
     assert line["grad_norm"] > 0
@@ -134,3 +143,4 @@ def test_a_server_that_refuses_is_found_before_anything_is_written(
     with pytest.raises(RankError, match=r"judge refuses(.|\n)*no such model"):
         run_ranks(train, 2, {**arguments, "parallel": {}}, timeout_s=170)
     assert not (tmp_path / "metrics.jsonl").exists()
+    assert not (tmp_path / "recipe.json").exists()

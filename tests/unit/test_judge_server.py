@@ -203,8 +203,17 @@ def test_a_locked_cache_file_stops_nobody(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(BlockingIOError):
             cache.put("a", "text")
         assert cache.get("a") == "text", "memory has it"
+        started = time.monotonic()
+        for key in "xyz":
+            cache.put(key, "text")
+        assert time.monotonic() - started < 0.1, "a pause, in which nobody waits"
+    monkeypatch.setattr(cache, "_paused_until", 0.0)
     cache.put("b", "text")
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["b"]
+
+
+def test_a_cache_that_cannot_be_read_is_empty(tmp_path: Path) -> None:
+    assert AnswerCache(str(tmp_path)).get("a") is None, "a folder is no file"
 
 
 def test_a_cache_forgets_what_was_used_longest_ago() -> None:
@@ -362,6 +371,35 @@ def test_what_is_begun_is_asked_once(server: Any, judges: Any) -> None:
     assert [a.text for a in judge.ask([question(i) for i in range(5)])] == [GOOD] * 5
     assert len(server.seen) == 5
     assert judge.activity == judge.counts["requests"] + judge.counts["answered"] == 10
+
+
+def test_what_was_begun_in_vain_is_not_asked_again(server: Any, judges: Any) -> None:
+    server.behave = lambda h, n: h.reply(400, b"too long")
+    judge = judges(server.url)
+    judge.begin([question(0)])
+    while judge.counts["failed"] == 0:
+        time.sleep(0.01)
+    assert "too long" in judge.ask([question(0)])[0].error
+    assert len(server.seen) == 1
+    judge.ask([question(0)])
+    assert len(server.seen) == 2, "asked anew, it is another question"
+
+
+def test_time_without_questions_is_no_silence(server: Any, judges: Any) -> None:
+    """Nor is a refusal: the server is there."""
+    faults = {0: 400, 2: 500}
+    server.behave = lambda h, n: h.reply(faults[n], b"") if n in faults else h.say(GOOD)
+    judge = judges(server.url, silence_s=0.2, retries=1)
+    for number in range(2):
+        judge.ask([question(number)])
+        time.sleep(0.3)
+    assert judge.ask([question(2)])[0].text == GOOD
+    assert judge.counts["down"] == 0
+    server.behave = lambda h, n: h.reply(500, b"")
+    assert judge.ask([question(3)])[0].text is None
+    time.sleep(0.3)
+    server.behave = lambda h, n: h.reply(503, b"") if n == 6 else h.say(GOOD)
+    assert [a.text for a in judge.ask([question(i) for i in range(4, 8)])] == [GOOD] * 4
 
 
 def test_comparisons_begin_before_the_group_is_whole(server: Any, judges: Any) -> None:

@@ -60,6 +60,8 @@ def test_answers_are_compared_without_what_does_not_matter(text: str, plain: str
         ("Because.\nAnswer:\nParis", "paris"),
         ("**Final Answer**\n\n**Paris**", "paris"),
         ("### Answer\n\nParis\n", "paris"),
+        ("**Final Answer**\n\nAnswer: Paris", "paris"),
+        ("Answer:\nAnswer: Paris", "paris"),
         (r"\boxed{\text{Paris}}", "paris"),
         ("Answer: \u201cParis\u201d.", "paris"),
         ("Answers differ.\nlake", "answers differ. lake"),

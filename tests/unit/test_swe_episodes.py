@@ -22,6 +22,7 @@ from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_agentless import SweAgentless
 from nemocascade.recipe import EnvConfig, GrpoConfig, GrpoRecipe, RolloutConfig
 from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rollout.engine import Completion, Request
 from nemocascade.stages.batches import pack_sequences
 from nemocascade.stages.episodes import Episodes
@@ -135,11 +136,12 @@ def test_an_episode_without_context_left_scores_what_its_edits_earn(domain: SweA
     assert (nothing.truncated, nothing.verdict.reward) == (True, 0.0)
 
 
-def test_an_episode_that_loops_ends_with_its_turns(domain: SweAgentic) -> None:
+@pytest.mark.parametrize("turns", [20, 200])
+def test_an_episode_that_loops_ends_with_its_turns(domain: SweAgentic, turns: int) -> None:
     prompt = task(2)
-    rollout, _ = play(prompt, [turn(("list", {}))] * 20, domain, limit=100_000)
-    assert (rollout.turns, rollout.verdict.reward) == (20, 0.0)
-    assert len([m for m in rollout.response if m.role == "tool"]) == 19
+    rollout, _ = play(prompt, [turn(("list", {}))] * turns, domain, limit=262_144)
+    assert (rollout.turns, rollout.verdict.reward) == (turns, 0.0)
+    assert len([m for m in rollout.response if m.role == "tool"]) == turns - 1
 
 
 def test_a_logged_episode_is_replayed(domain: SweAgentic, tmp_path: Path) -> None:
@@ -204,7 +206,7 @@ def test_no_output_of_a_program_can_stop_the_tokenizer() -> None:
     prompt = task()
     rollout, _ = play(prompt, [turn(("list", {})), turn(("submit", {}))], Faulty("text"))
     assert rollout.turns == 2
-    assert rollout.response[1].content == "a lone ? surrogate"
+    assert rollout.response[1].content == "a lone \\ud800 surrogate"
 
 
 def test_the_best_and_the_worst_of_a_group_are_logged(domain: SweAgentic) -> None:
@@ -223,7 +225,8 @@ def test_a_replay_has_the_settings_of_its_run(tmp_path: Path) -> None:
     envs = EnvConfig(sandbox=SandboxConfig(time_s=77.0, packages=("/opt/packages",)))
     (tmp_path / "rollouts").mkdir()
     assert settings_of_run(tmp_path / "rollouts").envs == EnvConfig()
-    said = asdict(GrpoRecipe(envs=envs))
+    judged = replace(envs, judge=JudgeConfig(kind="artifact", artifact="gone"))
+    said = asdict(GrpoRecipe(envs=judged))
     said["envs"]["of_another_version"] = 1
     (tmp_path / "recipe.json").write_text(json.dumps(said))
     for path in (tmp_path / "rollouts", tmp_path / "rollouts" / "step_00000001.jsonl"):

@@ -15,6 +15,8 @@ MAX_CHARACTERS = 2**28
 """Text that is kept in memory; the answers used longest ago are forgotten."""
 LONGEST_WAIT_S = 5.0
 """For another process that writes to the file; then an answer stays in memory alone."""
+PAUSE_S = 60.0
+"""After a failure to write, in which nothing is written: judges must not wait for a disk."""
 
 _LOGGER = logging.getLogger("nemocascade")
 
@@ -33,13 +35,17 @@ class AnswerCache:
         self._texts: OrderedDict[str, str] = OrderedDict()
         self._lock, self._file_lock = Lock(), Lock()
         self._unread = bool(path)
+        self._paused_until = 0.0
 
     def get(self, key: str) -> str | None:
         """The answer, or None."""
         with self._lock:
             if self._unread:
                 self._unread = False
-                self._read()
+                try:
+                    self._read()
+                except OSError as error:
+                    _LOGGER.warning("the cache %s cannot be read: %s", self.path, error)
             text = self._texts.get(key)
             if text is not None:
                 self._texts.move_to_end(key)
@@ -49,10 +55,17 @@ class AnswerCache:
         """Keep an answer. Raises OSError if the file cannot be written; memory has it then."""
         with self._lock:
             self._keep(key, text)
-        if self.path:
-            # Not under the other lock: a slow file system must not stop those who look for answers.
-            with self._file_lock:
+        if not self.path:
+            return
+        # Not under the other lock: a slow file system must not stop those who look for answers.
+        with self._file_lock:
+            if time.monotonic() < self._paused_until:
+                return
+            try:
                 self._append(json.dumps({"key": key, "text": text}) + "\n")
+            except OSError:
+                self._paused_until = time.monotonic() + PAUSE_S
+                raise
 
     def _keep(self, key: str, text: str) -> None:
         self._size += len(text) - len(self._texts.pop(key, ""))

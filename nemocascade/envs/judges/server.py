@@ -80,6 +80,7 @@ class ServerJudge:
         self._lock = Lock()
         self._closing = Event()
         self._under_way: dict[str, Future[Answer]] = {}
+        self._begun: dict[str, Future[Answer]] = {}
         self._last_answer_s = time.monotonic()
         self._silent = False
         self._probing = Lock()
@@ -101,7 +102,7 @@ class ServerJudge:
     def begin(self, questions: Sequence[Question]) -> None:
         """Start on questions that `ask` will be asked soon, and wait for nothing."""
         for question in questions:
-            self._submit(question)
+            self._submit(question, begun=True)
 
     def probe(self) -> str | None:
         """Why the server refuses what it is going to be asked; None if it takes it, or is silent.
@@ -114,8 +115,7 @@ class ServerJudge:
         except _TryError as failure:
             if failure.final:
                 return f"{failure.kind}: {failure}"
-            if failure.kind != "timeout":
-                _LOGGER.warning("judge: it does not answer yet (%s: %s)", failure.kind, failure)
+            _LOGGER.warning("judge: it does not answer yet (%s: %s)", failure.kind, failure)
         return None
 
     def close(self) -> None:
@@ -133,7 +133,8 @@ class ServerJudge:
         with self._lock:
             return ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()))
 
-    def _submit(self, question: Question) -> Future[Answer]:
+    def _submit(self, question: Question, *, begun: bool = False) -> Future[Answer]:
+        """begun: whoever asks later gets this answer, and not a second one, if it is an error."""
         body = self._body(question)
         key = hashlib.sha256(body).hexdigest()
         done: Future[Answer] = Future()
@@ -144,6 +145,9 @@ class ServerJudge:
                 self.counts["cached"] += 1
                 done.set_result(Answer(known))
                 return done
+            if not begun and key in self._begun:
+                self.counts["cached"] += 1
+                return self._begun.pop(key)
             if key in self._under_way:
                 self.counts["cached"] += 1
                 return self._under_way[key]
@@ -153,6 +157,8 @@ class ServerJudge:
                 done.set_result(Answer(None, "the judge is closed"))
                 return done
             self._under_way[key] = future
+            if begun:
+                self._begun[key] = future
             return future
 
     def _body(self, question: Question) -> bytes:
@@ -187,6 +193,9 @@ class ServerJudge:
                 self._warn("the cache %s cannot be written: %s", self.settings.cache, error)
         with self._lock:
             self._under_way.pop(key, None)
+            if not self._under_way and not self._has_been_silent():
+                # Nobody asks now, which is no silence of the server.
+                self._silent = False
             self.counts["failed" if answer.text is None else "answered"] += 1
         if answer.text is None:
             self._warn("a question got no answer (%s); so far: %s", answer.error, self.summary())
@@ -255,6 +264,8 @@ class ServerJudge:
             reply = self._lines.post(self.url, body, headers, timeout_s)
         except TransportError as error:
             raise _TryError(error.kind, str(error)) from None
+        if reply.status < 500 and reply.status != 429:
+            self._heard()
         if reply.status != 200:
             shown = reply.body[:_SHOWN].decode(errors="replace")
             moved = f", it has moved to {reply.location}" if reply.location else ""
@@ -265,17 +276,22 @@ class ServerJudge:
                 wait_s=reply.retry_after_s,
             )
         text, cut = _text_of(reply)
-        with self._lock:
-            self.counts["cut"] += cut
-            self._last_answer_s, self._silent = time.monotonic(), False
+        if cut:
+            self._count("cut")
         return text
+
+    def _heard(self) -> None:
+        with self._lock:
+            self._last_answer_s, self._silent = time.monotonic(), False
 
     def _is_down(self) -> bool:
         """Whether failures have been all there was for `silence_s`."""
         with self._lock:
-            return self._silent and (
-                time.monotonic() - self._last_answer_s > self.settings.silence_s
-            )
+            return self._has_been_silent()
+
+    def _has_been_silent(self) -> bool:
+        """As `_is_down`, under the lock."""
+        return self._silent and time.monotonic() - self._last_answer_s > self.settings.silence_s
 
     def _count(self, kind: str) -> None:
         with self._lock:

@@ -87,9 +87,11 @@ class _Line:
     def cut(self, why: str) -> None:
         """End it, from another thread. why: kind of the error that it ends with."""
         self._cut = self._cut or why
-        if self._socket is not None:
+        # Before that it is the connection's, while TLS is agreed on.
+        found = self._socket or self._connection.sock
+        if found is not None:
             with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
+                found.shutdown(socket.SHUT_RDWR)
 
     def post(self, body: bytes, headers: dict[str, str]) -> Reply:
         connection = self._connection
