@@ -11,79 +11,57 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import RankError, run_ranks
+from launch import run_ranks
 from start_policy import start_policy
 from test_rlhf import recipe
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = 4.0
 """Of collectives: no wait for verdicts may depend on it."""
-SLOW_S = 0.7
+SLOW_S = 0.5
+HELDOUT = 6
 
 
-def train(
-    artifact: str,
-    folder: str,
-    judge: dict[str, Any],
-    parallel: dict[str, int],
-    heldout: int = 0,
-) -> Any:
-    """The lines of metrics.jsonl of one step, and whether the weights are the start's."""
+def stages(folder: str, judges: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """On two ranks that share the model, one step of a stage under each judge: the lines of its
+    metrics.jsonl, whether its weights are the start's, seconds; or the error that ended it."""
     from dataclasses import replace
 
     import torch
     from safetensors.torch import load_file
 
+    from nemocascade.megatron.world import RecipeError
     from nemocascade.recipe import RlEvalConfig
     from nemocascade.stages.grpo import run_grpo
+    from nemocascade.stages.setup import MainRankError
 
-    made = recipe(artifact, folder, judge, parallel, 1)
-    made = replace(
-        made,
-        engine=replace(made.engine, timeout_s=TIMEOUT_S),
-        eval=RlEvalConfig(prompts=heldout, every=1),
-    )
-    found = run_grpo(made)
-    weights = [
-        {k: v for f in sorted(Path(a).rglob("*.safetensors")) for k, v in load_file(f).items()}
-        for a in (artifact, found)
-    ]
-    same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
-    return {"lines": [json.loads(line) for line in text.splitlines()], "same": same}
+    def weights(artifact: str) -> dict[str, torch.Tensor]:
+        files = sorted(Path(artifact).rglob("*.safetensors"))
+        return {name: tensor for f in files for name, tensor in load_file(f).items()}
 
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("policy"))
-    (found,) = run_ranks(start_policy, 1, {"folder": folder, "domains": ["preference"]})
-    return str(found)
-
-
-@pytest.fixture
-def server() -> Iterator[Callable[[Callable[[Any], None]], dict[str, Any]]]:
-    """Starts a server that behaves as it is told; the settings of a judge that asks it."""
-    started = []
-
-    def start(behave: Callable[[Any], None]) -> dict[str, Any]:
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
-                behave(self)
-
-            def log_message(self, *_: Any) -> None:
-                """Quiet."""
-
-        found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        found.daemon_threads = True
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        started.append(found)
-        url = f"http://127.0.0.1:{found.server_port}"
-        return {"kind": "server", "url": url, "model": "m", "retries": 0, "backoff_s": 0.01}
-
-    yield start
-    for each in started:
-        each.shutdown()
-        each.server_close()
+    policy = start_policy(f"{folder}/policy", ("preference",))
+    found: dict[str, Any] = {}
+    for name, judge in judges.items():
+        made = recipe(policy, f"{folder}/{name}", judge, {"tp": 2}, 1)
+        made = replace(
+            made,
+            engine=replace(made.engine, timeout_s=TIMEOUT_S),
+            # Held-out tasks are compared with the start's answers, in both orders.
+            eval=RlEvalConfig(prompts=HELDOUT if name == "slow" else 0, every=1),
+        )
+        started = time.monotonic()
+        try:
+            artifact = str(run_grpo(made))
+        except (RecipeError, MainRankError) as error:
+            found[name] = {"error": str(error)}
+            continue
+        text = Path(f"{folder}/{name}/metrics.jsonl").read_text(encoding="utf-8")
+        ours, theirs = weights(artifact), weights(policy)
+        found[name] = {
+            "lines": [json.loads(line) for line in text.splitlines()],
+            "same": all(torch.equal(ours[key], theirs[key]) for key in theirs),
+            "seconds": time.monotonic() - started,
+        }
+    return found
 
 
 def reply(handler: Any, status: int, content: str) -> None:
@@ -94,53 +72,86 @@ def reply(handler: Any, status: int, content: str) -> None:
     handler.wfile.write(data)
 
 
-def test_verdicts_may_take_longer_than_a_collective(
-    policy: str, server: Any, tmp_path: Path
-) -> None:
-    """One rank asks, one question at a time, while the other waits for it; in the steps and in the
+def slow(handler: Any) -> None:
+    time.sleep(SLOW_S)
+    # Of the question, so that responses differ.
+    scores = {"score_1": 1 + handler.length % 5, "score_2": 3, "ranking": 3}
+    reply(handler, 200, json.dumps(scores))
+
+
+BEHAVIOURS: dict[str, Callable[[Any], None]] = {
+    "slow": slow,
+    "failing": lambda handler: reply(handler, 500, "oops"),
+    "refusing": lambda handler: reply(handler, 404, "no such model"),
+}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Behaves as its server says."""
+
+    server: Any
+
+    def do_POST(self) -> None:
+        self.length = int(self.headers["Content-Length"])
+        self.rfile.read(self.length)
+        self.server.behave(self)
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    servers: list[Any] = []
+    judges = {}
+    for name, behave in BEHAVIOURS.items():
+        server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads, server.behave = True, behave
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        judges[name] = {
+            "kind": "server",
+            "url": f"http://127.0.0.1:{server.server_port}",
+            "model": "m",
+            "retries": 0,
+            "backoff_s": 0.01,
+            "concurrency": 1,
+        }
+    folder = str(tmp_path_factory.mktemp("rlhf_server"))
+    found = run_ranks(stages, 2, {"folder": folder, "judges": judges}, timeout_s=300)
+    yield {**found[0], "folder": folder, "of_rank_1": found[1]}
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_verdicts_may_take_longer_than_a_collective(runs: dict[str, Any]) -> None:
+    """One rank asks, one question at a time, while the other waits for it; in the step and in the
     comparison with the start."""
-    texts = iter(range(10**6))
-
-    def behave(handler: Any) -> None:
-        time.sleep(SLOW_S)
-        scores = {"score_1": 1 + next(texts) % 5, "score_2": 3, "ranking": 3}
-        reply(handler, 200, json.dumps(scores))
-
-    judge = {**server(behave), "concurrency": 1}
-    arguments = {"artifact": policy, "folder": str(tmp_path), "judge": judge}
-    started = time.monotonic()
-    arguments |= {"parallel": {"tp": 2}, "heldout": 6}
-    found = run_ranks(train, 2, arguments, timeout_s=170)
-    # Four prompts of three answers are twelve questions; a task held out, two in both orders.
-    assert time.monotonic() - started > 24 * SLOW_S
-    assert min(12, 2 * 6) * SLOW_S > TIMEOUT_S
-    (line,) = found[0]["lines"]
+    # Four prompts of three answers are twelve questions.
+    assert min(12, 2 * HELDOUT) * SLOW_S > TIMEOUT_S
+    found = runs["slow"]
+    assert found["seconds"] > (12 + 2 * HELDOUT) * SLOW_S
+    (line,) = found["lines"]
     assert (line["judge_unanswered"], line["verifier_errors"]) == (0, 0)
     assert line["grad_norm"] > 0
-    assert not found[0]["same"]
+    assert not found["same"]
 
 
-def test_a_step_without_any_verdict_trains_nothing(
-    policy: str, server: Any, tmp_path: Path
-) -> None:
+def test_a_step_without_any_verdict_trains_nothing(runs: dict[str, Any]) -> None:
     """Not even the optimizer's momentum moves a weight; and the run goes on."""
-    judge = server(lambda handler: reply(handler, 500, "oops"))
-    arguments = {"artifact": policy, "folder": str(tmp_path), "judge": judge}
-    found = run_ranks(train, 2, {**arguments, "parallel": {}}, timeout_s=170)
-    (line,) = found[0]["lines"]
+    (line,) = runs["failing"]["lines"]
     assert line["verifier_errors"] == 12
     assert line["judge_unanswered"] == 1
     assert line["reward"] is None
     assert "grad_norm" not in line
-    assert found[0]["same"]
+    assert runs["failing"]["same"]
 
 
-def test_a_server_that_refuses_is_found_before_anything_is_written(
-    policy: str, server: Any, tmp_path: Path
-) -> None:
-    judge = server(lambda handler: reply(handler, 404, "no such model"))
-    arguments = {"artifact": policy, "folder": str(tmp_path), "judge": judge}
-    with pytest.raises(RankError, match=r"judge refuses(.|\n)*no such model"):
-        run_ranks(train, 2, {**arguments, "parallel": {}}, timeout_s=170)
-    assert not (tmp_path / "metrics.jsonl").exists()
-    assert not (tmp_path / "recipe.json").exists()
+def test_a_server_that_refuses_is_found_before_anything_is_written(runs: dict[str, Any]) -> None:
+    for found in (runs, runs["of_rank_1"]):
+        assert "judge refuses" in found["refusing"]["error"]
+        assert "no such model" in found["refusing"]["error"]
+    folder = Path(runs["folder"]) / "refusing"
+    assert not (folder / "metrics.jsonl").exists()
+    assert not (folder / "recipe.json").exists()
