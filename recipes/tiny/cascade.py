@@ -1,4 +1,4 @@
-"""The whole cascade with the tiny model, for CPUs: 15 minutes on two cores, no download.
+"""The whole cascade with the tiny model, for CPUs: 16 minutes on two cores, no download.
 
 SFT, then one RL stage after the other, with a teacher of preferences aside and distillation (MOPD)
 in the middle, in the order of Nemotron-Cascade 2 (arXiv 2603.19220). After each stage every domain
