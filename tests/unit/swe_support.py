@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from sandbox_support import sandbox_or_skip
+
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.types import Message, Prompt, ToolCall
 
 SANDBOX = SandboxConfig(time_s=10.0, workers=1)
+
+
+def agentic_domain() -> Iterator[SweAgentic]:
+    """For a fixture: the domain while tests need it; skips where nothing can be isolated."""
+    sandbox_or_skip(SANDBOX).close()
+    made = SweAgentic(SANDBOX)
+    yield made
+    made.close()
 
 
 def task(difficulty: int = 0, seed: int = 1) -> Prompt:

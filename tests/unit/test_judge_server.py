@@ -23,7 +23,7 @@ from nemocascade.envs.judges.server import ServerJudge
 from nemocascade.envs.judges.transport import MAX_BYTES
 from nemocascade.envs.preference import Preference
 from nemocascade.recipe.judge import JudgeConfig
-from nemocascade.types import Message, Question
+from nemocascade.types import Answer, Message, Question
 
 GOOD = comparison_text(4, 2, 2)
 PROMPT = (Message("user", "Which animal barks?"),)
@@ -459,37 +459,37 @@ def test_nobody_listens(judges: Any) -> None:
     assert "ConnectionRefusedError" in answer.error
 
 
-def test_a_closed_judge_waits_for_nothing(server: Any, judges: Any) -> None:
-    server.behave = lambda h, n: h.reply(500, b"")
-    judge = judges(server.url, retries=1000, backoff_s=30.0, deadline_s=600.0, concurrency=2)
-    found: list[Any] = []
+def closed_while_asking(
+    judge: ServerJudge, count: int, *, after_s: float
+) -> tuple[list[Answer], float]:
+    """Answers of a judge that is closed while it is asked, and the seconds until they came."""
+    found: list[Answer] = []
     asking = threading.Thread(
-        target=lambda: found.extend(judge.ask([question(i) for i in range(9)]))
+        target=lambda: found.extend(judge.ask([question(i) for i in range(count)]))
     )
     asking.start()
-    time.sleep(0.2)
+    time.sleep(after_s)
     started = time.monotonic()
     judge.close()
     asking.join(timeout=5)
-    assert time.monotonic() - started < 5
-    assert [a.text for a in found] == [None] * 9
+    return found, time.monotonic() - started
+
+
+def test_a_closed_judge_waits_for_nothing(server: Any, judges: Any) -> None:
+    server.behave = lambda h, n: h.reply(500, b"")
+    judge = judges(server.url, retries=1000, backoff_s=30.0, deadline_s=600.0, concurrency=2)
+    answers, seconds = closed_while_asking(judge, 9, after_s=0.2)
+    assert seconds < 5
+    assert [a.text for a in answers] == [None] * 9
     assert judge.ask([question()])[0].error == "the judge is closed"
 
 
 def test_closing_cuts_off_requests(server: Any, judges: Any) -> None:
     server.behave = lambda h, n: server.over.wait(30)
     judge = judges(server.url, timeout_s=30.0, deadline_s=600.0, concurrency=2)
-    found: list[Any] = []
-    asking = threading.Thread(
-        target=lambda: found.extend(judge.ask([question(i) for i in range(5)]))
-    )
-    asking.start()
-    time.sleep(0.3)
-    started = time.monotonic()
-    judge.close()
-    asking.join(timeout=5)
-    assert time.monotonic() - started < 3
-    assert [a.text for a in found] == [None] * 5
+    answers, seconds = closed_while_asking(judge, 5, after_s=0.3)
+    assert seconds < 3
+    assert [a.text for a in answers] == [None] * 5
 
 
 def test_a_group_is_scored_beside_faults(server: Any, judges: Any) -> None:

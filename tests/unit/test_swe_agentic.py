@@ -7,14 +7,12 @@ import os
 import random
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from data_fixtures import sentencepiece_tokenizer
-from sandbox_support import sandbox_or_skip
-from swe_support import SANDBOX, task, turn
+from swe_support import agentic_domain, task, turn
 
 from nemocascade.data.chat_template import encode, render
 from nemocascade.data.conversation import Conversation
@@ -30,13 +28,7 @@ from nemocascade.recipe.envs import AgentConfig, SandboxConfig
 from nemocascade.stages.tasks import read_tasks
 from nemocascade.types import Message, Prompt, ToolCall
 
-
-@pytest.fixture(scope="module")
-def domain() -> Iterator[SweAgentic]:
-    sandbox_or_skip(SANDBOX).close()
-    made = SweAgentic(SANDBOX)
-    yield made
-    made.close()
+domain = pytest.fixture(scope="module")(agentic_domain)
 
 
 def edits_of(prompt: Prompt) -> list[ToolCall]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from data_fixtures import sentencepiece_tokenizer
-from sandbox_support import sandbox_or_skip
-from swe_support import SANDBOX, task, turn
+from swe_support import SANDBOX, agentic_domain, task, turn
 
 from nemocascade.data.chat_template import encode, render, render_prompt
 from nemocascade.data.conversation import Conversation
@@ -38,13 +37,7 @@ from nemocascade.stages.trajectories import (
 )
 from nemocascade.types import Message, Prompt, ToolCall, Verdict
 
-
-@pytest.fixture(scope="module")
-def domain() -> Iterator[SweAgentic]:
-    sandbox_or_skip(SANDBOX).close()
-    made = SweAgentic(SANDBOX)
-    yield made
-    made.close()
+domain = pytest.fixture(scope="module")(agentic_domain)
 
 
 def play(

@@ -6,13 +6,11 @@ import base64
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sandbox_support import sandbox_or_skip
-from swe_support import SANDBOX, turn
+from swe_support import agentic_domain, turn
 
 from nemocascade.envs.swe.repository import read_snapshot
 from nemocascade.envs.swe.rows import hidden_of
@@ -38,12 +36,7 @@ ROW: dict[str, Any] = {
 REPAIR = turn(("edit", {"path": "shop.py", "old": "xs) + 1", "new": "xs)"}))
 
 
-@pytest.fixture(scope="module")
-def domain() -> Iterator[SweAgentic]:
-    sandbox_or_skip(SANDBOX).close()
-    made = SweAgentic(SANDBOX)
-    yield made
-    made.close()
+domain = pytest.fixture(scope="module")(agentic_domain)
 
 
 def read(folder: Path, **change: Any) -> Prompt:
