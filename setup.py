@@ -160,7 +160,7 @@ setup(
     ],
     package_data={
         "*": ["py.typed", "*.sbatch", "*.jinja", "*.css"],
-        "nemocascade.envs.swe": ["repositories/**"],
+        "nemocascade.swe": ["repositories/**"],
     },
     ext_modules=[Extension(module, sources=[]) for module in LIBRARIES.values()],
     cmdclass={"build_ext": CMakeBuild},

@@ -13,21 +13,22 @@ from typing import Any, Literal
 
 import tyro
 
-from nemocascade.cascade.launch import end_cleanly, parse_cascade, run_report
+from nemocascade.cascade.launch import parse_cascade, run_report
 from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer_training import train_tokenizer
-from nemocascade.envs.sandbox.pool import SandboxUnavailable
-from nemocascade.envs.swe.checking import CheckSettings, check_tasks, summary
-from nemocascade.envs.swe.importing import ImportSettings, import_rows
+from nemocascade.envs.swe_checking import CheckSettings, check_tasks, summary
 from nemocascade.megatron.convert import export_huggingface, import_huggingface
 from nemocascade.plan.commands import PreflightSettings, run_preflight
 from nemocascade.plan.report import PlanSettings, run_plan
 from nemocascade.plan.slurm import SubmitSettings, run_submit
 from nemocascade.recipe import CascadeRecipe, DataConfig
+from nemocascade.rl.trajectories import ReplaySettings, replay, settings_of_run
+from nemocascade.runtime.errors import exit_cleanly
 from nemocascade.stages.evaluate import EvalSettings, run_eval
-from nemocascade.stages.launch import exit_cleanly, parse
+from nemocascade.stages.launch import parse
 from nemocascade.stages.scoring import ScoreSettings, run_scoring
-from nemocascade.stages.trajectories import ReplaySettings, replay, settings_of_run
+from nemocascade.swe.importing import ImportSettings, import_rows
+from nemocascade.types import SandboxUnavailable
 
 USAGE = """usage: nemocascade COMMAND ...
 
@@ -104,7 +105,7 @@ def _score(arguments: list[str]) -> None:
 def _report(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise SystemExit("usage: nemocascade report RUN")
-    end_cleanly(lambda: run_report(Path(arguments[0])))
+    exit_cleanly(lambda: run_report(Path(arguments[0])))
 
 
 def _overridden(recipe: Any, arguments: list[str]) -> Any:

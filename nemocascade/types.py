@@ -19,6 +19,10 @@ Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
 
 
+Row = Mapping[str, Any]
+"""One row of a data file, as it was read."""
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """A call that the assistant makes. Arguments keep their order.
@@ -216,6 +220,65 @@ class Environment(Protocol):
 
     def close(self) -> None:
         """End the processes that the verifier holds."""
+
+
+Status = Literal["ok", "failed", "time", "output"]
+
+
+class SandboxError(RuntimeError):
+    """The sandbox, not the program, failed: nothing is known about the program."""
+
+
+class SandboxUnavailable(SandboxError):  # noqa: N818 - it states a fact about the host
+    """This host lets nobody isolate programs. The message holds reasons and remedies."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """Python source and what to do with it.
+
+    stdin: text on standard input.
+    function, calls: call this function (or method of `Solution`) with each list of arguments;
+        without a function the source runs as a script.
+    files: by relative path, laid into the program's folder before it starts.
+    """
+
+    source: str
+    stdin: str = ""
+    function: str = ""
+    calls: tuple[Sequence[Any], ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program did.
+
+    status: "ok", exit status 0; "failed", another exit status or a signal; "time", over its time;
+        "output", killed because it wrote too much.
+    exit_status: negative for a signal.
+    stdout, stderr: decoded, with replacement characters where that is not UTF-8.
+    results: what the calls returned, as JSON values, up to the first that failed.
+    wall_s, cpu_s: of the program, with the building of its walls.
+    """
+
+    status: Status
+    exit_status: int
+    stdout: str
+    stderr: str
+    results: tuple[Any, ...]
+    wall_s: float
+    cpu_s: float
+
+
+class Sandbox(Protocol):
+    """Runs programs that nobody trusts. Threads may share one."""
+
+    def run(self, program: Program) -> Outcome:
+        """Run one program in bounded time. Raises SandboxError if the sandbox itself fails."""
+
+    def close(self) -> None:
+        """End all workers."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from nemocascade.megatron.parameters import count_parameters  # noqa: E402
 from nemocascade.recipe import ModelConfig, MoeTrainingConfig, tiny  # noqa: E402
 from nemocascade.rollout.engine import Request, Sampling  # noqa: E402
 from nemocascade.rollout.live import LiveEngine  # noqa: E402
-from tests.unit.transformers_weights import from_nemotron_h, load_into  # noqa: E402
+from tests.helpers.transformers_weights import from_nemotron_h, load_into  # noqa: E402
 
 OURS, PEER = "ours, live weights", "transformers generate"
 NEAR = 1e-4  # of two logits, in standard deviations of a row

@@ -40,12 +40,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.run import environment  # noqa: E402
-from nemocascade.envs.sandbox.pool import (  # noqa: E402
-    Program,
-    Sandbox,
-    SandboxUnavailable,
-)
 from nemocascade.recipe.envs import SandboxConfig  # noqa: E402
+from nemocascade.sandbox.pool import SandboxPool  # noqa: E402
+from nemocascade.types import Program, SandboxUnavailable  # noqa: E402
 
 GOAL_PER_S = 50.0
 PAPER = {"executions": 2048, "cores": 384, "seconds": 427.2}
@@ -111,7 +108,7 @@ def own_cpu_s() -> float:
 
 def pool_row(walls: str, workers: int, config: SandboxConfig) -> Row:
     """A pool; its workers' processor time includes the programs that they have reaped."""
-    sandbox = Sandbox(config)
+    sandbox = SandboxPool(config)
 
     def cpu_s() -> float:
         times = [psutil.Process(p).cpu_times() for p in sandbox.process_ids()]
@@ -190,7 +187,7 @@ def attack_table() -> list[dict[str, Any]]:
     """Each attack once, with a limit of one second."""
     os.environ["SANDBOX_BENCH_SECRET"] = "secret"
     config = SandboxConfig(workers=1, time_s=1.0, memory_mib=256)
-    sandbox = Sandbox(config)
+    sandbox = SandboxPool(config)
     found = []
     for name, source in ATTACKS.items():
         start = time.perf_counter()

@@ -43,7 +43,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.end_to_end.races import Race, plot, summary  # noqa: E402
 from benchmarks.run import environment  # noqa: E402
-from nemocascade.plan.job import load_recipe  # noqa: E402
 from nemocascade.recipe import (  # noqa: E402
     DemonstrationConfig,
     DomainConfig,
@@ -59,6 +58,7 @@ from nemocascade.recipe import (  # noqa: E402
     TeacherConfig,
     TokenizerConfig,
 )
+from nemocascade.recipe.loading import load_recipe  # noqa: E402
 from nemocascade.stages.launch import StageRecipe, run_stage  # noqa: E402
 from nemocascade.stages.scoring import score_artifact  # noqa: E402
 

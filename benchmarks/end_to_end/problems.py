@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from nemocascade.megatron.accelerators import detect  # noqa: E402
-from nemocascade.megatron.world import World, start_world  # noqa: E402
+from nemocascade.megatron.world import start_world  # noqa: E402
 from nemocascade.recipe import (  # noqa: E402
     EngineConfig,
     ModelConfig,
@@ -24,9 +24,10 @@ from nemocascade.recipe import (  # noqa: E402
     ParallelConfig,
     tiny,
 )
+from nemocascade.runtime.world import World  # noqa: E402
 from nemocascade.train.trainer import Trainer  # noqa: E402
 from nemocascade.types import Document, PackedBatch, pack_documents  # noqa: E402
-from tests.unit.transformers_weights import from_nemotron_h, load_into, nemotron_h  # noqa: E402
+from tests.helpers.transformers_weights import from_nemotron_h, load_into, nemotron_h  # noqa: E402
 
 ENGINE = EngineConfig(precision="fp32")
 OPTIMIZER = OptimizerConfig(lr=1e-3, min_lr=1e-3, warmup_steps=0, schedule="constant")

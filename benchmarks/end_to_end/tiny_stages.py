@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.run import environment  # noqa: E402
-from nemocascade.plan.job import load_recipe  # noqa: E402
+from nemocascade.recipe.loading import load_recipe  # noqa: E402
 
 FORMAT = 1
 SECONDS = 240.0

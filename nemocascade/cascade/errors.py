@@ -1,9 +1,13 @@
 """What ends a cascade with a message."""
 
+from nemocascade.recipe.errors import UserError
 
-class CascadeError(ValueError):
+
+class CascadeError(UserError, ValueError):
     """A cascade that cannot go on; the message says why and what to do."""
 
 
 class AlarmError(CascadeError):
     """A stage has harmed a domain by more than the recipe allows."""
+
+    exit_code = 5

@@ -1,23 +1,18 @@
 """From a cascade's script to its run: overrides by stage, errors, exit codes."""
 
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from nemocascade.cascade.errors import AlarmError, CascadeError
 from nemocascade.cascade.lineage import report_text
 from nemocascade.cascade.report import write_report
 from nemocascade.cascade.run import Choice, dry_run, run_cascade
 from nemocascade.recipe.cascade import CascadeRecipe, StageConfig
-from nemocascade.stages.launch import exit_cleanly
-
-ALARMED = 5
-"""Exit code of a run that an alarm has stopped."""
+from nemocascade.runtime.errors import exit_cleanly
 
 
 @dataclass(frozen=True)
@@ -91,17 +86,7 @@ def launch(cascade: CascadeRecipe, arguments: Sequence[str] | None = None) -> Pa
             run_report(Path(resolved.run_dir))
         return artifact
 
-    return end_cleanly(work)
-
-
-def end_cleanly(work: Callable[[], Path]) -> Path:
-    """As `exit_cleanly`, for a cascade's own errors too."""
-    try:
-        return exit_cleanly(work)
-    except CascadeError as error:
-        if _is_main():
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(ALARMED if isinstance(error, AlarmError) else 2) from None
+    return exit_cleanly(work)
 
 
 def run_report(run_dir: Path) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,8 +32,10 @@ from nemocascade.cascade.records import (
 )
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import clean_leftovers, latest_checkpoint, remove
-from nemocascade.megatron.world import RecipeError, world_size_of_environment
 from nemocascade.recipe.cascade import CascadeRecipe
+from nemocascade.recipe.errors import RecipeError
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.world import world_size_of_environment
 from nemocascade.stages.launch import run_stage
 from nemocascade.stages.scoring import (
     read_scores,
@@ -43,8 +44,6 @@ from nemocascade.stages.scoring import (
     settings_key,
 )
 from nemocascade.stages.setup import on_main_rank
-
-LOGGER = logging.getLogger("nemocascade")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections import Counter
@@ -37,9 +36,8 @@ from nemocascade.data.tokenization import (
 )
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.data import DataConfig
+from nemocascade.runtime.logging import LOGGER
 from nemocascade.types import Document
-
-log = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
 PARALLEL_BYTES = 32 << 20
@@ -150,12 +148,12 @@ def build_cache(
         try:
             return _open(path, config, hashes=True)
         except CacheDamagedError as error:
-            log.warning("%s; it is made anew", error)
+            LOGGER.warning("%s; it is made anew", error)
             shutil.rmtree(path)
     sources = find_sources(paths)
     for name, times in Counter(sources).items():
         if times > 1:
-            log.warning("%s is read %d times: data.path names it so often", name, times)
+            LOGGER.warning("%s is read %d times: data.path names it so often", name, times)
     formats = source_formats(sources, config, seed=seed, heldout=heldout)
     pieces = read_pieces(sources, max_rows=config.max_rows, seed=seed, heldout=heldout)
     if workers is None:
@@ -164,7 +162,7 @@ def build_cache(
     tokenized = tokenize_pieces(pieces, formats, config, tokenizer, workers=workers)
     write_files(path, key, sources, tokenized, BadRows(config.max_bad_rows))
     cache = _open(path, config, hashes=False)
-    log.info(
+    LOGGER.info(
         "%s: %d documents, %d tokens, %d trained",
         path,
         len(cache),
@@ -201,10 +199,10 @@ def _open(path: Path, config: DataConfig, *, hashes: bool) -> TokenCache:
     bad = BadRows(config.max_bad_rows, manifest["bad_rows"], manifest["bad_examples"])
     bad.check()
     if bad.count:
-        log.warning("%s: %s", path, bad.summary())
+        LOGGER.warning("%s: %s", path, bad.summary())
     reasoned = manifest["documents_with_reasoning"]
     if reasoned and not config.thinking:
-        log.warning(
+        LOGGER.warning(
             "%s: the reasoning of %d documents is left out, data.thinking is off", path, reasoned
         )
     return TokenCache(path, manifest)

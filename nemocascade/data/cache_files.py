@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import socket
@@ -29,8 +28,7 @@ from numpy.typing import NDArray
 
 from nemocascade.data.errors import BadRows, DataError
 from nemocascade.data.tokenization import TokenizedPiece
-
-log = logging.getLogger(__name__)
+from nemocascade.runtime.logging import LOGGER
 
 BLOCK_BYTES = 256 << 20
 READ_BYTES = 4 << 20
@@ -172,7 +170,7 @@ def _remove_leftovers(path: Path) -> None:
         # In a container the killed process may have had the number that this one has.
         gone = pid.isdigit() and (int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists())
         if gone:
-            log.warning("%s: left by a build that was killed; removed", folder)
+            LOGGER.warning("%s: left by a build that was killed; removed", folder)
             shutil.rmtree(folder, ignore_errors=True)
 
 

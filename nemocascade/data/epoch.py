@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from functools import partial
 
 import numpy as np
@@ -12,9 +11,8 @@ from nemocascade.data.documents import DocumentSet
 from nemocascade.data.errors import SHOWN_BAD_ROWS, DataError
 from nemocascade.data.packing import PackingPlan, WorkModel, plan_packing
 from nemocascade.recipe.data import DataConfig
+from nemocascade.runtime.logging import LOGGER
 from nemocascade.types import PackedBatch, pack_documents
-
-log = logging.getLogger(__name__)
 
 
 def plan_epoch(
@@ -46,7 +44,7 @@ def plan_epoch(
     try:
         plan = pack()
     except OSError as error:
-        log.warning("%s. The plain Python planner runs instead: equal plans, far slower", error)
+        LOGGER.warning("%s. The plain Python planner runs instead: equal plans, far slower", error)
         plan = pack(implementation="reference")
     if not len(plan):
         raise DataError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nemocascade.recipe.errors import UserError
+
 SHOWN_BAD_ROWS = 8
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The data cannot be used as the settings ask; the message names value, rule and remedy."""
 
 

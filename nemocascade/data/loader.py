@@ -8,7 +8,6 @@ side in the stream, whose work the planner has made equal, run at the same time.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +18,8 @@ from nemocascade.data.epoch import pack_sequence, plan_epoch
 from nemocascade.data.errors import DataError
 from nemocascade.data.packing import PackingPlan, WorkModel
 from nemocascade.recipe.data import DataConfig
+from nemocascade.runtime.logging import LOGGER
 from nemocascade.types import PackedBatch, pack_documents
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ class PackedLoader:
             plan = plan_epoch(
                 self._documents, self._config, self._work, seed=self._seed, epoch=epoch
             )
-            log.info("epoch %d: %s", epoch, plan.describe())
+            LOGGER.info("epoch %d: %s", epoch, plan.describe())
             # A step needs one epoch, or two where it crosses a border.
             self._plans = {e: p for e, p in self._plans.items() if e == epoch - 1} | {epoch: plan}
         return plan
@@ -253,7 +251,7 @@ class HeldoutLoader:
         self._pad_id = pad_id
         self._multiple = microbatch_multiple
         self._plan = plan_epoch(documents, config, WorkModel(), seed=0, epoch=0)
-        log.info("held out: %s", self._plan.describe())
+        LOGGER.info("held out: %s", self._plan.describe())
 
     def __len__(self) -> int:
         """Steps."""

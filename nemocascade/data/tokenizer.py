@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,7 @@ import sentencepiece
 import tokenizers
 
 from nemocascade.data.errors import TokenizerError
-
-log = logging.getLogger(__name__)
+from nemocascade.runtime.logging import LOGGER
 
 CONTROL_TAGS = (
     "<|im_start|>",
@@ -238,7 +236,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer = kinds[file.suffix](file)
     back = tokenizer.decode(tokenizer.encode(_PROBE))
     if back != _PROBE:
-        log.warning("%s changes text: %r comes back as %r", file, _PROBE, back)
+        LOGGER.warning("%s changes text: %r comes back as %r", file, _PROBE, back)
     return tokenizer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -17,8 +16,7 @@ from nemocascade.data.readers import find_sources
 from nemocascade.data.tokenization import read_conversations
 from nemocascade.data.tokenizer import CONTROL_TAGS, Tokenizer, load_tokenizer
 from nemocascade.recipe.data import DataConfig
-
-log = logging.getLogger(__name__)
+from nemocascade.runtime.logging import LOGGER
 
 MAX_CHARACTERS = 200_000_000
 SMALLEST_VOCABULARY = 4 + len(CONTROL_TAGS) + 256
@@ -44,7 +42,7 @@ def train_tokenizer(
     texts = _texts(config, seed, bad)
     file = train_sentencepiece(_at_most(texts, max_characters), vocab_size, output)
     if bad.count:
-        log.warning("%s", bad.summary())
+        LOGGER.warning("%s", bad.summary())
     return load_tokenizer(file)
 
 
@@ -76,7 +74,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: str | Pat
         if not possible:
             raise TokenizerError(f"no tokenizer can be made of these texts: {error}") from None
         largest = int(possible.group(1))
-        log.warning("the texts give %d pieces, not %d: so many are made", largest, vocab_size)
+        LOGGER.warning("the texts give %d pieces, not %d: so many are made", largest, vocab_size)
         model = _train(sentences, largest)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import logging
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,17 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from nemocascade.envs.child import ChildPool
-from nemocascade.types import ROLES, Message, Prompt, Role, Tool, ToolSession, Verdict
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.sandbox.child import ChildPool
+from nemocascade.types import ROLES, Message, Prompt, Role, Row, Tool, ToolSession, Verdict
 
 HELDOUT_SHARE = 4
 """One task in this many is held out, decided by the hash of its text."""
 TRIES = 2000
 """Tasks made in a row that are all known before a difficulty counts as exhausted."""
-
-_LOGGER = logging.getLogger("nemocascade")
-
-Row = Mapping[str, Any]
 
 
 class Domain(ABC):
@@ -118,7 +114,7 @@ class Domain(ABC):
         if not found:
             raise ValueError(f"{path}: none of its {others} rows is of {self.domain}")
         if others:
-            _LOGGER.info("%s: %d rows of other domains than %s", path, others, self.domain)
+            LOGGER.info("%s: %d rows of other domains than %s", path, others, self.domain)
 
     def _prompt(self, row: Row, where: str) -> Prompt:
         params = row.get("responses_create_params") or {}

@@ -10,10 +10,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nemocascade.envs.base import Domain, Row, final_text
-from nemocascade.envs.sandbox.pool import Outcome, Program, Sandbox
+from nemocascade.envs.base import Domain, final_text
 from nemocascade.recipe.envs import SandboxConfig
-from nemocascade.types import Message, Prompt, Verdict
+from nemocascade.sandbox.pool import SandboxPool
+from nemocascade.types import Message, Outcome, Program, Prompt, Row, Verdict
 
 TOLERANCE = 1e-6
 """Relative and absolute; numbers with a point or an exponent are compared so, integers exactly."""
@@ -35,14 +35,14 @@ class Code(Domain):
     def __init__(self, config: SandboxConfig | None = None) -> None:
         self._config = config or SandboxConfig()
         self._lock = threading.Lock()
-        self._sandbox: Sandbox | None = None
+        self._sandbox: SandboxPool | None = None
 
     @property
-    def sandbox(self) -> Sandbox:
+    def sandbox(self) -> SandboxPool:
         """The pool that runs the programs."""
         with self._lock:
             if self._sandbox is None:
-                self._sandbox = Sandbox(self._config)
+                self._sandbox = SandboxPool(self._config)
             return self._sandbox
 
     def claims(self, row: Row) -> bool:
@@ -159,7 +159,7 @@ def same_value(expected: Any, got: Any) -> bool:
     return type(expected) is type(got) and bool(expected == got)
 
 
-def _calls(sandbox: Sandbox, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
+def _calls(sandbox: SandboxPool, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
     """All calls in one process. How many tests passed, and what stopped the others."""
     outcome = sandbox.run(Program(source, function=tests["function"], calls=tuple(tests["inputs"])))
     results = outcome.results[: len(tests["outputs"])]
@@ -168,7 +168,7 @@ def _calls(sandbox: Sandbox, source: str, tests: Mapping[str, Any]) -> tuple[int
     return passed, "" if complete else _reason(outcome)
 
 
-def _scripts(sandbox: Sandbox, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
+def _scripts(sandbox: SandboxPool, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
     """A process for each test, up to the first that fails."""
     for passed, (given, wanted) in enumerate(zip(tests["inputs"], tests["outputs"], strict=True)):
         outcome = sandbox.run(Program(source, stdin=given))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from nemocascade.envs.base import Domain
-from nemocascade.envs.judges.prompts import parse_grade
+from nemocascade.judges.prompts import parse_grade
 from nemocascade.types import Answer, Judge, Message, Prompt, Question, Verdict
 
 THREADS = 8

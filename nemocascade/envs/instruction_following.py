@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from nemocascade.envs import ifeval
-from nemocascade.envs.base import CheckedDomain, Row, final_text
-from nemocascade.envs.child import ChildPool
+from nemocascade.envs.base import CheckedDomain, final_text
 from nemocascade.envs.instruction_tasks import make_task
-from nemocascade.types import Message, Prompt, Verdict
+from nemocascade.sandbox.child import ChildPool
+from nemocascade.types import Message, Prompt, Row, Verdict
 
 Grading = Literal["binary", "fraction"]
 

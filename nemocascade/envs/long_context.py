@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemocascade.envs.base import Row, final_text, last_boxed
+from nemocascade.envs.base import final_text, last_boxed
 from nemocascade.envs.document_tasks import make_task
 from nemocascade.envs.graded import GradedDomain
-from nemocascade.envs.judges.prompts import grade_question
-from nemocascade.envs.judges.rule import knows_language
-from nemocascade.types import Message, Prompt, Question, Verdict
+from nemocascade.judges.prompts import grade_question
+from nemocascade.judges.rule import knows_language
+from nemocascade.types import Message, Prompt, Question, Row, Verdict
 
 MIN_DOCUMENTS = 5
 EXACT_WORDS = 5

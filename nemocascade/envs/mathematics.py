@@ -6,9 +6,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemocascade.envs.base import CheckedDomain, Row, final_text, last_boxed
+from nemocascade.envs.base import CheckedDomain, final_text, last_boxed
 from nemocascade.envs.words import NAMES, NOUNS
-from nemocascade.types import Message, Prompt, Verdict
+from nemocascade.types import Message, Prompt, Row, Verdict
 
 LONGEST_ANSWER = 2000
 """Characters; a longer box is no answer, and is not handed to an algebra system."""

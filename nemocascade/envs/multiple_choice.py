@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemocascade.envs.base import CheckedDomain, Row, final_text, last_boxed
+from nemocascade.envs.base import CheckedDomain, final_text, last_boxed
 from nemocascade.envs.words import CATEGORIES
-from nemocascade.types import Message, Prompt, Verdict
+from nemocascade.types import Message, Prompt, Row, Verdict
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _KINDS = ("animal", "cloth", "color", "tool")

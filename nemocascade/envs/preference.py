@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nemocascade.envs.base import Domain, Row, final_text
-from nemocascade.envs.judges.prompts import Comparison, compare_question, parse_comparison
+from nemocascade.envs.base import Domain, final_text
 from nemocascade.envs.preference_rewards import Pair, all_pairs, break_tie, group_rewards
 from nemocascade.envs.words import COLORS, NAMES, NOUNS, SOME_NOUNS
-from nemocascade.types import Answer, Judge, Message, Prompt, Question, Verdict
+from nemocascade.judges.prompts import Comparison, compare_question, parse_comparison
+from nemocascade.types import Answer, Judge, Message, Prompt, Question, Row, Verdict
 
 TRUTHS = (
     *("ground_truth", "expected_answer", "instruction_id_list", "options"),

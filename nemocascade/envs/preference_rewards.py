@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from nemocascade.envs.judges.prompts import UNPARSED_RANKING, Comparison
+from nemocascade.judges.prompts import UNPARSED_RANKING, Comparison
 
 LENGTH_WEIGHT = 0.5
 BONUS = 0.5

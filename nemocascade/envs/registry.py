@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nemocascade.envs.base import Domain
-from nemocascade.envs.child import ChildPool
 from nemocascade.envs.code import Code
 from nemocascade.envs.instruction_following import InstructionFollowing
-from nemocascade.envs.judges.factory import make_judge
 from nemocascade.envs.long_context import LongContext
 from nemocascade.envs.mathematics import Mathematics
 from nemocascade.envs.multiple_choice import MultipleChoice
@@ -17,8 +15,18 @@ from nemocascade.envs.structured_output import StructuredOutput
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_agentless import SweAgentless
 from nemocascade.envs.tool_calling import ToolCalling
+from nemocascade.judges.factory import judge_problems, judge_refusal, make_judge
 from nemocascade.recipe.envs import EnvConfig
+from nemocascade.sandbox.child import ChildPool
 from nemocascade.types import Judge
+
+__all__ = [
+    "DOMAINS",
+    "close_environments",
+    "judge_problems",
+    "judge_refusal",
+    "make_environments",
+]
 
 DOMAINS = (
     "instruction_following",

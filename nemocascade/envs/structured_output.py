@@ -7,9 +7,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemocascade.envs.base import CheckedDomain, Row, final_text
+from nemocascade.envs.base import CheckedDomain, final_text
 from nemocascade.envs.words import COLORS, NAMES, NOUNS
-from nemocascade.types import Message, Prompt, Verdict
+from nemocascade.types import Message, Prompt, Row, Verdict
 
 _KEYS = (
     *("name", "age", "size", "color", "price", "count", "title", "owner", "city", "open"),

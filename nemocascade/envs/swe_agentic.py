@@ -10,20 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemocascade.envs.base import Row
-from nemocascade.envs.sandbox.pool import Sandbox, SandboxError
-from nemocascade.envs.swe.made import Steps, make_task
-from nemocascade.envs.swe.repository import Framework, judge, run_tests
-from nemocascade.envs.swe.rows import (
-    answer_of,
-    hidden_of,
-    issue_of,
-    snapshot_of,
-)
-from nemocascade.envs.swe.tasks import TaskFolders
-from nemocascade.envs.swe.workspace import TOOLS, ToolError, Workspace, arguments_of, clean, cut
+from nemocascade.envs.swe_made import Steps, make_task
+from nemocascade.envs.swe_tasks import TaskFolders
 from nemocascade.recipe.envs import AgentConfig, SandboxConfig
-from nemocascade.types import Message, Prompt, ToolCall, ToolSession, Verdict
+from nemocascade.sandbox.pool import SandboxPool
+from nemocascade.swe.repository import Framework, judge, run_tests
+from nemocascade.swe.rows import answer_of, hidden_of, issue_of, snapshot_of
+from nemocascade.swe.workspace import TOOLS, ToolError, Workspace, arguments_of, clean, cut
+from nemocascade.types import Message, Prompt, Row, SandboxError, ToolCall, ToolSession, Verdict
 
 ASK = (
     "Repair the repository so that this issue is solved. Find the code that is wrong, change it "
@@ -42,7 +36,7 @@ class RepositorySession:
         self,
         answer: Mapping[str, Any],
         limits: AgentConfig,
-        sandbox: Callable[[], Sandbox] | None,
+        sandbox: Callable[[], SandboxPool] | None,
     ) -> None:
         self.workspace = Workspace(snapshot_of(answer), limits)
         self._framework: Framework = answer["framework"]
@@ -130,14 +124,14 @@ class SweAgentic(TaskFolders):
         self._config = config or SandboxConfig()
         self._limits = limits or AgentConfig()
         self._lock = threading.Lock()
-        self._sandbox: Sandbox | None = None
+        self._sandbox: SandboxPool | None = None
 
     @property
-    def sandbox(self) -> Sandbox:
+    def sandbox(self) -> SandboxPool:
         """The pool that runs the tests."""
         with self._lock:
             if self._sandbox is None:
-                self._sandbox = Sandbox(self._config)
+                self._sandbox = SandboxPool(self._config)
             return self._sandbox
 
     def close(self) -> None:

@@ -9,21 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemocascade.envs.base import Row, digest, final_text
+from nemocascade.envs.base import digest, final_text
 from nemocascade.envs.graded import GradedDomain
-from nemocascade.envs.judges.prompts import grade_question
-from nemocascade.envs.judges.rule import knows_language
-from nemocascade.envs.sandbox.pool import Sandbox
-from nemocascade.envs.swe.bugs import make_bug
-from nemocascade.envs.swe.edits import FORM, EditError, apply_edits, edit_text, parse_edits
-from nemocascade.envs.swe.repository import HiddenTests, judge
-from nemocascade.envs.swe.retrieval import Index, folder_index
-from nemocascade.envs.swe.rows import issue_of, snapshot_of
-from nemocascade.envs.swe.shown import SEPARATOR, shown_files
-from nemocascade.envs.swe.tasks import Task, TaskFolders, task_of, texts_at
-from nemocascade.envs.swe.texts import made_files, patched_files, with_texts
+from nemocascade.envs.swe_bugs import make_bug
+from nemocascade.envs.swe_tasks import Task, TaskFolders, task_of, texts_at
+from nemocascade.judges.prompts import grade_question
+from nemocascade.judges.rule import knows_language
 from nemocascade.recipe.envs import AgentlessConfig, SandboxConfig
-from nemocascade.types import Judge, Message, Prompt, Question, Verdict
+from nemocascade.sandbox.pool import SandboxPool
+from nemocascade.swe.edits import FORM, EditError, apply_edits, edit_text, parse_edits
+from nemocascade.swe.repository import HiddenTests, judge
+from nemocascade.swe.retrieval import Index, folder_index
+from nemocascade.swe.rows import issue_of, snapshot_of
+from nemocascade.swe.shown import SEPARATOR, shown_files
+from nemocascade.swe.texts import made_files, patched_files, with_texts
+from nemocascade.types import Judge, Message, Prompt, Question, Row, Verdict
 
 _ASK = (
     "Repair the repository as the issue asks. Below are the issue and some of the repository's "
@@ -57,14 +57,14 @@ class SweAgentless(TaskFolders, GradedDomain):
         self._config = config or SandboxConfig()
         self._limits = limits or AgentlessConfig()
         self._lock = threading.Lock()
-        self._sandbox: Sandbox | None = None
+        self._sandbox: SandboxPool | None = None
 
     @property
-    def sandbox(self) -> Sandbox:
+    def sandbox(self) -> SandboxPool:
         """The pool that runs the tests."""
         with self._lock:
             if self._sandbox is None:
-                self._sandbox = Sandbox(self._config)
+                self._sandbox = SandboxPool(self._config)
             return self._sandbox
 
     def claims(self, row: Row) -> bool:

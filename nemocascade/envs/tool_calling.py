@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemocascade.envs.base import Domain, Row
+from nemocascade.envs.base import Domain
 from nemocascade.envs.office import EMPTY, Office, OfficeError, tools
 from nemocascade.envs.words import (
     COLORS,
@@ -18,7 +18,7 @@ from nemocascade.envs.words import (
     NAMES,
     NOUNS,
 )
-from nemocascade.types import Message, Prompt, Tool, ToolCall, ToolSession, Verdict
+from nemocascade.types import Message, Prompt, Row, Tool, ToolCall, ToolSession, Verdict
 
 MAX_CALLS = 64
 """Calls of one episode that are executed; an answer with more scores 0."""

@@ -19,11 +19,12 @@ import torch
 from nemocascade.megatron import native
 from nemocascade.megatron.layers import mamba_native, norm
 from nemocascade.recipe import EngineConfig
+from nemocascade.recipe.errors import UserError
 
 Adam = Literal["transformer_engine", "apex", "torch"]
 
 
-class AcceleratorError(RuntimeError):
+class AcceleratorError(UserError, RuntimeError):
     """A setting demands an accelerator that cannot be used; the message lists all of them."""
 
 

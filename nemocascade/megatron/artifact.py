@@ -28,8 +28,8 @@ from nemocascade.megatron.checkpoint.storage import Reader
 from nemocascade.megatron.checkpoint.weights import describe_model, fill, model_problems
 from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.optimizer import Optimizer
-from nemocascade.megatron.world import World
 from nemocascade.recipe import ModelConfig
+from nemocascade.runtime.world import World
 from nemocascade.types import Artifact
 
 KIND = "artifact"

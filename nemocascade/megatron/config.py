@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from nemocascade.megatron.layers.init import generator_for
+from nemocascade.megatron.init import generator_for
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
 
 Init = Callable[[Tensor], Tensor]

@@ -23,8 +23,8 @@ from nemocascade.megatron import cpu
 from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.config import make_config
 from nemocascade.megatron.model import CascadeModel, build_model
-from nemocascade.megatron.world import World
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
+from nemocascade.runtime.world import World
 
 # Axes that each of Megatron's groups joins. Dense groups count tp, cp, dp, pp, expert groups etp,
 # ep, expert dp, pp; the first axis varies fastest, as in `parallel_state`.

@@ -24,7 +24,7 @@ from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.layers.norm import RMSNorm
 from nemocascade.megatron.layers.specs import layer_specs
 from nemocascade.megatron.microbatch import Microbatch
-from nemocascade.megatron.world import World
+from nemocascade.runtime.world import World
 
 
 class CascadeStack(HybridStack):

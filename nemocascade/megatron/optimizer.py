@@ -21,8 +21,8 @@ from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.model import CascadeModel
-from nemocascade.megatron.world import World
 from nemocascade.recipe import OptimizerConfig
+from nemocascade.runtime.world import World
 
 
 class NonFiniteGradientError(RuntimeError):

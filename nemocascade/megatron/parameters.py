@@ -14,8 +14,8 @@ from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.config import make_config
 from nemocascade.megatron.layers.moe import MoEMixer
 from nemocascade.megatron.model import CascadeModel, build_model
-from nemocascade.megatron.world import World
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
+from nemocascade.runtime.world import World
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.microbatch import Microbatch
-from nemocascade.megatron.world import World
+from nemocascade.runtime.world import World
 
 ObjectiveOf = Callable[[Microbatch], Any]
 

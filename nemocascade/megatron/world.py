@@ -1,11 +1,9 @@
-"""The ranks of a run: process groups, device, and this rank's place on every axis."""
+"""Starts the world: the process group, and Megatron-Core's groups of a layout."""
 
 from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,100 +11,9 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemocascade.megatron import cpu
-from nemocascade.megatron.watchdog import Watchdog
 from nemocascade.recipe import EngineConfig, ParallelConfig
-
-
-class RecipeError(ValueError):
-    """Settings that cannot run; the message lists every one with its remedy."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        lines = "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))
-        super().__init__(f"{len(problems)} setting(s) cannot run:\n{lines}")
-
-
-def world_size_of_environment() -> int:
-    """Ranks that the launcher (torchrun, srun + torchrun) started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-@dataclass(frozen=True)
-class World:
-    """Where this process stands. Passed down; nothing below asks a global for it."""
-
-    rank: int
-    size: int
-    local_rank: int
-    device: torch.device
-    parallel: ParallelConfig
-    groups: ProcessGroupCollection
-    watch: Watchdog = field(default_factory=Watchdog)
-    """Names a rank that stalls or dies; see `phase`."""
-
-    @property
-    def dp_rank(self) -> int:
-        return int(dist.get_rank(self.groups.dp))
-
-    @property
-    def dp_size(self) -> int:
-        return int(dist.get_world_size(self.groups.dp))
-
-    @property
-    def tp_rank(self) -> int:
-        return int(dist.get_rank(self.groups.tp))
-
-    @property
-    def pp_rank(self) -> int:
-        return int(dist.get_rank(self.groups.pp))
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.parallel.pp - 1
-
-    @property
-    def is_main(self) -> bool:
-        """The one rank that writes what a run writes once."""
-        return self.rank == 0
-
-    def describe(self) -> str:
-        """One line with the size of every axis."""
-        p = self.parallel
-        return (
-            f"world {self.size}: tp {p.tp} x pp {p.pp} (vpp {p.vpp}) x dp {self.dp_size}, "
-            f"experts etp {p.etp} x ep {p.ep}, {self.device.type}"
-        )
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        dist.barrier()
-
-    def broadcast_object(self, value: Any, src: int = 0) -> Any:
-        """`value` of rank `src`, a JSON-like object, on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box, src=src)
-        return box[0]
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """`value` of every rank, by rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def sum_over_data_parallel(self, value: torch.Tensor) -> torch.Tensor:
-        """`value` summed in place over the data-parallel ranks."""
-        dist.all_reduce(value, group=self.groups.dp)
-        return value
-
-    def close(self) -> None:
-        """Leave all process groups, so that another layout may start in this process."""
-        parallel_state.destroy_model_parallel()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+from nemocascade.recipe.errors import RecipeError
+from nemocascade.runtime.world import World
 
 
 def resolve_device(engine: EngineConfig) -> torch.device:
@@ -183,4 +90,5 @@ def start_world(parallel: ParallelConfig, engine: EngineConfig) -> World:
         device=device,
         parallel=parallel,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+        leave_engine=parallel_state.destroy_model_parallel,
     )

@@ -11,9 +11,10 @@ from typing import Any
 import tyro
 
 from nemocascade.plan.gpus import find_gpu
-from nemocascade.plan.job import job_of_recipe, load_recipe
+from nemocascade.plan.job import job_of_recipe
 from nemocascade.plan.preflight import Preflight, offline
 from nemocascade.recipe import CascadeRecipe
+from nemocascade.recipe.loading import load_recipe
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What the planner, preflight and Slurm commands raise."""
 
+from nemocascade.recipe.errors import UserError
 
-class PlanError(ValueError):
+
+class PlanError(UserError, ValueError):
     """Settings that cannot be planned or submitted; the message says why and what to do."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,14 +84,6 @@ class Job:
         """The same work on another layout."""
         engine = replace(self.engine, recompute=recompute)
         return replace(self, parallel=parallel, engine=engine)
-
-
-def load_recipe(script: Path) -> Any:
-    """The `RECIPE` of a recipe script. Raises PlanError if it defines none."""
-    values = runpy.run_path(str(script), run_name="nemocascade_recipe")
-    if "RECIPE" not in values:
-        raise PlanError(f"{script} defines no RECIPE: a recipe script ends in `launch(RECIPE)`")
-    return values["RECIPE"]
 
 
 def job_of_recipe(

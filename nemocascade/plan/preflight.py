@@ -26,13 +26,13 @@ from nemocascade.data.tokenizer import check_vocabulary, load_tokenizer
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import CheckpointError, latest_checkpoint
 from nemocascade.megatron.fake import build_on_meta, fake_world
-from nemocascade.megatron.world import World
 from nemocascade.plan.gpus import GPUS
 from nemocascade.plan.job import Job
 from nemocascade.plan.memory import GIB, available, every_rank
 from nemocascade.plan.parameters import chunk_parameters, stage_chunks
 from nemocascade.plan.search import nearest_fitting
 from nemocascade.recipe import ParallelConfig
+from nemocascade.runtime.world import World
 
 # A device or link this far below the table is throttled, shared or wrongly set up.
 SLOW = 0.5

@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 from nemocascade.plan.gpus import find_gpu
-from nemocascade.plan.job import Job, Rollout, job_of_recipe, load_recipe
+from nemocascade.plan.job import Job, Rollout, job_of_recipe
 from nemocascade.plan.memory import GIB, available
 from nemocascade.plan.search import (
     Plan,
@@ -23,6 +23,7 @@ from nemocascade.plan.search import (
     price,
 )
 from nemocascade.recipe import CascadeRecipe, ModelConfig
+from nemocascade.recipe.loading import load_recipe
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 import tyro
 
 from nemocascade.plan.errors import PlanError
-from nemocascade.plan.job import load_recipe
 from nemocascade.recipe import CascadeRecipe
+from nemocascade.recipe.loading import load_recipe
 
 TEMPLATE = Path(__file__).with_name("template.sbatch")
 STOPPED = 75

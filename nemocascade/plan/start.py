@@ -9,7 +9,6 @@ from typing import Any
 import psutil
 import torch
 
-from nemocascade.megatron.world import World
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.gpus import GPUS, Gpu
 from nemocascade.plan.job import Job, job_of_recipe
@@ -22,6 +21,7 @@ from nemocascade.plan.preflight import (
     check_settings,
     online,
 )
+from nemocascade.runtime.world import World
 
 
 def this_gpu() -> Gpu:

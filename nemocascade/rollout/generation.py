@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemocascade.megatron.inference import SlotModel
-from nemocascade.megatron.world import World
+from nemocascade.megatron.generation.slot_model import SlotModel
 from nemocascade.rollout.engine import Completion, Counts, Finish, Request, Respond, Sampling
 from nemocascade.rollout.reading import Reader
 from nemocascade.rollout.replies import Replies
 from nemocascade.rollout.sampling import allowed_tokens, uniforms
 from nemocascade.rollout.slots import SlotTable, Text
 from nemocascade.rollout.stops import Decode, Stops
+from nemocascade.runtime.world import World
 
 # Between two reports of progress to the watchdog.
 TELL_S = 1.0

@@ -23,12 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from nemocascade.megatron.inference import SlotModel
+from nemocascade.megatron.generation.slot_model import SlotModel
 from nemocascade.megatron.model import CascadeModel
-from nemocascade.megatron.world import World
 from nemocascade.rollout.engine import Completion, Counts, Request, Respond, Sampling
 from nemocascade.rollout.generation import Generation
 from nemocascade.rollout.stops import Decode
+from nemocascade.runtime.world import World
 
 
 class LiveEngine:

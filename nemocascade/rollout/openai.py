@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from nemocascade.megatron.world import World
 from nemocascade.rollout.engine import Completion, Finish, Request, Respond, Sampling
+from nemocascade.runtime.world import World
 
 RETRIES = 3
 _FIRST_WAIT_S = 0.2

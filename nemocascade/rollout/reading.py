@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nemocascade.megatron.inference import SlotModel
+from nemocascade.megatron.generation.slot_model import SlotModel
 from nemocascade.rollout.engine import Counts, Request, Sampling
 from nemocascade.rollout.slots import SlotTable, Text
 

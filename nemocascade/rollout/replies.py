@@ -8,8 +8,8 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from nemocascade.megatron.world import World
 from nemocascade.rollout.engine import Completion, Respond
+from nemocascade.runtime.world import World
 
 # While nothing else is to be done, answers are waited for so long at a time.
 WAIT_S = 0.02

@@ -16,9 +16,9 @@ from nemocascade.recipe import (
     SftRecipe,
     TokenizerConfig,
 )
+from nemocascade.runtime.logging import LOGGER
 from nemocascade.stages.setup import heldout_loader, open_stage_data, open_tokenizer, stage_world
 from nemocascade.train.evaluation import heldout_loss
-from nemocascade.train.metrics import LOGGER
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from nemocascade.megatron.swap import WeightSwap
 from nemocascade.recipe.rl import GrpoRecipe
-from nemocascade.stages.bookkeeping import Bookkeeper
-from nemocascade.stages.experience import advantages_of, gather
-from nemocascade.stages.policy import (
-    REFERENCE,
-    PolicyRun,
-    policy_run,
-    training_batches,
-    training_sequences,
-)
+from nemocascade.rl.bookkeeping import Bookkeeper
+from nemocascade.rl.collector import advantages_of, gather
+from nemocascade.rl.policy import REFERENCE, PolicyRun, training_batches, training_sequences
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.stages.policy import policy_run
 from nemocascade.train.evaluation import policy_metrics
-from nemocascade.train.metrics import LOGGER
 from nemocascade.train.objectives import grpo_objective
 from nemocascade.train.report import step_values
+from nemocascade.train.weight_swap import WeightSwap
 
 
 def run_grpo(recipe: GrpoRecipe) -> Path:

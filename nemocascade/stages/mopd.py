@@ -13,19 +13,23 @@ from typing import Any
 
 import torch
 
-from nemocascade.megatron.world import World
+from nemocascade.megatron.artifact import read_artifact
+from nemocascade.recipe.errors import RecipeError
 from nemocascade.recipe.mopd import MopdConfig, MopdRecipe
-from nemocascade.stages.batches import TrainingSequence
-from nemocascade.stages.bookkeeping import Bookkeeper
-from nemocascade.stages.experience import Gathered, Group
-from nemocascade.stages.policy import PolicyRun, policy_run
-from nemocascade.stages.teachers import Teachers, open_teachers
+from nemocascade.rl.batches import TrainingSequence
+from nemocascade.rl.bookkeeping import Bookkeeper
+from nemocascade.rl.collector import Gathered, Group
+from nemocascade.rl.policy import PolicyRun
+from nemocascade.rl.teachers import Teachers
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.world import World
+from nemocascade.stages.policy import policy_run
 from nemocascade.train.evaluation import domain_means, policy_metrics
-from nemocascade.train.metrics import LOGGER
 from nemocascade.train.objectives import mopd_objective
 from nemocascade.train.report import step_values
 from nemocascade.train.trainer import Measure
-from nemocascade.types import PackedBatch
+from nemocascade.train.weight_swap import model_problems
+from nemocascade.types import Artifact, PackedBatch
 
 
 def run_mopd(recipe: MopdRecipe) -> Path:
@@ -41,6 +45,24 @@ def run_mopd(recipe: MopdRecipe) -> Path:
             scores = _train(recipe, run, teachers)
         digests = {domain: artifact.digest for domain, artifact in by_domain.items()}
         return run.write_artifact(scores, teachers=digests)
+
+
+def open_teachers(recipe: MopdRecipe) -> dict[str, Artifact]:
+    """The teacher's artifact of each domain.
+
+    Raises CheckpointError for one that cannot be read, and RecipeError naming every teacher whose
+    tokenizer, vocabulary or shape is not the student's: its log-probabilities would be of other
+    tokens, or its weights would not fit.
+    """
+    student = read_artifact(Path(recipe.init_from))
+    found = {t.domain: read_artifact(Path(t.artifact)) for t in recipe.teachers}
+    problems = []
+    for domain, teacher in found.items():
+        named = f"teachers: {domain} is taught by {teacher.folder}"
+        problems += model_problems(named, teacher, "the student's", student)
+    if problems:
+        raise RecipeError(problems)
+    return found
 
 
 def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, float]:

@@ -1,152 +1,28 @@
-"""What stages that train on rollouts share: the run, its batches, evaluation and report."""
+"""How stages that train on rollouts start: checks, world, policy, engine, environments."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.megatron.artifact import artifact_model, read_artifact
-from nemocascade.megatron.swap import WeightSwap
-from nemocascade.megatron.world import RecipeError, World, world_size_of_environment
-from nemocascade.recipe.rl import GrpoRecipe, PolicyRecipe
-from nemocascade.rollout.advantages import token_weights
-from nemocascade.rollout.engine import Sampling
+from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe.rl import PolicyRecipe
+from nemocascade.rl.collector import Collector
+from nemocascade.rl.policy import PolicyRun, greedy_sampling
+from nemocascade.rl.tasks import Task, TaskStream, encode_prompts, read_tasks
+from nemocascade.rl.verification import verifier_threads
+from nemocascade.rl.win_rate import start_answers
 from nemocascade.rollout.live import LiveEngine
-from nemocascade.stages.batches import TrainingSequence, lay_out, pack_sequences
-from nemocascade.stages.experience import Collector, Gathered, Group
+from nemocascade.runtime.world import world_size_of_environment
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
-from nemocascade.stages.rollout_report import rollout_values
 from nemocascade.stages.setup import stage_world, write_recipe
-from nemocascade.stages.tasks import Task, TaskStream, encode_prompts, read_tasks
-from nemocascade.stages.trajectories import extremes, logged
-from nemocascade.stages.verification import verifier_threads
-from nemocascade.stages.win_rate import over_start, start_answers
 from nemocascade.train.checkpointing import Checkpoints
-from nemocascade.train.evaluation import token_logprobs
-from nemocascade.train.metrics import LOGGER, MetricsWriter
 from nemocascade.train.trainer import Trainer
-from nemocascade.types import Artifact, Environment, PackedBatch
-
-REFERENCE = "start"
-"""Name of the weights that a stage started from, where they are kept."""
-
-
-@dataclass(eq=False)
-class PolicyRun:
-    """A stage under way: its policy, the tasks, and where things are kept."""
-
-    recipe: PolicyRecipe
-    world: World
-    trainer: Trainer
-    tokenizer: Tokenizer
-    engine: LiveEngine
-    environments: dict[str, Environment]
-    collector: Collector
-    stream: TaskStream
-    heldout: list[Task]
-    checkpoints: Checkpoints
-    parent: Artifact
-    start_answers: dict[int, str]
-
-    def metrics_writer(self, first_step: int) -> MetricsWriter:
-        """Of this run, from `first_step` on."""
-        return MetricsWriter(
-            Path(self.recipe.run_dir),
-            is_main=self.world.is_main,
-            first_step=first_step,
-            steps=self.recipe.steps,
-            tensorboard=self.recipe.log.tensorboard,
-        )
-
-    def evaluate(self) -> dict[str, float]:
-        """Mean reward of greedy answers to the held-out tasks, by domain; {} without any. Domains
-        that compare answers also have the win rate against the stage's start.
-
-        Answers whose verifier failed are left out of the mean, and counted in the log.
-        """
-        if not self.heldout:
-            return {}
-        groups = self.collector.roll_out(self.heldout, 1, _greedy(self.recipe, self.collector))
-        found: dict[str, list[float]] = {}
-        errors = 0
-        for group in groups:
-            reward = group.rollouts[0].verdict.reward
-            if reward is None:
-                compared = self.environments[group.task.prompt.domain].by_group
-                # Without a baseline there is nothing to hold an answer against but the start's.
-                errors += not (compared and group.task.prompt.answer.get("baseline") is None)
-            else:
-                found.setdefault(group.task.prompt.domain, []).append(reward)
-        if errors:
-            LOGGER.warning("held out: %d verifiers failed, their answers are not counted", errors)
-        scores = {f"heldout/{name}": sum(r) / len(r) for name, r in sorted(found.items())}
-        return scores | over_start(self.collector, groups, self.start_answers)
-
-    def keep_start_scores(self, scores: dict[str, float]) -> None:
-        """Scores before the first step, in RUN/heldout_start.json: no line of a step has them."""
-        if self.world.is_main:
-            path = Path(self.recipe.run_dir) / "heldout_start.json"
-            path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-
-    def log_scores(self, when: str, scores: dict[str, float]) -> None:
-        """Scores in the log."""
-        text = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        LOGGER.info("%s: %s", when, text)
-
-    def rollout_values(self, gathered: Gathered, seconds: float) -> dict[str, Any]:
-        """What a step's rollouts were like, for its line of metrics.jsonl."""
-        return rollout_values(gathered, seconds, self.environments)
-
-    def watch_mismatch(self, step: int, metrics: dict[str, float]) -> None:
-        """Warn where training and rollout disagree on the log-probabilities of the same tokens."""
-        limits = self.recipe.rollout
-        mean, largest = metrics["mismatch_mean"], metrics["mismatch_max"]
-        if mean > limits.mismatch_mean_alarm or largest > limits.mismatch_max_alarm:
-            LOGGER.warning(
-                "step %d: |log pi_train - log pi_rollout| has mean %.3g and largest %.3g: the "
-                "rollouts are not of the policy that is trained",
-                step,
-                mean,
-                largest,
-            )
-
-    def keep_samples(self, step: int, groups: Sequence[Group]) -> None:
-        """The best and the worst rollout of some groups of a step as text, in RUN/rollouts."""
-        count = self.recipe.rollout.samples
-        if not self.world.is_main or not count:
-            return
-        folder = Path(self.recipe.run_dir) / "rollouts"
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [logged(step, g, number) for g in groups[:count] for number in extremes(g)]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (folder / f"step_{step:08d}.jsonl").write_text(text, encoding="utf-8")
-
-    def save(self) -> None:
-        """Write a checkpoint of this step."""
-        self.checkpoints.save(self.trainer, self.stream)
-
-    def stop_if_asked(self) -> None:
-        """Save and end where a scheduler asked for it."""
-        self.checkpoints.stop_if_asked(self.trainer, self.stream)
-
-    def write_artifact(self, scores: dict[str, float], **data: Any) -> Path:
-        """Write RUN/artifact and return its folder. data: more of what it was trained on."""
-        data |= {
-            "domains": [d.domain for d in self.recipe.domains],
-            "tasks": {name: len(found) for name, found in self.stream.prompts.items()},
-            "heldout": len(self.heldout),
-        }
-        return self.checkpoints.write_artifact(
-            self.trainer, self.recipe, self.recipe.stage, self.tokenizer, data, scores
-        )
+from nemocascade.types import Environment
 
 
 @contextmanager
@@ -233,7 +109,7 @@ def policy_run[R: PolicyRecipe](
                 checkpoints=checkpoints,
                 parent=parent,
                 start_answers=start_answers(
-                    collector, trainer, parent, heldout, _greedy(recipe, collector)
+                    collector, trainer, parent, heldout, greedy_sampling(recipe, collector)
                 ),
             )
         except Exception as error:
@@ -242,92 +118,6 @@ def policy_run[R: PolicyRecipe](
             raise
         finally:
             close_environments(every)
-
-
-def training_batches(
-    run: PolicyRun, sequences: Sequence[TrainingSequence], reference: WeightSwap | None
-) -> list[PackedBatch]:
-    """This rank's micro-batches of a step, with the reference's log-probabilities where asked."""
-    batches = my_batches(run, sequences)
-    if reference is None:
-        return batches
-    with reference.using(REFERENCE):
-        found = logprobs_of(run, batches)
-    return [replace(b, ref_logprob=r) for b, r in zip(batches, found, strict=True)]
-
-
-def my_batches(
-    run: PolicyRun, sequences: Sequence[TrainingSequence], *, first: int = 0
-) -> list[PackedBatch]:
-    """This rank's micro-batches of the sequences of a step, as many as every other rank's.
-
-    first: number of the first sequence; their numbers become the batches' `document_ids`.
-    """
-    world, capacity = run.world, run.recipe.capacity
-    layout = lay_out(
-        sequences,
-        capacity,
-        ranks=world.dp_size,
-        multiple=world.parallel.pp if world.parallel.vpp > 1 else 1,
-    )
-    return [
-        pack_sequences(
-            [sequences[i] for i in bin_],
-            capacity,
-            run.tokenizer.pad_id,
-            [first + i for i in bin_],
-        )
-        for bin_ in layout[world.dp_rank]
-    ]
-
-
-def logprobs_of(run: PolicyRun, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
-    """Log-probabilities that the weights in place give the trained rows, as `token_logprobs`."""
-    return token_logprobs(
-        run.world,
-        run.trainer.config,
-        run.trainer.chunks,
-        batches,
-        temperature=run.recipe.rollout.temperature,
-    )
-
-
-def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[TrainingSequence]:
-    """The rollouts that train, with their advantages and the weights of their tokens.
-
-    Out stay answers whose verifier failed, and truncated ones under overlong filtering.
-    """
-    chosen = []
-    for number, group in enumerate(groups):
-        assert group.advantage is not None
-        for rollout, advantage in zip(group.rollouts, group.advantage.tolist(), strict=True):
-            filtered = rollout.truncated and recipe.rollout.overlong_filter
-            if rollout.verdict.reward is not None and not filtered and rollout.length:
-                chosen.append((number, rollout, advantage))
-    if not chosen:
-        return []
-    weights = token_weights(
-        torch.tensor([rollout.length for _, rollout, _ in chosen]),
-        torch.tensor([number for number, _, _ in chosen]),
-        recipe.grpo,
-    )
-    return [
-        TrainingSequence(
-            tokens=rollout.tokens,
-            written=rollout.written,
-            logprob=rollout.logprob,
-            weight=weight,
-            advantage=advantage,
-            domain=groups[number].task.prompt.domain,
-        )
-        for (number, rollout, advantage), weight in zip(chosen, weights.tolist(), strict=True)
-    ]
-
-
-def _greedy(recipe: PolicyRecipe, collector: Collector) -> Sampling:
-    """How held-out tasks are answered."""
-    limit = recipe.eval.max_response_tokens or recipe.rollout.max_response_tokens
-    return replace(collector.sampling(), temperature=0.0, max_tokens=limit)
 
 
 def _heldout_tasks(

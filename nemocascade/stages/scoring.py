@@ -18,7 +18,6 @@ from nemocascade.megatron.artifact import artifact_model, load_artifact_weights,
 from nemocascade.megatron.checkpoint.folder import digest_of
 from nemocascade.megatron.config import make_config
 from nemocascade.megatron.model import build_model
-from nemocascade.megatron.world import RecipeError, World, world_size_of_environment
 from nemocascade.recipe import (
     DomainConfig,
     EngineConfig,
@@ -29,14 +28,16 @@ from nemocascade.recipe import (
     ScoreConfig,
     ScoredDomain,
 )
+from nemocascade.recipe.errors import RecipeError
 from nemocascade.recipe.judge import HOW as JUDGE_HOW
+from nemocascade.rl.collector import Collector, Group
+from nemocascade.rl.tasks import Task, encode_prompts, read_tasks
+from nemocascade.rl.verification import verifier_threads
 from nemocascade.rollout.live import LiveEngine
-from nemocascade.stages.experience import Collector, Group
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.world import World, world_size_of_environment
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import stage_world
-from nemocascade.stages.tasks import Task, encode_prompts, read_tasks
-from nemocascade.stages.verification import verifier_threads
-from nemocascade.train.metrics import LOGGER
 from nemocascade.types import Artifact, Environment
 
 VERSION = 1

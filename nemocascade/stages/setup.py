@@ -17,16 +17,13 @@ from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokeniz
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.megatron.accelerators import Accelerators, detect
 from nemocascade.megatron.parameters import count_parameters
-from nemocascade.megatron.watchdog import Watchdog, job_store
-from nemocascade.megatron.world import (
-    RecipeError,
-    World,
-    start_world,
-    world_size_of_environment,
-)
+from nemocascade.megatron.world import start_world
 from nemocascade.plan.start import check_together, problems_before
 from nemocascade.recipe import DataConfig, EngineConfig, ModelConfig, ParallelConfig, SftRecipe
-from nemocascade.train.metrics import LOGGER, start_logging
+from nemocascade.recipe.errors import RecipeError
+from nemocascade.runtime.logging import LOGGER, start_logging
+from nemocascade.runtime.watchdog import Watchdog, job_store
+from nemocascade.runtime.world import World, main_first, world_size_of_environment
 
 
 class Recipe(Protocol):
@@ -40,10 +37,6 @@ class Recipe(Protocol):
     def engine(self) -> EngineConfig: ...
     def problems(self, world_size: int) -> list[str]:
         """Every rule that is broken, each with a remedy."""
-
-
-class MainRankError(RuntimeError):
-    """Work that the main rank does for all ranks failed there."""
 
 
 @contextmanager
@@ -97,22 +90,6 @@ def _watchdog(recipe: Recipe, world: World) -> Watchdog:
         limit_s=0.8 * recipe.engine.timeout_s,
         stacks=Path(recipe.run_dir) / "stacks",
     )
-
-
-def main_first(world: World, work: Any, rest: Any) -> Any:
-    """`work()` on the main rank, then `rest()` on the others; its failure fails all ranks."""
-    failure, result = None, None
-    if world.is_main:
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-    message = world.broadcast_object(None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    if message is not None:
-        raise MainRankError(message)
-    return result if world.is_main else rest()
 
 
 def on_main_rank(run_dir: Path, engine: EngineConfig, work: Callable[[], Any]) -> Any:

@@ -8,9 +8,10 @@ from typing import Any
 
 from nemocascade.data.documents import StageData
 from nemocascade.data.loader import HeldoutLoader, PackedLoader
-from nemocascade.megatron.world import World
 from nemocascade.recipe import SftRecipe
-from nemocascade.stages.demonstrations import with_demonstrations
+from nemocascade.rl.demonstrations import with_demonstrations
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.world import World
 from nemocascade.stages.setup import (
     heldout_loader,
     open_stage_data,
@@ -20,7 +21,7 @@ from nemocascade.stages.setup import (
     write_recipe,
 )
 from nemocascade.train.checkpointing import Checkpoints
-from nemocascade.train.metrics import LOGGER, MetricsWriter
+from nemocascade.train.metrics import MetricsWriter
 from nemocascade.train.report import is_due, step_values
 from nemocascade.train.trainer import Trainer
 

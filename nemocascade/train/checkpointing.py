@@ -18,9 +18,9 @@ from nemocascade.megatron.checkpoint import (
     remove,
     save_checkpoint,
 )
-from nemocascade.megatron.world import World
 from nemocascade.recipe import CheckpointConfig
-from nemocascade.train.metrics import LOGGER
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.world import World
 from nemocascade.train.trainer import Trainer
 
 

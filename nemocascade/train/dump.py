@@ -10,12 +10,15 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemocascade.megatron.world import World
+from nemocascade.recipe.errors import UserError
+from nemocascade.runtime.world import World
 from nemocascade.types import PackedBatch
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """A loss or gradient outside masked slots is NaN or infinite."""
+
+    exit_code = 3
 
 
 def dump_batches(run_dir: Path, step: int, world: World, batches: Sequence[PackedBatch]) -> Path:

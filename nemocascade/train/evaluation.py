@@ -11,7 +11,7 @@ import torch.distributed as dist
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.schedule import run_schedule
-from nemocascade.megatron.world import World
+from nemocascade.runtime.world import World
 from nemocascade.train.objectives import nll_objective
 from nemocascade.types import PackedBatch
 

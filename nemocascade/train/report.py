@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemocascade.megatron.world import World
+from nemocascade.runtime.world import World
 from nemocascade.train.flops import peak_tflops
 from nemocascade.train.metrics import load_imbalance, peak_memory_gib
 from nemocascade.train.trainer import StepResult

@@ -18,13 +18,13 @@ from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel, build_model
 from nemocascade.megatron.optimizer import NonFiniteGradientError, Optimizer, wrap_ddp
 from nemocascade.megatron.schedule import run_schedule
-from nemocascade.megatron.world import World
 from nemocascade.recipe import (
     EngineConfig,
     ModelConfig,
     MoeTrainingConfig,
     OptimizerConfig,
 )
+from nemocascade.runtime.world import World
 from nemocascade.train.dump import NonFiniteError, dump_batches
 from nemocascade.train.evaluation import (
     batch_of,

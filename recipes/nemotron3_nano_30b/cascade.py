@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from nemocascade.cascade.launch import launch
-from nemocascade.plan.job import load_recipe
 from nemocascade.recipe import (
     CascadeRecipe,
     DomainConfig,
@@ -33,6 +32,7 @@ from nemocascade.recipe import (
     StageConfig,
     TeacherChoice,
 )
+from nemocascade.recipe.loading import load_recipe
 
 
 def stage(name: str, **changes: Any) -> Any:

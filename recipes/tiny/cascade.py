@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from nemocascade.cascade.launch import launch
-from nemocascade.plan.job import load_recipe
 from nemocascade.recipe import (
     AlarmConfig,
     CascadeRecipe,
@@ -28,6 +27,7 @@ from nemocascade.recipe import (
     ScoredDomain,
     StageConfig,
 )
+from nemocascade.recipe.loading import load_recipe
 
 
 def stage(name: str, **changes: Any) -> Any:

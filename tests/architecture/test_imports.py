@@ -15,18 +15,22 @@ KERNELS = ROOT / "kernels" / "nemocascade_kernels"
 ALLOWED = {
     "types": set(),
     "recipe": set(),
-    "megatron": {"kernels", "recipe", "types"},
-    "data": {"types", "recipe"},
-    "envs": {"types", "recipe"},
-    "rollout": {"types", "recipe", "megatron"},
-    "train": {"megatron", "kernels", "data", "types", "recipe"},
-    # The launcher of a recipe script and a stage's set-up speak to the engine's world.
-    "stages": {"train", "rollout", "envs", "data", "types", "recipe", "megatron", "plan"},
-    "cascade": {"stages", "megatron", "recipe", "types"},
-    # The planner counts FLOPs as the trainer's MFU does, and checks tokenizers as the data does. It
-    # stands below the stages: every job checks itself when it starts.
-    "plan": {"train", "data", "megatron", "recipe", "types"},
-}
+    "runtime": {"recipe", "types"},
+    "megatron": {"kernels", "recipe", "types", "runtime"},
+    "data": {"types", "recipe", "runtime"},
+    "sandbox": {"types", "recipe", "runtime"},
+    "judges": {"types", "recipe", "runtime"},
+    "swe": {"types", "recipe", "runtime"},
+    "envs": {"types", "recipe", "runtime", "judges", "sandbox", "swe"},
+    "rollout": {"megatron", "types", "recipe", "runtime"},
+    "train": {"megatron", "kernels", "data", "types", "recipe", "runtime"},
+    "rl": {"rollout", "envs", "data", "train", "types", "recipe", "runtime"},
+    "plan": {"megatron", "train", "data", "types", "recipe", "runtime"},
+    "stages": {
+        "rl", "train", "rollout", "envs", "data", "plan", "megatron", "types", "recipe", "runtime",
+    },
+    "cascade": {"stages", "plan", "megatron", "recipe", "types", "runtime"},
+}  # fmt: skip
 KERNEL_LIBRARIES = {"torch", "triton", "nemocascade_kernels"}
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_jobs import make_trainer, small_model
-from launch import run_ranks
-from stored import unequal
+from helpers.checkpoint_jobs import make_trainer, small_model
+from helpers.ranks import run_ranks
+from helpers.stored import unequal
 
 from nemocascade.megatron.artifact import (
     artifact_model,
@@ -20,8 +20,9 @@ from nemocascade.megatron.artifact import (
     write_artifact,
 )
 from nemocascade.megatron.checkpoint import CheckpointError
-from nemocascade.megatron.world import World, start_world
+from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ParallelConfig
+from nemocascade.runtime.world import World
 from nemocascade.train.trainer import Trainer
 from nemocascade.types import Artifact
 

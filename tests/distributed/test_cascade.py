@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cascade_jobs import DOMAINS, kill_and_restart, on_layouts, on_one, scenarios
-from launch import run_ranks
+from helpers.cascade_jobs import DOMAINS, kill_and_restart, on_layouts, on_one, scenarios
+from helpers.ranks import run_ranks
 
 STAGES = ["sft", "if_rl", "teacher", "mopd", "last"]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_jobs import run_jobs
-from launch import run_ranks
-from stored import distance, read_tensors, unequal
+from helpers.checkpoint_jobs import run_jobs
+from helpers.ranks import run_ranks
+from helpers.stored import distance, read_tensors, unequal
 
 from nemocascade.megatron.checkpoint import checkpoint_name
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kill_jobs import kill_before_every_operation, random_kills
-from launch import run_ranks
+from helpers.kill_jobs import kill_before_every_operation, random_kills
+from helpers.ranks import run_ranks
 
 Rounds = list[list[list[Any]]]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_jobs import make_trainer
-from kill_jobs import Position
+from helpers.checkpoint_jobs import make_trainer
+from helpers.kill_jobs import Position
 
 from nemocascade.megatron.artifact import write_artifact
 from nemocascade.megatron.checkpoint import (
@@ -18,8 +18,9 @@ from nemocascade.megatron.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from nemocascade.megatron.world import World, start_world
+from nemocascade.megatron.world import start_world
 from nemocascade.recipe import CheckpointConfig, EngineConfig, ParallelConfig
+from nemocascade.runtime.world import World
 from nemocascade.train.checkpointing import Checkpoints
 from nemocascade.train.trainer import Trainer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from launch import run_ranks
+from helpers.ranks import run_ranks
 
 from nemocascade.megatron.parameters import count_parameters
 from nemocascade.megatron.world import start_world

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import run_ranks
+from helpers.ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "TP2": (2, {"tp": 2}),

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import run_ranks
-from start_policy import start_policy
+from helpers.ranks import run_ranks
+from helpers.start_policy import start_policy
 
 LAYOUTS = {"TP2": {"tp": 2}, "DP2": {}, "EP2": {"ep": 2}, "PP2": {"pp": 2}}
 STEPS = 2
@@ -72,7 +72,7 @@ def alone(folder: str) -> dict[str, Any]:
     teacher = f"{folder}/first/artifact"
     from dataclasses import replace
 
-    from start_policy import sft_recipe
+    from helpers.start_policy import sft_recipe
 
     from nemocascade.stages.sft import run_sft
 

@@ -11,7 +11,7 @@ import functools
 from typing import Any
 
 import pytest
-from launch import join_group, run_ranks
+from helpers.ranks import join_group, run_ranks
 from test_equivalence import LAYOUTS
 
 CAPACITY = 512

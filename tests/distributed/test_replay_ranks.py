@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import run_ranks
+from helpers.ranks import run_ranks
 
 TOLERANCE = 1e-5
 LAYOUTS: dict[str, dict[str, Any]] = {

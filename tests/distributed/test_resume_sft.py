@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launch import join_group, run_ranks
-from stored import unequal
+from helpers.ranks import join_group, run_ranks
+from helpers.stored import unequal
 
 from nemocascade.megatron.checkpoint import checkpoint_name
 
@@ -20,7 +20,7 @@ def train_twice(root: str, parallel: dict[str, int]) -> None:
     """Train 2N steps in one go, then go on from its checkpoint at N in a run folder of its own."""
     from dataclasses import replace
 
-    from checkpoint_jobs import small_model
+    from helpers.checkpoint_jobs import small_model
 
     from nemocascade.recipe import (
         CheckpointConfig,

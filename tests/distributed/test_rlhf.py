@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import run_ranks
-from start_policy import sft_recipe, start_policy
+from helpers.ranks import run_ranks
+from helpers.start_policy import sft_recipe, start_policy
 
 DOMAINS = ("preference",)
 LAYOUTS = {"TP2": {"tp": 2}, "DP2": {}}
@@ -88,9 +88,9 @@ def asked(policy: str, judge: str, folder: str) -> dict[str, Any]:
     """What the judge of an artifact says, and whether the policy's weights stay as they are."""
     import torch
 
-    from nemocascade.envs.judges.prompts import compare_question
-    from nemocascade.megatron.swap import live_tensors
+    from nemocascade.judges.prompts import compare_question
     from nemocascade.stages.policy import policy_run
+    from nemocascade.train.weight_swap import live_tensors
     from nemocascade.types import Message
 
     questions = [compare_question((Message("user", "hi"),), f"a{i}", "b") for i in range(5)]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import run_ranks
-from start_policy import start_policy
+from helpers.ranks import run_ranks
+from helpers.start_policy import start_policy
 from test_rlhf import recipe
 
 TIMEOUT_S = 4.0
@@ -29,10 +29,10 @@ def stages(folder: str, judges: dict[str, dict[str, Any]]) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from nemocascade.megatron.world import RecipeError
     from nemocascade.recipe import RlEvalConfig
+    from nemocascade.recipe.errors import RecipeError
+    from nemocascade.runtime.world import MainRankError
     from nemocascade.stages.grpo import run_grpo
-    from nemocascade.stages.setup import MainRankError
 
     def weights(artifact: str) -> dict[str, torch.Tensor]:
         files = sorted(Path(artifact).rglob("*.safetensors"))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import run_ranks
+from helpers.ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "TP2": (2, {"tp": 2}),
@@ -34,8 +32,7 @@ def generate_each(layouts: dict[str, dict[str, int]]) -> dict[str, dict[str, Fou
 
 def generate(parallel: dict[str, int]) -> dict[str, Found]:
     """Tokens, log-probabilities and turns of this rank's requests."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-    from rollout_support import EVEN, draw_tokens, make_model
+    from helpers.rollout import EVEN, draw_tokens, make_model
 
     from nemocascade.megatron.world import start_world
     from nemocascade.recipe import EngineConfig, ParallelConfig

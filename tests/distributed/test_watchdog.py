@@ -3,16 +3,14 @@ collective, and the job ends with an error and the stacks of all ranks."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from launch import _start
+from helpers.ranks import _start
 
 RANKS = 3
 VICTIM = 1
@@ -32,21 +30,14 @@ def work_until_a_fault(fault: str, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
-    # The module alone: its package would import all of Megatron-Core into every rank.
-    path = Path(__file__).resolve().parents[2] / "nemocascade" / "megatron" / "watchdog.py"
-    spec = importlib.util.spec_from_file_location("watchdog_alone", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    from nemocascade.runtime.watchdog import Watchdog, job_store
 
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     other = dist.new_group(backend="gloo")
     logging.getLogger("nemocascade").addHandler(logging.StreamHandler())
-    watch = module.Watchdog(
-        rank, RANKS, store=module.job_store(), limit_s=LIMIT_S, stacks=Path(folder) / "stacks"
+    watch = Watchdog(
+        rank, RANKS, store=job_store(), limit_s=LIMIT_S, stacks=Path(folder) / "stacks"
     )
     watch.start()
     try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import nemocascade_kernels  # noqa: F401 - registers the ops
 import pytest
 import torch
-from heads import make_head
+from helpers.heads import make_head
 from nemocascade_kernels import backends, linear_logprob
 from nemocascade_kernels.backends import BackendRefusedError, Op
 from nemocascade_kernels.testing import without_interpreter

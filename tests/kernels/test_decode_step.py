@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from heads import skip_unless_served
+from helpers.heads import skip_unless_served
 from nemocascade_kernels import (
     MambaWeights,
     RouterSettings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heads import (
+from helpers.heads import (
     BACKENDS,
     DTYPES,
     Head,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from heads import (
+from helpers.heads import (
     BACKENDS,
     DTYPES,
     OBJECTIVES,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from heads import device_for, skip_unless_served
+from helpers.heads import device_for, skip_unless_served
 from nemocascade_kernels import mopd_advantage, mopd_advantage_metrics
 from nemocascade_kernels.mopd_advantage import reference
 from nemocascade_kernels.mopd_advantage.op import OP

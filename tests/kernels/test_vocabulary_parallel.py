@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.multiprocessing as mp
-from heads import device_for, evaluate, make_head, make_objective
+from helpers.heads import device_for, evaluate, make_head, make_objective
+from helpers.shard_ranks import SHAPE, run_rank
 from nemocascade_kernels import linear_logprob
 from nemocascade_kernels.linear_policy_loss.op import OP
 from nemocascade_kernels.testing import assert_same_bits, random_normal, rms_error
-from shard_ranks import SHAPE, run_rank
 from torch import Tensor
 
 CASES = [

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemocascade.plan.job import load_recipe
 from nemocascade.recipe import CascadeRecipe, MopdRecipe, PolicyRecipe
+from nemocascade.recipe.loading import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "recipes/tiny/cascade.py"

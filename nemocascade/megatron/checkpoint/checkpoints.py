@@ -11,7 +11,6 @@ rank holds (`state.py`), and those boxes go to safetensors files with a JSON ind
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,12 +44,12 @@ from nemocascade.megatron.checkpoint.state import (
 from nemocascade.megatron.checkpoint.storage import Reader
 from nemocascade.megatron.checkpoint.weights import describe_model, fill, model_problems
 from nemocascade.megatron.optimizer import Optimizer
-from nemocascade.megatron.world import World
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.world import World
 
 KIND = "checkpoint"
 EXTRA = "extra.json"
 POINTER = "latest"
-LOGGER = logging.getLogger("nemocascade")
 
 
 def checkpoint_name(step: int) -> str:

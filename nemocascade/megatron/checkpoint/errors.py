@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nemocascade.recipe.errors import UserError
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint or artifact that cannot be written or read; the message lists every reason."""
 
     def __init__(self, where: object, problems: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ from nemocascade.megatron.checkpoint.storage import (
     merge_indices,
     write_pieces,
 )
-from nemocascade.megatron.world import World
+from nemocascade.runtime.world import World
 
 FORMAT = "nemocascade"
 VERSION = 1

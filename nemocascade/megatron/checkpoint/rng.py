@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import Box
 from nemocascade.megatron.checkpoint.storage import Index, Piece, Reader
-from nemocascade.megatron.world import World
+from nemocascade.runtime.world import World
 
 PREFIX = "rng/"
 

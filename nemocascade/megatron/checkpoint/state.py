@@ -33,7 +33,7 @@ from torch import Tensor
 from nemocascade.megatron.checkpoint.boxes import Box, boxes_of_range
 from nemocascade.megatron.checkpoint.storage import Piece
 from nemocascade.megatron.optimizer import Optimizer
-from nemocascade.megatron.world import World
+from nemocascade.runtime.world import World
 
 MODEL = "model/"
 OPTIMIZER = "optimizer/"

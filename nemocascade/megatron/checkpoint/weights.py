@@ -11,8 +11,8 @@ import torch
 from nemocascade.megatron.checkpoint.folder import agree, digest_of
 from nemocascade.megatron.checkpoint.state import unwrap
 from nemocascade.megatron.checkpoint.storage import Index, Piece, Reader
-from nemocascade.megatron.world import World
 from nemocascade.recipe import ModelConfig, ParallelConfig
+from nemocascade.runtime.world import World
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Fields of ModelConfig that change neither a tensor nor what the model computes.

@@ -18,6 +18,7 @@ from nemocascade.megatron.checkpoint.storage import (
     write_tensors,
 )
 from nemocascade.megatron.convert.names import whole
+from nemocascade.recipe.errors import UserError
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -27,7 +28,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 SHARD_BYTES = 5 << 30
 
 
-class ConversionError(RuntimeError):
+class ConversionError(UserError, RuntimeError):
     """A folder that cannot be converted; the message lists every reason."""
 
     def __init__(self, where: object, problems: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
-from nemocascade.megatron.layers.init import Shard, sharded_init
+from nemocascade.megatron.init import Shard, sharded_init
 
 
 def _leave(weight: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.config import CascadeConfig
+from nemocascade.megatron.init import Fill, generator_for, sharded_init
 from nemocascade.megatron.layers.fla import fla_causal_conv1d, fla_ssd_scan
-from nemocascade.megatron.layers.init import Fill, generator_for, sharded_init
 from nemocascade.megatron.layers.linear import column_linear, row_linear, tp_shard
 from nemocascade.megatron.layers.mamba_core import CoreSizes, packed_mamba_core
 from nemocascade.megatron.layers.norm import gated_rms_norm

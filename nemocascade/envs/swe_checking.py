@@ -1,0 +1,137 @@
+"""`nemocascade check-tasks`: whether the tests of repair tasks tell a repair from none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from nemocascade.envs.swe_tasks import task_of
+from nemocascade.recipe.envs import EnvConfig
+from nemocascade.sandbox.pool import SandboxPool
+from nemocascade.swe.importing import read_rows
+from nemocascade.swe.patches import PatchError, apply_patch
+from nemocascade.swe.repository import Files, HiddenTests, judge, run_tests
+from nemocascade.swe.rows import folder_rows
+from nemocascade.types import Row, SandboxError, SandboxUnavailable
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """Run the tests of repair tasks: on the repository as it is, where those of FAIL_TO_PASS must
+    fail and those of PASS_TO_PASS pass, and with the row's patch, where all must pass."""
+
+    path: tyro.conf.Positional[str]
+    """Folder of tasks, or JSONL file, as the domains swe_agentic and swe_agentless read it."""
+
+    envs: EnvConfig = field(default_factory=EnvConfig)
+    """As in the run; the sandbox's workers check as many tasks at once."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A task and what is wrong with it. tested: it has tests; patched: it has a patch."""
+
+    name: str
+    faults: tuple[str, ...]
+    tested: bool = True
+    patched: bool = True
+
+
+def check_tasks(settings: CheckSettings) -> Iterator[Checked]:
+    """Every task in order, each when it and those before it are known.
+
+    Raises ValueError for a path that holds no tasks, and SandboxUnavailable where tests cannot be
+    isolated.
+    """
+    path = Path(settings.path)
+    folder = path if path.is_dir() else path.parent
+    rows = list(folder_rows(path)) if path.is_dir() else read_rows(path)
+    tasks = [(where, row) for where, row in rows if "problem_statement" in row or "issue" in row]
+    if not tasks:
+        raise ValueError(f"{path}: none of its {len(rows)} rows is a repair task")
+    if problems := settings.envs.problems():
+        raise ValueError("; ".join(problems))
+    sandbox = SandboxPool(settings.envs.sandbox)
+    try:
+        with ThreadPoolExecutor(sandbox.size, thread_name_prefix="check") as pool:
+            yield from pool.map(lambda task: _checked(sandbox, task[0], task[1], folder), tasks)
+    finally:
+        sandbox.close()
+
+
+def summary(checked: Sequence[Checked]) -> str:
+    """The counts, what could not be checked among them."""
+    wrong = sum(bool(c.faults) for c in checked)
+    text = f"{len(checked)} tasks: {len(checked) - wrong} right, {wrong} wrong"
+    if untested := sum(not c.tested for c in checked):
+        text += f"; {untested} have no tests"
+    if unpatched := sum(not c.patched for c in checked):
+        text += f"; {unpatched} have no patch, so nothing shows that they can be solved"
+    return text
+
+
+def _checked(sandbox: SandboxPool, where: str, row: Row, folder: Path) -> Checked:
+    """A task with its faults: what it raises is one, but for walls that no task could have."""
+    name = str(row.get("instance_id") or where)
+    tested, patch = bool(row.get("tests")), str(row.get("patch") or "")
+    try:
+        faults = tuple(_faults(sandbox, row, folder))
+    except SandboxUnavailable:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, SandboxError) as error:
+        faults = (f"{type(error).__name__}: {error}",)
+    return Checked(name, faults, tested, bool(patch))
+
+
+def _faults(sandbox: SandboxPool, row: Row, folder: Path) -> Iterator[str]:
+    task = task_of(row, folder)
+    snapshot = task.snapshot
+    if task.tests is not None:
+        yield from _before(sandbox, snapshot, task.tests)
+    if not task.patch:
+        return
+    try:
+        repaired = apply_patch(snapshot, task.patch)
+    except PatchError as error:
+        yield f"the patch cannot be applied: {error}"
+        return
+    if task.tests is not None:
+        verdict = judge(sandbox, snapshot, repaired, task.tests)
+        if verdict.reward != 1.0:
+            yield f"not all tests pass with the patch: {_shown(verdict.details)}"
+
+
+def _before(sandbox: SandboxPool, snapshot: Files, tests: HiddenTests) -> Iterator[str]:
+    """What the tests' outcomes before the repair have wrong."""
+    names = (*tests.fail_to_pass, *tests.pass_to_pass)
+    files = {**snapshot, **tests.files}
+    run = run_tests(sandbox, files, names, framework=tests.framework)
+    if run.process.status in ("time", "output"):
+        yield f"the tests ended early: {run.process.status}, see envs.sandbox"
+    passed = [name for name in tests.fail_to_pass if run.outcomes[name] == "passed"]
+    if passed:
+        yield f"FAIL_TO_PASS pass without a repair: {_some(passed)}"
+    broken = [
+        f"{name} ({run.outcomes[name]})"
+        for name in tests.pass_to_pass
+        if run.outcomes[name] != "passed"
+    ]
+    if broken:
+        yield f"PASS_TO_PASS do not pass without a repair: {_some(broken)}"
+
+
+def _shown(details: Mapping[str, Any]) -> str:
+    """What a verdict says beside its reward; what it has nothing to say of is left out."""
+    return ", ".join(f"{key} {value}" for key, value in details.items() if value not in ([], {}))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,355 @@
+"""A judge behind a server that speaks OpenAI's chat completions: vLLM, SGLang, or another.
+
+**Bounded time.** A request ends at `timeout_s`, a question at `deadline_s` after it was asked.
+While nobody listens, or the server says that it is busy or starting, tries go on and cost none of
+`retries`. A server that has answered nothing for `silence_s` is taken to be down: from then on one
+question at a time is tried, once, the others wait for what it finds, and if it fails, so do all
+that were asked before. So a dead server costs about one `silence_s`, not one for each question, and
+one that comes back is noticed at the next question.
+
+**No error is an answer.** A question without a usable reply gets an `Answer` with an error. What
+the judge wrote is an answer, however it reads; one that was cut off before its end is empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event, Lock
+from typing import Any
+
+from nemocascade.judges.cache import AnswerCache
+from nemocascade.judges.prompts import compare_question, reward_model_turns
+from nemocascade.judges.transport import Lines, Reply, TransportError
+from nemocascade.recipe.judge import JudgeConfig
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.types import Answer, Message, Question
+
+PATH = "/v1/chat/completions"
+LONGEST_WAIT_S = 60.0
+_BUSY = frozenset({"unreachable", "status_429", "status_502", "status_503", "status_504"})
+"""Faults of a server that restarts or has too much to do: they say nothing of the question."""
+_AGAIN = frozenset({408, 409, 425, 429})
+"""Statuses below 500 after which a request may succeed when it is repeated."""
+_PROBE_S = 60.0
+_LOG_EVERY_S = 30.0
+_SHOWN = 300
+
+
+class _TryError(Exception):
+    """A try failed. kind: what it is counted as. final: repeating it would change nothing."""
+
+    def __init__(
+        self, kind: str, reason: str, *, final: bool = False, wait_s: float | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.kind, self.final, self.wait_s = kind, final, wait_s
+
+
+class ServerJudge:
+    """Asks a server, many questions at a time. Threads share one, and its limit of requests.
+
+    counts: `asked` questions, those `cached` (answered before, or just being asked), `requests`,
+    `retries`, `answered`, `failed` questions, replies that were `cut` at `max_tokens`, and failed
+    tries by kind: `timeout`, `unreachable`, `connection`, `protocol`, `status_500` and so on,
+    `nonsense`, and `down` for those that were not sent.
+    """
+
+    collective = False
+
+    def __init__(self, settings: JudgeConfig) -> None:
+        """Raises ValueError naming every setting that cannot work."""
+        problems = server_problems(settings)
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.settings = settings
+        self._key = _key_of(settings)
+        self.url = settings.url.rstrip("/").removesuffix(PATH).removesuffix("/v1") + PATH
+        self._lines = Lines()
+        self.counts: Counter[str] = Counter()
+        self._cache = AnswerCache(settings.cache)
+        self._lock = Lock()
+        self._closing = Event()
+        self._under_way: dict[str, Future[Answer]] = {}
+        self._begun: dict[str, Future[Answer]] = {}
+        self._last_answer_s = time.monotonic()
+        self._silent = False
+        self._probing = Lock()
+        self._probe_failed_s = 0.0
+        self._logged_s = 0.0
+        self._pool = ThreadPoolExecutor(settings.concurrency, thread_name_prefix="judge")
+
+    @property
+    def activity(self) -> int:
+        """Rises with every request that is sent, and with every question that has ended."""
+        with self._lock:
+            return sum(self.counts[name] for name in ("requests", "answered", "failed"))
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        """An answer to each question, in order; what was answered before is not asked again."""
+        asked = [self._submit(question) for question in questions]
+        return [future.result() for future in asked]
+
+    def begin(self, questions: Sequence[Question]) -> None:
+        """Start on questions that `ask` will be asked soon, and wait for nothing."""
+        for question in questions:
+            self._submit(question, begun=True)
+
+    def probe(self) -> str | None:
+        """Why the server refuses what it is going to be asked; None if it takes it, or is silent.
+
+        One request, of at most a minute. A server that is busy, starting or slow may get better.
+        """
+        asked = compare_question((Message("user", "What is 2 + 2?"),), "4", "5")
+        try:
+            self._once(self._body(asked), time.monotonic() + _PROBE_S)
+        except _TryError as failure:
+            if failure.final:
+                return f"{failure.kind}: {failure}"
+            LOGGER.warning("judge: it does not answer yet (%s: %s)", failure.kind, failure)
+        return None
+
+    def close(self) -> None:
+        """Cut off all requests; questions under way get errors."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._lines.close()
+        self._pool.shutdown(wait=True, cancel_futures=False)
+        if self.counts:
+            LOGGER.info("judge: %s", self.summary())
+
+    def summary(self) -> str:
+        """The counts in words."""
+        with self._lock:
+            return ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()))
+
+    def _submit(self, question: Question, *, begun: bool = False) -> Future[Answer]:
+        """begun: whoever asks later gets this answer, and not a second one, if it is an error."""
+        body = self._body(question)
+        key = hashlib.sha256(body).hexdigest()
+        done: Future[Answer] = Future()
+        with self._lock:
+            self.counts["asked"] += 1
+            known = self._cache.get(key)
+            if known is not None:
+                self.counts["cached"] += 1
+                done.set_result(Answer(known))
+                return done
+            if not begun and key in self._begun:
+                self.counts["cached"] += 1
+                return self._begun.pop(key)
+            if key in self._under_way:
+                self.counts["cached"] += 1
+                return self._under_way[key]
+            try:
+                future = self._pool.submit(self._answer, key, body, time.monotonic())
+            except RuntimeError:
+                done.set_result(Answer(None, "the judge is closed"))
+                return done
+            self._under_way[key] = future
+            if begun:
+                self._begun[key] = future
+            return future
+
+    def _body(self, question: Question) -> bytes:
+        """The request. Its seed is of what is asked, so that the same question draws the same."""
+        s = self.settings
+        turns: list[Any]
+        if s.form == "response_roles":
+            turns = reward_model_turns(question)
+        else:
+            turns = [{"role": m.role, "content": m.content} for m in question.messages]
+        fields = {
+            "model": s.model,
+            "messages": turns,
+            "temperature": s.temperature,
+            "top_p": s.top_p,
+            "max_tokens": s.max_tokens,
+        }
+        seed = hashlib.sha256(json.dumps(fields).encode()).digest()[:4]
+        return json.dumps({**fields, "seed": int.from_bytes(seed) >> 1}).encode()
+
+    def _answer(self, key: str, body: bytes, asked_s: float) -> Answer:
+        """All tries of one question, which was asked at `asked_s`; in a thread of the pool."""
+        try:
+            answer = self._tries(body, asked_s)
+        except Exception as error:  # a fault of this program is no answer either
+            LOGGER.exception("judge: a question failed")
+            answer = Answer(None, f"{type(error).__name__}: {error}")
+        if answer.text is not None:
+            try:
+                self._cache.put(key, answer.text)
+            except OSError as error:
+                self._warn("the cache %s cannot be written: %s", self.settings.cache, error)
+        with self._lock:
+            self._under_way.pop(key, None)
+            if not self._under_way and not self._has_been_silent():
+                # Nobody asks now, which is no silence of the server.
+                self._silent = False
+            self.counts["failed" if answer.text is None else "answered"] += 1
+        if answer.text is None:
+            self._warn("a question got no answer (%s); so far: %s", answer.error, self.summary())
+        return answer
+
+    def _tries(self, body: bytes, asked_s: float) -> Answer:
+        s = self.settings
+        end = asked_s + s.deadline_s
+        late = f"no answer within deadline_s({s.deadline_s:g}); last"
+        reason = "it waited for its turn"
+        left = s.retries
+        for attempt in itertools.count():
+            if self._closing.is_set():
+                return Answer(None, f"the judge was closed; last: {reason}")
+            if time.monotonic() >= end:
+                return Answer(None, f"{late}: {reason}")
+            if attempt:
+                self._count("retries")
+            try:
+                return Answer(self._guarded(body, end, asked_s))
+            except _TryError as error:
+                failure = error
+                self._count(failure.kind)
+                reason = f"{failure.kind}: {failure}"
+                wait_s = self._wait_s(attempt, failure.wait_s)
+                left -= failure.kind not in _BUSY
+            if failure.final:
+                break
+            if time.monotonic() + wait_s >= end:
+                reason = f"{late}: {reason}"
+                break
+            if left < 0:
+                break
+            self._closing.wait(wait_s)
+        return Answer(None, reason)
+
+    def _guarded(self, body: bytes, end: float, asked_s: float) -> str:
+        """One try; where the server is down, only one question at a time makes it."""
+        if not self._is_down():
+            return self._once(body, end)
+        with self._probing:
+            if self._is_down():
+                if self._probe_failed_s >= asked_s:
+                    reason = f"{self.url} has answered nothing for {self.settings.silence_s:g} s"
+                    raise _TryError("down", reason, final=True)
+                try:
+                    return self._once(body, end)
+                except _TryError as failure:
+                    self._probe_failed_s = time.monotonic()
+                    failure.final = True
+                    raise
+        return self._once(body, end)
+
+    def _once(self, body: bytes, end: float) -> str:
+        """What the model wrote, in one try that is over by `end`."""
+        timeout_s = max(0.001, min(self.settings.timeout_s, end - time.monotonic()))
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._count("requests")
+        with self._lock:
+            # Silence is counted from a request that gets no answer, not from when none is asked.
+            if not self._silent:
+                self._last_answer_s, self._silent = time.monotonic(), True
+        try:
+            reply = self._lines.post(self.url, body, headers, timeout_s)
+        except TransportError as error:
+            raise _TryError(error.kind, str(error)) from None
+        if reply.status < 500 and reply.status != 429:
+            self._heard()
+        if reply.status != 200:
+            shown = reply.body[:_SHOWN].decode(errors="replace")
+            moved = f", it has moved to {reply.location}" if reply.location else ""
+            raise _TryError(
+                f"status_{reply.status}",
+                f"{self.url} said {shown!r}{moved}",
+                final=reply.status < 500 and reply.status not in _AGAIN,
+                wait_s=reply.retry_after_s,
+            )
+        text, cut = _text_of(reply)
+        if cut:
+            self._count("cut")
+        return text
+
+    def _heard(self) -> None:
+        with self._lock:
+            self._last_answer_s, self._silent = time.monotonic(), False
+
+    def _is_down(self) -> bool:
+        """Whether failures have been all there was for `silence_s`."""
+        with self._lock:
+            return self._has_been_silent()
+
+    def _has_been_silent(self) -> bool:
+        """As `_is_down`, under the lock."""
+        return self._silent and time.monotonic() - self._last_answer_s > self.settings.silence_s
+
+    def _count(self, kind: str) -> None:
+        with self._lock:
+            self.counts[kind] += 1
+
+    def _wait_s(self, attempt: int, asked_s: float | None) -> float:
+        """Twice the wait before, and a random part, so that requests don't come back together; at
+        least what the server asks for."""
+        wait = min(self.settings.backoff_s * 2 ** min(attempt, 30), LONGEST_WAIT_S)
+        return max(wait * random.uniform(0.5, 1.0), asked_s or 0.0)
+
+    def _warn(self, text: str, *values: object) -> None:
+        """At most one line in a while: thousands of questions may fail at once."""
+        now = time.monotonic()
+        with self._lock:
+            if self._logged_s and now - self._logged_s < _LOG_EVERY_S:
+                return
+            self._logged_s = now
+        LOGGER.warning(f"judge: {text}", *values)
+
+
+def server_problems(settings: JudgeConfig) -> list[str]:
+    """Every rule that the settings of a server break, its key in the environment included."""
+    problems = settings.problems()
+    key = _key_of(settings)
+    if settings.api_key_env and not key:
+        problems.append(
+            f"judge.api_key_env({settings.api_key_env}) is not set in the environment: export "
+            "it, or leave the name empty for a server without keys"
+        )
+    elif not (key.isascii() and key.isprintable()):
+        problems.append(
+            f"judge.api_key_env({settings.api_key_env}) holds a key with characters that no HTTP "
+            "header may have: export the key alone"
+        )
+    return problems
+
+
+def _key_of(settings: JudgeConfig) -> str:
+    """A key that was read from a file often ends with a line break."""
+    return os.environ.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
+
+
+def _text_of(reply: Reply) -> tuple[str, bool]:
+    """The message of a chat completion, and whether it was cut off before the judge had decided.
+
+    A message that was cut off is empty: what stands in it may be anything the judge thought of. An
+    empty one is an answer: the model said nothing.
+    """
+    try:
+        choice = json.loads(reply.body)["choices"][0]
+        content, finish = choice["message"]["content"], choice.get("finish_reason")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        shown = reply.body[:_SHOWN].decode(errors="replace")
+        raise _TryError(
+            "nonsense", f"no chat completion ({type(error).__name__}): {shown!r}"
+        ) from None
+    cut = finish == "length"
+    if content is None:
+        return "", cut
+    if not isinstance(content, str):
+        raise _TryError("nonsense", f"the message's content is {type(content).__name__}, not text")
+    return "" if cut else content, cut

@@ -1,0 +1,184 @@
+"""Layers that read one token of many sequences at a time, on the training layers' own weights.
+
+A sequence lives in a slot: its convolution and state-space states, its keys and values
+(`decode_states`). A prompt is read once, packed, by the training layers themselves, and leaves its
+state in as many slots as there are continuations of it. From then on a step reads one token a row,
+and a piece of a text that stands already is read onto the slot's states, packed as a prompt.
+
+Slot S, the last of S + 1, belongs to nobody: rows that fill a batch up name it.
+Shape letters: n rows of a step, S slots, H hidden size, tp tensor-parallel ranks, D documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nemocascade_kernels import RouterSettings, Steps, decode_steps
+from torch import Tensor
+
+from nemocascade.megatron.generation.places import Places
+from nemocascade.megatron.layers.block import ResidualBlock
+from nemocascade.megatron.layers.mlp import MLP
+from nemocascade.megatron.layers.moe import MoEMixer
+from nemocascade.megatron.microbatch import Microbatch
+from nemocascade.megatron.replay import RouteRecorder
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The rows of one decoding step.
+
+    slots: [n] int64, the slot of each row; rows past `real` name the spare slot.
+    positions: [n] int64, tokens that the slot holds before this one.
+    longest: at least the largest position + 1; what attention may read of the caches.
+    real: rows that stand for a sequence; they come first. None: the host does not know.
+    spare: the slot of the others.
+    recorder: where the routers leave their choices; None: nowhere.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    longest: int
+    real: int | None
+    spare: int
+    recorder: RouteRecorder | None = None
+    # Routers replay choices in training only.
+    replay: None = None
+
+    def token_mask(self, rows: slice) -> Tensor | None:
+        """As `Microbatch.token_mask`."""
+        if self.real is not None and rows.stop <= self.real:
+            return None
+        return self.slots[rows] != self.spare
+
+
+class SlotLayer:
+    """A layer of the stack beside what its sequences have left in it. This one keeps nothing.
+
+    Where no tensor is cut over ranks (`whole`), a step goes through `decode_steps` on the bare
+    weights; elsewhere through the training modules, which know how to talk to each other.
+    """
+
+    def __init__(self, block: ResidualBlock, slots: int) -> None:
+        self.block = block
+        self.mixer: Any = block.mixer
+        self.slots = slots
+        self.whole = self.mixer.tp_group.size() == 1
+
+    def refresh(self) -> None:
+        """Look the weights up again; called before they are first used."""
+        norm: Any = self.block.norm
+        self.norm_weight, self.norm_eps = norm.weight, norm.eps
+        self.steps: Steps = decode_steps(norm.weight)
+
+    def reserve(self, context: int) -> None:
+        """Make room for sequences of `context` tokens."""
+
+    def copy(self, source: int, targets: Tensor, length: int) -> None:
+        """Give the slots `targets` the state of `source`, which holds `length` tokens."""
+
+    def prefill(self, hidden: Tensor, packed: Microbatch, places: Places) -> Tensor:
+        """Read prompts or pieces of texts, and leave their states in the slots.
+
+        hidden: [T/tp, 1, H].
+        """
+        out: Tensor = self.block(hidden, packed_seq_params=packed)
+        return out
+
+    def step(self, hidden: Tensor, step: Step) -> Tensor:
+        """Read a token for each row. hidden: [n/tp, H]."""
+        mixed: Tensor = self.mixer(self.normed(hidden).unsqueeze(1), step)
+        return hidden + mixed.squeeze(1)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The layer's norm of [n/tp, H]."""
+        return self.steps.norm(hidden, self.norm_weight, self.norm_eps)
+
+    def linear(self, linear: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`residual + linear(x)` of rows [n, ...], or of this rank's part of them."""
+        if self.whole:
+            return self.steps.linear(x, linear.weight, residual)
+        y: Tensor = linear(x.unsqueeze(1))[0].squeeze(1)
+        return y if residual is None else residual + y
+
+
+class MlpSlots(SlotLayer):
+    """A dense MLP keeps nothing; where it is whole, and on a CPU, it is a single expert."""
+
+    def __init__(self, block: ResidualBlock, slots: int) -> None:
+        super().__init__(block, slots)
+        self.whole &= self.mixer.linear_fc1.weight.is_cpu
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.expert = SingleExpert(self.mixer, self.steps)
+
+    def step(self, hidden: Tensor, step: Step) -> Tensor:
+        if not self.whole:
+            return super().step(hidden, step)
+        return hidden + self.expert(self.normed(hidden))
+
+
+class MoeSlots(SlotLayer):
+    """A mixture of experts keeps nothing. Where all experts are here there is a shorter way; on a
+    GPU the training layer's grouped products are the better one."""
+
+    def __init__(self, block: ResidualBlock, slots: int) -> None:
+        super().__init__(block, slots)
+        mixer, shape = self.mixer, self.mixer.config.shape
+        self.whole &= mixer.experts.ep_size * mixer.experts.etp_size == 1
+        self.whole &= mixer.router.weight.is_cpu
+        self.swiglu = shape.activation == "swiglu"
+        self.settings = RouterSettings(
+            top_k=shape.experts_per_token,
+            score=shape.router_score,
+            num_groups=shape.router_groups,
+            top_groups=shape.router_top_groups,
+            normalize=shape.router_normalize,
+            scale=shape.router_scale,
+        )
+
+    def refresh(self) -> None:
+        super().refresh()
+        mixer: MoEMixer = self.mixer
+        # Scores are made in float32 whatever the model's precision.
+        self.router_weight = mixer.router.weight.float()
+        self.router_steps = decode_steps(self.router_weight)
+        self.bias = mixer.router.expert_bias if mixer.config.shape.router_bias else None
+        self.up, self.down = mixer.experts.linear_fc1, mixer.experts.linear_fc2
+        self.shared: SingleExpert | None = None
+        if mixer.shared_experts is not None and self.whole:
+            self.shared = SingleExpert(mixer.shared_experts, self.steps)
+
+    def step(self, hidden: Tensor, step: Step) -> Tensor:
+        if not self.whole:
+            return super().step(hidden, step)
+        x = self.normed(hidden)
+        logits = self.router_steps.linear(x.float(), self.router_weight, None)
+        real = x.shape[0] if step.real is None else step.real
+        chosen, weights = self.router_steps.route(logits, self.bias, real, self.settings)
+        if step.recorder is not None:
+            step.recorder.keep(self.mixer.layer_number, slice(0, x.shape[0]), chosen)
+        hidden = hidden + self.steps.experts(x, chosen, weights, self.up, self.down, self.swiglu)
+        if self.shared is not None:
+            hidden += self.shared(x)
+        return hidden
+
+
+class SingleExpert:
+    """A dense MLP as one expert that every row chooses."""
+
+    def __init__(self, mlp: MLP, steps: Steps) -> None:
+        self.steps, self.swiglu = steps, mlp.activation == "swiglu"
+        self.up, self.down = mlp.linear_fc1.weight[None], mlp.linear_fc2.weight[None]
+        self._rows = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, H] of [n, H]."""
+        if self._rows != x.shape[0]:
+            self._rows = x.shape[0]
+            self._chosen = torch.zeros(self._rows, 1, dtype=torch.int32, device=x.device)
+            self._weights = torch.ones(self._rows, 1, device=x.device)
+        return self.steps.experts(x, self._chosen, self._weights, self.up, self.down, self.swiglu)

@@ -1,0 +1,280 @@
+"""The model as a decoder: prompts in packed form, then a token a step for the sequences in slots.
+
+It runs the training model's own chunks, on whatever ranks they are spread over. Ranks of one
+data-parallel group make the same calls; where experts are spread over several of them, those make
+calls of the same kind at the same time, and one that has nothing to do calls with no rows.
+
+Shape letters: n rows of a step, H hidden size, V vocabulary, tp tensor-parallel ranks, D documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from nemocascade_kernels import decode_steps
+from torch import Tensor
+
+from nemocascade.megatron.generation.decode_graph import DecodeGraphs
+from nemocascade.megatron.generation.places import Places
+from nemocascade.megatron.generation.slot_layers import SlotLayer, Step
+from nemocascade.megatron.generation.slot_states import slot_layer
+from nemocascade.megatron.microbatch import Microbatch
+from nemocascade.megatron.model import CascadeModel
+from nemocascade.megatron.replay import RouteRecorder
+from nemocascade.runtime.world import World
+from nemocascade.types import Document, pack_documents
+
+# Room for this many tokens is made at first.
+LEAST_CONTEXT = 256
+
+LayerCall = Callable[[SlotLayer, Tensor], Tensor]
+
+
+class SlotModel:
+    """The live model with room for `slots` sequences.
+
+    Slot `slots`, one beyond, belongs to rows that stand for nothing.
+    chunks: of `build_model`, not wrapped in DDP. The weights are read where they lie; `refresh`
+    says that they changed. Calls run without gradients and put the modules in evaluation mode.
+    record_routing: keep the experts of each call's tokens in `choices`, [T or n, L, K] as
+    `RouteRecorder` has them, on every rank; None without it.
+    """
+
+    choices: Tensor | None
+
+    def __init__(
+        self,
+        world: World,
+        chunks: Sequence[CascadeModel],
+        slots: int,
+        *,
+        record_routing: bool = False,
+    ) -> None:
+        self.world, self.chunks, self.slots = world, list(chunks), slots
+        self.config = chunks[0].config
+        self.vocabulary: int = self.config.shape.vocab_size
+        self.context = 0
+        self.longest = 0
+        """No sequence of the present run becomes longer, so room beyond is not made ahead; 0 is not
+        known."""
+        self._layers: list[list[SlotLayer]] = [
+            [slot_layer(block, slots) for block in chunk.decoder.layers] for chunk in chunks
+        ]
+        self.record_routing, self.choices = record_routing, None
+        self._graphs: DecodeGraphs | None = None
+        if not record_routing and world.device.type == "cuda" and self._stands_alone:
+            self._graphs = DecodeGraphs(
+                self._captured_step, most_rows=slots, spare=slots, device=world.device
+            )
+
+    @property
+    def _stands_alone(self) -> bool:
+        """No other rank takes part in a step."""
+        parallel = self.world.parallel
+        return parallel.tp * parallel.pp * parallel.ep * parallel.etp == 1
+
+    def refresh(self) -> None:
+        """The weights may have changed since the last call."""
+        for chunk in self.chunks:
+            chunk.eval()
+        if self._graphs is not None:
+            self._graphs.clear()
+        with torch.no_grad():
+            for layer in self._each_layer():
+                layer.refresh()
+        # In any precision: logits are drawn from in float32.
+        self._draws = decode_steps(torch.empty(0, device=self.world.device))
+        if self.chunks[-1].post_process:
+            norm = self.chunks[-1].decoder.final_norm
+            self._norm_weight, self._norm_eps = norm.weight, norm.eps
+            self._head = self.chunks[-1].lm_head()
+            self._steps = decode_steps(self._head)
+
+    def reserve(self, context: int) -> None:
+        """Make room for sequences of `context` tokens; it is never given back.
+
+        Room grows by half at least, so that a text that becomes longer is not copied at each token;
+        but not beyond `longest`.
+        """
+        if context > self.context:
+            ahead = max(self.context + self.context // 2, LEAST_CONTEXT)
+            self.context = max(context, min(ahead, self.longest or ahead))
+            for layer in self._each_layer():
+                layer.reserve(self.context)
+            if self._graphs is not None:
+                self._graphs.clear()
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        prompts: Sequence[Tensor],
+        slots: Sequence[Sequence[int]],
+        held: Sequence[int] = (),
+        capacity: int = 0,
+    ) -> Tensor | None:
+        """Read prompts or pieces of texts, each once, and leave their states in slots.
+
+        prompts: D tensors [m] of ids, m at least 1. slots: for each, those that continue it.
+        held: for each, the tokens that the first of its slots holds, which it goes on from; it
+        begins where that is 0, and all do where `held` is empty. Activations take memory for what
+        is read here alone. capacity: tokens of the pack; 0 is just enough.
+        Returns logits [D, V] after each prompt's last token on the last stage, None on the others.
+        Raises ValueError if a piece goes on from no slot.
+        """
+        documents = [
+            Document(p.cpu(), torch.zeros(p.numel(), dtype=torch.bool), f"prompt {i}")
+            for i, p in enumerate(prompts)
+        ]
+        total = max(1, capacity, sum(p.numel() for p in prompts))
+        batch = pack_documents(documents, self._filled_up(total))
+        recorder = self._recorder(batch.capacity)
+        packed = Microbatch.from_batch(batch, self.world.device, recorder=recorder)
+        places = Places.of(slots, held, self.world.device)
+        ends = [p.numel() + n for p, n in zip(prompts, held or [0] * len(prompts), strict=True)]
+        self.reserve(max(ends, default=0))
+
+        def read(layer: SlotLayer, hidden: Tensor) -> Tensor:
+            return layer.prefill(hidden.unsqueeze(1), packed, places).squeeze(1)
+
+        assert packed.batch is not None
+        hidden = self._through(packed.batch.tokens, read)
+        self._keep_choices(recorder)
+        if hidden is None:
+            return None
+        last = (packed.starts + packed.lengths - 1)[: len(prompts)]
+        return self._logits(hidden, last.to(self.world.device))
+
+    @torch.no_grad()
+    def decode(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int
+    ) -> Tensor | None:
+        """Read one token for each row.
+
+        tokens, slots, positions: [n] int64 on the device: the token, the row's slot, the tokens
+        that it holds already. longest: at least the largest position + 1.
+        Returns logits [n, V] on the last stage, None on the others.
+        """
+        if self._graphs is not None:
+            self.reserve(self._graphs.rounded_length(longest))
+            return self._graphs.step(tokens, slots, positions, longest)
+        self.reserve(longest)
+        real = tokens.numel()
+        spare = self._filled_up(real) - real
+        if spare:
+            tokens, positions = (
+                torch.nn.functional.pad(t, (0, spare)) for t in (tokens, positions)
+            )
+            slots = torch.nn.functional.pad(slots, (0, spare), value=self.slots)
+        recorder = self._recorder(tokens.numel())
+        logits = self._step(tokens, Step(slots, positions, longest, real, self.slots, recorder))
+        self._keep_choices(recorder)
+        return None if logits is None else logits[:real]
+
+    def _step(self, tokens: Tensor, step: Step) -> Tensor | None:
+        hidden = self._through(tokens, lambda layer, hidden: layer.step(hidden, step))
+        return None if hidden is None else self._logits(hidden, None)
+
+    def _captured_step(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int
+    ) -> Tensor:
+        """A step of which the host does not know which rows are real."""
+        logits = self._step(tokens, Step(slots, positions, longest, None, self.slots))
+        assert logits is not None
+        return logits
+
+    @torch.no_grad()
+    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Give the slots `targets` the state of `source`, which holds `length` tokens."""
+        index = torch.tensor(targets, dtype=torch.int64, device=self.world.device)
+        for layer in self._each_layer():
+            layer.copy(source, index, length)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        logits: Tensor,
+        u: Tensor | None,
+        *,
+        temperature: float,
+        limit: int,
+        allowed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [n] and log-probabilities [n], as `nemocascade_kernels.step_draw`."""
+        return self._draws.draw(logits.float(), u, temperature, limit, allowed)
+
+    def _each_layer(self) -> list[SlotLayer]:
+        return [layer for layers in self._layers for layer in layers]
+
+    def _filled_up(self, rows: int) -> int:
+        """A number of rows that tensor-parallel ranks share equally."""
+        tp = self.world.parallel.tp
+        return max(tp, -(-rows // tp) * tp)
+
+    def _recorder(self, rows: int) -> RouteRecorder | None:
+        if not self.record_routing:
+            return None
+        return RouteRecorder(self.config.shape, rows, self.world.device)
+
+    def _keep_choices(self, recorder: RouteRecorder | None) -> None:
+        self.choices = None if recorder is None else recorder.gathered(self.world.groups)
+
+    def _through(self, tokens: Tensor, apply: LayerCall) -> Tensor | None:
+        """Hidden states [T/tp, H] after the last layer on the last stage, None on the others.
+
+        The stages hand them on in the order of the chunks: with interleaved chunks, the last stage
+        hands back to the first.
+        """
+        hidden: Tensor | None = None
+        tp = self.world.parallel.tp
+        for chunk, layers in zip(self.chunks, self._layers, strict=True):
+            if chunk.pre_process:
+                hidden = self._embed(chunk, tokens)
+            elif self.world.parallel.pp > 1:
+                hidden = self._receive(tokens.numel() // tp)
+            assert hidden is not None
+            for layer in layers:
+                hidden = apply(layer, hidden)
+            if chunk.post_process:
+                return hidden
+            self._send(hidden)
+        return None
+
+    def _embed(self, chunk: CascadeModel, tokens: Tensor) -> Tensor:
+        """[T/tp, H]."""
+        if self.world.parallel.tp > 1:
+            return chunk.embed(tokens).squeeze(1)
+        return torch.nn.functional.embedding(tokens, chunk.embedding.word_embeddings.weight)
+
+    def _send(self, hidden: Tensor) -> None:
+        group, pp = self.world.groups.pp, self.world.parallel.pp
+        to = dist.get_global_rank(group, (self.world.pp_rank + 1) % pp)
+        dist.send(hidden.contiguous(), to, group=group)
+
+    def _receive(self, rows: int) -> Tensor:
+        group, pp = self.world.groups.pp, self.world.parallel.pp
+        hidden = torch.empty(
+            rows,
+            self.config.hidden_size,
+            dtype=self.config.params_dtype,
+            device=self.world.device,
+        )
+        dist.recv(hidden, dist.get_global_rank(group, (self.world.pp_rank - 1) % pp), group=group)
+        return hidden
+
+    def _logits(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
+        """[n, V] of the chosen rows; the same bits on every tensor-parallel rank."""
+        tp = self.world.groups.tp
+        if self.world.parallel.tp > 1:
+            hidden = gather_from_sequence_parallel_region(hidden, group=tp)
+        if rows is not None:
+            hidden = hidden[rows]
+        normed = self._steps.norm(hidden, self._norm_weight, self._norm_eps)
+        mine = self._steps.linear(normed, self._head, None)
+        if self.world.parallel.tp == 1:
+            return mine
+        shards = [torch.empty_like(mine) for _ in range(tp.size())]
+        dist.all_gather(shards, mine, group=tp)
+        return torch.cat(shards, dim=1)

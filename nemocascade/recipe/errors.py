@@ -1,0 +1,21 @@
+"""Errors that a user can mend; the program shows their message instead of a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something that the user can mend; the message holds the value, the rule and the remedy.
+
+    exit_code: the program's exit code where nothing catches it.
+    """
+
+    exit_code = 2
+
+
+class RecipeError(UserError, ValueError):
+    """Settings that cannot run; the message lists every one with its remedy."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        lines = "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))
+        super().__init__(f"{len(problems)} setting(s) cannot run:\n{lines}")

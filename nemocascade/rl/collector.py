@@ -1,0 +1,217 @@
+"""From tasks to scored rollouts: generation and verification side by side, the same on every rank.
+
+The data-parallel ranks deal the tasks out and exchange what they gathered, so every rank knows all
+of a step's rollouts, in the order of the tasks, whatever the layout is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.recipe.rl import GrpoConfig, RolloutConfig
+from nemocascade.rl.advantages import group_advantages, is_informative, overlong_penalty
+from nemocascade.rl.episodes import Episodes
+from nemocascade.rl.tasks import Task, TaskStream
+from nemocascade.rl.verification import THREADS, Rollout, Verification, score_after, shows
+from nemocascade.rollout.engine import Engine, Request, Sampling
+from nemocascade.runtime.world import World
+from nemocascade.types import Environment
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The rollouts of one task. advantage: [G] float64, once `advantages_of` set it."""
+
+    task: Task
+    rollouts: tuple[Rollout, ...]
+    advantage: Tensor | None = None
+
+    def rewards(self, settings: RolloutConfig) -> tuple[Tensor, Tensor]:
+        """Rewards less the overlong penalty, and which are there; both [G]."""
+        valid = torch.tensor([r.verdict.reward is not None for r in self.rollouts])
+        rewards = torch.tensor(
+            [
+                (r.verdict.reward or 0.0) - overlong_penalty(r.length, settings)
+                for r in self.rollouts
+            ],
+            dtype=torch.float64,
+        )
+        return rewards, valid
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a step's rollouts are made of.
+
+    groups: those that train. drawn: tasks that were tried. tried: the groups of all of these.
+    masked: groups that would train, were a reward above `min_best_reward` among theirs.
+    """
+
+    groups: tuple[Group, ...]
+    drawn: int
+    tried: tuple[Group, ...]
+    masked: int = 0
+
+
+class Collector:
+    """Draws rollouts of the live policy and has them scored.
+
+    threads: verifiers at a time on each data-parallel rank.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        environments: Mapping[str, Environment],
+        settings: RolloutConfig,
+        *,
+        seed: int,
+        threads: int = THREADS,
+    ) -> None:
+        self.world, self.engine, self.tokenizer = world, engine, tokenizer
+        self.environments, self.settings, self.seed = environments, settings, seed
+        self.threads = threads
+
+    def sampling(self) -> Sampling:
+        """As the recipe draws; texts end with the template's end of turn."""
+        s = self.settings
+        return Sampling(
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            max_tokens=s.max_response_tokens,
+            stop_tokens=((self.tokenizer.end_of_turn_id,),),
+            seed=self.seed,
+        )
+
+    def roll_out(
+        self,
+        tasks: Sequence[Task],
+        copies: int,
+        sampling: Sampling | None = None,
+        *,
+        scored: bool = True,
+    ) -> list[Group]:
+        """`copies` scored answers to each task, in order, the same list on every rank.
+
+        A draw depends on the seed, the task's number and the copy, not on the ranks. scored: False
+        leaves the verdicts out.
+        """
+        world = self.world
+        mine = tasks[world.dp_rank :: world.dp_size]
+        by_id = {task.number * copies + copy: task for task in mine for copy in range(copies)}
+        everything: dict[int, Rollout] = {}
+        found = self._generate(by_id, copies, sampling or self.sampling(), scored)
+        world.watch.enter("rollout: exchange")
+        # Texts and verdicts of one replica may take longer than a collective would wait.
+        world.watch.meet()
+        for part in world.all_gather_object(found):
+            everything |= part
+        groups = [
+            Group(task, tuple(everything[task.number * copies + copy] for copy in range(copies)))
+            for task in tasks
+        ]
+        return self._score_collectively(groups) if scored else groups
+
+    def _generate(
+        self, by_id: Mapping[int, Task], copies: int, sampling: Sampling, scored: bool
+    ) -> dict[int, Rollout]:
+        """Rollouts of this replica by request, on the rank that has its verdicts; scored while
+        others are still written, where the verifiers do not need all ranks."""
+        episodes = Episodes(
+            self.tokenizer, self.environments, self.settings, by_id, self.world.watch
+        )
+        verification = Verification(
+            episodes,
+            self.environments,
+            self.tokenizer,
+            by_id,
+            copies=copies,
+            scored=scored,
+            threads=self.threads,
+        )
+        requests = [Request(number, task.ids) for number, task in by_id.items()]
+        try:
+            for completion in self.engine.run(requests, sampling, episodes.respond):
+                episodes.close(completion.request.id)
+                if shows(self.world):
+                    verification.add(completion)
+            self.world.watch.enter("rollout: verdicts")
+            return verification.rollouts(self.world.watch)
+        except BaseException:
+            verification.give_up()
+            raise
+        finally:
+            verification.close()
+            episodes.close_all()
+
+    def _score_collectively(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with the verdicts of verifiers that work on all ranks at once."""
+        scored = list(groups)
+        for name, environment in self.environments.items():
+            chosen = [k for k, g in enumerate(groups) if g.task.prompt.domain == name]
+            if not environment.collective or not chosen:
+                continue
+            self.world.watch.enter("rollout: judge")
+            verdicts = score_after(
+                self.world,
+                environment,
+                [(groups[k].task.prompt, [r.response for r in groups[k].rollouts]) for k in chosen],
+            )
+            for k, found in zip(chosen, verdicts, strict=True):
+                pairs = zip(groups[k].rollouts, found, strict=True)
+                rollouts = tuple(replace(r, verdict=v) for r, v in pairs)
+                scored[k] = replace(groups[k], rollouts=rollouts)
+        return scored
+
+
+def gather(collector: Collector, stream: TaskStream, settings: RolloutConfig) -> Gathered:
+    """The groups that a step trains on.
+
+    With dynamic filtering, groups whose rewards are all equal are dropped and other tasks drawn in
+    their place, up to `max_draws * prompts_per_step` tasks in all. Groups that `min_best_reward`
+    masks keep their place: nothing is drawn for them.
+    """
+    wanted, most = settings.prompts_per_step, settings.max_draws * settings.prompts_per_step
+    kept: list[Group] = []
+    tried: list[Group] = []
+    while True:
+        count = min(wanted - len(kept), most - len(tried))
+        if not settings.dynamic_filtering and tried:
+            count = 0
+        if count <= 0:
+            trained = tuple(g for g in kept if not _masked(g, settings))
+            return Gathered(trained, len(tried), tuple(tried), len(kept) - len(trained))
+        groups = collector.roll_out(stream.take(count), settings.rollouts_per_prompt)
+        tried += groups
+        kept += [g for g in groups if not settings.dynamic_filtering or _teaches(g, settings)]
+
+
+def advantages_of(groups: Sequence[Group], rollout: RolloutConfig, grpo: GrpoConfig) -> list[Group]:
+    """The groups with their advantages."""
+    found = []
+    for group in groups:
+        rewards, valid = group.rewards(rollout)
+        advantage = group_advantages(rewards[None], valid[None], grpo)[0]
+        found.append(replace(group, advantage=advantage))
+    return found
+
+
+def _masked(group: Group, settings: RolloutConfig) -> bool:
+    """Whether no rollout has a reward above the least that the best one must have."""
+    if settings.min_best_reward is None:
+        return False
+    rewards = [r.verdict.reward for r in group.rollouts if r.verdict.reward is not None]
+    return not any(reward > settings.min_best_reward for reward in rewards)
+
+
+def _teaches(group: Group, settings: RolloutConfig) -> bool:
+    rewards, valid = group.rewards(settings)
+    return bool(is_informative(rewards[None], valid[None])[0])

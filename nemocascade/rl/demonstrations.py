@@ -1,0 +1,75 @@
+"""Training rows made from the environments' own tasks, so that a cascade needs no download."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nemocascade.envs.demonstrations import sft_row
+from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
+from nemocascade.recipe import SftRecipe
+from nemocascade.recipe.errors import RecipeError
+from nemocascade.runtime.world import World, main_first
+
+
+def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
+    """The recipe with the rows of its `demonstrations` among its data, in RUN/demonstrations.
+
+    No task of a held-out row, here or in a later stage, is among those for training. Raises
+    RecipeError for an unknown domain.
+    """
+    unknown = sorted({d.domain for d in recipe.demonstrations.domains} - set(DOMAINS))
+    if unknown:
+        raise RecipeError([f"demonstrations.domains: {unknown} are none of {', '.join(DOMAINS)}"])
+    folder = Path(recipe.run_dir) / "demonstrations"
+    train, heldout = folder / "train.jsonl", folder / "heldout.jsonl"
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, is_heldout in ((train, False), (heldout, True)):
+            lines = (
+                json.dumps(row, ensure_ascii=False)
+                for row in demonstration_rows(recipe, heldout=is_heldout)
+            )
+            text = "".join(f"{line}\n" for line in lines)
+            # A file that is the same keeps its time, and with it the tokenised data.
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                path.write_text(text, encoding="utf-8")
+
+    main_first(world, write, lambda: None)
+    data = replace(
+        recipe.data,
+        path=(*recipe.data.path, str(train)),
+        heldout_path=recipe.data.heldout_path or (str(heldout),),
+        thinking=True,
+    )
+    return replace(recipe, data=data)
+
+
+def demonstration_rows(recipe: SftRecipe, *, heldout: bool) -> Iterator[dict[str, Any]]:
+    """Rows of all domains in random order, some with reasoning and some without."""
+    settings = recipe.demonstrations
+    environments = make_environments()
+    try:
+        prompts = [
+            prompt
+            for domain in settings.domains
+            for prompt in environments[domain.domain].prompts(
+                seed=recipe.seed,
+                count=settings.heldout if heldout else domain.tasks,
+                difficulty=domain.difficulty,
+                heldout=heldout,
+            )
+        ]
+    finally:
+        close_environments(environments)
+    rng = random.Random(f"demonstrations/{recipe.seed}/{heldout}")
+    rng.shuffle(prompts)
+    for prompt in prompts:
+        thinking = rng.random() < settings.thinking
+        careless = settings.careless > 0 and rng.random() < settings.careless
+        yield sft_row(prompt, thinking=thinking, careless=careless)

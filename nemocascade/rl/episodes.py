@@ -1,0 +1,137 @@
+"""Episodes: the turns of a model and of the environment that answers its calls."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from threading import Lock
+
+import torch
+
+from nemocascade.data.chat_template import encode, render_results
+from nemocascade.data.reply import Reply, parse_reply
+from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.recipe.rl import RolloutConfig
+from nemocascade.rl.tasks import Task
+from nemocascade.rollout.engine import Completion
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.watchdog import Watchdog
+from nemocascade.types import Environment, Message, ToolSession
+
+
+class Episodes:
+    """The conversations of one call of an engine, by request.
+
+    A turn with calls is answered by the tools of its task; one without ends the episode, and so
+    do turn number `max_turns` and a call that its session calls the last. Calls that cannot be read
+    are answered with what is wrong. Tools that fail end their episode and no other: what becomes of
+    it is the verifier's to say.
+
+    watch: is told of every call that has ended, so that slow tools are not taken for a stall.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        environments: Mapping[str, Environment],
+        settings: RolloutConfig,
+        tasks: Mapping[int, Task],
+        watch: Watchdog | None = None,
+    ) -> None:
+        self.tokenizer, self.environments = tokenizer, environments
+        self.settings, self.tasks = settings, tasks
+        self._watch = watch or Watchdog()
+        self._sessions: dict[int, ToolSession | None] = {}
+        self._results: dict[int, list[list[Message]]] = {}
+        self._lock = Lock()
+
+    def respond(self, completion: Completion) -> list[int] | None:
+        """The tokens of the environment's turn, and of the next generation prompt; None at the end.
+
+        Runs in a thread of its own; an episode is never asked twice at a time.
+        """
+        number = completion.request.id
+        try:
+            return self._answer(number, completion)
+        except Exception as error:
+            LOGGER.warning(
+                "%s: its tools failed, the episode ends: %s: %s",
+                self.tasks[number].prompt.source,
+                type(error).__name__,
+                error,
+            )
+            return None
+
+    def _answer(self, number: int, completion: Completion) -> list[int] | None:
+        session = self._session(number)
+        if session is None or completion.turns >= self.settings.max_turns:
+            return None
+        reply = self._parse(completion.last_turn())
+        calls = reply.message.tool_calls
+        if not calls and not reply.faults:
+            return None
+        results = []
+        for call in calls:
+            results += session.step([call])
+            self._watch.progress(f"a tool of request {number} has answered")
+        results += [Message("tool", f"error: {fault}") for fault in reply.faults]
+        results = [replace(m, content=_encodable(m.content)) for m in results]
+        with self._lock:
+            self._results.setdefault(number, []).append(results)
+        if session.done:
+            return None
+        ids, _ = encode(render_results(results, thinking=self.settings.thinking), self.tokenizer)
+        return ids
+
+    def close(self, number: int) -> None:
+        """The episode of a request has ended: its tools leave nothing behind."""
+        with self._lock:
+            session = self._sessions.pop(number, None)
+        if session is not None:
+            session.close()
+
+    def close_all(self) -> None:
+        """End every episode, also those that were cut short."""
+        for number in list(self._sessions):
+            self.close(number)
+
+    def response(self, completion: Completion) -> list[Message]:
+        """The turns that answered the prompt: the model's, and between them the tools'."""
+        results = self._results.get(completion.request.id, [])
+        messages: list[Message] = []
+        for turn, ids in enumerate(_turns(completion)):
+            messages.append(self._parse(ids).message)
+            if turn < len(results):
+                messages += results[turn]
+        return messages
+
+    def _parse(self, ids: list[int]) -> Reply:
+        return parse_reply(self.tokenizer.decode(ids), thinking=self.settings.thinking)
+
+    def _session(self, number: int) -> ToolSession | None:
+        with self._lock:
+            if number in self._sessions:
+                return self._sessions[number]
+        # Outside of the lock: a repository may take long to read.
+        prompt = self.tasks[number].prompt
+        session = self.environments[prompt.domain].session(prompt)
+        with self._lock:
+            self._sessions[number] = session
+        return session
+
+
+def _encodable(text: str) -> str:
+    """Text without lone surrogates, which no tokenizer takes; programs may print them."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _turns(completion: Completion) -> list[list[int]]:
+    """The model's stretches of a completion, as ids."""
+    start = len(completion.request.prompt)
+    written, ids = completion.written[start:], completion.tokens[start:]
+    if not ids.numel():
+        return []
+    cuts = torch.nonzero(written[1:] != written[:-1])[:, 0].add(1).tolist()
+    bounds = [0, *cuts, ids.numel()]
+    return [ids[a:b].tolist() for a, b in itertools.pairwise(bounds) if bool(written[a])]

@@ -1,0 +1,78 @@
+"""What a step's rollouts were like, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nemocascade.rl.collector import Gathered, Group
+from nemocascade.rl.verification import NOT_SCORED, Rollout
+from nemocascade.types import Environment
+
+
+def rollout_values(
+    gathered: Gathered, seconds: float, environments: Mapping[str, Environment]
+) -> dict[str, Any]:
+    """For the step's line of metrics.jsonl. seconds: that generation and verification took."""
+    rollouts = [r for g in gathered.tried for r in g.rollouts]
+    rewards = [r.verdict.reward for r in rollouts if r.verdict.reward is not None]
+    lengths = torch.tensor([r.length for r in rollouts], dtype=torch.float64)
+    by_domain: dict[str, list[float]] = {}
+    for group in gathered.tried:
+        scored = [r.verdict.reward for r in group.rollouts if r.verdict.reward is not None]
+        by_domain.setdefault(group.task.prompt.domain, []).extend(scored)
+    values: dict[str, Any] = {
+        "rollout_time_s": seconds,
+        "reward": _mean(rewards),
+        "response_tokens": float(lengths.mean()),
+        "response_tokens_max": float(lengths.max()),
+        "truncated": _mean([float(r.truncated) for r in rollouts]),
+        "turns": _mean([float(r.turns) for r in rollouts]),
+        "verifier_errors": sum(
+            r.verdict.reward is None and r.verdict != NOT_SCORED for r in rollouts
+        ),
+        "groups": len(gathered.groups),
+        "groups_drawn": gathered.drawn,
+        "groups_masked": gathered.masked,
+    }
+    absolute = [g for g in gathered.tried if not environments[g.task.prompt.domain].by_group]
+    if absolute:
+        values["groups_all_right"] = _share(absolute, low=1.0)
+        values["groups_all_wrong"] = _share(absolute, high=0.0)
+    values |= _judged(rollouts)
+    if len(by_domain) > 1:
+        values |= {f"reward/{name}": _mean(r) for name, r in sorted(by_domain.items())}
+    return values
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _share(
+    groups: Sequence[Group], *, low: float | None = None, high: float | None = None
+) -> float:
+    """The share of groups with all rewards at least `low`, or at most `high`."""
+    count = 0
+    for group in groups:
+        rewards = [r.verdict.reward for r in group.rollouts if r.verdict.reward is not None]
+        if rewards:
+            count += (low is not None and min(rewards) >= low) or (
+                high is not None and max(rewards) <= high
+            )
+    return count / max(1, len(groups))
+
+
+def _judged(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The shares of comparisons that got no answer, and whose answer did not parse."""
+    details = [r.verdict.details for r in rollouts if "unanswered" in r.verdict.details]
+    unanswered = sum(d["unanswered"] for d in details)
+    asked = unanswered + sum(d.get("pairs", 0) for d in details)
+    if not asked:
+        return {}
+    return {
+        "judge_unanswered": unanswered / asked,
+        "judge_unparsed": sum(d["unparsed"] for d in details) / asked,
+    }

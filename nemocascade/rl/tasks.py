@@ -1,0 +1,174 @@
+"""The prompts of a stage, in an order that the seed decides and the number of ranks does not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from nemocascade.data.chat_template import encode, render_prompt
+from nemocascade.data.conversation import Conversation
+from nemocascade.data.errors import DataError
+from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.recipe.rl import DomainConfig, RolloutConfig
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.types import Environment, Prompt
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt with its ids and its place in the stage's order."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    number: int
+
+
+def read_tasks(
+    domain: DomainConfig, environment: Environment, *, seed: int, heldout: bool, count: int
+) -> list[Prompt]:
+    """The prompts of one domain: at most `count` from its files, or as many made from the seed.
+
+    count: 0 = all that the files hold. Raises DataError if there is none.
+    """
+    paths = domain.heldout_path if heldout else domain.path
+    if not paths:
+        if domain.path and heldout:
+            # Tasks from files have no held-out side of their own.
+            return []
+        made = environment.prompts(
+            seed=seed, count=count, difficulty=domain.difficulty, heldout=heldout
+        )
+        return list(made)
+    rows: Iterator[Prompt] = (prompt for path in paths for prompt in environment.read(path))
+    if not heldout and (domain.drop_solved or domain.drop_unsolved):
+        rows = _filtered(rows, domain)
+    found = list(islice(rows, count or None))
+    if not found:
+        raise DataError(f"{domain.domain}: {', '.join(paths)} holds no task: name other files")
+    return found
+
+
+def _filtered(prompts: Iterable[Prompt], domain: DomainConfig) -> Iterator[Prompt]:
+    """The tasks that pass the filter by `pass_rate`; the dropped ones are counted and logged."""
+    shares = {"solved": domain.drop_solved, "unsolved": domain.drop_unsolved}
+    dropped = dict.fromkeys(shares, 0)
+    kept = unknown = 0
+    try:
+        for prompt in prompts:
+            unknown += prompt.pass_rate is None
+            what = {1.0: "solved", 0.0: "unsolved", None: None}.get(prompt.pass_rate)
+            # Other digits of the id than those that hold tasks out.
+            if what and int(prompt.id[8:16], 16) < shares[what] * 2**32:
+                dropped[what] += 1
+                continue
+            kept += 1
+            yield prompt
+    finally:  # also where no more were asked for
+        LOGGER.info(
+            "%s: by pass_rate, %d tasks solved every time and %d never solved are dropped, %d kept",
+            domain.domain,
+            dropped["solved"],
+            dropped["unsolved"],
+            kept,
+        )
+        if unknown:
+            LOGGER.warning("%s: %d tasks have no pass_rate and are kept", domain.domain, unknown)
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, rollout: RolloutConfig
+) -> list[tuple[Prompt, tuple[int, ...]]]:
+    """Prompts with their ids; those beyond `max_prompt_tokens` are dropped and counted."""
+    kept = []
+    for prompt in prompts:
+        conversation = Conversation(prompt.messages, prompt.tools)
+        segments = render_prompt(conversation, thinking=rollout.thinking)
+        ids, _ = encode(segments, tokenizer)
+        if len(ids) <= rollout.max_prompt_tokens:
+            kept.append((prompt, tuple(ids)))
+    if len(kept) < len(prompts):
+        LOGGER.warning(
+            "%s: %d of %d prompts are longer than rollout.max_prompt_tokens(%d) and are dropped",
+            prompts[0].domain,
+            len(prompts) - len(kept),
+            len(prompts),
+            rollout.max_prompt_tokens,
+        )
+    return kept
+
+
+class TaskStream:
+    """An endless sequence of tasks: domains by their shares, each domain shuffled every epoch.
+
+    Task number n is a function of the settings alone, so the position is one number.
+    """
+
+    def __init__(
+        self,
+        domains: Sequence[DomainConfig],
+        environments: Mapping[str, Environment],
+        tokenizer: Tokenizer,
+        rollout: RolloutConfig,
+        *,
+        seed: int,
+    ) -> None:
+        self.seed = seed
+        self.shares = {d.domain: d.share for d in domains}
+        self.prompts = {}
+        for domain in domains:
+            found = read_tasks(
+                domain, environments[domain.domain], seed=seed, heldout=False, count=domain.tasks
+            )
+            self.prompts[domain.domain] = encode_prompts(found, tokenizer, rollout)
+            if not self.prompts[domain.domain]:
+                raise DataError(
+                    f"{domain.domain} has no prompt of at most "
+                    f"rollout.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
+                )
+        self._drawn = dict.fromkeys(self.shares, 0)
+        self._order: dict[str, tuple[int, list[int]]] = {}
+
+    @property
+    def position(self) -> int:
+        """Tasks that were taken."""
+        return sum(self._drawn.values())
+
+    def take(self, count: int) -> list[Task]:
+        """The next `count` tasks."""
+        return [self._next() for _ in range(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+        return {"drawn": dict(self._drawn)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position. Raises DataError if it is of other domains."""
+        if state["drawn"].keys() != self._drawn.keys():
+            raise DataError(
+                f"the checkpoint has drawn from {sorted(state['drawn'])}, this recipe names "
+                f"{sorted(self._drawn)}: set --domains as they were, or choose another --run-dir"
+            )
+        self._drawn = dict(state["drawn"])
+
+    def _next(self) -> Task:
+        number = self.position
+        total = sum(self.shares.values())
+        # The domain that is furthest behind its share.
+        domain = max(
+            self.shares, key=lambda d: self.shares[d] / total * (number + 1) - self._drawn[d]
+        )
+        prompts = self.prompts[domain]
+        epoch, index = divmod(self._drawn[domain], len(prompts))
+        prompt, ids = prompts[self._shuffled(domain, epoch)[index]]
+        self._drawn[domain] += 1
+        return Task(prompt, ids, number)
+
+    def _shuffled(self, domain: str, epoch: int) -> list[int]:
+        if domain not in self._order or self._order[domain][0] != epoch:
+            order = list(range(len(self.prompts[domain])))
+            random.Random(f"{self.seed}/{domain}/{epoch}").shuffle(order)
+            self._order[domain] = (epoch, order)
+        return self._order[domain][1]

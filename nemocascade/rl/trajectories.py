@@ -1,0 +1,158 @@
+"""Rollouts as they are logged in RUN/rollouts, and scored again from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from nemocascade.data.errors import DataError
+from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
+from nemocascade.recipe import EnvConfig
+from nemocascade.recipe.judge import JudgeConfig
+from nemocascade.rl.collector import Group
+from nemocascade.types import Message, Prompt, ToolCall, Verdict
+
+
+def extremes(group: Group) -> list[int]:
+    """The numbers of a group's best and worst rollout; of the first one where all are alike."""
+    rewards = {i: r.verdict.reward for i, r in enumerate(group.rollouts)}
+    scored = {i: reward for i, reward in rewards.items() if reward is not None}
+    if not scored:
+        return [0]
+    best, worst = (choose(scored, key=lambda i: scored[i]) for choose in (max, min))
+    return list(dict.fromkeys((best, worst)))
+
+
+def logged(step: int, group: Group, number: int = 0) -> dict[str, Any]:
+    """One rollout of a group, in JSON values.
+
+    An episode with calls is logged turn by turn, and with what its verifier needs, so that it can
+    be scored again; but not where that is more than JSON values, as in domains without tools, whose
+    answers may still look like calls.
+    """
+    rollout, prompt = group.rollouts[number], group.task.prompt
+    line: dict[str, Any] = {
+        "step": step,
+        "rollout": number,
+        "domain": prompt.domain,
+        "task": prompt.id,
+        "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+        "response": rollout.text,
+        "truncated": rollout.truncated,
+        "reward": rollout.verdict.reward,
+        "error": rollout.verdict.error,
+        "details": dict(rollout.verdict.details),
+        "rewards_of_group": [r.verdict.reward for r in group.rollouts],
+    }
+    called = any(m.tool_calls or m.role == "tool" for m in rollout.response)
+    if called and _is_json(prompt.answer):
+        line |= {"turns": [_turn(m) for m in rollout.response], "answer": dict(prompt.answer)}
+    return line
+
+
+def _is_json(answer: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(dict(answer))
+    except TypeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """Score logged episodes again, and compare."""
+
+    path: str = ""
+    """A file of RUN/rollouts, or the folder."""
+
+    envs: EnvConfig = field(default_factory=EnvConfig)
+    """How verdicts are made; as in the run, where its recipe.json lies beside `rollouts`."""
+
+
+def settings_of_run(path: Path) -> ReplaySettings:
+    """The settings for a file or folder of rollouts, with those of its run's recipe."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        recipe = json.loads((folder.parent / "recipe.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ReplaySettings(str(path))
+    except ValueError as error:
+        raise DataError(f"{folder.parent / 'recipe.json'} is no JSON: {error}") from error
+    envs = _filled(EnvConfig(), recipe.get("envs", {}))
+    # No episode with tools needs the run's judge, which may be gone.
+    return ReplaySettings(str(path), replace(envs, judge=JudgeConfig()))
+
+
+def _filled[T](default: T, said: Mapping[str, Any]) -> T:
+    """A dataclass with the values of `said`; settings of another version are left out."""
+    found: dict[str, Any] = {}
+    for f in fields(cast(Any, default)):
+        if f.name in said:
+            old, new = getattr(default, f.name), said[f.name]
+            if is_dataclass(old):
+                new = _filled(old, new)
+            found[f.name] = tuple(new) if isinstance(old, tuple) else new
+    return cast(T, replace(cast(Any, default), **found))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A logged episode and its two verdicts. where: `file:line`."""
+
+    where: str
+    logged: float | None
+    verdict: Verdict
+
+    @property
+    def same(self) -> bool:
+        """The rewards are equal, or there was none both times."""
+        return self.logged == self.verdict.reward
+
+
+def replay(settings: ReplaySettings) -> list[Replayed]:
+    """Every logged episode with calls, scored again. Raises DataError where there is none."""
+    root = Path(settings.path)
+    files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file} is no file: name one of RUN/rollouts, or that folder")
+        lines = file.read_text(encoding="utf-8").splitlines()
+        rows += [(f"{file.name}:{n}", json.loads(line)) for n, line in enumerate(lines, start=1)]
+    chosen = [(where, row) for where, row in rows if "turns" in row]
+    if not chosen:
+        raise DataError(f"{root}: none of its {len(rows)} rollouts has calls of tools")
+    environments = make_environments(settings.envs)
+    try:
+        found = []
+        for where, row in chosen:
+            if row["domain"] not in DOMAINS:
+                raise DataError(f"{where}: {row['domain']!r} is no domain")
+            environment = environments[row["domain"]]
+            verdict = environment.score(_prompt(row), [_message(t) for t in row["turns"]])
+            found.append(Replayed(where, row["reward"], verdict))
+        return found
+    finally:
+        close_environments(environments)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        turn["reasoning"] = message.reasoning
+    if message.tool_calls:
+        turn["calls"] = [{"name": c.name, "arguments": c.arguments} for c in message.tool_calls]
+    return turn
+
+
+def _message(turn: Mapping[str, Any]) -> Message:
+    calls = tuple(ToolCall(c["name"], c["arguments"]) for c in turn.get("calls", ()))
+    return Message(turn["role"], turn["content"], turn.get("reasoning", ""), calls)
+
+
+def _prompt(row: Mapping[str, Any]) -> Prompt:
+    messages = tuple(Message(m["role"], m["content"]) for m in row["prompt"])
+    return Prompt(row["task"], row["domain"], messages, row["answer"])

@@ -1,0 +1,187 @@
+"""From completions to scored rollouts, beside a generation that goes on or after it.
+
+A response is scored as soon as it is written, or with its whole group as soon as that is, where
+verdicts are made by group; what a judge can be asked before, it is asked before. A verifier that
+works on all ranks waits for the generation's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import Any
+
+from torch import Tensor
+
+from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.recipe.judge import JudgeConfig
+from nemocascade.rl.episodes import Episodes
+from nemocascade.rl.tasks import Task
+from nemocascade.rollout.engine import Completion
+from nemocascade.runtime.watchdog import Watchdog
+from nemocascade.runtime.world import World
+from nemocascade.types import Environment, Message, Prompt, Verdict
+
+THREADS = 8
+"""Verifiers at a time, where they use the processor."""
+
+_LOOK_S = 1.0
+"""So often a wait for verdicts looks whether a judge gets on."""
+
+NOT_SCORED = Verdict(None, "not scored")
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One scored answer. Tensors are those of its `Completion`: [n], prompt and all."""
+
+    tokens: Tensor
+    written: Tensor
+    logprob: Tensor
+    prompt_tokens: int
+    truncated: bool
+    turns: int
+    text: str
+    verdict: Verdict
+    response: tuple[Message, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model wrote."""
+        return int(self.written.sum())
+
+
+class Verification:
+    """Scores the rollouts of one generation on this rank, in threads of its own.
+
+    tasks: by request; `copies` requests have the same one. scored: False leaves all unscored.
+    """
+
+    def __init__(
+        self,
+        episodes: Episodes,
+        environments: Mapping[str, Environment],
+        tokenizer: Tokenizer,
+        tasks: Mapping[int, Task],
+        *,
+        copies: int,
+        scored: bool,
+        threads: int,
+    ) -> None:
+        self.episodes, self.environments, self.tokenizer = episodes, environments, tokenizer
+        self.tasks, self.copies, self.scored = tasks, copies, scored
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
+        self._futures: list[Future[None]] = []
+        self._rollouts: dict[int, Rollout] = {}
+        self._lock = Lock()
+        self._wait = True
+
+    def add(self, completion: Completion) -> None:
+        """Score it once it can be, while this thread goes on."""
+        self._futures.append(self._pool.submit(self._finish, completion))
+
+    def rollouts(self, watch: Watchdog) -> dict[int, Rollout]:
+        """All rollouts by request, once their verdicts are there."""
+        _wait_for(self._futures, self.environments.values(), watch, "verdicts")
+        for future in self._futures:
+            future.result()
+        return self._rollouts
+
+    def give_up(self) -> None:
+        """An error ends the stage: its report must not wait for verdicts that nobody reads."""
+        self._wait = False
+
+    def close(self) -> None:
+        """End the threads, after what they work on."""
+        self._pool.shutdown(wait=self._wait, cancel_futures=True)
+
+    def _finish(self, completion: Completion) -> None:
+        """Read a response; score it, or its group if it is the last one of that."""
+        number = completion.request.id
+        task = self.tasks[number]
+        environment = self.environments[task.prompt.domain]
+        response = self.episodes.response(completion)
+        later = environment.collective or not self.scored
+        rollout = self._read(completion, response)
+        if not later and not environment.by_group:
+            rollout = replace(rollout, verdict=environment.score(task.prompt, response))
+        with self._lock:
+            self._rollouts[number] = rollout
+            first = task.number * self.copies
+            group = [self._rollouts.get(n) for n in range(first, first + self.copies)]
+        if not environment.by_group or later:
+            return
+        written = {i: r.response for i, r in enumerate(group) if r is not None}
+        if len(written) < self.copies:
+            environment.begin_group(task.prompt, written, number - first)
+            return
+        (verdicts,) = environment.score_groups([(task.prompt, list(written.values()))])
+        with self._lock:
+            for n, verdict in enumerate(verdicts, start=first):
+                self._rollouts[n] = replace(self._rollouts[n], verdict=verdict)
+
+    def _read(self, completion: Completion, response: Sequence[Message]) -> Rollout:
+        return Rollout(
+            tokens=completion.tokens,
+            written=completion.written,
+            logprob=completion.logprob,
+            prompt_tokens=len(completion.request.prompt),
+            truncated=completion.finish == "length",
+            turns=completion.turns,
+            text=self.tokenizer.decode(completion.response),
+            verdict=NOT_SCORED,
+            response=tuple(response),
+        )
+
+
+def verifier_threads(judge: JudgeConfig) -> int:
+    """Verifiers at a time on a rank: those that wait for a server use no processor."""
+    return max(THREADS, judge.concurrency) if judge.kind == "server" else THREADS
+
+
+def shows(world: World) -> bool:
+    """Whether this rank is the one of its replica that verifies."""
+    return world.tp_rank == 0 and world.is_first_stage
+
+
+def score_after(
+    world: World,
+    environment: Environment,
+    groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]],
+) -> list[list[Verdict]]:
+    """The verdicts on groups that every rank knows, outside of a generation; the same everywhere.
+
+    Every rank calls it. A verifier that is not collective is dealt the groups rank by rank.
+    """
+    if environment.collective:
+        return environment.score_groups(groups)
+    mine: dict[int, list[Verdict]] = {}
+    if shows(world):
+        numbers = range(world.dp_rank, len(groups), world.dp_size)
+        with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
+            found = pool.submit(environment.score_groups, [groups[n] for n in numbers])
+            _wait_for([found], [environment], world.watch, "calls of a verifier")
+        mine = dict(zip(numbers, found.result(), strict=True))
+    everything: dict[int, list[Verdict]] = {}
+    world.watch.meet()
+    for part in world.all_gather_object(mine):
+        everything |= part
+    return [everything[n] for n in range(len(groups))]
+
+
+def _wait_for(
+    futures: Sequence[Future[Any]],
+    environments: Collection[Environment],
+    watch: Watchdog,
+    what: str,
+) -> None:
+    """Wait until all have ended. Each one, and whatever a judge does meanwhile, is progress."""
+    open_, before = set(futures), -1
+    while open_:
+        ended, open_ = wait(open_, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
+        activity = sum(e.activity for e in environments)
+        if ended or activity != before:
+            watch.progress(f"{len(futures) - len(open_)} of {len(futures)} {what}")
+            before = activity

@@ -1,0 +1,79 @@
+"""How often the policy's answers win against those that the stage's start gives.
+
+For domains whose verdicts compare: rewards of a group are relative, so they do not tell whether the
+policy became better. Both answers are greedy, and the same judge holds one against the other: 1 for
+a win, 0.5 for a tie, 0 for a loss. At the start the two are the same, which is a tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from nemocascade.envs.base import final_text
+from nemocascade.envs.preference import against
+from nemocascade.rl.collector import Collector, Group
+from nemocascade.rl.tasks import Task
+from nemocascade.rl.verification import score_after
+from nemocascade.rollout.engine import Sampling
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.train.trainer import Trainer
+from nemocascade.train.weight_swap import WeightSwap
+from nemocascade.types import Artifact
+
+START = "start"
+
+
+def start_answers(
+    collector: Collector,
+    trainer: Trainer,
+    start: Artifact,
+    tasks: Sequence[Task],
+    greedy: Sampling,
+) -> dict[int, str]:
+    """Final messages of the stage's start to tasks that are compared, by their numbers.
+
+    A resumed run makes them again: greedy answers of the same weights are the same.
+    """
+    compared = [t for t in tasks if collector.environments[t.prompt.domain].by_group]
+    if not compared:
+        return {}
+    swap = WeightSwap(trainer.world, trainer.chunks)
+    swap.load(START, start)
+    with swap.using(START):
+        groups = collector.roll_out(compared, 1, greedy, scored=False)
+    swap.close()
+    return {group.task.number: final_text(group.rollouts[0].response) for group in groups}
+
+
+def over_start(
+    collector: Collector, groups: Sequence[Group], answers: Mapping[int, str]
+) -> dict[str, float]:
+    """`heldout/DOMAIN_over_start` of each domain that is compared; every rank calls it.
+
+    groups: the policy's greedy answers, one each. answers: of `start_answers`.
+    """
+    found: dict[str, float] = {}
+    for name, environment in sorted(collector.environments.items()):
+        mine = [g for g in groups if g.task.prompt.domain == name and g.task.number in answers]
+        if not mine:
+            continue
+        collector.world.watch.enter("held out: win rate")
+        verdicts = score_after(
+            collector.world,
+            environment,
+            [
+                (against(g.task.prompt, answers[g.task.number]), [g.rollouts[0].response])
+                for g in mine
+            ],
+        )
+        rewards = [v.reward for (v,) in verdicts if v.reward is not None]
+        if len(rewards) < len(mine):
+            LOGGER.warning(
+                "%s: %d of %d answers could not be compared with the start's, they don't count",
+                name,
+                len(mine) - len(rewards),
+                len(mine),
+            )
+        if rewards:
+            found[f"heldout/{name}_over_start"] = sum(rewards) / len(rewards)
+    return found

@@ -1,0 +1,26 @@
+"""How errors are shown: those that a user can mend as a message, all others as a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from nemocascade.recipe.errors import UserError
+from nemocascade.runtime.world import MainRankError
+
+
+def exit_cleanly[T](work: Callable[[], T]) -> T:
+    """The result of `work()`; a UserError ends the program with its message and exit code.
+
+    The main rank alone prints it. Exit codes: 2 in general, 3 for NaN, 5 for a cascade's alarm.
+    """
+    try:
+        return work()
+    except MainRankError:
+        # The main rank prints the reason.
+        raise SystemExit(2) from None
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,135 @@
+"""The ranks of a run: process groups, device, and this rank's place on every axis."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from nemocascade.recipe import ParallelConfig
+from nemocascade.runtime.watchdog import Watchdog
+
+
+class MainRankError(RuntimeError):
+    """Work that the main rank does for all ranks failed there."""
+
+
+def world_size_of_environment() -> int:
+    """Ranks that the launcher (torchrun, srun + torchrun) started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Groups(Protocol):
+    """The process groups of a layout, as Megatron-Core's ProcessGroupCollection names them."""
+
+    tp: Any
+    pp: Any
+    mp: Any
+    dp: Any
+    cp: Any
+    ep: Any
+    dp_cp: Any
+    tp_ep: Any
+    tp_dp_cp: Any
+    expt_tp: Any
+    expt_dp: Any
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands. Passed down; nothing below asks a global for it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    parallel: ParallelConfig
+    groups: Groups
+    watch: Watchdog = field(default_factory=Watchdog)
+    """Names a rank that stalls or dies; see `phase`."""
+    leave_engine: Callable[[], None] = lambda: None
+    """Destroys the engine's own groups; called before the process group goes."""
+
+    @property
+    def dp_rank(self) -> int:
+        return int(dist.get_rank(self.groups.dp))
+
+    @property
+    def dp_size(self) -> int:
+        return int(dist.get_world_size(self.groups.dp))
+
+    @property
+    def tp_rank(self) -> int:
+        return int(dist.get_rank(self.groups.tp))
+
+    @property
+    def pp_rank(self) -> int:
+        return int(dist.get_rank(self.groups.pp))
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.parallel.pp - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes what a run writes once."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """One line with the size of every axis."""
+        p = self.parallel
+        return (
+            f"world {self.size}: tp {p.tp} x pp {p.pp} (vpp {p.vpp}) x dp {self.dp_size}, "
+            f"experts etp {p.etp} x ep {p.ep}, {self.device.type}"
+        )
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def broadcast_object(self, value: Any, src: int = 0) -> Any:
+        """`value` of rank `src`, a JSON-like object, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=src)
+        return box[0]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """`value` of every rank, by rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum_over_data_parallel(self, value: torch.Tensor) -> torch.Tensor:
+        """`value` summed in place over the data-parallel ranks."""
+        dist.all_reduce(value, group=self.groups.dp)
+        return value
+
+    def close(self) -> None:
+        """Leave all process groups, so that another layout may start in this process."""
+        self.leave_engine()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def main_first(world: World, work: Any, rest: Any) -> Any:
+    """`work()` on the main rank, then `rest()` on the others; its failure fails all ranks."""
+    failure, result = None, None
+    if world.is_main:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    message = world.broadcast_object(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise MainRankError(message)
+    return result if world.is_main else rest()

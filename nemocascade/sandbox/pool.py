@@ -1,0 +1,323 @@
+"""The trusted side: programs in, outcomes out."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import queue
+import selectors
+import signal
+import socket
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.sandbox import launch
+from nemocascade.types import Outcome, Program, SandboxError, SandboxUnavailable, Status
+
+GRACE_S = 5.0
+"""A worker that says nothing for this long after a program's time limit is killed."""
+_CHUNK = 1 << 16
+_PAGE = 4096
+
+
+class SandboxPool:
+    """A pool of workers. `run` blocks; threads share the pool.
+
+    Raises SandboxUnavailable at once if the host forbids isolation and `allow_unsafe` is off.
+    """
+
+    def __init__(self, config: SandboxConfig | None = None) -> None:
+        self.config = config or SandboxConfig()
+        if problems := self.config.problems():
+            raise ValueError("; ".join(problems))
+        if missing := [path for path in self.config.packages if not os.path.isdir(path)]:
+            raise ValueError(f"sandbox.packages: {', '.join(missing)} is no folder here")
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.walls, first = self._choose()
+        self.size = self.config.workers or len(os.sched_getaffinity(0))
+        self._slots: queue.LifoQueue[launch.Worker | None] = queue.LifoQueue()
+        for worker in (*([None] * (self.size - 1)), first):
+            self._slots.put(worker)
+
+    def run(self, program: Program) -> Outcome:
+        """Run one program. Raises SandboxError within `time_s` + 5 s if a worker is lost.
+
+        Raises it too, at once, for files that the program's folder has no room for.
+        """
+        _check_room(program.files, self.config)
+        worker = self._slots.get()
+        try:
+            if worker is None:
+                worker = launch.start(self.walls, self.config, self._scratch())
+            return _run(worker, program, self.config)
+        except launch.WallsError as error:
+            raise SandboxError(f"no worker could be started: {error}") from error
+        except BaseException:
+            # Half a conversation cannot be gone on with.
+            if worker is not None:
+                worker.kill()
+                worker = None
+            raise
+        finally:
+            self._slots.put(worker)
+
+    def process_ids(self) -> list[int]:
+        """Ids of the idle workers."""
+        return [w.pid for w in list(self._slots.queue) if w is not None]
+
+    def close(self) -> None:
+        """End all workers; a later run starts new ones."""
+        workers = [self._slots.get() for _ in range(self.size)]
+        for worker in workers:
+            if worker is not None:
+                worker.kill()
+            self._slots.put(None)
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _choose(self) -> tuple[launch.Walls, launch.Worker]:
+        asked = self.config.isolation
+        kinds: tuple[launch.Walls, ...] = (
+            ("bubblewrap", "namespaces") if asked == "auto" else (asked,)
+        )
+        reasons = []
+        for kind in kinds:
+            reason = launch.missing(kind)
+            if reason is None:
+                try:
+                    return kind, _proven(launch.start(kind, self.config, None), self.config)
+                except launch.WallsError as error:
+                    reason = str(error)
+            reasons.append(f"{kind}: {reason}")
+        if not self.config.allow_unsafe:
+            raise SandboxUnavailable(
+                f"programs cannot be isolated here ({'; '.join(reasons)}). Allow user namespaces "
+                "(sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), "
+                "install bubblewrap, or set sandbox.allow_unsafe to run them unprotected"
+            )
+        warnings.warn(
+            f"programs run WITHOUT isolation, as this user ({'; '.join(reasons)}): they can read "
+            "and delete whatever this user can",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return "none", launch.start("none", self.config, self._scratch("none"))
+
+    def _scratch(self, walls: launch.Walls | None = None) -> str | None:
+        if (walls or self.walls) != "none":
+            return None
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="nemocascade-")
+        return self._folder.name
+
+
+# What walls must do before they are trusted: it runs inside, and ends with "held" if they hold.
+_PROBE = """
+import os, socket
+assert os.getpid() == 1 and not os.path.exists("/proc/self") and os.listdir(".") == []
+assert not os.access("/usr", os.W_OK)
+try:
+    socket.socket()
+    raise SystemExit("a socket could be opened")
+except PermissionError:
+    pass
+for n in range({processes} + 1):
+    try:
+        if os.fork() == 0:
+            os.read(0, 1)
+            os._exit(0)
+    except OSError:
+        break
+else:
+    raise SystemExit("the number of processes is not limited")
+print("held")
+"""
+
+
+def _proven(worker: launch.Worker, config: SandboxConfig) -> launch.Worker:
+    """The worker, if its walls hold. Raises WallsError."""
+    try:
+        outcome = _run(worker, Program(_PROBE.format(processes=config.processes)), config)
+    except SandboxError as error:
+        worker.kill()
+        raise launch.WallsError(str(error)) from error
+    if outcome.stdout.strip() != "held":
+        worker.kill()
+        said = outcome.stderr.strip().splitlines()
+        raise launch.WallsError(f"the walls do not hold: {said[-1] if said else outcome.status}")
+    return worker
+
+
+def _run(worker: launch.Worker, program: Program, config: SandboxConfig) -> Outcome:
+    """Hand the program's pipes to the worker, feed and drain them, and wait for its answer."""
+    job = {
+        "source": program.source,
+        "function": program.function,
+        "calls": program.calls,
+        "files": {path: base64.b64encode(data).decode() for path, data in program.files.items()},
+    }
+    with contextlib.ExitStack() as stack:
+        # Written by us: stdin and the job. Read by us: stdout, stderr and results.
+        stdin_r, stdin_w = _pipe(stack)
+        out_r, out_w = _pipe(stack)
+        err_r, err_w = _pipe(stack)
+        result_r, result_w = _pipe(stack)
+        job_r, job_w = _pipe(stack)
+        theirs = [stdin_r, out_w, err_w, result_w, job_r]
+        try:
+            socket.send_fds(worker.channel, [b"run"], [fd.number for fd in theirs])
+        except OSError as error:
+            raise SandboxError(f"a worker is gone: {error}") from error
+        for fd in theirs:
+            fd.close()
+        exchange = _Exchange(
+            worker.channel,
+            {job_w: json.dumps(job).encode(), stdin_w: program.stdin.encode(errors="replace")},
+            {out_r: bytearray(), err_r: bytearray(), result_r: bytearray()},
+            config.output_kib << 10,
+        )
+        answer = exchange.run(time.monotonic() + config.time_s + GRACE_S)
+        out, err, results = exchange.read.values()
+    if "status" not in answer:
+        raise SandboxError(f"a program could not be isolated: {answer.get('refused')}")
+    status: Status = "ok" if answer["status"] == 0 else "failed"
+    # The kernel kills what is over its processor time, which threads use up faster than the clock.
+    killed = answer["status"] == -signal.SIGKILL
+    if exchange.over:
+        status = "output"
+    elif answer["over_time"] or (killed and answer["cpu_s"] >= config.time_s):
+        status = "time"
+    return Outcome(
+        status,
+        answer["status"],
+        out.decode(errors="replace"),
+        err.decode(errors="replace"),
+        _parse(bytes(results)),
+        answer["wall_s"],
+        answer["cpu_s"],
+    )
+
+
+def _check_room(files: Mapping[str, bytes], config: SandboxConfig) -> None:
+    """Raise SandboxError where `files` do not fit the scratch folder, half of it left free."""
+    folders = {str(parent) for path in files for parent in PurePosixPath(path).parents}
+    pages = sum(-(-len(data) // _PAGE) for data in files.values()) + len(folders)
+    entries = len(files) + len(folders)
+    room = config.scratch_mib << 20
+    if 2 * pages * _PAGE > room or 2 * entries > config.scratch_entries:
+        raise SandboxError(
+            f"{len(files)} files of {pages * _PAGE / 2**20:.1f} MiB are more than half of what "
+            f"sandbox.scratch_mib({config.scratch_mib}) holds: raise it"
+        )
+
+
+class _Fd:
+    """A file descriptor that is closed once."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._open = True
+
+    def fileno(self) -> int:
+        return self.number
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            os.close(self.number)
+
+
+def _pipe(stack: contextlib.ExitStack) -> tuple[_Fd, _Fd]:
+    ends = tuple(_Fd(number) for number in os.pipe())
+    for end in ends:
+        stack.callback(end.close)
+    return ends[0], ends[1]
+
+
+class _Exchange:
+    """Feeds and drains a program's pipes until its worker answers."""
+
+    def __init__(
+        self,
+        channel: socket.socket,
+        write: dict[_Fd, bytes],
+        read: dict[_Fd, bytearray],
+        limit: int,
+    ) -> None:
+        self._channel = channel
+        self._write = {fd: memoryview(data) for fd, data in write.items()}
+        self.read = read
+        self._limit = limit
+        self.over = False
+
+    def run(self, deadline: float) -> dict[str, Any]:
+        """The worker's answer. Raises SandboxError if there is none by `deadline`."""
+        with selectors.DefaultSelector() as selector:
+            for fd in self._write:
+                os.set_blocking(fd.number, False)
+                selector.register(fd, selectors.EVENT_WRITE)
+            for fd in self.read:
+                selector.register(fd, selectors.EVENT_READ)
+            selector.register(self._channel, selectors.EVENT_READ)
+            answer: dict[str, Any] | None = None
+            # When the program has ended nobody holds the pipes, so they drain to their end.
+            while answer is None or any(fd in selector.get_map() for fd in self.read):
+                events = selector.select(max(0.0, deadline - time.monotonic()))
+                if not events and time.monotonic() >= deadline:
+                    raise SandboxError("a worker did not answer in time and was killed")
+                for key, _ in events:
+                    if key.fileobj is self._channel:
+                        answer = self._answer()
+                        selector.unregister(self._channel)
+                    elif not self._move(key.fileobj):
+                        selector.unregister(key.fileobj)
+        return answer
+
+    def _answer(self) -> dict[str, Any]:
+        try:
+            data = self._channel.recv(_CHUNK)
+        except OSError:
+            data = b""
+        if not data:
+            raise SandboxError("a worker died while it ran a program")
+        return dict(json.loads(data))
+
+    def _move(self, fd: Any) -> bool:
+        """Move some bytes; False when the pipe is done with."""
+        if fd in self._write:
+            try:
+                written = os.write(fd.number, self._write[fd][:_CHUNK])
+            except BrokenPipeError:
+                written = len(self._write[fd])  # the program does not want the rest
+            self._write[fd] = self._write[fd][written:]
+            if not self._write[fd]:
+                fd.close()
+                return False
+            return True
+        data = os.read(fd.number, _CHUNK)
+        kept = self.read[fd]
+        kept += data[: self._limit - len(kept)]
+        if len(kept) >= self._limit and data and not self.over:
+            self.over = True
+            with contextlib.suppress(OSError):  # its death shows when the answer is read
+                self._channel.send(b"kill")
+        return bool(data)
+
+
+def _parse(lines: bytes) -> tuple[Any, ...]:
+    """Results, a JSON value a line. A program can write what it likes here: stop at nonsense."""
+    values = []
+    for line in lines.splitlines():
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError):
+            break
+    return tuple(values)

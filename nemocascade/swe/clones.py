@@ -1,0 +1,118 @@
+"""Repositories as they were at a commit, from git clones on this machine; nothing is downloaded.
+
+Files are written as git holds them, which patches are made of. `git archive` and a checkout would
+leave out and rewrite what the repository's attributes say (export-ignore, export-subst, filters).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemocascade.swe.snapshots import MOST_MIB, misfit
+
+_COMMIT = re.compile(r"[0-9a-f]{7,64}")
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_FILE = b"100"
+"""Modes of files begin so; links and submodules have others."""
+
+
+class CloneError(ValueError):
+    """A clone that is not there, or not whole. The message says how to mend it."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file at a commit. blob: the name of its contents."""
+
+    path: str
+    blob: bytes
+    size: int
+
+
+def find_clone(root: Path, repository: str) -> Path:
+    """The git folder of `owner/name` below `root`. Raises CloneError without one."""
+    owner, _, name = repository.partition("/")
+    if not _is_name(owner) or not _is_name(name):
+        raise CloneError(f"repo({repository!r}) must be owner/name")
+    for path in (f"{owner}__{name}", f"{owner}/{name}"):
+        for folder in (root / path, root / f"{path}.git"):
+            for git in (folder / ".git", folder):
+                if git.is_file() or (git / "HEAD").is_file():
+                    return git
+    raise CloneError(
+        f"{root} has no clone of {repository}: make one, git clone --bare "
+        f"https://github.com/{repository} {root / f'{owner}__{name}'}"
+    )
+
+
+def write_snapshot(clone: Path, commit: str, target: Path) -> int:
+    """Write the files at `commit` to the new folder `target`; returns how many links and submodules
+    were left out.
+
+    Raises CloneError for a commit that the clone does not have whole, and ValueError for files that
+    no snapshot can hold.
+    """
+    if not _COMMIT.fullmatch(commit):
+        raise CloneError(f"base_commit({commit!r}) must be the hash of a commit")
+    entries, left_out = _entries(clone, commit)
+    if not entries:
+        raise ValueError(f"{clone} has no file at {commit}")
+    if sum(entry.size for entry in entries) > MOST_MIB << 20:
+        raise ValueError(f"{clone} holds more than {MOST_MIB} MiB at {commit}")
+    if fault := misfit(entry.path for entry in entries):
+        raise ValueError(f"{clone} at {commit}: {fault}")
+    blobs = b"".join(entry.blob + b"\n" for entry in entries)
+    stream = io.BytesIO(_git(clone, "cat-file", "--batch", stdin=blobs))
+    for entry in entries:
+        if stream.readline().split()[1:] != [b"blob", str(entry.size).encode()]:
+            raise CloneError(f"{clone} lacks {entry.path} at {commit}: fetch all of it")
+        path = target / entry.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(stream.read(entry.size))
+        stream.readline()  # ends the contents
+    return left_out
+
+
+def _entries(clone: Path, commit: str) -> tuple[list[_Entry], int]:
+    """The files at a commit, and how many entries are none."""
+    try:
+        listed = _git(clone, "ls-tree", "-r", "-l", "-z", "--full-tree", f"{commit}^{{commit}}")
+    except CloneError as error:
+        raise CloneError(f"{clone} has no commit {commit}, fetch it ({error})") from error
+    found, left_out = [], 0
+    for line in listed.split(b"\0")[:-1]:
+        about, _, path = line.partition(b"\t")
+        mode, _, blob, size = about.split()
+        if mode.startswith(_FILE):
+            found.append(_Entry(os.fsdecode(path), blob, int(size)))
+        else:
+            left_out += 1
+    return found, left_out
+
+
+def _git(clone: Path, *arguments: str, stdin: bytes = b"") -> bytes:
+    """What a git command prints. It may reach nothing but the clone."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", f"--git-dir={clone}", *arguments],
+            input=stdin,
+            capture_output=True,
+            env={**kept, "GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "LC_ALL": "C"},
+            check=False,
+        )
+    except FileNotFoundError:
+        raise CloneError("there is no program git: install it") from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise CloneError(said[0] if said else f"git {arguments[0]} ended with {done.returncode}")
+    return done.stdout
+
+
+def _is_name(text: str) -> bool:
+    return bool(_NAME.fullmatch(text)) and text not in (".", "..")

@@ -1,0 +1,205 @@
+"""`nemocascade import-swe`: rows as SWE-Gym publishes them become folders of tasks.
+
+A row has a repository's name, a commit, and two patches: the repair, and the tests that decide. Of
+each the result has a folder with `row.json` and `tests/`, as `swe.rows` reads them; snapshots lie
+beside them, and rows of one commit share one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from nemocascade.swe.clones import find_clone, write_snapshot
+from nemocascade.swe.patches import apply_patch, parse_patch
+from nemocascade.swe.protected import check_tests
+from nemocascade.swe.rows import ROW, TESTS, Row, issue_of, test_settings_of
+from nemocascade.swe.snapshots import Files, snapshot_paths
+from nemocascade.swe.texts import patched_files
+
+SNAPSHOTS = "snapshots"
+_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_NEEDED = ("instance_id", "repo", "base_commit", "patch", "test_patch")
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """Make tasks of rows in the form of SWE-Gym: instance_id, repo, base_commit, problem_statement,
+    patch, test_patch, FAIL_TO_PASS, PASS_TO_PASS. Nothing is downloaded."""
+
+    rows: tyro.conf.Positional[str]
+    """File of rows: .jsonl, .jsonl.gz or .parquet."""
+
+    target: tyro.conf.Positional[str]
+    """Folder to write. Tasks that it holds already stay as they are."""
+
+    repositories: str
+    """Folder with git clones, bare or not: owner__name or owner/name."""
+
+
+@dataclass
+class Imported:
+    """What became of the rows, by name. left_out: links and submodules, by snapshot."""
+
+    made: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """A line for each failure and each snapshot that lacks something, and the counts."""
+        lines = [f"{name}: {reason}" for name, reason in self.failed.items()]
+        lines += [
+            f"{name}: {count} links and submodules are left out"
+            for name, count in self.left_out.items()
+        ]
+        counts = f"{len(self.made)} tasks made, {len(self.kept)} were there already"
+        return "\n".join([*lines, f"{counts}, {len(self.failed)} rows cannot be imported"])
+
+
+def import_rows(settings: ImportSettings) -> Imported:
+    """Make a task of every row. Raises ValueError for a file of rows that cannot be read."""
+    rows = read_rows(Path(settings.rows))
+    target, clones = Path(settings.target), Path(settings.repositories)
+    (target / SNAPSHOTS).mkdir(parents=True, exist_ok=True)
+    found = Imported()
+    names: set[str] = set()
+    for where, row in rows:
+        name = str(row.get("instance_id") or where)
+        try:
+            _check(row, names)
+            names.add(name)
+            if (target / name).exists():
+                found.kept.append(name)
+                continue
+            _import(row, target, clones, found)
+            found.made.append(name)
+        except (ValueError, OSError) as error:
+            found.failed[f"{where} {name}" if name != where else where] = str(error)
+    return found
+
+
+def read_rows(path: Path) -> list[tuple[str, Row]]:
+    """The rows of a file, each with its `file:number`. Raises ValueError for a broken one."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: name one with rows")
+    if path.suffix == ".parquet":
+        rows: Sequence[Any] = _parquet(path)
+    else:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            rows = [_parsed(line, f"{path}:{n}") for n, line in enumerate(stream, start=1)]
+    found = [(f"{path.name}:{n}", row) for n, row in enumerate(rows, start=1) if row is not None]
+    if wrong := [where for where, row in found if not isinstance(row, dict)]:
+        raise ValueError(f"{wrong[0]}: a row must be an object")
+    if not found:
+        raise ValueError(f"{path} holds no row")
+    return found
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line) if line.strip() else None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+
+
+def _parquet(path: Path) -> Sequence[Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: pyarrow is missing, install it or give JSONL") from error
+    try:
+        return parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not Parquet ({error})") from error
+
+
+def _check(row: Row, names: set[str]) -> None:
+    """Raise ValueError for a row that misses something, or has another's name."""
+    for key in _NEEDED:
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise ValueError(f"{key!r} must be a text that is not empty")
+    issue_of(row)
+    name = row["instance_id"]
+    if not _ID.fullmatch(name) or name == SNAPSHOTS:
+        raise ValueError(f"instance_id({name!r}) must be the name of a folder, such as a__b-12")
+    if name in names:
+        raise ValueError("a row before it has this instance_id")
+
+
+def _import(row: Row, target: Path, clones: Path, found: Imported) -> None:
+    """Write the task of one row, whole or not at all."""
+    name = row["instance_id"]
+    # The patch is read first: it needs no snapshot.
+    golden = list(row.get("golden_files") or patched_files(row["patch"]))
+    settings = test_settings_of(row, {})
+    snapshot = _snapshot(row, target, clones, found)
+    tests = _tests(row, settings, target / snapshot)
+    kept = {key: value for key, value in row.items() if key != "test_patch"}
+    kept |= {
+        "FAIL_TO_PASS": settings["fail_to_pass"],
+        "PASS_TO_PASS": settings["pass_to_pass"],
+        "golden_files": golden,
+        "repository": snapshot,
+        "tests": {"files": f"{name}/{TESTS}", "framework": settings["framework"]},
+    }
+    with _new_folder(target, name) as folder:
+        for path, data in tests.items():
+            (folder / TESTS / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / TESTS / path).write_bytes(data)
+        text = json.dumps(kept, ensure_ascii=False, indent=1, default=str)
+        (folder / ROW).write_text(f"{text}\n", encoding="utf-8")
+
+
+def _snapshot(row: Row, target: Path, clones: Path, found: Imported) -> str:
+    """The folder with a row's repository, relative to `target`; it is written where it is new."""
+    commit = row["base_commit"].strip().lower()
+    clone = find_clone(clones, row["repo"])
+    name = f"{SNAPSHOTS}/{row['repo'].replace('/', '__')}@{commit}"
+    if not (target / name).is_dir():
+        with _new_folder(target, name) as folder:
+            left_out = write_snapshot(clone, commit, folder)
+        if left_out:
+            found.left_out[name] = left_out
+    return name
+
+
+def _tests(row: Row, settings: Row, snapshot: Path) -> Files:
+    """The files of the tests: those of `test_patch`, and those of the other tests that must pass,
+    which a repair could otherwise change."""
+    patched = parse_patch(row["test_patch"])
+    olds = {file.old for file in patched if file.old is not None}
+    before = {p: (snapshot / p).read_bytes() for p in olds if (snapshot / p).is_file()}
+    after = apply_patch(before, row["test_patch"])
+    names = (*settings["fail_to_pass"], *settings["pass_to_pass"])
+    # A file that the patch deletes or renames holds no test any more.
+    there = {*snapshot_paths(snapshot)} - olds | {*after}
+    for path in check_tests(names, there) - {*after}:
+        after[path] = (snapshot / path).read_bytes()
+    return after
+
+
+@contextmanager
+def _new_folder(target: Path, name: str) -> Iterator[Path]:
+    """A folder to fill, which takes its name when all of it is written, and else is taken away.
+
+    Until then it lies where no task is looked for.
+    """
+    partial = target / SNAPSHOTS / f".{name.rpartition('/')[2]}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(target / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,271 @@
+"""Unified diffs as git writes them: read strictly, and applied to the files they were made of.
+
+A hunk is read by the counts of its header, so no line of a file can be taken for a header. Names
+may be quoted, files may be made, deleted and renamed; what stands between files is not read.
+Changes of binary files are known as such and cannot be applied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nemocascade.swe.snapshots import check_path
+
+_GIT = "diff --git "
+_HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
+_EXTENDED = re.compile(
+    r"(old mode|new mode|deleted file mode|new file mode|copy from|copy to|rename from|rename to"
+    r"|similarity index|dissimilarity index|index|Binary files|GIT binary patch)(?: (.*))?"
+)
+_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_ESCAPE = re.compile(rb"\\([0-7]{3}|.)")
+_CONTROLS = dict(zip(b"abtnvfr", b"\a\b\t\n\v\f\r", strict=True))
+_NOWHERE = "/dev/null"
+_SIGNATURE = "-- "
+"""Ends a patch that was made for a mail."""
+
+
+class PatchError(ValueError):
+    """A patch that cannot be read or applied. The message says where and why."""
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """Lines of a file and what becomes of them.
+
+    start: number of the first old line; without old lines, of the line before.
+    lines: in order, each with its sign (space, `-` or `+`) and its line end.
+    """
+
+    start: int
+    lines: tuple[tuple[str, str], ...]
+
+    @property
+    def old(self) -> list[str]:
+        """The lines before."""
+        return [text for sign, text in self.lines if sign != "+"]
+
+    @property
+    def new(self) -> list[str]:
+        """The lines after."""
+        return [text for sign, text in self.lines if sign != "-"]
+
+    @property
+    def changed(self) -> set[int]:
+        """Numbers of the old lines that go, and of those after which lines come."""
+        at, found = self.start if self.old else self.start + 1, set()
+        for sign, _ in self.lines:
+            if sign == "+":
+                found.add(max(at - 1, 1))
+            else:
+                found |= {at} if sign == "-" else set()
+                at += 1
+        return found
+
+
+@dataclass(frozen=True)
+class FilePatch:
+    """What a patch does to one file. old is None for a new file, new for a deleted one."""
+
+    old: str | None
+    new: str | None
+    hunks: tuple[Hunk, ...] = ()
+    is_binary: bool = False
+
+    @property
+    def path(self) -> str:
+        """The name before, or after where there was none."""
+        name = self.old if self.old is not None else self.new
+        assert name is not None
+        return name
+
+
+def parse_patch(text: str) -> tuple[FilePatch, ...]:
+    """The files of a patch, in order. Raises PatchError for any fault, and if there is none."""
+    lines, found = _Lines(text), []
+    while not lines.at_end:
+        if lines.peek().startswith(_GIT) or lines.at_names:
+            found.append(_file(lines))
+        elif _HUNK.match(lines.peek()):
+            raise PatchError(f"line {lines.number} of the patch: a hunk of no file")
+        else:
+            lines.take()
+    if not found:
+        raise PatchError("'patch' is no unified diff: it has no pairs of --- and +++ lines")
+    return tuple(found)
+
+
+def apply_patch(files: Mapping[str, bytes], patch: str) -> dict[str, bytes]:
+    """The files after the patch. Raises PatchError where a line is not as the patch has it."""
+    changed = dict(files)
+    for file in parse_patch(patch):
+        before = _before(changed, file)
+        after = _patched(before, file).encode()
+        if file.old is not None:
+            del changed[file.old]
+        if file.new is not None:
+            if file.new in changed:
+                raise PatchError(f"{file.new}: the patch makes it, and it is there already")
+            changed[file.new] = after
+        elif after:
+            raise PatchError(f"{file.path}: the patch deletes it, but lines of it are left")
+    return changed
+
+
+def _before(files: Mapping[str, bytes], file: FilePatch) -> str:
+    if file.is_binary:
+        raise PatchError(f"{file.path}: a change of a binary file cannot be applied")
+    if file.old is None:
+        return ""
+    if file.old not in files:
+        raise PatchError(f"{file.old}: the patch changes it, but there is no such file")
+    try:
+        return files[file.old].decode()
+    except UnicodeDecodeError:
+        raise PatchError(f"{file.old}: the patch changes lines, but the file is no text") from None
+
+
+def _patched(text: str, file: FilePatch) -> str:
+    lines, found, at = _with_ends(text), list[str](), 0
+    for number, hunk in enumerate(file.hunks, start=1):
+        old = hunk.old
+        start = hunk.start - 1 if old else hunk.start
+        if start < at or start > len(lines) or lines[start : start + len(old)] != old:
+            raise PatchError(
+                f"{file.path}: hunk {number} does not apply, the lines from {hunk.start} on are "
+                "not those of the patch"
+            )
+        found += lines[at:start] + hunk.new
+        at = start + len(old)
+    return "".join(found + lines[at:])
+
+
+def _with_ends(text: str) -> list[str]:
+    """The lines, each with its end; the last may have none."""
+    *whole, last = text.split("\n")
+    return [f"{line}\n" for line in whole] + ([last] if last else [])
+
+
+class _Lines:
+    """The lines of a patch and where its reader is."""
+
+    def __init__(self, text: str) -> None:
+        self._lines = text.removesuffix("\n").split("\n")
+        self._at = 0
+
+    @property
+    def number(self) -> int:
+        return self._at + 1
+
+    @property
+    def at_end(self) -> bool:
+        return self._at >= len(self._lines)
+
+    @property
+    def at_names(self) -> bool:
+        """Whether the next two lines name a file before and after."""
+        return self.peek().startswith("--- ") and self.peek(1).startswith("+++ ")
+
+    def peek(self, ahead: int = 0) -> str:
+        """A line to come; empty behind the end."""
+        at = self._at + ahead
+        return self._lines[at] if at < len(self._lines) else ""
+
+    def take(self) -> str:
+        self._at += 1
+        return self._lines[self._at - 1]
+
+
+def _file(lines: _Lines) -> FilePatch:
+    where = f"line {lines.number} of the patch"
+    old: str | None = None
+    new: str | None = None
+    seen: dict[str, str] = {}
+    if lines.peek().startswith(_GIT):
+        old = new = _same_name(lines.take().removeprefix(_GIT).rstrip("\r"))
+        while match := _EXTENDED.fullmatch(lines.peek().rstrip("\r")):
+            seen[match[1]] = match[2] or ""
+            lines.take()
+    if "copy from" in seen:
+        raise PatchError(f"{where}: a copy of a file: make the patch without git's -C")
+    if "rename from" in seen and "rename to" in seen:
+        old, new = _unquoted(seen["rename from"]), _unquoted(seen["rename to"])
+    if lines.at_names:
+        old, new = _names(lines.take()[4:], lines.take()[4:])
+    old = None if "new file mode" in seen else old
+    new = None if "deleted file mode" in seen else new
+    paths = [check_path(name) for name in (old, new) if name is not None]
+    if not paths:
+        raise PatchError(f"{where}: the patch names no file")
+    if len({*paths}) == 2 and "rename from" not in seen:
+        raise PatchError(f"{where}: {old!r} becomes {new!r}, without a line that says 'rename'")
+    hunks = _hunks(lines, paths[0])
+    return FilePatch(old, new, hunks, "Binary files" in seen or "GIT binary patch" in seen)
+
+
+def _names(before: str, after: str) -> tuple[str | None, str | None]:
+    """The names of the `---` and the `+++` line."""
+    old, new = (_unquoted(name.rstrip("\r").partition("\t")[0]) for name in (before, after))
+    if old.startswith(("a/", _NOWHERE)) and new.startswith(("b/", _NOWHERE)):
+        old, new = old.removeprefix("a/"), new.removeprefix("b/")
+    return (None if old == _NOWHERE else old), (None if new == _NOWHERE else new)
+
+
+def _same_name(names: str) -> str | None:
+    """The name that a `diff --git` line says twice; None where it says two."""
+    if quoted := _QUOTED.match(names):
+        first, second = quoted[0], names[quoted.end() + 1 :]
+    else:
+        half = len(names) // 2
+        first, second = names[:half], names[half + 1 :]
+    old, new = _names(first, second)
+    return old if old == new else None
+
+
+def _unquoted(name: str) -> str:
+    """A name that git has quoted, C's way with the bytes of UTF-8, or any other as it is."""
+    quoted = _QUOTED.fullmatch(name)
+    if quoted is None:
+        return name
+
+    def plain(match: re.Match[bytes]) -> bytes:
+        code = match[1]
+        return bytes([int(code, 8) & 0xFF if len(code) == 3 else _CONTROLS.get(code[0], code[0])])
+
+    try:
+        return _ESCAPE.sub(plain, quoted[1].encode()).decode()
+    except UnicodeDecodeError:
+        raise PatchError(f"{name}: the name of a file is not in UTF-8") from None
+
+
+def _hunks(lines: _Lines, path: str) -> tuple[Hunk, ...]:
+    found: list[Hunk] = []
+    while match := _HUNK.match(lines.peek()):
+        lines.take()
+        found.append(_hunk(lines, match, f"{path}: hunk {len(found) + 1}"))
+    line = lines.peek()
+    if found and line[:1] in ("+", "-", " ") and line != _SIGNATURE and not lines.at_names:
+        raise PatchError(f"{path}: hunk {len(found)} has more lines than its header says")
+    return tuple(found)
+
+
+def _hunk(lines: _Lines, header: re.Match[str], where: str) -> Hunk:
+    start, *counts = (int(number or 1) for number in header.group(1, 2, 4))
+    old, new = counts
+    body: list[tuple[str, str]] = []
+    while old or new or lines.peek().startswith("\\"):
+        if lines.at_end:
+            raise PatchError(f"{where} has fewer lines than its header says")
+        # Mail programs and editors take the space off an empty line.
+        line = lines.take() or " "
+        sign, text = line[0], line[1:]
+        if sign == "\\" and body:
+            body[-1] = (body[-1][0], body[-1][1].removesuffix("\n"))
+            continue
+        old, new = old - (sign in " -"), new - (sign in " +")
+        if sign not in " +-" or old < 0 or new < 0:
+            raise PatchError(f"{where}: {line[:80]!r} does not fit the counts of its header")
+        body.append((sign, f"{text}\n"))
+    return Hunk(start, tuple(body))

@@ -1,0 +1,190 @@
+"""Repair tasks from rows in the style of SWE-Gym and R2E-Gym, with their snapshots beside them.
+
+A row names a folder with the repository as it was before the repair, the text of the issue, and the
+tests that decide:
+
+    {"instance_id": "...", "problem_statement": "...", "repository": "folder",
+     "tests": {"files": {"tests/test_a.py": "..."}, "framework": "pytest"},
+     "FAIL_TO_PASS": ["tests/test_a.py::test_b"], "PASS_TO_PASS": [...]}
+
+`files` may be the name of a folder too; a file that is no UTF-8 stands in the row as
+`{"base64": "..."}`. Names of tests may stand in a text of JSON, as SWE-Gym has them; inside of
+`tests`, which goes first; and under lower-case keys. Without a `framework`, pytest runs tests that
+are all named as it names them. A `test_patch` must have been applied: its files are `tests.files`.
+A test whose file is not among those runs as the snapshot has it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from nemocascade.swe.protected import check_tests
+from nemocascade.swe.repository import HiddenTests
+from nemocascade.swe.snapshots import Files, check_path, read_snapshot, snapshot_paths
+
+Row = Mapping[str, Any]
+ROW, SNAPSHOT, TESTS = "row.json", "repository", "tests"
+"""In a folder of tasks, each task is a folder with these."""
+
+
+def folder_rows(folder: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a folder of task folders, each with its name. Raises ValueError without any."""
+    found = sorted(folder.glob(f"*/{ROW}"))
+    if not found:
+        raise ValueError(
+            f"{folder} holds no */{ROW}: a task is a folder with {ROW}, {SNAPSHOT}/ and {TESTS}/"
+        )
+    for path in found:
+        try:
+            row = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+        base: dict[str, Any] = {"repository": f"{path.parent.name}/{SNAPSHOT}"}
+        if (path.parent / TESTS).is_dir():
+            base["tests"] = {"files": f"{path.parent.name}/{TESTS}"}
+        yield str(path.relative_to(folder)), {**base, **row}
+
+
+def issue_of(row: Row) -> str:
+    """The text of the issue. Raises ValueError if it is empty."""
+    issue = str(row.get("problem_statement") or row.get("issue") or "").strip()
+    if not issue:
+        raise ValueError("'problem_statement' (or 'issue') is empty")
+    return issue
+
+
+def answer_of(row: Row, folder: Path) -> dict[str, Any]:
+    """What the verifier needs of a row, in JSON values. folder: its names are relative to it.
+
+    Raises ValueError for what is missing or has another form, for a snapshot that could not be
+    read later, and for tests that stand nowhere.
+    """
+    where = row.get("repository")
+    if not isinstance(where, str) or not where:
+        raise ValueError("'repository' must name the folder with the snapshot")
+    root = (folder / where).resolve()
+    if not root.is_dir():
+        raise ValueError(f"'repository': there is no folder {root}")
+    tests = row.get("tests") or {}
+    answer = {
+        "repository": str(root),
+        "tests": _test_files(tests.get("files"), folder),
+        **test_settings_of(row, tests),
+    }
+    names = (*answer["fail_to_pass"], *answer["pass_to_pass"])
+    check_tests(names, [*_listed_once(str(root)), *answer["tests"]])
+    return answer
+
+
+def test_settings_of(row: Row, tests: Row) -> dict[str, Any]:
+    """Which tests decide and how they run: the fields of `HiddenTests` but for the files.
+
+    tests: the row's `tests`, which may hold the names itself. Raises ValueError for names that are
+    no list of texts, for none that fails, and for a framework that is unknown or cannot run them.
+    """
+    names = {key.lower(): _names(row, tests, key) for key in ("FAIL_TO_PASS", "PASS_TO_PASS")}
+    if not names["fail_to_pass"]:
+        raise ValueError(
+            "'FAIL_TO_PASS' names no test, in the row or in 'tests': a repair must make one pass"
+        )
+    dotted = [name for found in names.values() for name in found if not _is_of_pytest(name)]
+    framework = tests.get("framework") or ("unittest" if dotted else "pytest")
+    if framework not in ("unittest", "pytest"):
+        raise ValueError(f"tests.framework({framework!r}) must be unittest or pytest")
+    if framework == "pytest" and dotted:
+        raise ValueError(
+            f"{dotted[0]!r} is no test's name in pytest: name it as tests/test_a.py::Case::test_b"
+        )
+    return {**names, "framework": framework, "sealed": bool(tests.get("sealed", False))}
+
+
+def snapshot_of(answer: Mapping[str, Any]) -> Files:
+    """The repository before the repair: `files` by path, or the folder `repository`."""
+    if "files" in answer:
+        return {path: text.encode() for path, text in answer["files"].items()}
+    return _read_once(answer["repository"])
+
+
+def hidden_of(answer: Mapping[str, Any]) -> HiddenTests:
+    """The tests that decide."""
+    return HiddenTests(
+        files={path: _bytes(path, content) for path, content in answer["tests"].items()},
+        fail_to_pass=tuple(answer["fail_to_pass"]),
+        pass_to_pass=tuple(answer["pass_to_pass"]),
+        framework=answer["framework"],
+        sealed=answer["sealed"],
+    )
+
+
+@lru_cache(maxsize=32)
+def _read_once(folder: str) -> Files:
+    """Many episodes of one task share its files."""
+    return read_snapshot(folder)
+
+
+@lru_cache(maxsize=32)
+def _listed_once(folder: str) -> tuple[str, ...]:
+    """Many rows may speak of one folder."""
+    return tuple(snapshot_paths(folder))
+
+
+def _names(row: Row, tests: Row, key: str) -> list[str]:
+    """Of `tests`, or of the row; null is as nothing."""
+    places = ((tests, key), (tests, key.lower()), (row, key), (row, key.lower()))
+    found: Any = next((v for where, name in places if (v := where.get(name)) is not None), [])
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except ValueError as error:
+            raise ValueError(
+                f"{key}({found[:80]!r}) is no JSON ({error}): give a list of test ids"
+            ) from error
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{key}({str(found)[:80]}) must be a list of test ids, or its JSON text")
+    return found
+
+
+def _is_of_pytest(name: str) -> bool:
+    return name.partition("::")[0].endswith(".py")
+
+
+def _test_files(files: Any, folder: Path) -> dict[str, Any]:
+    """Contents in JSON values, by path."""
+    if isinstance(files, str):
+        root = (folder / files).resolve()
+        if not root.is_dir():
+            raise ValueError(f"'tests.files': there is no folder {root}")
+        return {path: _content(data) for path, data in read_snapshot(root).items()}
+    if not isinstance(files, Mapping) or not files:
+        raise ValueError("'tests.files' must be a folder, or an object of paths and texts")
+    for path, content in files.items():
+        _bytes(path, content)
+    return {check_path(path): content for path, content in files.items()}
+
+
+def _content(data: bytes) -> Any:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(data).decode()}
+
+
+def _bytes(path: str, content: Any) -> bytes:
+    """What `_content` made of. Raises ValueError for other values."""
+    try:
+        match content:
+            case str():
+                return content.encode()
+            case {"base64": str(data)}:
+                return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise ValueError(f"tests.files: {path!r} cannot be read: {error}") from error
+    raise ValueError(
+        f"tests.files: {path!r} is {type(content).__name__}: give a text, or an object with "
+        "'base64' for a file that is none"
+    )

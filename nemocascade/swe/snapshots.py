@@ -1,0 +1,106 @@
+"""Repositories as files by path: how they are read from folders, and which paths they may have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from nemocascade.runtime.logging import LOGGER
+
+Files = Mapping[str, bytes]
+"""A repository: contents by relative path, `/` between folders."""
+
+MOST_MIB = 256
+_LEFT_OUT = {".git", "__pycache__"}
+_LONGEST_NAME, _LONGEST_PATH = 255, 1000
+"""Bytes that file systems allow for a name, and fewer than they allow for a path."""
+
+
+def check_path(path: str) -> str:
+    """The path in its plain form. Raises ValueError if it leads out of the repository.
+
+    Raises it too for what no file can be named.
+    """
+    pure = PurePosixPath(path)
+    if not path or "\0" in path or "\\" in path or pure.is_absolute() or ".." in pure.parts:
+        raise ValueError(f"{path!r} is no path inside of the repository: name it from its root")
+    if str(pure) == ".":
+        raise ValueError(f"{path!r} names no file")
+    try:
+        sizes = [len(part.encode(errors="surrogateescape")) for part in pure.parts]
+    except UnicodeEncodeError:
+        raise ValueError(f"{path!r} holds half a surrogate pair: no file has such a name") from None
+    if max(sizes) > _LONGEST_NAME or sum(sizes) + len(sizes) > _LONGEST_PATH:
+        raise ValueError(
+            f"the path {path[:40]!r}... is too long: a name may have {_LONGEST_NAME} bytes, a path "
+            f"{_LONGEST_PATH}"
+        )
+    return str(pure)
+
+
+def misfit(paths: Iterable[str]) -> str:
+    """Why files of these paths cannot lie in one folder; empty if they can."""
+    known = set(paths)
+    for path in sorted(known):
+        try:
+            check_path(path)
+        except ValueError as error:
+            return str(error)
+        start = path
+        while "/" in start:
+            start = start.rpartition("/")[0]
+            if start in known:
+                return f"{start} is a file, so {path} cannot be one"
+    return ""
+
+
+def snapshot_paths(folder: str | Path, *, most_mib: int = MOST_MIB) -> list[str]:
+    """The paths that `read_snapshot` reads. Raises ValueError as it does, but opens no file."""
+    return [path.as_posix() for path, _ in _listed(Path(folder), most_mib)]
+
+
+def read_snapshot(folder: str | Path, *, most_mib: int = MOST_MIB) -> dict[str, bytes]:
+    """The files below a folder. Version control and compiled files stay behind, and so do links.
+
+    Raises ValueError if there is no file, more than `most_mib`, or one that cannot be read.
+    """
+    root = Path(folder)
+    found: dict[str, bytes] = {}
+    for path, _ in _listed(root, most_mib):
+        try:
+            found[path.as_posix()] = (root / path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"{root / path} cannot be read: {error}") from error
+    return found
+
+
+def _listed(root: Path, most_mib: int) -> list[tuple[Path, int]]:
+    """Files by relative path, with their sizes."""
+    found: list[tuple[Path, int]] = []
+    links = 0
+    for path in _below(root):
+        if path.is_symlink():
+            links += 1
+        elif path.is_file():
+            found.append((path.relative_to(root), path.stat().st_size))
+    if not found:
+        raise ValueError(f"{root} holds no file: a snapshot is a folder with the repository's")
+    if sum(size for _, size in found) > most_mib << 20:
+        raise ValueError(f"{root} holds more than {most_mib} MiB: is it a repository?")
+    if links:
+        LOGGER.warning("%s: %d links are left out", root, links)
+    return found
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """Files, and links to whatever; of the folders only those that are links."""
+
+    def fail(error: OSError) -> None:
+        if error.filename != str(root):
+            raise ValueError(f"{error.filename} cannot be read: {error}") from error
+
+    for folder, folders, files in os.walk(root, onerror=fail):
+        folders[:] = sorted(set(folders) - _LEFT_OUT)
+        yield from (path for name in folders if (path := Path(folder, name)).is_symlink())
+        yield from (Path(folder, name) for name in sorted(set(files) - _LEFT_OUT))

@@ -1,0 +1,230 @@
+"""Other weights in the training ranks' model for a while: references and teachers without a copy of
+the model.
+
+A set of weights is everything a forward pass reads, parameters and persistent buffers, as this rank
+holds them. Sets wait in host memory, or in files that are read ahead of their turn. The optimizer's
+state is not touched, and the weights come back bit for bit.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemocascade.megatron.artifact import load_artifact_weights
+from nemocascade.megatron.checkpoint.state import unwrap
+from nemocascade.runtime.world import World
+from nemocascade.types import Artifact
+
+WeightSet = list[Tensor]
+"""This rank's part of a model on the host, in the order of `live_tensors`."""
+
+Place = Callable[[str], None]
+"""Puts a set of weights, by its name, into the model."""
+
+
+class SwapError(RuntimeError):
+    """Weights were asked for while others than the model's own are in place."""
+
+
+class WeightSwap:
+    """The model's chunks, and the sets of weights that can take the place of their own.
+
+    folder: where sets wait in files, a file of each rank's part; None: they wait in host memory. It
+    must be of this run alone: `close` removes it.
+    """
+
+    def __init__(self, world: World, chunks: Sequence[Any], folder: Path | None = None) -> None:
+        self.world, self.chunks, self.folder = world, list(chunks), folder
+        self.current: str | None = None
+        """Name of the set in place; None for the model's own weights."""
+        self._sets: dict[str, WeightSet | Path] = {}
+        self._own: WeightSet | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._ahead: dict[str, Future[WeightSet]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Sets that are there."""
+        return sorted(self._sets)
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory that this rank's sets take, the model's own weights included."""
+        sets = [kept for kept in self._sets.values() if not isinstance(kept, Path)]
+        sets += [self._own] if self._own else []
+        sets += [read.result() for read in self._ahead.values() if read.done()]
+        return sum(t.numel() * t.element_size() for kept in sets for t in kept)
+
+    def keep(self, name: str) -> None:
+        """Add a copy of the model's own weights as they are now."""
+        self._refuse_while_swapped("keep")
+        self._store(name, self._copy())
+
+    def load(self, name: str, artifact: Artifact) -> None:
+        """Add the weights of an artifact; every rank calls it.
+
+        Raises CheckpointError on every rank if it is damaged or of another shape.
+        """
+        self._refuse_while_swapped("load")
+        own = self._copy()
+        try:
+            load_artifact_weights(artifact, self.world, self.chunks)
+            self._store(name, self._copy())
+        finally:
+            self._fill(own)
+
+    def drop(self, name: str) -> None:
+        """Forget a set."""
+        self._ahead.pop(name, None)
+        kept = self._sets.pop(name)
+        if isinstance(kept, Path):
+            kept.unlink(missing_ok=True)
+
+    def read_ahead(self, name: str) -> None:
+        """Start to read a set that waits in a file; it lies in host memory until its next turn."""
+        kept = self._sets[name]
+        if isinstance(kept, Path) and name not in self._ahead:
+            self._ahead[name] = self._reader.submit(_read, kept)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """The model computes with the set `name` inside; its own weights are back afterwards.
+
+        Raises KeyError for an unknown name and SwapError inside another swap.
+        """
+        with self.away() as place:
+            place(name)
+            yield
+
+    @contextmanager
+    def away(self) -> Iterator[Place]:
+        """Sets take turns inside, each put in place by its name; the model's own weights, which
+        are copied and brought back once, are there again afterwards.
+
+        Raises SwapError inside another swap; placing an unknown name raises KeyError.
+        """
+        self._refuse_while_swapped("use")
+        self._own = self._copy(into=self._own)
+
+        def place(name: str) -> None:
+            chosen = self._take(name)
+            self.current = name
+            self._fill(chosen)
+
+        try:
+            yield place
+        finally:
+            self._fill(self._own)
+            self.current = None
+
+    def close(self) -> None:
+        """Forget all sets, and remove their files."""
+        self._reader.shutdown()
+        self._ahead.clear()
+        self._sets.clear()
+        self._own = None
+        self.world.barrier()
+        if self.folder is not None and self.world.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _store(self, name: str, weights: WeightSet) -> None:
+        self._ahead.pop(name, None)
+        if self.folder is None:
+            self._sets[name] = weights
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}_rank_{self.world.rank:05d}.safetensors"
+        save_file({f"{i:06d}": t for i, t in enumerate(weights)}, path)
+        self._sets[name] = path
+
+    def _take(self, name: str) -> WeightSet:
+        kept = self._sets[name]
+        if not isinstance(kept, Path):
+            return kept
+        ahead = self._ahead.pop(name, None)
+        return ahead.result() if ahead is not None else _read(kept)
+
+    def _refuse_while_swapped(self, what: str) -> None:
+        if self.current is not None:
+            raise SwapError(
+                f"cannot {what} weights while {self.current!r} is in place: leave its block first"
+            )
+
+    @torch.no_grad()
+    def _copy(self, into: WeightSet | None = None) -> WeightSet:
+        live = live_tensors(self.chunks)
+        if into is None:
+            into = [
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda, device="cpu")
+                for t in live
+            ]
+        for kept, tensor in zip(into, live, strict=True):
+            kept.copy_(tensor, non_blocking=True)
+        self._wait()
+        return into
+
+    @torch.no_grad()
+    def _fill(self, weights: WeightSet) -> None:
+        for kept, tensor in zip(weights, live_tensors(self.chunks), strict=True):
+            tensor.copy_(kept, non_blocking=True)
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+
+
+def _read(path: Path) -> WeightSet:
+    found = load_file(path)
+    return [found[name] for name in sorted(found)]
+
+
+def live_tensors(chunks: Sequence[Any]) -> list[Tensor]:
+    """Parameters and persistent buffers of this rank's chunks, each once, in a fixed order."""
+    found: dict[int, Tensor] = {}
+    for chunk in chunks:
+        module = unwrap(chunk)
+        names = set(module.state_dict(keep_vars=True))
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        for name, tensor in tensors:
+            if name in names or isinstance(tensor, torch.nn.Parameter):
+                found.setdefault(id(tensor), tensor)
+    return list(found.values())
+
+
+def model_problems(named: str, other: Artifact, whose: str, policy: Artifact) -> list[str]:
+    """Why `other` cannot stand in the model of `policy`: another shape, another tokenizer.
+
+    named: how messages begin, such as "judge.artifact is FOLDER". whose: such as "the student's".
+    """
+    problems = []
+    different = [
+        f"{name} {other.model.get(name)} is not {policy.model.get(name)}"
+        for name in sorted(other.model.keys() | policy.model.keys())
+        if other.model.get(name) != policy.model.get(name)
+    ]
+    if different:
+        problems.append(
+            f"{named}, whose shape is not {whose}, {policy.folder} "
+            f"({'; '.join(different)}): name an artifact of the same model"
+        )
+    if _tokenizer_bytes(other) != _tokenizer_bytes(policy):
+        problems.append(
+            f"{named}, whose tokenizer is not {whose}, {policy.folder}: ids would mean other "
+            "texts; name an artifact with the same tokenizer"
+        )
+    return problems
+
+
+def _tokenizer_bytes(artifact: Artifact) -> bytes | None:
+    path = artifact.tokenizer_path
+    return None if path is None else path.read_bytes()

@@ -1,0 +1,47 @@
+"""The launcher itself: results by rank, the failing rank's own words, and the time limit."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from helpers.ranks import RankError, run_ranks
+
+
+def summed_rank(factor: int) -> dict[str, float]:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    value = torch.tensor([float(dist.get_rank() * factor)])
+    dist.all_reduce(value)
+    dist.destroy_process_group()
+    return {"rank": int(os.environ["RANK"]), "sum": float(value)}
+
+
+def fail_on_one() -> None:
+    if os.environ["RANK"] == "1":
+        raise ValueError("rank one has had enough")
+    time.sleep(600)
+
+
+def sleep_long() -> None:
+    time.sleep(600)
+
+
+def test_ranks_meet_and_return_by_rank() -> None:
+    results = run_ranks(summed_rank, 3, {"factor": 10}, timeout_s=120)
+    assert results == [{"rank": rank, "sum": 30.0} for rank in range(3)]
+
+
+def test_failing_rank_is_shown_and_ends_the_others() -> None:
+    begin = time.monotonic()
+    with pytest.raises(RankError, match=r"failed on rank 1[\s\S]*rank one has had enough"):
+        run_ranks(fail_on_one, 2)
+    assert time.monotonic() - begin < 60
+
+
+def test_time_limit() -> None:
+    with pytest.raises(RankError, match="did not finish in 1 s"):
+        run_ranks(sleep_long, 1, timeout_s=1.0)

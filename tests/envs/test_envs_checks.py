@@ -1,0 +1,270 @@
+"""Multiple choice, mathematics, structured output; children that hang, crash or are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from nemocascade.envs.checks.schema import strict
+from nemocascade.envs.mathematics import Mathematics
+from nemocascade.envs.multiple_choice import MultipleChoice
+from nemocascade.envs.structured_output import StructuredOutput
+from nemocascade.sandbox.child import ChildError, ChildPool
+from nemocascade.types import Message, Prompt, Verdict
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[ChildPool]:
+    pool = ChildPool(timeout_s=5.0)
+    yield pool
+    pool.close()
+
+
+def ask(domain: Any, answer: dict[str, Any], text: str) -> Verdict:
+    prompt = Prompt("x", domain.domain, (Message("user", "go"),), answer)
+    verdict: Verdict = domain.score(prompt, [Message("assistant", text)])
+    return verdict
+
+
+OPTIONS = {"A": "red", "B": "dark blue", "C": "12"}
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        (r"\boxed{A} no, \boxed{B}", "B"),
+        (r"\boxed{\text{B}}", "B"),
+        (r"\boxed{\textbf{(B)}}", "B"),
+        (r"\boxed{ b. }", "B"),
+        (r"\boxed{dark  blue}", "B"),
+        (r"\boxed{12}", "C"),
+        (r"\boxed{D}", None),
+        (r"\boxed{AB}", None),
+        (r"\boxed{}", None),
+        ("B", None),
+        ("", None),
+    ],
+)
+def test_the_last_boxed_letter(children: ChildPool, text: str, chosen: str | None) -> None:
+    answer = {"letter": "B", "options": OPTIONS, "pattern": None}
+    verdict = ask(MultipleChoice(children), answer, text)
+    assert verdict.details["chosen"] == chosen
+    assert verdict.reward == float(chosen == "B")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "reward"),
+    [
+        (r"Answer:\s*([A-D])", "Answer: A ... Answer: B", 1.0),
+        (r"Answer:\s*([A-D])", "Answer: B ... Answer: A", 0.0),
+        (r"Answer:\s*([A-D])", r"\boxed{B}", 0.0),
+        (r"[A-C](?=!)", "A B! C", 1.0),
+    ],
+)
+def test_a_pattern_of_the_row(children: ChildPool, pattern: str, text: str, reward: float) -> None:
+    answer = {"letter": "B", "options": OPTIONS, "pattern": pattern}
+    assert ask(MultipleChoice(children), answer, text).reward == reward
+
+
+def test_patterns_that_fail_are_errors() -> None:
+    pool = ChildPool(timeout_s=0.5)
+    domain = MultipleChoice(pool)
+    answer = {"letter": "B", "options": OPTIONS, "pattern": "(a+)+$"}
+    start = time.monotonic()
+    slow = ask(domain, answer, "a" * 64 + "!")
+    assert time.monotonic() - start < 20
+    assert slow.reward is None
+    assert "killed after 0.5 s" in str(slow.error)
+    broken = ask(domain, {**answer, "pattern": "("}, "a")
+    assert broken.reward is None
+    assert "unterminated" in str(broken.error)
+    assert ask(domain, {**answer, "pattern": "B"}, "B").reward == 1.0, "the pool goes on"
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("expected", "text", "reward"),
+    [
+        ("4", r"\boxed{4}", 1.0),
+        ("4", r"\boxed{4.0}", 1.0),
+        (r"\frac{1}{2}", r"\boxed{0.5}", 1.0),
+        ("0.5", r"\boxed{\dfrac{2}{4}}", 1.0),
+        (r"2\sqrt{2}", r"\boxed{\sqrt{8}}", 1.0),
+        ("(1, 2)", r"\boxed{(1,2)}", 1.0),
+        ("4", r"\boxed{5} so \boxed{4}", 1.0),
+        ("4", r"\boxed{4} so \boxed{5}", 0.0),
+        ("4", "4", 0.0),
+        ("4", r"\boxed{}", 0.0),
+        ("4", r"\boxed{four apples?}", 0.0),
+        ("4", "\\boxed{" + "4" * 3000 + "}", 0.0),
+    ],
+)
+def test_mathematics(children: ChildPool, expected: str, text: str, reward: float) -> None:
+    verdict = ask(Mathematics(children), {"expected": expected}, text)
+    assert verdict.error is None
+    assert verdict.reward == reward
+
+
+def test_algebra_without_end_is_an_error() -> None:
+    pool = ChildPool(timeout_s=1.0)
+    start = time.monotonic()
+    verdict = ask(Mathematics(pool), {"expected": "1"}, r"\boxed{9^{9^{9^{9^{9}}}}+1}")
+    assert time.monotonic() - start < 30
+    assert verdict.reward is None or verdict.reward == 0.0
+    assert ask(Mathematics(pool), {"expected": "1/2"}, r"\boxed{0.5}").reward == 1.0
+    pool.close()
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "tags": {
+            "type": "array",
+            "items": {"type": "object", "properties": {"k": {"type": "string"}}},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ('{"name": "a", "age": 1, "tags": [{"k": "x"}]}', 1.0),
+        (' \n{"name": "a", "age": 1, "tags": []}\n', 1.0),
+        ('{"name": "a", "age": 1}', 0.0),
+        ('{"name": "a", "age": 1, "tags": [], "more": 1}', 0.0),
+        ('{"name": "a", "age": 1, "tags": [{}]}', 0.0),
+        ('{"name": "a", "age": 1, "tags": [{"k": "x", "l": 1}]}', 0.0),
+        ('{"name": "a", "age": "1", "tags": []}', 0.0),
+        ('{"name": "a", "age": NaN, "tags": []}', 0.0),
+        ('```json\n{"name": "a", "age": 1, "tags": []}\n```', 0.0),
+        ('Sure: {"name": "a", "age": 1, "tags": []}', 0.0),
+        ("[" * 100_000, 0.0),
+        ("", 0.0),
+    ],
+)
+def test_structured_output(children: ChildPool, text: str, reward: float) -> None:
+    verdict = ask(StructuredOutput(children), {"schema": PERSON}, text)
+    assert verdict.error is None
+    assert verdict.reward == reward
+
+
+def test_schemas_are_made_strict_where_objects_are_described() -> None:
+    leaf = {"type": "object", "properties": {"a": {}}}
+    made = {**leaf, "required": ["a"], "additionalProperties": False}
+    schema = {
+        "$defs": {"x": leaf},
+        "properties": {"properties": leaf, "required": {"type": "string"}},
+        "items": [leaf],
+        "anyOf": [leaf],
+        "allOf": [leaf],
+        "not": leaf,
+    }
+    found = strict(schema)
+    assert found["$defs"]["x"] == made
+    assert found["properties"]["properties"] == made
+    assert found["properties"]["required"] == {"type": "string"}
+    assert found["required"] == ["properties", "required"]
+    assert found["items"] == found["anyOf"] == [made]
+    assert (found["allOf"], found["not"]) == ([leaf], leaf)
+    assert "required" not in leaf, "the schema given stays as it was"
+
+
+@pytest.mark.parametrize(
+    ("schema", "error"),
+    [
+        ({"$ref": "http://localhost:1/schema.json"}, "Unresolvable"),
+        ({"$ref": "file:///etc/passwd"}, "Unresolvable"),
+        ({"type": "no-such-type"}, "SchemaError"),
+    ],
+)
+def test_schemas_that_cannot_be_used_are_errors(
+    children: ChildPool, schema: dict[str, Any], error: str
+) -> None:
+    verdict = ask(StructuredOutput(children), {"schema": schema}, "{}")
+    assert verdict.reward is None
+    assert error in str(verdict.error)
+
+
+def test_local_references(children: ChildPool) -> None:
+    schema = {
+        "$ref": "#/$defs/p",
+        "$defs": {"p": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+    }
+    domain = StructuredOutput(children)
+    assert ask(domain, {"schema": schema}, '{"a": 1}').reward == 1.0
+    assert ask(domain, {"schema": schema}, "{}").reward == 0.0
+
+
+class TestChildren:
+    """Hang, crash, kill: an error within bounds, and the next call works."""
+
+    def test_a_hang(self) -> None:
+        pool = ChildPool(timeout_s=0.3)
+        start = time.monotonic()
+        with pytest.raises(ChildError, match=r"killed after 0\.3 s"):
+            pool.call("time:sleep", 1000)
+        assert time.monotonic() - start < 10
+        assert pool.call("math:sqrt", 9) == 3.0
+        pool.close()
+
+    def test_a_crash(self) -> None:
+        pool = ChildPool()
+        with pytest.raises(ChildError, match="died with status 7"):
+            pool.call("os:_exit", 7)
+        with pytest.raises(ChildError, match="died with status -6"):
+            pool.call("os:abort")
+        assert pool.call("math:sqrt", 9) == 3.0
+        pool.close()
+
+    def test_an_exception(self) -> None:
+        pool = ChildPool()
+        with pytest.raises(ChildError, match=r"math:sqrt: ValueError: math domain error"):
+            pool.call("math:sqrt", -1)
+        with pytest.raises(ChildError, match="ModuleNotFoundError"):
+            pool.call("no_such_module:f")
+        assert pool.call("math:sqrt", 9) == 3.0
+        pool.close()
+
+    def test_too_much_memory(self) -> None:
+        pool = ChildPool(memory_mib=256)
+        with pytest.raises(ChildError, match="MemoryError"):
+            pool.call("operator:mul", "x", 1 << 30)
+        assert pool.call("math:sqrt", 9) == 3.0
+        pool.close()
+
+    def test_a_kill_in_a_call(self) -> None:
+        pool = ChildPool(timeout_s=5.0)
+        pool.call("time:sleep", 0)
+        (child,) = pool.process_ids()
+        kill = threading.Timer(0.2, os.kill, (child, signal.SIGKILL))
+        kill.start()
+        start = time.monotonic()
+        with pytest.raises(ChildError, match="died with status -9"):
+            pool.call("time:sleep", 4)
+        assert time.monotonic() - start < 3
+        kill.join()
+        assert pool.call("math:sqrt", 9) == 3.0
+        pool.close()
+
+    def test_what_a_check_prints_is_no_answer(self) -> None:
+        pool = ChildPool()
+        assert pool.call("builtins:print", '["ok", 1]') is None
+        pool.close()
+
+    def test_closing_leaves_no_process(self) -> None:
+        pool = ChildPool()
+        pool.call("math:sqrt", 9)
+        (child,) = pool.process_ids()
+        pool.close()
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+        assert pool.process_ids() == []

@@ -1,0 +1,345 @@
+"""What holds in every domain: the split, demonstrations, rows, verdicts that are errors."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemocascade.data.chat_template import render, text_of
+from nemocascade.data.formats import parse_row
+from nemocascade.envs.base import Domain, demonstration, final_text, is_heldout, last_boxed
+from nemocascade.envs.demonstrations import sft_row, write_sft_rows
+from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
+from nemocascade.recipe import DemonstrationConfig, DomainConfig, SftRecipe
+from nemocascade.recipe.data import DataConfig
+from nemocascade.recipe.envs import EnvConfig, SandboxConfig
+from nemocascade.rl.demonstrations import demonstration_rows
+from nemocascade.types import Message, Prompt, SandboxUnavailable, Verdict
+
+LEVELS = range(5)
+PROGRAMS = ("code", "swe_agentless", "swe_agentic")
+# Demonstrations of preference are of mixed quality on purpose; test_preference.py looks at them.
+VERIFIED = tuple(name for name in DOMAINS if name != "preference")
+
+
+@pytest.fixture(scope="module")
+def environments() -> Iterator[dict[str, Domain]]:
+    config = EnvConfig(if_language_check="letters", sandbox=SandboxConfig(workers=1, time_s=5.0))
+    made = make_environments(config)
+    yield made
+    close_environments(made)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", DOMAINS)
+def test_enough_tasks_that_never_stand_on_both_sides(
+    environments: dict[str, Domain], name: str, level: int
+) -> None:
+    domain = environments[name]
+    heldout = list(domain.prompts(seed=3, count=256, difficulty=level, heldout=True))
+    training = list(domain.prompts(seed=4, count=1024, difficulty=level))
+    ids = [p.id for p in heldout + training]
+    assert len(set(ids)) == 1280
+    keys = [{domain.split_key(p) for p in prompts} for prompts in (heldout, training)]
+    assert all(map(is_heldout, keys[0]))
+    assert not any(map(is_heldout, keys[1]))
+    assert not keys[0] & keys[1]
+    assert all(p.domain == name for p in heldout)
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_tasks_are_a_function_of_the_seed(environments: dict[str, Domain], name: str) -> None:
+    domain = environments[name]
+    first = list(domain.prompts(seed=3, count=20, difficulty=2))
+    assert first == list(domain.prompts(seed=3, count=20, difficulty=2))
+    assert first != list(domain.prompts(seed=4, count=20, difficulty=2))
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", VERIFIED)
+def test_demonstrations_are_right_and_other_answers_wrong(
+    environments: dict[str, Domain], name: str, level: int, thinking: bool
+) -> None:
+    domain = environments[name]
+    prompts = list(domain.prompts(seed=1, count=3 if name in PROGRAMS else 25, difficulty=level))
+    try:
+        for prompt in prompts:
+            turns = demonstration(prompt, thinking=thinking)
+            assert domain.score(prompt, turns).reward == 1.0, turns
+            assert any(m.reasoning for m in turns) == thinking
+            assert domain.score(prompt, []).reward == 0.0
+            unfinished = [Message("assistant", f"<think>\n{turns[0].content}")]
+            assert domain.score(prompt, unfinished).reward == 0.0
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", [name for name in VERIFIED if name != "math"])
+def test_careless_solutions_lose_the_reward(
+    environments: dict[str, Domain], name: str, level: int
+) -> None:
+    """All of them, but of instructions that a text may follow by chance."""
+    domain = environments[name]
+    prompts = list(domain.prompts(seed=1, count=3 if name in PROGRAMS else 25, difficulty=level))
+    try:
+        verdicts = [
+            domain.score(p, demonstration(p, thinking=False, careless=True)) for p in prompts
+        ]
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    mean = sum(v.reward or 0.0 for v in verdicts) / len(verdicts)
+    assert all(v.error is None for v in verdicts)
+    assert mean <= (0.6 if name == "instruction_following" else 0.0)
+
+
+def test_rows_for_sft_are_careless_as_often_as_asked() -> None:
+    domains = (DomainConfig(domain="multiple_choice", tasks=400),)
+    found = {}
+    for share in (0.0, 0.6, 1.0):
+        made = DemonstrationConfig(domains=domains, thinking=0.0, careless=share)
+        rows = list(demonstration_rows(SftRecipe(demonstrations=made), heldout=False))
+        assert len(rows) == 400
+        found[share] = sum("boxed" not in row["messages"][-1]["content"] for row in rows) / 400
+    assert found[0.0] == 0.0
+    assert found[0.6] == pytest.approx(0.6, abs=0.1)
+    assert found[1.0] == 1.0
+
+
+def test_a_task_without_a_habit_is_solved_with_care(environments: dict[str, Domain]) -> None:
+    (prompt,) = environments["math"].prompts(seed=1, count=1)
+    assert demonstration(prompt, thinking=True, careless=True) == list(prompt.demonstration)
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_easy_tasks_fit_a_small_context(environments: dict[str, Domain], name: str) -> None:
+    """Characters bound tokens: pieces of a trained tokenizer are longer than one. Half of the
+    agent's tasks are bugs of real repositories, whose issues are longer."""
+    most, answer = (320, 800) if name == "swe_agentic" else (200, 300)
+    for prompt in environments[name].prompts(seed=1, count=50):
+        assert sum(len(m.content) for m in prompt.messages) < most
+        assert sum(len(m.content) + len(m.reasoning) for m in prompt.demonstration) < answer
+
+
+def test_running_out_of_tasks_is_an_error(environments: dict[str, Domain]) -> None:
+    with pytest.raises(ValueError, match=r"math has about \d+ tasks of difficulty 0"):
+        list(environments["math"].prompts(seed=1, count=100_000))
+
+
+def test_a_task_of_another_domain_is_refused(environments: dict[str, Domain]) -> None:
+    (prompt,) = environments["math"].prompts(seed=1, count=1)
+    with pytest.raises(ValueError, match="multiple_choice cannot score a task of math"):
+        environments["multiple_choice"].score(prompt, [])
+
+
+def test_a_verifier_that_raises_reports_an_error(
+    environments: dict[str, Domain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    domain = environments["math"]
+    (prompt,) = domain.prompts(seed=1, count=1)
+
+    def fail(*arguments: Any) -> Verdict:
+        raise ZeroDivisionError("a fault of the verifier")
+
+    monkeypatch.setattr(domain, "check", fail)
+    verdict = domain.score(prompt, demonstration(prompt, thinking=True))
+    assert verdict.reward is None
+    assert verdict.error == "ZeroDivisionError: a fault of the verifier"
+
+
+def test_a_verdict_is_a_reward_or_an_error() -> None:
+    assert Verdict(0.0).error is None
+    for reward, error in ((None, None), (1.0, "both"), (math.nan, None), (math.inf, None)):
+        with pytest.raises(ValueError, match=r"reward"):
+            Verdict(reward, error)
+
+
+@pytest.mark.parametrize(
+    ("response", "text"),
+    [
+        ([], ""),
+        ([Message("assistant", " yes ", "why")], "yes"),
+        ([Message("assistant", "why</think>yes")], "yes"),
+        ([Message("assistant", "<think>a</think>b</think>\nyes")], "yes"),
+        ([Message("assistant", "<think>never ends")], ""),
+        ([Message("assistant", "first"), Message("tool", "answer")], ""),
+        (
+            [Message("assistant", "first"), Message("tool", "x"), Message("assistant", "last")],
+            "last",
+        ),
+    ],
+)
+def test_the_final_message(response: list[Message], text: str) -> None:
+    assert final_text(response) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\boxed{ }", ""),
+        ("no box", None),
+    ],
+)
+def test_the_last_box(text: str, found: str | None) -> None:
+    assert last_boxed(text) == found
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "instruction_following": {
+        "instruction_id_list": ["punctuation:no_comma", "keywords:existence"],
+        "kwargs": [{"keywords": None, "num_words": None}, {"keywords": ["cat"]}],
+        "prompt": "Write.",
+    },
+    "multiple_choice": {"options": [{"A": "x"}, {"B": "y"}], "expected_answer": "B"},
+    "tool_calling": {
+        "ground_truth": [{"name": "add_task", "arguments": '{"title": "x"}'}],
+        "category": "tasks",
+    },
+    "structured_output": {"schema_str": '{"type": "object"}', "schema_type": "json"},
+    "math": {"expected_answer": "4"},
+    "code": {"verifier_metadata": {"unit_tests": {"inputs": ["1\n"], "outputs": ["2\n"]}}},
+    "preference": {},
+    "long_context": {"ground_truth": "The lake.", "metadata": {"documents": 6}},
+    "swe_agentless": {
+        "problem_statement": "f adds.",
+        "files": {"f.py": "def f(x):\n    return x + 2\n"},
+        "golden_files": ["f.py"],
+        "tests": {
+            "files": {"test_f.py": "from f import f\n\n\ndef test_f():\n    assert f(3) == 6\n"},
+            "FAIL_TO_PASS": ["test_f.py::test_f"],
+        },
+    },
+    "swe_agentic": {
+        "problem_statement": "f adds.",
+        "repository": "repository",
+        "tests": {
+            "files": {"test_f.py": "from f import f\n\n\ndef test_f():\n    assert f(3) == 6\n"},
+            "FAIL_TO_PASS": ["test_f.py::test_f"],
+        },
+    },
+}
+RIGHT = {
+    "instruction_following": [Message("assistant", "a cat")],
+    "multiple_choice": [Message("assistant", r"\boxed{B}")],
+    "structured_output": [Message("assistant", "{}")],
+    "long_context": [Message("assistant", "It is there.\nAnswer: lake")],
+    "math": [Message("assistant", r"\boxed{4}")],
+}
+
+
+def row_of(name: str) -> dict[str, Any]:
+    turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Do it."}]
+    return {
+        "responses_create_params": {"input": turns, "tools": []},
+        "agent_ref": {"type": "responses_api_agents", "name": "simple_agent"},
+        "dataset": "released",
+        **ROWS[name],
+    }
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_released_rows(environments: dict[str, Domain], tmp_path: Path, name: str) -> None:
+    """A file may mix domains: each reads its own rows and no other claims them."""
+    path = tmp_path / "rows.jsonl.gz"
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "f.py").write_text("def f(x):\n    return x + 2\n")
+    with gzip.open(path, "wt") as file:
+        for other in DOMAINS:
+            file.write(json.dumps(row_of(other)) + "\n\n")
+    (prompt,) = environments[name].read(path)
+    assert prompt.messages == (Message("system", "Be brief."), Message("user", "Do it."))
+    assert prompt.source == f"rows.jsonl.gz:{2 * DOMAINS.index(name) + 1}"
+    assert len(prompt.id) == 32
+    with pytest.raises(ValueError, match="no demonstration"):
+        demonstration(prompt, thinking=False)
+    if name in RIGHT:
+        assert environments[name].score(prompt, RIGHT[name]).reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("multiple_choice", {"expected_answer": "C"}, r"'C' is none of the options \['A', 'B'\]"),
+        ("multiple_choice", {"responses_create_params": {"input": []}}, "both empty"),
+        ("instruction_following", {"kwargs": [{}]}, "2 instructions have 1 sets"),
+        ("structured_output", {"schema_str": "{"}, "JSONDecodeError"),
+        ("structured_output", {"schema_type": "xml"}, "only json"),
+        (
+            "tool_calling",
+            {"ground_truth": [{"name": "crm_add", "arguments": "{}"}]},
+            r"no tools \['crm_add'\]",
+        ),
+        (
+            "tool_calling",
+            {"ground_truth": [{"name": "delete_task", "arguments": {"title": "x"}}]},
+            "no entry in tasks",
+        ),
+        ("code", {"verifier_metadata": {"unit_tests": {"inputs": [], "outputs": []}}}, "0 inputs"),
+    ],
+)
+def test_a_broken_row_is_named(
+    environments: dict[str, Domain], tmp_path: Path, name: str, change: dict[str, Any], reason: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(row_of(name))}\n{json.dumps({**row_of(name), **change})}\n")
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{reason}"):
+        list(environments[name].read(path))
+
+
+def test_a_file_without_a_row_of_the_domain(
+    environments: dict[str, Domain], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row_of("math")))
+    with pytest.raises(ValueError, match="none of its 1 rows is of code"):
+        list(environments["code"].read(path))
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: not JSON"):
+        list(environments["math"].read(path))
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_demonstrations_become_sft_rows(environments: dict[str, Domain], name: str) -> None:
+    prompt: Prompt
+    for prompt in islice(environments[name].prompts(seed=1, count=5, difficulty=3), 5):
+        for thinking in (True, False):
+            row = json.loads(json.dumps(sft_row(prompt, thinking=thinking)))
+            conversation = parse_row(row, "messages", DataConfig())
+            assert conversation.messages[: len(prompt.messages)] == prompt.messages
+            assert conversation.tools == prompt.tools
+            text = text_of(render(conversation, thinking=True))
+            assert ("<think>\n" in text) == thinking
+
+
+def test_sft_rows_mix_domains_and_hold_out(environments: dict[str, Domain], tmp_path: Path) -> None:
+    path = tmp_path / "sft.jsonl"
+    counts = {environments["math"]: 30, environments["tool_calling"]: 20}
+    write_sft_rows(path, counts, seed=7, thinking=0.5)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 50
+    thinking = sum("reasoning_content" in json.dumps(row) for row in rows)
+    assert 10 < thinking < 40
+    first = path.read_bytes()
+    write_sft_rows(path, counts, seed=7, thinking=0.5)
+    assert path.read_bytes() == first
+    heldout = {
+        p.messages[-1].content
+        for p in environments["math"].prompts(seed=7, count=256, heldout=True)
+    }
+    assert not heldout & {row["messages"][0]["content"] for row in rows}
+
+
+def test_settings_out_of_range() -> None:
+    with pytest.raises(ValueError, match=r"check_workers\(0\).*sandbox.processes\(0\)"):
+        make_environments(EnvConfig(check_workers=0, sandbox=SandboxConfig(processes=0)))

@@ -1,0 +1,1 @@
+"""Fixtures, jobs of several ranks, and references that tests share."""

@@ -1,0 +1,72 @@
+"""What tests of policy steps share: a small trainer, random rollouts, plain log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemocascade.megatron.accelerators import Accelerators
+from nemocascade.megatron.microbatch import Microbatch
+from nemocascade.recipe import EngineConfig, MoeTrainingConfig, OptimizerConfig, tiny
+from nemocascade.rl.collector import Rollout
+from nemocascade.runtime.world import World
+from nemocascade.train.trainer import Trainer
+from nemocascade.types import Document, PackedBatch, Verdict, pack_documents
+
+ENGINE = EngineConfig(precision="fp32")
+VOCABULARY, CAPACITY, TEMPERATURE = 64, 96, 0.8
+
+
+def small_trainer(world: World, run_dir: Path) -> Trainer:
+    """Of one layer of each kind; its gradients are not clipped."""
+    return Trainer(
+        world,
+        replace(tiny(), pattern="M*E", vocab_size=VOCABULARY, hidden_size=64),
+        engine=ENGINE,
+        moe=MoeTrainingConfig(load_balance="none"),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0, schedule="constant", clip_grad=0.0),
+        accelerators=Accelerators(),
+        seed=1,
+        run_dir=run_dir,
+    )
+
+
+def rollout(
+    generator: torch.Generator, reward: float | None, *, truncated: bool = False
+) -> Rollout:
+    """A prompt of 5 tokens, an answer, a stretch of the environment's, and a second answer."""
+    length = int(torch.randint(12, 40, (), generator=generator))
+    written = torch.arange(length) >= 5
+    written[8:10] = False
+    return Rollout(
+        tokens=torch.randint(VOCABULARY, (length,), generator=generator),
+        written=written,
+        logprob=torch.zeros(length),
+        prompt_tokens=5,
+        truncated=truncated,
+        turns=2,
+        text="",
+        verdict=Verdict(reward) if reward is not None else Verdict(None, "killed"),
+    )
+
+
+def gradients(trainer: Trainer) -> list[Tensor]:
+    return [p.main_grad.clone() for m in trainer.modules for p in m.parameters()]  # type: ignore[union-attr]
+
+
+def plain_logprobs(trainer: Trainer, tokens: Tensor) -> Tensor:
+    """log pi of each token after the first, [n - 1]; by way of full logits."""
+    model = trainer.modules[0]
+    document = Document(tokens.int(), torch.ones(len(tokens), dtype=torch.bool), "x")
+    packed = Microbatch.from_batch(pack_documents([document], len(tokens)), torch.device("cpu"))
+    hidden = model(packed)[:, 0]
+    logits = (hidden @ model.lm_head().t())[:-1] / TEMPERATURE
+    return torch.log_softmax(logits, -1).gather(1, tokens[1:, None])[:, 0]
+
+
+def sft_batch() -> PackedBatch:
+    tokens = torch.randint(VOCABULARY, (60,), generator=torch.Generator().manual_seed(9))
+    return pack_documents([Document(tokens.int(), torch.arange(60) > 3, "x")], CAPACITY)

@@ -1,0 +1,72 @@
+"""A small model with random weights, and what the tests of generation ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemocascade.megatron.accelerators import Accelerators
+from nemocascade.megatron.config import make_config
+from nemocascade.megatron.microbatch import Microbatch
+from nemocascade.megatron.model import CascadeModel, build_model
+from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, tiny
+from nemocascade.runtime.world import World
+from nemocascade.types import Document, pack_documents
+
+# Small, with sizes that fill no vector and no power of two.
+ODD = replace(
+    tiny(),
+    pattern="MEM*E-",
+    hidden_size=48,
+    vocab_size=151,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=20,
+    mamba_heads=6,
+    mamba_groups=2,
+    mamba_head_dim=12,
+    mamba_state=10,
+    num_experts=5,
+    expert_width=20,
+    shared_expert_width=36,
+    mlp_width=70,
+)
+# With sizes that every layout of two ranks divides.
+EVEN = replace(tiny(), vocab_size=256, hidden_size=64, pattern="MEM*")
+
+
+def make_model(world: World, shape: ModelConfig, seed: int = 1) -> list[CascadeModel]:
+    """Chunks of `shape` with weights that spread the logits, in float32."""
+    config = make_config(
+        shape,
+        world.parallel,
+        EngineConfig(precision="fp32"),
+        MoeTrainingConfig(load_balance="none"),
+        seed=seed,
+    )
+    chunks = build_model(world, config, Accelerators())
+    with torch.no_grad():
+        for chunk in chunks:
+            for name, value in chunk.named_parameters():
+                if value.dim() > 1 and "conv1d" not in name:
+                    value.mul_(4.0)
+    return chunks
+
+
+def full_logits(chunks: Sequence[CascadeModel], tokens: Tensor) -> Tensor:
+    """[n, V] of one document by the training forward, on one process."""
+    document = Document(tokens, torch.ones(tokens.numel(), dtype=torch.bool), "all")
+    packed = Microbatch.from_batch(pack_documents([document], tokens.numel()), torch.device("cpu"))
+    with torch.no_grad():
+        hidden: Any = chunks[0](packed)
+        return hidden.squeeze(1) @ chunks[0].lm_head().t()
+
+
+def draw_tokens(vocabulary: int, length: int, seed: int) -> Tensor:
+    """[length] random ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (length,), generator=generator)

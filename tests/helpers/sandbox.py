@@ -1,0 +1,17 @@
+"""A sandbox for tests, or the reason why this host has none."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.sandbox.pool import SandboxPool
+from nemocascade.types import SandboxUnavailable
+
+
+def sandbox_or_skip(config: SandboxConfig) -> SandboxPool:
+    """The pool; skips the test, with the host's reasons, where nothing can be isolated."""
+    try:
+        return SandboxPool(config)
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))

@@ -1,0 +1,61 @@
+"""What each rank of the vocabulary-parallel test runs, in a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from nemocascade_kernels import Mopd, linear_logprob, linear_policy_loss
+from nemocascade_kernels.linear_logprob import chunks
+from nemocascade_kernels.testing import random_normal
+from torch import Tensor
+
+from helpers.heads import Head, device_for, evaluate, make_head, make_objective
+
+SHAPE = (37, 16, 262)  # two shards of 131
+
+
+def run_rank(rank: int, world: int, folder: str, cases: list[tuple[str, torch.dtype]]) -> None:
+    """Evaluate each case, a backend and a dtype, on this rank's shard; save what came out."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    try:
+        found = [_run(rank, world, backend, dtype) for backend, dtype in cases]
+        torch.save(found, Path(folder) / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(rank: int, world: int, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    group = dist.group.WORLD
+    whole = make_head(*SHAPE, dtype=dtype, device=device_for(backend))
+    shard = SHAPE[2] // world
+    head = Head(whole.hidden, whole.weight[rank * shard : (rank + 1) * shard], whole.target)
+    # Several chunks, two of them in flight.
+    chunks.LOGITS_BYTES = {"cpu": 2 * 6 * shard * dtype.itemsize}
+    objective = make_objective("mopd", SHAPE[0], head.hidden.device, trained=0.7)
+    assert isinstance(objective, Mopd)
+    found = evaluate(head, objective, backend, tp_group=group, temperature=0.8)._asdict()
+
+    hidden, weight = head.leaves()
+    out = linear_logprob(
+        hidden, weight, head.target, return_entropy=True, tp_group=group, backend=backend
+    )
+    mix = random_normal(SHAPE[0], seed=5) * out.logprob + 0.5 * out.entropy
+    mix.sum().backward()
+    found |= {
+        "row_logprob": out.logprob.detach(),
+        "row_entropy": out.entropy.detach(),
+        "row_hidden_grad": hidden.grad,
+        "row_weight_grad": weight.grad,
+    }
+
+    hidden, weight = head.leaves()
+    linear_policy_loss(
+        hidden, weight, head.target, objective, tp_group=group, temperature=0.8,
+        reduce_hidden_grad=False, backend=backend,
+    ).loss.backward()  # fmt: skip
+    return found | {"partial_hidden_grad": hidden.grad}

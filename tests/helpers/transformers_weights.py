@@ -1,0 +1,116 @@
+"""Models of transformers as an outside oracle: built from a `ModelConfig`, and their tensors in
+memory under our names, as the converter maps them.
+
+The maps move tensors only (cut, join, rename), so they serve for weights and for gradients alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nemocascade.megatron.checkpoint.state import ModelPart, model_parts
+from nemocascade.megatron.convert.config import config_of_model
+from nemocascade.megatron.convert.names import Family, NameMap, Style, name_map
+from nemocascade.megatron.convert.stream import convert_tensors
+from nemocascade.recipe import ModelConfig
+from nemocascade.runtime.world import World
+
+Tensors = dict[str, Tensor]
+WeightMap = Callable[[Tensors, ModelConfig], Tensors]
+
+
+def config_settings(shape: ModelConfig, family: Family) -> dict[str, Any]:
+    """What transformers' config class takes. Raises ConfigError for what the family has not."""
+    settings = config_of_model(shape, family)
+    return {**settings, "max_position_embeddings": 1 << 20, "use_cache": False}
+
+
+def nemotron_h(shape: ModelConfig, shortest_step: float | None = None) -> nn.Module:
+    """transformers' model of `shape`, with its own initial values, in float32.
+
+    shortest_step: lower bound of softplus(dt + dt_bias); default, that of `shape`. transformers
+        takes its `time_step_min` (0.001) for it; Megatron-Core and the published settings
+        (`time_step_limit`) have 0.
+    """
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    config = NemotronHConfig(**config_settings(shape, "NemotronHForCausalLM"))
+    model: Any = NemotronHForCausalLM(config)
+    set_shortest_step(model, shape.mamba_dt_min if shortest_step is None else shortest_step)
+    if shape.tie_embeddings:
+        # Its class names no tied weights, so its own setting has no effect.
+        model.lm_head.weight = model.model.embeddings.weight
+    return cast(nn.Module, model)
+
+
+def set_shortest_step(model: nn.Module, step: float) -> None:
+    """Bound the time steps of transformers' Mamba layers from below by `step`."""
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            cast(Any, module).time_step_limit = (step, float("inf"))
+
+
+def qwen3_moe(shape: ModelConfig) -> nn.Module:
+    """transformers' Qwen3-MoE, each of whose layers is two of ours: `*` then `E` or `-`."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    settings = config_settings(shape, "Qwen3MoeForCausalLM")
+    return cast(nn.Module, Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings)))
+
+
+def in_memory(family: Family, shape: ModelConfig) -> NameMap:
+    """The names that transformers' modules have, which are not those of their files."""
+    return name_map(family, shape, Style("model.", merged_experts=True, stored_head=True))
+
+
+def from_nemotron_h(tensors: Tensors, shape: ModelConfig) -> Tensors:
+    """Tensors of NemotronHForCausalLM under our names. Raises ValueError if one is left over."""
+    return _convert(in_memory("NemotronHForCausalLM", shape), tensors)
+
+
+def from_qwen3_moe(tensors: Tensors, shape: ModelConfig) -> Tensors:
+    """Tensors of Qwen3MoeForCausalLM under our names. Raises ValueError if one is left over."""
+    return _convert(in_memory("Qwen3MoeForCausalLM", shape), tensors)
+
+
+def _convert(names: NameMap, tensors: Mapping[str, Tensor]) -> Tensors:
+    left = sorted(set(tensors) - set(names.theirs))
+    if left:
+        raise ValueError(f"{len(left)} tensors have no place in our model: {left[:8]}")
+    return convert_tensors(names, tensors)
+
+
+def parts_by_key(model: nn.Module, world: World) -> dict[str, ModelPart]:
+    """Our model's tensors, by the names that an artifact gives them."""
+    return {part.key: part for part in model_parts([model], world)}
+
+
+def part_of(part: ModelPart, tensor: Tensor) -> Tensor:
+    """The elements of a part in a tensor that is shaped as the part's owner."""
+    return tensor[part.local.slices()]
+
+
+@torch.no_grad()
+def load_into(model: nn.Module, ours: Tensors, shape: ModelConfig, world: World) -> None:
+    """Copy `ours` into the parameters and buffers of `model`, our model of `shape`, in place.
+
+    A router's bias that the shape does not use stays as it is.
+    Raises ValueError if a name is missing on either side or a shape differs.
+    """
+    places = parts_by_key(model, world)
+    needed = {n for n in places if shape.router_bias or not n.endswith("router.expert_bias")}
+    wrong = [f"{name} is missing" for name in sorted(needed - set(ours))]
+    wrong += [f"{name} has no place" for name in sorted(set(ours) - needed)]
+    wrong += [
+        f"{name} is {list(value.shape)}, not {list(places[name].local.size)}"
+        for name, value in ours.items()
+        if name in needed and tuple(value.shape) != places[name].local.size
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    for name, value in ours.items():
+        part_of(places[name], places[name].owner).copy_(value)

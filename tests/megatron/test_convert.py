@@ -1,0 +1,393 @@
+"""Hugging Face folders to artifacts and back: the same bits, the same logits, nothing unseen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.transformers_weights import (
+    from_nemotron_h,
+    from_qwen3_moe,
+    nemotron_h,
+    parts_by_key,
+    qwen3_moe,
+    set_shortest_step,
+)
+from safetensors.torch import load_file, save_file
+from test_model_against_transformers import (
+    NEMOTRON_H,
+    QWEN3,
+    QWEN3_MOE,
+    TOLERANCE,
+    error,
+    packed_batch,
+    randomise,
+    read_packed,
+    read_with_transformers,
+)
+from torch import Tensor, nn
+
+from nemocascade.megatron.accelerators import Accelerators
+from nemocascade.megatron.artifact import (
+    artifact_model,
+    load_artifact_weights,
+    read_artifact,
+    write_artifact,
+)
+from nemocascade.megatron.config import make_config
+from nemocascade.megatron.convert import (
+    ConversionError,
+    export_huggingface,
+    import_huggingface,
+)
+from nemocascade.megatron.convert.config import config_of_model, model_of_config
+from nemocascade.megatron.convert.names import Family, Style, name_map
+from nemocascade.megatron.convert.stream import untiled
+from nemocascade.megatron.model import CascadeModel, build_model
+from nemocascade.megatron.parameters import meta_model
+from nemocascade.megatron.world import start_world
+from nemocascade.recipe import (
+    EngineConfig,
+    ModelConfig,
+    MoeTrainingConfig,
+    ParallelConfig,
+    nemotron3_nano_30b,
+)
+from nemocascade.runtime.world import World
+
+pytest.importorskip("transformers")
+
+NEMOTRON: Family = "NemotronHForCausalLM"
+QWEN: Family = "Qwen3MoeForCausalLM"
+SMALL = {"vocab_size": 96, "hidden_size": 32, "num_heads": 4, "head_dim": 8, "expert_width": 16}
+SHAPES: dict[str, tuple[Family, ModelConfig]] = {
+    **{f"nemotron, {name}": (NEMOTRON, shape) for name, shape in NEMOTRON_H.items()},
+    **{f"qwen3, {name}": (QWEN, shape) for name, shape in QWEN3_MOE.items()},
+    "nemotron, short steps": (NEMOTRON, replace(NEMOTRON_H["tiny"], mamba_dt_min=0.02)),
+    "qwen3, untied, one kv head": (QWEN, replace(QWEN3, num_kv_heads=1, num_experts=5)),
+}
+COMPANIONS = {
+    "tokenizer.json": b'{"model": {"type": "BPE"}}',
+    "tokenizer_config.json": b'{"eos_token": "</s>"}\n',
+    "chat_template.jinja": b"{{ messages }}",
+    "generation_config.json": b'{"eos_token_id": [2, 11]}',
+    "special_tokens_map.json": b"{}",
+}
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    world = start_world(ParallelConfig(), EngineConfig(precision="fp32"))
+    yield world
+    world.close()
+
+
+def their_model(family: Family, shape: ModelConfig, seed: int = 3) -> nn.Module:
+    model = (nemotron_h if family == NEMOTRON else qwen3_moe)(shape).eval()
+    randomise(model, seed)
+    return model
+
+
+def save(model: Any, folder: Path, **options: Any) -> Path:
+    """A folder as transformers writes it, with files that it would not write itself."""
+    if model.lm_head.weight is model.get_input_embeddings().weight and not model._tied_weights_keys:
+        # transformers writes no head that it does not know to be tied, and NemotronH's it does not.
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(folder, **options)
+    for name, data in COMPANIONS.items():
+        (folder / name).write_bytes(data)
+    (folder / "modeling_own.py").write_text("raise RuntimeError('remote code was run')\n")
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_bytes())
+    return {k: v for k, v in config.items() if k not in ("transformers_version", "dtype")}
+
+
+def assert_same_folder(left: Path, right: Path) -> None:
+    """Bit for bit the same tensors and small files, the same settings."""
+    a, b = tensors_of(left), tensors_of(right)
+    assert sorted(a) == sorted(b)
+    for name, value in a.items():
+        assert value.dtype == b[name].dtype, name
+        assert torch.equal(value.view(torch.uint8), b[name].view(torch.uint8)), name
+    for name, data in COMPANIONS.items():
+        assert (right / name).read_bytes() == data
+    assert settings_of(left) == settings_of(right)
+
+
+def load_ours(folder: Path, world: World) -> CascadeModel:
+    artifact = read_artifact(folder)
+    engine = EngineConfig(precision="fp32")
+    moe = MoeTrainingConfig(load_balance="none")
+    config = make_config(artifact_model(artifact), world.parallel, engine, moe, seed=0)
+    [model] = build_model(world, config, Accelerators())
+    load_artifact_weights(artifact, world, [model])
+    return model
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_logits_and_round_trip(case: str, world: World, tmp_path: Path) -> None:
+    """A folder that transformers wrote gives its logits, and comes back as it was."""
+    family, shape = SHAPES[case]
+    theirs = their_model(family, shape)
+    source = save(theirs, tmp_path / "hf", max_shard_size="300KB")
+    report = import_huggingface(source, tmp_path / "artifact")
+    assert report.rounded == ()
+    assert report.left_behind == ("modeling_own.py",)
+    assert artifact_model(read_artifact(tmp_path / "artifact")) == shape
+    ours = load_ours(tmp_path / "artifact", world)
+    batch = packed_batch(shape, seed=5)
+    to_ours = from_nemotron_h if family == NEMOTRON else from_qwen3_moe
+    expected = read_with_transformers(theirs, shape, batch, to_ours)
+    found = read_packed(ours, batch, world)
+    assert error(found.logits, expected.logits) <= TOLERANCE
+    export_huggingface(tmp_path / "artifact", tmp_path / "back", shard_bytes=200_000)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    assert_same_folder(source, tmp_path / "back")
+
+
+@pytest.mark.parametrize("case", ["nemotron, tiny", "qwen3, tied"])
+def test_transformers_reads_what_we_write(case: str, world: World, tmp_path: Path) -> None:
+    """From an artifact that no folder ever was, in a new folder."""
+    import transformers
+
+    family, shape = SHAPES[case]
+    engine = EngineConfig(precision="fp32")
+    config = make_config(shape, world.parallel, engine, MoeTrainingConfig(), seed=1)
+    [model] = build_model(world, config, Accelerators())
+    made_by: dict[str, Any] = {"stage": "sft", "step": 1, "recipe": {}, "data": {}, "scores": {}}
+    write_artifact(tmp_path / "artifact", world, [model], **made_by)
+    export_huggingface(tmp_path / "artifact", tmp_path / "hf")
+    theirs = getattr(transformers, family).from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    theirs.eval()
+    set_shortest_step(theirs, shape.mamba_dt_min)
+    batch = packed_batch(shape, seed=6)
+    to_ours = from_nemotron_h if family == NEMOTRON else from_qwen3_moe
+    expected = read_with_transformers(theirs, shape, batch, to_ours)
+    assert error(read_packed(model, batch, world).logits, expected.logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["nemotron, tiny", "qwen3, dense SwiGLU layers"])
+@pytest.mark.parametrize("through", ["auto", "fp32"])
+def test_bf16_comes_back_bit_for_bit(case: str, through: str, tmp_path: Path) -> None:
+    family, shape = SHAPES[case]
+    theirs = their_model(family, shape).to(torch.bfloat16)
+    source = save(theirs, tmp_path / "hf")
+    report = import_huggingface(source, tmp_path / "artifact", precision=through)  # type: ignore[arg-type]
+    assert report.precision == ("bf16" if through == "auto" else "fp32")
+    assert read_artifact(tmp_path / "artifact").precision == report.precision
+    export_huggingface(tmp_path / "artifact", tmp_path / "back")
+    assert_same_folder(source, tmp_path / "back")
+
+
+def test_published_names_and_tensors_for_each_expert(tmp_path: Path) -> None:
+    """The other spelling of the same folder: "backbone.", one tensor an expert or one a layer."""
+    _, shape = SHAPES["nemotron, one group, one kv head, k of an odd E"]
+    source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
+    import_huggingface(source, tmp_path / "artifact")
+    weights = tensors_of(source)
+    separate = any(".experts.0." in name for name in weights)
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (other / path.name).write_bytes(path.read_bytes())
+    style = Style(prefix="backbone.", merged_experts=separate)
+    names = name_map(NEMOTRON, shape, style)
+    renamed: dict[str, Tensor] = {}
+    for name in names.theirs:
+        plain = name.replace("backbone.", "model.", 1)
+        spelled = name if name in weights else plain
+        if spelled in weights:
+            renamed[name] = weights[spelled]
+            continue
+        stem = spelled if any(n.startswith(spelled + ".") for n in weights) else name
+        if separate:
+            head, _, tail = stem.rpartition(".")
+            head = head if f"{head}.0.{tail}.weight" in weights else f"backbone{head[5:]}"
+            renamed[name] = torch.stack(
+                [weights[f"{head}.{e}.{tail}.weight"] for e in range(shape.num_experts)]
+            )
+    save_file(renamed, other / "model.safetensors")
+    import_huggingface(other, tmp_path / "second")
+    first, second = (read_artifact(tmp_path / n) for n in ("artifact", "second"))
+    assert first.model == second.model
+    a, b = (tensors_of(x.folder) for x in (first, second))
+    assert sorted(a) == sorted(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    export_huggingface(tmp_path / "second", tmp_path / "back")
+    assert_same_folder(other, tmp_path / "back")
+
+
+def drop(weights: dict[str, Tensor]) -> None:
+    del weights[next(n for n in sorted(weights) if n.endswith("A_log"))]
+
+
+def add(weights: dict[str, Tensor]) -> None:
+    weights["mtp.layers.0.norm.weight"] = torch.zeros(3)
+
+
+def misshape(weights: dict[str, Tensor]) -> None:
+    name = next(n for n in sorted(weights) if n.endswith("norm_f.weight"))
+    weights[name] = torch.zeros(7)
+
+
+def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
+    _, shape = SHAPES["nemotron, tiny"]
+    source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
+    weights = tensors_of(source)
+    for fault in (drop, add, misshape):
+        fault(weights)
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ConversionError) as caught:
+        import_huggingface(source, tmp_path / "artifact")
+    text = str(caught.value)
+    assert len(caught.value.problems) == 3
+    assert "A_log is missing" in text
+    assert "mtp.layers.0.norm.weight [3] is unknown" in text
+    assert "norm_f.weight has shape [7], the model needs [128]" in text
+    assert not (tmp_path / "artifact").exists()
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
+
+
+def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
+    _, shape = SHAPES["nemotron, tiny"]
+    source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
+    change_config(source, attention_bias=True, mlp_hidden_act="gelu", moe_latent_size=64)
+    with pytest.raises(ConversionError) as caught:
+        import_huggingface(source, tmp_path / "artifact")
+    assert len(caught.value.problems) == 3
+    change_config(source, architectures=["LlamaForCausalLM"])
+    with pytest.raises(ConversionError, match="LlamaForCausalLM"):
+        import_huggingface(source, tmp_path / "artifact")
+
+
+def test_rounding_must_be_asked_for(tmp_path: Path) -> None:
+    _, shape = SHAPES["nemotron, tiny"]
+    source = save(their_model(NEMOTRON, shape).to(torch.bfloat16), tmp_path / "hf")
+    weights = tensors_of(source)
+    name = next(n for n in weights if n.endswith("norm_f.weight"))
+    weights[name] = weights[name].float()
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"norm_f\.weight is F32"):
+        import_huggingface(source, tmp_path / "artifact")
+    report = import_huggingface(source, tmp_path / "artifact", precision="bf16")
+    assert report.rounded == (name,)
+
+
+def test_a_head_that_is_not_tied_is_refused(tmp_path: Path) -> None:
+    _, shape = SHAPES["nemotron, attention first, dense MLP, tied"]
+    source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
+    weights = tensors_of(source)
+    embedding = next(n for n in weights if n.endswith("embeddings.weight"))
+    weights["lm_head.weight"] = weights[embedding] + 1
+    for path in source.glob("model*"):
+        path.unlink()
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"lm_head\.weight differs"):
+        import_huggingface(source, tmp_path / "artifact")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-4], "has .* bytes, its header says"),
+        (lambda data: b"\xff" * 8 + data[8:], "longer than the file"),
+    ],
+)
+def test_damaged_files_are_refused(
+    damage: Callable[[bytes], bytes], message: str, tmp_path: Path
+) -> None:
+    _, shape = SHAPES["nemotron, all experts"]
+    source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
+    path = source / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ConversionError, match=message):
+        import_huggingface(source, tmp_path / "artifact")
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("case", SHAPES)
+def test_moves_tile_both_sides_and_our_model(case: str, merged: bool, world: World) -> None:
+    """The map's own tensors are exactly those of the built model, by name and shape."""
+    family, shape = SHAPES[case]
+    names = name_map(family, shape, Style(merged_experts=merged, stored_head=True))
+    assert untiled(names) == []
+    config = make_config(
+        shape, world.parallel, EngineConfig(precision="fp32"), MoeTrainingConfig(), seed=0
+    )
+    [model] = build_model(world, config, Accelerators())
+    assert names.ours == {k: p.global_shape for k, p in parts_by_key(model, world).items()}
+
+
+def test_the_30b_model_is_mapped_whole() -> None:
+    shape = nemotron3_nano_30b()
+    assert model_of_config(config_of_model(shape, NEMOTRON)) == shape
+    names = name_map(NEMOTRON, shape, Style(prefix="backbone."))
+    assert untiled(names) == []
+    # The routers' selection biases are buffers of the model, and tensors of the folder.
+    biases = shape.pattern.count("E") * shape.num_experts
+    total = sum(torch.Size(s).numel() for s in names.theirs.values()) - biases
+    assert total == sum(p.numel() for p in meta_model(shape).parameters())
+    assert len(names.theirs) == 6243
+
+
+def test_memory_is_bounded_by_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No read is larger than a chunk, whatever the tensors' sizes."""
+    from nemocascade.megatron.checkpoint import storage
+    from nemocascade.megatron.convert import stream
+
+    _, shape = SHAPES["nemotron, one group, one kv head, k of an odd E"]
+    source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
+    import_huggingface(source, tmp_path / "whole")
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 4096)
+    largest = 0
+    translate = stream.translate
+
+    def watched(part: Any, here: Any, there: Any) -> Any:
+        nonlocal largest
+        largest = max(largest, part.volume * 4)
+        return translate(part, here, there)
+
+    monkeypatch.setattr(stream, "translate", watched)
+    import_huggingface(source, tmp_path / "chunks")
+    assert 2048 < largest <= 4096
+    assert read_artifact(tmp_path / "whole").digest == read_artifact(tmp_path / "chunks").digest
+
+
+def test_the_command_converts_both_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nemocascade import cli
+
+    _, shape = SHAPES["nemotron, all experts"]
+    source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
+    for a, b in (("hf", "artifact"), ("artifact", "back")):
+        paths = [str(tmp_path / name) for name in (a, b)]
+        monkeypatch.setattr("sys.argv", ["nemocascade", "convert", *paths])
+        cli.main()
+    printed = capsys.readouterr().out
+    assert "not carried over: 1: modeling_own.py" in printed
+    assert_same_folder(source, tmp_path / "back")
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "exists already" in capsys.readouterr().err

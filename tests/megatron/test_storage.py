@@ -1,0 +1,319 @@
+"""Sharded storage: any tiling reads any other, and no damage to a folder goes unnoticed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemocascade.megatron.checkpoint import CheckpointError, clean_leftovers, storage
+from nemocascade.megatron.checkpoint.boxes import Box, boxes_of_range, first_overlap
+from nemocascade.megatron.checkpoint.folder import (
+    MANIFEST,
+    digest_of,
+    read_folder,
+    read_manifest,
+    write_folder,
+)
+from nemocascade.megatron.checkpoint.storage import (
+    DTYPE_NAMES,
+    Index,
+    Piece,
+    Reader,
+    index_from_json,
+    index_to_json,
+    merge_indices,
+    write_pieces,
+)
+from nemocascade.megatron.checkpoint.weights import fill
+from nemocascade.megatron.world import start_world
+from nemocascade.recipe import EngineConfig, ParallelConfig
+from nemocascade.runtime.world import World
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    world = start_world(ParallelConfig(), EngineConfig(precision="fp32"))
+    yield world
+    world.close()
+
+
+def random_tiling(rng: random.Random, shape: tuple[int, ...], cuts: int) -> list[Box]:
+    """The whole of `shape` cut `cuts` times, each time one box across one axis."""
+    boxes = [Box((0,) * len(shape), shape)]
+    for _ in range(cuts):
+        box = boxes.pop(rng.randrange(len(boxes)))
+        axes = [i for i, n in enumerate(box.size) if n > 1]
+        if not axes:
+            boxes.append(box)
+            continue
+        axis = rng.choice(axes)
+        at = rng.randrange(1, box.size[axis])
+        rest = list(box.offset)
+        rest[axis] += at
+        low, high = list(box.size), list(box.size)
+        low[axis], high[axis] = at, box.size[axis] - at
+        boxes += [Box(box.offset, tuple(low)), Box(tuple(rest), tuple(high))]
+    return boxes
+
+
+def strided(values: torch.Tensor) -> torch.Tensor:
+    """The same values in memory with gaps, as a slice of a fused weight has them."""
+    if not values.ndim:
+        return values.clone()
+    room = torch.empty([2 * n + 1 for n in values.shape], dtype=values.dtype)
+    view = room[tuple(slice(1, None, 2) for _ in values.shape)]
+    return view.copy_(values)
+
+
+def random_tensor(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    values = torch.randint(0, 100, shape, generator=generator)
+    return values.to(dtype) if not dtype.is_floating_point else (values / 7).to(dtype)
+
+
+def pieces_of(key: str, full: torch.Tensor, tiling: list[Box]) -> list[Piece]:
+    return [Piece(key, tuple(full.shape), b, strided(full[b.slices()])) for b in tiling]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_tiling_reads_any_other(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    # Copies of a few elements, so that every tensor is written and read in many of them.
+    monkeypatch.setattr(storage, "CHUNK_BYTES", rng.choice([64, 256, 1 << 20]))
+    shapes = [(), (1,), (13,), (7, 9), (4, 6, 5), (3, 1, 4, 2)]
+    tensors = {
+        f"w{i}": random_tensor(rng, shape, rng.choice(list(DTYPE_NAMES)))
+        for i, shape in enumerate(shapes)
+    }
+    ranks: list[list[Piece]] = [[], [], []]
+    for key, full in tensors.items():
+        for piece in pieces_of(key, full, random_tiling(rng, tuple(full.shape), 6)):
+            rng.choice(ranks).append(piece)
+    written = [write_pieces(tmp_path, f"{i}.safetensors", p) for i, p in enumerate(ranks)]
+    index, problems = merge_indices([w.index for w in written])
+    assert problems == []
+    assert index_from_json(json.loads(json.dumps(index_to_json(index)))) == index
+    with Reader(tmp_path, index) as reader:
+        for key, full in tensors.items():
+            for box in random_tiling(rng, tuple(full.shape), 5):
+                memory = strided(torch.zeros(box.size, dtype=full.dtype))
+                piece = Piece(key, tuple(full.shape), box, memory)
+                assert reader.problem(piece) is None
+                reader.read_into(piece)
+                assert torch.equal(memory, full[box.slices()])
+
+
+def test_files_are_plain_safetensors_and_hashes_are_of_the_file(tmp_path: Path) -> None:
+    import hashlib
+
+    full = torch.arange(12, dtype=torch.bfloat16).reshape(3, 4)
+    pieces = [
+        *pieces_of("a", full, [Box((0, 0), (3, 4))]),
+        *pieces_of("s", torch.tensor(7.5), [Box((), ())]),
+    ]
+    written = write_pieces(tmp_path, "f.safetensors", pieces)
+    data = (tmp_path / "f.safetensors").read_bytes()
+    assert (written.size, written.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    tensors = load_file(tmp_path / "f.safetensors")
+    assert torch.equal(tensors["a@0,0"], full)
+    assert tensors["s@"] == 7.5
+
+
+def test_flat_ranges_become_boxes() -> None:
+    for shape in [(), (5,), (2, 3), (3, 4, 2), (2, 1, 3, 2)]:
+        count = math.prod(shape)
+        flat = torch.arange(count).reshape(shape)
+        for start, stop in itertools.combinations(range(count + 1), 2):
+            boxes = boxes_of_range(shape, start, stop)
+            values = [flat[b.slices()].reshape(-1) for b in boxes]
+            assert torch.cat(values).tolist() == list(range(start, stop))
+            assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+def test_split_keeps_row_major_order_and_the_bound() -> None:
+    full = torch.arange(4 * 5 * 6).reshape(4, 5, 6)
+    whole = Box((0, 0, 0), (4, 5, 6))
+    for limit in (1, 4, 6, 13, 30, 45, 1000):
+        boxes = whole.split(limit)
+        assert torch.cat([full[b.slices()].reshape(-1) for b in boxes]).tolist() == list(range(120))
+        assert all(b.volume <= limit for b in boxes)
+
+
+def test_overlaps_and_gaps_are_found(tmp_path: Path) -> None:
+    full = torch.zeros(4, 4)
+    left, right = Box((0, 0), (4, 2)), Box((0, 2), (4, 2))
+    assert first_overlap([left, right]) is None
+    assert first_overlap([left, Box((3, 1), (1, 1))]) is not None
+
+    def problems(*boxes: Box) -> str:
+        parts = []
+        for i, box in enumerate(boxes):
+            parts.append(write_pieces(tmp_path, f"{i}.safetensors", pieces_of("w", full, [box])))
+        return "; ".join(merge_indices([p.index for p in parts])[1])
+
+    assert problems(left, right) == ""
+    assert "8 of 16 elements" in problems(left)
+    assert "overlap" in problems(left, Box((0, 1), (4, 3)))
+
+
+FULL = {
+    "model/a": torch.arange(24.0).reshape(6, 4),
+    "model/b": torch.arange(5, dtype=torch.bfloat16),
+}
+
+
+def whole_pieces(tensors: dict[str, torch.Tensor]) -> list[Piece]:
+    return [
+        Piece(k, tuple(t.shape), Box((0,) * t.ndim, tuple(t.shape)), t.clone())
+        for k, t in tensors.items()
+    ]
+
+
+@pytest.fixture
+def folder(world: World, tmp_path: Path) -> Path:
+    path = tmp_path / "step_00000001"
+    write_folder(
+        path, world, "checkpoint", whole_pieces(FULL), {"extra.json": b'{"x": 1}'}, {"step": 1}
+    )
+    return path
+
+
+def read_back(folder: Path, world: World, tensors: dict[str, torch.Tensor]) -> list[Piece]:
+    pieces = whole_pieces({k: torch.zeros_like(t) for k, t in tensors.items()})
+    _, index = read_folder(folder, world, "checkpoint")
+    with Reader(folder, index) as reader:
+        fill(folder, world, reader, pieces, [])
+    return pieces
+
+
+def refusal(folder: Path, world: World, tensors: dict[str, torch.Tensor] = FULL) -> str:
+    with pytest.raises(CheckpointError) as error:
+        read_back(folder, world, tensors)
+    return str(error.value)
+
+
+def test_a_whole_folder_is_read_back(folder: Path, world: World) -> None:
+    for piece in read_back(folder, world, FULL):
+        assert torch.equal(piece.tensor, FULL[piece.key])
+
+
+NAMES = ["rank_00000.safetensors", "index.json", "extra.json", MANIFEST]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_altered_byte_is_a_refusal(folder: Path, world: World, name: str) -> None:
+    path = folder / name
+    data = path.read_bytes()
+    rng = random.Random(0)
+    for position in {0, len(data) - 1, *(rng.randrange(len(data)) for _ in range(12))}:
+        changed = bytearray(data)
+        changed[position] ^= 1
+        path.write_bytes(changed)
+        assert name in refusal(folder, world), position
+    path.write_bytes(data)
+    read_back(folder, world, FULL)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_and_truncated_files_are_refusals(folder: Path, world: World, name: str) -> None:
+    path = folder / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-3])
+    assert name in refusal(folder, world)
+    path.unlink()
+    assert f"{name} is missing" in refusal(folder, world)
+
+
+def test_all_broken_parts_are_named_at_once(folder: Path, world: World) -> None:
+    (folder / "extra.json").unlink()
+    (folder / "index.json").write_bytes(b"{}")
+    data = bytearray((folder / "rank_00000.safetensors").read_bytes())
+    data[-1] ^= 255
+    (folder / "rank_00000.safetensors").write_bytes(data)
+    (folder / "rank_00009.safetensors").write_bytes(b"?")
+    message = refusal(folder, world)
+    for part in ("extra.json is missing", "index.json has", "rank_00000.safetensors was altered"):
+        assert part in message
+    assert "rank_00009.safetensors is foreign" in message
+
+
+def rewrite_manifest(folder: Path, change: Callable[[dict], None]) -> None:
+    """Change the manifest and make its digest right again."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["digest"]
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
+
+
+def test_unknown_versions_and_other_kinds_are_refusals(folder: Path, world: World) -> None:
+    rewrite_manifest(folder, lambda m: m.update(version=99))
+    assert "version 99, this program reads" in refusal(folder, world)
+    rewrite_manifest(folder, lambda m: m.update(version=1, kind="artifact"))
+    assert "kind 'artifact', not 'checkpoint'" in refusal(folder, world)
+
+
+def test_every_differing_tensor_is_named(folder: Path, world: World) -> None:
+    other = {"model/a": torch.zeros(6, 5), "model/c": torch.zeros(2)}
+    message = refusal(folder, world, other)
+    assert "model/b is foreign" in message
+    assert "model/c is missing" in message
+    assert "model/a has shape [6, 4], this run needs [6, 5]" in message
+    halved = {**FULL, "model/b": FULL["model/b"].float()}
+    assert "model/b has dtype BF16, this run needs F32" in refusal(folder, world, halved)
+
+
+def test_a_refusal_changes_nothing(folder: Path, world: World) -> None:
+    _, index = read_folder(folder, world, "checkpoint")
+    pieces = whole_pieces({**FULL, "model/c": torch.zeros(2)})
+    for piece in pieces:
+        piece.tensor.fill_(3)
+    with Reader(folder, index) as reader, pytest.raises(CheckpointError):
+        fill(folder, world, reader, pieces, [])
+    assert all(bool((p.tensor == 3).all()) for p in pieces)
+
+
+def test_a_part_that_no_file_holds_is_a_refusal(tmp_path: Path) -> None:
+    half = pieces_of("w", torch.zeros(4, 4), [Box((0, 0), (2, 4))])
+    index: Index = write_pieces(tmp_path, "f.safetensors", half).index
+    wanted = Piece("w", (4, 4), Box((1, 0), (2, 4)), torch.zeros(2, 4))
+    problem = Reader(tmp_path, index).problem(wanted)
+    assert problem is not None
+    assert "4 of the 8 elements" in problem
+
+
+def test_a_failed_save_leaves_the_old_folder(folder: Path, world: World) -> None:
+    before = read_manifest(folder, "checkpoint")
+    torn = pieces_of("w", torch.zeros(4, 4), [Box((0, 0), (2, 4))])
+    with pytest.raises(CheckpointError, match="8 of 16 elements"):
+        write_folder(folder, world, "checkpoint", torn, {}, {"step": 2})
+    assert read_manifest(folder, "checkpoint") == before
+    assert clean_leftovers(folder.parent) == []
+
+
+def test_replacing_a_folder(folder: Path, world: World) -> None:
+    changed = {k: t + 1 for k, t in FULL.items()}
+    write_folder(folder, world, "checkpoint", whole_pieces(changed), {}, {"step": 2})
+    assert read_manifest(folder, "checkpoint")["step"] == 2
+    assert not (folder / "extra.json").exists()
+    for piece in read_back(folder, world, FULL):
+        assert torch.equal(piece.tensor, changed[piece.key])
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_leftovers_are_cleaned(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-step_00000002").mkdir()
+    (tmp_path / ".tmp-step_00000002" / "rank_00000.safetensors").write_bytes(b"half")
+    (tmp_path / ".tmp-latest").write_bytes(b"step")
+    (tmp_path / "step_00000001").mkdir()
+    assert clean_leftovers(tmp_path) == [".tmp-latest", ".tmp-step_00000002"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]

@@ -1,0 +1,301 @@
+"""The planner: state exact to the byte, legal layouts only, honest about what does not fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemocascade.megatron.accelerators import Accelerators
+from nemocascade.megatron.checkpoint.state import _main_parameters, _stepping
+from nemocascade.megatron.config import make_config
+from nemocascade.megatron.fake import (
+    OnMeta,
+    build_on_meta,
+    fake_megatron_world,
+    fake_world,
+    group_ranks,
+)
+from nemocascade.megatron.model import build_model
+from nemocascade.megatron.optimizer import Optimizer, wrap_ddp
+from nemocascade.plan.gpus import GPUS, find_gpu
+from nemocascade.plan.job import Job, Rollout, job_of_recipe
+from nemocascade.plan.memory import GIB, every_rank, worst_rank
+from nemocascade.plan.parameters import (
+    StateBytes,
+    chunk_parameters,
+    place_of,
+    stage_chunks,
+    state_bytes,
+)
+from nemocascade.plan.report import PlanSettings, run_plan
+from nemocascade.plan.search import (
+    balanced_layout,
+    best_plans,
+    faults,
+    legal_layouts,
+    nearest_fitting,
+    price,
+)
+from nemocascade.plan.tables import rows
+from nemocascade.plan.timing import StepModel
+from nemocascade.recipe import (
+    EngineConfig,
+    ModelConfig,
+    MoeTrainingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    nemotron3_nano_30b,
+    tiny,
+)
+from nemocascade.recipe.loading import load_recipe
+from nemocascade.runtime.world import World
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+SMALL = replace(tiny(), vocab_size=512, hidden_size=64)
+MIXED = replace(SMALL, pattern="ME*-ME*-", activation="swiglu", qk_norm=True, mlp_width=96)
+# Name -> world, parallel sizes, model, precision, distributed, freeze_router.
+STATES: dict[str, tuple[int, dict[str, int], ModelConfig, str, bool, bool]] = {
+    "one": (1, {}, SMALL, "fp32", True, False),
+    "DP3": (3, {}, SMALL, "bf16", True, False),
+    "TP2 EP2 DP2": (4, {"tp": 2, "ep": 2}, SMALL, "bf16", True, False),
+    "PP2 VPP2 EP2": (4, {"pp": 2, "vpp": 2, "ep": 2}, MIXED, "bf16", True, True),
+    "PP4 tied": (8, {"pp": 4}, replace(MIXED, tie_embeddings=True), "fp32", True, False),
+    "EP2 ETP2": (8, {"tp": 2, "ep": 2, "etp": 2}, MIXED, "bf16", True, False),
+    "plain optimizer": (4, {"tp": 2, "ep": 2}, SMALL, "bf16", False, False),
+    "odd replicas": (6, {"pp": 2, "ep": 3}, replace(SMALL, num_experts=9), "bf16", True, False),
+}
+
+
+def built_state(
+    world: World,
+    shape: ModelConfig,
+    engine: EngineConfig,
+    moe: MoeTrainingConfig,
+    settings: OptimizerConfig,
+) -> StateBytes:
+    """Build what a rank builds, on the meta device, and count."""
+    config = make_config(shape, world.parallel, engine, moe, seed=0)
+    with torch.device("meta"):
+        modules = build_model(world, config, Accelerators())
+    with OnMeta():
+        chunks = wrap_ddp(world, config, modules, distributed=settings.distributed)
+        optimizer = Optimizer(settings, chunks, world, config, Accelerators())
+    buffers = [b for c in chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
+    frozen = [p for m in modules for p in m.parameters() if not p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in frozen)
+    if settings.distributed:
+        weights += sum(b.param_data.numel() * b.param_data.element_size() for b in buffers)
+    else:
+        trained = [p for m in modules for p in m.parameters() if p.requires_grad]
+        weights += sum(p.numel() * p.element_size() for p in trained)
+    states = 0
+    for inner in _stepping(optimizer):
+        for owner, main, _, _ in _main_parameters(inner):
+            copy = main.numel() * main.element_size() if main.dtype != owner.dtype else 0
+            states += copy + 2 * 4 * main.numel()
+    return StateBytes(
+        parameters=weights,
+        gradients=sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers),
+        optimizer=states,
+        buffers=sum(b.numel() * b.element_size() for m in modules for b in m.buffers()),
+    )
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_state_equals_a_meta_build_of_every_rank(name: str) -> None:
+    size, sizes, shape, precision, distributed, frozen = STATES[name]
+    parallel = ParallelConfig(**sizes)
+    engine = EngineConfig(precision=precision)  # type: ignore[arg-type]
+    moe = MoeTrainingConfig(freeze_router=frozen)
+    settings = OptimizerConfig(distributed=distributed)
+    for rank in range(size):
+        with fake_megatron_world(rank, size, parallel) as world:
+            expected = built_state(world, shape, engine, moe, settings)
+        found = state_bytes(
+            shape,
+            parallel,
+            size,
+            place_of(rank, parallel, size),
+            engine=engine,
+            moe=moe,
+            optimizer=settings,
+            on_gpu=False,
+        )
+        assert found == expected, f"rank {rank}"
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tp": 8, "pp": 2, "ep": 8}, {"tp": 2, "pp": 4, "vpp": 13, "ep": 4, "etp": 2}]
+)
+def test_parameters_of_the_30b_model_are_those_that_are_built(sizes: dict[str, int]) -> None:
+    """By name, size and order, on a rank of every stage of 256."""
+    shape, parallel, moe = nemotron3_nano_30b(), ParallelConfig(**sizes), MoeTrainingConfig()
+    for stage in range(parallel.pp):
+        rank = stage * (256 // parallel.pp) + 5
+        with fake_world(rank, 256, parallel) as world:
+            chunks = build_on_meta(world, shape, EngineConfig(), moe)
+        patterns = stage_chunks(shape, parallel, stage)
+        for index, (chunk, pattern) in enumerate(zip(chunks, patterns, strict=True)):
+            listed = chunk_parameters(
+                shape,
+                parallel,
+                moe,
+                pattern,
+                first=stage == 0 and index == 0,
+                last=stage == parallel.pp - 1 and index == parallel.vpp - 1,
+            )
+            built = [(name, p.numel()) for name, p in chunk.named_parameters()]
+            assert [(p.name, p.numel) for p in listed] == built
+
+
+def test_groups_are_megatrons_own() -> None:
+    """The fake world computes its groups itself; they are those that Megatron makes."""
+    parallel = ParallelConfig(tp=2, pp=2, ep=4, etp=1)
+    for rank in (0, 5, 11, 15):
+        ranks = group_ranks(rank, 16, parallel)
+        with fake_megatron_world(rank, 16, parallel) as world:
+            for name, expected in ranks.items():
+                group = getattr(world.groups, name)
+                if name not in ("embd", "pos_embd") and group is not None:
+                    assert torch.distributed.get_process_group_ranks(group) == expected, name
+
+
+def job_of(world: int, gpu: str = "h200", **changes: Any) -> Job:
+    recipe = load_recipe(RECIPES / "nemotron3_nano_30b" / "sft.py")
+    return replace(job_of_recipe(recipe, find_gpu(gpu), world), **changes)
+
+
+def test_the_recipes_own_layout_runs_on_256() -> None:
+    job = job_of(256)
+    assert faults(job) == []
+    ranks = every_rank(job)
+    assert len(ranks) == 256
+    # The planner looks at one rank of each stage; no other one needs more.
+    assert max(r.total for r in ranks) == worst_rank(job).total
+
+
+def test_only_legal_layouts_that_fit_are_proposed() -> None:
+    job = job_of(64)
+    plans = best_plans(job, count=10)
+    assert len(plans) == 10
+    times = [plan.time.total for plan in plans]
+    assert times == sorted(times)
+    for plan in plans:
+        assert plan.job.problems() == []
+        assert plan.fits
+    every = list(legal_layouts(job))
+    assert len({(j.parallel, j.engine.recompute) for j in every}) == len(every)
+    assert {(1, 1), (2, 1), (1, 2)} <= {(j.parallel.tp, j.parallel.pp) for j in every}
+
+
+def test_an_illegal_layout_is_explained_and_the_nearest_found() -> None:
+    job = job_of(8)
+    assert any("does not divide" in fault for fault in faults(job))
+    nearest = nearest_fitting(job)
+    assert nearest is not None
+    assert nearest.fits
+    assert nearest.job.problems() == []
+
+
+def test_an_oversized_layout_is_explained() -> None:
+    job = job_of(64, parallel=ParallelConfig(), engine=EngineConfig())
+    [fault] = faults(job)
+    assert "needs" in fault
+    assert "GiB" in fault
+    assert nearest_fitting(job) is not None
+
+
+def test_shorter_packs_are_tried_where_documents_allow() -> None:
+    job = job_of(64, capacity=32768, sequences_per_step=64)
+    found = {(j.capacity, j.sequences_per_step) for j in legal_layouts(job, longest=8192)}
+    assert found == {(32768, 64), (16384, 128), (8192, 256)}
+    assert {j.capacity for j in legal_layouts(job)} == {32768}
+
+
+def test_memory_moves_the_right_way() -> None:
+    base = job_of(256)
+    total = worst_rank(base).total
+    assert worst_rank(replace(base, teachers=1)).total > total
+    assert worst_rank(replace(base, imbalance=3.0)).total > total
+    kept = replace(base, engine=replace(base.engine, recompute=False))
+    assert worst_rank(kept).total > 2 * total
+    rollout = replace(base, rollout=Rollout(sequences=4096, length=262_144))
+    assert worst_rank(rollout).rollout > 0
+    assert (
+        price(replace(base, capacity=131_072)).memory.activations < price(base).memory.activations
+    )
+
+
+def test_time_moves_the_right_way() -> None:
+    base = job_of(256)
+    own = StepModel(base).step()
+    assert own.total > own.compute > 0
+    deeper = replace(base, parallel=ParallelConfig(tp=8, pp=4, ep=8))
+    assert StepModel(deeper).step().bubble / own.bubble > 1
+    short = StepModel(replace(base, document=4096)).step()
+    assert short.flops < own.flops
+    assert short.total < own.total
+
+
+def test_pieces_of_a_pipeline_are_balanced() -> None:
+    pattern = nemotron3_nano_30b().pattern
+    layout = balanced_layout(pattern, 8)
+    pieces = layout.split("|")
+    assert "".join(pieces) == pattern
+    assert len(pieces) == 8
+    weights = [sum(3 if s == "E" else 2 for s in piece) for piece in pieces]
+    weights[-1] += 4
+    assert max(weights) - min(weights) <= 5
+
+
+def test_accelerators_can_be_added(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    values = {**vars(GPUS["h100"]), "name": "mine", "memory_gib": 40.0}
+    path.write_text(json.dumps(values))
+    assert find_gpu(str(path)).memory_gib == 40.0
+    del values["memory_gib"]
+    path.write_text(json.dumps({**values, "speed": 1}))
+    with pytest.raises(ValueError, match="memory_gib, speed"):
+        find_gpu(str(path))
+    with pytest.raises(ValueError, match="h200"):
+        find_gpu("h2000")
+
+
+def shorter(recipe: Any) -> Any:
+    return replace(recipe, data=replace(recipe.data, capacity=32768))
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    recipe = str(RECIPES / "nemotron3_nano_30b" / "sft.py")
+    settings = PlanSettings(recipe=recipe, gpus=64, best=3, json=True)
+    return json.loads(run_plan(settings, shorter))
+
+
+def test_the_report_says_what_a_machine_needs(report: dict[str, Any]) -> None:
+    assert report["gpus"] == 64
+    assert report["problems"] == []
+    assert len(report["best"]) == 3
+    for plan in (report["own"], *report["best"]):
+        assert plan["capacity"] == 32768
+        parts = {k: v for k, v in plan["memory_gib"].items() if k != "total"}
+        assert sum(parts.values()) == pytest.approx(plan["memory_gib"]["total"])
+
+
+def test_the_report_is_readable_and_names_what_does_not_fit() -> None:
+    recipe = str(RECIPES / "nemotron3_nano_30b" / "sft.py")
+    text = run_plan(PlanSettings(recipe=recipe, gpus=1, gpu="h100"))
+    assert "cannot run" in text
+    assert "No layout fits; the least needs" in text
+    assert worst_rank(job_of(256)).parameters / GIB < 8
+
+
+def test_the_documentation_holds_the_planners_numbers() -> None:
+    text = (RECIPES.parent / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    missing = [line for line in rows("h200", (8,)) if line not in text]
+    assert not missing, "run python -m nemocascade.plan.tables h200 h100 and mend the page"

@@ -1,0 +1,99 @@
+"""The commands plan, preflight and submit, as people type them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemocascade import cli
+from nemocascade.recipe.loading import load_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
+TINY, CASCADE = str(RECIPES / "sft.py"), str(RECIPES / "cascade.py")
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def nemocascade(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Command:
+    """Run a command and give what it prints."""
+
+    def command(*arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["nemocascade", *arguments])
+        cli.main()
+        return capsys.readouterr().out
+
+    return command
+
+
+def test_plan(nemocascade: Command) -> None:
+    text = nemocascade("plan", TINY, "--gpus", "4", "--gpu", "cpu", "--", "--data.capacity", "1024")
+    assert "packs of 1,024 tokens" in text
+    assert "The recipe's layout:" in text
+    report = json.loads(nemocascade("plan", TINY, "--gpus", "4", "--gpu", "cpu", "--json"))
+    assert len(report["best"]) == 10
+
+
+def test_plan_names_an_unknown_accelerator(
+    nemocascade: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        nemocascade("plan", TINY, "--gpu", "h2000")
+    assert caught.value.code == 2
+    assert "h200" in capsys.readouterr().err
+
+
+def test_preflight(nemocascade: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(nemocascade("preflight", TINY, "--gpu", "cpu", "--ranks", "4", "--json"))
+    assert found["passed"] is True
+    with pytest.raises(SystemExit) as caught:
+        nemocascade("preflight", TINY, "--gpu", "cpu", "--", "--parallel.tp", "3")
+    assert caught.value.code == 2
+    assert "FAIL settings: tp(3)" in capsys.readouterr().out
+
+
+def test_submit(nemocascade: Command) -> None:
+    text = nemocascade("submit", TINY, TINY, "--nodes", "2", "--dry-run", "--", "--steps", "3")
+    assert text.count("--nnodes=2") == 2
+    assert text.count("--steps 3 &") == 2
+
+
+def test_a_cascade_is_planned_checked_and_submitted_by_stage(nemocascade: Command) -> None:
+    names = load_recipe(Path(CASCADE)).names
+    two = ("--gpus", "2", "--gpu", "cpu", "--best", "1", "--json")
+    report = json.loads(nemocascade("plan", CASCADE, *two))
+    assert list(report["stages"]) == names
+    assert all(plan["own"]["fits"] for plan in report["stages"].values())
+    found = json.loads(nemocascade("preflight", CASCADE, "--gpu", "cpu", "--ranks", "2", "--json"))
+    assert found["passed"] is True
+    checks = [finding["check"] for finding in found["findings"]]
+    assert all(f"{name}: memory" in checks for name in names)
+    text = nemocascade("submit", CASCADE, "--dry-run", "--", "--run-dir", "elsewhere")
+    assert [line.split("--only ")[1] for line in text.splitlines() if "--only" in line] == [
+        f"{name} --run-dir elsewhere &" for name in names
+    ]
+    assert text.count("--dependency=afterok:JOB_") == len(names) - 1
+    assert f"elsewhere/stages/{names[0]}/job.sbatch" in text
+
+
+def test_preflight_names_a_stage_that_cannot_run(
+    nemocascade: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        nemocascade("preflight", CASCADE, "--gpu", "cpu", "--", "--stages.if-rl.parallel.tp", "3")
+    assert caught.value.code == 2
+    assert "FAIL cascade: stages.if_rl: tp(3)" in capsys.readouterr().out
+
+
+def test_jobs_of_a_cascade_choose_their_stages_themselves(
+    nemocascade: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        nemocascade("submit", CASCADE, "--dry-run", "--", "--only", "sft")
+    assert "each job of a cascade runs one stage" in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""Preflight finds every problem at once, and the 30B recipes pass it as dry runs of 256 ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemocascade.megatron.world import start_world
+from nemocascade.plan.commands import PreflightSettings, run_preflight
+from nemocascade.plan.gpus import find_gpu
+from nemocascade.plan.job import job_of_recipe
+from nemocascade.plan.preflight import Preflight, check_device, offline, online
+from nemocascade.plan.start import problems_before
+from nemocascade.recipe import (
+    CheckpointConfig,
+    EngineConfig,
+    ParallelConfig,
+    TokenizerConfig,
+    nemotron3_nano_30b,
+)
+from nemocascade.recipe.loading import load_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+TINY = str(RECIPES / "tiny" / "sft.py")
+NANO = "nemotron3_nano_30b"
+# One recipe a stage; cascade.py is made of the others. Each takes half a minute.
+LARGE = [
+    pytest.param(path, id=path.stem, marks=[] if path.stem == "sft" else [pytest.mark.slow])
+    for path in sorted((RECIPES / NANO).glob("*.py"))
+    if path.stem != "cascade"
+]
+
+
+def into(folder: Path, **changes: Any) -> Any:
+    """Change a recipe so that it writes to `folder`."""
+    return lambda recipe: replace(recipe, run_dir=str(folder), **changes)
+
+
+def test_the_tiny_recipe_passes(tmp_path: Path) -> None:
+    found = run_preflight(PreflightSettings(recipe=TINY, gpu="cpu"), into(tmp_path / "run"))
+    assert found.problems == []
+    checks = {f.check for f in found.findings}
+    assert {"settings", "data files", "disk", "start", "tokenizer", "memory", "dry run"} <= checks
+    assert json.loads(found.as_json())["passed"] is True
+    assert "all checks passed" in found.text()
+
+
+@pytest.mark.parametrize("path", LARGE)
+def test_the_30b_recipes_pass_as_256_ranks(path: Path, tmp_path: Path) -> None:
+    """Every rank's model is built, and no problem is left but the data that is not here."""
+    recipe = load_recipe(path)
+    changes: dict[str, Any] = {"run_dir": str(tmp_path / "run")}
+    if hasattr(recipe, "data"):
+        changes["data"] = replace(recipe.data, path=("synthetic:arithmetic",))
+    else:
+        changes["init_from"] = str(tmp_path / "written by the stage before")
+    recipe = replace(recipe, checkpoint=CheckpointConfig(keep=1), **changes)
+    job = job_of_recipe(recipe, find_gpu("h200"), 256, preset=NANO)
+    found = offline(recipe, job, 256, dry_run=True, ahead=True)
+    room = shutil.disk_usage(tmp_path).free > 2**40
+    assert [p for p in found.problems if room or "make room" not in p] == []
+    [built] = [f for f in found.findings if f.check == "dry run"]
+    assert built.measured.startswith("256 ranks built on the meta device")
+    assert found.seconds < 120
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    """Five kinds of fault in one recipe, five findings, each with what to do."""
+    bad = tmp_path / "broken"
+    bad.mkdir()
+    recipe = load_recipe(Path(TINY))
+    recipe = replace(
+        recipe,
+        run_dir=str(tmp_path / "run"),
+        init_from=str(bad),
+        data=replace(recipe.data, path=(str(tmp_path / "nowhere.jsonl"),), capacity=2049),
+        tokenizer=TokenizerConfig(train_vocab_size=4096),
+        parallel=ParallelConfig(tp=2, ep=3),
+    )
+    job = job_of_recipe(recipe, find_gpu("cpu"), 2)
+    found = offline(recipe, job, 2, dry_run=True)
+    text = "\n".join(found.problems)
+    for part in (
+        "data.capacity(2049)",
+        "ep(3)",
+        "nowhere.jsonl does not exist",
+        "manifest.json is missing",
+        "tokenizer.train_vocab_size(4096)",
+    ):
+        assert part in text
+    assert "FAIL" in found.text()
+
+
+def test_too_little_memory_and_disk_are_foreseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(Path(TINY))
+    recipe = replace(recipe, run_dir=str(tmp_path), model=nemotron3_nano_30b())
+    usage = shutil._ntuple_diskusage(2**40, 2**40 - 2**30, 2**30)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    problems = problems_before(recipe, 1)
+    assert any("GiB, a cpu gives" in p for p in problems)
+    assert any("make room" in p for p in problems)
+
+
+def test_an_unknown_failure_is_a_finding() -> None:
+    found = Preflight()
+    with found.guarded("thing"):
+        raise KeyError("what")
+    found.add("next", [], "seen")
+    assert found.problems == ["thing: KeyError: 'what'"]
+    assert found.findings[1].measured == "seen"
+
+
+def test_a_recipe_that_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
+    script = tmp_path / "none.py"
+    script.write_text("X = 1\n")
+    found = run_preflight(PreflightSettings(recipe=str(script)))
+    assert ["defines no RECIPE" in p for p in found.problems] == [True]
+
+
+def test_devices_are_timed() -> None:
+    recipe = load_recipe(Path(TINY))
+    job = job_of_recipe(recipe, find_gpu("cpu"), 1)
+    world = start_world(ParallelConfig(), EngineConfig(precision="fp32"))
+    try:
+        found = Preflight()
+        check_device(world, job, found)
+        assert "TFLOP/s" in found.findings[0].measured
+        assert online(world, job).problems == []
+    finally:
+        world.close()

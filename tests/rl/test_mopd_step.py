@@ -1,0 +1,317 @@
+"""A MOPD step against a plain autograd implementation of Eq. 2-4, and teachers that take turns."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.policy import (
+    CAPACITY,
+    ENGINE,
+    TEMPERATURE,
+    gradients,
+    plain_logprobs,
+    rollout,
+    sft_batch,
+    small_trainer,
+)
+from torch import Tensor
+
+from nemocascade.megatron.accelerators import Accelerators
+from nemocascade.megatron.artifact import write_artifact
+from nemocascade.megatron.world import start_world
+from nemocascade.recipe import (
+    DomainConfig,
+    MopdConfig,
+    MopdRecipe,
+    ParallelConfig,
+    RolloutConfig,
+    TeacherConfig,
+)
+from nemocascade.recipe.errors import RecipeError
+from nemocascade.rl.batches import TrainingSequence, lay_out, pack_sequences
+from nemocascade.rl.collector import Group
+from nemocascade.rl.tasks import Task
+from nemocascade.runtime.world import World
+from nemocascade.stages.mopd import _measure, open_teachers, student_sequences
+from nemocascade.train.evaluation import token_logprobs
+from nemocascade.train.objectives import mopd_objective
+from nemocascade.train.trainer import Trainer
+from nemocascade.train.weight_swap import WeightSwap, live_tensors
+from nemocascade.types import Artifact, PackedBatch, Prompt
+
+LOW, HIGH = 0.5, 2.0
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    world = start_world(ParallelConfig(), ENGINE)
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def trainer(world: World, tmp_path: Path) -> Trainer:
+    return small_trainer(world, tmp_path)
+
+
+def recipe(**rollout_settings: object) -> MopdRecipe:
+    return MopdRecipe(
+        rollout=RolloutConfig(
+            temperature=TEMPERATURE,
+            dynamic_filtering=False,
+            **rollout_settings,  # type: ignore[arg-type]
+        ),
+        mopd=MopdConfig(capacity=CAPACITY),
+    )
+
+
+def groups(trainer: Trainer) -> list[Group]:
+    """Two domains, two rollouts each; one has no verdict. Their rollout log-probabilities lie
+    around the policy's own, some beyond the gate."""
+    generator = torch.Generator().manual_seed(4)
+    found = []
+    for number, domain in enumerate(("math", "code")):
+        rollouts = []
+        for reward in (1.0, None):
+            r = rollout(generator, reward, truncated=reward == 1.0)
+            with torch.no_grad():
+                logprob = plain_logprobs(trainer, r.tokens)
+            noise = torch.randn(logprob.shape, generator=generator) * 0.7
+            shifted = torch.cat([torch.zeros(1), logprob + noise])
+            rollouts.append(replace(r, logprob=torch.where(r.written, shifted, 0.0)))
+        prompt = Prompt(str(number), domain, (), {})
+        found.append(Group(Task(prompt, (1,), number), tuple(rollouts)))
+    return found
+
+
+def plain_loss(trainer: Trainer, swap: WeightSwap, found: list[Group]) -> Tensor:
+    """Eq. 2-4 as they are printed: a loop over rollouts, the mean of each over V(y)."""
+    teachers = {}
+    for group in found:
+        with torch.no_grad(), swap.using(group.task.prompt.domain):
+            teachers |= {id(r): plain_logprobs(trainer, r.tokens) for r in group.rollouts}
+    losses = []
+    for group in found:
+        for r in group.rollouts:
+            teacher = teachers[id(r)]
+            logprob = plain_logprobs(trainer, r.tokens)
+            advantage = (teacher - logprob).detach()
+            ratio = torch.exp(logprob.detach() - r.logprob[1:])
+            inside = (ratio >= LOW) & (ratio <= HIGH)
+            weight = torch.where(inside, ratio, torch.zeros_like(ratio))
+            losses.append((weight * advantage * logprob)[r.written[1:]].mean())
+    return -torch.stack(losses).mean()
+
+
+def batches(
+    trainer: Trainer, swap: WeightSwap, sequences: list[TrainingSequence]
+) -> list[PackedBatch]:
+    done = []
+    for domain in ("math", "code"):
+        mine = [(i, s) for i, s in enumerate(sequences) if s.domain == domain]
+        layout = lay_out([s for _, s in mine], CAPACITY, ranks=1)[0]
+        packed = [
+            pack_sequences([mine[i][1] for i in chosen], CAPACITY, 0, [mine[i][0] for i in chosen])
+            for chosen in layout
+        ]
+        with swap.using(domain):
+            teacher = token_logprobs(
+                trainer.world, trainer.config, trainer.chunks, packed, temperature=TEMPERATURE
+            )
+        done += [replace(b, teacher_logprob=t) for b, t in zip(packed, teacher, strict=True)]
+    return done
+
+
+def two_teachers(trainer: Trainer) -> WeightSwap:
+    """The weights before and after a step of training; the student has taken two."""
+    swap = WeightSwap(trainer.world, trainer.chunks)
+    swap.keep("math")
+    trainer.train_step([sft_batch()])
+    swap.keep("code")
+    trainer.train_step([sft_batch()])
+    return swap
+
+
+def test_loss_and_gradients_are_those_of_the_paper(trainer: Trainer) -> None:
+    swap = two_teachers(trainer)
+    found = groups(trainer)
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
+    expected = plain_loss(trainer, swap, found)
+    expected.backward()
+    wanted = gradients(trainer)
+
+    sequences = student_sequences(found, recipe())
+    assert len(sequences) == 4, "a rollout without a verdict trains too"
+    result = trainer.train_step(
+        batches(trainer, swap, sequences),
+        mopd_objective(LOW, HIGH),
+        temperature=TEMPERATURE,
+        measure=_measure(sequences, MopdConfig()),
+    )
+    assert result.loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    norm = torch.sqrt(sum(g.double().square().sum() for g in wanted)).item()  # type: ignore[arg-type]
+    assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+    for mine, plain in zip(gradients(trainer), wanted, strict=True):
+        assert (mine - plain).norm() <= 1e-5 * norm
+
+
+def test_metrics_are_those_of_each_domain(trainer: Trainer) -> None:
+    swap = two_teachers(trainer)
+    found = groups(trainer)
+    expected = {}
+    for group in found:
+        gaps, gates = [], []
+        for r in group.rollouts:
+            with torch.no_grad():
+                own = plain_logprobs(trainer, r.tokens)
+                with swap.using(group.task.prompt.domain):
+                    teacher = plain_logprobs(trainer, r.tokens)
+            ratio = torch.exp(own - r.logprob[1:])
+            gaps.append((own - teacher)[r.written[1:]])
+            gates.append(((ratio < LOW) | (ratio > HIGH))[r.written[1:]])
+        expected[f"reverse_kl/{group.task.prompt.domain}"] = float(torch.cat(gaps).mean())
+        expected[f"gated/{group.task.prompt.domain}"] = float(torch.cat(gates).float().mean())
+    sequences = student_sequences(found, recipe())
+    result = trainer.train_step(
+        batches(trainer, swap, sequences),
+        mopd_objective(LOW, HIGH),
+        temperature=TEMPERATURE,
+        measure=_measure(sequences, MopdConfig()),
+    )
+    for name, value in expected.items():
+        assert result.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert 0 < result.metrics["gated/math"] < 1
+    assert result.metrics["advantage/code"] == -result.metrics["reverse_kl/code"]
+
+
+def test_a_truncated_rollout_leaves_under_the_filter(trainer: Trainer) -> None:
+    found = groups(trainer)
+    assert len(student_sequences(found, recipe(overlong_filter=True))) == 2
+
+
+@pytest.mark.parametrize("keep", ["host", "disk"])
+def test_a_hundred_turns_of_three_teachers_leave_no_trace(
+    trainer: Trainer, tmp_path: Path, keep: str
+) -> None:
+    """Weights and optimizer bit for bit, memory flat."""
+    swap = WeightSwap(trainer.world, trainer.chunks, tmp_path / "t" if keep == "disk" else None)
+    for name in ("a", "b", "c"):
+        swap.keep(name)
+        trainer.train_step([sft_batch()])
+    before = [t.detach().clone() for t in live_tensors(trainer.chunks)]
+    state = _optimizer_bits(trainer)
+    probe = sft_batch()
+    memory = 0.0
+    one = sum(t.numel() * t.element_size() for t in before)
+    for turn in range(100):
+        with swap.away() as place:
+            for name in ("a", "b", "c"):
+                place(name)
+                swap.read_ahead("b" if name == "a" else "c")
+        if turn == 20:
+            memory = _resident()
+    assert all(torch.equal(a, b) for a, b in zip(before, live_tensors(trainer.chunks), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state, _optimizer_bits(trainer), strict=True))
+    # The student's own, and the teachers; or the one teacher that is read ahead.
+    assert swap.num_bytes == 4 * one if keep == "host" else swap.num_bytes <= 2 * one
+    assert _resident() - memory < 16, "MiB"
+    trainer.train_step([probe])
+    if keep == "disk":
+        assert len(list((tmp_path / "t").iterdir())) == 3
+    swap.close()
+    assert not (tmp_path / "t").exists()
+
+
+def _optimizer_bits(trainer: Trainer) -> list[Tensor]:
+    """Moments and fp32 copies of the weights."""
+    found: list[Tensor] = []
+    for part in getattr(trainer.optimizer.inner, "chained_optimizers", [trainer.optimizer.inner]):
+        adam = part.optimizer
+        for group in adam.param_groups:
+            for weight in group["params"]:
+                moments = [v for v in adam.state[weight].values() if isinstance(v, Tensor)]
+                found += [t.detach().clone() for t in (weight, *moments)]
+    assert len(found) > 20
+    return found
+
+
+def _resident() -> float:
+    """Most memory of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def artifact(trainer: Trainer, folder: Path, tokenizer: str = "one") -> Artifact:
+    file = folder.with_suffix(".json")
+    file.write_text(json.dumps({"tokenizer": tokenizer}))
+    return write_artifact(
+        folder,
+        trainer.world,
+        trainer.chunks,
+        stage="x",
+        step=0,
+        recipe={},
+        data={},
+        scores={},
+        tokenizer=file,
+    )
+
+
+def test_a_teacher_that_does_not_fit_is_refused(
+    world: World, trainer: Trainer, tmp_path: Path
+) -> None:
+    """Both faults at once, by name, before anything starts."""
+    artifact(trainer, tmp_path / "student")
+    artifact(trainer, tmp_path / "words", tokenizer="two")
+    wide = Trainer(
+        world,
+        replace(trainer.config.shape, expert_width=64),
+        engine=ENGINE,
+        moe=trainer.config.moe_training,
+        optimizer=trainer.optimizer.settings,
+        accelerators=Accelerators(),
+        seed=1,
+        run_dir=tmp_path,
+    )
+    artifact(wide, tmp_path / "wide")
+    settings = MopdRecipe(
+        init_from=str(tmp_path / "student"),
+        domains=tuple(DomainConfig(domain=d) for d in ("math", "code", "multiple_choice")),
+        teachers=(
+            TeacherConfig("math", str(tmp_path / "words")),
+            TeacherConfig("code", str(tmp_path / "wide")),
+            TeacherConfig("multiple_choice", str(tmp_path / "student")),
+        ),
+    )
+    with pytest.raises(RecipeError) as caught:
+        open_teachers(settings)
+    text = str(caught.value)
+    assert "math is taught by" in text
+    assert "tokenizer is not the student's" in text
+    assert "expert_width 64 is not 128" in text
+    assert "multiple_choice" not in text
+
+
+def test_settings_that_cannot_run_are_named() -> None:
+    settings = MopdRecipe(
+        domains=(DomainConfig(domain="math"), DomainConfig(domain="code")),
+        teachers=(TeacherConfig("math", ""), TeacherConfig("office", "x")),
+        rollout=RolloutConfig(max_prompt_tokens=8, max_response_tokens=8),
+        mopd=MopdConfig(ratio_low=3.0),
+    )
+    text = "\n".join(settings.problems(1))
+    for part in (
+        "math has no artifact",
+        "code 0 times",
+        "office is no domain",
+        "ratio_low(3.0)",
+        "dynamic_filtering",
+        "init_from is empty",
+    ):
+        assert part in text

@@ -1,0 +1,270 @@
+"""`nemocascade import-swe`: rows with commits of local clones become tasks, whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemocascade import cli
+from nemocascade.envs.swe_agentic import SweAgentic
+from nemocascade.envs.swe_agentless import SweAgentless
+from nemocascade.swe.importing import Imported, ImportSettings, import_rows, read_rows
+from nemocascade.swe.rows import folder_rows
+
+OLD_TEST = "from cart import total\n\n\ndef test_none():\n    assert total([]) == 1\n"
+NEW_TEST = OLD_TEST.replace("total([]) == 1", "total([]) == 0")
+FILES = {
+    "cart.py": "def total(xs):\n    return sum(xs) + 1\n",
+    "tests/test_cart.py": OLD_TEST,
+    "tests/test_more.py": "def test_more():\n    pass\n",
+    "version.txt": "$Format:%H$\n",
+    # An archive of git would leave the tests out and write the commit into the version.
+    ".gitattributes": "tests export-ignore\nversion.txt export-subst\n*.lfs filter=lfs\n",
+    "data.lfs": "pointer\n",
+}
+PATCH = "--- a/cart.py\n+++ b/cart.py\n@@ -2 +2 @@\n-    return sum(xs) + 1\n+    return sum(xs)\n"
+TEST_PATCH = (
+    "--- a/tests/test_cart.py\n+++ b/tests/test_cart.py\n@@ -5 +5 @@\n"
+    "-    assert total([]) == 1\n+    assert total([]) == 0\n"
+    "--- /dev/null\n+++ b/tests/data/x.json\n@@ -0,0 +1 @@\n+{}\n"
+)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    line = ["git", "-c", "user.name=n", "-c", "user.email=e", *arguments]
+    done = subprocess.run(line, cwd=folder, capture_output=True, check=True, encoding="utf-8")
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def clones(tmp_path: Path) -> Path:
+    """A folder with a clone of shop/cart, whose second commit has the repair."""
+    folder = tmp_path / "clones" / "shop__cart"
+    for path, text in FILES.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    (folder / "link").symlink_to("cart.py")
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "before")
+    (folder / "cart.py").write_text("def total(xs):\n    return sum(xs)\n")
+    git(folder, "commit", "-qam", "after")
+    return folder.parent
+
+
+@pytest.fixture
+def row(clones: Path) -> dict[str, Any]:
+    return {
+        "instance_id": "shop__cart-1",
+        "repo": "shop/cart",
+        "base_commit": git(clones / "shop__cart", "rev-parse", "HEAD~"),
+        "problem_statement": "The total of a cart is wrong.",
+        "patch": PATCH,
+        "test_patch": TEST_PATCH,
+        "FAIL_TO_PASS": '["tests/test_cart.py::test_none"]',
+        "PASS_TO_PASS": ["tests/test_more.py::test_more"],
+        "version": "1.0",
+    }
+
+
+@pytest.fixture
+def run(clones: Path, tmp_path: Path) -> Callable[..., Imported]:
+    """Import rows into tmp_path/out."""
+
+    def import_all(*rows: dict[str, Any], folder: Path = clones) -> Imported:
+        path = tmp_path / "rows.jsonl.gz"
+        with gzip.open(path, "wt") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+        return import_rows(ImportSettings(str(path), str(tmp_path / "out"), str(folder)))
+
+    return import_all
+
+
+def files_below(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def test_a_row_becomes_a_task_that_both_domains_read(
+    run: Callable[..., Imported], row: dict[str, Any], tmp_path: Path
+) -> None:
+    found = run(row)
+    out = tmp_path / "out"
+    snapshot = f"snapshots/shop__cart@{row['base_commit']}"
+    assert (found.made, found.kept, found.failed) == (["shop__cart-1"], [], {})
+    assert found.left_out == {snapshot: 1}
+    assert "1 links and submodules are left out" in found.text()
+    assert sorted(p.name for p in out.iterdir()) == ["shop__cart-1", "snapshots"]
+    # What git holds, untouched.
+    assert files_below(out / snapshot) == FILES
+    assert files_below(out / "shop__cart-1" / "tests") == {
+        "tests/test_cart.py": NEW_TEST,
+        "tests/data/x.json": "{}\n",
+        "tests/test_more.py": FILES["tests/test_more.py"],
+    }
+    ((where, task),) = folder_rows(out)
+    assert where == "shop__cart-1/row.json"
+    assert "test_patch" not in task
+    assert task["patch"] == PATCH
+    assert task["golden_files"] == ["cart.py"]
+    assert task["version"] == "1.0"
+    (prompt,) = SweAgentic().read(out)
+    assert prompt.answer["framework"] == "pytest"
+    assert prompt.answer["fail_to_pass"] == ["tests/test_cart.py::test_none"]
+    assert prompt.answer["tests"]["tests/test_cart.py"] == NEW_TEST
+    (prompt,) = SweAgentless().read(out)
+    text = prompt.messages[0].content
+    assert "### cart.py" in text
+    assert "def test_" not in text
+    assert prompt.answer["tests"].files["tests/test_cart.py"] == NEW_TEST.encode()
+
+
+def test_rows_of_one_commit_share_its_files_and_a_second_run_keeps_tasks(
+    run: Callable[..., Imported], row: dict[str, Any], tmp_path: Path
+) -> None:
+    assert len(run(row, {**row, "instance_id": "b"}).made) == 2
+    snapshots = tmp_path / "out" / "snapshots"
+    assert len(list(snapshots.iterdir())) == 1
+    before = files_below(tmp_path / "out")
+    found = run(row, {**row, "instance_id": "c"})
+    assert (found.made, found.kept) == (["c"], ["shop__cart-1"])
+    after = files_below(tmp_path / "out")
+    assert {path: text for path, text in after.items() if path[:2] != "c/"} == before
+
+
+@pytest.mark.parametrize("place", ["shop/cart", "shop/cart.git", "shop__cart.git"])
+def test_clones_may_be_bare_and_lie_by_owner(
+    run: Callable[..., Imported], row: dict[str, Any], clones: Path, tmp_path: Path, place: str
+) -> None:
+    bare = tmp_path / "other" / place
+    git(tmp_path, "clone", "-q", "--bare", str(clones / "shop__cart"), str(bare))
+    assert run(row, folder=tmp_path / "other").made == ["shop__cart-1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"repo": "shop/cards"}, "has no clone of shop/cards: make one"),
+        ({"repo": "../cart"}, r"repo\('../cart'\) must be owner/name"),
+        ({"base_commit": "0" * 40}, f"has no commit {'0' * 40}, fetch it"),
+        ({"base_commit": "--help"}, r"base_commit\('--help'\) must be the hash"),
+        ({"instance_id": "../x"}, "must be the name of a folder"),
+        ({"instance_id": "snapshots"}, "must be the name of a folder"),
+        ({"instance_id": "shop__cart-1"}, "a row before it has this instance_id"),
+        ({"problem_statement": ""}, "is empty"),
+        ({"patch": None}, "'patch' must be a text"),
+        ({"patch": "fix it"}, "no unified diff"),
+        ({"test_patch": " "}, "'test_patch' must be a text"),
+        ({"test_patch": TEST_PATCH.replace("== 1", "== 2")}, "test_cart.py: hunk 1 does not apply"),
+        ({"FAIL_TO_PASS": "[]"}, "names no test"),
+        ({"FAIL_TO_PASS": ["tests/test_new.py::test_a"]}, "in neither the repository nor"),
+    ],
+)
+def test_rows_that_cannot_be_imported_are_told_and_leave_nothing(
+    run: Callable[..., Imported],
+    row: dict[str, Any],
+    tmp_path: Path,
+    change: dict[str, Any],
+    reason: str,
+) -> None:
+    found = run(row, {**row, "instance_id": "wrong", **change})
+    assert found.made == ["shop__cart-1"]
+    (told,) = found.failed.values()
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(told)
+    assert "rows.jsonl.gz:2" in found.text()
+    assert found.text().endswith("1 tasks made, 0 were there already, 1 rows cannot be imported")
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} == {"shop__cart-1", "snapshots"}
+    assert len(list((out / "snapshots").iterdir())) == 1
+
+
+def test_a_run_that_is_cut_off_leaves_nothing_half_written(
+    run: Callable[..., Imported],
+    row: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: Any, **__: Any) -> str:
+        raise KeyboardInterrupt
+
+    path, out = tmp_path / "cut.jsonl", tmp_path / "out"
+    path.write_text(json.dumps(row))
+    with monkeypatch.context() as patched:
+        patched.setattr("nemocascade.swe.importing.json.dumps", stop)
+        with pytest.raises(KeyboardInterrupt):
+            import_rows(ImportSettings(str(path), str(out), str(tmp_path / "clones")))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["snapshots"]
+    assert len(list((tmp_path / "out" / "snapshots").iterdir())) == 1
+    assert run(row).made == ["shop__cart-1"]
+
+
+def test_nothing_is_fetched(
+    run: Callable[..., Imported], row: dict[str, Any], clones: Path, tmp_path: Path
+) -> None:
+    """A clone without its blobs would have git ask its remote for them."""
+    source = clones / "shop__cart"
+    git(source, "config", "uploadpack.allowfilter", "true")
+    partial = tmp_path / "partial" / "shop__cart"
+    where = ["clone", "-q", "--bare", "--filter=blob:none", f"file://{source}", str(partial)]
+    git(tmp_path, *where)
+    found = run(row, folder=tmp_path / "partial")
+    assert list(found.failed) == ["rows.jsonl.gz:1 shop__cart-1"]
+    assert not list((tmp_path / "out" / "snapshots").iterdir())
+
+
+def test_parquet_is_read(tmp_path: Path, row: dict[str, Any]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    assert read_rows(path) == [("rows.parquet:1", row)]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("", "holds no row"), ("{", r"rows\.jsonl:1: not JSON"), ("\n3\n", r"jsonl:2: a row must be")],
+)
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path, text: str, fault: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=fault):
+        read_rows(path)
+    with pytest.raises(ValueError, match="is no file"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(("repo", "code"), [("shop/cart", None), ("shop/none", 1)])
+def test_the_command_ends_with_1_where_a_row_failed(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    row: dict[str, Any],
+    repo: str,
+    code: int | None,
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**row, "repo": repo}))
+    arguments = [str(path), str(tmp_path / "out"), "--repositories", str(tmp_path / "clones")]
+    monkeypatch.setattr(sys, "argv", ["nemocascade", "import-swe", *arguments])
+    ended = None
+    try:
+        cli.main()
+    except SystemExit as error:
+        ended = error.code
+    assert ended == code
+    assert f"{int(code is None)} tasks made" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["nemocascade", "import-swe", "none.jsonl", *arguments[1:]])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "none.jsonl is no file" in capsys.readouterr().err

@@ -1,0 +1,350 @@
+"""Tests of repositories in the sandbox: outcomes, verdicts, and edits that try to fake them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.sandbox import sandbox_or_skip
+
+from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.sandbox.pool import SandboxPool
+from nemocascade.swe import repository
+from nemocascade.swe.repository import HiddenTests, judge, read_snapshot, run_tests
+from nemocascade.types import SandboxError, Verdict
+
+BUGGY = b"def double(x):\n    return x + x + 1\n\n\ndef check(x):\n    return x\n"
+FIXED = BUGGY.replace(b"x + x + 1", b"x * 2").replace(
+    b"    return x\n", b"    if x < 0:\n        raise ValueError(x)\n    return x\n"
+)
+VISIBLE = b"""import unittest
+from pack.calc import double
+
+class CalcTest(unittest.TestCase):
+    def test_zero(self):
+        self.assertEqual(double(0), 0)
+"""
+HIDDEN = b"""import unittest
+from pack import calc
+
+class CalcTest(unittest.TestCase):
+    def setUp(self):
+        self.start = 5
+
+    def test_double(self):
+        self.assertEqual(calc.double(self.start), 10)
+        self.assertTrue(calc.double(1) > 1)
+
+    def test_text(self):
+        for text in "ab":
+            with self.subTest(text):
+                self.assertEqual(calc.double(text), text + text)
+
+    def test_check(self):
+        with self.assertRaises(ValueError):
+            calc.check(-1)
+"""
+SNAPSHOT = {
+    "pack/__init__.py": b"",
+    "pack/calc.py": BUGGY,
+    "tests/__init__.py": b"",
+    "tests/test_calc.py": VISIBLE,
+}
+CASE = "tests.test_calc.CalcTest"
+
+
+def hidden(*, sealed: bool, tests: tuple[str, ...] = ("test_double", "test_text")) -> HiddenTests:
+    ids = tuple(f"{CASE}.{name}" for name in tests)
+    return HiddenTests({"tests/test_calc.py": HIDDEN}, ids, (f"{CASE}.test_check",), sealed=sealed)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[SandboxPool]:
+    made = sandbox_or_skip(SandboxConfig(time_s=3.0, workers=1, output_kib=256))
+    yield made
+    made.close()
+
+
+def verdict(sandbox: SandboxPool, edits: dict[str, bytes], *, sealed: bool = False) -> Verdict:
+    return judge(sandbox, SNAPSHOT, SNAPSHOT | edits, hidden(sealed=sealed))
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_repaired_repository_passes_and_the_broken_one_does_not(
+    sandbox: SandboxPool, sealed: bool
+) -> None:
+    found = verdict(sandbox, {"pack/calc.py": FIXED}, sealed=sealed)
+    assert (found.reward, found.details["passed"]) == (1.0, 3), found
+    half = FIXED.replace(b"x < 0", b"x < -5")
+    assert verdict(sandbox, {"pack/calc.py": half}, sealed=sealed).reward == 0.0
+    broken = verdict(sandbox, {}, sealed=sealed)
+    assert (broken.reward, broken.details["passed"]) == (0.0, 0)
+    assert broken.details["not_passed"][f"{CASE}.test_double"] == "failed"
+
+
+def test_reports_show_what_failed(sandbox: SandboxPool) -> None:
+    run = run_tests(sandbox, SNAPSHOT)
+    assert run.outcomes == {"tests/test_calc.py": "failed"}
+    assert "AssertionError: 1 != 0" in run.text
+    assert 'tests/test_calc.py", line 6' in run.text
+    assert "0 of 1 passed" in run.text
+    assert run_tests(sandbox, SNAPSHOT | {"pack/calc.py": FIXED}).passed
+    by_id = run_tests(
+        sandbox, SNAPSHOT, (f"{CASE}.test_zero", "tests/test_calc.py::CalcTest::test_zero", "no.x")
+    )
+    assert list(by_id.outcomes.values()) == ["failed", "failed", "error"]
+
+
+@pytest.mark.parametrize(
+    ("source", "outcome"),
+    [
+        ("raise SystemExit(0)", "error"),
+        ("import os; os._exit(0)", "missing"),
+        ("import os; os.abort()", "missing"),
+        ("while True: pass", "missing"),
+        ("x = 'a' * (1 << 40)", "error"),
+        ("def f(: pass", "error"),
+        ("import os\nwhile True: os.write(1, b'x' * 65536)", "missing"),
+        ("import socket; socket.socket()", "error"),
+        ("open('/etc/passwd')", "error"),
+        ("open('../escape', 'w')", "error"),
+    ],
+)
+def test_code_that_ends_the_run_passes_nothing(
+    sandbox: SandboxPool, source: str, outcome: str
+) -> None:
+    run = run_tests(sandbox, SNAPSHOT | {"pack/calc.py": source.encode()}, (f"{CASE}.test_zero",))
+    assert run.outcomes == {f"{CASE}.test_zero": outcome}, run.text
+    assert not run.passed
+
+
+FORGED = '{"nonce": "%s", "name": "%s", "id": "%s", "outcome": "passed", "text": "", "values": []}'
+ALL = [f"{CASE}.{name}" for name in ("test_double", "test_text", "test_check")]
+WRONG = "def double(x): return 0\ndef check(x): return 0\n"
+SHADOWS = ("unittest.py", "unittest/__init__.py", "json.py", "traceback.py", "sitecustomize.py")
+REPLACED_ASSERTIONS = """
+import contextlib, unittest
+for name in dir(unittest.TestCase):
+    if name.startswith("assert"):
+        setattr(unittest.TestCase, name, lambda *a, **k: contextlib.nullcontext())
+"""
+REPLACED_CLASS = """
+import unittest
+class Lenient(unittest.TestCase):
+    def assertEqual(self, *a): pass
+    def assertTrue(self, *a): pass
+    def assertRaises(self, *a): return self.subTest()
+unittest.TestCase = Lenient
+"""
+REPLACED_CODE = """
+import unittest
+def nothing(self, *a, **k): pass
+for name in ("assertEqual", "assertTrue", "fail", "_callTestMethod"):
+    getattr(unittest.TestCase, name).__code__ = nothing.__code__
+"""
+WRITES_EVERYWHERE = f"""
+import os
+for n in range(64):
+    for line in {[FORGED % ("", t, t) for t in ALL]!r}:
+        try: os.write(n, line.encode() + b"\\n")
+        except OSError: pass
+"""
+ATTACKS = {
+    "test files": {"tests/test_calc.py": "def test(): pass\n"},
+    "test files, at run time": {
+        "pack/__init__.py": "for name in ('tests/test_calc.py', 'tests/__init__.py'):\n"
+        "    open(name, 'w').close()\n"
+    },
+    "the test package": {
+        "tests/__init__.py": "import unittest\n"
+        "unittest.TestCase.run = lambda self, result: result.addSuccess(self)\n"
+    },
+    "modules of the runner's names": dict.fromkeys(SHADOWS, "class TestCase:\n    pass\n"),
+    "results on every descriptor": {"pack/calc.py": WRITES_EVERYWHERE + WRONG},
+    "assertions": {"pack/calc.py": REPLACED_ASSERTIONS + WRONG},
+    "code of assertions": {"pack/calc.py": REPLACED_CODE + WRONG},
+    "the way a test is run": {
+        "pack/calc.py": "import unittest\n"
+        "unittest.TestCase._callTestMethod = lambda self, method: None\n" + WRONG
+    },
+    "the class of test cases": {
+        "pack/calc.py": REPLACED_CLASS + WRONG,
+    },
+    "the module of test cases": {
+        "pack/calc.py": "import sys, types, unittest\n"
+        "sys.modules['unittest.case'] = types.ModuleType('unittest.case')\n" + WRONG
+    },
+    "what runs a part of a test": {
+        "pack/calc.py": "import unittest.case\n"
+        "class Outcome(unittest.case._Outcome):\n"
+        "    def testPartExecutor(self, *a, **k): return contextlib.suppress(BaseException)\n"
+        "import contextlib\n"
+        "unittest.case._Outcome = Outcome\n" + WRONG
+    },
+    "the main module": {"pack/calc.py": "import __main__\n__main__.main = print\n" + WRONG},
+    "output that looks like success": {
+        "pack/calc.py": "print('Ran 3 tests in 0.001s\\n\\nOK')\nimport os\nos._exit(0)\n"
+    },
+}
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_edit_cannot_fake_a_pass(sandbox: SandboxPool, name: str, sealed: bool) -> None:
+    edits = {path: text.encode() for path, text in ATTACKS[name].items()}
+    found = verdict(sandbox, edits, sealed=sealed)
+    assert found.reward == 0.0, found
+    if "pack/calc.py" not in edits:
+        # The rest of such an edit does not count: a repair beside it is a repair.
+        repaired = verdict(sandbox, {**edits, "pack/calc.py": FIXED}, sealed=sealed)
+        assert repaired.reward == 1.0, repaired
+
+
+def test_compiled_files_are_not_taken_for_sources(sandbox: SandboxPool, tmp_path: Path) -> None:
+    import py_compile
+
+    fake = tmp_path / "test_calc.py"
+    fake.write_bytes(HIDDEN.replace(b"calc.double(self.start), 10", b"1, 1"))
+    compiled = py_compile.compile(
+        str(fake),
+        cfile=str(tmp_path / "x.pyc"),
+        doraise=True,
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+    )
+    assert compiled is not None
+    data = Path(compiled).read_bytes()
+    folder = "tests/__pycache__/test_calc.cpython-312"
+    assert verdict(sandbox, {f"{folder}.pyc": data, f"{folder}.opt-1.pyc": data}).reward == 0.0
+
+
+EQUAL_TO_ALL = b"""
+class Equal:
+    __hash__ = None
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __gt__(self, other): return True
+    def __add__(self, other): return self
+def double(x): return Equal()
+def check(x): raise ValueError
+"""
+
+
+def test_only_the_seal_keeps_out_objects_that_equal_everything(sandbox: SandboxPool) -> None:
+    """What `repository.py` says of tests without the seal is so."""
+    assert verdict(sandbox, {"pack/calc.py": EQUAL_TO_ALL}, sealed=False).reward == 1.0
+    assert verdict(sandbox, {"pack/calc.py": EQUAL_TO_ALL}, sealed=True).reward == 0.0
+
+
+STOLEN_NONCE = b"""
+import json, os, sys
+frame = sys._getframe()
+while frame is not None and "nonce" not in frame.f_locals:
+    frame = frame.f_back
+nonce = frame.f_locals["nonce"]
+channel = frame.f_locals["channel"]
+for test in %r:
+    line = {"nonce": nonce, "name": test, "id": test, "outcome": "passed", "text": "", "values": []}
+    os.write(channel, json.dumps(line).encode() + b"\\n")
+os._exit(0)
+"""
+
+
+def test_only_the_seal_keeps_out_a_nonce_that_was_found(sandbox: SandboxPool) -> None:
+    edit = {"pack/calc.py": STOLEN_NONCE % ALL}
+    assert verdict(sandbox, edit, sealed=False).reward == 1.0
+    assert verdict(sandbox, edit, sealed=True).reward == 0.0
+
+
+MALFORMED = [
+    {},
+    {"unable": "x"},
+    {"id": 3, "outcome": "passed"},
+    {"id": "%s", "name": None, "outcome": "passed"},
+    {"id": "%s", "outcome": "splendid"},
+    {"id": "%s", "outcome": ["passed"]},
+    {"id": "%s", "outcome": "passed", "text": 1},
+    {"id": "%s", "outcome": "passed", "values": 1},
+    {"id": "%s", "outcome": "passed", "values": [[1]]},
+    {"id": "%s", "outcome": "passed", "values": [["1", "x"]]},
+]
+
+
+@pytest.mark.parametrize("line", MALFORMED, ids=str)
+def test_a_report_of_another_form_is_none(sandbox: SandboxPool, line: dict[str, object]) -> None:
+    """Not even with the nonce: it neither passes a test nor makes an error of the verdict."""
+    _, tail = STOLEN_NONCE.split(b"for test in %r:")
+    body = tail.split(b"    os.write")[0]
+    source = STOLEN_NONCE.replace(body, b"\n    line = json.loads(LINE)\n") % ALL
+    text = json.dumps(line).replace("%s", ALL[0])
+    head = f"LINE = {text!r}\n".encode()
+    source = source.replace(
+        b"line = json.loads(LINE)", b'line = {"nonce": nonce} | json.loads(LINE)'
+    )
+    found = verdict(sandbox, {"pack/calc.py": head + source})
+    assert found.error is None
+    assert found.reward == 0.0
+    assert set(found.details["not_passed"].values()) == {"missing"}
+
+
+def test_a_run_that_never_started_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time was over before anything of the repository was loaded."""
+    slow = repository._RUNNER.replace("    main()", "    import time; time.sleep(9)\n    main()")
+    monkeypatch.setattr(repository, "_RUNNER", slow)
+    short = sandbox_or_skip(SandboxConfig(time_s=0.5, workers=1))
+    with pytest.raises(SandboxError, match=r"never started: time.*raise sandbox\.time_s"):
+        verdict(short, {"pack/calc.py": FIXED})
+    short.close()
+
+
+def test_reports_of_thousands_of_tests_fit() -> None:
+    """In 256 KiB: those of tests that pass; and failures, whose texts are bounded together."""
+    sandbox = sandbox_or_skip(SandboxConfig(time_s=60.0, workers=1, output_kib=256))
+    lines = "\n".join(f"    def test_a_part_of_it_{i}(self): pass" for i in range(1500))
+    many = f"import unittest\nclass CalcTest(unittest.TestCase):\n{lines}\n"
+    files = SNAPSHOT | {"tests/test_calc.py": many.encode()}
+    ids = [f"{CASE}.test_a_part_of_it_{i}" for i in range(1500)]
+    assert run_tests(sandbox, files, ids).passed
+    failing = many.replace("pass", "self.fail('x' * 5000)").encode()
+    run = run_tests(sandbox, files | {"tests/test_calc.py": failing}, ids[:200])
+    sandbox.close()
+    assert set(run.outcomes.values()) == {"failed"}
+
+
+def test_paths_lead_nowhere_else(sandbox: SandboxPool) -> None:
+    for path in ("/etc/x", "../x", "a/../../x", "a\\b", "", ".", "a\0b"):
+        with pytest.raises(ValueError, match=r"path|names"):
+            run_tests(sandbox, {path: b""}, ("x",))
+
+
+def test_a_repository_that_does_not_fit_is_no_verdict(sandbox: SandboxPool) -> None:
+    with pytest.raises(SandboxError, match=r"sandbox\.scratch_mib\(16\)"):
+        run_tests(sandbox, {"big": bytes(9 << 20)}, ("x",))
+    with pytest.raises(SandboxError, match="raise it"):
+        run_tests(sandbox, {f"f{i}": b"" for i in range(600)}, ("x",))
+
+
+def test_snapshots(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no file"):
+        read_snapshot(tmp_path)
+    for path in ("a/b.py", ".git/config", "a/__pycache__/b.pyc"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"x" * 1000)
+    os.symlink("/etc/passwd", tmp_path / "link")
+    assert read_snapshot(tmp_path) == {"a/b.py": b"x" * 1000}
+    with pytest.raises(ValueError, match="more than 0 MiB"):
+        read_snapshot(tmp_path, most_mib=0)
+
+
+def test_a_missing_framework_is_no_verdict(sandbox: SandboxPool) -> None:
+    tests = HiddenTests({}, ("tests/test_calc.py::test_four",), framework="pytest")
+    for edits in ({}, {"pytest.py": b"def main(*a, **k): pass\n"}):
+        with pytest.raises(SandboxError, match=r"No module named 'pytest'.*sandbox\.packages"):
+            judge(sandbox, SNAPSHOT, SNAPSHOT | edits, tests)
+
+
+def test_packages_must_be_folders() -> None:
+    with pytest.raises(ValueError, match=r"sandbox\.packages: /nowhere"):
+        SandboxPool(SandboxConfig(packages=("/nowhere",)))

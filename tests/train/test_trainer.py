@@ -1,0 +1,176 @@
+"""The training step: its loss, its refusal of NaN, its report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemocascade.megatron.accelerators import Accelerators
+from nemocascade.megatron.world import start_world
+from nemocascade.recipe import (
+    EngineConfig,
+    MoeTrainingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    tiny,
+)
+from nemocascade.runtime.world import World
+from nemocascade.train.dump import NonFiniteError
+from nemocascade.train.metrics import MetricsWriter, load_imbalance
+from nemocascade.train.report import is_due
+from nemocascade.train.trainer import Trainer
+from nemocascade.types import Document, PackedBatch, pack_documents
+
+ENGINE = EngineConfig(precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    world = start_world(ParallelConfig(), ENGINE)
+    yield world
+    world.close()
+
+
+def trainer(world: World, run_dir: Path, **moe: object) -> Trainer:
+    return Trainer(
+        world,
+        replace(tiny(), pattern="M*E", vocab_size=64, hidden_size=64),
+        engine=ENGINE,
+        moe=MoeTrainingConfig(**moe),  # type: ignore[arg-type]
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0, schedule="constant"),
+        accelerators=Accelerators(),
+        seed=1,
+        run_dir=run_dir,
+    )
+
+
+def batch(seed: int = 0) -> PackedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    docs = [
+        Document(
+            torch.randint(64, (n,), generator=generator, dtype=torch.int32),
+            torch.arange(n) >= n // 2,
+            "x",
+        )
+        for n in (20, 33, 7)
+    ]
+    return pack_documents(docs, 64)
+
+
+def weights(t: Trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for m in t.modules for p in m.parameters()]
+
+
+def test_loss_is_the_mean_over_trained_tokens(world: World, tmp_path: Path) -> None:
+    """The first loss of a model of near-zero logits is log V, however many batches there are."""
+    t = trainer(world, tmp_path)
+    result = t.train_step([batch(0), batch(1)])
+    assert result.loss == pytest.approx(math.log(64), abs=0.05)
+    assert result.tokens == 120
+    assert result.trained_tokens == sum(b.num_trained() for b in (batch(0), batch(1)))
+    assert result.flops > 0
+    load = result.expert_load
+    assert load is not None
+    assert load.sum().item() == 120 * 2, "padding was routed"
+    bias, mean = result.expert_bias, load.mean()
+    assert bias is not None
+    # One step from 0: up by the rate where an expert had too little, down where it had too much.
+    assert torch.allclose(bias, 1e-3 * (mean - load).sign())
+
+
+def test_steps_lower_the_loss_and_evaluate_agrees(world: World, tmp_path: Path) -> None:
+    t = trainer(world, tmp_path)
+    first = t.train_step([batch()]).loss
+    for _ in range(8):
+        last = t.train_step([batch()]).loss
+    assert last < first - 0.5
+    before = weights(t)
+    loss, tokens = t.evaluate([[batch()]])
+    assert loss < last
+    assert tokens == batch().num_trained()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(t), strict=True))
+
+
+def test_nan_stops_before_the_optimizer_and_keeps_the_batch(world: World, tmp_path: Path) -> None:
+    t = trainer(world, tmp_path)
+    t.train_step([batch()])
+    poisoned = t.modules[0].decoder.layers[0].mixer.in_proj.weight
+    poisoned.data[0, 0] = math.nan
+    before = weights(t)
+    with pytest.raises(NonFiniteError, match="rank 0: micro-batch 0"):
+        t.train_step([batch()])
+    assert t.step_number == 1
+    for a, b in zip(before, weights(t), strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    (dumped,) = (tmp_path / "nonfinite").iterdir()
+    assert torch.equal(load_file(dumped)["tokens"], batch().tokens)
+
+
+def test_infinite_gradient_stops_too(world: World, tmp_path: Path) -> None:
+    t = trainer(world, tmp_path)
+    huge = replace(batch(), token_weight=batch().token_weight)
+    t.modules[0].output_layer.weight.register_hook(lambda g: g)
+    router = t.routers()[0].router.weight
+    router.register_hook(lambda g: g * math.inf)
+    before = weights(t)
+    with pytest.raises(NonFiniteError, match="gradient norm"):
+        t.train_step([huge])
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(t), strict=True))
+
+
+def test_frozen_router_keeps_its_weights_and_moves_its_bias(world: World, tmp_path: Path) -> None:
+    t = trainer(world, tmp_path, freeze_router=True, bias_update_rate=1e-2)
+    router = t.routers()[0].router
+    weight = router.weight.detach().clone()
+    t.train_step([batch()])
+    assert torch.equal(router.weight, weight)
+    moved = router.expert_bias.abs()
+    assert bool(((moved == 0) | torch.isclose(moved, torch.tensor(1e-2))).all())
+    assert moved.sum() > 0
+    assert router.load.sum() == 0
+
+
+def test_load_imbalance() -> None:
+    even, one = torch.full((2, 4), 5.0), torch.tensor([[20.0, 0, 0, 0], [20.0, 0, 0, 0]])
+    half = torch.tensor([[6.0, 6.0, 0.0, 0.0]])
+    assert load_imbalance(even) == {
+        "moe_max_load": 1.0,
+        "moe_max_load_by_layer": [1.0, 1.0],
+        "moe_load_entropy": pytest.approx(1.0),
+        "moe_idle_experts": 0.0,
+    }
+    assert load_imbalance(one)["moe_max_load"] == 4.0
+    assert load_imbalance(one)["moe_load_entropy"] == pytest.approx(0.0)
+    assert load_imbalance(one)["moe_idle_experts"] == 0.75
+    assert load_imbalance(half)["moe_load_entropy"] == pytest.approx(0.5)
+    mixed = load_imbalance(torch.cat([half, even[:1]]))
+    assert mixed["moe_max_load_by_layer"] == [2.0, 1.0]
+    assert mixed["moe_max_load"] == 1.5
+
+
+def test_is_due() -> None:
+    assert [s for s in range(10) if is_due(s, 3)] == [2, 5, 8]
+    assert not any(is_due(s, 0) for s in range(10))
+
+
+def test_metrics_hold_each_step_once_after_a_crash(tmp_path: Path) -> None:
+    def writer(first: int) -> MetricsWriter:
+        return MetricsWriter(tmp_path, is_main=True, first_step=first, steps=4, tensorboard=False)
+
+    one = writer(0)
+    for step in range(3):
+        one.write(step, {"loss": step})
+    one.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    two = writer(2)
+    two.write(2, {"loss": 9})
+    two.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"step": 0, "loss": 0}', '{"step": 1, "loss": 1}', '{"step": 2, "loss": 9}']
