@@ -1,30 +1,49 @@
-"""Runs a function in N ranks, each a fresh interpreter, the way torchrun would start them.
+"""Runs a function in N ranks, each a process of its own, the way torchrun would start them.
 
 The launching process hosts the rendezvous store on a port that the kernel picks, so that tests
 that run side by side never meet. A function takes keyword arguments made of JSON and returns JSON.
 
     results = run_ranks(loss_of_ten_steps, 2, {"tp": 2})     # one result a rank
+
+Importing torch and Megatron-Core takes seconds, so ranks are forked from servers that have imported
+them and have done nothing else. There are two, with different hash seeds, and the ranks alternate
+between them: an order that depends on the hash of a string differs between ranks here too.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import ctypes
+import functools
 import importlib
 import inspect
 import json
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 TAIL_CHARACTERS = 6000
+HASH_SEEDS = ("1", "2")
+PRELOADED = (
+    "torch.distributed",
+    "nemocascade.cascade.run",
+    "nemocascade.megatron.fake",
+    "nemocascade.rollout.live",
+)
+"""Modules that a server imports before it forks."""
+_PR_SET_PDEATHSIG = 1
 
 
 class RankError(RuntimeError):
@@ -37,12 +56,10 @@ def run_ranks(
     kwargs: dict[str, Any] | None = None,
     *,
     timeout_s: float = 180.0,
-    env: dict[str, str] | None = None,
 ) -> list[Any]:
     """Call `target(**kwargs)` in `world_size` ranks and return what each returned, by rank.
 
     target: a function at the top of a file, or "module:function" or "path/file.py:function".
-    env: variables on top of this process's and the launcher's.
 
     A rank that fails ends all the others. Raises RankError with the stderr of the rank that failed
     first, or of all ranks when `timeout_s` passed.
@@ -52,22 +69,19 @@ def run_ranks(
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         job = Path(folder)
-        request = {"target": _name(target), "kwargs": kwargs or {}}
-        (job / "request.json").write_text(json.dumps(request))
-        ranks = [
-            _start(rank, world_size, job, {"MASTER_PORT": str(store.port), **(env or {})})
-            for rank in range(world_size)
-        ]
+        name = _name(target)
+        (job / "request.json").write_text(json.dumps({"target": name, "kwargs": kwargs or {}}))
+        ranks: list[_Rank] = []
+        deadline = time.monotonic() + timeout_s
         try:
-            failed = _wait(ranks, time.monotonic() + timeout_s)
+            for rank in range(world_size):
+                ranks.append(_Rank(rank, world_size, job, store.port))
+            failed = _wait(ranks, deadline)
         finally:
             for process in ranks:
                 process.kill()
-                process.wait()
-                assert process.stdin is not None
-                process.stdin.close()
         if failed is not None:
-            raise RankError(_report(request["target"], failed, job, world_size, timeout_s))
+            raise RankError(_report(name, failed, job, world_size, timeout_s))
         return [json.loads((job / f"result.{rank}").read_text()) for rank in range(world_size)]
 
 
@@ -96,33 +110,73 @@ def _name(target: str | Callable[..., Any]) -> str:
     return f"{inspect.getfile(target)}:{target.__name__}"
 
 
-def _start(rank: int, world_size: int, job: Path, extra: dict[str, str]) -> subprocess.Popen[bytes]:
-    folders = ("", "kernels", "tests")
-    paths = [*(str(REPOSITORY / f) for f in folders), os.environ.get("PYTHONPATH", "")]
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": "1",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        **extra,
-    }
-    with (job / f"stdout.{rank}").open("wb") as out, (job / f"stderr.{rank}").open("wb") as err:
-        return subprocess.Popen(
-            [sys.executable, str(HERE / "ranks.py"), str(job), str(rank)],
-            env=env,
+class _Server:
+    """A process that forks ranks; it ends, and they with it, when this one is gone."""
+
+    def __init__(self, hash_seed: str) -> None:
+        folders = ("", "kernels", "tests")
+        paths = [*(str(REPOSITORY / f) for f in folders), os.environ.get("PYTHONPATH", "")]
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+                "PYTHONHASHSEED": hash_seed,
+                "OMP_NUM_THREADS": "1",
+            },
             stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=err,
+            stdout=subprocess.PIPE,
+            text=True,
             cwd=REPOSITORY,
         )
+        atexit.register(self.process.kill)
+
+    def fork(self, request: dict[str, Any]) -> int:
+        """The process id of a new rank."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], deadline: float) -> int | None:
+@functools.cache
+def _server(hash_seed: str) -> _Server:
+    return _Server(hash_seed)
+
+
+class _Rank:
+    """A rank of a job. Its server leaves its exit status in the job's folder."""
+
+    def __init__(self, rank: int, world_size: int, job: Path, port: int) -> None:
+        self.status = job / f"exit.{rank}"
+        env = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        server = _server(HASH_SEEDS[rank % len(HASH_SEEDS)])
+        self.pid = server.fork({"job": str(job), "rank": rank, "env": env, "path": sys.path})
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while the rank runs."""
+        with contextlib.suppress(FileNotFoundError):
+            return int(self.status.read_text())
+        return None
+
+    def kill(self) -> None:
+        """End the rank, if it has not ended, and wait for that."""
+        while self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.01)
+
+
+def _wait(ranks: list[_Rank], deadline: float) -> int | None:
     """Wait for all; the first rank that failed, -1 when time ran out, None when all is well."""
     while True:
         codes = [process.poll() for process in ranks]
@@ -157,18 +211,57 @@ def _load(target: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(path.stem), function)
 
 
-def _end_with_parent() -> None:
-    """The launcher holds this process's stdin open; when it is gone nobody waits for us."""
-    os.read(0, 1)
-    os._exit(1)
+def _serve() -> None:
+    """Fork a rank for each line of stdin, and note the exit statuses, until stdin ends."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+    status_files: dict[int, Path] = {}
+    while True:
+        readable, _, _ = select.select([sys.stdin], [], [], 0.01 if status_files else None)
+        if readable:
+            line = sys.stdin.readline()
+            if not line:
+                return
+            request = json.loads(line)
+            pid = os.fork()
+            if pid == 0:
+                _run_rank(Path(request["job"]), request)
+            status_files[pid] = Path(request["job"]) / f"exit.{request['rank']}"
+            print(pid, flush=True)
+        for pid in list(status_files):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                path = status_files.pop(pid)
+                partial = path.with_suffix(".partial")
+                with contextlib.suppress(FileNotFoundError):
+                    partial.write_text(str(os.waitstatus_to_exitcode(status)))
+                    partial.rename(path)
 
 
-def _run_rank(job: Path, rank: str) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    request = json.loads((job / "request.json").read_text())
-    result = _load(request["target"])(**request["kwargs"])
-    (job / f"result.{rank}").write_text(json.dumps(result))
+def _run_rank(job: Path, request: dict[str, Any]) -> NoReturn:
+    """Run a rank in this process, which the server has just forked."""
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        rank = request["rank"]
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(job / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT, 0o600), number)
+        os.environ.update(request["env"])
+        sys.path[:] = request["path"]
+        asked = json.loads((job / "request.json").read_text())
+        result = _load(asked["target"])(**asked["kwargs"])
+        (job / f"result.{rank}").write_text(json.dumps(result))
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
-    _run_rank(Path(sys.argv[1]), sys.argv[2])
+    _serve()
