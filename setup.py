@@ -28,8 +28,8 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-VERSION = "0.1.0"
 ROOT = Path(__file__).resolve().parent
+VERSION = runpy.run_path(str(ROOT / "kernels/nemocascade_kernels/version.py"))["__version__"]
 BUILD = ROOT / "build" / "csrc"
 # CMake target -> the module name that says where its library belongs.
 LIBRARIES = {

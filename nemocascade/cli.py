@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import tyro
 
+import nemocascade
 from nemocascade.cascade.launch import parse_cascade, run_report
 from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer_training import train_tokenizer
@@ -45,7 +46,7 @@ USAGE = """usage: nemocascade COMMAND ...
   check-tasks PATH                               whether the tests of repair tasks can decide
   tokenizer --data.path FILE ... --output FILE   train a sentencepiece tokenizer
 
-`nemocascade COMMAND --help` shows all settings of a command.
+`nemocascade COMMAND --help` shows all settings of a command, `nemocascade --version` the version.
 """
 
 
@@ -297,6 +298,8 @@ def main() -> None:
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if name in ("-h", "--help"):
         print(USAGE, end="")
+    elif name == "--version":
+        print(f"nemocascade {nemocascade.__version__}")
     elif name in COMMANDS:
         COMMANDS[name](arguments)
     else:

@@ -34,6 +34,7 @@ from .moe_router import (
     update_expert_bias,
     z_loss,
 )
+from .version import __version__
 
 __all__ = [
     "Grpo",
@@ -47,6 +48,7 @@ __all__ = [
     "RouterSettings",
     "Routing",
     "Steps",
+    "__version__",
     "decode_steps",
     "grouped_gemm",
     "linear_logprob",

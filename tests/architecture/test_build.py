@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shutil
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nemocascade_kernels
 import pytest
 import torch
 
@@ -56,10 +56,33 @@ def test_library_uses_only_the_stable_abi(package: str) -> None:
     assert foreign == []
 
 
-def test_version_stands_in_setup_py_alone() -> None:
-    version = re.search(r'^VERSION = "(.+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)
-    assert version is not None
-    assert importlib.metadata.version("nemocascade") == version[1]
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["setup.py", "--version"],
+        ["-m", "nemocascade.cli", "--version"],
+        [
+            "-c",
+            "import nemocascade as n, sys; print(n.__version__); assert 'torch' not in sys.modules",
+        ],
+    ],
+)
+def test_there_is_one_version(command: list[str]) -> None:
+    """The kernel package's, whoever asks; the third asks without importing torch."""
+    found = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert found.split()[-1] == nemocascade_kernels.__version__
+
+
+def test_documents_name_the_version() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## \[(\d.*)\] - (.+)$", changes, re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert newest is not None
+    assert newest[1] == nemocascade_kernels.__version__
+    assert f"\nversion: {newest[1]}\n" in citation
+    assert f'\ndate-released: "{newest[2]}"\n' in citation
 
 
 def fake_python(path: Path, status: int) -> Path:
