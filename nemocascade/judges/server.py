@@ -16,8 +16,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import random
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,30 +25,17 @@ from typing import Any
 
 from nemocascade.judges.cache import AnswerCache
 from nemocascade.judges.prompts import compare_question, reward_model_turns
-from nemocascade.judges.transport import Lines, Reply, TransportError
 from nemocascade.recipe.judge import JudgeConfig
+from nemocascade.runtime.http import BUSY, HttpClient, HttpError, backoff, key_problem, read_key
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.types import Answer, Message, Question
 
 PATH = "/v1/chat/completions"
-LONGEST_WAIT_S = 60.0
-_BUSY = frozenset({"unreachable", "status_429", "status_502", "status_503", "status_504"})
-"""Faults of a server that restarts or has too much to do: they say nothing of the question."""
-_AGAIN = frozenset({408, 409, 425, 429})
-"""Statuses below 500 after which a request may succeed when it is repeated."""
+MAX_BYTES = 16 << 20
+"""Of a reply that is read; a longer one is an error."""
 _PROBE_S = 60.0
 _LOG_EVERY_S = 30.0
 _SHOWN = 300
-
-
-class _TryError(Exception):
-    """A try failed. kind: what it is counted as. final: repeating it would change nothing."""
-
-    def __init__(
-        self, kind: str, reason: str, *, final: bool = False, wait_s: float | None = None
-    ) -> None:
-        super().__init__(reason)
-        self.kind, self.final, self.wait_s = kind, final, wait_s
 
 
 class ServerJudge:
@@ -70,9 +55,9 @@ class ServerJudge:
         if problems:
             raise ValueError("; ".join(problems))
         self.settings = settings
-        self._key = _key_of(settings)
         self.url = settings.url.rstrip("/").removesuffix(PATH).removesuffix("/v1") + PATH
-        self._lines = Lines()
+        key = read_key(settings.api_key_env)
+        self._http = HttpClient(key=key, connections=settings.concurrency, max_bytes=MAX_BYTES)
         self.counts: Counter[str] = Counter()
         self._cache = AnswerCache(settings.cache)
         self._lock = Lock()
@@ -110,10 +95,10 @@ class ServerJudge:
         asked = compare_question((Message("user", "What is 2 + 2?"),), "4", "5")
         try:
             self._once(self._body(asked), time.monotonic() + _PROBE_S)
-        except _TryError as failure:
+        except HttpError as failure:
             if failure.final:
-                return f"{failure.kind}: {failure}"
-            LOGGER.warning("judge: it does not answer yet (%s: %s)", failure.kind, failure)
+                return str(failure)
+            LOGGER.warning("judge: it does not answer yet (%s)", failure)
         return None
 
     def close(self) -> None:
@@ -121,7 +106,7 @@ class ServerJudge:
         if self._closing.is_set():
             return
         self._closing.set()
-        self._lines.close()
+        self._http.close()
         self._pool.shutdown(wait=True, cancel_futures=False)
         if self.counts:
             LOGGER.info("judge: %s", self.summary())
@@ -214,12 +199,11 @@ class ServerJudge:
                 self._count("retries")
             try:
                 return Answer(self._guarded(body, end, asked_s))
-            except _TryError as error:
-                failure = error
+            except HttpError as error:
+                failure, reason = error, str(error)
                 self._count(failure.kind)
-                reason = f"{failure.kind}: {failure}"
-                wait_s = self._wait_s(attempt, failure.wait_s)
-                left -= failure.kind not in _BUSY
+                wait_s = backoff(attempt, s.backoff_s, failure.wait_s)
+                left -= failure.kind not in BUSY
             if failure.final:
                 break
             if time.monotonic() + wait_s >= end:
@@ -238,10 +222,10 @@ class ServerJudge:
             if self._is_down():
                 if self._probe_failed_s >= asked_s:
                     reason = f"{self.url} has answered nothing for {self.settings.silence_s:g} s"
-                    raise _TryError("down", reason, final=True)
+                    raise HttpError("down", reason, final=True)
                 try:
                     return self._once(body, end)
-                except _TryError as failure:
+                except HttpError as failure:
                     self._probe_failed_s = time.monotonic()
                     failure.final = True
                     raise
@@ -250,29 +234,18 @@ class ServerJudge:
     def _once(self, body: bytes, end: float) -> str:
         """What the model wrote, in one try that is over by `end`."""
         timeout_s = max(0.001, min(self.settings.timeout_s, end - time.monotonic()))
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
         self._count("requests")
         with self._lock:
             # Silence is counted from a request that gets no answer, not from when none is asked.
             if not self._silent:
                 self._last_answer_s, self._silent = time.monotonic(), True
         try:
-            reply = self._lines.post(self.url, body, headers, timeout_s)
-        except TransportError as error:
-            raise _TryError(error.kind, str(error)) from None
-        if reply.status < 500 and reply.status != 429:
-            self._heard()
-        if reply.status != 200:
-            shown = reply.body[:_SHOWN].decode(errors="replace")
-            moved = f", it has moved to {reply.location}" if reply.location else ""
-            raise _TryError(
-                f"status_{reply.status}",
-                f"{self.url} said {shown!r}{moved}",
-                final=reply.status < 500 and reply.status not in _AGAIN,
-                wait_s=reply.retry_after_s,
-            )
+            reply = self._http.post(self.url, body, timeout_s)
+        except HttpError as error:
+            if 0 < error.status < 500 and error.status != 429:
+                self._heard()
+            raise
+        self._heard()
         text, cut = _text_of(reply)
         if cut:
             self._count("cut")
@@ -295,12 +268,6 @@ class ServerJudge:
         with self._lock:
             self.counts[kind] += 1
 
-    def _wait_s(self, attempt: int, asked_s: float | None) -> float:
-        """Twice the wait before, and a random part, so that requests don't come back together; at
-        least what the server asks for."""
-        wait = min(self.settings.backoff_s * 2 ** min(attempt, 30), LONGEST_WAIT_S)
-        return max(wait * random.uniform(0.5, 1.0), asked_s or 0.0)
-
     def _warn(self, text: str, *values: object) -> None:
         """At most one line in a while: thousands of questions may fail at once."""
         now = time.monotonic()
@@ -314,42 +281,34 @@ class ServerJudge:
 def server_problems(settings: JudgeConfig) -> list[str]:
     """Every rule that the settings of a server break, its key in the environment included."""
     problems = settings.problems()
-    key = _key_of(settings)
+    key = read_key(settings.api_key_env)
     if settings.api_key_env and not key:
         problems.append(
             f"judge.api_key_env({settings.api_key_env}) is not set in the environment: export "
             "it, or leave the name empty for a server without keys"
         )
-    elif not (key.isascii() and key.isprintable()):
-        problems.append(
-            f"judge.api_key_env({settings.api_key_env}) holds a key with characters that no HTTP "
-            "header may have: export the key alone"
-        )
+    elif problem := key_problem(key):
+        problems.append(f"judge.api_key_env({settings.api_key_env}) {problem}")
     return problems
 
 
-def _key_of(settings: JudgeConfig) -> str:
-    """A key that was read from a file often ends with a line break."""
-    return os.environ.get(settings.api_key_env, "").strip() if settings.api_key_env else ""
-
-
-def _text_of(reply: Reply) -> tuple[str, bool]:
+def _text_of(reply: bytes) -> tuple[str, bool]:
     """The message of a chat completion, and whether it was cut off before the judge had decided.
 
     A message that was cut off is empty: what stands in it may be anything the judge thought of. An
     empty one is an answer: the model said nothing.
     """
     try:
-        choice = json.loads(reply.body)["choices"][0]
+        choice = json.loads(reply)["choices"][0]
         content, finish = choice["message"]["content"], choice.get("finish_reason")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        shown = reply.body[:_SHOWN].decode(errors="replace")
-        raise _TryError(
+        shown = reply[:_SHOWN].decode(errors="replace")
+        raise HttpError(
             "nonsense", f"no chat completion ({type(error).__name__}): {shown!r}"
         ) from None
     cut = finish == "length"
     if content is None:
         return "", cut
     if not isinstance(content, str):
-        raise _TryError("nonsense", f"the message's content is {type(content).__name__}, not text")
+        raise HttpError("nonsense", f"the message's content is {type(content).__name__}, not text")
     return "" if cut else content, cut

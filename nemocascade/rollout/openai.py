@@ -8,9 +8,6 @@ or as `token_id:N` in the names of its log-probabilities. A server that knows te
 from __future__ import annotations
 
 import json
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -21,10 +18,13 @@ import torch
 import torch.distributed as dist
 
 from nemocascade.rollout.engine import Completion, Finish, Request, Respond, Sampling
+from nemocascade.runtime.http import HttpClient, HttpError
 from nemocascade.runtime.world import World
 
 RETRIES = 3
 _FIRST_WAIT_S = 0.2
+_MAX_BYTES = 256 << 20
+"""Of a reply: 256K tokens have their ids, names and log-probabilities in it."""
 _ID_PREFIX = "token_id:"
 
 
@@ -78,7 +78,8 @@ class OpenAIEngine:
     ) -> None:
         self.url, self.model, self.world = url.rstrip("/"), model, world
         self.weights, self.reload_path = weights, reload_path
-        self.concurrency, self.timeout_s, self.api_key = concurrency, timeout_s, api_key
+        self.concurrency, self.timeout_s = concurrency, timeout_s
+        self._http = HttpClient(key=api_key, connections=concurrency, max_bytes=_MAX_BYTES)
         self.codec, self.logprobs, self.at_temperature = codec, logprobs, at_temperature
 
     def run(
@@ -247,22 +248,14 @@ class OpenAIEngine:
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         """POST JSON, again after a pause where the server was not to be reached or failed."""
-        headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        data = json.dumps(body).encode()
-        for attempt in range(RETRIES + 1):
-            if attempt:
-                time.sleep(_FIRST_WAIT_S * 2**attempt)
-            call = urllib.request.Request(self.url + path, data, headers, method="POST")
-            try:
-                with urllib.request.urlopen(call, timeout=self.timeout_s) as answer:
-                    text = answer.read()
-                return json.loads(text) if text.strip() else None
-            except urllib.error.HTTPError as error:
-                reason = f"status {error.code}: {error.read()[:300].decode(errors='replace')}"
-                if error.code < 500:
-                    break
-            except (OSError, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}"
-        raise ServerError(f"POST {self.url}{path} failed: {reason}")
+        try:
+            text = self._http.post_retrying(
+                self.url + path,
+                json.dumps(body).encode(),
+                self.timeout_s,
+                retries=RETRIES,
+                backoff_s=_FIRST_WAIT_S,
+            )
+            return json.loads(text) if text.strip() else None
+        except (HttpError, ValueError) as error:
+            raise ServerError(f"POST {self.url}{path} failed: {error}") from None

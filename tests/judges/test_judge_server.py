@@ -20,8 +20,7 @@ from nemocascade.judges import cache as cache_module
 from nemocascade.judges.cache import AnswerCache
 from nemocascade.judges.factory import make_judge
 from nemocascade.judges.prompts import compare_question, comparison_text, grade_question
-from nemocascade.judges.server import ServerJudge
-from nemocascade.judges.transport import MAX_BYTES
+from nemocascade.judges.server import MAX_BYTES, ServerJudge
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.types import Answer, Message, Question
 

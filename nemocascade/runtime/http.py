@@ -1,0 +1,201 @@
+"""The HTTP client of judges and inference servers: requests in bounded time, retried or not.
+
+Requests run on an event loop in a thread of the client's own, because asyncio can end a request as
+a whole. The time limits of sockets start anew with every byte that trickles in.
+
+Proxies of the environment are not used: these servers belong to the job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import random
+import re
+import ssl
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+
+LONGEST_WAIT_S = 60.0
+"""Between two tries, unless the server asks for more."""
+BUSY = frozenset({"unreachable", "status_429", "status_502", "status_503", "status_504"})
+"""Failures of a server that restarts or has too much to do: they say nothing of the request."""
+_RETRIED = frozenset({408, 409, 425, 429})
+"""Statuses below 500 after which a request may succeed when it is repeated."""
+_CUT_OFF = re.compile("closed connection|disconnected")
+_SHOWN = 300
+
+
+@dataclass(eq=False)
+class HttpError(Exception):
+    """A request without a usable reply.
+
+    kind: `unreachable` where nobody listens, `connection` where a connection broke, `timeout`,
+    `closed` by `HttpClient.close`, `protocol` for what is not HTTP or too long, or `status_503`;
+    callers add kinds of their own. final: repeating the request would change nothing.
+    status: of the reply, 0 without one. wait_s: how long the server asks to wait.
+    """
+
+    kind: str
+    reason: str
+    final: bool = False
+    status: int = 0
+    wait_s: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.reason}"
+
+
+class HttpClient:
+    """Posts JSON over at most `connections` kept-alive connections. Threads share one.
+
+    key: of the server, sent as a bearer token and shown nowhere. max_bytes: of a reply; a longer
+    one is an error. Raises ValueError for a key that no header may hold.
+    """
+
+    def __init__(self, *, key: str = "", connections: int = 64, max_bytes: int = 16 << 20) -> None:
+        if problem := key_problem(key):
+            raise ValueError(f"the server's key {problem}")
+        self._max_bytes = max_bytes
+        # Bytes are counted as they come, so nothing may be compressed.
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        self._client = httpx2.AsyncClient(
+            headers=headers,
+            timeout=None,
+            trust_env=False,
+            # Servers close idle connections, often after 5 s: a request must not meet that.
+            limits=httpx2.Limits(max_connections=connections, keepalive_expiry=2.0),
+        )
+        self._lock = threading.Lock()
+        self._is_closed = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
+        self._thread.start()
+
+    def post(self, url: str, body: bytes, timeout_s: float) -> bytes:
+        """The body of a reply of status 2xx, in one try that is over after `timeout_s`.
+
+        Raises HttpError.
+        """
+        with self._lock:
+            if self._is_closed.is_set():
+                raise HttpError("closed", "no further request is sent", final=True)
+            future = asyncio.run_coroutine_threadsafe(self._post(url, body, timeout_s), self._loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise HttpError("closed", "the request was cut off", final=True) from None
+
+    def post_retrying(
+        self, url: str, body: bytes, timeout_s: float, *, retries: int, backoff_s: float
+    ) -> bytes:
+        """`post` with up to `retries` further tries after failures; `timeout_s` bounds them all."""
+        deadline = time.monotonic() + timeout_s
+        attempt = 0
+        while True:
+            try:
+                return self.post(url, body, max(0.001, deadline - time.monotonic()))
+            except HttpError as error:
+                wait_s = backoff(attempt, backoff_s, error.wait_s)
+                is_late = time.monotonic() + wait_s >= deadline
+                if error.final or attempt == retries or is_late or self._is_closed.wait(wait_s):
+                    raise
+            attempt += 1
+
+    def close(self) -> None:
+        """Cut off requests under way, which raise HttpError, and send nothing more."""
+        with self._lock:
+            if self._is_closed.is_set():
+                return
+            self._is_closed.set()
+        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _cancel_all(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._client.aclose()
+
+    async def _post(self, url: str, body: bytes, timeout_s: float) -> bytes:
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._client.stream("POST", url, content=body) as reply,
+            ):
+                found = bytearray()
+                self._check_size(int(reply.headers.get("Content-Length", 0)))
+                async for chunk in reply.aiter_raw():
+                    found += chunk
+                    self._check_size(len(found))
+        except TimeoutError:
+            raise HttpError("timeout", f"no whole reply in {timeout_s:g} s") from None
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+            raise _connection_error(url, error) from None
+        if not reply.is_success:
+            raise _status_error(url, reply, bytes(found))
+        return bytes(found)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise HttpError("protocol", f"the reply is longer than {self._max_bytes} bytes")
+
+
+def backoff(attempt: int, first_s: float, asked_s: float | None = None) -> float:
+    """Seconds to wait after try `attempt`, from 0: doubled each time, less a random part so that
+    requests don't come back together, and at least what the server asks for."""
+    wait = min(first_s * 2 ** min(attempt, 30), LONGEST_WAIT_S)
+    return max(wait * random.uniform(0.5, 1.0), asked_s or 0.0)
+
+
+def read_key(variable: str) -> str:
+    """The key in an environment variable; one that was read from a file often ends with a line
+    break. Empty where no variable is named or it is not set."""
+    return os.environ.get(variable, "").strip() if variable else ""
+
+
+def key_problem(key: str) -> str | None:
+    """Why no HTTP header may hold `key`, in words that follow its name and do not show it."""
+    if key.isascii() and key.isprintable():
+        return None
+    return "holds characters that no HTTP header may have: export the key alone, on one line"
+
+
+def _status_error(url: str, reply: httpx2.Response, body: bytes) -> HttpError:
+    status, location = reply.status_code, reply.headers.get("Location")
+    moved = f", it has moved to {location}" if location else ""
+    # The other form of Retry-After, a date, is not read.
+    asked = reply.headers.get("Retry-After", "").strip()
+    return HttpError(
+        f"status_{status}",
+        f"{url} answered status {status}: {body[:_SHOWN].decode(errors='replace')!r}{moved}",
+        status=status,
+        final=status < 500 and status not in _RETRIED,
+        wait_s=float(asked) if asked.isascii() and asked.isdigit() else None,
+    )
+
+
+def _connection_error(url: str, error: Any) -> HttpError:
+    cause = error
+    while inner := cause.__cause__ or cause.__context__:
+        cause = inner.exceptions[0] if isinstance(inner, BaseExceptionGroup) else inner
+    if isinstance(error, httpx2.ConnectError) and not isinstance(cause, ssl.SSLError):
+        kind = "unreachable"
+    elif isinstance(error, httpx2.NetworkError) or _CUT_OFF.search(str(error)):
+        kind = "connection"
+    else:
+        kind = "protocol"
+    # asyncio's messages say what failed, and not why.
+    errno = cause.errno if isinstance(cause, ConnectionError) else None
+    why = cause if errno is None else os.strerror(errno)
+    return HttpError(kind, f"{url}: {type(cause).__name__}: {why}")

@@ -1,0 +1,130 @@
+"""The HTTP client against a server on loopback; its faults are tested by those who use it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from nemocascade.runtime.http import HttpClient, HttpError, read_key
+
+CONNECTIONS = 3
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers with the request, or with the next of `server.statuses`."""
+
+    server: Any
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        with self.server.lock:
+            self.server.connections += 1
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.times.append(time.monotonic())
+        statuses = self.server.statuses
+        self.send_response(statuses.pop(0) if statuses else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Retry-After", "1")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    found: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.daemon_threads = True
+    found.lock, found.connections, found.statuses, found.times = threading.Lock(), 0, [], []
+    found.url = f"http://127.0.0.1:{found.server_port}/path"
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+@pytest.fixture
+def client() -> Iterator[HttpClient]:
+    found = HttpClient(connections=CONNECTIONS, max_bytes=1000)
+    yield found
+    found.close()
+
+
+def test_connections_are_kept(server: Any, client: HttpClient) -> None:
+    bodies = [f"{i}".encode() for i in range(60)]
+    with ThreadPoolExecutor(10) as pool:
+        found = list(pool.map(lambda body: client.post(server.url, body, 30.0), bodies))
+    assert found == bodies
+    assert server.connections < len(bodies) / 2
+
+
+def test_proxies_of_the_environment_are_not_used(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    client = HttpClient()
+    assert client.post(server.url, b"x", 10.0) == b"x"
+    client.close()
+
+
+def test_a_retry_waits_as_long_as_the_server_asks(server: Any, client: HttpClient) -> None:
+    server.statuses = [429]
+    assert client.post_retrying(server.url, b"x", 30.0, retries=1, backoff_s=0.0) == b"x"
+    first, second = server.times
+    assert second - first >= 1.0
+
+
+@pytest.mark.parametrize(
+    ("status", "timeout_s", "tries"),
+    [(503, 30.0, 2), (400, 30.0, 1), (503, 0.9, 1)],
+    ids=["all retries", "final", "no time is left"],
+)
+def test_retries_end(
+    server: Any, client: HttpClient, status: int, timeout_s: float, tries: int
+) -> None:
+    server.statuses = [status] * 9
+    with pytest.raises(HttpError, match=f"status {status}: 'why'") as error:
+        client.post_retrying(server.url, b"why", timeout_s, retries=1, backoff_s=0.0)
+    assert error.value.status == status
+    assert len(server.times) == tries
+
+
+def test_a_long_reply_is_refused(server: Any, client: HttpClient) -> None:
+    assert len(client.post(server.url, b" " * 1000, 10.0)) == 1000
+    with pytest.raises(HttpError, match="longer than 1000 bytes"):
+        client.post(server.url, b" " * 1001, 10.0)
+
+
+def test_closing_cuts_off_a_wait_for_the_next_try(server: Any, client: HttpClient) -> None:
+    server.statuses = [503] * 9
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(client.post_retrying, server.url, b"", 90.0, retries=9, backoff_s=60.0)
+        while not server.times:
+            time.sleep(0.01)
+        started = time.monotonic()
+        client.close()
+        with pytest.raises(HttpError):
+            asking.result(timeout=30)
+    assert time.monotonic() - started < 5
+    with pytest.raises(HttpError, match="closed"):
+        client.post(server.url, b"", 1.0)
+
+
+def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret\n")
+    assert read_key("SOME_KEY") == "secret"
+    assert read_key("") == ""
+    with pytest.raises(ValueError, match="no HTTP header") as error:
+        HttpClient(key="two\nsecrets")
+    assert "secrets" not in str(error.value)
