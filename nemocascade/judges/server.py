@@ -31,8 +31,6 @@ from nemocascade.runtime.logging import LOGGER
 from nemocascade.types import Answer, Message, Question
 
 PATH = "/v1/chat/completions"
-MAX_BYTES = 16 << 20
-"""Of a reply that is read; a longer one is an error."""
 _PROBE_S = 60.0
 _LOG_EVERY_S = 30.0
 _SHOWN = 300
@@ -57,7 +55,7 @@ class ServerJudge:
         self.settings = settings
         self.url = settings.url.rstrip("/").removesuffix(PATH).removesuffix("/v1") + PATH
         key = read_key(settings.api_key_env)
-        self._http = HttpClient(key=key, connections=settings.concurrency, max_bytes=MAX_BYTES)
+        self._http = HttpClient(key=key, connections=settings.concurrency)
         self.counts: Counter[str] = Counter()
         self._cache = AnswerCache(settings.cache)
         self._lock = Lock()

@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx2
 
+MAX_BYTES = 16 << 20
 LONGEST_WAIT_S = 60.0
 """Between two tries, unless the server asks for more."""
 BUSY = frozenset({"unreachable", "status_429", "status_502", "status_503", "status_504"})
@@ -58,7 +59,7 @@ class HttpClient:
     one is an error. Raises ValueError for a key that no header may hold.
     """
 
-    def __init__(self, *, key: str = "", connections: int = 64, max_bytes: int = 16 << 20) -> None:
+    def __init__(self, *, key: str = "", connections: int = 64, max_bytes: int = MAX_BYTES) -> None:
         if problem := key_problem(key):
             raise ValueError(f"the server's key {problem}")
         self._max_bytes = max_bytes

@@ -20,8 +20,9 @@ from nemocascade.judges import cache as cache_module
 from nemocascade.judges.cache import AnswerCache
 from nemocascade.judges.factory import make_judge
 from nemocascade.judges.prompts import compare_question, comparison_text, grade_question
-from nemocascade.judges.server import MAX_BYTES, ServerJudge
+from nemocascade.judges.server import ServerJudge
 from nemocascade.recipe.judge import JudgeConfig
+from nemocascade.runtime.http import MAX_BYTES
 from nemocascade.types import Answer, Message, Question
 
 GOOD = comparison_text(4, 2, 2)
