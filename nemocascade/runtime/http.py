@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import os
 import random
 import re
@@ -71,6 +72,7 @@ class HttpClient:
             headers=headers,
             timeout=None,
             trust_env=False,
+            verify=_certificates(),
             # Servers close idle connections, often after 5 s: a request must not meet that.
             limits=httpx2.Limits(max_connections=connections, keepalive_expiry=2.0),
         )
@@ -170,6 +172,12 @@ def key_problem(key: str) -> str | None:
     if key.isascii() and key.isprintable():
         return None
     return "holds characters that no HTTP header may have: export the key alone, on one line"
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """The system's, or those of SSL_CERT_FILE, which a client without trust_env would not read."""
+    return httpx2.create_ssl_context()
 
 
 def _status_error(url: str, reply: httpx2.Response, body: bytes) -> HttpError:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemocascade.runtime import http
 from nemocascade.runtime.http import HttpClient, HttpError, read_key
 
 CONNECTIONS = 3
@@ -76,6 +81,31 @@ def test_proxies_of_the_environment_are_not_used(
     client = HttpClient()
     assert client.post(server.url, b"x", 10.0) == b"x"
     client.close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_certificates(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site's own authority counts; a certificate that nobody vouches for is no busy server."""
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1"]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(make, check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    server.socket = tls.wrap_socket(server.socket, server_side=True)
+    url = server.url.replace("http:", "https:")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    http._certificates.cache_clear()
+    client = HttpClient()
+    with pytest.raises(HttpError, match=r"connection: .*certificate"):
+        client.post(url, b"x", 10.0)
+    client.close()
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    http._certificates.cache_clear()
+    client = HttpClient()
+    assert client.post(url, b"x", 10.0) == b"x"
+    client.close()
+    http._certificates.cache_clear()
 
 
 def test_a_retry_waits_as_long_as_the_server_asks(server: Any, client: HttpClient) -> None:
