@@ -101,16 +101,15 @@ class HttpClient:
     ) -> bytes:
         """`post` with up to `retries` further tries after failures; `timeout_s` bounds them all."""
         deadline = time.monotonic() + timeout_s
-        attempt = 0
-        while True:
+        for attempt in range(retries):
             try:
-                return self.post(url, body, max(0.001, deadline - time.monotonic()))
+                return self.post(url, body, deadline - time.monotonic())
             except HttpError as error:
                 wait_s = backoff(attempt, backoff_s, error.wait_s)
                 is_late = time.monotonic() + wait_s >= deadline
-                if error.final or attempt == retries or is_late or self._is_closed.wait(wait_s):
+                if error.final or is_late or self._is_closed.wait(wait_s):
                     raise
-            attempt += 1
+        return self.post(url, body, deadline - time.monotonic())
 
     def close(self) -> None:
         """Cut off requests under way, which raise HttpError, and send nothing more."""
