@@ -3,6 +3,7 @@
 kernels/README.md holds the table of ops, their shapes and their measured numbers.
 """
 
+from nemocascade_kernels.common.routing import RouterSettings, Routing
 from nemocascade_kernels.decode_step.op import (
     Steps,
     decode_steps,
@@ -18,23 +19,20 @@ from nemocascade_kernels.decode_step.weights import MambaWeights
 from nemocascade_kernels.linear_logprob.op import LinearLogprob, linear_logprob
 from nemocascade_kernels.linear_policy_loss.objectives import Grpo, Mopd, Nll, Objective
 from nemocascade_kernels.linear_policy_loss.op import PolicyLoss, linear_policy_loss
+from nemocascade_kernels.moe_experts.op import (
+    grouped_gemm,
+    moe_experts,
+    moe_permute,
+    moe_unpermute,
+)
+from nemocascade_kernels.moe_router.losses import load_balance_loss, update_expert_bias, z_loss
+from nemocascade_kernels.moe_router.op import make_routing, moe_route
 from nemocascade_kernels.mopd_advantage.op import (
     MopdAdvantage,
     mopd_advantage,
     mopd_advantage_metrics,
 )
-
-from .moe_experts import grouped_gemm, moe_experts, moe_permute, moe_unpermute
-from .moe_router import (
-    RouterSettings,
-    Routing,
-    load_balance_loss,
-    make_routing,
-    moe_route,
-    update_expert_bias,
-    z_loss,
-)
-from .version import __version__
+from nemocascade_kernels.version import __version__
 
 __all__ = [
     "Grpo",

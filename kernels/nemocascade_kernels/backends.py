@@ -53,6 +53,19 @@ class Implementation:
     refuse: Refusal | None = None
 
 
+def takes(*dtypes: torch.dtype, operators: tuple[str, ...] = ()) -> Refusal:
+    """A refusal of floating-point tensors of other dtypes, and of missing compiled operators."""
+
+    def refuse(*tensors: Tensor) -> str | None:
+        others = {str(t.dtype) for t in tensors if t.is_floating_point() and t.dtype not in dtypes}
+        if others:
+            names = ", ".join(str(dtype) for dtype in dtypes)
+            return f"it takes {names}, and got {', '.join(sorted(others))}"
+        return native.lacks(*operators) if operators else None
+
+    return refuse
+
+
 class Op:
     """The implementations of one op.
 

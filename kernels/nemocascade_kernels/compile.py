@@ -7,18 +7,16 @@ It prints one line a kernel: registers a thread, bytes spilled, shared memory, a
 instruction. The exit code is 1 where a kernel spills registers, wants more shared memory than the
 architecture has, or lacks the matrix instruction it was written for.
 
-**What an op provides.** The `triton.py` of an op's folder defines `aot_kernels(arch: int) ->
-list[AotKernel]`: the signatures and the tile settings with which its launchers call each kernel,
-made by the same functions that the launchers use, so that what is checked here is what runs.
+**What an op provides.** The module that it registers for "triton" defines `aot_kernels(arch: int)`,
+a list of `AotKernel`: the signatures and the tile settings with which its launchers call each
+kernel, made by the same functions that the launchers use, so what is checked here is what runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -26,6 +24,8 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from nemocascade_kernels import backends
 
 PACKAGE = "nemocascade_kernels"
 
@@ -83,18 +83,15 @@ class Report:
         )
 
 
-def op_folders() -> list[str]:
-    """Names of the op folders that have Triton kernels."""
-    package = importlib.import_module(PACKAGE)
-    names = [module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg]
-    return [
-        name for name in names if importlib.util.find_spec(f"{PACKAGE}.{name}.triton") is not None
-    ]
+def triton_ops() -> list[str]:
+    """Names of the ops that have Triton kernels."""
+    importlib.import_module(PACKAGE)
+    return sorted(name for name, op in backends.ops().items() if "triton" in op.backends)
 
 
 def kernels_of(op: str, arch: int) -> list[AotKernel]:
     """The kernels that an op lists for an architecture (80, 90, 100)."""
-    module = importlib.import_module(f"{PACKAGE}.{op}.triton")
+    module = backends.ops()[op].module("triton")
     if not hasattr(module, "aot_kernels"):
         raise AttributeError(
             f"{module.__name__} has no aot_kernels(arch): an op lists its kernels there"
@@ -192,13 +189,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # The decorator reads this when a kernel is defined; interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
-    folders = op_folders()
-    unknown = sorted(set(options.op or ()) - set(folders))
+    ops = triton_ops()
+    unknown = sorted(set(options.op or ()) - set(ops))
     if unknown:
-        parser.error(f"no Triton kernels in {unknown}: choose among {folders}")
+        parser.error(f"no Triton kernels in {unknown}: choose among {ops}")
     arch = int(options.arch.removeprefix("sm_"))
     reports = []
-    for op in options.op or folders:
+    for op in options.op or ops:
         for kernel in kernels_of(op, arch):
             reports.append(compile_kernel(op, kernel, arch))
             print(reports[-1].line(), flush=True)

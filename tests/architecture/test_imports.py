@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -87,8 +88,17 @@ def test_kernels_need_torch_and_triton_only(path: Path) -> None:
     assert not others, f"the kernel package may import torch and triton, not {sorted(others)}"
 
 
+CSRC = ROOT / "csrc"
+# Modules of the kernel package that an op may import, besides its own folder.
+KERNEL_BASE = {"common", "backends", "native", "compile", "testing"}
+# Folders of csrc/ without an op: what ops share, and the twin of nemocascade/data/.
+NO_OPS = {"common", "packing"}
+
+
 def kernel_ops() -> list[str]:
-    return sorted(p.parent.name for p in KERNELS.glob("*/op.py"))
+    """Every op that has a folder in the kernel package or in csrc/."""
+    found = {p.parent.name for p in KERNELS.glob("*/op.py")}
+    return sorted(found | {p.name for p in CSRC.iterdir() if p.is_dir()} - NO_OPS)
 
 
 def test_there_are_kernel_ops() -> None:
@@ -97,17 +107,49 @@ def test_there_are_kernel_ops() -> None:
 
 @pytest.mark.parametrize("op", kernel_ops())
 def test_an_op_stands_in_its_five_places(op: str) -> None:
-    table = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
-    places = {
-        f"kernels/nemocascade_kernels/{op}/reference.py": (KERNELS / op / "reference.py").exists(),
-        f"tests/kernels/test_{op}.py": (ROOT / "tests/kernels" / f"test_{op}.py").exists(),
-        f"benchmarks/kernels/bench_{op}.py": (
-            ROOT / "benchmarks/kernels" / f"bench_{op}.py"
-        ).exists(),
-        "a row in kernels/README.md": f"`{op}`" in table,
-    }
-    missing = [place for place, there in places.items() if not there]
+    places = [
+        f"kernels/nemocascade_kernels/{op}/op.py",
+        f"kernels/nemocascade_kernels/{op}/reference.py",
+        f"tests/kernels/test_{op}.py",
+        f"benchmarks/kernels/bench_{op}.py",
+    ]
+    missing = [place for place in places if not (ROOT / place).exists()]
+    if f"| `{op}` |" not in (ROOT / "kernels" / "README.md").read_text(encoding="utf-8"):
+        missing.append("a row in kernels/README.md")
     assert not missing, f"{op} lacks {missing}"
+
+
+@pytest.mark.parametrize("path", sources(KERNELS), ids=lambda p: str(p.relative_to(KERNELS)))
+def test_an_op_imports_no_other_op(path: Path) -> None:
+    """Each op can be read and tested alone; what ops share imports none of them."""
+    folder, *inside = path.relative_to(KERNELS).parts
+    if not inside:
+        return
+    named: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "name the module from the package on"
+            # `from nemocascade_kernels import x` names x, which may be a module.
+            named |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # The modules that an op registers.
+            named.add(node.value)
+    modules = [name for name in named if re.fullmatch(r"nemocascade_kernels\.[\w.]+", name)]
+    parts = {name.split(".")[1] for name in modules}
+    assert parts <= KERNEL_BASE | {folder}
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}),
+    ids=lambda p: str(p.relative_to(CSRC)),
+)
+def test_an_op_includes_no_headers_of_another(path: Path) -> None:
+    includes = re.findall(r'#include "([^"]+)"', path.read_text(encoding="utf-8"))
+    folders = {include.split("/")[0] for include in includes}
+    assert folders <= {"common", path.relative_to(CSRC).parts[0]}
 
 
 def test_files_stay_small() -> None:

@@ -160,7 +160,7 @@ def chunked(monkeypatch: pytest.MonkeyPatch, rows: int) -> Callable[[Tensor], No
     """Make chunks of about `rows` rows, so that small problems have several."""
 
     def apply(weight: Tensor) -> None:
-        from nemocascade_kernels.linear_logprob import chunks
+        from nemocascade_kernels.common.linear_head import chunks
 
         size = rows * (weight.shape[0] + 64) * weight.element_size()
         monkeypatch.setattr(chunks, "LOGITS_BYTES", {"cpu": size, "cuda": size})

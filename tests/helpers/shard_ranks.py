@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from nemocascade_kernels import Mopd, linear_logprob, linear_policy_loss
-from nemocascade_kernels.linear_logprob import chunks
+from nemocascade_kernels.common.linear_head import chunks
 from nemocascade_kernels.testing import random_normal
 from torch import Tensor
 

@@ -15,7 +15,7 @@ from helpers.heads import (
     skip_unless_served,
 )
 from nemocascade_kernels import linear_logprob
-from nemocascade_kernels.linear_logprob import eager
+from nemocascade_kernels.common.linear_head import torch as torch_rows
 from nemocascade_kernels.linear_logprob.op import OP
 from nemocascade_kernels.testing import (
     PoisonedMemory,
@@ -178,14 +178,14 @@ def test_row_kernels_leave_their_neighbours_alone(
     copy[1] = 0
     target = torch.tensor([0, 5, 69, 33])
     slope = torch.tensor([1.0, 0.0, 3.0, 0.5])
-    expected = eager.statistics(copy, target, 1.3, True)
+    expected = torch_rows.statistics(copy, target, 1.3, True)
     found = kernels.statistics(logits, target.to(device), 1.3, True)
     counted = torch.tensor([0, 2, 3])
     for name, a, b in zip(found._fields, found, expected, strict=True):
         assert rms_error(a.cpu()[counted], b[counted]) < 1e-5, name
     lse = expected.maximum + expected.total.log()
     entropy = expected.total.log() - expected.weighted / expected.total
-    eager.gradient_(copy, target, 1.3, lse, slope.double(), entropy, 0.5 * slope.double())
+    torch_rows.gradient_(copy, target, 1.3, lse, slope.double(), entropy, 0.5 * slope.double())
     kernels.gradient_(
         logits,
         *(x.to(device) for x in (target,)),
@@ -224,12 +224,12 @@ class TestOffsetsBeyond32Bits:
         target = torch.tensor([0, 5, 69, 33])
         kernels = OP.module(backend)
         found = kernels.statistics(logits, target.to(logits.device), 1.0, True)
-        expected = eager.statistics(copy, target, 1.0, True)
+        expected = torch_rows.statistics(copy, target, 1.0, True)
         for name, a, b in zip(found._fields, found, expected, strict=True):
             assert rms_error(a, b) < 1e-5, name
         lse = expected.maximum + expected.total.log()
         slope = torch.tensor([1.0, -2.0, 3.0, 0.5])
-        eager.gradient_(copy, target, 1.0, lse, slope.double())
+        torch_rows.gradient_(copy, target, 1.0, lse, slope.double())
         kernels.gradient_(
             logits, *(x.to(logits.device) for x in (target,)), 1.0,
             lse.float().to(logits.device), slope.to(logits.device),

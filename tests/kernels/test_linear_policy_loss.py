@@ -23,7 +23,8 @@ from helpers.heads import (
     skip_unless_served,
 )
 from nemocascade_kernels import Mopd, Nll, Objective, backends, linear_logprob, linear_policy_loss
-from nemocascade_kernels.linear_logprob.chunks import chunks, partition, static_slots
+from nemocascade_kernels.common.linear_head.chunks import chunks, partition, static_slots
+from nemocascade_kernels.linear_policy_loss.objectives import FusedRow
 from nemocascade_kernels.linear_policy_loss.op import OP
 from nemocascade_kernels.testing import assert_same_bits, rms_error
 from torch import Tensor
@@ -235,8 +236,8 @@ def test_row_kernels_survive_targets_outside_the_vocabulary() -> None:
     logits = torch.randn(4, 70, device=device)
     target = torch.tensor([3, -1, 70, 2**40], device=device)
     filled = torch.tensor(4, device=device)
-    objective = Nll(torch.ones(4, device=device))
-    out = kernels.fused_rows(logits, target, 1.0, objective, 1.0, filled, 0, True, True)
+    weight, row = torch.ones(4, device=device), FusedRow("nll")
+    out = kernels.fused_rows(logits, target, 1.0, weight, row, 1.0, filled, 0, True, True)
     assert out[1].isnan().tolist() == [False, True, True, True]
     assert out[0].isnan().tolist() == [False, True, True, True]
     assert not logits[0].isnan().any()
@@ -251,8 +252,8 @@ def test_slots_that_are_not_filled_count_nothing() -> None:
     logits[0] = torch.randn(70)
     target = torch.zeros(4, dtype=torch.int64, device=device)
     filled = torch.tensor(6, device=device)
-    objective = Nll(torch.ones(4, device=device))
-    out = kernels.fused_rows(logits, target, 1.0, objective, 1.0, filled, 5, False, True)
+    weight, row = torch.ones(4, device=device), FusedRow("nll")
+    out = kernels.fused_rows(logits, target, 1.0, weight, row, 1.0, filled, 5, False, True)
     assert out[0, 0] > 0
     assert not out[:, 1:].any()
     assert not logits[1:].any()

@@ -16,9 +16,15 @@ from nemocascade_kernels import (
     moe_permute,
     moe_unpermute,
 )
-from nemocascade_kernels.moe_experts import rows as rows_module
+from nemocascade_kernels.moe_experts import batch_invariant
+from nemocascade_kernels.moe_experts.batch_invariant import (
+    SLACK,
+    cover,
+    mm_rows,
+    mm_rows_apart,
+    sizes_for,
+)
 from nemocascade_kernels.moe_experts.reference import activate
-from nemocascade_kernels.moe_experts.rows import SLACK, cover, mm_rows, mm_rows_apart, sizes_for
 from nemocascade_kernels.testing import PoisonedMemory, assert_same_bits, random_normal
 from torch import Tensor
 
@@ -129,7 +135,7 @@ def test_a_token_does_not_see_its_neighbours(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_on_inputs_that_show_every_rounding(dtype: torch.dtype, transposed: bool) -> None:
-    x, weight = rows_module._cancelling(1200, 512, 256, dtype)
+    x, weight = batch_invariant._cancelling(1200, 512, 256, dtype)
     weight = weight if transposed else weight.contiguous()
     counts = (1, 2, 3, 4, 5, 6, 7, 8, 31, 33, 100, 257, 700, 1025)
     row = torch.empty(1 + SLACK, 256, dtype=dtype)
@@ -159,17 +165,17 @@ def test_the_probe_sees_a_library_that_is_not_stable(monkeypatch: pytest.MonkeyP
         result = plain(a, b, **options)
         return result + 1e-6 * result.abs() + 1e-12 if a.shape[0] == 256 else result
 
-    monkeypatch.setattr(rows_module.torch, "mm", odd_at_256)
-    sizes = rows_module._sizes.__wrapped__(torch.float32, 64, 48, True, 1)
+    monkeypatch.setattr(batch_invariant.torch, "mm", odd_at_256)
+    sizes = batch_invariant._sizes.__wrapped__(torch.float32, 64, 48, True, 1)
     assert 256 not in sizes
     assert 32 in sizes
 
     def by_position(a: Tensor, b: Tensor, **options: Tensor) -> Tensor:
         return plain(a, b, **options) + torch.arange(a.shape[0])[:, None] * 1e-3
 
-    monkeypatch.setattr(rows_module.torch, "mm", by_position)
+    monkeypatch.setattr(batch_invariant.torch, "mm", by_position)
     with pytest.raises(RuntimeError, match="no number of rows"):
-        rows_module._sizes.__wrapped__(torch.float32, 64, 48, True, 1)
+        batch_invariant._sizes.__wrapped__(torch.float32, 64, 48, True, 1)
 
 
 def test_cover_is_sufficient_and_close() -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nemocascade_kernels import native
+from nemocascade_kernels.common.routing import RouterSettings
 from nemocascade_kernels.decode_step.weights import MambaWeights
-from nemocascade_kernels.moe_router.routing import RouterSettings
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -15,32 +15,28 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nemocascade_kernels import backends, native
+from nemocascade_kernels import backends
+from nemocascade_kernels.common.routing import RouterSettings
 from nemocascade_kernels.decode_step.weights import MambaWeights
-from nemocascade_kernels.moe_router.routing import RouterSettings
 
 _MODULE = "nemocascade_kernels.decode_step"
-_NATIVE = (
-    "step_norm",
-    "step_linear",
-    "step_route",
-    "step_experts",
-    "step_mamba",
-    "step_attention",
-    "step_draw",
-)
-
-
-def native_refusal(*tensors: Tensor) -> str | None:
-    """Why the compiled CPU steps cannot take such a call."""
-    for tensor in tensors:
-        if tensor.dtype != torch.float32:
-            return f"it works in float32, and got {tensor.dtype}"
-    return native.lacks(*_NATIVE)
-
-
 OP = backends.Op("decode_step")
-OP.register("native", f"{_MODULE}.native", refuse=native_refusal)
+OP.register(
+    "native",
+    f"{_MODULE}.native",
+    refuse=backends.takes(
+        torch.float32,
+        operators=(
+            "step_norm",
+            "step_linear",
+            "step_route",
+            "step_experts",
+            "step_mamba",
+            "step_attention",
+            "step_draw",
+        ),
+    ),
+)
 OP.register("reference", f"{_MODULE}.reference")
 
 

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemocascade_kernels.common.routing import RouterSettings, choose_experts
 from nemocascade_kernels.decode_step.weights import MambaWeights
-from nemocascade_kernels.moe_router import reference as router
-from nemocascade_kernels.moe_router.routing import RouterSettings
 
 # Probabilities are added up in stretches of this many first.
 _STRETCH = 128
@@ -31,8 +30,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """See `op.step_route`."""
     mask = torch.arange(logits.shape[0], device=logits.device) < real
-    routing = router.route(logits, bias, mask, None, settings)
-    return routing.experts, routing.weights
+    weights, chosen = choose_experts(logits, bias, mask, None, settings)
+    return chosen.int(), weights
 
 
 def experts(

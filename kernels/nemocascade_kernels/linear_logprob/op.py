@@ -10,10 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemocascade_kernels import backends, native
-from nemocascade_kernels.linear_logprob import reference
-from nemocascade_kernels.linear_logprob.checks import check_head, check_targets, checked_main_grad
-from nemocascade_kernels.linear_logprob.chunks import (
+from nemocascade_kernels import backends
+from nemocascade_kernels.common.linear_head.checks import check_head, check_targets
+from nemocascade_kernels.common.linear_head.chunks import (
     WeightGradient,
     all_rows,
     chunks,
@@ -22,31 +21,26 @@ from nemocascade_kernels.linear_logprob.chunks import (
     look_ahead,
     sum_over_shards,
 )
-from nemocascade_kernels.linear_logprob.main_grad import placeholder_gradient
-from nemocascade_kernels.linear_logprob.statistics import Gathering, finish
+from nemocascade_kernels.common.linear_head.statistics import Gathering, finish
+from nemocascade_kernels.common.main_grad import checked_main_grad, placeholder_gradient
+from nemocascade_kernels.linear_logprob import reference
 
-_MODULE = "nemocascade_kernels.linear_logprob"
-
-
-def native_refusal(*tensors: Tensor) -> str | None:
-    """Why the compiled CPU row kernels cannot take such a call."""
-    if any(tensor.dtype not in (torch.float32, torch.bfloat16) for tensor in tensors[:1]):
-        return f"it takes float32 and bfloat16, and got {tensors[0].dtype}"
-    return native.lacks("logits_statistics", "logits_gradient_", "has_product", "add_product_")
-
-
-def triton_refusal(*tensors: Tensor) -> str | None:
-    """Why the Triton row kernels cannot take such a call."""
-    if any(tensor.dtype == torch.float64 for tensor in tensors[:1]):
-        return "it takes float32, bfloat16 and float16, and got torch.float64"
-    return None
-
-
+_ROWS = "nemocascade_kernels.common.linear_head"
 OP = backends.Op("linear_logprob")
-OP.register("triton", f"{_MODULE}.triton", refuse=triton_refusal)
-OP.register("native", f"{_MODULE}.native", refuse=native_refusal)
-OP.register("torch", f"{_MODULE}.eager")
-OP.register("reference", f"{_MODULE}.reference")
+OP.register(
+    "triton",
+    f"{_ROWS}.triton",
+    refuse=backends.takes(torch.float32, torch.bfloat16, torch.float16),
+)
+OP.register(
+    "native",
+    f"{_ROWS}.native",
+    refuse=backends.takes(
+        torch.float32, torch.bfloat16, operators=("logits_statistics", "logits_gradient_")
+    ),
+)
+OP.register("torch", f"{_ROWS}.torch")
+OP.register("reference", "nemocascade_kernels.linear_logprob.reference")
 
 
 class LinearLogprob(NamedTuple):

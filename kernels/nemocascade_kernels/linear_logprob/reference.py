@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from nemocascade_kernels.common.linear_head.statistics import logprob_and_entropy
 
 
 def linear_logprob(
@@ -14,9 +15,4 @@ def linear_logprob(
     hidden [T, H], weight [V, H], target [T] int64. Returns logprob [T] and entropy [T], in float32
     (float64 for float64 inputs); both differentiable in hidden and weight.
     """
-    logits = hidden @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    distribution = torch.log_softmax(logits, dim=-1)
-    logprob = distribution.gather(-1, target[:, None])[:, 0]
-    entropy = -(distribution.exp() * distribution).sum(-1)
-    return logprob, entropy
+    return logprob_and_entropy(hidden @ weight.T, target, temperature)

@@ -11,19 +11,19 @@ taken by autograd on the vector of log-probabilities, so a new objective needs n
         def token_loss(self, logprob: Tensor) -> Tensor:
             return -self.token_weight * (1 - logprob.exp()) ** self.gamma * logprob
 
-It runs on every backend. On a GPU an objective may also have a Triton twin (`ROWS` in
-linear_policy_loss/triton.py), which saves one read of the logits.
+It runs on every backend. An objective that `fused_row` knows also has a twin in the fused kernels
+of triton.py and native.py, which saves one read of the logits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from nemocascade_kernels.mopd_advantage.reference import mopd_advantage
+from nemocascade_kernels.common.mopd import MopdTerms, mopd_terms
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,11 @@ class Mopd(Objective):
     ratio_high: float = 2.0
 
     def token_loss(self, logprob: Tensor) -> Tensor:
-        advantage, importance = self._constants(logprob)
-        return -self.token_weight * importance * advantage * logprob
+        terms = self._terms(logprob)
+        return -self.token_weight * terms.importance * terms.advantage * logprob
 
     def metrics(self, logprob: Tensor) -> dict[str, Tensor]:
-        advantage, _ = self._constants(logprob)
-        ratio = torch.exp(logprob - self.rollout_logprob)
+        advantage, ratio, _ = self._terms(logprob)
         return {
             "advantage": advantage,
             "advantage_abs": advantage.abs(),
@@ -144,11 +143,35 @@ class Mopd(Objective):
             "gated_high": (ratio > self.ratio_high).to(ratio.dtype),
         }
 
-    def _constants(self, logprob: Tensor) -> tuple[Tensor, Tensor]:
-        return mopd_advantage(
-            self.teacher_logprob,
-            logprob.detach(),
-            self.rollout_logprob,
-            self.ratio_low,
-            self.ratio_high,
+    def _terms(self, logprob: Tensor) -> MopdTerms:
+        return mopd_terms(
+            self.teacher_logprob, logprob, self.rollout_logprob, self.ratio_low, self.ratio_high
         )
+
+
+class FusedRow(NamedTuple):
+    """An objective as fused kernels take it: a twin by name, with two per-token constants (None:
+    unused) and two settings."""
+
+    twin: str
+    a: Tensor | None = None
+    b: Tensor | None = None
+    x: float = 0.0
+    y: float = 0.0
+
+
+def fused_row(objective: Objective) -> FusedRow | None:
+    """The twin of an objective; None where it has none.
+
+    A subclass is not its base: it may compute something else.
+    """
+    if type(objective) is Nll:
+        return FusedRow("nll")
+    if type(objective) is Grpo and objective.kl_coef == 0:
+        return FusedRow("grpo", objective.advantage)
+    if type(objective) is Grpo:
+        return FusedRow("grpo_kl", objective.advantage, objective.ref_logprob, objective.kl_coef)
+    if type(objective) is Mopd:
+        teacher, rollout = objective.teacher_logprob, objective.rollout_logprob
+        return FusedRow("mopd", teacher, rollout, objective.ratio_low, objective.ratio_high)
+    return None

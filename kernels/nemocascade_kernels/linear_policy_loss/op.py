@@ -10,24 +10,32 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemocascade_kernels import backends, native
-from nemocascade_kernels.linear_logprob.checks import check_head, check_targets, checked_main_grad
-from nemocascade_kernels.linear_logprob.chunks import Rows, trained_rows
-from nemocascade_kernels.linear_logprob.main_grad import placeholder_gradient
-from nemocascade_kernels.linear_logprob.op import native_refusal, triton_refusal
+from nemocascade_kernels import backends
+from nemocascade_kernels.common.linear_head.checks import check_head, check_targets
+from nemocascade_kernels.common.linear_head.chunks import Rows, look_ahead, trained_rows
+from nemocascade_kernels.common.main_grad import checked_main_grad, placeholder_gradient
 from nemocascade_kernels.linear_policy_loss import reference
 from nemocascade_kernels.linear_policy_loss.objectives import Objective
-from nemocascade_kernels.linear_policy_loss.onepass import OnePass, one_pass
+from nemocascade_kernels.linear_policy_loss.one_pass import OnePass, one_pass
 
+_MODULE = "nemocascade_kernels.linear_policy_loss"
 OP = backends.Op("linear_policy_loss")
-OP.register("triton", "nemocascade_kernels.linear_policy_loss.triton", refuse=triton_refusal)
+OP.register(
+    "triton",
+    f"{_MODULE}.triton",
+    refuse=backends.takes(torch.float32, torch.bfloat16, torch.float16),
+)
 OP.register(
     "native",
-    "nemocascade_kernels.linear_policy_loss.native",
-    refuse=lambda *tensors: native_refusal(*tensors) or native.lacks("policy_rows_"),
+    f"{_MODULE}.native",
+    refuse=backends.takes(
+        torch.float32,
+        torch.bfloat16,
+        operators=("logits_statistics", "logits_gradient_", "policy_rows_"),
+    ),
 )
-OP.register("torch", "nemocascade_kernels.linear_logprob.eager")
-OP.register("reference", "nemocascade_kernels.linear_policy_loss.reference")
+OP.register("torch", "nemocascade_kernels.common.linear_head.torch")
+OP.register("reference", f"{_MODULE}.reference")
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ def linear_policy_loss(
         target if rows.index is None else target[rows.index], weight, tp_group
     )
     if chosen == "reference":
-        if (tp_group is not None and tp_group.size() > 1) or accumulate_main_grad:
+        if look_ahead(tp_group) or accumulate_main_grad:
             raise backends.BackendRefusedError(
                 "linear_policy_loss: backend 'reference' knows neither tp_group nor "
                 "accumulate_main_grad: use another"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nemocascade_kernels.linear_logprob.reference import linear_logprob
+from nemocascade_kernels.common.linear_head.statistics import logprob_and_entropy
 from nemocascade_kernels.linear_policy_loss.objectives import Objective
 
 
@@ -22,7 +22,7 @@ def linear_policy_loss(
     not computed. The loss is differentiable in hidden and weight by autograd.
     """
     rows = objective.token_weight.nonzero()[:, 0]
-    logprob, entropy = linear_logprob(hidden[rows], weight, target[rows], temperature)
+    logprob, entropy = logprob_and_entropy(hidden[rows] @ weight.T, target[rows], temperature)
     loss = objective.at(rows).token_loss(logprob).sum()
     everywhere = logprob.new_zeros(target.shape[0])
     return (

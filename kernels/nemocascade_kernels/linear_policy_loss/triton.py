@@ -4,24 +4,24 @@
 
 `fused_rows` does statistics, objective and gradient in one program a row: the row is read from
 memory once, read again from L2, and written once. The objective is a small jit function given to
-the kernel as a constant; one without such a twin takes the two kernels of linear_logprob/triton.py,
-with torch between them, and so does every objective under vocabulary parallelism.
+the kernel as a constant; one without such a twin takes the two kernels of
+common/linear_head/triton.py, with torch between them, and so does every objective under vocabulary
+parallelism.
 
 A twin computes `(f, df / dlogprob)` of one token from its log-probability, its weight, two
-per-token constants and two settings. `ROWS` says which objective has which, and what those are.
+per-token constants and two settings; see `objectives.fused_row`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nemocascade_kernels.linear_logprob.triton import (
+from nemocascade_kernels.common.linear_head.triton import (
     AOT_VOCABULARY,
     DTYPES,
     LN2,
@@ -35,12 +35,13 @@ from nemocascade_kernels.linear_logprob.triton import (
     write_gradient,
     write_zeros,
 )
-from nemocascade_kernels.linear_policy_loss.objectives import Grpo, Mopd, Nll, Objective
+from nemocascade_kernels.common.mopd_triton import mopd_terms
+from nemocascade_kernels.linear_policy_loss.objectives import FusedRow
 
 if TYPE_CHECKING:
     from nemocascade_kernels.compile import AotKernel
 
-__all__ = ["aot_kernels", "fused_rows", "fuses", "gradient_", "statistics"]
+__all__ = ["aot_kernels", "fused_rows", "gradient_", "statistics"]
 
 
 @triton.jit
@@ -67,43 +68,15 @@ def grpo_kl_row(logprob, weight, advantage, ref_logprob, kl_coef, unused_y):
 @triton.jit
 def mopd_row(logprob, weight, teacher_logprob, rollout_logprob, ratio_low, ratio_high):
     """See objectives.Mopd."""
-    ratio = tl.exp(logprob - rollout_logprob)
-    importance = tl.where((ratio >= ratio_low) & (ratio <= ratio_high), ratio, 0.0)
-    slope = -weight * importance * (teacher_logprob - logprob)
+    advantage, _, importance = mopd_terms(
+        teacher_logprob, logprob, rollout_logprob, ratio_low, ratio_high
+    )
+    slope = -weight * importance * advantage
     return slope * logprob, slope
 
 
-class Row(NamedTuple):
-    """A twin with its two per-token constants (None: unused) and its two settings."""
-
-    function: Any
-    a: Tensor | None = None
-    b: Tensor | None = None
-    x: float = 0.0
-    y: float = 0.0
-
-
-def _grpo(objective: Grpo) -> Row:
-    if objective.kl_coef == 0:
-        return Row(grpo_row, objective.advantage)
-    return Row(grpo_kl_row, objective.advantage, objective.ref_logprob, objective.kl_coef)
-
-
-def _mopd(o: Mopd) -> Row:
-    return Row(mopd_row, o.teacher_logprob, o.rollout_logprob, o.ratio_low, o.ratio_high)
-
-
-#: Objectives with a twin. A subclass is not its base: it may compute something else.
-ROWS: dict[type[Objective], Callable[[Any], Row]] = {
-    Nll: lambda _: Row(nll_row),
-    Grpo: _grpo,
-    Mopd: _mopd,
-}
-
-
-def fuses(objective: Objective) -> bool:
-    """Whether `fused_rows` takes this objective."""
-    return type(objective) in ROWS
+#: Twins by the name that `fused_row` gives.
+_TWINS = {"nll": nll_row, "grpo": grpo_row, "grpo_kl": grpo_kl_row, "mopd": mopd_row}
 
 
 @triton.jit
@@ -165,7 +138,8 @@ def fused_rows(
     logits: Tensor,
     target: Tensor,
     scale: float,
-    objective: Objective,
+    token_weight: Tensor,
+    row: FusedRow,
     grad_scale: float,
     filled: Tensor,
     first_slot: int,
@@ -174,22 +148,21 @@ def fused_rows(
 ) -> Tensor:
     """Loss, log-probability and entropy of each row, [3, R] float32; logits become the gradient.
 
-    logits [R, V]; target [R] int64, NaN where it is outside [0, V). objective: its fields are [R].
+    logits [R, V]; target [R] int64, NaN where it is outside [0, V). token_weight and the constants
+    of `row`: [R].
     filled: scalar int64 on the device; row r counts where `first_slot + r < filled`, and becomes 0
     elsewhere. gradient: False leaves the logits.
     """
     rows, vocabulary = logits.shape
     out = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
-    row = ROWS[type(objective)](objective)
-    weight = objective.token_weight
     config = row_config(vocabulary, logits.element_size())
     if rows:
         fused_kernel[(rows,)](
             logits,
             target,
-            weight,
-            weight if row.a is None else row.a,
-            weight if row.b is None else row.b,
+            token_weight,
+            token_weight if row.a is None else row.a,
+            token_weight if row.b is None else row.b,
             filled,
             out,
             logits.stride(0),
@@ -200,7 +173,7 @@ def fused_rows(
             grad_scale,
             row.x,
             row.y,
-            row.function,
+            _TWINS[row.twin],
             gradient,
             entropy,
             is_padded(logits, config),
@@ -243,9 +216,8 @@ def aot_kernels(arch: int) -> list[AotKernel]:
             fused_kernel, signature, constants, config.num_warps, label=label, matrix=None
         )
 
-    twins = (nll_row, grpo_row, grpo_kl_row, mopd_row)
     return [
-        *(kernel("bf16", 2, function, False, True) for function in twins),
+        *(kernel("bf16", 2, function, False, True) for function in _TWINS.values()),
         *(kernel(name, size, mopd_row, True, True) for name, size in DTYPES),
         kernel("bf16", 2, mopd_row, True, False),
     ]

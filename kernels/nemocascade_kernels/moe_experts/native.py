@@ -1,7 +1,8 @@
 """The expert GEMMs in C++ for the CPU (csrc/moe_experts/), in float32.
 
 `moe_experts` is one call forward and one backward: threads take pieces of experts, and what stands
-between the products is done while a piece is in the cache. The separate parts are those of `cpu`.
+between the products is done while a piece is in the cache. The separate parts are those of
+`torch.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from nemocascade_kernels import native
-from nemocascade_kernels.moe_experts.cpu import (
+from nemocascade_kernels.common.routing import Routing
+from nemocascade_kernels.moe_experts.batch_invariant import best_sizes, cover, trial
+from nemocascade_kernels.moe_experts.torch import (
     grouped_gemm,
     grouped_gemm_backward_w,
     grouped_gemm_backward_x,
@@ -21,8 +24,6 @@ from nemocascade_kernels.moe_experts.cpu import (
     unpermute,
     unpermute_backward,
 )
-from nemocascade_kernels.moe_experts.rows import best_sizes, cover, trial
-from nemocascade_kernels.moe_router.routing import Routing
 
 __all__ = [
     "experts_backward",

@@ -9,31 +9,22 @@ import torch
 from torch import Tensor
 
 from nemocascade_kernels import native
-from nemocascade_kernels.backends import Op
-from nemocascade_kernels.linear_logprob.checks import checked_main_grad
-from nemocascade_kernels.linear_logprob.main_grad import placeholder_gradient
-from nemocascade_kernels.moe_router.routing import Routing
+from nemocascade_kernels.backends import Op, takes
+from nemocascade_kernels.common.main_grad import checked_main_grad, placeholder_gradient
+from nemocascade_kernels.common.routing import Routing
 
 
 def cpu_refusal(*tensors: Tensor) -> str | None:
-    """Why the CPU path cannot take such a call."""
+    """Reason why the CPU path cannot take such a call."""
     if not all(tensor.is_cpu for tensor in tensors):
         return "it reads the group sizes on the host, which would wait for the device"
     return None
 
 
-def triton_refusal(*tensors: Tensor) -> str | None:
-    """Why the Triton kernels cannot take such a call."""
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return "it takes float32, bfloat16 and float16, and got torch.float64"
-    return None
-
-
 def native_refusal(*tensors: Tensor) -> str | None:
-    """Why the compiled CPU path cannot take such a call."""
-    if any(tensor.dtype != torch.float32 for tensor in tensors):
-        return f"it works in float32, and got {sorted({str(t.dtype) for t in tensors})}"
-    reason = native.lacks("moe_experts_forward", "moe_experts_backward", "moe_experts_product")
+    """Reason why the compiled CPU path cannot take such a call."""
+    operators = ("moe_experts_forward", "moe_experts_backward", "moe_experts_product")
+    reason = takes(torch.float32, operators=operators)(*tensors)
     if reason is None and not native.op("moe_experts_has_product")():
         return "the BLAS of this torch cannot be called from outside"
     return reason
@@ -41,9 +32,11 @@ def native_refusal(*tensors: Tensor) -> str | None:
 
 _MODULE = "nemocascade_kernels.moe_experts"
 OP = Op("moe_experts")
-OP.register("triton", f"{_MODULE}.triton", refuse=triton_refusal)
+OP.register(
+    "triton", f"{_MODULE}.triton", refuse=takes(torch.float32, torch.bfloat16, torch.float16)
+)
 OP.register("native", f"{_MODULE}.native", refuse=native_refusal)
-OP.register("torch", f"{_MODULE}.cpu", refuse=cpu_refusal)
+OP.register("torch", f"{_MODULE}.torch", refuse=cpu_refusal)
 OP.register("reference", f"{_MODULE}.reference")
 
 _ACTIVATIONS = ("relu2", "swiglu")

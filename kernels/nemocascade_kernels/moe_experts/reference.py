@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemocascade_kernels.moe_router.routing import Routing
+from nemocascade_kernels.common.routing import Routing
 
 
 def activate(h: Tensor, activation: str) -> Tensor:

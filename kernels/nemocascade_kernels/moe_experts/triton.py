@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from nemocascade_kernels.backends import interpreting
+from nemocascade_kernels.common.routing import Routing
 from nemocascade_kernels.compile import AotKernel
 from nemocascade_kernels.moe_experts.triton_gemm import (
     down_gradient_kernel,
@@ -25,14 +26,13 @@ from nemocascade_kernels.moe_experts.triton_gemm import (
     up_kernel,
     weight_gradient_kernel,
 )
-from nemocascade_kernels.moe_experts.triton_rows import (
+from nemocascade_kernels.moe_experts.triton_permute import (
     combine_kernel,
     permute_kernel,
     unpermute_gradient_kernel,
     weights_gradient_kernel,
     zero_tail_kernel,
 )
-from nemocascade_kernels.moe_router.routing import Routing
 
 _PLAN_BLOCK = 128
 #: Rows of a tile in every kernel that walks over rows: they share one plan.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemocascade_kernels import native
-from nemocascade_kernels.moe_router.routing import RouterSettings
+from nemocascade_kernels.common.routing import RouterSettings
 
 #: Sizes of the largest instantiation.
 MOST_EXPERTS, MOST_CHOICES, MOST_GROUPS = 512, 32, 32

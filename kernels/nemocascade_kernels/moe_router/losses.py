@@ -11,8 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemocascade_kernels.moe_router.reference import scores_of
-from nemocascade_kernels.moe_router.routing import NORMALIZE_EPSILON, Routing
+from nemocascade_kernels.common.routing import NORMALIZE_EPSILON, Routing, scores_of
 
 _KINDS = ("sequence", "global")
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from nemocascade_kernels import native
-from nemocascade_kernels.moe_router.reference import scores_of
-from nemocascade_kernels.moe_router.routing import RouterSettings
+from nemocascade_kernels.common.routing import RouterSettings, scores_of
 
 
 def sort_slots(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,42 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemocascade_kernels import native
-from nemocascade_kernels.backends import Op
+from nemocascade_kernels.backends import Op, takes
+from nemocascade_kernels.common.routing import RouterSettings, Routing
 from nemocascade_kernels.moe_router import cuda
-from nemocascade_kernels.moe_router.routing import RouterSettings, Routing
 
 _MODULE = "nemocascade_kernels.moe_router"
 
 
-def native_refusal(*tensors: Tensor) -> str | None:
-    """Why the compiled CPU router cannot take such a call."""
-    if any(tensor.dtype == torch.float64 for tensor in tensors[:1]):
-        return "it works in float32, and got torch.float64"
-    return native.lacks("moe_choose", "moe_sort_slots", "moe_choose_gradient")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cuda_refusal(*tensors: Tensor) -> str | None:
-    """Why the CUDA router cannot take such a call."""
+    """Reason why the CUDA router cannot take such a call."""
     for tensor in tensors[:1]:
-        if tensor.dtype == torch.float64:
-            return "it works in float32, and got torch.float64"
         if tensor.is_floating_point() and tensor.shape[-1] > cuda.MOST_EXPERTS:
             return f"it takes at most {cuda.MOST_EXPERTS} experts, and got {tensor.shape[-1]}"
-    return native.lacks("moe_route", "moe_route_gradient")
-
-
-def triton_refusal(*tensors: Tensor) -> str | None:
-    """Why the Triton router cannot take such a call."""
-    if any(tensor.dtype == torch.float64 for tensor in tensors[:1]):
-        return "it works in float32, and got torch.float64"
-    return None
+    return takes(*_FLOATS, operators=("moe_route", "moe_route_gradient"))(*tensors)
 
 
 OP = Op("moe_router")
 OP.register("cuda", f"{_MODULE}.cuda", refuse=cuda_refusal)
-OP.register("triton", f"{_MODULE}.triton", refuse=triton_refusal)
-OP.register("native", f"{_MODULE}.native", refuse=native_refusal)
+OP.register("triton", f"{_MODULE}.triton", refuse=takes(*_FLOATS))
+OP.register(
+    "native",
+    f"{_MODULE}.native",
+    refuse=takes(*_FLOATS, operators=("moe_choose", "moe_sort_slots", "moe_choose_gradient")),
+)
 OP.register("reference", f"{_MODULE}.reference")
 
 _SCORES = ("sigmoid", "softmax")

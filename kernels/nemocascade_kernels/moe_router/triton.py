@@ -16,8 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
+from nemocascade_kernels.common.routing import RouterSettings
 from nemocascade_kernels.compile import AotKernel
-from nemocascade_kernels.moe_router.routing import RouterSettings
 from nemocascade_kernels.moe_router.triton_kernels import (
     choose_kernel,
     gradient_kernel,

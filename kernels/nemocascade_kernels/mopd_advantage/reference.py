@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemocascade_kernels.common.mopd import mopd_terms
+
 #: Metrics in the order of the kernels' output: the loss and the count are sums, the others become
 #: means over the counted tokens.
 METRICS = ("loss", "tokens", "advantage", "advantage_abs", "ratio", "gated_low", "gated_high")
@@ -17,19 +19,11 @@ def mopd_advantage(
     ratio_low: float = 0.5,
     ratio_high: float = 2.0,
 ) -> tuple[Tensor, Tensor]:
-    """Nemotron-Cascade 2, Eq. 2-3, by token:
-
-        a_t = log pi_teacher - log pi_train
-        r_t = pi_train / pi_rollout
-        w_t = r_t if ratio_low <= r_t <= ratio_high else 0
-
-    All [T] float32. Returns a and w; neither carries a gradient.
-    """
-    with torch.no_grad():
-        advantage = teacher_logprob - train_logprob
-        ratio = torch.exp(train_logprob - rollout_logprob)
-        inside = (ratio >= ratio_low) & (ratio <= ratio_high)
-        return advantage, torch.where(inside, ratio, 0.0)
+    """Advantage and importance of `mopd_terms`, [T] float32 each."""
+    advantage, _, importance = mopd_terms(
+        teacher_logprob, train_logprob, rollout_logprob, ratio_low, ratio_high
+    )
+    return advantage, importance
 
 
 def mopd_advantage_metrics(
@@ -50,9 +44,8 @@ def mopd_advantage_metrics(
             torch.where(counted, values, 0.0)
             for values in (teacher_logprob, train_logprob, rollout_logprob, token_weight)
         )
-        advantage, importance = mopd_advantage(teacher, train, rollout, ratio_low, ratio_high)
+        advantage, ratio, importance = mopd_terms(teacher, train, rollout, ratio_low, ratio_high)
         importance = torch.where(counted, importance, 0.0)
-        ratio = torch.exp(train - rollout)
         columns = (
             -weight * importance * advantage * train,
             torch.ones_like(train),

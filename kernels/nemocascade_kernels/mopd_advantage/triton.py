@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nemocascade_kernels.common.mopd_triton import mopd_terms
 from nemocascade_kernels.mopd_advantage.reference import METRICS
 
 if TYPE_CHECKING:
@@ -61,10 +62,8 @@ def mopd_kernel(
         teacher = tl.load(teacher_ptr + at, mask=counted, other=0.0)
         train = tl.load(train_ptr + at, mask=counted, other=0.0)
         rollout = tl.load(rollout_ptr + at, mask=counted, other=0.0)
-        advantage = teacher - train
-        ratio = tl.exp(train - rollout)
-        inside = (ratio >= ratio_low) & (ratio <= ratio_high) & counted
-        importance = tl.where(inside, ratio, 0.0)
+        advantage, ratio, importance = mopd_terms(teacher, train, rollout, ratio_low, ratio_high)
+        importance = tl.where(counted, importance, 0.0)
         tl.store(advantage_ptr + at, advantage, mask=at < size)
         tl.store(importance_ptr + at, importance, mask=at < size)
         if METRICS:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemocascade_kernels.linear_logprob.chunks import (
+from nemocascade_kernels.common.linear_head.chunks import (
     Rows,
     WeightGradient,
     chunks,
@@ -18,15 +18,16 @@ from nemocascade_kernels.linear_logprob.chunks import (
     look_ahead,
     sum_over_shards,
 )
-from nemocascade_kernels.linear_logprob.statistics import Gathering, RowResult, finish
-from nemocascade_kernels.linear_policy_loss.objectives import Objective
+from nemocascade_kernels.common.linear_head.statistics import Gathering, RowResult, finish
+from nemocascade_kernels.linear_policy_loss.objectives import Objective, fused_row
 
 
 class OnePass(NamedTuple):
     """Settings of a pass; see `linear_policy_loss` for the meaning of those that it has too.
 
     kernels: the module of row kernels. It has `statistics` and `gradient_`; one that has
-        `fused_rows` too does both and a known objective at once, where no collective comes between.
+        `fused_rows` too does both at once with an objective of `fused_row`, where no collective
+        comes between.
     rows: the slots to compute. scale: 1 / temperature.
     first_id: first id of this rank's shard. vocabulary: size of the full vocabulary.
     """
@@ -84,12 +85,6 @@ def one_pass(
         return walk.run()
 
 
-def fuses(settings: OnePass) -> bool:
-    """Whether the row kernels have this objective built in."""
-    known = getattr(settings.kernels, "fuses", None)
-    return known is not None and bool(known(settings.objective))
-
-
 class _Walk:
     def __init__(
         self,
@@ -119,7 +114,8 @@ class _Walk:
         longest = max((piece.stop - piece.start for piece in self.pieces), default=0)
         self.buffers = [logits_buffer(longest, weight) for _ in range(self.depth + 1)]
         self.turn = 0
-        self.fused = not self.depth and fuses(settings)
+        has_twin = hasattr(settings.kernels, "fused_rows") and fused_row(settings.objective)
+        self.fused = not self.depth and bool(has_twin)
         self.unscattered: _HiddenGradient | None = None
 
     def run(self) -> PassResult:
@@ -175,11 +171,13 @@ class _Walk:
         filled = settings.rows.filled
         if filled is None:
             filled = torch.full((), settings.rows.size, device=logits.device)
+        objective = self.objective.at(piece)
         found = settings.kernels.fused_rows(
             logits,
             self.target[piece],
             settings.scale,
-            self.objective.at(piece),
+            objective.token_weight,
+            fused_row(objective),
             settings.grad_scale,
             filled,
             piece.start,

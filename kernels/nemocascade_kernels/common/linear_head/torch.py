@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nemocascade_kernels.linear_logprob.statistics import RowStatistics
+from nemocascade_kernels.common.linear_head.statistics import RowStatistics
 
 #: Bytes of float32 temporaries at a time: they should stay in cache.
 BLOCK_BYTES = 8 << 20

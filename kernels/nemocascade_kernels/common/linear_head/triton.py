@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nemocascade_kernels.linear_logprob.statistics import RowStatistics
+from nemocascade_kernels.common.linear_head.statistics import RowStatistics
 
 if TYPE_CHECKING:
     from nemocascade_kernels.compile import AotKernel
@@ -119,7 +119,7 @@ def write_gradient(
     VECTOR: tl.constexpr,
 ):
     """Overwrite a row of logits with its gradient, from its end to its start: what was read last is
-    still in cache. target is -1 where it is not of this shard. See eager.gradient_.
+    still in cache. target is -1 where it is not of this shard. See `gradient_` in torch.py.
     """
     columns = tile_columns(BLOCK, VECTOR)
     end = readable(vocabulary, PADDED, VECTOR)
@@ -243,7 +243,7 @@ def is_padded(logits: Tensor, config: RowConfig) -> bool:
 
 
 def statistics(logits: Tensor, target: Tensor, scale: float, entropy: bool) -> RowStatistics:
-    """See `eager.statistics`."""
+    """See `statistics` in torch.py."""
     rows, vocabulary = logits.shape
     out = torch.empty(4, rows, dtype=torch.float32, device=logits.device)
     if rows:
@@ -272,7 +272,7 @@ def gradient_(
     entropy: Tensor | None = None,
     entropy_slope: Tensor | None = None,
 ) -> None:
-    """See `eager.gradient_`."""
+    """See `gradient_` in torch.py."""
     rows, vocabulary = logits.shape
     with_entropy = entropy is not None and entropy_slope is not None
     if rows:

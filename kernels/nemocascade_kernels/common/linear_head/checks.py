@@ -36,19 +36,6 @@ def check_head(hidden: Tensor, weight: Tensor, target: Tensor, temperature: floa
         raise ValueError(f"{'; '.join(faults)}. Got {given}")
 
 
-def checked_main_grad(weight: Tensor) -> Tensor:
-    """`weight.main_grad`; raises ValueError unless it can take the gradient."""
-    main_grad: Tensor | None = getattr(weight, "main_grad", None)
-    if main_grad is None:
-        raise ValueError("accumulate_main_grad=True, but weight has no main_grad: set it first")
-    if main_grad.shape != weight.shape or main_grad.dtype not in (torch.float32, weight.dtype):
-        raise ValueError(
-            f"weight.main_grad is {tuple(main_grad.shape)} {main_grad.dtype}: it must be "
-            f"{tuple(weight.shape)}, in float32 or {weight.dtype}"
-        )
-    return main_grad
-
-
 def check_targets(
     target: Tensor, weight: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[int, int]:

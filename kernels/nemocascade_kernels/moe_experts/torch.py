@@ -4,22 +4,21 @@ What it does not do is what makes it fast and small: no permuted copy of x or of
 kept, only the pre-activation is (the activation is made again in the backward), gradients of the
 combine weights come from the activation instead of from the experts' output, and the sum over a
 token's K rows is one `embedding_bag`, whose order is that of the choices. Products go through
-`rows` and exponentials through `_sigmoid`, so a token's bits do not depend on the other tokens.
+`batch_invariant` and exponentials through `_sigmoid`, so a token's bits do not depend on the other
+tokens.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemocascade_kernels import native
-from nemocascade_kernels.linear_logprob.native import add_product, adds_products
-from nemocascade_kernels.moe_experts.rows import SLACK, mm_rows, mm_rows_apart
-from nemocascade_kernels.moe_router.routing import Routing
+from nemocascade_kernels.common.products import add_product, adds_products
+from nemocascade_kernels.common.routing import Routing
+from nemocascade_kernels.moe_experts.batch_invariant import SLACK, mm_rows, mm_rows_apart
 
 #: torch runs elementwise calls of up to this many elements on one thread, in whole vectors.
 _SERIAL_ELEMENTS = 32768
@@ -67,16 +66,10 @@ def _weight_gradient(
     elif main_grad is not None and x.shape[0]:
         if main_grad.dtype == x.dtype:
             main_grad[e].addmm_(grad.t(), x)
-        elif _adds_in_float32(x.dtype) and main_grad.is_contiguous():
+        elif adds_products(x.dtype) and main_grad.is_contiguous():
             add_product(main_grad[e], grad, x, first=False)
         else:
             main_grad[e].add_(torch.mm(grad.t(), x))
-
-
-@functools.cache
-def _adds_in_float32(dtype: torch.dtype) -> bool:
-    """Whether there is a product of such matrices into float32; torch's own rounds the result."""
-    return native.lacks("has_product", "add_product_") is None and adds_products(dtype)
 
 
 def permute(x: Tensor, routing: Routing) -> Tensor:

@@ -6,6 +6,19 @@ import torch
 from torch import Tensor
 
 
+def checked_main_grad(weight: Tensor) -> Tensor:
+    """`weight.main_grad`; raises ValueError unless it can take the gradient."""
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        raise ValueError("accumulate_main_grad=True, but weight has no main_grad: set it first")
+    if main_grad.shape != weight.shape or main_grad.dtype not in (torch.float32, weight.dtype):
+        raise ValueError(
+            f"weight.main_grad is {tuple(main_grad.shape)} {main_grad.dtype}: it must be "
+            f"{tuple(weight.shape)}, in float32 or {weight.dtype}"
+        )
+    return main_grad
+
+
 def placeholder_gradient(weight: Tensor) -> Tensor:
     """Mark the gradient as added, and make what autograd is given in its place.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class RowStatistics(NamedTuple):
-    """Of one shard's scaled logits x, by row; each [R] float32.
+    """Statistics of one shard's scaled logits x, by row; each [R] float32.
 
     maximum: `m = max_j x_j`; total: `sum_j exp(x_j - m)`; target_logit: `x_target`, or -inf where
     the target is of another shard; weighted: `sum_j exp(x_j - m) (x_j - m)`, for the entropy.
@@ -23,11 +23,25 @@ class RowStatistics(NamedTuple):
 
 
 class RowResult(NamedTuple):
-    """Of the whole vocabulary, by row; each [R] float32. Entropy is None where it was not asked."""
+    """Results of the whole vocabulary, by row; each [R] float32. entropy: None if not wanted."""
 
     logprob: Tensor
     lse: Tensor
     entropy: Tensor | None
+
+
+def logprob_and_entropy(
+    logits: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The definition: `log softmax(logits / temperature)[target]`, and the softmax's entropy.
+
+    logits [T, V], target [T] int64. Returns logprob [T] and entropy [T], in float32 (float64 for
+    float64 logits); both differentiable in logits.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    distribution = torch.log_softmax(logits, dim=-1)
+    logprob = distribution.gather(-1, target[:, None])[:, 0]
+    return logprob, -(distribution.exp() * distribution).sum(-1)
 
 
 class Gathering:
