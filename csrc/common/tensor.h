@@ -1,4 +1,4 @@
-// Checks and copies between torch's stable tensors and plain C++.
+// Checks of torch's stable tensors, and their data for plain C++.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -6,25 +6,106 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
+
+#include "common/logits.h"
 
 namespace nemocascade {
 
-// Elements of a contiguous 1-D int64 tensor on the CPU. `name` stands in the error.
-inline const int64_t* int64_elements(const torch::stable::Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.is_contiguous() &&
-                      tensor.scalar_type() == torch::headeronly::ScalarType::Long,
-                  name, " must be a contiguous 1-D int64 tensor on the CPU");
-  return static_cast<const int64_t*>(tensor.const_data_ptr());
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Data of a contiguous tensor of this type, on the CPU or on a GPU, that holds `elements` elements.
+// `name` stands in the error.
+inline void* checked_data(const Tensor& tensor, bool cuda, ScalarType type, int64_t elements,
+                          const char* name) {
+  STD_TORCH_CHECK((cuda ? tensor.is_cuda() : tensor.is_cpu()) && tensor.is_contiguous() &&
+                      tensor.scalar_type() == type && tensor.numel() == elements,
+                  name, " must be a contiguous ", cuda ? "CUDA" : "CPU", " tensor of ", elements,
+                  " elements of type ", type);
+  return tensor.mutable_data_ptr();
+}
+
+// Data of a contiguous CPU tensor of `elements` elements T.
+template <typename T>
+T* data(const Tensor& tensor, int64_t elements, const char* name) {
+  constexpr ScalarType type = torch::headeronly::CppTypeToScalarType<T>::value;
+  return static_cast<T*>(checked_data(tensor, false, type, elements, name));
+}
+
+// Null where there is no tensor.
+template <typename T>
+T* data(const std::optional<Tensor>& tensor, int64_t elements, const char* name) {
+  return tensor.has_value() ? data<T>(*tensor, elements, name) : nullptr;
+}
+
+// The same on a GPU.
+template <typename T>
+T* cuda_data(const Tensor& tensor, int64_t elements, const char* name) {
+  constexpr ScalarType type = torch::headeronly::CppTypeToScalarType<T>::value;
+  return static_cast<T*>(checked_data(tensor, true, type, elements, name));
+}
+
+template <typename T>
+T* cuda_data(const std::optional<Tensor>& tensor, int64_t elements, const char* name) {
+  return tensor.has_value() ? cuda_data<T>(*tensor, elements, name) : nullptr;
+}
+
+#ifdef USE_CUDA
+// The cudaStream_t on which torch enqueues work for a tensor's device.
+inline void* current_cuda_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+#endif
+
+// Every id must lie in 0..last.
+template <typename T>
+void check_ids(const T* ids, int64_t count, int64_t last, const char* name) {
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(ids[i] >= 0 && ids[i] <= last, name, " hold ", ids[i], ", which is not in 0..",
+                    last);
+  }
 }
 
 // A new 1-D int64 tensor on the device of `like`, which must be the CPU.
-inline torch::stable::Tensor int64_tensor(const std::vector<int64_t>& values,
-                                          const torch::stable::Tensor& like) {
-  auto tensor = torch::stable::new_empty(like, {static_cast<int64_t>(values.size())},
-                                         torch::headeronly::ScalarType::Long);
+inline Tensor int64_tensor(const std::vector<int64_t>& values, const Tensor& like) {
+  auto tensor =
+      torch::stable::new_empty(like, {static_cast<int64_t>(values.size())}, ScalarType::Long);
   std::copy(values.begin(), values.end(), static_cast<int64_t*>(tensor.mutable_data_ptr()));
   return tensor;
+}
+
+// Calls a row kernel, `kernel` for float32 and `kernel_bf16` for bfloat16, on ranges of the rows of
+// logits [R, V], whose rows are contiguous: kernel(logits, target, begin, end, arguments...).
+// target: [R] int64.
+template <typename Float, typename Bfloat, typename... Arguments>
+void for_each_row(const Tensor& logits, const Tensor& target, double scale, Float kernel,
+                  Bfloat kernel_bf16, const Arguments&... arguments) {
+  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2 && logits.size(1) >= 1 &&
+                      (logits.size(1) == 1 || logits.stride(1) == 1),
+                  "logits must be a CPU matrix with contiguous rows");
+  const ScalarType type = logits.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                  "logits must be float32 or bfloat16");
+  // Rows that a thread takes at least: fewer cost more to hand out than to do.
+  constexpr int64_t kRowsAtATime = 4;
+  const int64_t rows = logits.size(0);
+  const int64_t* ids = data<int64_t>(target, rows, "target");
+  const auto run = [&]<typename T>(T* elements, auto function) {
+    const Logits<T> view{elements, logits.stride(0), logits.size(1), static_cast<float>(scale)};
+    torch::stable::parallel_for(0, rows, kRowsAtATime, [&](int64_t begin, int64_t end) {
+      function(view, ids, begin, end, arguments...);
+    });
+  };
+  void* elements = logits.mutable_data_ptr();
+  if (type == ScalarType::Float) {
+    run(static_cast<float*>(elements), kernel);
+  } else {
+    run(static_cast<Bf16*>(elements), kernel_bf16);
+  }
 }
 
 }  // namespace nemocascade

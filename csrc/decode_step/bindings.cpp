@@ -1,21 +1,20 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <optional>
 #include <vector>
 
+#include "common/expert_choice.h"
 #include "common/levels.h"
+#include "common/tensor.h"
 #include "decode_step/step.h"
-#include "moe_router/router.h"
 
 namespace {
 
+using nemocascade::check_ids;
+using nemocascade::data;
 using nemocascade::decode_step::Mamba;
 using nemocascade::decode_step::Product;
-using nemocascade::moe_router::Settings;
-using torch::headeronly::ScalarType;
+using torch::stable::new_empty;
 using torch::stable::Tensor;
 
 const nemocascade::decode_step::RowSteps& row_steps() {
@@ -32,30 +31,6 @@ const nemocascade::decode_step::Mixers& mixers() {
 constexpr int64_t kWork = 1 << 17;
 // Columns are handed out so many at a time.
 constexpr int64_t kColumns = 8;
-
-// Data of a contiguous CPU tensor of this type that holds `elements` elements.
-template <typename T>
-T* data(const Tensor& tensor, ScalarType type, int64_t elements, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type &&
-                      tensor.numel() == elements,
-                  name, " must be a contiguous CPU tensor of ", elements, " elements");
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-float* floats(const Tensor& tensor, int64_t elements, const char* name) {
-  return data<float>(tensor, ScalarType::Float, elements, name);
-}
-
-Tensor new_matrix(const Tensor& like, int64_t rows, int64_t columns) {
-  return torch::stable::new_empty(like, {rows, columns});
-}
-
-void check_below(const int64_t* ids, int64_t count, int64_t limit, const char* name) {
-  for (int64_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < limit, name, " hold ", ids[i], ", which is not in 0..",
-                    limit - 1);
-  }
-}
 
 std::vector<const float*> row_pointers(const float* x, int64_t rows, int64_t depth) {
   std::vector<const float*> pointers(rows);
@@ -86,21 +61,21 @@ void multiply(const std::vector<Product>& products) {
 
 Tensor step_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t rows = x.size(0), depth = x.size(1);
-  Tensor out = new_matrix(x, rows, depth);
-  const float* from = floats(x, rows * depth, "x");
-  const float* factor = floats(weight, depth, "weight");
-  float* to = floats(out, rows * depth, "out");
+  Tensor out = new_empty(x, {rows, depth});
+  const float* from = data<float>(x, rows * depth, "x");
+  const float* factor = data<float>(weight, depth, "weight");
+  float* to = data<float>(out, rows * depth, "out");
   row_steps().rms_norm(from, factor, depth, static_cast<float>(eps), 0, rows, to);
   return out;
 }
 
 Tensor step_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& residual) {
   const int64_t rows = x.size(0), depth = x.size(1), columns = weight.size(0);
-  Tensor out = new_matrix(x, rows, columns);
-  const auto pointers = row_pointers(floats(x, rows * depth, "x"), rows, depth);
-  multiply({{pointers.data(), floats(weight, columns * depth, "weight"), rows, depth, columns,
-             residual.has_value() ? floats(*residual, rows * columns, "residual") : nullptr,
-             floats(out, rows * columns, "out")}});
+  Tensor out = new_empty(x, {rows, columns});
+  const auto pointers = row_pointers(data<float>(x, rows * depth, "x"), rows, depth);
+  multiply({{pointers.data(), data<float>(weight, columns * depth, "weight"), rows, depth, columns,
+             data<float>(residual, rows * columns, "residual"),
+             data<float>(out, rows * columns, "out")}});
   return out;
 }
 
@@ -108,20 +83,17 @@ void step_route(const Tensor& logits, const std::optional<Tensor>& bias, int64_t
                 int64_t top_k, int64_t groups, int64_t top_groups, bool normalize, double scale,
                 Tensor experts, Tensor weights) {
   const int64_t rows = logits.size(0), count = logits.size(1);
-  const Settings settings{static_cast<int32_t>(count),
-                          static_cast<int32_t>(top_k),
-                          static_cast<int32_t>(groups),
-                          static_cast<int32_t>(top_groups),
-                          normalize,
-                          static_cast<float>(scale)};
+  const auto settings =
+      nemocascade::router_settings(count, top_k, groups, top_groups, normalize, scale);
   std::vector<float> scores(rows * count);
-  row_steps().scores(floats(logits, rows * count, "logits"), rows, count, softmax, scores.data());
-  const float* added = bias.has_value() ? floats(*bias, count, "bias") : nullptr;
-  int32_t* chosen = data<int32_t>(experts, ScalarType::Int, rows * top_k, "experts");
-  float* weighed = floats(weights, rows * top_k, "weights");
+  row_steps().scores(data<float>(logits, rows * count, "logits"), rows, count, softmax,
+                     scores.data());
+  const float* added = data<float>(bias, count, "bias");
+  int32_t* chosen = data<int32_t>(experts, rows * top_k, "experts");
+  float* weighed = data<float>(weights, rows * top_k, "weights");
   STD_TORCH_CHECK(real >= 0 && real <= rows, "real is ", real, ", which is not in 0..", rows);
-  nemocascade::moe_router::choose(scores.data(), added, nullptr, nullptr, settings, 0, real, chosen,
-                                  weighed);
+  nemocascade::choose_experts(scores.data(), added, nullptr, nullptr, settings, 0, real, chosen,
+                              weighed);
   std::fill(chosen + real * top_k, chosen + rows * top_k, static_cast<int32_t>(count));
   std::fill(weighed + real * top_k, weighed + rows * top_k, 0.0f);
 }
@@ -131,19 +103,16 @@ Tensor step_experts(const Tensor& x, const Tensor& experts, const Tensor& weight
   const int64_t tokens = x.size(0), hidden = x.size(1), top_k = experts.size(1);
   const int64_t count = w_down.size(0), width = w_down.size(2), up = swiglu ? 2 * width : width;
   const int64_t slots = tokens * top_k;
-  const float* rows = floats(x, tokens * hidden, "x");
-  const int32_t* ids = data<int32_t>(experts, ScalarType::Int, slots, "experts");
-  const float* first = floats(w_up, count * up * hidden, "w_up");
-  const float* second = floats(w_down, count * hidden * width, "w_down");
-  Tensor out = new_matrix(x, tokens, hidden);
+  const float* rows = data<float>(x, tokens * hidden, "x");
+  const int32_t* ids = data<int32_t>(experts, slots, "experts");
+  const float* first = data<float>(w_up, count * up * hidden, "w_up");
+  const float* second = data<float>(w_down, count * hidden * width, "w_down");
+  Tensor out = new_empty(x, {tokens, hidden});
 
   // Slots by expert; within one they stay in order.
   std::vector<int64_t> starts(count + 2, 0);
-  for (int64_t s = 0; s < slots; ++s) {
-    STD_TORCH_CHECK(ids[s] >= 0 && ids[s] <= count, "experts hold ", ids[s],
-                    ", which is not in 0..", count);
-    ++starts[ids[s] + 1];
-  }
+  check_ids(ids, slots, count, "experts");
+  for (int64_t s = 0; s < slots; ++s) ++starts[ids[s] + 1];
   for (int64_t e = 0; e <= count; ++e) starts[e + 1] += starts[e];
   std::vector<int64_t> order(slots), next(starts.begin(), starts.end() - 1);
   for (int64_t s = 0; s < slots; ++s) order[next[ids[s]]++] = s;
@@ -178,9 +147,9 @@ Tensor step_experts(const Tensor& x, const Tensor& experts, const Tensor& weight
   for (int64_t i = 0; i < filled; ++i) {
     std::copy_n(y.data() + i * hidden, hidden, by_slot.data() + order[i] * hidden);
   }
-  row_steps().combine(by_slot.data(), floats(weights, slots, "weights"), ids,
+  row_steps().combine(by_slot.data(), data<float>(weights, slots, "weights"), ids,
                       static_cast<int32_t>(count), tokens, top_k, hidden,
-                      floats(out, tokens * hidden, "out"));
+                      data<float>(out, tokens * hidden, "out"));
   return out;
 }
 
@@ -199,23 +168,23 @@ Tensor step_mamba(const Tensor& zxbcdt, Tensor conv_state, Tensor ssm_state, con
           static_cast<float>(eps),
           nullptr,
           nullptr,
-          floats(dt_bias, ssm_state.size(1), "dt_bias"),
-          floats(a, ssm_state.size(1), "A"),
-          floats(d, ssm_state.size(1), "D"),
+          data<float>(dt_bias, ssm_state.size(1), "dt_bias"),
+          data<float>(a, ssm_state.size(1), "A"),
+          data<float>(d, ssm_state.size(1), "D"),
           nullptr};
-  m.conv_weight = floats(conv_weight, m.channels() * m.width, "conv_weight");
-  m.conv_bias = floats(conv_bias, m.channels(), "conv_bias");
-  m.norm_weight = floats(norm_weight, m.inner(), "norm_weight");
+  m.conv_weight = data<float>(conv_weight, m.channels() * m.width, "conv_weight");
+  m.conv_bias = data<float>(conv_bias, m.channels(), "conv_bias");
+  m.norm_weight = data<float>(norm_weight, m.inner(), "norm_weight");
   const int64_t input = m.inner() + m.channels() + m.heads;
   const int64_t conv_size = (m.width - 1) * m.channels();
   const int64_t ssm_size = m.inner() * m.state;
-  const float* from = floats(zxbcdt, rows * input, "zxbcdt");
-  float* conv = floats(conv_state, count * conv_size, "conv_state");
-  float* ssm = floats(ssm_state, count * ssm_size, "ssm_state");
-  const int64_t* at = data<int64_t>(slots, ScalarType::Long, rows, "slots");
-  check_below(at, rows, count, "slots");
-  Tensor out = new_matrix(zxbcdt, rows, m.inner());
-  float* to = floats(out, rows * m.inner(), "out");
+  const float* from = data<float>(zxbcdt, rows * input, "zxbcdt");
+  float* conv = data<float>(conv_state, count * conv_size, "conv_state");
+  float* ssm = data<float>(ssm_state, count * ssm_size, "ssm_state");
+  const int64_t* at = data<int64_t>(slots, rows, "slots");
+  check_ids(at, rows, count - 1, "slots");
+  Tensor out = new_empty(zxbcdt, {rows, m.inner()});
+  float* to = data<float>(out, rows * m.inner(), "out");
   const int64_t grain = std::max<int64_t>(1, kWork * m.groups / (ssm_size * 4 + 1));
   torch::stable::parallel_for(0, rows * m.groups, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(m.scratch());
@@ -233,17 +202,17 @@ Tensor step_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tensor 
   const int64_t rows = q.size(0), heads = q.size(1), dim = q.size(2), kv_heads = k.size(1);
   const int64_t count = keys.size(0), capacity = keys.size(2), ratio = heads / kv_heads;
   const int64_t cached = count * kv_heads * capacity * dim;
-  const float* queries = floats(q, rows * heads * dim, "q");
-  const float* new_keys = floats(k, rows * kv_heads * dim, "k");
-  const float* new_values = floats(v, rows * kv_heads * dim, "v");
-  float* all_keys = floats(keys, cached, "keys");
-  float* all_values = floats(values, cached, "values");
-  const int64_t* at = data<int64_t>(slots, ScalarType::Long, rows, "slots");
-  const int64_t* held = data<int64_t>(positions, ScalarType::Long, rows, "positions");
-  check_below(at, rows, count, "slots");
-  check_below(held, rows, capacity, "positions");
-  Tensor out = torch::stable::new_empty(q, {rows, heads, dim});
-  float* to = floats(out, rows * heads * dim, "out");
+  const float* queries = data<float>(q, rows * heads * dim, "q");
+  const float* new_keys = data<float>(k, rows * kv_heads * dim, "k");
+  const float* new_values = data<float>(v, rows * kv_heads * dim, "v");
+  float* all_keys = data<float>(keys, cached, "keys");
+  float* all_values = data<float>(values, cached, "values");
+  const int64_t* at = data<int64_t>(slots, rows, "slots");
+  const int64_t* held = data<int64_t>(positions, rows, "positions");
+  check_ids(at, rows, count - 1, "slots");
+  check_ids(held, rows, capacity - 1, "positions");
+  Tensor out = new_empty(q, {rows, heads, dim});
+  float* to = data<float>(out, rows * heads * dim, "out");
   const int64_t longest = rows == 0 ? 0 : *std::max_element(held, held + rows) + 1;
   const int64_t grain = std::max<int64_t>(1, kWork / (longest * ratio * dim * 2 + 1));
   torch::stable::parallel_for(0, rows * kv_heads, grain, [&](int64_t begin, int64_t end) {
@@ -265,13 +234,11 @@ void step_draw(const Tensor& logits, const std::optional<Tensor>& u, double scal
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
   STD_TORCH_CHECK(limit >= 1 && limit <= vocabulary, "limit is ", limit, ", which is not in 1..",
                   vocabulary);
-  const float* from = floats(logits, rows * vocabulary, "logits");
-  const double* numbers = u.has_value() ? data<double>(*u, ScalarType::Double, rows, "u") : nullptr;
-  const bool* mask = allowed.has_value()
-                         ? data<bool>(*allowed, ScalarType::Bool, rows * vocabulary, "allowed")
-                         : nullptr;
-  int64_t* to = data<int64_t>(tokens, ScalarType::Long, rows, "tokens");
-  float* found = floats(logprobs, rows, "logprobs");
+  const float* from = data<float>(logits, rows * vocabulary, "logits");
+  const double* numbers = data<double>(u, rows, "u");
+  const bool* mask = data<bool>(allowed, rows * vocabulary, "allowed");
+  int64_t* to = data<int64_t>(tokens, rows, "tokens");
+  float* found = data<float>(logprobs, rows, "logprobs");
   const auto draw = NEMOCASCADE_BEST_OF(nemocascade::decode_step, draw);
   const int64_t grain = std::max<int64_t>(1, kWork / (vocabulary * 8));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {

@@ -3,9 +3,12 @@
 #include <cmath>
 #include <cstring>
 
-#include "linear_logprob/row_sums.h"
+#include "common/row_sums.h"
 
 namespace nemocascade::linear_logprob::NEMOCASCADE_LEVEL {
+
+using namespace nemocascade::NEMOCASCADE_LEVEL;
+
 namespace {
 
 // gradient_j = -scale p_j (slope + entropy_slope (log p_j + entropy)), and + scale slope at target.

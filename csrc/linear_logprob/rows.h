@@ -3,22 +3,13 @@
 
 #include <cstdint>
 
-#include "common/rows.h"
+#include "common/logits.h"
 #include "common/tables.h"
 
 namespace nemocascade::linear_logprob {
 
-// The logits of some rows. Element (r, j) is at data[r * stride + j]; x = scale * logit.
-template <typename T>
-struct Logits {
-  T* data;
-  int64_t stride;
-  int64_t vocabulary;
-  float scale;
-};
-
 // Outputs of `RowKernels::statistics`, one element a row. See RowStatistics in
-// linear_logprob/statistics.py.
+// common/linear_head/statistics.py.
 struct Statistics {
   float* maximum;
   float* total;

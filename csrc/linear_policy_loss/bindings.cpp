@@ -1,16 +1,13 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include "common/levels.h"
-#include "linear_logprob/tensors.h"
+#include "common/tensor.h"
 #include "linear_policy_loss/policy.h"
 
 namespace {
 
-using nemocascade::linear_logprob::data;
-using nemocascade::linear_policy_loss::Kind;
-using torch::headeronly::ScalarType;
+using namespace nemocascade::linear_policy_loss;
+using nemocascade::data;
 using torch::stable::Tensor;
 
 void policy_rows(Tensor logits, const Tensor& target, double scale, int64_t kind,
@@ -19,25 +16,14 @@ void policy_rows(Tensor logits, const Tensor& target, double scale, int64_t kind
   STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Kind::kMopd), "objective ", kind,
                   " is none of 0..3");
   const int64_t rows = logits.size(0);
-  const int64_t* ids = data<int64_t>(target, ScalarType::Long, rows, "target");
-  const nemocascade::linear_policy_loss::Objective objective{
-      static_cast<Kind>(kind),
-      data<float>(weight, ScalarType::Float, rows, "weight"),
-      data<float>(a, ScalarType::Float, rows, "a"),
-      data<float>(b, ScalarType::Float, rows, "b"),
-      static_cast<float>(x),
-      static_cast<float>(y)};
-  float* found = data<float>(out, ScalarType::Float, 3 * rows, "out");
-  const nemocascade::linear_policy_loss::Result result{found, found + rows, found + 2 * rows};
+  const Objective objective{static_cast<Kind>(kind),   data<float>(weight, rows, "weight"),
+                            data<float>(a, rows, "a"), data<float>(b, rows, "b"),
+                            static_cast<float>(x),     static_cast<float>(y)};
+  float* found = data<float>(out, 3 * rows, "out");
+  const Result result{found, found + rows, found + 2 * rows};
   const auto& kernels = NEMOCASCADE_BEST_OF(nemocascade::linear_policy_loss, policy_rows);
-  nemocascade::linear_logprob::dispatch(
-      logits, scale, kernels.rows, kernels.rows_bf16, [&](const auto& view, auto kernel) {
-        torch::stable::parallel_for(
-            0, rows, nemocascade::linear_logprob::kRowsAtATime, [&](int64_t begin, int64_t end) {
-              kernel(view, ids, begin, end, objective, static_cast<float>(grad_scale), entropy,
-                     gradient, result);
-            });
-      });
+  nemocascade::for_each_row(logits, target, scale, kernels.rows, kernels.rows_bf16, objective,
+                            static_cast<float>(grad_scale), entropy, gradient, result);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "linear_logprob/row_sums.h"
+#include "common/row_sums.h"
 
 namespace nemocascade::linear_policy_loss::NEMOCASCADE_LEVEL {
 
@@ -32,6 +32,18 @@ struct Token {
   float loss, slope;
 };
 
+// Advantage and importance of distillation, as common/mopd.py defines them.
+struct MopdTerms {
+  float advantage, importance;
+};
+
+INLINE MopdTerms mopd_terms(float teacher_logprob, float train_logprob, float rollout_logprob,
+                            float ratio_low, float ratio_high) {
+  const float ratio = std::exp(train_logprob - rollout_logprob);
+  const bool inside = ratio >= ratio_low && ratio <= ratio_high;
+  return {teacher_logprob - train_logprob, inside ? ratio : 0.0f};
+}
+
 // (f, df / dlogprob) of one token.
 INLINE Token evaluate(const Objective& objective, int64_t r, float logprob) {
   const float weight = objective.weight[r];
@@ -47,9 +59,9 @@ INLINE Token evaluate(const Objective& objective, int64_t r, float logprob) {
               weight * (-objective.x * excess - objective.a[r])};
     }
     case Kind::kMopd: {
-      const float ratio = std::exp(logprob - objective.b[r]);
-      const bool kept = ratio >= objective.x && ratio <= objective.y;
-      const float slope = -weight * (kept ? ratio : 0.0f) * (objective.a[r] - logprob);
+      const MopdTerms terms =
+          mopd_terms(objective.a[r], logprob, objective.b[r], objective.x, objective.y);
+      const float slope = -weight * terms.importance * terms.advantage;
       return {slope * logprob, slope};
     }
   }
@@ -69,8 +81,8 @@ INLINE void scale_row(const float* kept, int64_t size, float factor, T* row) {
 }
 
 template <bool kEntropy, bool kGradient, typename T>
-INLINE void rows(const linear_logprob::Logits<T>& logits, const int64_t* target, int64_t begin,
-                 int64_t end, const Objective& objective, float grad_scale, const Result& out) {
+INLINE void rows(const Logits<T>& logits, const int64_t* target, int64_t begin, int64_t end,
+                 const Objective& objective, float grad_scale, const Result& out) {
   const int64_t size = logits.vocabulary;
   const float scale = logits.scale;
   const Room kept(kGradient ? size + kLanes : 0);
@@ -78,8 +90,7 @@ INLINE void rows(const linear_logprob::Logits<T>& logits, const int64_t* target,
     T* row = logits.data + r * logits.stride;
     const float top = row_maximum(row, size) * scale;
     float total, weighted;
-    linear_logprob::NEMOCASCADE_LEVEL::row_sums<kEntropy, kGradient>(row, size, scale, top,
-                                                                     kept.get(), &total, &weighted);
+    row_sums<kEntropy, kGradient>(row, size, scale, top, kept.get(), &total, &weighted);
     const bool inside = target[r] >= 0 && target[r] < size;
     const float log_total = std::log(total);
     const float logprob = inside ? widen(row[target[r]]) * scale - top - log_total : kNan;
@@ -101,8 +112,8 @@ INLINE void rows(const linear_logprob::Logits<T>& logits, const int64_t* target,
 }
 
 template <typename T>
-void rows_of(const linear_logprob::Logits<T>& logits, const int64_t* target, int64_t begin,
-             int64_t end, const Objective& objective, float grad_scale, bool entropy, bool gradient,
+void rows_of(const Logits<T>& logits, const int64_t* target, int64_t begin, int64_t end,
+             const Objective& objective, float grad_scale, bool entropy, bool gradient,
              const Result& out) {
   if (entropy && gradient) {
     rows<true, true>(logits, target, begin, end, objective, grad_scale, out);

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "linear_logprob/rows.h"
+#include "common/logits.h"
+#include "common/tables.h"
 
 namespace nemocascade::linear_policy_loss {
 
@@ -33,9 +34,9 @@ struct Result {
 // becomes 0, whatever it held. A target outside [0, vocabulary) makes NaN.
 struct PolicyRows {
   template <typename T>
-  using Of = void (*)(const linear_logprob::Logits<T>& logits, const int64_t* target, int64_t begin,
-                      int64_t end, const Objective& objective, float grad_scale, bool entropy,
-                      bool gradient, const Result& out);
+  using Of = void (*)(const Logits<T>& logits, const int64_t* target, int64_t begin, int64_t end,
+                      const Objective& objective, float grad_scale, bool entropy, bool gradient,
+                      const Result& out);
   Of<float> rows;
   Of<Bf16> rows_bf16;
 };

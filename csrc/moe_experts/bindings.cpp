@@ -1,40 +1,26 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <memory>
-#include <optional>
 
+#include "common/blas.h"
+#include "common/tensor.h"
 #include "moe_experts/experts.h"
-#include "moe_experts/product.h"
 
 namespace {
 
+using nemocascade::data;
 using nemocascade::moe_experts::Experts;
 using nemocascade::moe_experts::Piece;
 using nemocascade::moe_experts::Task;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Rows of a backward's window: a multiple of them for every thread keeps all busy.
 constexpr int64_t kWindowRows = 2048, kWindowRowsPerThread = 512;
 
-// Data of a contiguous CPU tensor of this type that holds `elements` elements.
-template <typename T>
-T* data(const Tensor& tensor, ScalarType type, int64_t elements, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type &&
-                      tensor.numel() == elements,
-                  name, " must be a contiguous CPU tensor of ", elements, " elements");
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-float* floats(const Tensor& tensor, int64_t elements, const char* name) {
-  return data<float>(tensor, ScalarType::Float, elements, name);
-}
-
-float* floats(const std::optional<Tensor>& tensor, int64_t elements, const char* name) {
-  return tensor.has_value() ? floats(*tensor, elements, name) : nullptr;
+// The BLAS that torch was built with must be callable.
+void check_product() {
+  STD_TORCH_CHECK(nemocascade::blas::has_float_product(), "this torch exports no sgemm_");
 }
 
 // Every thread takes the next task when it has done one. Products inside must run on one thread
@@ -54,22 +40,22 @@ void run(int64_t count, int64_t scratch_floats, const Task& task) {
 Experts experts_of(int64_t hidden, const Tensor& order, const Tensor& positions,
                    const Tensor& weights, const Tensor& w_up, const Tensor& w_down,
                    const Tensor& pieces, bool swiglu) {
-  STD_TORCH_CHECK(nemocascade::moe_experts::has_product(), "this torch exports no sgemm_");
+  check_product();
   const int64_t count = w_down.size(0), width = w_down.size(2), tokens = weights.size(0);
   const int64_t top_k = weights.size(1), slots = tokens * top_k;
-  const Experts experts{tokens,
-                        top_k,
-                        hidden,
-                        width,
-                        swiglu,
-                        floats(w_up, count * width * (swiglu ? 2 : 1) * hidden, "w_up"),
-                        floats(w_down, count * hidden * width, "w_down"),
-                        floats(weights, slots, "weights"),
-                        data<int32_t>(order, ScalarType::Int, slots, "order"),
-                        data<int32_t>(positions, ScalarType::Int, slots, "positions"),
-                        reinterpret_cast<const Piece*>(
-                            data<int64_t>(pieces, ScalarType::Long, pieces.size(0) * 4, "pieces")),
-                        pieces.size(0)};
+  const Experts experts{
+      tokens,
+      top_k,
+      hidden,
+      width,
+      swiglu,
+      data<float>(w_up, count * width * (swiglu ? 2 : 1) * hidden, "w_up"),
+      data<float>(w_down, count * hidden * width, "w_down"),
+      data<float>(weights, slots, "weights"),
+      data<int32_t>(order, slots, "order"),
+      data<int32_t>(positions, slots, "positions"),
+      reinterpret_cast<const Piece*>(data<int64_t>(pieces, pieces.size(0) * 4, "pieces")),
+      pieces.size(0)};
   int64_t next = 0;
   for (int64_t i = 0; i < experts.num_pieces; ++i) {
     const Piece& piece = experts.pieces[i];
@@ -96,10 +82,10 @@ void moe_experts_forward(const Tensor& x, const Tensor& order, const Tensor& pos
   const Experts experts =
       experts_of(hidden, order, positions, weights, w_up, w_down, pieces, swiglu);
   const int64_t slots = experts.tokens * experts.top_k;
-  nemocascade::moe_experts::forward(experts, floats(x, experts.tokens * hidden, "x"),
-                                    floats(h, experts.filled() * experts.up(), "h"),
-                                    floats(rows, slots * hidden, "rows"),
-                                    floats(y, experts.tokens * hidden, "y"), run);
+  nemocascade::moe_experts::forward(experts, data<float>(x, experts.tokens * hidden, "x"),
+                                    data<float>(h, experts.filled() * experts.up(), "h"),
+                                    data<float>(rows, slots * hidden, "rows"),
+                                    data<float>(y, experts.tokens * hidden, "y"), run);
 }
 
 void moe_experts_backward(const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& order,
@@ -113,25 +99,28 @@ void moe_experts_backward(const Tensor& grad, const Tensor& x, const Tensor& h, 
       experts_of(hidden, order, positions, weights, w_up, w_down, pieces, swiglu);
   const int64_t slots = experts.tokens * experts.top_k;
   STD_TORCH_CHECK(rows.has_value() == grad_x.has_value(), "rows are scratch for grad_x");
-  nemocascade::moe_experts::backward(
-      experts, floats(grad, experts.tokens * hidden, "grad"),
-      floats(x, experts.tokens * hidden, "x"), floats(h, experts.filled() * experts.up(), "h"),
-      {floats(rows, slots * hidden, "rows"), floats(grad_x, experts.tokens * hidden, "grad_x"),
-       floats(grad_weights, slots, "grad_weights"), floats(grad_up, w_up.numel(), "grad_up"),
-       floats(grad_down, w_down.numel(), "grad_down")},
-      std::max(kWindowRows, kWindowRowsPerThread * threads), threads, run);
+  nemocascade::moe_experts::backward(experts, data<float>(grad, experts.tokens * hidden, "grad"),
+                                     data<float>(x, experts.tokens * hidden, "x"),
+                                     data<float>(h, experts.filled() * experts.up(), "h"),
+                                     {data<float>(rows, slots * hidden, "rows"),
+                                      data<float>(grad_x, experts.tokens * hidden, "grad_x"),
+                                      data<float>(grad_weights, slots, "grad_weights"),
+                                      data<float>(grad_up, w_up.numel(), "grad_up"),
+                                      data<float>(grad_down, w_down.numel(), "grad_down")},
+                                     std::max(kWindowRows, kWindowRowsPerThread * threads), threads,
+                                     run);
 }
 
-bool moe_experts_has_product() { return nemocascade::moe_experts::has_product(); }
+bool moe_experts_has_product() { return nemocascade::blas::has_float_product(); }
 
 // The product that the experts' pieces use, alone: out = x @ weight, or x @ weight.T.
 void moe_experts_product(const Tensor& x, const Tensor& weight, bool transposed, Tensor out) {
-  STD_TORCH_CHECK(nemocascade::moe_experts::has_product(), "this torch exports no sgemm_");
+  check_product();
   const int64_t rows = x.size(0), k = x.size(1), n = weight.size(transposed ? 0 : 1);
-  const float *from = floats(x, rows * k, "x"), *factor = floats(weight, k * n, "weight");
-  float* to = floats(out, rows * n, "out");
+  const float *from = data<float>(x, rows * k, "x"), *factor = data<float>(weight, k * n, "weight");
+  float* to = data<float>(out, rows * n, "out");
   run(1, 0, [&](int64_t, float*) {
-    nemocascade::moe_experts::multiply(from, factor, transposed, rows, k, n, to);
+    nemocascade::blas::multiply(from, factor, transposed, rows, k, n, to);
   });
 }
 

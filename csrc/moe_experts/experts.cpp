@@ -4,12 +4,15 @@
 #include <memory>
 #include <vector>
 
+#include "common/blas.h"
 #include "common/levels.h"
-#include "moe_experts/product.h"
 #include "moe_experts/rows.h"
 
 namespace nemocascade::moe_experts {
 namespace {
+
+using blas::add_outer;
+using blas::multiply;
 
 // Tokens whose rows a thread adds up at a time.
 constexpr int64_t kTokensAtATime = 64;

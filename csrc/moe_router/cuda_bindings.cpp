@@ -1,42 +1,20 @@
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-
+#include "common/tensor.h"
 #include "moe_router/router_cuda.h"
 
 namespace {
 
-using nemocascade::moe_router::kMostChoices;
-using nemocascade::moe_router::kMostExperts;
-using nemocascade::moe_router::kMostGroups;
-using nemocascade::moe_router::kMostSorted;
-using nemocascade::moe_router::RouteArguments;
-using nemocascade::moe_router::Settings;
+using namespace nemocascade::moe_router;
+using nemocascade::checked_data;
+using nemocascade::cuda_data;
+using nemocascade::RouterSettings;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Data of a contiguous CUDA tensor of this type that holds `elements` elements.
-template <typename T>
-T* data(const Tensor& tensor, ScalarType type, int64_t elements, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.is_contiguous() && tensor.scalar_type() == type &&
-                      tensor.numel() == elements,
-                  name, " must be a contiguous CUDA tensor of ", elements, " elements");
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <typename T>
-T* data(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name) {
-  return tensor.has_value() ? data<T>(*tensor, type, elements, name) : nullptr;
-}
-
 cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
+  return static_cast<cudaStream_t>(nemocascade::current_cuda_stream(tensor));
 }
 
 void check_launch(cudaError_t error) {
@@ -44,18 +22,13 @@ void check_launch(cudaError_t error) {
                   "the MoE router's kernels could not be launched: ", cudaGetErrorString(error));
 }
 
-Settings settings_of(int64_t experts, int64_t most_experts, int64_t top_k, int64_t groups,
-                     int64_t top_groups, bool normalize, double scale) {
+RouterSettings settings_of(int64_t experts, int64_t most_experts, int64_t top_k, int64_t groups,
+                           int64_t top_groups, bool normalize, double scale) {
   STD_TORCH_CHECK(experts >= 1 && experts <= most_experts, "experts(", experts,
                   ") must be at most ", most_experts, ": use backend='triton'");
   STD_TORCH_CHECK(top_k >= 1 && top_k <= kMostChoices && groups <= kMostGroups, "top_k(", top_k,
                   ") and groups(", groups, ") must be at most 32: use backend='triton'");
-  return {static_cast<int32_t>(experts),
-          static_cast<int32_t>(top_k),
-          static_cast<int32_t>(groups),
-          static_cast<int32_t>(top_groups),
-          normalize,
-          static_cast<float>(scale)};
+  return nemocascade::router_settings(experts, top_k, groups, top_groups, normalize, scale);
 }
 
 // Whether the logits are bfloat16; float32 is the other type there is.
@@ -67,7 +40,7 @@ bool is_bfloat16(const Tensor& logits) {
 }
 
 int64_t moe_route_scratch(int64_t tokens, int64_t experts) {
-  return nemocascade::moe_router::route_scratch(tokens, static_cast<int32_t>(experts));
+  return route_scratch(tokens, static_cast<int32_t>(experts));
 }
 
 void moe_route(const std::optional<Tensor>& logits, const std::optional<Tensor>& bias,
@@ -83,36 +56,36 @@ void moe_route(const std::optional<Tensor>& logits, const std::optional<Tensor>&
                                    top_k, groups, top_groups, normalize, scale);
   if (logits.has_value()) {
     arguments.bfloat16 = is_bfloat16(*logits);
-    arguments.logits = data<void>(*logits, logits->scalar_type(), tokens * num_experts, "logits");
+    arguments.logits =
+        checked_data(*logits, true, logits->scalar_type(), tokens * num_experts, "logits");
   }
   arguments.softmax = softmax;
-  arguments.bias = data<float>(bias, ScalarType::Float, num_experts, "bias");
-  arguments.mask = data<uint8_t>(mask, ScalarType::Bool, tokens, "mask");
-  arguments.given = data<int32_t>(given, ScalarType::Int, slots, "given");
-  arguments.weights = data<float>(weights, ScalarType::Float, slots, "weights");
-  arguments.experts = data<int32_t>(experts, ScalarType::Int, slots, "experts");
-  arguments.loads =
-      data<int32_t>(scratch, ScalarType::Int, moe_route_scratch(tokens, num_experts), "scratch");
+  arguments.bias = cuda_data<float>(bias, num_experts, "bias");
+  arguments.mask = reinterpret_cast<const uint8_t*>(cuda_data<bool>(mask, tokens, "mask"));
+  arguments.given = cuda_data<int32_t>(given, slots, "given");
+  arguments.weights = cuda_data<float>(weights, slots, "weights");
+  arguments.experts = cuda_data<int32_t>(experts, slots, "experts");
+  arguments.loads = cuda_data<int32_t>(scratch, moe_route_scratch(tokens, num_experts), "scratch");
   arguments.tokens = tokens;
-  arguments.sorted = {data<int32_t>(counts, ScalarType::Int, num_experts, "counts"),
-                      data<int32_t>(order, ScalarType::Int, slots, "order"),
-                      data<int32_t>(offsets, ScalarType::Int, num_experts + 1, "offsets"),
-                      data<int32_t>(positions, ScalarType::Int, slots, "positions")};
+  arguments.sorted = {cuda_data<int32_t>(counts, num_experts, "counts"),
+                      cuda_data<int32_t>(order, slots, "order"),
+                      cuda_data<int32_t>(offsets, num_experts + 1, "offsets"),
+                      cuda_data<int32_t>(positions, slots, "positions")};
   const torch::stable::accelerator::DeviceGuard guard(experts.get_device_index());
-  check_launch(nemocascade::moe_router::launch_route(arguments, current_stream(experts)));
+  check_launch(launch_route(arguments, current_stream(experts)));
 }
 
 void moe_route_gradient(const Tensor& grad_weights, const Tensor& logits, const Tensor& experts,
                         bool softmax, bool normalize, double scale, Tensor grad_logits) {
   const int64_t tokens = logits.size(0), count = logits.size(1), top_k = experts.size(1);
-  const Settings settings = settings_of(count, kMostExperts, top_k, 1, 1, normalize, scale);
+  const RouterSettings settings = settings_of(count, kMostExperts, top_k, 1, 1, normalize, scale);
   const ScalarType type = logits.scalar_type();
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  check_launch(nemocascade::moe_router::launch_route_gradient(
-      data<float>(grad_weights, ScalarType::Float, tokens * top_k, "grad_weights"),
-      data<void>(logits, type, tokens * count, "logits"), is_bfloat16(logits), softmax,
-      data<int32_t>(experts, ScalarType::Int, tokens * top_k, "experts"),
-      data<void>(grad_logits, type, tokens * count, "grad_logits"), tokens, settings,
+  check_launch(launch_route_gradient(
+      cuda_data<float>(grad_weights, tokens * top_k, "grad_weights"),
+      checked_data(logits, true, type, tokens * count, "logits"), is_bfloat16(logits), softmax,
+      cuda_data<int32_t>(experts, tokens * top_k, "experts"),
+      checked_data(grad_logits, true, type, tokens * count, "grad_logits"), tokens, settings,
       current_stream(logits)));
 }
 

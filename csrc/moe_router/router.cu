@@ -47,7 +47,7 @@ void dispatch(bool bfloat16, bool softmax, int32_t experts, const F& f) {
 int64_t route_scratch(int64_t tokens, int32_t experts) { return blocks_of(tokens) * (experts + 1); }
 
 cudaError_t launch_route(const RouteArguments& arguments, cudaStream_t stream) {
-  const Settings& settings = arguments.settings;
+  const RouterSettings& settings = arguments.settings;
   const int32_t experts = settings.experts;
   const int64_t slots = arguments.tokens * settings.top_k;
   const int32_t block_tokens = tokens_of_block(arguments.tokens);
@@ -78,7 +78,8 @@ cudaError_t launch_route(const RouteArguments& arguments, cudaStream_t stream) {
 
 cudaError_t launch_route_gradient(const float* grad_weights, const void* logits, bool bfloat16,
                                   bool softmax, const int32_t* experts, void* grad_logits,
-                                  int64_t tokens, const Settings& settings, cudaStream_t stream) {
+                                  int64_t tokens, const RouterSettings& settings,
+                                  cudaStream_t stream) {
   if (tokens == 0) return cudaSuccess;
   const unsigned blocks = static_cast<unsigned>(ceil_div(tokens, kWarps));
   const GradientArguments arguments{grad_weights, logits, experts, grad_logits, tokens, settings};

@@ -5,7 +5,8 @@
 
 #include <cstdint>
 
-#include "moe_router/settings.h"
+#include "common/expert_choice.h"
+#include "moe_router/sorted.h"
 
 namespace nemocascade::moe_router {
 
@@ -28,7 +29,7 @@ struct RouteArguments {
   int32_t* experts;      // [T, K]
   int32_t* loads;        // scratch, route_scratch(...) elements
   int64_t tokens;
-  Settings settings;
+  RouterSettings settings;
   Sorted sorted;
 };
 
@@ -41,6 +42,7 @@ cudaError_t launch_route(const RouteArguments& arguments, cudaStream_t stream);
 // Enqueues the gradient [T, E] in the logits, of their type.
 cudaError_t launch_route_gradient(const float* grad_weights, const void* logits, bool bfloat16,
                                   bool softmax, const int32_t* experts, void* grad_logits,
-                                  int64_t tokens, const Settings& settings, cudaStream_t stream);
+                                  int64_t tokens, const RouterSettings& settings,
+                                  cudaStream_t stream);
 
 }  // namespace nemocascade::moe_router

@@ -9,8 +9,9 @@
 
 #include <cstdint>
 
+#include "common/expert_choice.h"
 #include "common/launch.cuh"
-#include "moe_router/settings.h"
+#include "moe_router/sorted.h"
 
 namespace nemocascade::moe_router {
 
@@ -42,7 +43,7 @@ struct ChooseArguments {
   int32_t* counts;       // [E], zeros before
   int64_t tokens;
   int32_t tokens_of_block;  // a multiple of kTileTokens
-  Settings settings;
+  RouterSettings settings;
 };
 
 struct GradientArguments {
@@ -51,7 +52,7 @@ struct GradientArguments {
   const int32_t* experts;     // [T, K]
   void* grad_logits;          // [T, E], of the logits' type
   int64_t tokens;
-  Settings settings;
+  RouterSettings settings;
 };
 
 __device__ inline float widen(float value) { return value; }
@@ -161,7 +162,7 @@ __device__ Row<float, kItems> scores_of(const Scalar* logits, int experts, int l
 
 // Takes the experts outside the token's best groups out of the running.
 template <int kItems>
-__device__ void keep_best_groups(Keys<kItems>& keys, const Settings& settings, int lane) {
+__device__ void keep_best_groups(Keys<kItems>& keys, const RouterSettings& settings, int lane) {
   const int size = settings.experts / settings.groups;
   Keys<1> group_keys{{0}};
   for (int g = 0; g < settings.groups; ++g) {
@@ -192,7 +193,7 @@ __device__ void keep_best_groups(Keys<kItems>& keys, const Settings& settings, i
 template <int kItems>
 __device__ int choose(const Row<float, kItems>& scores, const ChooseArguments& arguments,
                       int lane) {
-  const Settings& settings = arguments.settings;
+  const RouterSettings& settings = arguments.settings;
   Keys<kItems> keys;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
@@ -213,7 +214,7 @@ __device__ int choose(const Row<float, kItems>& scores, const ChooseArguments& a
 // Chooses for one token; lane k < K returns choice k and writes it and its weight.
 template <typename Scalar, int kItems, bool kSoftmax>
 __device__ int route_token(const ChooseArguments& arguments, int64_t token, int lane) {
-  const Settings& settings = arguments.settings;
+  const RouterSettings& settings = arguments.settings;
   const int64_t slot = token * settings.top_k + lane;
   const bool is_choice = lane < settings.top_k;
   const bool masked = arguments.mask != nullptr && arguments.mask[token] == 0;
@@ -244,7 +245,7 @@ __device__ int route_token(const ChooseArguments& arguments, int64_t token, int 
 
 // Shared memory of choose_kernel, in int32: ids and ranks of a tile, loads of each warp, loads so
 // far.
-__host__ __device__ inline int choose_shared(const Settings& settings) {
+__host__ __device__ inline int choose_shared(const RouterSettings& settings) {
   return 2 * kTileTokens * settings.top_k + (kWarps + 1) * (settings.experts + 1);
 }
 
@@ -366,7 +367,7 @@ __global__ void __launch_bounds__(kThreads)
 // (g_k - sum_j g_j s_j / S) / S.
 template <typename Scalar, int kItems, bool kSoftmax>
 __global__ void __launch_bounds__(kThreads) gradient_kernel(GradientArguments arguments) {
-  const Settings& settings = arguments.settings;
+  const RouterSettings& settings = arguments.settings;
   const int lane = threadIdx.x % kLanes;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
   if (token >= arguments.tokens) return;

@@ -24,7 +24,7 @@ EMULATION = Path(__file__).parent / "cuda_emulation"
 
 
 class Settings(ctypes.Structure):
-    """csrc/moe_router/settings.h"""
+    """RouterSettings of csrc/common/expert_choice.h"""
 
     _fields_ = (
         ("experts", ctypes.c_int32),

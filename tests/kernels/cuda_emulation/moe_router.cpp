@@ -1,8 +1,8 @@
 // The MoE router's CUDA source as it stands, compiled for the CPU, behind plain C functions.
 #include "../../../csrc/moe_router/router.cu"
 
+using nemocascade::RouterSettings;
 using nemocascade::moe_router::RouteArguments;
-using nemocascade::moe_router::Settings;
 
 extern "C" {
 
@@ -16,7 +16,7 @@ void route(const RouteArguments* arguments) {
 
 void route_gradient(const float* grad_weights, const void* logits, bool bfloat16, bool softmax,
                     const int32_t* experts, void* grad_logits, int64_t tokens,
-                    const Settings* settings) {
+                    const RouterSettings* settings) {
   nemocascade::moe_router::launch_route_gradient(grad_weights, logits, bfloat16, softmax, experts,
                                                  grad_logits, tokens, *settings, nullptr);
 }

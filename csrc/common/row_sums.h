@@ -5,10 +5,7 @@
 
 #include "common/simd.h"
 
-namespace nemocascade::linear_logprob::NEMOCASCADE_LEVEL {
-
-using namespace nemocascade::NEMOCASCADE_LEVEL;
-
+namespace nemocascade::NEMOCASCADE_LEVEL {
 namespace {
 
 // Sums of e = exp(x - top), and of e (x - top) where kWeighted; x = scale * logit. Where kKeep, e
@@ -39,4 +36,4 @@ INLINE void row_sums(const T* row, int64_t size, float scale, float top, float* 
 }
 
 }  // namespace
-}  // namespace nemocascade::linear_logprob::NEMOCASCADE_LEVEL
+}  // namespace nemocascade::NEMOCASCADE_LEVEL
