@@ -11,6 +11,10 @@
 
 #include "common/logits.h"
 
+#ifdef USE_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#endif
+
 namespace nemocascade {
 
 using torch::headeronly::ScalarType;
