@@ -5,31 +5,27 @@ Nemotron-Cascade 2 (arXiv 2603.19220), Eq. 2-4.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.recipe.errors import RecipeError
-from nemocascade.recipe.mopd import MopdConfig, MopdRecipe
+from nemocascade.recipe.mopd import MopdRecipe
 from nemocascade.rl.batches import TrainingSequence
 from nemocascade.rl.bookkeeping import Bookkeeper
 from nemocascade.rl.collector import Gathered, Group
 from nemocascade.rl.policy import PolicyRun
 from nemocascade.rl.teachers import Teachers
 from nemocascade.runtime.logging import LOGGER
-from nemocascade.runtime.world import World
 from nemocascade.stages.policy import policy_run
-from nemocascade.train.evaluation import domain_means, policy_metrics
+from nemocascade.train.evaluation import mopd_metrics
 from nemocascade.train.objectives import mopd_objective
 from nemocascade.train.report import step_values
-from nemocascade.train.trainer import Measure
 from nemocascade.train.weight_swap import model_problems
-from nemocascade.types import Artifact, PackedBatch
+from nemocascade.types import Artifact
 
 
 def run_mopd(recipe: MopdRecipe) -> Path:
@@ -89,7 +85,12 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
                 batches,
                 objective,
                 temperature=rollout.temperature,
-                measure=_measure(sequences, recipe.mopd),
+                measure=functools.partial(
+                    mopd_metrics,
+                    domains=[s.domain for s in sequences],
+                    ratio_low=recipe.mopd.ratio_low,
+                    ratio_high=recipe.mopd.ratio_high,
+                ),
             )
             seconds = time.perf_counter() - started
             values |= step_values(result, recipe.optimizer.lr_at(step), seconds, run.world)
@@ -119,31 +120,3 @@ def student_sequences(groups: Sequence[Group], recipe: MopdRecipe) -> list[Train
         for rollout in group.rollouts
         if rollout.length and not (rollout.truncated and recipe.rollout.overlong_filter)
     ]
-
-
-def _measure(sequences: Sequence[TrainingSequence], settings: MopdConfig) -> Measure:
-    """`policy_metrics`, and by domain: the teacher's advantage, the estimate of the reverse KL
-    (its negative: the mean of log pi - log pi_teacher over the student's own tokens), the
-    importance ratio, and the share of tokens that the gate stops."""
-    domains = [s.domain for s in sequences]
-
-    def rows(logprob: torch.Tensor, batch: PackedBatch) -> dict[str, torch.Tensor]:
-        assert batch.teacher_logprob is not None
-        assert batch.rollout_logprob is not None
-        advantage = batch.teacher_logprob - logprob
-        ratio = torch.exp(logprob - batch.rollout_logprob)
-        gated = (ratio < settings.ratio_low) | (ratio > settings.ratio_high)
-        return {
-            "advantage": advantage,
-            "reverse_kl": -advantage,
-            "importance": torch.where(gated, 0.0, ratio),
-            "gated": gated.to(logprob.dtype),
-        }
-
-    def measure(
-        world: World, outputs: Sequence[Any], batches: Sequence[PackedBatch]
-    ) -> dict[str, float]:
-        overall = policy_metrics(world, outputs, batches)
-        return overall | domain_means(world, outputs, batches, domains, rows)
-
-    return measure

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from nemocascade_kernels import mopd_advantage
 
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.microbatch import Microbatch
@@ -106,6 +107,46 @@ def domain_means(
             total[0] += value
             total[1] += count
     return {name: value / max(1.0, count) for name, (value, count) in sorted(merged.items())}
+
+
+def mopd_metrics(
+    world: World,
+    outputs: Sequence[Any],
+    batches: Sequence[PackedBatch],
+    *,
+    domains: Sequence[str],
+    ratio_low: float,
+    ratio_high: float,
+) -> dict[str, float]:
+    """`policy_metrics`, and by domain: the teacher's advantage, the estimate of the reverse KL
+    (its negative: the mean of log pi - log pi_teacher over the student's own tokens), the
+    importance ratio, and the share of tokens that the gate stops.
+
+    Arguments are those of `domain_means`, and the bounds of the gate.
+    """
+
+    def rows(logprob: torch.Tensor, batch: PackedBatch) -> dict[str, torch.Tensor]:
+        assert batch.teacher_logprob is not None
+        assert batch.rollout_logprob is not None
+        advantage, importance = mopd_advantage(
+            batch.teacher_logprob,
+            logprob,
+            batch.rollout_logprob,
+            ratio_low=ratio_low,
+            ratio_high=ratio_high,
+            # All is on the host by now, whatever trains.
+            backend="reference",
+        )
+        gated = (importance == 0).to(logprob.dtype)
+        return {
+            "advantage": advantage,
+            "reverse_kl": -advantage,
+            "importance": importance,
+            "gated": gated,
+        }
+
+    overall = policy_metrics(world, outputs, batches)
+    return overall | domain_means(world, outputs, batches, domains, rows)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 from collections.abc import Iterator
@@ -38,10 +39,10 @@ from nemocascade.rl.batches import TrainingSequence, lay_out, pack_sequences
 from nemocascade.rl.collector import Group
 from nemocascade.rl.tasks import Task
 from nemocascade.runtime.world import World
-from nemocascade.stages.mopd import _measure, open_teachers, student_sequences
-from nemocascade.train.evaluation import token_logprobs
+from nemocascade.stages.mopd import open_teachers, student_sequences
+from nemocascade.train.evaluation import mopd_metrics, token_logprobs
 from nemocascade.train.objectives import mopd_objective
-from nemocascade.train.trainer import Trainer
+from nemocascade.train.trainer import Measure, Trainer
 from nemocascade.train.weight_swap import WeightSwap, live_tensors
 from nemocascade.types import Artifact, PackedBatch, Prompt
 
@@ -138,6 +139,11 @@ def two_teachers(trainer: Trainer) -> WeightSwap:
     return swap
 
 
+def measure(sequences: list[TrainingSequence]) -> Measure:
+    domains = [s.domain for s in sequences]
+    return functools.partial(mopd_metrics, domains=domains, ratio_low=LOW, ratio_high=HIGH)
+
+
 def test_loss_and_gradients_are_those_of_the_paper(trainer: Trainer) -> None:
     swap = two_teachers(trainer)
     found = groups(trainer)
@@ -153,7 +159,7 @@ def test_loss_and_gradients_are_those_of_the_paper(trainer: Trainer) -> None:
         batches(trainer, swap, sequences),
         mopd_objective(LOW, HIGH),
         temperature=TEMPERATURE,
-        measure=_measure(sequences, MopdConfig()),
+        measure=measure(sequences),
     )
     assert result.loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     norm = torch.sqrt(sum(g.double().square().sum() for g in wanted)).item()  # type: ignore[arg-type]
@@ -183,7 +189,7 @@ def test_metrics_are_those_of_each_domain(trainer: Trainer) -> None:
         batches(trainer, swap, sequences),
         mopd_objective(LOW, HIGH),
         temperature=TEMPERATURE,
-        measure=_measure(sequences, MopdConfig()),
+        measure=measure(sequences),
     )
     for name, value in expected.items():
         assert result.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
