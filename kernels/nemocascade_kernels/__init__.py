@@ -3,6 +3,7 @@
 kernels/README.md holds the table of ops, their shapes and their measured numbers.
 """
 
+from nemocascade_kernels.common.linear_head.chunks import logits_bytes
 from nemocascade_kernels.common.routing import RouterSettings, Routing
 from nemocascade_kernels.decode_step.op import (
     Steps,
@@ -52,6 +53,7 @@ __all__ = [
     "linear_logprob",
     "linear_policy_loss",
     "load_balance_loss",
+    "logits_bytes",
     "make_routing",
     "moe_experts",
     "moe_permute",

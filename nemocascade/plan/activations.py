@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nemocascade.megatron.layers.attention_core import SHORT_DOCUMENT
+from nemocascade.megatron.workspace import head_bytes
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
 
 Terms = dict[str, float]
-# Documents up to this length go through a CPU's attention in batches.
-SHORT_DOCUMENT = 64
-# Logits that the fused head holds at a time.
-HEAD_CHUNK_BYTES = {"gpu": 1 << 30, "cpu": 128 << 20}
 
 
 @dataclass(frozen=True)
@@ -164,13 +162,11 @@ class Activations:
         return {"final norm": self.stream + 4 * self.rows, "LM head gradient": whole}
 
     def head_peak(self) -> float:
-        """While the loss runs: gathered hidden states and a chunk of logits; under vocabulary
-        parallelism two chunks are on their way."""
-        whole = self.load.tokens * self.model.hidden_size * self.width
-        gathered = whole if self.parallel.tp > 1 else 0.0
-        logits = 4.0 * self.load.tokens * self.model.vocab_size / self.parallel.tp
-        chunk = min(logits, HEAD_CHUNK_BYTES["gpu" if self.load.on_gpu else "cpu"])
-        return gathered + self.stream + chunk * (2 if self.parallel.tp > 1 else 1)
+        """While the loss runs: gathered hidden states, and the chunks of logits at work."""
+        tp, tokens = self.parallel.tp, self.load.tokens
+        gathered = tokens * self.model.hidden_size * self.width if tp > 1 else 0.0
+        logits = head_bytes(self.model, tokens, self.width, tp=tp, on_gpu=self.load.on_gpu)
+        return gathered + self.stream + logits
 
     def layer_peak(self, symbol: str) -> float:
         """Most that one layer's backward needs beside what is kept: its gradients, and with

@@ -22,8 +22,17 @@ from helpers.heads import (
     make_objective,
     skip_unless_served,
 )
-from nemocascade_kernels import Mopd, Nll, Objective, backends, linear_logprob, linear_policy_loss
-from nemocascade_kernels.common.linear_head.chunks import chunks, partition, static_slots
+from nemocascade_kernels import (
+    Mopd,
+    Nll,
+    Objective,
+    backends,
+    linear_logprob,
+    linear_policy_loss,
+    logits_bytes,
+)
+from nemocascade_kernels.common.linear_head import chunks as chunking
+from nemocascade_kernels.common.linear_head.chunks import partition, static_slots
 from nemocascade_kernels.linear_policy_loss.objectives import FusedRow
 from nemocascade_kernels.linear_policy_loss.op import OP
 from nemocascade_kernels.testing import assert_same_bits, rms_error
@@ -461,16 +470,19 @@ def test_arguments_are_checked() -> None:
         )  # fmt: skip
 
 
-def test_chunks_cover_every_row_once_and_keep_the_budget() -> None:
+def test_chunks_cover_every_row_once_and_keep_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunking, "LOGITS_BYTES", {"cpu": 64 << 20})
     for rows in (0, 1, 127, 128, 1000, 8192, 8193):
         for vocabulary in (7, 1000, 131072):
             weight = torch.empty(vocabulary, 1, dtype=torch.bfloat16)
             for buffers in (1, 2):
-                pieces = chunks(rows, weight, buffers, logits_bytes=64 << 20)
+                pieces = chunking.chunks(rows, weight, buffers)
                 covered = [row for piece in pieces for row in range(piece.start, piece.stop)]
                 assert covered == list(range(rows))
                 longest = max((piece.stop - piece.start for piece in pieces), default=0)
-                assert longest * vocabulary * 2 * buffers <= 64 << 20
+                held = longest * vocabulary * 2 * buffers
+                assert held <= 64 << 20
+                assert held == logits_bytes(rows, vocabulary, 2, device="cpu", ranks=buffers)
 
 
 @pytest.mark.gpu

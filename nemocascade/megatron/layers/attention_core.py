@@ -14,7 +14,7 @@ from nemocascade.megatron.layers.packing import PackedSeq
 
 # Documents up to this length are computed together, in batches of like length; longer ones one
 # after the other, where a call's fixed cost no longer matters.
-_SHORT = 64
+SHORT_DOCUMENT = 64
 # On a CPU, torch's attention for bf16 is slower than for fp32 up to about this length.
 _FP32_UP_TO = 512
 
@@ -71,14 +71,14 @@ def _make_plan(packed: PackedSeq) -> _Plan:
     sizes: list[int] = []
     long: list[bool] = []
     for length in packed.lengths.tolist():
-        if length <= _SHORT and long and not long[-1]:
+        if length <= SHORT_DOCUMENT and long and not long[-1]:
             sizes[-1] += length
         else:
             sizes.append(length)
-            long.append(length > _SHORT)
+            long.append(length > SHORT_DOCUMENT)
     batches, tokens = [], []
     bound, width = 0, 8
-    while width <= _SHORT:
+    while width <= SHORT_DOCUMENT:
         chosen = (packed.lengths > bound) & (packed.lengths <= width)
         if bool(chosen.any()):
             starts, lengths = packed.starts[chosen, None], packed.lengths[chosen, None]
@@ -90,7 +90,7 @@ def _make_plan(packed: PackedSeq) -> _Plan:
         bound, width = width, width * 2
     place = None
     if batches:
-        is_long = (packed.lengths > _SHORT)[packed.document_of()]
+        is_long = (packed.lengths > SHORT_DOCUMENT)[packed.document_of()]
         order = torch.cat([torch.nonzero(is_long).reshape(-1), *tokens])
         place = torch.empty_like(order)
         place[order] = torch.arange(packed.total)

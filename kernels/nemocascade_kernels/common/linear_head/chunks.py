@@ -97,31 +97,48 @@ def partition(active: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(slot).scatter_(0, slot, rows), filled
 
 
-def chunks(rows: int, weight: Tensor, buffers: int, logits_bytes: int | None = None) -> list[slice]:
-    """Cut rows into equal chunks whose logits, in all buffers, take at most `logits_bytes`."""
-    budget = LOGITS_BYTES[weight.device.type] if logits_bytes is None else logits_bytes
-    row_bytes = _row_stride(weight) * weight.element_size()
-    most = max(1, budget // buffers // row_bytes)
+def chunks(rows: int, weight: Tensor, buffers: int) -> list[slice]:
+    """Cut rows into equal chunks whose logits, in all buffers, take at most `LOGITS_BYTES`."""
+    size, device = weight.element_size(), weight.device.type
+    each = _chunk_rows(rows, _row_stride(weight.shape[0], size, device) * size, buffers, device)
+    return [slice(start, min(start + each, rows)) for start in range(0, rows, max(each, 1))]
+
+
+def _chunk_rows(rows: int, row_bytes: int, buffers: int, device: str) -> int:
+    most = max(1, LOGITS_BYTES[device] // buffers // row_bytes)
     if most >= ROW_MULTIPLE:
         most -= most % ROW_MULTIPLE
     count = -(-rows // most)
     each = -(-rows // count) if count else 0
     if most >= ROW_MULTIPLE:
         each += -each % ROW_MULTIPLE
-    return [slice(start, min(start + each, rows)) for start in range(0, rows, max(each, 1))]
+    return each
+
+
+def logits_bytes(rows: int, vocabulary: int, element_size: int, *, device: str, ranks: int) -> int:
+    """Bytes of logits that `linear_policy_loss` holds at a time, for a planner.
+
+    rows: that it computes. vocabulary: of this rank's shard. element_size: of the weight. device:
+    "cuda" or "cpu". ranks: that share the vocabulary.
+    """
+    buffers = 1 + int(ranks > 1)
+    row_bytes = _row_stride(vocabulary, element_size, device) * element_size
+    each = _chunk_rows(rows, row_bytes, buffers, device)
+    return buffers * min(each, rows) * row_bytes
 
 
 def logits_buffer(rows: int, weight: Tensor) -> Tensor:
     """Memory for the logits of `rows` rows: [rows, V] with aligned rows, unwritten."""
-    buffer = torch.empty(rows, _row_stride(weight), dtype=weight.dtype, device=weight.device)
+    stride = _row_stride(weight.shape[0], weight.element_size(), weight.device.type)
+    buffer = torch.empty(rows, stride, dtype=weight.dtype, device=weight.device)
     return buffer[:, : weight.shape[0]]
 
 
-def _row_stride(weight: Tensor) -> int:
-    vocabulary = weight.shape[0]
-    if not weight.is_cuda:
+def _row_stride(vocabulary: int, element_size: int, device: str) -> int:
+    """Elements from one row of logits to the next."""
+    if device != "cuda":
         return vocabulary
-    line = LINE_BYTES // weight.element_size()
+    line = LINE_BYTES // element_size
     return -(-vocabulary // line) * line
 
 
