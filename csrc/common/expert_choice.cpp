@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 // The compiler makes a version of the loops for each level of x86-64 and picks one at load time.
@@ -130,6 +131,22 @@ void choose_experts(const float* scores, const float* bias, const bool* mask, co
       largest(keys.data(), count, top_k, chosen);
     }
     weigh(row, chosen, settings, weights + t * top_k);
+  }
+}
+
+void sort_slots(const int32_t* experts, int64_t slots, int32_t num_experts, const Sorted& sorted) {
+  std::vector<int32_t> next(num_experts + 1, 0);
+  for (int64_t i = 0; i < slots; ++i) ++next[experts[i]];
+  int32_t start = 0;
+  for (int32_t e = 0; e <= num_experts; ++e) {
+    if (e < num_experts) sorted.counts[e] = next[e];
+    sorted.offsets[e] = start;
+    start += std::exchange(next[e], start);
+  }
+  for (int64_t i = 0; i < slots; ++i) {
+    const int32_t position = next[experts[i]]++;
+    sorted.positions[i] = position;
+    sorted.order[position] = static_cast<int32_t>(i);
   }
 }
 

@@ -1,4 +1,5 @@
-// The choice of a token's experts: settings of every implementation, and the choice on the CPU.
+// The choice of a token's experts and its sort by expert: what every implementation is given and
+// makes, and both on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -37,5 +38,16 @@ inline RouterSettings router_settings(int64_t experts, int64_t top_k, int64_t gr
 void choose_experts(const float* scores, const float* bias, const bool* mask, const int32_t* given,
                     const RouterSettings& settings, int64_t begin, int64_t end, int32_t* experts,
                     float* weights);
+
+// The choices sorted by expert; see `Routing` in nemocascade_kernels/common/routing.py.
+struct Sorted {
+  int32_t* counts;     // [E]
+  int32_t* order;      // [T * K]
+  int32_t* offsets;    // [E + 1]
+  int32_t* positions;  // [T * K]
+};
+
+// Sorts slots by expert with a stable counting sort; the id E stands for no expert and sorts last.
+void sort_slots(const int32_t* experts, int64_t slots, int32_t num_experts, const Sorted& sorted);
 
 }  // namespace nemocascade

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/expert_choice.h"
+#include "common/expert_rows.h"
 #include "common/levels.h"
 #include "common/tensor.h"
 #include "decode_step/step.h"
@@ -108,48 +109,37 @@ Tensor step_experts(const Tensor& x, const Tensor& experts, const Tensor& weight
   const float* first = data<float>(w_up, count * up * hidden, "w_up");
   const float* second = data<float>(w_down, count * hidden * width, "w_down");
   Tensor out = new_empty(x, {tokens, hidden});
-
-  // Slots by expert; within one they stay in order.
-  std::vector<int64_t> starts(count + 2, 0);
   check_ids(ids, slots, count, "experts");
-  for (int64_t s = 0; s < slots; ++s) ++starts[ids[s] + 1];
-  for (int64_t e = 0; e <= count; ++e) starts[e + 1] += starts[e];
-  std::vector<int64_t> order(slots), next(starts.begin(), starts.end() - 1);
-  for (int64_t s = 0; s < slots; ++s) order[next[ids[s]]++] = s;
+  std::vector<int32_t> counts(count), order(slots), offsets(count + 1), positions(slots);
+  nemocascade::sort_slots(ids, slots, static_cast<int32_t>(count),
+                          {counts.data(), order.data(), offsets.data(), positions.data()});
 
-  std::vector<const float*> sorted(slots);
-  for (int64_t i = 0; i < slots; ++i) sorted[i] = rows + order[i] / top_k * hidden;
-  std::vector<float> h(slots * up), y(slots * hidden), by_slot(slots * hidden);
+  const int64_t filled = offsets[count];
+  std::vector<const float*> sorted(filled);
+  for (int64_t i = 0; i < filled; ++i) sorted[i] = rows + order[i] / top_k * hidden;
+  std::vector<float> h(filled * up), active(filled * width), y(filled * hidden);
   // The products of every expert that has slots: to[i] = w[expert] x[i] of the sorted slots i.
   const auto products = [&](const std::vector<const float*>& x, const float* w, int64_t depth,
                             int64_t columns, std::vector<float>& to) {
     std::vector<Product> found;
     for (int64_t e = 0; e < count; ++e) {
-      const int64_t begin = starts[e], n = starts[e + 1] - begin;
-      if (n == 0) continue;
-      found.push_back({x.data() + begin, w + e * columns * depth, n, depth, columns, nullptr,
-                       to.data() + begin * columns});
+      const int64_t begin = offsets[e];
+      if (counts[e] == 0) continue;
+      found.push_back({x.data() + begin, w + e * columns * depth, counts[e], depth, columns,
+                       nullptr, to.data() + begin * columns});
     }
     return found;
   };
   multiply(products(sorted, first, hidden, up, h));
-  const int64_t filled = starts[count];
+  const auto& loops = NEMOCASCADE_BEST_OF(nemocascade, expert_rows);
   const int64_t rows_at_a_time = std::max<int64_t>(1, kWork / (up * 8 + 1));
   torch::stable::parallel_for(0, filled, rows_at_a_time, [&](int64_t begin, int64_t end) {
-    if (swiglu) {
-      row_steps().swiglu(h.data() + begin * up, end - begin, width);
-    } else {
-      row_steps().relu2(h.data() + begin * up, (end - begin) * up);
-    }
+    loops.activate(h.data() + begin * up, swiglu, end - begin, width,
+                   active.data() + begin * width);
   });
-  const auto active = row_pointers(h.data(), slots, up);
-  multiply(products(active, second, width, hidden, y));
-  for (int64_t i = 0; i < filled; ++i) {
-    std::copy_n(y.data() + i * hidden, hidden, by_slot.data() + order[i] * hidden);
-  }
-  row_steps().combine(by_slot.data(), data<float>(weights, slots, "weights"), ids,
-                      static_cast<int32_t>(count), tokens, top_k, hidden,
-                      data<float>(out, tokens * hidden, "out"));
+  multiply(products(row_pointers(active.data(), filled, width), second, width, hidden, y));
+  loops.combine(y.data(), positions.data(), data<float>(weights, slots, "weights"), filled, top_k,
+                hidden, 0, tokens, data<float>(out, tokens * hidden, "out"));
   return out;
 }
 

@@ -117,46 +117,8 @@ void scores(const float* logits, int64_t rows, int64_t count, bool softmax, floa
   }
 }
 
-void relu2(float* h, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float positive = h[i] > 0.0f ? h[i] : 0.0f;
-    h[i] = positive * positive;
-  }
-}
-
-void swiglu(float* h, int64_t rows, int64_t width) {
-  for (int64_t r = 0; r < rows; ++r) {
-    float* gate = h + r * 2 * width;
-    const float* up = gate + width;
-    int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) {
-      store(gate + i, silu(load(gate + i)) * load(up + i));
-    }
-    if (i < width) {
-      const Floats g = load_tail(gate + i, width - i, 0.0f);
-      const Floats u = load_tail(up + i, width - i, 0.0f);
-      store_tail(gate + i, width - i, silu(g) * u);
-    }
-  }
-}
-
-void combine(const float* y, const float* weights, const int32_t* experts, int32_t absent,
-             int64_t tokens, int64_t top_k, int64_t depth, float* out) {
-  for (int64_t t = 0; t < tokens; ++t) {
-    float* to = out + t * depth;
-    clear(to, depth);
-    for (int64_t k = 0; k < top_k; ++k) {
-      const int64_t slot = t * top_k + k;
-      if (experts[slot] == absent) continue;
-      const float* from = y + slot * depth;
-      const float weight = weights[slot];
-      for (int64_t i = 0; i < depth; ++i) to[i] += weight * from[i];
-    }
-  }
-}
-
 }  // namespace
 
-const RowSteps row_steps = {product, rms_norm, scores, relu2, swiglu, combine};
+const RowSteps row_steps = {product, rms_norm, scores};
 
 }  // namespace nemocascade::decode_step::NEMOCASCADE_LEVEL

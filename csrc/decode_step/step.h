@@ -29,18 +29,6 @@ struct RowSteps {
 
   // scores = sigmoid(logits), or softmax over each row of `count`, for `rows` rows.
   void (*scores)(const float* logits, int64_t rows, int64_t count, bool softmax, float* out);
-
-  // h = relu(h)^2, in place.
-  void (*relu2)(float* h, int64_t count);
-
-  // h[:, :width] = silu(h[:, :width]) * h[:, width:], in place, for `rows` rows of 2 width. Rows
-  // stay 2 width apart.
-  void (*swiglu)(float* h, int64_t rows, int64_t width);
-
-  // out[t] = sum_k weights[t, k] y[t, k], in the order of k; choices without an expert are left
-  // out. y: [T, K, depth]. experts: [T, K], `absent` for none.
-  void (*combine)(const float* y, const float* weights, const int32_t* experts, int32_t absent,
-                  int64_t tokens, int64_t top_k, int64_t depth, float* out);
 };
 
 // A token of one row of logits [vocabulary], and its log-probability under softmax(logits scale).

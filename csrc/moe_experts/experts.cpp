@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "common/blas.h"
+#include "common/expert_rows.h"
 #include "common/levels.h"
-#include "moe_experts/rows.h"
 
 namespace nemocascade::moe_experts {
 namespace {
@@ -19,8 +19,8 @@ constexpr int64_t kTokensAtATime = 64;
 // A weight's gradient is cut into blocks of a multiple of this many rows.
 constexpr int64_t kBlockRows = 32;
 
-const RowLoops& loops() {
-  static const auto& best = NEMOCASCADE_BEST_OF(nemocascade::moe_experts, row_loops);
+const ExpertRows& loops() {
+  static const auto& best = NEMOCASCADE_BEST_OF(nemocascade, expert_rows);
   return best;
 }
 

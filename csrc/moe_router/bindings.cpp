@@ -36,7 +36,7 @@ void moe_sort_slots(const Tensor& experts, int64_t num_experts, Tensor counts, T
   const int64_t slots = experts.numel();
   const int32_t* ids = data<int32_t>(experts, slots, "experts");
   check_ids(ids, slots, num_experts, "experts");
-  nemocascade::moe_router::sort_slots(
+  nemocascade::sort_slots(
       ids, slots, static_cast<int32_t>(num_experts),
       {data<int32_t>(counts, num_experts, "counts"), data<int32_t>(order, slots, "order"),
        data<int32_t>(offsets, num_experts + 1, "offsets"),

@@ -1,26 +1,9 @@
 #include "moe_router/router.h"
 
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 namespace nemocascade::moe_router {
-
-void sort_slots(const int32_t* experts, int64_t slots, int32_t num_experts, const Sorted& sorted) {
-  std::vector<int32_t> next(num_experts + 1, 0);
-  for (int64_t i = 0; i < slots; ++i) ++next[experts[i]];
-  int32_t start = 0;
-  for (int32_t e = 0; e <= num_experts; ++e) {
-    if (e < num_experts) sorted.counts[e] = next[e];
-    sorted.offsets[e] = start;
-    start += std::exchange(next[e], start);
-  }
-  for (int64_t i = 0; i < slots; ++i) {
-    const int32_t position = next[experts[i]]++;
-    sorted.positions[i] = position;
-    sorted.order[position] = static_cast<int32_t>(i);
-  }
-}
 
 void gradient(const float* grad_weights, const float* scores, const int32_t* experts, bool softmax,
               const RouterSettings& settings, int64_t begin, int64_t end, float* grad_logits) {

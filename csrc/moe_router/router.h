@@ -4,12 +4,8 @@
 #include <cstdint>
 
 #include "common/expert_choice.h"
-#include "moe_router/sorted.h"
 
 namespace nemocascade::moe_router {
-
-// Sorts slots by expert with a stable counting sort; the id E stands for no expert and sorts last.
-void sort_slots(const int32_t* experts, int64_t slots, int32_t num_experts, const Sorted& sorted);
 
 // Gradient [T, E] in the logits for the tokens [begin, end), from the gradient in the weights.
 void gradient(const float* grad_weights, const float* scores, const int32_t* experts, bool softmax,

@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "common/expert_choice.h"
-#include "moe_router/sorted.h"
 
 namespace nemocascade::moe_router {
 

@@ -11,7 +11,6 @@
 
 #include "common/expert_choice.h"
 #include "common/launch.cuh"
-#include "moe_router/sorted.h"
 
 namespace nemocascade::moe_router {
 

@@ -1,12 +1,12 @@
-// Loops over the rows of a piece: what stands between the products. A row's result does not depend
-// on where it stands.
+// Loops over rows of experts on the CPU: what stands between their products. A row's result does
+// not depend on where it stands.
 #pragma once
 
 #include <cstdint>
 
 #include "common/tables.h"
 
-namespace nemocascade::moe_experts {
+namespace nemocascade {
 
 // What `activate_gradient` makes of a row i < count, with w = weights[slots[i]] and g the gradient
 // of its unweighted activation.
@@ -16,7 +16,7 @@ struct ActivationGradient {
   float* dots;    // act(h) . g at slots[i]; null: not wanted
 };
 
-struct RowLoops {
+struct ExpertRows {
   // out [size, hidden] = x[slots[i] / top_k] for i < count, and zeros.
   void (*gather)(const float* x, const int32_t* slots, int64_t top_k, int64_t hidden, int64_t count,
                  int64_t size, float* out);
@@ -34,7 +34,7 @@ struct RowLoops {
                   int64_t top_k, int64_t hidden, int64_t begin, int64_t end, float* out);
 };
 
-// rows.cpp is compiled once for each level of the processor.
-NEMOCASCADE_LEVELS_OF(RowLoops, row_loops)
+// expert_rows.cpp is compiled once for each level of the processor.
+NEMOCASCADE_LEVELS_OF(ExpertRows, expert_rows)
 
-}  // namespace nemocascade::moe_experts
+}  // namespace nemocascade

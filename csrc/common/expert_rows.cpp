@@ -1,11 +1,8 @@
-#include "moe_experts/rows.h"
+#include "common/expert_rows.h"
 
 #include "common/simd.h"
 
-namespace nemocascade::moe_experts::NEMOCASCADE_LEVEL {
-
-using namespace nemocascade::NEMOCASCADE_LEVEL;
-
+namespace nemocascade::NEMOCASCADE_LEVEL {
 namespace {
 
 // max(x, 0); a NaN stays one.
@@ -97,6 +94,6 @@ void combine(const float* rows, const int32_t* positions, const float* weights, 
 
 }  // namespace
 
-const RowLoops row_loops = {gather, activate, activate_gradient, combine};
+const ExpertRows expert_rows = {gather, activate, activate_gradient, combine};
 
-}  // namespace nemocascade::moe_experts::NEMOCASCADE_LEVEL
+}  // namespace nemocascade::NEMOCASCADE_LEVEL
