@@ -53,6 +53,10 @@ class Implementation:
     refuse: Refusal | None = None
 
 
+#: What Triton kernels take.
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def takes(*dtypes: torch.dtype, operators: tuple[str, ...] = ()) -> Refusal:
     """A refusal of floating-point tensors of other dtypes, and of missing compiled operators."""
 
@@ -70,7 +74,7 @@ class Op:
     """The implementations of one op.
 
     >>> OP = Op("moe_router")
-    >>> OP.register("triton", "nemocascade_kernels.moe_router.triton", refuse=too_many_experts)
+    >>> OP.register("triton", refuse=too_many_experts)
     >>> module = OP.choose(logits, backend=backend)  # then: module.forward(...)
 
     ``refuse(*tensors)`` sees the tensors that ``choose`` was given and must not read their values:
@@ -89,12 +93,16 @@ class Op:
         """The implementations this op has, best first."""
         return tuple(name for name in ORDER if name in self._implementations)
 
-    def register(self, backend: str, module: str, refuse: Refusal | None = None) -> None:
-        """Add an implementation. `module` is imported at its first use."""
+    def register(
+        self, backend: str, module: str | None = None, refuse: Refusal | None = None
+    ) -> None:
+        """Add an implementation. `module` is imported at its first use; by default it is the one in
+        the op's folder that is named like the backend."""
         if backend not in ORDER:
             raise ValueError(f"backend {backend!r} is not one of {ORDER}")
         if backend in self._implementations:
             raise ValueError(f"{self.name} already has an implementation {backend!r}")
+        module = module or f"nemocascade_kernels.{self.name}.{backend}"
         self._implementations[backend] = Implementation(backend, module, refuse)
 
     def choose(self, *tensors: Tensor, backend: str | None = None) -> ModuleType:

@@ -98,22 +98,22 @@ def poison(tensor: Tensor) -> Tensor:
 
 def rms_error(actual: Tensor, exact: Tensor) -> float:
     """`||actual - exact|| / ||exact||` in float64; 0 for equal tensors, NaN where one holds NaN."""
-    actual64, exact64 = actual.detach().double().cpu(), exact.detach().double().cpu()
-    if actual64.shape != exact64.shape:
-        raise AssertionError(f"shapes differ: {tuple(actual64.shape)} and {tuple(exact64.shape)}")
-    difference = (actual64 - exact64).norm().item()
-    return 0.0 if difference == 0.0 else difference / max(exact64.norm().item(), 1e-300)
+    return _relative(torch.linalg.vector_norm, actual, exact)
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
     """Largest absolute difference, over the largest absolute exact value."""
-    actual64, exact64 = actual.detach().double().cpu(), exact.detach().double().cpu()
-    if actual64.shape != exact64.shape:
-        raise AssertionError(f"shapes differ: {tuple(actual64.shape)} and {tuple(exact64.shape)}")
-    if exact64.numel() == 0:
+    return _relative(lambda values: values.abs().max(), actual, exact)
+
+
+def _relative(size_of: Callable[[Tensor], Tensor], actual: Tensor, exact: Tensor) -> float:
+    if actual.shape != exact.shape:
+        raise AssertionError(f"shapes differ: {tuple(actual.shape)} and {tuple(exact.shape)}")
+    if exact.numel() == 0:
         return 0.0
-    difference = (actual64 - exact64).abs().max().item()
-    return 0.0 if difference == 0.0 else difference / max(exact64.abs().max().item(), 1e-300)
+    actual64, exact64 = actual.detach().double().cpu(), exact.detach().double().cpu()
+    difference = float(size_of(actual64 - exact64))
+    return 0.0 if difference == 0.0 else difference / max(float(size_of(exact64)), 1e-300)
 
 
 def assert_as_accurate(

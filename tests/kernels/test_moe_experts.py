@@ -19,9 +19,9 @@ from nemocascade_kernels import (
     moe_unpermute,
 )
 from nemocascade_kernels.backends import BackendRefusedError, interpreting
+from nemocascade_kernels.common.activations import activate
 from nemocascade_kernels.common.products import adds_products
 from nemocascade_kernels.moe_experts.op import OP
-from nemocascade_kernels.moe_experts.reference import activate
 from nemocascade_kernels.testing import (
     PoisonedMemory,
     assert_as_accurate,

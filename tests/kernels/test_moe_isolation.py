@@ -16,6 +16,7 @@ from nemocascade_kernels import (
     moe_permute,
     moe_unpermute,
 )
+from nemocascade_kernels.common.activations import activate
 from nemocascade_kernels.moe_experts import batch_invariant
 from nemocascade_kernels.moe_experts.batch_invariant import (
     SLACK,
@@ -24,7 +25,6 @@ from nemocascade_kernels.moe_experts.batch_invariant import (
     mm_rows_apart,
     sizes_for,
 )
-from nemocascade_kernels.moe_experts.reference import activate
 from nemocascade_kernels.testing import PoisonedMemory, assert_same_bits, random_normal
 from torch import Tensor
 

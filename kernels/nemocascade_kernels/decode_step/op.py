@@ -16,28 +16,17 @@ import torch
 from torch import Tensor
 
 from nemocascade_kernels import backends
+from nemocascade_kernels.common.activations import ACTIVATIONS
 from nemocascade_kernels.common.routing import RouterSettings
 from nemocascade_kernels.decode_step.weights import MambaWeights
 
-_MODULE = "nemocascade_kernels.decode_step"
+_STEPS = ("norm", "linear", "route", "experts", "mamba", "attention", "draw")
 OP = backends.Op("decode_step")
 OP.register(
     "native",
-    f"{_MODULE}.native",
-    refuse=backends.takes(
-        torch.float32,
-        operators=(
-            "step_norm",
-            "step_linear",
-            "step_route",
-            "step_experts",
-            "step_mamba",
-            "step_attention",
-            "step_draw",
-        ),
-    ),
+    refuse=backends.takes(torch.float32, operators=tuple(f"step_{name}" for name in _STEPS)),
 )
-OP.register("reference", f"{_MODULE}.reference")
+OP.register("reference")
 
 
 def step_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
@@ -121,7 +110,7 @@ def step_experts(
         or w_up.shape != (count, width * (1 + swiglu), hidden)
         or chosen.shape != weights.shape
         or chosen.shape[:1] != x.shape[:1]
-        or activation not in ("relu2", "swiglu")
+        or activation not in ACTIVATIONS
     ):
         raise ValueError(
             f"step_experts with {activation}: x {list(x.shape)}, chosen {list(chosen.shape)}, "

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemocascade_kernels.common.activations import activate
 from nemocascade_kernels.common.routing import RouterSettings, choose_experts
 from nemocascade_kernels.decode_step.weights import MambaWeights
 
@@ -39,12 +40,7 @@ def experts(
 ) -> Tensor:
     """See `op.step_experts`: all experts of all tokens, of which the chosen are summed."""
     h = torch.einsum("th,eih->tei", x, w_up)
-    if swiglu:
-        gate, up = h.chunk(2, dim=2)
-        h = F.silu(gate) * up
-    else:
-        h = torch.relu(h).square()
-    y = torch.einsum("tei,ehi->teh", h, w_down)
+    y = torch.einsum("tei,ehi->teh", activate(h, "swiglu" if swiglu else "relu2"), w_down)
     share = torch.zeros(x.shape[0], w_up.shape[0] + 1, dtype=weights.dtype, device=x.device)
     share.scatter_add_(1, chosen.long(), weights)
     return torch.einsum("te,teh->th", share[:, :-1].to(y.dtype), y)

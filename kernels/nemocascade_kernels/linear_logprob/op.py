@@ -26,21 +26,16 @@ from nemocascade_kernels.common.main_grad import checked_main_grad, placeholder_
 from nemocascade_kernels.linear_logprob import reference
 
 _ROWS = "nemocascade_kernels.common.linear_head"
+_OPERATORS = ("logits_statistics", "logits_gradient_")
 OP = backends.Op("linear_logprob")
-OP.register(
-    "triton",
-    f"{_ROWS}.triton",
-    refuse=backends.takes(torch.float32, torch.bfloat16, torch.float16),
-)
+OP.register("triton", f"{_ROWS}.triton", backends.takes(*backends.HALF_AND_SINGLE))
 OP.register(
     "native",
     f"{_ROWS}.native",
-    refuse=backends.takes(
-        torch.float32, torch.bfloat16, operators=("logits_statistics", "logits_gradient_")
-    ),
+    backends.takes(torch.float32, torch.bfloat16, operators=_OPERATORS),
 )
 OP.register("torch", f"{_ROWS}.torch")
-OP.register("reference", "nemocascade_kernels.linear_logprob.reference")
+OP.register("reference")
 
 
 class LinearLogprob(NamedTuple):

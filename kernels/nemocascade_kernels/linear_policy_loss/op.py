@@ -18,24 +18,12 @@ from nemocascade_kernels.linear_policy_loss import reference
 from nemocascade_kernels.linear_policy_loss.objectives import Objective
 from nemocascade_kernels.linear_policy_loss.one_pass import OnePass, one_pass
 
-_MODULE = "nemocascade_kernels.linear_policy_loss"
+_OPERATORS = ("logits_statistics", "logits_gradient_", "policy_rows_")
 OP = backends.Op("linear_policy_loss")
-OP.register(
-    "triton",
-    f"{_MODULE}.triton",
-    refuse=backends.takes(torch.float32, torch.bfloat16, torch.float16),
-)
-OP.register(
-    "native",
-    f"{_MODULE}.native",
-    refuse=backends.takes(
-        torch.float32,
-        torch.bfloat16,
-        operators=("logits_statistics", "logits_gradient_", "policy_rows_"),
-    ),
-)
+OP.register("triton", refuse=backends.takes(*backends.HALF_AND_SINGLE))
+OP.register("native", refuse=backends.takes(torch.float32, torch.bfloat16, operators=_OPERATORS))
 OP.register("torch", "nemocascade_kernels.common.linear_head.torch")
-OP.register("reference", f"{_MODULE}.reference")
+OP.register("reference")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nemocascade_kernels import native
-from nemocascade_kernels.backends import Op, takes
+from nemocascade_kernels.backends import HALF_AND_SINGLE, Op, takes
+from nemocascade_kernels.common.activations import ACTIVATIONS
 from nemocascade_kernels.common.main_grad import checked_main_grad, placeholder_gradient
 from nemocascade_kernels.common.routing import Routing
 
@@ -30,16 +31,11 @@ def native_refusal(*tensors: Tensor) -> str | None:
     return reason
 
 
-_MODULE = "nemocascade_kernels.moe_experts"
 OP = Op("moe_experts")
-OP.register(
-    "triton", f"{_MODULE}.triton", refuse=takes(torch.float32, torch.bfloat16, torch.float16)
-)
-OP.register("native", f"{_MODULE}.native", refuse=native_refusal)
-OP.register("torch", f"{_MODULE}.torch", refuse=cpu_refusal)
-OP.register("reference", f"{_MODULE}.reference")
-
-_ACTIVATIONS = ("relu2", "swiglu")
+OP.register("triton", refuse=takes(*HALF_AND_SINGLE))
+OP.register("native", refuse=native_refusal)
+OP.register("torch", refuse=cpu_refusal)
+OP.register("reference")
 
 
 def moe_experts(
@@ -340,8 +336,8 @@ def _check_experts(
     x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor, activation: str
 ) -> None:
     faults = []
-    if activation not in _ACTIVATIONS:
-        faults.append(f"activation={activation!r}: choose one of {_ACTIVATIONS}")
+    if activation not in ACTIVATIONS:
+        faults.append(f"activation={activation!r}: choose one of {ACTIVATIONS}")
     if x.ndim != 2 or x.shape[0] != routing.tokens:
         faults.append(f"x {list(x.shape)} must be [{routing.tokens}, H]")
     if w_down.ndim != 3 or w_down.shape[0] != routing.num_experts or w_down.shape[1] != x.shape[-1]:

@@ -6,15 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemocascade_kernels.common.activations import activate
 from nemocascade_kernels.common.routing import Routing
-
-
-def activate(h: Tensor, activation: str) -> Tensor:
-    """relu(h)^2, or silu(gate) * up with h = [gate, up]."""
-    if activation == "relu2":
-        return F.relu(h).square()
-    gate, up = h.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:

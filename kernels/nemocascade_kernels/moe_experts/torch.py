@@ -38,12 +38,7 @@ def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 def grouped_gemm_backward_x(grad: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """[R, K]: rows of group e times w[e]; 0 past the last group."""
-    out = grad.new_empty(grad.shape[0], w.shape[2])
-    bounds = offsets.tolist()
-    for e, weight in enumerate(w):
-        mm_rows_apart(grad, weight, out, bounds[e], bounds[e + 1] - bounds[e])
-    out[bounds[-1] :] = 0
-    return out
+    return grouped_gemm(grad, w.transpose(1, 2), offsets)
 
 
 def grouped_gemm_backward_w(

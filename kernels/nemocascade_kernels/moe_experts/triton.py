@@ -158,29 +158,21 @@ def _rows_product(
     return out
 
 
-def _zero_tail(out: Tensor, offsets: Tensor) -> None:
+def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, *, by_column: bool = True) -> Tensor:
+    """[R, N]: rows of group e times w[e] transposed; 0 past the last group."""
+    offsets, rows = offsets.int(), x.shape[0]
+    plan = make_plan(offsets, rows)
+    out = _rows_product(x.contiguous(), w.contiguous(), plan, rows, by_column=by_column)
     if out.numel():
         zero_tail_kernel[(_programs(out.device),)](
-            out, offsets[-1:], out.shape[0], out.shape[1], BLOCK=_TAIL_BLOCK
+            out, offsets[-1:], rows, out.shape[1], BLOCK=_TAIL_BLOCK
         )
-
-
-def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """[R, N]: rows of group e times w[e] transposed; 0 past the last group."""
-    offsets = offsets.int()
-    plan = make_plan(offsets, x.shape[0])
-    out = _rows_product(x.contiguous(), w.contiguous(), plan, x.shape[0], by_column=True)
-    _zero_tail(out, offsets)
     return out
 
 
 def grouped_gemm_backward_x(grad: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """[R, K]: rows of group e times w[e]; 0 past the last group."""
-    offsets = offsets.int()
-    plan = make_plan(offsets, grad.shape[0])
-    out = _rows_product(grad, w.contiguous(), plan, grad.shape[0], by_column=False)
-    _zero_tail(out, offsets)
-    return out
+    return grouped_gemm(grad, w, offsets, by_column=False)
 
 
 def grouped_gemm_backward_w(

@@ -7,14 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemocascade_kernels.backends import Op, takes
+from nemocascade_kernels.backends import HALF_AND_SINGLE, Op, takes
 from nemocascade_kernels.common.routing import RouterSettings, Routing
 from nemocascade_kernels.moe_router import cuda
-
-_MODULE = "nemocascade_kernels.moe_router"
-
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cuda_refusal(*tensors: Tensor) -> str | None:
@@ -22,18 +17,15 @@ def cuda_refusal(*tensors: Tensor) -> str | None:
     for tensor in tensors[:1]:
         if tensor.is_floating_point() and tensor.shape[-1] > cuda.MOST_EXPERTS:
             return f"it takes at most {cuda.MOST_EXPERTS} experts, and got {tensor.shape[-1]}"
-    return takes(*_FLOATS, operators=("moe_route", "moe_route_gradient"))(*tensors)
+    return takes(*HALF_AND_SINGLE, operators=("moe_route", "moe_route_gradient"))(*tensors)
 
 
+_OPERATORS = ("moe_choose", "moe_sort_slots", "moe_choose_gradient")
 OP = Op("moe_router")
-OP.register("cuda", f"{_MODULE}.cuda", refuse=cuda_refusal)
-OP.register("triton", f"{_MODULE}.triton", refuse=takes(*_FLOATS))
-OP.register(
-    "native",
-    f"{_MODULE}.native",
-    refuse=takes(*_FLOATS, operators=("moe_choose", "moe_sort_slots", "moe_choose_gradient")),
-)
-OP.register("reference", f"{_MODULE}.reference")
+OP.register("cuda", refuse=cuda_refusal)
+OP.register("triton", refuse=takes(*HALF_AND_SINGLE))
+OP.register("native", refuse=takes(*HALF_AND_SINGLE, operators=_OPERATORS))
+OP.register("reference")
 
 _SCORES = ("sigmoid", "softmax")
 #: Slots are numbered in int32.

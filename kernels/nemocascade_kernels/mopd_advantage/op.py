@@ -10,10 +10,9 @@ from torch import Tensor
 from nemocascade_kernels import backends
 from nemocascade_kernels.mopd_advantage.reference import METRICS
 
-_MODULE = "nemocascade_kernels.mopd_advantage"
 OP = backends.Op("mopd_advantage")
-OP.register("triton", f"{_MODULE}.triton")
-OP.register("reference", f"{_MODULE}.reference")
+OP.register("triton")
+OP.register("reference")
 
 
 class MopdAdvantage(NamedTuple):

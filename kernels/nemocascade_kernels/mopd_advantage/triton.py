@@ -97,27 +97,8 @@ def mopd_advantage(
     ratio_high: float = 2.0,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.mopd_advantage`."""
-    advantage, importance = torch.empty_like(train_logprob), torch.empty_like(train_logprob)
-    size = train_logprob.shape[0]
-    if size:
-        programs = _programs(size)
-        tensors = (teacher_logprob, train_logprob, rollout_logprob, train_logprob)
-        mopd_kernel[(programs,)](
-            *(tensor.contiguous() for tensor in tensors),
-            advantage,
-            importance,
-            advantage,
-            advantage,
-            advantage,
-            size,
-            ratio_low,
-            ratio_high,
-            METRICS=False,
-            PROGRAMS=programs,
-            SLOTS=SLOTS,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )
+    tensors = (teacher_logprob, train_logprob, rollout_logprob)
+    advantage, importance, _ = _launch(tensors, None, ratio_low, ratio_high)
     return advantage, importance
 
 
@@ -130,17 +111,30 @@ def mopd_advantage_metrics(
     ratio_high: float = 2.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.mopd_advantage_metrics`."""
-    advantage, importance = torch.empty_like(train_logprob), torch.empty_like(train_logprob)
-    size, device = train_logprob.shape[0], train_logprob.device
+    tensors = (teacher_logprob, train_logprob, rollout_logprob)
+    return _launch(tensors, token_weight, ratio_low, ratio_high)
+
+
+def _launch(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    token_weight: Tensor | None,
+    ratio_low: float,
+    ratio_high: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantage, importance, and metrics [7], which hold nothing without token_weight."""
+    train = tensors[1]
+    size, device = train.shape[0], train.device
+    advantage, importance = torch.empty_like(train), torch.empty_like(train)
     if not size:
         return advantage, importance, torch.zeros(len(METRICS), device=device)
-    programs = _programs(size)
+    programs = min(PROGRAMS, triton.next_power_of_2(triton.cdiv(size, BLOCK)))
     metrics = torch.empty(len(METRICS), device=device)
-    sums = torch.empty(programs, SLOTS, device=device)
-    ticket = torch.zeros(1, dtype=torch.int32, device=device)
-    tensors = (teacher_logprob, train_logprob, rollout_logprob, token_weight)
+    with_metrics = token_weight is not None
+    sums = torch.empty(programs, SLOTS, device=device) if with_metrics else metrics
+    ticket = torch.zeros(1, dtype=torch.int32, device=device) if with_metrics else metrics
     mopd_kernel[(programs,)](
         *(tensor.contiguous() for tensor in tensors),
+        train if token_weight is None else token_weight.contiguous(),
         advantage,
         importance,
         sums,
@@ -149,17 +143,13 @@ def mopd_advantage_metrics(
         size,
         ratio_low,
         ratio_high,
-        METRICS=True,
+        METRICS=with_metrics,
         PROGRAMS=programs,
         SLOTS=SLOTS,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )
     return advantage, importance, metrics
-
-
-def _programs(size: int) -> int:
-    return min(PROGRAMS, triton.next_power_of_2(triton.cdiv(size, BLOCK)))
 
 
 def aot_kernels(arch: int) -> list[AotKernel]:
