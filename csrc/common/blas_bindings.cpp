@@ -30,7 +30,7 @@ void add_product(Tensor total, const Tensor& left, const Tensor& right, bool add
   STD_TORCH_CHECK(left.size(0) == right.size(0), "left and right must have the same rows");
   const int64_t rows = left.size(0), m = left.size(1), n = right.size(1);
   nemocascade::blas::outer(matrix(left, "left"), matrix(right, "right"), rows, m, n, add,
-                           nemocascade::data<float>(total, m * n, "total"));
+                           nemocascade::elements<float>(total, m * n, "total"));
 }
 
 }  // namespace

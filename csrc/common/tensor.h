@@ -7,9 +7,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "common/logits.h"
+#include "common/rows.h"
 
 #ifdef USE_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -20,40 +22,55 @@ namespace nemocascade {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Data of a contiguous tensor of this type, on the CPU or on a GPU, that holds `elements` elements.
+// Data of a contiguous tensor of this type, on the CPU or on a GPU, that holds `count` elements.
 // `name` stands in the error.
-inline void* checked_data(const Tensor& tensor, bool cuda, ScalarType type, int64_t elements,
+inline void* checked_data(const Tensor& tensor, bool cuda, ScalarType type, int64_t count,
                           const char* name) {
   STD_TORCH_CHECK((cuda ? tensor.is_cuda() : tensor.is_cpu()) && tensor.is_contiguous() &&
-                      tensor.scalar_type() == type && tensor.numel() == elements,
-                  name, " must be a contiguous ", cuda ? "CUDA" : "CPU", " tensor of ", elements,
+                      tensor.scalar_type() == type && tensor.numel() == count,
+                  name, " must be a contiguous ", cuda ? "CUDA" : "CPU", " tensor of ", count,
                   " elements of type ", type);
   return tensor.mutable_data_ptr();
 }
 
-// Data of a contiguous CPU tensor of `elements` elements T.
 template <typename T>
-T* data(const Tensor& tensor, int64_t elements, const char* name) {
-  constexpr ScalarType type = torch::headeronly::CppTypeToScalarType<T>::value;
-  return static_cast<T*>(checked_data(tensor, false, type, elements, name));
+constexpr ScalarType type_of =
+    torch::headeronly::CppTypeToScalarType<std::remove_const_t<T>>::value;
+
+// Data of a contiguous CPU tensor that holds `count` elements of type T.
+template <typename T>
+T* elements(const Tensor& tensor, int64_t count, const char* name) {
+  return static_cast<T*>(checked_data(tensor, false, type_of<T>, count, name));
 }
 
 // Null where there is no tensor.
 template <typename T>
-T* data(const std::optional<Tensor>& tensor, int64_t elements, const char* name) {
-  return tensor.has_value() ? data<T>(*tensor, elements, name) : nullptr;
+T* elements(const std::optional<Tensor>& tensor, int64_t count, const char* name) {
+  return tensor.has_value() ? elements<T>(*tensor, count, name) : nullptr;
 }
 
 // The same on a GPU.
 template <typename T>
-T* cuda_data(const Tensor& tensor, int64_t elements, const char* name) {
-  constexpr ScalarType type = torch::headeronly::CppTypeToScalarType<T>::value;
-  return static_cast<T*>(checked_data(tensor, true, type, elements, name));
+T* cuda_elements(const Tensor& tensor, int64_t count, const char* name) {
+  return static_cast<T*>(checked_data(tensor, true, type_of<T>, count, name));
 }
 
 template <typename T>
-T* cuda_data(const std::optional<Tensor>& tensor, int64_t elements, const char* name) {
-  return tensor.has_value() ? cuda_data<T>(*tensor, elements, name) : nullptr;
+T* cuda_elements(const std::optional<Tensor>& tensor, int64_t count, const char* name) {
+  return tensor.has_value() ? cuda_elements<T>(*tensor, count, name) : nullptr;
+}
+
+inline bool is_bf16(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
+
+// A CPU matrix [count, columns] with contiguous rows, bfloat16 or float32.
+inline Rows rows_of(const Tensor& tensor, bool is_bf16, int64_t count, int64_t columns,
+                    const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && tensor.size(0) == count &&
+                      tensor.size(1) == columns && (tensor.stride(1) == 1 || columns == 1) &&
+                      tensor.scalar_type() == (is_bf16 ? ScalarType::BFloat16 : ScalarType::Float),
+                  name, " must be a CPU matrix [", count, ", ", columns,
+                  "] with contiguous rows, all of them float32 or all bfloat16");
+  return {tensor.mutable_data_ptr(), tensor.stride(0), is_bf16};
 }
 
 #ifdef USE_CUDA
@@ -89,26 +106,23 @@ template <typename Float, typename Bfloat, typename... Arguments>
 void for_each_row(const Tensor& logits, const Tensor& target, double scale, Float kernel,
                   Bfloat kernel_bf16, const Arguments&... arguments) {
   STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2 && logits.size(1) >= 1 &&
-                      (logits.size(1) == 1 || logits.stride(1) == 1),
-                  "logits must be a CPU matrix with contiguous rows");
-  const ScalarType type = logits.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                  "logits must be float32 or bfloat16");
+                      (logits.size(1) == 1 || logits.stride(1) == 1) &&
+                      (is_bf16(logits) || logits.scalar_type() == ScalarType::Float),
+                  "logits must be a float32 or bfloat16 CPU matrix with contiguous rows");
   // Rows that a thread takes at least: fewer cost more to hand out than to do.
   constexpr int64_t kRowsAtATime = 4;
   const int64_t rows = logits.size(0);
-  const int64_t* ids = data<int64_t>(target, rows, "target");
-  const auto run = [&]<typename T>(T* elements, auto function) {
-    const Logits<T> view{elements, logits.stride(0), logits.size(1), static_cast<float>(scale)};
+  const int64_t* ids = elements<int64_t>(target, rows, "target");
+  const auto run = [&]<typename T>(T* data, auto function) {
+    const Logits<T> view{data, logits.stride(0), logits.size(1), static_cast<float>(scale)};
     torch::stable::parallel_for(0, rows, kRowsAtATime, [&](int64_t begin, int64_t end) {
       function(view, ids, begin, end, arguments...);
     });
   };
-  void* elements = logits.mutable_data_ptr();
-  if (type == ScalarType::Float) {
-    run(static_cast<float*>(elements), kernel);
+  if (is_bf16(logits)) {
+    run(static_cast<Bf16*>(logits.mutable_data_ptr()), kernel_bf16);
   } else {
-    run(static_cast<Bf16*>(elements), kernel_bf16);
+    run(static_cast<float*>(logits.mutable_data_ptr()), kernel);
   }
 }
 

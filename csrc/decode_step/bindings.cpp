@@ -12,7 +12,7 @@
 namespace {
 
 using nemocascade::check_ids;
-using nemocascade::data;
+using nemocascade::elements;
 using nemocascade::decode_step::Mamba;
 using nemocascade::decode_step::Product;
 using torch::stable::new_empty;
@@ -63,9 +63,9 @@ void multiply(const std::vector<Product>& products) {
 Tensor step_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t rows = x.size(0), depth = x.size(1);
   Tensor out = new_empty(x, {rows, depth});
-  const float* from = data<float>(x, rows * depth, "x");
-  const float* factor = data<float>(weight, depth, "weight");
-  float* to = data<float>(out, rows * depth, "out");
+  const float* from = elements<float>(x, rows * depth, "x");
+  const float* factor = elements<float>(weight, depth, "weight");
+  float* to = elements<float>(out, rows * depth, "out");
   row_steps().rms_norm(from, factor, depth, static_cast<float>(eps), 0, rows, to);
   return out;
 }
@@ -73,10 +73,10 @@ Tensor step_norm(const Tensor& x, const Tensor& weight, double eps) {
 Tensor step_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& residual) {
   const int64_t rows = x.size(0), depth = x.size(1), columns = weight.size(0);
   Tensor out = new_empty(x, {rows, columns});
-  const auto pointers = row_pointers(data<float>(x, rows * depth, "x"), rows, depth);
-  multiply({{pointers.data(), data<float>(weight, columns * depth, "weight"), rows, depth, columns,
-             data<float>(residual, rows * columns, "residual"),
-             data<float>(out, rows * columns, "out")}});
+  const auto pointers = row_pointers(elements<float>(x, rows * depth, "x"), rows, depth);
+  multiply({{pointers.data(), elements<float>(weight, columns * depth, "weight"), rows, depth,
+             columns, elements<float>(residual, rows * columns, "residual"),
+             elements<float>(out, rows * columns, "out")}});
   return out;
 }
 
@@ -87,11 +87,11 @@ void step_route(const Tensor& logits, const std::optional<Tensor>& bias, int64_t
   const auto settings =
       nemocascade::router_settings(count, top_k, groups, top_groups, normalize, scale);
   std::vector<float> scores(rows * count);
-  row_steps().scores(data<float>(logits, rows * count, "logits"), rows, count, softmax,
+  row_steps().scores(elements<float>(logits, rows * count, "logits"), rows, count, softmax,
                      scores.data());
-  const float* added = data<float>(bias, count, "bias");
-  int32_t* chosen = data<int32_t>(experts, rows * top_k, "experts");
-  float* weighed = data<float>(weights, rows * top_k, "weights");
+  const float* added = elements<float>(bias, count, "bias");
+  int32_t* chosen = elements<int32_t>(experts, rows * top_k, "experts");
+  float* weighed = elements<float>(weights, rows * top_k, "weights");
   STD_TORCH_CHECK(real >= 0 && real <= rows, "real is ", real, ", which is not in 0..", rows);
   nemocascade::choose_experts(scores.data(), added, nullptr, nullptr, settings, 0, real, chosen,
                               weighed);
@@ -104,10 +104,10 @@ Tensor step_experts(const Tensor& x, const Tensor& experts, const Tensor& weight
   const int64_t tokens = x.size(0), hidden = x.size(1), top_k = experts.size(1);
   const int64_t count = w_down.size(0), width = w_down.size(2), up = swiglu ? 2 * width : width;
   const int64_t slots = tokens * top_k;
-  const float* rows = data<float>(x, tokens * hidden, "x");
-  const int32_t* ids = data<int32_t>(experts, slots, "experts");
-  const float* first = data<float>(w_up, count * up * hidden, "w_up");
-  const float* second = data<float>(w_down, count * hidden * width, "w_down");
+  const float* rows = elements<float>(x, tokens * hidden, "x");
+  const int32_t* ids = elements<int32_t>(experts, slots, "experts");
+  const float* first = elements<float>(w_up, count * up * hidden, "w_up");
+  const float* second = elements<float>(w_down, count * hidden * width, "w_down");
   Tensor out = new_empty(x, {tokens, hidden});
   check_ids(ids, slots, count, "experts");
   std::vector<int32_t> counts(count), order(slots), offsets(count + 1), positions(slots);
@@ -138,8 +138,8 @@ Tensor step_experts(const Tensor& x, const Tensor& experts, const Tensor& weight
                    active.data() + begin * width);
   });
   multiply(products(row_pointers(active.data(), filled, width), second, width, hidden, y));
-  loops.combine(y.data(), positions.data(), data<float>(weights, slots, "weights"), filled, top_k,
-                hidden, 0, tokens, data<float>(out, tokens * hidden, "out"));
+  loops.combine(y.data(), positions.data(), elements<float>(weights, slots, "weights"), filled,
+                top_k, hidden, 0, tokens, elements<float>(out, tokens * hidden, "out"));
   return out;
 }
 
@@ -158,23 +158,23 @@ Tensor step_mamba(const Tensor& zxbcdt, Tensor conv_state, Tensor ssm_state, con
           static_cast<float>(eps),
           nullptr,
           nullptr,
-          data<float>(dt_bias, ssm_state.size(1), "dt_bias"),
-          data<float>(a, ssm_state.size(1), "A"),
-          data<float>(d, ssm_state.size(1), "D"),
+          elements<float>(dt_bias, ssm_state.size(1), "dt_bias"),
+          elements<float>(a, ssm_state.size(1), "A"),
+          elements<float>(d, ssm_state.size(1), "D"),
           nullptr};
-  m.conv_weight = data<float>(conv_weight, m.channels() * m.width, "conv_weight");
-  m.conv_bias = data<float>(conv_bias, m.channels(), "conv_bias");
-  m.norm_weight = data<float>(norm_weight, m.inner(), "norm_weight");
+  m.conv_weight = elements<float>(conv_weight, m.channels() * m.width, "conv_weight");
+  m.conv_bias = elements<float>(conv_bias, m.channels(), "conv_bias");
+  m.norm_weight = elements<float>(norm_weight, m.inner(), "norm_weight");
   const int64_t input = m.inner() + m.channels() + m.heads;
   const int64_t conv_size = (m.width - 1) * m.channels();
   const int64_t ssm_size = m.inner() * m.state;
-  const float* from = data<float>(zxbcdt, rows * input, "zxbcdt");
-  float* conv = data<float>(conv_state, count * conv_size, "conv_state");
-  float* ssm = data<float>(ssm_state, count * ssm_size, "ssm_state");
-  const int64_t* at = data<int64_t>(slots, rows, "slots");
+  const float* from = elements<float>(zxbcdt, rows * input, "zxbcdt");
+  float* conv = elements<float>(conv_state, count * conv_size, "conv_state");
+  float* ssm = elements<float>(ssm_state, count * ssm_size, "ssm_state");
+  const int64_t* at = elements<int64_t>(slots, rows, "slots");
   check_ids(at, rows, count - 1, "slots");
   Tensor out = new_empty(zxbcdt, {rows, m.inner()});
-  float* to = data<float>(out, rows * m.inner(), "out");
+  float* to = elements<float>(out, rows * m.inner(), "out");
   const int64_t grain = std::max<int64_t>(1, kWork * m.groups / (ssm_size * 4 + 1));
   torch::stable::parallel_for(0, rows * m.groups, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(m.scratch());
@@ -192,17 +192,17 @@ Tensor step_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tensor 
   const int64_t rows = q.size(0), heads = q.size(1), dim = q.size(2), kv_heads = k.size(1);
   const int64_t count = keys.size(0), capacity = keys.size(2), ratio = heads / kv_heads;
   const int64_t cached = count * kv_heads * capacity * dim;
-  const float* queries = data<float>(q, rows * heads * dim, "q");
-  const float* new_keys = data<float>(k, rows * kv_heads * dim, "k");
-  const float* new_values = data<float>(v, rows * kv_heads * dim, "v");
-  float* all_keys = data<float>(keys, cached, "keys");
-  float* all_values = data<float>(values, cached, "values");
-  const int64_t* at = data<int64_t>(slots, rows, "slots");
-  const int64_t* held = data<int64_t>(positions, rows, "positions");
+  const float* queries = elements<float>(q, rows * heads * dim, "q");
+  const float* new_keys = elements<float>(k, rows * kv_heads * dim, "k");
+  const float* new_values = elements<float>(v, rows * kv_heads * dim, "v");
+  float* all_keys = elements<float>(keys, cached, "keys");
+  float* all_values = elements<float>(values, cached, "values");
+  const int64_t* at = elements<int64_t>(slots, rows, "slots");
+  const int64_t* held = elements<int64_t>(positions, rows, "positions");
   check_ids(at, rows, count - 1, "slots");
   check_ids(held, rows, capacity - 1, "positions");
   Tensor out = new_empty(q, {rows, heads, dim});
-  float* to = data<float>(out, rows * heads * dim, "out");
+  float* to = elements<float>(out, rows * heads * dim, "out");
   const int64_t longest = rows == 0 ? 0 : *std::max_element(held, held + rows) + 1;
   const int64_t grain = std::max<int64_t>(1, kWork / (longest * ratio * dim * 2 + 1));
   torch::stable::parallel_for(0, rows * kv_heads, grain, [&](int64_t begin, int64_t end) {
@@ -224,11 +224,11 @@ void step_draw(const Tensor& logits, const std::optional<Tensor>& u, double scal
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
   STD_TORCH_CHECK(limit >= 1 && limit <= vocabulary, "limit is ", limit, ", which is not in 1..",
                   vocabulary);
-  const float* from = data<float>(logits, rows * vocabulary, "logits");
-  const double* numbers = data<double>(u, rows, "u");
-  const bool* mask = data<bool>(allowed, rows * vocabulary, "allowed");
-  int64_t* to = data<int64_t>(tokens, rows, "tokens");
-  float* found = data<float>(logprobs, rows, "logprobs");
+  const float* from = elements<float>(logits, rows * vocabulary, "logits");
+  const double* numbers = elements<double>(u, rows, "u");
+  const bool* mask = elements<bool>(allowed, rows * vocabulary, "allowed");
+  int64_t* to = elements<int64_t>(tokens, rows, "tokens");
+  float* found = elements<float>(logprobs, rows, "logprobs");
   const auto draw = NEMOCASCADE_BEST_OF(nemocascade::decode_step, draw);
   const int64_t grain = std::max<int64_t>(1, kWork / (vocabulary * 8));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {

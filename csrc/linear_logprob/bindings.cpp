@@ -7,7 +7,7 @@
 namespace {
 
 using namespace nemocascade::linear_logprob;
-using nemocascade::data;
+using nemocascade::elements;
 using torch::stable::Tensor;
 
 const RowKernels& best_kernels() {
@@ -18,7 +18,7 @@ const RowKernels& best_kernels() {
 void logits_statistics(const Tensor& logits, const Tensor& target, double scale, bool entropy,
                        Tensor out) {
   const int64_t rows = logits.size(0);
-  float* found = data<float>(out, 4 * rows, "out");
+  float* found = elements<float>(out, 4 * rows, "out");
   const Statistics statistics{found, found + rows, found + 2 * rows,
                               entropy ? found + 3 * rows : nullptr};
   nemocascade::for_each_row(logits, target, scale, best_kernels().statistics,
@@ -28,9 +28,9 @@ void logits_statistics(const Tensor& logits, const Tensor& target, double scale,
 void logits_gradient(Tensor logits, const Tensor& target, double scale, const Tensor& lse,
                      const Tensor& slope, const Tensor& entropy, const Tensor& entropy_slope) {
   const int64_t rows = logits.size(0);
-  const Slopes slopes{data<float>(lse, rows, "lse"), data<float>(slope, rows, "slope"),
-                      data<float>(entropy, rows, "entropy"),
-                      data<float>(entropy_slope, rows, "entropy_slope")};
+  const Slopes slopes{elements<float>(lse, rows, "lse"), elements<float>(slope, rows, "slope"),
+                      elements<float>(entropy, rows, "entropy"),
+                      elements<float>(entropy_slope, rows, "entropy_slope")};
   nemocascade::for_each_row(logits, target, scale, best_kernels().gradient,
                             best_kernels().gradient_bf16, slopes);
 }

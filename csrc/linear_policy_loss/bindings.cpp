@@ -7,7 +7,7 @@
 namespace {
 
 using namespace nemocascade::linear_policy_loss;
-using nemocascade::data;
+using nemocascade::elements;
 using torch::stable::Tensor;
 
 void policy_rows(Tensor logits, const Tensor& target, double scale, int64_t kind,
@@ -16,10 +16,10 @@ void policy_rows(Tensor logits, const Tensor& target, double scale, int64_t kind
   STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Kind::kMopd), "objective ", kind,
                   " is none of 0..3");
   const int64_t rows = logits.size(0);
-  const Objective objective{static_cast<Kind>(kind),   data<float>(weight, rows, "weight"),
-                            data<float>(a, rows, "a"), data<float>(b, rows, "b"),
-                            static_cast<float>(x),     static_cast<float>(y)};
-  float* found = data<float>(out, 3 * rows, "out");
+  const Objective objective{static_cast<Kind>(kind),       elements<float>(weight, rows, "weight"),
+                            elements<float>(a, rows, "a"), elements<float>(b, rows, "b"),
+                            static_cast<float>(x),         static_cast<float>(y)};
+  float* found = elements<float>(out, 3 * rows, "out");
   const Result result{found, found + rows, found + 2 * rows};
   const auto& kernels = NEMOCASCADE_BEST_OF(nemocascade::linear_policy_loss, policy_rows);
   nemocascade::for_each_row(logits, target, scale, kernels.rows, kernels.rows_bf16, objective,

@@ -9,7 +9,7 @@
 
 namespace {
 
-using nemocascade::data;
+using nemocascade::elements;
 using nemocascade::moe_experts::Experts;
 using nemocascade::moe_experts::Piece;
 using nemocascade::moe_experts::Task;
@@ -49,12 +49,12 @@ Experts experts_of(int64_t hidden, const Tensor& order, const Tensor& positions,
       hidden,
       width,
       swiglu,
-      data<float>(w_up, count * width * (swiglu ? 2 : 1) * hidden, "w_up"),
-      data<float>(w_down, count * hidden * width, "w_down"),
-      data<float>(weights, slots, "weights"),
-      data<int32_t>(order, slots, "order"),
-      data<int32_t>(positions, slots, "positions"),
-      reinterpret_cast<const Piece*>(data<int64_t>(pieces, pieces.size(0) * 4, "pieces")),
+      elements<float>(w_up, count * width * (swiglu ? 2 : 1) * hidden, "w_up"),
+      elements<float>(w_down, count * hidden * width, "w_down"),
+      elements<float>(weights, slots, "weights"),
+      elements<int32_t>(order, slots, "order"),
+      elements<int32_t>(positions, slots, "positions"),
+      reinterpret_cast<const Piece*>(elements<int64_t>(pieces, pieces.size(0) * 4, "pieces")),
       pieces.size(0)};
   int64_t next = 0;
   for (int64_t i = 0; i < experts.num_pieces; ++i) {
@@ -82,10 +82,10 @@ void moe_experts_forward(const Tensor& x, const Tensor& order, const Tensor& pos
   const Experts experts =
       experts_of(hidden, order, positions, weights, w_up, w_down, pieces, swiglu);
   const int64_t slots = experts.tokens * experts.top_k;
-  nemocascade::moe_experts::forward(experts, data<float>(x, experts.tokens * hidden, "x"),
-                                    data<float>(h, experts.filled() * experts.up(), "h"),
-                                    data<float>(rows, slots * hidden, "rows"),
-                                    data<float>(y, experts.tokens * hidden, "y"), run);
+  nemocascade::moe_experts::forward(experts, elements<float>(x, experts.tokens * hidden, "x"),
+                                    elements<float>(h, experts.filled() * experts.up(), "h"),
+                                    elements<float>(rows, slots * hidden, "rows"),
+                                    elements<float>(y, experts.tokens * hidden, "y"), run);
 }
 
 void moe_experts_backward(const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& order,
@@ -99,16 +99,16 @@ void moe_experts_backward(const Tensor& grad, const Tensor& x, const Tensor& h, 
       experts_of(hidden, order, positions, weights, w_up, w_down, pieces, swiglu);
   const int64_t slots = experts.tokens * experts.top_k;
   STD_TORCH_CHECK(rows.has_value() == grad_x.has_value(), "rows are scratch for grad_x");
-  nemocascade::moe_experts::backward(experts, data<float>(grad, experts.tokens * hidden, "grad"),
-                                     data<float>(x, experts.tokens * hidden, "x"),
-                                     data<float>(h, experts.filled() * experts.up(), "h"),
-                                     {data<float>(rows, slots * hidden, "rows"),
-                                      data<float>(grad_x, experts.tokens * hidden, "grad_x"),
-                                      data<float>(grad_weights, slots, "grad_weights"),
-                                      data<float>(grad_up, w_up.numel(), "grad_up"),
-                                      data<float>(grad_down, w_down.numel(), "grad_down")},
-                                     std::max(kWindowRows, kWindowRowsPerThread * threads), threads,
-                                     run);
+  nemocascade::moe_experts::backward(
+      experts, elements<float>(grad, experts.tokens * hidden, "grad"),
+      elements<float>(x, experts.tokens * hidden, "x"),
+      elements<float>(h, experts.filled() * experts.up(), "h"),
+      {elements<float>(rows, slots * hidden, "rows"),
+       elements<float>(grad_x, experts.tokens * hidden, "grad_x"),
+       elements<float>(grad_weights, slots, "grad_weights"),
+       elements<float>(grad_up, w_up.numel(), "grad_up"),
+       elements<float>(grad_down, w_down.numel(), "grad_down")},
+      std::max(kWindowRows, kWindowRowsPerThread * threads), threads, run);
 }
 
 bool moe_experts_has_product() { return nemocascade::blas::has_float_product(); }
@@ -117,8 +117,9 @@ bool moe_experts_has_product() { return nemocascade::blas::has_float_product(); 
 void moe_experts_product(const Tensor& x, const Tensor& weight, bool transposed, Tensor out) {
   check_product();
   const int64_t rows = x.size(0), k = x.size(1), n = weight.size(transposed ? 0 : 1);
-  const float *from = data<float>(x, rows * k, "x"), *factor = data<float>(weight, k * n, "weight");
-  float* to = data<float>(out, rows * n, "out");
+  const float *from = elements<float>(x, rows * k, "x"),
+              *factor = elements<float>(weight, k * n, "weight");
+  float* to = elements<float>(out, rows * n, "out");
   run(1, 0, [&](int64_t, float*) {
     nemocascade::blas::multiply(from, factor, transposed, rows, k, n, to);
   });

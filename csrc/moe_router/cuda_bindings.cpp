@@ -7,8 +7,8 @@
 namespace {
 
 using namespace nemocascade::moe_router;
-using nemocascade::checked_data;
-using nemocascade::cuda_data;
+using nemocascade::cuda_elements;
+using nemocascade::is_bf16;
 using nemocascade::RouterSettings;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -31,12 +31,11 @@ RouterSettings settings_of(int64_t experts, int64_t most_experts, int64_t top_k,
   return nemocascade::router_settings(experts, top_k, groups, top_groups, normalize, scale);
 }
 
-// Whether the logits are bfloat16; float32 is the other type there is.
-bool is_bfloat16(const Tensor& logits) {
-  const ScalarType type = logits.scalar_type();
+// Data of logits, float32 or bfloat16, and of a gradient in their dtype.
+void* logits_data(const Tensor& tensor, ScalarType type, int64_t count, const char* name) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
                   "logits must be float32 or bfloat16");
-  return type == ScalarType::BFloat16;
+  return nemocascade::checked_data(tensor, true, type, count, name);
 }
 
 int64_t moe_route_scratch(int64_t tokens, int64_t experts) {
@@ -55,22 +54,22 @@ void moe_route(const std::optional<Tensor>& logits, const std::optional<Tensor>&
   arguments.settings = settings_of(num_experts, logits.has_value() ? kMostExperts : kMostSorted,
                                    top_k, groups, top_groups, normalize, scale);
   if (logits.has_value()) {
-    arguments.bfloat16 = is_bfloat16(*logits);
-    arguments.logits =
-        checked_data(*logits, true, logits->scalar_type(), tokens * num_experts, "logits");
+    arguments.bfloat16 = is_bf16(*logits);
+    arguments.logits = logits_data(*logits, logits->scalar_type(), tokens * num_experts, "logits");
   }
   arguments.softmax = softmax;
-  arguments.bias = cuda_data<float>(bias, num_experts, "bias");
-  arguments.mask = reinterpret_cast<const uint8_t*>(cuda_data<bool>(mask, tokens, "mask"));
-  arguments.given = cuda_data<int32_t>(given, slots, "given");
-  arguments.weights = cuda_data<float>(weights, slots, "weights");
-  arguments.experts = cuda_data<int32_t>(experts, slots, "experts");
-  arguments.loads = cuda_data<int32_t>(scratch, moe_route_scratch(tokens, num_experts), "scratch");
+  arguments.bias = cuda_elements<float>(bias, num_experts, "bias");
+  arguments.mask = reinterpret_cast<const uint8_t*>(cuda_elements<bool>(mask, tokens, "mask"));
+  arguments.given = cuda_elements<int32_t>(given, slots, "given");
+  arguments.weights = cuda_elements<float>(weights, slots, "weights");
+  arguments.experts = cuda_elements<int32_t>(experts, slots, "experts");
+  arguments.loads =
+      cuda_elements<int32_t>(scratch, moe_route_scratch(tokens, num_experts), "scratch");
   arguments.tokens = tokens;
-  arguments.sorted = {cuda_data<int32_t>(counts, num_experts, "counts"),
-                      cuda_data<int32_t>(order, slots, "order"),
-                      cuda_data<int32_t>(offsets, num_experts + 1, "offsets"),
-                      cuda_data<int32_t>(positions, slots, "positions")};
+  arguments.sorted = {cuda_elements<int32_t>(counts, num_experts, "counts"),
+                      cuda_elements<int32_t>(order, slots, "order"),
+                      cuda_elements<int32_t>(offsets, num_experts + 1, "offsets"),
+                      cuda_elements<int32_t>(positions, slots, "positions")};
   const torch::stable::accelerator::DeviceGuard guard(experts.get_device_index());
   check_launch(launch_route(arguments, current_stream(experts)));
 }
@@ -81,12 +80,12 @@ void moe_route_gradient(const Tensor& grad_weights, const Tensor& logits, const 
   const RouterSettings settings = settings_of(count, kMostExperts, top_k, 1, 1, normalize, scale);
   const ScalarType type = logits.scalar_type();
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  check_launch(launch_route_gradient(
-      cuda_data<float>(grad_weights, tokens * top_k, "grad_weights"),
-      checked_data(logits, true, type, tokens * count, "logits"), is_bfloat16(logits), softmax,
-      cuda_data<int32_t>(experts, tokens * top_k, "experts"),
-      checked_data(grad_logits, true, type, tokens * count, "grad_logits"), tokens, settings,
-      current_stream(logits)));
+  check_launch(
+      launch_route_gradient(cuda_elements<float>(grad_weights, tokens * top_k, "grad_weights"),
+                            logits_data(logits, type, tokens * count, "logits"), is_bf16(logits),
+                            softmax, cuda_elements<int32_t>(experts, tokens * top_k, "experts"),
+                            logits_data(grad_logits, type, tokens * count, "grad_logits"), tokens,
+                            settings, current_stream(logits)));
 }
 
 }  // namespace

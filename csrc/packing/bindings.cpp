@@ -12,7 +12,7 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor, Tensor, Tensor> plan_packing(const Tensor& lengths, int64_t capacity,
                                                         int64_t group, double linear,
                                                         double quadratic, int64_t seed) {
-  const int64_t* elements = nemocascade::data<int64_t>(lengths, lengths.numel(), "lengths");
+  const int64_t* elements = nemocascade::elements<int64_t>(lengths, lengths.numel(), "lengths");
   STD_TORCH_CHECK(capacity >= 1 && group >= 1, "capacity(", capacity, ") and group(", group,
                   ") must be at least 1");
   for (int64_t i = 0; i < lengths.numel(); ++i) {
