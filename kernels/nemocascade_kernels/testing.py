@@ -18,9 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: Sizes that divide nothing: primes and neighbours of powers of two.
-ODD_SIZES = (1, 3, 17, 31, 65, 127, 257)
-
 
 def kernel_device() -> torch.device:
     """Where Triton kernels run in tests: a GPU if there is one, else interpreted on CPU."""
@@ -47,11 +44,6 @@ def random_integers(
     """int64 numbers in [low, high). The same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(low, high, shape, generator=generator, dtype=torch.int64).to(device)
-
-
-def exact_copy(tensor: Tensor) -> Tensor:
-    """A float64 leaf with the tensor's values, for the exact result."""
-    return tensor.detach().to(torch.float64).requires_grad_(tensor.requires_grad)
 
 
 class PoisonedMemory(TorchDispatchMode):

@@ -22,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nemocascade_kernels.common.linear_head.triton import (
-    AOT_VOCABULARY,
     DTYPES,
     LN2,
     LOG2E,
+    aot_row_kernel,
     gradient_,
     is_padded,
     load_target,
@@ -184,40 +184,23 @@ def fused_rows(
 
 def aot_kernels(arch: int) -> list[AotKernel]:
     """Every twin in bfloat16; the heaviest with entropy, in every dtype and without gradient."""
-    from nemocascade_kernels.compile import AotKernel
+    arguments = {
+        **dict.fromkeys(("weight_ptr", "a_ptr", "b_ptr", "out_ptr"), "*fp32:16"),
+        "filled_ptr": "*i64:16",
+        "rows": "i32:16",
+        "first_slot": "i32",
+        **dict.fromkeys(("grad_scale", "x", "y"), "fp32"),
+    }
 
-    pointers = ("weight_ptr", "a_ptr", "b_ptr", "out_ptr")
-    numbers = ("scale", "grad_scale", "x", "y")
-
-    def kernel(name: str, size: int, function: Any, entropy: bool, gradient: bool) -> AotKernel:
-        config = row_config(AOT_VOCABULARY, size)
-        signature = {
-            "logits_ptr": f"*{name}:16",
-            "target_ptr": "*i64:16",
-            **dict.fromkeys(pointers, "*fp32:16"),
-            "filled_ptr": "*i64:16",
-            "stride": "i64:16",
-            "rows": "i32:16",
-            "first_slot": "i32",
-            "vocabulary": "i32",
-            **dict.fromkeys(numbers, "fp32"),
-        }
-        constants = {
-            "ROW": function,
-            "GRADIENT": gradient,
-            "ENTROPY": entropy,
-            "PADDED": True,
-            "BLOCK": config.BLOCK,
-            "VECTOR": config.VECTOR,
-        }
+    def kernel(dtype: str, function: Any, entropy: bool, gradient: bool) -> AotKernel:
         extras = (",entropy" if entropy else "") + ("" if gradient else ",forward")
-        label = f"{name},{function.__name__}{extras}"
-        return AotKernel(
-            fused_kernel, signature, constants, config.num_warps, label=label, matrix=None
+        label = f"{dtype},{function.__name__}{extras}"
+        return aot_row_kernel(
+            fused_kernel, dtype, label, arguments, ROW=function, GRADIENT=gradient, ENTROPY=entropy
         )
 
     return [
-        *(kernel("bf16", 2, function, False, True) for function in _TWINS.values()),
-        *(kernel(name, size, mopd_row, True, True) for name, size in DTYPES),
-        kernel("bf16", 2, mopd_row, True, False),
+        *(kernel("bf16", function, False, True) for function in _TWINS.values()),
+        *(kernel(dtype, mopd_row, True, True) for dtype in DTYPES),
+        kernel("bf16", mopd_row, True, False),
     ]

@@ -108,10 +108,6 @@ def _arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _run(tile: Tile) -> dict[str, int]:
-    return tile._asdict()
-
-
 class Plan(NamedTuple):
     """Which rows each row tile has; see `plan_kernel`."""
 
@@ -153,7 +149,7 @@ def _rows_product(
     rows_kernel[(_programs(left.device),)](
         left, right, out, order, weights, *plan, width, depth,
         TOP_K=1, GATHER=False, WEIGH=weights is not None, B_BY_COLUMN=by_column,
-        EVEN_K=depth % tile.BLOCK_K == 0, PRECISION=_precision(left.dtype), **_run(tile),
+        EVEN_K=depth % tile.BLOCK_K == 0, PRECISION=_precision(left.dtype), **tile._asdict(),
     )  # fmt: skip
     return out
 
@@ -202,7 +198,7 @@ def _weight_gradient(
     weight_gradient_kernel[(_programs(x.device),)](
         grad, x, main_grad if out is None else out, order, offsets, rows, columns,
         E=num_experts, TOP_K=top_k, GATHER_GRAD=gather_grad, GATHER_X=gather_x,
-        ACCUMULATE=out is None, PRECISION=_precision(x.dtype), **_run(tile),
+        ACCUMULATE=out is None, PRECISION=_precision(x.dtype), **tile._asdict(),
     )  # fmt: skip
     return out
 
@@ -282,7 +278,7 @@ def experts_forward(
     up_kernel[(_programs(x.device),)](
         x, w_up.contiguous(), h, active, routing.order, *plan, width, x.shape[1],
         TOP_K=routing.top_k, GATED=gated, KEEP_H=keep, EVEN_K=x.shape[1] % tile.BLOCK_K == 0,
-        PRECISION=_precision(x.dtype), **_run(tile),
+        PRECISION=_precision(x.dtype), **tile._asdict(),
     )  # fmt: skip
     y = _rows_product(
         active, w_down.contiguous(), plan, slots, by_column=True, order=routing.order,
@@ -315,7 +311,7 @@ def experts_backward(
         grad, w_down.contiguous(), h, routing.weights.contiguous(), grad_h, active, dots,
         routing.order, *plan, width, x.shape[1], slots,
         TOP_K=routing.top_k, GATED=gated, EVEN_K=x.shape[1] % tile.BLOCK_K == 0,
-        PRECISION=_precision(x.dtype), **_run(tile),
+        PRECISION=_precision(x.dtype), **tile._asdict(),
     )  # fmt: skip
     grad_weights = _sum_dots(dots, routing) if needs_weights else None
     gathered: dict[str, Any] = {"order": routing.order, "top_k": routing.top_k}

@@ -295,43 +295,41 @@ def gradient_(
 
 #: What ahead-of-time compilation stands for: a vocabulary with the largest tile, and the dtypes
 #: with the sizes of their elements.
-AOT_VOCABULARY = 131072
-DTYPES = (("bf16", 2), ("fp16", 2), ("fp32", 4))
+_AOT_VOCABULARY = 131072
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def aot_row_kernel(
+    kernel: Any, dtype: str, label: str, arguments: dict[str, str], **constants: Any
+) -> AotKernel:
+    """A kernel with one program a row, as a launcher calls it on logits of a dtype.
+
+    arguments, constants: those that it has besides the logits' own.
+    """
+    from nemocascade_kernels.compile import AotKernel
+
+    config = row_config(_AOT_VOCABULARY, DTYPES[dtype])
+    signature = {
+        "logits_ptr": f"*{dtype}:16", "target_ptr": "*i64:16", "stride": "i64:16",
+        "vocabulary": "i32", "scale": "fp32", **arguments,
+    }  # fmt: skip
+    tile = {"PADDED": True, "BLOCK": config.BLOCK, "VECTOR": config.VECTOR}
+    return AotKernel(
+        kernel, signature, {**constants, **tile}, config.num_warps, label=label, matrix=None
+    )
 
 
 def aot_kernels(arch: int) -> list[AotKernel]:
     """Both kernels, for each dtype, as the launchers call them."""
-    from nemocascade_kernels.compile import AotKernel
-
-    kernels = []
-    for name, size in DTYPES:
-        config = row_config(AOT_VOCABULARY, size)
-        for entropy in (False, True):
-            label = f"{name}{',entropy' if entropy else ''}"
-            constants: dict[str, Any] = {
-                "ENTROPY": entropy,
-                "PADDED": True,
-                "BLOCK": config.BLOCK,
-                "VECTOR": config.VECTOR,
-            }
-            common = {
-                "logits_ptr": f"*{name}:16", "target_ptr": "*i64:16", "stride": "i64:16",
-                "vocabulary": "i32", "scale": "fp32",
-            }  # fmt: skip
-            out = {"out_ptr": "*fp32:16", "rows": "i32:16"}
-            rows = ("lse_ptr", "slope_ptr", "entropy_ptr", "entropy_slope_ptr")
-            for kernel, extra in (
-                (statistics_kernel, out),
-                (gradient_kernel, dict.fromkeys(rows, "*fp32:16")),
-            ):
-                kernels.append(
-                    AotKernel(
-                        kernel,
-                        {**common, **extra},
-                        constants,
-                        num_warps=config.num_warps,
-                        label=label,
-                        matrix=None,
-                    )
-                )
-    return kernels
+    pointers = ("lse_ptr", "slope_ptr", "entropy_ptr", "entropy_slope_ptr")
+    return [
+        aot_row_kernel(
+            kernel, dtype, f"{dtype}{',entropy' if entropy else ''}", arguments, ENTROPY=entropy
+        )
+        for dtype in DTYPES
+        for entropy in (False, True)
+        for kernel, arguments in (
+            (statistics_kernel, {"out_ptr": "*fp32:16", "rows": "i32:16"}),
+            (gradient_kernel, dict.fromkeys(pointers, "*fp32:16")),
+        )
+    ]
