@@ -49,9 +49,6 @@ class CascadeConfig(TransformerConfig):
     recompute_layers: bool = False
     """Recompute each layer in backward."""
 
-    recomputing: bool = False
-    """True while backward runs a layer forward again; statistics must not count twice."""
-
     def init_for(self, name: str, *, residual: bool = False) -> Init:
         """Initialiser of the weight `name`; `residual` for projections into the stream."""
         std = self.shape.init_std

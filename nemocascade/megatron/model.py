@@ -5,8 +5,6 @@ Shape letters: T tokens of a micro-batch, H hidden size, V vocabulary, tp tensor
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,25 +45,15 @@ class CascadeStack(HybridStack):
                 x = checkpoint(
                     layer,
                     x,
-                    packed_seq_params=packed,
+                    packed_seq_params=packed.recomputed_later(),
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=lambda: (contextlib.nullcontext(), self._recomputing()),
                 )
             else:
                 x = layer(x, packed_seq_params=packed)
         if self.post_process:
             x = self.final_norm(x)
         return x
-
-    @contextlib.contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        """Tell layers that this forward pass was counted already."""
-        self.config.recomputing = True
-        try:
-            yield
-        finally:
-            self.config.recomputing = False
 
 
 class CascadeModel(HybridModel):

@@ -44,8 +44,9 @@ class Step:
     real: int | None
     spare: int
     recorder: RouteRecorder | None = None
-    # Routers replay choices in training only.
+    # Routers replay choices, and layers are recomputed, in training only.
     replay: None = None
+    first_pass: None = None
 
     def token_mask(self, rows: slice) -> Tensor | None:
         """As `Microbatch.token_mask`."""
