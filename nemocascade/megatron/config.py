@@ -115,6 +115,8 @@ def make_config(
         pipeline_dtype=dtype,
         bf16=engine.precision == "bf16",
         use_cpu_initialization=True,
+        # Upstream's default is deprecated and means the same.
+        cuda_graph_modules=[],
         gradient_accumulation_fusion=fuse_weight_gradient,
         calculate_per_token_loss=True,
         init_method=seeded_normal(seed, "output_layer.weight", model.init_std),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +70,18 @@ def wrap_ddp(
     return wrapped
 
 
+@contextlib.contextmanager
+def _adam_of(accelerators: Accelerators) -> Iterator[None]:
+    """Megatron builds with whichever fused Adam it could import; here with the one to be used."""
+    found = megatron_optimizer.Adam
+    if accelerators.adam == "torch":
+        megatron_optimizer.Adam = torch.optim.AdamW
+    try:
+        yield
+    finally:
+        megatron_optimizer.Adam = found
+
+
 class Optimizer:
     """AdamW over every parameter that trains, stepped with a given learning rate.
 
@@ -84,9 +97,6 @@ class Optimizer:
         accelerators: Accelerators,
     ) -> None:
         self.settings = settings
-        if accelerators.adam == "torch":
-            # Megatron takes whichever fused Adam it can import, whatever the settings say.
-            megatron_optimizer.Adam = torch.optim.AdamW
         megatron = MegatronOptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -100,7 +110,7 @@ class Optimizer:
             use_distributed_optimizer=settings.distributed,
             clip_grad=settings.clip_grad,
         )
-        with cuda_names():
+        with cuda_names(), _adam_of(accelerators):
             self.inner = get_megatron_optimizer(
                 megatron,
                 list(chunks),
