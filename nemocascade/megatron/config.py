@@ -1,10 +1,11 @@
-"""Megatron's TransformerConfig, made from a recipe's settings."""
+"""What modules are built with: Megatron's TransformerConfig, and the accelerators in use."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,22 @@ from nemocascade.megatron.init import generator_for
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
 
 Init = Callable[[Tensor], Tensor]
+Adam = Literal["transformer_engine", "apex", "torch"]
+
+
+@dataclass(frozen=True)
+class Accelerators:
+    """Optional packages that this process uses. The default is none: torch's own operators.
+
+    adam: whose fused Adam steps the weights. te_attention: Transformer Engine's attention.
+    fused_weight_gradient: apex accumulates weight gradients inside the GEMM.
+    fla: fla-core's scan and convolution in the Mamba-2 mixer.
+    """
+
+    adam: Adam = "torch"
+    te_attention: bool = False
+    fused_weight_gradient: bool = False
+    fla: bool = False
 
 
 def seeded_normal(seed: int, name: str, std: float) -> Init:

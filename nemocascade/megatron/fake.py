@@ -20,8 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemocascade.megatron import cpu
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import make_config
+from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.model import CascadeModel, build_model
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
 from nemocascade.runtime.world import World

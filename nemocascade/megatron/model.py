@@ -16,8 +16,7 @@ from nemocascade_kernels import linear_policy_loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import CascadeConfig
+from nemocascade.megatron.config import Accelerators, CascadeConfig
 from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.layers.norm import RMSNorm
 from nemocascade.megatron.layers.specs import layer_specs
@@ -110,7 +109,12 @@ def build_model(
 ) -> list[CascadeModel]:
     """This rank's part of the model, one chunk for each virtual pipeline stage, on its device."""
     shape, parallel = config.shape, world.parallel
-    spec = ModuleSpec(module=CascadeStack, submodules=layer_specs(shape, accelerators))
+    layers = layer_specs(
+        shape,
+        mamba2_backend="fla" if accelerators.fla else None,
+        te_attention=accelerators.te_attention,
+    )
+    spec = ModuleSpec(module=CascadeStack, submodules=layers)
     chunks = []
     for stage in range(parallel.vpp):
         # Tied weights of two stages are made equal on the CUDA device.

@@ -18,8 +18,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import CascadeConfig
+from nemocascade.megatron.config import Accelerators, CascadeConfig
 from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.recipe import OptimizerConfig

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import CascadeConfig, make_config
+from nemocascade.megatron.config import Accelerators, CascadeConfig, make_config
 from nemocascade.megatron.layers.moe import MoEMixer
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel, build_model

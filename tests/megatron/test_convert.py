@@ -32,14 +32,13 @@ from test_model_against_transformers import (
 )
 from torch import Tensor, nn
 
-from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.artifact import (
     artifact_model,
     load_artifact_weights,
     read_artifact,
     write_artifact,
 )
-from nemocascade.megatron.config import make_config
+from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.convert import (
     ConversionError,
     export_huggingface,

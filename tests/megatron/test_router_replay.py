@@ -11,8 +11,7 @@ import torch
 from nemocascade_kernels import Nll
 from torch import Tensor
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import make_config
+from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.layers.moe import Router
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel, build_model

@@ -38,10 +38,15 @@ def test_importing_changes_no_global_and_shows_no_warning() -> None:
 
 def test_the_compiler_is_back_after_an_error() -> None:
     compiler = torch.compile
-    with pytest.raises(RuntimeError, match="import failed"), without_compiler():
-        assert torch.compile(len) is len
-        assert torch.compile(dynamic=True)(len) is len
-        raise RuntimeError("import failed")
+
+    def fail() -> None:
+        with without_compiler():
+            assert torch.compile(len) is len
+            assert torch.compile(dynamic=True)(len) is len
+            raise RuntimeError("import failed")
+
+    with pytest.raises(RuntimeError, match="import failed"):
+        fail()
     assert torch.compile is compiler
 
 

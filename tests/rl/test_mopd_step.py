@@ -22,8 +22,8 @@ from helpers.policy import (
 )
 from torch import Tensor
 
-from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.artifact import write_artifact
+from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import (
     DomainConfig,
