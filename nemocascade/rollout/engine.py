@@ -118,16 +118,16 @@ class Engine(Protocol):
 
 @dataclass
 class Counts:
-    """What a run did. steps: decoding steps; rows: tokens that those read, over all steps.
+    """The work of a run. steps: decode steps; rows: tokens that those read, over all steps.
 
-    prefills, prefill_tokens: prompts and turns of an environment that were read; pieces: in so many
-    pieces. generated: tokens written.
+    prefills, prefill_tokens: prompts and turns of an environment; prefill_chunks: their number.
+    generated: tokens that the policy wrote.
     """
 
     steps: int = 0
     rows: int = 0
     prefills: int = 0
     prefill_tokens: int = 0
-    pieces: int = 0
+    prefill_chunks: int = 0
     generated: int = 0
     extra: dict[str, float] = field(default_factory=dict)

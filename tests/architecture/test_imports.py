@@ -53,7 +53,7 @@ FLOORS = {
         "engine",
         "sampling stops replies openai",
         "slots",
-        "reading",
+        "prefill_queue",
         "generation",
         "live",
     ],
