@@ -175,10 +175,10 @@ def test_a_piece_goes_on_after_steps(world: World, chunks: list[CascadeModel]) -
     check(model.decode(text[at].repeat(3), rows, torch.full((3,), at), at + 1), at)
 
 
-def test_a_piece_needs_a_slot(world: World, chunks: list[CascadeModel]) -> None:
+def test_a_chunk_with_cached_tokens_needs_a_slot(world: World, chunks: list[CascadeModel]) -> None:
     model = ModelRunner(world, chunks, slots=2)
     model.refresh()
-    with pytest.raises(ValueError, match="continues 3 tokens"):
+    with pytest.raises(ValueError, match="continues 3 cached tokens"):
         model.prefill([torch.tensor([1])], [[]], [3])
 
 
