@@ -102,7 +102,7 @@ class MambaMixer(MegatronModule):
     """The mixer; sizes come from `config.shape`.
 
     layer_number: from 1, over the whole model. dt_limit: bounds of softplus(dt + dt_bias).
-    backend: the implementation that is demanded, fla's if any; None is the best one.
+    backend: the implementation of `mamba2` that is demanded; None is the best one.
     Raises ValueError if TP does not divide the groups.
     """
 
