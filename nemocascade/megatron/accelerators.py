@@ -53,7 +53,7 @@ class Detection:
     findings: tuple[Finding, ...]
 
     def table(self) -> str:
-        """What was found, where it is used, and what runs instead; one line each, aligned."""
+        """A line for each finding: where it is used, and what runs instead; aligned."""
         rows = [("accelerator", "found", "used for", "runs instead")]
         for f in self.findings:
             found = f.version or "no"
@@ -186,7 +186,7 @@ def _refused(package: _Package, version: str | None, reason: str) -> Finding:
 
 
 def _examine(package: _Package, setting: str, device: torch.device) -> Finding:
-    """Whether `package` is installed, allowed, and works on `device`."""
+    """Find out if `package` is installed, allowed, and works on `device`."""
     if not _installed(package.module):
         return _refused(package, None, "not installed")
     version = _version(package.distributions)

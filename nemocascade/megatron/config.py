@@ -1,4 +1,4 @@
-"""What modules are built with: Megatron's TransformerConfig, and the accelerators in use."""
+"""Settings that modules are built with: Megatron's TransformerConfig, and accelerators in use."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class CascadeConfig(TransformerConfig):
 
     moe_training: MoeTrainingConfig = field(default_factory=MoeTrainingConfig)
     seed: int = 0
-    """Of the initial weights."""
+    """Seed of the initial weights."""
 
     recompute_layers: bool = False
     """Recompute each layer in backward."""

@@ -86,7 +86,7 @@ def fake_world(rank: int, size: int, parallel: ParallelConfig) -> Iterator[World
 
 @contextlib.contextmanager
 def fake_megatron_world(rank: int, size: int, parallel: ParallelConfig) -> Iterator[World]:
-    """As `fake_world`, with all of Megatron's global groups, which its optimizers look up. Takes
+    """`fake_world` with all of Megatron's global groups, which its optimizers look up. Takes
     seconds where the world has hundreds of ranks."""
     cpu.install()
     with _fake_group(rank, size):

@@ -14,7 +14,7 @@ from nemocascade.types import PackedBatch
 
 @dataclass(eq=False)
 class FirstPass:
-    """What a layer's forward pass leaves for its recomputation in backward.
+    """Results of a layer's forward pass for its recomputation in backward.
 
     experts: [rows, K] int32, the router's choices; None before the forward pass.
     """

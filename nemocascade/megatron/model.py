@@ -137,5 +137,5 @@ def build_model(
 
 
 def chunk_is_meta(chunk: torch.nn.Module) -> bool:
-    """Whether the module was built on the meta device, with shapes and no values."""
+    """True if the module was built on the meta device, with shapes and no values."""
     return any(p.is_meta for p in chunk.parameters())

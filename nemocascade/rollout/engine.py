@@ -1,4 +1,4 @@
-"""What an engine takes and gives: `Sampling`, `Request`, `Completion`, `Engine`."""
+"""The interface of engines: `Sampling`, `Request`, `Completion`, `Engine`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Request:
 
     id: different for every request of a run; with the seed it decides the random numbers.
     prompt: ids, at least one. Requests that follow each other with the same prompt share its
-        reading.
+        prefill.
     """
 
     id: int

@@ -84,7 +84,7 @@ class Generation:
         )
 
     def _agree(self) -> tuple[bool, bool, bool]:
-        """Whether a prefill can run, a text decodes, anything is unfinished: on this rank or on one
+        """True if a prefill can run, a text decodes, anything is unfinished: on this rank or on one
         that shares experts with it."""
         mine = (
             self.prefills.ready,
