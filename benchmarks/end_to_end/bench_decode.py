@@ -38,8 +38,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks import measure, run  # noqa: E402
 from benchmarks.end_to_end.problems import ENGINE, initial, small, world  # noqa: E402
 from benchmarks.measure import Case, Goal, Prepared, Row  # noqa: E402
-from nemocascade.megatron.accelerators import Accelerators  # noqa: E402
-from nemocascade.megatron.config import make_config  # noqa: E402
+from nemocascade.megatron.config import Accelerators, make_config  # noqa: E402
 from nemocascade.megatron.model import build_model  # noqa: E402
 from nemocascade.megatron.parameters import count_parameters  # noqa: E402
 from nemocascade.recipe import ModelConfig, MoeTrainingConfig, tiny  # noqa: E402

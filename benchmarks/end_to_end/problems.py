@@ -131,7 +131,7 @@ def make_trainer(shape: ModelConfig) -> Trainer:
         engine=ENGINE,
         moe=MoeTrainingConfig(),
         optimizer=OPTIMIZER,
-        accelerators=detect(ENGINE, world().device),
+        accelerators=detect(ENGINE, world().device).accelerators,
         seed=0,
         run_dir=Path("runs/benchmark"),
     )

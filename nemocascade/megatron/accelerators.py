@@ -10,18 +10,16 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from nemocascade.megatron import native
+from nemocascade.megatron.config import Accelerators, Adam
 from nemocascade.megatron.layers import mamba_native, norm
 from nemocascade.recipe import EngineConfig
 from nemocascade.recipe.errors import UserError
-
-Adam = Literal["transformer_engine", "apex", "torch"]
 
 
 class AcceleratorError(UserError, RuntimeError):
@@ -48,23 +46,14 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Accelerators:
-    """What this process uses. The default is nothing: torch's own operators everywhere.
+class Detection:
+    """The outcome of `detect`. accelerators: those to be used. findings: the lines of `table`."""
 
-    adam: whose fused Adam steps the weights. te_attention: Transformer Engine's attention.
-    fused_weight_gradient: apex accumulates weight gradients inside the GEMM.
-    fla: fla-core's scan and convolution in the Mamba-2 mixer.
-    findings: the lines of `table`.
-    """
-
-    adam: Adam = "torch"
-    te_attention: bool = False
-    fused_weight_gradient: bool = False
-    fla: bool = False
-    findings: tuple[Finding, ...] = field(default=(), compare=False)
+    accelerators: Accelerators
+    findings: tuple[Finding, ...]
 
     def table(self) -> str:
-        """What was found, where it is used, and what runs instead; one line each, aligned."""
+        """A line for each finding: where it is used, and what runs instead; aligned."""
         rows = [("accelerator", "found", "used for", "runs instead")]
         for f in self.findings:
             found = f.version or "no"
@@ -80,7 +69,7 @@ class Accelerators:
         )
 
 
-def detect(engine: EngineConfig, device: torch.device) -> Accelerators:
+def detect(engine: EngineConfig, device: torch.device) -> Detection:
     """Look for every accelerator once and decide by the settings of `engine` which are used.
 
     Raises AcceleratorError, naming all, if a setting is "on" and its package cannot be used.
@@ -102,11 +91,13 @@ def detect(engine: EngineConfig, device: torch.device) -> Accelerators:
             + ": install it, or set it to auto or off"
         )
     adam: Adam = "transformer_engine" if adam_te.used else "apex" if adam_apex.used else "torch"
-    return Accelerators(
-        adam=adam,
-        te_attention=te_attention.used,
-        fused_weight_gradient=gradient.used,
-        fla=fla.used,
+    return Detection(
+        Accelerators(
+            adam=adam,
+            te_attention=te_attention.used,
+            fused_weight_gradient=gradient.used,
+            fla=fla.used,
+        ),
         findings=(
             _device(device),
             _bf16(device),
@@ -195,7 +186,7 @@ def _refused(package: _Package, version: str | None, reason: str) -> Finding:
 
 
 def _examine(package: _Package, setting: str, device: torch.device) -> Finding:
-    """Whether `package` is installed, allowed, and works on `device`."""
+    """Find out if `package` is installed, allowed, and works on `device`."""
     if not _installed(package.module):
         return _refused(package, None, "not installed")
     version = _version(package.distributions)

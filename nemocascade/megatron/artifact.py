@@ -48,37 +48,39 @@ TOKENIZER_COMPANIONS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """The training that made an artifact. The fields are those of `Artifact`; their values are JSON
+    only."""
+
+    stage: str
+    step: int
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    scores: dict[str, float]
+    parent: str | None = None
+    parent_digest: str | None = None
+
+
 def write_artifact(
     folder: Path,
     world: World,
     chunks: Sequence[Any],
+    provenance: Provenance,
     *,
-    stage: str,
-    step: int,
-    recipe: dict[str, Any],
-    data: dict[str, Any],
-    scores: dict[str, float],
     tokenizer: Path | None = None,
-    parent: str | None = None,
-    parent_digest: str | None = None,
 ) -> Artifact:
-    """Write the weights of `chunks` and what made them to `folder`; every rank calls it.
+    """Write the weights of `chunks` and their provenance to `folder`; every rank calls it.
 
-    A folder that is there is replaced. See `Artifact` for the fields; recipe, data and scores are
-    JSON. tokenizer: a file, copied in with the companions of a `tokenizer.json`.
+    An existing folder is replaced. tokenizer: a file, copied in with the companions of a
+    `tokenizer.json`.
 
     Raises CheckpointError on every rank if it cannot be written.
     """
     documents = _tokenizer_files(tokenizer) if world.is_main and tokenizer is not None else {}
     fields = {
         **describe_model(world, chunks),
-        "stage": stage,
-        "step": step,
-        "recipe": recipe,
-        "data": data,
-        "scores": scores,
-        "parent": parent,
-        "parent_digest": parent_digest,
+        **vars(provenance),
         "tokenizer": None if tokenizer is None else _tokenizer_name(tokenizer),
     }
     pieces = model_pieces(model_parts(chunks, world))

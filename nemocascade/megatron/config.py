@@ -1,10 +1,11 @@
-"""Megatron's TransformerConfig, made from a recipe's settings."""
+"""Settings that modules are built with: Megatron's TransformerConfig, and accelerators in use."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,22 @@ from nemocascade.megatron.init import generator_for
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
 
 Init = Callable[[Tensor], Tensor]
+Adam = Literal["transformer_engine", "apex", "torch"]
+
+
+@dataclass(frozen=True)
+class Accelerators:
+    """Optional packages that this process uses. The default is none: torch's own operators.
+
+    adam: whose fused Adam steps the weights. te_attention: Transformer Engine's attention.
+    fused_weight_gradient: apex accumulates weight gradients inside the GEMM.
+    fla: fla-core's scan and convolution in the Mamba-2 mixer.
+    """
+
+    adam: Adam = "torch"
+    te_attention: bool = False
+    fused_weight_gradient: bool = False
+    fla: bool = False
 
 
 def seeded_normal(seed: int, name: str, std: float) -> Init:
@@ -44,13 +61,10 @@ class CascadeConfig(TransformerConfig):
 
     moe_training: MoeTrainingConfig = field(default_factory=MoeTrainingConfig)
     seed: int = 0
-    """Of the initial weights."""
+    """Seed of the initial weights."""
 
     recompute_layers: bool = False
     """Recompute each layer in backward."""
-
-    recomputing: bool = False
-    """True while backward runs a layer forward again; statistics must not count twice."""
 
     def init_for(self, name: str, *, residual: bool = False) -> Init:
         """Initialiser of the weight `name`; `residual` for projections into the stream."""
@@ -73,51 +87,20 @@ def make_config(
 
     fuse_weight_gradient: accumulate weight gradients inside the GEMM; needs apex.
     """
-    has_moe = "E" in model.pattern
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
-    gated = model.activation == "swiglu"
     return CascadeConfig(
         shape=model,
         moe_training=moe,
         seed=seed,
         recompute_layers=engine.recompute,
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.mlp_width,
-        num_attention_heads=model.num_heads,
-        num_query_groups=model.num_kv_heads,
-        kv_channels=model.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.norm_eps,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        gated_linear_unit=gated,
-        activation_func=F.silu if gated else F.relu,
-        bias_activation_fusion=False,
-        mamba_num_heads=model.mamba_heads,
-        mamba_head_dim=model.mamba_head_dim,
-        mamba_state_dim=model.mamba_state,
-        mamba_num_groups=model.mamba_groups,
-        num_moe_experts=model.num_experts if has_moe else None,
-        moe_ffn_hidden_size=model.expert_width if has_moe else None,
-        moe_router_topk=model.experts_per_token,
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-        expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=parallel.etp,
-        # With two stages, both neighbours are one rank: batched messages could be taken for each
-        # other when chunks interleave. The overlapped ones use two groups.
-        batch_p2p_comm=parallel.vpp == 1,
-        overlap_p2p_comm=parallel.vpp > 1,
-        sequence_parallel=parallel.tp > 1,
+        **_model_fields(model),
+        **_parallel_fields(parallel),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=engine.precision == "bf16",
         use_cpu_initialization=True,
+        # Upstream's default is deprecated and means the same.
+        cuda_graph_modules=[],
         gradient_accumulation_fusion=fuse_weight_gradient,
         calculate_per_token_loss=True,
         init_method=seeded_normal(seed, "output_layer.weight", model.init_std),
@@ -126,3 +109,50 @@ def make_config(
         ),
         output_layer_init_method=seeded_normal(seed, "output_layer.weight", model.init_std),
     )
+
+
+def _model_fields(model: ModelConfig) -> dict[str, Any]:
+    """Sizes and kinds of layers."""
+    has_moe = "E" in model.pattern
+    gated = model.activation == "swiglu"
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.mlp_width,
+        "num_attention_heads": model.num_heads,
+        "num_query_groups": model.num_kv_heads,
+        "kv_channels": model.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_eps,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "gated_linear_unit": gated,
+        "activation_func": F.silu if gated else F.relu,
+        "bias_activation_fusion": False,
+        "mamba_num_heads": model.mamba_heads,
+        "mamba_head_dim": model.mamba_head_dim,
+        "mamba_state_dim": model.mamba_state,
+        "mamba_num_groups": model.mamba_groups,
+        "num_moe_experts": model.num_experts if has_moe else None,
+        "moe_ffn_hidden_size": model.expert_width if has_moe else None,
+        "moe_router_topk": model.experts_per_token,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _parallel_fields(parallel: ParallelConfig) -> dict[str, Any]:
+    """Parallel sizes, and the messages between pipeline stages."""
+    return {
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": parallel.etp,
+        # With two stages, both neighbours are one rank: batched messages could be taken for each
+        # other when chunks interleave. The overlapped ones use two groups.
+        "batch_p2p_comm": parallel.vpp == 1,
+        "overlap_p2p_comm": parallel.vpp > 1,
+        "sequence_parallel": parallel.tp > 1,
+    }

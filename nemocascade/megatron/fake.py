@@ -20,8 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemocascade.megatron import cpu
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import make_config
+from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.model import CascadeModel, build_model
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
 from nemocascade.runtime.world import World
@@ -87,7 +86,7 @@ def fake_world(rank: int, size: int, parallel: ParallelConfig) -> Iterator[World
 
 @contextlib.contextmanager
 def fake_megatron_world(rank: int, size: int, parallel: ParallelConfig) -> Iterator[World]:
-    """As `fake_world`, with all of Megatron's global groups, which its optimizers look up. Takes
+    """`fake_world` with all of Megatron's global groups, which its optimizers look up. Takes
     seconds where the world has hundreds of ranks."""
     cpu.install()
     with _fake_group(rank, size):

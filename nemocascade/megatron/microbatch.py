@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,16 @@ from torch import Tensor
 from nemocascade.megatron.layers.packing import PackedSeq
 from nemocascade.megatron.replay import RouteRecorder, RouteReplay
 from nemocascade.types import PackedBatch
+
+
+@dataclass(eq=False)
+class FirstPass:
+    """Results of a layer's forward pass for its recomputation in backward.
+
+    experts: [rows, K] int32, the router's choices; None before the forward pass.
+    """
+
+    experts: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +31,7 @@ class Microbatch(PackedSeq):
     aux_scale: factor on the routers' auxiliary losses, 1 / (documents of the whole step).
     replay: choices of experts that the routers take; None: they choose.
     recorder: where the routers leave their choices; None: nowhere.
-    chosen: by layer number, the choices [rows, K] that a recomputation takes again.
+    first_pass: of the layer that is called, if backward recomputes it; None: it does not.
     temperature: of the policy whose log-probabilities train. entropy: whether it is measured.
     """
 
@@ -30,7 +40,7 @@ class Microbatch(PackedSeq):
     trained_rows: int = 0
     replay: RouteReplay | None = None
     recorder: RouteRecorder | None = None
-    chosen: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    first_pass: FirstPass | None = None
     temperature: float = 1.0
     entropy: bool = False
 
@@ -71,6 +81,10 @@ class Microbatch(PackedSeq):
             temperature=temperature,
             entropy=entropy,
         )
+
+    def recomputed_later(self) -> Microbatch:
+        """The argument for both passes of one layer call: forward, and its recomputation."""
+        return replace(self, first_pass=FirstPass())
 
     def token_mask(self, rows: slice) -> Tensor | None:
         """[rows] bool, False for padding; None where `rows` hold no padding."""

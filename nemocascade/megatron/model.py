@@ -5,8 +5,6 @@ Shape letters: T tokens of a micro-batch, H hidden size, V vocabulary, tp tensor
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,8 +16,7 @@ from nemocascade_kernels import linear_policy_loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import CascadeConfig
+from nemocascade.megatron.config import Accelerators, CascadeConfig
 from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.layers.norm import RMSNorm
 from nemocascade.megatron.layers.specs import layer_specs
@@ -47,25 +44,15 @@ class CascadeStack(HybridStack):
                 x = checkpoint(
                     layer,
                     x,
-                    packed_seq_params=packed,
+                    packed_seq_params=packed.recomputed_later(),
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=lambda: (contextlib.nullcontext(), self._recomputing()),
                 )
             else:
                 x = layer(x, packed_seq_params=packed)
         if self.post_process:
             x = self.final_norm(x)
         return x
-
-    @contextlib.contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        """Tell layers that this forward pass was counted already."""
-        self.config.recomputing = True
-        try:
-            yield
-        finally:
-            self.config.recomputing = False
 
 
 class CascadeModel(HybridModel):
@@ -122,7 +109,12 @@ def build_model(
 ) -> list[CascadeModel]:
     """This rank's part of the model, one chunk for each virtual pipeline stage, on its device."""
     shape, parallel = config.shape, world.parallel
-    spec = ModuleSpec(module=CascadeStack, submodules=layer_specs(shape, accelerators))
+    layers = layer_specs(
+        shape,
+        mamba2_backend="fla" if accelerators.fla else None,
+        te_attention=accelerators.te_attention,
+    )
+    spec = ModuleSpec(module=CascadeStack, submodules=layers)
     chunks = []
     for stage in range(parallel.vpp):
         # Tied weights of two stages are made equal on the CUDA device.
@@ -145,5 +137,5 @@ def build_model(
 
 
 def chunk_is_meta(chunk: torch.nn.Module) -> bool:
-    """Whether the module was built on the meta device, with shapes and no values."""
+    """True if the module was built on the meta device, with shapes and no values."""
     return any(p.is_meta for p in chunk.parameters())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import CascadeConfig
+from nemocascade.megatron.config import Accelerators, CascadeConfig
 from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.recipe import OptimizerConfig
@@ -69,6 +69,18 @@ def wrap_ddp(
     return wrapped
 
 
+@contextlib.contextmanager
+def _adam_of(accelerators: Accelerators) -> Iterator[None]:
+    """Megatron builds with whichever fused Adam it could import; here with the one to be used."""
+    found = megatron_optimizer.Adam
+    if accelerators.adam == "torch":
+        megatron_optimizer.Adam = torch.optim.AdamW
+    try:
+        yield
+    finally:
+        megatron_optimizer.Adam = found
+
+
 class Optimizer:
     """AdamW over every parameter that trains, stepped with a given learning rate.
 
@@ -84,9 +96,6 @@ class Optimizer:
         accelerators: Accelerators,
     ) -> None:
         self.settings = settings
-        if accelerators.adam == "torch":
-            # Megatron takes whichever fused Adam it can import, whatever the settings say.
-            megatron_optimizer.Adam = torch.optim.AdamW
         megatron = MegatronOptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -100,7 +109,7 @@ class Optimizer:
             use_distributed_optimizer=settings.distributed,
             clip_grad=settings.clip_grad,
         )
-        with cuda_names():
+        with cuda_names(), _adam_of(accelerators):
             self.inner = get_megatron_optimizer(
                 megatron,
                 list(chunks),

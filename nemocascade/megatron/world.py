@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemocascade.megatron import cpu
+from nemocascade.megatron.upstream import hide_notes
 from nemocascade.recipe import EngineConfig, ParallelConfig
 from nemocascade.recipe.errors import RecipeError
 from nemocascade.runtime.world import World
@@ -60,8 +61,10 @@ def start_world(parallel: ParallelConfig, engine: EngineConfig) -> World:
     """Join the process group and make Megatron's groups for `parallel`.
 
     Settings must be legal: check them with the recipe's `problems` first. One process without a
-    launcher makes a world of its own.
+    launcher makes a world of its own. Without CUDA, torch.cuda's functions answer for the CPU from
+    here on (`cpu.install`).
     """
+    hide_notes()
     device = resolve_device(engine)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""What an engine takes and gives: `Sampling`, `Request`, `Completion`, `Engine`."""
+"""The interface of engines: `Sampling`, `Request`, `Completion`, `Engine`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Request:
 
     id: different for every request of a run; with the seed it decides the random numbers.
     prompt: ids, at least one. Requests that follow each other with the same prompt share its
-        reading.
+        prefill.
     """
 
     id: int
@@ -118,16 +118,16 @@ class Engine(Protocol):
 
 @dataclass
 class Counts:
-    """What a run did. steps: decoding steps; rows: tokens that those read, over all steps.
+    """The work of a run. steps: decode steps; rows: tokens that those read, over all steps.
 
-    prefills, prefill_tokens: prompts and turns of an environment that were read; pieces: in so many
-    pieces. generated: tokens written.
+    prefills, prefill_tokens: prompts and turns of an environment; prefill_chunks: their number.
+    generated: tokens that the policy wrote.
     """
 
     steps: int = 0
     rows: int = 0
     prefills: int = 0
     prefill_tokens: int = 0
-    pieces: int = 0
+    prefill_chunks: int = 0
     generated: int = 0
     extra: dict[str, float] = field(default_factory=dict)

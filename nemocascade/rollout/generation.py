@@ -1,4 +1,4 @@
-"""One run of the engine on live weights: texts begin, go on a token a step, and end."""
+"""One run of the engine on live weights: prefills, decode steps, and replies of environments."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemocascade.megatron.generation.slot_model import SlotModel
+from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.rollout.engine import Completion, Counts, Finish, Request, Respond, Sampling
-from nemocascade.rollout.reading import Reader
+from nemocascade.rollout.prefill_queue import PrefillQueue
 from nemocascade.rollout.replies import Replies
 from nemocascade.rollout.sampling import allowed_tokens, uniforms
-from nemocascade.rollout.slots import SlotTable, Text
+from nemocascade.rollout.slots import BatchLimits, SlotTable, Text
 from nemocascade.rollout.stops import Decode, Stops
 from nemocascade.runtime.world import World
 
@@ -28,35 +28,23 @@ class Generation:
     def __init__(
         self,
         world: World,
-        model: SlotModel,
+        model: ModelRunner,
         requests: Sequence[Request],
         sampling: Sampling,
         respond: Respond | None,
         *,
-        slots: int,
-        prefill_tokens: int,
-        prefill_chunk: int,
+        limits: BatchLimits,
         decode: Decode | None,
         vocabulary: int,
-        counts: Counts,
     ) -> None:
-        self.world, self.model, self.sampling, self.counts = world, model, sampling, counts
-        self.vocabulary = vocabulary
+        self.world, self.model, self.sampling = world, model, sampling
+        self.vocabulary, self.counts = vocabulary, Counts()
         longest = max((len(r.prompt) for r in requests), default=1) + sampling.max_tokens
         model.longest = longest
-        self.table = SlotTable(slots, longest, world.device)
+        self.table = SlotTable(limits.slots, longest, world.device)
         self.stops = Stops(sampling, model.vocabulary, decode, world.device)
         self.replies = Replies(world, respond)
-        self.reader = Reader(
-            model,
-            self.table,
-            requests,
-            sampling,
-            counts,
-            spare=slots,
-            room=prefill_tokens,
-            piece=prefill_chunk,
-        )
+        self.prefills = PrefillQueue(model, self.table, requests, sampling, self.counts, limits)
         self.running: list[Text] = []
         self.finished: list[Completion] = []
         self.requests, self.ended = len(requests), 0
@@ -71,9 +59,9 @@ class Generation:
         with self.replies:
             while True:
                 self._take_replies()
-                reads, decodes, unfinished = self._agree()
-                if reads:
-                    self._read()
+                prefills, decodes, unfinished = self._agree()
+                if prefills:
+                    self._prefill()
                 elif decodes:
                     self._step()
                 self.ended += len(self.finished)
@@ -84,8 +72,8 @@ class Generation:
                     return
 
     def _tell(self) -> None:
-        """Say how far the run is, where it has got on and not all the time."""
-        done = (self.ended, self.counts.steps, self.counts.pieces)
+        """Report progress to the watchdog, at most every `TELL_S`."""
+        done = (self.ended, self.counts.steps, self.counts.prefill_chunks)
         now = time.monotonic()
         if done == self._told or now - self._told_at < TELL_S:
             return
@@ -96,63 +84,63 @@ class Generation:
         )
 
     def _agree(self) -> tuple[bool, bool, bool]:
-        """Whether there is something to read, a text goes on, anything is left: on this rank or on
-        one that shares experts with it."""
+        """True if a prefill can run, a text decodes, anything is unfinished: on this rank or on one
+        that shares experts with it."""
         mine = (
-            self.reader.ready,
+            self.prefills.ready,
             bool(self.running),
-            bool(self.table.texts or self.reader.ready),
+            bool(self.table.texts or self.prefills.ready),
         )
         if not self._in_step:
             return mine
         flags = torch.tensor(mine, dtype=torch.int32, device=self.world.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.world.groups.tp_ep)
-        reads, decodes, unfinished = (bool(f) for f in flags.tolist())
-        return reads, decodes, unfinished
+        prefills, decodes, unfinished = (bool(f) for f in flags.tolist())
+        return prefills, decodes, unfinished
 
     @property
     def _in_step(self) -> bool:
         """Experts are spread over data-parallel ranks."""
         return bool(self.world.groups.tp_ep.size() > self.world.parallel.tp)
 
-    def _read(self) -> None:
-        """Begin the requests of a kept prompt, read a pass, and draw first tokens."""
-        kept = self.reader.begin_from_kept()
+    def _prefill(self) -> None:
+        """Start the requests of a kept prompt, run a prefill pass, and draw first tokens."""
+        kept = self.prefills.start_from_kept()
         if kept is not None:
-            self._begin(*kept)
-        self._begin(*self.reader.read(always=self._in_step))
+            self._start(*kept)
+        self._start(*self.prefills.run(always=self._in_step))
 
-    def _begin(self, readers: list[tuple[list[Text], int]], logits: Tensor | None) -> None:
-        """Draw the first token of texts whose prompts were read, each from its row of logits."""
-        texts = [text for group, _ in readers for text in group]
+    def _start(self, prefilled: list[tuple[list[Text], int]], logits: Tensor | None) -> None:
+        """Draw the first token after complete prefills, each from its row of logits."""
+        texts = [text for group, _ in prefilled for text in group]
         if not texts:
             return
         if logits is not None:
-            rows = [row for group, row in readers for _ in group]
+            rows = [row for group, row in prefilled for _ in group]
             logits = logits[torch.tensor(rows, device=logits.device)]
         for text in texts:
-            text.held = text.known
+            text.cached = text.length
         self.running += texts
         self._draw(texts, *self.table.where(texts), logits)
         self._arrange()
 
     def _arrange(self) -> None:
-        """The rows of the next steps, until a text begins or ends."""
+        """The rows of the next steps, until a text starts or stops."""
         self.running = [t for t in self.running if not t.pausing]
         self.rows, self.positions = self.table.where(self.running)
 
     def _step(self) -> None:
-        """Read the last token of every running text, and draw the next."""
+        """Decode the last token of every running text, and draw the next."""
         tokens = self.table.history[self.rows, self.positions]
-        longest = max((t.held for t in self.running), default=0) + 1
+        longest = max((t.cached for t in self.running), default=0) + 1
         logits = self.model.decode(tokens, self.rows, self.positions, longest)
         if self.model.choices is not None and self.running:
             read = self.model.choices[: len(self.running)]
-            self.table.keep_step_routing(self.rows, self.positions, read)
+            self.table.record_step_routing(self.rows, self.positions, read)
         self.counts.steps += 1
         self.counts.rows += len(self.running)
         for text in self.running:
-            text.held += 1
+            text.cached += 1
         self.positions = self.positions + 1
         if self.running and self._draw(self.running, self.rows, self.positions, logits):
             self._arrange()
@@ -160,9 +148,9 @@ class Generation:
     def _draw(
         self, texts: list[Text], rows: Tensor, positions: Tensor, logits: Tensor | None
     ) -> bool:
-        """Draw the next token of texts that have been read to their end. Whether any stopped.
+        """Draw the next token of texts whose other tokens are cached; true if any stopped.
 
-        rows, positions: [n], their slots, and where the tokens go.
+        rows, positions: [n], their slots, and the positions of the new tokens.
         """
         table = self.table
         tokens, logprobs = self._drawn(rows, positions, logits)
@@ -171,15 +159,15 @@ class Generation:
         self.counts.generated += len(texts)
         full = False
         for text in texts:
-            text.known += 1
-            full |= text.known >= text.limit
+            text.length += 1
+            full |= text.length >= text.limit
         ends, doubts = self.stops.certain(tokens), self.stops.doubtful(tokens)
         if not full and not bool((ends if doubts is None else ends | doubts).any()):
             return False
         doubtful = [False] * len(texts) if doubts is None else doubts.tolist()
         for text, end, doubt in zip(texts, ends.tolist(), doubtful, strict=True):
             stopped = end or (doubt and self.stops.reached(table.last_turn(text)))
-            if stopped or text.known >= text.limit:
+            if stopped or text.length >= text.limit:
                 self._pause(text, stopped)
         return any(t.pausing for t in texts)
 
@@ -210,7 +198,7 @@ class Generation:
         """A text stopped or is full: finished, or for the environment to continue."""
         text.pausing = True
         finish: Finish = "stop" if stopped else "length"
-        if stopped and text.known < text.limit and self.replies.wanted:
+        if stopped and text.length < text.limit and self.replies.wanted:
             self.replies.ask(text.slot, self.table.completion(text, finish))
         else:
             self._finish(text, finish)
@@ -221,14 +209,14 @@ class Generation:
 
     def _take_replies(self) -> None:
         """Continue or finish the texts that their environments have answered."""
-        idle = not (self.running or self.reader.ready)
+        idle = not (self.running or self.prefills.ready)
         for slot, tokens in self.replies.take(idle and not self._in_step):
             text = self.table.texts[slot]
             if tokens is None:
                 self._finish(text, "stop")
-            elif text.known + len(tokens) >= text.limit:
+            elif text.length + len(tokens) >= text.limit:
                 self._finish(text, "length")
             else:
                 self.table.extend(text, tokens)
                 text.pausing = False
-                self.reader.add(text)
+                self.prefills.add(text)

@@ -23,7 +23,7 @@ class RespondError(RuntimeError):
 
 
 class Replies:
-    """What environments add to texts that stopped, by slot.
+    """The replies of environments to texts that stopped, by slot.
 
     The first rank of a data-parallel group asks. The other ranks learn of the answers when it does,
     so that all go on alike.
@@ -52,7 +52,7 @@ class Replies:
 
     @property
     def wanted(self) -> bool:
-        """Whether a text that stopped may be continued."""
+        """True if a text that stopped may be continued."""
         return self._respond is not None
 
     def ask(self, slot: int, completion: Completion) -> None:

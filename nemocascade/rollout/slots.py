@@ -1,7 +1,7 @@
-"""Which text lives in which slot, and how far it is.
+"""The sequences of a run by slot: their tokens, log-probabilities, and progress.
 
-Tokens lie on the model's device; the host counts by itself how many there are, so that a step waits
-for the device once.
+Tokens are on the model's device; the host counts them by itself, so that a step waits for the
+device once.
 """
 
 from __future__ import annotations
@@ -16,33 +16,60 @@ from nemocascade.rollout.engine import Completion, Finish, Request, Sampling
 from nemocascade.rollout.sampling import request_keys
 
 
+@dataclass(frozen=True)
+class BatchLimits:
+    """Sizes of continuous batching on a data-parallel rank.
+
+    slots: texts at a time. prefill_tokens: prompts are prefilled together up to this many tokens;
+    0 prefills each alone. prefill_chunk: tokens of one text in a pass; 0 is all of them.
+
+    Raises ValueError if there is no slot, or a size is negative.
+    """
+
+    slots: int = 64
+    prefill_tokens: int = 0
+    prefill_chunk: int = 0
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise ValueError(f"slots({self.slots}) must be at least 1")
+        if self.prefill_tokens < 0 or self.prefill_chunk < 0:
+            raise ValueError(
+                f"prefill_tokens({self.prefill_tokens}) and prefill_chunk({self.prefill_chunk}) "
+                "must be at least 0"
+            )
+
+
 @dataclass
 class Text:
-    """A request under way.
+    """The sequence of a request: its prompt and what follows.
 
-    held: tokens that the model has read. known: tokens that there are: in steps one more than held;
-    a text with more to read is read first. limit: tokens at most. given: stretches [start, end)
-    after the prompt that an environment wrote. pausing: it takes no part in steps.
+    cached: tokens in the caches of the slot. length: tokens of the sequence, one more than `cached`
+    in decode steps; a text with more than that needs a prefill. limit: the most tokens. given:
+    spans [start, end) after the prompt that an environment wrote. pausing: not part of decode
+    steps.
     """
 
     request: Request
     slot: int
-    held: int
-    known: int
+    cached: int
+    length: int
     limit: int
     given: list[tuple[int, int]] = field(default_factory=list)
     pausing: bool = False
 
     @property
     def turn_start(self) -> int:
-        """Where the model's last stretch begins."""
+        """Position at which the policy's last turn starts."""
         return self.given[-1][1] if self.given else len(self.request.prompt)
 
 
 class SlotTable:
-    """history: [S, longest] int64 and logprob: [S, longest] float32, the texts; keys: [S] int64, of
-    their random numbers; all on the device. texts: by slot. free: slots without a text.
-    routing: [S, longest, L, K], the experts of tokens that were read, once there are any.
+    """Tokens of all slots.
+
+    history: [S, longest] int64, the tokens. logprob: [S, longest] float32. keys: [S] int64, of
+    their random numbers. All on the device. texts: by slot. free: slots without a text.
+    routing: [S, longest, L, K], the experts of cached tokens; None until some are recorded.
     """
 
     def __init__(self, slots: int, longest: int, device: torch.device) -> None:
@@ -70,25 +97,25 @@ class SlotTable:
         return texts
 
     def where(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
-        """[n] slots, and [n] tokens that each holds: where its next one is read or written."""
-        table = torch.tensor([(t.slot, t.held) for t in texts], dtype=torch.int64).view(-1, 2)
-        slots, held = table.to(self.device).unbind(1)
-        return slots.contiguous(), held.contiguous()
+        """[n] slots, and [n] cached tokens of each: the position of its next token."""
+        table = torch.tensor([(t.slot, t.cached) for t in texts], dtype=torch.int64).view(-1, 2)
+        slots, cached = table.to(self.device).unbind(1)
+        return slots.contiguous(), cached.contiguous()
 
     def last_turn(self, text: Text) -> Tensor:
-        """[m] ids of the model's last stretch."""
-        return self.history[text.slot, text.turn_start : text.known]
+        """[m] ids of the policy's last turn."""
+        return self.history[text.slot, text.turn_start : text.length]
 
-    def keep_routing(self, slot: int, first: int, choices: Tensor) -> None:
-        """Keep the experts [m, L, K] of a text's tokens from number `first` on."""
+    def record_routing(self, slot: int, first: int, choices: Tensor) -> None:
+        """Record the experts [m, L, K] of a text's tokens from position `first` on."""
         self._routing_like(choices)[slot, first : first + choices.shape[0]] = choices
 
-    def keep_step_routing(self, slots: Tensor, positions: Tensor, choices: Tensor) -> None:
-        """Keep the experts [n, L, K] of one token of each slot."""
+    def record_step_routing(self, slots: Tensor, positions: Tensor, choices: Tensor) -> None:
+        """Record the experts [n, L, K] of one token of each slot."""
         self._routing_like(choices)[slots, positions] = choices
 
     def routing_of(self, text: Text, length: int) -> Tensor:
-        """[length, L, K], the experts of a text's first tokens; they are recorded."""
+        """[length, L, K], the recorded experts of a text's first tokens."""
         assert self.routing is not None
         return self.routing[text.slot, :length]
 
@@ -98,19 +125,19 @@ class SlotTable:
         return self.routing
 
     def extend(self, text: Text, tokens: Sequence[int]) -> None:
-        """Add an environment's tokens."""
-        start, end = text.known, text.known + len(tokens)
+        """Append an environment's tokens."""
+        start, end = text.length, text.length + len(tokens)
         self.history[text.slot, start:end] = torch.tensor(tokens, device=self.device)
         self.logprob[text.slot, start:end] = 0
-        text.known = end
+        text.length = end
         text.given.append((start, end))
 
     def completion(self, text: Text, finish: Finish) -> Completion:
-        """A text as it stands.
+        """The completion of a text.
 
         Raises FloatingPointError if a log-probability is not finite: the model's logits were not.
         """
-        length = text.known
+        length = text.length
         logprob = self.logprob[text.slot, :length].cpu()
         if not bool(torch.isfinite(logprob).all()):
             at = int(torch.nonzero(~torch.isfinite(logprob))[0])

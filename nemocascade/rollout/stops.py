@@ -50,7 +50,7 @@ class Stops:
         return self._suspects[tokens] if self._sequences else None
 
     def reached(self, written: Tensor) -> bool:
-        """Whether the model's last stretch [m] of ids ends with a stop sequence."""
+        """True if the policy's last turn, [m] ids, ends with a stop sequence."""
         longest = max((len(s) for s in self._sequences), default=0)
         tail = written[-longest:].tolist() if longest else []
         if any(tail[-len(s) :] == s for s in self._sequences):

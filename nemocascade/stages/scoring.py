@@ -13,10 +13,9 @@ from typing import Any
 from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
-from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.artifact import artifact_model, load_artifact_weights, read_artifact
 from nemocascade.megatron.checkpoint.folder import digest_of
-from nemocascade.megatron.config import make_config
+from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.model import build_model
 from nemocascade.recipe import (
     DomainConfig,

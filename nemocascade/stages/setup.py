@@ -15,7 +15,8 @@ from nemocascade.data.loader import HeldoutLoader
 from nemocascade.data.packing import WorkModel
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.data.tokenizer_training import train_tokenizer
-from nemocascade.megatron.accelerators import Accelerators, detect
+from nemocascade.megatron.accelerators import detect
+from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.parameters import count_parameters
 from nemocascade.megatron.world import start_world
 from nemocascade.plan.start import check_together, problems_before
@@ -56,14 +57,14 @@ def stage_world(recipe: Recipe, *, show: bool = True) -> Iterator[tuple[World, A
     try:
         start_logging(Path(recipe.run_dir), is_main=world.is_main)
         world.watch.start()
-        accelerators = detect(recipe.engine, world.device)
+        detected = detect(recipe.engine, world.device)
         if show:
             LOGGER.info(world.describe())
-            LOGGER.info("accelerators:\n%s", accelerators.table())
+            LOGGER.info("accelerators:\n%s", detected.table())
         if recipe.engine.preflight:
             _check_together(recipe, world)
         world.watch.enter("set-up")
-        yield world, accelerators
+        yield world, detected.accelerators
     except Exception as error:
         world.watch.fail(error)
         raise

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemocascade.data.tokenizer import Tokenizer
-from nemocascade.megatron.artifact import load_artifact_weights, read_artifact, write_artifact
+from nemocascade.megatron.artifact import (
+    Provenance,
+    load_artifact_weights,
+    read_artifact,
+    write_artifact,
+)
 from nemocascade.megatron.checkpoint import (
     CheckpointError,
     clean_leftovers,
@@ -130,18 +135,21 @@ class Checkpoints:
 
         recipe: a dataclass. data: what it was trained on, JSON values only.
         """
-        artifact = write_artifact(
-            self.run_dir / "artifact",
-            self.world,
-            trainer.chunks,
+        provenance = Provenance(
             stage=stage,
             step=trainer.step_number,
             recipe=json.loads(json.dumps(dataclasses.asdict(recipe))),
             data=data,
             scores=scores,
-            tokenizer=Path(tokenizer.path),
             parent=self.parent["folder"] if self.parent else None,
             parent_digest=self.parent["digest"] if self.parent else None,
+        )
+        artifact = write_artifact(
+            self.run_dir / "artifact",
+            self.world,
+            trainer.chunks,
+            provenance,
+            tokenizer=Path(tokenizer.path),
         )
         LOGGER.info("artifact %s (%s)", artifact.folder, artifact.digest[:12])
         return artifact.folder

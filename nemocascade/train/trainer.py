@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import CascadeConfig, make_config
+from nemocascade.megatron.config import Accelerators, CascadeConfig, make_config
 from nemocascade.megatron.layers.moe import MoEMixer
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel, build_model
@@ -110,20 +109,15 @@ class Trainer:
         """
         watch = self.world.watch
         watch.enter(f"step {self.step_number}: forward and backward")
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._zero_gradients()
         totals = self._totals(batches)
         weight_sum = max(float(totals[0]), 1e-20)
         batches = [replace(b, token_weight=b.token_weight / weight_sum) for b in batches]
+        aux_scale = 1.0 / max(1.0, float(totals[3]))
+        entropy = measure is not None
         micro = [
             Microbatch.from_batch(
-                b,
-                self.world.device,
-                1.0 / max(1.0, float(totals[3])),
-                temperature=temperature,
-                entropy=measure is not None,
+                b, self.world.device, aux_scale, temperature=temperature, entropy=entropy
             )
             for b in batches
         ]
@@ -132,14 +126,7 @@ class Trainer:
         )
         loss = self._finite_loss(outputs, batches)
         watch.enter(f"step {self.step_number}: optimizer")
-        try:
-            norm = self.optimizer.step(self.optimizer.settings.lr_at(self.step_number))
-        except NonFiniteGradientError as error:
-            folder = dump_batches(self.run_dir, self.step_number, self.world, batches)
-            raise NonFiniteError(
-                f"step {self.step_number}: the loss is {loss:.6g} but the {error}; no weight was "
-                f"changed. Every rank wrote its batches to {folder}"
-            ) from error
+        norm = self._update(loss, batches)
         load, bias = self._move_router_bias()
         watch.enter(f"after step {self.step_number}")
         self.step_number += 1
@@ -153,6 +140,23 @@ class Trainer:
             expert_bias=bias,
             metrics=measure(self.world, outputs, batches) if measure else {},
         )
+
+    def _zero_gradients(self) -> None:
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _update(self, loss: float, batches: Sequence[PackedBatch]) -> float:
+        """Step the optimizer; returns the gradient norm. Raises NonFiniteError as `train_step`."""
+        try:
+            return self.optimizer.step(self.optimizer.settings.lr_at(self.step_number))
+        except NonFiniteGradientError as error:
+            folder = dump_batches(self.run_dir, self.step_number, self.world, batches)
+            raise NonFiniteError(
+                f"step {self.step_number}: the loss is {loss:.6g} but the {error}; no weight was "
+                f"changed. Every rank wrote its batches to {folder}"
+            ) from error
 
     def skip_step(self) -> None:
         """A step that had nothing to train on: no weight and no optimizer state changes."""

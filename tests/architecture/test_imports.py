@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "nemocascade"
-KERNELS = ROOT / "kernels" / "nemocascade_kernels"
+from helpers.imports import (
+    KERNELS,
+    PACKAGE,
+    ROOT,
+    import_graph,
+    imports_of,
+    shortest_circle,
+    sources,
+)
 
 # Which rooms a room may import, besides itself and libraries.
 ALLOWED = {
@@ -32,18 +38,35 @@ ALLOWED = {
     },
     "cascade": {"stages", "plan", "megatron", "recipe", "types", "runtime"},
 }  # fmt: skip
+# Floors inside a room, lowest first. A file imports files of lower floors, and of its own floor
+# those of its own entry only. An entry is a file or a folder.
+FLOORS = {
+    "megatron": [
+        "upstream cpu init replay native layers.packing",
+        "world config microbatch",
+        "layers",
+        "model schedule",
+        "optimizer parameters fake generation",
+        "checkpoint",
+        "artifact",
+        "convert accelerators",
+    ],
+    "rollout": [
+        "engine",
+        "sampling stops replies openai",
+        "slots",
+        "prefill_queue",
+        "generation",
+        "live",
+    ],
+    "train": [
+        "dump flops metrics objectives weight_swap",
+        "evaluation",
+        "trainer",
+        "checkpointing report",
+    ],
+}
 KERNEL_LIBRARIES = {"torch", "triton", "nemocascade_kernels"}
-
-
-def imported_modules(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, wherever in the file."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module)
-    return found
 
 
 def room_of(module: str) -> str | None:
@@ -56,34 +79,65 @@ def room_of(module: str) -> str | None:
     return None
 
 
-def sources(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*.py") if "__pycache__" not in p.parts)
-
-
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down_only(path: Path) -> None:
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if room in ("cli", "__init__", "_version"):
         return
     assert room in ALLOWED, f"{room} is a room that the house does not know"
-    rooms = {r for m in imported_modules(path) if (r := room_of(m)) is not None}
+    rooms = {r for a, b in imports_of(path) if (r := room_of(f"{a}.{b}".strip("."))) is not None}
     forbidden = rooms - ALLOWED[room] - {room}
     assert not forbidden, f"{room} may not import {sorted(forbidden)}"
+
+
+def entry_of(module: str, room: str) -> str | None:
+    """The entry of FLOORS that a module of the room belongs to; None for the room itself."""
+    parts = module.split(".")[2:]
+    names = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    entries = " ".join(FLOORS[room]).split()
+    found = next((name for name in names if name in entries), None)
+    assert found or not parts, f"{module} stands on no floor: give it one in FLOORS"
+    return found
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_floors_inside_a_room(room: str) -> None:
+    floor = {entry: i for i, line in enumerate(FLOORS[room]) for entry in line.split()}
+    upward, here = [], f"nemocascade.{room}"
+    graph = {m: t for m, t in import_graph().items() if m == here or m.startswith(f"{here}.")}
+    entries = {module: entry_of(module, room) for module in graph}
+    for module, targets in graph.items():
+        for target in sorted(targets & graph.keys()):
+            own, other = entries[module], entries[target]
+            if own and own != other and (other is None or floor[other] >= floor[own]):
+                upward.append(f"{module} imports {target}")
+    assert not upward, f"imports that do not go down: {upward}"
+    gone = floor.keys() - entries.values()
+    assert not gone, f"FLOORS names {sorted(gone)}, which {room} does not have"
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    circle = shortest_circle(import_graph())
+    assert not circle, "a circle of imports: " + " -> ".join(circle)
+
+
+def test_a_circle_is_found_and_named() -> None:
+    graph = {"a": {"b", "c"}, "b": {"c"}, "c": {"d"}, "d": {"b"}, "e": {"a"}}
+    assert shortest_circle(graph) == ["b", "c", "d", "b"]
+    assert shortest_circle(graph | {"d": set()}) == []
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda p: str(p.relative_to(ROOT)))
 def test_only_the_megatron_room_imports_megatron(path: Path) -> None:
     if path.is_relative_to(PACKAGE / "megatron"):
         return
-    outside = {m for m in imported_modules(path) if m.split(".")[0] == "megatron"}
+    outside = {a for a, _ in imports_of(path) if a.split(".")[0] == "megatron"}
     assert not outside, f"reach Megatron-Core through nemocascade.megatron, not {sorted(outside)}"
 
 
 @pytest.mark.parametrize("path", sources(KERNELS), ids=lambda p: str(p.relative_to(ROOT)))
 def test_kernels_need_torch_and_triton_only(path: Path) -> None:
-    import sys
-
-    roots = {m.split(".")[0] for m in imported_modules(path)}
+    roots = {a.split(".")[0] for a, _ in imports_of(path)}
     others = roots - KERNEL_LIBRARIES - set(sys.stdlib_module_names)
     assert not others, f"the kernel package may import torch and triton, not {sorted(others)}"
 

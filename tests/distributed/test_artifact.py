@@ -14,6 +14,7 @@ from helpers.ranks import run_ranks
 from helpers.stored import unequal
 
 from nemocascade.megatron.artifact import (
+    Provenance,
     artifact_model,
     load_artifact_weights,
     read_artifact,
@@ -54,7 +55,7 @@ def artifact(world: World, trainer: Trainer, tmp_path: Path) -> Artifact:
     tokenizer = tmp_path / "my.model"
     tokenizer.write_bytes(b"pieces")
     folder = tmp_path / "artifact"
-    return write_artifact(folder, world, trainer.chunks, tokenizer=tokenizer, **MADE_BY)
+    return write_artifact(folder, world, trainer.chunks, Provenance(**MADE_BY), tokenizer=tokenizer)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -82,8 +83,8 @@ def test_a_tokenizer_json_brings_its_companions(
         tmp_path / "artifact",
         world,
         trainer.chunks,
+        Provenance(**MADE_BY),
         tokenizer=tmp_path / "tokenizer.json",
-        **MADE_BY,
     )
     names = {p.name for p in written.folder.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json"} <= names
@@ -135,7 +136,7 @@ def test_another_model_and_a_changed_artifact_are_refused(
     with pytest.raises(CheckpointError, match=r"model\.mlp_width is 64 in this run and 48"):
         load_artifact_weights(artifact, world, wider.chunks)
     made_by = {**MADE_BY, "step": 13}
-    newer = write_artifact(artifact.folder, world, trainer.chunks, **made_by)
+    newer = write_artifact(artifact.folder, world, trainer.chunks, Provenance(**made_by))
     assert newer.digest != artifact.digest
     with pytest.raises(CheckpointError, match="another artifact than the one that was opened"):
         load_artifact_weights(artifact, world, trainer.chunks)
@@ -154,7 +155,7 @@ def copy_artifact(source: str, target: str, parallel: dict[str, int]) -> None:
     world = start_world(ParallelConfig(**parallel), EngineConfig(timeout_s=300))
     trainer = make_trainer({"seed": 5}, world)
     load_artifact_weights(read_artifact(Path(source)), world, trainer.chunks)
-    write_artifact(Path(target), world, trainer.chunks, **MADE_BY)
+    write_artifact(Path(target), world, trainer.chunks, Provenance(**MADE_BY))
 
 
 def test_other_layouts_read_and_write_the_same_weights(artifact: Artifact, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from helpers.checkpoint_jobs import make_trainer
 from helpers.kill_jobs import Position
 
-from nemocascade.megatron.artifact import write_artifact
+from nemocascade.megatron.artifact import Provenance, write_artifact
 from nemocascade.megatron.checkpoint import (
     CheckpointError,
     latest_checkpoint,
@@ -113,10 +113,9 @@ def test_resume_off_refuses_a_used_folder(tmp_path: Path, world: World, trainer:
 
 
 def test_a_run_keeps_its_parent(tmp_path: Path, world: World, trainer: Trainer) -> None:
-    made_by: dict[str, Any] = {"stage": "s", "step": 0, "recipe": {}, "data": {}, "scores": {}}
     folders = [str(tmp_path / name) for name in ("one", "two")]
     for step, folder in enumerate(folders):
-        write_artifact(Path(folder), world, trainer.chunks, **{**made_by, "step": step})
+        write_artifact(Path(folder), world, trainer.chunks, Provenance("s", step, {}, {}, {}))
     run = tmp_path / "run"
     checkpoints = Checkpoints(run, CheckpointConfig(), world)
     checkpoints.start(trainer, loader(), resume=True, init_from=folders[0])

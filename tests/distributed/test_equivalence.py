@@ -67,7 +67,7 @@ def train(
         optimizer=OptimizerConfig(
             **{"lr": 1e-3, "schedule": "constant", "warmup_steps": 10, **(optimizer or {})}
         ),
-        accelerators=detect(settings, world.device),
+        accelerators=detect(settings, world.device).accelerators,
         seed=3,
         run_dir=Path("/nonexistent"),
     )

@@ -49,8 +49,8 @@ def _measure(parallel: dict[str, int], model: dict[str, Any]) -> dict[str, float
     from dataclasses import replace
     from pathlib import Path
 
-    from nemocascade.megatron.accelerators import Accelerators
     from nemocascade.megatron.checkpoint.state import _main_parameters, _stepping
+    from nemocascade.megatron.config import Accelerators
     from nemocascade.megatron.world import start_world
     from nemocascade.plan.gpus import GPUS
     from nemocascade.plan.job import Job

@@ -58,7 +58,7 @@ def replay_once(parallel: dict[str, int], recompute: bool = False) -> dict[str, 
         engine=engine,
         moe=MoeTrainingConfig(load_balance="global", load_balance_coef=1e-2, z_loss_coef=1e-3),
         optimizer=OptimizerConfig(lr=1e-3, schedule="constant"),
-        accelerators=detect(engine, world.device),
+        accelerators=detect(engine, world.device).accelerators,
         seed=3,
         run_dir=Path("/nonexistent"),
     )

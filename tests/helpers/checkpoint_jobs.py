@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from helpers.ranks import join_group
-from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.checkpoint import (
     CheckpointError,
     load_checkpoint,
     save_checkpoint,
 )
+from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import (
     EngineConfig,

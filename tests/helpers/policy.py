@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemocascade.megatron.accelerators import Accelerators
+from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.recipe import EngineConfig, MoeTrainingConfig, OptimizerConfig, tiny
 from nemocascade.rl.collector import Rollout

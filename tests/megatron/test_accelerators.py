@@ -14,10 +14,11 @@ import torch
 from nemocascade.megatron import accelerators
 from nemocascade.megatron.accelerators import (
     AcceleratorError,
-    Accelerators,
+    Detection,
     Finding,
     detect,
 )
+from nemocascade.megatron.config import Accelerators
 from nemocascade.recipe import EngineConfig
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
 
 
-def finding(found: Accelerators, name: str) -> Finding:
+def finding(found: Detection, name: str) -> Finding:
     return next(f for f in found.findings if f.name == name)
 
 
@@ -91,7 +92,7 @@ def test_the_default_uses_nothing() -> None:
 
 def test_nothing_installed(machine: Machine) -> None:
     found = detect(EngineConfig(), CUDA)
-    assert found == Accelerators()
+    assert found.accelerators == Accelerators()
     assert machine.imported == []
     assert finding(found, "fla-core").refused == "not installed"
 
@@ -99,7 +100,7 @@ def test_nothing_installed(machine: Machine) -> None:
 def test_everything_installed(machine: Machine) -> None:
     machine.installed = set(PACKAGES)
     found = detect(EngineConfig(), CUDA)
-    assert found == Accelerators("transformer_engine", True, True, True)
+    assert found.accelerators == Accelerators("transformer_engine", True, True, True)
     assert finding(found, "fla-core").version == "9.9.9"
     assert "preferred" in finding(found, "apex Adam").refused
 
@@ -107,14 +108,14 @@ def test_everything_installed(machine: Machine) -> None:
 def test_apex_alone_gives_its_adam(machine: Machine) -> None:
     machine.installed = {"apex"}
     found = detect(EngineConfig(apex="on"), CUDA)
-    assert found == Accelerators("apex", False, True, False)
+    assert found.accelerators == Accelerators("apex", False, True, False)
 
 
 def test_off_does_not_even_import(machine: Machine) -> None:
     machine.installed = set(PACKAGES)
     engine = EngineConfig(transformer_engine="off", apex="off", fla="off")
     found = detect(engine, CUDA)
-    assert found == Accelerators()
+    assert found.accelerators == Accelerators()
     assert machine.imported == []
     assert finding(found, "fla-core").refused == "switched off"
 
@@ -122,7 +123,7 @@ def test_off_does_not_even_import(machine: Machine) -> None:
 def test_a_cpu_run_uses_none(machine: Machine) -> None:
     machine.installed = set(PACKAGES)
     found = detect(EngineConfig(), CPU)
-    assert found == Accelerators()
+    assert found.accelerators == Accelerators()
     assert machine.imported == []
     assert "needs a CUDA device" in finding(found, "fla-core").refused
 
@@ -142,7 +143,7 @@ def test_a_broken_package_is_refused_with_its_reason(
     machine.installed = {"fla", "apex"}
     machine.broken = {"fla": error, "fused_weight_gradient_mlp_cuda": error}
     found = detect(EngineConfig(), CUDA)
-    assert found == Accelerators("apex", False, False, False)
+    assert found.accelerators == Accelerators("apex", False, False, False)
     reason = finding(found, "fla-core").refused
     assert type(error).__name__ in reason
     assert str(error)[:30] in reason
@@ -170,7 +171,7 @@ def test_on_and_missing_is_an_error_that_names_all(machine: Machine) -> None:
 
 def test_preferring_transformer_engine_does_not_fail_apex_on(machine: Machine) -> None:
     machine.installed = set(PACKAGES)
-    assert detect(EngineConfig(apex="on"), CUDA).adam == "transformer_engine"
+    assert detect(EngineConfig(apex="on"), CUDA).accelerators.adam == "transformer_engine"
 
 
 def test_the_table_has_a_line_for_each(machine: Machine) -> None:

@@ -32,14 +32,14 @@ from test_model_against_transformers import (
 )
 from torch import Tensor, nn
 
-from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.artifact import (
+    Provenance,
     artifact_model,
     load_artifact_weights,
     read_artifact,
     write_artifact,
 )
-from nemocascade.megatron.config import make_config
+from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.convert import (
     ConversionError,
     export_huggingface,
@@ -169,8 +169,7 @@ def test_transformers_reads_what_we_write(case: str, world: World, tmp_path: Pat
     engine = EngineConfig(precision="fp32")
     config = make_config(shape, world.parallel, engine, MoeTrainingConfig(), seed=1)
     [model] = build_model(world, config, Accelerators())
-    made_by: dict[str, Any] = {"stage": "sft", "step": 1, "recipe": {}, "data": {}, "scores": {}}
-    write_artifact(tmp_path / "artifact", world, [model], **made_by)
+    write_artifact(tmp_path / "artifact", world, [model], Provenance("sft", 1, {}, {}, {}))
     export_huggingface(tmp_path / "artifact", tmp_path / "hf")
     theirs = getattr(transformers, family).from_pretrained(tmp_path / "hf", dtype=torch.float32)
     theirs.eval()

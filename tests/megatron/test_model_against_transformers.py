@@ -28,8 +28,7 @@ from helpers.transformers_weights import (
 from nemocascade_kernels import Nll
 from torch import Tensor, nn
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import make_config
+from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.layers.mamba import MambaMixer
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel, build_model

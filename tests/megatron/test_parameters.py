@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from helpers.transformers_weights import nemotron_h
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import make_config
+from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.model import build_model
 from nemocascade.megatron.parameters import ParameterCount, count_parameters, meta_model
 from nemocascade.megatron.world import start_world

@@ -21,13 +21,13 @@ def read_prompt(length: int, piece: int) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from helpers.rollout import draw_tokens, make_model
 
-    from nemocascade.megatron.generation.slot_model import SlotModel
+    from nemocascade.megatron.generation.model_runner import ModelRunner
     from nemocascade.megatron.world import start_world
     from nemocascade.recipe import EngineConfig, ParallelConfig, tiny
 
     world = start_world(ParallelConfig(), EngineConfig(precision="fp32"))
     shape = tiny()
-    model = SlotModel(world, make_model(world, shape), slots=1)
+    model = ModelRunner(world, make_model(world, shape), slots=1)
     model.refresh()
     text = draw_tokens(shape.vocab_size, length, seed=1)
     # First, at the size of a piece but small: libraries take their own memory at the first call.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.rollout import ODD, draw_tokens, full_logits, make_model
 
-from nemocascade.megatron.generation.slot_model import SlotModel
+from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ModelConfig, ParallelConfig
 from nemocascade.runtime.world import World
@@ -39,7 +39,7 @@ def world() -> Iterator[World]:
 def test_prompt_and_steps_equal_the_packed_forward(world: World, case: str) -> None:
     shape: ModelConfig = SHAPES[case]
     chunks = make_model(world, shape)
-    model = SlotModel(world, chunks, slots=len(PROMPTS) + 2)
+    model = ModelRunner(world, chunks, slots=len(PROMPTS) + 2)
     model.refresh()
     texts = [draw_tokens(shape.vocab_size, n + STEPS, seed=n) for n in PROMPTS]
     expected = [full_logits(chunks, text) for text in texts]

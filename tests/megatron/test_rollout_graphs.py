@@ -14,7 +14,7 @@ from helpers.rollout import ODD, draw_tokens, make_model
 from torch import Tensor
 
 from nemocascade.megatron.generation.decode_graph import LEAST_LENGTH, DecodeGraphs
-from nemocascade.megatron.generation.slot_model import SlotModel
+from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ParallelConfig
 from nemocascade.runtime.world import World
@@ -46,7 +46,7 @@ class Captures:
 def test_captured_steps_equal_plain_ones(world: World) -> None:
     """Whatever number of rows, with other slots untouched."""
     chunks = make_model(world, ODD)
-    plain, captured = (SlotModel(world, chunks, slots=6) for _ in range(2))
+    plain, captured = (ModelRunner(world, chunks, slots=6) for _ in range(2))
     prompts = [draw_tokens(ODD.vocab_size, 4 + 3 * i, seed=i) for i in range(6)]
     captures = Captures()
     captured._graphs = DecodeGraphs(

@@ -11,8 +11,7 @@ import torch
 from nemocascade_kernels import Nll
 from torch import Tensor
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import make_config
+from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.layers.moe import Router
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel, build_model
@@ -173,6 +172,20 @@ def test_recompute_takes_the_choices_of_the_first_pass(world: World, replayed: b
     torch.testing.assert_close(found, expected)
     assert torch.equal(recorded(packed), first)
     assert all(map(torch.equal, load, (m.load for m in model.modules() if isinstance(m, Router))))
+
+
+def test_recompute_keeps_the_choices_of_each_pass_apart(world: World) -> None:
+    """Two forward passes of one micro-batch before their backward passes, as two models make."""
+    packed = microbatch(world)
+    _, expected = gradients(make_model(world), packed)
+    model, other = make_model(world, recompute=True), make_model(world, recompute=True)
+    scramble_routers(other)
+    assert packed.batch is not None
+    loss = model(packed, Nll(packed.batch.token_weight)).loss
+    other(packed, Nll(packed.batch.token_weight))
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, expected)
 
 
 def test_records_of_documents_are_laid_like_the_documents() -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.checkpoint.state import _main_parameters, _stepping
-from nemocascade.megatron.config import make_config
+from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.fake import (
     OnMeta,
     build_on_meta,

@@ -23,8 +23,8 @@ from helpers.policy import (
 )
 from torch import Tensor
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.artifact import write_artifact
+from nemocascade.megatron.artifact import Provenance, write_artifact
+from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import (
     DomainConfig,
@@ -256,17 +256,8 @@ def _resident() -> float:
 def artifact(trainer: Trainer, folder: Path, tokenizer: str = "one") -> Artifact:
     file = folder.with_suffix(".json")
     file.write_text(json.dumps({"tokenizer": tokenizer}))
-    return write_artifact(
-        folder,
-        trainer.world,
-        trainer.chunks,
-        stage="x",
-        step=0,
-        recipe={},
-        data={},
-        scores={},
-        tokenizer=file,
-    )
+    provenance = Provenance("x", 0, {}, {}, {})
+    return write_artifact(folder, trainer.world, trainer.chunks, provenance, tokenizer=file)
 
 
 def test_a_teacher_that_does_not_fit_is_refused(

@@ -27,8 +27,7 @@ from helpers.transformers_weights import nemotron_h
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemocascade.megatron.accelerators import Accelerators
-from nemocascade.megatron.config import make_config
+from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import build_model
 from nemocascade.megatron.world import start_world

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemocascade.megatron.accelerators import Accelerators
+from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import (
     EngineConfig,

@@ -1,8 +1,9 @@
-"""Decoding steps as CUDA graphs: what the host would launch one by one, replayed at once.
+"""Decode steps as CUDA graphs, which launch all kernels of a step at once.
 
-A graph has the addresses of its inputs and of all states in it, and its shapes are fixed. So rows
-are filled up to a power of two with the spare slot, and what attention may read is rounded up; a
-graph is captured at the first step of each pair of these sizes. Whoever moves a state must `clear`.
+A graph contains the addresses of its inputs and of all caches, and its shapes are fixed. So rows
+are padded to a power of two with the spare slot, and the length that attention may read is rounded
+up; a graph is captured at the first step of each pair of these sizes. Whoever moves a cache must
+`clear` the graphs.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 LEAST_LENGTH = 512
-"""What attention may read is this times a power of two."""
+"""The length that attention may read is this times a power of two."""
 
 StepCall = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """tokens [n], slots [n], positions [n], longest -> logits [n, V]; it waits for nothing."""
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""A call -> what replays it, and where its result then stands."""
+"""A call -> the function that replays it, and the tensor that it writes."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class _Graph:
 class DecodeGraphs:
     """The captured steps of one model.
 
-    call: a step. most_rows: rows of a step at most. spare: the slot of rows that stand for nothing.
-    capture: how a call is captured; default, as a CUDA graph.
+    call: a step. most_rows: rows of a step at most. spare: the slot of padding rows. capture:
+    captures a call; default, as a CUDA graph.
     """
 
     def __init__(
@@ -54,16 +55,16 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
     def clear(self) -> None:
-        """Forget all graphs: a state has moved to another address."""
+        """Drop all graphs: a cache has moved to another address."""
         self._graphs.clear()
 
     @staticmethod
     def rounded_length(longest: int) -> int:
-        """What attention reads in the graph that serves `longest`: room is needed for so much."""
+        """The length that attention reads in the graph for `longest`; caches need to hold it."""
         return LEAST_LENGTH * _power_of_two(-(-longest // LEAST_LENGTH))
 
     def step(self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """Logits [n, V]; they stay until the next step. Caches must hold `rounded_length`."""
+        """Logits [n, V], valid until the next step. Caches must hold `rounded_length`."""
         rows = tokens.numel()
         key = min(_power_of_two(rows), self._most_rows), self.rounded_length(longest)
         if key not in self._graphs:
@@ -87,7 +88,7 @@ class DecodeGraphs:
 
 
 def capture_cuda(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """`call` as a CUDA graph. It runs before, so that what is built at a first call is there."""
+    """`call` as a CUDA graph. It runs twice before, to build what a first call builds."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

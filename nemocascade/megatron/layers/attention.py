@@ -12,7 +12,6 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.layers.attention_core import (
     TransformerEngineAttention,
@@ -30,7 +29,7 @@ class Attention(MegatronModule):
 
     With fewer key/value heads than TP ranks, the ranks that share a key/value head gather its
     projection and each takes its own query heads, as Megatron does; the weights stay cut.
-    accelerators: what may be used on a GPU; None is torch's own operators.
+    use_te: whether Transformer Engine computes the attention of CUDA tensors.
     Raises ValueError if the heads cannot be cut so.
     """
 
@@ -40,7 +39,7 @@ class Attention(MegatronModule):
         *,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        accelerators: Accelerators | None = None,
+        use_te: bool = False,
         **_unused: Any,
     ) -> None:
         super().__init__(config)
@@ -64,7 +63,7 @@ class Attention(MegatronModule):
         self.sharing = max(1, tp // shape.num_kv_heads)
         self.all_kv_heads = shape.num_kv_heads
         self.te_attention: TransformerEngineAttention | None = None
-        if accelerators is not None and accelerators.te_attention:
+        if use_te:
             self.te_attention = TransformerEngineAttention(
                 shape.num_heads // tp, self.kv_heads, shape.head_dim
             )

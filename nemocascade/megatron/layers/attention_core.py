@@ -164,7 +164,7 @@ class TransformerEngineAttention(torch.nn.Module):
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeq) -> Tensor:
-        """As `packed_attention`."""
+        """Computes `packed_attention`."""
         packed.check_rows(q.shape[0], "attention's q")
         out: Tensor = self.core(
             q.contiguous(),

@@ -25,7 +25,6 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.init import Fill, generator_for, sharded_init
 from nemocascade.megatron.layers.fla import fla_causal_conv1d, fla_ssd_scan
@@ -103,7 +102,7 @@ class MambaMixer(MegatronModule):
     """The mixer; sizes come from `config.shape`.
 
     layer_number: from 1, over the whole model. dt_limit: bounds of softplus(dt + dt_bias).
-    accelerators: what may be used on a GPU; None is torch's own operators.
+    backend: the implementation of `mamba2` that is demanded; None is the best one.
     Raises ValueError if TP does not divide the groups.
     """
 
@@ -114,7 +113,7 @@ class MambaMixer(MegatronModule):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         dt_limit: tuple[float, float] = (0.0, float("inf")),
-        accelerators: Accelerators | None = None,
+        backend: str | None = None,
         **_unused: Any,
     ) -> None:
         super().__init__(config)
@@ -125,7 +124,7 @@ class MambaMixer(MegatronModule):
                 f"tp({tp}) does not divide model.mamba_groups({shape.mamba_groups}): each rank "
                 "computes whole groups, so choose a TP that divides the groups"
             )
-        self.fla = accelerators is not None and accelerators.fla
+        self.fla = backend == "fla"
         self.chunk = min(shape.mamba_chunk, LARGEST_CHUNK)
         self.dt_limit = dt_limit
 

@@ -205,23 +205,27 @@ class MoEMixer(MegatronModule):
         x = hidden_states.flatten(0, 1)
         rows = self._rows(x.shape[0])
         logits = self.router(x)
-        routing = self._route(logits, packed, rows)
+        # The choices of the forward pass, where this is its recomputation in backward.
+        earlier = None if packed.first_pass is None else packed.first_pass.experts
+        routing = self._route(logits, packed, rows, earlier)
         y = self.experts(x, routing)
         if self.training and torch.is_grad_enabled():
             y = self._with_losses(y, logits, routing, packed, rows)
-            if not self.config.recomputing:
+            if earlier is None:
                 self.router.load += routing.counts
         y = y.view_as(hidden_states)
         if self.shared_experts is not None:
             y = y + self.shared_experts(hidden_states, packed)
         return y
 
-    def _route(self, logits: Tensor, packed: Microbatch, rows: slice) -> Routing:
-        """By the router's choice, by a replayed one, or by that of the pass to be recomputed."""
+    def _route(
+        self, logits: Tensor, packed: Microbatch, rows: slice, earlier: Tensor | None
+    ) -> Routing:
+        """By the router's choice, by a replayed one, or by `earlier`, that of the forward pass."""
         mask, layer, replay = packed.token_mask(rows), self.layer_number, packed.replay
-        if self.config.recomputing:
+        if earlier is not None:
             # Scores may round differently the second time, and the bias may have moved.
-            return self.router.route(logits, mask, packed.chosen[layer])
+            return self.router.route(logits, mask, earlier)
         choices = None
         if replay is not None:
             choices = replay.of_layer(layer, rows)
@@ -230,8 +234,8 @@ class MoEMixer(MegatronModule):
                 recorded = choices[:, :1] < self.config.shape.num_experts
                 choices = torch.where(recorded, choices, own)
         routing = self.router.route(logits, mask, choices)
-        if self.config.recompute_layers and torch.is_grad_enabled():
-            packed.chosen[layer] = routing.experts
+        if packed.first_pass is not None:
+            packed.first_pass.experts = routing.experts
         if packed.recorder is not None:
             packed.recorder.keep(layer, rows, routing.experts)
         return routing

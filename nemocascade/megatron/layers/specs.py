@@ -8,7 +8,6 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.layers.attention import Attention
 from nemocascade.megatron.layers.block import ResidualBlock
 from nemocascade.megatron.layers.mamba import MambaMixer
@@ -23,15 +22,18 @@ def _block(mixer: type, **params: Any) -> ModuleSpec:
     )
 
 
-def layer_specs(shape: ModelConfig, accelerators: Accelerators) -> HybridStackSubmodules:
+def layer_specs(
+    shape: ModelConfig, *, mamba2_backend: str | None, te_attention: bool
+) -> HybridStackSubmodules:
     """The layers that Megatron's HybridStack builds: M, *, - and E.
 
-    accelerators: optional packages that mixers may use.
+    mamba2_backend: the implementation of `mamba2` that is demanded; None is the best one.
+    te_attention: whether Transformer Engine computes attention.
     """
     dt_limit = (shape.mamba_dt_min, math.inf)
     return HybridStackSubmodules(
-        mamba_layer=_block(MambaMixer, accelerators=accelerators, dt_limit=dt_limit),
-        attention_layer=_block(Attention, accelerators=accelerators),
+        mamba_layer=_block(MambaMixer, backend=mamba2_backend, dt_limit=dt_limit),
+        attention_layer=_block(Attention, use_te=te_attention),
         mlp_layer=_block(MLP),
         moe_layer=_block(MoEMixer),
     )

@@ -1,7 +1,7 @@
-"""Mamba-2 and attention layers that read one token, or a piece, of many sequences: what they keep.
+"""Mamba-2 and attention layers of the decoder: recurrent states and the KV cache.
 
-Shape letters: as `decode`, and K rows of the convolution's window, W its channels, h heads, p head
-dimension, N state; g key/value heads, d their dimension.
+Shape letters: those of `layers`, and K rows of the convolution's window, W its channels, h heads,
+p head dimension, N state; g key/value heads, d their dimension.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import torch
 from nemocascade_kernels import MambaWeights
 from torch import Tensor
 
-from nemocascade.megatron.generation.cached_attention import attention_over_past
-from nemocascade.megatron.generation.places import Places
-from nemocascade.megatron.generation.slot_layers import MlpSlots, MoeSlots, SlotLayer, Step
+from nemocascade.megatron.generation.chunked_prefill import chunked_prefill_attention
+from nemocascade.megatron.generation.layers import DecodeStep, MlpSlotLayer, MoeSlotLayer, SlotLayer
+from nemocascade.megatron.generation.slot_assignment import SlotAssignment
 from nemocascade.megatron.layers.attention import Attention
 from nemocascade.megatron.layers.block import ResidualBlock
 from nemocascade.megatron.layers.continued import (
@@ -30,7 +30,7 @@ from nemocascade.megatron.layers.rope import rotary_at
 from nemocascade.megatron.microbatch import Microbatch
 
 
-class MambaSlots(SlotLayer):
+class MambaSlotLayer(SlotLayer):
     """conv: [S + 1, K - 1, W], the convolution's last inputs. ssm: [S + 1, h, p, N] float32."""
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
@@ -62,44 +62,44 @@ class MambaSlots(SlotLayer):
         for state in (self.conv, self.ssm):
             state[targets] = state[source].clone()
 
-    def prefill(self, hidden: Tensor, packed: Microbatch, places: Places) -> Tensor:
+    def prefill(self, hidden: Tensor, packed: Microbatch, assignment: SlotAssignment) -> Tensor:
         mixer = self.mixer
         zxbcdt = mixer.in_proj(self.block.norm(hidden))[0].squeeze(1)
-        keeps = bool(places.slot.numel())
-        y = self._mix(zxbcdt, packed, places) if keeps else mixer.mix(zxbcdt, packed)
+        keeps = bool(assignment.slot.numel())
+        y = self._mix(zxbcdt, packed, assignment) if keeps else mixer.mix(zxbcdt, packed)
         out: Tensor = mixer.out_proj(y.unsqueeze(1))[0]
         return hidden + out
 
-    def _mix(self, zxbcdt: Tensor, packed: Microbatch, places: Places) -> Tensor:
+    def _mix(self, zxbcdt: Tensor, packed: Microbatch, assignment: SlotAssignment) -> Tensor:
         """[T, h p] of the projection's rows; the states after them stay in the slots."""
         mixer, s, w = self.mixer, self.mixer.sizes, self.weights
         _, xbc, dt = zxbcdt.split([s.inner, s.channels, s.heads], dim=1)
-        before = {d: self.conv[slot] for d, (slot, _) in places.past.items()}
-        entering = {d: self.ssm[slot] for d, (slot, _) in places.past.items()}
+        before = {d: self.conv[slot] for d, (slot, _) in assignment.initial.items()}
+        entering = {d: self.ssm[slot] for d, (slot, _) in assignment.initial.items()}
         y: Tensor
         if refusal(zxbcdt, ONWARD) is None:
             y, states = native_mamba_onward(zxbcdt, w, packed, s, before, entering)
         else:
             mixed = convolution(xbc, w, packed, before)
             steps = steps_of(dt, w)
-            if places.past:
+            if assignment.initial:
                 y = mix_onward(mixer, zxbcdt, mixed, steps, w, packed, entering)
             else:
                 y = mixer.mix(zxbcdt, packed)
             states = final_states(mixed, steps, w, packed, self.ssm.shape[1:], entering)
         tails = convolution_tails(xbc, packed, self.conv.shape[1], before)
-        self.conv[places.slot] = tails[places.document].to(self.conv.dtype)
-        self.ssm[places.slot] = states[places.document]
+        self.conv[assignment.slot] = tails[assignment.document].to(self.conv.dtype)
+        self.ssm[assignment.slot] = states[assignment.document]
         return y
 
-    def step(self, hidden: Tensor, step: Step) -> Tensor:
+    def step(self, hidden: Tensor, step: DecodeStep) -> Tensor:
         zxbcdt = self.linear(self.in_proj, self.normed(hidden))
         y = self.steps.mamba(zxbcdt, self.conv, self.ssm, step.slots, self.weights)
         return self.linear(self.out_proj, y, hidden)
 
 
-class AttentionSlots(SlotLayer):
-    """keys, values: [S + 1, g, L, d], of this rank's g key/value heads; L grows as it must."""
+class AttentionSlotLayer(SlotLayer):
+    """keys, values: [S + 1, g, L, d], the KV cache of this rank's heads; L grows by `reserve`."""
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)
@@ -109,10 +109,10 @@ class AttentionSlots(SlotLayer):
         self.values = torch.zeros_like(self.keys)
 
     def reserve(self, context: int) -> None:
-        held = self.keys.shape[2]
-        if context > held:
+        allocated = self.keys.shape[2]
+        if context > allocated:
             self.keys, self.values = (
-                torch.nn.functional.pad(cache, (0, 0, 0, context - held))
+                torch.nn.functional.pad(cache, (0, 0, 0, context - allocated))
                 for cache in (self.keys, self.values)
             )
 
@@ -120,56 +120,60 @@ class AttentionSlots(SlotLayer):
         for cache in (self.keys, self.values):
             cache[targets, :, :length] = cache[source, :, :length].clone()
 
-    def prefill(self, hidden: Tensor, packed: Microbatch, places: Places) -> Tensor:
+    def prefill(self, hidden: Tensor, packed: Microbatch, assignment: SlotAssignment) -> Tensor:
         mixer: Attention = self.mixer
         qkv = mixer.linear_qkv(self.block.norm(hidden))[0]
-        q, k, v = mixer.heads(qkv, self._rotary(packed, places))
-        if places.past:
-            mixed = self._over_past(q, k, v, packed, places)
+        q, k, v = mixer.heads(qkv, self._rotary(packed, assignment))
+        if assignment.initial:
+            mixed = self._attend_to_cache(q, k, v, packed, assignment)
         else:
             mixed = mixer.attend(q, k, v, packed)
-        self._keep(k, v, packed, places)
+        self._write(k, v, packed, assignment)
         out: Tensor = mixer.linear_proj(mixed.flatten(1).unsqueeze(1))[0]
         return hidden + out
 
-    def _rotary(self, packed: Microbatch, places: Places) -> tuple[Tensor, Tensor] | None:
+    def _rotary(
+        self, packed: Microbatch, assignment: SlotAssignment
+    ) -> tuple[Tensor, Tensor] | None:
         mixer: Attention = self.mixer
-        if not places.past or not mixer.rope_dim:
+        if not assignment.initial or not mixer.rope_dim:
             return mixer.rotary(packed)
 
         def make() -> tuple[Tensor, Tensor]:
-            positions = packed.positions_on_host() + places.held(packed)
+            positions = packed.positions_on_host() + assignment.cached_tokens(packed)
             cos, sin = rotary_at(positions, mixer.rope_dim, mixer.rope_base)
             return cos.to(packed.device), sin.to(packed.device)
 
-        return packed.cached(("rotary over past", mixer.rope_dim, mixer.rope_base), make)
+        return packed.cached(("rotary after cached tokens", mixer.rope_dim, mixer.rope_base), make)
 
-    def _over_past(
-        self, q: Tensor, k: Tensor, v: Tensor, packed: Microbatch, places: Places
+    def _attend_to_cache(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: Microbatch, assignment: SlotAssignment
     ) -> Tensor:
-        """Attention of each document over itself and what its slot holds."""
-        # Documents that begin have theirs from this; the others' rows are replaced.
+        """Attention of each document over itself and over the tokens cached in its slot."""
+        # Right for documents without cached tokens; the others' rows are replaced.
         out: Tensor = self.mixer.attend(q, k, v, packed)
         rows = packed.documents()
-        for document, (slot, held) in places.past.items():
+        for document, (slot, length) in assignment.initial.items():
             here = rows[document]
-            past = (cache[slot, :, :held] for cache in (self.keys, self.values))
-            out[here] = attention_over_past(q[here], k[here], v[here], *past)
+            cached = (cache[slot, :, :length] for cache in (self.keys, self.values))
+            out[here] = chunked_prefill_attention(q[here], k[here], v[here], *cached)
         return out
 
-    def _keep(self, k: Tensor, v: Tensor, packed: Microbatch, places: Places) -> None:
-        """Write keys and values [T, g, d] behind those that the slots hold."""
+    def _write(self, k: Tensor, v: Tensor, packed: Microbatch, assignment: SlotAssignment) -> None:
+        """Append keys and values [T, g, d] to those cached in the slots."""
         rows = packed.documents()
-        for document, slot in zip(places.document.tolist(), places.slot.tolist(), strict=True):
+        for document, slot in zip(
+            assignment.document.tolist(), assignment.slot.tolist(), strict=True
+        ):
             here = rows[document]
-            source, held = places.past.get(document, (slot, 0))
-            behind = slice(held, held + here.stop - here.start)
+            source, length = assignment.initial.get(document, (slot, 0))
+            appended = slice(length, length + here.stop - here.start)
             for cache, new in ((self.keys, k), (self.values, v)):
-                cache[slot, :, behind] = new[here].transpose(0, 1)
+                cache[slot, :, appended] = new[here].transpose(0, 1)
                 if slot != source:
-                    cache[slot, :, :held] = cache[source, :, :held]
+                    cache[slot, :, :length] = cache[source, :, :length]
 
-    def step(self, hidden: Tensor, step: Step) -> Tensor:
+    def step(self, hidden: Tensor, step: DecodeStep) -> Tensor:
         mixer: Attention = self.mixer
         rotary = None
         if mixer.rope_dim:
@@ -183,11 +187,11 @@ class AttentionSlots(SlotLayer):
 
 
 def slot_layer(block: ResidualBlock, slots: int) -> SlotLayer:
-    """`block` with room for `slots` sequences."""
+    """`block` with caches for `slots` sequences."""
     kinds: dict[type, type[SlotLayer]] = {
-        MambaMixer: MambaSlots,
-        Attention: AttentionSlots,
-        MoEMixer: MoeSlots,
-        MLP: MlpSlots,
+        MambaMixer: MambaSlotLayer,
+        Attention: AttentionSlotLayer,
+        MoEMixer: MoeSlotLayer,
+        MLP: MlpSlotLayer,
     }
     return kinds[type(block.mixer)](block, slots)

@@ -1,4 +1,4 @@
-"""Attention of a piece over a cached past, beside the softmax written out in float64."""
+"""Attention of a chunk over the KV cache, beside the softmax written out in float64."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemocascade.megatron.generation.cached_attention import _lower_right, attention_over_past
+from nemocascade.megatron.generation.chunked_prefill import _lower_right, chunked_prefill_attention
 
 SIZES = {
     "one token": (1, 40, 6, 2, 20),
-    "one token of past": (33, 1, 4, 4, 16),
+    "one cached token": (33, 1, 4, 4, 16),
     "odd": (57, 131, 6, 2, 20),
     "one key head": (70, 19, 5, 1, 8),
 }
@@ -51,9 +51,9 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor) -
 
 @pytest.mark.parametrize("case", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_piece_sees_its_past(case: str, dtype: torch.dtype) -> None:
+def test_a_chunk_sees_the_cache(case: str, dtype: torch.dtype) -> None:
     inputs = [t.to(dtype) for t in draw(*SIZES[case])]
-    out = attention_over_past(*inputs)
+    out = chunked_prefill_attention(*inputs)
     assert out.dtype == dtype
     expected = written_out(*inputs)
     tolerance = 2e-6 if dtype == torch.float32 else 2e-2

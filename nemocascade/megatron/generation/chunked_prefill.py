@@ -1,9 +1,10 @@
-"""Causal attention of a piece of a text over itself and the cached past that it follows.
+"""Causal attention of chunked prefill: a chunk of a sequence over the KV cache and over itself.
 
-Query t of n sees the m keys of the past and those of the piece up to t. No [n, m] matrix is made.
-On a CPU the past is read where it lies; on a GPU one layer's past is copied beside the piece.
+Query t of n sees the m cached keys and those of the chunk up to t. No [n, m] matrix is made. On a
+CPU the cache is read in place; on a GPU one layer's cached keys and values are copied beside the
+chunk's.
 
-Shape letters: n tokens of the piece, m of the past, h query heads, g key/value heads, r = h / g,
+Shape letters: n tokens of the chunk, m cached tokens, h query heads, g key/value heads, r = h / g,
 d head dimension.
 """
 
@@ -17,18 +18,18 @@ from torch.nn.attention.bias import causal_lower_right
 from nemocascade.megatron.layers.attention_core import variable_length
 
 
-def attention_over_past(
-    q: Tensor, k: Tensor, v: Tensor, past_keys: Tensor, past_values: Tensor
+def chunked_prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> Tensor:
-    """`softmax([q past_keys^T, q k^T] / sqrt(d)) [past_values, v]`, causal; [n, h, d] in q's dtype.
+    """`softmax([q k_cache^T, q k^T] / sqrt(d)) [v_cache, v]`, causal; [n, h, d] in q's dtype.
 
-    q: [n, h, d]; k, v: [n, g, d], query head i uses key/value head i // r. past_keys, past_values:
+    q: [n, h, d]; k, v: [n, g, d], query head i uses key/value head i // r. k_cache, v_cache:
     [g, m, d] with contiguous rows, m at least 1.
     """
     if not q.is_cuda:
-        return _merged(q, k, v, past_keys, past_values)
+        return _merged(q, k, v, k_cache, v_cache)
     keys, values = (
-        torch.cat([past.transpose(0, 1), own]) for past, own in ((past_keys, k), (past_values, v))
+        torch.cat([cached.transpose(0, 1), own]) for cached, own in ((k_cache, k), (v_cache, v))
     )
     if q.dtype == torch.float32:
         return _lower_right(q, keys, values)
@@ -37,17 +38,17 @@ def attention_over_past(
     return variable_length(q, keys, values, cu_q, sizes[0], cu_k, sizes[1])
 
 
-def _merged(q: Tensor, k: Tensor, v: Tensor, past_keys: Tensor, past_values: Tensor) -> Tensor:
-    """The past and the piece one after the other, joined by the logarithms of their sums.
+def _merged(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    """Attention over the cache and over the chunk, joined by the logarithms of their sums.
 
-    Past keys need no mask, so a group's query heads stand as rows of one head: keys and values are
-    read where they lie, and not repeated for each query head.
+    Cached keys need no mask, so a group's query heads become rows of one head: keys and values are
+    read in place, and not repeated for each query head.
     """
     n, heads, dim = q.shape
     kv_heads = k.shape[1]
     ratio = heads // kv_heads
     by_group = q.reshape(n, kv_heads, ratio, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
-    old, log_old = _with_log_sum(by_group, past_keys, past_values, causal=False)
+    old, log_old = _with_log_sum(by_group, k_cache, v_cache, causal=False)
     each = q.transpose(0, 1)
     own = (t.transpose(0, 1).repeat_interleave(ratio, 0) for t in (k, v))
     new, log_new = _with_log_sum(each, *own, causal=True)

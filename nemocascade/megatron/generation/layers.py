@@ -1,11 +1,12 @@
-"""Layers that read one token of many sequences at a time, on the training layers' own weights.
+"""Layers of the decoder, on the training layers' own weights: the base class, and those that cache
+nothing.
 
-A sequence lives in a slot: its convolution and state-space states, its keys and values
-(`decode_states`). A prompt is read once, packed, by the training layers themselves, and leaves its
-state in as many slots as there are continuations of it. From then on a step reads one token a row,
-and a piece of a text that stands already is read onto the slot's states, packed as a prompt.
+A slot holds the caches of one sequence: convolution and state-space states, keys and values
+(`cached_layers`). A prompt is prefilled once, packed, by the training layers themselves, and its
+state is written to the slot of each sequence that continues it. A decode step then reads one token
+a row; a chunk that continues a slot is prefilled from the slot's states, packed as a prompt is.
 
-Slot S, the last of S + 1, belongs to nobody: rows that fill a batch up name it.
+Slot S, the last of S + 1, belongs to no sequence: the padding rows of a batch name it.
 Shape letters: n rows of a step, S slots, H hidden size, tp tensor-parallel ranks, D documents.
 """
 
@@ -18,7 +19,7 @@ import torch
 from nemocascade_kernels import RouterSettings, Steps, decode_steps
 from torch import Tensor
 
-from nemocascade.megatron.generation.places import Places
+from nemocascade.megatron.generation.slot_assignment import SlotAssignment
 from nemocascade.megatron.layers.block import ResidualBlock
 from nemocascade.megatron.layers.mlp import MLP
 from nemocascade.megatron.layers.moe import MoEMixer
@@ -27,15 +28,15 @@ from nemocascade.megatron.replay import RouteRecorder
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class DecodeStep:
     """The rows of one decoding step.
 
-    slots: [n] int64, the slot of each row; rows past `real` name the spare slot.
-    positions: [n] int64, tokens that the slot holds before this one.
+    slots: [n] int64, the slot of each row; padding rows name the spare slot.
+    positions: [n] int64, tokens cached in the slot before this one.
     longest: at least the largest position + 1; what attention may read of the caches.
-    real: rows that stand for a sequence; they come first. None: the host does not know.
-    spare: the slot of the others.
-    recorder: where the routers leave their choices; None: nowhere.
+    real: rows that are no padding; they come first. None: the host does not know.
+    spare: the slot of padding rows.
+    recorder: where the routers record their choices; None: nowhere.
     """
 
     slots: Tensor
@@ -44,18 +45,19 @@ class Step:
     real: int | None
     spare: int
     recorder: RouteRecorder | None = None
-    # Routers replay choices in training only.
+    # Routers replay choices, and layers are recomputed, in training only.
     replay: None = None
+    first_pass: None = None
 
     def token_mask(self, rows: slice) -> Tensor | None:
-        """As `Microbatch.token_mask`."""
+        """Implements `Microbatch.token_mask`."""
         if self.real is not None and rows.stop <= self.real:
             return None
         return self.slots[rows] != self.spare
 
 
 class SlotLayer:
-    """A layer of the stack beside what its sequences have left in it. This one keeps nothing.
+    """A layer of the stack with its caches of all slots. The base class caches nothing.
 
     Where no tensor is cut over ranks (`whole`), a step goes through `decode_steps` on the bare
     weights; elsewhere through the training modules, which know how to talk to each other.
@@ -68,27 +70,27 @@ class SlotLayer:
         self.whole = self.mixer.tp_group.size() == 1
 
     def refresh(self) -> None:
-        """Look the weights up again; called before they are first used."""
+        """Read the weights again; called before they are first used."""
         norm: Any = self.block.norm
         self.norm_weight, self.norm_eps = norm.weight, norm.eps
         self.steps: Steps = decode_steps(norm.weight)
 
     def reserve(self, context: int) -> None:
-        """Make room for sequences of `context` tokens."""
+        """Allocate caches for sequences of `context` tokens."""
 
     def copy(self, source: int, targets: Tensor, length: int) -> None:
-        """Give the slots `targets` the state of `source`, which holds `length` tokens."""
+        """Copy the state of `source`, of `length` cached tokens, to the slots `targets`."""
 
-    def prefill(self, hidden: Tensor, packed: Microbatch, places: Places) -> Tensor:
-        """Read prompts or pieces of texts, and leave their states in the slots.
+    def prefill(self, hidden: Tensor, packed: Microbatch, assignment: SlotAssignment) -> Tensor:
+        """Prefill prompts or chunks, and write their final states to the slots.
 
         hidden: [T/tp, 1, H].
         """
         out: Tensor = self.block(hidden, packed_seq_params=packed)
         return out
 
-    def step(self, hidden: Tensor, step: Step) -> Tensor:
-        """Read a token for each row. hidden: [n/tp, H]."""
+    def step(self, hidden: Tensor, step: DecodeStep) -> Tensor:
+        """Decode one token of each row. hidden: [n/tp, H]."""
         mixed: Tensor = self.mixer(self.normed(hidden).unsqueeze(1), step)
         return hidden + mixed.squeeze(1)
 
@@ -104,8 +106,8 @@ class SlotLayer:
         return y if residual is None else residual + y
 
 
-class MlpSlots(SlotLayer):
-    """A dense MLP keeps nothing; where it is whole, and on a CPU, it is a single expert."""
+class MlpSlotLayer(SlotLayer):
+    """A dense MLP; where no rank holds a part of it, and on a CPU, it is a single expert."""
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)
@@ -115,15 +117,15 @@ class MlpSlots(SlotLayer):
         super().refresh()
         self.expert = SingleExpert(self.mixer, self.steps)
 
-    def step(self, hidden: Tensor, step: Step) -> Tensor:
+    def step(self, hidden: Tensor, step: DecodeStep) -> Tensor:
         if not self.whole:
             return super().step(hidden, step)
         return hidden + self.expert(self.normed(hidden))
 
 
-class MoeSlots(SlotLayer):
-    """A mixture of experts keeps nothing. Where all experts are here there is a shorter way; on a
-    GPU the training layer's grouped products are the better one."""
+class MoeSlotLayer(SlotLayer):
+    """A mixture of experts. Where a CPU holds all of them the operators of a decode step run; on a
+    GPU the training layer's grouped products are faster."""
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)
@@ -152,7 +154,7 @@ class MoeSlots(SlotLayer):
         if mixer.shared_experts is not None and self.whole:
             self.shared = SingleExpert(mixer.shared_experts, self.steps)
 
-    def step(self, hidden: Tensor, step: Step) -> Tensor:
+    def step(self, hidden: Tensor, step: DecodeStep) -> Tensor:
         if not self.whole:
             return super().step(hidden, step)
         x = self.normed(hidden)

@@ -1,8 +1,8 @@
-"""The model as a decoder: prompts in packed form, then a token a step for the sequences in slots.
+"""The model as a decoder: packed prefill, then decode steps of one token for each slot.
 
 It runs the training model's own chunks, on whatever ranks they are spread over. Ranks of one
 data-parallel group make the same calls; where experts are spread over several of them, those make
-calls of the same kind at the same time, and one that has nothing to do calls with no rows.
+calls of the same kind at the same time, and a rank without work calls with no rows.
 
 Shape letters: n rows of a step, H hidden size, V vocabulary, tp tensor-parallel ranks, D documents.
 """
@@ -17,29 +17,29 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from nemocascade_kernels import decode_steps
 from torch import Tensor
 
+from nemocascade.megatron.generation.cached_layers import slot_layer
 from nemocascade.megatron.generation.decode_graph import DecodeGraphs
-from nemocascade.megatron.generation.places import Places
-from nemocascade.megatron.generation.slot_layers import SlotLayer, Step
-from nemocascade.megatron.generation.slot_states import slot_layer
+from nemocascade.megatron.generation.layers import DecodeStep, SlotLayer
+from nemocascade.megatron.generation.slot_assignment import SlotAssignment
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.replay import RouteRecorder
 from nemocascade.runtime.world import World
 from nemocascade.types import Document, pack_documents
 
-# Room for this many tokens is made at first.
+# Caches are allocated for at least this many tokens.
 LEAST_CONTEXT = 256
 
 LayerCall = Callable[[SlotLayer, Tensor], Tensor]
 
 
-class SlotModel:
-    """The live model with room for `slots` sequences.
+class ModelRunner:
+    """The live model with caches for `slots` sequences.
 
-    Slot `slots`, one beyond, belongs to rows that stand for nothing.
-    chunks: of `build_model`, not wrapped in DDP. The weights are read where they lie; `refresh`
-    says that they changed. Calls run without gradients and put the modules in evaluation mode.
-    record_routing: keep the experts of each call's tokens in `choices`, [T or n, L, K] as
+    Slot `slots`, one beyond, belongs to padding rows.
+    chunks: of `build_model`, not wrapped in DDP. The weights are read in place; `refresh` tells
+    that they changed. Calls run without gradients and put the modules in evaluation mode.
+    record_routing: record the experts of each call's tokens in `choices`, [T or n, L, K] as
     `RouteRecorder` has them, on every rank; None without it.
     """
 
@@ -58,20 +58,19 @@ class SlotModel:
         self.vocabulary: int = self.config.shape.vocab_size
         self.context = 0
         self.longest = 0
-        """No sequence of the present run becomes longer, so room beyond is not made ahead; 0 is not
-        known."""
+        """The most tokens of a sequence of this run, which `reserve` keeps to; 0: unknown."""
         self._layers: list[list[SlotLayer]] = [
             [slot_layer(block, slots) for block in chunk.decoder.layers] for chunk in chunks
         ]
         self.record_routing, self.choices = record_routing, None
         self._graphs: DecodeGraphs | None = None
-        if not record_routing and world.device.type == "cuda" and self._stands_alone:
+        if not record_routing and world.device.type == "cuda" and self._is_alone:
             self._graphs = DecodeGraphs(
                 self._captured_step, most_rows=slots, spare=slots, device=world.device
             )
 
     @property
-    def _stands_alone(self) -> bool:
+    def _is_alone(self) -> bool:
         """No other rank takes part in a step."""
         parallel = self.world.parallel
         return parallel.tp * parallel.pp * parallel.ep * parallel.etp == 1
@@ -94,10 +93,10 @@ class SlotModel:
             self._steps = decode_steps(self._head)
 
     def reserve(self, context: int) -> None:
-        """Make room for sequences of `context` tokens; it is never given back.
+        """Allocate caches for sequences of `context` tokens; they never shrink.
 
-        Room grows by half at least, so that a text that becomes longer is not copied at each token;
-        but not beyond `longest`.
+        They grow by half at least, so that a growing sequence is not copied at each token; but not
+        beyond `longest`.
         """
         if context > self.context:
             ahead = max(self.context + self.context // 2, LEAST_CONTEXT)
@@ -112,36 +111,36 @@ class SlotModel:
         self,
         prompts: Sequence[Tensor],
         slots: Sequence[Sequence[int]],
-        held: Sequence[int] = (),
+        cached: Sequence[int] = (),
         capacity: int = 0,
     ) -> Tensor | None:
-        """Read prompts or pieces of texts, each once, and leave their states in slots.
+        """Prefill prompts or chunks, each once, and write their final states to slots.
 
         prompts: D tensors [m] of ids, m at least 1. slots: for each, those that continue it.
-        held: for each, the tokens that the first of its slots holds, which it goes on from; it
-        begins where that is 0, and all do where `held` is empty. Activations take memory for what
-        is read here alone. capacity: tokens of the pack; 0 is just enough.
+        cached: for each, the tokens cached in the first of its slots, which it continues; 0 for a
+        new sequence, and empty if all are new. Activations take memory for these tokens alone.
+        capacity: tokens of the pack; 0 is just enough.
         Returns logits [D, V] after each prompt's last token on the last stage, None on the others.
-        Raises ValueError if a piece goes on from no slot.
+        Raises ValueError if a chunk with cached tokens has no slot.
         """
         documents = [
             Document(p.cpu(), torch.zeros(p.numel(), dtype=torch.bool), f"prompt {i}")
             for i, p in enumerate(prompts)
         ]
         total = max(1, capacity, sum(p.numel() for p in prompts))
-        batch = pack_documents(documents, self._filled_up(total))
+        batch = pack_documents(documents, self._padded(total))
         recorder = self._recorder(batch.capacity)
         packed = Microbatch.from_batch(batch, self.world.device, recorder=recorder)
-        places = Places.of(slots, held, self.world.device)
-        ends = [p.numel() + n for p, n in zip(prompts, held or [0] * len(prompts), strict=True)]
+        assignment = SlotAssignment.from_lists(slots, cached, self.world.device)
+        ends = [p.numel() + n for p, n in zip(prompts, cached or [0] * len(prompts), strict=True)]
         self.reserve(max(ends, default=0))
 
         def read(layer: SlotLayer, hidden: Tensor) -> Tensor:
-            return layer.prefill(hidden.unsqueeze(1), packed, places).squeeze(1)
+            return layer.prefill(hidden.unsqueeze(1), packed, assignment).squeeze(1)
 
         assert packed.batch is not None
         hidden = self._through(packed.batch.tokens, read)
-        self._keep_choices(recorder)
+        self._record_choices(recorder)
         if hidden is None:
             return None
         last = (packed.starts + packed.lengths - 1)[: len(prompts)]
@@ -151,10 +150,10 @@ class SlotModel:
     def decode(
         self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int
     ) -> Tensor | None:
-        """Read one token for each row.
+        """Decode one token of each row.
 
         tokens, slots, positions: [n] int64 on the device: the token, the row's slot, the tokens
-        that it holds already. longest: at least the largest position + 1.
+        cached there. longest: at least the largest position + 1.
         Returns logits [n, V] on the last stage, None on the others.
         """
         if self._graphs is not None:
@@ -162,32 +161,34 @@ class SlotModel:
             return self._graphs.step(tokens, slots, positions, longest)
         self.reserve(longest)
         real = tokens.numel()
-        spare = self._filled_up(real) - real
+        spare = self._padded(real) - real
         if spare:
             tokens, positions = (
                 torch.nn.functional.pad(t, (0, spare)) for t in (tokens, positions)
             )
             slots = torch.nn.functional.pad(slots, (0, spare), value=self.slots)
         recorder = self._recorder(tokens.numel())
-        logits = self._step(tokens, Step(slots, positions, longest, real, self.slots, recorder))
-        self._keep_choices(recorder)
+        logits = self._step(
+            tokens, DecodeStep(slots, positions, longest, real, self.slots, recorder)
+        )
+        self._record_choices(recorder)
         return None if logits is None else logits[:real]
 
-    def _step(self, tokens: Tensor, step: Step) -> Tensor | None:
+    def _step(self, tokens: Tensor, step: DecodeStep) -> Tensor | None:
         hidden = self._through(tokens, lambda layer, hidden: layer.step(hidden, step))
         return None if hidden is None else self._logits(hidden, None)
 
     def _captured_step(
         self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int
     ) -> Tensor:
-        """A step of which the host does not know which rows are real."""
-        logits = self._step(tokens, Step(slots, positions, longest, None, self.slots))
+        """A step without the number of its real rows, which the host does not know in a graph."""
+        logits = self._step(tokens, DecodeStep(slots, positions, longest, None, self.slots))
         assert logits is not None
         return logits
 
     @torch.no_grad()
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Give the slots `targets` the state of `source`, which holds `length` tokens."""
+        """Copy the state of `source`, of `length` cached tokens, to the slots `targets`."""
         index = torch.tensor(targets, dtype=torch.int64, device=self.world.device)
         for layer in self._each_layer():
             layer.copy(source, index, length)
@@ -202,14 +203,14 @@ class SlotModel:
         limit: int,
         allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens [n] and log-probabilities [n], as `nemocascade_kernels.step_draw`."""
+        """Draw by `nemocascade_kernels.step_draw`: tokens [n] and log-probabilities [n]."""
         return self._draws.draw(logits.float(), u, temperature, limit, allowed)
 
     def _each_layer(self) -> list[SlotLayer]:
         return [layer for layers in self._layers for layer in layers]
 
-    def _filled_up(self, rows: int) -> int:
-        """A number of rows that tensor-parallel ranks share equally."""
+    def _padded(self, rows: int) -> int:
+        """`rows` and padding, so that tensor-parallel ranks share them equally."""
         tp = self.world.parallel.tp
         return max(tp, -(-rows // tp) * tp)
 
@@ -218,14 +219,14 @@ class SlotModel:
             return None
         return RouteRecorder(self.config.shape, rows, self.world.device)
 
-    def _keep_choices(self, recorder: RouteRecorder | None) -> None:
+    def _record_choices(self, recorder: RouteRecorder | None) -> None:
         self.choices = None if recorder is None else recorder.gathered(self.world.groups)
 
     def _through(self, tokens: Tensor, apply: LayerCall) -> Tensor | None:
         """Hidden states [T/tp, H] after the last layer on the last stage, None on the others.
 
-        The stages hand them on in the order of the chunks: with interleaved chunks, the last stage
-        hands back to the first.
+        Stages send them in the order of the chunks: with interleaved chunks, the last stage sends
+        them back to the first.
         """
         hidden: Tensor | None = None
         tp = self.world.parallel.tp

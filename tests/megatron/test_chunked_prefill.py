@@ -10,8 +10,8 @@ import torch
 from helpers.rollout import ODD, draw_tokens, full_logits, make_model
 from torch import Tensor
 
-from nemocascade.megatron.generation import slot_states
-from nemocascade.megatron.generation.slot_model import SlotModel
+from nemocascade.megatron.generation import cached_layers
+from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.megatron.layers.mamba_native import ONWARD, refusal
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.world import start_world
@@ -46,7 +46,7 @@ def chunks(world: World) -> list[CascadeModel]:
     return make_model(world, ODD)
 
 
-def states_of(model: SlotModel, slot: int, length: int) -> list[Tensor]:
+def states_of(model: ModelRunner, slot: int, length: int) -> list[Tensor]:
     """Everything that the layers hold of a slot with so many tokens."""
     found = []
     for layer in model._each_layer():
@@ -63,7 +63,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-9))
 
 
-def read_in_pieces(model: SlotModel, texts: Sequence[Tensor], slots: Sequence[int], size: int):
+def read_in_pieces(model: ModelRunner, texts: Sequence[Tensor], slots: Sequence[int], size: int):
     """Logits after each text, read `size` tokens a pass; short texts end before long ones, and a
     text begins beside others that go on: the first pass reads all but the first text."""
     last: dict[int, Tensor] = {}
@@ -92,13 +92,13 @@ def test_pieces_equal_the_whole(world: World, case: str, monkeypatch: pytest.Mon
     compiled mixer and with torch's operators."""
     if case.endswith(", torch"):
         case = case.removesuffix(", torch")
-        monkeypatch.setattr(slot_states, "refusal", lambda *_: "torch is asked for")
+        monkeypatch.setattr(cached_layers, "refusal", lambda *_: "torch is asked for")
     shape: ModelConfig = SHAPES[case]
     chunks = make_model(world, shape)
     lengths = (67, 1, 3, 33, 100)
     texts = [draw_tokens(shape.vocab_size, n, seed=n) for n in lengths]
     count = len(texts)
-    model = SlotModel(world, chunks, slots=2 * count)
+    model = ModelRunner(world, chunks, slots=2 * count)
     model.refresh()
     whole = model.prefill(texts, [[i] for i in range(count)])
     assert whole is not None
@@ -128,8 +128,8 @@ def test_the_compiled_mixer_leaves_the_states_of_torch(
     texts = [draw_tokens(shape.vocab_size, n, seed=n) for n in lengths]
     models = []
     for reason in (None, "torch is asked for"):
-        monkeypatch.setattr(slot_states, "refusal", lambda *_, reason=reason: reason)
-        model = SlotModel(world, make_model(world, shape), slots=count)
+        monkeypatch.setattr(cached_layers, "refusal", lambda *_, reason=reason: reason)
+        model = ModelRunner(world, make_model(world, shape), slots=count)
         model.refresh()
         model.prefill(texts, [[i] for i in range(count)])
         more = [draw_tokens(shape.vocab_size, 40, seed=99 + i) for i in range(2)]
@@ -143,7 +143,7 @@ def test_the_compiled_mixer_leaves_the_states_of_torch(
 def test_a_piece_goes_on_after_steps(world: World, chunks: list[CascadeModel]) -> None:
     """Prompt, steps, a piece, steps, a piece: as the packed forward; the last piece goes to several
     slots at once, and what stands in slots that it does not name does not matter."""
-    model = SlotModel(world, chunks, slots=5)
+    model = ModelRunner(world, chunks, slots=5)
     model.refresh()
     text = draw_tokens(ODD.vocab_size, 120, seed=1)
     expected = full_logits(chunks, text)
@@ -175,16 +175,16 @@ def test_a_piece_goes_on_after_steps(world: World, chunks: list[CascadeModel]) -
     check(model.decode(text[at].repeat(3), rows, torch.full((3,), at), at + 1), at)
 
 
-def test_a_piece_needs_a_slot(world: World, chunks: list[CascadeModel]) -> None:
-    model = SlotModel(world, chunks, slots=2)
+def test_a_chunk_with_cached_tokens_needs_a_slot(world: World, chunks: list[CascadeModel]) -> None:
+    model = ModelRunner(world, chunks, slots=2)
     model.refresh()
-    with pytest.raises(ValueError, match="goes on after 3 tokens"):
+    with pytest.raises(ValueError, match="continues 3 cached tokens"):
         model.prefill([torch.tensor([1])], [[]], [3])
 
 
 def test_documents_in_one_pass_do_not_meet(world: World, chunks: list[CascadeModel]) -> None:
     """A piece's logits have the same bits whatever other texts the pass reads."""
-    model = SlotModel(world, chunks, slots=4)
+    model = ModelRunner(world, chunks, slots=4)
     model.refresh()
     text = draw_tokens(ODD.vocab_size, 60, seed=3)
     results = []
@@ -225,7 +225,7 @@ def test_the_engine_reads_prompts_in_pieces(world: World, chunks: list[CascadeMo
         found = by_id(list(engine.run(requests, sampling)))
         assert engine.counts.prefills == 4
         assert engine.counts.prefill_tokens == sum(len(r.prompt) for r in requests[::5])
-        assert engine.counts.pieces == sum(-(-len(r.prompt) // 13) for r in requests[::5])
+        assert engine.counts.prefill_chunks == sum(-(-len(r.prompt) // 13) for r in requests[::5])
         pieces = pieces or found
         for number, expected in whole.items():
             c = found[number]

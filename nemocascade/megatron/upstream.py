@@ -1,0 +1,64 @@
+"""Imports Megatron-Core, and keeps its notes to its own authors out of our users' terminals.
+
+Nothing of the process is changed for longer than the import lasts. What a run hides for its whole
+length, `hide_notes` hides, and `start_world` calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+def import_megatron() -> None:
+    """Import Megatron-Core without its torch.compile decorators and without its warnings.
+
+    The decorators load the compiler for functions that our layers never call: 4 s of an import
+    of 7 s, and 800 modules. They see a `torch.compile` that returns the function as it is; the real
+    one is back afterwards. The warnings name missing packages, as `accelerators` does in one table.
+    """
+    with without_compiler(), warnings.catch_warnings():
+        _ignore_warnings()
+        import megatron.core.models.hybrid.hybrid_model  # noqa: F401
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Context in which `torch.compile` returns its function as it is."""
+
+    def keep(function: Callable[..., Any] | None = None, **_options: Any) -> Any:
+        return keep if function is None else function
+
+    compiler, torch.compile = torch.compile, keep  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
+def hide_notes() -> None:
+    """Hide, for the rest of the process, what Megatron-Core says to its own authors.
+
+    Deprecations inside it, and a layout that its DDP computes by itself. Safe to call twice.
+    """
+    _ignore_warnings()
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilter(
+        _is_no_layout_note
+    )
+
+
+def _ignore_warnings() -> None:
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+_tensor` is deprecated")
+    warnings.filterwarnings(
+        "ignore", message=r"The \.grad attribute of a Tensor that is not a leaf"
+    )
+
+
+def _is_no_layout_note(record: logging.LogRecord) -> bool:
+    return "full_param_layout" not in record.getMessage()

@@ -1,0 +1,214 @@
+"""The queue of prefills: prompts, and what environments added, chunk by chunk.
+
+A pass prefills a chunk of each of some texts from the states of their slots. A prompt that several
+requests continue is prefilled in one slot and its state copied to the others.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nemocascade.megatron.generation.model_runner import ModelRunner
+from nemocascade.rollout.engine import Counts, Request, Sampling
+from nemocascade.rollout.slots import BatchLimits, SlotTable, Text
+
+
+@dataclass
+class Group:
+    """Requests of one prompt that have no slot yet.
+
+    is_started: the prompt is being prefilled for others of them. is_kept: it was, and the spare
+    slot holds its state. logits: [1, V] after it, on the last stage. choices: [m, L, K], its
+    experts, where they are recorded.
+    """
+
+    prompt: tuple[int, ...]
+    requests: deque[Request]
+    is_started: bool = False
+    is_kept: bool = False
+    logits: Tensor | None = None
+    choices: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Prefill:
+    """The prefill of a text up to its last token. texts: those that continue it; it runs in the
+    slot of the first. keep: the group whose other requests need the state later."""
+
+    texts: list[Text]
+    keep: Group | None = None
+
+    @property
+    def text(self) -> Text:
+        """The text in whose slot it runs."""
+        return self.texts[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """The tokens of a text from the cached ones up to `end`."""
+
+    prefill: Prefill
+    end: int
+
+    @property
+    def text(self) -> Text:
+        """The text in whose slot it runs."""
+        return self.prefill.text
+
+    @property
+    def is_last(self) -> bool:
+        """The prefill is complete with this chunk."""
+        return self.end == self.text.length
+
+
+Prefilled = tuple[list[tuple[list[Text], int]], Tensor | None]
+"""Texts whose prefill is complete, with their row of logits; and the logits [n, V], on the last
+stage."""
+
+
+class PrefillQueue:
+    """Prefills that wait or are under way.
+
+    The slot after the last of `limits` keeps the state of a prompt. The other arguments are those
+    of the run.
+    """
+
+    def __init__(
+        self,
+        model: ModelRunner,
+        table: SlotTable,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        counts: Counts,
+        limits: BatchLimits,
+    ) -> None:
+        self.model, self.table, self.sampling, self.counts = model, table, sampling, counts
+        self.limits, self.spare = limits, limits.slots
+        self._queue: list[Prefill] = []
+        self._groups: deque[Group] = deque()
+        for request in requests:
+            if not self._groups or self._groups[-1].prompt != request.prompt:
+                self._groups.append(Group(request.prompt, deque()))
+            self._groups[-1].requests.append(request)
+
+    @property
+    def ready(self) -> bool:
+        """A prefill can run, or a request start, now."""
+        return bool(self._queue or (self._groups and self.table.free))
+
+    def add(self, text: Text) -> None:
+        """An environment continued `text`."""
+        self._queue.append(Prefill([text]))
+
+    def start_from_kept(self) -> Prefilled | None:
+        """Give free slots to the requests of a prompt that was prefilled for others before."""
+        if not self._groups or not self._groups[0].is_kept or not self.table.free:
+            return None
+        group = self._groups[0]
+        texts = self._admit(group)
+        self.model.copy(self.spare, [t.slot for t in texts], len(group.prompt))
+        if group.choices is not None:
+            for text in texts:
+                self.table.record_routing(text.slot, 0, group.choices)
+        if not group.requests:
+            self._groups.popleft()
+        return [(texts, 0)], group.logits
+
+    def run(self, *, always: bool) -> Prefilled:
+        """Run a pass. always: even without a chunk, together with other ranks."""
+        chunks = self._chunks()
+        if not chunks and not always:
+            return [], None
+        logits = self.model.prefill(
+            [self.table.history[p.text.slot, p.text.cached : p.end] for p in chunks],
+            [self._slots(p) for p in chunks],
+            [p.text.cached for p in chunks],
+        )
+        self._record_routing(chunks)
+        prefilled = []
+        for row, chunk in enumerate(chunks):
+            self.counts.prefill_chunks += 1
+            self.counts.prefill_tokens += chunk.end - chunk.text.cached
+            chunk.text.cached = chunk.end
+            if chunk.is_last:
+                self.counts.prefills += 1
+                self._queue.remove(chunk.prefill)
+                self._keep(chunk.prefill, None if logits is None else logits[row : row + 1])
+                prefilled.append((chunk.prefill.texts, row))
+        return prefilled, logits
+
+    def _chunks(self) -> list[Chunk]:
+        """The chunks of the next pass: of prefills under way, and of prompts that start now."""
+        chunks: list[Chunk] = []
+        used = 0
+
+        def fits(left: int) -> bool:
+            nonlocal used
+            size = min(left, self.limits.prefill_chunk or left)
+            if used and used + size > self.limits.prefill_tokens:
+                return False
+            used += size
+            return True
+
+        for prefill in self._queue:
+            text = prefill.text
+            if not fits(text.length - text.cached):
+                return chunks
+            chunks.append(self._next(prefill))
+        while self._groups and self.table.free and not self._groups[0].is_started:
+            group = self._groups[0]
+            if not fits(len(group.prompt)):
+                break
+            prefill = Prefill(self._admit(group), group if group.requests else None)
+            # For the whole prompt: caches that grow chunk by chunk are copied each time.
+            self.model.reserve(len(group.prompt))
+            self._queue.append(prefill)
+            chunks.append(self._next(prefill))
+            if group.requests:
+                group.is_started = True
+            else:
+                self._groups.popleft()
+        return chunks
+
+    def _next(self, prefill: Prefill) -> Chunk:
+        left = prefill.text.length - prefill.text.cached
+        return Chunk(prefill, prefill.text.cached + min(left, self.limits.prefill_chunk or left))
+
+    def _slots(self, chunk: Chunk) -> list[int]:
+        """The slots that a chunk's final state is written to; the first has its initial state."""
+        if not chunk.is_last:
+            return [chunk.text.slot]
+        slots = [text.slot for text in chunk.prefill.texts]
+        return slots if chunk.prefill.keep is None else [*slots, self.spare]
+
+    def _record_routing(self, chunks: Sequence[Chunk]) -> None:
+        """Record the experts of the tokens of a pass."""
+        if self.model.choices is None or not chunks:
+            return
+        sizes = [p.end - p.text.cached for p in chunks]
+        padding = self.model.choices.shape[0] - sum(sizes)
+        recorded = self.model.choices.split([*sizes, padding])[:-1]
+        for chunk, choices in zip(chunks, recorded, strict=True):
+            self.table.record_routing(chunk.text.slot, chunk.text.cached, choices)
+            if chunk.is_last:
+                found = self.table.routing_of(chunk.text, chunk.end)
+                for text in chunk.prefill.texts[1:]:
+                    self.table.record_routing(text.slot, 0, found)
+
+    def _keep(self, prefill: Prefill, logits: Tensor | None) -> None:
+        """The spare slot holds the state of a whole prompt for the group's other requests."""
+        group = prefill.keep
+        if group is None:
+            return
+        group.is_kept, group.logits = True, logits
+        if self.model.choices is not None:
+            group.choices = self.table.routing_of(prefill.text, len(group.prompt)).clone()
+
+    def _admit(self, group: Group) -> list[Text]:
+        count = min(len(group.requests), len(self.table.free))
+        return self.table.admit([group.requests.popleft() for _ in range(count)], self.sampling)

@@ -1,0 +1,59 @@
+"""Importing Megatron-Core through our door changes nothing else of the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from nemocascade.megatron.upstream import hide_notes, without_compiler
+
+IMPORT_ALL = """
+import importlib, logging, pkgutil, sys, warnings
+import torch
+
+def state():
+    loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
+    filtered = {log.name: list(log.filters) for log in loggers if log.filters}
+    return torch.compile, list(warnings.filters), warnings.showwarning, filtered
+
+before = state()
+import nemocascade.megatron
+assert state() == before, "after the import of the package"
+for module in pkgutil.walk_packages(nemocascade.megatron.__path__, "nemocascade.megatron."):
+    importlib.import_module(module.name)
+assert state() == before, "after the import of its modules"
+assert "torch._inductor.compile_fx" not in sys.modules, "the compiler was loaded"
+"""
+
+
+def test_importing_changes_no_global_and_shows_no_warning() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_the_compiler_is_back_after_an_error() -> None:
+    compiler = torch.compile
+
+    def fail() -> None:
+        with without_compiler():
+            assert torch.compile(len) is len
+            assert torch.compile(dynamic=True)(len) is len
+            raise RuntimeError("import failed")
+
+    with pytest.raises(RuntimeError, match="import failed"):
+        fail()
+    assert torch.compile is compiler
+
+
+def test_notes_of_upstream_are_hidden_and_ours_are_shown() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        hide_notes()
+        for module in ("megatron.core.optimizer", "nemocascade.train.trainer"):
+            warnings.warn_explicit("said", UserWarning, "file.py", 1, module=module)
+    assert len(shown) == 1
