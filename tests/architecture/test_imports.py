@@ -42,7 +42,7 @@ ALLOWED = {
 # those of its own entry only. An entry is a file or a folder.
 FLOORS = {
     "megatron": [
-        "upstream cpu init replay native layers.packing",
+        "upstream cpu init replay native layers.packing workspace",
         "world config microbatch",
         "layers",
         "model schedule",
