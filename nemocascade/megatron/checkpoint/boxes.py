@@ -52,6 +52,12 @@ class Box:
         return pieces
 
 
+def whole(shape: Iterable[int]) -> Box:
+    """The box of a whole tensor."""
+    size = tuple(shape)
+    return Box((0,) * len(size), size)
+
+
 def _split_row(box: Box, elements: int) -> list[Box]:
     inner = Box(box.offset[1:], box.size[1:]).split(elements)
     return [Box((box.offset[0], *b.offset), (1, *b.size)) for b in inner]

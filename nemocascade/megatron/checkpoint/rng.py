@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemocascade.megatron.checkpoint.boxes import Box
+from nemocascade.megatron.checkpoint.boxes import whole
 from nemocascade.megatron.checkpoint.storage import Index, Piece, Reader
 from nemocascade.runtime.world import World
 
@@ -28,7 +28,7 @@ def rng_pieces(world: World) -> list[Piece]:
     if world.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(world.device)
     return [
-        Piece(f"{PREFIX}{world.rank:05d}/{name}", tuple(state.shape), _whole(state), state)
+        Piece(f"{PREFIX}{world.rank:05d}/{name}", tuple(state.shape), whole(state.shape), state)
         for name, state in states.items()
     ]
 
@@ -66,10 +66,6 @@ def missing_rng(world: World, index: Index, *, same_layout: bool) -> list[str]:
 
 def _key(world: World, name: str) -> str:
     return f"{PREFIX}{world.rank:05d}/{name}"
-
-
-def _whole(tensor: Tensor) -> Box:
-    return Box((0,) * tensor.ndim, tuple(tensor.shape))
 
 
 def _numpy_state() -> list[Any]:

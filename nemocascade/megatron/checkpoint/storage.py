@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nemocascade.megatron.checkpoint.boxes import Box, first_overlap
+from nemocascade.megatron.checkpoint.boxes import Box, first_overlap, whole
 
 CHUNK_BYTES = 64 << 20
 DTYPE_NAMES = {
@@ -119,8 +119,8 @@ class Outgoing:
 
     def chunks(self) -> Iterator[memoryview]:
         """The tensor's bytes in row-major order, at most CHUNK_BYTES at a time."""
-        whole, dtype = Box((0,) * len(self.shape), self.shape), DTYPES[self.dtype]
-        for box in whole.split(CHUNK_BYTES // dtype.itemsize):
+        dtype = DTYPES[self.dtype]
+        for box in whole(self.shape).split(CHUNK_BYTES // dtype.itemsize):
             # `contiguous()` keeps odd strides where a size is 1, and those have no view as bytes.
             part = torch.empty(box.size, dtype=dtype, device="cpu").copy_(self.read(box))
             if part.numel():
@@ -203,17 +203,17 @@ def merge_indices(parts: Sequence[Index]) -> tuple[Index, list[str]]:
 
 
 def _tiling_problems(key: str, entry: StoredTensor) -> list[str]:
-    whole = Box((0,) * len(entry.shape), entry.shape)
+    everything = whole(entry.shape)
     boxes = [p.box for p in entry.pieces]
-    outside = [b for b in boxes if b.intersect(whole) != b]
+    outside = [b for b in boxes if b.intersect(everything) != b]
     if outside:
         return [f"{key}: a piece at {outside[0]} lies outside its shape {list(entry.shape)}"]
     overlap = first_overlap(boxes)
     if overlap is not None:
         return [f"{key}: two pieces overlap: {overlap[0]} and {overlap[1]}"]
     covered = sum(b.volume for b in boxes)
-    if covered != whole.volume:
-        return [f"{key}: its pieces hold {covered} of {whole.volume} elements"]
+    if covered != everything.volume:
+        return [f"{key}: its pieces hold {covered} of {everything.volume} elements"]
     return []
 
 

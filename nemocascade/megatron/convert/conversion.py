@@ -9,7 +9,7 @@ converting it back gives the same bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +21,15 @@ from nemocascade.megatron.artifact import (
     artifact_model,
     read_artifact,
 )
+from nemocascade.megatron.checkpoint.boxes import whole
 from nemocascade.megatron.checkpoint.errors import CheckpointError
 from nemocascade.megatron.checkpoint.folder import (
     INDEX,
-    TEMPORARY,
     finish_folder,
+    flush,
+    fresh_folder,
     hash_problems,
     read_manifest,
-    remove,
     write_durably,
 )
 from nemocascade.megatron.checkpoint.state import MODEL
@@ -60,18 +61,13 @@ from nemocascade.megatron.convert.folder import (
     ConversionError,
     json_bytes,
     main_dtype,
-    publish,
     read_index,
     read_json,
+    split_shards,
     write_weights,
 )
-from nemocascade.megatron.convert.names import Family, NameMap, Style, name_map, whole
-from nemocascade.megatron.convert.stream import (
-    differences,
-    equal_tensors,
-    outgoing,
-    sources_of,
-)
+from nemocascade.megatron.convert.names import Family, NameMap, Style, name_map
+from nemocascade.megatron.convert.stream import differences, equal_tensors, outgoing
 from nemocascade.recipe import ModelConfig, ParallelConfig
 from nemocascade.types import Artifact
 
@@ -122,7 +118,9 @@ def import_huggingface(source: Path, target: Path, *, precision: Precision = "au
         raise ConversionError(source, problems)
     chosen = _precision_of_folder(source, index, precision)
     dtypes = _our_dtypes(names, chosen)
-    rounded = _rounded(names, index, dtypes)
+    rounded = sorted(
+        {m.theirs for m in names.moves if _loses(index[m.theirs].dtype, dtypes[m.ours])}
+    )
     if rounded and precision == "auto":
         asked = f"to round them to {chosen}, say --precision {chosen}"
         raise ConversionError(
@@ -187,20 +185,21 @@ def export_huggingface(
     chosen = artifact.precision if precision == "auto" else precision
     stored = {name.removeprefix(MODEL): entry for name, entry in index.items()}
     dtypes = _their_dtypes(names, stored, artifact, origin, precision)
-    rounded = _rounded_back(names, stored, dtypes)
-    files = _small_files(source, (*TOKENIZERS, *TOKENIZER_COMPANIONS))
+    rounded = sorted(
+        {m.theirs for m in names.moves if _loses(stored[m.ours].dtype, dtypes[m.theirs])}
+    )
+    files = _tokenizer_files(source)
     files.pop(ORIGIN, None)
     files[CONFIG] = json_bytes(_config(shape, chosen_family, origin, dtypes))
-    temporary = target.with_name(TEMPORARY + target.name)
-    if temporary.exists():
-        remove(temporary)
-    temporary.mkdir(parents=True)
+    temporary = fresh_folder(target)
     with Reader(source, index) as reader:
         tensors = outgoing(names, reader, dtypes, to_ours=False, source_prefix=MODEL)
         write_weights(temporary, tensors, shard_bytes)
     for name, data in files.items():
         write_durably(temporary / name, data)
-    publish(temporary, target)
+    flush(temporary)
+    temporary.rename(target)
+    flush(target.parent)
     size = sum(t.num_bytes for t in tensors)
     return Report(target, chosen_family, chosen, len(tensors), size, tuple(rounded))
 
@@ -265,26 +264,13 @@ def _loses(source: str, target: str) -> bool:
     return source != target and not DTYPES[target].itemsize > DTYPES[source].itemsize
 
 
-def _rounded(names: NameMap, index: Index, dtypes: Mapping[str, str]) -> list[str]:
-    """Their names that lose bits on the way to ours."""
-    made = sources_of(names)
-    return sorted(
-        {n for ours, of in made.items() for n in of if _loses(index[n].dtype, dtypes[ours])}
-    )
-
-
-def _rounded_back(names: NameMap, stored: Index, dtypes: Mapping[str, str]) -> list[str]:
-    moves = names.moves
-    return sorted({m.theirs for m in moves if _loses(stored[m.ours].dtype, dtypes[m.theirs])})
-
-
 def _documents(
     source: Path, config: dict[str, Any], index: Index, style: Style
 ) -> tuple[str | None, dict[str, bytes]]:
     """The tokenizer's name in the artifact, and the small files: tokenizer, its companions, and
     what the folder says besides its weights."""
     tokenizer = next((source / name for name in TOKENIZERS if (source / name).is_file()), None)
-    files = _small_files(source, (*TOKENIZERS, *TOKENIZER_COMPANIONS))
+    files = _tokenizer_files(source)
     main = main_dtype(index)
     origin = {
         "config": config,
@@ -298,7 +284,8 @@ def _documents(
     return None if tokenizer is None else tokenizer.name, files
 
 
-def _small_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+def _tokenizer_files(folder: Path) -> dict[str, bytes]:
+    names = (*TOKENIZERS, *TOKENIZER_COMPANIONS)
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
@@ -309,18 +296,11 @@ def _write_artifact(
     fields: dict[str, Any],
 ) -> int:
     """Write the folder as a run of one rank would, in files of SHARD_BYTES; returns the bytes."""
-    temporary = target.with_name(TEMPORARY + target.name)
-    if temporary.exists():
-        remove(temporary)
-    temporary.mkdir(parents=True)
-    shards: list[list[Outgoing]] = [[]]
+    temporary = fresh_folder(target)
     # The widest types first, so that every tensor is aligned.
-    for tensor in sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize):
-        if shards[-1] and sum(t.num_bytes for t in shards[-1]) + tensor.num_bytes > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(tensor)
+    ordered = sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize)
     written = []
-    for number, shard in enumerate(shards):
+    for number, shard in enumerate(split_shards(ordered, SHARD_BYTES)):
         name = f"rank_{number:05d}.safetensors"
         named = [
             Outgoing(f"{MODEL}{t.name}@{','.join('0' * len(t.shape))}", t.dtype, t.shape, t.read)
