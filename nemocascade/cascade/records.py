@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from nemocascade.cascade.errors import ReportError
 from nemocascade.megatron.checkpoint.folder import flush, write_durably
 from nemocascade.recipe.cascade import CascadeRecipe
 from nemocascade.stages.scoring import Scores, read_scores
@@ -178,6 +179,26 @@ def write_cascade(recipe: CascadeRecipe) -> list[Alarm]:
     }
     write_json(Path(recipe.run_dir) / CASCADE, value)
     return alarms
+
+
+def read_cascade(run_dir: Path) -> dict[str, Any]:
+    """The content of RUN/cascade.json. Raises ReportError if it cannot be read."""
+    path = run_dir / CASCADE
+    if not path.is_file():
+        raise ReportError(f"{path} does not exist: name the run folder of a cascade")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(
+            f"{path} is no JSON ({error}): start the cascade again to mend it"
+        ) from None
+    known: dict[str, Any] = found if isinstance(found, dict) else {}
+    if known.get("version") != VERSION:
+        raise ReportError(
+            f"{path} has version {known.get('version')!r}, this program reads {VERSION}: use the "
+            "program that wrote it"
+        )
+    return known
 
 
 def versions() -> dict[str, str]:
