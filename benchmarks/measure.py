@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import importlib
 import math
 import statistics
 import time
@@ -44,6 +45,45 @@ class Prepared:
 
     call: Callable[[], Tensor | None]
     result: Callable[[], Tensor]
+
+
+def with_gradients(
+    compute: Callable[[], Tensor], leaves: Sequence[Tensor], shown: Callable[[Tensor], Tensor]
+) -> Prepared:
+    """A call of `compute`, which may make the leaves' gradients as well. The result is what `shown`
+    keeps of the output, and a probe of each gradient."""
+    kept: list[Tensor] = []
+    probing = [True]
+
+    def call() -> None:
+        output = compute()
+        if probing:
+            kept[:] = [shown(output), *(probe(leaf.grad) for leaf in leaves)]
+        for leaf in leaves:
+            leaf.grad = None
+
+    def result() -> Tensor:
+        probing.clear()
+        return torch.cat(kept)
+
+    return Prepared(call, result)
+
+
+def probe(values: Tensor | None) -> Tensor:
+    """A few hundred elements, of unit size, that stand for all."""
+    if values is None:
+        return torch.zeros(0)
+    flat = values.detach().flatten()
+    sample = flat[:: max(1, flat.numel() // 500)][:500].double().cpu()
+    return sample / sample.norm().clamp(min=1e-30)
+
+
+def load(module: str, package: str) -> Any:
+    """A peer's module. Raises Unavailable if it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unavailable(f"{package} is not installed here ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
-"""What the end-to-end benchmarks train: shapes, documents, and the same start for every model."""
+"""What the end-to-end benchmarks run: shapes, documents, the same start for every model, and how
+their cases are measured and shown."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -14,6 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks import measure, run  # noqa: E402
+from benchmarks.measure import Case  # noqa: E402
 from nemocascade.megatron.accelerators import detect  # noqa: E402
 from nemocascade.megatron.world import start_world  # noqa: E402
 from nemocascade.recipe import (  # noqa: E402
@@ -138,3 +143,44 @@ def make_trainer(shape: ModelConfig) -> Trainer:
     weights = from_nemotron_h(dict(initial(shape).state_dict()), shape)
     load_into(trainer.modules[0], weights, shape, world())
     return trainer
+
+
+def measure_cases(
+    op: str,
+    tests: str,
+    cases: Iterable[tuple[Case, dict[str, Any]]],
+    options: argparse.Namespace,
+    print_case: Callable[[dict[str, Any]], None],
+) -> int:
+    """Time the cases, show each, write the record; the exit code.
+
+    tests: what their rows are checked by. cases: each with what it finds out while it runs: the way
+    in which a row is fastest.
+    """
+    device = world().device
+    ceilings = measure.ceilings(device, tiny=options.dry_run)
+    records: list[dict[str, Any]] = []
+    for case, ways in cases:
+        outcomes = measure.measure(case, device, 0.0 if options.dry_run else options.seconds)
+        records.append(run.case_record(case, outcomes, ceilings) | {"ways": ways})
+        print_case(records[-1])
+    ops = {op: {"tests": tests, "cases": records}}
+    return run.finish(run.new_record("end_to_end", device, ceilings=ceilings, ops=ops), options)
+
+
+def print_rows(record: dict[str, Any], tokens: int, ours: str) -> None:
+    """The rows of a case on the screen. tokens: of a call. ours: the row that others are beside."""
+    base = next(row for row in record["rows"] if row["name"] == ours)
+    for row in record["rows"]:
+        if "missing" in row:
+            print(f"  {row['name']:38s} missing: {row['missing']}")
+            continue
+        row["tokens_per_s"] = tokens / row["median_s"]
+        rate = f"{row['tflops']:6.3f} TFLOP/s" if "tflops" in row else ""
+        way = record["ways"].get(row["name"], {})
+        print(
+            f"  {row['name']:38s} {row['tokens_per_s']:9,.0f} tokens/s {row['median_s']:8.3f} s "
+            f"[{row['p20_s']:.3f}, {row['p80_s']:.3f}] {rate} {row['extra_bytes'] / 2**20:7.0f} MiB"
+            f"  ours is {row['median_s'] / base['median_s']:.2f} x  "
+            f"{' '.join(f'{key}={value}' for key, value in way.items())} {row.get('wrong', '')}"
+        )
