@@ -19,9 +19,9 @@ from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.envs.swe_checking import CheckSettings, check_tasks, summary
 from nemocascade.megatron.convert import export_huggingface, import_huggingface
-from nemocascade.plan.commands import PreflightSettings, run_preflight
-from nemocascade.plan.report import PlanSettings, run_plan
+from nemocascade.plan.preflight import PreflightSettings, run_preflight
 from nemocascade.plan.slurm import SubmitSettings, run_submit
+from nemocascade.plan.summary import PlanSettings, run_plan
 from nemocascade.recipe import CascadeRecipe, DataConfig
 from nemocascade.rl.trajectories import ReplaySettings, replay, settings_of_run
 from nemocascade.runtime.errors import exit_cleanly

@@ -13,17 +13,13 @@ from typing import Any
 from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
-from nemocascade.megatron.accelerators import Accelerators
 from nemocascade.megatron.artifact import artifact_model, load_artifact_weights, read_artifact
 from nemocascade.megatron.checkpoint.folder import digest_of
 from nemocascade.megatron.config import make_config
 from nemocascade.megatron.model import build_model
 from nemocascade.recipe import (
     DomainConfig,
-    EngineConfig,
-    ModelConfig,
     MoeTrainingConfig,
-    ParallelConfig,
     RolloutConfig,
     ScoreConfig,
     ScoredDomain,
@@ -37,8 +33,8 @@ from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World, world_size_of_environment
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
-from nemocascade.stages.setup import stage_world
-from nemocascade.types import Artifact, Environment
+from nemocascade.stages.setup import watched_world
+from nemocascade.types import Environment
 
 VERSION = 1
 # How scores are made, not what they are of.
@@ -140,12 +136,26 @@ def score_artifact(
     if problems:
         raise RecipeError(problems)
     check_judge(config.envs.judge, artifact)
-    job = _Job(str(work_dir), config, artifact_model(artifact))
-    with stage_world(job, show=False) as (world, accelerators):
+    model = artifact_model(artifact)
+    if problems := config.problems(world_size_of_environment(), model):
+        raise RecipeError(problems)
+    with watched_world(work_dir, config.parallel, config.engine) as (world, accelerators):
         probe_judge(config.envs.judge, world)
-        engine, tokenizer = _open_engine(artifact, job, world, accelerators)
+        tokenizer = load_tokenizer(str(artifact.tokenizer_path))
+        check_vocabulary(tokenizer, model.vocab_size)
+        settled = make_config(model, world.parallel, config.engine, MoeTrainingConfig(), seed=0)
+        chunks = build_model(world, settled, accelerators)
+        load_artifact_weights(artifact, world, chunks)
+        engine = LiveEngine(
+            world,
+            chunks,
+            slots=config.slots,
+            prefill_chunk=RolloutConfig.prefill_chunk,
+            decode=tokenizer.decode,
+            vocabulary=tokenizer.vocab_size,
+        )
         judge = judge_on_ranks(
-            config.envs.judge, artifact, world, engine.chunks, engine, tokenizer, seed=config.seed
+            config.envs.judge, artifact, world, chunks, engine, tokenizer, seed=config.seed
         )
         environments = make_environments(config.envs, judge=judge)
         try:
@@ -177,47 +187,6 @@ def scoring_problems(config: ScoreConfig) -> list[str]:
     if not config.domains:
         problems.append("scores.domains is empty: name at least one domain")
     return problems
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A scoring run as `stage_world` sees it."""
-
-    run_dir: str
-    config: ScoreConfig
-    model: ModelConfig
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        return self.config.parallel
-
-    @property
-    def engine(self) -> EngineConfig:
-        # What the checks at the start foresee is training.
-        return replace(self.config.engine, preflight=False)
-
-    def problems(self, world_size: int) -> list[str]:
-        return self.config.problems(world_size, self.model)
-
-
-def _open_engine(
-    artifact: Artifact, job: _Job, world: World, accelerators: Accelerators
-) -> tuple[LiveEngine, Tokenizer]:
-    """The artifact's weights, ready to generate; no optimizer is made."""
-    tokenizer = load_tokenizer(str(artifact.tokenizer_path))
-    check_vocabulary(tokenizer, job.model.vocab_size)
-    config = make_config(job.model, world.parallel, job.engine, MoeTrainingConfig(), seed=0)
-    chunks = build_model(world, config, accelerators)
-    load_artifact_weights(artifact, world, chunks)
-    engine = LiveEngine(
-        world,
-        chunks,
-        slots=job.config.slots,
-        prefill_chunk=RolloutConfig.prefill_chunk,
-        decode=tokenizer.decode,
-        vocabulary=tokenizer.vocab_size,
-    )
-    return engine, tokenizer
 
 
 def _answer(

@@ -83,7 +83,7 @@ _VOLATILE = ("auto_map", "torch_dtype", "dtype", "transformers_version", "_name_
 
 
 @dataclass(frozen=True)
-class Report:
+class Conversion:
     """What a conversion did. tensors, num_bytes: written. rounded: tensors that lost bits.
     left_behind: files of the source that were not carried over."""
 
@@ -96,7 +96,7 @@ class Report:
     left_behind: tuple[str, ...] = ()
 
 
-def import_huggingface(source: Path, target: Path, *, precision: Precision = "auto") -> Report:
+def import_huggingface(source: Path, target: Path, *, precision: Precision = "auto") -> Conversion:
     """Write the artifact `target` from the Hugging Face folder `source`.
 
     precision: of the artifact's weights; "auto" is the one that most of the folder's bytes have,
@@ -150,7 +150,7 @@ def import_huggingface(source: Path, target: Path, *, precision: Precision = "au
     carried = {*documents, CONFIG, *(p.file for e in index.values() for p in e.pieces)}
     left = {p.name for p in source.iterdir() if not p.name.startswith(".")} - carried
     left.discard(f"{WEIGHTS}.index.json")
-    return Report(
+    return Conversion(
         target, family, chosen, len(tensors), written, tuple(rounded), tuple(sorted(left))
     )
 
@@ -162,7 +162,7 @@ def export_huggingface(
     precision: Precision = "auto",
     family: Family | Literal["auto"] = "auto",
     shard_bytes: int = SHARD_BYTES,
-) -> Report:
+) -> Conversion:
     """Write the Hugging Face folder `target` from the artifact `source`, of any layout.
 
     precision: of the folder's weights; "auto" rounds nothing: an artifact that was converted gets
@@ -201,7 +201,7 @@ def export_huggingface(
     temporary.rename(target)
     flush(target.parent)
     size = sum(t.num_bytes for t in tensors)
-    return Report(target, chosen_family, chosen, len(tensors), size, tuple(rounded))
+    return Conversion(target, chosen_family, chosen, len(tensors), size, tuple(rounded))
 
 
 def _style_of(family: Family, index: Index, shape: ModelConfig) -> Style:
