@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -107,7 +108,7 @@ def _entry(found: tuple[float, float, float]) -> dict[str, Any]:
 def plot(path: Path, races: Mapping[str, Sequence[Race]], title: str) -> None:
     """Share recovered over steps and over generated tokens: seeds thin, their mean bold with its
     interval."""
-    with figures.look():
+    with matplotlib.rc_context(figures.SETTINGS):
         figure = Figure(figsize=(9.0, 3.6), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
         axes = figure.subplots(1, 2, sharey=True)

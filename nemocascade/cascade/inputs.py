@@ -14,6 +14,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from nemocascade.cascade.records import write_json
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint.folder import digest_of, file_sha256
 from nemocascade.recipe import MopdRecipe, ScoreConfig, SftRecipe
@@ -110,10 +111,7 @@ class FileHashes:
         name = str(path.absolute())
         if name not in self._known or self._known[name][0] != state:
             self._known[name] = [state, file_sha256(path)]
-            self.memory.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.memory.with_name(f".{self.memory.name}.partial")
-            partial.write_text(json.dumps(self._known), encoding="utf-8")
-            partial.replace(self.memory)
+            write_json(self.memory, self._known)
         return str(self._known[name][1])
 
 
@@ -139,7 +137,8 @@ def differences(old: Inputs, new: Inputs, unset: Collection[str] = ()) -> list[s
     newer program has more settings, and its defaults do as before. Nor is one of `HOW`, which older
     programs may have kept.
     """
-    before = {name: value for name, value in _flat(old) if not _is_how(name)}
+    how = tuple(f"recipe.{name}." for name in HOW)
+    before = {name: value for name, value in _flat(old) if not f"{name}.".startswith(how)}
     after = dict(_flat(new))
     found = []
     for name in sorted(before.keys() | after.keys()):
@@ -150,10 +149,6 @@ def differences(old: Inputs, new: Inputs, unset: Collection[str] = ()) -> list[s
             short = name.removeprefix("recipe.")
             found.append(f"{short}: {_short(a)} -> {_short(b)}")
     return sorted(found)
-
-
-def _is_how(name: str) -> bool:
-    return f"{name}.".startswith(tuple(f"recipe.{how}." for how in HOW))
 
 
 def _drop(values: dict[str, Any], path: list[str]) -> None:

@@ -18,9 +18,17 @@ def report_text(run_dir: Path) -> str:
     found = read_cascade(run_dir)
     parts = [artifact_tree(run_dir, found), score_table(run_dir, found)]
     if found["teachers"]:
-        parts.append("teachers:\n" + "\n".join(_teacher_lines(found["teachers"])))
-    parts.append("alarms:\n" + "\n".join(_alarm_lines(found["alarms"])))
-    return "\n\n".join(parts)
+        parts.append("teachers:")
+    for domain, t in sorted(found["teachers"].items()):
+        score = "" if t["score"] is None else f", {100 * t['score']:.1f}"
+        pinned = ", pinned" if t["pinned"] else ""
+        parts[-1] += f"\n  {domain}: {t['stage'] or t['artifact']}{score}{pinned}"
+    alarms = [
+        f"  {a['stage']}: {a['domain']} {100 * a['before']:.1f} -> {100 * a['after']:.1f}, "
+        f"{a['drop']:.1f} points below {a['from_stage']}"
+        for a in found["alarms"]
+    ]
+    return "\n\n".join([*parts, "\n".join(["alarms:", *(alarms or ["  none"])])])
 
 
 def artifact_tree(run_dir: Path, cascade: Mapping[str, Any]) -> str:
@@ -93,23 +101,6 @@ def score_table(run_dir: Path, cascade: Mapping[str, Any]) -> str:
 def _cell(score: float | None, *, taught: bool) -> str:
     text = "-" if score is None else f"{100 * score:.1f}"
     return f"{text}*" if taught else text
-
-
-def _teacher_lines(teachers: Mapping[str, Any]) -> list[str]:
-    return [
-        f"  {domain}: {t['stage'] or t['artifact']}"
-        + ("" if t["score"] is None else f", {100 * t['score']:.1f}")
-        + (", pinned" if t["pinned"] else "")
-        for domain, t in sorted(teachers.items())
-    ]
-
-
-def _alarm_lines(alarms: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [
-        f"  {a['stage']}: {a['domain']} {100 * a['before']:.1f} -> {100 * a['after']:.1f}, "
-        f"{a['drop']:.1f} points below {a['from_stage']}"
-        for a in alarms
-    ] or ["  none"]
 
 
 def _folder(run_dir: Path, name: str) -> Path:

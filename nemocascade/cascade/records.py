@@ -21,7 +21,7 @@ from typing import Any, Literal
 from nemocascade.cascade.errors import ReportError
 from nemocascade.megatron.checkpoint.folder import flush, write_durably
 from nemocascade.recipe.cascade import CascadeRecipe
-from nemocascade.stages.scoring import Scores, read_scores
+from nemocascade.stages.scoring import Scores, read_scores, read_versioned
 
 VERSION = 1
 STAGE = "stage.json"
@@ -96,11 +96,8 @@ def write_record(folder: Path, record: StageRecord) -> None:
 
 def read_record(folder: Path) -> StageRecord | None:
     """The record in a stage's folder; None where there is none that this program can read."""
-    try:
-        found = json.loads((folder / STAGE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    if found.pop("version", None) != VERSION:
+    found = read_versioned(folder / STAGE, VERSION)
+    if found is None:
         return None
     teachers = {d: Teacher(**value) for d, value in found.pop("teachers").items()}
     return StageRecord(teachers=teachers, **found)

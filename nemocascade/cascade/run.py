@@ -83,13 +83,6 @@ class Choice:
         return self.again and name == (self.only or self.begin)
 
 
-def check(cascade: CascadeRecipe, choice: Choice) -> None:
-    """Raise RecipeError with everything that cannot run, before any process group is made."""
-    problems = choice.problems(cascade) + _problems_here(cascade)
-    if problems:
-        raise RecipeError(problems)
-
-
 def _problems_here(cascade: CascadeRecipe) -> list[str]:
     """Of the cascade and its scores, in the world of this process."""
     problems = cascade.problems(world_size_of_environment())
@@ -131,7 +124,8 @@ def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
     where an alarm stops it, and what a stage raises.
     """
     choice = choice or Choice()
-    check(cascade, choice)
+    if problems := choice.problems(cascade) + _problems_here(cascade):
+        raise RecipeError(problems)
     run = _Run(cascade, choice)
     for name in choice.stages(cascade):
         run.stage(name)
@@ -154,7 +148,9 @@ class _Run:
         decision: Decision = self._on_main(lambda: self._begin(name))
         if decision.action != "keep":
             assert decision.recipe is not None
-            started, first = time.monotonic(), self._on_main(lambda: self._first_step(name))
+            checkpoints, started = self._folder(name) / "checkpoints", time.monotonic()
+            newest = self._on_main(lambda: latest_checkpoint(checkpoints))
+            first = int(newest.name.removeprefix("step_")) if newest else 0
             run_stage(decision.recipe)
             # What the stage held in cycles would stay beside the next one.
             gc.collect()
@@ -188,11 +184,6 @@ class _Run:
             write_record(self._folder(name), record)
         write_cascade(self.cascade)
         return decision
-
-    def _first_step(self, name: str) -> int:
-        """The step that the stage goes on from."""
-        newest = latest_checkpoint(self._folder(name) / "checkpoints")
-        return int(newest.name.removeprefix("step_")) if newest else 0
 
     def _done(self, decision: Decision, seconds: float, first_step: int) -> None:
         """Note that the stage is done."""

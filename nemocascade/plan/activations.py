@@ -63,7 +63,7 @@ class Activations:
         norm = {"layer input": self.stream, "norm": self.stream + 4 * self.rows}
         kinds = {"M": self._mamba, "*": self._attention, "E": self._moe}
         mixer = kinds[symbol]() if symbol in kinds else self._mlp(self.model.mlp_width, "MLP")
-        return _add(norm, mixer)
+        return norm | mixer
 
     def _mamba(self) -> Terms:
         m, tp, tokens = self.model, self.parallel.tp, self.load.tokens
@@ -74,7 +74,10 @@ class Activations:
         }
         if self.load.on_gpu:
             # On a CPU the native core computes them again.
-            terms["Mamba states"] = self._states() * inner * m.mamba_state * 4
+            per_document = -(-self.load.document // m.mamba_chunk) - 1
+            # Chunks after which another one of the same document follows.
+            states = per_document * self.load.tokens / self.load.document
+            terms["Mamba states"] = states * inner * m.mamba_state * 4
         if self.load.on_gpu and self.load.fla:
             channels = inner + 2 * m.mamba_groups * m.mamba_state / tp
             terms["Mamba convolution"] = tokens * channels * self.width
@@ -82,11 +85,6 @@ class Activations:
             terms["Mamba gate"] = tokens * inner * (5 * 4 + self.width)
             terms["Mamba time steps"] = tokens * m.mamba_heads / tp * 4 * 3
         return terms
-
-    def _states(self) -> float:
-        """Chunks after which another one of the same document follows."""
-        per_document = -(-self.load.document // self.model.mamba_chunk) - 1
-        return per_document * self.load.tokens / self.load.document
 
     def _attention(self) -> Terms:
         m, tokens, tp = self.model, self.load.tokens, self.parallel.tp
@@ -179,14 +177,6 @@ class Activations:
         largest = max(terms.values())
         again = sum(terms.values()) - self.stream if self.engine.recompute else 0.0
         return again + 2 * self.stream + largest
-
-
-def _add(*parts: Terms) -> Terms:
-    total: Terms = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0.0) + value
-    return total
 
 
 def in_flight(parallel: ParallelConfig, pp_rank: int, microbatches: int) -> float:

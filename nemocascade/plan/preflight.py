@@ -171,7 +171,11 @@ def check_disk(job: Job, recipe: Any, into: Preflight) -> None:
     """Room for the checkpoints that stay, one more while it is written, and the artifact."""
     with into.guarded("disk"):
         parent = _existing(recipe.run_dir)
-        weights, states = whole_model_bytes(job)
+        [listed] = stage_parameters(job.model, ParallelConfig(), job.moe, 0)
+        count = sum(p.numel for p in listed)
+        # Weights in the run's precision, and what a checkpoint holds besides.
+        width, main = (2, 4) if job.engine.precision == "bf16" else (4, 0)
+        weights, states = float(count * width), float(count * (main + 8))
         keep = max(1, recipe.checkpoint.keep)
         needed = (keep + 1) * (weights + states) + weights
         free = shutil.disk_usage(parent).free
@@ -182,14 +186,6 @@ def check_disk(job: Job, recipe: Any, into: Preflight) -> None:
                 f"take {needed / GIB:.1f} GiB: make room, or lower --checkpoint.keep"
             )
         into.add("disk", problems, f"{needed / GIB:.1f} of {free / GIB:.1f} GiB free")
-
-
-def whole_model_bytes(job: Job) -> tuple[float, float]:
-    """Bytes of the weights in the run's precision, and of what a checkpoint holds besides."""
-    [listed] = stage_parameters(job.model, ParallelConfig(), job.moe, 0)
-    count = sum(p.numel for p in listed)
-    width, main = (2, 4) if job.engine.precision == "bf16" else (4, 0)
-    return float(count * width), float(count * (main + 8))
 
 
 def check_start(recipe: Any, into: Preflight) -> None:

@@ -28,7 +28,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -186,8 +186,8 @@ class Watchdog:
             return
         with self._lock:
             self._own.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            self._own.stack = _summary(_last_frames(error))
-            self._own.collective = _collective(_last_frames(error))
+            frames = _frames(traceback.walk_tb(error.__traceback__))[::-1]
+            self._own.stack, self._own.collective = _summary(frames), _collective(frames)
         deadline = time.monotonic() + max(1.0, 6 * self.interval)
         with contextlib.suppress(Exception):  # without a store there is nobody to tell
             self._tell()
@@ -243,7 +243,8 @@ class Watchdog:
             own.since_s = time.monotonic() - self._entered
             own.still_s = time.monotonic() - self._moved
             if not own.failed:
-                frames = list(_frames(sys._current_frames().get(self._main or 0)))
+                frame = sys._current_frames().get(self._main or 0)
+                frames = _frames(traceback.walk_stack(frame) if frame else ())
                 collective = _collective(frames)
                 if not collective or collective != own.collective:
                     self._waiting_since = time.monotonic()
@@ -381,16 +382,9 @@ def _culprits(signs: list[Sign], limit_s: float) -> list[Sign]:
     return [s for s in signs if counts[s.phase, s.collective] == fewest]
 
 
-def _frames(frame: FrameType | None) -> Iterator[tuple[str, int, str]]:
-    """File, line and function from the innermost frame on."""
-    while frame is not None:
-        yield frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
-        frame = frame.f_back
-
-
-def _last_frames(error: BaseException) -> list[tuple[str, int, str]]:
-    stack = traceback.extract_tb(error.__traceback__)
-    return [(f.filename, f.lineno or 0, f.name) for f in reversed(stack)]
+def _frames(walk: Iterable[tuple[FrameType, int]]) -> list[tuple[str, int, str]]:
+    """File, line and function of each frame."""
+    return [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in walk]
 
 
 def _summary(frames: list[tuple[str, int, str]]) -> list[str]:

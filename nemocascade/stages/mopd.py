@@ -25,8 +25,8 @@ from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
 from nemocascade.stages.policy import policy_run
 from nemocascade.train.evaluation import domain_means, policy_metrics
+from nemocascade.train.metrics import step_values
 from nemocascade.train.objectives import mopd_objective
-from nemocascade.train.report import step_values
 from nemocascade.train.trainer import Measure
 from nemocascade.train.weight_swap import model_problems
 from nemocascade.types import Artifact, PackedBatch

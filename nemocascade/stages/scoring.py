@@ -106,13 +106,19 @@ def settings_key(config: ScoreConfig, files: Mapping[str, str]) -> str:
     return digest_of({"version": VERSION, "settings": json.loads(json.dumps(said)), "files": files})
 
 
-def read_scores(path: Path) -> Scores | None:
-    """The content of a scores.json; None where it is missing or of another version."""
+def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
+    """The fields of a JSON file of this program; None where it is missing or of another version."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    if found.pop("version", None) != VERSION:
+    return found if found.pop("version", None) == version else None
+
+
+def read_scores(path: Path) -> Scores | None:
+    """The content of a scores.json; None where it is missing or of another version."""
+    found = read_versioned(path, VERSION)
+    if found is None:
         return None
     scores = {name: DomainScore(**value) for name, value in found.pop("scores").items()}
     return Scores(scores=scores, **found)

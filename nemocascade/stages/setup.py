@@ -12,15 +12,13 @@ from typing import Any
 
 from nemocascade.data.documents import DocumentSet, StageData, build_data, open_data
 from nemocascade.data.loader import HeldoutLoader
-from nemocascade.data.packing import WorkModel
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.megatron.accelerators import Accelerators, detect
-from nemocascade.megatron.parameters import count_parameters
 from nemocascade.megatron.world import start_world
 from nemocascade.plan.devices import check_together
 from nemocascade.plan.preflight import problems_before
-from nemocascade.recipe import DataConfig, EngineConfig, ModelConfig, ParallelConfig, SftRecipe
+from nemocascade.recipe import DataConfig, EngineConfig, ParallelConfig, SftRecipe
 from nemocascade.recipe.errors import RecipeError
 from nemocascade.recipe.rl import PolicyRecipe
 from nemocascade.runtime.logging import LOGGER, start_logging
@@ -43,7 +41,12 @@ def stage_world(recipe: SftRecipe | PolicyRecipe) -> Iterator[tuple[World, Accel
         LOGGER.info(world.describe())
         LOGGER.info("accelerators:\n%s", accelerators.table())
         if recipe.engine.preflight:
-            _check_together(recipe, world)
+            # Devices and collectives are timed; every rank hears of every problem.
+            world.watch.enter("preflight")
+            found = check_together(recipe, world)
+            LOGGER.info(found.text())
+            if found.problems:
+                raise RecipeError(found.problems)
             world.watch.enter("set-up")
         yield joined
 
@@ -75,15 +78,6 @@ def watched_world(
     finally:
         watch.close()
         world.close()
-
-
-def _check_together(recipe: SftRecipe | PolicyRecipe, world: World) -> None:
-    """Time devices and collectives. Raises RecipeError, on every rank, with what is too slow."""
-    world.watch.enter("preflight")
-    found = check_together(recipe, world)
-    LOGGER.info(found.text())
-    if found.problems:
-        raise RecipeError(found.problems)
 
 
 def on_main_rank(run_dir: Path, engine: EngineConfig, work: Callable[[], Any]) -> Any:
@@ -152,15 +146,6 @@ def heldout_loader(
         dp_size=world.dp_size,
         pad_id=tokenizer.pad_id,
         microbatch_multiple=world.parallel.pp if world.parallel.vpp > 1 else 1,
-    )
-
-
-def work_of(model: ModelConfig) -> WorkModel:
-    """What packed sequences of this model cost, so that ranks finish together."""
-    return WorkModel.of_transformer(
-        count_parameters(model).active,
-        model.pattern.count("*"),
-        model.num_heads * model.head_dim,
     )
 
 

@@ -73,6 +73,7 @@ def _stage(root: Path, entry: Mapping[str, Any], faults: Faults) -> Stage:
     recipe = _document(folder / "recipe.json", faults, wanted=stage.status != "pending")
     curves = _metrics(folder / "metrics.jsonl", faults, wanted=done)
     scores = _document(folder / SCORES, faults, wanted=done)
+    trained = recipe.get("domains") or _mapping(recipe.get("demonstrations")).get("domains") or ()
     if scores and stage.digest and scores.get("digest") not in (None, stage.digest):
         faults.add(folder / SCORES, "the scores are of another artifact than the stage's")
 
@@ -85,25 +86,16 @@ def _stage(root: Path, entry: Mapping[str, Any], faults: Faults) -> Stage:
         seconds=stage.seconds or total("step_time_s") or stage.seconds,
         tokens=stage.tokens or total("tokens") or stage.tokens,
         recipe=recipe,
-        domains=_domains(recipe),
+        domains=tuple(str(d["domain"]) for d in trained if "domain" in _mapping(d)),
         curves=curves,
         scores=_made_by_name(DomainScore, _mapping(scores.get("scores"))),
-        samples=_scored_samples(_mapping(scores.get("samples")), folder / SCORES, faults),
+        samples=[
+            _sample(entry, str(domain))
+            for domain, entries in _mapping(scores.get("samples")).items()
+            for entry in list(_mappings(entries, folder / SCORES, "a sample", faults))[:SAMPLES]
+        ],
         rollouts=_rollouts(folder / "rollouts", faults),
     )
-
-
-def _domains(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    found = recipe.get("domains") or _mapping(recipe.get("demonstrations")).get("domains") or ()
-    return tuple(str(d["domain"]) for d in found if isinstance(d, Mapping) and "domain" in d)
-
-
-def _scored_samples(found: Mapping[str, Any], path: Path, faults: Faults) -> list[Sample]:
-    samples = []
-    for domain, entries in found.items():
-        for entry in list(_mappings(entries, path, "a sample", faults))[:SAMPLES]:
-            samples.append(_sample(entry, str(domain)))
-    return samples
 
 
 def _rollouts(folder: Path, faults: Faults) -> list[Sample]:

@@ -283,13 +283,8 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
                 part = entry if isinstance(entry, Mapping) else {"": entry}
                 yield from flat(part, f"{prefix}{name}.{number}.")
         else:
-            yield prefix + name, _setting(value)
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield prefix + name, text
 
 
 def compared_settings(run: Run) -> tuple[list[Stage], list[tuple[str, Sequence[str]]]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 from markupsafe import Markup
 
 from nemocascade.cascade.report import curves, figures, scores, view, words
@@ -37,7 +38,7 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(run_dir)
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
-    with figures.look():
+    with matplotlib.rc_context(figures.SETTINGS):
         stages = [
             (stage, [_drawn(panel, stage) for panel in curves.panels(run, stage)])
             for stage in run.stages

@@ -20,15 +20,16 @@ PREFIX = "rng/"
 
 def rng_pieces(world: World) -> list[Piece]:
     """The states of this rank's generators, as tensors of bytes."""
+    name, words, *rest = np.random.get_state()
     states = {
         "torch": torch.get_rng_state(),
-        "numpy": _bytes(_numpy_state()),
+        "numpy": _bytes([name, np.asarray(words).tolist(), *rest]),
         "python": _bytes(random.getstate()),
     }
     if world.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(world.device)
     return [
-        Piece(f"{PREFIX}{world.rank:05d}/{name}", tuple(state.shape), whole(state.shape), state)
+        Piece(_key(world, name), tuple(state.shape), whole(state.shape), state)
         for name, state in states.items()
     ]
 
@@ -66,11 +67,6 @@ def missing_rng(world: World, index: Index, *, same_layout: bool) -> list[str]:
 
 def _key(world: World, name: str) -> str:
     return f"{PREFIX}{world.rank:05d}/{name}"
-
-
-def _numpy_state() -> list[Any]:
-    name, words, *rest = np.random.get_state()
-    return [name, np.asarray(words).tolist(), *rest]
 
 
 def _bytes(state: Any) -> Tensor:

@@ -84,7 +84,13 @@ def model_parts(chunks: Sequence[Any], world: World) -> list[ModelPart]:
 def model_pieces(parts: Sequence[ModelPart]) -> list[Piece]:
     """The weights and buffers themselves."""
     return [
-        Piece(MODEL + p.key, p.global_shape, p.box, _view(p, p.owner.detach()), p.replica)
+        Piece(
+            MODEL + p.key,
+            p.global_shape,
+            p.box,
+            p.owner.detach()[p.local.slices()].reshape(p.box.size),
+            p.replica,
+        )
         for p in parts
     ]
 
@@ -214,11 +220,6 @@ def _leaves(value: Any) -> Iterator[ShardedTensor]:
             raise TypeError(f"{value.key} is an object that only pickle could store")
     elif not isinstance(value, LocalNonpersistentObject):
         raise TypeError(f"a sharded state dict holds a {type(value).__name__}")
-
-
-def _view(part: ModelPart, tensor: Tensor) -> Tensor:
-    """The part's elements in `tensor`, which is shaped as the owner."""
-    return tensor[part.local.slices()].reshape(part.box.size)
 
 
 def _state_pieces(

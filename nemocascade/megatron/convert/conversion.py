@@ -117,7 +117,9 @@ def import_huggingface(source: Path, target: Path, *, precision: Precision = "au
     if problems:
         raise ConversionError(source, problems)
     chosen = _precision_of_folder(source, index, precision)
-    dtypes = _our_dtypes(names, chosen)
+    dtypes = {
+        name: "F32" if name.endswith(_ALWAYS_FLOAT32) else _DTYPE_OF[chosen] for name in names.ours
+    }
     rounded = sorted(
         {m.theirs for m in names.moves if _loses(index[m.theirs].dtype, dtypes[m.ours])}
     )
@@ -174,7 +176,7 @@ def export_huggingface(
     """
     artifact, index = _open_artifact(source)
     shape = artifact_model(artifact)
-    origin = _origin(source)
+    origin = read_json(source / ORIGIN) if (source / ORIGIN).is_file() else {}
     chosen_family = _family(source, shape, origin, family)
     names = name_map(chosen_family, shape, _style_of_origin(chosen_family, shape, origin))
     problems = differences(index, names.ours, MODEL)
@@ -234,13 +236,6 @@ def _precision_of_folder(source: Path, index: Index, precision: Precision) -> st
     if dtype not in _PRECISION_OF:
         raise ConversionError(source, [f"its weights are {dtype}: say --precision bf16 or fp32"])
     return _PRECISION_OF[dtype]
-
-
-def _our_dtypes(names: NameMap, precision: str) -> dict[str, str]:
-    return {
-        name: "F32" if name.endswith(_ALWAYS_FLOAT32) else _DTYPE_OF[precision]
-        for name in names.ours
-    }
 
 
 def _their_dtypes(
@@ -330,10 +325,6 @@ def _open_artifact(source: Path) -> tuple[Artifact, Index]:
     return artifact, index_from_json(json.loads((source / INDEX).read_bytes()))
 
 
-def _origin(source: Path) -> dict[str, Any]:
-    return read_json(source / ORIGIN) if (source / ORIGIN).is_file() else {}
-
-
 def _family(source: Path, shape: ModelConfig, origin: Mapping[str, Any], asked: str) -> Family:
     try:
         able = families_of_model(shape)
@@ -353,8 +344,8 @@ def _config(
 ) -> dict[str, Any]:
     """The folder's own config.json where it says the same model, otherwise a new one."""
     made = config_of_model(shape, family)
-    counts = {name: list(dtypes.values()).count(name) for name in set(dtypes.values())}
-    main = _PRECISION_OF.get(max(sorted(counts), key=lambda n: counts[n]), "fp32")
+    found = list(dtypes.values())
+    main = _PRECISION_OF.get(max(sorted(set(found)), key=found.count), "fp32")
     made["dtype"] = _CONFIG_DTYPES[main]
     if not origin or family_of(origin["config"]) != family:
         return made
