@@ -94,7 +94,7 @@ class Row:
         call. The call may return a tensor: it must then agree with the tensor of the case's first
         row that returns one, to within `Case.agree`.
     kind: "ours", "peer", or "floor" (bare work that no implementation can avoid).
-    flops, bytes: work of one call, for TFLOP/s and GB/s.
+    flops, bytes, tokens: work of one call, for TFLOP/s, GB/s and tokens/s.
     output_bytes: bytes of the outputs that a call leaves allocated; not counted as extra memory.
     """
 
@@ -104,6 +104,7 @@ class Row:
     flops: float | None = None
     bytes: float | None = None
     output_bytes: int = 0
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)

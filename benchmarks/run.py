@@ -154,6 +154,8 @@ def case_record(case: Case, outcomes: list[Outcome], ceilings: dict[str, float])
             if outcome.row.bytes:
                 row["gb_per_s"] = outcome.row.bytes / outcome.median_s / 1e9
                 row["of_copy_ceiling"] = row["gb_per_s"] / ceilings["copy_gb_per_s"]
+            if outcome.row.tokens:
+                row["tokens_per_s"] = outcome.row.tokens / outcome.median_s
         if outcome.wrong is not None:
             row["wrong"] = outcome.wrong
         rows.append(row)
@@ -162,7 +164,8 @@ def case_record(case: Case, outcomes: list[Outcome], ceilings: dict[str, float])
 
 
 def print_case(record: dict[str, Any]) -> None:
-    settings = " ".join(f"{key}={value}" for key, value in record["settings"].items())
+    plain = {k: v for k, v in record["settings"].items() if not isinstance(v, dict)}
+    settings = " ".join(f"{key}={value}" for key, value in plain.items())
     print(f"\n{record['case']}  ({settings})")
     for row in record["rows"]:
         if "missing" in row:
@@ -170,10 +173,13 @@ def print_case(record: dict[str, Any]) -> None:
             continue
         rate = f"{row['tflops']:9.3f} TFLOP/s" if "tflops" in row else ""
         rate = rate or (f"{row['gb_per_s']:9.1f} GB/s" if "gb_per_s" in row else "")
+        rate += f"{row['tokens_per_s']:11,.0f} tokens/s" if "tokens_per_s" in row else ""
+        way = record.get("ways", {}).get(row["name"], {})
+        notes = [*(f"{key}={value}" for key, value in way.items()), row.get("wrong", "")]
         print(
             f"  {row['name']:44s} {row['kind']:6s} {row['median_s'] * 1e3:12.4f} ms "
             f"[{row['p20_s'] * 1e3:.4f}, {row['p80_s'] * 1e3:.4f}] {rate:18s} "
-            f"{row['extra_bytes'] / 2**20:10.1f} MiB extra {row.get('wrong', '')}"
+            f"{row['extra_bytes'] / 2**20:10.1f} MiB extra {' '.join(notes)}"
         )
     for goal in record["goals"]:
         verdict = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]

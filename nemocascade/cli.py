@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from nemocascade.plan.summary import PlanSettings, run_plan
 from nemocascade.recipe import CascadeRecipe, DataConfig
 from nemocascade.rl.trajectories import ReplaySettings, replay, settings_of_run
 from nemocascade.runtime.errors import exit_cleanly
+from nemocascade.runtime.world import is_main_process
 from nemocascade.stages.evaluate import EvalSettings, run_eval
 from nemocascade.stages.launch import parse
 from nemocascade.stages.scoring import ScoreSettings, run_scoring
@@ -82,7 +82,7 @@ def _eval(settings: EvalSettings) -> None:
 
 def _score(settings: ScoreSettings) -> None:
     found = run_scoring(settings)
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         print(json.dumps(found.as_json(), ensure_ascii=False))
 
 

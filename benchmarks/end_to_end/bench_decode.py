@@ -39,7 +39,6 @@ from benchmarks.end_to_end.problems import (  # noqa: E402
     ENGINE,
     initial,
     measure_cases,
-    print_rows,
     small,
     world,
 )
@@ -170,6 +169,7 @@ def make_peer(problem: Problem, chosen: dict[str, Any]) -> Callable[[], Tensor]:
 def make_case(name: str, problem: Problem, ways: dict[str, Any]) -> Case:
     """A case. ways: receives the way of transformers that was fastest, and where texts differ."""
     shape, chosen = problem.make_shape(), {"ways": ways}
+    tokens = problem.batch * problem.written
     return Case(
         name=name,
         settings={
@@ -182,25 +182,13 @@ def make_case(name: str, problem: Problem, ways: dict[str, Any]) -> Case:
             "threads": torch.get_num_threads(),
         },
         rows=[
-            Row(PEER, "peer", lambda: make_peer(problem, chosen)),
-            Row(OURS, "ours", lambda: make_ours(problem, chosen)),
+            Row(PEER, "peer", lambda: make_peer(problem, chosen), tokens=tokens),
+            Row(OURS, "ours", lambda: make_ours(problem, chosen), tokens=tokens),
         ],
         goals=[Goal(f"{problem.goal:g} x {PEER}", OURS, 1 / problem.goal, PEER)],
         repeats=15,
         agree=0.0,
     )
-
-
-def print_table(record: dict[str, Any]) -> None:
-    """The case on the screen."""
-    settings = record["settings"]
-    tokens = settings["batch"] * settings["written_tokens"]
-    print(
-        f"\n{record['case']}: {settings['parameters'] / 1e6:.1f} M parameters, {settings['batch']} "
-        f"prompts of {settings['prompt_tokens']} tokens, {settings['written_tokens']} written "
-        f"after each, {settings['threads']} threads"
-    )
-    print_rows(record, tokens, OURS)
 
 
 def profile(problem: Problem) -> None:
@@ -232,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
             ways: dict[str, Any] = {}
             yield make_case(name, problem, ways), {PEER: ways}
 
-    return measure_cases("decode", "greedy tokens agree", cases(), options, print_table)
+    return measure_cases("decode", "greedy tokens agree", cases(), options)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ from benchmarks.end_to_end.problems import (  # noqa: E402
     initial,
     make_trainer,
     measure_cases,
-    print_rows,
     world,
 )
 from benchmarks.measure import Case, Goal, Row, Unavailable  # noqa: E402
@@ -218,7 +217,10 @@ def make_case(name: str, problem: Problem, chosen: dict[str, dict[str, Any]]) ->
     shape = problem.make_shape()
     batches = draw_batches(shape.vocab_size, problem.capacity, problem.sequences)
     documents = documents_of(batches)
-    flops = sum(batch_flops(shape, batch) for batch in batches)
+    work: dict[str, Any] = {
+        "flops": sum(batch_flops(shape, batch) for batch in batches),
+        "tokens": sum(batch.num_tokens for batch in batches),
+    }
     peers = {
         "transformers, one document at a time": {0: one_at_a_time(documents)},
         "transformers, padded batches": {slots: padded(documents, slots) for slots in SLOTS},
@@ -226,14 +228,14 @@ def make_case(name: str, problem: Problem, chosen: dict[str, dict[str, Any]]) ->
     rows = []
     for peer, ways in peers.items():
         make = functools.partial(make_peer, shape, ways, chosen.setdefault(peer, {}))
-        rows.append(Row(peer, "peer", make, flops=flops))
+        rows.append(Row(peer, "peer", make, **work))
     ours = {
         problem.capacity * count: longer(batches, count)
         for count in (1, 2, 4)
         if count <= problem.sequences
     }
     make_step = functools.partial(make_ours, shape, ours, chosen.setdefault(OURS, {}))
-    rows.append(Row(OURS, "ours", make_step, flops=flops))
+    rows.append(Row(OURS, "ours", make_step, **work))
     return Case(
         name=name,
         settings={
@@ -243,7 +245,7 @@ def make_case(name: str, problem: Problem, chosen: dict[str, dict[str, Any]]) ->
             "capacity": problem.capacity,
             "sequences": problem.sequences,
             "documents": len(documents),
-            "tokens": sum(batch.num_tokens for batch in batches),
+            "tokens": work["tokens"],
             "trained_tokens": sum(batch.num_trained() for batch in batches),
             "threads": torch.get_num_threads(),
         },
@@ -252,17 +254,6 @@ def make_case(name: str, problem: Problem, chosen: dict[str, dict[str, Any]]) ->
         repeats=15,
         agree=1e-5,
     )
-
-
-def print_table(record: dict[str, Any]) -> None:
-    """The case on the screen."""
-    settings = record["settings"]
-    print(
-        f"\n{record['case']}: {settings['parameters'] / 1e6:.1f} M parameters, "
-        f"{settings['documents']} documents of {settings['tokens']:,} tokens a step, "
-        f"{settings['sequences']} x {settings['capacity']} slots, {settings['threads']} threads"
-    )
-    print_rows(record, settings["tokens"], OURS)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -279,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
             yield make_case(name, problem, ways), ways
 
     checked = "losses of the first step agree"
-    return measure_cases("sft_tokens_per_s", checked, cases(), options, print_table)
+    return measure_cases("sft_tokens_per_s", checked, cases(), options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """What the end-to-end benchmarks run: shapes, documents, the same start for every model, and how
-their cases are measured and shown."""
+their cases are measured."""
 
 from __future__ import annotations
 
@@ -150,7 +150,6 @@ def measure_cases(
     tests: str,
     cases: Iterable[tuple[Case, dict[str, Any]]],
     options: argparse.Namespace,
-    print_case: Callable[[dict[str, Any]], None],
 ) -> int:
     """Time the cases, show each, write the record; the exit code.
 
@@ -163,24 +162,6 @@ def measure_cases(
     for case, ways in cases:
         outcomes = measure.measure(case, device, 0.0 if options.dry_run else options.seconds)
         records.append(run.case_record(case, outcomes, ceilings) | {"ways": ways})
-        print_case(records[-1])
+        run.print_case(records[-1])
     ops = {op: {"tests": tests, "cases": records}}
     return run.finish(run.new_record("end_to_end", device, ceilings=ceilings, ops=ops), options)
-
-
-def print_rows(record: dict[str, Any], tokens: int, ours: str) -> None:
-    """The rows of a case on the screen. tokens: of a call. ours: the row that others are beside."""
-    base = next(row for row in record["rows"] if row["name"] == ours)
-    for row in record["rows"]:
-        if "missing" in row:
-            print(f"  {row['name']:38s} missing: {row['missing']}")
-            continue
-        row["tokens_per_s"] = tokens / row["median_s"]
-        rate = f"{row['tflops']:6.3f} TFLOP/s" if "tflops" in row else ""
-        way = record["ways"].get(row["name"], {})
-        print(
-            f"  {row['name']:38s} {row['tokens_per_s']:9,.0f} tokens/s {row['median_s']:8.3f} s "
-            f"[{row['p20_s']:.3f}, {row['p80_s']:.3f}] {rate} {row['extra_bytes'] / 2**20:7.0f} MiB"
-            f"  ours is {row['median_s'] / base['median_s']:.2f} x  "
-            f"{' '.join(f'{key}={value}' for key, value in way.items())} {row.get('wrong', '')}"
-        )

@@ -44,6 +44,10 @@ def seconds(call: Callable[[], Any], repeats: int = 7) -> float:
     return statistics.median(times)
 
 
+def _forward_backward(run_layer: Callable[[], torch.Tensor]) -> None:
+    run_layer().sum().backward()
+
+
 def parts(trainer: Trainer, batches: list[PackedBatch]) -> list[tuple[str, float, float]]:
     """Name, seconds a step, and FLOPs a step of every part."""
     shape, device = trainer.config.shape, trainer.world.device
@@ -61,7 +65,7 @@ def parts(trainer: Trainer, batches: list[PackedBatch]) -> list[tuple[str, float
         run_layer = functools.partial(layer, leaf, packed_seq_params=packed)
         with torch.no_grad():
             forward = seconds(run_layer)
-        both = seconds(lambda layer=run_layer: layer().sum().backward())
+        both = seconds(functools.partial(_forward_backward, run_layer))
         lengths = batch.cu_seqlens.diff()[: batch.num_documents].tolist()
         flops = count * sum(layer_flops(shape, symbol, n) for n in lengths)
         found.append((f"{name} forward", count * forward, flops))

@@ -11,11 +11,7 @@ from nemocascade.cascade.errors import CascadeError
 from nemocascade.cascade.inputs import FileHashes, at_default, differences, key_of, stage_inputs
 from nemocascade.cascade.records import StageRecord, Teacher, done_scores, read_record
 from nemocascade.megatron.artifact import read_artifact
-from nemocascade.megatron.checkpoint import (
-    CheckpointError,
-    complete_checkpoints,
-    latest_checkpoint,
-)
+from nemocascade.megatron.checkpoint import CheckpointError, complete_checkpoints, latest_checkpoint
 from nemocascade.recipe import MopdRecipe
 from nemocascade.recipe.cascade import CascadeRecipe, StageConfig, StageRecipe
 from nemocascade.stages.scoring import Scores

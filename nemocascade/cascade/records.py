@@ -148,23 +148,22 @@ def write_cascade(recipe: CascadeRecipe) -> list[Alarm]:
     teachers: dict[str, Any] = {}
     for stage in recipe.stages:
         folder = Path(recipe.stage_dir(stage.name))
-        record = read_record(folder)
+        record = read_record(folder) or StageRecord("", {}, "pending")
         stages.append(
             {
                 "name": stage.name,
                 "kind": stage.kind,
                 "start": recipe.start_of(stage.name),
                 "side": stage.side,
-                "status": record.status if record else "pending",
+                "status": record.status,
                 "run_dir": f"stages/{stage.name}",
-                "artifact_digest": record.artifact_digest if record else "",
-                "seconds": record.seconds if record else 0.0,
-                "tokens": record.tokens if record else 0,
-                "key": record.key if record else "",
+                "artifact_digest": record.artifact_digest,
+                "seconds": record.seconds,
+                "tokens": record.tokens,
+                "key": record.key,
             }
         )
-        if record:
-            teachers |= {domain: asdict(t) for domain, t in record.teachers.items()}
+        teachers |= {domain: asdict(t) for domain, t in record.teachers.items()}
     alarms = find_alarms(recipe, done_scores(recipe))
     value = {
         "version": VERSION,

@@ -37,12 +37,7 @@ from nemocascade.recipe.errors import RecipeError
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import world_size_of_environment
 from nemocascade.stages.launch import run_stage
-from nemocascade.stages.scoring import (
-    read_scores,
-    score_artifact,
-    scoring_problems,
-    settings_key,
-)
+from nemocascade.stages.scoring import read_scores, score_artifact, scoring_problems, settings_key
 from nemocascade.stages.setup import on_main_rank
 
 

@@ -23,6 +23,11 @@ def world_size_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one of the launcher's that prints what a job prints once."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Groups(Protocol):
     """The process groups of a layout, as Megatron-Core's ProcessGroupCollection names them."""
 

@@ -228,40 +228,27 @@ def _answer(
     for most, domains in groupby(sorted(config.domains, key=limit), key=limit):
         tasks: list[Task] = []
         for domain in domains:
-            tasks += _tasks(domain, environments, tokenizer, rollout, config, first=len(tasks))
+            prompts = read_tasks(
+                DomainConfig(
+                    domain.domain, difficulty=domain.difficulty, heldout_path=domain.heldout_path
+                ),
+                environments[domain.domain],
+                seed=config.seed,
+                heldout=True,
+                count=domain.tasks or config.tasks,
+            )
+            encoded = encode_prompts(prompts, tokenizer, rollout)
+            if not encoded:
+                raise DataError(
+                    f"{domain.domain}: no held-out task has a prompt of at most "
+                    f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
+                )
+            first = len(tasks)
+            tasks += [Task(prompt, ids, first + i) for i, (prompt, ids) in enumerate(encoded)]
         greedy = replace(collector.sampling(), temperature=0.0, max_tokens=most)
         for group in collector.roll_out(tasks, 1, greedy):
             found[group.task.prompt.domain].append(group)
     return found
-
-
-def _tasks(
-    domain: ScoredDomain,
-    environments: Mapping[str, Environment],
-    tokenizer: Tokenizer,
-    rollout: RolloutConfig,
-    config: ScoreConfig,
-    *,
-    first: int,
-) -> list[Task]:
-    """A domain's held-out tasks, numbered from `first`."""
-    source = DomainConfig(
-        domain.domain, difficulty=domain.difficulty, heldout_path=domain.heldout_path
-    )
-    prompts = read_tasks(
-        source,
-        environments[domain.domain],
-        seed=config.seed,
-        heldout=True,
-        count=domain.tasks or config.tasks,
-    )
-    encoded = encode_prompts(prompts, tokenizer, rollout)
-    if not encoded:
-        raise DataError(
-            f"{domain.domain}: no held-out task has a prompt of at most "
-            f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
-        )
-    return [Task(prompt, ids, first + i) for i, (prompt, ids) in enumerate(encoded)]
 
 
 def _score_of(groups: Sequence[Group]) -> DomainScore:

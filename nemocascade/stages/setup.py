@@ -128,9 +128,7 @@ def open_stage_data(recipe: SftRecipe, world: World, tokenizer: Tokenizer) -> St
         lambda: open_data(recipe.data, tokenizer, folder, seed=recipe.seed),
     )
     LOGGER.info(
-        "data: %d documents, held out %d",
-        len(data.train),
-        len(data.heldout) if data.heldout else 0,
+        "data: %d documents, held out %d", len(data.train), len(data.heldout) if data.heldout else 0
     )
     return data
 

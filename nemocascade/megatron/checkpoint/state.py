@@ -124,26 +124,27 @@ def optimizer_pieces(parts: Sequence[ModelPart], optimizer: Optimizer) -> list[P
 
 def optimizer_steps(optimizer: Optimizer) -> set[int]:
     """The number of steps made, as every parameter's state says; one value unless it is broken."""
-    found = set()
-    for inner in _stepping(optimizer):
-        if _counts_by_group(inner.optimizer):
-            groups = [g for g in inner.optimizer.param_groups if g["params"]]
-            found |= {int(g.get("step", 0)) for g in groups}
-        else:
-            for _, main, _, _ in _main_parameters(inner):
-                found.add(int(_adam_state(inner.optimizer, main)["step"]))
-    return found
+    counts = _step_counts(optimizer)
+    return {int(count.get("step", 0)) for count in counts if count.get("params", True)}
 
 
 def set_optimizer_steps(optimizer: Optimizer, steps: int) -> None:
     """Make every parameter's state say that `steps` steps were made."""
+    for count in _step_counts(optimizer):
+        if "params" in count:
+            count["step"] = steps
+        else:
+            count["step"].fill_(steps)
+
+
+def _step_counts(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
+    """The parameter groups, or the states of parameters, whose "step" counts the steps."""
     for inner in _stepping(optimizer):
         if _counts_by_group(inner.optimizer):
-            for group in inner.optimizer.param_groups:
-                group["step"] = steps
+            yield from inner.optimizer.param_groups
         else:
             for _, main, _, _ in _main_parameters(inner):
-                _adam_state(inner.optimizer, main)["step"].fill_(steps)
+                yield _adam_state(inner.optimizer, main)
 
 
 class _Owners:

@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -156,20 +156,34 @@ def write_pieces(folder: Path, name: str, pieces: Iterable[Piece]) -> WrittenFil
     """Write `pieces` to the safetensors file `folder/name`, hashed as it goes out, and fsync it."""
     # The widest types first, so that every tensor is aligned.
     ordered = sorted(pieces, key=lambda p: -p.tensor.element_size())
-    names = [f"{p.key}@{','.join(map(str, p.box.offset))}" for p in ordered]
+    outgoing = [Outgoing(p.key, p.dtype_name, p.box.size, _reader_of(p.tensor)) for p in ordered]
+    return write_boxes(folder, name, outgoing, [(p.global_shape, p.box) for p in ordered])
+
+
+def write_boxes(
+    folder: Path,
+    name: str,
+    tensors: Sequence[Outgoing],
+    places: Sequence[tuple[tuple[int, ...], Box]],
+) -> WrittenFile:
+    """Write tensors, each a box of a global tensor that has its name, to the file `folder/name`.
+
+    places: the global shape and the box of each.
+    """
+    named = [
+        replace(t, name=f"{t.name}@{','.join(map(str, box.offset))}")
+        for t, (_, box) in zip(tensors, places, strict=True)
+    ]
+    names = [t.name for t in named]
     if len(set(names)) != len(names):
         twice = sorted({n for n in names if names.count(n) > 1})
         raise ValueError(f"{name}: the same piece stands twice: {', '.join(twice)}")
-    outgoing = [
-        Outgoing(n, p.dtype_name, p.box.size, _reader_of(p.tensor))
-        for n, p in zip(names, ordered, strict=True)
-    ]
-    sha256, size = write_tensors(folder / name, outgoing)
-    index = {p.key: StoredTensor(p.global_shape, p.dtype_name, ()) for p in ordered}
-    for piece, tensor_name in zip(ordered, names, strict=True):
-        entry = index[piece.key]
-        stored = StoredPiece(name, tensor_name, piece.box)
-        index[piece.key] = StoredTensor(entry.shape, entry.dtype, (*entry.pieces, stored))
+    sha256, size = write_tensors(folder / name, named)
+    index: Index = {}
+    for tensor, stored_name, (shape, box) in zip(tensors, names, places, strict=True):
+        before = index[tensor.name].pieces if tensor.name in index else ()
+        pieces = (*before, StoredPiece(name, stored_name, box))
+        index[tensor.name] = StoredTensor(shape, tensor.dtype, pieces)
     return WrittenFile(name, sha256, size, index)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,11 +38,8 @@ from nemocascade.megatron.checkpoint.storage import (
     Index,
     Outgoing,
     Reader,
-    StoredPiece,
-    StoredTensor,
-    WrittenFile,
     index_from_json,
-    write_tensors,
+    write_boxes,
 )
 from nemocascade.megatron.checkpoint.weights import describe_shape
 from nemocascade.megatron.convert.config import (
@@ -224,8 +221,7 @@ def _style_of_origin(family: Family, shape: ModelConfig, origin: Mapping[str, An
     nemotron = family == "NemotronHForCausalLM"
     # transformers does not tie NemotronH's embeddings by itself: it wants the head in the file.
     return Style(
-        prefix="backbone." if nemotron else "model.",
-        stored_head=nemotron and shape.tie_embeddings,
+        prefix="backbone." if nemotron else "model.", stored_head=nemotron and shape.tie_embeddings
     )
 
 
@@ -285,10 +281,7 @@ def _tokenizer_files(folder: Path) -> dict[str, bytes]:
 
 
 def _write_artifact(
-    target: Path,
-    tensors: list[Outgoing],
-    documents: dict[str, bytes],
-    fields: dict[str, Any],
+    target: Path, tensors: list[Outgoing], documents: dict[str, bytes], fields: dict[str, Any]
 ) -> int:
     """Write the folder as a run of one rank would, in files of SHARD_BYTES; returns the bytes."""
     temporary = fresh_folder(target)
@@ -297,18 +290,9 @@ def _write_artifact(
     written = []
     for number, shard in enumerate(split_shards(ordered, SHARD_BYTES)):
         name = f"rank_{number:05d}.safetensors"
-        named = [
-            Outgoing(f"{MODEL}{t.name}@{','.join('0' * len(t.shape))}", t.dtype, t.shape, t.read)
-            for t in shard
-        ]
-        sha256, size = write_tensors(temporary / name, named)
-        index = {
-            MODEL + t.name: StoredTensor(
-                t.shape, t.dtype, (StoredPiece(name, n.name, whole(t.shape)),)
-            )
-            for t, n in zip(shard, named, strict=True)
-        }
-        written.append(WrittenFile(name, sha256, size, index))
+        named = [replace(t, name=MODEL + t.name) for t in shard]
+        places = [(t.shape, whole(t.shape)) for t in shard]
+        written.append(write_boxes(temporary, name, named, places))
     _, problems = finish_folder(temporary, target, KIND, written, documents, fields)
     if problems:
         raise ConversionError(target, problems)
