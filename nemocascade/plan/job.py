@@ -39,7 +39,7 @@ class Job:
     ranks. document: length of the documents that fill a micro-batch. imbalance: rows of the
     busiest experts' rank over the mean. teachers: further copies of the weights on each rank's
     device, in the run's precision. margin: share of the device's memory left for fragmentation
-    and communication buffers.
+    and communication buffers. fla: the Mamba scan is fla-core's.
     """
 
     model: ModelConfig

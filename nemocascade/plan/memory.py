@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemocascade.plan.activations import Activations, Load, in_flight
+from nemocascade.plan.activations import Activations, in_flight
 from nemocascade.plan.job import Job
 from nemocascade.plan.parameters import Place, place_of, stage_chunks
 
@@ -58,8 +58,7 @@ class Memory:
 def stage_memory(job: Job, place: Place) -> Memory:
     """The memory of the rank at `place`."""
     state = job.state(place)
-    load = Load(job.capacity, job.document_length, job.imbalance, job.on_gpu, job.fla)
-    kept = Activations(job.model, job.parallel, job.engine, job.moe, load)
+    kept = Activations(job)
     layers = "".join(stage_chunks(job.model, job.parallel, place.pp))
     first, last = place.pp == 0, place.pp == job.parallel.pp - 1
     flying = in_flight(job.parallel, place.pp, job.microbatches)
