@@ -1,4 +1,4 @@
-"""What a benchmark declares, and how it is timed.
+"""Declarations of benchmarks, and how they are timed.
 
 A file `benchmarks/kernels/bench_<op>.py` defines one function::
 
@@ -138,7 +138,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What was measured of one row, or why nothing was."""
+    """Measurements of one row, or why there are none."""
 
     row: Row
     times_s: list[float] = field(default_factory=list)

@@ -67,7 +67,7 @@ LOG = LogConfig(every=1, tensorboard=False)
 
 @dataclass(frozen=True)
 class Setting:
-    """What all races share. Steps of each stage; evaluations every `eval_every` steps."""
+    """Settings that all races share. Steps of each stage; evaluations every `eval_every` steps."""
 
     domain: str = "instruction_following"
     other: str = "multiple_choice"
@@ -115,7 +115,7 @@ class Bench:
 
     @property
     def rollout(self) -> RolloutConfig:
-        """Of the race, the same for both ways."""
+        """Rollouts of the race, the same for both ways."""
         return replace(
             self.mopd.rollout,
             prompts_per_step=self.setting.prompts,

@@ -1,4 +1,4 @@
-"""What the end-to-end benchmarks run: shapes, documents, the same start for every model, and how
+"""Problems of the end-to-end benchmarks: shapes, documents, one start for every model, and how
 their cases are measured."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What races between two ways to train come to: steps and tokens to a level, with intervals.
+"""Results of races between two ways to train: steps and tokens to a level, with intervals.
 
 A race is one run of one way: held-out scores at some steps, from the same student, on the same
 prompts as its rival's. Intervals are percentile bootstraps over seeds (Efron), 95 %: races of one
@@ -37,7 +37,7 @@ class Race:
         return next((n for n, score in enumerate(self.scores) if score >= level), None)
 
     def to_level(self, amounts: Sequence[float], level: float) -> float:
-        """What was spent up to `level`; infinite where it was not reached."""
+        """Amount spent up to `level`; infinite where it was not reached."""
         found = self.first_at(level)
         return float("inf") if found is None else float(amounts[found])
 

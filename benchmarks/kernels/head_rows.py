@@ -106,7 +106,7 @@ def bare_products(problem: Problem, count: int) -> Row:
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """What everybody writes first."""
+    """The product and the loss that everybody writes first."""
     return F.cross_entropy((hidden @ weight.t()).float(), target)
 
 

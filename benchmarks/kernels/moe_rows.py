@@ -42,7 +42,7 @@ class Problem:
 
     @property
     def forward_flops(self) -> float:
-        """Of both products of a forward; a backward has twice as many."""
+        """Work of both products of a forward; a backward has twice as many."""
         return 2.0 * self.tokens * self.top_k * self.hidden * self.width * (self.gates + 1)
 
     def settings(self) -> dict[str, object]:

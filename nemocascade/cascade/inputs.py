@@ -1,4 +1,4 @@
-"""What a stage's artifact depends on, as a key: the same key, the same artifact.
+"""The key of all that a stage's artifact depends on: the same key, the same artifact.
 
 In the key stand the recipe, the artifact it starts from, its teachers, and the content of every
 file that it names. Out of it stays what changes only how the stage runs: folders, layout,
@@ -36,7 +36,7 @@ Inputs = dict[str, Any]
 def stage_inputs(
     recipe: StageRecipe, start: str, teachers: Mapping[str, str], files: FileHashes
 ) -> Inputs:
-    """What makes the artifact, JSON values only.
+    """All that the artifact depends on, JSON values only.
 
     recipe: as it runs. start: digest of the artifact it starts from, or empty. teachers: digest by
     domain.
@@ -131,7 +131,7 @@ def at_default(recipe: Any, prefix: str = "recipe") -> set[str]:
 
 
 def differences(old: Inputs, new: Inputs, unset: Collection[str] = ()) -> list[str]:
-    """What has changed between two sets of inputs, a line each, for people.
+    """Changes between two sets of inputs, a line each, for people.
 
     unset: settings at their defaults. One that the old inputs did not know yet is no change: a
     newer program has more settings, and its defaults do as before. Nor is one of `HOW`, which older

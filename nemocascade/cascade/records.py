@@ -1,4 +1,4 @@
-"""What a cascade keeps on disk: a record in each stage's folder, and cascade.json, made of them.
+"""Files of a cascade: a record in each stage's folder, and cascade.json, made of them.
 
     RUN/cascade.json                stages, teachers, alarms, settings, versions
     RUN/stages/NAME/stage.json      what the stage is made of, and whether it is done
@@ -45,7 +45,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a stage is made of and where it stands.
+    """Inputs and status of a stage.
 
     key: of `inputs`. artifact_digest: empty until it is done. seconds: that made the artifact;
     work that was lost to a kill is not in it. tokens: of the steps in metrics.jsonl.
@@ -198,7 +198,7 @@ def read_cascade(run_dir: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
+    """Versions of Python and of the packages that compute."""
     found = {"python": platform.python_version()}
     for package in ("nemocascade", "torch", "megatron-core"):
         try:

@@ -55,7 +55,7 @@ class Choice:
     again: bool = False
 
     def problems(self, cascade: CascadeRecipe) -> list[str]:
-        """What cannot be meant."""
+        """Every contradiction and unknown name."""
         found = [
             f"--{option} {name!r} is no stage: use one of {', '.join(cascade.names)}"
             for option, name in (("from", self.begin), ("only", self.only))
@@ -74,19 +74,19 @@ class Choice:
         return cascade.names[cascade.names.index(self.begin) if self.begin else 0 :]
 
     def anew(self, name: str) -> bool:
-        """Whether this stage runs whatever lies there."""
+        """True if this stage runs although nothing has changed."""
         return self.again and name == (self.only or self.begin)
 
 
 def _problems_here(cascade: CascadeRecipe) -> list[str]:
-    """Of the cascade and its scores, in the world of this process."""
+    """Problems of the cascade and its scores, in the world of this process."""
     problems = cascade.problems(world_size_of_environment())
     return problems + [p for p in scoring_problems(cascade.scores) if p not in problems]
 
 
 def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
-    """What would run, with what, and why; and what keeps it from running on the ranks that are
-    here. Changes nothing but the memory of file hashes.
+    """The stages that would run, with which inputs, and why; and the problems that they have on the
+    ranks that are here. Changes nothing but the memory of file hashes.
 
     Raises RecipeError if there is no order in which stages could run.
     """

@@ -27,14 +27,14 @@ class Activations:
         self.stream = self.rows * job.model.hidden_size * self.width
 
     def layer(self, symbol: str) -> Terms:
-        """What one layer keeps. With recomputation, its input and the routers' choices only."""
+        """Bytes that a layer keeps. With recomputation, its input and the routers' choices only."""
         if self.job.engine.recompute:
             chosen = self.rows * self.model.experts_per_token * 4 if symbol == "E" else 0.0
             return {"layer input": self.stream, "routing": chosen}
         return self.full_layer(symbol)
 
     def full_layer(self, symbol: str) -> Terms:
-        """What one layer keeps without recomputation."""
+        """Bytes that a layer keeps without recomputation."""
         norm = {"layer input": self.stream, "norm": self.stream + 4 * self.rows}
         kinds = {"M": self._mamba, "*": self._attention, "E": self._moe}
         mixer = kinds[symbol]() if symbol in kinds else self._mlp(self.model.mlp_width, "MLP")
@@ -127,12 +127,12 @@ class Activations:
         }
 
     def embedding(self) -> Terms:
-        """Of the first stage: the ids."""
+        """Bytes of the first stage: the ids."""
         return {"token ids": self.job.capacity * 8.0}
 
     def head(self) -> Terms:
-        """Of the last stage: the final norm's input, the whole hidden states and their gradient,
-        which the loss makes in its forward pass."""
+        """Bytes of the last stage: the final norm's input, and the gradient of the whole hidden
+        states, which the loss makes in its forward pass."""
         whole = self.job.capacity * self.model.hidden_size * self.width
         return {"final norm": self.stream + 4 * self.rows, "LM head gradient": whole}
 

@@ -33,7 +33,7 @@ class RolloutLoad:
 
 @dataclass(frozen=True)
 class Job:
-    """What the planner plans for.
+    """The job that the planner plans for.
 
     capacity: tokens of a micro-batch. sequences_per_step: micro-batches over all data-parallel
     ranks. document: length of the documents that fill a micro-batch. imbalance: rows of the
@@ -69,7 +69,7 @@ class Job:
 
     @property
     def microbatches(self) -> int:
-        """Of one data-parallel rank in a step."""
+        """Micro-batches of one data-parallel rank in a step."""
         return self.sequences_per_step // max(1, self.parallel.data_parallel(self.world_size))
 
     def problems(self) -> list[str]:

@@ -177,7 +177,7 @@ def state_bytes(
     optimizer: OptimizerConfig,
     on_gpu: bool,
 ) -> StateBytes:
-    """What the rank at `place` holds from the first step to the last.
+    """Bytes that the rank at `place` holds from the first step to the last.
 
     on_gpu: gradients are reduced while backward runs, which cuts the buffers of the first stage
     into buckets, each with its own padding.

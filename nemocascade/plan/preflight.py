@@ -126,7 +126,7 @@ def offline(
 
 
 def problems_before(recipe: Any, world_size: int) -> list[str]:
-    """What is wrong with a job that has not joined the others yet, all at once."""
+    """All problems of a job whose ranks have not joined each other yet."""
     found = Preflight()
     check_settings(recipe, world_size, found)
     check_files(recipe, found)

@@ -119,7 +119,7 @@ def _plan_stage(
 
 
 def _rollout(settings: PlanSettings) -> dict[str, RolloutLoad]:
-    """What the command line says of generation; nothing leaves it to the recipe."""
+    """The command line's settings of generation; {} leaves it to the recipe."""
     if not settings.rollout_sequences:
         return {}
     return {"rollout": RolloutLoad(settings.rollout_sequences, settings.rollout_length)}

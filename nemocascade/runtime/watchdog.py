@@ -47,7 +47,7 @@ _FRAMES = 12
 
 @dataclass
 class Sign:
-    """What a rank tells of itself.
+    """The heartbeat of a rank.
 
     beat: rises with every sign. since_s: how long its main thread has been in the phase. progress:
     how far it is there. still_s: how long it has reported neither a phase nor progress.
@@ -203,7 +203,7 @@ class Watchdog:
         self._dump([sign for sign, _ in silent])
 
     def _others_know(self) -> bool:
-        """Whether every other rank has failed or left as well, so that nobody is left to tell."""
+        """True if every other rank has failed or left as well, so that nobody is left to tell."""
         others = self._others()
         return len(others) == self.size - 1 and all(s.failed or s.done for s in others)
 
@@ -272,7 +272,7 @@ class Watchdog:
         return [(s, now - at) for s, at in seen if not (s.done or s.failed) and now - at > limit_s]
 
     def _problem(self) -> tuple[list[str], list[Sign]] | None:
-        """What is wrong with the job, and the ranks that cannot speak for themselves."""
+        """The problem of the job, if any, and the ranks that cannot speak for themselves."""
         with self._lock:
             signs = [sign for sign, _ in self._seen.values()]
         quiet = self._silent(3 * self.interval)

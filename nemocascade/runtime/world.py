@@ -24,7 +24,7 @@ def world_size_of_environment() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one of the launcher's that prints what a job prints once."""
+    """True in the process that prints what a job prints once; needs no process group."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -98,7 +98,7 @@ def run_scoring(settings: ScoreSettings) -> Scores:
 
 
 def settings_key(config: ScoreConfig, files: Mapping[str, str]) -> str:
-    """What scores depend on besides the artifact. files: fingerprints of held-out files."""
+    """Key of the settings that scores depend on. files: fingerprints of held-out files."""
     said = {name: value for name, value in asdict(config).items() if name not in _HOW}
     said["engine"] = said["engine"]["precision"]
     for name in JUDGE_HOW:
@@ -183,7 +183,7 @@ def score_artifact(
 
 
 def scoring_problems(config: ScoreConfig) -> list[str]:
-    """What is wrong with the settings, as far as it is known without a model."""
+    """Every rule that the settings break, as far as it is known without a model."""
     problems = config.problems(world_size_of_environment())
     problems += [
         f"scores.domains names {d.domain!r}, known are {', '.join(DOMAINS)}"

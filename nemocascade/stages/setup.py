@@ -1,4 +1,4 @@
-"""What every stage does before its loop: check, start the world, tokenizer, data, trainer."""
+"""Steps of every stage before its loop: checks, the world of ranks, tokenizer, data."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def watched_world(
 
 
 def on_main_rank(run_dir: Path, engine: EngineConfig, work: Callable[[], Any]) -> Any:
-    """What `work()` gives on the main rank, on every rank, in a world of its own between stages.
+    """Result of `work()` on the main rank, on every rank, in a world of its own between stages.
 
     The log goes to RUN/log.txt. A failure fails all ranks.
     """

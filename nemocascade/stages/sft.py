@@ -77,7 +77,7 @@ def run_sft(recipe: SftRecipe) -> Path:
 
 
 def _describe(recipe: SftRecipe, data: StageData) -> dict[str, Any]:
-    """What the artifact's manifest says of its data."""
+    """The manifest's entry about the data."""
     held = data.heldout
     return {
         "path": list(recipe.data.path),

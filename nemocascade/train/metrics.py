@@ -46,7 +46,7 @@ def load_imbalance(load: torch.Tensor) -> dict[str, Any]:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every `every` steps happens after step `step` (from 0)."""
+    """True if something that happens every `every` steps happens after step `step` (from 0)."""
     return every > 0 and (step + 1) % every == 0
 
 

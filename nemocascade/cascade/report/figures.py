@@ -102,7 +102,7 @@ def style_of(number: int) -> tuple[str, Any]:
 
 
 def svg(draw: Callable[[Axes], None], description: str, size: tuple[float, float] = PANEL) -> str:
-    """What `draw` draws, as an inline SVG element. description: what it shows, for those who
+    """The drawing of `draw` as an inline SVG element. description: what it shows, for those who
     cannot see it."""
     figure = Figure(figsize=size)
     figure.patch.set_visible(False)

@@ -18,9 +18,9 @@ from nemocascade.stages.scoring import DomainScore
 LONGEST_TEXT = 4_000
 """Characters of a prompt's turn or of a response; what is longer loses its middle."""
 SAMPLES = 8
-"""Of a domain of a stage, at most."""
+"""Most samples that are read of a domain of a stage."""
 ROLLOUTS = 2
-"""Of a kept step, at most."""
+"""Most rollouts that are read of a kept step."""
 EMPTY: dict[Any, float | None] = {int: 0, float: 0.0, int | None: None, float | None: None}
 """Numbers that are not there, by the type of their field."""
 
@@ -99,7 +99,7 @@ def _stage(root: Path, entry: Mapping[str, Any], faults: Faults) -> Stage:
 
 
 def _rollouts(folder: Path, faults: Faults) -> list[Sample]:
-    """Of the first and the last step that kept some."""
+    """Rollouts of the first and the last step that kept some."""
     files = sorted(folder.glob("step_*.jsonl"))
     samples: list[Sample] = []
     for path in dict.fromkeys([*files[:1], *files[-1:]]):

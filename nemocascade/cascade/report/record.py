@@ -98,6 +98,6 @@ class Run:
         return next((s for s in self.stages if s.name == name), None)
 
     def in_points(self, domain: str) -> bool:
-        """Whether all scores of a domain lie in 0..1, so that they are shown times 100."""
+        """True if all scores of a domain lie in 0..1: they are shown times 100."""
         values = [s.scores[domain].score for s in self.scored if domain in s.scores]
         return all(value is None or 0 <= value <= 1 for value in values)

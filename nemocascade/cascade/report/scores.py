@@ -21,7 +21,7 @@ HEAT = LinearSegmentedColormap.from_list("heat", [PAPER, "#6aaad5"])
 
 
 def standard_error(score: DomainScore) -> float | None:
-    """Of a mean of `tasks` rewards in 0..1, at most: sqrt(p (1 - p) / n)."""
+    """Upper bound of the error of a mean of rewards in 0..1: sqrt(p (1 - p) / n)."""
     counted = score.tasks - score.errors
     if score.score is None or not 0 <= score.score <= 1 or counted < 1:
         return None
@@ -34,7 +34,7 @@ def ordered(run: Run) -> list[Stage]:
 
 
 def trains(stage: Stage, domain: str) -> bool:
-    """Whether a stage after SFT trains a domain."""
+    """True if a stage after SFT trains the domain."""
     return stage.kind != "sft" and domain in stage.domains
 
 

@@ -1,4 +1,4 @@
-"""What the page shows, in the words and the order in which it shows it. No markup here."""
+"""Texts and rows of the page, in the order in which it shows them. No markup here."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def finish_folder(
     documents: dict[str, bytes],
     fields: dict[str, Any],
 ) -> tuple[str, list[str]]:
-    """What rank 0 does when all files are written: index, documents, manifest, rename.
+    """Complete a folder on rank 0 when all files are written: index, documents, manifest, rename.
 
     reports: of each file, or why it could not be written. Returns the digest and the problems,
     one of which is empty.

@@ -251,7 +251,7 @@ def _state_pieces(
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of a contiguous tensor of `shape`."""
+    """Strides of a contiguous tensor of `shape`."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 

@@ -61,7 +61,7 @@ class Piece:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the piece."""
+        """True if this rank writes the piece."""
         return not any(self.replica)
 
     @property
@@ -92,7 +92,7 @@ Index = dict[str, StoredTensor]
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What one rank wrote: the file's name, its hash and size, and its part of the index."""
+    """A file of one rank: its name, hash and size, and its part of the index."""
 
     name: str
     sha256: str

@@ -81,7 +81,7 @@ _VOLATILE = ("auto_map", "torch_dtype", "dtype", "transformers_version", "_name_
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did. tensors, num_bytes: written. rounded: tensors that lost bits.
+    """Result of a conversion. tensors, num_bytes: written. rounded: tensors that lost bits.
     left_behind: files of the source that were not carried over."""
 
     folder: Path

@@ -93,7 +93,7 @@ def differences(index: Index, shapes: Mapping[str, Shape], prefix: str = "") -> 
 
 
 def equal_tensors(reader: Reader, left: str, right: str) -> bool:
-    """Whether two stored tensors of one shape and dtype hold the same bits, a chunk at a time."""
+    """True if two stored tensors of one shape and dtype hold the same bits; read by chunks."""
     a, b = reader.index[left], reader.index[right]
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
