@@ -55,7 +55,7 @@ class World:
     parallel: ParallelConfig
     groups: Groups
     watch: Watchdog = field(default_factory=Watchdog)
-    """Names a rank that stalls or dies; see `phase`."""
+    """Names a rank that stalls or dies."""
     leave_engine: Callable[[], None] = lambda: None
     """Destroys the engine's own groups; called before the process group goes."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,29 +34,9 @@ def from_last_stage(world: World, value: torch.Tensor) -> torch.Tensor:
     value = value.to(world.device)
     if world.is_last_stage:
         world.sum_over_data_parallel(value)
-    return _broadcast_from_last_stage(world, value)
-
-
-def _broadcast_from_last_stage(world: World, value: torch.Tensor) -> torch.Tensor:
     last = dist.get_global_rank(world.groups.pp, world.parallel.pp - 1)
     dist.broadcast(value, src=last, group=world.groups.pp)
     return value.cpu()
-
-
-def _nll_outputs(
-    world: World,
-    config: CascadeConfig,
-    chunks: Sequence[Any],
-    batches: Sequence[PackedBatch],
-    temperature: float = 1.0,
-) -> list[Any]:
-    """Outputs of a forward pass in evaluation mode; [] on ranks that hold no loss."""
-    for chunk in chunks:
-        chunk.eval()
-    micro = [Microbatch.from_batch(b, world.device, temperature=temperature) for b in batches]
-    return run_schedule(
-        world, config, chunks, micro, lambda m: nll_objective(batch_of(m)), forward_only=True
-    )
 
 
 @torch.no_grad()
@@ -70,24 +49,24 @@ def policy_metrics(
     outputs: of `run_schedule`; batches: this rank's, on the host. `mismatch_mean` and
     `mismatch_max` are of |log pi_train - log pi_rollout|, where batches hold the latter.
     """
-    sums: dict[str, float] = defaultdict(float)
+    sums: dict[str, float] = {}
     largest = 0.0
     first_of_shards = world.tp_rank == 0
     for out, batch in zip(outputs if first_of_shards else [], batches, strict=False):
         tokens = float(out.metrics["tokens"])
-        sums["tokens"] += tokens
+        sums["tokens"] = sums.get("tokens", 0.0) + tokens
         for name, value in out.metrics.items():
             if name != "tokens":
-                sums[name] += float(value) * tokens
+                sums[name] = sums.get(name, 0.0) + float(value) * tokens
         trained = batch.token_weight != 0
         if batch.rollout_logprob is not None and bool(trained.any()):
             gap = (out.logprob.cpu() - batch.rollout_logprob)[trained].abs()
-            sums["mismatch_mean"] += float(gap.sum())
+            sums["mismatch_mean"] = sums.get("mismatch_mean", 0.0) + float(gap.sum())
             largest = max(largest, float(gap.max()))
-    total: dict[str, float] = defaultdict(float)
-    for found, _ in (gathered := world.all_gather_object((dict(sums), largest))):
+    total: dict[str, float] = {}
+    for found, _ in (gathered := world.all_gather_object((sums, largest))):
         for name, value in found.items():
-            total[name] += value
+            total[name] = total.get(name, 0.0) + value
     tokens = max(1.0, total.pop("tokens", 0.0))
     means = {name: value / tokens for name, value in total.items()}
     if "mismatch_mean" in means:
@@ -143,11 +122,19 @@ def token_logprobs(
 
     All data-parallel ranks give the same number of batches.
     """
-    outputs = _nll_outputs(world, config, chunks, batches, temperature)
-    found = torch.zeros(len(batches), batches[0].capacity, device=world.device)
+    for chunk in chunks:
+        chunk.eval()
+    micro = [Microbatch.from_batch(b, world.device, temperature=temperature) for b in batches]
+    outputs = run_schedule(
+        world, config, chunks, micro, lambda m: nll_objective(batch_of(m)), forward_only=True
+    )
+    shape = (len(batches), batches[0].capacity)
+    found = torch.zeros(shape, device=world.device)
     if outputs:
         found = torch.stack([o.logprob.float() for o in outputs]).to(world.device)
-    return list(_broadcast_from_last_stage(world, found))
+    last = dist.get_global_rank(world.groups.pp, world.parallel.pp - 1)
+    dist.broadcast(found, src=last, group=world.groups.pp)
+    return list(found.cpu())
 
 
 @torch.no_grad()
@@ -162,9 +149,14 @@ def heldout_loss(
     chunks: the model, bare or wrapped. steps: this rank's micro-batches, the same number on every
     data-parallel rank.
     """
+    for chunk in chunks:
+        chunk.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     for batches in steps:
-        outputs = _nll_outputs(world, config, chunks, batches)
+        micro = [Microbatch.from_batch(b, world.device) for b in batches]
+        outputs = run_schedule(
+            world, config, chunks, micro, lambda m: nll_objective(batch_of(m)), forward_only=True
+        )
         weight = sum(float(b.token_weight.double().sum()) for b in batches)
         rows = sum(b.num_trained() for b in batches)
         local = torch.tensor([float(sum_of_losses(outputs)), weight, rows], dtype=torch.float64)
