@@ -1,4 +1,4 @@
-"""What a benchmark declares, and how it is timed.
+"""Declarations of benchmarks, and how they are timed.
 
 A file `benchmarks/kernels/bench_<op>.py` defines one function::
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import importlib
 import math
 import statistics
 import time
@@ -46,6 +47,45 @@ class Prepared:
     result: Callable[[], Tensor]
 
 
+def with_gradients(
+    compute: Callable[[], Tensor], leaves: Sequence[Tensor], shown: Callable[[Tensor], Tensor]
+) -> Prepared:
+    """A call of `compute`, which may make the leaves' gradients as well. The result is what `shown`
+    keeps of the output, and a probe of each gradient."""
+    kept: list[Tensor] = []
+    probing = [True]
+
+    def call() -> None:
+        output = compute()
+        if probing:
+            kept[:] = [shown(output), *(probe(leaf.grad) for leaf in leaves)]
+        for leaf in leaves:
+            leaf.grad = None
+
+    def result() -> Tensor:
+        probing.clear()
+        return torch.cat(kept)
+
+    return Prepared(call, result)
+
+
+def probe(values: Tensor | None) -> Tensor:
+    """A few hundred elements, of unit size, that stand for all."""
+    if values is None:
+        return torch.zeros(0)
+    flat = values.detach().flatten()
+    sample = flat[:: max(1, flat.numel() // 500)][:500].double().cpu()
+    return sample / sample.norm().clamp(min=1e-30)
+
+
+def load(module: str, package: str) -> Any:
+    """A peer's module. Raises Unavailable if it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unavailable(f"{package} is not installed here ({error})") from error
+
+
 @dataclass(frozen=True)
 class Row:
     """One way to solve a case.
@@ -54,7 +94,7 @@ class Row:
         call. The call may return a tensor: it must then agree with the tensor of the case's first
         row that returns one, to within `Case.agree`.
     kind: "ours", "peer", or "floor" (bare work that no implementation can avoid).
-    flops, bytes: work of one call, for TFLOP/s and GB/s.
+    flops, bytes, tokens: work of one call, for TFLOP/s, GB/s and tokens/s.
     output_bytes: bytes of the outputs that a call leaves allocated; not counted as extra memory.
     """
 
@@ -64,6 +104,7 @@ class Row:
     flops: float | None = None
     bytes: float | None = None
     output_bytes: int = 0
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +138,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What was measured of one row, or why nothing was."""
+    """Measurements of one row, or why there are none."""
 
     row: Row
     times_s: list[float] = field(default_factory=list)

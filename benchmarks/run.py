@@ -154,6 +154,8 @@ def case_record(case: Case, outcomes: list[Outcome], ceilings: dict[str, float])
             if outcome.row.bytes:
                 row["gb_per_s"] = outcome.row.bytes / outcome.median_s / 1e9
                 row["of_copy_ceiling"] = row["gb_per_s"] / ceilings["copy_gb_per_s"]
+            if outcome.row.tokens:
+                row["tokens_per_s"] = outcome.row.tokens / outcome.median_s
         if outcome.wrong is not None:
             row["wrong"] = outcome.wrong
         rows.append(row)
@@ -162,7 +164,8 @@ def case_record(case: Case, outcomes: list[Outcome], ceilings: dict[str, float])
 
 
 def print_case(record: dict[str, Any]) -> None:
-    settings = " ".join(f"{key}={value}" for key, value in record["settings"].items())
+    plain = {k: v for k, v in record["settings"].items() if not isinstance(v, dict)}
+    settings = " ".join(f"{key}={value}" for key, value in plain.items())
     print(f"\n{record['case']}  ({settings})")
     for row in record["rows"]:
         if "missing" in row:
@@ -170,10 +173,13 @@ def print_case(record: dict[str, Any]) -> None:
             continue
         rate = f"{row['tflops']:9.3f} TFLOP/s" if "tflops" in row else ""
         rate = rate or (f"{row['gb_per_s']:9.1f} GB/s" if "gb_per_s" in row else "")
+        rate += f"{row['tokens_per_s']:11,.0f} tokens/s" if "tokens_per_s" in row else ""
+        way = record.get("ways", {}).get(row["name"], {})
+        notes = [*(f"{key}={value}" for key, value in way.items()), row.get("wrong", "")]
         print(
             f"  {row['name']:44s} {row['kind']:6s} {row['median_s'] * 1e3:12.4f} ms "
             f"[{row['p20_s'] * 1e3:.4f}, {row['p80_s'] * 1e3:.4f}] {rate:18s} "
-            f"{row['extra_bytes'] / 2**20:10.1f} MiB extra {row.get('wrong', '')}"
+            f"{row['extra_bytes'] / 2**20:10.1f} MiB extra {' '.join(notes)}"
         )
     for goal in record["goals"]:
         verdict = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
@@ -224,23 +230,35 @@ def _costs(case: dict[str, Any]) -> dict[str, tuple[float, bool]]:
     }
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def recording_parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of every benchmark that writes a record."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=description, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--out", type=Path, help="write the record to this file")
+    parser.add_argument("--strict", action="store_true", help="exit with 3 where a goal is missed")
+    return parser
+
+
+def measuring_parser(description: str | None, seconds: float) -> argparse.ArgumentParser:
+    """Options of every benchmark whose cases `measure` times. seconds: for a case, by default."""
+    parser = recording_parser(description)
+    parser.add_argument("--compare", type=Path, help="fail where we are slower than in this record")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.10, help="allowed slowdown, as a fraction"
+    )
+    parser.add_argument("--seconds", type=float, default=seconds, help="time budget of a case")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, no tests, no record")
+    return parser
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = measuring_parser(__doc__, seconds=20.0)
     parser.add_argument("--suite", required=True, choices=("cpu", "gpu"))
     parser.add_argument(
         "--op", action="append", choices=ops(), help="only this op (may be repeated)"
     )
     parser.add_argument("--case", help="only cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="write the record to this file")
-    parser.add_argument("--compare", type=Path, help="fail where we are slower than in this record")
-    parser.add_argument(
-        "--tolerance", type=float, default=0.10, help="allowed slowdown, as a fraction"
-    )
-    parser.add_argument("--seconds", type=float, default=20.0, help="time budget of a case")
-    parser.add_argument("--strict", action="store_true", help="exit with 3 where a goal is missed")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, no tests, no record")
     return parser.parse_args(arguments)
 
 
@@ -254,13 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     ceilings = measure.ceilings(device, tiny=options.dry_run)
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "suite": options.suite,
-        "environment": environment(device),
-        "ceilings": ceilings,
-        "ops": {},
-    }
+    record = new_record(options.suite, device, ceilings=ceilings, ops={})
     print(json.dumps({**record["environment"], **ceilings}, indent=1))
     for op in options.op or ops():
         summary = "not run (dry run)" if options.dry_run else run_tests(op)
@@ -277,15 +289,23 @@ def main(arguments: list[str] | None = None) -> int:
             entry["cases"].append(case_record(case, outcomes, ceilings))
             print_case(entry["cases"][-1])
             # A run that is stopped keeps the cases it has measured.
-            write_record(record, options)
+            if not options.dry_run:
+                write_record(options.out, record)
     return finish(record, options)
 
 
-def write_record(record: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write the record, as far as it goes, to `--out`."""
-    if options.out is not None and not options.dry_run:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+def new_record(suite: str, device: torch.device | None = None, **content: Any) -> dict[str, Any]:
+    """A record with what it was measured on. device: None for the one that stages run on."""
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {"format": FORMAT, "suite": suite, "environment": environment(device), **content}
+
+
+def write_record(path: Path | None, record: dict[str, Any]) -> None:
+    """Write the record, as far as it goes, where a file for it is named."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def finish(record: dict[str, Any], options: argparse.Namespace) -> int:
@@ -296,7 +316,7 @@ def finish(record: dict[str, Any], options: argparse.Namespace) -> int:
     ]
     missed = [goal["goal"] for case in cases for goal in case["goals"] if goal["met"] is False]
     if options.out is not None and not options.dry_run:
-        write_record(record, options)
+        write_record(options.out, record)
         print(f"\nrecord: {options.out}")
     slower = []
     if options.compare is not None:

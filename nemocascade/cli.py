@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +19,13 @@ from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.envs.swe_checking import CheckSettings, check_tasks, summary
 from nemocascade.megatron.convert import export_huggingface, import_huggingface
-from nemocascade.plan.commands import PreflightSettings, run_preflight
-from nemocascade.plan.report import PlanSettings, run_plan
+from nemocascade.plan.preflight import PreflightSettings, run_preflight
 from nemocascade.plan.slurm import SubmitSettings, run_submit
+from nemocascade.plan.summary import PlanSettings, run_plan
 from nemocascade.recipe import CascadeRecipe, DataConfig
 from nemocascade.rl.trajectories import ReplaySettings, replay, settings_of_run
 from nemocascade.runtime.errors import exit_cleanly
+from nemocascade.runtime.world import is_main_process
 from nemocascade.stages.evaluate import EvalSettings, run_eval
 from nemocascade.stages.launch import parse
 from nemocascade.stages.scoring import ScoreSettings, run_scoring
@@ -75,32 +76,15 @@ def _run(arguments: list[str]) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def _eval(arguments: list[str]) -> None:
-    settings = tyro.cli(EvalSettings, args=arguments, prog="nemocascade eval")
-
-    def work() -> Path:
-        loss, tokens = run_eval(settings)
-        print(json.dumps({"artifact": settings.artifact, "loss": loss, "tokens": tokens}))
-        return Path(settings.artifact)
-
-    exit_cleanly(work)
+def _eval(settings: EvalSettings) -> None:
+    loss, tokens = run_eval(settings)
+    print(json.dumps({"artifact": settings.artifact, "loss": loss, "tokens": tokens}))
 
 
-def _score(arguments: list[str]) -> None:
-    settings = tyro.cli(
-        ScoreSettings,
-        args=arguments,
-        prog="nemocascade score",
-        config=(tyro.conf.FlagConversionOff,),
-    )
-
-    def work() -> Path:
-        found = run_scoring(settings)
-        if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(found.as_json(), ensure_ascii=False))
-        return Path(settings.artifact)
-
-    exit_cleanly(work)
+def _score(settings: ScoreSettings) -> None:
+    found = run_scoring(settings)
+    if is_main_process():
+        print(json.dumps(found.as_json(), ensure_ascii=False))
 
 
 def _report(arguments: list[str]) -> None:
@@ -109,24 +93,11 @@ def _report(arguments: list[str]) -> None:
     exit_cleanly(lambda: run_report(Path(arguments[0])))
 
 
-def _overridden(recipe: Any, arguments: list[str]) -> Any:
-    """A recipe of any kind with the command line's settings."""
-    if isinstance(recipe, CascadeRecipe):
-        return parse_cascade(recipe, arguments)[0]
-    return parse(recipe, arguments)
-
-
-def _tokenizer(arguments: list[str]) -> None:
-    settings = tyro.cli(TokenizerSettings, args=arguments, prog="nemocascade tokenizer")
-
-    def work() -> Path:
-        tokenizer = train_tokenizer(
-            settings.data, settings.vocab_size, settings.output, seed=settings.seed
-        )
-        print(f"{settings.output}: {tokenizer.vocab_size} ids")
-        return Path(settings.output)
-
-    exit_cleanly(work)
+def _tokenizer(settings: TokenizerSettings) -> None:
+    tokenizer = train_tokenizer(
+        settings.data, settings.vocab_size, settings.output, seed=settings.seed
+    )
+    print(f"{settings.output}: {tokenizer.vocab_size} ids")
 
 
 @dataclass(frozen=True)
@@ -150,146 +121,123 @@ class ConvertSettings:
     """Largest weights file of a written Hugging Face folder."""
 
 
-def _convert(arguments: list[str]) -> None:
-    settings = tyro.cli(ConvertSettings, args=arguments, prog="nemocascade convert")
+def _convert(settings: ConvertSettings) -> None:
     source, target = Path(settings.source), Path(settings.target)
-
-    def work() -> Path:
-        if (source / "manifest.json").is_file():
-            report = export_huggingface(
-                source,
-                target,
-                precision=settings.precision,
-                family=settings.family,
-                shard_bytes=int(settings.shard_gib * 2**30),
-            )
-        else:
-            report = import_huggingface(source, target, precision=settings.precision)
-        print(
-            f"{report.folder}: {report.family}, {report.precision}, {report.tensors} tensors, "
-            f"{report.num_bytes / 2**30:.2f} GiB"
+    if (source / "manifest.json").is_file():
+        report = export_huggingface(
+            source,
+            target,
+            precision=settings.precision,
+            family=settings.family,
+            shard_bytes=int(settings.shard_gib * 2**30),
         )
-        for what, names in (
-            ("rounded", report.rounded),
-            ("not carried over", report.left_behind),
-        ):
-            if names:
-                print(f"{what}: {len(names)}: {', '.join(names)}")
-        return target
-
-    exit_cleanly(work)
-
-
-def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """A command's own arguments, and those after `--`, which are the recipe's."""
-    if "--" not in arguments:
-        return arguments, []
-    at = arguments.index("--")
-    return arguments[:at], arguments[at + 1 :]
+    else:
+        report = import_huggingface(source, target, precision=settings.precision)
+    print(
+        f"{report.folder}: {report.family}, {report.precision}, {report.tensors} tensors, "
+        f"{report.num_bytes / 2**30:.2f} GiB"
+    )
+    for what, names in (("rounded", report.rounded), ("not carried over", report.left_behind)):
+        if names:
+            print(f"{what}: {len(names)}: {', '.join(names)}")
 
 
-def _plan(arguments: list[str]) -> None:
-    mine, rest = _apart(arguments)
-    settings = tyro.cli(PlanSettings, args=mine, prog="nemocascade plan")
-
-    def work() -> Path:
-        print(run_plan(settings, lambda recipe: _overridden(recipe, rest)))
-        return Path(settings.recipe)
-
-    exit_cleanly(work)
+def _plan(settings: PlanSettings, rest: list[str]) -> None:
+    print(run_plan(settings, partial(_overridden, arguments=rest)))
 
 
-def _preflight(arguments: list[str]) -> None:
-    mine, rest = _apart(arguments)
-    settings = tyro.cli(PreflightSettings, args=mine, prog="nemocascade preflight")
-    found = run_preflight(settings, lambda recipe: _overridden(recipe, rest))
+def _preflight(settings: PreflightSettings, rest: list[str]) -> None:
+    found = run_preflight(settings, partial(_overridden, arguments=rest))
     print(found.as_json() if settings.json else found.text())
     if found.problems:
         raise SystemExit(2)
 
 
-def _submit(arguments: list[str]) -> None:
-    mine, rest = _apart(arguments)
-    settings = tyro.cli(SubmitSettings, args=mine, prog="nemocascade submit")
-
-    def work() -> Path:
-        run_submit(settings, rest)
-        return Path(".")
-
-    exit_cleanly(work)
+def _overridden(recipe: Any, arguments: list[str]) -> Any:
+    """A recipe of any kind with the command line's settings."""
+    if isinstance(recipe, CascadeRecipe):
+        return parse_cascade(recipe, arguments)[0]
+    return parse(recipe, arguments)
 
 
 def _replay(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--path", *arguments]
 
-    def work() -> Path:
+    def work() -> None:
         named = arguments[:1] == ["--path"] and len(arguments) > 1
         default = settings_of_run(Path(arguments[1])) if named else ReplaySettings()
-        settings = tyro.cli(
-            ReplaySettings, default=default, args=arguments, prog="nemocascade replay"
+        found = replay(
+            tyro.cli(ReplaySettings, default=default, args=arguments, prog="nemocascade replay")
         )
-        found = replay(settings)
         for episode in found:
             verdict = episode.verdict
             note = "" if episode.same else f"  DIFFERS, it was {episode.logged}"
             print(f"{episode.where}: {verdict.error or verdict.reward}{note}")
         if different := sum(not episode.same for episode in found):
             raise SystemExit(f"{different} of {len(found)} episodes have another verdict")
-        return Path(settings.path)
 
     exit_cleanly(work)
 
 
-def _import_swe(arguments: list[str]) -> None:
-    settings = tyro.cli(ImportSettings, args=arguments, prog="nemocascade import-swe")
-
-    def work() -> Path:
-        try:
-            found = import_rows(settings)
-        except ValueError as error:
-            raise DataError(str(error)) from error
-        print(found.text())
-        if found.failed:
-            raise SystemExit(1)
-        return Path(settings.target)
-
-    exit_cleanly(work)
+def _import_swe(settings: ImportSettings) -> None:
+    try:
+        found = import_rows(settings)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    print(found.text())
+    if found.failed:
+        raise SystemExit(1)
 
 
-def _check_tasks(arguments: list[str]) -> None:
-    settings = tyro.cli(CheckSettings, args=arguments, prog="nemocascade check-tasks")
+def _check_tasks(settings: CheckSettings) -> None:
+    found = []
+    try:
+        for task in check_tasks(settings):
+            found.append(task)
+            if task.faults:
+                print(f"{task.name}: {'; '.join(task.faults)}", flush=True)
+    except (ValueError, SandboxUnavailable) as error:
+        raise DataError(str(error)) from error
+    print(summary(found))
+    if any(task.faults for task in found):
+        raise SystemExit(1)
 
-    def work() -> Path:
-        found = []
-        try:
-            for task in check_tasks(settings):
-                found.append(task)
-                if task.faults:
-                    print(f"{task.name}: {'; '.join(task.faults)}", flush=True)
-        except (ValueError, SandboxUnavailable) as error:
-            raise DataError(str(error)) from error
-        print(summary(found))
-        if any(task.faults for task in found):
-            raise SystemExit(1)
-        return Path(settings.path)
 
-    exit_cleanly(work)
+def _command(
+    name: str, settings: type[Any], act: Callable[..., object], *, of_recipe: bool = False
+) -> Callable[[list[str]], None]:
+    """A command that calls `act` with its settings.
+
+    of_recipe: arguments after `--` are the recipe's, and `act` gets them as well.
+    """
+    # A boolean is said with its value, as in recipes, only where scores' settings are those.
+    config = (tyro.conf.FlagConversionOff,) if settings is ScoreSettings else ()
+
+    def command(arguments: list[str]) -> None:
+        own, rest = arguments, []
+        if of_recipe and "--" in arguments:
+            at = arguments.index("--")
+            own, rest = arguments[:at], arguments[at + 1 :]
+        parsed = tyro.cli(settings, args=own, prog=f"nemocascade {name}", config=config)
+        exit_cleanly(lambda: act(parsed, rest) if of_recipe else act(parsed))
+
+    return command
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
-    "eval": _eval,
-    "score": _score,
+    "eval": _command("eval", EvalSettings, _eval),
+    "score": _command("score", ScoreSettings, _score),
     "report": _report,
-    "plan": _plan,
-    "preflight": _preflight,
-    "submit": _submit,
-    "convert": _convert,
-    "tokenizer": _tokenizer,
+    "plan": _command("plan", PlanSettings, _plan, of_recipe=True),
+    "preflight": _command("preflight", PreflightSettings, _preflight, of_recipe=True),
+    "submit": _command("submit", SubmitSettings, run_submit, of_recipe=True),
+    "convert": _command("convert", ConvertSettings, _convert),
+    "tokenizer": _command("tokenizer", TokenizerSettings, _tokenizer),
     "replay": _replay,
-    "import-swe": _import_swe,
-    "check-tasks": _check_tasks,
+    "import-swe": _command("import-swe", ImportSettings, _import_swe),
+    "check-tasks": _command("check-tasks", CheckSettings, _check_tasks),
 }
 
 

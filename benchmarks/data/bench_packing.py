@@ -19,9 +19,7 @@ Exit code: 0 fine; 3 a goal is missed and `--strict` was given.
 
 from __future__ import annotations
 
-import argparse
 import heapq
-import json
 import statistics
 import sys
 import time
@@ -37,7 +35,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks.run import environment  # noqa: E402
+from benchmarks.run import new_record, recording_parser, write_record  # noqa: E402
 from nemocascade.data import packing_reference  # noqa: E402
 from nemocascade.data.packing import WorkModel, lockstep_cost, plan_packing  # noqa: E402
 
@@ -248,27 +246,19 @@ def print_table(results: list[Result], verdicts: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = recording_parser(__doc__)
     parser.add_argument("--documents", type=int, default=1_000_000, help="lengths in a plan")
     parser.add_argument("--repeats", type=int, default=7, help="timed plans; the median counts")
-    parser.add_argument("--out", type=Path, help="write the record to this file")
-    parser.add_argument("--strict", action="store_true", help="exit with 3 where a goal is missed")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    record: dict[str, Any] = {
-        "format": 1,
-        "suite": "packing",
-        "environment": environment(torch.device("cpu")),
-        "settings": {
-            "capacity": CAPACITY,
-            "documents": options.documents,
-            "repeats": options.repeats,
-            "work_nano": asdict(NANO),
-        },
-        "distributions": {},
+    settings = {
+        "capacity": CAPACITY,
+        "documents": options.documents,
+        "repeats": options.repeats,
+        "work_nano": asdict(NANO),
     }
+    cpu = torch.device("cpu")
+    record = new_record("packing", cpu, settings=settings, distributions={})
     missed = False
     for distribution in DISTRIBUTIONS:
         random = np.random.default_rng(0)
@@ -287,8 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
             "goals": verdicts,
         }
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(options.out, record)
         print(f"\nrecord: {options.out}")
     return 3 if missed and options.strict else 0
 

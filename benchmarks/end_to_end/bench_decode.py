@@ -19,13 +19,12 @@ and `--strict` was given.
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import pstats
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks import measure, run  # noqa: E402
-from benchmarks.end_to_end.problems import ENGINE, initial, small, world  # noqa: E402
+from benchmarks import run  # noqa: E402
+from benchmarks.end_to_end.problems import (  # noqa: E402
+    ENGINE,
+    initial,
+    measure_cases,
+    small,
+    world,
+)
 from benchmarks.measure import Case, Goal, Prepared, Row  # noqa: E402
 from nemocascade.megatron.config import Accelerators, make_config  # noqa: E402
 from nemocascade.megatron.model import build_model  # noqa: E402
@@ -109,8 +114,8 @@ def make_ours(problem: Problem, peer: dict[str, Any]) -> Prepared:
 
 def beside(prompts: Tensor, ours: Tensor, peer: dict[str, Any]) -> Tensor:
     """Our tokens [batch, written], with the peer's from where a text rightly took another way."""
-    theirs, result = peer["tokens"], ours.clone()
-    peer |= {"unlike_its_own_forward": 0, "near_ties": 0}
+    theirs, result, ways = peer["tokens"], ours.clone(), peer["ways"]
+    ways |= {"unlike_its_own_forward": 0, "near_ties": 0}
     for row in torch.nonzero((ours != theirs).any(1))[:, 0].tolist():
         at = int(torch.nonzero(ours[row] != theirs[row])[0])
         text = torch.cat([prompts[row], ours[row, :at]])
@@ -118,9 +123,9 @@ def beside(prompts: Tensor, ours: Tensor, peer: dict[str, Any]) -> Tensor:
             logits = peer["model"](text[None], use_cache=False).logits[0, -1]
         gap = float((logits[ours[row, at]] - logits[theirs[row, at]]) / logits.std())
         if abs(gap) < NEAR:
-            peer["near_ties"] += 1
+            ways["near_ties"] += 1
         elif int(logits.argmax()) == int(ours[row, at]):
-            peer["unlike_its_own_forward"] += 1
+            ways["unlike_its_own_forward"] += 1
         else:
             continue
         result[row, at:] = theirs[row, at:]
@@ -128,7 +133,8 @@ def beside(prompts: Tensor, ours: Tensor, peer: dict[str, Any]) -> Tensor:
 
 
 def make_peer(problem: Problem, chosen: dict[str, Any]) -> Callable[[], Tensor]:
-    """As `make_ours`, by the faster of transformers' ways, which is written to `chosen`."""
+    """The call of transformers, in the faster of its ways. chosen: receives that, the model and
+    its tokens."""
     model: Any = initial(problem.make_shape()).eval()
     model.config.use_cache = True
     chosen["model"] = model
@@ -154,14 +160,15 @@ def make_peer(problem: Problem, chosen: dict[str, Any]) -> Callable[[], Tensor]:
         call()
         return time.perf_counter() - start
 
-    chosen["experts"] = min(EXPERTS, key=seconds)
-    model.set_experts_implementation(chosen["experts"])
+    experts = chosen["ways"]["experts"] = min(EXPERTS, key=seconds)
+    model.set_experts_implementation(experts)
     return call
 
 
-def make_case(name: str, problem: Problem, chosen: dict[str, Any]) -> Case:
-    """chosen: receives the way of transformers that was fastest, its model and its tokens."""
-    shape = problem.make_shape()
+def make_case(name: str, problem: Problem, ways: dict[str, Any]) -> Case:
+    """A case. ways: receives the way of transformers that was fastest, and where texts differ."""
+    shape, chosen = problem.make_shape(), {"ways": ways}
+    tokens = problem.batch * problem.written
     return Case(
         name=name,
         settings={
@@ -174,36 +181,13 @@ def make_case(name: str, problem: Problem, chosen: dict[str, Any]) -> Case:
             "threads": torch.get_num_threads(),
         },
         rows=[
-            Row(PEER, "peer", lambda: make_peer(problem, chosen)),
-            Row(OURS, "ours", lambda: make_ours(problem, chosen)),
+            Row(PEER, "peer", lambda: make_peer(problem, chosen), tokens=tokens),
+            Row(OURS, "ours", lambda: make_ours(problem, chosen), tokens=tokens),
         ],
         goals=[Goal(f"{problem.goal:g} x {PEER}", OURS, 1 / problem.goal, PEER)],
         repeats=15,
         agree=0.0,
     )
-
-
-def print_table(record: dict[str, Any]) -> None:
-    """The case on the screen."""
-    settings = record["settings"]
-    tokens = settings["batch"] * settings["written_tokens"]
-    print(
-        f"\n{record['case']}: {settings['parameters'] / 1e6:.1f} M parameters, {settings['batch']} "
-        f"prompts of {settings['prompt_tokens']} tokens, {settings['written_tokens']} written "
-        f"after each, {settings['threads']} threads"
-    )
-    ours = next(row for row in record["rows"] if row["name"] == OURS)
-    for row in record["rows"]:
-        if "missing" in row:
-            print(f"  {row['name']:24s} missing: {row['missing']}")
-            continue
-        row["tokens_per_s"] = tokens / row["median_s"]
-        print(
-            f"  {row['name']:24s} {row['tokens_per_s']:9,.0f} tokens/s {row['median_s']:8.3f} s "
-            f"[{row['p20_s']:.3f}, {row['p80_s']:.3f}]  ours is "
-            f"{row['median_s'] / ours['median_s']:.2f} x  {record['ways'].get(row['name'], '')} "
-            f"{row.get('wrong', '')}"
-        )
 
 
 def profile(problem: Problem) -> None:
@@ -219,44 +203,23 @@ def profile(problem: Problem) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = run.measuring_parser(__doc__, seconds=30.0)
     parser.add_argument("--case", choices=PROBLEMS, action="append", help="only this problem")
-    parser.add_argument("--seconds", type=float, default=30.0, help="time budget of a case")
     parser.add_argument("--profile", choices=PROBLEMS, help="show where the time goes, and end")
-    parser.add_argument("--out", type=Path, help="write the record to this file")
-    parser.add_argument("--compare", type=Path, help="fail where we are slower than in this record")
-    parser.add_argument("--tolerance", type=float, default=0.10, help="allowed slowdown")
-    parser.add_argument("--strict", action="store_true", help="exit with 3 where a goal is missed")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes; no record")
     options = parser.parse_args(arguments)
     if options.profile:
         profile(PROBLEMS[options.profile])
         return 0
-    device = world().device
-    ceilings = measure.ceilings(device, tiny=options.dry_run)
-    cases: list[dict[str, Any]] = []
-    for name in options.case or PROBLEMS:
-        problem = PROBLEMS[name]
-        if options.dry_run:
-            problem = Problem(problem.make_shape, problem.batch, 16, 4, problem.goal)
-        ways: dict[str, Any] = {}
-        outcomes = measure.measure(
-            make_case(name, problem, ways), device, 0.0 if options.dry_run else options.seconds
-        )
-        record = run.case_record(make_case(name, problem, {}), outcomes, ceilings)
-        ways = {k: v for k, v in ways.items() if k not in ("tokens", "model")}
-        cases.append(record | {"ways": {PEER: ways}})
-        print_table(cases[-1])
-    record = {
-        "format": run.FORMAT,
-        "suite": "end_to_end",
-        "environment": run.environment(device),
-        "ceilings": ceilings,
-        "ops": {"decode": {"tests": "greedy tokens agree", "cases": cases}},
-    }
-    return run.finish(record, options)
+
+    def cases() -> Iterator[tuple[Case, dict[str, Any]]]:
+        for name in options.case or PROBLEMS:
+            problem = PROBLEMS[name]
+            if options.dry_run:
+                problem = replace(problem, prompt=16, written=4)
+            ways: dict[str, Any] = {}
+            yield make_case(name, problem, ways), {PEER: ways}
+
+    return measure_cases("decode", "greedy tokens agree", cases(), options)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ Exit code: 0 fine; 1 an answer is wrong; 3 the goal is missed and `--strict` was
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import resource
 import shutil
@@ -39,7 +37,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks.run import environment  # noqa: E402
+from benchmarks.run import new_record, recording_parser, write_record  # noqa: E402
 from nemocascade.recipe.envs import SandboxConfig  # noqa: E402
 from nemocascade.sandbox.pool import SandboxPool  # noqa: E402
 from nemocascade.types import Program, SandboxUnavailable  # noqa: E402
@@ -208,13 +206,9 @@ def attack_table() -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = recording_parser(__doc__)
     parser.add_argument("--programs", type=int, default=200, help="programs of a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="write the record to this file")
-    parser.add_argument("--strict", action="store_true", help="exit with 3 where a goal is missed")
     options = parser.parse_args(arguments)
     cores = len(os.sched_getaffinity(0))
     programs = make_programs(options.programs)
@@ -240,19 +234,18 @@ def main(arguments: list[str] | None = None) -> int:
     best = max((r["programs_per_s"] for r in results if r["name"].startswith("pool")), default=0.0)
     print(f"  goal {GOAL_PER_S:g} programs/s: {'met' if best >= GOAL_PER_S else 'MISSED'}")
     attacks = attack_table() if best else []
-    if options.out:
-        record = {
-            "environment": environment(torch.device("cpu")),
-            "settings": {"programs": options.programs, "rounds": options.rounds, "cores": cores},
-            "sandbox": asdict(SandboxConfig()),
-            "paper": PAPER | {"core_s_per_execution": paper_s},
-            "rows": results,
-            "attacks": attacks,
-            "goals": [
-                {"text": f"{GOAL_PER_S:g} programs/s", "value": best, "met": best >= GOAL_PER_S}
-            ],
-        }
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    goal = {"text": f"{GOAL_PER_S:g} programs/s", "value": best, "met": best >= GOAL_PER_S}
+    record = new_record(
+        "sandbox",
+        torch.device("cpu"),
+        settings={"programs": options.programs, "rounds": options.rounds, "cores": cores},
+        sandbox=asdict(SandboxConfig()),
+        paper=PAPER | {"core_s_per_execution": paper_s},
+        rows=results,
+        attacks=attacks,
+        goals=[goal],
+    )
+    write_record(options.out, record)
     if not right:
         print("an answer is wrong")
         return 1

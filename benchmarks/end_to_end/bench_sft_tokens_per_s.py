@@ -18,11 +18,10 @@ and `--strict` was given.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks import measure, run  # noqa: E402
+from benchmarks import run  # noqa: E402
 from benchmarks.end_to_end.problems import (  # noqa: E402
     OPTIMIZER,
     PROBLEMS,
@@ -42,6 +41,7 @@ from benchmarks.end_to_end.problems import (  # noqa: E402
     draw_batches,
     initial,
     make_trainer,
+    measure_cases,
     world,
 )
 from benchmarks.measure import Case, Goal, Row, Unavailable  # noqa: E402
@@ -217,7 +217,10 @@ def make_case(name: str, problem: Problem, chosen: dict[str, dict[str, Any]]) ->
     shape = problem.make_shape()
     batches = draw_batches(shape.vocab_size, problem.capacity, problem.sequences)
     documents = documents_of(batches)
-    flops = sum(batch_flops(shape, batch) for batch in batches)
+    work: dict[str, Any] = {
+        "flops": sum(batch_flops(shape, batch) for batch in batches),
+        "tokens": sum(batch.num_tokens for batch in batches),
+    }
     peers = {
         "transformers, one document at a time": {0: one_at_a_time(documents)},
         "transformers, padded batches": {slots: padded(documents, slots) for slots in SLOTS},
@@ -225,14 +228,14 @@ def make_case(name: str, problem: Problem, chosen: dict[str, dict[str, Any]]) ->
     rows = []
     for peer, ways in peers.items():
         make = functools.partial(make_peer, shape, ways, chosen.setdefault(peer, {}))
-        rows.append(Row(peer, "peer", make, flops=flops))
+        rows.append(Row(peer, "peer", make, **work))
     ours = {
         problem.capacity * count: longer(batches, count)
         for count in (1, 2, 4)
         if count <= problem.sequences
     }
     make_step = functools.partial(make_ours, shape, ours, chosen.setdefault(OURS, {}))
-    rows.append(Row(OURS, "ours", make_step, flops=flops))
+    rows.append(Row(OURS, "ours", make_step, **work))
     return Case(
         name=name,
         settings={
@@ -242,7 +245,7 @@ def make_case(name: str, problem: Problem, chosen: dict[str, dict[str, Any]]) ->
             "capacity": problem.capacity,
             "sequences": problem.sequences,
             "documents": len(documents),
-            "tokens": sum(batch.num_tokens for batch in batches),
+            "tokens": work["tokens"],
             "trained_tokens": sum(batch.num_trained() for batch in batches),
             "threads": torch.get_num_threads(),
         },
@@ -253,62 +256,21 @@ def make_case(name: str, problem: Problem, chosen: dict[str, dict[str, Any]]) ->
     )
 
 
-def print_table(record: dict[str, Any]) -> None:
-    """The case on the screen."""
-    settings = record["settings"]
-    print(
-        f"\n{record['case']}: {settings['parameters'] / 1e6:.1f} M parameters, "
-        f"{settings['documents']} documents of {settings['tokens']:,} tokens a step, "
-        f"{settings['sequences']} x {settings['capacity']} slots, {settings['threads']} threads"
-    )
-    ours = next(row for row in record["rows"] if row["name"] == OURS)
-    for row in record["rows"]:
-        if "missing" in row:
-            print(f"  {row['name']:38s} missing: {row['missing']}")
-            continue
-        row["tokens_per_s"] = settings["tokens"] / row["median_s"]
-        way = record["ways"].get(row["name"], {})
-        print(
-            f"  {row['name']:38s} {row['tokens_per_s']:9,.0f} tokens/s {row['median_s']:8.3f} s "
-            f"[{row['p20_s']:.3f}, {row['p80_s']:.3f}] {row['tflops']:6.3f} TFLOP/s "
-            f"{row['extra_bytes'] / 2**20:7.0f} MiB  "
-            f"ours is {row['median_s'] / ours['median_s']:.2f} x  "
-            f"{' '.join(f'{key}={value}' for key, value in way.items())} {row.get('wrong', '')}"
-        )
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = run.measuring_parser(__doc__, seconds=60.0)
     parser.add_argument("--case", choices=PROBLEMS, action="append", help="only this problem")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time budget of a case")
-    parser.add_argument("--out", type=Path, help="write the record to this file")
-    parser.add_argument("--compare", type=Path, help="fail where we are slower than in this record")
-    parser.add_argument("--tolerance", type=float, default=0.10, help="allowed slowdown")
-    parser.add_argument("--strict", action="store_true", help="exit with 3 where a goal is missed")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes; no record")
     options = parser.parse_args(arguments)
-    device = world().device
-    ceilings = measure.ceilings(device, tiny=options.dry_run)
-    cases: list[dict[str, Any]] = []
-    for name in options.case or PROBLEMS:
-        problem = PROBLEMS[name]
-        if options.dry_run:
-            problem = Problem(problem.make_shape, 1024, 1)
-        ways: dict[str, dict[str, Any]] = {}
-        case = make_case(name, problem, ways)
-        outcomes = measure.measure(case, device, 0.0 if options.dry_run else options.seconds)
-        cases.append(run.case_record(case, outcomes, ceilings) | {"ways": ways})
-        print_table(cases[-1])
-    record = {
-        "format": run.FORMAT,
-        "suite": "end_to_end",
-        "environment": run.environment(device),
-        "ceilings": ceilings,
-        "ops": {"sft_tokens_per_s": {"tests": "losses of the first step agree", "cases": cases}},
-    }
-    return run.finish(record, options)
+
+    def cases() -> Iterator[tuple[Case, dict[str, Any]]]:
+        for name in options.case or PROBLEMS:
+            problem = PROBLEMS[name]
+            if options.dry_run:
+                problem = Problem(problem.make_shape, 1024, 1)
+            ways: dict[str, dict[str, Any]] = {}
+            yield make_case(name, problem, ways), ways
+
+    checked = "losses of the first step agree"
+    return measure_cases("sft_tokens_per_s", checked, cases(), options)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.end_to_end.races import Race, plot, summary  # noqa: E402
-from benchmarks.run import environment  # noqa: E402
+from benchmarks.run import new_record, write_record  # noqa: E402
 from nemocascade.recipe import (  # noqa: E402
     DemonstrationConfig,
     DomainConfig,
@@ -62,7 +60,6 @@ from nemocascade.recipe.loading import load_recipe  # noqa: E402
 from nemocascade.stages.launch import StageRecipe, run_stage  # noqa: E402
 from nemocascade.stages.scoring import score_artifact  # noqa: E402
 
-FORMAT = 1
 WAYS = ("MOPD", "GRPO")
 TUNING_SEED = 1000
 LOG = LogConfig(every=1, tensorboard=False)
@@ -70,7 +67,7 @@ LOG = LogConfig(every=1, tensorboard=False)
 
 @dataclass(frozen=True)
 class Setting:
-    """What all races share. Steps of each stage; evaluations every `eval_every` steps."""
+    """Settings that all races share. Steps of each stage; evaluations every `eval_every` steps."""
 
     domain: str = "instruction_following"
     other: str = "multiple_choice"
@@ -118,7 +115,7 @@ class Bench:
 
     @property
     def rollout(self) -> RolloutConfig:
-        """Of the race, the same for both ways."""
+        """Rollouts of the race, the same for both ways."""
         return replace(
             self.mopd.rollout,
             prompts_per_step=self.setting.prompts,
@@ -316,20 +313,17 @@ def main(arguments: list[str] | None = None) -> int:
     if not races[WAYS[0]]:
         print(f"no seed lost {setting.gap} of {setting.domain}: raise --regress-steps")
         return 1
-    record = {
-        "format": FORMAT,
-        "suite": "end_to_end",
-        "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "settings": asdict(setting) | {"lr": chosen, "tuning": tried, "base": str(options.base)},
-        "seeds": raced,
-        "refused_seeds": refused,
-        "summary": summary(races, setting.margin),
-        "races": {way: [asdict(race) for race in found] for way, found in races.items()},
-    }
+    record = new_record(
+        "end_to_end",
+        settings=asdict(setting) | {"lr": chosen, "tuning": tried, "base": str(options.base)},
+        seeds=raced,
+        refused_seeds=refused,
+        summary=summary(races, setting.margin),
+        races={way: [asdict(race) for race in found] for way, found in races.items()},
+    )
     print(json.dumps(record["summary"], indent=1))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(options.out, record)
         title = f"Winning back {setting.domain}: {len(races['MOPD'])} seeds, 95 % intervals"
         plot(options.out.with_suffix(".png"), races, title)
     return 0

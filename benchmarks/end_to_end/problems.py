@@ -1,12 +1,15 @@
-"""What the end-to-end benchmarks train: shapes, documents, and the same start for every model."""
+"""Problems of the end-to-end benchmarks: shapes, documents, one start for every model, and how
+their cases are measured."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -14,6 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks import measure, run  # noqa: E402
+from benchmarks.measure import Case  # noqa: E402
 from nemocascade.megatron.accelerators import detect  # noqa: E402
 from nemocascade.megatron.world import start_world  # noqa: E402
 from nemocascade.recipe import (  # noqa: E402
@@ -138,3 +143,25 @@ def make_trainer(shape: ModelConfig) -> Trainer:
     weights = from_nemotron_h(dict(initial(shape).state_dict()), shape)
     load_into(trainer.modules[0], weights, shape, world())
     return trainer
+
+
+def measure_cases(
+    op: str,
+    tests: str,
+    cases: Iterable[tuple[Case, dict[str, Any]]],
+    options: argparse.Namespace,
+) -> int:
+    """Time the cases, show each, write the record; the exit code.
+
+    tests: what their rows are checked by. cases: each with what it finds out while it runs: the way
+    in which a row is fastest.
+    """
+    device = world().device
+    ceilings = measure.ceilings(device, tiny=options.dry_run)
+    records: list[dict[str, Any]] = []
+    for case, ways in cases:
+        outcomes = measure.measure(case, device, 0.0 if options.dry_run else options.seconds)
+        records.append(run.case_record(case, outcomes, ceilings) | {"ways": ways})
+        run.print_case(records[-1])
+    ops = {op: {"tests": tests, "cases": records}}
+    return run.finish(run.new_record("end_to_end", device, ceilings=ceilings, ops=ops), options)

@@ -1,4 +1,4 @@
-"""What races between two ways to train come to: steps and tokens to a level, with intervals.
+"""Results of races between two ways to train: steps and tokens to a level, with intervals.
 
 A race is one run of one way: held-out scores at some steps, from the same student, on the same
 prompts as its rival's. Intervals are percentile bootstraps over seeds (Efron), 95 %: races of one
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -36,7 +37,7 @@ class Race:
         return next((n for n, score in enumerate(self.scores) if score >= level), None)
 
     def to_level(self, amounts: Sequence[float], level: float) -> float:
-        """What was spent up to `level`; infinite where it was not reached."""
+        """Amount spent up to `level`; infinite where it was not reached."""
         found = self.first_at(level)
         return float("inf") if found is None else float(amounts[found])
 
@@ -107,7 +108,7 @@ def _entry(found: tuple[float, float, float]) -> dict[str, Any]:
 def plot(path: Path, races: Mapping[str, Sequence[Race]], title: str) -> None:
     """Share recovered over steps and over generated tokens: seeds thin, their mean bold with its
     interval."""
-    with figures.look():
+    with matplotlib.rc_context(figures.SETTINGS):
         figure = Figure(figsize=(9.0, 3.6), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
         axes = figure.subplots(1, 2, sharey=True)

@@ -33,10 +33,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks.run import environment  # noqa: E402
+from benchmarks.run import new_record, recording_parser, write_record  # noqa: E402
 from nemocascade.recipe.loading import load_recipe  # noqa: E402
 
-FORMAT = 1
 SECONDS = 240.0
 GOALS = {
     "if_rl": 0.15,
@@ -111,17 +110,13 @@ def measured(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = recording_parser(__doc__)
     cards = torch.cuda.device_count()
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1, 2, ...")
     parser.add_argument("--sft", type=Path, help="artifact that all stages start from")
     parser.add_argument("--stages", nargs="+", default=list(GOALS), choices=list(GOALS))
     parser.add_argument("--ranks", type=int, default=min(2, cards or os.cpu_count() or 1))
     parser.add_argument("--work", type=Path, default=Path("runs/tiny_stages"))
-    parser.add_argument("--out", type=Path, help="write the record to this file")
-    parser.add_argument("--strict", action="store_true", help="exit 3 where a goal is missed")
     return parser.parse_args(arguments)
 
 
@@ -150,25 +145,11 @@ def main(arguments: list[str] | None = None) -> int:
             if seconds > SECONDS or min(result["gain"].values()) < GOALS[name]:
                 missed.append(f"{name}, seed {seed}")
     print(f"missed: {'; '.join(missed) or 'none'}")
-    if options.out is not None:
-        record = {
-            "format": FORMAT,
-            "suite": "end_to_end",
-            "environment": environment(
-                torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            ),
-            "settings": {
-                "ranks": ranks,
-                "sft": str(options.sft),
-                "goals": GOALS,
-                "seconds": SECONDS,
-            },
-            "sft_seconds": sft,
-            "stages": found,
-            "missed": missed,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    settings = {"ranks": ranks, "sft": str(options.sft), "goals": GOALS, "seconds": SECONDS}
+    record = new_record(
+        "end_to_end", settings=settings, sft_seconds=sft, stages=found, missed=missed
+    )
+    write_record(options.out, record)
     return 3 if missed and options.strict else 0
 
 

@@ -24,7 +24,7 @@ PEER = "plain torch"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model's layers: see `nemocascade.recipe.ModelConfig`."""
+    """Sizes of a model's layers: see `nemocascade.recipe.ModelConfig`."""
 
     hidden: int
     mamba: tuple[int, int, int, int]  # heads, head dimension, groups, state

@@ -28,7 +28,7 @@ def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]:
     found = []
     for size in sizes:
         problem = Problem(*size, torch.bfloat16, device)
-        found += [forward_case(problem), training_case(problem)]
+        found += [make_case(problem, training) for training in (False, True)]
     return found
 
 
@@ -36,11 +36,11 @@ def ours(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return -linear_logprob(hidden, weight, target).logprob.mean()
 
 
-def forward_row(problem: Problem, name: str, kind: str, load: Callable[[], Loss]) -> Row:
+def forward_row(problem: Problem, name: str, kind: str, make_loss: Callable[[], Loss]) -> Row:
     """A loss without gradients."""
 
     def make() -> Callable[[], Tensor]:
-        loss_of = load()
+        loss_of = make_loss()
         hidden, weight, target = problem.inputs()
 
         def call() -> Tensor:
@@ -56,43 +56,22 @@ def with_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return -linear_logprob(hidden, weight, target, return_entropy=True).logprob.mean()
 
 
-def forward_case(problem: Problem) -> Case:
-    return Case(
-        f"forward {problem.tokens} {problem.width}",
-        problem.settings(),
-        [
-            forward_row(problem, "ours", "ours", lambda: ours),
-            bare_products(problem, 1),
-            forward_row(problem, "ours, with entropy", "ours", lambda: with_entropy),
-            forward_row(problem, "plain torch", "peer", lambda: plain_loss),
-            forward_row(
-                problem, "Liger-Kernel, scaled (CuTe on Hopper)", "peer", load_liger_scaled
-            ),
-            forward_row(problem, "verl", "peer", load_verl),
-        ],
-        [
-            Goal("beside one product", "ours", 1.10, "1 bare products"),
-            Goal("faster than plain torch", "ours", 1.0, "plain torch"),
-            Goal("extra memory", "ours", 1 / 8, "plain torch", "extra_memory"),
-        ],
-    )
-
-
-def training_case(problem: Problem) -> Case:
-    return Case(
-        f"forward and backward {problem.tokens} {problem.width}",
-        problem.settings(),
-        [
-            training_row(problem, "ours", "ours", lambda: ours),
-            bare_products(problem, 4),
-            training_row(problem, "plain torch", "peer", lambda: plain_loss),
-            training_row(
-                problem, "Liger-Kernel, scaled (CuTe on Hopper)", "peer", load_liger_scaled
-            ),
-            training_row(problem, "verl", "peer", load_verl),
-        ],
-        [
-            Goal("beside four products", "ours", 1.15, "4 bare products"),
-            Goal("faster than plain torch", "ours", 1.0, "plain torch"),
-        ],
-    )
+def make_case(problem: Problem, training: bool) -> Case:
+    """Our rows beside one product, or, with the backward, beside four."""
+    row, products = (training_row, 4) if training else (forward_row, 1)
+    rows = [
+        row(problem, "ours", "ours", lambda: ours),
+        bare_products(problem, products),
+        row(problem, "plain torch", "peer", lambda: plain_loss),
+        row(problem, "Liger-Kernel, scaled (CuTe on Hopper)", "peer", load_liger_scaled),
+        row(problem, "verl", "peer", load_verl),
+    ]
+    goals = [Goal("faster than plain torch", "ours", 1.0, "plain torch")]
+    if training:
+        goals.insert(0, Goal("beside four products", "ours", 1.15, "4 bare products"))
+    else:
+        rows.insert(2, row(problem, "ours, with entropy", "ours", lambda: with_entropy))
+        goals.insert(0, Goal("beside one product", "ours", 1.10, "1 bare products"))
+        goals.append(Goal("extra memory", "ours", 1 / 8, "plain torch", "extra_memory"))
+    what = "forward and backward" if training else "forward"
+    return Case(f"{what} {problem.tokens} {problem.width}", problem.settings(), rows, goals)

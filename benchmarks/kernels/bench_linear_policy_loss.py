@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from nemocascade_kernels import Nll, backends, linear_policy_loss
@@ -38,11 +39,12 @@ def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]:
     ]
 
 
-class Limits:
+class Limits(NamedTuple):
     """Goals as multiples: of the bare products, of the full time, of plain torch's extra memory."""
 
-    def __init__(self, floor: float, quarter: float, memory: float) -> None:
-        self.floor, self.quarter, self.memory = floor, quarter, memory
+    floor: float
+    quarter: float
+    memory: float
 
 
 def ours(backend: str | None = None, trained: float = 1.0, main_grad: bool = False) -> Loss:

@@ -7,16 +7,14 @@ weight.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Prepared, Row, Unavailable
+from benchmarks.measure import Prepared, Row, Unavailable, load, with_gradients
 
 #: hidden, weight, target -> scalar loss
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -61,42 +59,22 @@ class Problem:
         return (self.tokens + self.vocabulary) * self.width * self.dtype.itemsize
 
 
-def training_row(problem: Problem, name: str, kind: str, load: Callable[[], Loss]) -> Row:
-    """Forward and backward of a loss. `load` imports it, or raises Unavailable."""
+def training_row(problem: Problem, name: str, kind: str, make_loss: Callable[[], Loss]) -> Row:
+    """Forward and backward of a loss. `make_loss` imports it, or raises Unavailable."""
 
     def make() -> Prepared:
-        loss_of = load()
+        loss_of = make_loss()
         hidden, weight, target = problem.inputs()
-        kept: list[Tensor] = []
 
-        def call() -> Tensor:
+        def compute() -> Tensor:
             loss = loss_of(hidden, weight, target)
             loss.backward()
-            kept[:] = [loss.detach()]
-            if probing:
-                kept.extend((_probe(hidden.grad), _probe(weight.grad)))
-            hidden.grad = weight.grad = None
-            return loss.detach()
+            return loss
 
-        def result() -> Tensor:
-            probing.clear()
-            return torch.cat([value.reshape(-1) for value in kept])
+        return with_gradients(compute, (hidden, weight), lambda loss: loss.detach().cpu()[None])
 
-        probing = [True]
-        return Prepared(call, result)
-
-    return Row(
-        name, kind, make, flops=3 * problem.product_flops, output_bytes=problem.gradient_bytes()
-    )
-
-
-def _probe(gradient: Tensor | None) -> Tensor:
-    """A few hundred elements of a gradient, of unit size, that stand for all."""
-    if gradient is None:
-        return torch.zeros(0)
-    flat = gradient.detach().flatten()
-    sample = flat[:: max(1, flat.numel() // 500)][:500].double()
-    return sample / sample.norm().clamp(min=1e-30)
+    flops, output_bytes = 3 * problem.product_flops, problem.gradient_bytes()
+    return Row(name, kind, make, flops=flops, output_bytes=output_bytes)
 
 
 def bare_products(problem: Problem, count: int) -> Row:
@@ -128,7 +106,7 @@ def bare_products(problem: Problem, count: int) -> Row:
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """What everybody writes first."""
+    """The product and the loss that everybody writes first."""
     return F.cross_entropy((hidden @ weight.t()).float(), target)
 
 
@@ -146,16 +124,16 @@ def load_torch_chunked() -> Loss:
 
 def load_liger() -> Loss:
     """Liger-Kernel's Triton kernel; with float32 accumulation, as ours has."""
-    module = _import("liger_kernel.transformers.functional", "liger-kernel")
+    module = load("liger_kernel.transformers.functional", "liger-kernel")
     _needs_gpu()
     return functools.partial(module.liger_fused_linear_cross_entropy, accum_dtype=torch.float32)
 
 
 def load_liger_scaled() -> Loss:
     """Liger-Kernel's kernel by token, with temperature: CuTe on Hopper, chunked torch elsewhere."""
-    module = _import("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel")
+    module = load("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel")
     if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-        _import("cutlass", "nvidia-cutlass-dsl, for Liger-Kernel's Hopper kernels,")
+        load("cutlass", "nvidia-cutlass-dsl, for Liger-Kernel's Hopper kernels,")
     function = module.LigerFusedLinearScaledCrossEntropyFunction
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -166,20 +144,20 @@ def load_liger_scaled() -> Loss:
 
 
 def load_cut_cross_entropy() -> Loss:
-    module = _import("cut_cross_entropy", "cut-cross-entropy")
+    module = load("cut_cross_entropy", "cut-cross-entropy")
     _needs_gpu()
     # It leaves out gradients that it takes for small, unless told not to.
     return functools.partial(module.linear_cross_entropy, filter_eps=None)
 
 
 def load_quack() -> Loss:
-    module = _import("quack.linear_cross_entropy", "quack-kernels")
+    module = load("quack.linear_cross_entropy", "quack-kernels")
     _needs_hopper()
     return module.chunked_linear_cross_entropy
 
 
 def load_verl() -> Loss:
-    module = _import("verl.utils.kernel.linear_cross_entropy", "verl")
+    module = load("verl.utils.kernel.linear_cross_entropy", "verl")
     _needs_gpu()
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -202,14 +180,7 @@ PEERS: dict[str, Callable[[], Loss]] = {
 
 
 def peer_rows(problem: Problem) -> list[Row]:
-    return [training_row(problem, name, "peer", load) for name, load in PEERS.items()]
-
-
-def _import(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise Unavailable(f"{package} is not installed here ({error})") from error
+    return [training_row(problem, name, "peer", make) for name, make in PEERS.items()]
 
 
 def _needs_gpu() -> None:

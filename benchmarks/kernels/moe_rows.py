@@ -6,7 +6,6 @@ y [T, H]; a training row also makes the gradients of x and of both weights.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from nemocascade_kernels import Routing, moe_experts, moe_route
 from torch import Tensor
 
-from benchmarks.measure import Prepared, Row, Unavailable
+from benchmarks.measure import Prepared, Row, Unavailable, load, probe, with_gradients
 
 #: x, routing, w_up, w_down -> y
 Experts = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
@@ -43,7 +42,7 @@ class Problem:
 
     @property
     def forward_flops(self) -> float:
-        """Of both products of a forward; a backward has twice as many."""
+        """Work of both products of a forward; a backward has twice as many."""
         return 2.0 * self.tokens * self.top_k * self.hidden * self.width * (self.gates + 1)
 
     def settings(self) -> dict[str, object]:
@@ -78,44 +77,29 @@ class Problem:
 
 
 def row(
-    problem: Problem, training: bool, name: str, kind: str, load: Callable[[Problem], Experts]
+    problem: Problem,
+    training: bool,
+    name: str,
+    kind: str,
+    make_experts: Callable[[Problem], Experts],
 ) -> Row:
-    """A forward, or a forward and backward. `load` imports it, or raises Unavailable."""
+    """A forward, or a forward and backward. `make_experts` imports it, or raises Unavailable."""
 
     def make() -> Prepared:
-        experts = load(problem)
+        experts = make_experts(problem)
         x, routing, w_up, w_down, upstream = problem.inputs()
-        leaves, kept, probing = (x, w_up, w_down), [], [True]
 
-        def call() -> None:
-            if not training:
-                with torch.no_grad():
-                    y = experts(x, routing, w_up, w_down)
-            else:
+        def compute() -> Tensor:
+            with torch.set_grad_enabled(training):
                 y = experts(x, routing, w_up, w_down)
+            if training:
                 y.backward(upstream)
-            if probing:
-                kept[:] = [_probe(y), *(_probe(leaf.grad) for leaf in leaves if training)]
-            for leaf in leaves:
-                leaf.grad = None
+            return y
 
-        def result() -> Tensor:
-            probing.clear()
-            return torch.cat(kept)
-
-        return Prepared(call, result)
+        return with_gradients(compute, (x, w_up, w_down), probe)
 
     flops = problem.forward_flops * (3 if training else 1)
     return Row(name, kind, make, flops=flops, output_bytes=problem.output_bytes(training))
-
-
-def _probe(values: Tensor | None) -> Tensor:
-    """A few hundred elements, of unit size, that stand for all."""
-    if values is None:
-        return torch.zeros(0)
-    flat = values.detach().flatten()
-    sample = flat[:: max(1, flat.numel() // 500)][:500].double().cpu()
-    return sample / sample.norm().clamp(min=1e-30)
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
@@ -165,12 +149,9 @@ def grouped_mm(problem: Problem) -> Experts:
 
 def transformers_block(problem: Problem) -> Experts:
     """The expert module of Hugging Face transformers, given the benchmark's weights."""
-    try:
-        transformers = importlib.import_module("transformers")
-        nemotron = importlib.import_module("transformers.models.nemotron_h.modeling_nemotron_h")
-        qwen = importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
-    except ImportError as error:
-        raise Unavailable(f"transformers cannot be imported: {error}") from error
+    transformers = load("transformers", "transformers")
+    nemotron = load("transformers.models.nemotron_h.modeling_nemotron_h", "transformers >= 5")
+    qwen = load("transformers.models.qwen3_moe.modeling_qwen3_moe", "transformers >= 5")
     sizes: dict[str, Any] = {
         "hidden_size": problem.hidden, "moe_intermediate_size": problem.width,
     }  # fmt: skip
@@ -195,10 +176,7 @@ def transformers_block(problem: Problem) -> Experts:
 def liger(problem: Problem) -> Experts:
     """Liger-Kernel's fused Triton experts (SwiGLU only)."""
     _needs_gpu_and_swiglu(problem)
-    try:
-        module = importlib.import_module("liger_kernel.ops.fused_moe")
-    except ImportError as error:
-        raise Unavailable(f"liger-kernel cannot be imported: {error}") from error
+    module = load("liger_kernel.ops.fused_moe", "liger-kernel")
 
     def experts(x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor) -> Tensor:
         function = module.LigerFusedMoEFunction
@@ -210,11 +188,8 @@ def liger(problem: Problem) -> Experts:
 def sonic(problem: Problem) -> Experts:
     """SonicMoE on quack's products (gated activations only)."""
     _needs_gpu_and_swiglu(problem)
-    try:
-        module = importlib.import_module("sonicmoe.functional")
-        kinds = importlib.import_module("sonicmoe.enums").ActivationType
-    except ImportError as error:
-        raise Unavailable(f"sonic-moe cannot be imported: {error}") from error
+    module = load("sonicmoe.functional", "sonic-moe")
+    kinds = load("sonicmoe.enums", "sonic-moe").ActivationType
 
     def experts(x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor) -> Tensor:
         token = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
@@ -233,10 +208,7 @@ def transformer_engine(problem: Problem) -> Experts:
     """Transformer Engine's GroupedLinear, twice; it learns the group sizes on the host."""
     if problem.device.type != "cuda":
         raise Unavailable("Transformer Engine needs a GPU")
-    try:
-        te = importlib.import_module("transformer_engine.pytorch")
-    except ImportError as error:
-        raise Unavailable(f"transformer_engine cannot be imported: {error}") from error
+    te = load("transformer_engine.pytorch", "transformer-engine")
     options = {"bias": False, "params_dtype": problem.dtype, "device": "cuda"}
     up = te.GroupedLinear(problem.experts, problem.hidden, problem.gates * problem.width, **options)
     down = te.GroupedLinear(problem.experts, problem.width, problem.hidden, **options)

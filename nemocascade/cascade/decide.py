@@ -1,4 +1,4 @@
-"""Whether a stage runs, with what, and why. Reads the disk and changes nothing."""
+"""Decides if a stage runs, with which inputs, and why. Reads the disk and changes nothing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from nemocascade.cascade.errors import CascadeError
 from nemocascade.cascade.inputs import FileHashes, at_default, differences, key_of, stage_inputs
 from nemocascade.cascade.records import StageRecord, Teacher, done_scores, read_record
 from nemocascade.megatron.artifact import read_artifact
-from nemocascade.megatron.checkpoint import (
-    CheckpointError,
-    complete_checkpoints,
-    latest_checkpoint,
-)
+from nemocascade.megatron.checkpoint import CheckpointError, complete_checkpoints, latest_checkpoint
 from nemocascade.recipe import MopdRecipe
 from nemocascade.recipe.cascade import CascadeRecipe, StageConfig, StageRecipe
 from nemocascade.stages.scoring import Scores
@@ -26,7 +22,7 @@ Action = Literal["keep", "run", "resume"]
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to a stage.
+    """The decision about a stage.
 
     action: `keep` what is done, `run` it from its start, or `resume` it. reasons: why, for people.
     recipe: as it runs; None where a stage before it must run first. retire: what lies in its folder
@@ -69,7 +65,7 @@ def decide(
     pending: Collection[str] = (),
     again: bool = False,
 ) -> Decision:
-    """What to do about a stage.
+    """Decide what happens to a stage.
 
     pending: stages before it that will have run by then, in a dry run. again: run it though
     nothing has changed.
@@ -99,7 +95,7 @@ def decide(
 
 
 def _waits_for(cascade: CascadeRecipe, stage: StageConfig, pending: Collection[str]) -> list[str]:
-    """Of the pending stages, those whose artifacts or scores the stage needs."""
+    """Pending stages whose artifacts or scores the stage needs."""
     needed = {cascade.start_of(stage.name)}
     for domain in cascade.open_teachers(stage.name):
         pin = cascade.teachers.pinned.get(domain)
@@ -209,5 +205,5 @@ def choose_teachers(
 
 
 def _digest(folder: str) -> str:
-    """Of an artifact from outside; empty for none. Raises CheckpointError if it is damaged."""
+    """Digest of an artifact from outside, or "". Raises CheckpointError if it is damaged."""
     return read_artifact(Path(folder)).digest if folder else ""

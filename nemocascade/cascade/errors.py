@@ -1,10 +1,14 @@
-"""What ends a cascade with a message."""
+"""Errors that end a cascade with a message."""
 
 from nemocascade.recipe.errors import UserError
 
 
 class CascadeError(UserError, ValueError):
     """A cascade that cannot go on; the message says why and what to do."""
+
+
+class ReportError(CascadeError):
+    """There is no cascade run to report on; the message says what is wrong and what to do."""
 
 
 class AlarmError(CascadeError):

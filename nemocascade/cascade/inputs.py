@@ -1,4 +1,4 @@
-"""What a stage's artifact depends on, as a key: the same key, the same artifact.
+"""The key of all that a stage's artifact depends on: the same key, the same artifact.
 
 In the key stand the recipe, the artifact it starts from, its teachers, and the content of every
 file that it names. Out of it stays what changes only how the stage runs: folders, layout,
@@ -14,6 +14,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from nemocascade.cascade.records import write_json
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint.folder import digest_of, file_sha256
 from nemocascade.recipe import MopdRecipe, ScoreConfig, SftRecipe
@@ -35,7 +36,7 @@ Inputs = dict[str, Any]
 def stage_inputs(
     recipe: StageRecipe, start: str, teachers: Mapping[str, str], files: FileHashes
 ) -> Inputs:
-    """What makes the artifact, JSON values only.
+    """All that the artifact depends on, JSON values only.
 
     recipe: as it runs. start: digest of the artifact it starts from, or empty. teachers: digest by
     domain.
@@ -110,10 +111,7 @@ class FileHashes:
         name = str(path.absolute())
         if name not in self._known or self._known[name][0] != state:
             self._known[name] = [state, file_sha256(path)]
-            self.memory.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.memory.with_name(f".{self.memory.name}.partial")
-            partial.write_text(json.dumps(self._known), encoding="utf-8")
-            partial.replace(self.memory)
+            write_json(self.memory, self._known)
         return str(self._known[name][1])
 
 
@@ -133,13 +131,14 @@ def at_default(recipe: Any, prefix: str = "recipe") -> set[str]:
 
 
 def differences(old: Inputs, new: Inputs, unset: Collection[str] = ()) -> list[str]:
-    """What has changed between two sets of inputs, a line each, for people.
+    """Changes between two sets of inputs, a line each, for people.
 
     unset: settings at their defaults. One that the old inputs did not know yet is no change: a
     newer program has more settings, and its defaults do as before. Nor is one of `HOW`, which older
     programs may have kept.
     """
-    before = {name: value for name, value in _flat(old) if not _is_how(name)}
+    how = tuple(f"recipe.{name}." for name in HOW)
+    before = {name: value for name, value in _flat(old) if not f"{name}.".startswith(how)}
     after = dict(_flat(new))
     found = []
     for name in sorted(before.keys() | after.keys()):
@@ -150,10 +149,6 @@ def differences(old: Inputs, new: Inputs, unset: Collection[str] = ()) -> list[s
             short = name.removeprefix("recipe.")
             found.append(f"{short}: {_short(a)} -> {_short(b)}")
     return sorted(found)
-
-
-def _is_how(name: str) -> bool:
-    return f"{name}.".startswith(tuple(f"recipe.{how}." for how in HOW))
 
 
 def _drop(values: dict[str, Any], path: list[str]) -> None:

@@ -1,6 +1,5 @@
 """From a cascade's script to its run: overrides by stage, errors, exit codes."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from nemocascade.cascade.report import write_report
 from nemocascade.cascade.run import Choice, dry_run, run_cascade
 from nemocascade.recipe.cascade import CascadeRecipe, StageConfig
 from nemocascade.runtime.errors import exit_cleanly
+from nemocascade.runtime.world import is_main_process
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def launch(cascade: CascadeRecipe, arguments: Sequence[str] | None = None) -> Pa
 
     def work() -> Path:
         if dry:
-            if _is_main():
+            if is_main_process():
                 print(dry_run(resolved, choice))
             return Path(resolved.run_dir)
         artifact = run_cascade(resolved, choice)
-        if _is_main():
+        if is_main_process():
             run_report(Path(resolved.run_dir))
         return artifact
 
@@ -95,10 +95,6 @@ def run_report(run_dir: Path) -> Path:
     page = write_report(run_dir)
     print(f"report: {page}")
     return page
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _values(recipe: CascadeRecipe) -> dict[str, Any]:

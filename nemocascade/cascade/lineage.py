@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemocascade.cascade.errors import CascadeError
-from nemocascade.cascade.records import CASCADE, SCORES
+from nemocascade.cascade.records import SCORES, read_cascade
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import CheckpointError
 from nemocascade.stages.scoring import Scores, read_scores
 from nemocascade.types import Artifact
 
 
-def read_cascade(run_dir: Path) -> dict[str, Any]:
-    """RUN/cascade.json. Raises CascadeError if there is none."""
-    path = run_dir / CASCADE
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CascadeError(f"{path} does not exist: name the run folder of a cascade") from None
-    return found
-
-
 def report_text(run_dir: Path) -> str:
     """Artifacts, scores, teachers and alarms of a run."""
     found = read_cascade(run_dir)
-    parts = [artifact_tree(run_dir), score_table(run_dir)]
+    parts = [artifact_tree(run_dir, found), score_table(run_dir, found)]
     if found["teachers"]:
-        parts.append("teachers:\n" + "\n".join(_teacher_lines(found["teachers"])))
-    parts.append("alarms:\n" + "\n".join(_alarm_lines(found["alarms"])))
-    return "\n\n".join(parts)
+        parts.append("teachers:")
+    for domain, t in sorted(found["teachers"].items()):
+        score = "" if t["score"] is None else f", {100 * t['score']:.1f}"
+        pinned = ", pinned" if t["pinned"] else ""
+        parts[-1] += f"\n  {domain}: {t['stage'] or t['artifact']}{score}{pinned}"
+    alarms = [
+        f"  {a['stage']}: {a['domain']} {100 * a['before']:.1f} -> {100 * a['after']:.1f}, "
+        f"{a['drop']:.1f} points below {a['from_stage']}"
+        for a in found["alarms"]
+    ]
+    return "\n\n".join([*parts, "\n".join(["alarms:", *(alarms or ["  none"])])])
 
 
-def artifact_tree(run_dir: Path) -> str:
+def artifact_tree(run_dir: Path, cascade: Mapping[str, Any]) -> str:
     """The artifacts below what they started from, as their manifests say: parents are found by
     digest, so a stage that started from an older artifact than lies there now stands apart."""
-    stages = {s["name"]: s for s in read_cascade(run_dir)["stages"]}
+    stages = {s["name"]: s for s in cascade["stages"]}
     artifacts: dict[str, Artifact] = {}
     lost = []
     for name in stages:
@@ -56,7 +52,7 @@ def artifact_tree(run_dir: Path) -> str:
         origin = artifacts[name].parent_digest
         if origin:
             lines.append(f"({artifacts[name].parent}, {origin[:12]}, lies elsewhere)")
-        lines += _branch(name, below, artifacts, stages, "")
+        lines += _branch(name, below, artifacts, stages)
     return "\n".join([*lines, *lost])
 
 
@@ -65,7 +61,6 @@ def _branch(
     below: Mapping[str, Sequence[str]],
     artifacts: Mapping[str, Artifact],
     stages: Mapping[str, Any],
-    indent: str,
 ) -> list[str]:
     artifact = artifacts[name]
     side = ", side branch" if stages[name]["side"] else ""
@@ -73,24 +68,23 @@ def _branch(
     children = below.get(name, [])
     for child in children:
         last = child == children[-1]
-        inner = _branch(child, below, artifacts, stages, indent)
+        inner = _branch(child, below, artifacts, stages)
         lines += [("└─ " if last else "├─ ") + inner[0]]
         lines += [("   " if last else "│  ") + line for line in inner[1:]]
     return lines
 
 
-def score_table(run_dir: Path) -> str:
+def score_table(run_dir: Path, cascade: Mapping[str, Any]) -> str:
     """Held-out scores in hundredths: a row a stage, a column a domain; * is a row's teacher."""
-    found = read_cascade(run_dir)
     rows: dict[str, Scores] = {}
-    for stage in found["stages"]:
+    for stage in cascade["stages"]:
         scores = read_scores(_folder(run_dir, stage["name"]) / SCORES)
         if scores is not None and scores.digest == stage["artifact_digest"]:
             rows[stage["name"]] = scores
     domains = sorted({domain for scores in rows.values() for domain in scores.scores})
     if not rows:
         return "no stage has scores yet"
-    teachers = {(t["stage"], domain) for domain, t in found["teachers"].items()}
+    teachers = {(t["stage"], domain) for domain, t in cascade["teachers"].items()}
     table = [["stage", *domains]]
     for name, scores in rows.items():
         cells = [_cell(scores.of(d), taught=(name, d) in teachers) for d in domains]
@@ -107,23 +101,6 @@ def score_table(run_dir: Path) -> str:
 def _cell(score: float | None, *, taught: bool) -> str:
     text = "-" if score is None else f"{100 * score:.1f}"
     return f"{text}*" if taught else text
-
-
-def _teacher_lines(teachers: Mapping[str, Any]) -> list[str]:
-    return [
-        f"  {domain}: {t['stage'] or t['artifact']}"
-        + ("" if t["score"] is None else f", {100 * t['score']:.1f}")
-        + (", pinned" if t["pinned"] else "")
-        for domain, t in sorted(teachers.items())
-    ]
-
-
-def _alarm_lines(alarms: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [
-        f"  {a['stage']}: {a['domain']} {100 * a['before']:.1f} -> {100 * a['after']:.1f}, "
-        f"{a['drop']:.1f} points below {a['from_stage']}"
-        for a in alarms
-    ] or ["  none"]
 
 
 def _folder(run_dir: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""What a cascade keeps on disk: a record in each stage's folder, and cascade.json, made of them.
+"""Files of a cascade: a record in each stage's folder, and cascade.json, made of them.
 
     RUN/cascade.json                stages, teachers, alarms, settings, versions
     RUN/stages/NAME/stage.json      what the stage is made of, and whether it is done
@@ -18,9 +18,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from nemocascade.cascade.errors import ReportError
 from nemocascade.megatron.checkpoint.folder import flush, write_durably
 from nemocascade.recipe.cascade import CascadeRecipe
-from nemocascade.stages.scoring import Scores, read_scores
+from nemocascade.stages.scoring import Scores, read_scores, read_versioned
 
 VERSION = 1
 STAGE = "stage.json"
@@ -44,7 +45,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a stage is made of and where it stands.
+    """Inputs and status of a stage.
 
     key: of `inputs`. artifact_digest: empty until it is done. seconds: that made the artifact;
     work that was lost to a kill is not in it. tokens: of the steps in metrics.jsonl.
@@ -95,11 +96,8 @@ def write_record(folder: Path, record: StageRecord) -> None:
 
 def read_record(folder: Path) -> StageRecord | None:
     """The record in a stage's folder; None where there is none that this program can read."""
-    try:
-        found = json.loads((folder / STAGE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    if found.pop("version", None) != VERSION:
+    found = read_versioned(folder / STAGE, VERSION)
+    if found is None:
         return None
     teachers = {d: Teacher(**value) for d, value in found.pop("teachers").items()}
     return StageRecord(teachers=teachers, **found)
@@ -150,23 +148,22 @@ def write_cascade(recipe: CascadeRecipe) -> list[Alarm]:
     teachers: dict[str, Any] = {}
     for stage in recipe.stages:
         folder = Path(recipe.stage_dir(stage.name))
-        record = read_record(folder)
+        record = read_record(folder) or StageRecord("", {}, "pending")
         stages.append(
             {
                 "name": stage.name,
                 "kind": stage.kind,
                 "start": recipe.start_of(stage.name),
                 "side": stage.side,
-                "status": record.status if record else "pending",
+                "status": record.status,
                 "run_dir": f"stages/{stage.name}",
-                "artifact_digest": record.artifact_digest if record else "",
-                "seconds": record.seconds if record else 0.0,
-                "tokens": record.tokens if record else 0,
-                "key": record.key if record else "",
+                "artifact_digest": record.artifact_digest,
+                "seconds": record.seconds,
+                "tokens": record.tokens,
+                "key": record.key,
             }
         )
-        if record:
-            teachers |= {domain: asdict(t) for domain, t in record.teachers.items()}
+        teachers |= {domain: asdict(t) for domain, t in record.teachers.items()}
     alarms = find_alarms(recipe, done_scores(recipe))
     value = {
         "version": VERSION,
@@ -180,8 +177,28 @@ def write_cascade(recipe: CascadeRecipe) -> list[Alarm]:
     return alarms
 
 
+def read_cascade(run_dir: Path) -> dict[str, Any]:
+    """The content of RUN/cascade.json. Raises ReportError if it cannot be read."""
+    path = run_dir / CASCADE
+    if not path.is_file():
+        raise ReportError(f"{path} does not exist: name the run folder of a cascade")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(
+            f"{path} is no JSON ({error}): start the cascade again to mend it"
+        ) from None
+    known: dict[str, Any] = found if isinstance(found, dict) else {}
+    if known.get("version") != VERSION:
+        raise ReportError(
+            f"{path} has version {known.get('version')!r}, this program reads {VERSION}: use the "
+            "program that wrote it"
+        )
+    return known
+
+
 def versions() -> dict[str, str]:
-    """Of what computes."""
+    """Versions of Python and of the packages that compute."""
     found = {"python": platform.python_version()}
     for package in ("nemocascade", "torch", "megatron-core"):
         try:

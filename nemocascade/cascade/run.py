@@ -37,12 +37,7 @@ from nemocascade.recipe.errors import RecipeError
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import world_size_of_environment
 from nemocascade.stages.launch import run_stage
-from nemocascade.stages.scoring import (
-    read_scores,
-    score_artifact,
-    scoring_problems,
-    settings_key,
-)
+from nemocascade.stages.scoring import read_scores, score_artifact, scoring_problems, settings_key
 from nemocascade.stages.setup import on_main_rank
 
 
@@ -60,7 +55,7 @@ class Choice:
     again: bool = False
 
     def problems(self, cascade: CascadeRecipe) -> list[str]:
-        """What cannot be meant."""
+        """Every contradiction and unknown name."""
         found = [
             f"--{option} {name!r} is no stage: use one of {', '.join(cascade.names)}"
             for option, name in (("from", self.begin), ("only", self.only))
@@ -79,26 +74,19 @@ class Choice:
         return cascade.names[cascade.names.index(self.begin) if self.begin else 0 :]
 
     def anew(self, name: str) -> bool:
-        """Whether this stage runs whatever lies there."""
+        """True if this stage runs although nothing has changed."""
         return self.again and name == (self.only or self.begin)
 
 
-def check(cascade: CascadeRecipe, choice: Choice) -> None:
-    """Raise RecipeError with everything that cannot run, before any process group is made."""
-    problems = choice.problems(cascade) + _problems_here(cascade)
-    if problems:
-        raise RecipeError(problems)
-
-
 def _problems_here(cascade: CascadeRecipe) -> list[str]:
-    """Of the cascade and its scores, in the world of this process."""
+    """Problems of the cascade and its scores, in the world of this process."""
     problems = cascade.problems(world_size_of_environment())
     return problems + [p for p in scoring_problems(cascade.scores) if p not in problems]
 
 
 def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
-    """What would run, with what, and why; and what keeps it from running on the ranks that are
-    here. Changes nothing but the memory of file hashes.
+    """The stages that would run, with which inputs, and why; and the problems that they have on the
+    ranks that are here. Changes nothing but the memory of file hashes.
 
     Raises RecipeError if there is no order in which stages could run.
     """
@@ -131,7 +119,8 @@ def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
     where an alarm stops it, and what a stage raises.
     """
     choice = choice or Choice()
-    check(cascade, choice)
+    if problems := choice.problems(cascade) + _problems_here(cascade):
+        raise RecipeError(problems)
     run = _Run(cascade, choice)
     for name in choice.stages(cascade):
         run.stage(name)
@@ -154,7 +143,9 @@ class _Run:
         decision: Decision = self._on_main(lambda: self._begin(name))
         if decision.action != "keep":
             assert decision.recipe is not None
-            started, first = time.monotonic(), self._on_main(lambda: self._first_step(name))
+            checkpoints, started = self._folder(name) / "checkpoints", time.monotonic()
+            newest = self._on_main(lambda: latest_checkpoint(checkpoints))
+            first = int(newest.name.removeprefix("step_")) if newest else 0
             run_stage(decision.recipe)
             # What the stage held in cycles would stay beside the next one.
             gc.collect()
@@ -188,11 +179,6 @@ class _Run:
             write_record(self._folder(name), record)
         write_cascade(self.cascade)
         return decision
-
-    def _first_step(self, name: str) -> int:
-        """The step that the stage goes on from."""
-        newest = latest_checkpoint(self._folder(name) / "checkpoints")
-        return int(newest.name.removeprefix("step_")) if newest else 0
 
     def _done(self, decision: Decision, seconds: float, first_step: int) -> None:
         """Note that the stage is done."""

@@ -7,73 +7,51 @@ of `nemocascade/megatron/layers`; a test counts them on a CPU by autograd's save
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from nemocascade.megatron.layers.attention_core import SHORT_DOCUMENT
 from nemocascade.megatron.workspace import head_bytes
-from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
+from nemocascade.plan.job import Job
+from nemocascade.recipe import ParallelConfig
 
 Terms = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a micro-batch is made of.
-
-    tokens: its capacity. document: length of the documents that fill it. imbalance: rows that the
-    busiest rank's experts get, over the mean. on_gpu: whose operators run. fla: the Mamba scan is
-    fla-core's.
-    """
-
-    tokens: int
-    document: int
-    imbalance: float = 1.0
-    on_gpu: bool = True
-    fla: bool = False
 
 
 class Activations:
     """Bytes by term for each kind of layer on one rank."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        parallel: ParallelConfig,
-        engine: EngineConfig,
-        moe: MoeTrainingConfig,
-        load: Load,
-    ) -> None:
-        self.model, self.parallel, self.moe, self.load = model, parallel, moe, load
-        self.engine = engine
-        self.width = 2 if engine.precision == "bf16" else 4
-        self.rows = load.tokens / parallel.tp
-        self.stream = self.rows * model.hidden_size * self.width
+    def __init__(self, job: Job) -> None:
+        self.job, self.model, self.parallel = job, job.model, job.parallel
+        self.width = 2 if job.engine.precision == "bf16" else 4
+        self.rows = job.capacity / job.parallel.tp
+        self.stream = self.rows * job.model.hidden_size * self.width
 
     def layer(self, symbol: str) -> Terms:
-        """What one layer keeps. With recomputation, its input and the routers' choices only."""
-        if self.engine.recompute:
+        """Bytes that a layer keeps. With recomputation, its input and the routers' choices only."""
+        if self.job.engine.recompute:
             chosen = self.rows * self.model.experts_per_token * 4 if symbol == "E" else 0.0
             return {"layer input": self.stream, "routing": chosen}
         return self.full_layer(symbol)
 
     def full_layer(self, symbol: str) -> Terms:
-        """What one layer keeps without recomputation."""
+        """Bytes that a layer keeps without recomputation."""
         norm = {"layer input": self.stream, "norm": self.stream + 4 * self.rows}
         kinds = {"M": self._mamba, "*": self._attention, "E": self._moe}
         mixer = kinds[symbol]() if symbol in kinds else self._mlp(self.model.mlp_width, "MLP")
-        return _add(norm, mixer)
+        return norm | mixer
 
     def _mamba(self) -> Terms:
-        m, tp, tokens = self.model, self.parallel.tp, self.load.tokens
+        m, tp, tokens = self.model, self.parallel.tp, self.job.capacity
         inner = m.mamba_inner / tp
         terms = {
             "Mamba projection": tokens * m.mamba_in_proj / tp * self.width,
             "Mamba output": tokens * inner * self.width,
         }
-        if self.load.on_gpu:
+        if self.job.on_gpu:
             # On a CPU the native core computes them again.
-            terms["Mamba states"] = self._states() * inner * m.mamba_state * 4
-        if self.load.on_gpu and self.load.fla:
+            per_document = -(-self.job.document_length // m.mamba_chunk) - 1
+            # Chunks after which another one of the same document follows.
+            states = per_document * self.job.capacity / self.job.document_length
+            terms["Mamba states"] = states * inner * m.mamba_state * 4
+        if self.job.on_gpu and self.job.fla:
             channels = inner + 2 * m.mamba_groups * m.mamba_state / tp
             terms["Mamba convolution"] = tokens * channels * self.width
             # Five float32 tensors of the gated norm, and the scan's own output.
@@ -81,13 +59,8 @@ class Activations:
             terms["Mamba time steps"] = tokens * m.mamba_heads / tp * 4 * 3
         return terms
 
-    def _states(self) -> float:
-        """Chunks after which another one of the same document follows."""
-        per_document = -(-self.load.document // self.model.mamba_chunk) - 1
-        return per_document * self.load.tokens / self.load.document
-
     def _attention(self) -> Terms:
-        m, tokens, tp = self.model, self.load.tokens, self.parallel.tp
+        m, tokens, tp = self.model, self.job.capacity, self.parallel.tp
         heads = m.num_heads / tp
         kv = max(m.num_kv_heads / tp, 1.0)
         query = tokens * heads * m.head_dim * self.width
@@ -101,11 +74,11 @@ class Activations:
         if m.qk_norm:
             # The norms' inputs; what they make is kept as q and k above.
             terms["attention norms"] = query + both / 2 + tokens * (heads + kv) * 4
-        if not self.load.on_gpu:
+        if not self.job.on_gpu:
             # Torch's attention runs document by document, and the parts are joined. Short documents
             # are gathered into batches; long ones read k and v where the projection wrote them.
             terms["attention output"] += query
-            if self.load.document <= SHORT_DOCUMENT:
+            if self.job.document_length <= SHORT_DOCUMENT:
                 terms["attention rows"] = 3 * 8.0 * tokens
             elif turned:
                 terms["attention norms"] = query + both + tokens * (heads + kv) * 4
@@ -115,7 +88,7 @@ class Activations:
         return terms
 
     def _mlp(self, width: int, name: str) -> Terms:
-        tokens = self.load.tokens * width / self.parallel.tp * self.width
+        tokens = self.job.capacity * width / self.parallel.tp * self.width
         return {name: tokens * (4 if self.model.activation == "swiglu" else 2)}
 
     def _moe(self) -> Terms:
@@ -125,10 +98,10 @@ class Activations:
         terms = {"router": scores + rows * 4 * m.experts_per_token}
         if self.width < 4:
             terms["router"] += rows * m.hidden_size * 4 + m.num_experts * m.hidden_size * 4
-        if not self.moe.freeze_router:
-            if self.moe.load_balance != "none" and self.moe.load_balance_coef:
+        if not self.job.moe.freeze_router:
+            if self.job.moe.load_balance != "none" and self.job.moe.load_balance_coef:
                 terms["router losses"] = 2 * scores + rows * 4
-            if self.moe.z_loss_coef:
+            if self.job.moe.z_loss_coef:
                 terms["router losses"] = terms.get("router losses", 0.0) + 8 * rows
         # weights, experts, order and positions, 4 bytes each.
         terms["routing"] = 4 * 4 * slots
@@ -143,7 +116,7 @@ class Activations:
         hidden = m.expert_width / p.etp * gates * self.width
         if p.ep * p.etp == 1:
             return {"experts": slots * hidden}
-        arrived = slots * p.etp * self.load.imbalance
+        arrived = slots * p.etp * self.job.imbalance
         return {
             "experts": arrived * hidden,
             "dispatch": arrived * (m.hidden_size * self.width + 4 * 4)
@@ -152,20 +125,20 @@ class Activations:
         }
 
     def embedding(self) -> Terms:
-        """Of the first stage: the ids."""
-        return {"token ids": self.load.tokens * 8.0}
+        """Bytes of the first stage: the ids."""
+        return {"token ids": self.job.capacity * 8.0}
 
     def head(self) -> Terms:
-        """Of the last stage: the final norm's input, the whole hidden states and their gradient,
-        which the loss makes in its forward pass."""
-        whole = self.load.tokens * self.model.hidden_size * self.width
+        """Bytes of the last stage: the final norm's input, and the gradient of the whole hidden
+        states, which the loss makes in its forward pass."""
+        whole = self.job.capacity * self.model.hidden_size * self.width
         return {"final norm": self.stream + 4 * self.rows, "LM head gradient": whole}
 
     def head_peak(self) -> float:
         """While the loss runs: gathered hidden states, and the chunks of logits at work."""
-        tp, tokens = self.parallel.tp, self.load.tokens
+        tp, tokens = self.parallel.tp, self.job.capacity
         gathered = tokens * self.model.hidden_size * self.width if tp > 1 else 0.0
-        logits = head_bytes(self.model, tokens, self.width, tp=tp, on_gpu=self.load.on_gpu)
+        logits = head_bytes(self.model, tokens, self.width, tp=tp, on_gpu=self.job.on_gpu)
         return gathered + self.stream + logits
 
     def layer_peak(self, symbol: str) -> float:
@@ -173,16 +146,8 @@ class Activations:
         recomputation everything that it keeps for a moment."""
         terms = self.full_layer(symbol)
         largest = max(terms.values())
-        again = sum(terms.values()) - self.stream if self.engine.recompute else 0.0
+        again = sum(terms.values()) - self.stream if self.job.engine.recompute else 0.0
         return again + 2 * self.stream + largest
-
-
-def _add(*parts: Terms) -> Terms:
-    total: Terms = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0.0) + value
-    return total
 
 
 def in_flight(parallel: ParallelConfig, pp_rank: int, microbatches: int) -> float:

@@ -1,4 +1,4 @@
-"""What the planner, preflight and Slurm commands raise."""
+"""Errors of the planner, preflight and Slurm commands."""
 
 from nemocascade.recipe.errors import UserError
 

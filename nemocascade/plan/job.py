@@ -9,6 +9,7 @@ from typing import Any
 from nemocascade.megatron.artifact import artifact_model, read_artifact
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.gpus import Gpu
+from nemocascade.plan.parameters import Place, StateBytes, state_bytes
 from nemocascade.recipe import (
     PRESETS,
     EngineConfig,
@@ -20,7 +21,7 @@ from nemocascade.recipe import (
 
 
 @dataclass(frozen=True)
-class Rollout:
+class RolloutLoad:
     """Generation on the training ranks: sequences at once over the whole world, and their length.
 
     Attention keeps keys and values of every token; a Mamba layer keeps one state a sequence.
@@ -32,13 +33,13 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Job:
-    """What the planner plans for.
+    """The job that the planner plans for.
 
     capacity: tokens of a micro-batch. sequences_per_step: micro-batches over all data-parallel
     ranks. document: length of the documents that fill a micro-batch. imbalance: rows of the
     busiest experts' rank over the mean. teachers: further copies of the weights on each rank's
     device, in the run's precision. margin: share of the device's memory left for fragmentation
-    and communication buffers.
+    and communication buffers. fla: the Mamba scan is fla-core's.
     """
 
     model: ModelConfig
@@ -53,7 +54,7 @@ class Job:
     document: int = 0
     imbalance: float = 1.5
     teachers: int = 0
-    rollout: Rollout = Rollout()
+    rollout: RolloutLoad = RolloutLoad()
     margin: float = 0.08
     fla: bool = True
 
@@ -68,7 +69,7 @@ class Job:
 
     @property
     def microbatches(self) -> int:
-        """Of one data-parallel rank in a step."""
+        """Micro-batches of one data-parallel rank in a step."""
         return self.sequences_per_step // max(1, self.parallel.data_parallel(self.world_size))
 
     def problems(self) -> list[str]:
@@ -78,6 +79,19 @@ class Job:
             self.world_size,
             capacity=self.capacity,
             sequences_per_step=self.sequences_per_step,
+        )
+
+    def state(self, place: Place) -> StateBytes:
+        """Parameters, gradients and optimizer state of the rank at `place`."""
+        return state_bytes(
+            self.model,
+            self.parallel,
+            self.world_size,
+            place,
+            engine=self.engine,
+            moe=self.moe,
+            optimizer=self.optimizer,
+            on_gpu=self.on_gpu,
         )
 
     def with_layout(self, parallel: ParallelConfig, *, recompute: bool) -> Job:
@@ -105,33 +119,20 @@ def job_of_recipe(
 
     Raises PlanError if the recipe names no model and no artifact that says what it is.
     """
-    common = {
-        "model": model or _model_of(recipe, preset),
-        "parallel": recipe.parallel,
-        "engine": recipe.engine,
-        "moe": recipe.moe,
-        "optimizer": recipe.optimizer,
-        "gpu": gpu,
-        "world_size": world_size,
+    known: dict[str, Any] = {
+        name: getattr(recipe, name) for name in ("parallel", "engine", "moe", "optimizer")
     }
+    known |= {"model": model or _model_of(recipe, preset), "gpu": gpu, "world_size": world_size}
     if hasattr(recipe, "data"):
-        sizes = {
-            "capacity": recipe.data.capacity,
-            "sequences_per_step": recipe.data.sequences_per_step,
-        }
-        return Job(**{**common, **sizes, **options})
-    r = recipe.rollout
-    longest = r.max_prompt_tokens + r.max_response_tokens
-    episodes = r.prompts_per_step * r.rollouts_per_prompt
-    capacity = recipe.capacity
-    dp = max(1, recipe.parallel.data_parallel(world_size))
-    packs = -(-episodes * longest // capacity // dp) * dp
-    sizes = {
-        "capacity": capacity,
-        "sequences_per_step": max(dp, packs),
-        "rollout": Rollout(r.slots * dp, longest),
-    }
-    return Job(**{**common, **sizes, **options})
+        known |= {n: getattr(recipe.data, n) for n in ("capacity", "sequences_per_step")}
+    else:
+        r, dp = recipe.rollout, max(1, recipe.parallel.data_parallel(world_size))
+        longest = r.max_prompt_tokens + r.max_response_tokens
+        episodes = r.prompts_per_step * r.rollouts_per_prompt
+        packs = -(-episodes * longest // recipe.capacity // dp) * dp
+        known |= {"capacity": recipe.capacity, "sequences_per_step": max(dp, packs)}
+        known["rollout"] = RolloutLoad(r.slots * dp, longest)
+    return Job(**known | options)
 
 
 def _model_of(recipe: Any, preset: str) -> ModelConfig:

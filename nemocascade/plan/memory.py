@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemocascade.plan.activations import Activations, Load, in_flight
+from nemocascade.plan.activations import Activations, in_flight
 from nemocascade.plan.job import Job
-from nemocascade.plan.parameters import Place, place_of, stage_chunks, state_bytes
+from nemocascade.plan.parameters import Place, place_of, stage_chunks
 
 GIB = float(1 << 30)
 # CUDA context, NCCL's buffers for each communicator, and libraries' workspaces.
@@ -57,18 +57,8 @@ class Memory:
 
 def stage_memory(job: Job, place: Place) -> Memory:
     """The memory of the rank at `place`."""
-    state = state_bytes(
-        job.model,
-        job.parallel,
-        job.world_size,
-        place,
-        engine=job.engine,
-        moe=job.moe,
-        optimizer=job.optimizer,
-        on_gpu=job.on_gpu,
-    )
-    load = Load(job.capacity, job.document_length, job.imbalance, job.on_gpu, job.fla)
-    kept = Activations(job.model, job.parallel, job.engine, job.moe, load)
+    state = job.state(place)
+    kept = Activations(job)
     layers = "".join(stage_chunks(job.model, job.parallel, place.pp))
     first, last = place.pp == 0, place.pp == job.parallel.pp - 1
     flying = in_flight(job.parallel, place.pp, job.microbatches)
@@ -112,12 +102,9 @@ def _rollout(job: Job, layers: str) -> float:
 
 def worst_rank(job: Job) -> Memory:
     """The rank with most memory. A stage's ranks differ in their share of the optimizer only."""
-    return max((stage_memory(job, place) for place in _candidates(job)), key=lambda m: m.total)
-
-
-def _candidates(job: Job) -> list[Place]:
-    """The first rank of each stage: padding stands at the buffers' ends, so it owns most."""
-    return [Place(stage, 0, 0) for stage in range(job.parallel.pp)]
+    # The first one of a stage: padding stands at the buffers' ends, so it owns most.
+    firsts = (Place(stage, 0, 0) for stage in range(job.parallel.pp))
+    return max((stage_memory(job, place) for place in firsts), key=lambda m: m.total)
 
 
 def every_rank(job: Job) -> list[Memory]:

@@ -80,6 +80,24 @@ def stage_chunks(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> 
     return pieces[pp_rank :: parallel.pp]
 
 
+def stage_parameters(
+    model: ModelConfig, parallel: ParallelConfig, moe: MoeTrainingConfig, pp_rank: int
+) -> list[list[Parameter]]:
+    """The parameters of a pipeline rank, a list for each of its vpp chunks."""
+    last = pp_rank == parallel.pp - 1
+    return [
+        chunk_parameters(
+            model,
+            parallel,
+            moe,
+            pattern,
+            first=pp_rank == chunk == 0,
+            last=last and chunk == parallel.vpp - 1,
+        )
+        for chunk, pattern in enumerate(stage_chunks(model, parallel, pp_rank))
+    ]
+
+
 def chunk_parameters(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -159,7 +177,7 @@ def state_bytes(
     optimizer: OptimizerConfig,
     on_gpu: bool,
 ) -> StateBytes:
-    """What the rank at `place` holds from the first step to the last.
+    """Bytes that the rank at `place` holds from the first step to the last.
 
     on_gpu: gradients are reduced while backward runs, which cuts the buffers of the first stage
     into buckets, each with its own padding.
@@ -168,17 +186,8 @@ def state_bytes(
     expert_dp = world_size // (parallel.etp * parallel.ep * parallel.pp)
     size = 2 if engine.precision == "bf16" else 4
     weights = gradients = states = 0
-    routers = 0
-    for chunk, pattern in enumerate(stage_chunks(model, parallel, place.pp)):
-        routers += pattern.count("E")
-        parameters = chunk_parameters(
-            model,
-            parallel,
-            moe,
-            pattern,
-            first=place.pp == 0 and chunk == 0,
-            last=place.pp == parallel.pp - 1 and chunk == parallel.vpp - 1,
-        )
+    routers = "".join(stage_chunks(model, parallel, place.pp)).count("E")
+    for chunk, parameters in enumerate(stage_parameters(model, parallel, moe, place.pp)):
         weights += sum(p.numel * _width(p, size) for p in parameters if not p.trained)
         bucketed = on_gpu and place.pp == 0 and chunk == 0
         bucket = max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * dp) if bucketed else None

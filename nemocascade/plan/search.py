@@ -15,7 +15,7 @@ from nemocascade.recipe import ModelConfig, ParallelConfig
 
 
 @dataclass(frozen=True)
-class Plan:
+class PricedLayout:
     """A layout with its price."""
 
     job: Job
@@ -43,9 +43,9 @@ class Plan:
         return " ".join(parts)
 
 
-def price(job: Job) -> Plan:
+def price(job: Job) -> PricedLayout:
     """Memory and time of a legal job."""
-    return Plan(job, worst_rank(job), StepModel(job).step())
+    return PricedLayout(job, worst_rank(job), StepModel(job).step())
 
 
 def legal_layouts(job: Job, *, longest: int = 0) -> Iterator[Job]:
@@ -75,24 +75,24 @@ def legal_layouts(job: Job, *, longest: int = 0) -> Iterator[Job]:
                                     yield work.with_layout(p, recompute=recompute)
 
 
-def best_plans(job: Job, *, count: int = 10, longest: int = 0) -> list[Plan]:
+def best_plans(job: Job, *, count: int = 10, longest: int = 0) -> list[PricedLayout]:
     """The fastest layouts that fit, at most `count`, fastest first."""
     fitting = _fitting(job, longest)
     return sorted(fitting, key=lambda plan: (plan.time.total, plan.memory.total))[:count]
 
 
-def least_memory(job: Job, *, longest: int = 0) -> Plan | None:
+def least_memory(job: Job, *, longest: int = 0) -> PricedLayout | None:
     """The legal layout that needs least; None if there is no legal one at all."""
     sizes = ((worst_rank(found).total, found) for found in legal_layouts(job, longest=longest))
     best = min(sizes, key=lambda pair: pair[0], default=None)
     return None if best is None else price(best[1])
 
 
-def nearest_fitting(job: Job) -> Plan | None:
+def nearest_fitting(job: Job) -> PricedLayout | None:
     """The layout that fits and differs least from the job's own: fewest and smallest factors on the
     axes, then speed. None if nothing fits."""
 
-    def distance(plan: Plan) -> tuple[float, float]:
+    def distance(plan: PricedLayout) -> tuple[float, float]:
         mine, other = job.parallel, plan.job.parallel
         axes = sum(
             abs(math.log2(getattr(other, name) / max(1, getattr(mine, name))))
@@ -104,12 +104,12 @@ def nearest_fitting(job: Job) -> Plan | None:
     return min(_fitting(job), key=distance, default=None)
 
 
-def _fitting(job: Job, longest: int = 0) -> Iterator[Plan]:
+def _fitting(job: Job, longest: int = 0) -> Iterator[PricedLayout]:
     """Every layout that fits, priced; the time of the others is not worth computing."""
     for found in legal_layouts(job, longest=longest):
         memory = worst_rank(found)
         if memory.total <= available(found):
-            yield Plan(found, memory, StepModel(found).step())
+            yield PricedLayout(found, memory, StepModel(found).step())
 
 
 def faults(job: Job) -> list[str]:

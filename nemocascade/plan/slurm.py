@@ -22,6 +22,8 @@ from nemocascade.recipe import CascadeRecipe
 from nemocascade.recipe.loading import load_recipe
 
 TEMPLATE = Path(__file__).with_name("template.sbatch")
+COPIED = ("nodes", "ranks_per_node", "time", "warning_s", "torchrun", "port")
+"""Settings that stand in the template by their own names."""
 STOPPED = 75
 """Exit code of ranks that stopped on request, after a checkpoint: sysexits' "try again"."""
 
@@ -83,8 +85,8 @@ class SubmitSettings:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One job: its recipe, run folder, and script."""
+class SlurmJob:
+    """One stage's job: its recipe, run folder, and script."""
 
     recipe: Path
     run_dir: Path
@@ -96,7 +98,7 @@ class Stage:
         return f"{self.recipe} ({self.run_dir.name})"
 
 
-def make_stages(settings: SubmitSettings, arguments: list[str]) -> list[Stage]:
+def make_stages(settings: SubmitSettings, arguments: list[str]) -> list[SlurmJob]:
     """The script of every recipe. Raises PlanError listing all settings that cannot be meant."""
     problems = []
     if not settings.recipes:
@@ -119,7 +121,7 @@ def make_stages(settings: SubmitSettings, arguments: list[str]) -> list[Stage]:
 
 def _stages(
     settings: SubmitSettings, script: Path, arguments: list[str], template: str
-) -> list[Stage]:
+) -> list[SlurmJob]:
     """A recipe's job, or those of a cascade's stages."""
     recipe = load_recipe(script)
     run_dir = _run_dir(recipe.run_dir, arguments)
@@ -140,7 +142,7 @@ def _stages(
 
 def _stage(
     settings: SubmitSettings, recipe: Path, run_dir: Path, arguments: list[str], template: str
-) -> Stage:
+) -> SlurmJob:
     container = ""
     if settings.container_image:
         container = f"--container-image={shlex.quote(settings.container_image)} "
@@ -148,11 +150,8 @@ def _stage(
             container += f"--container-mounts={shlex.quote(settings.container_mounts)} "
     script = template.format(
         job_name=f"nemocascade-{run_dir.name}",
-        nodes=settings.nodes,
-        ranks_per_node=settings.ranks_per_node,
-        time=settings.time,
+        **{name: getattr(settings, name) for name in COPIED},
         log=run_dir / "slurm-%j.txt",
-        warning_s=settings.warning_s,
         options="".join(f"#SBATCH {o}\n" for o in _options(settings)),
         recipe=shlex.quote(str(recipe)),
         run_dir=shlex.quote(str(run_dir)),
@@ -160,11 +159,9 @@ def _stage(
         environment=f". {shlex.quote(settings.environment)}" if settings.environment else "",
         srun_options=f"{settings.srun_options} " if settings.srun_options else "",
         container=container,
-        torchrun=settings.torchrun,
-        port=settings.port,
         arguments=shlex.join(arguments),
     )
-    return Stage(recipe, run_dir, script)
+    return SlurmJob(recipe, run_dir, script)
 
 
 def _options(settings: SubmitSettings) -> list[str]:

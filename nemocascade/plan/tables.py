@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import Job
 from nemocascade.plan.memory import GIB
-from nemocascade.plan.report import HEADER, RULE, row
 from nemocascade.plan.search import best_plans, least_memory
+from nemocascade.plan.summary import HEADER, RULE, row
 from nemocascade.recipe import (
     EngineConfig,
     MoeTrainingConfig,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nemocascade.plan.job import Job
-from nemocascade.plan.parameters import Place, stage_chunks, state_bytes
+from nemocascade.plan.parameters import Place, stage_chunks
 from nemocascade.train.flops import layer_flops
 
 # Share of the matrix ceiling that a layer's products reach: large dense products nearly all, the
@@ -52,8 +53,9 @@ class StepTime:
         return [(name, getattr(self, name)) for name in names if name != "flops"]
 
 
-@dataclass(frozen=True)
-class _Cost:
+class _Cost(NamedTuple):
+    """Seconds of computation, and of the tensor and expert axes' communication."""
+
     compute: float = 0.0
     tensor: float = 0.0
     expert: float = 0.0
@@ -63,11 +65,7 @@ class _Cost:
         return self.compute + self.tensor + self.expert
 
     def plus(self, other: _Cost) -> _Cost:
-        return _Cost(
-            self.compute + other.compute,
-            self.tensor + other.tensor,
-            self.expert + other.expert,
-        )
+        return _Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class StepModel:
@@ -92,9 +90,7 @@ class StepModel:
         passes = 4.0 if job.engine.recompute else 3.0
         length = job.document_length
         flops = layer_flops(job.model, symbol, length) * job.capacity / length / p.tp
-        slow = 1.0
-        if symbol == "E":
-            slow = job.imbalance if p.ep > 1 else 1.0
+        slow = job.imbalance if symbol == "E" and p.ep > 1 else 1.0
         rate = job.gpu.matmul_tflops * 1e12 * _EFFICIENCY[symbol]
         traffic = _TRAFFIC[symbol] * self.stream / p.tp / (job.gpu.memory_gb_s * 1e9)
         compute = passes * (max(flops * slow / rate, 0.0) + traffic)
@@ -169,24 +165,9 @@ class StepModel:
     def _update(self) -> tuple[float, float]:
         """Seconds of reducing gradients and gathering weights, and of the update."""
         job, p = self.job, self.job.parallel
-        state = max(
-            (
-                state_bytes(
-                    job.model,
-                    p,
-                    job.world_size,
-                    Place(stage, 0, 0),
-                    engine=job.engine,
-                    moe=job.moe,
-                    optimizer=job.optimizer,
-                    on_gpu=job.on_gpu,
-                )
-                for stage in range(p.pp)
-            ),
-            key=lambda s: s.gradients,
-        )
+        states = (job.state(Place(stage, 0, 0)) for stage in range(p.pp))
+        state = max(states, key=lambda s: s.gradients)
         dp = self._dp()
         moved = (state.gradients + state.parameters) * (dp - 1) / max(1, dp)
-        whole = job.world_size <= job.gpu.per_node
-        speed = (job.gpu.link_gb_s if whole else job.gpu.network_gb_s) * 1e9
-        return moved / speed if dp > 1 else 0.0, 3.0 * state.optimizer / (job.gpu.memory_gb_s * 1e9)
+        reducing = moved / self._speed(job.world_size) if dp > 1 else 0.0
+        return reducing, 3.0 * state.optimizer / (job.gpu.memory_gb_s * 1e9)

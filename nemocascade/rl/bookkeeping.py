@@ -7,7 +7,7 @@ from typing import Any
 
 from nemocascade.rl.collector import Group
 from nemocascade.rl.policy import PolicyRun
-from nemocascade.train.report import is_due
+from nemocascade.train.metrics import is_due
 
 
 class Bookkeeper:

@@ -1,1 +1,1 @@
-"""What a running process needs everywhere: logging, the world of ranks, the watchdog, errors."""
+"""Shared by all of a running job: logging, the world of ranks, the watchdog, errors."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 
 from nemocascade.recipe.errors import UserError
-from nemocascade.runtime.world import MainRankError
+from nemocascade.runtime.world import MainRankError, is_main_process
 
 
 def exit_cleanly[T](work: Callable[[], T]) -> T:
@@ -21,6 +20,6 @@ def exit_cleanly[T](work: Callable[[], T]) -> T:
         # The main rank prints the reason.
         raise SystemExit(2) from None
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

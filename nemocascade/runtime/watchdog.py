@@ -28,7 +28,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -47,7 +47,7 @@ _FRAMES = 12
 
 @dataclass
 class Sign:
-    """What a rank tells of itself.
+    """The heartbeat of a rank.
 
     beat: rises with every sign. since_s: how long its main thread has been in the phase. progress:
     how far it is there. still_s: how long it has reported neither a phase nor progress.
@@ -186,8 +186,8 @@ class Watchdog:
             return
         with self._lock:
             self._own.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            self._own.stack = _summary(_last_frames(error))
-            self._own.collective = _collective(_last_frames(error))
+            frames = _frames(traceback.walk_tb(error.__traceback__))[::-1]
+            self._own.stack, self._own.collective = _summary(frames), _collective(frames)
         deadline = time.monotonic() + max(1.0, 6 * self.interval)
         with contextlib.suppress(Exception):  # without a store there is nobody to tell
             self._tell()
@@ -203,7 +203,7 @@ class Watchdog:
         self._dump([sign for sign, _ in silent])
 
     def _others_know(self) -> bool:
-        """Whether every other rank has failed or left as well, so that nobody is left to tell."""
+        """True if every other rank has failed or left as well, so that nobody is left to tell."""
         others = self._others()
         return len(others) == self.size - 1 and all(s.failed or s.done for s in others)
 
@@ -243,7 +243,8 @@ class Watchdog:
             own.since_s = time.monotonic() - self._entered
             own.still_s = time.monotonic() - self._moved
             if not own.failed:
-                frames = list(_frames(sys._current_frames().get(self._main or 0)))
+                frame = sys._current_frames().get(self._main or 0)
+                frames = _frames(traceback.walk_stack(frame) if frame else ())
                 collective = _collective(frames)
                 if not collective or collective != own.collective:
                     self._waiting_since = time.monotonic()
@@ -271,7 +272,7 @@ class Watchdog:
         return [(s, now - at) for s, at in seen if not (s.done or s.failed) and now - at > limit_s]
 
     def _problem(self) -> tuple[list[str], list[Sign]] | None:
-        """What is wrong with the job, and the ranks that cannot speak for themselves."""
+        """The problem of the job, if any, and the ranks that cannot speak for themselves."""
         with self._lock:
             signs = [sign for sign, _ in self._seen.values()]
         quiet = self._silent(3 * self.interval)
@@ -381,16 +382,9 @@ def _culprits(signs: list[Sign], limit_s: float) -> list[Sign]:
     return [s for s in signs if counts[s.phase, s.collective] == fewest]
 
 
-def _frames(frame: FrameType | None) -> Iterator[tuple[str, int, str]]:
-    """File, line and function from the innermost frame on."""
-    while frame is not None:
-        yield frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
-        frame = frame.f_back
-
-
-def _last_frames(error: BaseException) -> list[tuple[str, int, str]]:
-    stack = traceback.extract_tb(error.__traceback__)
-    return [(f.filename, f.lineno or 0, f.name) for f in reversed(stack)]
+def _frames(walk: Iterable[tuple[FrameType, int]]) -> list[tuple[str, int, str]]:
+    """File, line and function of each frame."""
+    return [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in walk]
 
 
 def _summary(frames: list[tuple[str, int, str]]) -> list[str]:

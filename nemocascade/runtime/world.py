@@ -23,6 +23,11 @@ def world_size_of_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main_process() -> bool:
+    """True in the process that prints what a job prints once; needs no process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Groups(Protocol):
     """The process groups of a layout, as Megatron-Core's ProcessGroupCollection names them."""
 
@@ -50,7 +55,7 @@ class World:
     parallel: ParallelConfig
     groups: Groups
     watch: Watchdog = field(default_factory=Watchdog)
-    """Names a rank that stalls or dies; see `phase`."""
+    """Names a rank that stalls or dies."""
     leave_engine: Callable[[], None] = lambda: None
     """Destroys the engine's own groups; called before the process group goes."""
 

@@ -12,8 +12,8 @@ from nemocascade.rl.policy import REFERENCE, PolicyRun, training_batches, traini
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.stages.policy import policy_run
 from nemocascade.train.evaluation import policy_metrics
+from nemocascade.train.metrics import step_values
 from nemocascade.train.objectives import grpo_objective
-from nemocascade.train.report import step_values
 from nemocascade.train.weight_swap import WeightSwap
 
 

@@ -22,8 +22,8 @@ from nemocascade.rl.teachers import Teachers
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.stages.policy import policy_run
 from nemocascade.train.evaluation import mopd_metrics
+from nemocascade.train.metrics import step_values
 from nemocascade.train.objectives import mopd_objective
-from nemocascade.train.report import step_values
 from nemocascade.train.weight_swap import model_problems
 from nemocascade.types import Artifact
 

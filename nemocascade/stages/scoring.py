@@ -15,14 +15,11 @@ from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokeniz
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.megatron.artifact import artifact_model, load_artifact_weights, read_artifact
 from nemocascade.megatron.checkpoint.folder import digest_of
-from nemocascade.megatron.config import Accelerators, make_config
+from nemocascade.megatron.config import make_config
 from nemocascade.megatron.model import build_model
 from nemocascade.recipe import (
     DomainConfig,
-    EngineConfig,
-    ModelConfig,
     MoeTrainingConfig,
-    ParallelConfig,
     RolloutConfig,
     ScoreConfig,
     ScoredDomain,
@@ -36,8 +33,8 @@ from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World, world_size_of_environment
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
-from nemocascade.stages.setup import stage_world
-from nemocascade.types import Artifact, Environment
+from nemocascade.stages.setup import watched_world
+from nemocascade.types import Environment
 
 VERSION = 1
 # How scores are made, not what they are of.
@@ -101,7 +98,7 @@ def run_scoring(settings: ScoreSettings) -> Scores:
 
 
 def settings_key(config: ScoreConfig, files: Mapping[str, str]) -> str:
-    """What scores depend on besides the artifact. files: fingerprints of held-out files."""
+    """Key of the settings that scores depend on. files: fingerprints of held-out files."""
     said = {name: value for name, value in asdict(config).items() if name not in _HOW}
     said["engine"] = said["engine"]["precision"]
     for name in JUDGE_HOW:
@@ -109,13 +106,19 @@ def settings_key(config: ScoreConfig, files: Mapping[str, str]) -> str:
     return digest_of({"version": VERSION, "settings": json.loads(json.dumps(said)), "files": files})
 
 
-def read_scores(path: Path) -> Scores | None:
-    """The content of a scores.json; None where it is missing or of another version."""
+def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
+    """The fields of a JSON file of this program; None where it is missing or of another version."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    if found.pop("version", None) != VERSION:
+    return found if found.pop("version", None) == version else None
+
+
+def read_scores(path: Path) -> Scores | None:
+    """The content of a scores.json; None where it is missing or of another version."""
+    found = read_versioned(path, VERSION)
+    if found is None:
         return None
     scores = {name: DomainScore(**value) for name, value in found.pop("scores").items()}
     return Scores(scores=scores, **found)
@@ -139,12 +142,26 @@ def score_artifact(
     if problems:
         raise RecipeError(problems)
     check_judge(config.envs.judge, artifact)
-    job = _Job(str(work_dir), config, artifact_model(artifact))
-    with stage_world(job, show=False) as (world, accelerators):
+    model = artifact_model(artifact)
+    if problems := config.problems(world_size_of_environment(), model):
+        raise RecipeError(problems)
+    with watched_world(work_dir, config.parallel, config.engine) as (world, detected):
         probe_judge(config.envs.judge, world)
-        engine, tokenizer = _open_engine(artifact, job, world, accelerators)
+        tokenizer = load_tokenizer(str(artifact.tokenizer_path))
+        check_vocabulary(tokenizer, model.vocab_size)
+        settled = make_config(model, world.parallel, config.engine, MoeTrainingConfig(), seed=0)
+        chunks = build_model(world, settled, detected.accelerators)
+        load_artifact_weights(artifact, world, chunks)
+        engine = LiveEngine(
+            world,
+            chunks,
+            slots=config.slots,
+            prefill_chunk=RolloutConfig.prefill_chunk,
+            decode=tokenizer.decode,
+            vocabulary=tokenizer.vocab_size,
+        )
         judge = judge_on_ranks(
-            config.envs.judge, artifact, world, engine.chunks, engine, tokenizer, seed=config.seed
+            config.envs.judge, artifact, world, chunks, engine, tokenizer, seed=config.seed
         )
         environments = make_environments(config.envs, judge=judge)
         try:
@@ -166,7 +183,7 @@ def score_artifact(
 
 
 def scoring_problems(config: ScoreConfig) -> list[str]:
-    """What is wrong with the settings, as far as it is known without a model."""
+    """Every rule that the settings break, as far as it is known without a model."""
     problems = config.problems(world_size_of_environment())
     problems += [
         f"scores.domains names {d.domain!r}, known are {', '.join(DOMAINS)}"
@@ -176,47 +193,6 @@ def scoring_problems(config: ScoreConfig) -> list[str]:
     if not config.domains:
         problems.append("scores.domains is empty: name at least one domain")
     return problems
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A scoring run as `stage_world` sees it."""
-
-    run_dir: str
-    config: ScoreConfig
-    model: ModelConfig
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        return self.config.parallel
-
-    @property
-    def engine(self) -> EngineConfig:
-        # What the checks at the start foresee is training.
-        return replace(self.config.engine, preflight=False)
-
-    def problems(self, world_size: int) -> list[str]:
-        return self.config.problems(world_size, self.model)
-
-
-def _open_engine(
-    artifact: Artifact, job: _Job, world: World, accelerators: Accelerators
-) -> tuple[LiveEngine, Tokenizer]:
-    """The artifact's weights, ready to generate; no optimizer is made."""
-    tokenizer = load_tokenizer(str(artifact.tokenizer_path))
-    check_vocabulary(tokenizer, job.model.vocab_size)
-    config = make_config(job.model, world.parallel, job.engine, MoeTrainingConfig(), seed=0)
-    chunks = build_model(world, config, accelerators)
-    load_artifact_weights(artifact, world, chunks)
-    engine = LiveEngine(
-        world,
-        chunks,
-        slots=job.config.slots,
-        prefill_chunk=RolloutConfig.prefill_chunk,
-        decode=tokenizer.decode,
-        vocabulary=tokenizer.vocab_size,
-    )
-    return engine, tokenizer
 
 
 def _answer(
@@ -252,40 +228,27 @@ def _answer(
     for most, domains in groupby(sorted(config.domains, key=limit), key=limit):
         tasks: list[Task] = []
         for domain in domains:
-            tasks += _tasks(domain, environments, tokenizer, rollout, config, first=len(tasks))
+            prompts = read_tasks(
+                DomainConfig(
+                    domain.domain, difficulty=domain.difficulty, heldout_path=domain.heldout_path
+                ),
+                environments[domain.domain],
+                seed=config.seed,
+                heldout=True,
+                count=domain.tasks or config.tasks,
+            )
+            encoded = encode_prompts(prompts, tokenizer, rollout)
+            if not encoded:
+                raise DataError(
+                    f"{domain.domain}: no held-out task has a prompt of at most "
+                    f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
+                )
+            first = len(tasks)
+            tasks += [Task(prompt, ids, first + i) for i, (prompt, ids) in enumerate(encoded)]
         greedy = replace(collector.sampling(), temperature=0.0, max_tokens=most)
         for group in collector.roll_out(tasks, 1, greedy):
             found[group.task.prompt.domain].append(group)
     return found
-
-
-def _tasks(
-    domain: ScoredDomain,
-    environments: Mapping[str, Environment],
-    tokenizer: Tokenizer,
-    rollout: RolloutConfig,
-    config: ScoreConfig,
-    *,
-    first: int,
-) -> list[Task]:
-    """A domain's held-out tasks, numbered from `first`."""
-    source = DomainConfig(
-        domain.domain, difficulty=domain.difficulty, heldout_path=domain.heldout_path
-    )
-    prompts = read_tasks(
-        source,
-        environments[domain.domain],
-        seed=config.seed,
-        heldout=True,
-        count=domain.tasks or config.tasks,
-    )
-    encoded = encode_prompts(prompts, tokenizer, rollout)
-    if not encoded:
-        raise DataError(
-            f"{domain.domain}: no held-out task has a prompt of at most "
-            f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
-        )
-    return [Task(prompt, ids, first + i) for i, (prompt, ids) in enumerate(encoded)]
 
 
 def _score_of(groups: Sequence[Group]) -> DomainScore:

@@ -1,4 +1,4 @@
-"""What every stage does before its loop: check, start the world, tokenizer, data, trainer."""
+"""Steps of every stage before its loop: checks, the world of ranks, tokenizer, data."""
 
 from __future__ import annotations
 
@@ -8,43 +8,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nemocascade.data.documents import DocumentSet, StageData, build_data, open_data
 from nemocascade.data.loader import HeldoutLoader
-from nemocascade.data.packing import WorkModel
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.data.tokenizer_training import train_tokenizer
-from nemocascade.megatron.accelerators import detect
+from nemocascade.megatron.accelerators import Detection, detect
 from nemocascade.megatron.config import Accelerators
-from nemocascade.megatron.parameters import count_parameters
 from nemocascade.megatron.world import start_world
-from nemocascade.plan.start import check_together, problems_before
-from nemocascade.recipe import DataConfig, EngineConfig, ModelConfig, ParallelConfig, SftRecipe
+from nemocascade.plan.devices import check_together
+from nemocascade.plan.preflight import problems_before
+from nemocascade.recipe import DataConfig, EngineConfig, ParallelConfig, SftRecipe
 from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe.rl import PolicyRecipe
 from nemocascade.runtime.logging import LOGGER, start_logging
 from nemocascade.runtime.watchdog import Watchdog, job_store
 from nemocascade.runtime.world import World, main_first, world_size_of_environment
 
 
-class Recipe(Protocol):
-    """What every stage's recipe has."""
-
-    @property
-    def run_dir(self) -> str: ...
-    @property
-    def parallel(self) -> ParallelConfig: ...
-    @property
-    def engine(self) -> EngineConfig: ...
-    def problems(self, world_size: int) -> list[str]:
-        """Every rule that is broken, each with a remedy."""
-
-
 @contextmanager
-def stage_world(recipe: Recipe, *, show: bool = True) -> Iterator[tuple[World, Accelerators]]:
+def stage_world(recipe: SftRecipe | PolicyRecipe) -> Iterator[tuple[World, Accelerators]]:
     """Check the recipe, join the process groups, and leave them at the end.
-
-    show: layout and accelerators, in the log.
 
     Raises RecipeError with every setting that cannot run, before any process group is made.
     """
@@ -52,49 +37,52 @@ def stage_world(recipe: Recipe, *, show: bool = True) -> Iterator[tuple[World, A
     check = problems_before(recipe, size) if recipe.engine.preflight else recipe.problems(size)
     if check:
         raise RecipeError(check)
-    world = start_world(recipe.parallel, recipe.engine)
-    world = replace(world, watch=_watchdog(recipe, world))
-    try:
-        start_logging(Path(recipe.run_dir), is_main=world.is_main)
-        world.watch.start()
-        detected = detect(recipe.engine, world.device)
-        if show:
-            LOGGER.info(world.describe())
-            LOGGER.info("accelerators:\n%s", detected.table())
+    with watched_world(Path(recipe.run_dir), recipe.parallel, recipe.engine) as joined:
+        world, detected = joined
+        LOGGER.info(world.describe())
+        LOGGER.info("accelerators:\n%s", detected.table())
         if recipe.engine.preflight:
-            _check_together(recipe, world)
-        world.watch.enter("set-up")
+            # Devices and collectives are timed; every rank hears of every problem.
+            world.watch.enter("preflight")
+            found = check_together(recipe, world)
+            LOGGER.info(found.text())
+            if found.problems:
+                raise RecipeError(found.problems)
+            world.watch.enter("set-up")
         yield world, detected.accelerators
-    except Exception as error:
-        world.watch.fail(error)
-        raise
-    finally:
-        world.watch.close()
-        world.close()
 
 
-def _check_together(recipe: Recipe, world: World) -> None:
-    """Time devices and collectives. Raises RecipeError, on every rank, with what is too slow."""
-    world.watch.enter("preflight")
-    found = check_together(recipe, world)
-    LOGGER.info(found.text())
-    if found.problems:
-        raise RecipeError(found.problems)
-
-
-def _watchdog(recipe: Recipe, world: World) -> Watchdog:
-    return Watchdog(
+@contextmanager
+def watched_world(
+    run_dir: Path, parallel: ParallelConfig, engine: EngineConfig
+) -> Iterator[tuple[World, Detection]]:
+    """Join the process groups under a watchdog, with the log in RUN/log.txt, and leave them."""
+    world = start_world(parallel, engine)
+    watch = Watchdog(
         world.rank,
         world.size,
         store=job_store() if world.size > 1 else None,
         name=world.broadcast_object(uuid.uuid4().hex),
-        limit_s=0.8 * recipe.engine.timeout_s,
-        stacks=Path(recipe.run_dir) / "stacks",
+        limit_s=0.8 * engine.timeout_s,
+        stacks=run_dir / "stacks",
     )
+    world = replace(world, watch=watch)
+    try:
+        start_logging(run_dir, is_main=world.is_main)
+        watch.start()
+        detected = detect(engine, world.device)
+        watch.enter("set-up")
+        yield world, detected
+    except Exception as error:
+        watch.fail(error)
+        raise
+    finally:
+        watch.close()
+        world.close()
 
 
 def on_main_rank(run_dir: Path, engine: EngineConfig, work: Callable[[], Any]) -> Any:
-    """What `work()` gives on the main rank, on every rank, in a world of its own between stages.
+    """Result of `work()` on the main rank, on every rank, in a world of its own between stages.
 
     The log goes to RUN/log.txt. A failure fails all ranks.
     """
@@ -141,9 +129,7 @@ def open_stage_data(recipe: SftRecipe, world: World, tokenizer: Tokenizer) -> St
         lambda: open_data(recipe.data, tokenizer, folder, seed=recipe.seed),
     )
     LOGGER.info(
-        "data: %d documents, held out %d",
-        len(data.train),
-        len(data.heldout) if data.heldout else 0,
+        "data: %d documents, held out %d", len(data.train), len(data.heldout) if data.heldout else 0
     )
     return data
 
@@ -159,15 +145,6 @@ def heldout_loader(
         dp_size=world.dp_size,
         pad_id=tokenizer.pad_id,
         microbatch_multiple=world.parallel.pp if world.parallel.vpp > 1 else 1,
-    )
-
-
-def work_of(model: ModelConfig) -> WorkModel:
-    """What packed sequences of this model cost, so that ranks finish together."""
-    return WorkModel.of_transformer(
-        count_parameters(model).active,
-        model.pattern.count("*"),
-        model.num_heads * model.head_dim,
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from nemocascade.data.documents import StageData
 from nemocascade.data.loader import HeldoutLoader, PackedLoader
+from nemocascade.data.packing import WorkModel
+from nemocascade.megatron.parameters import count_parameters
 from nemocascade.recipe import SftRecipe
 from nemocascade.rl.demonstrations import with_demonstrations
 from nemocascade.runtime.logging import LOGGER
@@ -17,12 +19,10 @@ from nemocascade.stages.setup import (
     open_stage_data,
     open_tokenizer,
     stage_world,
-    work_of,
     write_recipe,
 )
 from nemocascade.train.checkpointing import Checkpoints
-from nemocascade.train.metrics import MetricsWriter
-from nemocascade.train.report import is_due, step_values
+from nemocascade.train.metrics import MetricsWriter, is_due, step_values
 from nemocascade.train.trainer import Trainer
 
 
@@ -56,7 +56,12 @@ def run_sft(recipe: SftRecipe) -> Path:
             dp_rank=world.dp_rank,
             dp_size=world.dp_size,
             pad_id=tokenizer.pad_id,
-            work=work_of(recipe.model),
+            # Ranks finish together where packs cost the same.
+            work=WorkModel.of_transformer(
+                count_parameters(recipe.model).active,
+                recipe.model.pattern.count("*"),
+                recipe.model.num_heads * recipe.model.head_dim,
+            ),
         )
         heldout = None
         if data.heldout is not None:
@@ -72,7 +77,7 @@ def run_sft(recipe: SftRecipe) -> Path:
 
 
 def _describe(recipe: SftRecipe, data: StageData) -> dict[str, Any]:
-    """What the artifact's manifest says of its data."""
+    """The manifest's entry about the data."""
     held = data.heldout
     return {
         "path": list(recipe.data.path),

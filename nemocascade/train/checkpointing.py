@@ -30,7 +30,7 @@ from nemocascade.train.trainer import Trainer
 
 
 class Source(Protocol):
-    """What a stage trains on, with a position that a checkpoint keeps."""
+    """A stage's training data, with a position that a checkpoint keeps."""
 
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON values only."""

@@ -1,4 +1,5 @@
-"""What a run shows: metrics.jsonl, TensorBoard, log.txt and a live line on rank 0."""
+"""The numbers of a step, and where they are written: metrics.jsonl, TensorBoard, log.txt and a live
+line on rank 0."""
 
 from __future__ import annotations
 
@@ -13,6 +14,9 @@ from typing import Any, TextIO
 import torch
 
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.world import World
+from nemocascade.train.flops import peak_tflops
+from nemocascade.train.trainer import StepResult
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -39,6 +43,36 @@ def load_imbalance(load: torch.Tensor) -> dict[str, Any]:
         "moe_load_entropy": float(entropy.mean()),
         "moe_idle_experts": float((load == 0).float().mean()),
     }
+
+
+def is_due(step: int, every: int) -> bool:
+    """True if something that happens every `every` steps happens after step `step` (from 0)."""
+    return every > 0 and (step + 1) % every == 0
+
+
+def step_values(result: StepResult, lr: float, step_time_s: float, world: World) -> dict[str, Any]:
+    """A line of metrics.jsonl. `mfu` is None where the device's peak is not known."""
+    peak = peak_tflops(world.device)
+    achieved = result.flops / step_time_s / world.size / 1e12
+    values: dict[str, Any] = {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens": result.tokens,
+        "trained_tokens": result.trained_tokens,
+        "tokens_per_s": result.tokens / step_time_s,
+        "step_time_s": step_time_s,
+        "tflops_per_rank": achieved,
+        "mfu": None if peak is None else achieved / peak,
+        "peak_memory_gib": peak_memory_gib(world.device),
+    }
+    if result.expert_load is not None:
+        values |= load_imbalance(result.expert_load)
+    if result.expert_bias is not None:
+        values["moe_bias_range"] = float(
+            (result.expert_bias.amax(1) - result.expert_bias.amin(1)).mean()
+        )
+    return values | result.metrics
 
 
 class MetricsWriter:

@@ -60,10 +60,11 @@ FLOORS = {
         "live",
     ],
     "train": [
-        "dump flops metrics objectives weight_swap",
+        "dump flops objectives weight_swap",
         "evaluation",
         "trainer",
-        "checkpointing report",
+        "metrics",
+        "checkpointing",
     ],
 }
 KERNEL_LIBRARIES = {"torch", "triton", "nemocascade_kernels"}

@@ -121,11 +121,10 @@ def _measure(parallel: dict[str, int], model: dict[str, Any]) -> dict[str, float
 
 def _planned_saved(job: Any, pp_rank: int) -> float:
     """What the hooks see of one micro-batch: all but the head's gradient, which the loss keeps."""
-    from nemocascade.plan.activations import Activations, Load
+    from nemocascade.plan.activations import Activations
     from nemocascade.plan.parameters import stage_chunks
 
-    load = Load(job.capacity, job.document_length, job.imbalance, on_gpu=False)
-    kept = Activations(job.model, job.parallel, job.engine, job.moe, load)
+    kept = Activations(job)
     layers = "".join(stage_chunks(job.model, job.parallel, pp_rank))
     total = sum(sum(kept.layer(symbol).values()) for symbol in layers)
     if pp_rank == 0:

@@ -17,6 +17,7 @@ from helpers.transformers_weights import (
     parts_by_key,
     qwen3_moe,
     set_shortest_step,
+    untiled,
 )
 from safetensors.torch import load_file, save_file
 from test_model_against_transformers import (
@@ -47,7 +48,6 @@ from nemocascade.megatron.convert import (
 )
 from nemocascade.megatron.convert.config import config_of_model, model_of_config
 from nemocascade.megatron.convert.names import Family, Style, name_map
-from nemocascade.megatron.convert.stream import untiled
 from nemocascade.megatron.model import CascadeModel, build_model
 from nemocascade.megatron.parameters import meta_model
 from nemocascade.megatron.world import start_world

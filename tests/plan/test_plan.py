@@ -22,7 +22,7 @@ from nemocascade.megatron.fake import (
 from nemocascade.megatron.model import build_model
 from nemocascade.megatron.optimizer import Optimizer, wrap_ddp
 from nemocascade.plan.gpus import GPUS, find_gpu
-from nemocascade.plan.job import Job, Rollout, job_of_recipe
+from nemocascade.plan.job import Job, RolloutLoad, job_of_recipe
 from nemocascade.plan.memory import GIB, every_rank, worst_rank
 from nemocascade.plan.parameters import (
     StateBytes,
@@ -31,7 +31,6 @@ from nemocascade.plan.parameters import (
     stage_chunks,
     state_bytes,
 )
-from nemocascade.plan.report import PlanSettings, run_plan
 from nemocascade.plan.search import (
     balanced_layout,
     best_plans,
@@ -40,6 +39,7 @@ from nemocascade.plan.search import (
     nearest_fitting,
     price,
 )
+from nemocascade.plan.summary import PlanSettings, run_plan
 from nemocascade.plan.tables import rows
 from nemocascade.plan.timing import StepModel
 from nemocascade.recipe import (
@@ -223,7 +223,7 @@ def test_memory_moves_the_right_way() -> None:
     assert worst_rank(replace(base, imbalance=3.0)).total > total
     kept = replace(base, engine=replace(base.engine, recompute=False))
     assert worst_rank(kept).total > 2 * total
-    rollout = replace(base, rollout=Rollout(sequences=4096, length=262_144))
+    rollout = replace(base, rollout=RolloutLoad(sequences=4096, length=262_144))
     assert worst_rank(rollout).rollout > 0
     assert (
         price(replace(base, capacity=131_072)).memory.activations < price(base).memory.activations

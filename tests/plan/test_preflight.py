@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 
 from nemocascade.megatron.world import start_world
-from nemocascade.plan.commands import PreflightSettings, run_preflight
+from nemocascade.plan.devices import check_device, online
+from nemocascade.plan.findings import Preflight
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import job_of_recipe
-from nemocascade.plan.preflight import Preflight, check_device, offline, online
-from nemocascade.plan.start import problems_before
+from nemocascade.plan.preflight import (
+    PreflightSettings,
+    offline,
+    problems_before,
+    run_preflight,
+)
 from nemocascade.recipe import (
     CheckpointConfig,
     EngineConfig,

@@ -22,8 +22,7 @@ from nemocascade.recipe import (
 )
 from nemocascade.runtime.world import World
 from nemocascade.train.dump import NonFiniteError
-from nemocascade.train.metrics import MetricsWriter, load_imbalance
-from nemocascade.train.report import is_due
+from nemocascade.train.metrics import MetricsWriter, is_due, load_imbalance
 from nemocascade.train.trainer import Trainer
 from nemocascade.types import Document, PackedBatch, pack_documents
 

@@ -85,6 +85,6 @@ def domain_styles(run: Run) -> dict[str, int]:
 
 
 def _is_quiet(name: str, curve: Curve) -> bool:
-    """Whether a curve has nothing to show. A single evaluation stands in the table of scores."""
+    """True if a curve has nothing to show. A single evaluation stands in the table of scores."""
     constant = all(value == curve[0][1] for _, value in curve)
     return (name in QUIET and constant) or (name.startswith("heldout/") and len(curve) < 2)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -98,20 +96,13 @@ class Panel:
     by_domain: bool = False
 
 
-@contextmanager
-def look() -> Iterator[None]:
-    """The settings of every figure of the report."""
-    with matplotlib.rc_context(SETTINGS):
-        yield
-
-
 def style_of(number: int) -> tuple[str, Any]:
     """Colour and dashes of series `number`."""
     return SERIES[number % len(SERIES)], DASHES[number // len(SERIES) % len(DASHES)]
 
 
 def svg(draw: Callable[[Axes], None], description: str, size: tuple[float, float] = PANEL) -> str:
-    """What `draw` draws, as an inline SVG element. description: what it shows, for those who
+    """The drawing of `draw` as an inline SVG element. description: what it shows, for those who
     cannot see it."""
     figure = Figure(figsize=size)
     figure.patch.set_visible(False)
@@ -139,14 +130,11 @@ def _inline(text: str, description: str) -> str:
     # Only clip paths and markers are referred to; all other names would stand twice in the page.
     text = re.sub(r' id="[A-Za-z0-9.]+_[0-9]+"', "", text)
     text = text.replace("xlink:href", "href").replace("font-family: 'DejaVu Sans'", "")
-    text = re.sub(r"#[0-9a-f]{6}", lambda m: _variable(m[0]), text)
+    named = {color: f"var({name})" for color, name in COLORS.items()}
+    text = re.sub(r"#[0-9a-f]{6}", lambda m: named.get(m[0], m[0]), text)
     text = re.sub(r"[ \t]*\n[ \t]*", "\n", text)
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return f'<svg viewBox="{box[1]}" role="img" aria-label="{label}">{text}'
-
-
-def _variable(color: str) -> str:
-    return f"var({COLORS[color]})" if color in COLORS else color
 
 
 def thinned(curve: Curve, points: int = POINTS) -> tuple[list[float], list[float]]:

@@ -7,32 +7,22 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from nemocascade.cascade.errors import CascadeError
-from nemocascade.cascade.report.record import (
-    Alarm,
-    Curve,
-    Fault,
-    Run,
-    Sample,
-    Score,
-    Stage,
-    Teacher,
-)
+from nemocascade.cascade.records import CASCADE, SCORES, Alarm, Teacher, read_cascade
+from nemocascade.cascade.report.record import Curve, Fault, Run, Sample, Stage
+from nemocascade.stages.scoring import DomainScore
 
-VERSION = 1
 LONGEST_TEXT = 4_000
 """Characters of a prompt's turn or of a response; what is longer loses its middle."""
 SAMPLES = 8
-"""Of a domain of a stage, at most."""
+"""Most samples that are read of a domain of a stage."""
 ROLLOUTS = 2
-"""Of a kept step, at most."""
-
-
-class ReportError(CascadeError):
-    """There is no cascade run to report on. The message says what is wrong and what to do."""
+"""Most rollouts that are read of a kept step."""
+EMPTY: dict[Any, float | None] = {int: 0, float: 0.0, int | None: None, float | None: None}
+"""Numbers that are not there, by the type of their field."""
 
 
 class Faults:
@@ -42,8 +32,8 @@ class Faults:
         self.root = root
         self.counts: Counter[tuple[str, str]] = Counter()
 
-    def add(self, path: Path, what: str, count: int = 1) -> None:
-        self.counts[(str(path.relative_to(self.root)), what)] += count
+    def add(self, path: Path, what: str) -> None:
+        self.counts[(str(path.relative_to(self.root)), what)] += 1
 
     def listed(self) -> tuple[Fault, ...]:
         return tuple(Fault(file, what, n) for (file, what), n in sorted(self.counts.items()))
@@ -53,27 +43,17 @@ def read_run(run_dir: Path) -> Run:
     """The run of a folder. Raises ReportError if its cascade.json cannot be read."""
     root = run_dir.resolve()
     faults = Faults(root)
-    found = _cascade(root)
-    stages = []
-    for entry in _mappings(found.get("stages"), root / "cascade.json", "a stage", faults):
-        stages.append(_stage(root, entry, faults))
-    teachers = found.get("teachers")
+    path, found = root / CASCADE, read_cascade(root)
+    stages = _mappings(found.get("stages"), path, "a stage", faults)
+    alarms = _mappings(found.get("alarms"), path, "an alarm", faults)
     return Run(
         name=root.name,
-        stages=tuple(stages),
-        teachers=tuple(
-            Teacher(
-                domain=str(domain),
-                stage=str(entry.get("stage") or ""),
-                artifact=str(entry.get("artifact") or ""),
-                score=_number(entry.get("score")),
-                pinned=bool(entry.get("pinned", False)),
-            )
-            for domain, entry in (teachers.items() if isinstance(teachers, Mapping) else ())
-            if isinstance(entry, Mapping)
-        ),
+        stages=tuple([_stage(root, entry, faults) for entry in stages]),
+        teachers=_made_by_name(Teacher, _mapping(found.get("teachers"))),
         alarms=tuple(
-            _alarms(_mappings(found.get("alarms"), root / "cascade.json", "an alarm", faults))
+            _made(Alarm, entry)
+            for entry in alarms
+            if None not in (_number(entry.get("before")), _number(entry.get("after")))
         ),
         # The stages' own settings are read from their folders, as they were resolved.
         settings={k: v for k, v in _mapping(found.get("settings")).items() if k != "stages"},
@@ -82,102 +62,44 @@ def read_run(run_dir: Path) -> Run:
     )
 
 
-def _cascade(root: Path) -> dict[str, Any]:
-    path = root / "cascade.json"
-    if not path.is_file():
-        raise ReportError(f"{path} is not there: name the run folder of a cascade")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ReportError(
-            f"{path} is no JSON ({error}): start the cascade again to mend it"
-        ) from None
-    if not isinstance(found, dict) or found.get("version") != VERSION:
-        version = found.get("version") if isinstance(found, dict) else None
-        raise ReportError(
-            f"{path} has version {version!r}, this program reads {VERSION}: use the program that "
-            "wrote it"
-        )
-    return found
-
-
-def _alarms(entries: Iterator[Mapping[str, Any]]) -> Iterator[Alarm]:
-    for entry in entries:
-        before, after = _number(entry.get("before")), _number(entry.get("after"))
-        if before is not None and after is not None:
-            yield Alarm(
-                domain=str(entry.get("domain", "")),
-                stage=str(entry.get("stage", "")),
-                from_stage=str(entry.get("from_stage", "")),
-                before=before,
-                after=after,
-            )
-
-
 def _stage(root: Path, entry: Mapping[str, Any], faults: Faults) -> Stage:
-    name = str(entry.get("name", ""))
+    stage = _made(Stage, entry, digest=str(entry.get("artifact_digest") or ""))
+    name, done = stage.name, stage.status == "done"
     folder = root / "stages" / name
-    fields: dict[str, Any] = {
-        "name": name,
-        "kind": str(entry.get("kind", "")),
-        "start": str(entry.get("start") or ""),
-        "side": bool(entry.get("side", False)),
-        "status": str(entry.get("status", "")),
-        "digest": str(entry.get("artifact_digest") or ""),
-        "seconds": _number(entry.get("seconds")),
-        "tokens": None if (n := _number(entry.get("tokens"))) is None else int(n),
-    }
     if Path(name).name != name or name in ("", "..") or not folder.is_dir():
-        if fields["status"] == "done":
+        if done:
             faults.add(root / "stages", f"the folder of the finished stage {name!r} is missing")
-        return Stage(**fields)
-    recipe = _document(folder / "recipe.json", faults, wanted=fields["status"] != "pending")
-    curves = _metrics(folder / "metrics.jsonl", faults, wanted=fields["status"] == "done")
-    scores = _document(folder / "scores.json", faults, wanted=fields["status"] == "done")
-    if scores and fields["digest"] and scores.get("digest") not in (None, fields["digest"]):
-        faults.add(folder / "scores.json", "the scores are of another artifact than the stage's")
-    # A stage under way has no totals yet: its steps do.
-    for total, metric in (("seconds", "step_time_s"), ("tokens", "tokens")):
-        if not fields[total] and metric in curves:
-            fields[total] = type(fields[total] or 0)(sum(value for _, value in curves[metric]))
-    return Stage(
-        **fields,
+        return stage
+    recipe = _document(folder / "recipe.json", faults, wanted=stage.status != "pending")
+    curves = _metrics(folder / "metrics.jsonl", faults, wanted=done)
+    scores = _document(folder / SCORES, faults, wanted=done)
+    trained = recipe.get("domains") or _mapping(recipe.get("demonstrations")).get("domains") or ()
+    if scores and stage.digest and scores.get("digest") not in (None, stage.digest):
+        faults.add(folder / SCORES, "the scores are of another artifact than the stage's")
+
+    def total(metric: str) -> int:
+        """Totals of a stage under way: it has none yet, but its steps do."""
+        return int(sum(value for _, value in curves.get(metric, ())))
+
+    return replace(
+        stage,
+        seconds=stage.seconds or total("step_time_s") or stage.seconds,
+        tokens=stage.tokens or total("tokens") or stage.tokens,
         recipe=recipe,
-        domains=_domains(recipe),
+        domains=tuple(str(d["domain"]) for d in trained if "domain" in _mapping(d)),
         curves=curves,
-        scores=_scores(_mapping(scores.get("scores"))),
-        samples=_scored_samples(_mapping(scores.get("samples")), folder / "scores.json", faults),
+        scores=_made_by_name(DomainScore, _mapping(scores.get("scores"))),
+        samples=[
+            _sample(entry, str(domain))
+            for domain, entries in _mapping(scores.get("samples")).items()
+            for entry in list(_mappings(entries, folder / SCORES, "a sample", faults))[:SAMPLES]
+        ],
         rollouts=_rollouts(folder / "rollouts", faults),
     )
 
 
-def _domains(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    found = recipe.get("domains") or _mapping(recipe.get("demonstrations")).get("domains") or ()
-    return tuple(str(d["domain"]) for d in found if isinstance(d, Mapping) and "domain" in d)
-
-
-def _scores(found: Mapping[str, Any]) -> dict[str, Score]:
-    return {
-        str(domain): Score(
-            value=_number(entry.get("score")),
-            tasks=int(_number(entry.get("tasks")) or 0),
-            errors=int(_number(entry.get("errors")) or 0),
-        )
-        for domain, entry in found.items()
-        if isinstance(entry, Mapping)
-    }
-
-
-def _scored_samples(found: Mapping[str, Any], path: Path, faults: Faults) -> list[Sample]:
-    samples = []
-    for domain, entries in found.items():
-        for entry in list(_mappings(entries, path, "a sample", faults))[:SAMPLES]:
-            samples.append(_sample(entry, str(domain)))
-    return samples
-
-
 def _rollouts(folder: Path, faults: Faults) -> list[Sample]:
-    """Of the first and the last step that kept some."""
+    """Rollouts of the first and the last step that kept some."""
     files = sorted(folder.glob("step_*.jsonl"))
     samples: list[Sample] = []
     for path in dict.fromkeys([*files[:1], *files[-1:]]):
@@ -193,15 +115,14 @@ def _sample(entry: Mapping[str, Any], domain: str) -> Sample:
         for turn in (turns if isinstance(turns, list) else [])
         if isinstance(turn, Mapping)
     ]
-    step = _number(entry.get("step"))
-    return Sample(
+    return _made(
+        Sample,
+        entry,
         domain=domain,
         task=hashlib.sha256(json.dumps([domain, prompt]).encode()).hexdigest(),
         prompt=tuple((role, shortened(content)) for role, content in prompt),
         response=shortened(str(entry.get("response", ""))),
-        reward=_number(entry.get("reward")),
         error=None if entry.get("error") is None else str(entry["error"]),
-        step=None if step is None else int(step),
     )
 
 
@@ -283,6 +204,25 @@ def _mappings(found: Any, path: Path, what: str, faults: Faults) -> Iterator[Map
 
 def _mapping(found: Any) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
+
+
+def _made[T](kind: type[T], entry: Mapping[str, Any], **known: Any) -> T:
+    """A record of an entry's texts, flags and numbers; one that is missing or wrong is empty."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        if hint in (str, bool):
+            found[name] = hint(entry.get(name) or hint())
+        elif hint in EMPTY:
+            number = _number(entry.get(name))
+            if number is not None and hint in (int, int | None):
+                number = int(number)
+            found[name] = EMPTY[hint] if number is None else number
+    return kind(**found | known)
+
+
+def _made_by_name[T](kind: type[T], entries: Mapping[str, Any]) -> dict[str, T]:
+    found = {name: entry for name, entry in entries.items() if isinstance(entry, Mapping)}
+    return {str(name): _made(kind, entry) for name, entry in found.items()}
 
 
 def _number(found: Any) -> float | None:

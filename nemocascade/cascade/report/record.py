@@ -1,10 +1,13 @@
-"""What a report knows of a run: the values that its files hold, whole or not."""
+"""The run that a report is about: the values that its files hold, whole or not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from nemocascade.cascade.records import Alarm, Teacher
+from nemocascade.stages.scoring import DomainScore
 
 Curve = Sequence[tuple[int, float]]
 """(step from 0, value), rising steps, finite values."""
@@ -17,19 +20,6 @@ class Fault:
     file: str
     what: str
     count: int = 1
-
-
-@dataclass(frozen=True)
-class Score:
-    """Held-out score of one domain. value: None where every verifier failed.
-
-    tasks: those that were asked; errors: those among them whose verifier failed, which are not in
-    the mean.
-    """
-
-    value: float | None
-    tasks: int
-    errors: int
 
 
 @dataclass(frozen=True)
@@ -69,41 +59,18 @@ class Stage:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     domains: tuple[str, ...] = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
-    scores: Mapping[str, Score] = field(default_factory=dict)
+    scores: Mapping[str, DomainScore] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     rollouts: Sequence[Sample] = ()
 
 
 @dataclass(frozen=True)
-class Alarm:
-    """A domain that lost more than the run allows, between two artifacts."""
-
-    domain: str
-    stage: str
-    from_stage: str
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Who teaches a domain. stage: empty for an artifact from outside. score: its held-out score;
-    pinned: the recipe named it."""
-
-    domain: str
-    stage: str
-    artifact: str
-    score: float | None
-    pinned: bool
-
-
-@dataclass(frozen=True)
 class Run:
-    """A cascade run."""
+    """A cascade run. teachers: by the domain that they teach."""
 
     name: str
     stages: tuple[Stage, ...]
-    teachers: tuple[Teacher, ...]
+    teachers: Mapping[str, Teacher]
     alarms: tuple[Alarm, ...]
     settings: Mapping[str, Any]
     versions: Mapping[str, Any]
@@ -131,6 +98,6 @@ class Run:
         return next((s for s in self.stages if s.name == name), None)
 
     def in_points(self, domain: str) -> bool:
-        """Whether all scores of a domain lie in 0..1, so that they are shown times 100."""
-        values = [s.scores[domain].value for s in self.scored if domain in s.scores]
+        """True if all scores of a domain lie in 0..1: they are shown times 100."""
+        values = [s.scores[domain].score for s in self.scored if domain in s.scores]
         return all(value is None or 0 <= value <= 1 for value in values)

@@ -14,17 +14,18 @@ from matplotlib.ticker import MaxNLocator
 
 from nemocascade.cascade.report import figures, words
 from nemocascade.cascade.report.figures import ACCENT, ALARM, BAND, INK, MUTED, PAPER
-from nemocascade.cascade.report.record import Run, Score, Stage
+from nemocascade.cascade.report.record import Run, Stage
+from nemocascade.stages.scoring import DomainScore
 
 HEAT = LinearSegmentedColormap.from_list("heat", [PAPER, "#6aaad5"])
 
 
-def standard_error(score: Score) -> float | None:
-    """Of a mean of `tasks` rewards in 0..1, at most: sqrt(p (1 - p) / n)."""
+def standard_error(score: DomainScore) -> float | None:
+    """Upper bound of the error of a mean of rewards in 0..1: sqrt(p (1 - p) / n)."""
     counted = score.tasks - score.errors
-    if score.value is None or not 0 <= score.value <= 1 or counted < 1:
+    if score.score is None or not 0 <= score.score <= 1 or counted < 1:
         return None
-    return math.sqrt(score.value * (1 - score.value) / counted)
+    return math.sqrt(score.score * (1 - score.score) / counted)
 
 
 def ordered(run: Run) -> list[Stage]:
@@ -33,13 +34,13 @@ def ordered(run: Run) -> list[Stage]:
 
 
 def trains(stage: Stage, domain: str) -> bool:
-    """Whether a stage after SFT trains a domain."""
+    """True if a stage after SFT trains the domain."""
     return stage.kind != "sft" and domain in stage.domains
 
 
 def scale(run: Run, domain: str) -> tuple[float, float]:
     """The lowest and highest score of a domain's colours: 0..1, or what was found."""
-    values = [s.scores[domain].value for s in run.scored if domain in s.scores]
+    values = [s.scores[domain].score for s in run.scored if domain in s.scores]
     found = [value for value in values if value is not None]
     if run.in_points(domain) or not found:
         return 0.0, 1.0
@@ -50,10 +51,10 @@ def scale(run: Run, domain: str) -> tuple[float, float]:
 def points_range(run: Run) -> tuple[float, float]:
     """The axis that all domains in points share, so that their panels can be compared."""
     found = [
-        score.value
+        score.score
         for stage in run.scored
         for domain, score in stage.scores.items()
-        if run.in_points(domain) and score.value is not None
+        if run.in_points(domain) and score.score is not None
     ]
     low, high = 10 * math.floor(10 * min(found)), 10 * math.ceil(10 * max(found))
     # Scores that are all alike must not look like scores that move.
@@ -72,16 +73,16 @@ def draw_domain(ax: Axes, run: Run, domain: str) -> None:
     place = {stage.name: number + 1 for number, stage in enumerate(stages)}
     alarmed = {a.stage for a in run.alarms if a.domain == domain}
     value = {
-        s.name: unit * found.value
+        s.name: unit * found.score
         for s in stages
-        if (found := s.scores.get(domain)) is not None and found.value is not None
+        if (found := s.scores.get(domain)) is not None and found.score is not None
     }
     for stage in stages:
         if trains(stage, domain):
             ax.axvspan(place[stage.name] - 0.4, place[stage.name] + 0.4, color=BAND, lw=0)
-    for teacher in run.teachers:
-        if teacher.domain == domain and teacher.score is not None:
-            ax.axhline(unit * teacher.score, color=MUTED, ls=":", lw=1.1)
+    teacher = run.teachers.get(domain)
+    if teacher is not None and teacher.score is not None:
+        ax.axhline(unit * teacher.score, color=MUTED, ls=":", lw=1.1)
     line = [s for s in run.main_line if s.name in value]
     ax.plot([place[s.name] for s in line], [value[s.name] for s in line], color=ACCENT, zorder=3)
     for stage in (s for s in stages if s.name in value):
@@ -133,10 +134,10 @@ def heat_map_png(path: Path, run: Run) -> None:
         low, high = scale(run, domain)
         for column, stage in enumerate(stages):
             found = stage.scores.get(domain)
-            if found is None or found.value is None:
+            if found is None or found.score is None:
                 continue
-            shares[row, column] = (found.value - low) / (high - low)
-            text = words.score(found.value, points=run.in_points(domain))
+            shares[row, column] = (found.score - low) / (high - low)
+            text = words.score(found.score, points=run.in_points(domain))
             alarm = (domain, stage.name) in alarmed
             color = ALARM if alarm else INK
             bold = "bold" if alarm or trains(stage, domain) else "normal"

@@ -1,4 +1,4 @@
-"""What the page shows, in the words and the order in which it shows it. No markup here."""
+"""Texts and rows of the page, in the order in which it shows them. No markup here."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemocascade.cascade.report import words
-from nemocascade.cascade.report.record import Curve, Run, Sample, Score, Stage
+from nemocascade.cascade.report.record import Curve, Run, Sample, Stage
 from nemocascade.cascade.report.scores import ordered, scale, standard_error, trains
+from nemocascade.stages.scoring import DomainScore
 
-PAIRS = 3
+Answers = list[tuple[str, Sample]]
+"""Answers to one task, each with the name of its stage."""
+TASKS = 3
 """Tasks of a domain that are shown before and after."""
 NEAR_TEACHER = 0.02
 """A student this far below its teacher, or less, has reached it."""
@@ -57,26 +60,6 @@ class Cell:
     note: str
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One task, answered before and after, and in between."""
-
-    prompt: tuple[tuple[str, str], ...]
-    answers: tuple[tuple[str, Sample], ...]
-
-    @property
-    def before(self) -> tuple[str, Sample]:
-        return self.answers[0]
-
-    @property
-    def after(self) -> tuple[str, Sample]:
-        return self.answers[-1]
-
-    @property
-    def between(self) -> tuple[tuple[str, Sample], ...]:
-        return self.answers[1:-1]
-
-
 def score_rows(run: Run) -> list[tuple[str, list[Cell | None]]]:
     """Domains with their cells, in the order of `ordered(run)`."""
     alarmed = {(a.domain, a.stage) for a in run.alarms}
@@ -91,8 +74,7 @@ def score_rows(run: Run) -> list[tuple[str, list[Cell | None]]]:
 
 def mean_row(run: Run) -> list[str]:
     """The mean of each column, "" where it lacks a domain."""
-    means = [mean_score(run, stage) for stage in ordered(run)]
-    return ["" if mean is None else words.score(mean, points=True) for mean in means]
+    return [words.score(mean_score(run, stage), points=True) for stage in ordered(run)]
 
 
 def _cell(run: Run, domain: str, stage: Stage, alarm: bool) -> Cell | None:
@@ -100,25 +82,22 @@ def _cell(run: Run, domain: str, stage: Stage, alarm: bool) -> Cell | None:
     if found is None:
         return None
     trained = trains(stage, domain)
-    if found.value is None:
+    if found.score is None:
         return Cell("–", 0.0, "", alarm, trained, f"no verdict on any of {found.tasks} tasks")
     points = run.in_points(domain)
     low, high = scale(run, domain)
     before = value_of(run.stage(stage.start), domain)
-    change = ""
-    if before is not None:
-        change = words.score(found.value - before, points=points, signed=True)
     return Cell(
-        text=words.score(found.value, points=points),
-        heat=round((found.value - low) / (high - low), 3),
-        change=change,
+        text=words.score(found.score, points=points),
+        heat=round((found.score - low) / (high - low), 3),
+        change=_change(before, found.score, points),
         alarm=alarm,
         trained=trained,
         note=_note(found, points),
     )
 
 
-def _note(found: Score, points: bool) -> str:
+def _note(found: DomainScore, points: bool) -> str:
     """How sure a score is, for the one who points at it."""
     parts = [f"{found.tasks:,} tasks"]
     if found.errors:
@@ -133,7 +112,12 @@ def value_of(stage: Stage | None, domain: str) -> float | None:
     """A stage's score of a domain, where there is one."""
     if stage is None or domain not in stage.scores:
         return None
-    return stage.scores[domain].value
+    return stage.scores[domain].score
+
+
+def _change(before: float | None, after: float | None, points: bool) -> str:
+    gap = None if before is None or after is None else after - before
+    return words.score(gap, points=points, signed=True)
 
 
 def other_scales(run: Run) -> list[str]:
@@ -160,10 +144,9 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     line = [(s, m) for s in run.main_line if (m := mean_score(run, s)) is not None]
     if line:
         (first, before), (last, after) = line[0], line[-1]
-        change = words.score(after - before, points=True, signed=True)
         remark = f"after {words.words(last.name)}"
         if len(line) > 1:
-            remark = f"{change} since {words.words(first.name)}"
+            remark = f"{_change(before, after, True)} since {words.words(first.name)}"
         tiles.append(("Mean score", words.score(after, points=True), remark))
     tiles.append(("Alarms", str(len(run.alarms)), ""))
     seconds = sum(s.seconds or 0 for s in run.stages)
@@ -181,9 +164,10 @@ def alarm_lines(run: Run) -> list[str]:
     lines = []
     for alarm in run.alarms:
         points = run.in_points(alarm.domain)
-        drop = words.score(alarm.before - alarm.after, points=points)
-        before = words.score(alarm.before, points=points)
-        after = words.score(alarm.after, points=points)
+        drop, before, after = (
+            words.score(value, points=points)
+            for value in (alarm.before - alarm.after, alarm.before, alarm.after)
+        )
         since = f" (against {words.words(alarm.from_stage)})" if alarm.from_stage else ""
         lines.append(
             f"{words.words(alarm.domain)} lost {drop}{' points' * points} in "
@@ -197,29 +181,27 @@ def teacher_rows(run: Run) -> list[dict[str, Any]]:
     student = next((s for s in run.stages if s.kind == "mopd"), None)
     last = run.main_line[-1] if run.main_line else None
     rows = []
-    for teacher in run.teachers:
-        points = run.in_points(teacher.domain)
+    for domain, teacher in run.teachers.items():
+        points = run.in_points(domain)
         start = None if student is None else run.stage(student.start)
-        after = value_of(student, teacher.domain)
-        gap = None if after is None or teacher.score is None else after - teacher.score
+        after = value_of(student, domain)
+        near = -NEAR_TEACHER * (1 if points else 50)
         rows.append(
             {
-                "domain": teacher.domain,
+                "domain": domain,
                 "name": words.words(teacher.stage) or teacher.artifact,
                 "pinned": teacher.pinned,
-                "score": _text(teacher.score, points),
-                "before": _text(value_of(start, teacher.domain), points),
-                "after": _text(after, points),
-                "gap": "" if gap is None else words.score(gap, points=points, signed=True),
-                "reached": gap is not None and gap >= -NEAR_TEACHER * (1 if points else 50),
-                "end": _text(value_of(last, teacher.domain), points),
+                "score": words.score(teacher.score, points=points),
+                "before": words.score(value_of(start, domain), points=points),
+                "after": words.score(after, points=points),
+                "gap": _change(teacher.score, after, points),
+                "reached": after is not None
+                and teacher.score is not None
+                and after - teacher.score >= near,
+                "end": words.score(value_of(last, domain), points=points),
             }
         )
     return rows
-
-
-def _text(value: float | None, points: bool) -> str:
-    return "" if value is None else words.score(value, points=points)
 
 
 def cost_rows(run: Run) -> list[dict[str, Any]]:
@@ -266,22 +248,20 @@ def lineage(run: Run) -> list[tuple[int, Stage]]:
     return list(below("", 0))
 
 
-def pairs(run: Run) -> list[tuple[str, list[Pair]]]:
-    """Held-out tasks of each domain, as the first and the last stage of the main line answered
-    them; tasks whose reward changed come first."""
-    found: list[tuple[str, list[Pair]]] = []
+def answered(run: Run) -> list[tuple[str, list[Answers]]]:
+    """Held-out tasks of each domain, as the stages of the main line answered them, from the first
+    to the last; tasks whose reward changed come first."""
+    found: list[tuple[str, list[Answers]]] = []
     for domain in run.domains:
-        answers: dict[str, list[tuple[str, Sample]]] = {}
+        answers: dict[str, Answers] = {}
         for stage in run.main_line:
             for sample in stage.samples:
                 if sample.domain == domain:
                     answers.setdefault(sample.task, []).append((stage.name, sample))
-        both = [
-            Pair(given[0][1].prompt, tuple(given)) for given in answers.values() if len(given) > 1
-        ]
-        both.sort(key=lambda p: p.before[1].reward == p.after[1].reward)
+        both = [given for given in answers.values() if len(given) > 1]
+        both.sort(key=lambda given: given[0][1].reward == given[-1][1].reward)
         if both:
-            found.append((domain, both[:PAIRS]))
+            found.append((domain, both[:TASKS]))
     return found
 
 
@@ -303,13 +283,8 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
                 part = entry if isinstance(entry, Mapping) else {"": entry}
                 yield from flat(part, f"{prefix}{name}.{number}.")
         else:
-            yield prefix + name, _setting(value)
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield prefix + name, text
 
 
 def compared_settings(run: Run) -> tuple[list[Stage], list[tuple[str, Sequence[str]]]]:

@@ -50,8 +50,10 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24:02d} h"
 
 
-def score(value: float, *, points: bool, signed: bool = False) -> str:
-    """A held-out score, in points of 100 or as it is; a difference with its sign."""
+def score(value: float | None, *, points: bool, signed: bool = False) -> str:
+    """A held-out score, in points of 100 or as it is; a difference with its sign; "" for none."""
+    if value is None:
+        return ""
     text = f"{100 * value:.1f}" if points else f"{value:.2f}"
     if float(text) == 0:
         text = text.lstrip("-")

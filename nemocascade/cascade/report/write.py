@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 from markupsafe import Markup
+from matplotlib.axes import Axes
 
 from nemocascade.cascade.report import curves, figures, scores, view, words
-from nemocascade.cascade.report.figures import Panel
 from nemocascade.cascade.report.read import read_run
-from nemocascade.cascade.report.record import Run, Stage
+from nemocascade.cascade.report.record import Run
 
 HERE = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A panel with its picture. ends: the first and the last value, where it has one curve."""
-
-    panel: Panel
-    picture: Markup
-    ends: tuple[str, str] | None
 
 
 def write_report(run_dir: Path) -> Path:
@@ -37,47 +30,28 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(run_dir)
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
-    with figures.look():
-        stages = [
-            (stage, [_drawn(panel, stage) for panel in curves.panels(run, stage)])
-            for stage in run.stages
-        ]
-        domains = [(domain, _domain_picture(run, domain)) for domain in run.domains]
-        pictures = _write_pngs(folder, run)
     page = _environment().get_template("page.html.jinja")
-    text = page.render(
-        run=run,
-        view=view,
-        stages=stages,
-        domains=domains,
-        ordered=scores.ordered(run),
-        styles=curves.domain_styles(run),
-        pictures=pictures,
-        recipes=[(words.words(s.name), s.recipe) for s in run.stages],
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-    )
+    with matplotlib.rc_context(figures.SETTINGS):
+        text = page.render(
+            run=run,
+            view=view,
+            stages=[(stage, curves.panels(run, stage)) for stage in run.stages],
+            draw_panel=lambda panel: partial(figures.draw_panel, panel=panel),
+            draw_domain=lambda domain: partial(scores.draw_domain, run=run, domain=domain),
+            ordered=scores.ordered(run),
+            pictures=_write_pngs(folder, run),
+            recipes=[(words.words(s.name), s.recipe) for s in run.stages],
+            css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        )
     target = folder / "index.html"
-    partial = folder / "index.html.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    unfinished = folder / "index.html.partial"
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, target)
     return target
 
 
-def _drawn(panel: Panel, stage: Stage) -> Drawn:
-    picture = figures.svg(
-        lambda ax: figures.draw_panel(ax, panel), f"{panel.title} over the steps of {stage.name}"
-    )
-    ends = view.first_and_last(panel.lines[0].curve) if len(panel.lines) == 1 else None
-    return Drawn(panel, Markup(picture), ends)
-
-
-def _domain_picture(run: Run, domain: str) -> Markup:
-    return Markup(
-        figures.svg(
-            lambda ax: scores.draw_domain(ax, run, domain),
-            f"Held-out score of {domain} after each stage",
-        )
-    )
+def _picture(draw: Callable[[Axes], None], description: str) -> Markup:
+    return Markup(figures.svg(draw, description))
 
 
 def _write_pngs(folder: Path, run: Run) -> list[str]:
@@ -111,12 +85,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {
-        "words": words.words,
-        "duration": words.duration,
-        "tick": words.tick,
-    }
-    environment.globals["swatch"] = _swatch
+    environment.filters |= {"words": words.words, "duration": words.duration, "tick": words.tick}
+    environment.globals |= {"swatch": _swatch, "picture": _picture}
     return environment
 
 

@@ -48,13 +48,17 @@ class Box:
         for start in range(0, self.size[0], step):
             offset = (self.offset[0] + start, *self.offset[1:])
             part = Box(offset, (min(step, self.size[0] - start), *self.size[1:]))
-            pieces += [part] if part.size[0] > 1 else _split_row(part, elements)
+            if part.size[0] > 1:
+                pieces.append(part)
+            else:
+                pieces += _in_row(offset[0], Box(offset[1:], part.size[1:]).split(elements))
         return pieces
 
 
-def _split_row(box: Box, elements: int) -> list[Box]:
-    inner = Box(box.offset[1:], box.size[1:]).split(elements)
-    return [Box((box.offset[0], *b.offset), (1, *b.size)) for b in inner]
+def whole(shape: Iterable[int]) -> Box:
+    """The box of a whole tensor."""
+    size = tuple(shape)
+    return Box((0,) * len(size), size)
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
@@ -70,19 +74,20 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     row = math.prod(shape[1:])
     first, last = start // row, stop // row
     if first == last:
-        return _in_row(shape, first, start - first * row, stop - first * row)
+        inner = boxes_of_range(shape[1:], start - first * row, stop - first * row)
+        return _in_row(first, inner)
     boxes = []
     if start % row:
-        boxes += _in_row(shape, first, start % row, row)
+        boxes += _in_row(first, boxes_of_range(shape[1:], start % row, row))
         first += 1
     if last > first:
         boxes.append(Box((first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])))
-    return boxes + _in_row(shape, last, 0, stop % row)
+    return boxes + _in_row(last, boxes_of_range(shape[1:], 0, stop % row))
 
 
-def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> list[Box]:
-    inner = boxes_of_range(shape[1:], start, stop)
-    return [Box((index, *b.offset), (1, *b.size)) for b in inner]
+def _in_row(index: int, boxes: Iterable[Box]) -> list[Box]:
+    """Boxes of one row as boxes of the tensor that it is a row of."""
+    return [Box((index, *b.offset), (1, *b.size)) for b in boxes]
 
 
 def first_overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:

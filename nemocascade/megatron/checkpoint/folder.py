@@ -97,6 +97,15 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
+def fresh_folder(final: Path) -> Path:
+    """An empty folder under the temporary name of `final`."""
+    temporary = final.with_name(TEMPORARY + final.name)
+    if temporary.exists():
+        remove(temporary)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
 def agree(world: World, where: object, problems: Iterable[str]) -> None:
     """Raise CheckpointError on every rank if any rank has a problem; each is named once."""
     ranks = world.all_gather_object(list(problems))
@@ -125,9 +134,7 @@ def write_folder(
     problems = []
     if world.is_main:
         try:
-            if temporary.exists():
-                remove(temporary)
-            temporary.mkdir(parents=True)
+            fresh_folder(final)
         except OSError as error:
             problems.append(f"rank 0 cannot make {temporary}: {error}")
     agree(world, final, problems)
@@ -159,7 +166,7 @@ def finish_folder(
     documents: dict[str, bytes],
     fields: dict[str, Any],
 ) -> tuple[str, list[str]]:
-    """What rank 0 does when all files are written: index, documents, manifest, rename.
+    """Complete a folder on rank 0 when all files are written: index, documents, manifest, rename.
 
     reports: of each file, or why it could not be written. Returns the digest and the problems,
     one of which is empty.

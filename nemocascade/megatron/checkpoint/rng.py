@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemocascade.megatron.checkpoint.boxes import Box
+from nemocascade.megatron.checkpoint.boxes import whole
 from nemocascade.megatron.checkpoint.storage import Index, Piece, Reader
 from nemocascade.runtime.world import World
 
@@ -20,15 +20,16 @@ PREFIX = "rng/"
 
 def rng_pieces(world: World) -> list[Piece]:
     """The states of this rank's generators, as tensors of bytes."""
+    name, words, *rest = np.random.get_state()
     states = {
         "torch": torch.get_rng_state(),
-        "numpy": _bytes(_numpy_state()),
+        "numpy": _bytes([name, np.asarray(words).tolist(), *rest]),
         "python": _bytes(random.getstate()),
     }
     if world.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(world.device)
     return [
-        Piece(f"{PREFIX}{world.rank:05d}/{name}", tuple(state.shape), _whole(state), state)
+        Piece(_key(world, name), tuple(state.shape), whole(state.shape), state)
         for name, state in states.items()
     ]
 
@@ -66,15 +67,6 @@ def missing_rng(world: World, index: Index, *, same_layout: bool) -> list[str]:
 
 def _key(world: World, name: str) -> str:
     return f"{PREFIX}{world.rank:05d}/{name}"
-
-
-def _whole(tensor: Tensor) -> Box:
-    return Box((0,) * tensor.ndim, tuple(tensor.shape))
-
-
-def _numpy_state() -> list[Any]:
-    name, words, *rest = np.random.get_state()
-    return [name, np.asarray(words).tolist(), *rest]
 
 
 def _bytes(state: Any) -> Tensor:

@@ -84,7 +84,13 @@ def model_parts(chunks: Sequence[Any], world: World) -> list[ModelPart]:
 def model_pieces(parts: Sequence[ModelPart]) -> list[Piece]:
     """The weights and buffers themselves."""
     return [
-        Piece(MODEL + p.key, p.global_shape, p.box, _view(p, p.owner.detach()), p.replica)
+        Piece(
+            MODEL + p.key,
+            p.global_shape,
+            p.box,
+            p.owner.detach()[p.local.slices()].reshape(p.box.size),
+            p.replica,
+        )
         for p in parts
     ]
 
@@ -118,26 +124,27 @@ def optimizer_pieces(parts: Sequence[ModelPart], optimizer: Optimizer) -> list[P
 
 def optimizer_steps(optimizer: Optimizer) -> set[int]:
     """The number of steps made, as every parameter's state says; one value unless it is broken."""
-    found = set()
-    for inner in _stepping(optimizer):
-        if _counts_by_group(inner.optimizer):
-            groups = [g for g in inner.optimizer.param_groups if g["params"]]
-            found |= {int(g.get("step", 0)) for g in groups}
-        else:
-            for _, main, _, _ in _main_parameters(inner):
-                found.add(int(_adam_state(inner.optimizer, main)["step"]))
-    return found
+    counts = _step_counts(optimizer)
+    return {int(count.get("step", 0)) for count in counts if count.get("params", True)}
 
 
 def set_optimizer_steps(optimizer: Optimizer, steps: int) -> None:
     """Make every parameter's state say that `steps` steps were made."""
+    for count in _step_counts(optimizer):
+        if "params" in count:
+            count["step"] = steps
+        else:
+            count["step"].fill_(steps)
+
+
+def _step_counts(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
+    """The parameter groups, or the states of parameters, whose "step" counts the steps."""
     for inner in _stepping(optimizer):
         if _counts_by_group(inner.optimizer):
-            for group in inner.optimizer.param_groups:
-                group["step"] = steps
+            yield from inner.optimizer.param_groups
         else:
             for _, main, _, _ in _main_parameters(inner):
-                _adam_state(inner.optimizer, main)["step"].fill_(steps)
+                yield _adam_state(inner.optimizer, main)
 
 
 class _Owners:
@@ -216,11 +223,6 @@ def _leaves(value: Any) -> Iterator[ShardedTensor]:
         raise TypeError(f"a sharded state dict holds a {type(value).__name__}")
 
 
-def _view(part: ModelPart, tensor: Tensor) -> Tensor:
-    """The part's elements in `tensor`, which is shaped as the owner."""
-    return tensor[part.local.slices()].reshape(part.box.size)
-
-
 def _state_pieces(
     part: ModelPart, prefix: str, tensor: Tensor, start: int, sharded: bool
 ) -> list[Piece]:
@@ -249,7 +251,7 @@ def _state_pieces(
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of a contiguous tensor of `shape`."""
+    """Strides of a contiguous tensor of `shape`."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 

@@ -18,17 +18,16 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nemocascade.megatron.checkpoint.boxes import Box, first_overlap
+from nemocascade.megatron.checkpoint.boxes import Box, first_overlap, whole
 
 CHUNK_BYTES = 64 << 20
 DTYPE_NAMES = {
@@ -62,7 +61,7 @@ class Piece:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the piece."""
+        """True if this rank writes the piece."""
         return not any(self.replica)
 
     @property
@@ -93,7 +92,7 @@ Index = dict[str, StoredTensor]
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What one rank wrote: the file's name, its hash and size, and its part of the index."""
+    """A file of one rank: its name, hash and size, and its part of the index."""
 
     name: str
     sha256: str
@@ -119,8 +118,8 @@ class Outgoing:
 
     def chunks(self) -> Iterator[memoryview]:
         """The tensor's bytes in row-major order, at most CHUNK_BYTES at a time."""
-        whole, dtype = Box((0,) * len(self.shape), self.shape), DTYPES[self.dtype]
-        for box in whole.split(CHUNK_BYTES // dtype.itemsize):
+        dtype = DTYPES[self.dtype]
+        for box in whole(self.shape).split(CHUNK_BYTES // dtype.itemsize):
             # `contiguous()` keeps odd strides where a size is 1, and those have no view as bytes.
             part = torch.empty(box.size, dtype=dtype, device="cpu").copy_(self.read(box))
             if part.numel():
@@ -157,20 +156,34 @@ def write_pieces(folder: Path, name: str, pieces: Iterable[Piece]) -> WrittenFil
     """Write `pieces` to the safetensors file `folder/name`, hashed as it goes out, and fsync it."""
     # The widest types first, so that every tensor is aligned.
     ordered = sorted(pieces, key=lambda p: -p.tensor.element_size())
-    names = [f"{p.key}@{','.join(map(str, p.box.offset))}" for p in ordered]
+    outgoing = [Outgoing(p.key, p.dtype_name, p.box.size, _reader_of(p.tensor)) for p in ordered]
+    return write_boxes(folder, name, outgoing, [(p.global_shape, p.box) for p in ordered])
+
+
+def write_boxes(
+    folder: Path,
+    name: str,
+    tensors: Sequence[Outgoing],
+    places: Sequence[tuple[tuple[int, ...], Box]],
+) -> WrittenFile:
+    """Write tensors, each a box of a global tensor that has its name, to the file `folder/name`.
+
+    places: the global shape and the box of each.
+    """
+    named = [
+        replace(t, name=f"{t.name}@{','.join(map(str, box.offset))}")
+        for t, (_, box) in zip(tensors, places, strict=True)
+    ]
+    names = [t.name for t in named]
     if len(set(names)) != len(names):
         twice = sorted({n for n in names if names.count(n) > 1})
         raise ValueError(f"{name}: the same piece stands twice: {', '.join(twice)}")
-    outgoing = [
-        Outgoing(n, p.dtype_name, p.box.size, _reader_of(p.tensor))
-        for n, p in zip(names, ordered, strict=True)
-    ]
-    sha256, size = write_tensors(folder / name, outgoing)
-    index = {p.key: StoredTensor(p.global_shape, p.dtype_name, ()) for p in ordered}
-    for piece, tensor_name in zip(ordered, names, strict=True):
-        entry = index[piece.key]
-        stored = StoredPiece(name, tensor_name, piece.box)
-        index[piece.key] = StoredTensor(entry.shape, entry.dtype, (*entry.pieces, stored))
+    sha256, size = write_tensors(folder / name, named)
+    index: Index = {}
+    for tensor, stored_name, (shape, box) in zip(tensors, names, places, strict=True):
+        before = index[tensor.name].pieces if tensor.name in index else ()
+        pieces = (*before, StoredPiece(name, stored_name, box))
+        index[tensor.name] = StoredTensor(shape, tensor.dtype, pieces)
     return WrittenFile(name, sha256, size, index)
 
 
@@ -203,17 +216,17 @@ def merge_indices(parts: Sequence[Index]) -> tuple[Index, list[str]]:
 
 
 def _tiling_problems(key: str, entry: StoredTensor) -> list[str]:
-    whole = Box((0,) * len(entry.shape), entry.shape)
+    everything = whole(entry.shape)
     boxes = [p.box for p in entry.pieces]
-    outside = [b for b in boxes if b.intersect(whole) != b]
+    outside = [b for b in boxes if b.intersect(everything) != b]
     if outside:
         return [f"{key}: a piece at {outside[0]} lies outside its shape {list(entry.shape)}"]
     overlap = first_overlap(boxes)
     if overlap is not None:
         return [f"{key}: two pieces overlap: {overlap[0]} and {overlap[1]}"]
     covered = sum(b.volume for b in boxes)
-    if covered != whole.volume:
-        return [f"{key}: its pieces hold {covered} of {whole.volume} elements"]
+    if covered != everything.volume:
+        return [f"{key}: its pieces hold {covered} of {everything.volume} elements"]
     return []
 
 
@@ -268,12 +281,7 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
         self._open.clear()
 

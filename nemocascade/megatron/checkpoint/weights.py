@@ -1,4 +1,4 @@
-"""What checkpoints and artifacts share: whose model it is, and filling it from a folder."""
+"""Shared by checkpoints and artifacts: describing a model, and filling it from a folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def describe_model(world: World, chunks: Sequence[Any]) -> dict[str, Any]:
 def describe_shape(
     shape: ModelConfig, precision: str, parallel: ParallelConfig, world_size: int
 ) -> dict[str, Any]:
-    """As `describe_model`, of a model that was not built."""
+    """Manifest fields of `describe_model` for a model that was not built."""
     model = dataclasses.asdict(shape)
     return {
         "model": model,

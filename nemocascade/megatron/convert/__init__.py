@@ -2,7 +2,7 @@
 
 from nemocascade.megatron.convert.config import ConfigError
 from nemocascade.megatron.convert.conversion import (
-    Report,
+    Conversion,
     export_huggingface,
     import_huggingface,
 )
@@ -10,8 +10,8 @@ from nemocascade.megatron.convert.folder import ConversionError
 
 __all__ = [
     "ConfigError",
+    "Conversion",
     "ConversionError",
-    "Report",
     "export_huggingface",
     "import_huggingface",
 ]

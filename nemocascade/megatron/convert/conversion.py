@@ -9,8 +9,8 @@ converting it back gives the same bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +21,15 @@ from nemocascade.megatron.artifact import (
     artifact_model,
     read_artifact,
 )
+from nemocascade.megatron.checkpoint.boxes import whole
 from nemocascade.megatron.checkpoint.errors import CheckpointError
 from nemocascade.megatron.checkpoint.folder import (
     INDEX,
-    TEMPORARY,
     finish_folder,
+    flush,
+    fresh_folder,
     hash_problems,
     read_manifest,
-    remove,
     write_durably,
 )
 from nemocascade.megatron.checkpoint.state import MODEL
@@ -37,11 +38,8 @@ from nemocascade.megatron.checkpoint.storage import (
     Index,
     Outgoing,
     Reader,
-    StoredPiece,
-    StoredTensor,
-    WrittenFile,
     index_from_json,
-    write_tensors,
+    write_boxes,
 )
 from nemocascade.megatron.checkpoint.weights import describe_shape
 from nemocascade.megatron.convert.config import (
@@ -60,18 +58,13 @@ from nemocascade.megatron.convert.folder import (
     ConversionError,
     json_bytes,
     main_dtype,
-    publish,
     read_index,
     read_json,
+    split_shards,
     write_weights,
 )
-from nemocascade.megatron.convert.names import Family, NameMap, Style, name_map, whole
-from nemocascade.megatron.convert.stream import (
-    differences,
-    equal_tensors,
-    outgoing,
-    sources_of,
-)
+from nemocascade.megatron.convert.names import Family, NameMap, Style, name_map
+from nemocascade.megatron.convert.stream import differences, equal_tensors, outgoing
 from nemocascade.recipe import ModelConfig, ParallelConfig
 from nemocascade.types import Artifact
 
@@ -87,8 +80,8 @@ _VOLATILE = ("auto_map", "torch_dtype", "dtype", "transformers_version", "_name_
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a conversion did. tensors, num_bytes: written. rounded: tensors that lost bits.
+class Conversion:
+    """Result of a conversion. tensors, num_bytes: written. rounded: tensors that lost bits.
     left_behind: files of the source that were not carried over."""
 
     folder: Path
@@ -100,7 +93,7 @@ class Report:
     left_behind: tuple[str, ...] = ()
 
 
-def import_huggingface(source: Path, target: Path, *, precision: Precision = "auto") -> Report:
+def import_huggingface(source: Path, target: Path, *, precision: Precision = "auto") -> Conversion:
     """Write the artifact `target` from the Hugging Face folder `source`.
 
     precision: of the artifact's weights; "auto" is the one that most of the folder's bytes have,
@@ -121,8 +114,12 @@ def import_huggingface(source: Path, target: Path, *, precision: Precision = "au
     if problems:
         raise ConversionError(source, problems)
     chosen = _precision_of_folder(source, index, precision)
-    dtypes = _our_dtypes(names, chosen)
-    rounded = _rounded(names, index, dtypes)
+    dtypes = {
+        name: "F32" if name.endswith(_ALWAYS_FLOAT32) else _DTYPE_OF[chosen] for name in names.ours
+    }
+    rounded = sorted(
+        {m.theirs for m in names.moves if _loses(index[m.theirs].dtype, dtypes[m.ours])}
+    )
     if rounded and precision == "auto":
         asked = f"to round them to {chosen}, say --precision {chosen}"
         raise ConversionError(
@@ -152,7 +149,7 @@ def import_huggingface(source: Path, target: Path, *, precision: Precision = "au
     carried = {*documents, CONFIG, *(p.file for e in index.values() for p in e.pieces)}
     left = {p.name for p in source.iterdir() if not p.name.startswith(".")} - carried
     left.discard(f"{WEIGHTS}.index.json")
-    return Report(
+    return Conversion(
         target, family, chosen, len(tensors), written, tuple(rounded), tuple(sorted(left))
     )
 
@@ -164,7 +161,7 @@ def export_huggingface(
     precision: Precision = "auto",
     family: Family | Literal["auto"] = "auto",
     shard_bytes: int = SHARD_BYTES,
-) -> Report:
+) -> Conversion:
     """Write the Hugging Face folder `target` from the artifact `source`, of any layout.
 
     precision: of the folder's weights; "auto" rounds nothing: an artifact that was converted gets
@@ -176,7 +173,7 @@ def export_huggingface(
     """
     artifact, index = _open_artifact(source)
     shape = artifact_model(artifact)
-    origin = _origin(source)
+    origin = read_json(source / ORIGIN) if (source / ORIGIN).is_file() else {}
     chosen_family = _family(source, shape, origin, family)
     names = name_map(chosen_family, shape, _style_of_origin(chosen_family, shape, origin))
     problems = differences(index, names.ours, MODEL)
@@ -187,22 +184,23 @@ def export_huggingface(
     chosen = artifact.precision if precision == "auto" else precision
     stored = {name.removeprefix(MODEL): entry for name, entry in index.items()}
     dtypes = _their_dtypes(names, stored, artifact, origin, precision)
-    rounded = _rounded_back(names, stored, dtypes)
-    files = _small_files(source, (*TOKENIZERS, *TOKENIZER_COMPANIONS))
+    rounded = sorted(
+        {m.theirs for m in names.moves if _loses(stored[m.ours].dtype, dtypes[m.theirs])}
+    )
+    files = _tokenizer_files(source)
     files.pop(ORIGIN, None)
     files[CONFIG] = json_bytes(_config(shape, chosen_family, origin, dtypes))
-    temporary = target.with_name(TEMPORARY + target.name)
-    if temporary.exists():
-        remove(temporary)
-    temporary.mkdir(parents=True)
+    temporary = fresh_folder(target)
     with Reader(source, index) as reader:
         tensors = outgoing(names, reader, dtypes, to_ours=False, source_prefix=MODEL)
         write_weights(temporary, tensors, shard_bytes)
     for name, data in files.items():
         write_durably(temporary / name, data)
-    publish(temporary, target)
+    flush(temporary)
+    temporary.rename(target)
+    flush(target.parent)
     size = sum(t.num_bytes for t in tensors)
-    return Report(target, chosen_family, chosen, len(tensors), size, tuple(rounded))
+    return Conversion(target, chosen_family, chosen, len(tensors), size, tuple(rounded))
 
 
 def _style_of(family: Family, index: Index, shape: ModelConfig) -> Style:
@@ -223,8 +221,7 @@ def _style_of_origin(family: Family, shape: ModelConfig, origin: Mapping[str, An
     nemotron = family == "NemotronHForCausalLM"
     # transformers does not tie NemotronH's embeddings by itself: it wants the head in the file.
     return Style(
-        prefix="backbone." if nemotron else "model.",
-        stored_head=nemotron and shape.tie_embeddings,
+        prefix="backbone." if nemotron else "model.", stored_head=nemotron and shape.tie_embeddings
     )
 
 
@@ -235,13 +232,6 @@ def _precision_of_folder(source: Path, index: Index, precision: Precision) -> st
     if dtype not in _PRECISION_OF:
         raise ConversionError(source, [f"its weights are {dtype}: say --precision bf16 or fp32"])
     return _PRECISION_OF[dtype]
-
-
-def _our_dtypes(names: NameMap, precision: str) -> dict[str, str]:
-    return {
-        name: "F32" if name.endswith(_ALWAYS_FLOAT32) else _DTYPE_OF[precision]
-        for name in names.ours
-    }
 
 
 def _their_dtypes(
@@ -265,26 +255,13 @@ def _loses(source: str, target: str) -> bool:
     return source != target and not DTYPES[target].itemsize > DTYPES[source].itemsize
 
 
-def _rounded(names: NameMap, index: Index, dtypes: Mapping[str, str]) -> list[str]:
-    """Their names that lose bits on the way to ours."""
-    made = sources_of(names)
-    return sorted(
-        {n for ours, of in made.items() for n in of if _loses(index[n].dtype, dtypes[ours])}
-    )
-
-
-def _rounded_back(names: NameMap, stored: Index, dtypes: Mapping[str, str]) -> list[str]:
-    moves = names.moves
-    return sorted({m.theirs for m in moves if _loses(stored[m.ours].dtype, dtypes[m.theirs])})
-
-
 def _documents(
     source: Path, config: dict[str, Any], index: Index, style: Style
 ) -> tuple[str | None, dict[str, bytes]]:
     """The tokenizer's name in the artifact, and the small files: tokenizer, its companions, and
     what the folder says besides its weights."""
     tokenizer = next((source / name for name in TOKENIZERS if (source / name).is_file()), None)
-    files = _small_files(source, (*TOKENIZERS, *TOKENIZER_COMPANIONS))
+    files = _tokenizer_files(source)
     main = main_dtype(index)
     origin = {
         "config": config,
@@ -298,42 +275,24 @@ def _documents(
     return None if tokenizer is None else tokenizer.name, files
 
 
-def _small_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+def _tokenizer_files(folder: Path) -> dict[str, bytes]:
+    names = (*TOKENIZERS, *TOKENIZER_COMPANIONS)
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def _write_artifact(
-    target: Path,
-    tensors: list[Outgoing],
-    documents: dict[str, bytes],
-    fields: dict[str, Any],
+    target: Path, tensors: list[Outgoing], documents: dict[str, bytes], fields: dict[str, Any]
 ) -> int:
     """Write the folder as a run of one rank would, in files of SHARD_BYTES; returns the bytes."""
-    temporary = target.with_name(TEMPORARY + target.name)
-    if temporary.exists():
-        remove(temporary)
-    temporary.mkdir(parents=True)
-    shards: list[list[Outgoing]] = [[]]
+    temporary = fresh_folder(target)
     # The widest types first, so that every tensor is aligned.
-    for tensor in sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize):
-        if shards[-1] and sum(t.num_bytes for t in shards[-1]) + tensor.num_bytes > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(tensor)
+    ordered = sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize)
     written = []
-    for number, shard in enumerate(shards):
+    for number, shard in enumerate(split_shards(ordered, SHARD_BYTES)):
         name = f"rank_{number:05d}.safetensors"
-        named = [
-            Outgoing(f"{MODEL}{t.name}@{','.join('0' * len(t.shape))}", t.dtype, t.shape, t.read)
-            for t in shard
-        ]
-        sha256, size = write_tensors(temporary / name, named)
-        index = {
-            MODEL + t.name: StoredTensor(
-                t.shape, t.dtype, (StoredPiece(name, n.name, whole(t.shape)),)
-            )
-            for t, n in zip(shard, named, strict=True)
-        }
-        written.append(WrittenFile(name, sha256, size, index))
+        named = [replace(t, name=MODEL + t.name) for t in shard]
+        places = [(t.shape, whole(t.shape)) for t in shard]
+        written.append(write_boxes(temporary, name, named, places))
     _, problems = finish_folder(temporary, target, KIND, written, documents, fields)
     if problems:
         raise ConversionError(target, problems)
@@ -348,10 +307,6 @@ def _open_artifact(source: Path) -> tuple[Artifact, Index]:
     if problems := hash_problems(source, manifest, weights):
         raise CheckpointError(source, problems)
     return artifact, index_from_json(json.loads((source / INDEX).read_bytes()))
-
-
-def _origin(source: Path) -> dict[str, Any]:
-    return read_json(source / ORIGIN) if (source / ORIGIN).is_file() else {}
 
 
 def _family(source: Path, shape: ModelConfig, origin: Mapping[str, Any], asked: str) -> Family:
@@ -373,8 +328,8 @@ def _config(
 ) -> dict[str, Any]:
     """The folder's own config.json where it says the same model, otherwise a new one."""
     made = config_of_model(shape, family)
-    counts = {name: list(dtypes.values()).count(name) for name in set(dtypes.values())}
-    main = _PRECISION_OF.get(max(sorted(counts), key=lambda n: counts[n]), "fp32")
+    found = list(dtypes.values())
+    main = _PRECISION_OF.get(max(sorted(set(found)), key=found.count), "fp32")
     made["dtype"] = _CONFIG_DTYPES[main]
     if not origin or family_of(origin["config"]) != family:
         return made

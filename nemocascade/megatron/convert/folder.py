@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemocascade.megatron.checkpoint.folder import flush, write_durably
+from nemocascade.megatron.checkpoint.boxes import whole
+from nemocascade.megatron.checkpoint.errors import FolderError
+from nemocascade.megatron.checkpoint.folder import write_durably
 from nemocascade.megatron.checkpoint.storage import (
     DTYPES,
     Index,
@@ -17,24 +18,16 @@ from nemocascade.megatron.checkpoint.storage import (
     StoredTensor,
     write_tensors,
 )
-from nemocascade.megatron.convert.names import whole
-from nemocascade.recipe.errors import UserError
 
 CONFIG = "config.json"
-GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 SHARD_BYTES = 5 << 30
 
 
-class ConversionError(UserError, RuntimeError):
-    """A folder that cannot be converted; the message lists every reason."""
-
-    def __init__(self, where: object, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        lines = "\n".join(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))
-        super().__init__(f"{where}: {len(self.problems)} problem(s):\n{lines}")
+class ConversionError(FolderError):
+    """A folder that cannot be converted."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -123,18 +116,20 @@ def _listing_problems(listed: dict[str, str], index: Index) -> list[str]:
     return problems
 
 
-def write_weights(folder: Path, tensors: Sequence[Outgoing], shard_bytes: int) -> list[str]:
-    """Write the tensors to files of at most `shard_bytes` each, and their index; the files' names.
-
-    A tensor larger than that has a file of its own. One file has no index, as is usual.
-    """
+def split_shards(tensors: Iterable[Outgoing], shard_bytes: int) -> list[list[Outgoing]]:
+    """The tensors of each file, in order; one that is larger than a file has its own."""
     shards: list[list[Outgoing]] = [[]]
     for tensor in tensors:
         held = sum(t.num_bytes for t in shards[-1])
         if shards[-1] and held + tensor.num_bytes > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    names = [WEIGHTS]
+    return shards
+
+
+def write_weights(folder: Path, tensors: Sequence[Outgoing], shard_bytes: int) -> None:
+    """Write the tensors to files of `shard_bytes`, and the files' index if there are several."""
+    shards, names = split_shards(tensors, shard_bytes), [WEIGHTS]
     if len(shards) > 1:
         names = [
             f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
@@ -146,20 +141,11 @@ def write_weights(folder: Path, tensors: Sequence[Outgoing], shard_bytes: int) -
         total = sum(t.num_bytes for t in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
         write_durably(folder / WEIGHTS_INDEX, json_bytes(index))
-        names.append(WEIGHTS_INDEX)
-    return names
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:
-    """As Hugging Face writes its JSON files."""
+    """A JSON file in the form that Hugging Face writes."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name; `final` must not exist."""
-    flush(temporary)
-    os.rename(temporary, final)
-    flush(final.parent)
 
 
 def main_dtype(index: Index) -> str:

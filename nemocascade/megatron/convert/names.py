@@ -9,11 +9,10 @@ Shape letters: H hidden size, d head dimension, E experts, I expert width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nemocascade.megatron.checkpoint.boxes import Box
+from nemocascade.megatron.checkpoint.boxes import Box, whole
 from nemocascade.recipe import ModelConfig
 
 Shape = tuple[int, ...]
@@ -52,15 +51,14 @@ class NameMap:
     """All tensors of both sides.
 
     theirs, ours: the shape of each. moves: tile every tensor of both sides, but for `copies`, names
-    of theirs that repeat what other moves bring, and `zeros`, names of ours without a counterpart
-    that take no part in the model.
+    of theirs that repeat what other moves bring, and names of ours that no move brings, which are
+    zero and take no part in the model.
     """
 
     theirs: dict[str, Shape] = field(default_factory=dict)
     ours: dict[str, Shape] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
-    zeros: list[str] = field(default_factory=list)
 
     def same(self, theirs: str, ours: str, *shape: int) -> None:
         """A tensor that only changes its name."""
@@ -122,17 +120,6 @@ class NameMap:
             self.theirs["lm_head.weight"] = size
             self.copies.append("lm_head.weight")
             self.moves.append(Move("lm_head.weight", whole(size), embedding, whole(size)))
-
-    def unused_bias(self, mixer: str, shape: ModelConfig) -> None:
-        """The selection bias of a router that has none: our buffer is there, and zero."""
-        self.ours[f"{mixer}.router.expert_bias"] = (shape.num_experts,)
-        self.zeros.append(f"{mixer}.router.expert_bias")
-
-
-def whole(shape: Iterable[int]) -> Box:
-    """The box of a whole tensor."""
-    size = tuple(shape)
-    return Box((0,) * len(size), size)
 
 
 def name_map(family: Family, shape: ModelConfig, style: Style) -> NameMap:
@@ -233,7 +220,8 @@ def _qwen3_experts(
 ) -> None:
     hidden, width, count = shape.hidden_size, shape.expert_width, shape.num_experts
     names.same(f"{theirs}.gate.weight", f"{ours}.router.weight", count, hidden)
-    names.unused_bias(ours, shape)
+    # Their router has no selection bias: our buffer is there, and zero.
+    names.ours[f"{ours}.router.expert_bias"] = (count,)
     fc1, fc2 = f"{ours}.experts.linear_fc1", f"{ours}.experts.linear_fc2"
     if style.merged_experts:
         halves = {"gate": width, "up": width}

@@ -12,10 +12,10 @@ from typing import Any
 import tyro
 
 from nemocascade.plan.gpus import find_gpu
-from nemocascade.plan.job import Job, Rollout, job_of_recipe
+from nemocascade.plan.job import Job, RolloutLoad, job_of_recipe
 from nemocascade.plan.memory import GIB, available
 from nemocascade.plan.search import (
-    Plan,
+    PricedLayout,
     best_plans,
     faults,
     least_memory,
@@ -118,15 +118,19 @@ def _plan_stage(
     return text, _as_json(job, problems, best, nearest)
 
 
-def _rollout(settings: PlanSettings) -> dict[str, Rollout]:
-    """What the command line says of generation; nothing leaves it to the recipe."""
+def _rollout(settings: PlanSettings) -> dict[str, RolloutLoad]:
+    """The command line's settings of generation; {} leaves it to the recipe."""
     if not settings.rollout_sequences:
         return {}
-    return {"rollout": Rollout(settings.rollout_sequences, settings.rollout_length)}
+    return {"rollout": RolloutLoad(settings.rollout_sequences, settings.rollout_length)}
 
 
 def _lines(
-    job: Job, problems: list[str], best: list[Plan], nearest: Plan | None, settings: PlanSettings
+    job: Job,
+    problems: list[str],
+    best: list[PricedLayout],
+    nearest: PricedLayout | None,
+    settings: PlanSettings,
 ) -> list[str]:
     lines = [
         f"{job.world_size} x {job.gpu.name}: {available(job) / GIB:.1f} GiB a rank to use; "
@@ -156,7 +160,7 @@ HEADER = "| tp | pp | vpp | ep | etp | dp | capacity | layers | GiB | s a step |
 RULE = "|---|---|---|---|---|---|---|---|---|---|---|"
 
 
-def row(plan: Plan) -> str:
+def row(plan: PricedLayout) -> str:
     """A line of the table of layouts."""
     p = plan.job.parallel
     cells = (
@@ -175,7 +179,7 @@ def row(plan: Plan) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _details(plan: Plan) -> list[str]:
+def _details(plan: PricedLayout) -> list[str]:
     layout = plan.job.parallel.pipeline_layout
     lines = [f"  {plan.describe()}"]
     if layout:
@@ -193,7 +197,7 @@ def _details(plan: Plan) -> list[str]:
 
 
 def _as_json(
-    job: Job, problems: list[str], best: list[Plan], nearest: Plan | None
+    job: Job, problems: list[str], best: list[PricedLayout], nearest: PricedLayout | None
 ) -> dict[str, Any]:
     own = None if problems else price(job)
     return {
@@ -207,7 +211,7 @@ def _as_json(
     }
 
 
-def _plan_json(plan: Plan) -> dict[str, Any]:
+def _plan_json(plan: PricedLayout) -> dict[str, Any]:
     return {
         "parallel": dataclasses.asdict(plan.job.parallel),
         "dp": plan.job.parallel.data_parallel(plan.job.world_size),
