@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -22,7 +22,7 @@ from nemocascade.megatron.convert import export_huggingface, import_huggingface
 from nemocascade.plan.commands import PreflightSettings, run_preflight
 from nemocascade.plan.report import PlanSettings, run_plan
 from nemocascade.plan.slurm import SubmitSettings, run_submit
-from nemocascade.recipe import CascadeRecipe, DataConfig
+from nemocascade.recipe import CascadeRecipe, DataConfig, Recipe
 from nemocascade.rl.trajectories import ReplaySettings, replay, settings_of_run
 from nemocascade.runtime.errors import exit_cleanly
 from nemocascade.stages.evaluate import EvalSettings, run_eval
@@ -109,7 +109,7 @@ def _report(arguments: list[str]) -> None:
     exit_cleanly(lambda: run_report(Path(arguments[0])))
 
 
-def _overridden(recipe: Any, arguments: list[str]) -> Any:
+def _overridden(recipe: Recipe, arguments: list[str]) -> Recipe:
     """A recipe of any kind with the command line's settings."""
     if isinstance(recipe, CascadeRecipe):
         return parse_cascade(recipe, arguments)[0]

@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from helpers.transformers_weights import from_nemotron_h, load_into  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks import measure, run  # noqa: E402
@@ -45,7 +46,6 @@ from nemocascade.megatron.parameters import count_parameters  # noqa: E402
 from nemocascade.recipe import ModelConfig, MoeTrainingConfig, tiny  # noqa: E402
 from nemocascade.rollout.engine import Request, Sampling  # noqa: E402
 from nemocascade.rollout.live import LiveEngine  # noqa: E402
-from tests.helpers.transformers_weights import from_nemotron_h, load_into  # noqa: E402
 
 OURS, PEER = "ours, live weights", "transformers generate"
 NEAR = 1e-4  # of two logits, in standard deviations of a row

@@ -1,6 +1,6 @@
 """What ends a cascade with a message."""
 
-from nemocascade.recipe.errors import UserError
+from nemocascade.recipe import UserError
 
 
 class CascadeError(UserError, ValueError):

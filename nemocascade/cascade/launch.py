@@ -11,7 +11,7 @@ import tyro
 from nemocascade.cascade.lineage import report_text
 from nemocascade.cascade.report import write_report
 from nemocascade.cascade.run import Choice, dry_run, run_cascade
-from nemocascade.recipe.cascade import CascadeRecipe, StageConfig
+from nemocascade.recipe import CascadeRecipe, StageConfig
 from nemocascade.runtime.errors import exit_cleanly
 
 

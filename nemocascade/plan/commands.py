@@ -6,15 +6,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import job_of_recipe
 from nemocascade.plan.preflight import Preflight, offline
-from nemocascade.recipe import CascadeRecipe
-from nemocascade.recipe.loading import load_recipe
+from nemocascade.recipe import CascadeRecipe, Recipe, load_any_recipe
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,13 @@ class PreflightSettings:
 
 
 def run_preflight(
-    settings: PreflightSettings, override: Callable[[Any], Any] | None = None
+    settings: PreflightSettings, override: Callable[[Recipe], Recipe] | None = None
 ) -> Preflight:
     """All findings; of a cascade, those of every stage. override: changes the recipe before it is
     checked."""
     found = Preflight()
     with found.guarded("recipe"):
-        recipe = load_recipe(Path(settings.recipe))
+        recipe = load_any_recipe(Path(settings.recipe))
         if override is not None:
             recipe = override(recipe)
         ranks = settings.ranks or int(os.environ.get("WORLD_SIZE", "1"))
@@ -75,13 +73,13 @@ def _check_cascade(
     into.add("cascade", problems, f"{len(cascade.stages)} stages, {ranks} ranks")
     if problems:
         return
-    for name in cascade.names:
-        recipe, model = cascade.resolved(name), cascade.model_of(name)
+    for name in cascade.graph.names:
+        recipe, model = cascade.graph.resolved(name), cascade.graph.model_of(name)
         job = None
         with into.guarded(f"{name}: model"):
             gpu = find_gpu(settings.gpu)
             job = job_of_recipe(recipe, gpu, ranks, preset=settings.model, model=model)
-        ahead = bool(cascade.start_of(name) or settings.model)
+        ahead = bool(cascade.graph.start_of(name) or settings.model)
         checked = offline(recipe, job, ranks, dry_run=settings.dry_run, ahead=ahead)
         into.findings += [replace(f, check=f"{name}: {f.check}") for f in checked.findings]
         into.seconds += checked.seconds

@@ -1,6 +1,6 @@
 """What the planner, preflight and Slurm commands raise."""
 
-from nemocascade.recipe.errors import UserError
+from nemocascade.recipe import UserError
 
 
 class PlanError(UserError, ValueError):

@@ -18,8 +18,7 @@ from pathlib import Path
 import tyro
 
 from nemocascade.plan.errors import PlanError
-from nemocascade.recipe import CascadeRecipe
-from nemocascade.recipe.loading import load_recipe
+from nemocascade.recipe import CascadeRecipe, load_any_recipe
 
 TEMPLATE = Path(__file__).with_name("template.sbatch")
 STOPPED = 75
@@ -121,7 +120,7 @@ def _stages(
     settings: SubmitSettings, script: Path, arguments: list[str], template: str
 ) -> list[Stage]:
     """A recipe's job, or those of a cascade's stages."""
-    recipe = load_recipe(script)
+    recipe = load_any_recipe(script)
     run_dir = _run_dir(recipe.run_dir, arguments)
     if not isinstance(recipe, CascadeRecipe):
         return [_stage(settings, script, run_dir, arguments, template)]
@@ -134,7 +133,7 @@ def _stages(
     # A stage watches its own folder for the request to stop.
     return [
         _stage(settings, script, run_dir / "stages" / name, ["--only", name, *arguments], template)
-        for name in recipe.names
+        for name in recipe.graph.names
     ]
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from nemocascade.recipe.errors import UserError
+from nemocascade.recipe import UserError
 from nemocascade.runtime.world import MainRankError
 
 

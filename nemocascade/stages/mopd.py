@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nemocascade.megatron.artifact import read_artifact
-from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe import RecipeError
 from nemocascade.recipe.mopd import MopdConfig, MopdRecipe
 from nemocascade.rl.batches import TrainingSequence
 from nemocascade.rl.bookkeeping import Bookkeeper

@@ -9,7 +9,7 @@ from pathlib import Path
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.megatron.artifact import artifact_model, read_artifact
-from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe import RecipeError
 from nemocascade.recipe.rl import PolicyRecipe
 from nemocascade.rl.collector import Collector
 from nemocascade.rl.policy import PolicyRun, greedy_sampling

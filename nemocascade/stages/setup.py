@@ -19,8 +19,14 @@ from nemocascade.megatron.accelerators import Accelerators, detect
 from nemocascade.megatron.parameters import count_parameters
 from nemocascade.megatron.world import start_world
 from nemocascade.plan.start import check_together, problems_before
-from nemocascade.recipe import DataConfig, EngineConfig, ModelConfig, ParallelConfig, SftRecipe
-from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe import (
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    RecipeError,
+    SftRecipe,
+)
 from nemocascade.runtime.logging import LOGGER, start_logging
 from nemocascade.runtime.watchdog import Watchdog, job_store
 from nemocascade.runtime.world import World, main_first, world_size_of_environment

@@ -49,10 +49,11 @@ from nemocascade.recipe import (
     MoeTrainingConfig,
     OptimizerConfig,
     ParallelConfig,
+    SftRecipe,
+    load_recipe,
     nemotron3_nano_30b,
     tiny,
 )
-from nemocascade.recipe.loading import load_recipe
 from nemocascade.runtime.world import World
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -166,7 +167,7 @@ def test_groups_are_megatrons_own() -> None:
 
 
 def job_of(world: int, gpu: str = "h200", **changes: Any) -> Job:
-    recipe = load_recipe(RECIPES / "nemotron3_nano_30b" / "sft.py")
+    recipe = load_recipe(RECIPES / "nemotron3_nano_30b" / "sft.py", SftRecipe)
     return replace(job_of_recipe(recipe, find_gpu(gpu), world), **changes)
 
 

@@ -30,10 +30,10 @@ from nemocascade.recipe import (
     MopdConfig,
     MopdRecipe,
     ParallelConfig,
+    RecipeError,
     RolloutConfig,
     TeacherConfig,
 )
-from nemocascade.recipe.errors import RecipeError
 from nemocascade.rl.batches import TrainingSequence, lay_out, pack_sequences
 from nemocascade.rl.collector import Group
 from nemocascade.rl.tasks import Task

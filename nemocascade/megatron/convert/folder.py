@@ -18,7 +18,7 @@ from nemocascade.megatron.checkpoint.storage import (
     write_tensors,
 )
 from nemocascade.megatron.convert.names import whole
-from nemocascade.recipe.errors import UserError
+from nemocascade.recipe import UserError
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
