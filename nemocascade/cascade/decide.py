@@ -97,7 +97,9 @@ def decide(
     return Decision(name, action, reasons, recipe, inputs, key_of(inputs), teachers, retire)
 
 
-def _waits_for(cascade: CascadeRecipe, stage: StageConfig, pending: Collection[str]) -> list[str]:
+def _waits_for(
+    cascade: CascadeRecipe, stage: StageConfig[StageRecipe], pending: Collection[str]
+) -> list[str]:
     """Of the pending stages, those whose artifacts or scores the stage needs."""
     needed = {cascade.graph.start_of(stage.name)}
     for domain in cascade.graph.open_teachers(stage.name):
@@ -154,7 +156,7 @@ def _artifact_of(cascade: CascadeRecipe, name: str, source: str) -> Artifact:
     return read_artifact(folder / "artifact")
 
 
-def _teachers(cascade: CascadeRecipe, stage: StageConfig) -> dict[str, Teacher]:
+def _teachers(cascade: CascadeRecipe, stage: StageConfig[StageRecipe]) -> dict[str, Teacher]:
     """One for each domain of an MOPD stage, those that its recipe names included."""
     if not isinstance(stage.recipe, MopdRecipe):
         return {}

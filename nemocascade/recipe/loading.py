@@ -17,12 +17,18 @@ Recipe = SftRecipe | GrpoRecipe | MopdRecipe | CascadeRecipe
 
 def load_recipe[R](script: Path, kind: type[R]) -> R:
     """The `RECIPE` of a recipe script. Raises RecipeError if it defines none of type `kind`."""
-    return _checked(script, _recipe_of(script), kind)
+    recipe = _recipe_of(script)
+    if not isinstance(recipe, kind):
+        raise _wrong_type(script, recipe, kind.__name__)
+    return recipe
 
 
 def load_any_recipe(script: Path) -> Recipe:
-    """The `RECIPE` of a stage's script or of a cascade's. Raises RecipeError for anything else."""
-    return _checked(script, _recipe_of(script), SftRecipe, GrpoRecipe, MopdRecipe, CascadeRecipe)
+    """The `RECIPE` of a stage's script or of a cascade's. Raises RecipeError if it defines none."""
+    recipe = _recipe_of(script)
+    if not isinstance(recipe, Recipe):
+        raise _wrong_type(script, recipe, "the recipe of a stage or of a cascade")
+    return recipe
 
 
 def _recipe_of(script: Path) -> object:
@@ -32,14 +38,7 @@ def _recipe_of(script: Path) -> object:
     return values["RECIPE"]
 
 
-def _checked[R](script: Path, recipe: object, *kinds: type[R]) -> R:
-    """The recipe, if it is one of these types. Raises RecipeError naming script and types."""
-    if not isinstance(recipe, kinds):
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise RecipeError(
-            [
-                f"{script}: RECIPE is of type {type(recipe).__name__}, where {wanted} is needed: "
-                "name another script, or build that type"
-            ]
-        )
-    return recipe
+def _wrong_type(script: Path, recipe: object, wanted: str) -> RecipeError:
+    return RecipeError(
+        [f"{script}: RECIPE is of type {type(recipe).__name__}, not {wanted}: name another script"]
+    )
