@@ -201,7 +201,8 @@ def _time_once(call: Callable[[], object], device: torch.device) -> float:
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    elapsed_ms: float = start.elapsed_time(end)
+    return elapsed_ms / 1e3
 
 
 def _batched(call: Callable[[], object], calls: int, device: torch.device) -> Callable[[], object]:

@@ -145,8 +145,9 @@ def make_peer(problem: Problem, chosen: dict[str, Any]) -> Callable[[], Tensor]:
                 pad_token_id=0,
                 eos_token_id=None,
             )
-        chosen["tokens"] = tokens[:, problem.prompt :]
-        return chosen["tokens"]
+        written = tokens[:, problem.prompt :]
+        chosen["tokens"] = written
+        return written
 
     def seconds(experts: str) -> float:
         model.set_experts_implementation(experts)

@@ -96,7 +96,8 @@ def _probe(gradient: Tensor | None) -> Tensor:
         return torch.zeros(0)
     flat = gradient.detach().flatten()
     sample = flat[:: max(1, flat.numel() // 500)][:500].double()
-    return sample / sample.norm().clamp(min=1e-30)
+    norm: Tensor = sample.norm()
+    return sample / norm.clamp(min=1e-30)
 
 
 def bare_products(problem: Problem, count: int) -> Row:
@@ -160,7 +161,8 @@ def load_liger_scaled() -> Loss:
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         nll = function.apply(hidden, weight, target)
-        return (nll[0] if isinstance(nll, tuple) else nll).mean()
+        mean: Tensor = (nll[0] if isinstance(nll, tuple) else nll).mean()
+        return mean
 
     return loss
 
@@ -175,7 +177,8 @@ def load_cut_cross_entropy() -> Loss:
 def load_quack() -> Loss:
     module = _import("quack.linear_cross_entropy", "quack-kernels")
     _needs_hopper()
-    return module.chunked_linear_cross_entropy
+    loss: Loss = module.chunked_linear_cross_entropy
+    return loss
 
 
 def load_verl() -> Loss:
@@ -183,7 +186,9 @@ def load_verl() -> Loss:
     _needs_gpu()
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -module.linear_cross_entropy(hidden, weight, target, 1.0, "none", None)[0].mean()
+        found = module.linear_cross_entropy(hidden, weight, target, 1.0, "none", None)
+        mean: Tensor = -found[0].mean()
+        return mean
 
     return loss
 

@@ -85,7 +85,8 @@ def row(
     def make() -> Prepared:
         experts = load(problem)
         x, routing, w_up, w_down, upstream = problem.inputs()
-        leaves, kept, probing = (x, w_up, w_down), [], [True]
+        leaves, probing = (x, w_up, w_down), [True]
+        kept: list[Tensor] = []
 
         def call() -> None:
             if not training:
@@ -115,7 +116,8 @@ def _probe(values: Tensor | None) -> Tensor:
         return torch.zeros(0)
     flat = values.detach().flatten()
     sample = flat[:: max(1, flat.numel() // 500)][:500].double().cpu()
-    return sample / sample.norm().clamp(min=1e-30)
+    norm: Tensor = sample.norm()
+    return sample / norm.clamp(min=1e-30)
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
@@ -187,7 +189,8 @@ def transformers_block(problem: Problem) -> Experts:
     def experts(x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor) -> Tensor:
         weights = {up: w_up, "down_proj": w_down}
         arguments = (x, routing.experts.long(), routing.weights.to(x.dtype))
-        return torch.func.functional_call(block, weights, arguments)
+        y: Tensor = torch.func.functional_call(block, weights, arguments)
+        return y
 
     return experts
 
@@ -202,7 +205,8 @@ def liger(problem: Problem) -> Experts:
 
     def experts(x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor) -> Tensor:
         function = module.LigerFusedMoEFunction
-        return function.apply(x, w_up, w_down, routing.experts, routing.weights.to(x.dtype))
+        y: Tensor = function.apply(x, w_up, w_down, routing.experts, routing.weights.to(x.dtype))
+        return y
 
     return experts
 
@@ -219,6 +223,7 @@ def sonic(problem: Problem) -> Experts:
     def experts(x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor) -> Tensor:
         token = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
         stream = torch.cuda.current_stream().cuda_stream
+        y: Tensor
         y, _ = module.moe_general_routing_inputs(
             x, routing.weights.reshape(-1), token.repeat_interleave(routing.top_k),
             routing.experts.reshape(-1), w_up.permute(1, 2, 0), None, w_down.permute(1, 2, 0),

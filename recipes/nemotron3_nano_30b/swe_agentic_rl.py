@@ -4,7 +4,8 @@ GRPO on episodes in which an agent repairs a repository: 16 prompts x 64 rollout
 200 turns in a context of 262,144 tokens, temperature 0.8, learning rate 3e-6 -> 0 after 10 steps of
 warm-up; 1 if all hidden tests pass, else 0. Prompts that were solved every time are dropped
 beforehand, and so are 90 % of those never solved: rows need their `pass_rate`. Published are
-neither the number of steps nor top-p. 128 GPUs: tp 8, pp 2 as in SFT on sequences of that length.
+neither the number of steps nor top-p: here 100 and 1, the defaults. 128 GPUs: tp 8, pp 2 as in SFT
+on sequences of that length.
 
 Tests run on the hosts of the first ranks of each replica, so what the repositories import must be
 there: name it in `--envs.sandbox.packages`.
@@ -26,11 +27,9 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 BASE = nemotron3_nano_30b_stage(GrpoRecipe)
-STEPS = 100
 
 RECIPE = replace(
     BASE,
-    steps=STEPS,
     stage="swe_agentic_rl",
     run_dir="runs/nemotron3_nano_30b/swe_agentic_rl",
     domains=(
@@ -60,7 +59,7 @@ RECIPE = replace(
     ),
     grpo=GrpoConfig(capacity=262_144),
     optimizer=replace(
-        BASE.optimizer, min_lr=0.0, schedule="linear", warmup_steps=10, decay_steps=STEPS
+        BASE.optimizer, min_lr=0.0, schedule="linear", warmup_steps=10, decay_steps=BASE.steps
     ),
     parallel=ParallelConfig(tp=8, pp=2, ep=8),
 )

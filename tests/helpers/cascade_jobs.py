@@ -264,7 +264,7 @@ def _end(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def on_layouts(run_dir: str, layouts: dict[str, dict[str, int]]) -> dict[str, Any]:
+def on_layouts(run_dir: str, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The cascade with a parallel layout for each stage, then once more."""
     cascade = small_cascade(run_dir)
     for name, sizes in layouts.items():

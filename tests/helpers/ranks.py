@@ -204,11 +204,12 @@ def _report(target: str, failed: int, job: Path, world_size: int, timeout_s: flo
 
 def _load(target: str) -> Callable[..., Any]:
     module_name, _, function = target.rpartition(":")
-    if not module_name.endswith(".py"):
-        return getattr(importlib.import_module(module_name), function)
-    path = Path(module_name)
-    sys.path.insert(0, str(path.parent))
-    return getattr(importlib.import_module(path.stem), function)
+    if module_name.endswith(".py"):
+        path = Path(module_name)
+        sys.path.insert(0, str(path.parent))
+        module_name = path.stem
+    found: Callable[..., Any] = getattr(importlib.import_module(module_name), function)
+    return found
 
 
 def _serve() -> None:

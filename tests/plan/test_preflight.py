@@ -105,7 +105,7 @@ def test_too_little_memory_and_disk_are_foreseen(
 ) -> None:
     recipe = load_recipe(Path(TINY), SftRecipe)
     recipe = replace(recipe, run_dir=str(tmp_path), model=nemotron3_nano_30b())
-    usage = shutil._ntuple_diskusage(2**40, 2**40 - 2**30, 2**30)  # type: ignore[attr-defined]
+    usage = shutil._ntuple_diskusage(2**40, 2**40 - 2**30, 2**30)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     problems = problems_before(recipe, 1)
     assert any("GiB, a cpu gives" in p for p in problems)
