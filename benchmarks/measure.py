@@ -75,7 +75,8 @@ def probe(values: Tensor | None) -> Tensor:
         return torch.zeros(0)
     flat = values.detach().flatten()
     sample = flat[:: max(1, flat.numel() // 500)][:500].double().cpu()
-    return sample / sample.norm().clamp(min=1e-30)
+    norm: Tensor = sample.norm()
+    return sample / norm.clamp(min=1e-30)
 
 
 def load(module: str, package: str) -> Any:
@@ -242,7 +243,8 @@ def _time_once(call: Callable[[], object], device: torch.device) -> float:
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    elapsed_ms: float = start.elapsed_time(end)
+    return elapsed_ms / 1e3
 
 
 def _batched(call: Callable[[], object], calls: int, device: torch.device) -> Callable[[], object]:

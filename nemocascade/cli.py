@@ -22,7 +22,7 @@ from nemocascade.megatron.convert import export_huggingface, import_huggingface
 from nemocascade.plan.preflight import PreflightSettings, run_preflight
 from nemocascade.plan.slurm import SubmitSettings, run_submit
 from nemocascade.plan.summary import PlanSettings, run_plan
-from nemocascade.recipe import CascadeRecipe, DataConfig
+from nemocascade.recipe import CascadeRecipe, DataConfig, Recipe
 from nemocascade.rl.trajectories import ReplaySettings, replay, settings_of_run
 from nemocascade.runtime.errors import exit_cleanly
 from nemocascade.runtime.world import is_main_process
@@ -153,7 +153,7 @@ def _preflight(settings: PreflightSettings, rest: list[str]) -> None:
         raise SystemExit(2)
 
 
-def _overridden(recipe: Any, arguments: list[str]) -> Any:
+def _overridden(recipe: Recipe, arguments: list[str]) -> Recipe:
     """A recipe of any kind with the command line's settings."""
     if isinstance(recipe, CascadeRecipe):
         return parse_cascade(recipe, arguments)[0]

@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from helpers.transformers_weights import from_nemotron_h, load_into  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks import run  # noqa: E402
@@ -49,7 +50,6 @@ from nemocascade.megatron.parameters import count_parameters  # noqa: E402
 from nemocascade.recipe import ModelConfig, MoeTrainingConfig, tiny  # noqa: E402
 from nemocascade.rollout.engine import Request, Sampling  # noqa: E402
 from nemocascade.rollout.live import LiveEngine  # noqa: E402
-from tests.helpers.transformers_weights import from_nemotron_h, load_into  # noqa: E402
 
 OURS, PEER = "ours, live weights", "transformers generate"
 NEAR = 1e-4  # of two logits, in standard deviations of a row
@@ -150,8 +150,9 @@ def make_peer(problem: Problem, chosen: dict[str, Any]) -> Callable[[], Tensor]:
                 pad_token_id=0,
                 eos_token_id=None,
             )
-        chosen["tokens"] = tokens[:, problem.prompt :]
-        return chosen["tokens"]
+        written = tokens[:, problem.prompt :]
+        chosen["tokens"] = written
+        return written
 
     def seconds(experts: str) -> float:
         model.set_experts_implementation(experts)

@@ -110,9 +110,8 @@ def pool_row(walls: str, workers: int, config: SandboxConfig) -> Row:
 
     def cpu_s() -> float:
         times = [psutil.Process(p).cpu_times() for p in sandbox.process_ids()]
-        return own_cpu_s() + sum(
-            t.user + t.system + t.children_user + t.children_system for t in times
-        )
+        reaped: float = sum(t.user + t.system + t.children_user + t.children_system for t in times)
+        return own_cpu_s() + reaped
 
     name = f"pool, {walls}, {workers} workers"
     return Row(name, lambda program: sandbox.run(program).stdout, workers, cpu_s)
@@ -137,7 +136,7 @@ def make_rows(cores: int, time_s: float) -> list[Row]:
     rows = []
     for walls in ("bubblewrap", "namespaces"):
         for workers in (cores, 2 * cores):
-            config = SandboxConfig(isolation=walls, workers=workers, time_s=time_s)  # type: ignore[arg-type]
+            config = SandboxConfig(isolation=walls, workers=workers, time_s=time_s)
             try:
                 rows.append(pool_row(walls, workers, config))
             except SandboxUnavailable as error:
@@ -191,7 +190,7 @@ def attack_table() -> list[dict[str, Any]]:
         start = time.perf_counter()
         outcome = sandbox.run(Program(source.replace("{file!r}", repr(__file__))))
         said = outcome.stderr.strip().splitlines()
-        entry = {
+        entry: dict[str, Any] = {
             "attack": name,
             "walls": sandbox.walls,
             "outcome": outcome.status,

@@ -53,11 +53,12 @@ from nemocascade.recipe import (  # noqa: E402
     ScoreConfig,
     ScoredDomain,
     SftRecipe,
+    StageRecipe,
     TeacherConfig,
     TokenizerConfig,
+    load_recipe,
 )
-from nemocascade.recipe.loading import load_recipe  # noqa: E402
-from nemocascade.stages.launch import StageRecipe, run_stage  # noqa: E402
+from nemocascade.stages.launch import run_stage  # noqa: E402
 from nemocascade.stages.scoring import score_artifact  # noqa: E402
 
 WAYS = ("MOPD", "GRPO")
@@ -85,9 +86,9 @@ class Setting:
     margin: float = 0.0
 
 
-def tiny_recipe(name: str) -> Any:
+def tiny_recipe[R: StageRecipe](name: str, kind: type[R]) -> R:
     """The recipe of recipes/tiny/<name>.py."""
-    return load_recipe(ROOT / "recipes" / "tiny" / f"{name}.py")
+    return load_recipe(ROOT / "recipes" / "tiny" / f"{name}.py", kind)
 
 
 class Bench:
@@ -95,10 +96,11 @@ class Bench:
 
     def __init__(self, setting: Setting, work: Path, base: Path | None) -> None:
         self.setting, self.work = setting, work
-        self.rl: GrpoRecipe = tiny_recipe("if_rl")
-        self.mopd: MopdRecipe = tiny_recipe("mopd")
+        self.rl = tiny_recipe("if_rl", GrpoRecipe)
+        self.mopd = tiny_recipe("mopd", MopdRecipe)
         self.base = base or self.made(
-            "base", replace(tiny_recipe("domains_sft"), steps=setting.base_steps, log=LOG)
+            "base",
+            replace(tiny_recipe("domains_sft", SftRecipe), steps=setting.base_steps, log=LOG),
         )
 
     def made(self, name: str, recipe: StageRecipe) -> Path:
@@ -144,7 +146,7 @@ class Bench:
 
     def student(self, seed: int, teacher: Path) -> Path:
         """The teacher after SFT on the other domain alone."""
-        setting, sft = self.setting, tiny_recipe("domains_sft")
+        setting, sft = self.setting, tiny_recipe("domains_sft", SftRecipe)
         assert isinstance(sft, SftRecipe)
         other = DomainConfig(domain=setting.other, tasks=setting.tasks)
         recipe = replace(

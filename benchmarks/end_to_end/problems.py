@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from helpers.transformers_weights import from_nemotron_h, load_into, nemotron_h  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks import measure, run  # noqa: E402
@@ -32,7 +33,6 @@ from nemocascade.recipe import (  # noqa: E402
 from nemocascade.runtime.world import World  # noqa: E402
 from nemocascade.train.trainer import Trainer  # noqa: E402
 from nemocascade.types import Document, PackedBatch, pack_documents  # noqa: E402
-from tests.helpers.transformers_weights import from_nemotron_h, load_into, nemotron_h  # noqa: E402
 
 ENGINE = EngineConfig(precision="fp32")
 OPTIMIZER = OptimizerConfig(lr=1e-3, min_lr=1e-3, warmup_steps=0, schedule="constant")

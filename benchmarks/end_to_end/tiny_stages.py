@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.run import new_record, recording_parser, write_record  # noqa: E402
-from nemocascade.recipe.loading import load_recipe  # noqa: E402
+from nemocascade.recipe import load_any_recipe  # noqa: E402
 
 SECONDS = 240.0
 GOALS = {
@@ -83,7 +83,7 @@ def run(script: str, folder: Path, seed: int, ranks: int, *arguments: str) -> fl
 
 
 def _settings(script: str) -> dict[str, Any]:
-    return asdict(load_recipe(ROOT / "recipes" / "tiny" / f"{script}.py"))
+    return asdict(load_any_recipe(ROOT / "recipes" / "tiny" / f"{script}.py"))
 
 
 def measured(folder: Path, seconds: float) -> dict[str, Any]:

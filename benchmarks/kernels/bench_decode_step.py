@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,9 @@ def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]:
 Make = Callable[[Sizes, int, str | None], Callable[[], Tensor]]
 
 
-def make_case(name: str, settings: dict[str, object], make: Make, sizes: Sizes, rows: int) -> Case:
+def make_case(
+    name: str, settings: Mapping[str, object], make: Make, sizes: Sizes, rows: int
+) -> Case:
     return Case(
         name,
         settings,

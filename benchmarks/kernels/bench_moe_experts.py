@@ -39,7 +39,7 @@ def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]:
 
 def problems(suite: str, device: torch.device, tiny: bool) -> list[Problem]:
     if tiny:
-        sizes = {"hidden": 32, "experts": 4, "top_k": 2, "width": 16}
+        sizes: dict[str, Any] = {"hidden": 32, "experts": 4, "top_k": 2, "width": 16}
         make = partial(Problem, "smallest", 48, **sizes, dtype=torch.float32, device=device)
         return [make(activation=kind) for kind in ("relu2", "swiglu")]
     if suite == "cpu":

@@ -131,6 +131,9 @@ def load_megatron() -> Route:
         order = tokens.expand(chosen.shape[1], -1).masked_select(chosen.t())
         assert order.numel() == logits.shape[0] * top_k
         assert counts.shape == bias.shape
-        return weights.gather(1, (logits.detach().sigmoid() + bias).topk(top_k, dim=-1).indices)
+        chosen_weights: Tensor = weights.gather(
+            1, (logits.detach().sigmoid() + bias).topk(top_k, dim=-1).indices
+        )
+        return chosen_weights
 
     return route

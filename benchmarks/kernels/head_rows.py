@@ -138,7 +138,8 @@ def load_liger_scaled() -> Loss:
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         nll = function.apply(hidden, weight, target)
-        return (nll[0] if isinstance(nll, tuple) else nll).mean()
+        mean: Tensor = (nll[0] if isinstance(nll, tuple) else nll).mean()
+        return mean
 
     return loss
 
@@ -153,7 +154,8 @@ def load_cut_cross_entropy() -> Loss:
 def load_quack() -> Loss:
     module = load("quack.linear_cross_entropy", "quack-kernels")
     _needs_hopper()
-    return module.chunked_linear_cross_entropy
+    loss: Loss = module.chunked_linear_cross_entropy
+    return loss
 
 
 def load_verl() -> Loss:
@@ -161,7 +163,9 @@ def load_verl() -> Loss:
     _needs_gpu()
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -module.linear_cross_entropy(hidden, weight, target, 1.0, "none", None)[0].mean()
+        found = module.linear_cross_entropy(hidden, weight, target, 1.0, "none", None)
+        mean: Tensor = -found[0].mean()
+        return mean
 
     return loss
 

@@ -168,7 +168,8 @@ def transformers_block(problem: Problem) -> Experts:
     def experts(x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor) -> Tensor:
         weights = {up: w_up, "down_proj": w_down}
         arguments = (x, routing.experts.long(), routing.weights.to(x.dtype))
-        return torch.func.functional_call(block, weights, arguments)
+        y: Tensor = torch.func.functional_call(block, weights, arguments)
+        return y
 
     return experts
 
@@ -180,7 +181,8 @@ def liger(problem: Problem) -> Experts:
 
     def experts(x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor) -> Tensor:
         function = module.LigerFusedMoEFunction
-        return function.apply(x, w_up, w_down, routing.experts, routing.weights.to(x.dtype))
+        y: Tensor = function.apply(x, w_up, w_down, routing.experts, routing.weights.to(x.dtype))
+        return y
 
     return experts
 
@@ -194,6 +196,7 @@ def sonic(problem: Problem) -> Experts:
     def experts(x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor) -> Tensor:
         token = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
         stream = torch.cuda.current_stream().cuda_stream
+        y: Tensor
         y, _ = module.moe_general_routing_inputs(
             x, routing.weights.reshape(-1), token.repeat_interleave(routing.top_k),
             routing.experts.reshape(-1), w_up.permute(1, 2, 0), None, w_down.permute(1, 2, 0),

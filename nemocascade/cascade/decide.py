@@ -11,9 +11,12 @@ from nemocascade.cascade.errors import CascadeError
 from nemocascade.cascade.inputs import FileHashes, at_default, differences, key_of, stage_inputs
 from nemocascade.cascade.records import StageRecord, Teacher, done_scores, read_record
 from nemocascade.megatron.artifact import read_artifact
-from nemocascade.megatron.checkpoint import CheckpointError, complete_checkpoints, latest_checkpoint
-from nemocascade.recipe import MopdRecipe
-from nemocascade.recipe.cascade import CascadeRecipe, StageConfig, StageRecipe
+from nemocascade.megatron.checkpoint import (
+    CheckpointError,
+    complete_checkpoints,
+    latest_checkpoint,
+)
+from nemocascade.recipe import CascadeRecipe, MopdRecipe, StageConfig, StageRecipe
 from nemocascade.stages.scoring import Scores
 from nemocascade.types import Artifact
 
@@ -72,14 +75,14 @@ def decide(
 
     Raises CascadeError if a stage that it needs has no artifact.
     """
-    stage = cascade.stage(name)
+    stage = cascade.graph.stage(name)
     waits = _waits_for(cascade, stage, pending)
     if waits:
         return Decision(name, "run", (f"after {', '.join(waits)}, which run before it",))
-    start = cascade.start_of(name)
+    start = cascade.graph.start_of(name)
     parent = _artifact_of(cascade, name, start) if start else None
     teachers = _teachers(cascade, stage)
-    recipe = cascade.resolved(
+    recipe = cascade.graph.resolved(
         name,
         tokenizer=str(parent.tokenizer_path or "") if parent else "",
         teachers={domain: t.artifact for domain, t in teachers.items()},
@@ -94,13 +97,15 @@ def decide(
     return Decision(name, action, reasons, recipe, inputs, key_of(inputs), teachers, retire)
 
 
-def _waits_for(cascade: CascadeRecipe, stage: StageConfig, pending: Collection[str]) -> list[str]:
+def _waits_for(
+    cascade: CascadeRecipe, stage: StageConfig[StageRecipe], pending: Collection[str]
+) -> list[str]:
     """Pending stages whose artifacts or scores the stage needs."""
-    needed = {cascade.start_of(stage.name)}
-    for domain in cascade.open_teachers(stage.name):
+    needed = {cascade.graph.start_of(stage.name)}
+    for domain in cascade.graph.open_teachers(stage.name):
         pin = cascade.teachers.pinned.get(domain)
-        needed |= {pin} if pin else {s.name for s in cascade.before(stage.name)}
-    return [name for name in cascade.names if name in needed and name in pending]
+        needed |= {pin} if pin else {s.name for s in cascade.graph.before(stage.name)}
+    return [name for name in cascade.graph.names if name in needed and name in pending]
 
 
 def _compare(
@@ -141,7 +146,7 @@ def _damage(folder: Path, record: StageRecord) -> str:
 
 def _artifact_of(cascade: CascadeRecipe, name: str, source: str) -> Artifact:
     """The artifact of a stage that `name` needs."""
-    folder = Path(cascade.stage_dir(source))
+    folder = Path(cascade.graph.stage_dir(source))
     record = read_record(folder)
     if record is None or record.status != "done":
         raise CascadeError(
@@ -151,11 +156,11 @@ def _artifact_of(cascade: CascadeRecipe, name: str, source: str) -> Artifact:
     return read_artifact(folder / "artifact")
 
 
-def _teachers(cascade: CascadeRecipe, stage: StageConfig) -> dict[str, Teacher]:
+def _teachers(cascade: CascadeRecipe, stage: StageConfig[StageRecipe]) -> dict[str, Teacher]:
     """One for each domain of an MOPD stage, those that its recipe names included."""
     if not isinstance(stage.recipe, MopdRecipe):
         return {}
-    open_ = cascade.open_teachers(stage.name)
+    open_ = cascade.graph.open_teachers(stage.name)
     chosen = choose_teachers(cascade, stage.name, done_scores(cascade)) if open_ else {}
     for domain in open_:
         source = chosen[domain].stage
@@ -177,10 +182,10 @@ def choose_teachers(
     Of equal scores the stage's own start wins, which then teaches nothing new and holds what is
     there; else the latest. Raises CascadeError for a domain that has no score.
     """
-    start = cascade.start_of(name)
-    earlier = [s.name for s in cascade.before(name)]
+    start = cascade.graph.start_of(name)
+    earlier = [s.name for s in cascade.graph.before(name)]
     found = {}
-    for domain in cascade.open_teachers(name):
+    for domain in cascade.graph.open_teachers(name):
         by_stage = {s: scores[s].of(domain) for s in earlier if s in scores}
         pin = cascade.teachers.pinned.get(domain)
         if pin:
@@ -199,7 +204,7 @@ def choose_teachers(
                 )
             best = max(candidates)[-1]
         found[domain] = Teacher(
-            best, cascade.artifact_dir(best), by_stage.get(best), pinned=pin is not None
+            best, cascade.graph.artifact_dir(best), by_stage.get(best), pinned=pin is not None
         )
     return found
 

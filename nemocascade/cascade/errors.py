@@ -1,6 +1,6 @@
 """Errors that end a cascade with a message."""
 
-from nemocascade.recipe.errors import UserError
+from nemocascade.recipe import UserError
 
 
 class CascadeError(UserError, ValueError):

@@ -17,8 +17,7 @@ from typing import Any
 from nemocascade.cascade.records import write_json
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint.folder import digest_of, file_sha256
-from nemocascade.recipe import MopdRecipe, ScoreConfig, SftRecipe
-from nemocascade.recipe.cascade import StageRecipe
+from nemocascade.recipe import MopdRecipe, ScoreConfig, SftRecipe, StageRecipe
 from nemocascade.recipe.judge import HOW as JUDGE_HOW
 
 VERSION = 1

@@ -10,7 +10,7 @@ import tyro
 from nemocascade.cascade.lineage import report_text
 from nemocascade.cascade.report import write_report
 from nemocascade.cascade.run import Choice, dry_run, run_cascade
-from nemocascade.recipe.cascade import CascadeRecipe, StageConfig
+from nemocascade.recipe import CascadeRecipe, StageConfig, StageRecipe
 from nemocascade.runtime.errors import exit_cleanly
 from nemocascade.runtime.world import is_main_process
 
@@ -20,7 +20,7 @@ class _Shared(CascadeRecipe):
     """The settings of a cascade that are no stage's."""
 
     # A stage's own are shown under its name.
-    stages: tyro.conf.Suppress[tuple[StageConfig, ...]] = ()
+    stages: tyro.conf.Suppress[tuple[StageConfig[StageRecipe], ...]] = ()
 
 
 def parse_cascade(

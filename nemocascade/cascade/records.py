@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from nemocascade.cascade.errors import ReportError
 from nemocascade.megatron.checkpoint.folder import flush, write_durably
-from nemocascade.recipe.cascade import CascadeRecipe
+from nemocascade.recipe import CascadeRecipe
 from nemocascade.stages.scoring import Scores, read_scores, read_versioned
 
 VERSION = 1
@@ -118,8 +118,8 @@ def retire(run_dir: Path, name: str) -> Path:
 def done_scores(recipe: CascadeRecipe) -> dict[str, Scores]:
     """Scores of the stages that are done, of the artifacts that lie there now, in order."""
     found = {}
-    for name in recipe.names:
-        folder = Path(recipe.stage_dir(name))
+    for name in recipe.graph.names:
+        folder = Path(recipe.graph.stage_dir(name))
         record, scores = read_record(folder), read_scores(folder / SCORES)
         if record is None or scores is None or record.status != "done":
             continue
@@ -132,7 +132,7 @@ def find_alarms(recipe: CascadeRecipe, scores: Mapping[str, Scores]) -> list[Ala
     """Every domain that a stage has brought more than `alarm.drop` points below its start."""
     found = []
     for name, after in scores.items():
-        start = recipe.start_of(name)
+        start = recipe.graph.start_of(name)
         if start not in scores or scores[start].settings != after.settings:
             continue
         for domain in after.scores:
@@ -147,13 +147,13 @@ def write_cascade(recipe: CascadeRecipe) -> list[Alarm]:
     stages = []
     teachers: dict[str, Any] = {}
     for stage in recipe.stages:
-        folder = Path(recipe.stage_dir(stage.name))
+        folder = Path(recipe.graph.stage_dir(stage.name))
         record = read_record(folder) or StageRecord("", {}, "pending")
         stages.append(
             {
                 "name": stage.name,
                 "kind": stage.kind,
-                "start": recipe.start_of(stage.name),
+                "start": recipe.graph.start_of(stage.name),
                 "side": stage.side,
                 "status": record.status,
                 "run_dir": f"stages/{stage.name}",

@@ -32,8 +32,7 @@ from nemocascade.cascade.records import (
 )
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import clean_leftovers, latest_checkpoint, remove
-from nemocascade.recipe.cascade import CascadeRecipe
-from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe import CascadeRecipe, RecipeError
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import world_size_of_environment
 from nemocascade.stages.launch import run_stage
@@ -57,9 +56,9 @@ class Choice:
     def problems(self, cascade: CascadeRecipe) -> list[str]:
         """Every contradiction and unknown name."""
         found = [
-            f"--{option} {name!r} is no stage: use one of {', '.join(cascade.names)}"
+            f"--{option} {name!r} is no stage: use one of {', '.join(cascade.graph.names)}"
             for option, name in (("from", self.begin), ("only", self.only))
-            if name and name not in cascade.names
+            if name and name not in cascade.graph.names
         ]
         if self.begin and self.only:
             found.append("--from and --only name different things to run: give one of them")
@@ -71,7 +70,7 @@ class Choice:
         """Names, in order."""
         if self.only:
             return [self.only]
-        return cascade.names[cascade.names.index(self.begin) if self.begin else 0 :]
+        return cascade.graph.names[cascade.graph.names.index(self.begin) if self.begin else 0 :]
 
     def anew(self, name: str) -> bool:
         """True if this stage runs although nothing has changed."""
@@ -90,7 +89,7 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
 
     Raises RecipeError if there is no order in which stages could run.
     """
-    if problems := choice.problems(cascade) + cascade.order_problems():
+    if problems := choice.problems(cascade) + cascade.graph.problems():
         raise RecipeError(problems)
     files = _file_hashes(cascade)
     pending: list[str] = []
@@ -99,12 +98,12 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
         decision = decide(cascade, name, files, pending=pending, again=choice.anew(name))
         if decision.action != "keep":
             pending.append(name)
-        recipe = cascade.stage(name).recipe
-        start = cascade.start_of(name) or recipe.init_from or "random weights"
+        recipe = cascade.graph.stage(name).recipe
+        start = cascade.graph.start_of(name) or recipe.init_from or "random weights"
         lines += [
             decision.text(),
-            f"    {cascade.stage(name).kind}, {recipe.steps} steps from {start}, "
-            f"into {cascade.stage_dir(name)}",
+            f"    {cascade.graph.stage(name).kind}, {recipe.steps} steps from {start}, "
+            f"into {cascade.graph.stage_dir(name)}",
         ]
     if problems := _problems_here(cascade):
         ranks = world_size_of_environment()
@@ -125,7 +124,7 @@ def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
     for name in choice.stages(cascade):
         run.stage(name)
     last = [s.name for s in cascade.stages if not s.side][-1]
-    return Path(cascade.artifact_dir(choice.only or last))
+    return Path(cascade.graph.artifact_dir(choice.only or last))
 
 
 class _Run:
@@ -137,9 +136,9 @@ class _Run:
 
     def stage(self, name: str) -> None:
         """Decide, run, score and compare one stage."""
-        if self.cascade.open_teachers(name):
+        if self.cascade.graph.open_teachers(name):
             # Teachers are chosen by the scores of all that came before.
-            self._score([s.name for s in self.cascade.before(name)])
+            self._score([s.name for s in self.cascade.graph.before(name)])
         decision: Decision = self._on_main(lambda: self._begin(name))
         if decision.action != "keep":
             assert decision.recipe is not None
@@ -231,7 +230,7 @@ class _Run:
         return alarms
 
     def _folder(self, name: str) -> Path:
-        return Path(self.cascade.stage_dir(name))
+        return Path(self.cascade.graph.stage_dir(name))
 
 
 def _file_hashes(cascade: CascadeRecipe) -> FileHashes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemocascade.recipe.errors import UserError
+from nemocascade.recipe import UserError
 
 SHOWN_BAD_ROWS = 8
 

@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemocascade.envs.swe_made import Steps, make_task
+from nemocascade.envs.swe_made import make_task
 from nemocascade.envs.swe_tasks import TaskFolders
 from nemocascade.recipe.envs import AgentConfig, SandboxConfig
 from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.swe.repository import Framework, judge, run_tests
 from nemocascade.swe.rows import answer_of, hidden_of, issue_of, snapshot_of
+from nemocascade.swe.shipped import Steps
 from nemocascade.swe.workspace import TOOLS, ToolError, Workspace, arguments_of, clean, cut
 from nemocascade.types import Message, Prompt, Row, SandboxError, ToolCall, ToolSession, Verdict
 

@@ -18,8 +18,7 @@ import torch
 from nemocascade.megatron import native
 from nemocascade.megatron.config import Accelerators, Adam
 from nemocascade.megatron.layers import mamba_native, norm
-from nemocascade.recipe import EngineConfig
-from nemocascade.recipe.errors import UserError
+from nemocascade.recipe import EngineConfig, UserError
 
 
 class AcceleratorError(UserError, RuntimeError):

@@ -91,17 +91,20 @@ class CascadeModel(HybridModel):
 
     def lm_head(self) -> Tensor:
         """[V/tp, H], this rank's rows of the LM head."""
+        weight: Tensor
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
+        return weight
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[T] ids -> [T/tp, 1, H]."""
         embedding = self.embedding.word_embeddings
-        hidden = embedding(tokens[None])
-        return (
-            hidden if embedding.reduce_scatter_embeddings else hidden.transpose(0, 1).contiguous()
-        )
+        hidden: Tensor = embedding(tokens[None])
+        if not embedding.reduce_scatter_embeddings:
+            hidden = hidden.transpose(0, 1).contiguous()
+        return hidden
 
 
 def build_model(

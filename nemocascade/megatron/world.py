@@ -12,8 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemocascade.megatron import cpu
 from nemocascade.megatron.upstream import hide_notes
-from nemocascade.recipe import EngineConfig, ParallelConfig
-from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe import EngineConfig, ParallelConfig, RecipeError
 from nemocascade.runtime.world import World
 
 

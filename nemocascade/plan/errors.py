@@ -1,6 +1,6 @@
 """Errors of the planner, preflight and Slurm commands."""
 
-from nemocascade.recipe.errors import UserError
+from nemocascade.recipe import UserError
 
 
 class PlanError(UserError, ValueError):

@@ -28,8 +28,7 @@ from nemocascade.plan.job import Job, job_of_recipe
 from nemocascade.plan.memory import GIB, available, every_rank
 from nemocascade.plan.parameters import stage_parameters
 from nemocascade.plan.search import nearest_fitting
-from nemocascade.recipe import CascadeRecipe, ParallelConfig
-from nemocascade.recipe.loading import load_recipe
+from nemocascade.recipe import CascadeRecipe, ParallelConfig, Recipe, load_any_recipe
 from nemocascade.runtime.world import world_size_of_environment
 
 
@@ -61,13 +60,13 @@ class PreflightSettings:
 
 
 def run_preflight(
-    settings: PreflightSettings, override: Callable[[Any], Any] | None = None
+    settings: PreflightSettings, override: Callable[[Recipe], Recipe] | None = None
 ) -> Preflight:
     """All findings; of a cascade, those of every stage. override: changes the recipe before it is
     checked."""
     found = Preflight()
     with found.guarded("recipe"):
-        recipe = load_recipe(Path(settings.recipe))
+        recipe = load_any_recipe(Path(settings.recipe))
         if override is not None:
             recipe = override(recipe)
         ranks = settings.ranks or world_size_of_environment()
@@ -91,13 +90,13 @@ def _check_cascade(
     into.add("cascade", problems, f"{len(cascade.stages)} stages, {ranks} ranks")
     if problems:
         return
-    for name in cascade.names:
-        recipe, model = cascade.resolved(name), cascade.model_of(name)
+    for name in cascade.graph.names:
+        recipe, model = cascade.graph.resolved(name), cascade.graph.model_of(name)
         job = None
         with into.guarded(f"{name}: model"):
             gpu = find_gpu(settings.gpu)
             job = job_of_recipe(recipe, gpu, ranks, preset=settings.model, model=model)
-        ahead = bool(cascade.start_of(name) or settings.model)
+        ahead = bool(cascade.graph.start_of(name) or settings.model)
         checked = offline(recipe, job, ranks, dry_run=settings.dry_run, ahead=ahead)
         into.findings += [replace(f, check=f"{name}: {f.check}") for f in checked.findings]
         into.seconds += checked.seconds

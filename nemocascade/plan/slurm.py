@@ -18,8 +18,7 @@ from pathlib import Path
 import tyro
 
 from nemocascade.plan.errors import PlanError
-from nemocascade.recipe import CascadeRecipe
-from nemocascade.recipe.loading import load_recipe
+from nemocascade.recipe import CascadeRecipe, load_any_recipe
 
 TEMPLATE = Path(__file__).with_name("template.sbatch")
 COPIED = ("nodes", "ranks_per_node", "time", "warning_s", "torchrun", "port")
@@ -123,7 +122,7 @@ def _stages(
     settings: SubmitSettings, script: Path, arguments: list[str], template: str
 ) -> list[SlurmJob]:
     """A recipe's job, or those of a cascade's stages."""
-    recipe = load_recipe(script)
+    recipe = load_any_recipe(script)
     run_dir = _run_dir(recipe.run_dir, arguments)
     if not isinstance(recipe, CascadeRecipe):
         return [_stage(settings, script, run_dir, arguments, template)]
@@ -136,7 +135,7 @@ def _stages(
     # A stage watches its own folder for the request to stop.
     return [
         _stage(settings, script, run_dir / "stages" / name, ["--only", name, *arguments], template)
-        for name in recipe.names
+        for name in recipe.graph.names
     ]
 
 

@@ -22,8 +22,7 @@ from nemocascade.plan.search import (
     nearest_fitting,
     price,
 )
-from nemocascade.recipe import CascadeRecipe, ModelConfig
-from nemocascade.recipe.loading import load_recipe
+from nemocascade.recipe import CascadeRecipe, ModelConfig, Recipe, StageRecipe, load_any_recipe
 
 
 @dataclass(frozen=True)
@@ -73,21 +72,21 @@ class PlanSettings:
     """Print one JSON object."""
 
 
-def run_plan(settings: PlanSettings, override: Callable[[Any], Any] | None = None) -> str:
+def run_plan(settings: PlanSettings, override: Callable[[Recipe], Recipe] | None = None) -> str:
     """The report; of a cascade, one for each stage. override: changes the recipe before it is
     planned.
 
     Raises PlanError for an unknown accelerator or a script without a recipe.
     """
-    recipe = load_recipe(Path(settings.recipe))
+    recipe = load_any_recipe(Path(settings.recipe))
     if override is not None:
         recipe = override(recipe)
     if not isinstance(recipe, CascadeRecipe):
         text, value = _plan_stage(recipe, settings)
         return json.dumps(value, indent=1) if settings.json else text
     found = {
-        name: _plan_stage(recipe.resolved(name), settings, recipe.model_of(name))
-        for name in recipe.names
+        name: _plan_stage(recipe.graph.resolved(name), settings, recipe.graph.model_of(name))
+        for name in recipe.graph.names
     }
     if settings.json:
         return json.dumps({"stages": {name: value for name, (_, value) in found.items()}}, indent=1)
@@ -95,7 +94,7 @@ def run_plan(settings: PlanSettings, override: Callable[[Any], Any] | None = Non
 
 
 def _plan_stage(
-    recipe: Any, settings: PlanSettings, model: ModelConfig | None = None
+    recipe: StageRecipe, settings: PlanSettings, model: ModelConfig | None = None
 ) -> tuple[str, dict[str, Any]]:
     """The report of one stage, for people and for machines. model: where it is known already."""
     job = job_of_recipe(

@@ -1,9 +1,12 @@
 """Recipes: typed, documented settings of a stage. A default stands on its field only."""
 
-from nemocascade.recipe.cascade import AlarmConfig, CascadeRecipe, StageConfig, TeacherChoice
+from nemocascade.recipe.cascade import AlarmConfig, CascadeRecipe, TeacherChoice
 from nemocascade.recipe.data import DataConfig, TokenizerConfig
 from nemocascade.recipe.envs import AgentConfig, AgentlessConfig, EnvConfig, SandboxConfig
+from nemocascade.recipe.errors import RecipeError, UserError
+from nemocascade.recipe.graph import StageConfig, StageRecipe
 from nemocascade.recipe.judge import JudgeConfig
+from nemocascade.recipe.loading import Recipe, load_any_recipe, load_recipe
 from nemocascade.recipe.model import (
     PRESETS,
     ModelConfig,
@@ -13,6 +16,7 @@ from nemocascade.recipe.model import (
 )
 from nemocascade.recipe.mopd import MopdConfig, MopdRecipe, TeacherConfig
 from nemocascade.recipe.parallel import ParallelConfig
+from nemocascade.recipe.presets import nemotron3_nano_30b_stage, tiny_stage
 from nemocascade.recipe.rl import (
     DomainConfig,
     GrpoConfig,
@@ -56,6 +60,8 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PolicyRecipe",
+    "Recipe",
+    "RecipeError",
     "RlEvalConfig",
     "RolloutConfig",
     "SandboxConfig",
@@ -63,10 +69,16 @@ __all__ = [
     "ScoredDomain",
     "SftRecipe",
     "StageConfig",
+    "StageRecipe",
     "TeacherChoice",
     "TeacherConfig",
     "TokenizerConfig",
+    "UserError",
+    "load_any_recipe",
+    "load_recipe",
     "nemotron3_nano_30b",
+    "nemotron3_nano_30b_stage",
     "tiny",
     "tiny_policy",
+    "tiny_stage",
 ]

@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
-from typing import Any
 
+from nemocascade.recipe.cascade import CascadeRecipe
 from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe.mopd import MopdRecipe
+from nemocascade.recipe.rl import GrpoRecipe
+from nemocascade.recipe.sft import SftRecipe
+
+Recipe = SftRecipe | GrpoRecipe | MopdRecipe | CascadeRecipe
+"""What a recipe script may define."""
 
 
-def load_recipe(script: Path) -> Any:
-    """The `RECIPE` of a recipe script. Raises RecipeError if it defines none."""
+def load_recipe[R](script: Path, kind: type[R]) -> R:
+    """The `RECIPE` of a recipe script. Raises RecipeError if it defines none of type `kind`."""
+    recipe = _recipe_of(script)
+    if not isinstance(recipe, kind):
+        raise _wrong_type(script, recipe, kind.__name__)
+    return recipe
+
+
+def load_any_recipe(script: Path) -> Recipe:
+    """The `RECIPE` of a stage's script or of a cascade's. Raises RecipeError if it defines none."""
+    recipe = _recipe_of(script)
+    if not isinstance(recipe, Recipe):
+        raise _wrong_type(script, recipe, "the recipe of a stage or of a cascade")
+    return recipe
+
+
+def _recipe_of(script: Path) -> object:
     values = runpy.run_path(str(script), run_name="nemocascade_recipe")
     if "RECIPE" not in values:
         raise RecipeError([f"{script} defines no RECIPE: a recipe script ends in `launch(RECIPE)`"])
     return values["RECIPE"]
+
+
+def _wrong_type(script: Path, recipe: object, wanted: str) -> RecipeError:
+    return RecipeError(
+        [f"{script}: RECIPE is of type {type(recipe).__name__}, not {wanted}: name another script"]
+    )

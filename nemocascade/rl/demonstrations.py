@@ -11,8 +11,7 @@ from typing import Any
 
 from nemocascade.envs.demonstrations import sft_row
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
-from nemocascade.recipe import SftRecipe
-from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe import RecipeError, SftRecipe
 from nemocascade.runtime.world import World, main_first
 
 

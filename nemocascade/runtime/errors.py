@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from nemocascade.recipe.errors import UserError
+from nemocascade.recipe import UserError
 from nemocascade.runtime.world import MainRankError, is_main_process
 
 

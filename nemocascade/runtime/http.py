@@ -156,7 +156,7 @@ class HttpClient:
 def backoff(attempt: int, first_s: float, asked_s: float | None = None) -> float:
     """Seconds to wait after try `attempt`, from 0: doubled each time, less a random part so that
     requests don't come back together, and at least what the server asks for."""
-    wait = min(first_s * 2 ** min(attempt, 30), LONGEST_WAIT_S)
+    wait = min(first_s * 2.0 ** min(attempt, 30), LONGEST_WAIT_S)
     return max(wait * random.uniform(0.5, 1.0), asked_s or 0.0)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.envs.registry import judge_problems, judge_refusal
 from nemocascade.megatron.artifact import read_artifact
-from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe import RecipeError
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.artifact_judge import ArtifactJudge
 from nemocascade.rollout.engine import Engine

@@ -7,15 +7,11 @@ from pathlib import Path
 
 import tyro
 
-from nemocascade.recipe import SftRecipe
-from nemocascade.recipe.mopd import MopdRecipe
-from nemocascade.recipe.rl import GrpoRecipe
+from nemocascade.recipe import GrpoRecipe, MopdRecipe, StageRecipe
 from nemocascade.runtime.errors import exit_cleanly
 from nemocascade.stages.grpo import run_grpo
 from nemocascade.stages.mopd import run_mopd
 from nemocascade.stages.sft import run_sft
-
-StageRecipe = SftRecipe | GrpoRecipe | MopdRecipe
 
 
 def run_stage(recipe: StageRecipe) -> Path:

@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from nemocascade.megatron.artifact import read_artifact
-from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe import RecipeError
 from nemocascade.recipe.mopd import MopdRecipe
 from nemocascade.rl.batches import TrainingSequence
 from nemocascade.rl.bookkeeping import Bookkeeper

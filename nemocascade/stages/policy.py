@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.megatron.artifact import artifact_model, read_artifact
-from nemocascade.recipe.errors import RecipeError
-from nemocascade.recipe.rl import PolicyRecipe
+from nemocascade.megatron.config import Accelerators
+from nemocascade.recipe import ModelConfig, PolicyRecipe, RecipeError
 from nemocascade.rl.collector import Collector
 from nemocascade.rl.policy import PolicyRun, greedy_sampling
 from nemocascade.rl.tasks import Task, TaskStream, encode_prompts, read_tasks
 from nemocascade.rl.verification import verifier_threads
 from nemocascade.rl.win_rate import start_answers
 from nemocascade.rollout.live import LiveEngine
-from nemocascade.runtime.world import world_size_of_environment
+from nemocascade.runtime.world import World, world_size_of_environment
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import stage_world, write_recipe
 from nemocascade.train.checkpointing import Checkpoints
 from nemocascade.train.trainer import Trainer
-from nemocascade.types import Environment
+from nemocascade.types import Artifact, Environment
 
 
 @contextmanager
@@ -32,6 +33,42 @@ def policy_run[R: PolicyRecipe](
     """Check the recipe, read the artifact it starts from, and resume if there is a checkpoint.
 
     check: raises RecipeError for what else cannot run; called before any process group is made.
+    """
+    parent, model = _checked_start(recipe)
+    if check is not None:
+        check(recipe)
+    check_judge(recipe.envs.judge, parent)
+    with stage_world(recipe) as (world, accelerators):
+        probe_judge(recipe.envs.judge, world)
+        write_recipe(recipe, world)
+        tokenizer = load_tokenizer(str(parent.tokenizer_path))
+        check_vocabulary(tokenizer, model.vocab_size)
+        policy = _open_policy(recipe, model, world, accelerators, tokenizer)
+        judge = judge_on_ranks(
+            recipe.envs.judge,
+            parent,
+            world,
+            policy.trainer.chunks,
+            policy.engine,
+            tokenizer,
+            seed=recipe.seed,
+        )
+        every = make_environments(recipe.envs, judge=judge)
+        try:
+            yield _assemble(recipe, parent, world, policy, every)
+        except Exception as error:
+            # Before verifiers are ended, which may take as long as what they work on.
+            world.watch.fail(error)
+            raise
+        finally:
+            close_environments(every)
+
+
+def _checked_start(recipe: PolicyRecipe) -> tuple[Artifact, ModelConfig]:
+    """The artifact that the stage starts from, and its shape.
+
+    Raises RecipeError with every setting that cannot run, and CheckpointError for an artifact that
+    cannot be read.
     """
     problems = recipe.problems(world_size_of_environment())
     unknown = sorted({d.domain for d in recipe.domains} - set(DOMAINS))
@@ -45,79 +82,91 @@ def policy_run[R: PolicyRecipe](
         problems.append(f"init_from({recipe.init_from}) holds no tokenizer: use another artifact")
     if problems:
         raise RecipeError(problems)
-    if check is not None:
-        check(recipe)
-    settings = recipe.envs.judge
-    check_judge(settings, parent)
-    with stage_world(recipe) as (world, accelerators):
-        probe_judge(settings, world)
-        write_recipe(recipe, world)
-        tokenizer = load_tokenizer(str(parent.tokenizer_path))
-        check_vocabulary(tokenizer, model.vocab_size)
-        trainer = Trainer(
-            world,
-            model,
-            engine=recipe.engine,
-            moe=recipe.moe,
-            optimizer=recipe.optimizer,
-            accelerators=accelerators,
-            seed=recipe.seed,
-            run_dir=Path(recipe.run_dir),
-        )
-        engine = LiveEngine(
-            world,
-            trainer.modules,
-            slots=recipe.rollout.slots,
-            prefill_tokens=recipe.rollout.prefill_tokens,
-            prefill_chunk=recipe.rollout.prefill_chunk,
-            decode=tokenizer.decode,
-            vocabulary=tokenizer.vocab_size,
-        )
-        judge = judge_on_ranks(
-            settings, parent, world, trainer.chunks, engine, tokenizer, seed=recipe.seed
-        )
-        every = make_environments(recipe.envs, judge=judge)
-        try:
-            environments: dict[str, Environment] = {
-                d.domain: every[d.domain] for d in recipe.domains
-            }
-            stream = TaskStream(
-                recipe.domains, environments, tokenizer, recipe.rollout, seed=recipe.seed
-            )
-            collector = Collector(
-                world,
-                engine,
-                tokenizer,
-                environments,
-                recipe.rollout,
-                seed=recipe.seed,
-                threads=verifier_threads(settings),
-            )
-            heldout = _heldout_tasks(recipe, environments, tokenizer)
-            checkpoints = Checkpoints(Path(recipe.run_dir), recipe.checkpoint, world)
-            checkpoints.start(trainer, stream, resume=recipe.resume, init_from=recipe.init_from)
-            yield PolicyRun(
-                recipe=recipe,
-                world=world,
-                trainer=trainer,
-                tokenizer=tokenizer,
-                engine=engine,
-                environments=environments,
-                collector=collector,
-                stream=stream,
-                heldout=heldout,
-                checkpoints=checkpoints,
-                parent=parent,
-                start_answers=start_answers(
-                    collector, trainer, parent, heldout, greedy_sampling(recipe, collector)
-                ),
-            )
-        except Exception as error:
-            # Before verifiers are ended, which may take as long as what they work on.
-            world.watch.fail(error)
-            raise
-        finally:
-            close_environments(every)
+    return parent, model
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """A policy that can be trained and sampled."""
+
+    trainer: Trainer
+    engine: LiveEngine
+    tokenizer: Tokenizer
+
+
+def _open_policy(
+    recipe: PolicyRecipe,
+    model: ModelConfig,
+    world: World,
+    accelerators: Accelerators,
+    tokenizer: Tokenizer,
+) -> _Policy:
+    """The trainer with weights from the seed, and the engine that samples them; the weights of the
+    start, or of a checkpoint, are read by `Checkpoints.start`."""
+    trainer = Trainer(
+        world,
+        model,
+        engine=recipe.engine,
+        moe=recipe.moe,
+        optimizer=recipe.optimizer,
+        accelerators=accelerators,
+        seed=recipe.seed,
+        run_dir=Path(recipe.run_dir),
+    )
+    engine = LiveEngine(
+        world,
+        trainer.modules,
+        slots=recipe.rollout.slots,
+        prefill_tokens=recipe.rollout.prefill_tokens,
+        prefill_chunk=recipe.rollout.prefill_chunk,
+        decode=tokenizer.decode,
+        vocabulary=tokenizer.vocab_size,
+    )
+    return _Policy(trainer, engine, tokenizer)
+
+
+def _assemble(
+    recipe: PolicyRecipe,
+    parent: Artifact,
+    world: World,
+    policy: _Policy,
+    every: Mapping[str, Environment],
+) -> PolicyRun:
+    """The run with its tasks, its weights as of the last checkpoint, and the start's answers.
+
+    every: environment by domain, those of other stages included.
+    """
+    tokenizer = policy.tokenizer
+    environments = {d.domain: every[d.domain] for d in recipe.domains}
+    stream = TaskStream(recipe.domains, environments, tokenizer, recipe.rollout, seed=recipe.seed)
+    collector = Collector(
+        world,
+        policy.engine,
+        tokenizer,
+        environments,
+        recipe.rollout,
+        seed=recipe.seed,
+        threads=verifier_threads(recipe.envs.judge),
+    )
+    heldout = _heldout_tasks(recipe, environments, tokenizer)
+    checkpoints = Checkpoints(Path(recipe.run_dir), recipe.checkpoint, world)
+    checkpoints.start(policy.trainer, stream, resume=recipe.resume, init_from=recipe.init_from)
+    return PolicyRun(
+        recipe=recipe,
+        world=world,
+        trainer=policy.trainer,
+        tokenizer=tokenizer,
+        engine=policy.engine,
+        environments=environments,
+        collector=collector,
+        stream=stream,
+        heldout=heldout,
+        checkpoints=checkpoints,
+        parent=parent,
+        start_answers=start_answers(
+            collector, policy.trainer, parent, heldout, greedy_sampling(recipe, collector)
+        ),
+    )
 
 
 def _heldout_tasks(

@@ -20,11 +20,11 @@ from nemocascade.megatron.model import build_model
 from nemocascade.recipe import (
     DomainConfig,
     MoeTrainingConfig,
+    RecipeError,
     RolloutConfig,
     ScoreConfig,
     ScoredDomain,
 )
-from nemocascade.recipe.errors import RecipeError
 from nemocascade.recipe.judge import HOW as JUDGE_HOW
 from nemocascade.rl.collector import Collector, Group
 from nemocascade.rl.tasks import Task, encode_prompts, read_tasks

@@ -19,8 +19,7 @@ from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.world import start_world
 from nemocascade.plan.devices import check_together
 from nemocascade.plan.preflight import problems_before
-from nemocascade.recipe import DataConfig, EngineConfig, ParallelConfig, SftRecipe
-from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe import DataConfig, EngineConfig, ParallelConfig, RecipeError, SftRecipe
 from nemocascade.recipe.rl import PolicyRecipe
 from nemocascade.runtime.logging import LOGGER, start_logging
 from nemocascade.runtime.watchdog import Watchdog, job_store

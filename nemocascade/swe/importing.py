@@ -119,9 +119,10 @@ def _parquet(path: Path) -> Sequence[Any]:
     except ImportError as error:
         raise ValueError(f"{path}: pyarrow is missing, install it or give JSONL") from error
     try:
-        return parquet.read_table(path).to_pylist()
+        rows: Sequence[Any] = parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not Parquet ({error})") from error
+    return rows
 
 
 def _check(row: Row, names: set[str]) -> None:

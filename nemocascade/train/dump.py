@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemocascade.recipe.errors import UserError
+from nemocascade.recipe import UserError
 from nemocascade.runtime.world import World
 from nemocascade.types import PackedBatch
 

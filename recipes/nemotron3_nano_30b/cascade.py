@@ -18,37 +18,39 @@ against.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from nemocascade.cascade.launch import launch
 from nemocascade.recipe import (
     CascadeRecipe,
     DomainConfig,
-    EngineConfig,
+    GrpoRecipe,
+    MopdRecipe,
     ParallelConfig,
+    PolicyRecipe,
     RlEvalConfig,
     ScoreConfig,
     ScoredDomain,
+    SftRecipe,
     StageConfig,
     TeacherChoice,
+    load_recipe,
 )
-from nemocascade.recipe.loading import load_recipe
+
+HERE = Path(__file__).parent
 
 
-def stage(name: str, **changes: Any) -> Any:
-    """The recipe of a script beside this one. The cascade scores, so the stage itself need not."""
-    recipe = load_recipe(Path(__file__).with_name(f"{name}.py"))
-    if hasattr(recipe, "rollout"):
-        changes = {"eval": RlEvalConfig(prompts=0), **changes}
-    return replace(recipe, **changes)
+def policy[R: PolicyRecipe](kind: type[R], name: str) -> R:
+    """A stage of a script beside this one. The cascade scores, so the stage itself need not."""
+    return replace(load_recipe(HERE / f"{name}.py", kind), eval=RlEvalConfig(prompts=0))
 
 
-def sft() -> Any:
+def sft() -> SftRecipe:
     """SFT on the released rows. Its tokenizer goes with every artifact that follows."""
-    recipe = stage("sft")
-    data = replace(recipe.data, path=("data/sft.jsonl",))
+    recipe = load_recipe(HERE / "sft.py", SftRecipe)
     return replace(
-        recipe, data=data, tokenizer=replace(recipe.tokenizer, path="data/tokenizer.json")
+        recipe,
+        data=replace(recipe.data, path=("data/sft.jsonl",)),
+        tokenizer=replace(recipe.tokenizer, path="data/tokenizer.json"),
     )
 
 
@@ -67,20 +69,22 @@ DOMAINS = (
 
 # Longer than the others': as in training.
 LIMITS = {"code": 120_832, "swe_agentless": 98_304, "swe_agentic": 229_376}
-MOPD, RLHF = stage("mopd", teachers=()), stage("rlhf")
-LONG_CONTEXT, AGENTIC = stage("long_context_rl"), stage("swe_agentic_rl")
+MOPD, RLHF = policy(MopdRecipe, "mopd"), policy(GrpoRecipe, "rlhf")
+LONG_CONTEXT = policy(GrpoRecipe, "long_context_rl")
+AGENTIC = policy(GrpoRecipe, "swe_agentic_rl")
 
 RECIPE = CascadeRecipe(
     run_dir="runs/nemotron3_nano_30b/cascade",
     stages=(
         StageConfig("sft", sft()),
-        StageConfig("if_rl", stage("if_rl")),
-        StageConfig("multi_domain_rl", stage("multi_domain_rl")),
+        StageConfig("if_rl", policy(GrpoRecipe, "if_rl")),
+        StageConfig("multi_domain_rl", policy(GrpoRecipe, "multi_domain_rl")),
         StageConfig("rlhf_teacher", RLHF, start="sft", side=True),
         StageConfig(
             "mopd",
             replace(
                 MOPD,
+                teachers=(),
                 envs=RLHF.envs,
                 domains=(
                     *MOPD.domains,
@@ -90,8 +94,8 @@ RECIPE = CascadeRecipe(
         ),
         StageConfig("rlhf", RLHF),
         StageConfig("long_context_rl", LONG_CONTEXT),
-        StageConfig("code_rl", stage("code_rl")),
-        StageConfig("swe_agentless_rl", stage("swe_agentless_rl")),
+        StageConfig("code_rl", policy(GrpoRecipe, "code_rl")),
+        StageConfig("swe_agentless_rl", policy(GrpoRecipe, "swe_agentless_rl")),
         StageConfig("swe_agentic_rl", AGENTIC),
     ),
     scores=ScoreConfig(
@@ -103,17 +107,11 @@ RECIPE = CascadeRecipe(
             )
             for name in DOMAINS
         ),
-        tasks=256,
-        max_prompt_tokens=32_768,
-        max_response_tokens=49_152,
-        thinking=True,
         max_turns=200,
-        slots=64,
         # Repositories are tested in the sandbox of that stage, answers over documents graded by the
         # judge of that one.
         envs=replace(AGENTIC.envs, judge=LONG_CONTEXT.envs.judge),
         parallel=ParallelConfig(tp=8, ep=8),
-        engine=EngineConfig(precision="bf16"),
     ),
     teachers=TeacherChoice(pinned={"math": "sft", "preference": "rlhf_teacher"}),
 )

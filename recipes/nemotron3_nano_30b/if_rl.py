@@ -7,52 +7,19 @@ same ranks. Data: the released rows of the stage.
     torchrun ... recipes/nemotron3_nano_30b/if_rl.py --init-from ARTIFACT
 """
 
-from nemocascade.recipe import (
-    CheckpointConfig,
-    DomainConfig,
-    EngineConfig,
-    GrpoConfig,
-    GrpoRecipe,
-    MoeTrainingConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RolloutConfig,
-)
+from dataclasses import replace
+
+from nemocascade.recipe import DomainConfig, GrpoConfig, GrpoRecipe, nemotron3_nano_30b_stage
 from nemocascade.stages.launch import launch
 
-RECIPE = GrpoRecipe(
+# Rollouts as by default: a truncated answer scores 0 and stays in the loss.
+RECIPE = replace(
+    nemotron3_nano_30b_stage(GrpoRecipe),
     steps=180,
     stage="if_rl",
     run_dir="runs/nemotron3_nano_30b/if_rl",
     domains=(DomainConfig(domain="instruction_following", path=("data/if_rl.jsonl",), tasks=0),),
-    rollout=RolloutConfig(
-        prompts_per_step=128,
-        rollouts_per_prompt=16,
-        max_prompt_tokens=32_768,
-        max_response_tokens=49_152,
-        temperature=1.0,
-        top_p=1.0,
-        thinking=True,
-        slots=128,
-        # A truncated answer scores 0 and stays in the loss.
-        dynamic_filtering=True,
-        overlong_filter=False,
-    ),
-    grpo=GrpoConfig(normalize="batch", kl_coef=0.0, capacity=81_920),
-    optimizer=OptimizerConfig(
-        lr=3e-6,
-        min_lr=3e-6,
-        schedule="constant",
-        warmup_steps=0,
-        beta1=0.9,
-        beta2=0.95,
-        weight_decay=0.0,
-        clip_grad=1.0,
-    ),
-    moe=MoeTrainingConfig(load_balance="none", freeze_router=True, bias_update_rate=1e-3),
-    parallel=ParallelConfig(tp=8, ep=8),
-    engine=EngineConfig(precision="bf16", recompute=True),
-    checkpoint=CheckpointConfig(every=5),
+    grpo=GrpoConfig(capacity=81_920),
 )
 
 if __name__ == "__main__":

@@ -8,60 +8,31 @@ no KL. 128 GPUs: tp 8 leaves dp 16, and ep 8 on the same ranks. Data: rows with 
     torchrun ... recipes/nemotron3_nano_30b/long_context_rl.py --init-from A --envs.judge.url URL
 """
 
+from dataclasses import replace
+
 from nemocascade.recipe import (
-    CheckpointConfig,
     DomainConfig,
-    EngineConfig,
+    EnvConfig,
     GrpoConfig,
     GrpoRecipe,
-    MoeTrainingConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RolloutConfig,
+    JudgeConfig,
+    nemotron3_nano_30b_stage,
 )
-from nemocascade.recipe.envs import EnvConfig
-from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages.launch import launch
 
-RECIPE = GrpoRecipe(
+BASE = nemotron3_nano_30b_stage(GrpoRecipe)
+
+RECIPE = replace(
+    BASE,
     steps=30,
     stage="long_context_rl",
     run_dir="runs/nemotron3_nano_30b/long_context_rl",
     domains=(DomainConfig(domain="long_context", path=("data/long_context_rl.jsonl",), tasks=0),),
-    rollout=RolloutConfig(
-        prompts_per_step=128,
-        rollouts_per_prompt=16,
-        max_prompt_tokens=32_768,
-        max_response_tokens=49_152,
-        temperature=1.0,
-        top_p=1.0,
-        thinking=True,
-        slots=128,
-        # Groups whose grades are all equal have no advantage either way. The paper's table has
-        # overlong filtering, its text none: here as in the text.
-        dynamic_filtering=False,
-        overlong_filter=False,
-    ),
-    grpo=GrpoConfig(normalize="batch", kl_coef=0.0, capacity=81_920),
-    envs=EnvConfig(
-        judge=JudgeConfig(
-            kind="server", url="http://localhost:8000", model="judge", temperature=0.6, top_p=0.95
-        )
-    ),
-    optimizer=OptimizerConfig(
-        lr=3e-6,
-        min_lr=3e-6,
-        schedule="constant",
-        warmup_steps=0,
-        beta1=0.9,
-        beta2=0.95,
-        weight_decay=0.0,
-        clip_grad=1.0,
-    ),
-    moe=MoeTrainingConfig(load_balance="none", freeze_router=True, bias_update_rate=1e-3),
-    parallel=ParallelConfig(tp=8, ep=8),
-    engine=EngineConfig(precision="bf16", recompute=True),
-    checkpoint=CheckpointConfig(every=5),
+    # Groups whose grades are all equal have no advantage either way. The paper's table has
+    # overlong filtering, its text none: here as in the text.
+    rollout=replace(BASE.rollout, dynamic_filtering=False),
+    grpo=GrpoConfig(capacity=81_920),
+    envs=EnvConfig(judge=JudgeConfig(kind="server", url="http://localhost:8000", model="judge")),
 )
 
 if __name__ == "__main__":

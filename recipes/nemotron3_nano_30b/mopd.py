@@ -11,17 +11,14 @@ them with --teachers, or let `cascade.py` choose by held-out scores.
     torchrun ... recipes/nemotron3_nano_30b/mopd.py --init-from ARTIFACT
 """
 
+from dataclasses import replace
+
 from nemocascade.recipe import (
-    CheckpointConfig,
     DomainConfig,
-    EngineConfig,
-    MoeTrainingConfig,
     MopdConfig,
     MopdRecipe,
-    OptimizerConfig,
-    ParallelConfig,
-    RolloutConfig,
     TeacherConfig,
+    nemotron3_nano_30b_stage,
 )
 from nemocascade.stages.launch import launch
 
@@ -29,7 +26,8 @@ DATA = ("data/mopd.jsonl",)
 SFT = "runs/nemotron3_nano_30b/sft/artifact"
 MULTI = "runs/nemotron3_nano_30b/multi_domain_rl/artifact"
 
-RECIPE = MopdRecipe(
+RECIPE = replace(
+    nemotron3_nano_30b_stage(MopdRecipe),
     steps=52,
     run_dir="runs/nemotron3_nano_30b/mopd",
     init_from=MULTI,
@@ -47,37 +45,8 @@ RECIPE = MopdRecipe(
         TeacherConfig("multiple_choice", MULTI),
         TeacherConfig("structured_output", MULTI),
     ),
-    rollout=RolloutConfig(
-        prompts_per_step=128,
-        rollouts_per_prompt=4,
-        max_prompt_tokens=32_768,
-        max_response_tokens=98_304,
-        temperature=1.0,
-        top_p=1.0,
-        thinking=True,
-        slots=128,
-        dynamic_filtering=False,
-        overlong_filter=False,
-    ),
     # Rewards take no part; verifying responses of up to 98,304 tokens would only cost time.
-    mopd=MopdConfig(
-        ratio_low=0.5, ratio_high=2.0, capacity=131_072, keep="host", score_rollouts=False
-    ),
-    optimizer=OptimizerConfig(
-        lr=2e-6,
-        min_lr=2e-6,
-        schedule="constant",
-        warmup_steps=30,
-        warmup_start_lr=2e-7,
-        beta1=0.9,
-        beta2=0.95,
-        weight_decay=0.0,
-        clip_grad=1.0,
-    ),
-    moe=MoeTrainingConfig(load_balance="none", freeze_router=True, bias_update_rate=1e-3),
-    parallel=ParallelConfig(tp=8, ep=8),
-    engine=EngineConfig(precision="bf16", recompute=True),
-    checkpoint=CheckpointConfig(every=5),
+    mopd=MopdConfig(score_rollouts=False),
 )
 
 if __name__ == "__main__":

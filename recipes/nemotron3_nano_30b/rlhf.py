@@ -14,22 +14,22 @@ have room for a prompt, two responses and the judge's reasoning.
         --envs.judge.url http://HOST:8000
 """
 
+from dataclasses import replace
+
 from nemocascade.recipe import (
-    CheckpointConfig,
     DomainConfig,
-    EngineConfig,
+    EnvConfig,
     GrpoConfig,
     GrpoRecipe,
-    MoeTrainingConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RolloutConfig,
+    JudgeConfig,
+    nemotron3_nano_30b_stage,
 )
-from nemocascade.recipe.envs import EnvConfig
-from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages.launch import launch
 
-RECIPE = GrpoRecipe(
+BASE = nemotron3_nano_30b_stage(GrpoRecipe)
+
+RECIPE = replace(
+    BASE,
     steps=25,
     stage="rlhf",
     run_dir="runs/nemotron3_nano_30b/rlhf",
@@ -41,47 +41,18 @@ RECIPE = GrpoRecipe(
             heldout_path=("data/rlhf_heldout.jsonl",),
         ),
     ),
-    rollout=RolloutConfig(
-        prompts_per_step=128,
-        rollouts_per_prompt=16,
-        max_prompt_tokens=32_768,
-        max_response_tokens=16_384,
-        temperature=1.0,
-        top_p=1.0,
-        thinking=True,
-        slots=128,
-        # Rewards of comparisons are hardly ever all equal.
-        dynamic_filtering=False,
-        # The paper's text; its table says otherwise.
-        overlong_filter=False,
-    ),
-    grpo=GrpoConfig(normalize="batch", kl_coef=0.03, capacity=49_152),
+    # Rewards of comparisons are hardly ever all equal. Truncated answers stay in the loss: the
+    # paper's text; its table says otherwise.
+    rollout=replace(BASE.rollout, max_response_tokens=16_384, dynamic_filtering=False),
+    grpo=GrpoConfig(kl_coef=0.03, capacity=49_152),
     envs=EnvConfig(
         judge=JudgeConfig(
             kind="server",
             url="http://localhost:8000",
             model="nvidia/Qwen3-Nemotron-235B-A22B-GenRM",
             form="response_roles",
-            temperature=0.6,
-            top_p=0.95,
-            max_tokens=16_384,
-            concurrency=64,
         )
     ),
-    optimizer=OptimizerConfig(
-        lr=3e-6,
-        min_lr=3e-6,
-        schedule="constant",
-        warmup_steps=0,
-        beta1=0.9,
-        beta2=0.95,
-        weight_decay=0.0,
-        clip_grad=1.0,
-    ),
-    moe=MoeTrainingConfig(load_balance="none", freeze_router=True, bias_update_rate=1e-3),
-    parallel=ParallelConfig(tp=8, ep=8),
-    engine=EngineConfig(precision="bf16", recompute=True),
-    checkpoint=CheckpointConfig(every=5),
 )
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Sequences packed to 256K tokens, 64 of them a step, AdamW (0.9, 0.98), weight decay 0.1, learning
 rate 5e-5 -> 5e-6 by cosine over 40,000 steps with 200 of warm-up, 33,000 steps run, sequence-level
-load balance 1e-4. 256 GPUs: tp 8 x pp 2 leaves dp 16, and ep 8 on the same ranks.
+load balance 1e-4: the defaults of `SftRecipe`. 256 GPUs: tp 8 x pp 2 leaves dp 16, and ep 8 on the
+same ranks.
 
     torchrun ... recipes/nemotron3_nano_30b/sft.py --data.path DATA --tokenizer.path tokenizer.json
 """
@@ -10,8 +11,6 @@ load balance 1e-4. 256 GPUs: tp 8 x pp 2 leaves dp 16, and ep 8 on the same rank
 from nemocascade.recipe import (
     DataConfig,
     EngineConfig,
-    MoeTrainingConfig,
-    OptimizerConfig,
     ParallelConfig,
     SftRecipe,
     nemotron3_nano_30b,
@@ -19,22 +18,11 @@ from nemocascade.recipe import (
 from nemocascade.stages.launch import launch
 
 RECIPE = SftRecipe(
-    steps=33_000,
     run_dir="runs/nemotron3_nano_30b/sft",
     model=nemotron3_nano_30b(),
-    data=DataConfig(capacity=262_144, sequences_per_step=64, thinking=True),
-    optimizer=OptimizerConfig(
-        lr=5e-5,
-        min_lr=5e-6,
-        warmup_steps=200,
-        decay_steps=40_000,
-        beta1=0.9,
-        beta2=0.98,
-        weight_decay=0.1,
-    ),
-    moe=MoeTrainingConfig(load_balance="sequence", load_balance_coef=1e-4),
+    data=DataConfig(thinking=True),
     parallel=ParallelConfig(tp=8, pp=2, ep=8),
-    engine=EngineConfig(precision="bf16", recompute=True),
+    engine=EngineConfig(recompute=True),
 )
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ GRPO on episodes in which an agent repairs a repository: 16 prompts x 64 rollout
 200 turns in a context of 262,144 tokens, temperature 0.8, learning rate 3e-6 -> 0 after 10 steps of
 warm-up; 1 if all hidden tests pass, else 0. Prompts that were solved every time are dropped
 beforehand, and so are 90 % of those never solved: rows need their `pass_rate`. Published are
-neither the number of steps nor top-p. 128 GPUs: tp 8, pp 2 as in SFT on sequences of that length.
+neither the number of steps nor top-p: here 100 and 1, the defaults. 128 GPUs: tp 8, pp 2 as in SFT
+on sequences of that length.
 
 Tests run on the hosts of the first ranks of each replica, so what the repositories import must be
 there: name it in `--envs.sandbox.packages`.
@@ -12,26 +13,23 @@ there: name it in `--envs.sandbox.packages`.
     torchrun ... recipes/nemotron3_nano_30b/swe_agentic_rl.py --init-from ARTIFACT
 """
 
+from dataclasses import replace
+
 from nemocascade.recipe import (
-    AgentConfig,
-    CheckpointConfig,
     DomainConfig,
-    EngineConfig,
     EnvConfig,
     GrpoConfig,
     GrpoRecipe,
-    MoeTrainingConfig,
-    OptimizerConfig,
     ParallelConfig,
-    RolloutConfig,
     SandboxConfig,
+    nemotron3_nano_30b_stage,
 )
 from nemocascade.stages.launch import launch
 
-STEPS = 100
+BASE = nemotron3_nano_30b_stage(GrpoRecipe)
 
-RECIPE = GrpoRecipe(
-    steps=STEPS,
+RECIPE = replace(
+    BASE,
     stage="swe_agentic_rl",
     run_dir="runs/nemotron3_nano_30b/swe_agentic_rl",
     domains=(
@@ -43,15 +41,13 @@ RECIPE = GrpoRecipe(
             drop_unsolved=0.9,
         ),
     ),
-    rollout=RolloutConfig(
+    rollout=replace(
+        BASE.rollout,
         prompts_per_step=16,
         rollouts_per_prompt=64,
-        max_prompt_tokens=32_768,
         max_response_tokens=229_376,
         max_turns=200,
         temperature=0.8,
-        top_p=1.0,
-        thinking=True,
         slots=64,
         dynamic_filtering=False,
         samples=16,
@@ -60,24 +56,12 @@ RECIPE = GrpoRecipe(
         sandbox=SandboxConfig(
             time_s=600.0, memory_mib=8192, processes=64, output_kib=4096, scratch_mib=2048
         ),
-        agent=AgentConfig(),
     ),
-    grpo=GrpoConfig(normalize="batch", kl_coef=0.0, capacity=262_144),
-    optimizer=OptimizerConfig(
-        lr=3e-6,
-        min_lr=0.0,
-        schedule="linear",
-        warmup_steps=10,
-        decay_steps=STEPS,
-        beta1=0.9,
-        beta2=0.95,
-        weight_decay=0.0,
-        clip_grad=1.0,
+    grpo=GrpoConfig(capacity=262_144),
+    optimizer=replace(
+        BASE.optimizer, min_lr=0.0, schedule="linear", warmup_steps=10, decay_steps=BASE.steps
     ),
-    moe=MoeTrainingConfig(load_balance="none", freeze_router=True, bias_update_rate=1e-3),
     parallel=ParallelConfig(tp=8, pp=2, ep=8),
-    engine=EngineConfig(precision="bf16", recompute=True),
-    checkpoint=CheckpointConfig(every=5),
 )
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ is scored.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from nemocascade.cascade.launch import launch
 from nemocascade.recipe import (
@@ -22,30 +21,40 @@ from nemocascade.recipe import (
     DomainConfig,
     EngineConfig,
     EnvConfig,
+    GrpoRecipe,
+    MopdRecipe,
+    PolicyRecipe,
     RlEvalConfig,
     ScoreConfig,
     ScoredDomain,
+    SftRecipe,
     StageConfig,
+    load_recipe,
 )
-from nemocascade.recipe.loading import load_recipe
+
+HERE = Path(__file__).parent
 
 
-def stage(name: str, **changes: Any) -> Any:
-    """The recipe of a script beside this one. The cascade scores, so the stage itself need not."""
-    recipe = load_recipe(Path(__file__).with_name(f"{name}.py"))
-    return replace(recipe, **changes)
+def policy[R: PolicyRecipe](kind: type[R], name: str, steps: int = 15) -> R:
+    """A stage of a script beside this one, shorter than when it runs alone. The cascade scores, so
+    the stage itself need not."""
+    return replace(
+        load_recipe(HERE / f"{name}.py", kind),
+        steps=steps,
+        checkpoint=CheckpointConfig(every=10),
+        eval=RlEvalConfig(prompts=0),
+    )
 
 
-def policy(name: str, **changes: Any) -> Any:
-    """A stage on rollouts, shorter than when it runs alone."""
-    shorter = {"steps": 15, "checkpoint": CheckpointConfig(every=10)}
-    return stage(name, **{**shorter, "eval": RlEvalConfig(prompts=0), **changes})
-
-
-SFT = stage("domains_sft", checkpoint=CheckpointConfig(every=50))
-IF, MULTI, RLHF = policy("if_rl"), policy("multi_domain_rl"), policy("rlhf")
-LONG, CODE = policy("long_context_rl"), policy("code_rl", steps=12)
-AGENTLESS, AGENTIC = policy("swe_agentless_rl", steps=12), policy("swe_agentic_rl", steps=14)
+SFT = replace(
+    load_recipe(HERE / "domains_sft.py", SftRecipe), checkpoint=CheckpointConfig(every=50)
+)
+IF, MULTI, RLHF, LONG = (
+    policy(GrpoRecipe, name) for name in ("if_rl", "multi_domain_rl", "rlhf", "long_context_rl")
+)
+CODE = policy(GrpoRecipe, "code_rl", steps=12)
+AGENTLESS = policy(GrpoRecipe, "swe_agentless_rl", steps=12)
+AGENTIC = policy(GrpoRecipe, "swe_agentic_rl", steps=14)
 # At the height of the stage alone, its steps undo what the stage before it learnt.
 AGENTIC = replace(AGENTIC, optimizer=replace(AGENTIC.optimizer, lr=3e-4, min_lr=3e-4))
 
@@ -55,7 +64,7 @@ DIFFICULTY = {
     for recipe in (IF, MULTI, RLHF, LONG, CODE, AGENTLESS, AGENTIC)
     for domain in recipe.domains
 }
-MOPD = policy("mopd", steps=40, teachers=())
+MOPD = policy(MopdRecipe, "mopd", steps=40)
 # Domains that RL has trained so far, and those that SFT alone taught, which RL may have harmed.
 SHARES = {
     "instruction_following": 0.22,
@@ -69,6 +78,8 @@ SHARES = {
 }
 MOPD = replace(
     MOPD,
+    # Chosen by the scores of the artifacts before it.
+    teachers=(),
     domains=tuple(
         DomainConfig(name, share=share, difficulty=DIFFICULTY.get(name, 0), tasks=800)
         for name, share in SHARES.items()

@@ -4,46 +4,27 @@ torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
 torchrun --nproc-per-node 2 recipes/tiny/code_rl.py
 """
 
-from nemocascade.recipe import (
-    CheckpointConfig,
-    DomainConfig,
-    EngineConfig,
-    GrpoConfig,
-    GrpoRecipe,
-    OptimizerConfig,
-    RolloutConfig,
-)
+from dataclasses import replace
+
+from nemocascade.recipe import DomainConfig, GrpoConfig, GrpoRecipe, tiny_stage
 from nemocascade.stages.launch import launch
 
-RECIPE = GrpoRecipe(
+BASE = tiny_stage(GrpoRecipe)
+
+RECIPE = replace(
+    BASE,
     steps=15,
     stage="code_rl",
     run_dir="runs/tiny/code_rl",
-    init_from="runs/tiny/domains_sft/artifact",
     domains=(DomainConfig(domain="code", difficulty=1, tasks=800),),
-    rollout=RolloutConfig(
-        prompts_per_step=16,
-        rollouts_per_prompt=8,
+    rollout=replace(
+        BASE.rollout,
         max_prompt_tokens=96,
         max_response_tokens=48,
-        thinking=False,
-        slots=128,
-        prefill_tokens=2048,
-        max_draws=2,
         overlong_filter=True,
         top_p=0.95,
     ),
     grpo=GrpoConfig(capacity=2048),
-    optimizer=OptimizerConfig(
-        lr=5e-4,
-        min_lr=5e-4,
-        schedule="constant",
-        warmup_steps=5,
-        beta2=0.95,
-        weight_decay=0.0,
-    ),
-    engine=EngineConfig(precision="fp32"),
-    checkpoint=CheckpointConfig(every=0),
 )
 
 if __name__ == "__main__":

@@ -7,25 +7,26 @@ decides.
     torchrun --nproc-per-node 2 recipes/tiny/mopd.py --init-from runs/tiny/multi_domain_rl/artifact
 """
 
+from dataclasses import replace
+
 from nemocascade.recipe import (
-    CheckpointConfig,
     DomainConfig,
-    EngineConfig,
     EnvConfig,
     MopdConfig,
     MopdRecipe,
-    OptimizerConfig,
     RlEvalConfig,
-    RolloutConfig,
     TeacherConfig,
+    tiny_stage,
 )
 from nemocascade.stages.launch import launch
 
+BASE = tiny_stage(MopdRecipe)
 SFT = "runs/tiny/domains_sft/artifact"
 IF_RL = "runs/tiny/if_rl/artifact"
 MULTI = "runs/tiny/multi_domain_rl/artifact"
 
-RECIPE = MopdRecipe(
+RECIPE = replace(
+    BASE,
     steps=20,
     run_dir="runs/tiny/mopd",
     init_from=MULTI,
@@ -43,29 +44,17 @@ RECIPE = MopdRecipe(
         TeacherConfig("multiple_choice", MULTI),
         TeacherConfig("structured_output", MULTI),
     ),
-    rollout=RolloutConfig(
+    rollout=replace(
+        BASE.rollout,
         prompts_per_step=32,
         rollouts_per_prompt=4,
         max_prompt_tokens=128,
         max_response_tokens=96,
-        thinking=False,
-        slots=128,
-        prefill_tokens=2048,
-        dynamic_filtering=False,
+        max_draws=4,
     ),
     mopd=MopdConfig(capacity=2048),
     envs=EnvConfig(if_language_check="letters"),
-    optimizer=OptimizerConfig(
-        lr=5e-4,
-        min_lr=5e-4,
-        schedule="constant",
-        warmup_steps=5,
-        warmup_start_lr=5e-5,
-        beta2=0.95,
-        weight_decay=0.0,
-    ),
-    engine=EngineConfig(precision="fp32"),
-    checkpoint=CheckpointConfig(every=0),
+    optimizer=replace(BASE.optimizer, warmup_start_lr=5e-5),
     eval=RlEvalConfig(prompts=128),
 )
 

@@ -94,7 +94,8 @@ def test_goals() -> None:
     outcomes = [ours, floor, gone]
 
     def met(goal: Goal) -> bool | None:
-        return run.check_goal(goal, outcomes)["met"]
+        found: bool | None = run.check_goal(goal, outcomes)["met"]
+        return found
 
     assert met(Goal("", "ours", 1.3, "floor")) is True
     assert met(Goal("", "ours", 1.2, "floor")) is False

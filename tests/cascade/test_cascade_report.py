@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from helpers.cascade_run import ALARM, DOMAINS, STAGES, digest, make_run
 
 from nemocascade.cascade.report import ReportError, figures, view, words, write_report
 from nemocascade.cascade.report.read import read_run, shortened
-from tests.helpers.cascade_run import ALARM, DOMAINS, STAGES, digest, make_run
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 HOSTILE = (

@@ -78,13 +78,13 @@ def scores(**by_domain: float | None) -> Scores:
 
 def test_a_stage_starts_from_the_main_line_unless_it_says_otherwise() -> None:
     recipe = cascade()
-    starts = {name: recipe.start_of(name) for name in recipe.names}
+    starts = {name: recipe.graph.start_of(name) for name in recipe.graph.names}
     assert starts == {"sft": "", "rl": "sft", "aside": "sft", "mopd": "rl", "last": "mopd"}
     assert recipe.problems(1) == []
-    resolved = recipe.resolved("aside")
+    resolved = recipe.graph.resolved("aside")
     assert resolved.init_from == "run/stages/sft/artifact"
     assert resolved.run_dir == "run/stages/aside"
-    assert recipe.model_of("last") == tiny()
+    assert recipe.graph.model_of("last") == tiny()
 
 
 def test_everything_wrong_is_named_at_once() -> None:
@@ -129,8 +129,8 @@ def test_a_cascade_may_start_from_an_artifact_but_not_from_nothing() -> None:
     artifact = replace(RL, init_from="base/artifact")
     recipe = cascade(stages=(StageConfig("rl", artifact),))
     assert recipe.problems(1) == []
-    assert recipe.resolved("rl").init_from == "base/artifact"
-    assert recipe.model_of("rl") is None
+    assert recipe.graph.resolved("rl").init_from == "base/artifact"
+    assert recipe.graph.model_of("rl") is None
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_a_named_teacher_is_left_alone() -> None:
     named = replace(MOPD, teachers=(TeacherConfig("math", "elsewhere/artifact"),))
     stages = (StageConfig("sft", SFT), StageConfig("mopd", named))
     recipe = cascade(stages=stages)
-    assert recipe.open_teachers("mopd") == ["code"]
-    resolved = recipe.resolved("mopd", teachers={"code": "run/stages/sft/artifact"})
+    assert recipe.graph.open_teachers("mopd") == ["code"]
+    resolved = recipe.graph.resolved("mopd", teachers={"code": "run/stages/sft/artifact"})
     assert isinstance(resolved, MopdRecipe)
     assert {t.domain: t.artifact for t in resolved.teachers} == {
         "math": "elsewhere/artifact",
@@ -300,14 +300,14 @@ def test_overrides_go_by_the_names_of_stages() -> None:
         *("--alarm.stop", "True", "--teachers.pinned", "math", "sft", "--from", "rl", "--dry-run"),
     ]
     found, choice, dry = parse_cascade(cascade(), arguments)
-    assert found.stage("rl").recipe.steps == 7
-    assert found.stage("last").recipe.steps == RL.steps
-    mopd = found.stage("mopd").recipe
+    assert found.graph.stage("rl").recipe.steps == 7
+    assert found.graph.stage("last").recipe.steps == RL.steps
+    mopd = found.graph.stage("mopd").recipe
     assert isinstance(mopd, MopdRecipe)
     assert mopd.mopd.keep == "disk"
     assert (found.scores.tasks, found.alarm.stop) == (9, True)
     assert found.teachers.pinned == {"math": "sft"}
-    assert found.stage("aside").side
+    assert found.graph.stage("aside").side
     assert (choice, dry) == (Choice(begin="rl"), True)
     assert parse_cascade(cascade(), []) == (cascade(), Choice(), False)
 
@@ -329,11 +329,11 @@ def test_what_cannot_be_meant() -> None:
 
 def test_an_sft_stage_in_mid_cascade_keeps_the_tokenizer() -> None:
     stages = (StageConfig("sft", SFT), StageConfig("more", SFT))
-    resolved = cascade(stages=stages).resolved("more", tokenizer="a/tokenizer.model")
+    resolved = cascade(stages=stages).graph.resolved("more", tokenizer="a/tokenizer.model")
     assert isinstance(resolved, SftRecipe)
     assert resolved.tokenizer.path == "a/tokenizer.model"
     own = replace(SFT, tokenizer=TokenizerConfig(path="own.model"))
     stages = (StageConfig("sft", SFT), StageConfig("more", own))
-    resolved = cascade(stages=stages).resolved("more", tokenizer="a/tokenizer.model")
+    resolved = cascade(stages=stages).graph.resolved("more", tokenizer="a/tokenizer.model")
     assert isinstance(resolved, SftRecipe)
     assert resolved.tokenizer.path == "own.model"

@@ -254,7 +254,7 @@ def test_a_faster_builder_wins(
     tmp_path: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another machine on the same disk finishes while this one still writes."""
-    write = cache_files.write_files
+    write: Callable[..., None] = cache_files.write_files
 
     def write_twice(*arguments: Any) -> None:
         pieces = list(arguments[3])

@@ -22,6 +22,7 @@ from helpers.data import (
 from nemocascade.data import loader as loader_module
 from nemocascade.data.cache import build_cache
 from nemocascade.data.documents import DocumentSet
+from nemocascade.data.epoch import pack_sequence
 from nemocascade.data.errors import DataError
 from nemocascade.data.loader import HeldoutLoader, PackedLoader
 from nemocascade.data.packing import WorkModel
@@ -153,7 +154,12 @@ def test_a_foreign_position_is_refused_by_name(documents: DocumentSet) -> None:
         "work is [1.0, 0.0]",
     ):
         assert expected in text
-    for broken in ({}, {"made_from": {}}, {**state, "position": {"step": 1, "page": 2}}):
+    states: tuple[dict[str, Any], ...] = (
+        {},
+        {"made_from": {}},
+        {**state, "position": {"step": 1, "page": 2}},
+    )
+    for broken in states:
         with pytest.raises(DataError, match="not a position in the data"):
             other.load_state_dict(broken)
 
@@ -213,7 +219,7 @@ def test_an_error_while_prefetching_is_raised_in_its_step(
     # Threads of loaders of other tests may still be packing: only this loader's calls count.
     mine = replace(documents)
     loader = _loader(mine)
-    real, calls = loader_module.pack_sequence, Counter[str]()
+    real, calls = pack_sequence, Counter[str]()
 
     def fail_later(packed: DocumentSet, *arguments: Any, **more: Any) -> PackedBatch:
         calls["packed"] += packed is mine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -18,7 +19,7 @@ from nemocascade.data.readers import find_sources, read_pieces, read_rows
 ROWS = [{"question": f"q{i}", "answer": "a" * i} for i in range(1200)]
 
 
-def _read(path: Path, **limits: int) -> list[tuple[str, object]]:
+def _read(path: Path, **limits: Any) -> list[tuple[str, object]]:
     return list(read_rows(find_sources([str(path)]), BadRows(0), **limits))
 
 

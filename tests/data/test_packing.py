@@ -19,7 +19,7 @@ FIELDS = ("documents", "bin_offsets", "fills", "costs", "truncated", "dropped")
 
 def plan(lengths: Any, capacity: int, **settings: Any) -> PackingPlan:
     """A plan with settings that do not matter to the test filled in."""
-    defaults = {"group": 16, "work": WORK, "seed": 0, "over_long": "refuse"}
+    defaults: dict[str, Any] = {"group": 16, "work": WORK, "seed": 0, "over_long": "refuse"}
     return plan_packing(lengths, capacity, **defaults | settings)
 
 

@@ -150,7 +150,7 @@ def test_unknown_model_settings_are_refused(artifact: Artifact) -> None:
         artifact_model(strange)
 
 
-def copy_artifact(source: str, target: str, parallel: dict[str, int]) -> None:
+def copy_artifact(source: str, target: str, parallel: dict[str, Any]) -> None:
     """Read an artifact into a fresh model on this layout and write it from there."""
     world = start_world(ParallelConfig(**parallel), EngineConfig(timeout_s=300))
     trainer = make_trainer({"seed": 5}, world)

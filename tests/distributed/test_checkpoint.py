@@ -188,7 +188,7 @@ def test_before_the_first_step(tmp_path: Path) -> None:
         assert unequal(folder(root / "run", HALF), folder(root / "again", HALF)) == []
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other width": ({"model": {"mlp_width": 64}}, "model.mlp_width is 64 in this run and 48"),
     "other precision": ({"precision": "bf16"}, "set --engine.precision fp32"),
     "frozen router": (

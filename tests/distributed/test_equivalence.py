@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from helpers.ranks import run_ranks
 
-LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tp": 2}),
     "PP2": (2, {"pp": 2}),
     "PP2 VPP2": (2, {"pp": 2, "vpp": 2}),
@@ -36,7 +36,7 @@ def train_each(runs: dict[str, dict[str, Any]]) -> dict[str, list[list[float]]]:
 
 
 def train(
-    parallel: dict[str, int],
+    parallel: dict[str, Any],
     *,
     model: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,

@@ -18,7 +18,7 @@ EXACT = ("reward", "response_tokens", "groups", "groups_drawn", "trained_tokens"
 Lines = list[dict[str, Any]]
 
 
-def grpo(artifact: str, folder: str, parallel: dict[str, int], steps: int = STEPS) -> Lines:
+def grpo(artifact: str, folder: str, parallel: dict[str, Any], steps: int = STEPS) -> Lines:
     """metrics.jsonl of a stage. Answers are junk, and some junk keeps to "no commas"."""
     from nemocascade.recipe import (
         CheckpointConfig,

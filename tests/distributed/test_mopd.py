@@ -18,7 +18,7 @@ EXACT = ("reward", "response_tokens", "trained_tokens")
 Lines = list[dict[str, Any]]
 
 
-def teach(artifact: str, teacher: str, folder: str, parallel: dict[str, int], **more: Any) -> Lines:
+def teach(artifact: str, teacher: str, folder: str, parallel: dict[str, Any], **more: Any) -> Lines:
     """metrics.jsonl of a stage with the start itself and `teacher` as teachers."""
     from nemocascade.recipe import (
         CheckpointConfig,

@@ -44,7 +44,7 @@ def measure(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _measure(parallel: dict[str, int], model: dict[str, Any]) -> dict[str, float]:
+def _measure(parallel: dict[str, Any], model: dict[str, Any]) -> dict[str, float]:
     import gc
     from dataclasses import replace
     from pathlib import Path

@@ -22,7 +22,7 @@ def replay_each(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {name: replay_once(**settings) for name, settings in runs.items()}
 
 
-def replay_once(parallel: dict[str, int], recompute: bool = False) -> dict[str, Any]:
+def replay_once(parallel: dict[str, Any], recompute: bool = False) -> dict[str, Any]:
     """What a pass records, and loss and gradient norm of a step on choices that no router made."""
     from dataclasses import replace
 
@@ -120,7 +120,8 @@ def results() -> dict[str, Any]:
     found: dict[str, Any] = run_ranks(replay_each, 1, {"runs": {"one": {"parallel": {}}}})[0]
     of_rank = run_ranks(replay_each, 2, {"runs": LAYOUTS}, timeout_s=300)
     assert of_rank[0] == of_rank[1], "ranks disagree"
-    return found | of_rank[0]
+    found |= of_rank[0]
+    return found
 
 
 def test_one_process_replays_and_that_matters(results: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.ranks import join_group, run_ranks
@@ -16,7 +17,7 @@ from nemocascade.megatron.checkpoint import checkpoint_name
 HALF, STEPS = 3, 6
 
 
-def train_twice(root: str, parallel: dict[str, int]) -> None:
+def train_twice(root: str, parallel: dict[str, Any]) -> None:
     """Train 2N steps in one go, then go on from its checkpoint at N in a run folder of its own."""
     from dataclasses import replace
 
@@ -72,7 +73,7 @@ def train_twice(root: str, parallel: dict[str, int]) -> None:
         pytest.param(2, {"pp": 2}, id="pp2", marks=pytest.mark.slow),
     ],
 )
-def test_n_and_n_steps_are_2n(tmp_path: Path, ranks: int, parallel: dict[str, int]) -> None:
+def test_n_and_n_steps_are_2n(tmp_path: Path, ranks: int, parallel: dict[str, Any]) -> None:
     arguments = {"root": str(tmp_path), "parallel": parallel}
     run_ranks(train_twice, ranks, arguments, timeout_s=400)
     whole, halves = tmp_path / "whole", tmp_path / "halves"

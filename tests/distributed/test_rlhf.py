@@ -25,7 +25,7 @@ Lines = list[dict[str, Any]]
 
 
 def recipe(
-    artifact: str, folder: str, judge: dict[str, Any], parallel: dict[str, int], steps: int
+    artifact: str, folder: str, judge: dict[str, Any], parallel: dict[str, Any], steps: int
 ) -> Any:
     from nemocascade.recipe import (
         CheckpointConfig,
@@ -69,7 +69,7 @@ def train(
     artifact: str,
     folder: str,
     judge: dict[str, Any],
-    parallel: dict[str, int] | None = None,
+    parallel: dict[str, Any] | None = None,
     steps: int = 2,
 ) -> Lines:
     """metrics.jsonl of a stage."""

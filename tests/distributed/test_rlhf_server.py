@@ -29,8 +29,7 @@ def stages(folder: str, judges: dict[str, dict[str, Any]]) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from nemocascade.recipe import RlEvalConfig
-    from nemocascade.recipe.errors import RecipeError
+    from nemocascade.recipe import RecipeError, RlEvalConfig
     from nemocascade.runtime.world import MainRankError
     from nemocascade.stages.grpo import run_grpo
 

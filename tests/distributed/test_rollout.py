@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers.ranks import run_ranks
 
-LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tp": 2}),
     "PP2": (2, {"pp": 2}),
     "PP2 VPP2": (2, {"pp": 2, "vpp": 2}),
@@ -25,12 +25,12 @@ PIECES = ", in pieces"
 Found = dict[str, list[Any]]
 
 
-def generate_each(layouts: dict[str, dict[str, int]]) -> dict[str, dict[str, Found]]:
+def generate_each(layouts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Found]]:
     """What each layout generates, by request, with an environment and without."""
     return {name: generate(parallel) for name, parallel in layouts.items()}
 
 
-def generate(parallel: dict[str, int]) -> dict[str, Found]:
+def generate(parallel: dict[str, Any]) -> dict[str, Found]:
     """Tokens, log-probabilities and turns of this rank's requests."""
     from helpers.rollout import EVEN, draw_tokens, make_model
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from helpers.ranks import _start
+from helpers.ranks import Rank
 
 RANKS = 3
 VICTIM = 1
@@ -78,23 +77,19 @@ def run_with(fault: str, folder: Path) -> tuple[list[int], list[str], float]:
     target = f"{Path(__file__).resolve()}:work_until_a_fault"
     request = {"target": target, "kwargs": {"fault": fault, "folder": str(folder)}}
     (folder / "request.json").write_text(json.dumps(request))
-    extra = {"MASTER_PORT": str(store.port)}
-    ranks = [_start(rank, RANKS, folder, extra) for rank in range(RANKS)]
+    ranks = [Rank(rank, RANKS, folder, store.port) for rank in range(RANKS)]
     others = [p for i, p in enumerate(ranks) if i != VICTIM or fault not in SILENT]
     try:
         deadline = time.monotonic() + PATIENCE_S
-        for process in others:
-            process.wait(timeout=max(1.0, deadline - time.monotonic()))
-        ended = time.time()
-    except subprocess.TimeoutExpired:
-        ended = float("inf")
+        while (running := [r for r in others if r.poll() is None]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ended = float("inf") if running else time.time()
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
     logs = [(folder / f"stderr.{rank}").read_text() for rank in range(RANKS)]
     began = float((folder / f"reached.{VICTIM}").read_text())
-    return [p.returncode for p in ranks], logs, ended - began
+    return [p.poll() for p in ranks], logs, ended - began
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def solve(text: str, question: str) -> str:
         return str(len(re.findall(rf"is at the {found[1]}\.", text)))
     found = re.fullmatch(r"Who has the most (\w+)s\?", question)
     assert found
-    amounts = re.findall(rf"(\w+) has (\d+) {found[1]}s\.", text)
+    amounts: list[tuple[str, str]] = re.findall(rf"(\w+) has (\d+) {found[1]}s\.", text)
     return max(amounts, key=lambda pair: int(pair[1]))[0]
 
 

@@ -7,7 +7,9 @@ import os
 import random
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -398,9 +400,9 @@ def test_the_verdict_depends_on_the_response_alone(domain: SweAgentic) -> None:
 # Rows
 
 
-def write_task(folder: Path, answer: dict[str, object], **row: object) -> None:
+def write_task(folder: Path, answer: Mapping[str, Any], **row: object) -> None:
     for name, files in (("repository", answer["files"]), ("tests", answer["tests"])):
-        for path, text in files.items():  # type: ignore[attr-defined]
+        for path, text in files.items():
             (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / name / path).write_text(text)
     (folder / "row.json").write_text(json.dumps(row))

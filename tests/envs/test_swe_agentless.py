@@ -22,6 +22,7 @@ from nemocascade.sandbox import launch
 from nemocascade.swe import rows
 from nemocascade.swe.edits import Edit, apply_edits, edit_text
 from nemocascade.swe.repository import judge
+from nemocascade.swe.snapshots import read_snapshot
 from nemocascade.swe.texts import with_texts
 from nemocascade.types import Answer, Message, Prompt, SandboxUnavailable, Verdict
 
@@ -156,7 +157,7 @@ def test_rows_that_share_a_folder_read_it_once(
         write_task(tmp_path, name, repository="a/repository")
     reads: list[str] = []
     indexed: list[int] = []
-    read_folder, index = rows.read_snapshot, bm25s.BM25.index
+    read_folder, index = read_snapshot, bm25s.BM25.index
 
     def counted(folder: str) -> dict[str, bytes]:
         reads.append(folder)

@@ -23,11 +23,12 @@ from nemocascade.recipe import EnvConfig, GrpoConfig, GrpoRecipe, RolloutConfig
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.batches import pack_sequences
-from nemocascade.rl.collector import Group, Rollout, advantages_of
+from nemocascade.rl.collector import Group, advantages_of
 from nemocascade.rl.episodes import Episodes
 from nemocascade.rl.policy import training_sequences
 from nemocascade.rl.tasks import Task
 from nemocascade.rl.trajectories import ReplaySettings, extremes, logged, replay, settings_of_run
+from nemocascade.rl.verification import Rollout
 from nemocascade.rollout.engine import Completion, Request
 from nemocascade.types import Message, Prompt, ToolCall, Verdict
 
@@ -98,11 +99,12 @@ def test_tokens_of_the_environment_never_train(domain: SweAgentic) -> None:
     (group,) = advantages_of([group], recipe.rollout, recipe.grpo)
     (sequence, _) = training_sequences([group], recipe)
     batch = pack_sequences([sequence], 2048, 0)
-    length = len(given)
+    length, advantage = len(given), batch.advantage
+    assert advantage is not None
     for row in range(length - 1):
         trains = bool(batch.token_weight[row])
         assert trains == (not given[row + 1])
-        assert bool(batch.advantage[row]) == trains
+        assert bool(advantage[row]) == trains
     # Every turn of the model trains, and between them lie the tools' answers.
     changes = sum(a != b for a, b in itertools.pairwise(given))
     assert changes == 2 * 3 - 1

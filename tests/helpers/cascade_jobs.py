@@ -155,7 +155,8 @@ def scenarios(root: str) -> dict[str, Any]:
     run_cascade(base)
     found |= {"first": digests(run_dir), "cascade": _json(run_dir, "cascade.json")}
     found["report"] = report_text(Path(run_dir))
-    found["scores"] = {name: _json(run_dir, f"stages/{name}/scores.json") for name in base.names}
+    names = base.graph.names
+    found["scores"] = {name: _json(run_dir, f"stages/{name}/scores.json") for name in names}
     found["leftovers"] = [str(p) for p in Path(run_dir).glob("stages/*/checkpoints")]
 
     found["kept"] = dry_run(base, Choice())
@@ -263,7 +264,7 @@ def _end(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def on_layouts(run_dir: str, layouts: dict[str, dict[str, int]]) -> dict[str, Any]:
+def on_layouts(run_dir: str, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The cascade with a parallel layout for each stage, then once more."""
     cascade = small_cascade(run_dir)
     for name, sizes in layouts.items():

@@ -99,7 +99,10 @@ def _recipe(
     }
     if kind == "sft":
         return shared | {"demonstrations": {"domains": listed}, "data": {"capacity": 2048}}
-    rollout = {"prompts_per_step": 16, "rollouts_per_prompt": 8 if kind == "grpo" else 4}
+    rollout: dict[str, Any] = {
+        "prompts_per_step": 16,
+        "rollouts_per_prompt": 8 if kind == "grpo" else 4,
+    }
     rollout |= {"max_response_tokens": 48, "temperature": 1.0, "top_p": 1.0, "thinking": False}
     own = {"grpo": {"kl_coef": 0.03 if "rlhf" in name else 0.0, "capacity": 2048}}
     if kind == "mopd":
@@ -233,4 +236,8 @@ def _scored(name: str, scores: dict[str, float], dice: random.Random) -> dict[st
 if __name__ == "__main__":
     from nemocascade.cascade.report import write_report
 
-    print(write_report(make_run(Path(sys.argv[1]), stages=int((sys.argv[2:] or [len(STAGES)])[0]))))
+    print(
+        write_report(
+            make_run(Path(sys.argv[1]), stages=int(sys.argv[2]) if sys.argv[2:] else len(STAGES))
+        )
+    )

@@ -29,7 +29,7 @@ from nemocascade.types import Document, PackedBatch, pack_documents
 
 CAPACITY = 64
 SEQUENCES = 4
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "relu2": {"pattern": "ME*-"},
     "swiglu": {"pattern": "E*-M", "activation": "swiglu", "qk_norm": True},
     "tied": {"pattern": "ME*-", "tie_embeddings": True, "rope": True},

@@ -54,7 +54,7 @@ def kill_before_every_operation(root: str) -> list[list[list[Any]]]:
 
     Ends with the first n that a save does not reach.
     """
-    rounds = []
+    rounds: list[list[list[Any]]] = []
     while True:
         rounds.append(_round(root, len(rounds), None))
         if rounds[-1][-1][0] == "done":

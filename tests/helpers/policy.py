@@ -11,7 +11,7 @@ from torch import Tensor
 from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.recipe import EngineConfig, MoeTrainingConfig, OptimizerConfig, tiny
-from nemocascade.rl.collector import Rollout
+from nemocascade.rl.verification import Rollout
 from nemocascade.runtime.world import World
 from nemocascade.train.trainer import Trainer
 from nemocascade.types import Document, PackedBatch, Verdict, pack_documents
@@ -54,7 +54,7 @@ def rollout(
 
 
 def gradients(trainer: Trainer) -> list[Tensor]:
-    return [p.main_grad.clone() for m in trainer.modules for p in m.parameters()]  # type: ignore[union-attr]
+    return [p.main_grad.clone() for m in trainer.modules for p in m.parameters()]
 
 
 def plain_logprobs(trainer: Trainer, tokens: Tensor) -> Tensor:

@@ -71,11 +71,11 @@ def run_ranks(
         job = Path(folder)
         name = _name(target)
         (job / "request.json").write_text(json.dumps({"target": name, "kwargs": kwargs or {}}))
-        ranks: list[_Rank] = []
+        ranks: list[Rank] = []
         deadline = time.monotonic() + timeout_s
         try:
             for rank in range(world_size):
-                ranks.append(_Rank(rank, world_size, job, store.port))
+                ranks.append(Rank(rank, world_size, job, store.port))
             failed = _wait(ranks, deadline)
         finally:
             for process in ranks:
@@ -145,7 +145,7 @@ def _server(hash_seed: str) -> _Server:
     return _Server(hash_seed)
 
 
-class _Rank:
+class Rank:
     """A rank of a job. Its server leaves its exit status in the job's folder."""
 
     def __init__(self, rank: int, world_size: int, job: Path, port: int) -> None:
@@ -176,7 +176,7 @@ class _Rank:
             time.sleep(0.01)
 
 
-def _wait(ranks: list[_Rank], deadline: float) -> int | None:
+def _wait(ranks: list[Rank], deadline: float) -> int | None:
     """Wait for all; the first rank that failed, -1 when time ran out, None when all is well."""
     while True:
         codes = [process.poll() for process in ranks]
@@ -204,11 +204,12 @@ def _report(target: str, failed: int, job: Path, world_size: int, timeout_s: flo
 
 def _load(target: str) -> Callable[..., Any]:
     module_name, _, function = target.rpartition(":")
-    if not module_name.endswith(".py"):
-        return getattr(importlib.import_module(module_name), function)
-    path = Path(module_name)
-    sys.path.insert(0, str(path.parent))
-    return getattr(importlib.import_module(path.stem), function)
+    if module_name.endswith(".py"):
+        path = Path(module_name)
+        sys.path.insert(0, str(path.parent))
+        module_name = path.stem
+    found: Callable[..., Any] = getattr(importlib.import_module(module_name), function)
+    return found
 
 
 def _serve() -> None:

@@ -62,7 +62,8 @@ def full_logits(chunks: Sequence[CascadeModel], tokens: Tensor) -> Tensor:
     packed = Microbatch.from_batch(pack_documents([document], tokens.numel()), torch.device("cpu"))
     with torch.no_grad():
         hidden: Any = chunks[0](packed)
-        return hidden.squeeze(1) @ chunks[0].lm_head().t()
+        logits: Tensor = hidden.squeeze(1) @ chunks[0].lm_head().t()
+        return logits
 
 
 def draw_tokens(vocabulary: int, length: int, seed: int) -> Tensor:

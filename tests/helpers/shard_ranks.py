@@ -44,6 +44,7 @@ def _run(rank: int, world: int, backend: str, dtype: torch.dtype) -> dict[str, T
     out = linear_logprob(
         hidden, weight, head.target, return_entropy=True, tp_group=group, backend=backend
     )
+    assert out.entropy is not None
     mix = random_normal(SHAPE[0], seed=5) * out.logprob + 0.5 * out.entropy
     mix.sum().backward()
     found |= {

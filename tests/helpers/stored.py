@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -48,4 +49,4 @@ def distance(a: Path, b: Path, prefix: str) -> float:
     keys = [key for key in right if key.startswith(prefix)]
     assert keys, f"no tensor begins with {prefix}"
     gap = sum(float((left[k].double() - right[k].double()).square().sum()) for k in keys)
-    return (gap / sum(float(right[k].double().square().sum()) for k in keys)) ** 0.5
+    return math.sqrt(gap / sum(float(right[k].double().square().sum()) for k in keys))

@@ -115,7 +115,12 @@ def judges() -> Iterator[Callable[..., ServerJudge]]:
     made: list[ServerJudge] = []
 
     def make(url: str, **settings: Any) -> ServerJudge:
-        given = {"backoff_s": 0.01, "timeout_s": 0.5, "retries": 3, "deadline_s": 5.0}
+        given: dict[str, Any] = {
+            "backoff_s": 0.01,
+            "timeout_s": 0.5,
+            "retries": 3,
+            "deadline_s": 5.0,
+        }
         given |= {"silence_s": 5.0, **settings}
         judge = make_judge(JudgeConfig(kind="server", url=url, model="genrm", **given))
         assert isinstance(judge, ServerJudge)

@@ -96,7 +96,7 @@ class Problem:
 
     def solve(
         self, backend: str, dtype: torch.dtype, function: Any = None, device: Any = "cpu"
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         """Rounded to bfloat16 first, so that every dtype is given the same numbers."""
         leaves = [
             tensor.bfloat16().to(device=device, dtype=dtype, copy=True).requires_grad_()
@@ -397,7 +397,7 @@ class TestTransformers:
         y = block(theirs[0], experts, theirs[1])
         y.backward(grad)
         names = {"qwen3_moe": "gate_up_proj", "nemotron_h": "up_proj"}
-        w_up, w_down = getattr(block, names[family]), block.down_proj
+        w_up, w_down = (getattr(block, name) for name in (names[family], "down_proj"))
         ours = [
             t.detach().to(device, copy=True).requires_grad_() for t in (x, weights, w_up, w_down)
         ]

@@ -462,8 +462,13 @@ class TestLosses:
             )
 
         sent: list[list[Tensor]] = [[], []]
-        for index, cut in enumerate(cuts):
-            rank(cut, lambda counts, index=index: sent[index].append(counts) or counts)
+        for parts, cut in zip(sent, cuts, strict=True):
+
+            def send(counts: Tensor, parts: list[Tensor] = parts) -> Tensor:
+                parts.append(counts)
+                return counts
+
+            rank(cut, send)
         summed = [sum(parts) for parts in zip(*sent, strict=True)]
         losses = []
         for cut in cuts:

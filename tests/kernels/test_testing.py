@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nemocascade_kernels.testing import (
     random_normal,
     rms_error,
 )
+from torch import Tensor
 
 
 def test_poison_reaches_every_maker() -> None:
@@ -32,11 +34,11 @@ def test_poison_reaches_every_maker() -> None:
 def test_poison_reaches_backward() -> None:
     class Careless(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
+        def forward(ctx: Any, x: Tensor) -> Tensor:
             return x.clone()
 
         @staticmethod
-        def backward(ctx, gradient):
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
             return torch.empty_like(gradient)
 
     x = torch.ones(3, requires_grad=True)

@@ -63,7 +63,9 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-9))
 
 
-def read_in_pieces(model: ModelRunner, texts: Sequence[Tensor], slots: Sequence[int], size: int):
+def read_in_pieces(
+    model: ModelRunner, texts: Sequence[Tensor], slots: Sequence[int], size: int
+) -> Tensor:
     """Logits after each text, read `size` tokens a pass; short texts end before long ones, and a
     text begins beside others that go on: the first pass reads all but the first text."""
     last: dict[int, Tensor] = {}

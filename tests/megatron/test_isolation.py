@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def build(world: World, pattern: str, precision: str) -> CascadeModel:
         seed=1,
     )
     (model,) = build_model(world, config, Accelerators())
-    return model.train()
+    trained: CascadeModel = model.train()
+    return trained
 
 
 def documents() -> list[Document]:
@@ -125,7 +127,7 @@ def test_packed_equals_one_at_a_time(world: World, pattern: str) -> None:
             ("hidden", "logprob", "gradient"), (hidden, logprob, gradient), alone, strict=True
         ):
             torch.testing.assert_close(
-                a[rows], b, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+                a[rows], b, rtol=1e-4, atol=2e-5, msg=partial("{}: {}".format, name)
             )
 
 

@@ -39,7 +39,7 @@ SHAPE = ModelConfig(
     mlp_width=20,
 )
 MIXERS = {"mamba": MambaMixer, "attention": Attention, "mlp": MLP}
-VARIANTS = {
+VARIANTS: dict[str, tuple[type, ModelConfig]] = {
     "mamba": (MambaMixer, SHAPE),
     "attention": (Attention, SHAPE),
     "attention with rope and norms": (Attention, replace(SHAPE, rope=True, qk_norm=True)),
@@ -56,13 +56,13 @@ def world() -> Iterator[World]:
 
 
 def configure(shape: ModelConfig, precision: str = "fp32", seed: int = 1) -> CascadeConfig:
-    engine = EngineConfig(precision=precision)  # type: ignore[arg-type]
+    engine = EngineConfig(precision=precision)
     return make_config(shape, ParallelConfig(), engine, MoeTrainingConfig(), seed=seed)
 
 
 def layer(world: World, mixer: type, config: CascadeConfig, number: int = 1) -> ResidualBlock:
     """Built with every argument that HybridStack gives to one kind of layer or another."""
-    return build_module(
+    block: ResidualBlock = build_module(
         ModuleSpec(module=ResidualBlock, params={"mixer": mixer}),
         config=config,
         layer_number=number,
@@ -72,17 +72,19 @@ def layer(world: World, mixer: type, config: CascadeConfig, number: int = 1) -> 
         add_layer_offset=False,
         name=None,
     )
+    return block
 
 
 def run(block: ResidualBlock, hidden: Tensor, packed: PackedSeq) -> Tensor:
     """Called with every argument that HybridStack gives."""
-    return block(
+    out: Tensor = block(
         hidden_states=hidden.unsqueeze(1),
         attention_mask=None,
         inference_context=None,
         rotary_pos_emb=None,
         packed_seq_params=packed,
     ).squeeze(1)
+    return out
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -131,7 +133,7 @@ def test_the_residual_stream_passes_through(world: World) -> None:
 
 def test_mlp_activations(world: World) -> None:
     for activation in ("relu2", "swiglu"):
-        config = configure(replace(SHAPE, activation=activation))  # type: ignore[arg-type]
+        config = configure(replace(SHAPE, activation=activation))
         mlp = MLP(config, layer_number=1, pg_collection=world.groups)
         x = draw(7, 1, SHAPE.hidden_size)
         up = x @ mlp.linear_fc1.weight.T
@@ -143,7 +145,7 @@ def test_mlp_activations(world: World) -> None:
         torch.testing.assert_close(mlp(x), up @ mlp.linear_fc2.weight.T)
 
 
-NAMES = {
+NAMES: dict[str, dict[str, tuple[int, ...]]] = {
     "mamba": {
         "mixer.in_proj.weight": (2 * 24 + 2 * 10 + 4, 24),
         "mixer.conv1d.weight": (24 + 20, 1, 4),

@@ -92,7 +92,7 @@ def test_every_chunk_enters_from_the_rows_before_it(block_slots: int) -> None:
                 assert ends[before] == first - 1
                 if block.body is not None:
                     previous[block.body.start + i] = before
-        carried = {}
+        carried: dict[int, int] = {}
         for carry in block.carries:
             now, before_slice = carry.slices
             assert now.start >= before_slice.stop, "a step reads what it has not made"

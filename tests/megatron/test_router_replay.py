@@ -38,7 +38,8 @@ def make_model(world: World, *, recompute: bool = False) -> CascadeModel:
     moe = MoeTrainingConfig(load_balance="none")
     config = make_config(SHAPE, world.parallel, engine, moe, seed=1)
     [model] = build_model(world, config, Accelerators())
-    return model.train()
+    trained: CascadeModel = model.train()
+    return trained
 
 
 def make_batch() -> PackedBatch:

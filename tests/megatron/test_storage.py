@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,7 +248,7 @@ def test_all_broken_parts_are_named_at_once(folder: Path, world: World) -> None:
     assert "rank_00009.safetensors is foreign" in message
 
 
-def rewrite_manifest(folder: Path, change: Callable[[dict], None]) -> None:
+def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the manifest and make its digest right again."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["digest"]

@@ -48,17 +48,18 @@ from nemocascade.recipe import (
     MoeTrainingConfig,
     OptimizerConfig,
     ParallelConfig,
+    SftRecipe,
+    load_recipe,
     nemotron3_nano_30b,
     tiny,
 )
-from nemocascade.recipe.loading import load_recipe
 from nemocascade.runtime.world import World
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SMALL = replace(tiny(), vocab_size=512, hidden_size=64)
 MIXED = replace(SMALL, pattern="ME*-ME*-", activation="swiglu", qk_norm=True, mlp_width=96)
 # Name -> world, parallel sizes, model, precision, distributed, freeze_router.
-STATES: dict[str, tuple[int, dict[str, int], ModelConfig, str, bool, bool]] = {
+STATES: dict[str, tuple[int, dict[str, Any], ModelConfig, str, bool, bool]] = {
     "one": (1, {}, SMALL, "fp32", True, False),
     "DP3": (3, {}, SMALL, "bf16", True, False),
     "TP2 EP2 DP2": (4, {"tp": 2, "ep": 2}, SMALL, "bf16", True, False),
@@ -131,7 +132,7 @@ def test_state_equals_a_meta_build_of_every_rank(name: str) -> None:
 @pytest.mark.parametrize(
     "sizes", [{"tp": 8, "pp": 2, "ep": 8}, {"tp": 2, "pp": 4, "vpp": 13, "ep": 4, "etp": 2}]
 )
-def test_parameters_of_the_30b_model_are_those_that_are_built(sizes: dict[str, int]) -> None:
+def test_parameters_of_the_30b_model_are_those_that_are_built(sizes: dict[str, Any]) -> None:
     """By name, size and order, on a rank of every stage of 256."""
     shape, parallel, moe = nemotron3_nano_30b(), ParallelConfig(**sizes), MoeTrainingConfig()
     for stage in range(parallel.pp):
@@ -165,7 +166,7 @@ def test_groups_are_megatrons_own() -> None:
 
 
 def job_of(world: int, gpu: str = "h200", **changes: Any) -> Job:
-    recipe = load_recipe(RECIPES / "nemotron3_nano_30b" / "sft.py")
+    recipe = load_recipe(RECIPES / "nemotron3_nano_30b" / "sft.py", SftRecipe)
     return replace(job_of_recipe(recipe, find_gpu(gpu), world), **changes)
 
 
@@ -273,7 +274,8 @@ def shorter(recipe: Any) -> Any:
 def report() -> dict[str, Any]:
     recipe = str(RECIPES / "nemotron3_nano_30b" / "sft.py")
     settings = PlanSettings(recipe=recipe, gpus=64, best=3, json=True)
-    return json.loads(run_plan(settings, shorter))
+    found: dict[str, Any] = json.loads(run_plan(settings, shorter))
+    return found
 
 
 def test_the_report_says_what_a_machine_needs(report: dict[str, Any]) -> None:

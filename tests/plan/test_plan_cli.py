@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemocascade import cli
-from nemocascade.recipe.loading import load_recipe
+from nemocascade.recipe import CascadeRecipe, load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
 TINY, CASCADE = str(RECIPES / "sft.py"), str(RECIPES / "cascade.py")
@@ -65,7 +65,7 @@ def test_submit(nemocascade: Command) -> None:
 
 
 def test_a_cascade_is_planned_checked_and_submitted_by_stage(nemocascade: Command) -> None:
-    names = load_recipe(Path(CASCADE)).names
+    names = load_recipe(Path(CASCADE), CascadeRecipe).graph.names
     two = ("--gpus", "2", "--gpu", "cpu", "--best", "1", "--json")
     report = json.loads(nemocascade("plan", CASCADE, *two))
     assert list(report["stages"]) == names

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nemocascade.recipe.loading import load_recipe
+from nemocascade.recipe import SftRecipe, load_recipe
 from nemocascade.stages.sft import run_sft
 from nemocascade.train.checkpointing import Stopped
 from nemocascade.train.trainer import Trainer
@@ -20,7 +20,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "sft.py"
 def test_a_run_stops_on_request_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(RECIPE, SftRecipe)
     recipe = replace(
         recipe,
         steps=4,

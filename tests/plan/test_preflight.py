@@ -22,13 +22,16 @@ from nemocascade.plan.preflight import (
     run_preflight,
 )
 from nemocascade.recipe import (
+    CascadeRecipe,
     CheckpointConfig,
     EngineConfig,
     ParallelConfig,
+    SftRecipe,
     TokenizerConfig,
+    load_any_recipe,
+    load_recipe,
     nemotron3_nano_30b,
 )
-from nemocascade.recipe.loading import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TINY = str(RECIPES / "tiny" / "sft.py")
@@ -58,9 +61,10 @@ def test_the_tiny_recipe_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", LARGE)
 def test_the_30b_recipes_pass_as_256_ranks(path: Path, tmp_path: Path) -> None:
     """Every rank's model is built, and no problem is left but the data that is not here."""
-    recipe = load_recipe(path)
+    recipe = load_any_recipe(path)
+    assert not isinstance(recipe, CascadeRecipe)
     changes: dict[str, Any] = {"run_dir": str(tmp_path / "run")}
-    if hasattr(recipe, "data"):
+    if isinstance(recipe, SftRecipe):
         changes["data"] = replace(recipe.data, path=("synthetic:arithmetic",))
     else:
         changes["init_from"] = str(tmp_path / "written by the stage before")
@@ -78,7 +82,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     """Five kinds of fault in one recipe, five findings, each with what to do."""
     bad = tmp_path / "broken"
     bad.mkdir()
-    recipe = load_recipe(Path(TINY))
+    recipe = load_recipe(Path(TINY), SftRecipe)
     recipe = replace(
         recipe,
         run_dir=str(tmp_path / "run"),
@@ -104,9 +108,9 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
 def test_too_little_memory_and_disk_are_foreseen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = load_recipe(Path(TINY))
+    recipe = load_recipe(Path(TINY), SftRecipe)
     recipe = replace(recipe, run_dir=str(tmp_path), model=nemotron3_nano_30b())
-    usage = shutil._ntuple_diskusage(2**40, 2**40 - 2**30, 2**30)  # type: ignore[attr-defined]
+    usage = shutil._ntuple_diskusage(2**40, 2**40 - 2**30, 2**30)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     problems = problems_before(recipe, 1)
     assert any("GiB, a cpu gives" in p for p in problems)
@@ -130,7 +134,7 @@ def test_a_recipe_that_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
 
 
 def test_devices_are_timed() -> None:
-    recipe = load_recipe(Path(TINY))
+    recipe = load_recipe(Path(TINY), SftRecipe)
     job = job_of_recipe(recipe, find_gpu("cpu"), 1)
     world = start_world(ParallelConfig(), EngineConfig(precision="fp32"))
     try:

@@ -8,8 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemocascade.recipe import CascadeRecipe, MopdRecipe, PolicyRecipe
-from nemocascade.recipe.loading import load_recipe
+from nemocascade.recipe import CascadeRecipe, MopdRecipe, PolicyRecipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "recipes/tiny/cascade.py"
@@ -61,12 +60,12 @@ def nemocascade(*arguments: str) -> str:
 
 
 def test_every_stage_runs_and_is_scored(tmp_path: Path) -> None:
-    cascade = load_recipe(ROOT / SCRIPT)
+    cascade = load_recipe(ROOT / SCRIPT, CascadeRecipe)
     run_dir = tmp_path / "run"
     arguments = ("run", SCRIPT, "--run-dir", str(run_dir), *small(cascade))
     printed = nemocascade(*arguments)
     found = json.loads((run_dir / "cascade.json").read_text())
-    assert [s["name"] for s in found["stages"]] == cascade.names
+    assert [s["name"] for s in found["stages"]] == cascade.graph.names
     scored = {d.domain for d in cascade.scores.domains}
     assert f"report: {run_dir / 'report' / 'index.html'}" in printed
     trained: set[str] = set()
@@ -85,7 +84,7 @@ def test_every_stage_runs_and_is_scored(tmp_path: Path) -> None:
         if isinstance(stage.recipe, MopdRecipe):
             taught = {d.domain for d in stage.recipe.domains}
             assert set(found["teachers"]) == taught
-            assert {found["teachers"][d]["stage"] for d in taught} <= set(cascade.names)
+            assert {found["teachers"][d]["stage"] for d in taught} <= set(cascade.graph.names)
     assert trained <= scored, "a stage trains a domain that nothing scores"
     again = nemocascade(*arguments, "--dry-run")
     assert again.count(": keep") == len(cascade.stages)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe import RecipeError
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages import judge
 from nemocascade.types import Artifact

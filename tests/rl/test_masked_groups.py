@@ -10,10 +10,11 @@ import torch
 
 from nemocascade.envs.multiple_choice import MultipleChoice
 from nemocascade.recipe import GrpoRecipe, MopdRecipe, RolloutConfig
-from nemocascade.rl.collector import Collector, Group, Rollout, advantages_of, gather
+from nemocascade.rl.collector import Collector, Group, advantages_of, gather
 from nemocascade.rl.policy import training_sequences
 from nemocascade.rl.rollout_metrics import rollout_values
 from nemocascade.rl.tasks import Task, TaskStream
+from nemocascade.rl.verification import Rollout
 from nemocascade.sandbox.child import ChildPool
 from nemocascade.types import Prompt, Verdict
 

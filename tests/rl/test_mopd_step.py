@@ -31,10 +31,10 @@ from nemocascade.recipe import (
     MopdConfig,
     MopdRecipe,
     ParallelConfig,
+    RecipeError,
     RolloutConfig,
     TeacherConfig,
 )
-from nemocascade.recipe.errors import RecipeError
 from nemocascade.rl.batches import TrainingSequence, lay_out, pack_sequences
 from nemocascade.rl.collector import Group
 from nemocascade.rl.tasks import Task
@@ -93,7 +93,7 @@ def groups(trainer: Trainer) -> list[Group]:
 
 def plain_loss(trainer: Trainer, swap: WeightSwap, found: list[Group]) -> Tensor:
     """Eq. 2-4 as they are printed: a loop over rollouts, the mean of each over V(y)."""
-    teachers = {}
+    teachers: dict[int, Tensor] = {}
     for group in found:
         with torch.no_grad(), swap.using(group.task.prompt.domain):
             teachers |= {id(r): plain_logprobs(trainer, r.tokens) for r in group.rollouts}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemocascade.recipe.errors import UserError
+from nemocascade.recipe import UserError
 
 
 class FolderError(UserError, RuntimeError):

@@ -322,6 +322,9 @@ class Reader:
             path = str(self.folder / source.file)
             file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             self._open[source.file] = file
+        found: Tensor
         if not box.size:
-            return file.get_tensor(source.name)
-        return file.get_slice(source.name)[box.slices()]
+            found = file.get_tensor(source.name)
+        else:
+            found = file.get_slice(source.name)[box.slices()]
+        return found

@@ -143,7 +143,9 @@ def variable_length(
             k, v = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
     # The kernel wants dense heads; a slice of the fused projection may have gaps between rows.
     q, k, v = (t.contiguous() for t in (q, k, v))
-    out: Any = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **options)
+    # A pair only where the log-sum-exp is asked for.
+    out = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **options)
+    assert isinstance(out, torch.Tensor)
     return out
 
 

@@ -146,7 +146,10 @@ class Experts(MegatronModule):
         return dispatched(x, routing, experts, self.groups)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Expert axis over ep, width over etp; the gate and the up half are kept apart."""
         replica = (0, 0, self.groups.expt_dp.rank())
@@ -208,7 +211,7 @@ class MoEMixer(MegatronModule):
         # The choices of the forward pass, where this is its recomputation in backward.
         earlier = None if packed.first_pass is None else packed.first_pass.experts
         routing = self._route(logits, packed, rows, earlier)
-        y = self.experts(x, routing)
+        y: Tensor = self.experts(x, routing)
         if self.training and torch.is_grad_enabled():
             y = self._with_losses(y, logits, routing, packed, rows)
             if earlier is None:

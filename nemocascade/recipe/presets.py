@@ -1,0 +1,54 @@
+"""Presets of recipes: what the stages of a model share. A script changes what its stage needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nemocascade.recipe.parallel import ParallelConfig
+from nemocascade.recipe.rl import PolicyRecipe
+from nemocascade.recipe.train import CheckpointConfig, EngineConfig, OptimizerConfig
+
+
+def nemotron3_nano_30b_stage[R: PolicyRecipe](kind: type[R]) -> R:
+    """A stage on rollouts of Nemotron-3-Nano-30B-A3B (Nemotron-Cascade 2, arXiv 2603.19220).
+
+    The optimizer, the frozen router and the batch of 128 prompts are defaults of `kind`, which are
+    the paper's. 128 GPUs: tp 8 leaves dp 16, and ep 8 on the same ranks.
+    """
+    recipe = kind()
+    return replace(
+        recipe,
+        rollout=replace(recipe.rollout, slots=128),
+        parallel=ParallelConfig(tp=8, ep=8),
+        engine=EngineConfig(recompute=True),
+        checkpoint=CheckpointConfig(every=5),
+    )
+
+
+def tiny_stage[R: PolicyRecipe](kind: type[R]) -> R:
+    """A stage on rollouts of the tiny model, for CPUs; it starts from `recipes/tiny/domains_sft.py`
+    and takes minutes."""
+    recipe = kind()
+    return replace(
+        recipe,
+        init_from="runs/tiny/domains_sft/artifact",
+        rollout=replace(
+            recipe.rollout,
+            prompts_per_step=16,
+            rollouts_per_prompt=8,
+            thinking=False,
+            slots=128,
+            prefill_tokens=2048,
+            max_draws=2,
+        ),
+        optimizer=OptimizerConfig(
+            lr=5e-4,
+            min_lr=5e-4,
+            schedule="constant",
+            warmup_steps=5,
+            beta2=0.95,
+            weight_decay=0.0,
+        ),
+        engine=EngineConfig(precision="fp32"),
+        checkpoint=CheckpointConfig(every=0),
+    )
