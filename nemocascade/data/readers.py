@@ -7,7 +7,6 @@ memory.
 
 from __future__ import annotations
 
-import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,9 +18,10 @@ import pyarrow
 import pyarrow.parquet
 
 from nemocascade.data import synthetic
-from nemocascade.data.errors import BadRows, DataError, RowError
+from nemocascade.data.errors import DataError, RowError
+from nemocascade.runtime import jsonl
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (*jsonl.SUFFIXES, ".parquet")
 PIECE_ROWS = 512
 PIECE_BYTES = 4 << 20
 
@@ -104,7 +104,7 @@ def read_pieces(
         elif name.endswith(".parquet"):
             pieces = _read_parquet(name, index)
         else:
-            pieces = _read_lines(name, index)
+            pieces = _gather(jsonl.read_lines(name), index)
         try:
             for piece in pieces:
                 kept = piece if left is None else piece.first(left)
@@ -115,25 +115,6 @@ def read_pieces(
                         return
         except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
             raise DataError(f"{name}: cannot be read: {error}") from error
-
-
-def read_rows(
-    sources: Sequence[str],
-    bad: BadRows,
-    *,
-    max_rows: int = 0,
-    seed: int = 0,
-    heldout: bool = False,
-) -> Iterator[tuple[str, Any]]:
-    """(`file:line`, row) of all sources in order. Rows that cannot be read are counted in `bad`."""
-    for piece in read_pieces(sources, max_rows=max_rows, seed=seed, heldout=heldout):
-        for number, row in piece.rows():
-            place = f"{sources[piece.source]}:{number}"
-            if isinstance(row, RowError):
-                bad.add(place, str(row))
-            else:
-                yield place, row
-        bad.check()
 
 
 def _known(path: Path) -> bool:
@@ -150,7 +131,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        row = json.loads(line)
+        row = jsonl.parse_line(line)
         if b"\\ud" in line.lower():
             # JSON may spell half of a surrogate pair, which is no character.
             json.dumps(row, ensure_ascii=False).encode()
@@ -158,15 +139,7 @@ def _parse_line(line: bytes) -> Any:
     except UnicodeEncodeError as error:
         return RowError(f"half a surrogate pair in the text ({error.reason})")
     except ValueError as error:
-        return RowError(f"not JSON ({error})")
-    except RecursionError:
-        return RowError("JSON nested too deep")
-
-
-def _read_lines(name: str, index: int) -> Iterator[Piece]:
-    with gzip.open(name) if name.endswith(".gz") else Path(name).open("rb") as stream:
-        rows = ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
-        yield from _gather(rows, index)
+        return RowError(str(error))
 
 
 def _make(name: str, index: int, *, seed: int, heldout: bool, rows: int) -> Iterator[Piece]:

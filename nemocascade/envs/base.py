@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import random
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from nemocascade.runtime.jsonl import read_objects
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.sandbox.child import ChildPool
 from nemocascade.types import ROLES, Message, Prompt, Role, Row, Tool, ToolSession, Verdict
@@ -101,7 +101,7 @@ class Domain(ABC):
         ValueError naming `file:line` for a row that is broken, and if no row is of this domain.
         """
         others = found = 0
-        for where, row in _rows(path):
+        for where, row in read_objects(path):
             if not self.claims(row):
                 others += 1
                 continue
@@ -237,23 +237,6 @@ def last_boxed(text: str) -> str | None:
                 return text[start + len("\\boxed{") : i].strip()
         start = text.rfind("\\boxed{", 0, start)
     return None
-
-
-def _rows(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a JSONL file, each with its `file:line`."""
-    name = str(path)
-    with gzip.open(name) if name.endswith(".gz") else Path(name).open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            where = f"{Path(name).name}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: not JSON ({error})") from error
-            if not isinstance(row, Mapping):
-                raise ValueError(f"{where}: a row must be an object, it is {type(row).__name__}")
-            yield where, row
 
 
 def _pass_rate(row: Row) -> float | None:
