@@ -79,11 +79,6 @@ def render_results(messages: Iterable[Message], *, thinking: bool) -> list[Segme
     ]
 
 
-def text_of(segments: Iterable[Segment]) -> str:
-    """The rendered text as one string."""
-    return "".join(s.text for s in segments)
-
-
 def encode(segments: Iterable[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """Token ids and, for each, whether it trains.
 

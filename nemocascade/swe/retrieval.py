@@ -49,11 +49,6 @@ class Index:
         return [path for _, path in ranked if path not in without][: max(count, 0)]
 
 
-def retrieve(query: str, files: Mapping[str, str], count: int) -> list[str]:
-    """See `Index.rank`."""
-    return Index(files).rank(query, count)
-
-
 @lru_cache(maxsize=8)
 def folder_index(folder: str) -> Index:
     """Of the texts in a folder, shared by the rows that name it."""

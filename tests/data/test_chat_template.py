@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from helpers.data import huggingface_tokenizer, sentencepiece_tokenizer
+from helpers.data import huggingface_tokenizer, sentencepiece_tokenizer, text_of
 
-from nemocascade.data.chat_template import Segment, encode, render, render_prompt, text_of
+from nemocascade.data.chat_template import Segment, encode, render, render_prompt
 from nemocascade.data.conversation import Conversation, Message, Tool, ToolCall
 from nemocascade.data.errors import DataError
 from nemocascade.data.jinja_template import CHAT_TEMPLATE, JinjaTemplate, openai_form

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from nemocascade.megatron.checkpoint.state import ModelPart, model_parts
 from nemocascade.megatron.convert.config import config_of_model
 from nemocascade.megatron.convert.names import Family, NameMap, Style, name_map
-from nemocascade.megatron.convert.stream import convert_tensors
 from nemocascade.recipe import ModelConfig
 from nemocascade.runtime.world import World
 
@@ -75,6 +74,19 @@ def from_nemotron_h(tensors: Tensors, shape: ModelConfig) -> Tensors:
 def from_qwen3_moe(tensors: Tensors, shape: ModelConfig) -> Tensors:
     """Tensors of Qwen3MoeForCausalLM under our names. Raises ValueError if one is left over."""
     return _convert(in_memory("Qwen3MoeForCausalLM", shape), tensors)
+
+
+def convert_tensors(names: NameMap, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in memory under our names, in their dtypes; moves of absent tensors are left out."""
+    ours: dict[str, Tensor] = {}
+    for move in names.moves:
+        if move.theirs in theirs and move.theirs not in names.copies:
+            value = theirs[move.theirs]
+            if move.ours not in ours:
+                ours[move.ours] = value.new_zeros(names.ours[move.ours])
+            source = value[move.their_box.slices()].reshape(move.our_box.size)
+            ours[move.ours][move.our_box.slices()] = source
+    return ours
 
 
 def _convert(names: NameMap, tensors: Mapping[str, Tensor]) -> Tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from nemocascade.megatron.artifact import (
     read_artifact,
     write_artifact,
 )
+from nemocascade.megatron.checkpoint.boxes import Box, first_overlap
 from nemocascade.megatron.config import make_config
 from nemocascade.megatron.convert import (
     ConversionError,
@@ -46,8 +47,7 @@ from nemocascade.megatron.convert import (
     import_huggingface,
 )
 from nemocascade.megatron.convert.config import config_of_model, model_of_config
-from nemocascade.megatron.convert.names import Family, Style, name_map
-from nemocascade.megatron.convert.stream import untiled
+from nemocascade.megatron.convert.names import Family, NameMap, Shape, Style, name_map, whole
 from nemocascade.megatron.model import CascadeModel, build_model
 from nemocascade.megatron.parameters import meta_model
 from nemocascade.megatron.world import start_world
@@ -322,6 +322,27 @@ def test_damaged_files_are_refused(
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ConversionError, match=message):
         import_huggingface(source, tmp_path / "artifact")
+
+
+def untiled(names: NameMap) -> list[str]:
+    """Tensors of either side that the moves do not bring exactly once; [] for a sound map."""
+    main = [m for m in names.moves if m.theirs not in names.copies]
+    problems = _untiled(names.theirs, ((m.theirs, m.their_box) for m in names.moves))
+    ours = {name: shape for name, shape in names.ours.items() if name not in names.zeros}
+    return problems + _untiled(ours, ((m.ours, m.our_box) for m in main))
+
+
+def _untiled(shapes: Mapping[str, Shape], moved: Iterable[tuple[str, Box]]) -> list[str]:
+    boxes: dict[str, list[Box]] = {name: [] for name in shapes}
+    for name, box in moved:
+        boxes[name].append(box)
+    return [
+        name
+        for name, shape in shapes.items()
+        if sum(b.volume for b in boxes[name]) != whole(shape).volume
+        or first_overlap(boxes[name]) is not None
+        or any(b.intersect(whole(shape)) != b for b in boxes[name])
+    ]
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from nemocascade.megatron.checkpoint.boxes import Box, first_overlap
+from nemocascade.megatron.checkpoint.boxes import Box
 from nemocascade.megatron.checkpoint.storage import (
     CHUNK_BYTES,
     DTYPES,
@@ -76,19 +76,6 @@ def translate(part: Box, here: Box, there: Box) -> Box:
     return Box(there.offset[:lead] + offset, (1,) * lead + part.size[skip:])
 
 
-def convert_tensors(names: NameMap, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in memory under our names, in their dtypes; moves of absent tensors are left out."""
-    ours: dict[str, Tensor] = {}
-    for move in names.moves:
-        if move.theirs in theirs and move.theirs not in names.copies:
-            value = theirs[move.theirs]
-            if move.ours not in ours:
-                ours[move.ours] = value.new_zeros(names.ours[move.ours])
-            source = value[move.their_box.slices()].reshape(move.our_box.size)
-            ours[move.ours][move.our_box.slices()] = source
-    return ours
-
-
 def differences(index: Index, shapes: Mapping[str, Shape], prefix: str = "") -> list[str]:
     """Every tensor that is missing, unknown or misshapen in `index`."""
     stored = {name.removeprefix(prefix): entry for name, entry in index.items()}
@@ -103,27 +90,6 @@ def differences(index: Index, shapes: Mapping[str, Shape], prefix: str = "") -> 
         if name in stored and stored[name].shape != shape
     ]
     return problems
-
-
-def untiled(names: NameMap) -> list[str]:
-    """Tensors of either side that the moves do not bring exactly once; [] for a sound map."""
-    main = [m for m in names.moves if m.theirs not in names.copies]
-    problems = _untiled(names.theirs, ((m.theirs, m.their_box) for m in names.moves))
-    ours = {name: shape for name, shape in names.ours.items() if name not in names.zeros}
-    return problems + _untiled(ours, ((m.ours, m.our_box) for m in main))
-
-
-def _untiled(shapes: Mapping[str, Shape], moved: Iterable[tuple[str, Box]]) -> list[str]:
-    boxes: dict[str, list[Box]] = {name: [] for name in shapes}
-    for name, box in moved:
-        boxes[name].append(box)
-    return [
-        name
-        for name, shape in shapes.items()
-        if sum(b.volume for b in boxes[name]) != whole(shape).volume
-        or first_overlap(boxes[name]) is not None
-        or any(b.intersect(whole(shape)) != b for b in boxes[name])
-    ]
 
 
 def equal_tensors(reader: Reader, left: str, right: str) -> bool:
