@@ -45,7 +45,7 @@ class _Module:
 
     @property
     def is_script(self) -> bool:
-        """The module ends with `if __name__ == "__main__"`, so it can be started by itself."""
+        """It has an `if __name__ == "__main__"`, so it can be started by itself."""
         tests = [ast.unparse(n.test) for n in self.tree.body if isinstance(n, ast.If)]
         return "__name__ == '__main__'" in tests
 
@@ -63,13 +63,16 @@ class Reachability:
             name = ".".join(parts[:-1] if package else parts)
             self.modules[name] = _Module(name, _parsed(path), package)
 
-    def unreachable(self, scripts: Iterable[Path], modules: Iterable[str] = ()) -> list[str]:
+    def unreachable(self, scripts: Iterable[Path], entries: Iterable[str] = ()) -> list[str]:
         """`module:name` of each public class and function that is not reached.
 
-        scripts: files outside of the package, all of whose code counts as used. modules: those
-        whose level starts everything; modules that are scripts themselves always count.
+        scripts: files outside of the package, all of whose code counts as used. entries: more
+        starting points, `module:name`; modules that can be started by themselves always are.
         """
-        roots = [(name, "") for name, m in self.modules.items() if m.is_script or name in modules]
+        roots = [(name, "") for name, module in self.modules.items() if module.is_script]
+        for entry in entries:
+            name, _, inner = entry.partition(":")
+            roots.append((name, inner))
         for path in scripts:
             script = _Module(str(path), _parsed(path), is_package=False)
             roots += [node for node in self._used(script, script.tree) if node[0] in self.modules]
