@@ -89,6 +89,19 @@ class Domain(ABC):
             seen.add(task)
             yield replace(prompt, id=task, source=f"{self.domain}:{seed}:{len(seen)}")
 
+    def _made(
+        self, ask: str, answer: Mapping[str, Any], reply: str, reasoning: str, careless: str = ""
+    ) -> Prompt:
+        """A task of one turn, which `reply` solves. careless: the reply of `Prompt.careless`."""
+        return Prompt(
+            id="",
+            domain=self.domain,
+            messages=(Message("user", ask),),
+            answer=answer,
+            demonstration=(Message("assistant", reply, reasoning),),
+            careless=(Message("assistant", careless, reasoning),) if careless else (),
+        )
+
     def split_key(self, prompt: Prompt) -> str:
         """A hash of what a made task asks for, in hex, which decides its side of the split. The
         same for prompts that ask for the same and read differently."""
@@ -106,15 +119,18 @@ class Domain(ABC):
                 others += 1
                 continue
             found += 1
-            try:
-                prompt = self._prompt(self.prepare(row, Path(path).parent), where)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-            yield prompt
+            yield self._task(row, Path(path).parent, where)
         if not found:
             raise ValueError(f"{path}: none of its {others} rows is of {self.domain}")
         if others:
             LOGGER.info("%s: %d rows of other domains than %s", path, others, self.domain)
+
+    def _task(self, row: Row, folder: Path, where: str) -> Prompt:
+        """The task of a row; what is wrong with it becomes a ValueError that names its place."""
+        try:
+            return self._prompt(self.prepare(row, folder), where)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
 
     def _prompt(self, row: Row, where: str) -> Prompt:
         params = row.get("responses_create_params") or {}

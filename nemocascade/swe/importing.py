@@ -23,7 +23,7 @@ from nemocascade.swe.patches import apply_patch, parse_patch
 from nemocascade.swe.protected import check_tests
 from nemocascade.swe.rows import ROW, TESTS, Row, issue_of, test_settings_of
 from nemocascade.swe.snapshots import Files, snapshot_paths
-from nemocascade.swe.texts import patched_files
+from nemocascade.swe.tasks import patched_files
 
 SNAPSHOTS = "snapshots"
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

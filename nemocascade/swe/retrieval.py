@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 import bm25s
 
 from nemocascade.swe.protected import test_files
-from nemocascade.swe.texts import folder_texts
+from nemocascade.swe.tasks import folder_texts
 
 K1, B = 1.2, 0.75
 

@@ -22,7 +22,7 @@ from nemocascade.sandbox import launch
 from nemocascade.swe import rows
 from nemocascade.swe.edits import Edit, apply_edits, edit_text
 from nemocascade.swe.repository import judge
-from nemocascade.swe.texts import with_texts
+from nemocascade.swe.tasks import with_texts
 from nemocascade.types import Answer, Message, Prompt, SandboxUnavailable, Verdict
 
 TESTS = """\
