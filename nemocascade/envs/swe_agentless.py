@@ -16,10 +16,9 @@ from nemocascade.judges.prompts import grade_question
 from nemocascade.judges.rule import knows_language
 from nemocascade.recipe.envs import AgentlessConfig, SandboxConfig
 from nemocascade.swe.edits import FORM, EditError, apply_edits, edit_text, parse_edits
+from nemocascade.swe.prompt_files import SEPARATOR, FileIndex, folder_index, shown_files
 from nemocascade.swe.repository import HiddenTests, judge
-from nemocascade.swe.retrieval import Index, folder_index
 from nemocascade.swe.rows import issue_of, snapshot_of
-from nemocascade.swe.shown import SEPARATOR, shown_files
 from nemocascade.swe.tasks import (
     RepairTask,
     made_files,
@@ -127,9 +126,9 @@ class SweAgentless(RepairDomain, GradedDomain):
         *,
         patch: str = "",
         hidden: Collection[str] = (),
-        index: Index | None = None,
+        index: FileIndex | None = None,
     ) -> str:
-        """The prompt: see `swe.shown`."""
+        """The prompt: see `swe.prompt_files`."""
         shown = shown_files(
             issue,
             files,
