@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemocascade.data.chat_template import encode, render
-from nemocascade.data.conversation import Conversation
+from nemocascade.data.chat_template import Conversation, encode, render
 from nemocascade.data.errors import BadRows, DataError, RowError
 from nemocascade.data.formats import Format, detect_format, parse_row
 from nemocascade.data.readers import Piece, read_pieces
