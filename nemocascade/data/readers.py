@@ -27,7 +27,7 @@ PIECE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowPiece:
     """Raw rows of one file.
 
     source: index into the list of sources that was read.
@@ -51,9 +51,9 @@ class Piece:
         for number, line in zip(self.numbers, self.lines or (), strict=True):
             yield number, _parse_line(line)
 
-    def first(self, rows: int) -> Piece:
+    def first(self, rows: int) -> RowPiece:
         """The same piece with at most `rows` rows."""
-        return Piece(
+        return RowPiece(
             self.source,
             self.numbers[:rows],
             lines=None if self.lines is None else self.lines[:rows],
@@ -91,7 +91,7 @@ def find_sources(paths: Sequence[str]) -> list[str]:
 
 def read_pieces(
     sources: Sequence[str], *, max_rows: int = 0, seed: int = 0, heldout: bool = False
-) -> Iterator[Piece]:
+) -> Iterator[RowPiece]:
     """All rows of `sources` in order, in pieces; at most `max_rows` rows (0 = all).
 
     seed, heldout: what synthetic rows are made from; they have no part in files. Blank lines are
@@ -142,12 +142,12 @@ def _parse_line(line: bytes) -> Any:
         return RowError(str(error))
 
 
-def _make(name: str, index: int, *, seed: int, heldout: bool, rows: int) -> Iterator[Piece]:
+def _make(name: str, index: int, *, seed: int, heldout: bool, rows: int) -> Iterator[RowPiece]:
     made = synthetic.synthetic_rows(name, seed=seed, rows=rows, heldout=heldout)
     return _gather(((n, json.dumps(row).encode()) for n, row in enumerate(made, start=1)), index)
 
 
-def _gather(rows: Iterable[tuple[int, bytes]], index: int) -> Iterator[Piece]:
+def _gather(rows: Iterable[tuple[int, bytes]], index: int) -> Iterator[RowPiece]:
     numbers: list[int] = []
     lines: list[bytes] = []
     size = 0
@@ -156,15 +156,15 @@ def _gather(rows: Iterable[tuple[int, bytes]], index: int) -> Iterator[Piece]:
         lines.append(line)
         size += len(line)
         if len(lines) == PIECE_ROWS or size >= PIECE_BYTES:
-            yield Piece(index, numbers, lines=lines)
+            yield RowPiece(index, numbers, lines=lines)
             numbers, lines, size = [], [], 0
     if lines:
-        yield Piece(index, numbers, lines=lines)
+        yield RowPiece(index, numbers, lines=lines)
 
 
-def _read_parquet(name: str, index: int) -> Iterator[Piece]:
+def _read_parquet(name: str, index: int) -> Iterator[RowPiece]:
     with pyarrow.parquet.ParquetFile(name) as file:
         start = 1
         for batch in file.iter_batches(batch_size=PIECE_ROWS):
-            yield Piece(index, range(start, start + batch.num_rows), batch=batch)
+            yield RowPiece(index, range(start, start + batch.num_rows), batch=batch)
             start += batch.num_rows

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemocascade.megatron.generation.slot_model import SlotModel
 from nemocascade.rollout.engine import Completion, Counts, Finish, Request, Respond, Sampling
-from nemocascade.rollout.reading import Reader
+from nemocascade.rollout.prefill import PrefillQueue
 from nemocascade.rollout.replies import Replies
 from nemocascade.rollout.sampling import allowed_tokens, uniforms
 from nemocascade.rollout.slots import SlotTable, Text
@@ -47,7 +47,7 @@ class Generation:
         self.table = SlotTable(slots, longest, world.device)
         self.stops = Stops(sampling, model.vocabulary, decode, world.device)
         self.replies = Replies(world, respond)
-        self.reader = Reader(
+        self.reader = PrefillQueue(
             model,
             self.table,
             requests,

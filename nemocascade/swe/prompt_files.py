@@ -2,8 +2,7 @@
 
 A prompt has room for so many characters. The golden files come first and are never left out: where
 they are too long, each is cut to the lines around those that the patch changes. The mark before
-such lines stands outside of the fence that holds a file's text.
-Others are ranked by BM25.
+such lines stands outside of the fence that holds a file's text. The other files are ranked by BM25.
 """
 
 from __future__ import annotations

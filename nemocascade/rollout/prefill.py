@@ -1,6 +1,6 @@
-"""What is read before the model can write: prompts, and what environments added, piece by piece.
+"""Chunked prefill of prompts and of what environments added.
 
-A pass reads a piece of each of some texts onto the states of their slots. A prompt that several
+A pass reads a chunk of each of some texts onto the states of their slots. A prompt that several
 requests continue is read in one slot and its state copied to the others.
 """
 
@@ -18,7 +18,7 @@ from nemocascade.rollout.slots import SlotTable, Text
 
 
 @dataclass
-class Group:
+class SharedPrompt:
     """Requests that continue one prompt and have not begun.
 
     begun: the prompt is being read, for others of them. kept: it was read, and its state stands in
@@ -35,12 +35,12 @@ class Group:
 
 
 @dataclass(eq=False)
-class Reading:
+class Prefill:
     """A text that is read up to its last known token. texts: those that go on from there; it is
     read in the slot of the first. keep: the group whose other requests need the state later."""
 
     texts: list[Text]
-    keep: Group | None = None
+    keep: SharedPrompt | None = None
 
     @property
     def text(self) -> Text:
@@ -49,10 +49,10 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class PrefillChunk:
     """The tokens of a text from those that it holds up to `end`."""
 
-    reading: Reading
+    reading: Prefill
     end: int
 
     @property
@@ -71,7 +71,7 @@ Begun = tuple[list[tuple[list[Text], int]], Tensor | None]
 stage."""
 
 
-class Reader:
+class PrefillQueue:
     """The queue of what is to be read.
 
     spare: the slot of a kept prompt. room: tokens of a pass that reads several texts. piece: tokens
@@ -92,11 +92,11 @@ class Reader:
     ) -> None:
         self.model, self.table, self.sampling, self.counts = model, table, sampling, counts
         self.spare, self.room, self.piece = spare, room, piece
-        self._queue: list[Reading] = []
-        self._groups: deque[Group] = deque()
+        self._queue: list[Prefill] = []
+        self._groups: deque[SharedPrompt] = deque()
         for request in requests:
             if not self._groups or self._groups[-1].prompt != request.prompt:
-                self._groups.append(Group(request.prompt, deque()))
+                self._groups.append(SharedPrompt(request.prompt, deque()))
             self._groups[-1].requests.append(request)
 
     @property
@@ -106,7 +106,7 @@ class Reader:
 
     def add(self, text: Text) -> None:
         """An environment continued `text`."""
-        self._queue.append(Reading([text]))
+        self._queue.append(Prefill([text]))
 
     def begin_from_kept(self) -> Begun | None:
         """Give free slots to the requests of a prompt that was read for others before."""
@@ -145,9 +145,9 @@ class Reader:
                 begun.append((piece.reading.texts, row))
         return begun, logits
 
-    def _pieces(self) -> list[Piece]:
+    def _pieces(self) -> list[PrefillChunk]:
         """What the next pass reads: of texts that are being read, and of prompts that now begin."""
-        pieces: list[Piece] = []
+        pieces: list[PrefillChunk] = []
         used = 0
 
         def fits(left: int) -> bool:
@@ -167,7 +167,7 @@ class Reader:
             group = self._groups[0]
             if not fits(len(group.prompt)):
                 break
-            reading = Reading(self._admit(group), group if group.requests else None)
+            reading = Prefill(self._admit(group), group if group.requests else None)
             # At once for the whole prompt: room that grows piece by piece is copied each time.
             self.model.reserve(len(group.prompt))
             self._queue.append(reading)
@@ -178,18 +178,18 @@ class Reader:
                 self._groups.popleft()
         return pieces
 
-    def _next(self, reading: Reading) -> Piece:
+    def _next(self, reading: Prefill) -> PrefillChunk:
         left = reading.text.known - reading.text.held
-        return Piece(reading, reading.text.held + min(left, self.piece or left))
+        return PrefillChunk(reading, reading.text.held + min(left, self.piece or left))
 
-    def _places(self, piece: Piece) -> list[int]:
+    def _places(self, piece: PrefillChunk) -> list[int]:
         """Where a piece leaves its state; the slot that it goes on from is the first."""
         if not piece.whole:
             return [piece.text.slot]
         slots = [text.slot for text in piece.reading.texts]
         return slots if piece.reading.keep is None else [*slots, self.spare]
 
-    def _keep_routing(self, pieces: Sequence[Piece]) -> None:
+    def _keep_routing(self, pieces: Sequence[PrefillChunk]) -> None:
         """Note the experts of the tokens that a pass read."""
         if self.model.choices is None or not pieces:
             return
@@ -203,7 +203,7 @@ class Reader:
                 for text in piece.reading.texts[1:]:
                     self.table.keep_routing(text.slot, 0, found)
 
-    def _keep(self, reading: Reading, logits: Tensor | None) -> None:
+    def _keep(self, reading: Prefill, logits: Tensor | None) -> None:
         """The state of a whole prompt stands in the spare slot for the group's other requests."""
         group = reading.keep
         if group is None:
@@ -212,6 +212,6 @@ class Reader:
         if self.model.choices is not None:
             group.choices = self.table.routing_of(reading.text, len(group.prompt)).clone()
 
-    def _admit(self, group: Group) -> list[Text]:
+    def _admit(self, group: SharedPrompt) -> list[Text]:
         count = min(len(group.requests), len(self.table.free))
         return self.table.admit([group.requests.popleft() for _ in range(count)], self.sampling)
