@@ -33,10 +33,11 @@ import torch
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+
+from helpers import packing_reference  # noqa: E402
 
 from benchmarks.run import new_record, recording_parser, write_record  # noqa: E402
-from nemocascade.data import packing_reference  # noqa: E402
 from nemocascade.data.packing import WorkModel, lockstep_cost, plan_packing  # noqa: E402
 
 CAPACITY = 262_144

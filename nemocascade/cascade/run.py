@@ -7,7 +7,6 @@ they do the same whatever each sees of the file system.
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from nemocascade.cascade.records import (
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import clean_leftovers, latest_checkpoint, remove
 from nemocascade.recipe import CascadeRecipe, RecipeError
+from nemocascade.runtime.jsonl import read_objects
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import world_size_of_environment
 from nemocascade.stages.launch import run_stage
@@ -182,7 +182,8 @@ class _Run:
     def _done(self, decision: Decision, seconds: float, first_step: int) -> None:
         """Note that the stage is done."""
         folder = self._folder(decision.stage)
-        lines = _metrics(folder / "metrics.jsonl")
+        metrics = folder / "metrics.jsonl"
+        lines = [row for _, row in read_objects(metrics)] if metrics.exists() else []
         before = sum(v.get("step_time_s") or 0.0 for v in lines if v["step"] < first_step)
         record = StageRecord(
             decision.key,
@@ -235,9 +236,3 @@ class _Run:
 
 def _file_hashes(cascade: CascadeRecipe) -> FileHashes:
     return FileHashes(Path(cascade.run_dir) / "files.json")
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

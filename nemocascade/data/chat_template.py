@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from nemocascade.data.conversation import Conversation, Message, Tool, ToolCall
 from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.types import Message, Tool, ToolCall
 
 TEMPLATE_VERSION = 1
 """Part of the key of tokenised data: raise it with every change of what is rendered."""
@@ -31,6 +32,20 @@ TOOLS_USAGE = (
     "</tool_call>\n\nGive every required parameter. A value may span lines."
 )
 _CALL_TAGS = re.compile("(</?tool_call>)")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order. A system turn, if there is one, stands first."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+
+    @property
+    def last_user(self) -> int:
+        """Index of the last user turn, -1 without one. Results of tools are not user turns."""
+        users = [i for i, m in enumerate(self.messages) if m.role == "user"]
+        return users[-1] if users else -1
 
 
 class Segment(NamedTuple):
@@ -77,11 +92,6 @@ def render_results(messages: Iterable[Message], *, thinking: bool) -> list[Segme
         *_footer(),
         *_opening(reasons=thinking),
     ]
-
-
-def text_of(segments: Iterable[Segment]) -> str:
-    """The rendered text as one string."""
-    return "".join(s.text for s in segments)
 
 
 def encode(segments: Iterable[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 
 import numpy as np
 
@@ -11,7 +10,6 @@ from nemocascade.data.documents import DocumentSet
 from nemocascade.data.errors import SHOWN_BAD_ROWS, DataError
 from nemocascade.data.packing import PackingPlan, WorkModel, plan_packing
 from nemocascade.recipe.data import DataConfig
-from nemocascade.runtime.logging import LOGGER
 from nemocascade.types import PackedBatch, pack_documents
 
 
@@ -32,20 +30,17 @@ def plan_epoch(
             "it, or set data.over_long to truncate or drop\n  " + "\n  ".join(shown)
         )
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    pack = partial(
-        plan_packing,
-        lengths,
-        config.capacity,
-        group=config.balance_group,
-        work=work,
-        seed=int.from_bytes(digest[:8]) >> 1,
-        over_long=config.over_long,
-    )
     try:
-        plan = pack()
+        plan = plan_packing(
+            lengths,
+            config.capacity,
+            group=config.balance_group,
+            work=work,
+            seed=int.from_bytes(digest[:8]) >> 1,
+            over_long=config.over_long,
+        )
     except OSError as error:
-        LOGGER.warning("%s. The plain Python planner runs instead: equal plans, far slower", error)
-        plan = pack(implementation="reference")
+        raise DataError(str(error)) from error
     if not len(plan):
         raise DataError(
             f"all {len(documents)} documents are longer than data.capacity ({config.capacity}) and "

@@ -13,9 +13,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-from nemocascade.data.conversation import ROLES, Conversation, Message, Role, Tool, ToolCall
+from nemocascade.data.chat_template import Conversation
 from nemocascade.data.errors import RowError
 from nemocascade.recipe.data import DataConfig
+from nemocascade.types import ROLES, Message, Role, Tool, ToolCall
 
 Format = Literal["messages", "qa", "nemotron"]
 Row = Mapping[str, Any]

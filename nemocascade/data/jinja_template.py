@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nemocascade.data.chat_template import TOOLS_INTRO, TOOLS_USAGE, Segment
-from nemocascade.data.conversation import Conversation, Message, Tool
+from nemocascade.data.chat_template import TOOLS_INTRO, TOOLS_USAGE, Conversation, Segment
 from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.types import Message, Tool
 
 # From a private-use area, so that no text is likely to hold one; the first that none holds is used.
 _MARKS = [chr(code) for code in range(0xE000, 0xE040)]

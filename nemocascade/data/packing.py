@@ -35,8 +35,8 @@ all bins have level `S`, with documents of all lengths. Let `group` be a small p
 (16 of 64, say) to keep steps mixed.
 
 **Determinism.** Everything is integer arithmetic, except for quotients and costs in float64 that
-are rounded once for each operation. The C++ planner and `packing_reference` give equal plans, bit
-for bit, on any machine.
+are rounded once for each operation. Plans are equal bit for bit on any machine, and equal to those
+of the definition in plain Python, `tests/helpers/packing_reference.py`.
 """
 
 from __future__ import annotations
@@ -51,8 +51,6 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-from nemocascade.data import packing_reference
 
 OverLong = Literal["truncate", "drop", "refuse"]
 Int64Array = NDArray[np.int64]
@@ -174,7 +172,6 @@ def plan_packing(
     work: WorkModel,
     seed: int,
     over_long: OverLong,
-    implementation: Literal["native", "reference"] = "native",
 ) -> PackingPlan:
     """Plan the packing of documents; the module's text says how.
 
@@ -185,7 +182,6 @@ def plan_packing(
     seed: 0 .. 2^63 - 1. Decides the order of groups, and which of equally long documents goes
         where.
     over_long: a document longer than `capacity` is cut to it, left out, or an error.
-    implementation: `native` is csrc/packing; `reference` is the same in plain Python, slow.
 
     Raises `ValueError` for a value against these rules, and where `over_long` refuses; `OSError`
     where the native library was not built.
@@ -211,8 +207,7 @@ def plan_packing(
             checked = checked[kept]
         else:
             raise ValueError(f"over_long={over_long!r} must be 'truncate', 'drop' or 'refuse'")
-    plan = _native if implementation == "native" else _reference
-    documents, bin_offsets, fills, squares = plan(checked, capacity, group, work, seed)
+    documents, bin_offsets, fills, squares = _native(checked, capacity, group, work, seed)
     return PackingPlan(
         capacity=capacity,
         documents=documents if kept is None else kept[documents],
@@ -255,15 +250,6 @@ def _native(
         torch.from_numpy(lengths), capacity, group, work.linear, work.quadratic, seed
     )
     return tuple(result.numpy() for result in results)
-
-
-def _reference(
-    lengths: Int64Array, capacity: int, group: int, work: WorkModel, seed: int
-) -> tuple[Int64Array, ...]:
-    results = packing_reference.plan_packing(
-        lengths.tolist(), capacity, group, work.linear, work.quadratic, seed
-    )
-    return tuple(np.array(result, np.int64) for result in results)
 
 
 @functools.cache

@@ -7,7 +7,6 @@ memory.
 
 from __future__ import annotations
 
-import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,15 +18,16 @@ import pyarrow
 import pyarrow.parquet
 
 from nemocascade.data import synthetic
-from nemocascade.data.errors import BadRows, DataError, RowError
+from nemocascade.data.errors import DataError, RowError
+from nemocascade.runtime import jsonl
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (*jsonl.SUFFIXES, ".parquet")
 PIECE_ROWS = 512
 PIECE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowPiece:
     """Raw rows of one file.
 
     source: index into the list of sources that was read.
@@ -51,9 +51,9 @@ class Piece:
         for number, line in zip(self.numbers, self.lines or (), strict=True):
             yield number, _parse_line(line)
 
-    def first(self, rows: int) -> Piece:
+    def first(self, rows: int) -> RowPiece:
         """The same piece with at most `rows` rows."""
-        return Piece(
+        return RowPiece(
             self.source,
             self.numbers[:rows],
             lines=None if self.lines is None else self.lines[:rows],
@@ -91,7 +91,7 @@ def find_sources(paths: Sequence[str]) -> list[str]:
 
 def read_pieces(
     sources: Sequence[str], *, max_rows: int = 0, seed: int = 0, heldout: bool = False
-) -> Iterator[Piece]:
+) -> Iterator[RowPiece]:
     """All rows of `sources` in order, in pieces; at most `max_rows` rows (0 = all).
 
     seed, heldout: what synthetic rows are made from; they have no part in files. Blank lines are
@@ -104,7 +104,7 @@ def read_pieces(
         elif name.endswith(".parquet"):
             pieces = _read_parquet(name, index)
         else:
-            pieces = _read_lines(name, index)
+            pieces = _gather(jsonl.read_lines(name), index)
         try:
             for piece in pieces:
                 kept = piece if left is None else piece.first(left)
@@ -115,25 +115,6 @@ def read_pieces(
                         return
         except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
             raise DataError(f"{name}: cannot be read: {error}") from error
-
-
-def read_rows(
-    sources: Sequence[str],
-    bad: BadRows,
-    *,
-    max_rows: int = 0,
-    seed: int = 0,
-    heldout: bool = False,
-) -> Iterator[tuple[str, Any]]:
-    """(`file:line`, row) of all sources in order. Rows that cannot be read are counted in `bad`."""
-    for piece in read_pieces(sources, max_rows=max_rows, seed=seed, heldout=heldout):
-        for number, row in piece.rows():
-            place = f"{sources[piece.source]}:{number}"
-            if isinstance(row, RowError):
-                bad.add(place, str(row))
-            else:
-                yield place, row
-        bad.check()
 
 
 def _known(path: Path) -> bool:
@@ -150,7 +131,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        row = json.loads(line)
+        row = jsonl.parse_line(line)
         if b"\\ud" in line.lower():
             # JSON may spell half of a surrogate pair, which is no character.
             json.dumps(row, ensure_ascii=False).encode()
@@ -158,23 +139,15 @@ def _parse_line(line: bytes) -> Any:
     except UnicodeEncodeError as error:
         return RowError(f"half a surrogate pair in the text ({error.reason})")
     except ValueError as error:
-        return RowError(f"not JSON ({error})")
-    except RecursionError:
-        return RowError("JSON nested too deep")
+        return RowError(str(error))
 
 
-def _read_lines(name: str, index: int) -> Iterator[Piece]:
-    with gzip.open(name) if name.endswith(".gz") else Path(name).open("rb") as stream:
-        rows = ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
-        yield from _gather(rows, index)
-
-
-def _make(name: str, index: int, *, seed: int, heldout: bool, rows: int) -> Iterator[Piece]:
+def _make(name: str, index: int, *, seed: int, heldout: bool, rows: int) -> Iterator[RowPiece]:
     made = synthetic.synthetic_rows(name, seed=seed, rows=rows, heldout=heldout)
     return _gather(((n, json.dumps(row).encode()) for n, row in enumerate(made, start=1)), index)
 
 
-def _gather(rows: Iterable[tuple[int, bytes]], index: int) -> Iterator[Piece]:
+def _gather(rows: Iterable[tuple[int, bytes]], index: int) -> Iterator[RowPiece]:
     numbers: list[int] = []
     lines: list[bytes] = []
     size = 0
@@ -183,15 +156,15 @@ def _gather(rows: Iterable[tuple[int, bytes]], index: int) -> Iterator[Piece]:
         lines.append(line)
         size += len(line)
         if len(lines) == PIECE_ROWS or size >= PIECE_BYTES:
-            yield Piece(index, numbers, lines=lines)
+            yield RowPiece(index, numbers, lines=lines)
             numbers, lines, size = [], [], 0
     if lines:
-        yield Piece(index, numbers, lines=lines)
+        yield RowPiece(index, numbers, lines=lines)
 
 
-def _read_parquet(name: str, index: int) -> Iterator[Piece]:
+def _read_parquet(name: str, index: int) -> Iterator[RowPiece]:
     with pyarrow.parquet.ParquetFile(name) as file:
         start = 1
         for batch in file.iter_batches(batch_size=PIECE_ROWS):
-            yield Piece(index, range(start, start + batch.num_rows), batch=batch)
+            yield RowPiece(index, range(start, start + batch.num_rows), batch=batch)
             start += batch.num_rows

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemocascade.data.chat_template import encode, render
-from nemocascade.data.conversation import Conversation
+from nemocascade.data.chat_template import Conversation, encode, render
 from nemocascade.data.errors import BadRows, DataError, RowError
 from nemocascade.data.formats import Format, detect_format, parse_row
-from nemocascade.data.readers import Piece, read_pieces
+from nemocascade.data.readers import RowPiece, read_pieces
 from nemocascade.data.tokenizer import Tokenizer, load_tokenizer
 from nemocascade.recipe.data import DataConfig
 
@@ -53,7 +52,7 @@ class PieceTokenizer:
         self._config = config
         self._tokenizer = tokenizer
 
-    def __call__(self, piece: Piece) -> TokenizedPiece:
+    def __call__(self, piece: RowPiece) -> TokenizedPiece:
         words: list[NDArray[np.uint32]] = []
         trained_counts, numbers, bad = [], [], []
         reasoned = 0
@@ -85,7 +84,7 @@ class PieceTokenizer:
 
 
 def tokenize_pieces(
-    pieces: Iterable[Piece],
+    pieces: Iterable[RowPiece],
     formats: Sequence[Format],
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -117,7 +116,7 @@ def tokenize_pieces(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_tokenize: Callable[[Piece], TokenizedPiece] | None = None
+_tokenize: Callable[[RowPiece], TokenizedPiece] | None = None
 """The worker process's own; a pool's initialiser has no other place to leave it."""
 
 
@@ -126,7 +125,7 @@ def _start_worker(formats: Sequence[Format], config: DataConfig, tokenizer: str)
     _tokenize = PieceTokenizer(formats, config, load_tokenizer(tokenizer))
 
 
-def _work(piece: Piece) -> TokenizedPiece:
+def _work(piece: RowPiece) -> TokenizedPiece:
     assert _tokenize is not None
     return _tokenize(piece)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import random
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from nemocascade.runtime.jsonl import read_objects
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.sandbox.child import ChildPool
 from nemocascade.types import ROLES, Message, Prompt, Role, Row, Tool, ToolSession, Verdict
@@ -89,6 +89,19 @@ class Domain(ABC):
             seen.add(task)
             yield replace(prompt, id=task, source=f"{self.domain}:{seed}:{len(seen)}")
 
+    def _made(
+        self, ask: str, answer: Mapping[str, Any], reply: str, reasoning: str, careless: str = ""
+    ) -> Prompt:
+        """A task of one turn, which `reply` solves. careless: the reply of `Prompt.careless`."""
+        return Prompt(
+            id="",
+            domain=self.domain,
+            messages=(Message("user", ask),),
+            answer=answer,
+            demonstration=(Message("assistant", reply, reasoning),),
+            careless=(Message("assistant", careless, reasoning),) if careless else (),
+        )
+
     def split_key(self, prompt: Prompt) -> str:
         """A hash of what a made task asks for, in hex, which decides its side of the split. The
         same for prompts that ask for the same and read differently."""
@@ -101,20 +114,23 @@ class Domain(ABC):
         ValueError naming `file:line` for a row that is broken, and if no row is of this domain.
         """
         others = found = 0
-        for where, row in _rows(path):
+        for where, row in read_objects(path):
             if not self.claims(row):
                 others += 1
                 continue
             found += 1
-            try:
-                prompt = self._prompt(self.prepare(row, Path(path).parent), where)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-            yield prompt
+            yield self._task(row, Path(path).parent, where)
         if not found:
             raise ValueError(f"{path}: none of its {others} rows is of {self.domain}")
         if others:
             LOGGER.info("%s: %d rows of other domains than %s", path, others, self.domain)
+
+    def _task(self, row: Row, folder: Path, where: str) -> Prompt:
+        """The task of a row; what is wrong with it becomes a ValueError that names its place."""
+        try:
+            return self._prompt(self.prepare(row, folder), where)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
 
     def _prompt(self, row: Row, where: str) -> Prompt:
         params = row.get("responses_create_params") or {}
@@ -237,23 +253,6 @@ def last_boxed(text: str) -> str | None:
                 return text[start + len("\\boxed{") : i].strip()
         start = text.rfind("\\boxed{", 0, start)
     return None
-
-
-def _rows(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a JSONL file, each with its `file:line`."""
-    name = str(path)
-    with gzip.open(name) if name.endswith(".gz") else Path(name).open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            where = f"{Path(name).name}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: not JSON ({error})") from error
-            if not isinstance(row, Mapping):
-                raise ValueError(f"{where}: a row must be an object, it is {type(row).__name__}")
-            yield where, row
 
 
 def _pass_rate(row: Row) -> float | None:

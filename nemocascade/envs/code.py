@@ -6,12 +6,11 @@ import json
 import math
 import random
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nemocascade.envs.base import Domain, final_text
-from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.envs.base import final_text
+from nemocascade.envs.sandboxed import SandboxedDomain
 from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.types import Message, Outcome, Program, Prompt, Row, Verdict
 
@@ -22,28 +21,14 @@ _FENCE = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTAL
 _INTEGER = re.compile(r"[+-]?\d+")
 
 
-class Code(Domain):
+class Code(SandboxedDomain):
     """Strict binary. Programs run in the sandbox; outputs are compared here, outside of it.
 
     Two styles of tests: text on standard input and output, and calls of a function. Expected
     values never enter the sandbox, so a program that rewrites its harness gains nothing.
-    The sandbox starts with the first program.
     """
 
     domain = "code"
-
-    def __init__(self, config: SandboxConfig | None = None) -> None:
-        self._config = config or SandboxConfig()
-        self._lock = threading.Lock()
-        self._sandbox: SandboxPool | None = None
-
-    @property
-    def sandbox(self) -> SandboxPool:
-        """The pool that runs the programs."""
-        with self._lock:
-            if self._sandbox is None:
-                self._sandbox = SandboxPool(self._config)
-            return self._sandbox
 
     def claims(self, row: Row) -> bool:
         return "unit_tests" in (row.get("verifier_metadata") or {})
@@ -64,14 +49,6 @@ class Code(Domain):
             outputs = [json.loads(out) if isinstance(out, str) else out for out in outputs]
         return {"function": function, "inputs": inputs, "outputs": outputs}
 
-    def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        """The verdict. Raises SandboxUnavailable where programs cannot be isolated at all.
-
-        No later verdict could be better, so that is no error of this one.
-        """
-        assert self.sandbox
-        return super().score(prompt, response)
-
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         source = program_of(final_text(response))
         if not source.strip():
@@ -81,13 +58,6 @@ class Code(Domain):
         wanted = len(tests["outputs"])
         details = {"passed": passed, "tests": wanted, "reason": reason}
         return Verdict(float(passed == wanted and not reason), details=details)
-
-    def close(self) -> None:
-        """End the sandbox's workers."""
-        with self._lock:
-            if self._sandbox is not None:
-                self._sandbox.close()
-                self._sandbox = None
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """0: one operation on x. 1: two. 2: a choice, or a loop over a list. 3: input and output.
@@ -120,14 +90,7 @@ class Code(Domain):
                 for how in (f"return {expression}", f"print({expression})")
             )
             answer = {"function": called, "inputs": [[i] for i in inputs], "outputs": outputs}
-        return Prompt(
-            id="",
-            domain=self.domain,
-            messages=(Message("user", ask),),
-            answer=answer,
-            demonstration=(Message("assistant", source, f"{text}: {expression}"),),
-            careless=(Message("assistant", careless, f"{text}: {expression}"),),
-        )
+        return self._made(ask, answer, source, f"{text}: {expression}", careless)
 
 
 def program_of(text: str) -> str:

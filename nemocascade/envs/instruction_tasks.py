@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,17 +78,30 @@ def make_task(rng: random.Random, difficulty: int, domain: str) -> Prompt:
     )
 
 
+def _adding(wording: str, kwargs: dict[str, Any], words: Sequence[str]) -> _Ask:
+    """Followed by a text with more words."""
+    return _Ask(wording, kwargs, lambda text: text.extra.extend(words))
+
+
+def _setting(wording: str, kwargs: dict[str, Any], **parts: Any) -> _Ask:
+    """Followed by a text with these parts."""
+
+    def edit(text: _Text) -> None:
+        for name, value in parts.items():
+            setattr(text, name, value)
+
+    return _Ask(wording, kwargs, edit)
+
+
 def _existence(rng: random.Random) -> _Ask:
     word = rng.choice(NOUNS)
-    return _Ask(f"Use the word {word}.", {"keywords": [word]}, lambda t: t.extra.append(word))
+    return _adding(f"Use the word {word}.", {"keywords": [word]}, [word])
 
 
 def _frequency(rng: random.Random) -> _Ask:
     word, n = rng.choice(NOUNS), rng.randint(2, 4)
     kwargs = {"keyword": word, "frequency": n, "relation": "at least"}
-    return _Ask(
-        f"Use the word {word} at least {n} times.", kwargs, lambda t: t.extra.extend([word] * n)
-    )
+    return _adding(f"Use the word {word} at least {n} times.", kwargs, [word] * n)
 
 
 def _forbidden(rng: random.Random) -> _Ask:
@@ -105,11 +118,7 @@ def _forbidden(rng: random.Random) -> _Ask:
 def _letter(rng: random.Random) -> _Ask:
     letter, n = rng.choice("qvxyz"), rng.randint(2, 5)
     kwargs = {"letter": letter, "let_frequency": n, "let_relation": "at least"}
-    return _Ask(
-        f"Use the letter {letter} at least {n} times.",
-        kwargs,
-        lambda t: t.extra.extend([letter] * n),
-    )
+    return _adding(f"Use the letter {letter} at least {n} times.", kwargs, [letter] * n)
 
 
 def _many_words(rng: random.Random) -> _Ask:
@@ -147,88 +156,67 @@ def _many_sentences(rng: random.Random) -> _Ask:
 
 
 def _no_comma(rng: random.Random) -> _Ask:
-    return _Ask("Use no commas.", {}, lambda t: None)
+    return _setting("Use no commas.", {})
 
 
 def _lowercase(rng: random.Random) -> _Ask:
-    return _Ask("Use lower case only.", {}, lambda t: setattr(t, "case", str.lower))
+    return _setting("Use lower case only.", {}, case=str.lower)
 
 
 def _capital(rng: random.Random) -> _Ask:
-    return _Ask("Use capital letters only.", {}, lambda t: setattr(t, "case", str.upper))
+    return _setting("Use capital letters only.", {}, case=str.upper)
 
 
 def _capital_words(rng: random.Random) -> _Ask:
     n = rng.randint(1, 3)
     kwargs = {"capital_frequency": n, "capital_relation": "at least"}
     words = [w.upper() for w in rng.sample(NOUNS, n)]
-    return _Ask(f"Use at least {n} words in capitals.", kwargs, lambda t: t.extra.extend(words))
+    return _adding(f"Use at least {n} words in capitals.", kwargs, words)
 
 
 def _quotation(rng: random.Random) -> _Ask:
-    return _Ask("Put it in double quotes.", {}, lambda t: setattr(t, "quoted", True))
+    return _setting("Put it in double quotes.", {}, quoted=True)
 
 
 def _end(rng: random.Random) -> _Ask:
     phrase = f"the {rng.choice(COLORS)} {rng.choice(NOUNS)}"
-    return _Ask(f"End with: {phrase}", {"end_phrase": phrase}, lambda t: setattr(t, "end", phrase))
+    return _setting(f"End with: {phrase}", {"end_phrase": phrase}, end=phrase)
 
 
 def _title(rng: random.Random) -> _Ask:
-    title = f"<<{rng.choice(NOUNS)}>>"
-    return _Ask("Add a title in << >>.", {}, lambda t: setattr(t, "front", title))
+    return _setting("Add a title in << >>.", {}, front=f"<<{rng.choice(NOUNS)}>>")
 
 
 def _placeholders(rng: random.Random) -> _Ask:
     n = rng.randint(1, 3)
     words = [f"[{w}]" for w in rng.sample(NOUNS, n)]
-    return _Ask(
-        f"Use at least {n} placeholders like [name].",
-        {"num_placeholders": n},
-        lambda t: t.extra.extend(words),
-    )
+    wording = f"Use at least {n} placeholders like [name]."
+    return _adding(wording, {"num_placeholders": n}, words)
 
 
 def _highlights(rng: random.Random) -> _Ask:
     n = rng.randint(1, 3)
     words = [f"*{w}*" for w in rng.sample(NOUNS, n)]
-    return _Ask(
-        f"Highlight at least {n} parts like *this*.",
-        {"num_highlights": n},
-        lambda t: t.extra.extend(words),
-    )
+    return _adding(f"Highlight at least {n} parts like *this*.", {"num_highlights": n}, words)
 
 
 def _postscript(rng: random.Random) -> _Ask:
     line = f"P.S. {rng.choice(NOUNS)}"
-    return _Ask(
-        "Add a postscript with P.S.",
-        {"postscript_marker": "P.S."},
-        lambda t: setattr(t, "postscript", line),
-    )
-
-
-def _shape(text: _Text, shape: Callable[[str], str]) -> None:
-    text.shape = shape
+    kwargs = {"postscript_marker": "P.S."}
+    return _setting("Add a postscript with P.S.", kwargs, postscript=line)
 
 
 def _bullets(rng: random.Random) -> _Ask:
     n = rng.randint(2, 4)
     lines = "\n".join(f"* {w}" for w in rng.sample(NOUNS, n - 1))
-    return _Ask(
-        f"Use exactly {n} bullet points with *.",
-        {"num_bullets": n},
-        lambda t: _shape(t, lambda body: f"\n* {body}\n{lines}\n"),
-    )
+    wording = f"Use exactly {n} bullet points with *."
+    return _setting(wording, {"num_bullets": n}, shape=lambda body: f"\n* {body}\n{lines}\n")
 
 
 def _paragraphs(rng: random.Random) -> _Ask:
     n = rng.randint(2, 3)
-    return _Ask(
-        f"Write {n} paragraphs with *** between.",
-        {"num_paragraphs": n},
-        lambda t: _shape(t, lambda body: "\n***\n".join([body] * n)),
-    )
+    wording = f"Write {n} paragraphs with *** between."
+    return _setting(wording, {"num_paragraphs": n}, shape=lambda body: "\n***\n".join([body] * n))
 
 
 def _nth_paragraph(rng: random.Random) -> _Ask:
@@ -240,36 +228,33 @@ def _nth_paragraph(rng: random.Random) -> _Ask:
         return "\n\n".join(f"{word} {body}" if i == nth else body for i in range(1, n + 1))
 
     wording = f"Write {n} paragraphs with empty lines between. Start paragraph {nth} with {word}."
-    return _Ask(wording, kwargs, lambda t: _shape(t, shape))
+    return _setting(wording, kwargs, shape=shape)
 
 
 def _sections(rng: random.Random) -> _Ask:
     n = rng.randint(2, 3)
     kwargs = {"section_spliter": "Section", "num_sections": n}
-    return _Ask(
-        f"Write {n} sections, each with Section X.",
-        kwargs,
-        lambda t: _shape(t, lambda body: "\n".join(f"Section {i} {body}" for i in range(1, n + 1))),
-    )
+
+    def shape(body: str) -> str:
+        return "\n".join(f"Section {i} {body}" for i in range(1, n + 1))
+
+    return _setting(f"Write {n} sections, each with Section X.", kwargs, shape=shape)
 
 
 def _two_responses(rng: random.Random) -> _Ask:
     other = rng.choice(NOUNS)
-    return _Ask(
-        "Give two answers with ****** between.",
-        {},
-        lambda t: _shape(t, lambda body: f"{body}\n******\na {other} {body}"),
-    )
+    wording = "Give two answers with ****** between."
+    return _setting(wording, {}, shape=lambda body: f"{body}\n******\na {other} {body}")
 
 
 def _json_format(rng: random.Random) -> _Ask:
-    return _Ask("Answer in JSON.", {}, lambda t: _shape(t, lambda b: json.dumps({"text": b})))
+    return _setting("Answer in JSON.", {}, shape=lambda body: json.dumps({"text": body}))
 
 
 def _constrained(rng: random.Random) -> _Ask:
     answer = rng.choice(ifeval.CONSTRAINED_RESPONSES)
     options = " ".join(ifeval.CONSTRAINED_RESPONSES)
-    return _Ask(f"Answer one of: {options}", {}, lambda t: _shape(t, lambda body: answer))
+    return _setting(f"Answer one of: {options}", {}, shape=lambda body: answer)
 
 
 _PLAIN: dict[str, Callable[[random.Random], _Ask]] = {

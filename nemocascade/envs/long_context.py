@@ -111,14 +111,13 @@ class LongContext(GradedDomain):
         """See `document_tasks.make_task`."""
         task = make_task(rng, difficulty)
         documents = "\n".join(f"{i}. {d}" for i, d in enumerate(task.documents, start=1))
-        return Prompt(
-            id="",
-            domain=self.domain,
-            messages=(Message("user", f"{documents}\n{task.question}"),),
-            answer={"expected": [task.answer], "exact": True, "question": task.question},
-            demonstration=(Message("assistant", task.answer, task.reasoning),),
+        return self._made(
+            f"{documents}\n{task.question}",
+            {"expected": [task.answer], "exact": True, "question": task.question},
+            task.answer,
+            task.reasoning,
             # A sentence; the verifier takes the exact answer alone.
-            careless=(Message("assistant", f"it is {task.answer}", task.reasoning),),
+            careless=f"it is {task.answer}",
         )
 
 

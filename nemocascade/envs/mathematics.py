@@ -39,13 +39,7 @@ class Mathematics(CheckedDomain):
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """0: a sum or difference of digits. 1: below 100. 2: in words. 3: products, fractions."""
         question, reasoning, answer = _LEVELS[min(max(difficulty, 0), len(_LEVELS) - 1)](rng)
-        return Prompt(
-            id="",
-            domain=self.domain,
-            messages=(Message("user", question),),
-            answer={"expected": answer},
-            demonstration=(Message("assistant", f"\\boxed{{{answer}}}", reasoning),),
-        )
+        return self._made(question, {"expected": answer}, f"\\boxed{{{answer}}}", reasoning)
 
 
 _ASKS = (

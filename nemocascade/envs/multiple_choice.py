@@ -62,14 +62,9 @@ class MultipleChoice(CheckedDomain):
         options = dict(zip(LETTERS, texts, strict=False))
         letter = LETTERS[texts.index(right)]
         shown = "\n".join(f"{k} {v}" for k, v in options.items())
-        return Prompt(
-            id="",
-            domain=self.domain,
-            messages=(Message("user", f"{question}\n{shown}"),),
-            answer={"letter": letter, "options": options, "pattern": None},
-            demonstration=(Message("assistant", f"\\boxed{{{letter}}}", reasoning),),
-            careless=(Message("assistant", f"it is {letter}", reasoning),),
-        )
+        answer = {"letter": letter, "options": options, "pattern": None}
+        right = f"\\boxed{{{letter}}}"
+        return self._made(f"{question}\n{shown}", answer, right, reasoning, f"it is {letter}")
 
 
 def _letter(found: str | None, options: Mapping[str, str]) -> str | None:

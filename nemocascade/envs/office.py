@@ -105,6 +105,18 @@ class Office:
                 return row
         raise OfficeError(f"no entry in {table} with {wanted}")
 
+    def _change(self, table: str, wanted: dict[str, Any], **fields: Any) -> Row:
+        row = self._get(table, **wanted)
+        row.update(fields)
+        return row
+
+    @staticmethod
+    def _name(row: Row, field: str, name: str) -> Row:
+        """Add a name to a list of names, once."""
+        if not any(_same(name, other) for other in row[field]):
+            row[field] = sorted([*row[field], name])
+        return row
+
     def _remove(self, table: str, **wanted: Any) -> str:
         self._tables[table].remove(self._get(table, **wanted))
         return "deleted"
@@ -151,9 +163,7 @@ class Office:
     @_tool
     def move_mail(self, id: int, folder: str) -> Any:
         """Move a mail to a folder."""
-        mail = self._get("mail", id=id)
-        mail["folder"] = folder
-        return mail
+        return self._change("mail", {"id": id}, folder=folder)
 
     @_tool
     def delete_mail(self, id: int) -> Any:
@@ -187,17 +197,12 @@ class Office:
     @_tool
     def rename_event(self, id: int, title: str) -> Any:
         """Give an event another title."""
-        event = self._get("events", id=id)
-        event["title"] = title
-        return event
+        return self._change("events", {"id": id}, title=title)
 
     @_tool
     def invite(self, id: int, name: str) -> Any:
         """Invite a contact to an event."""
-        event = self._get("events", id=id)
-        if not any(_same(name, guest) for guest in event["guests"]):
-            event["guests"] = sorted([*event["guests"], name])
-        return event
+        return self._name(self._get("events", id=id), "guests", name)
 
     @_tool
     def delete_event(self, id: int) -> Any:
@@ -217,16 +222,12 @@ class Office:
     @_tool
     def set_email(self, name: str, email: str) -> Any:
         """Change the email address of a contact."""
-        contact = self._get("contacts", name=name)
-        contact["email"] = email
-        return contact
+        return self._change("contacts", {"name": name}, email=email)
 
     @_tool
     def set_phone(self, name: str, phone: str) -> Any:
         """Change the phone number of a contact."""
-        contact = self._get("contacts", name=name)
-        contact["phone"] = phone
-        return contact
+        return self._change("contacts", {"name": name}, phone=phone)
 
     @_tool
     def delete_contact(self, name: str) -> Any:
@@ -246,9 +247,7 @@ class Office:
     @_tool
     def finish_task(self, title: str) -> Any:
         """Mark a task as done."""
-        task = self._get("tasks", title=title)
-        task["done"] = True
-        return task
+        return self._change("tasks", {"title": title}, done=True)
 
     @_tool
     def set_due(self, title: str, due: str) -> Any:
@@ -293,10 +292,7 @@ class Office:
     @_tool
     def share_file(self, path: str, name: str) -> Any:
         """Share a file with a contact."""
-        file = self._get("files", path=path)
-        if not any(_same(name, other) for other in file["shared"]):
-            file["shared"] = sorted([*file["shared"], name])
-        return file
+        return self._name(self._get("files", path=path), "shared", name)
 
     @_tool
     def delete_file(self, path: str) -> Any:

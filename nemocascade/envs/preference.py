@@ -165,17 +165,13 @@ class Preference(Domain):
         wanted = ("dear", name, *(w for thing in things for w in thing), "thank", "you")
         (quality,) = rng.choices(QUALITIES, SHARES)
         asked = " and ".join(f"a {color} {noun}" for noun, color in things)
-        return Prompt(
-            id="",
-            domain=self.domain,
-            messages=(Message("user", f"{name} asks about {asked}."),),
-            answer={
-                "baseline": texts["greeting"],
-                "facts": {"wanted": wanted, "allowed": ALLOWED},
-                "best": texts["full"],
-            },
-            demonstration=(Message("assistant", texts[quality], f"{name}. {asked}. {quality}."),),
-        )
+        answer = {
+            "baseline": texts["greeting"],
+            "facts": {"wanted": wanted, "allowed": ALLOWED},
+            "best": texts["full"],
+        }
+        ask, reasoning = f"{name} asks about {asked}.", f"{name}. {asked}. {quality}."
+        return self._made(ask, answer, texts[quality], reasoning)
 
 
 def against(prompt: Prompt, baseline: str) -> Prompt:

@@ -1,8 +1,9 @@
-"""All environments by name."""
+"""All environments by name, and the judge that their settings ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 
 from nemocascade.envs.base import Domain
 from nemocascade.envs.code import Code
@@ -15,18 +16,12 @@ from nemocascade.envs.structured_output import StructuredOutput
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_agentless import SweAgentless
 from nemocascade.envs.tool_calling import ToolCalling
-from nemocascade.judges.factory import judge_problems, judge_refusal, make_judge
+from nemocascade.judges.rule import RuleJudge
+from nemocascade.judges.server import ServerJudge, server_problems
 from nemocascade.recipe.envs import EnvConfig
+from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.sandbox.child import ChildPool
 from nemocascade.types import Judge
-
-__all__ = [
-    "DOMAINS",
-    "close_environments",
-    "judge_problems",
-    "judge_refusal",
-    "make_environments",
-]
 
 DOMAINS = (
     "instruction_following",
@@ -81,3 +76,31 @@ def close_environments(environments: Mapping[str, Domain]) -> None:
     """End every process that the environments hold."""
     for environment in environments.values():
         environment.close()
+
+
+def make_judge(settings: JudgeConfig) -> Judge:
+    """A judge; a server is not asked anything yet.
+
+    Raises ValueError naming every setting that cannot work, and for the judge of an artifact, which
+    a stage makes on its own ranks (`nemocascade.rl.artifact_judge`).
+    """
+    if settings.kind == "artifact":
+        raise ValueError(
+            "judge.kind artifact generates on the training ranks: only a stage can make it"
+        )
+    if settings.kind == "server":
+        return ServerJudge(settings)
+    return RuleJudge()
+
+
+def judge_problems(settings: JudgeConfig) -> list[str]:
+    """Every rule that the settings of a server break; none for judges of other kinds."""
+    return server_problems(settings) if settings.kind == "server" else []
+
+
+def judge_refusal(settings: JudgeConfig) -> str | None:
+    """Why a server refuses a first question; None if it takes it, is silent, or is no server."""
+    if settings.kind != "server":
+        return None
+    with closing(ServerJudge(settings)) as judge:
+        return judge.probe()

@@ -62,14 +62,8 @@ class StructuredOutput(CheckedDomain):
         listed = ", ".join(f"{k} {part[0]}" for k, part in zip(keys, parts, strict=True))
         shown = json.dumps(schema) if difficulty >= 3 else listed
         text, reasoning = json.dumps(value), f"keys: {', '.join(keys)}."
-        return Prompt(
-            id="",
-            domain=self.domain,
-            messages=(Message("user", f"{rng.choice(_ASKS)} JSON: {shown}"),),
-            answer={"schema": schema},
-            demonstration=(Message("assistant", text, reasoning),),
-            careless=(Message("assistant", f"```json\n{text}\n```", reasoning),),
-        )
+        ask = f"{rng.choice(_ASKS)} JSON: {shown}"
+        return self._made(ask, {"schema": schema}, text, reasoning, f"```json\n{text}\n```")
 
 
 def _integer(rng: random.Random) -> tuple[str, dict[str, Any], Any]:

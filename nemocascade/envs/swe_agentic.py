@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nemocascade.envs.sandboxed import RepairDomain
 from nemocascade.envs.swe_made import make_task
-from nemocascade.envs.swe_tasks import TaskFolders
 from nemocascade.recipe.envs import AgentConfig, SandboxConfig
 from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.swe.repository import Framework, judge, run_tests
@@ -107,14 +106,14 @@ class RepositorySession:
             self._tested_s += time.monotonic() - start
 
 
-class SweAgentic(TaskFolders):
+class SweAgentic(RepairDomain):
     """1 if all hidden tests pass on the repository that the agent leaves, else 0.
 
     The verdict depends on the response alone: its edits are replayed on a fresh copy, and the
     hidden tests run there. It makes no difference whether the agent submitted or ran out of turns
     or of context: the edits it has made by then count. An answer of a tool is cut at
     `AgentConfig.result_chars`; one that does not fit into the context that is left ends the
-    episode. The sandbox starts when tests first run.
+    episode.
     """
 
     domain = "swe_agentic"
@@ -122,25 +121,8 @@ class SweAgentic(TaskFolders):
     def __init__(
         self, config: SandboxConfig | None = None, limits: AgentConfig | None = None
     ) -> None:
-        self._config = config or SandboxConfig()
+        super().__init__(config)
         self._limits = limits or AgentConfig()
-        self._lock = threading.Lock()
-        self._sandbox: SandboxPool | None = None
-
-    @property
-    def sandbox(self) -> SandboxPool:
-        """The pool that runs the tests."""
-        with self._lock:
-            if self._sandbox is None:
-                self._sandbox = SandboxPool(self._config)
-            return self._sandbox
-
-    def close(self) -> None:
-        """End the sandbox's workers."""
-        with self._lock:
-            if self._sandbox is not None:
-                self._sandbox.close()
-                self._sandbox = None
 
     def claims(self, row: Row) -> bool:
         """Rows of a repository in a folder; `swe_agentless` may read them too."""
@@ -174,14 +156,6 @@ class SweAgentic(TaskFolders):
     def session(self, prompt: Prompt) -> ToolSession:
         """A fresh copy of the repository for one episode."""
         return RepositorySession(prompt.answer, self._limits, lambda: self.sandbox)
-
-    def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        """The verdict. Raises SandboxUnavailable where tests cannot be isolated at all.
-
-        No later verdict could be better, so that is no error of this one.
-        """
-        assert self.sandbox
-        return super().score(prompt, response)
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         session = RepositorySession(prompt.answer, self._limits, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,23 @@ from typing import Any
 
 from nemocascade.envs.base import digest, final_text
 from nemocascade.envs.graded import GradedDomain
+from nemocascade.envs.sandboxed import RepairDomain
 from nemocascade.envs.swe_bugs import make_bug
-from nemocascade.envs.swe_tasks import Task, TaskFolders, task_of, texts_at
 from nemocascade.judges.prompts import grade_question
 from nemocascade.judges.rule import knows_language
 from nemocascade.recipe.envs import AgentlessConfig, SandboxConfig
-from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.swe.edits import FORM, EditError, apply_edits, edit_text, parse_edits
+from nemocascade.swe.prompt_files import SEPARATOR, FileIndex, folder_index, shown_files
 from nemocascade.swe.repository import HiddenTests, judge
-from nemocascade.swe.retrieval import Index, folder_index
 from nemocascade.swe.rows import issue_of, snapshot_of
-from nemocascade.swe.shown import SEPARATOR, shown_files
-from nemocascade.swe.texts import made_files, patched_files, with_texts
+from nemocascade.swe.tasks import (
+    RepairTask,
+    made_files,
+    patched_files,
+    task_of,
+    texts_at,
+    with_texts,
+)
 from nemocascade.types import Judge, Message, Prompt, Question, Row, Verdict
 
 _ASK = (
@@ -38,11 +42,11 @@ _CRITERIA = (
 )
 
 
-class SweAgentless(TaskFolders, GradedDomain):
+class SweAgentless(RepairDomain, GradedDomain):
     """1 if the repaired repository passes its tests, else 0; without tests, a judge's grade.
 
     Edits that cannot be read or applied score 0. The tests' own files are never the model's: see
-    `swe.repository`. The sandbox starts with the first repair that is tested.
+    `swe.repository`.
     """
 
     domain = "swe_agentless"
@@ -53,19 +57,13 @@ class SweAgentless(TaskFolders, GradedDomain):
         judge: Judge | None = None,
         limits: AgentlessConfig | None = None,
     ) -> None:
-        super().__init__(judge)
-        self._config = config or SandboxConfig()
+        super().__init__(config)
+        self.judge = judge
         self._limits = limits or AgentlessConfig()
-        self._lock = threading.Lock()
-        self._sandbox: SandboxPool | None = None
 
-    @property
-    def sandbox(self) -> SandboxPool:
-        """The pool that runs the tests."""
-        with self._lock:
-            if self._sandbox is None:
-                self._sandbox = SandboxPool(self._config)
-            return self._sandbox
+    def runs_programs(self, prompt: Prompt) -> bool:
+        """Whether tests decide, and not the judge."""
+        return prompt.answer.get("tests") is not None
 
     def claims(self, row: Row) -> bool:
         """Rows that say which files are to be repaired; `swe_agentic` may read them too."""
@@ -128,9 +126,9 @@ class SweAgentless(TaskFolders, GradedDomain):
         *,
         patch: str = "",
         hidden: Collection[str] = (),
-        index: Index | None = None,
+        index: FileIndex | None = None,
     ) -> str:
-        """The prompt: see `swe.shown`."""
+        """The prompt: see `swe.prompt_files`."""
         shown = shown_files(
             issue,
             files,
@@ -142,21 +140,6 @@ class SweAgentless(TaskFolders, GradedDomain):
             index=index,
         )
         return _ASK.format(issue=issue, files=SEPARATOR.join(shown.values()))
-
-    def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        """The verdict. Raises SandboxUnavailable where tests cannot be isolated at all.
-
-        No later verdict could be better, so that is no error of this one.
-        """
-        self._start([prompt])
-        return super().score(prompt, response)
-
-    def score_groups(
-        self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
-    ) -> list[list[Verdict]]:
-        """As `score`, with one call of the judge."""
-        self._start([prompt for prompt, _ in groups])
-        return super().score_groups(groups)
 
     def examine(self, prompt: Prompt, response: Sequence[Message]) -> Verdict | Question:
         text, answer = final_text(response), prompt.answer
@@ -175,13 +158,6 @@ class SweAgentless(TaskFolders, GradedDomain):
         changed = {path: new for path, new in repaired.items() if texts.get(path) != new}
         return judge(self.sandbox, snapshot, with_texts(snapshot, changed), tests)
 
-    def close(self) -> None:
-        """End the sandbox's workers."""
-        with self._lock:
-            if self._sandbox is not None:
-                self._sandbox.close()
-                self._sandbox = None
-
     def split_key(self, prompt: Prompt) -> str:
         """Of the issue and its repair: other files in a prompt don't make another task."""
         return digest(f"{prompt.answer['issue']}\n{prompt.demonstration[0].content}")
@@ -195,21 +171,13 @@ class SweAgentless(TaskFolders, GradedDomain):
             ask = f"{bug.issue}\n{_brief(bug.files)}"
         else:
             ask = self._prompt_text(bug.issue, bug.files, [bug.edit.path])
-        return Prompt(
-            id="",
-            domain=self.domain,
-            messages=(Message("user", ask),),
-            answer={"issue": bug.issue, "patch": "", "tests": bug.tests, "files": bug.files},
-            demonstration=(Message("assistant", edit_text(bug.edit), bug.reasoning),),
-            careless=(Message("assistant", edit_text(elsewhere), bug.reasoning),),
+        answer = {"issue": bug.issue, "patch": "", "tests": bug.tests, "files": bug.files}
+        return self._made(
+            ask, answer, edit_text(bug.edit), bug.reasoning, careless=edit_text(elsewhere)
         )
 
-    def _start(self, prompts: Sequence[Prompt]) -> None:
-        if any(prompt.answer.get("tests") is not None for prompt in prompts):
-            assert self.sandbox
 
-
-def _golden(row: Row, task: Task) -> list[str]:
+def _golden(row: Row, task: RepairTask) -> list[str]:
     """The files to repair: but for hidden tests, which no edit can change.
 
     Raises ValueError where the row names none, or one that is not there before the repair.

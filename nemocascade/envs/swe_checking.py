@@ -10,13 +10,14 @@ from typing import Any
 
 import tyro
 
-from nemocascade.envs.swe_tasks import task_of
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.swe.importing import read_rows
 from nemocascade.swe.patches import PatchError, apply_patch
-from nemocascade.swe.repository import Files, HiddenTests, judge, run_tests
+from nemocascade.swe.repository import HiddenTests, judge, run_tests
 from nemocascade.swe.rows import folder_rows
+from nemocascade.swe.snapshots import Files
+from nemocascade.swe.tasks import task_of
 from nemocascade.types import Row, SandboxError, SandboxUnavailable
 
 _SHOWN = 5

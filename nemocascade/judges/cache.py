@@ -10,6 +10,7 @@ from collections import OrderedDict
 from pathlib import Path
 from threading import Lock
 
+from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.runtime.logging import LOGGER
 
 MAX_CHARACTERS = 2**28
@@ -84,22 +85,17 @@ class AnswerCache:
             file.write(line.encode())
 
     def _read(self) -> None:
-        broken = 0
         if not Path(self.path).exists():
             return
-        with Path(self.path).open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                    key, text = row["key"], row["text"]
-                    if not (isinstance(key, str) and isinstance(text, str)):
-                        raise TypeError("key and text must be strings")
-                except (ValueError, KeyError, TypeError):
-                    broken += bool(line.strip())
-                    continue
+        broken: list[str] = []
+        for line, row in read_undamaged(self.path, broken.append):
+            key, text = row.get("key"), row.get("text")
+            if isinstance(key, str) and isinstance(text, str):
                 self._keep(key, text)
+            else:
+                broken.append(line)
         if broken:
-            LOGGER.warning("%s: %d lines hold no answer and are skipped", self.path, broken)
+            LOGGER.warning("%s: %d lines hold no answer and are skipped", self.path, len(broken))
 
 
 def _take(descriptor: int) -> None:

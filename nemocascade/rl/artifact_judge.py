@@ -11,8 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from nemocascade.data.chat_template import encode, render_prompt
-from nemocascade.data.conversation import Conversation
+from nemocascade.data.chat_template import Conversation, encode, render_prompt
 from nemocascade.data.reply import parse_reply
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.judge import JudgeConfig

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemocascade.envs.demonstrations import sft_row
+from nemocascade.envs.base import demonstration
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.recipe import RecipeError, SftRecipe
 from nemocascade.runtime.world import World, main_first
+from nemocascade.types import Message, Prompt
 
 
 def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
@@ -72,3 +73,31 @@ def demonstration_rows(recipe: SftRecipe, *, heldout: bool) -> Iterator[dict[str
         thinking = rng.random() < settings.thinking
         careless = settings.careless > 0 and rng.random() < settings.careless
         yield sft_row(prompt, thinking=thinking, careless=careless)
+
+
+def sft_row(prompt: Prompt, *, thinking: bool, careless: bool = False) -> dict[str, Any]:
+    """The task and its demonstration as a row of the `messages` format.
+
+    Without `thinking` the row holds no reasoning and so renders with empty think tags. careless:
+    see `envs.base.demonstration`. Raises ValueError for a task without a demonstration.
+    """
+    turns = [*prompt.messages, *demonstration(prompt, thinking=thinking, careless=careless)]
+    row: dict[str, Any] = {"messages": [_turn(message) for message in turns]}
+    if prompt.tools:
+        row["tools"] = [
+            {"name": t.name, "description": t.description, "parameters": dict(t.parameters)}
+            for t in prompt.tools
+        ]
+    return row
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        turn["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {"function": {"name": call.name, "arguments": dict(call.arguments)}}
+            for call in message.tool_calls
+        ]
+    return turn

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from nemocascade.data.chat_template import encode, render_prompt
-from nemocascade.data.conversation import Conversation
+from nemocascade.data.chat_template import Conversation, encode, render_prompt
 from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.rl import DomainConfig, RolloutConfig

@@ -13,6 +13,7 @@ from nemocascade.envs.registry import DOMAINS, close_environments, make_environm
 from nemocascade.recipe import EnvConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.collector import Group
+from nemocascade.runtime.jsonl import read_objects
 from nemocascade.types import Message, Prompt, ToolCall, Verdict
 
 
@@ -120,8 +121,10 @@ def replay(settings: ReplaySettings) -> list[Replayed]:
     for file in files:
         if not file.is_file():
             raise DataError(f"{file} is no file: name one of RUN/rollouts, or that folder")
-        lines = file.read_text(encoding="utf-8").splitlines()
-        rows += [(f"{file.name}:{n}", json.loads(line)) for n, line in enumerate(lines, start=1)]
+        try:
+            rows += read_objects(file)
+        except ValueError as error:
+            raise DataError(str(error)) from error
     chosen = [(where, row) for where, row in rows if "turns" in row]
     if not chosen:
         raise DataError(f"{root}: none of its {len(rows)} rollouts has calls of tools")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -130,4 +130,3 @@ class Counts:
     prefill_tokens: int = 0
     prefill_chunks: int = 0
     generated: int = 0
-    extra: dict[str, float] = field(default_factory=dict)

@@ -7,24 +7,23 @@ beside them, and rows of one commit share one.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import tyro
 
+from nemocascade.runtime.jsonl import read_objects
 from nemocascade.swe.clones import find_clone, write_snapshot
 from nemocascade.swe.patches import apply_patch, parse_patch
 from nemocascade.swe.protected import check_tests
 from nemocascade.swe.rows import ROW, TESTS, Row, issue_of, test_settings_of
 from nemocascade.swe.snapshots import Files, snapshot_paths
-from nemocascade.swe.texts import patched_files
+from nemocascade.swe.tasks import patched_files
 
 SNAPSHOTS = "snapshots"
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -92,37 +91,26 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
     """The rows of a file, each with its `file:number`. Raises ValueError for a broken one."""
     if not path.is_file():
         raise ValueError(f"{path} is no file: name one with rows")
+    found: list[tuple[str, Row]]
     if path.suffix == ".parquet":
-        rows: Sequence[Any] = _parquet(path)
+        found = [(f"{path.name}:{n}", row) for n, row in enumerate(_parquet(path), start=1)]
     else:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            rows = [_parsed(line, f"{path}:{n}") for n, line in enumerate(stream, start=1)]
-    found = [(f"{path.name}:{n}", row) for n, row in enumerate(rows, start=1) if row is not None]
-    if wrong := [where for where, row in found if not isinstance(row, dict)]:
-        raise ValueError(f"{wrong[0]}: a row must be an object")
+        found = list(read_objects(path))
     if not found:
         raise ValueError(f"{path} holds no row")
     return found
 
 
-def _parsed(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line) if line.strip() else None
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-
-
-def _parquet(path: Path) -> Sequence[Any]:
+def _parquet(path: Path) -> list[Row]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise ValueError(f"{path}: pyarrow is missing, install it or give JSONL") from error
     try:
-        rows: Sequence[Any] = parquet.read_table(path).to_pylist()
+        return list(parquet.read_table(path).to_pylist())
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not Parquet ({error})") from error
-    return rows
 
 
 def _check(row: Row, names: set[str]) -> None:

@@ -14,8 +14,10 @@ _OUTPUT_SHARE = 2000
 
 
 @dataclass(frozen=True)
-class Report:
+class TestReport:
     """How one test ended. name: what it was asked for as. values: what a sealed test handed out."""
+
+    __test__ = False  # pytest takes classes of such a name for tests
 
     name: str
     id: str
@@ -34,7 +36,7 @@ class Report:
         return self.outcome == "error" and name.startswith(f"{self.id}::")
 
 
-def read_reports(outcome: Outcome, nonce: str, framework: str) -> list[Report]:
+def read_reports(outcome: Outcome, nonce: str, framework: str) -> list[TestReport]:
     """The reports that carry the nonce; those of another form are dropped.
 
     Raises SandboxError where the runner did not come to load the repository. It marks its start
@@ -57,7 +59,7 @@ def read_reports(outcome: Outcome, nonce: str, framework: str) -> list[Report]:
     return [report for report in read if report is not None]
 
 
-def _report(line: Mapping[str, Any]) -> Report | None:
+def _report(line: Mapping[str, Any]) -> TestReport | None:
     """A report; None for a line of another form, which code of the repository has written."""
     match {"name": line.get("id"), "text": "", "values": [], **line}:
         case {
@@ -67,7 +69,9 @@ def _report(line: Mapping[str, Any]) -> Report | None:
             "text": str(text),
             "values": list(values),
         } if outcome in _OUTCOMES and all(map(_is_value, values)):
-            return Report(name, test, outcome, text, tuple((key, shown) for key, shown in values))
+            return TestReport(
+                name, test, outcome, text, tuple((key, shown) for key, shown in values)
+            )
     return None
 
 
@@ -78,7 +82,7 @@ def _is_value(value: Any) -> bool:
     return False
 
 
-def opened(report: Report, sealed: Mapping[str, Sealed]) -> Report:
+def opened(report: TestReport, sealed: Mapping[str, Sealed]) -> TestReport:
     """The report of a sealed test, with what its values say.
 
     sealed: by how the runner names the file, with what stands between that and a test's name.
@@ -95,7 +99,7 @@ def opened(report: Report, sealed: Mapping[str, Sealed]) -> Report:
     return replace(report, outcome="failed", text=reason) if reason else report
 
 
-def outcome_of(name: str, reports: Sequence[Report]) -> str:
+def outcome_of(name: str, reports: Sequence[TestReport]) -> str:
     """How the tests that `name` stands for ended: all as one."""
     mine = [report.outcome for report in reports if report.is_of(name)]
     bad = [found for found in mine if found not in ("passed", "skipped")]
@@ -104,7 +108,7 @@ def outcome_of(name: str, reports: Sequence[Report]) -> str:
     return "passed" if "passed" in mine else "skipped"
 
 
-def text_of(outcomes: Mapping[str, str], reports: Sequence[Report], outcome: Outcome) -> str:
+def text_of(outcomes: Mapping[str, str], reports: Sequence[TestReport], outcome: Outcome) -> str:
     """Failures with their reasons, what the program printed last, and the count."""
     lines = []
     for report in reports:

@@ -27,20 +27,8 @@ from nemocascade.swe import runner
 from nemocascade.swe.protected import Protected, test_files
 from nemocascade.swe.reports import opened, outcome_of, read_reports, text_of
 from nemocascade.swe.seal import Sealed, seal
-from nemocascade.swe.snapshots import Files, check_path, misfit, read_snapshot
+from nemocascade.swe.snapshots import Files, check_path, misfit
 from nemocascade.types import Outcome, Program, Sandbox, Verdict
-
-__all__ = [
-    "Files",
-    "Framework",
-    "HiddenTests",
-    "TestRun",
-    "check_path",
-    "judge",
-    "read_snapshot",
-    "run_tests",
-    "test_files",
-]
 
 Framework = Literal["unittest", "pytest"]
 

@@ -18,7 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from nemocascade.swe.repository import read_snapshot, test_files
+from nemocascade.swe.protected import test_files
+from nemocascade.swe.snapshots import read_snapshot
 from nemocascade.types import ToolCall
 
 Steps = tuple[tuple[tuple[ToolCall, ...], str], ...]

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
+from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
 from nemocascade.train.flops import peak_tflops
@@ -145,11 +146,14 @@ class MetricsWriter:
 def _keep_steps_before(path: Path, first_step: int) -> None:
     if not path.exists():
         return
+
+    def warn(line: str) -> None:
+        LOGGER.warning("%s: a line that a crash cut short is dropped: %.60s", path, line)
+
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] < first_step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            LOGGER.warning("%s: a line that a crash cut short is dropped: %.60s", path, line)
+    for line, row in read_undamaged(path, warn):
+        if "step" not in row:
+            warn(line)
+        elif row["step"] < first_step:
+            kept.append(line)
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

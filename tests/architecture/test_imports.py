@@ -224,3 +224,15 @@ def test_files_stay_small() -> None:
 def test_kernels_folder_is_no_package() -> None:
     """A top-level module `kernels` would hide a published package of that name."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_folder_of_code_is_a_package() -> None:
+    """A folder without `__init__.py` is not installed."""
+    folders = {path.parent for path in (*sources(PACKAGE), *sources(KERNELS))}
+    data = PACKAGE / "swe" / "repositories"
+    bare = [
+        folder.relative_to(ROOT).as_posix()
+        for folder in folders
+        if not folder.is_relative_to(data) and not (folder / "__init__.py").exists()
+    ]
+    assert not bare, f"add __init__.py to {sorted(bare)}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from helpers.data import huggingface_tokenizer, sentencepiece_tokenizer
+from helpers.data import huggingface_tokenizer, sentencepiece_tokenizer, text_of
 
-from nemocascade.data.chat_template import Segment, encode, render, render_prompt, text_of
-from nemocascade.data.conversation import Conversation, Message, Tool, ToolCall
+from nemocascade.data.chat_template import Conversation, Segment, encode, render, render_prompt
 from nemocascade.data.errors import DataError
 from nemocascade.data.jinja_template import CHAT_TEMPLATE, JinjaTemplate, openai_form
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.types import Message, Tool, ToolCall
 
 TOKENIZERS = pytest.mark.parametrize(
     "tokenizer", [sentencepiece_tokenizer, huggingface_tokenizer], ids=["sentencepiece", "hf"]

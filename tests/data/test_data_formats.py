@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from nemocascade.data.conversation import Conversation, Message, Tool, ToolCall
+from nemocascade.data.chat_template import Conversation
 from nemocascade.data.errors import RowError
 from nemocascade.data.formats import Format, detect_format, parse_row
 from nemocascade.recipe.data import DataConfig
+from nemocascade.types import Message, Tool, ToolCall
 
 CONFIG = DataConfig()
 USER = {"role": "user", "content": "Hi"}

@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers.data import GSM8K_TRAIN, needs_gsm8k, write_jsonl
+from helpers.data import GSM8K_TRAIN, needs_gsm8k, read_rows, write_jsonl
 
 from nemocascade.data import readers
 from nemocascade.data.errors import BadRows, DataError
-from nemocascade.data.readers import find_sources, read_pieces, read_rows
+from nemocascade.data.readers import find_sources, read_pieces
 
 ROWS = [{"question": f"q{i}", "answer": "a" * i} for i in range(1200)]
 

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from helpers import packing_reference
 
-from nemocascade.data import packing, packing_reference
+from nemocascade.data import packing
 from nemocascade.data.packing import PackingPlan, WorkModel, lockstep_cost, plan_packing
 
 WORK = WorkModel()
@@ -21,6 +23,12 @@ def plan(lengths: Any, capacity: int, **settings: Any) -> PackingPlan:
     """A plan with settings that do not matter to the test filled in."""
     defaults: dict[str, Any] = {"group": 16, "work": WORK, "seed": 0, "over_long": "refuse"}
     return plan_packing(lengths, capacity, **defaults | settings)
+
+
+def reference_plan(lengths: Any, capacity: int, **settings: Any) -> PackingPlan:
+    """The same plan by the definition in plain Python."""
+    with mock.patch.object(packing, "_native", packing_reference.plan_arrays):
+        return plan(lengths, capacity, **settings)
 
 
 def log_normal(random: np.random.Generator, count: int, capacity: int) -> np.ndarray:
@@ -89,7 +97,7 @@ def test_native_plan_equals_the_reference_bit_for_bit(
             "work": WorkModel(*random.random(2)),
         }
         native = plan(lengths, capacity, **settings)
-        reference = plan(lengths, capacity, implementation="reference", **settings)
+        reference = reference_plan(lengths, capacity, **settings)
         for field in FIELDS:
             np.testing.assert_array_equal(getattr(native, field), getattr(reference, field))
 
@@ -98,7 +106,7 @@ def test_native_plan_equals_the_reference_at_the_greatest_capacity() -> None:
     lengths = log_normal(np.random.default_rng(0), 300, packing.MAX_CAPACITY)
     lengths[7] = packing.MAX_CAPACITY
     native = plan(lengths, packing.MAX_CAPACITY)
-    reference = plan(lengths, packing.MAX_CAPACITY, implementation="reference")
+    reference = reference_plan(lengths, packing.MAX_CAPACITY)
     for field in FIELDS:
         np.testing.assert_array_equal(getattr(native, field), getattr(reference, field))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from helpers.data import text_of
 
-from nemocascade.data.chat_template import render, text_of
-from nemocascade.data.conversation import Conversation
+from nemocascade.data.chat_template import Conversation, render
 from nemocascade.data.reply import parse_reply
 from nemocascade.types import Message, ToolCall
 

@@ -89,7 +89,7 @@ def run_with(fault: str, folder: Path) -> tuple[list[int], list[str], float]:
             process.kill()
     logs = [(folder / f"stderr.{rank}").read_text() for rank in range(RANKS)]
     began = float((folder / f"reached.{VICTIM}").read_text())
-    return [p.poll() for p in ranks], logs, ended - began
+    return [p.poll() or 0 for p in ranks], logs, ended - began
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.data import text_of
 
-from nemocascade.data.chat_template import render, text_of
+from nemocascade.data.chat_template import render
 from nemocascade.data.formats import parse_row
 from nemocascade.envs.base import Domain, demonstration, final_text, is_heldout, last_boxed
-from nemocascade.envs.demonstrations import sft_row, write_sft_rows
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.recipe import DemonstrationConfig, DomainConfig, SftRecipe
 from nemocascade.recipe.data import DataConfig
 from nemocascade.recipe.envs import EnvConfig, SandboxConfig
-from nemocascade.rl.demonstrations import demonstration_rows
+from nemocascade.rl.demonstrations import demonstration_rows, sft_row
 from nemocascade.types import Message, Prompt, SandboxUnavailable, Verdict
 
 LEVELS = range(5)
@@ -322,17 +322,15 @@ def test_demonstrations_become_sft_rows(environments: dict[str, Domain], name: s
             assert ("<think>\n" in text) == thinking
 
 
-def test_sft_rows_mix_domains_and_hold_out(environments: dict[str, Domain], tmp_path: Path) -> None:
-    path = tmp_path / "sft.jsonl"
-    counts = {environments["math"]: 30, environments["tool_calling"]: 20}
-    write_sft_rows(path, counts, seed=7, thinking=0.5)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+def test_sft_rows_mix_domains_and_hold_out(environments: dict[str, Domain]) -> None:
+    domains = tuple(DomainConfig(n, tasks=k) for n, k in (("math", 30), ("tool_calling", 20)))
+    made = DemonstrationConfig(domains=domains, thinking=0.5, careless=0.0)
+    recipe = SftRecipe(demonstrations=made, seed=7)
+    rows = list(demonstration_rows(recipe, heldout=False))
     assert len(rows) == 50
     thinking = sum("reasoning_content" in json.dumps(row) for row in rows)
     assert 10 < thinking < 40
-    first = path.read_bytes()
-    write_sft_rows(path, counts, seed=7, thinking=0.5)
-    assert path.read_bytes() == first
+    assert list(demonstration_rows(recipe, heldout=False)) == rows
     heldout = {
         p.messages[-1].content
         for p in environments["math"].prompts(seed=7, count=256, heldout=True)

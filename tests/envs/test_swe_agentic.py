@@ -16,8 +16,7 @@ import pytest
 from helpers.data import sentencepiece_tokenizer
 from helpers.swe import agentic_domain, task, turn
 
-from nemocascade.data.chat_template import encode, render
-from nemocascade.data.conversation import Conversation
+from nemocascade.data.chat_template import Conversation, encode, render
 from nemocascade.envs import swe_agentic
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_made import make_task

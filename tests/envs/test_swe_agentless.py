@@ -23,7 +23,7 @@ from nemocascade.swe import rows
 from nemocascade.swe.edits import Edit, apply_edits, edit_text
 from nemocascade.swe.repository import judge
 from nemocascade.swe.snapshots import read_snapshot
-from nemocascade.swe.texts import with_texts
+from nemocascade.swe.tasks import with_texts
 from nemocascade.types import Answer, Message, Prompt, SandboxUnavailable, Verdict
 
 TESTS = """\

@@ -14,8 +14,7 @@ import torch
 from helpers.data import sentencepiece_tokenizer
 from helpers.swe import SANDBOX, agentic_domain, task, turn
 
-from nemocascade.data.chat_template import encode, render, render_prompt
-from nemocascade.data.conversation import Conversation
+from nemocascade.data.chat_template import Conversation, encode, render, render_prompt
 from nemocascade.data.errors import DataError
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_agentless import SweAgentless

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
 
+from nemocascade.data.chat_template import Segment
+from nemocascade.data.errors import BadRows, RowError
+from nemocascade.data.readers import read_pieces
 from nemocascade.data.synthetic import synthetic_rows
 from nemocascade.data.tokenizer import CONTROL_TAGS, Tokenizer, load_tokenizer
 from nemocascade.data.tokenizer_training import train_sentencepiece
@@ -83,3 +86,20 @@ def qa_rows(count: int) -> list[dict[str, str]]:
         {"question": f"What is {i} and {i}? " * (1 + i * i % 17), "answer": f"It is {2 * i}."}
         for i in range(count)
     ]
+
+
+def text_of(segments: Iterable[Segment]) -> str:
+    """The rendered text as one string."""
+    return "".join(s.text for s in segments)
+
+
+def read_rows(sources: Sequence[str], bad: BadRows, **limits: Any) -> Iterator[tuple[str, Any]]:
+    """(`file:line`, row) of all sources in order. Rows that cannot be read are counted in `bad`."""
+    for piece in read_pieces(sources, **limits):
+        for number, row in piece.rows():
+            place = f"{sources[piece.source]}:{number}"
+            if isinstance(row, RowError):
+                bad.add(place, str(row))
+            else:
+                yield place, row
+        bad.check()

@@ -77,13 +77,6 @@ def from_qwen3_moe(tensors: Tensors, shape: ModelConfig) -> Tensors:
     return _convert(in_memory("Qwen3MoeForCausalLM", shape), tensors)
 
 
-def _convert(names: NameMap, tensors: Mapping[str, Tensor]) -> Tensors:
-    left = sorted(set(tensors) - set(names.theirs))
-    if left:
-        raise ValueError(f"{len(left)} tensors have no place in our model: {left[:8]}")
-    return convert_tensors(names, tensors)
-
-
 def convert_tensors(names: NameMap, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors in memory under our names, in their dtypes; moves of absent tensors are left out."""
     ours: dict[str, Tensor] = {}
@@ -95,6 +88,13 @@ def convert_tensors(names: NameMap, theirs: Mapping[str, Tensor]) -> dict[str, T
             source = value[move.their_box.slices()].reshape(move.our_box.size)
             ours[move.ours][move.our_box.slices()] = source
     return ours
+
+
+def _convert(names: NameMap, tensors: Mapping[str, Tensor]) -> Tensors:
+    left = sorted(set(tensors) - set(names.theirs))
+    if left:
+        raise ValueError(f"{len(left)} tensors have no place in our model: {left[:8]}")
+    return convert_tensors(names, tensors)
 
 
 def untiled(names: NameMap) -> list[str]:

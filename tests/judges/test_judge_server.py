@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from nemocascade.envs.preference import Preference
+from nemocascade.envs.registry import make_judge
 from nemocascade.judges import cache as cache_module
 from nemocascade.judges.cache import AnswerCache
-from nemocascade.judges.factory import make_judge
 from nemocascade.judges.prompts import compare_question, comparison_text, grade_question
 from nemocascade.judges.server import ServerJudge
 from nemocascade.recipe.judge import JudgeConfig

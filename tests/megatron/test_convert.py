@@ -14,10 +14,8 @@ from helpers.transformers_weights import (
     from_nemotron_h,
     from_qwen3_moe,
     nemotron_h,
-    parts_by_key,
     qwen3_moe,
     set_shortest_step,
-    untiled,
 )
 from safetensors.torch import load_file, save_file
 from test_model_against_transformers import (
@@ -46,17 +44,14 @@ from nemocascade.megatron.convert import (
     export_huggingface,
     import_huggingface,
 )
-from nemocascade.megatron.convert.config import config_of_model, model_of_config
 from nemocascade.megatron.convert.names import Family, Style, name_map
 from nemocascade.megatron.model import CascadeModel, build_model
-from nemocascade.megatron.parameters import meta_model
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import (
     EngineConfig,
     ModelConfig,
     MoeTrainingConfig,
     ParallelConfig,
-    nemotron3_nano_30b,
 )
 from nemocascade.runtime.world import World
 
@@ -321,72 +316,3 @@ def test_damaged_files_are_refused(
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ConversionError, match=message):
         import_huggingface(source, tmp_path / "artifact")
-
-
-@pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("case", SHAPES)
-def test_moves_tile_both_sides_and_our_model(case: str, merged: bool, world: World) -> None:
-    """The map's own tensors are exactly those of the built model, by name and shape."""
-    family, shape = SHAPES[case]
-    names = name_map(family, shape, Style(merged_experts=merged, stored_head=True))
-    assert untiled(names) == []
-    config = make_config(
-        shape, world.parallel, EngineConfig(precision="fp32"), MoeTrainingConfig(), seed=0
-    )
-    [model] = build_model(world, config, Accelerators())
-    assert names.ours == {k: p.global_shape for k, p in parts_by_key(model, world).items()}
-
-
-def test_the_30b_model_is_mapped_whole() -> None:
-    shape = nemotron3_nano_30b()
-    assert model_of_config(config_of_model(shape, NEMOTRON)) == shape
-    names = name_map(NEMOTRON, shape, Style(prefix="backbone."))
-    assert untiled(names) == []
-    # The routers' selection biases are buffers of the model, and tensors of the folder.
-    biases = shape.pattern.count("E") * shape.num_experts
-    total = sum(torch.Size(s).numel() for s in names.theirs.values()) - biases
-    assert total == sum(p.numel() for p in meta_model(shape).parameters())
-    assert len(names.theirs) == 6243
-
-
-def test_memory_is_bounded_by_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No read is larger than a chunk, whatever the tensors' sizes."""
-    from nemocascade.megatron.checkpoint import storage
-    from nemocascade.megatron.convert import stream
-
-    _, shape = SHAPES["nemotron, one group, one kv head, k of an odd E"]
-    source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
-    import_huggingface(source, tmp_path / "whole")
-    monkeypatch.setattr(storage, "CHUNK_BYTES", 4096)
-    largest = 0
-    translate = stream.translate
-
-    def watched(part: Any, here: Any, there: Any) -> Any:
-        nonlocal largest
-        largest = max(largest, part.volume * 4)
-        return translate(part, here, there)
-
-    monkeypatch.setattr(stream, "translate", watched)
-    import_huggingface(source, tmp_path / "chunks")
-    assert 2048 < largest <= 4096
-    assert read_artifact(tmp_path / "whole").digest == read_artifact(tmp_path / "chunks").digest
-
-
-def test_the_command_converts_both_ways(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from nemocascade import cli
-
-    _, shape = SHAPES["nemotron, all experts"]
-    source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
-    for a, b in (("hf", "artifact"), ("artifact", "back")):
-        paths = [str(tmp_path / name) for name in (a, b)]
-        monkeypatch.setattr("sys.argv", ["nemocascade", "convert", *paths])
-        cli.main()
-    printed = capsys.readouterr().out
-    assert "not carried over: 1: modeling_own.py" in printed
-    assert_same_folder(source, tmp_path / "back")
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2
-    assert "exists already" in capsys.readouterr().err

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fake_megatron import OnMeta, fake_megatron_world
 
 from nemocascade.megatron.checkpoint.state import _main_parameters, _stepping
 from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.fake import (
-    OnMeta,
     build_on_meta,
-    fake_megatron_world,
     fake_world,
     group_ranks,
 )

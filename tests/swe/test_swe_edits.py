@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nemocascade.swe.edits import Edit, EditError, apply_edits, checked_path, edit_text, parse_edits
-from nemocascade.swe.texts import made_files, patched_files, row_files, texts_of, with_texts
+from nemocascade.swe.tasks import made_files, patched_files, row_files, texts_of, with_texts
 
 ONE = "### a.py\n<<<<<<< SEARCH\nx = 1\n=======\nx = 2\n>>>>>>> REPLACE"
 FILES = {"a.py": "x = 1\ny = 1\n", "b/c.py": "if x:\n    y = 1\n    y = 1\n"}

@@ -16,7 +16,7 @@ from test_swe_repository import ATTACKS, FIXED, HIDDEN, SNAPSHOT, WRONG
 
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.sandbox.pool import SandboxPool
-from nemocascade.swe import repository
+from nemocascade.swe import protected
 from nemocascade.swe.repository import HiddenTests, judge, run_tests
 from nemocascade.types import Verdict
 
@@ -91,7 +91,7 @@ def test_four():
     bad = judge(sandbox, SNAPSHOT, SNAPSHOT | conftest, tests)
     assert bad.reward == 0.0
     assert set(bad.details["not_passed"].values()) == {"failed"}
-    assert repository.test_files(SNAPSHOT) == ["tests/test_calc.py"]
+    assert protected.test_files(SNAPSHOT) == ["tests/test_calc.py"]
 
 
 SETTINGS = {

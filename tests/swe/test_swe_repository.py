@@ -13,7 +13,8 @@ from helpers.sandbox import sandbox_or_skip
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.swe import repository
-from nemocascade.swe.repository import HiddenTests, judge, read_snapshot, run_tests
+from nemocascade.swe.repository import HiddenTests, judge, run_tests
+from nemocascade.swe.snapshots import read_snapshot
 from nemocascade.types import SandboxError, Verdict
 
 BUGGY = b"def double(x):\n    return x + x + 1\n\n\ndef check(x):\n    return x\n"

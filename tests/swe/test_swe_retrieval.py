@@ -8,8 +8,7 @@ import bm25s
 import pytest
 
 from nemocascade.recipe.envs import AgentlessConfig
-from nemocascade.swe.retrieval import K1, B, Index, retrieve, words
-from nemocascade.swe.shown import shown_files
+from nemocascade.swe.prompt_files import K1, B, FileIndex, shown_files, words
 
 # Words with those of their paths: a: 4, b: 6, c: 2; 4 on average.
 FILES = {"a": "cart total cart", "b": "total total sum list item", "c": "sum"}
@@ -43,24 +42,24 @@ def test_scores_are_those_of_the_equation() -> None:
 )
 def test_files_are_ranked(query: str, count: int, found: list[str]) -> None:
     # "a" is a word of the first query and the name of a file: it is in no other.
-    assert retrieve(query, FILES, count) == found
+    assert FileIndex(FILES).rank(query, count) == found
 
 
 def test_a_repository_without_words() -> None:
-    assert retrieve("total", {}, 5) == []
-    assert retrieve("total", {"_": "()"}, 5) == []
+    assert FileIndex({}).rank("total", 5) == []
+    assert FileIndex({"_": "()"}).rank("total", 5) == []
 
 
 def test_equal_files_stand_by_path() -> None:
     files = dict.fromkeys(("z.py", "b.py", "m.py"), "total")
-    assert retrieve("total", files, 2) == ["b.py", "m.py"]
+    assert FileIndex(files).rank("total", 2) == ["b.py", "m.py"]
 
 
 def test_tests_are_not_ranked_and_neither_is_what_is_left_out() -> None:
     tests = ("test_a.py", "a/b_test.py", "Tests/data.txt", "lib/testing/x.py", "test/y.txt")
     files = dict.fromkeys((*tests, "latest.py", "contest.py", "b.py"), "total")
-    assert retrieve("total", files, 9) == ["b.py", "contest.py", "latest.py"]
-    assert Index(files).rank("total", 2, without=["b.py"]) == ["contest.py", "latest.py"]
+    assert FileIndex(files).rank("total", 9) == ["b.py", "contest.py", "latest.py"]
+    assert FileIndex(files).rank("total", 2, without=["b.py"]) == ["contest.py", "latest.py"]
 
 
 def test_names_are_words_and_so_are_their_parts() -> None:

@@ -13,9 +13,9 @@ import pytest
 from helpers.swe import agentic_domain, turn
 
 from nemocascade.envs.swe_agentic import SweAgentic
-from nemocascade.swe.repository import read_snapshot
 from nemocascade.swe.rows import hidden_of
 from nemocascade.swe.rows import test_settings_of as settings_of
+from nemocascade.swe.snapshots import read_snapshot
 from nemocascade.types import Prompt
 
 TESTS = """import unittest

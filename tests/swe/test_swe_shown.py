@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from nemocascade.swe.shown import SEPARATOR, shown_files
+from nemocascade.swe.prompt_files import SEPARATOR, shown_files
 
 LINES = [f"line {i}" for i in range(1, 301)]
 TEXT = "\n".join(LINES) + "\n"

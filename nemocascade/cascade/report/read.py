@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from nemocascade.cascade.records import CASCADE, SCORES, Alarm, Teacher, read_cascade
 from nemocascade.cascade.report.record import Curve, Fault, Run, Sample, Stage
+from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.stages.scoring import DomainScore
 
 LONGEST_TEXT = 4_000
@@ -164,18 +165,8 @@ def _metrics(path: Path, faults: Faults, *, wanted: bool) -> dict[str, Curve]:
 
 def _lines(path: Path, faults: Faults) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file, a line each; other lines are counted."""
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    for line in text.split("\n"):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            yield row
-        else:
-            faults.add(path, "damaged lines, left out")
+    lines = read_undamaged(path, lambda _: faults.add(path, "damaged lines, left out"))
+    return (row for _, row in lines)
 
 
 def _document(path: Path, faults: Faults, *, wanted: bool) -> dict[str, Any]:

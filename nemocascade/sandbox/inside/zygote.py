@@ -219,7 +219,3 @@ def _give_up_rights(kind: str) -> None:
         # Without walls the filter is a help, not a promise.
         if kind != "none":
             raise
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -11,6 +11,10 @@ import heapq
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
+from nemocascade.data.packing import Int64Array, WorkModel
+
 CLOSING_SHARE = 8
 CLOSING_DOCUMENTS = 4
 EXTRA_BINS_SHARE = 1000
@@ -230,3 +234,11 @@ def order_bins(
         for number in groups
         for index in reversed(by_cost[number * group : (number + 1) * group])
     ]
+
+
+def plan_arrays(
+    lengths: Int64Array, capacity: int, group: int, work: WorkModel, seed: int
+) -> tuple[Int64Array, ...]:
+    """`plan_packing` with the arguments and results of `packing._native`."""
+    results = plan_packing(lengths.tolist(), capacity, group, work.linear, work.quadratic, seed)
+    return tuple(np.array(result, np.int64) for result in results)

@@ -1,0 +1,72 @@
+"""Domains whose verdicts run programs, and folders of repair tasks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from nemocascade.envs.base import Domain
+from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.sandbox.pool import SandboxPool
+from nemocascade.swe.rows import folder_rows
+from nemocascade.types import Message, Prompt, Verdict
+
+
+class SandboxedDomain(Domain):
+    """A domain with a sandbox, which starts with the first verdict that needs it."""
+
+    def __init__(self, config: SandboxConfig | None = None) -> None:
+        self._config = config or SandboxConfig()
+        self._lock = threading.Lock()
+        self._sandbox: SandboxPool | None = None
+
+    @property
+    def sandbox(self) -> SandboxPool:
+        """The pool that runs the programs. Raises SandboxUnavailable where it cannot start."""
+        with self._lock:
+            if self._sandbox is None:
+                self._sandbox = SandboxPool(self._config)
+            return self._sandbox
+
+    def runs_programs(self, prompt: Prompt) -> bool:
+        """Whether verdicts on this task need the sandbox."""
+        return True
+
+    def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        """The verdict. Raises SandboxUnavailable where programs cannot be isolated at all.
+
+        No later verdict could be better, so that is no error of this one.
+        """
+        self._start([prompt])
+        return super().score(prompt, response)
+
+    def score_groups(
+        self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
+    ) -> list[list[Verdict]]:
+        self._start([prompt for prompt, _ in groups])
+        return super().score_groups(groups)
+
+    def close(self) -> None:
+        """End the sandbox's workers."""
+        with self._lock:
+            if self._sandbox is not None:
+                self._sandbox.close()
+                self._sandbox = None
+
+    def _start(self, prompts: Sequence[Prompt]) -> None:
+        if any(map(self.runs_programs, prompts)):
+            _ = self.sandbox
+
+
+class RepairDomain(SandboxedDomain):
+    """A domain of software repair, which reads folders of tasks too."""
+
+    def read(self, path: str | Path) -> Iterator[Prompt]:
+        """The tasks of a JSONL file, or of a folder of task folders: see `swe.rows`."""
+        folder = Path(path)
+        if not folder.is_dir():
+            yield from super().read(path)
+            return
+        for where, row in folder_rows(folder):
+            yield self._task(row, folder, where)

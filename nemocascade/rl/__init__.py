@@ -1,0 +1,1 @@
+"""From tasks to training sequences: episodes, verification, groups, advantages, teachers."""

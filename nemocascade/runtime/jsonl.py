@@ -1,0 +1,68 @@
+"""The one reader of JSONL files, plain or gzipped.
+
+Strict readers raise at the first damaged line. `read_undamaged` skips such lines and reports them:
+it is for files that a run appends to, whose last line a crash may have cut.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, raw line with its end) of every line that is not blank."""
+    with gzip.open(path) if str(path).endswith(".gz") else Path(path).open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, line
+
+
+def parse_line(line: bytes | str) -> Any:
+    """The JSON value of a line. Raises ValueError with the reason, without the line's place."""
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    except RecursionError:
+        raise ValueError("JSON nested too deep") from None
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`file:line`, object) of every line that is not blank, with the file's name alone.
+
+    Raises ValueError naming `file:line` for a line that holds anything else.
+    """
+    for number, line in read_lines(path):
+        where = f"{Path(path).name}:{number}"
+        try:
+            row = parse_line(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a row must be an object, it is {type(row).__name__}")
+        yield where, row
+
+
+def read_undamaged(
+    path: str | Path, damaged: Callable[[str], object]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, object) of every line that holds one. Bytes that are not UTF-8 are replaced.
+
+    damaged: called with each other line that is not blank.
+    """
+    for _, raw in read_lines(path):
+        line = raw.decode("utf-8", errors="replace").rstrip("\r\n")
+        try:
+            row = parse_line(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            yield line, row
+        else:
+            damaged(line)

@@ -1,0 +1,132 @@
+"""Repair tasks of rows, whose repository and tests lie in folders or stand in the row itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from nemocascade.swe.edits import checked_path
+from nemocascade.swe.patches import parse_patch
+from nemocascade.swe.protected import check_tests
+from nemocascade.swe.repository import HiddenTests
+from nemocascade.swe.rows import answer_of, hidden_of, snapshot_of, test_settings_of
+from nemocascade.swe.snapshots import Files
+from nemocascade.types import Row
+
+LARGEST_TEXT = 1 << 20
+"""Bytes; larger files, and those that are not UTF-8, are no sources and cannot be edited."""
+
+
+@dataclass(frozen=True)
+class RepairTask:
+    """where: `{"repository": folder}` or `{"files": texts by path}`. patch: the right repair, or
+    empty. tests: None where a judge must decide."""
+
+    where: Mapping[str, Any]
+    patch: str
+    tests: HiddenTests | None
+
+    @property
+    def snapshot(self) -> Files:
+        """The repository before the repair."""
+        return snapshot_of(self.where)
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """The files of it that are text."""
+        return texts_at(self.where)
+
+
+def texts_at(where: Mapping[str, Any]) -> Mapping[str, str]:
+    """The texts of `RepairTask.where`; those of a folder are shared by whoever asks for them."""
+    return where["files"] if "files" in where else folder_texts(where["repository"])
+
+
+def task_of(row: Row, folder: Path) -> RepairTask:
+    """The task of a row. folder: its names are relative to it.
+
+    The repository is `files` (path to text), or `repository`: such an object, or the name of a
+    folder. Raises ValueError for what has another form, and for tests that stand nowhere.
+    """
+    named = row.get("repository", row.get("files"))
+    where: dict[str, Any]
+    if isinstance(named, str):
+        where = {"repository": str((folder / named).resolve())}
+    else:
+        where = {"files": row_files(named or {})}
+    if not texts_at(where):
+        raise ValueError("'repository' and 'files' name no text file: there is nothing to edit")
+    tests = _tests(row, where, folder) if row.get("tests") else None
+    return RepairTask(where, str(row.get("patch") or ""), tests)
+
+
+def _tests(row: Row, where: Mapping[str, Any], folder: Path) -> HiddenTests:
+    """`tests.files` (path to text, or a folder), `FAIL_TO_PASS`, and more of `swe.rows`."""
+    tests = row["tests"]
+    files = tests.get("files")
+    if not files:
+        raise ValueError("'tests.files' is empty: tests that an edit could change decide nothing")
+    if "repository" in where:
+        files = row_files(files) if isinstance(files, list) else files
+        row = {**row, **where, "tests": {**tests, "files": files}}
+        return hidden_of(answer_of(row, folder))
+    hidden = hidden_of({"tests": row_files(files), **test_settings_of(row, tests)})
+    names = (*hidden.fail_to_pass, *hidden.pass_to_pass)
+    check_tests(names, [*where["files"], *hidden.files])
+    return hidden
+
+
+def texts_of(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The files that are text, by path."""
+    found = {}
+    for path, data in files.items():
+        if len(data) <= LARGEST_TEXT:
+            try:
+                found[path] = data.decode()
+            except UnicodeDecodeError:
+                continue
+    return found
+
+
+@lru_cache(maxsize=8)
+def folder_texts(folder: str) -> Mapping[str, str]:
+    """The texts in a folder, shared by its rows and rollouts: nobody may change them."""
+    return texts_of(snapshot_of({"repository": folder}))
+
+
+def with_texts(files: Mapping[str, bytes], texts: Mapping[str, str]) -> dict[str, bytes]:
+    """The files, with those of `texts` in the place of their old contents."""
+    return {**files, **{path: text.encode() for path, text in texts.items()}}
+
+
+def row_files(files: Any) -> dict[str, str]:
+    """Files as a row holds them: an object, or a list of objects with `path` and `content`.
+
+    Raises ValueError for a path that leads outside, or a content that is no text.
+    """
+    pairs = list(files.items() if isinstance(files, Mapping) else map(_pair, files))
+    for path, text in pairs:
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: the content is {type(text).__name__}, not text")
+    return {checked_path(path): text for path, text in pairs}
+
+
+def patched_files(patch: str) -> list[str]:
+    """The text files that a patch changes, as they were named before; new ones as after it.
+
+    Files whose mode alone changes are none. Raises ValueError for a patch that cannot be read.
+    """
+    files = [f for f in parse_patch(patch) if f.hunks or f.old != f.new]
+    return [checked_path(path) for path in dict.fromkeys(f.path for f in files if not f.is_binary)]
+
+
+def made_files(patch: str) -> set[str]:
+    """The files that a patch makes: those that are not there before it."""
+    return {file.path for file in parse_patch(patch) if file.old is None}
+
+
+def _pair(file: Mapping[str, Any]) -> tuple[str, Any]:
+    return file["path"], file["content"]

@@ -1,0 +1,68 @@
+"""The reader of JSONL: places, damaged lines, and what counts as a line."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from pathlib import Path
+
+import pytest
+
+from nemocascade.runtime.jsonl import parse_line, read_lines, read_objects, read_undamaged
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_lines_keep_their_numbers_and_blank_ones_are_none(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    data = b'{"a": 1}\n\n  \r\n{"a": 2}'
+    path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    assert list(read_lines(path)) == [(1, b'{"a": 1}\n'), (4, b'{"a": 2}')]
+    assert list(read_objects(path)) == [
+        (f"rows{suffix}:1", {"a": 1}),
+        (f"rows{suffix}:4", {"a": 2}),
+    ]
+
+
+def test_only_line_feeds_end_lines(tmp_path: Path) -> None:
+    """Text may hold other separators of Unicode, which `str.splitlines` cuts at."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a\u2028b\x85c"}\n', encoding="utf-8")
+    (row,) = read_objects(path)
+    assert row == ("rows.jsonl:1", {"text": "a\u2028b\x85c"})
+    (kept,) = read_undamaged(path, pytest.fail)
+    assert kept == ('{"text": "a\u2028b\x85c"}', {"text": "a\u2028b\x85c"})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"a": 1', r"rows\.jsonl:2: not JSON \(Expecting"),
+        ("[" * 100_000, r"rows\.jsonl:2: JSON nested too deep"),
+        ("1" * 5000, r"rows\.jsonl:2: not JSON \(Exceeds the limit"),
+        ("[1]", r"rows\.jsonl:2: a row must be an object, it is list"),
+        ("null", r"rows\.jsonl:2: a row must be an object, it is NoneType"),
+    ],
+)
+def test_damaged_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 3}}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        list(read_objects(path))
+    damaged: list[str] = []
+    assert [row for _, row in read_undamaged(path, damaged.append)] == [{"a": 1}, {"a": 3}]
+    assert damaged == [line]
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: not JSON"):
+        list(read_objects(path))
+    assert [row for _, row in read_undamaged(path, pytest.fail)] == [{"a": "\ufffd"}]
+
+
+def test_values_beyond_strict_json() -> None:
+    assert math.isnan(parse_line(b"NaN"))
+    assert parse_line(b'{"a": 1, "a": 2}') == {"a": 2}
+    assert parse_line(rb'"\ud800"') == "\ud800"
+    assert parse_line(b"1" * 4000) == int("1" * 4000)
