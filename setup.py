@@ -1,8 +1,8 @@
 """Package map and native build. Metadata and dependencies stand in pyproject.toml.
 
 CMake builds the native libraries (CMakeLists.txt lists their sources): `nemocascade/_native.so`
-holds host code, `nemocascade_kernels/_native.so` holds ops of the kernel package. Both use torch's
-stable ABI and no CPython API, so one binary serves every Python and every torch >= 2.11.
+holds the packing planner, `nemocascade_kernels/_native.so` the ops of the kernel package. Both use
+torch's stable ABI and no CPython API, so one binary serves every Python and every torch >= 2.11.
 
 CUDA is built where nvcc and a CUDA build of torch are found. Where it is not, the reason is printed
 and compiled into the library: `python tools/native_report.py` shows it. Environment variables:

@@ -1,18 +1,17 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "common/levels.h"
+#include "common/tensor.h"
 #include "rms_norm/rms_norm.h"
 
 namespace {
 
+using nemocascade::elements;
 using nemocascade::Rows;
 using nemocascade::rms_norm::Norm;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Rows that are done at a time, by one thread. The weight's gradient is summed over such ranges in
@@ -24,26 +23,16 @@ const nemocascade::rms_norm::Functions& functions() {
   return best;
 }
 
-Rows rows(const Tensor& tensor, const Tensor& like, const char* name) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && tensor.is_contiguous() &&
-                      (type == ScalarType::Float || type == ScalarType::BFloat16) &&
-                      type == like.scalar_type() && tensor.size(0) == like.size(0) &&
-                      tensor.size(1) == like.size(1),
-                  name, " must be a contiguous CPU matrix of x's shape, float32 or bfloat16 as x");
-  return {tensor.mutable_data_ptr(), tensor.size(1), type == ScalarType::BFloat16};
-}
-
-float* floats(const Tensor& tensor, int64_t count, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.numel() == count &&
-                      tensor.scalar_type() == ScalarType::Float,
-                  name, " must be a contiguous float32 CPU tensor of ", count, " elements");
-  return static_cast<float*>(tensor.mutable_data_ptr());
+// Rows of the shape and dtype of x.
+Rows rows(const Tensor& tensor, const Tensor& x, const char* name) {
+  return nemocascade::rows_of(tensor, nemocascade::is_bf16(x), x.size(0), x.size(1), name);
 }
 
 Norm norm_of(const Tensor& x, const Tensor& weight, double eps) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) >= 1, "x must be a matrix with columns");
-  return {rows(x, x, "x"), floats(weight, x.size(1), "weight"), x.size(1), static_cast<float>(eps)};
+  const int64_t width = x.size(1);
+  return {rows(x, x, "x"), elements<float>(weight, width, "weight"), width,
+          static_cast<float>(eps)};
 }
 
 // run(range, first row, end row) for all ranges of `total` rows.
@@ -70,7 +59,7 @@ void rms_norm_backward(const Tensor& x, const Tensor& weight, double eps, const 
   const Norm norm = norm_of(x, weight, eps);
   const Rows upstream = rows(dy, x, "dy"), to = rows(dx, x, "dx");
   const int64_t total = x.size(0), width = norm.width;
-  float* wanted = floats(d_weight, width, "d_weight");
+  float* wanted = elements<float>(d_weight, width, "d_weight");
   const auto& chosen = functions();
   const int64_t ranges = (total + kRangeRows - 1) / kRangeRows;
   std::vector<float> sums(static_cast<size_t>(ranges * width));
@@ -87,14 +76,14 @@ void rms_norm_backward(const Tensor& x, const Tensor& weight, double eps, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade_kernels, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) y) -> ()");
   m.def(
       "rms_norm_backward(Tensor x, Tensor weight, float eps, Tensor dy, Tensor(a!) dx, "
       "Tensor(b!) d_weight) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(nemocascade, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(nemocascade_kernels, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
 }

@@ -1,5 +1,5 @@
 // y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, on the CPU;
-// nemocascade/megatron/layers/norm.py states it.
+// kernels/nemocascade_kernels/rms_norm/reference.py defines it.
 #pragma once
 
 #include <cstdint>

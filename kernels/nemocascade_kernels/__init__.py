@@ -3,6 +3,7 @@
 kernels/README.md holds the table of ops, their shapes and their measured numbers.
 """
 
+from nemocascade_kernels.common.documents import PackedSeq
 from nemocascade_kernels.common.linear_head.chunks import logits_bytes
 from nemocascade_kernels.common.routing import RouterSettings, Routing
 from nemocascade_kernels.decode_step.op import (
@@ -20,6 +21,7 @@ from nemocascade_kernels.decode_step.weights import MambaWeights
 from nemocascade_kernels.linear_logprob.op import LinearLogprob, linear_logprob
 from nemocascade_kernels.linear_policy_loss.objectives import Grpo, Mopd, Nll, Objective
 from nemocascade_kernels.linear_policy_loss.op import PolicyLoss, linear_policy_loss
+from nemocascade_kernels.mamba2.op import mamba2
 from nemocascade_kernels.moe_experts.op import (
     grouped_gemm,
     moe_experts,
@@ -33,6 +35,7 @@ from nemocascade_kernels.mopd_advantage.op import (
     mopd_advantage,
     mopd_advantage_metrics,
 )
+from nemocascade_kernels.rms_norm.op import rms_norm
 from nemocascade_kernels.version import __version__
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "MopdAdvantage",
     "Nll",
     "Objective",
+    "PackedSeq",
     "PolicyLoss",
     "RouterSettings",
     "Routing",
@@ -55,12 +59,14 @@ __all__ = [
     "load_balance_loss",
     "logits_bytes",
     "make_routing",
+    "mamba2",
     "moe_experts",
     "moe_permute",
     "moe_route",
     "moe_unpermute",
     "mopd_advantage",
     "mopd_advantage_metrics",
+    "rms_norm",
     "step_attention",
     "step_draw",
     "step_experts",

@@ -6,6 +6,7 @@ An op has some of these implementations, each a module. In order of preference:
 ``cuda``      a compiled CUDA kernel (``csrc/<op>/``)
 ``triton``    Triton kernels; on CPU only when asked for by name, in Triton's interpreter
 ``native``    compiled C++ for the CPU (``csrc/<op>/``)
+``fla``       Triton kernels of the package fla-core; only when asked for by name
 ``torch``     torch operators arranged for speed and memory; the default on CPU without ``native``
 ``reference`` plain torch, readable beside the paper: the definition
 =========== =====================================================================
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,8 +35,9 @@ from torch import Tensor
 
 from nemocascade_kernels import native
 
-ORDER = ("cuda", "triton", "native", "torch", "reference")
+ORDER = ("cuda", "triton", "native", "fla", "torch", "reference")
 VARIABLE = "NEMOCASCADE_BACKEND"
+_ABSENT = "the op has no such implementation"
 
 #: Looks at the tensors of a call and returns why the implementation cannot take it, or None.
 Refusal = Callable[..., str | None]
@@ -136,8 +139,13 @@ class Op:
 
     def serves(self, *tensors: Tensor, backend: str) -> bool:
         """Whether an implementation would take a call on these tensors, if it were demanded."""
-        known = backend in self._implementations
-        return known and self._refusal(backend, tensors, demanded=True) is None
+        return self.refusal(*tensors, backend=backend) is None
+
+    def refusal(self, *tensors: Tensor, backend: str) -> str | None:
+        """Why an implementation would not take a call on these tensors if it were demanded."""
+        if backend not in self._implementations:
+            return _ABSENT
+        return self._refusal(backend, tensors, demanded=True)
 
     def why_refused(self, *tensors: Tensor) -> str:
         """A line for each implementation: that it serves such a call, or why it does not."""
@@ -145,7 +153,7 @@ class Op:
         chosen = False
         for name in ORDER:
             if name not in self._implementations:
-                reason: str | None = "the op has no such implementation"
+                reason: str | None = _ABSENT
             else:
                 reason = self._refusal(name, tensors, demanded=False)
             if reason is None:
@@ -180,6 +188,8 @@ class Op:
             reason = _cuda_refusal(tensors)
         elif backend == "native":
             reason = _native_refusal(tensors)
+        elif backend == "fla":
+            reason = _fla_refusal(tensors, demanded)
         else:
             reason = None
         if reason is None and implementation.refuse is not None:
@@ -247,6 +257,14 @@ def _native_refusal(tensors: tuple[Tensor, ...]) -> str | None:
     if not all(tensor.device.type == "cpu" for tensor in tensors):
         return f"it needs CPU tensors, and got {_devices(tensors)}"
     return native.refusal()
+
+
+def _fla_refusal(tensors: tuple[Tensor, ...], demanded: bool) -> str | None:
+    if importlib.util.find_spec("fla") is None:
+        return "fla-core is not installed: pip install fla-core"
+    if not all(tensor.is_cuda for tensor in tensors) or not tensors:
+        return f"it needs CUDA tensors, and got {_devices(tensors)}"
+    return None if demanded else "it runs only when asked for by name: backend='fla'"
 
 
 def _devices(tensors: tuple[Tensor, ...]) -> str:

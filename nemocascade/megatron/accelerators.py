@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from nemocascade_kernels import backends
 
-from nemocascade.megatron import native
 from nemocascade.megatron.config import Accelerators, Adam
-from nemocascade.megatron.layers import mamba_native, norm
 from nemocascade.recipe import EngineConfig, UserError
 
 
@@ -125,7 +124,7 @@ class _Package:
 
 
 def _check_fla(device: torch.device) -> None:
-    from nemocascade.megatron.layers.fla import self_check
+    from nemocascade_kernels.mamba2.fla import self_check
 
     self_check(device)
 
@@ -278,12 +277,14 @@ def _native(package: str, purpose: str, instead: str) -> Finding:
 
 
 def _native_layers(device: torch.device) -> Finding:
-    """The Mamba-2 mixer's core and RMSNorm in C++, which are for CPUs."""
+    """The Mamba-2 mixer between its projections and RMSNorm in C++, which are for CPUs."""
     name, purpose = "native layers", "Mamba-2 between its projections, RMSNorm; fp32 and bf16"
     instead = "torch operators"
     if device.type != "cpu":
         return Finding(
             name, None, purpose, instead, f"they are for CPUs, the run is on {device.type}"
         )
-    reason = native.lacks(*mamba_native.OPERATORS, *norm.OPERATORS)
+    ops, probe = backends.ops(), torch.empty(0)
+    refusals = (ops[op].refusal(probe, backend="native") for op in ("mamba2", "rms_norm"))
+    reason = next(filter(None, refusals), None)
     return Finding(name, None if reason else "built", purpose, instead, reason or "")

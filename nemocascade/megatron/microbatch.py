@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from nemocascade_kernels import PackedSeq
 from torch import Tensor
 
-from nemocascade.megatron.layers.packing import PackedSeq
 from nemocascade.megatron.replay import RouteRecorder, RouteReplay
 from nemocascade.types import PackedBatch
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from nemocascade_kernels import PackedSeq
 from torch import Tensor
-
-from nemocascade.megatron.layers.packing import PackedSeq
 
 # Short, around chunk edges, and several chunks long.
 LENGTHS = (1, 2, 37, 64, 65, 7, 130, 3, 16, 33)

@@ -84,6 +84,7 @@ def test_why_refused_has_a_line_for_each(op: Op) -> None:
         "cuda": "the op has no such implementation",
         "triton": "the op has no such implementation",
         "native": "too long",
+        "fla": "the op has no such implementation",
         "torch": "runs",
         "reference": "stands by",
     }

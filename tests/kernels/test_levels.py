@@ -11,7 +11,15 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-FILES = ("decode_step", "linear_logprob", "linear_policy_loss", "moe_experts")
+FILES = (
+    "decode_step",
+    "linear_logprob",
+    "linear_policy_loss",
+    "mamba2",
+    "mamba2_native",
+    "moe_experts",
+    "rms_norm",
+)
 
 
 @pytest.mark.parametrize("level", ["base", "v3"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from nemocascade_kernels.mamba2 import fla
 
 from nemocascade.megatron import accelerators
 from nemocascade.megatron.accelerators import (
@@ -63,7 +64,7 @@ class Machine:
         here = Finding("here", "yes", "", "")
         for name in ("_device", "_bf16", "_triton"):
             patch.setattr(accelerators, name, lambda _device: here)
-        patch.setattr("nemocascade.megatron.layers.fla.self_check", self._check_fla)
+        patch.setattr(fla, "self_check", self._check_fla)
 
     def _check_fla(self, device: torch.device) -> None:
         self.imported.append("fla")

@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.rollout import ODD, draw_tokens, full_logits, make_model
+from nemocascade_kernels import backends
 from torch import Tensor
 
-from nemocascade.megatron.generation import cached_layers
 from nemocascade.megatron.generation.model_runner import ModelRunner
-from nemocascade.megatron.layers.mamba_native import ONWARD, refusal
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ModelConfig, ParallelConfig
@@ -83,18 +82,13 @@ def read_in_pieces(
     return torch.stack([last[i] for i in range(len(texts))])
 
 
-def test_the_compiled_mixer_goes_on() -> None:
-    """The library is not older than this operator."""
-    assert refusal(torch.zeros(1), ONWARD) is None
-
-
 @pytest.mark.parametrize("case", [*SHAPES, *(f"{name}, torch" for name in SHAPES if "M" in name)])
 def test_pieces_equal_the_whole(world: World, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At sizes below the convolution's window, around the scan's chunks, and odd ones; with the
     compiled mixer and with torch's operators."""
     if case.endswith(", torch"):
         case = case.removesuffix(", torch")
-        monkeypatch.setattr(cached_layers, "refusal", lambda *_: "torch is asked for")
+        monkeypatch.setenv(backends.VARIABLE, "mamba2=torch")
     shape: ModelConfig = SHAPES[case]
     chunks = make_model(world, shape)
     lengths = (67, 1, 3, 33, 100)
@@ -129,8 +123,8 @@ def test_the_compiled_mixer_leaves_the_states_of_torch(
     count = len(lengths)
     texts = [draw_tokens(shape.vocab_size, n, seed=n) for n in lengths]
     models = []
-    for reason in (None, "torch is asked for"):
-        monkeypatch.setattr(cached_layers, "refusal", lambda *_, reason=reason: reason)
+    for backend in ("native", "torch"):
+        monkeypatch.setenv(backends.VARIABLE, f"mamba2={backend}")
         model = ModelRunner(world, make_model(world, shape), slots=count)
         model.refresh()
         model.prefill(texts, [[i] for i in range(count)])

@@ -19,13 +19,13 @@ from helpers.layers import (
     pack,
     value_and_gradients,
 )
+from nemocascade_kernels import PackedSeq
 from torch import Tensor
 
 from nemocascade.megatron.layers.attention_core import (
     TransformerEngineAttention,
     packed_attention,
 )
-from nemocascade.megatron.layers.packing import PackedSeq
 from nemocascade.megatron.layers.rope import rotary_tables, rotate
 
 H, G, D = 6, 2, 8

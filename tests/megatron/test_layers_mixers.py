@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers.layers import LENGTHS, assert_isolated, draw, pack
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from nemocascade_kernels import PackedSeq
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +22,6 @@ from nemocascade.megatron.layers.attention import Attention
 from nemocascade.megatron.layers.block import ResidualBlock
 from nemocascade.megatron.layers.mamba import MambaMixer
 from nemocascade.megatron.layers.mlp import MLP
-from nemocascade.megatron.layers.packing import PackedSeq
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
 from nemocascade.runtime.world import World

@@ -55,7 +55,9 @@ def _status(name: str) -> int:
 
 def rise(length: int, piece: int) -> int:
     code = f"import test_prefill_memory as m; m.read_prompt({length}, {piece})"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests/unit'}"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests/megatron'}"
+    }
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )

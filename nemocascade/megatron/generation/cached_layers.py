@@ -15,15 +15,7 @@ from nemocascade.megatron.generation.layers import DecodeStep, MlpSlotLayer, Moe
 from nemocascade.megatron.generation.slot_assignment import SlotAssignment
 from nemocascade.megatron.layers.attention import Attention
 from nemocascade.megatron.layers.block import ResidualBlock
-from nemocascade.megatron.layers.continued import (
-    convolution,
-    convolution_tails,
-    final_states,
-    mix_onward,
-    steps_of,
-)
 from nemocascade.megatron.layers.mamba import MambaMixer
-from nemocascade.megatron.layers.mamba_native import ONWARD, native_mamba_onward, refusal
 from nemocascade.megatron.layers.mlp import MLP
 from nemocascade.megatron.layers.moe import MoEMixer
 from nemocascade.megatron.layers.rope import rotary_at
@@ -35,16 +27,16 @@ class MambaSlotLayer(SlotLayer):
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)
-        mixer, s = self.mixer, self.mixer.sizes
+        mixer: MambaMixer = self.mixer
         weight = mixer.conv1d.weight
-        self.conv = weight.new_zeros(slots + 1, weight.shape[-1] - 1, s.channels)
+        self.conv = weight.new_zeros(slots + 1, weight.shape[-1] - 1, mixer.channels)
         self.ssm = mixer.A_log.new_zeros(
-            slots + 1, s.heads, s.head_dim, s.state, dtype=torch.float32
+            slots + 1, mixer.heads, mixer.head_dim, mixer.state, dtype=torch.float32
         )
 
     def refresh(self) -> None:
         super().refresh()
-        mixer, s = self.mixer, self.mixer.sizes
+        mixer: MambaMixer = self.mixer
         self.in_proj, self.out_proj = mixer.in_proj, mixer.out_proj
         self.weights = MambaWeights(
             conv_weight=mixer.conv1d.weight.squeeze(1),
@@ -53,9 +45,9 @@ class MambaSlotLayer(SlotLayer):
             A=-mixer.A_log.float().exp(),
             D=mixer.D.float(),
             norm_weight=mixer.norm.weight,
-            groups=s.groups,
-            dt_limit=s.dt_limit,
-            eps=s.eps,
+            groups=mixer.groups,
+            dt_limit=mixer.dt_limit,
+            eps=mixer.eps,
         )
 
     def copy(self, source: int, targets: Tensor, length: int) -> None:
@@ -63,34 +55,36 @@ class MambaSlotLayer(SlotLayer):
             state[targets] = state[source].clone()
 
     def prefill(self, hidden: Tensor, packed: Microbatch, assignment: SlotAssignment) -> Tensor:
-        mixer = self.mixer
+        mixer: MambaMixer = self.mixer
         zxbcdt = mixer.in_proj(self.block.norm(hidden))[0].squeeze(1)
-        keeps = bool(assignment.slot.numel())
-        y = self._mix(zxbcdt, packed, assignment) if keeps else mixer.mix(zxbcdt, packed)
+        initial = self._initial_states(packed, assignment) if assignment.initial else None
+        # Without slots nobody reads the final states.
+        y, final = mixer.mix(
+            zxbcdt, packed, initial, return_final_state=bool(assignment.slot.numel())
+        )
+        if final is not None:
+            for state, value in zip((self.conv, self.ssm), final, strict=True):
+                state[assignment.slot] = value[assignment.document].to(state.dtype)
         out: Tensor = mixer.out_proj(y.unsqueeze(1))[0]
         return hidden + out
 
-    def _mix(self, zxbcdt: Tensor, packed: Microbatch, assignment: SlotAssignment) -> Tensor:
-        """[T, h p] of the projection's rows; the states after them stay in the slots."""
-        mixer, s, w = self.mixer, self.mixer.sizes, self.weights
-        _, xbc, dt = zxbcdt.split([s.inner, s.channels, s.heads], dim=1)
-        before = {d: self.conv[slot] for d, (slot, _) in assignment.initial.items()}
-        entering = {d: self.ssm[slot] for d, (slot, _) in assignment.initial.items()}
-        y: Tensor
-        if refusal(zxbcdt, ONWARD) is None:
-            y, states = native_mamba_onward(zxbcdt, w, packed, s, before, entering)
-        else:
-            mixed = convolution(xbc, w, packed, before)
-            steps = steps_of(dt, w)
-            if assignment.initial:
-                y = mix_onward(mixer, zxbcdt, mixed, steps, w, packed, entering)
-            else:
-                y = mixer.mix(zxbcdt, packed)
-            states = final_states(mixed, steps, w, packed, self.ssm.shape[1:], entering)
-        tails = convolution_tails(xbc, packed, self.conv.shape[1], before)
-        self.conv[assignment.slot] = tails[assignment.document].to(self.conv.dtype)
-        self.ssm[assignment.slot] = states[assignment.document]
-        return y
+    def _initial_states(
+        self, packed: Microbatch, assignment: SlotAssignment
+    ) -> tuple[Tensor, Tensor]:
+        """The states that documents continue from, zeros for those that begin: [D, ...] each."""
+
+        def make() -> Tensor:
+            pairs = [(document, slot) for document, (slot, _) in assignment.initial.items()]
+            return torch.tensor(pairs).to(packed.device)
+
+        document, slot = packed.cached("documents and slots they continue from", make).unbind(1)
+        conv, ssm = (
+            state.new_zeros(packed.num_documents, *state.shape[1:]).index_copy_(
+                0, document, state[slot]
+            )
+            for state in (self.conv, self.ssm)
+        )
+        return conv, ssm
 
     def step(self, hidden: Tensor, step: DecodeStep) -> Tensor:
         zxbcdt = self.linear(self.in_proj, self.normed(hidden))

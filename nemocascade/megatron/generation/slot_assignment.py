@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from nemocascade_kernels import PackedSeq
 from torch import Tensor
-
-from nemocascade.megatron.layers.packing import PackedSeq
 
 
 @dataclass(frozen=True, eq=False)

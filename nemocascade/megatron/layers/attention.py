@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
+from nemocascade_kernels import PackedSeq
 from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
@@ -19,7 +20,6 @@ from nemocascade.megatron.layers.attention_core import (
 )
 from nemocascade.megatron.layers.linear import column_linear, row_linear
 from nemocascade.megatron.layers.norm import RMSNorm
-from nemocascade.megatron.layers.packing import PackedSeq
 from nemocascade.megatron.layers.rope import rotary_tables, rotate
 
 

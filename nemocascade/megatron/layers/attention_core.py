@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from nemocascade_kernels import PackedSeq
 from torch import Tensor
-
-from nemocascade.megatron.layers.packing import PackedSeq
 
 # Documents up to this length are computed together, in batches of like length; longer ones one
 # after the other, where a call's fixed cost no longer matters.

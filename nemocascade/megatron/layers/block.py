@@ -7,11 +7,11 @@ from typing import Any
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from nemocascade_kernels import PackedSeq
 from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.layers.norm import RMSNorm
-from nemocascade.megatron.layers.packing import PackedSeq
 
 
 class ResidualBlock(MegatronModule):

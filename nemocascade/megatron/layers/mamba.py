@@ -1,11 +1,9 @@
 """The Mamba-2 mixer (arXiv 2405.21060) for packed documents, with Megatron's names and layout.
 
-    [z, x, B, C, dt] = W_in u
-    [x, B, C] = silu(conv1d([x, B, C]))                 depthwise, causal, within documents
-    y = scan(x, softplus(dt + dt_bias), -exp(A_log), B, C, D)
-    out = W_out (group RMSNorm(y * silu(z)) * weight)
+    out = W_out mamba2(W_in u)
 
-Tensor parallelism cuts heads and groups; each rank computes whole groups.
+`nemocascade_kernels.mamba2` states what is computed between the two projections. Tensor parallelism
+cuts heads and groups; each rank computes whole groups.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.transformer.module import MegatronModule
@@ -23,17 +20,14 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
+from nemocascade_kernels import PackedSeq, mamba2
 from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.init import Fill, generator_for, sharded_init
-from nemocascade.megatron.layers.fla import fla_causal_conv1d, fla_ssd_scan
 from nemocascade.megatron.layers.linear import column_linear, row_linear, tp_shard
-from nemocascade.megatron.layers.mamba_core import CoreSizes, packed_mamba_core
-from nemocascade.megatron.layers.norm import gated_rms_norm
-from nemocascade.megatron.layers.packing import PackedSeq
-from nemocascade.megatron.layers.ssd import LARGEST_CHUNK
-from nemocascade.megatron.layers.ssm import packed_ssd_scan
+
+States = tuple[Tensor, Tensor]
 
 
 def _parameter(value: Tensor) -> torch.nn.Parameter:
@@ -101,6 +95,7 @@ class GatedRMSNorm(_CutOverTp):
 class MambaMixer(MegatronModule):
     """The mixer; sizes come from `config.shape`.
 
+    heads, groups, inner (heads * head_dim) and channels (of the convolution): those of this rank.
     layer_number: from 1, over the whole model. dt_limit: bounds of softplus(dt + dt_bias).
     backend: the implementation of `mamba2` that is demanded; None is the best one.
     Raises ValueError if TP does not divide the groups.
@@ -124,9 +119,11 @@ class MambaMixer(MegatronModule):
                 f"tp({tp}) does not divide model.mamba_groups({shape.mamba_groups}): each rank "
                 "computes whole groups, so choose a TP that divides the groups"
             )
-        self.fla = backend == "fla"
-        self.chunk = min(shape.mamba_chunk, LARGEST_CHUNK)
-        self.dt_limit = dt_limit
+        self.heads, self.groups = shape.mamba_heads // tp, shape.mamba_groups // tp
+        self.head_dim, self.state = shape.mamba_head_dim, shape.mamba_state
+        self.inner = self.heads * self.head_dim
+        self.channels = self.inner + 2 * self.groups * self.state
+        self.dt_limit, self.eps, self.backend = dt_limit, config.layernorm_epsilon, backend
 
         name = f"layers.{layer_number - 1}.mixer"
         inner, shared = shape.mamba_inner, shape.mamba_groups * shape.mamba_state
@@ -152,19 +149,6 @@ class MambaMixer(MegatronModule):
             tp_group=self.tp_group,
         )
 
-    @property
-    def sizes(self) -> CoreSizes:
-        """Of this rank."""
-        shape, tp = self.config.shape, self.tp_group.size()
-        return CoreSizes(
-            heads=shape.mamba_heads // tp,
-            head_dim=shape.mamba_head_dim,
-            groups=shape.mamba_groups // tp,
-            state=shape.mamba_state,
-            dt_limit=self.dt_limit,
-            eps=self.config.layernorm_epsilon,
-        )
-
     def _make_head_parameters(self, config: CascadeConfig, name: str) -> None:
         """A uniform in [1, 16]; dt_bias such that softplus(dt_bias) is log-uniform in
         [1e-3, 0.1]; D one. Float32 whatever the model's precision: decays need it."""
@@ -186,15 +170,20 @@ class MambaMixer(MegatronModule):
 
     def forward(self, hidden: Tensor, packed: PackedSeq) -> Tensor:
         """hidden: [T, 1, H], or [T / tp, 1, H] under sequence parallelism. Returns the same."""
-        mixed = self.mix(self.in_proj(hidden)[0].squeeze(1), packed)
+        mixed, _ = self.mix(self.in_proj(hidden)[0].squeeze(1), packed)
         out: Tensor = self.out_proj(mixed.unsqueeze(1))[0]
         return out
 
-    def mix(self, zxbcdt: Tensor, packed: PackedSeq) -> Tensor:
-        """[T, inner / tp], what out_proj takes, from what in_proj gives."""
-        if self.fla and zxbcdt.is_cuda:
-            return self._mix_by_fla(zxbcdt, packed)
-        return packed_mamba_core(
+    def mix(
+        self,
+        zxbcdt: Tensor,
+        packed: PackedSeq,
+        initial_state: States | None = None,
+        *,
+        return_final_state: bool = False,
+    ) -> tuple[Tensor, States | None]:
+        """[T, inner], the input of out_proj, from the output of in_proj; states as in `mamba2`."""
+        return mamba2(
             zxbcdt,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
@@ -203,46 +192,21 @@ class MambaMixer(MegatronModule):
             self.D,
             self.norm.weight,
             packed,
-            self.sizes,
-            self.chunk,
+            heads=self.heads,
+            head_dim=self.head_dim,
+            groups=self.groups,
+            state=self.state,
+            dt_limit=self.dt_limit,
+            eps=self.eps,
+            initial_state=initial_state,
+            return_final_state=return_final_state,
+            backend=self.backend,
         )
-
-    def _mix_by_fla(self, zxbcdt: Tensor, packed: PackedSeq) -> Tensor:
-        """As `mix`, with fla-core's convolution and scan."""
-        s = self.sizes
-        z, xbc, dt = zxbcdt.split([s.inner, s.channels, s.heads], dim=-1)
-        xbc = fla_causal_conv1d(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, packed)
-        steps = F.softplus(dt.float() + self.dt_bias.float()).clamp(*s.dt_limit)
-        return self.gated(self.scan(xbc, steps, packed).flatten(1), z)
-
-    def scan(self, mixed: Tensor, steps: Tensor, packed: PackedSeq) -> Tensor:
-        """The state-space scan [T, h, p] of the convolution's output [T, W] and steps [T, h], each
-        document from a zero state."""
-        s = self.sizes
-        shared = s.groups * s.state
-        x, b, c = mixed.split([s.inner, shared, shared], dim=-1)
-        inputs = (
-            x.unflatten(-1, (s.heads, s.head_dim)),
-            steps,
-            -self.A_log.float().exp(),
-            b.unflatten(-1, (s.groups, s.state)),
-            c.unflatten(-1, (s.groups, s.state)),
-            self.D.float(),
-            packed,
-        )
-        if self.fla and mixed.is_cuda:
-            return fla_ssd_scan(*inputs)
-        return packed_ssd_scan(*inputs, self.chunk)
-
-    def gated(self, y: Tensor, z: Tensor) -> Tensor:
-        """The gated norm of y [T, inner / tp]."""
-        s = self.sizes
-        return gated_rms_norm(y, z, self.norm.weight, s.groups, s.eps)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As Megatron's mixer: fused tensors are stored by part, so that TP may change."""
+        """Stores fused tensors by part, as Megatron's mixer does, so that TP may change."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         own: dict[str, Any] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
@@ -260,11 +224,10 @@ class MambaMixer(MegatronModule):
                     module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
                 )
             )
-        s = self.sizes
-        inner, shared = s.inner, s.groups * s.state
+        inner, shared = self.inner, self.groups * self.state
         conv = {"x": inner, "B": shared, "C": shared}
         parts = {
-            "in_proj.weight": {"z": inner, **conv, "dt": s.heads},
+            "in_proj.weight": {"z": inner, **conv, "dt": self.heads},
             "conv1d.weight": conv,
             "conv1d.bias": conv,
         }

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.transformer.module import MegatronModule
+from nemocascade_kernels import PackedSeq
 from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.layers.linear import column_linear, row_linear
-from nemocascade.megatron.layers.packing import PackedSeq
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
+from nemocascade_kernels import PackedSeq
 from torch import Tensor
-
-from nemocascade.megatron.layers.packing import PackedSeq
 
 
 def rotary_tables(packed: PackedSeq, dim: int, base: float) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
 
 #include "common/simd.h"
 
-namespace nemocascade::mamba_core::NEMOCASCADE_LEVEL {
+namespace nemocascade::mamba2::NEMOCASCADE_LEVEL {
 
 using namespace nemocascade::NEMOCASCADE_LEVEL;
 
@@ -92,4 +92,4 @@ INLINE void row_dots(const float* a, int64_t a_row, const float* b, int64_t b_ro
   }
 }
 
-}  // namespace nemocascade::mamba_core::NEMOCASCADE_LEVEL
+}  // namespace nemocascade::mamba2::NEMOCASCADE_LEVEL

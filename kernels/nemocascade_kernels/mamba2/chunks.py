@@ -1,4 +1,4 @@
-"""How the state-space scan cuts a pack into chunks that never cross a document."""
+"""The cut of a pack into chunks that never cross a document."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemocascade.megatron.layers.packing import PackedSeq
+from nemocascade_kernels.common.documents import PackedSeq
 
 # Last chunks of fewer slots than this in all are computed with those of the next size.
 _FEW_SLOTS = 256
@@ -97,11 +97,9 @@ class ChunkTable:
 def chunk_table(packed: PackedSeq, size: int, block_slots: int, smallest: int = 8) -> ChunkTable:
     """Cut documents into chunks of `size` tokens, computed in blocks of about `block_slots` slots.
 
-    Last chunks take a power of two from `smallest` to `size` slots, whichever fits.
-    Raises ValueError if `size` is not a power of two.
+    size: a power of two. Last chunks take a power of two from `smallest` to `size` slots, whichever
+    fits.
     """
-    if size < 1 or size & (size - 1):
-        raise ValueError(f"chunk size {size} is no power of two: use for example 16 or 32")
     return packed.cached(
         ("chunks", size, block_slots, smallest),
         lambda: _cut(packed, size, block_slots, min(smallest, size)),

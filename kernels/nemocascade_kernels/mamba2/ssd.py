@@ -32,7 +32,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemocascade.megatron.layers.chunks import ChunkBlock, ChunkRun
+from nemocascade_kernels.mamba2.arguments import Sizes
+from nemocascade_kernels.mamba2.chunks import ChunkBlock, ChunkRun
 
 LARGEST_CHUNK = 32
 # Bound of |l - m|: exp(600) = 1e260 leaves 1e48 for the inputs' own size.
@@ -62,7 +63,7 @@ class Decays:
     passed: Tensor
 
     def of(self, chunks: slice) -> Decays:
-        """Those of some chunks."""
+        """The decays of some of the chunks."""
         return Decays(**{name: value[chunks] for name, value in vars(self).items()})
 
 
@@ -91,16 +92,16 @@ class Mixed:
 
 
 class Layout:
-    """Sizes of a scan, and how its rows become matrices and back.
+    """The sizes of a scan, and how its rows become matrices and back.
 
     Rows are laid out as [c, g, s, r, p], so that [c g, s, r p] is a batch of matrices.
     dtype: of states and of sums between chunks.
     """
 
-    def __init__(self, heads: int, head_dim: int, groups: int, state: int, dtype: torch.dtype):
-        self.heads, self.head_dim, self.groups, self.state = heads, head_dim, groups, state
-        self.ratio = heads // groups
-        self.width = self.ratio * head_dim
+    def __init__(self, s: Sizes, dtype: torch.dtype):
+        self.heads, self.head_dim, self.groups, self.state = s.heads, s.head_dim, s.groups, s.state
+        self.ratio = s.heads // s.groups
+        self.width = self.ratio * s.head_dim
         self.dtype = torch.promote_types(dtype, torch.float32)
 
     def block_slots(self, device: torch.device) -> int:
@@ -112,12 +113,12 @@ class Layout:
         return chunks, self.groups, self.state, self.ratio, self.head_dim
 
     def by_head(self, rows: Tensor, block: ChunkBlock) -> Tensor:
-        """[c, g, s, r, m] in the states' dtype: `rows` [c * s, h m], its columns contiguous."""
+        """[c, g, s, r, m] in the states' dtype: `rows` [c * s, h m] or [c * s, h, m]."""
         rows = rows.view(block.count, block.size, self.groups, self.ratio, -1)
         return rows.transpose(1, 2).to(self.dtype).contiguous()
 
     def by_group(self, rows: Tensor, block: ChunkBlock) -> Tensor:
-        """[c g, s, n] in the states' dtype: `rows` [c * s, g n], its columns contiguous."""
+        """[c g, s, n] in the states' dtype: `rows` [c * s, g, n]."""
         rows = rows.view(block.count, block.size, self.groups, self.state)
         return rows.transpose(1, 2).to(self.dtype).contiguous().view(-1, block.size, self.state)
 
@@ -146,7 +147,7 @@ class Layout:
         return value.to(dtype).view(self.groups, 1, self.ratio, 1)
 
     def decays(self, dt: Tensor, A: Tensor, run: ChunkRun) -> Decays:
-        """Of all chunks of `run`. dt: [T, h]; A: [h]."""
+        """Decays of all chunks of `run`. dt: [T, h]; A: [h]."""
         flat = dt.index_select(0, run.rows).double()
         if run.pad_slots is not None:
             flat.index_fill_(0, run.pad_slots, 0)

@@ -1,6 +1,6 @@
-#include "mamba_core/group.h"
+#include "mamba2/group.h"
 
-namespace nemocascade::mamba_core::NEMOCASCADE_LEVEL {
+namespace nemocascade::mamba2::NEMOCASCADE_LEVEL {
 namespace {
 
 // Chunks whose entering states are held at once; for those before them one state is kept.
@@ -418,11 +418,9 @@ INLINE void document_backward(Gradients& d, Document document) {
   }
 }
 
-}  // namespace
-
-void backward(const Sizes& sizes, const Parameters<const float>& parameters, const Task& task,
-              const Rows& zxbcdt, const Rows& d_out, const Rows& d_zxbcdt,
-              const Parameters<double>& sums) {
+void run(const Sizes& sizes, const Parameters<const float>& parameters, const Task& task,
+         const Rows& zxbcdt, const Rows& d_out, const Rows& d_zxbcdt,
+         const Parameters<double>& sums) {
   [[maybe_unused]] const FlushDenormals flush;
   int64_t chunks = 0;
   for (int64_t index = 0; index < task.count; ++index)
@@ -437,4 +435,8 @@ void backward(const Sizes& sizes, const Parameters<const float>& parameters, con
   for (int64_t index = 0; index < task.count; ++index) document_backward(d, task.documents[index]);
 }
 
-}  // namespace nemocascade::mamba_core::NEMOCASCADE_LEVEL
+}  // namespace
+
+const Backward backward = run;
+
+}  // namespace nemocascade::mamba2::NEMOCASCADE_LEVEL

@@ -1,47 +1,12 @@
-"""The description of a pack, and the cut of its documents into chunks."""
+"""The cut of a pack into chunks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers.layers import LENGTHS, documents, pack
-
-from nemocascade.megatron.layers.chunks import ChunkBlock, chunk_table
-from nemocascade.megatron.layers.packing import PackedSeq
-
-
-def test_describes_documents() -> None:
-    packed = PackedSeq.from_cu_seqlens(torch.tensor([0, 3, 4, 9], dtype=torch.int32))
-    assert (packed.total, packed.max_length, packed.num_documents) == (9, 5, 3)
-    assert packed.cu_seqlens.dtype == torch.int32
-    assert packed.document_of().tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 2]
-    assert packed.positions().tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    ("cu_seqlens", "rule"),
-    [
-        ([1, 5], "begin with 0"),
-        ([0], r"\[D\+1\]"),
-        ([[0, 1]], r"\[D\+1\]"),
-        ([0, 4, 4, 6], "document 1 of cu_seqlens has length 0"),
-        ([0, 4, 3], "document 1 of cu_seqlens has length -1"),
-        ([0, 2**31], "int32"),
-    ],
-)
-def test_refuses_what_is_no_pack(cu_seqlens: list[int], rule: str) -> None:
-    with pytest.raises(ValueError, match=rule):
-        PackedSeq.from_cu_seqlens(cu_seqlens)
-
-
-def test_tables_are_made_once() -> None:
-    packed = pack(LENGTHS)
-    made = []
-    for _ in range(2):
-        packed.cached("key", lambda: made.append(1))
-    assert len(made) == 1
-    assert chunk_table(packed, 16, 64) is chunk_table(packed, 16, 64)
-    assert packed.positions() is packed.positions()
+from nemocascade_kernels import PackedSeq
+from nemocascade_kernels.mamba2.chunks import ChunkBlock, chunk_table
 
 
 def blocks_of(packed: PackedSeq, size: int, block_slots: int) -> list[ChunkBlock]:
@@ -115,6 +80,6 @@ def test_short_documents_waste_little() -> None:
     assert slots == 500 * 8
 
 
-def test_refuses_a_chunk_that_is_no_power_of_two() -> None:
-    with pytest.raises(ValueError, match="24 is no power of two"):
-        chunk_table(pack((4,)), 24, 64)
+def test_the_table_is_made_once() -> None:
+    packed = pack(LENGTHS)
+    assert chunk_table(packed, 16, 64) is chunk_table(packed, 16, 64)

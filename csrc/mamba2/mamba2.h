@@ -4,7 +4,7 @@
 //   y = scan(x, softplus(dt + dt_bias), A, B, C, D)
 //   out = group RMSNorm(y * silu(z)) * weight
 //
-// nemocascade/megatron/layers/mamba_core.py states it with shapes, and ssd.py how the scan becomes
+// kernels/nemocascade_kernels/mamba2/reference.py defines it, and ssd.py says how the scan becomes
 // matrix products within chunks of 32 rows. Here a group of heads runs through a document at once:
 // its convolution, scan and norm need nothing of another group, and its state stays in the caches.
 #pragma once
@@ -12,8 +12,9 @@
 #include <cstdint>
 
 #include "common/rows.h"
+#include "common/tables.h"
 
-namespace nemocascade::mamba_core {
+namespace nemocascade::mamba2 {
 
 // Rows of a chunk; the convolution reaches no further than into the one before.
 constexpr int64_t kChunk = 32;
@@ -46,15 +47,15 @@ struct Parameters {
   T* norm_weight;  // [inner]
 };
 
-// Rows [begin, end) of the pack. One that goes on from others has the convolution's inputs before
-// it, [K - 1, W], and the state that enters, [heads, head_dim, state]; others begin. `left`
-// receives the state after its last row, where it is wanted.
+// Rows [begin, end) of the pack. Initial state, null for zeros: the convolution's inputs before the
+// document, [K - 1, W], and the scan's state, [heads, head_dim, state]. The state after the last
+// row is written to `final_state` unless it is null.
 struct Document {
   int64_t begin;
   int64_t end;
   const float* inputs = nullptr;
   const float* state = nullptr;
-  float* left = nullptr;
+  float* final_state = nullptr;
 };
 
 // The part of the work that one thread does at a time: a group of heads in some documents.
@@ -65,29 +66,16 @@ struct Task {
 };
 
 // Writes the task's rows and columns of the output.
-using Forward = void(const Sizes& sizes, const Parameters<const float>& parameters,
-                     const Task& task, const Rows& zxbcdt, const Rows& out);
+using Forward = void (*)(const Sizes& sizes, const Parameters<const float>& parameters,
+                         const Task& task, const Rows& zxbcdt, const Rows& out);
 
 // Writes the task's rows and columns of d_zxbcdt and adds to the group's elements of `sums`.
-using Backward = void(const Sizes& sizes, const Parameters<const float>& parameters,
-                      const Task& task, const Rows& zxbcdt, const Rows& d_out, const Rows& d_zxbcdt,
-                      const Parameters<double>& sums);
+using Backward = void (*)(const Sizes& sizes, const Parameters<const float>& parameters,
+                          const Task& task, const Rows& zxbcdt, const Rows& d_out,
+                          const Rows& d_zxbcdt, const Parameters<double>& sums);
 
-// forward.cpp and backward.cpp are compiled once for each level of the processor, in a namespace
-// of its name: CMakeLists.txt.
-namespace level_base {
-Forward forward;
-Backward backward;
-}  // namespace level_base
-#ifdef NEMOCASCADE_X86_LEVELS
-namespace level_v3 {
-Forward forward;
-Backward backward;
-}  // namespace level_v3
-namespace level_v4 {
-Forward forward;
-Backward backward;
-}  // namespace level_v4
-#endif
+// forward.cpp and backward.cpp are compiled once for each level of the processor.
+NEMOCASCADE_LEVELS_OF(Forward, forward)
+NEMOCASCADE_LEVELS_OF(Backward, backward)
 
-}  // namespace nemocascade::mamba_core
+}  // namespace nemocascade::mamba2

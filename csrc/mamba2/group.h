@@ -1,10 +1,10 @@
 // One group of heads on the rows of one chunk: what forward and backward both compute.
 #pragma once
 
-#include "mamba_core/core.h"
-#include "mamba_core/products.h"
+#include "mamba2/mamba2.h"
+#include "mamba2/products.h"
 
-namespace nemocascade::mamba_core::NEMOCASCADE_LEVEL {
+namespace nemocascade::mamba2::NEMOCASCADE_LEVEL {
 
 constexpr int64_t kSquare = kChunk * kChunk;
 // Bound of |l - l_last / 2| in a chunk: its exponential is far from double's limits.
@@ -363,4 +363,4 @@ struct Group {
   }
 };
 
-}  // namespace nemocascade::mamba_core::NEMOCASCADE_LEVEL
+}  // namespace nemocascade::mamba2::NEMOCASCADE_LEVEL

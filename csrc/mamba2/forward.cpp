@@ -1,6 +1,6 @@
-#include "mamba_core/group.h"
+#include "mamba2/group.h"
 
-namespace nemocascade::mamba_core::NEMOCASCADE_LEVEL {
+namespace nemocascade::mamba2::NEMOCASCADE_LEVEL {
 namespace {
 
 // The gated norm of row t of y, which is row `at` of the pack. gated: memory for a row.
@@ -21,10 +21,8 @@ INLINE void gate(const Group& g, int64_t t, int64_t at, float* gated, const Rows
   g.write_heads(gated, out, at);
 }
 
-}  // namespace
-
-void forward(const Sizes& sizes, const Parameters<const float>& parameters, const Task& task,
-             const Rows& zxbcdt, const Rows& out) {
+void run(const Sizes& sizes, const Parameters<const float>& parameters, const Task& task,
+         const Rows& zxbcdt, const Rows& out) {
   [[maybe_unused]] const FlushDenormals flush;
   const Shape shape(sizes);
   Group g(sizes, parameters, zxbcdt, task.group, shape.width + kSquare + shape.states);
@@ -50,11 +48,16 @@ void forward(const Sizes& sizes, const Parameters<const float>& parameters, cons
         g.mix(h, tiles, decays, entering, nullptr);
       }
       for (int64_t t = 0; t < rows; ++t) gate(g, t, at + t, gated, out);
-      if (at + kChunk < document.end || document.left != nullptr) g.advance(tiles, entering, state);
+      if (at + kChunk < document.end || document.final_state != nullptr)
+        g.advance(tiles, entering, state);
       entering = state;
     }
-    if (document.left != nullptr) g.write_state(state, document.left);
+    if (document.final_state != nullptr) g.write_state(state, document.final_state);
   }
 }
 
-}  // namespace nemocascade::mamba_core::NEMOCASCADE_LEVEL
+}  // namespace
+
+const Forward forward = run;
+
+}  // namespace nemocascade::mamba2::NEMOCASCADE_LEVEL

@@ -1,0 +1,81 @@
+"""Inputs and sizes of one call of `mamba2`, as its implementations take them.
+
+Shape letters: T tokens, h heads, p head dimension, g groups, n state, K rows of the convolution's
+window, W = h p + 2 g n its channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """Tensors that have gradients, in the order of `mamba2`'s arguments.
+
+    zxbcdt: [T, h p + W + h]. conv_weight: [W, K]. conv_bias: [W]. dt_bias, A, D: [h].
+    norm_weight: [h p].
+    """
+
+    zxbcdt: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+    norm_weight: Tensor
+
+    @property
+    def window(self) -> int:
+        """K."""
+        return self.conv_weight.shape[1]
+
+
+class States(NamedTuple):
+    """States of D documents.
+
+    conv: [D, K - 1, W], the convolution's last inputs, the oldest first; zeros before a document.
+    ssm: [D, h, p, n] float32 (float64 beside float64 inputs).
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes h, p, g, n; bounds of softplus(dt + dt_bias); eps of the norm."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    dt_limit: tuple[float, float]
+    eps: float
+
+    @property
+    def inner(self) -> int:
+        """h p."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """W."""
+        return self.inner + 2 * self.groups * self.state
+
+    def split(self, zxbcdt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z [T, h p], xBC [T, W] and dt [T, h]."""
+        z, xbc, dt = zxbcdt.split([self.inner, self.channels, self.heads], dim=1)
+        return z, xbc, dt
+
+    def split_channels(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, h, p], B and C [T, g, n]."""
+        shared = self.groups * self.state
+        x, b, c = xbc.split([self.inner, shared, shared], dim=1)
+        return (
+            x.unflatten(1, (self.heads, self.head_dim)),
+            b.unflatten(1, (self.groups, self.state)),
+            c.unflatten(1, (self.groups, self.state)),
+        )

@@ -1,0 +1,1 @@
+"""RMSNorm, plain, and gated by groups as Mamba-2 has it."""
