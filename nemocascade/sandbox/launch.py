@@ -142,10 +142,12 @@ class Worker:
         if not first:
             return {}
         for _, kind, data in ancillary:
-            if kind == socket.SCM_CREDENTIALS:
-                self.pid = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
-                with contextlib.suppress(ProcessLookupError):  # it refused, and has ended
-                    self._inner = os.pidfd_open(self.pid)
+            sender = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
+            # A worker that refused may have ended: then its id is 0, or belongs to nobody.
+            if kind == socket.SCM_CREDENTIALS and sender:
+                self.pid = sender
+                with contextlib.suppress(ProcessLookupError):
+                    self._inner = os.pidfd_open(sender)
         return dict(json.loads(first))
 
 

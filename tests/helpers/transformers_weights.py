@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from nemocascade.megatron.checkpoint.boxes import Box, first_overlap, whole
 from nemocascade.megatron.checkpoint.state import ModelPart, model_parts
+from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.convert.config import config_of_model
 from nemocascade.megatron.convert.names import Family, NameMap, Shape, Style, name_map
-from nemocascade.recipe import ModelConfig
+from nemocascade.megatron.model import CascadeModel, build_model
+from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig
 from nemocascade.runtime.world import World
 
 Tensors = dict[str, Tensor]
@@ -150,3 +152,47 @@ def load_into(model: nn.Module, ours: Tensors, shape: ModelConfig, world: World)
         raise ValueError("; ".join(wrong))
     for name, value in ours.items():
         part_of(places[name], places[name].owner).copy_(value)
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int) -> None:
+    """Values that make every tensor matter: projections keep the size of what they project."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(value: Tensor, std: float, mean: float = 0.0) -> None:
+        value.copy_(mean + std * torch.randn(value.shape, generator=random))
+
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("A_log"):
+            value.copy_(torch.rand(value.shape, generator=random) * 2.7)
+        elif name.endswith("dt_bias"):
+            normal(value, 1.5, -4.0)
+        elif name.endswith(("norm.weight", "layernorm.weight", "norm_f.weight", ".D")):
+            normal(value, 0.2, 1.0)
+        elif name.endswith("e_score_correction_bias"):
+            normal(value, 0.1)
+        elif name.endswith("conv1d.bias"):
+            normal(value, 0.3)
+        elif name.endswith(("embeddings.weight", "embed_tokens.weight")):
+            normal(value, 1.0)
+        elif not name.endswith("inv_freq"):
+            normal(value, value.shape[-1] ** -0.5)
+
+
+def build_ours(
+    world: World, shape: ModelConfig, theirs: nn.Module, to_ours: WeightMap
+) -> CascadeModel:
+    """Our model of `shape` with the weights of `theirs`."""
+    config = make_config(
+        shape,
+        world.parallel,
+        EngineConfig(precision="fp32"),
+        MoeTrainingConfig(load_balance="none"),
+        seed=0,
+    )
+    [model] = build_model(world, config, Accelerators())
+    tensors = {name: p.data for name, p in theirs.named_parameters()}
+    kept = theirs.state_dict()
+    tensors |= {name: value for name, value in theirs.named_buffers() if name in kept}
+    load_into(model, to_ours(tensors, shape), shape, world)
+    return model

@@ -15,6 +15,7 @@ from helpers.transformers_weights import (
     from_qwen3_moe,
     nemotron_h,
     qwen3_moe,
+    randomise,
     set_shortest_step,
 )
 from safetensors.torch import load_file, save_file
@@ -25,7 +26,6 @@ from test_model_against_transformers import (
     TOLERANCE,
     error,
     packed_batch,
-    randomise,
     read_packed,
     read_with_transformers,
 )

@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers.transformers_weights import (
     WeightMap,
+    build_ours,
     from_nemotron_h,
     from_qwen3_moe,
     load_into,
@@ -24,19 +25,18 @@ from helpers.transformers_weights import (
     part_of,
     parts_by_key,
     qwen3_moe,
+    randomise,
 )
 from nemocascade_kernels import Nll
 from torch import Tensor, nn
 
-from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.layers.mamba import MambaMixer
 from nemocascade.megatron.microbatch import Microbatch
-from nemocascade.megatron.model import CascadeModel, build_model
+from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import (
     EngineConfig,
     ModelConfig,
-    MoeTrainingConfig,
     ParallelConfig,
     tiny,
 )
@@ -169,31 +169,6 @@ def packed_batch(shape: ModelConfig, seed: int) -> PackedBatch:
     return replace(batch, token_weight=weight / weight.sum())
 
 
-@torch.no_grad()
-def randomise(model: nn.Module, seed: int) -> None:
-    """Values that make every tensor matter: projections keep the size of what they project."""
-    random = torch.Generator().manual_seed(seed)
-
-    def normal(value: Tensor, std: float, mean: float = 0.0) -> None:
-        value.copy_(mean + std * torch.randn(value.shape, generator=random))
-
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("A_log"):
-            value.copy_(torch.rand(value.shape, generator=random) * 2.7)
-        elif name.endswith("dt_bias"):
-            normal(value, 1.5, -4.0)
-        elif name.endswith(("norm.weight", "layernorm.weight", "norm_f.weight", ".D")):
-            normal(value, 0.2, 1.0)
-        elif name.endswith("e_score_correction_bias"):
-            normal(value, 0.1)
-        elif name.endswith("conv1d.bias"):
-            normal(value, 0.3)
-        elif name.endswith(("embeddings.weight", "embed_tokens.weight")):
-            normal(value, 1.0)
-        elif not name.endswith("inv_freq"):
-            normal(value, value.shape[-1] ** -0.5)
-
-
 def read_with_transformers(
     model: nn.Module, shape: ModelConfig, batch: PackedBatch, to_ours: WeightMap
 ) -> Readings:
@@ -244,25 +219,6 @@ def read_packed(model: CascadeModel, batch: PackedBatch, world: World) -> Readin
             if part.owner.grad is not None
         },
     )
-
-
-def build_ours(
-    world: World, shape: ModelConfig, theirs: nn.Module, to_ours: WeightMap
-) -> CascadeModel:
-    """Our model of `shape` with the weights of `theirs`."""
-    config = make_config(
-        shape,
-        world.parallel,
-        EngineConfig(precision="fp32"),
-        MoeTrainingConfig(load_balance="none"),
-        seed=0,
-    )
-    [model] = build_model(world, config, Accelerators())
-    tensors = {name: p.data for name, p in theirs.named_parameters()}
-    kept = theirs.state_dict()
-    tensors |= {name: value for name, value in theirs.named_buffers() if name in kept}
-    load_into(model, to_ours(tensors, shape), shape, world)
-    return model
 
 
 def error(value: Tensor, expected: Tensor) -> float:

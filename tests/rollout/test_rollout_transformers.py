@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.rollout import draw_tokens
-from helpers.transformers_weights import from_nemotron_h, nemotron_h
-from test_model_against_transformers import build_ours, randomise
+from helpers.transformers_weights import build_ours, from_nemotron_h, nemotron_h, randomise
 
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ParallelConfig, tiny
