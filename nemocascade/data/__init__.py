@@ -1,1 +1,1 @@
-"""From files to packed batches: readers, template, tokenizer, cache, loader."""
+"""Data pipeline from files to packed batches: readers, template, tokenizer, cache, loader."""

@@ -1,7 +1,7 @@
-"""Tokenised documents on disk, made once.
+"""On-disk cache of tokenised documents.
 
-A cache is a folder whose name is the hash of all it was made from: files, settings, tokenizer and
-template. `cache_files` says what is in it.
+A cache is a folder. Its name is the hash of everything it was made from: files, settings,
+tokenizer and template. `cache_files` describes its content.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from nemocascade.types import Document
 
 CACHE_VERSION = 1
 PARALLEL_BYTES = 32 << 20
-"""Less input than this is tokenised in the calling process: workers would start for longer."""
+"""Smaller inputs are tokenised in the calling process: starting workers would take longer."""
 
 
 class TokenCache:
-    """Documents of an opened cache, read through memory maps."""
+    """Documents of an open cache, read through memory maps."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -55,7 +55,7 @@ class TokenCache:
         self._numbers = map_column(path, "numbers.bin")
         self._sources = map_column(path, "sources.bin")
         self.trained: NDArray[np.int64] = map_column(path, "trained.bin")
-        """[D] int64: tokens of each document that train."""
+        """[D] int64: trained tokens of each document."""
         self.lengths: NDArray[np.int64] = np.diff(self._offsets)
         """[D] int64: tokens of each document."""
 
@@ -64,7 +64,7 @@ class TokenCache:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the documents: equal for equal tokens and masks, whatever they were read from."""
+        """Hash of the tokens and masks; it does not depend on the files they were read from."""
         files = self.manifest["files"]
         blocks = [*files["tokens.bin"]["sha256"], *files["offsets.bin"]["sha256"]]
         return hashlib.sha256("".join(blocks).encode()).hexdigest()
@@ -74,12 +74,12 @@ class TokenCache:
         return f"{self.manifest['sources'][self._sources[index]]}:{self._numbers[index]}"
 
     def words(self, index: int, limit: int | None = None) -> NDArray[np.uint32]:
-        """Raw words of a document, at most `limit` of them."""
+        """The document's words as stored (token id and trained bit), at most `limit` of them."""
         start, end = int(self._offsets[index]), int(self._offsets[index + 1])
         return self._tokens[start : end if limit is None else min(end, start + limit)]
 
     def document(self, index: int, limit: int | None = None) -> Document:
-        """Document `index`, at most its first `limit` tokens."""
+        """Return document `index`, truncated to its first `limit` tokens."""
         words = self.words(index, limit)
         return Document(
             tokens=torch.from_numpy((words & ~TRAINED_BIT).astype(np.int32)),
@@ -96,9 +96,9 @@ def cache_key(
     seed: int = 0,
     heldout: bool = False,
 ) -> dict[str, Any]:
-    """All that the cache of `paths` is made from, as plain JSON.
+    """Return everything the cache of `paths` depends on, as plain JSON.
 
-    Files count by path, size and time of change; synthetic rows by `seed` and `heldout`.
+    Files count by path, size and modification time, synthetic rows by `seed` and `heldout`.
     """
     sources: list[dict[str, Any]] = []
     for name in find_sources(paths):
@@ -131,13 +131,12 @@ def build_cache(
     heldout: bool = False,
     workers: int | None = None,
 ) -> TokenCache:
-    """Open the cache of `paths` under `folder`; make it first if it is absent or damaged.
+    """Open the cache of `paths` under `folder`; build it first if it is absent or damaged.
 
-    One process of a machine calls this, the others call `open_cache` when it has returned.
+    One process per machine calls this. The others call `open_cache` after it has returned.
 
-    workers: processes that tokenise; None = one for each core when the input is large. A script
-        that is run must then guard its entry with `if __name__ == "__main__"`, since workers
-        import it.
+    workers: tokenising processes; None = one per core when the input is large. Workers import the
+        main script, so it must then guard its entry with `if __name__ == "__main__"`.
 
     Raises DataError for unreadable data, for no documents, and for more bad rows than
     `config.max_bad_rows`.
@@ -181,7 +180,7 @@ def open_cache(
     seed: int = 0,
     heldout: bool = False,
 ) -> TokenCache:
-    """Open a cache that `build_cache` has made or checked, with the same arguments.
+    """Open a cache that `build_cache` has built or checked, with the same arguments.
 
     Raises CacheDamagedError if it is absent or incomplete.
     """
@@ -195,7 +194,7 @@ def _folder_of(folder: Path, key: dict[str, Any]) -> Path:
 
 def _open(path: Path, config: DataConfig, *, hashes: bool) -> TokenCache:
     manifest = read_manifest(path, hashes=hashes)
-    # A cache made under a laxer limit is refused like the data it was made from.
+    # The limit may be lower now than when the cache was built: bad rows fail here as in the build.
     bad = BadRows(config.max_bad_rows, manifest["bad_rows"], manifest["bad_examples"])
     bad.check()
     if bad.count:

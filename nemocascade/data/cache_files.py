@@ -1,14 +1,14 @@
-"""The files of a token cache: their layout, how they are written, how they are checked.
+"""File layout of a token cache, and how its files are written and checked.
 
-    tokens.bin   uint32 [n]    id, and the top bit where the token trains
-    offsets.bin  int64  [D+1]  where each document starts in tokens.bin; n at the end
-    trained.bin  int64  [D]    tokens of the document that train
-    numbers.bin  int64  [D]    its row in its source
-    sources.bin  int64  [D]    its source, an index into the manifest's list
+    tokens.bin   uint32 [n]    token id; the top bit is set where the token is trained
+    offsets.bin  int64  [D+1]  start of each document in tokens.bin; n at the end
+    trained.bin  int64  [D]    trained tokens of each document
+    numbers.bin  int64  [D]    row of each document in its source
+    sources.bin  int64  [D]    source of each document, an index into the manifest's list
 
-All are flat and little-endian. `manifest.json` holds their sizes and the sha256 of their blocks.
-They are written in a temporary folder, synced, and the folder is renamed, so one of the final name
-is complete whenever the machine stops.
+All arrays are flat and little-endian. `manifest.json` holds their sizes and the sha256 of their
+blocks. Files are written and synced in a temporary folder, which is then renamed: a folder under
+its final name is complete, even if the machine stops at any moment.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class CacheDamagedError(DataError):
 
 
 def read_manifest(path: Path, *, hashes: bool) -> dict[str, Any]:
-    """The manifest of the cache in folder `path`, after checking its files against it.
+    """Return the manifest of the cache in folder `path`, after checking its files against it.
 
-    hashes: read every file whole; otherwise only their sizes are compared.
+    hashes: read and hash every file; otherwise only sizes are compared.
     Raises CacheDamagedError.
     """
     try:
@@ -72,7 +72,7 @@ def read_manifest(path: Path, *, hashes: bool) -> dict[str, Any]:
 
 
 def map_column(path: Path, name: str) -> NDArray[Any]:
-    """One array, read as it is used."""
+    """Memory-map one array."""
     return np.memmap(path / name, dtype=COLUMNS[name], mode="r").view(np.ndarray)
 
 
@@ -83,10 +83,10 @@ def write_files(
     pieces: Iterable[TokenizedPiece],
     bad: BadRows,
 ) -> None:
-    """Write the folder `path` with the documents of `pieces`; bad rows are counted in `bad`.
+    """Write the documents of `pieces` to the folder `path`; bad rows are counted in `bad`.
 
-    If another builder finishes first, its folder stays. Raises DataError for too many bad rows and
-    for no documents.
+    If another builder finishes first, its folder is kept. Raises DataError for too many bad rows
+    and for no documents.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -103,7 +103,7 @@ def write_files(
         try:
             building.rename(path)
         except OSError:
-            # Another machine on the same disk was faster; its documents are the same.
+            # Another machine on the same disk finished first; its documents are the same.
             read_manifest(path, hashes=False)
         _sync_folder(path.parent)
     finally:
@@ -113,7 +113,7 @@ def write_files(
 def _write_columns(
     folder: Path, sources: Sequence[str], pieces: Iterable[TokenizedPiece], bad: BadRows
 ) -> dict[str, Any]:
-    """Write the arrays; what the manifest says of them."""
+    """Write the arrays and return the manifest's entries."""
     columns = {name: _Column(folder / name, dtype) for name, dtype in COLUMNS.items()}
     tokens = trained = documents = reasoned = 0
     columns["offsets.bin"].append(np.zeros(1))
@@ -144,7 +144,7 @@ def _write_columns(
 
 
 class _Column:
-    """One array file while it is written."""
+    """An array file that is being written."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self._path = path
@@ -155,7 +155,7 @@ class _Column:
         self._stream.write(np.ascontiguousarray(values, dtype=self._dtype).tobytes())
 
     def close(self) -> dict[str, Any]:
-        """Sync to disk; the manifest's record of the file."""
+        """Sync the file to disk and return its entry in the manifest."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
@@ -163,11 +163,11 @@ class _Column:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Folders that builders of this machine left when they were killed."""
+    """Remove folders of builders on this machine that were killed."""
     prefix = f"{path.name}.building-{socket.gethostname()}-"
     for folder in path.parent.glob(f"{path.name}.building-*"):
         pid = folder.name.removeprefix(prefix)
-        # In a container the killed process may have had the number that this one has.
+        # In a container, the killed process may have had the same pid as this one.
         gone = pid.isdigit() and (int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists())
         if gone:
             LOGGER.warning("%s: left by a build that was killed; removed", folder)
@@ -175,7 +175,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _block_hashes(path: Path) -> list[str]:
-    """sha256 of each block of a file, so that all cores can share the checking of a large one."""
+    """sha256 of each block of a file; blocks let all cores share the check of a large file."""
 
     def block(start: int) -> str:
         digest = hashlib.sha256()

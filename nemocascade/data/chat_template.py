@@ -1,13 +1,13 @@
 """The chat template of Nemotron-Cascade 2 (arXiv 2603.19220), as segments.
 
-Every turn is `<|im_start|>role\\n...<|im_end|>\\n`; a system block, possibly empty, always stands
+Every turn is `<|im_start|>role\\n...<|im_end|>\\n`. A system block, possibly empty, always comes
 first. An assistant turn opens with `<think>\\nREASONING\\n</think>\\n`, or with `<think></think>`
 when it has no reasoning, when thinking is off, and in all turns before the last user turn. Tools
-stand in the system block; calls close an assistant turn; results come back in a user turn.
+are declared in the system block, calls end an assistant turn, and results form a user turn.
 
-A segment says whether it is one of the template's own tags (control) or text, and whether the
-assistant wrote it (trained). Text is tokenised with special tokens switched off, so a user's
-`<|im_end|>` stays a run of ordinary tokens.
+A segment is either one of the template's own tags (control) or text. It is trained if the
+assistant wrote it. Text is tokenised with special tokens disabled, so a user's `<|im_end|>` becomes
+ordinary tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.types import Message, Tool, ToolCall
 
 TEMPLATE_VERSION = 1
-"""Part of the key of tokenised data: raise it with every change of what is rendered."""
+"""Part of the cache key: increment it with every change of the rendered text."""
 
 TOOLS_INTRO = "# Tools\n\nThese functions can be called:\n\n"
 TOOLS_USAGE = (
@@ -36,23 +36,23 @@ _CALL_TAGS = re.compile("(</?tool_call>)")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order. A system turn, if there is one, stands first."""
+    """Turns in order. A system turn is allowed only as the first."""
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
 
     @property
     def last_user(self) -> int:
-        """Index of the last user turn, -1 without one. Results of tools are not user turns."""
+        """Index of the last user turn, -1 if there is none. Tool results are not user turns."""
         users = [i for i, m in enumerate(self.messages) if m.role == "user"]
         return users[-1] if users else -1
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered conversation.
+    """One segment of a rendered conversation.
 
     control: the text is exactly one tag of the template, such as `<|im_end|>`.
-    trained: the assistant writes it, so the loss covers it.
+    trained: the assistant writes this text, so the loss covers it.
     """
 
     text: str
@@ -61,17 +61,17 @@ class Segment(NamedTuple):
 
 
 def render(conversation: Conversation, *, thinking: bool) -> list[Segment]:
-    """The whole conversation for training.
+    """Render the whole conversation for training.
 
-    Trained are the assistant's words after its generation prompt, up to and with the closing
-    `<|im_end|>`. The prompt itself (`<|im_start|>assistant\\n<think>\\n` or
-    `<|im_start|>assistant\\n<think></think>`) is not.
+    The trained segments are the assistant's text after its generation prompt, up to and including
+    the closing `<|im_end|>`. The generation prompt (`<|im_start|>assistant\\n<think>\\n` or
+    `<|im_start|>assistant\\n<think></think>`) is not trained.
     """
     return list(_turns(conversation, thinking))
 
 
 def render_prompt(conversation: Conversation, *, thinking: bool) -> list[Segment]:
-    """The conversation up to where the assistant's next turn is generated; nothing trains.
+    """Render the conversation up to the assistant's next turn, with nothing trained.
 
     Raises DataError if the conversation ends with an assistant turn.
     """
@@ -82,8 +82,9 @@ def render_prompt(conversation: Conversation, *, thinking: bool) -> list[Segment
 
 
 def render_results(messages: Iterable[Message], *, thinking: bool) -> list[Segment]:
-    """What follows an assistant's turn that made calls: their results, and where the assistant's
-    next turn is generated. Nothing trains. The turn before has ended with `<|im_end|>`.
+    """Render tool results and the generation prompt of the assistant's next turn.
+
+    The preceding assistant turn ended with `<|im_end|>`. Nothing is trained.
     """
     return [
         Segment("\n"),
@@ -95,10 +96,10 @@ def render_results(messages: Iterable[Message], *, thinking: bool) -> list[Segme
 
 
 def encode(segments: Iterable[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Token ids and, for each, whether it trains.
+    """Return token ids, and for each id a flag that says if it is trained.
 
-    Neighbouring text is tokenised as one run, cut where training starts or ends: generation
-    starts from the same cut. A tag that the tokenizer does not hold as one token is text.
+    Adjacent text is tokenised as one run, split where training starts or ends, because generation
+    starts at the same split. A tag that is not one token of the tokenizer is treated as text.
     """
     ids: list[int] = []
     trained: list[bool] = []
@@ -141,7 +142,7 @@ def _turns(conversation: Conversation, thinking: bool) -> Iterator[Segment]:
         if message.role == "assistant":
             yield from _assistant(message, keep_reasoning=thinking and i > last_user)
         elif message.role == "tool":
-            # Results that follow each other share one user turn.
+            # Consecutive results share one user turn.
             if messages[i - 1].role != "tool":
                 yield from _header("user")
             yield from _result(message)
@@ -230,7 +231,7 @@ def _declaration(tool: Tool) -> str:
         known = fields if isinstance(fields, Mapping) else {}
         lines += [f"<{key}>{_plain(value)}</{key}>" for key, value in known.items()]
         lines.append("</parameter>")
-    # The declaration is of an object by definition; whatever else the schema says is kept.
+    # A declaration is always an object; everything else in the schema is kept.
     schema.pop("type", None)
     lines += [f"<{key}>{_plain(value)}</{key}>" for key, value in schema.items()]
     lines += ["</parameters>", "</function>"]
@@ -238,5 +239,5 @@ def _declaration(tool: Tool) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Strings as they are, everything else as JSON."""
+    """Return strings unchanged and everything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The documents a stage trains on and the documents it is judged by."""
+"""Training and held-out documents of a stage."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from nemocascade.types import Document
 
 @dataclass(frozen=True, eq=False)
 class DocumentSet:
-    """Some documents of a cache, numbered from 0.
+    """A subset of a cache's documents, numbered from 0.
 
-    indices: [D] int64, their place in the cache.
+    indices: [D] int64, index of each document in the cache.
     """
 
     cache: TokenCache
@@ -35,17 +35,17 @@ class DocumentSet:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """[D] int64, tokens."""
+        """[D] int64, tokens of each document."""
         return self.cache.lengths[self.indices]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the documents and their order."""
+        """Hash of the documents and of their order."""
         text = self.cache.fingerprint.encode() + self.indices.tobytes()
         return hashlib.sha256(text).hexdigest()
 
     def document(self, number: int, limit: int | None = None) -> Document:
-        """Document `number`, at most its first `limit` tokens."""
+        """Return document `number`, truncated to its first `limit` tokens."""
         return self.cache.document(int(self.indices[number]), limit)
 
     def source(self, number: int) -> str:
@@ -53,7 +53,7 @@ class DocumentSet:
         return self.cache.source(int(self.indices[number]))
 
     def trained_tokens(self, numbers: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-        """[n] int64, for each of these documents the tokens among the first `limit` that train."""
+        """[n] int64, trained tokens among the first `limit` tokens of each of these documents."""
         counts = self.cache.trained[self.indices[numbers]]
         for i in np.flatnonzero(self.lengths[numbers] > limit):
             counts[i] = int(self.document(int(numbers[i]), limit).trained.sum())
@@ -62,7 +62,7 @@ class DocumentSet:
 
 @dataclass(frozen=True)
 class StageData:
-    """heldout is None when the settings ask for none."""
+    """Documents of a stage. heldout is None when the settings ask for none."""
 
     train: DocumentSet
     heldout: DocumentSet | None
@@ -76,11 +76,11 @@ def build_data(
     seed: int = 0,
     workers: int | None = None,
 ) -> StageData:
-    """Open the data of a stage, tokenising it first where no cache of it exists.
+    """Open the data of a stage, tokenising it first if it is not in the cache.
 
-    One process of a machine calls this while the others wait; they then call `open_data`.
+    One process per machine calls this while the others wait; they then call `open_data`.
 
-    seed: of synthetic rows. workers: see `build_cache`.
+    seed: seed of synthetic rows. workers: see `build_cache`.
     Raises DataError.
     """
     build = partial(build_cache, cache_dir, config, tokenizer=tokenizer, seed=seed, workers=workers)
@@ -90,17 +90,17 @@ def build_data(
 def open_data(
     config: DataConfig, tokenizer: Tokenizer, cache_dir: str | Path, *, seed: int = 0
 ) -> StageData:
-    """Open what `build_data` has made with the same arguments. Raises DataError."""
+    """Open the data that `build_data` built from the same arguments. Raises DataError."""
     return _stage_data(
         config, partial(open_cache, cache_dir, config, tokenizer=tokenizer, seed=seed)
     )
 
 
 def split_heldout(cache: TokenCache, rows: int) -> tuple[DocumentSet, DocumentSet | None]:
-    """Take `rows` documents out, evenly spaced, so that every file gives its share.
+    """Split off `rows` held-out documents, evenly spaced so that every file is represented.
 
-    The choice depends on nothing but the number of documents, so runs with other seeds are judged
-    by the same ones. Raises DataError if nothing would be left to train on.
+    The choice depends only on the number of documents, so runs with different seeds share the
+    held-out set. Raises DataError if no training document would be left.
     """
     total = len(cache)
     if rows >= total:

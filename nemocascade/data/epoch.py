@@ -1,4 +1,4 @@
-"""Which documents stand in which packed sequence, for one pass over the data."""
+"""Packing plan of one epoch: which documents each packed sequence holds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from nemocascade.types import PackedBatch, pack_documents
 def plan_epoch(
     documents: DocumentSet, config: DataConfig, work: WorkModel, *, seed: int, epoch: int
 ) -> PackingPlan:
-    """Pack every document once. A function of its arguments alone, so every rank finds the same.
+    """Pack every document once. The plan depends only on the arguments, so all ranks agree.
 
-    Raises DataError if documents are longer than `config.capacity` and the settings refuse that,
-    or if none is left.
+    Raises DataError if documents are longer than `config.capacity` and `config.over_long` is
+    "refuse", or if no document is left.
     """
     lengths = documents.lengths
     too_long = np.flatnonzero(lengths > config.capacity)
@@ -52,7 +52,7 @@ def plan_epoch(
 def pack_sequence(
     documents: DocumentSet, plan: PackingPlan, index: int, *, pad_id: int
 ) -> PackedBatch:
-    """Packed sequence `index` of `plan`; `document_ids` are numbers in `documents`."""
+    """Packed sequence `index` of `plan`; `document_ids` are document numbers in `documents`."""
     numbers = plan.bin(index).tolist()
     return pack_documents(
         [documents.document(n, plan.capacity) for n in numbers],

@@ -1,4 +1,4 @@
-"""What can be wrong with data, and the account of rows that were skipped."""
+"""Errors in data, and the count of skipped rows."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ SHOWN_BAD_ROWS = 8
 
 
 class DataError(UserError, ValueError):
-    """The data cannot be used as the settings ask; the message names value, rule and remedy."""
+    """The data cannot be used with these settings; the message has value, rule and remedy."""
 
 
 class TokenizerError(DataError):
-    """A tokenizer file that cannot be read, or that lacks what the template needs."""
+    """A tokenizer file is unreadable, or has no token that the template needs."""
 
 
 class RowError(ValueError):
-    """One row breaks its format. The message is the reason, without the row's place."""
+    """One row breaks its format. The message is the reason, without file and line."""
 
 
 @dataclass
 class BadRows:
-    """Counts rows that don't parse; refuses when they are more than `limit`."""
+    """Count of rows that do not parse; an error once they exceed `limit`."""
 
     limit: int
     count: int = 0
     examples: list[str] = field(default_factory=list)
-    """`file:line: reason` of the first few."""
+    """`file:line: reason` of the first few bad rows."""
 
     def add(self, source: str, reason: str) -> None:
-        """Count the row at `source` (`file:line`). `check` decides whether it was one too many."""
+        """Count the row at `source` (`file:line`). Only `check` compares it with the limit."""
         self.count += 1
         if len(self.examples) < SHOWN_BAD_ROWS:
             self.examples.append(f"{source}: {reason}")
 
     def check(self) -> None:
-        """Raises DataError if more rows are bad than `limit` allows."""
+        """Raise DataError if more rows are bad than `limit` allows."""
         if self.count <= self.limit:
             return
         rows = "\n  ".join(self.examples)
@@ -49,7 +49,7 @@ class BadRows:
         )
 
     def summary(self) -> str:
-        """One line for the log; empty when no row was bad."""
+        """One line for the log; empty if no row was bad."""
         if not self.count:
             return ""
         return f"skipped {self.count} bad rows (limit {self.limit}), first: {self.examples[0]}"

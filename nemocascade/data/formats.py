@@ -1,9 +1,9 @@
-"""Rows of the known formats to `Conversation`.
+"""Parsing of rows in the known formats to `Conversation`.
 
-`messages`  chat turns in OpenAI's form, reasoning in a field of its own or in think tags.
+`messages`  chat turns in OpenAI's form, reasoning in its own field or in think tags.
 `qa`        a question field and an answer field.
 `nemotron`  released Nemotron-Cascade SFT rows: `messages` whose calls, results and reasoning may be
-            written into the text.
+            written inside the text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _USER_HEADER = re.compile(r"^<\|im_start\|>user\n")
 
 
 def detect_format(row: Row, config: DataConfig) -> Format:
-    """The format of a file, judged by its first row. Raises RowError if none fits."""
+    """Return the format of a file, judged by its first row. Raises RowError if none fits."""
     if "messages" in row:
         texts = [m.get("content") for m in _list(row, "messages") if isinstance(m, Mapping)]
         inline = any(isinstance(t, str) and _INLINE.search(t) for t in texts)
@@ -46,7 +46,7 @@ def detect_format(row: Row, config: DataConfig) -> Format:
 
 
 def parse_row(row: object, fmt: Format, config: DataConfig) -> Conversation:
-    """`row` in format `fmt` as a Conversation. Raises RowError with the reason."""
+    """Parse `row` in format `fmt`. Raises RowError with the reason."""
     if not isinstance(row, Mapping):
         raise RowError(f"a row must be an object, this is {_kind(row)}")
     if fmt == "qa":
@@ -60,7 +60,7 @@ def parse_row(row: object, fmt: Format, config: DataConfig) -> Conversation:
 
 
 def check_conversation(conversation: Conversation) -> None:
-    """Raise RowError unless the turns can be rendered and something in them trains."""
+    """Raise RowError unless the turns can be rendered and at least one token is trained."""
     messages = conversation.messages
     if not messages:
         raise RowError("no messages")
@@ -115,7 +115,7 @@ def _assistant(turn: Row, content: str, where: str, *, inline_calls: bool) -> Me
     if found and not reasoning:
         reasoning, content = found.group(1), content[found.end() :]
     calls = _tool_calls(turn.get("tool_calls"), where)
-    # A line break beside a think tag or a call belongs to the template, not to the text.
+    # A line break next to a think tag or a call belongs to the template, not to the text.
     if reasoning or found:
         content = content.lstrip("\n")
     if inline_calls and not calls:
@@ -127,7 +127,7 @@ def _assistant(turn: Row, content: str, where: str, *, inline_calls: bool) -> Me
 
 
 def _content(value: object, where: str) -> str:
-    """A string, null, or a list of text parts."""
+    """Return the text of a string, of null, or of a list of text parts."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -168,7 +168,7 @@ def _tool_calls(value: object, where: str) -> tuple[ToolCall, ...]:
 
 
 def _parse_tools(value: object) -> tuple[Tool, ...]:
-    """The row's `tools`: OpenAI's form, bare functions, or either as a JSON string."""
+    """Parse the row's `tools`: OpenAI's form, bare functions, or either as a JSON string."""
     if isinstance(value, str):
         value = _json(value, "tools") if value else None
     if value is None:
@@ -192,7 +192,7 @@ def _parse_tools(value: object) -> tuple[Tool, ...]:
 
 
 def _inline_calls(content: str) -> tuple[str, tuple[ToolCall, ...]]:
-    """Calls written at the end of the text, taken out of it; text that is no call stays."""
+    """Split off the calls written at the end of the text; anything that is not a call is kept."""
     start = content.find("<tool_call>")
     while start >= 0:
         calls = _calls_to_end(content, start)
@@ -203,7 +203,7 @@ def _inline_calls(content: str) -> tuple[str, tuple[ToolCall, ...]]:
 
 
 def _calls_to_end(content: str, position: int) -> tuple[ToolCall, ...]:
-    """The calls that fill `content` from `position` to its end; none if anything else is there."""
+    """The calls that fill `content` from `position` to its end; empty if anything else is there."""
     calls = []
     while position < len(content):
         opened = _CALL_OPEN.match(content, position)
@@ -223,7 +223,7 @@ def _calls_to_end(content: str, position: int) -> tuple[ToolCall, ...]:
 
 
 def _inline_results(content: str) -> list[str] | None:
-    """Results of tools written as a user turn, or None if the turn holds anything else."""
+    """Tool results written as a user turn, or None if the turn holds anything else."""
     body = _USER_HEADER.sub("", content).strip()
     results, position = [], 0
     while position < len(body):

@@ -1,7 +1,7 @@
-"""Chat templates in jinja: those that come with tokenizers, and ours for export.
+"""Chat templates in jinja: the tokenizers' own, and ours for export.
 
-Templates are code from a download, so they run in jinja2's sandbox, without access to attributes
-that lead out of it and unable to change what they are given.
+Templates are downloaded code, so they run in jinja2's sandbox: they cannot reach attributes that
+lead out of it and cannot change their arguments.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.types import Message, Tool
 
-# From a private-use area, so that no text is likely to hold one; the first that none holds is used.
+# Private-use characters, unlikely to occur in text; the first that does not occur is the mark.
 _MARKS = [chr(code) for code in range(0xE000, 0xE040)]
 
 
 class JinjaTemplate:
-    """A chat template's source, as `tokenizer.chat_template` gives it."""
+    """A compiled chat template."""
 
     def __init__(self, source: str) -> None:
-        """Raises DataError if `source` is no valid template."""
+        """Compile `source`, such as `tokenizer.chat_template`. Raises DataError if invalid."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -48,10 +48,10 @@ class JinjaTemplate:
         generation_prompt: bool = False,
         tokenizer: Tokenizer | None = None,
     ) -> str:
-        """The rendered text. What it holds of special tokens cannot be told from what users wrote.
+        """Render to one string, in which special tokens cannot be told from a user's text.
 
-        tokenizer: gives templates their `bos_token` and `eos_token`.
-        Raises DataError with the template's own complaint.
+        tokenizer: provides the template's `bos_token` and `eos_token`.
+        Raises DataError with the template's own message.
         """
         messages, tools = openai_form(conversation)
         return self._render(
@@ -70,10 +70,10 @@ class JinjaTemplate:
         thinking: bool,
         generation_prompt: bool = False,
     ) -> list[Segment]:
-        """The rendered text with the template's special tokens told from what users wrote.
+        """Render to segments that tell the template's special tokens from a user's text.
 
-        Special tokens in the conversation's own text are broken by a mark before rendering; those
-        that stand in the result are the template's. Nothing is marked as trained.
+        Special tokens in the conversation's own text are split by a mark before rendering, so those
+        in the result are the template's. No segment is trained.
         """
         rows = openai_form(conversation)
         everything = json.dumps(rows, ensure_ascii=False)
@@ -116,7 +116,7 @@ class JinjaTemplate:
                 bos_token=names.get(tokenizer.bos_id, "") if tokenizer else "",
                 eos_token=names.get(tokenizer.eos_id, "") if tokenizer else "",
             )
-        # A template is somebody else's program, so anything can come out of it.
+        # A template is third-party code and can raise anything.
         except Exception as error:
             raise DataError(
                 f"the chat template cannot render this conversation: {error!r}"
@@ -126,7 +126,7 @@ class JinjaTemplate:
 def openai_form(
     conversation: Conversation,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Messages and tools in OpenAI's form, which templates are written for."""
+    """Return messages and tools in OpenAI's form, which templates expect."""
     return (
         [_message(m) for m in conversation.messages],
         [_tool(t) for t in conversation.tools],
@@ -155,7 +155,7 @@ def _tool(tool: Tool) -> dict[str, Any]:
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with `change` applied to every string in it, keys too."""
+    """Apply `change` to every string in `value`, including keys."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -166,7 +166,7 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """jinja2's own filter escapes for HTML, which would change the text."""
+    """Replace jinja2's `tojson`, which escapes for HTML and so would change the text."""
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
 
 
@@ -246,4 +246,4 @@ CHAT_TEMPLATE = (
     .replace("TOOLS_USAGE", json.dumps(TOOLS_USAGE))
     .lstrip("\n")
 )
-"""The template of `chat_template` in jinja, for `chat_template.jinja` of an exported model."""
+"""The jinja form of `chat_template`, exported as a model's `chat_template.jinja`."""

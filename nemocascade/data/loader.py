@@ -1,9 +1,9 @@
 """Packed batches for each optimizer step of each rank, and the position in the data.
 
-The packed sequences of all epochs, one after the other, are one stream. Optimizer step s takes the
-next `sequences_per_step` of it, and rank r of R data-parallel ranks the r-th of every R. So the
-stream, and with it what a step trains on, does not depend on R, and sequences that stand side by
-side in the stream, whose work the planner has made equal, run at the same time.
+The packed sequences of all epochs form one stream. Each optimizer step takes the next
+`sequences_per_step` of it; rank r of R data-parallel ranks takes every R-th one, from the r-th on.
+The stream, and so the data of each step, does not depend on R. Neighbours in the stream run at
+the same time, and the planner has made their work equal.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from nemocascade.types import PackedBatch, pack_documents
 
 @dataclass(frozen=True)
 class Position:
-    """Where the next step starts, and what was consumed until there, over all ranks."""
+    """Start of the next step, and the totals consumed before it, over all ranks."""
 
     epoch: int = 0
     sequence: int = 0
-    """Packed sequences of `epoch` that are consumed."""
+    """Packed sequences of `epoch` already consumed."""
 
     step: int = 0
     documents: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     truncated: int = 0
-    """Documents of which only the first `capacity` tokens were used."""
+    """Documents truncated to their first `capacity` tokens."""
 
     dropped: int = 0
-    """Documents left out because they were too long."""
+    """Documents dropped because they were too long."""
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """One optimizer step over all data-parallel ranks."""
+    """Statistics of one optimizer step over all data-parallel ranks."""
 
     epoch: int
     """Epoch of the step's first packed sequence."""
 
     tokens: int
     trained_tokens: int
-    """Rows whose loss counts: the divisor of the loss."""
+    """Trained tokens: the divisor of the loss."""
 
     documents: int
     truncated: int
     fill: float
-    """Share of the step's capacity that documents fill."""
+    """Fraction of the step's capacity filled by documents."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,11 @@ class PackedLoader:
         work: WorkModel | None = None,
         prefetch: bool = True,
     ) -> None:
-        """work: what a packed sequence costs, for the balance of ranks; None = `WorkModel()`.
-        prefetch: make the next step's batches in a thread while this one trains; the batches
-        are the same.
+        """Set up the loader of rank `dp_rank`.
+
+        work: cost model of a packed sequence, used to balance ranks; None = `WorkModel()`.
+        prefetch: build the next step's batches in a thread while this step trains. The batches do
+            not depend on it.
 
         Raises DataError if the settings don't fit `dp_size`.
         """
@@ -102,12 +104,12 @@ class PackedLoader:
         self._next: Future[_Step] | None = None
         self.position = Position()
         self.info: StepInfo | None = None
-        """Of the step that `next_step` gave last."""
+        """Statistics of the step that `next_step` returned last."""
 
     def next_step(self) -> list[PackedBatch]:
-        """This rank's micro-batches of the next optimizer step, the same number on every rank.
+        """Return this rank's micro-batches of the next optimizer step, equally many on every rank.
 
-        Raises DataError if documents are too long and the settings refuse that, or drop them all.
+        Raises DataError if documents are too long and the settings forbid that, or drop them all.
         """
         waiting, self._next = self._next, None
         step = waiting.result() if waiting else self._make(self.position)
@@ -117,13 +119,13 @@ class PackedLoader:
         return step.batches
 
     def state_dict(self) -> dict[str, Any]:
-        """The position as plain JSON: what has been given out, not what is prefetched."""
+        """The position as plain JSON. Prefetched steps do not count as consumed."""
         return {"made_from": self._made_from(), "position": asdict(self.position)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the loader that gave `state` stood, on any number of ranks.
+        """Resume from `state`, on any number of ranks.
 
-        Raises DataError naming what differs if its packed sequences were others than ours.
+        Raises DataError that names the differences if `state` is from other packed sequences.
         """
         try:
             theirs, position = state["made_from"], Position(**state["position"])
@@ -154,13 +156,13 @@ class PackedLoader:
 
     def _cancel(self) -> None:
         if self._next:
-            # A running one is waited for: only one thread may plan epochs at a time.
+            # Wait for a running prefetch: only one thread may plan epochs at a time.
             if not self._next.cancel():
                 self._next.exception()
             self._next = None
 
     def _made_from(self) -> dict[str, Any]:
-        """All that decides the stream of packed sequences."""
+        """Everything that determines the stream of packed sequences."""
         return {
             "seed": self._seed,
             "documents": self._documents.fingerprint,
@@ -177,7 +179,7 @@ class PackedLoader:
                 self._documents, self._config, self._work, seed=self._seed, epoch=epoch
             )
             LOGGER.info("epoch %d: %s", epoch, plan.describe())
-            # A step needs one epoch, or two where it crosses a border.
+            # A step needs one epoch, or two where it crosses the boundary between them.
             self._plans = {e: p for e, p in self._plans.items() if e == epoch - 1} | {epoch: plan}
         return plan
 
@@ -205,7 +207,7 @@ class PackedLoader:
         return _Step(batches, info, now)
 
     def _after(self, position: Position, plan: PackingPlan) -> Position:
-        """The position behind the packed sequence that `position` points to."""
+        """Return the position after the packed sequence at `position`."""
         numbers = plan.bin(position.sequence)
         counted = replace(
             position,
@@ -228,7 +230,7 @@ class PackedLoader:
 
 
 class HeldoutLoader:
-    """Every held-out document once, in a fixed order. Iterating gives steps of micro-batches."""
+    """Every held-out document once, in a fixed order. Iteration yields steps of micro-batches."""
 
     def __init__(
         self,
@@ -240,10 +242,12 @@ class HeldoutLoader:
         pad_id: int = 0,
         microbatch_multiple: int = 1,
     ) -> None:
-        """microbatch_multiple: what the pipeline schedule asks of the number of micro-batches.
+        """Set up the loader of rank `dp_rank`.
 
-        Where sequences run out, a rank gets batches of padding, so that all ranks make the same
-        number of micro-batches.
+        microbatch_multiple: the pipeline schedule needs a multiple of this many micro-batches.
+
+        A rank without sequences left gets batches of padding, so all ranks run equally many
+        micro-batches.
         """
         self._documents = documents
         self._config = config
@@ -254,7 +258,7 @@ class HeldoutLoader:
         LOGGER.info("held out: %s", self._plan.describe())
 
     def __len__(self) -> int:
-        """Steps."""
+        """Number of steps."""
         return -(-len(self._plan) // self._config.sequences_per_step)
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:

@@ -1,42 +1,41 @@
-"""The packing planner: which documents share a packed sequence, and in which order those are run.
+"""Packing planner: which documents share a packed sequence, and the order of the sequences.
 
-**Packing.** Documents are packed in bins of `capacity` tokens. First-fit-decreasing fills bins well
-and balances them badly: the longest documents end up together. Attention's work grows with the sum
-of squared lengths, so one bin may cost several times another, and ranks that run bins side by
-side wait for the slowest. The planner therefore
+**Packing.** Documents are packed into bins of `capacity` tokens. First-fit-decreasing fills bins
+well but balances them badly: the longest documents end up together. Attention's work grows with
+the sum of squared lengths, so one bin may cost several times another. Ranks that run bins in
+parallel then wait for the slowest. The planner therefore
 
-1. sorts the documents by length (equals in random order, from the seed) and counts the bins that
-   first-fit-decreasing needs, as a bound;
-2. opens the least number of bins that can hold all, and computes the level `S`: the sum of squared
-   lengths that all bins would have, were it spread evenly. A document with a square above `S` gets
-   its own bin, and `S` is that of the other bins;
+1. sorts the documents by length (equal lengths in random order, from the seed) and counts the bins
+   that first-fit-decreasing needs, as a bound;
+2. opens the smallest number of bins that can hold all documents, and computes the level `S`: each
+   bin's share of the sum of squared lengths, if spread evenly. A document whose square exceeds `S`
+   gets its own bin, and `S` is computed over the other bins;
 3. *spreads* the long documents, longest first: each goes to the bin with the greatest
    `(S - sum of squares) / (space left)`. That is the length-weighted mean length that would bring
-   the bin to `S` as it fills up, so the bin that lags most gets the longest document;
+   the bin to `S` as it fills up, so the bin furthest below gets the longest document;
 4. *closes* the bins with the rest (an eighth of the tokens, and at least four documents a bin) by
-   first-fit-decreasing, except that no remainder is left that is shorter than every document;
-5. keeps the result of plain first-fit-decreasing where balance would cost more than one bin in
-   a thousand, or more than one bin of a hundred and more.
+   first-fit-decreasing, but never leaves a remainder shorter than every document;
+5. keeps the result of plain first-fit-decreasing where balance would need more extra bins than one
+   in a thousand (from a hundred bins on, one extra bin is always allowed).
 
-Which documents share a bin depends on the lengths, the capacity and the seed: not on the model,
-not on the number of ranks.
+The packing depends on the lengths, the capacity and the seed. It does not depend on the model or
+the number of ranks.
 
 **Order.** Bins are sorted by work, `linear * sum(length) + quadratic * sum(length^2)`, and cut
 into groups of `group` bins; the groups are then shuffled by the seed. Consecutive bins inside a
-group have nearly equal work, so *any* number of data-parallel ranks that divides `group` is
-balanced, with one and the same order. `group` is a setting of the data for that reason: with 16, a
-run gives the same sequence of bins on 1, 2, 4, 8 or 16 ranks. The bins left over when the groups
-are full are the cheapest ones and come last.
+group have nearly equal work. *Any* number of data-parallel ranks that divides `group` is therefore
+balanced, in one and the same order: with `group` 16, a run sees the same sequence of bins on 1, 2,
+4, 8 or 16 ranks. The bins that do not fill a group are the cheapest ones and come last.
 
-**Bias.** Bins of a group are alike in work, so an optimizer step that holds one group sees
-documents that are less mixed than in random order: the heaviest groups are those with the longest
-documents. Over an epoch each document is still seen once. The spreading counters most of it: nearly
-all bins have level `S`, with documents of all lengths. Let `group` be a small part of a step's bins
-(16 of 64, say) to keep steps mixed.
+**Bias.** Bins of a group have similar work, so a step that holds one group sees less mixed
+documents than in random order: the heaviest groups have the longest documents. Each document is
+still seen once per epoch. Spreading removes most of the bias: nearly all bins have level `S`, with
+documents of all lengths. To keep steps mixed, set `group` to a small fraction of a step's bins (16
+of 64, say).
 
-**Determinism.** Everything is integer arithmetic, except for quotients and costs in float64 that
-are rounded once for each operation. Plans are equal bit for bit on any machine, and equal to those
-of the definition in plain Python, `tests/helpers/packing_reference.py`.
+**Determinism.** Everything is integer arithmetic, except quotients and costs in float64, rounded
+once per operation. Plans are bit-identical on any machine, and identical to those of the reference
+implementation in plain Python, `tests/helpers/packing_reference.py`.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
 class WorkModel:
     """Work of a packed sequence: `linear * sum(length) + quadratic * sum(length^2)`.
 
-    The unit is free; only the ratio of the two decides. The default is Nemotron-3-Nano's.
+    Only the ratio of the two matters, so the unit is free. The default fits Nemotron-3-Nano.
     """
 
     linear: float = 1.0
@@ -82,14 +81,14 @@ class WorkModel:
     def of_transformer(
         cls, active_parameters: float, attention_layers: int, attention_width: int
     ) -> WorkModel:
-        """FLOPs of a training step, forward and backward (three times the forward).
+        """Build the model from FLOPs of a training step (three times the forward).
 
-        A token costs `2 * active_parameters` in the matrices. Causal attention over a document
-        of `l` tokens costs `2 * l^2 * attention_width` in each attention layer: two products
-        of `2 * l^2 * attention_width`, of which the mask leaves half. Scans and convolutions
-        of state-space layers are linear and small beside the matrices.
+        A token costs `2 * active_parameters` in the matrices. Causal attention over a document of
+        `l` tokens costs `2 * l^2 * attention_width` per attention layer: two products of
+        `2 * l^2 * attention_width`, half of which is masked. Scans and convolutions of state-space
+        layers are linear and small compared with the matrices.
 
-        active_parameters: parameters that a token passes through.
+        active_parameters: parameters that one token uses.
         attention_width: query heads times head dimension.
         """
         return cls(
@@ -100,11 +99,11 @@ class WorkModel:
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """Bins in the order in which they are to be run. B bins hold D documents."""
+    """Bins in execution order. B bins hold D documents."""
 
     capacity: int
     documents: Int64Array
-    """[D] Indices into the lengths that were planned, bin after bin, longest first in each."""
+    """[D] Indices into the planned lengths, bin after bin, longest first within each bin."""
 
     bin_offsets: Int64Array
     """[B + 1] Bin `b` holds `documents[bin_offsets[b] : bin_offsets[b + 1]]`."""
@@ -116,30 +115,30 @@ class PackingPlan:
     """[B] Work of each bin, in the unit of the work model."""
 
     truncated: Int64Array
-    """Documents, ascending, of which only the first `capacity` tokens are packed."""
+    """Documents, ascending, truncated to their first `capacity` tokens."""
 
     dropped: Int64Array
-    """Documents, ascending, that were longer than `capacity` and are in no bin."""
+    """Documents, ascending, dropped because they were longer than `capacity`."""
 
     def __len__(self) -> int:
         return self.fills.size
 
     def bin(self, index: int) -> Int64Array:
-        """Documents of one bin. A view."""
+        """Documents of one bin, as a view."""
         if not 0 <= index < len(self):
             raise IndexError(f"bin {index} is not one of the plan's {len(self)} bins")
         return self.documents[self.bin_offsets[index] : self.bin_offsets[index + 1]]
 
     @property
     def fill(self) -> float:
-        """Tokens over the capacity of all bins: 1 is perfect. 1 for an empty plan."""
+        """Tokens divided by the capacity of all bins: 1 is perfect. 1 for an empty plan."""
         return float(self.fills.sum() / (self.capacity * len(self))) if len(self) else 1.0
 
     def lockstep_cost(self, ranks: int) -> float:
-        """Time of `ranks` ranks that run the bins side by side, over the ideal: 1 is perfect.
+        """Time of `ranks` ranks that run the bins in parallel, relative to the ideal: 1 is perfect.
 
         `sum_k ranks * max(costs of bins k*ranks .. (k+1)*ranks - 1) / sum(costs)`: in each round
-        all wait for the slowest. A last round with too few bins counts in full.
+        all ranks wait for the slowest. A last round with too few bins counts in full.
         """
         if ranks < 1:
             raise ValueError(f"ranks({ranks}) must be at least 1")
@@ -155,7 +154,7 @@ class PackingPlan:
 
 
 def lockstep_cost(costs: NDArray[np.float64], ranks: int) -> float:
-    """`PackingPlan.lockstep_cost` for costs `[B]` in any order. 1 where there is no work."""
+    """`PackingPlan.lockstep_cost` for costs `[B]` in any order. 1 if there is no work."""
     total = float(costs.sum())
     if total == 0:
         return 1.0
@@ -173,18 +172,17 @@ def plan_packing(
     seed: int,
     over_long: OverLong,
 ) -> PackingPlan:
-    """Plan the packing of documents; the module's text says how.
+    """Plan the packing of documents, as described in the module docstring.
 
-    lengths: tokens of each document, at least 1.
+    lengths: [D] tokens of each document, at least 1.
     capacity: tokens of a packed sequence, up to 2^24.
-    group: bins whose work is made nearly equal; numbers of ranks that divide it are balanced.
-    work: the work model that the order balances.
-    seed: 0 .. 2^63 - 1. Decides the order of groups, and which of equally long documents goes
-        where.
-    over_long: a document longer than `capacity` is cut to it, left out, or an error.
+    group: bins of nearly equal work; numbers of ranks that divide it are balanced.
+    work: work model that the order balances.
+    seed: 0 .. 2^63 - 1. Decides the order of groups and the order of equally long documents.
+    over_long: truncate or drop a document longer than `capacity`, or raise an error.
 
-    Raises `ValueError` for a value against these rules, and where `over_long` refuses; `OSError`
-    where the native library was not built.
+    Raises `ValueError` for a value against these rules and for a document longer than `capacity`
+    under "refuse". Raises `OSError` if the native library was not built.
     """
     checked = _check(lengths, capacity, group, seed)
     long_documents = np.flatnonzero(checked > capacity)

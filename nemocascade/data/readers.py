@@ -1,8 +1,8 @@
-"""Streaming readers: JSONL, gzipped JSONL, Parquet and synthetic rows, a piece at a time.
+"""Streaming readers of JSONL, gzipped JSONL, Parquet and synthetic rows.
 
-A source is a file's path or a `synthetic:NAME`. A piece is a few hundred rows of one source. It is
-small and carries its place, so that it can be parsed in another process; no file is ever whole in
-memory.
+A source is a file's path or a `synthetic:NAME`. Rows are read in pieces: chunks of a few hundred
+rows of one source. A piece is small and carries its row numbers, so another process can parse it;
+no file is ever entirely in memory.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ PIECE_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class RowPiece:
-    """Raw rows of one file.
+    """A chunk of raw rows of one source.
 
-    source: index into the list of sources that was read.
-    numbers: the row of each, from 1: its line, or its place in the Parquet file.
+    source: index into the list of sources.
+    numbers: number of each row, from 1: its line, or its position in the Parquet file.
     lines: raw JSON, or None for Parquet.
     batch: the Parquet rows, or None for JSONL.
     """
@@ -42,9 +42,9 @@ class RowPiece:
     batch: pyarrow.RecordBatch | None = None
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        """(row number, row), where a row that cannot be read is a RowError in its place."""
+        """Yield (row number, row); an unreadable row is yielded as a RowError."""
         if self.batch is not None:
-            # A column has one type for all rows, so what a row lacks is null in it.
+            # A Parquet column has one type for all rows, so fields absent from a row are null.
             rows = map(_without_nulls, self.batch.to_pylist())
             yield from zip(self.numbers, rows, strict=True)
             return
@@ -52,7 +52,7 @@ class RowPiece:
             yield number, _parse_line(line)
 
     def first(self, rows: int) -> RowPiece:
-        """The same piece with at most `rows` rows."""
+        """Return the piece truncated to `rows` rows."""
         return RowPiece(
             self.source,
             self.numbers[:rows],
@@ -62,9 +62,9 @@ class RowPiece:
 
 
 def find_sources(paths: Sequence[str]) -> list[str]:
-    """The sources behind `paths`, folders walked in the order of their names.
+    """Return the sources behind `paths`; folders are walked in the order of their names.
 
-    Hidden files and folders (`.cache`) are passed over.
+    Hidden files and folders (`.cache`) are skipped.
 
     Raises DataError for a path that does not exist, a folder without data, or an unknown suffix.
     """
@@ -92,10 +92,10 @@ def find_sources(paths: Sequence[str]) -> list[str]:
 def read_pieces(
     sources: Sequence[str], *, max_rows: int = 0, seed: int = 0, heldout: bool = False
 ) -> Iterator[RowPiece]:
-    """All rows of `sources` in order, in pieces; at most `max_rows` rows (0 = all).
+    """Yield the rows of `sources` in order, in pieces; at most `max_rows` rows (0 = all).
 
-    seed, heldout: what synthetic rows are made from; they have no part in files. Blank lines are
-    no rows. Raises DataError if a file is damaged as a whole.
+    seed, heldout: parameters of synthetic rows; files ignore them. Blank lines are skipped.
+    Raises DataError if a file as a whole is damaged.
     """
     left = max_rows or None
     for index, name in enumerate(sources):
@@ -118,7 +118,7 @@ def read_pieces(
 
 
 def _known(path: Path) -> bool:
-    """Whether a path within a folder is data."""
+    """Return True if a path within a folder is a data file."""
     hidden = any(part.startswith(".") for part in path.parts)
     return path.name.endswith(SUFFIXES) and not hidden
 
@@ -133,7 +133,7 @@ def _parse_line(line: bytes) -> Any:
     try:
         row = jsonl.parse_line(line)
         if b"\\ud" in line.lower():
-            # JSON may spell half of a surrogate pair, which is no character.
+            # JSON can encode half of a surrogate pair, which is not a character.
             json.dumps(row, ensure_ascii=False).encode()
         return row
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""The inverse of the chat template: what an assistant wrote becomes a message."""
+"""Parser of an assistant's reply to a message: the inverse of the chat template."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _END = "<|im_end|>"
 
 @dataclass(frozen=True)
 class Reply:
-    """One assistant turn. faults: what is wrong with each call that could not be read."""
+    """One assistant turn. faults: for each unreadable call, what is wrong with it."""
 
     message: Message
     faults: tuple[str, ...] = ()
 
 
 def parse_reply(text: str, *, thinking: bool) -> Reply:
-    """Read what follows the generation prompt, up to the end of the turn.
+    """Parse the text after the generation prompt, up to the end of the turn.
 
-    thinking: the prompt opened a reasoning block. A block that is never closed leaves no content.
-    Values of parameters stay text. Never raises: a call of another form is a fault, stays in the
-    content, and is not executed.
+    thinking: the prompt opened a reasoning block. If it is never closed, the content is empty.
+    Parameter values stay text. Never raises: a malformed call is a fault, stays in the content, and
+    is not executed.
     """
     text = text.split(_END, 1)[0]
     reasoning = ""
@@ -53,7 +53,7 @@ def parse_reply(text: str, *, thinking: bool) -> Reply:
 
 
 def _parse_call(block: str) -> ToolCall | str:
-    """The call, or what is wrong with it."""
+    """Return the call, or a message that says what is wrong with it."""
     function = _FUNCTION.fullmatch(block)
     if function is None:
         return "a call must be <function=NAME>, its parameters and </function>, each on its line"

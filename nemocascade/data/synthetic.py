@@ -1,8 +1,8 @@
-"""Rows made from a seed: multi-step arithmetic in words, with worked reasoning and a boxed answer.
+"""Synthetic rows from a seed: word problems in arithmetic with reasoning and a boxed answer.
 
-For trials without a download. A problem is a running quantity to which two or three steps add,
-subtract, multiply or share. Small numbers and few phrasings keep it learnable by a model of two
-million parameters; sharing always comes out even and nothing goes below zero.
+They serve for trials without a download. In a problem, two or three steps add to a quantity,
+subtract from it, multiply or share it. Small numbers and few phrasings make it learnable by a
+model of two million parameters. Sharing leaves no remainder and no quantity is negative.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from nemocascade.data.errors import DataError
 
 PREFIX = "synthetic:"
 VERSION = 1
-"""Part of the key of tokenised data: raise it with every change of the rows."""
+"""Part of the cache key: increment it with every change of the rows."""
 
 DEFAULT_ROWS = 4096
 DEFAULT_HELDOUT_ROWS = 256
 HELDOUT_SHARE = 16
-"""One problem in this many belongs to the held-out side, decided by the hash of its text."""
+"""One problem in this many is held out, decided by the hash of its text."""
 
 _NAMES = ("Ana", "Ben", "Chen", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivan", "Jo", "Kim", "Leo")
 _THINGS = ("apples", "books", "coins", "marbles", "stamps", "shells", "pens", "cards")
@@ -57,12 +57,12 @@ _LARGEST = 99
 def synthetic_rows(
     name: str, *, seed: int, rows: int = 0, heldout: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """`rows` rows in the `messages` format, all different.
+    """Yield `rows` distinct rows in the `messages` format.
 
     name: `synthetic:arithmetic`.
-    rows: 0 = 4096, or 256 held-out ones.
-    heldout: the other side of a split by the hash of the problem's text. No problem stands on both
-        sides, whatever the seeds.
+    rows: 0 = 4096, or 256 if held out.
+    heldout: yield held-out problems. The split is by the hash of the problem's text, so no problem
+        is in both splits, whatever the seeds.
 
     Raises DataError for an unknown name.
     """
@@ -97,13 +97,13 @@ def _arithmetic(rng: random.Random) -> tuple[str, str, str]:
         worked.append(f"{value} {sign} {k} = {result}.")
         value = result
     problem.append(rng.choice(_QUESTIONS).format(name=name, thing=thing))
-    # The steps stand in the answer too, so that it can be learnt with thinking off.
+    # The answer repeats the steps, so that it can be learnt with thinking off.
     answer = f"{' '.join(worked)} {name} has {value} {thing}. \\boxed{{{value}}}"
     return " ".join(problem), "\n".join(worked), answer
 
 
 def _step(rng: random.Random, value: int) -> tuple[str, int, int]:
-    """One operation that keeps the quantity within 1.._LARGEST."""
+    """Choose one operation that keeps the quantity within 1.._LARGEST."""
     choices: list[tuple[str, int, int]] = []
     if value < _LARGEST:
         k = rng.randint(1, min(20, _LARGEST - value))

@@ -1,4 +1,4 @@
-"""Pieces of rows to flat token arrays: parse, render, tokenise. Runs in worker processes too."""
+"""Tokenisation of rows to flat arrays: parse, render, tokenise, in worker processes if asked."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TRAINED_BIT = np.uint32(1 << 31)
 
 @dataclass(frozen=True)
 class TokenizedPiece:
-    """Documents of one piece, D of them with n tokens in all.
+    """Tokenised documents of one piece: D documents with n tokens in total.
 
-    tokens:  [n] uint32, the id, and the top bit where the token trains.
-    lengths: [D] int64.
-    trained: [D] int64, tokens that train.
-    numbers: [D] int64, the row in its source.
-    reasoned: documents whose row carries reasoning, whether it was rendered or not.
-    bad: (row, reason) of the rows that were no documents.
+    tokens:  [n] uint32, token id; the top bit is set where the token is trained.
+    lengths: [D] int64, tokens.
+    trained: [D] int64, trained tokens.
+    numbers: [D] int64, row in its source.
+    reasoned: number of documents whose row has reasoning, rendered or not.
+    bad: (row, reason) of the rows that could not be parsed.
     """
 
     source: int
@@ -44,10 +44,10 @@ class TokenizedPiece:
 
 
 class PieceTokenizer:
-    """Tokenises pieces. Holds everything that the result depends on."""
+    """Tokenises pieces. It holds everything that the result depends on."""
 
     def __init__(self, formats: Sequence[Format], config: DataConfig, tokenizer: Tokenizer) -> None:
-        """formats: one for each source."""
+        """formats: the format of each source."""
         self._formats = formats
         self._config = config
         self._tokenizer = tokenizer
@@ -91,13 +91,13 @@ def tokenize_pieces(
     *,
     workers: int = 1,
 ) -> Iterator[TokenizedPiece]:
-    """Tokenised pieces in the order of `pieces`, made by `workers` processes if more than one."""
+    """Tokenise `pieces` in order, in `workers` processes if more than one."""
     if workers <= 1:
         yield from map(PieceTokenizer(formats, config, tokenizer), pieces)
         return
     pool = ProcessPoolExecutor(
         workers,
-        # A fork of a process that runs threads of torch or NCCL can hang.
+        # A fork of a process that has threads of torch or NCCL can hang.
         mp_context=get_context("spawn"),
         initializer=_start_worker,
         initargs=(formats, config, tokenizer.path),
@@ -107,7 +107,7 @@ def tokenize_pieces(
         try:
             for piece in pieces:
                 under_way.append(pool.submit(_work, piece))
-                # Bounded, so that reading does not run ahead of memory.
+                # Bounded, so that reading does not fill the memory.
                 if len(under_way) >= 4 * workers:
                     yield under_way.popleft().result()
             while under_way:
@@ -117,7 +117,7 @@ def tokenize_pieces(
 
 
 _tokenize: Callable[[RowPiece], TokenizedPiece] | None = None
-"""The worker process's own; a pool's initialiser has no other place to leave it."""
+"""The worker process's tokenizer; a pool's initialiser can only leave it in a global."""
 
 
 def _start_worker(formats: Sequence[Format], config: DataConfig, tokenizer: str) -> None:
@@ -133,9 +133,9 @@ def _work(piece: RowPiece) -> TokenizedPiece:
 def source_formats(
     sources: Sequence[str], config: DataConfig, *, seed: int = 0, heldout: bool = False
 ) -> list[Format]:
-    """Each source's format: the setting, or what its first readable row shows.
+    """Return each source's format: the setting, or the format of its first readable row.
 
-    Raises DataError for a source whose first row fits no format, or that holds no row.
+    Raises DataError for a source without rows, or whose first row fits no format.
     """
     if config.format != "auto":
         return [config.format] * len(sources)
@@ -155,7 +155,7 @@ def read_conversations(
     seed: int = 0,
     heldout: bool = False,
 ) -> Iterator[tuple[str, Conversation]]:
-    """(`file:line`, conversation) of all sources in order; bad rows are counted in `bad`."""
+    """Yield (`file:line`, conversation) of all sources in order; bad rows are counted in `bad`."""
     formats = source_formats(sources, config, seed=seed, heldout=heldout)
     for piece in read_pieces(sources, max_rows=config.max_rows, seed=seed, heldout=heldout):
         for number, row in piece.rows():

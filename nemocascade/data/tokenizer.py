@@ -1,4 +1,4 @@
-"""Text to ids and back: sentencepiece models and Hugging Face `tokenizer.json`."""
+"""Tokenizers: sentencepiece models and Hugging Face `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONTROL_TAGS = (
     "<tool_response>",
     "</tool_response>",
 )
-"""Tags of the chat template that are one token each in a tokenizer that we train."""
+"""Tags of the chat template; each is one token in a tokenizer trained here."""
 
 REQUIRED_TAGS = CONTROL_TAGS[:2]
 
@@ -37,39 +37,39 @@ _SHORT = 16
 
 # Appended to a serialised sentencepiece model. Protocol buffers merge a repeated sub-message field
 # by field, so these bytes set normalizer_spec (field 3) { add_dummy_prefix (3): false,
-# remove_extra_whitespaces (4): false } and leave the rest of the model as it is.
+# remove_extra_whitespaces (4): false } and leave the rest of the model unchanged.
 _VERBATIM = bytes([0x1A, 0x04, 0x18, 0x00, 0x20, 0x00])
 
 
 class Tokenizer(ABC):
-    """What the rest of the house asks of a tokenizer, whichever library reads it.
+    """Tokenizer interface, independent of the library behind it.
 
-    Special tokens are handled here, by hand, so that both libraries treat them alike.
+    Special tokens are handled here, so that both libraries treat them alike.
     """
 
     path: str
-    """The file it was read from."""
+    """File the tokenizer was read from."""
 
     fingerprint: str
     """sha256 of that file, in hex."""
 
     vocab_size: int
-    """One more than the highest id."""
+    """Highest id plus one."""
 
     special_tokens: dict[str, int]
-    """Tokens that steer the model: template tags, begin, end, padding. Text becomes one of them
-    only where `allow_special` asks for it."""
+    """Ids of control tokens: template tags, begin, end, padding. Text is encoded to one of them
+    only with `allow_special`."""
 
     bos_id: int | None
     eos_id: int | None
     pad_id: int
-    """Fills the tail of a packed batch; its loss weight is 0, so any id serves."""
+    """Padding of a packed batch; its loss weight is 0, so any id will do."""
 
     end_of_turn_id: int
-    """`<|im_end|>`: where generation stops."""
+    """Id of `<|im_end|>`, where generation stops."""
 
     chat_template: str | None
-    """The jinja source that came with the tokenizer, if any."""
+    """Jinja source that came with the tokenizer, if any."""
 
     def __init__(self, path: Path, data: bytes, specials: Mapping[str, int]) -> None:
         self.path = str(path)
@@ -85,12 +85,12 @@ class Tokenizer(ABC):
         self._short_text = functools.lru_cache(maxsize=4096)(self._without_special)
         self._special_ids = frozenset(specials.values())
         self._names = {i: t for t, i in self.special_tokens.items()}
-        # Longest first, so that a token which begins another one does not hide it.
+        # Longest first, so that a token which is a prefix of another does not hide it.
         texts = sorted(filter(None, specials), key=len, reverse=True)
         self._any_special = re.compile("(" + "|".join(map(re.escape, texts)) + ")")
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of `text`, with nothing added at its ends.
+        """Encode `text` without adding begin or end tokens.
 
         Without `allow_special`, text that looks like a special token becomes ordinary tokens.
         """
@@ -102,7 +102,7 @@ class Tokenizer(ABC):
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of `ids`; special tokens as their text, or left out."""
+        """Decode `ids`; special tokens become their text, or are skipped."""
         parts: list[str] = []
         run: list[int] = []
         for i in map(int, ids):
@@ -114,17 +114,17 @@ class Tokenizer(ABC):
         return "".join([*parts, self._decode_text(run)])
 
     def _ordinary(self, text: str) -> list[int]:
-        """Ids of `text` without a special one. Short texts share a list: it must not be changed."""
-        # Most runs of a rendered conversation are the template's own, such as `user\n`, and a call
-        # of the library costs far more than finding them here.
+        """Encode `text` to ordinary tokens only. The list may be cached: do not change it."""
+        # Most runs of a rendered conversation belong to the template, such as `user\n`. For them,
+        # the cache is much faster than a call of the library.
         return self._short_text(text) if len(text) <= _SHORT else self._without_special(text)
 
     def _without_special(self, text: str) -> list[int]:
         ids = self._encode_text(text)
         if self._special_ids.isdisjoint(ids):
             return ids
-        # The text holds that of a special token. Cut each after its first character, so that no
-        # part holds a whole one.
+        # The text contains a special token's text. Cut each after its first character, so that no
+        # part contains a whole one.
         ids, start = [], 0
         while found := self._any_special.search(text, start):
             cut = found.start() + 1
@@ -133,20 +133,20 @@ class Tokenizer(ABC):
         ids += self._encode_text(text[start:])
         if self._special_ids.isdisjoint(ids):
             return ids
-        # The library makes it of other characters, by normalising them.
+        # The library's normalisation produces a special token from other characters.
         return [i for character in text for i in self._encode_text(character)]
 
     @abstractmethod
     def _encode_text(self, text: str) -> list[int]:
-        """Ids of text by the library, which may still see special tokens in it."""
+        """Encode text with the library, which may still recognise special tokens in it."""
 
     @abstractmethod
     def _decode_text(self, ids: list[int]) -> str:
-        """Text of ids that hold no special token."""
+        """Decode ids that include no special token."""
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece `.model`. Spaces are kept as they stand: no prefix is added, none merged."""
+    """A sentencepiece `.model`. Spaces are kept verbatim: no prefix is added, none are merged."""
 
     def __init__(self, path: Path) -> None:
         data = path.read_bytes()
@@ -175,14 +175,14 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face `tokenizer.json`; `tokenizer_config.json` beside it names bos, eos and pad."""
+    """A Hugging Face `tokenizer.json`. `tokenizer_config.json` beside it names bos, eos and pad."""
 
     def __init__(self, path: Path) -> None:
         data = path.read_bytes()
         try:
             spec = _without_prefix(json.loads(data))
             self._model = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        # The tokenizers library raises bare Exception for whatever it cannot read.
+        # The tokenizers library raises a bare Exception for anything it cannot read.
         except Exception as error:
             raise TokenizerError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
         self._model.no_padding()
@@ -190,7 +190,7 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         added = self._model.get_added_tokens_decoder()
-        # The unknown token comes from ordinary text and steers nothing.
+        # The unknown token is produced by ordinary text and controls nothing.
         unknown = getattr(self._model.model, "unk_token", None)
         specials = {t.content: i for i, t in added.items() if t.special and t.content != unknown}
         specials |= {tag: vocabulary[tag] for tag in CONTROL_TAGS if tag in vocabulary}
@@ -202,7 +202,7 @@ class HuggingFaceTokenizer(Tokenizer):
         template = path.with_name("chat_template.jinja")
         inline = config.get("chat_template")
         if isinstance(inline, list):
-            # Several named templates; the default is the one for chat.
+            # A list holds several named templates; "default" is the one for chat.
             inline = {t["name"]: t["template"] for t in inline}.get("default")
         self.chat_template = template.read_text() if template.is_file() else inline
 
@@ -214,11 +214,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a sentencepiece `.model` or a `tokenizer.json` (or a folder that holds one).
+    """Read a sentencepiece `.model`, a `tokenizer.json`, or a folder with one of them.
 
-    One that does not give back text as it was (by normalising it) is reported in the log.
+    A warning is logged if decoding does not return the encoded text unchanged.
 
-    Raises TokenizerError if the file is absent, of another kind, broken, or without the tokens
+    Raises TokenizerError if the file is absent, broken, of another kind, or without the tokens
     `<|im_start|>` and `<|im_end|>`.
     """
     file = Path(path)
@@ -265,17 +265,17 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
 
 
 def _token_text(value: object) -> str:
-    """A token in tokenizer_config.json is its text, or an object with `content`."""
+    """Return a token's text; tokenizer_config.json has it as a string or as `content`."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else ""
 
 
 def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer's settings without the space that some put before every text.
+    """Remove the settings that add a space before every text.
 
-    Documents are tokenised in pieces between special tokens, and a space before each piece would
-    be text that nobody wrote.
+    Documents are tokenised in segments between special tokens, and a space before each segment
+    would be text that nobody wrote.
     """
     parts = {key: _part(spec.get(key)) for key in ("normalizer", "pre_tokenizer", "decoder")}
     return {**spec, **parts}

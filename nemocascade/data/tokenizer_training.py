@@ -1,4 +1,4 @@
-"""Train a sentencepiece tokenizer on the text that a model will see."""
+"""Training of a sentencepiece tokenizer on the text that a model will see."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemocascade.runtime.logging import LOGGER
 
 MAX_CHARACTERS = 200_000_000
 SMALLEST_VOCABULARY = 4 + len(CONTROL_TAGS) + 256
-"""Unknown, begin, end, padding; the template's tags; one piece for each byte."""
+"""Fixed pieces: unknown, begin, end, padding, the template's tags, and one piece per byte."""
 
 
 def train_tokenizer(
@@ -33,10 +33,10 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train on the rendered conversations of `config.path`, write `output`, and open it.
 
-    seed: of synthetic rows. max_characters: where reading stops, since more text hardly changes the
-    pieces.
+    seed: seed of synthetic rows. max_characters: reading stops after this many, since more text
+    hardly changes the pieces.
 
-    Raises DataError for bad data and TokenizerError for an a vocabulary too small.
+    Raises DataError for bad data and TokenizerError if the vocabulary is too small.
     """
     bad = BadRows(config.max_bad_rows)
     texts = _texts(config, seed, bad)
@@ -49,11 +49,12 @@ def train_tokenizer(
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: str | Path) -> Path:
     """Train byte-pair pieces on `texts` and write the model to `output`, which must end in .model.
 
-    vocab_size: the most ids; fewer, with a warning, where the texts hold no more pieces.
+    vocab_size: maximum number of ids. If the texts yield fewer, the vocabulary is smaller and a
+        warning is logged.
 
-    Spaces, line breaks and digits are kept one by one as written; a character without a piece
-    becomes its bytes, so every text can be encoded and comes back unchanged. The template's tags
-    are pieces of their own. The same texts give the same file.
+    Spaces, line breaks and digits are separate pieces. A character without a piece becomes its
+    bytes, so every text can be encoded and is decoded unchanged. The template's tags are single
+    pieces. The same texts give the same file.
 
     Raises TokenizerError if `vocab_size` is too small for the fixed pieces.
     """
@@ -69,7 +70,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: str | Pat
     try:
         model = _train(sentences, vocab_size)
     except RuntimeError as error:
-        # The library knows the largest vocabulary that the texts allow only after it has tried.
+        # The library reports the largest possible vocabulary only after it has tried.
         possible = re.search(r"Please set it to a value <= (\d+)", str(error))
         if not possible:
             raise TokenizerError(f"no tokenizer can be made of these texts: {error}") from None
@@ -104,7 +105,7 @@ def _train(sentences: list[str], vocab_size: int) -> bytes:
         bos_id=1,
         eos_id=2,
         pad_id=3,
-        # Longer sentences would be left out without a word.
+        # Longer sentences would be dropped silently.
         max_sentence_length=1 << 30,
         minloglevel=2,
     )
@@ -112,7 +113,7 @@ def _train(sentences: list[str], vocab_size: int) -> bytes:
 
 
 def _texts(config: DataConfig, seed: int, bad: BadRows) -> Iterator[str]:
-    """Text between the template's tags, which are pieces already and would only be in the way."""
+    """Yield the text between the template's tags, which are pieces already."""
     for _, conversation in read_conversations(find_sources(config.path), config, bad, seed=seed):
         for segment in render(conversation, thinking=config.thinking):
             if not segment.control and segment.text:

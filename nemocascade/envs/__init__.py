@@ -1,4 +1,4 @@
-"""Tasks and their verifiers, one file a domain. `nemocascade.envs.registry` makes them.
+"""Tasks and their verifiers, one file per domain. `nemocascade.envs.registry` makes them.
 
-This file stays empty: verifiers in child processes import their check alone, without torch.
+This file stays empty: verifiers in child processes import only their check, without torch.
 """

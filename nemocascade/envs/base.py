@@ -1,4 +1,4 @@
-"""What the domains share: the split into training and held-out tasks, rows, the final message."""
+"""Base classes of all domains: training/held-out split, rows from files, final message."""
 
 from __future__ import annotations
 
@@ -19,56 +19,55 @@ from nemocascade.types import ROLES, Message, Prompt, Role, Row, Tool, ToolSessi
 HELDOUT_SHARE = 4
 """One task in this many is held out, decided by the hash of its text."""
 TRIES = 2000
-"""Tasks made in a row that are all known before a difficulty counts as exhausted."""
+"""A difficulty is exhausted after this many consecutive tasks that were seen before."""
 
 
 class Domain(ABC):
-    """The part of an `Environment` that is the same everywhere."""
+    """Base class of environments, with the parts that all domains share."""
 
     domain: str
     by_group = False
 
     @property
     def collective(self) -> bool:
-        """No verifier works on all ranks at once, unless the domain says otherwise."""
+        """Return False: by default, a verifier does not work on all ranks at once."""
         return False
 
     @property
     def activity(self) -> int:
-        """None to tell of, unless the domain has a judge."""
+        """Progress counter of the judge; 0 for domains without one."""
         return 0
 
     @abstractmethod
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """A random task with its demonstration; `difficulty` 0 is the easiest."""
+        """Make a random task with its demonstration; `difficulty` 0 is the easiest."""
 
     @abstractmethod
     def claims(self, row: Row) -> bool:
-        """Whether a released row is of this domain."""
+        """Return True if a released row belongs to this domain."""
 
     @abstractmethod
     def parse(self, row: Row) -> Mapping[str, Any]:
-        """The `answer` of a released row. Raises ValueError, KeyError or TypeError if broken."""
+        """Return a released row's `answer`. Raises ValueError, KeyError or TypeError if broken."""
 
     def prepare(self, row: Row, folder: Path) -> Row:
-        """A claimed row, with the `prompt` that is built from its other fields where it has none.
+        """Return a claimed row with a `prompt`, built from its other fields if it has none.
 
-        folder: of the file, for names in the row that are relative to it.
+        folder: folder of the file; names in the row are relative to it.
         """
         return row
 
     @abstractmethod
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        """The verdict; what it raises becomes an error verdict."""
+        """Return the verdict. An exception becomes an error verdict."""
 
     def prompts(
         self, *, seed: int, count: int, difficulty: int = 0, heldout: bool = False
     ) -> Iterator[Prompt]:
-        """`count` different tasks, the same for the same arguments.
+        """Yield `count` distinct tasks, the same for the same arguments.
 
-        Which side of the split a task belongs to is a property of what has to be solved, so no task
-        stands on both sides whatever the seeds. Raises ValueError where there are fewer than
-        `count`.
+        The split depends on the problem of a task alone, so no task is in both splits, whatever
+        the seeds. Raises ValueError if there are fewer than `count`.
         """
         rng = random.Random(f"{self.domain}/{seed}/{difficulty}/{heldout}")
         seen: set[str] = set()
@@ -92,7 +91,7 @@ class Domain(ABC):
     def _made(
         self, ask: str, answer: Mapping[str, Any], reply: str, reasoning: str, careless: str = ""
     ) -> Prompt:
-        """A task of one turn, which `reply` solves. careless: the reply of `Prompt.careless`."""
+        """Build a one-turn task that `reply` solves. careless: the reply of `Prompt.careless`."""
         return Prompt(
             id="",
             domain=self.domain,
@@ -103,15 +102,17 @@ class Domain(ABC):
         )
 
     def split_key(self, prompt: Prompt) -> str:
-        """A hash of what a made task asks for, in hex, which decides its side of the split. The
-        same for prompts that ask for the same and read differently."""
+        """Hash, in hex, of the problem that a generated task poses; it decides the split.
+
+        Prompts that word the same problem differently share it.
+        """
         return task_id(prompt)
 
     def read(self, path: str | Path) -> Iterator[Prompt]:
-        """This domain's tasks in a JSONL file (`.jsonl` or `.jsonl.gz`) of released rows.
+        """Yield this domain's tasks from a JSONL file (`.jsonl` or `.jsonl.gz`) of released rows.
 
-        A file may mix domains; rows that this one does not claim are counted and logged. Raises
-        ValueError naming `file:line` for a row that is broken, and if no row is of this domain.
+        A file may mix domains; rows of other domains are counted and logged. Raises ValueError
+        naming `file:line` for a broken row, and if no row belongs to this domain.
         """
         others = found = 0
         for where, row in read_objects(path):
@@ -126,7 +127,7 @@ class Domain(ABC):
             LOGGER.info("%s: %d rows of other domains than %s", path, others, self.domain)
 
     def _task(self, row: Row, folder: Path, where: str) -> Prompt:
-        """The task of a row; what is wrong with it becomes a ValueError that names its place."""
+        """Build the task of a row. Raises ValueError naming `where` for a broken row."""
         try:
             return self._prompt(self.prepare(row, folder), where)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -154,48 +155,48 @@ class Domain(ABC):
         return replace(prompt, id=task_id(prompt))
 
     def session(self, prompt: Prompt) -> ToolSession | None:
-        """No tools, unless the domain says otherwise."""
+        """Return None: by default, a domain has no tools."""
         return None
 
     def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        """The verdict on `response`. A verifier that fails reports an error, never a zero."""
+        """Return the verdict on `response`. A failing verifier gives an error, never a zero."""
         if prompt.domain != self.domain:
             raise ValueError(f"{self.domain} cannot score a task of {prompt.domain}")
         try:
             return self.check(prompt, response)
-        except Exception as error:  # any failure of a verifier is reported, and none is a zero
+        except Exception as error:  # any failure of a verifier is reported, never scored as zero
             return Verdict(None, f"{type(error).__name__}: {error}")
 
     def score_groups(
         self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
     ) -> list[list[Verdict]]:
-        """Each response by itself, unless the domain compares them."""
+        """Score each response independently, unless the domain compares them."""
         return [[self.score(prompt, r) for r in responses] for prompt, responses in groups]
 
     def begin_group(
         self, prompt: Prompt, written: Mapping[int, Sequence[Message]], new: int
     ) -> None:
-        """Nothing to begin with, unless the domain compares responses."""
+        """Start scoring a partial group; a no-op unless the domain compares responses."""
         return
 
     def close(self) -> None:
-        """Nothing to end, unless the domain says otherwise."""
+        """Release resources; a no-op by default."""
         return
 
 
 class CheckedDomain(Domain):
-    """A domain some of whose checks run in killable children."""
+    """Base class of domains that run some checks in killable children."""
 
     def __init__(self, children: ChildPool) -> None:
         self._children = children
 
     def close(self) -> None:
-        """End the children; domains may share them, and a later check starts new ones."""
+        """End the children. Domains may share them; a later check starts new ones."""
         self._children.close()
 
 
 def task_id(prompt: Prompt) -> str:
-    """16 bytes of the hash of what the model sees, in hex."""
+    """First 16 bytes, in hex, of the hash of everything the model sees."""
     seen = (
         prompt.domain,
         [(m.role, m.content) for m in prompt.messages],
@@ -205,21 +206,21 @@ def task_id(prompt: Prompt) -> str:
 
 
 def digest(text: str) -> str:
-    """16 bytes of the hash of a text, in hex."""
+    """First 16 bytes, in hex, of the hash of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def is_heldout(key: str) -> bool:
-    """The side of the split that a task with this `split_key` belongs to."""
+    """Return True if a task with this `split_key` is held out."""
     return int(key[:8], 16) % HELDOUT_SHARE == 0
 
 
 def demonstration(prompt: Prompt, *, thinking: bool, careless: bool = False) -> list[Message]:
-    """The turns of a solution, with its reasoning or without: of the right one.
+    """Return the turns of the task's solution, with or without reasoning.
 
-    careless: the turns of `Prompt.careless`; those of the right solution where the task has none.
+    careless: return the turns of `Prompt.careless` instead, if the task has them.
 
-    Raises ValueError for a task that has none, as tasks from files.
+    Raises ValueError for a task without a demonstration, such as a task from a file.
     """
     if not prompt.demonstration:
         raise ValueError(
@@ -230,7 +231,7 @@ def demonstration(prompt: Prompt, *, thinking: bool, careless: bool = False) -> 
 
 
 def final_text(response: Sequence[Message]) -> str:
-    """The last assistant turn without its reasoning; empty if it never left its reasoning."""
+    """Last assistant turn without its reasoning; empty if the reasoning was never closed."""
     last = response[-1] if response else None
     if last is None or last.role != "assistant":
         return ""
@@ -243,7 +244,7 @@ def final_text(response: Sequence[Message]) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` holds, braces balanced; None without one."""
+    r"""Content of the last `\boxed{...}`, with balanced braces; None without one."""
     start = text.rfind("\\boxed{")
     while start >= 0:
         depth = 0

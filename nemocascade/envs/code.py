@@ -1,4 +1,4 @@
-"""Code: the program passes all hidden tests, or it scores 0."""
+"""Code domain: reward 1 for a program that passes all hidden tests, else 0."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.types import Message, Outcome, Program, Prompt, Row, Verdict
 
 TOLERANCE = 1e-6
-"""Relative and absolute; numbers with a point or an exponent are compared so, integers exactly."""
+"""Relative and absolute tolerance of numbers with a point or exponent; integers are exact."""
 
 _FENCE = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL)
 _INTEGER = re.compile(r"[+-]?\d+")
 
 
 class Code(SandboxedDomain):
-    """Strict binary. Programs run in the sandbox; outputs are compared here, outside of it.
+    """Strict binary reward. Programs run in the sandbox; outputs are compared outside of it.
 
-    Two styles of tests: text on standard input and output, and calls of a function. Expected
-    values never enter the sandbox, so a program that rewrites its harness gains nothing.
+    Two styles of tests: text on standard input and output, and function calls. Expected values
+    never enter the sandbox, so a program that rewrites its harness gains nothing.
     """
 
     domain = "code"
@@ -34,9 +34,9 @@ class Code(SandboxedDomain):
         return "unit_tests" in (row.get("verifier_metadata") or {})
 
     def parse(self, row: Row) -> Mapping[str, Any]:
-        """`unit_tests`: `inputs`, `outputs`, and for calls `fn_name`.
+        """Parse `unit_tests`: `inputs`, `outputs`, and `fn_name` for calls.
 
-        A call's input is a list of arguments, or a text with the JSON of an argument on each line.
+        A call's input is a list of arguments, or text with one JSON argument per line.
         """
         tests = row["verifier_metadata"]["unit_tests"]
         tests = json.loads(tests) if isinstance(tests, str) else tests
@@ -60,7 +60,7 @@ class Code(SandboxedDomain):
         return Verdict(float(passed == wanted and not reason), details=details)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """0: one operation on x. 1: two. 2: a choice, or a loop over a list. 3: input and output.
+        """Make a task. 0: one operation on x. 1: two. 2: a choice, or a loop over a list. 3: I/O.
 
         Programs of level 3 read a line and print; the others define a function of one argument.
         """
@@ -94,19 +94,19 @@ class Code(SandboxedDomain):
 
 
 def program_of(text: str) -> str:
-    """The last fenced block of Python, or the whole text where nothing is fenced."""
+    """Return the last fenced block of Python, or the whole text if there is none."""
     blocks = _FENCE.findall(text)
     return blocks[-1] if blocks else text
 
 
 def same_output(expected: str, got: str) -> bool:
-    """Whether two outputs agree: the same words in the same lines, numbers as numbers."""
+    """Return True if two outputs have the same words in the same lines, numbers by value."""
     ours, theirs = expected.strip().splitlines(), got.strip().splitlines()
     return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
 
 
 def same_value(expected: Any, got: Any) -> bool:
-    """Whether two JSON values agree: the same types and values, floats within the tolerance."""
+    """Return True if JSON types and values agree, floats within the tolerance."""
     if isinstance(expected, bool) or isinstance(got, bool):
         return expected is got
     if isinstance(expected, int) and isinstance(got, int):
@@ -123,7 +123,7 @@ def same_value(expected: Any, got: Any) -> bool:
 
 
 def _calls(sandbox: SandboxPool, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
-    """All calls in one process. How many tests passed, and what stopped the others."""
+    """Run all calls in one process; return the tests passed and what stopped the rest."""
     outcome = sandbox.run(Program(source, function=tests["function"], calls=tuple(tests["inputs"])))
     results = outcome.results[: len(tests["outputs"])]
     passed = sum(same_value(e, g) for e, g in zip(tests["outputs"], results, strict=False))
@@ -132,7 +132,7 @@ def _calls(sandbox: SandboxPool, source: str, tests: Mapping[str, Any]) -> tuple
 
 
 def _scripts(sandbox: SandboxPool, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
-    """A process for each test, up to the first that fails."""
+    """Run one process per test, up to the first failure."""
     for passed, (given, wanted) in enumerate(zip(tests["inputs"], tests["outputs"], strict=True)):
         outcome = sandbox.run(Program(source, stdin=given))
         if outcome.status != "ok" or not same_output(wanted, outcome.stdout):
@@ -174,7 +174,7 @@ def _same_word(expected: str, got: str) -> bool:
 def _close(a: float, b: float) -> bool:
     try:
         return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-    except OverflowError:  # an integer beyond any float
+    except OverflowError:  # an integer too large for a float
         return False
 
 

@@ -1,4 +1,4 @@
-"""Questions over documents made from a seed: facts to find, and to combine across documents."""
+"""Generated questions over documents: facts to find, and to combine across documents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _THINGS = CATEGORIES["cloth"] + CATEGORIES["tool"]
 
 @dataclass(frozen=True)
 class DocumentTask:
-    """documents: what to read. reasoning: the facts that make the answer, in order."""
+    """documents: the texts to read. reasoning: the facts behind the answer, in order."""
 
     documents: tuple[str, ...]
     question: str
@@ -24,12 +24,12 @@ class DocumentTask:
 
 
 def make_task(rng: random.Random, difficulty: int) -> DocumentTask:
-    """A question whose facts stand in different documents among others that only distract.
+    """Make a question whose facts are in different documents, among distractors.
 
-    0: five documents of a sentence; a fact, which may stand beside another of its kind, or the
-    number of documents that say the same. d from 1 on: `5 (d + 1)` documents of `2^d` sentences; a
-    chain of `d + 2` facts beside chains of others, or a count or a maximum over facts in more than
-    `d` documents. Every two steps make it about six times as long, and nothing ends the growth.
+    Difficulty 0: five one-sentence documents; the question asks for one fact, or for how many
+    documents state the same fact. Difficulty d >= 1: `5 (d + 1)` documents of `2^d` sentences; the
+    question needs a chain of `d + 2` facts, or a count or maximum over facts in more than `d`
+    documents. Tasks become about six times as long with every two levels, without limit.
     """
     if difficulty <= 0:
         return rng.choice((_find, _same))(rng)
@@ -66,12 +66,11 @@ _FINDS = (
         CATEGORIES["animal"][:4],
     ),
 )
-"""A fact, the questions that ask for it and for how many share it, and its few values."""
+"""Per kind: the fact, the question for its value, the question for its count, and values."""
 
 
 def _find(rng: random.Random) -> DocumentTask:
-    """Facts of four kinds, two of which are of one kind, all of different people. One is asked for;
-    for the two of a kind, its owner's name must be read."""
+    """Ask for one of five people's facts. Two are of the same kind, so the name matters."""
     first, *others = rng.sample(_FINDS, 4)
     names = rng.sample(NAMES, 5)
     values = [*rng.sample(first[3], 2), *(rng.choice(kind[3]) for kind in others)]
@@ -86,7 +85,7 @@ def _find(rng: random.Random) -> DocumentTask:
 
 
 def _same(rng: random.Random) -> DocumentTask:
-    """What five people have, eat, like or see; how many share one of two values."""
+    """Ask how many of five people share a value; each has one of two."""
     fact, _, question, values = rng.choice(_FINDS)
     wanted, other = rng.sample(values, 2)
     names, count = rng.sample(NAMES, 5), rng.randint(1, 4)
@@ -98,18 +97,18 @@ def _same(rng: random.Random) -> DocumentTask:
 
 
 _Made = tuple[list[str], str, str, str, Callable[[], str]]
-"""Facts, question, answer, reasoning, and sentences that only distract, one a call."""
+"""Facts, question, answer, reasoning, and a function that returns a distractor sentence."""
 
 
 class _Numbers:
-    """Numbers of boxes, each once, so that no two sentences of a task are of one box."""
+    """Unique numbers of boxes, so that no two sentences of a task are about one box."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._seen: set[int] = set()
 
     def __call__(self) -> int:
-        # Twice as many as are taken: a draw is new within a few tries.
+        # The range is at least twice the count, so a few draws find a new number.
         limit = 2 * len(self._seen) + 1000
         while (number := self._rng.randrange(limit)) in self._seen:
             pass
@@ -121,8 +120,10 @@ _CHAINS = 3
 
 
 def _chain(rng: random.Random, difficulty: int) -> _Made:
-    """Somebody has a thing; it is in a box; that is in another; the last is at a place. Others have
-    things in as many boxes, which are at other places."""
+    """Ask at which place a chain of boxes with a person's thing ends.
+
+    Other people's things are in equally long chains that end at other places.
+    """
     number = _Numbers(rng)
     names, places = rng.sample(NAMES, _CHAINS), rng.sample(PLACES, _CHAINS)
     things = rng.sample([f"the {c} {t}" for c in COLORS for t in _THINGS], _CHAINS)
@@ -141,7 +142,7 @@ def _chain(rng: random.Random, difficulty: int) -> _Made:
 
 
 def _count(rng: random.Random, difficulty: int) -> _Made:
-    """How many boxes are at a place; each in a document of its own."""
+    """Ask how many boxes are at a place; each is in its own document."""
     number = _Numbers(rng)
     place, *others = rng.sample(PLACES, len(PLACES))
     found = difficulty + 1 + rng.randint(0, 3 * difficulty + 2)
@@ -155,7 +156,7 @@ def _count(rng: random.Random, difficulty: int) -> _Made:
 
 
 def _most(rng: random.Random, difficulty: int) -> _Made:
-    """Who has the most of a kind, of which others have other kinds."""
+    """Ask who has the most of one kind; distractors are about other kinds."""
     kind, *others = rng.sample(CATEGORIES["food"], len(CATEGORIES["food"]))
     people = rng.sample(NAMES, min(len(NAMES), difficulty + 2))
     amounts = rng.sample(range(2, 100), len(people))

@@ -1,4 +1,4 @@
-"""Domains whose verdict is a judge's grade where no rule decides."""
+"""Domains that ask a judge for a grade where no rule decides."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from nemocascade.judges.prompts import parse_grade
 from nemocascade.types import Answer, Judge, Message, Prompt, Question, Verdict
 
 THREADS = 8
-"""Responses that rules examine at once, where whole groups are scored."""
+"""Responses examined by rules in parallel when groups are scored."""
 _SHOWN = 200
 
 
 class GradedDomain(Domain):
-    """Rules first; what they leave open is asked of a judge, a call's questions all at once.
+    """Base class of domains with rules first, then a judge for the undecided responses.
 
-    A grade is a reward in 0..1. A judge that failed, or said nothing that is a grade, is an error.
+    Each call puts its questions to the judge at once. A grade is a reward in 0..1; a judge that
+    fails or gives no grade causes an error verdict.
     """
 
     def __init__(self, judge: Judge | None = None) -> None:
@@ -26,17 +27,17 @@ class GradedDomain(Domain):
 
     @property
     def collective(self) -> bool:
-        """As the judge."""
+        """Return True if the judge is collective."""
         return self.judge is not None and self.judge.collective
 
     @property
     def activity(self) -> int:
-        """As the judge's."""
+        """Progress counter of the judge."""
         return 0 if self.judge is None else self.judge.activity
 
     @abstractmethod
     def examine(self, prompt: Prompt, response: Sequence[Message]) -> Verdict | Question:
-        """The verdict where rules decide, else what the judge is asked."""
+        """Return the verdict if rules decide, else the question to the judge."""
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         found = self.examine(prompt, response)
@@ -45,7 +46,7 @@ class GradedDomain(Domain):
     def score_groups(
         self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
     ) -> list[list[Verdict]]:
-        """As `score`, with one call of the judge; of a collective one also without a question."""
+        """Score with one call of the judge. A collective one is called even without questions."""
         pairs = [(prompt, r) for prompt, responses in groups for r in responses]
         with ThreadPoolExecutor(THREADS, thread_name_prefix="examine") as pool:
             found = list(pool.map(lambda pair: self._examined(*pair), pairs))
@@ -59,7 +60,7 @@ class GradedDomain(Domain):
             raise ValueError(f"{self.domain} cannot score a task of {prompt.domain}")
         try:
             return self.examine(prompt, response)
-        except Exception as error:  # any failure of a verifier is reported, and none is a zero
+        except Exception as error:  # any failure of a verifier is reported, never scored as zero
             return Verdict(None, f"{type(error).__name__}: {error}")
 
     def _ask(self, questions: Sequence[Question]) -> list[Verdict]:

@@ -1,9 +1,9 @@
-"""The 25 instruction kinds of IFEval (Zhou et al., arXiv 2311.07911), by their ids and arguments.
+"""The 25 instruction kinds of IFEval (Zhou et al., arXiv 2311.07911), by id and arguments.
 
-Each check is a function of the response and the row's arguments. Three things differ from the
-published checker: sentences are split by a rule instead of a model that must be downloaded, words
-in capitals are found by a pattern instead of a tokenizer, and key words are plain text, not
-patterns. A missing argument is an error; the published checker draws a random one.
+Each check is a function of the response and the row's arguments. It differs from the published
+checker in four ways. Sentences are split by a rule, not by a model that must be downloaded.
+Words in capitals are found by a pattern, not a tokenizer. Key words are plain text, not patterns.
+A missing argument is an error; the published checker draws a random one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CONSTRAINED_RESPONSES = ("My answer is yes.", "My answer is no.", "My answer is 
 
 
 def follows(kind: str, arguments: dict[str, Any], text: str, language: LanguageCheck) -> bool:
-    """Whether `text` follows the instruction `kind`.
+    """Return True if `text` follows the instruction `kind`; an empty text follows none.
 
-    An empty text follows none. Raises KeyError for an unknown kind, ValueError or TypeError for
-    arguments that are not the kind's, LookupError where `langdetect` is wanted and missing.
+    Raises KeyError for an unknown kind, ValueError or TypeError for arguments that do not fit the
+    kind, LookupError if `langdetect` is needed but not installed.
     """
     check = KINDS[kind]
     if not text.strip():
@@ -38,12 +38,12 @@ def follows(kind: str, arguments: dict[str, Any], text: str, language: LanguageC
 
 
 def count_words(text: str) -> int:
-    """Runs of letters, digits and underscores."""
+    """Count runs of letters, digits and underscores."""
     return len(re.findall(r"\w+", text))
 
 
 def count_sentences(text: str) -> int:
-    """Stretches that end with `.`, `!` or `?` before a blank, abbreviations excepted."""
+    """Count sentences: they end in `.`, `!` or `?` and a space, abbreviations excepted."""
     count, start = 0, 0
     for end in _SENTENCE_END.finditer(text):
         piece = text[start : end.end()]
@@ -99,7 +99,7 @@ def _words(text: str, num_words: int, relation: str) -> bool:
 
 
 def _inner_filled(parts: list[str]) -> list[str] | None:
-    """The parts that hold text; None if one between two others is empty."""
+    """Return the non-empty parts; None if an inner part is empty."""
     if any(not part.strip() for part in parts[1:-1]):
         return None
     return [part.strip() for part in parts if part.strip()]
@@ -203,14 +203,14 @@ def _quotation(text: str) -> bool:
 
 
 def _english(text: str, check: LanguageCheck) -> bool:
-    """As `langdetect` judges; by "letters", all letters are those of the English alphabet."""
+    """Return True for English: by `langdetect`, or, with "letters", by an all-English alphabet."""
     if check == "langdetect":
         return _detect(text) in ("en", None)
     return all(c.isascii() for c in text if c.isalpha())
 
 
 def _detect(text: str) -> str | None:
-    """The ISO 639-1 code of the language; None where nothing speaks for any, as digits alone."""
+    """Return the ISO 639-1 code of the language; None if undetectable, as for digits only."""
     try:
         import langdetect
     except ModuleNotFoundError as error:
@@ -218,7 +218,7 @@ def _detect(text: str) -> str | None:
             "langdetect is not installed: pip install 'nemocascade[ifeval]', or set the language "
             "check to 'letters'"
         ) from error
-    # Its guesses are drawn at random unless it is given a seed.
+    # langdetect is random unless it is given a seed.
     langdetect.DetectorFactory.seed = 0
     try:
         return str(langdetect.detect(text))

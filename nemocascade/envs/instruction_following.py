@@ -1,4 +1,4 @@
-"""Instruction following: rule verifiers of IFEval, and of IFBench where it is installed."""
+"""Instruction following: rule verifiers of IFEval, and of IFBench if it is installed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Grading = Literal["binary", "fraction"]
 
 
 class InstructionFollowing(CheckedDomain):
-    """The final message, reasoning stripped, against the row's list of instructions.
+    """Checks the final message, without reasoning, against the row's list of instructions.
 
-    grading: "binary", 1 if all hold, or "fraction", the share that holds.
-    language_check: how English is told for the two kinds about case. "langdetect" as published;
-        "letters" for messages of a few words, on which langdetect guesses at random.
+    grading: "binary", 1 if all instructions hold, or "fraction", the fraction that holds.
+    language_check: test for English in the two kinds about case. "langdetect" as published;
+        "letters" for messages of a few words, where langdetect is unreliable.
     """
 
     domain = "instruction_following"
@@ -41,7 +41,7 @@ class InstructionFollowing(CheckedDomain):
 
     def parse(self, row: Row) -> Mapping[str, Any]:
         kinds = list(row["instruction_id_list"])
-        # Released rows hold every argument of every kind, null where it is not the kind's.
+        # Released rows have every argument of every kind; those of other kinds are null.
         arguments = [
             {key: value for key, value in (given or {}).items() if value is not None}
             for given in row.get("kwargs") or [{}] * len(kinds)
@@ -58,7 +58,7 @@ class InstructionFollowing(CheckedDomain):
         return Verdict(reward, details={"kinds": kinds, "held": held})
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """`difficulty` + 1 instructions about one word; kinds that shape the text from 1 on."""
+        """Make `difficulty` + 1 instructions about one word; from 1 on, some shape the text."""
         return make_task(rng, difficulty, self.domain)
 
     def _follows(self, kind: str, arguments: dict[str, Any], text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Instructions of IFEval's kinds in few words, and texts that follow them."""
+"""Generated instructions of IFEval's kinds in few words, and texts that follow them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Ask:
-    """An instruction: how it is worded, its arguments, how the text is edited to follow it."""
+    """An instruction: its wording, its arguments, and the edit that makes a text follow it."""
 
     wording: str
     kwargs: dict[str, Any]
@@ -47,7 +47,7 @@ class _Ask:
 
 
 def make_task(rng: random.Random, difficulty: int, domain: str) -> Prompt:
-    """`difficulty` + 1 instructions that one text can follow, and that text."""
+    """Make `difficulty` + 1 compatible instructions, and a text that follows them."""
     kinds = _PLAIN if difficulty <= 0 else {**_PLAIN, **_SHAPES}
     for _ in range(TRIES):
         noun, color = rng.choice(NOUNS), rng.choice(COLORS)
@@ -73,18 +73,18 @@ def make_task(rng: random.Random, difficulty: int, domain: str) -> Prompt:
         messages=(Message("user", f"{request} {notes}"),),
         answer={"kinds": chosen, "kwargs": [ask.kwargs for ask in asks]},
         demonstration=(Message("assistant", answer, f"{noun}. {notes}"),),
-        # The request alone, as if nothing more had been asked.
+        # The careless reply answers the request but ignores the instructions.
         careless=(Message("assistant", plain, f"{noun}."),),
     )
 
 
 def _adding(wording: str, kwargs: dict[str, Any], words: Sequence[str]) -> _Ask:
-    """Followed by a text with more words."""
+    """Instruction that a text follows if words are added."""
     return _Ask(wording, kwargs, lambda text: text.extra.extend(words))
 
 
 def _setting(wording: str, kwargs: dict[str, Any], **parts: Any) -> _Ask:
-    """Followed by a text with these parts."""
+    """Instruction that a text follows if these parts are set."""
 
     def edit(text: _Text) -> None:
         for name, value in parts.items():
@@ -105,7 +105,7 @@ def _frequency(rng: random.Random) -> _Ask:
 
 
 def _forbidden(rng: random.Random) -> _Ask:
-    # A color is what the text would say: leaving it out is something to learn.
+    # The text would naturally contain a color, so avoiding it has to be learnt.
     word = rng.choice(COLORS)
 
     def edit(text: _Text) -> None:

@@ -1,4 +1,4 @@
-"""Long context: questions over documents, by exact answers or by a judge's grade."""
+"""Long context: questions over documents, scored by exact answers or by a judge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemocascade.types import Message, Prompt, Question, Row, Verdict
 
 MIN_DOCUMENTS = 5
 EXACT_WORDS = 5
-"""References of at most this many words are exact, unless a row says otherwise."""
+"""References up to this many words are compared exactly, unless a row says otherwise."""
 
 _MARK = r"[ \t*#]*(?:final )?answer[ \t*]*(?:[:=]|$)"
 _ANSWER = re.compile(rf"^{_MARK}[*\s]*(?!{_MARK})(\S.*)", re.IGNORECASE | re.MULTILINE)
@@ -27,7 +27,7 @@ _ARTICLES = ("a", "an", "the")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _EDGE = string.punctuation.replace("-", "").replace("%", "") + "\u2018\u2019\u201c\u201d\u2026"
 _OTHERS = ("instruction_id_list", "options", "schema_str", "schema", "problem_statement", "issue")
-"""Fields of rows of other domains, which may have `ground_truth` and `metadata` as well."""
+"""Fields of other domains' rows, which may also have `ground_truth` and `metadata`."""
 _ASK = (
     "Answer the question from the documents alone. End with a line `Answer: ` and the answer alone."
     "\n\n{documents}\n\nQuestion: {question}"
@@ -35,15 +35,16 @@ _ASK = (
 
 
 class LongContext(GradedDomain):
-    r"""1 if the answer is one of the right ones, else 0; or a judge's grade beside a reference.
+    r"""1 for one of the right answers, else 0; or a judge's grade against a reference.
 
-    The answer is the last `\boxed{...}`, else what follows the last `Answer:` or `Answer` at the
-    start of a line, on it or on the next, else the whole final message. Answers are compared
-    without case, articles and the punctuation around words, as SQuAD does (Rajpurkar et al., arXiv
-    1606.05250, which takes out all punctuation: 3.5 and 35 would be equal).
+    The answer is the last `\boxed{...}`. Without one, it is the text after the last `Answer:` or
+    `Answer` at the start of a line, on that line or the next; otherwise the whole final message.
+    Answers are compared without case, articles and punctuation around words, following SQuAD
+    (Rajpurkar et al., arXiv 1606.05250). SQuAD also removes inner punctuation, which would make
+    3.5 equal 35.
 
-    A row is judged where `metadata.grading` says `judge`, or, where it says nothing, where a
-    reference has more than `EXACT_WORDS` words; `exact` compares whatever the length is.
+    `metadata.grading` is `judge` or `exact`. Without it, a row is judged if a reference has more
+    than `EXACT_WORDS` words.
     """
 
     domain = "long_context"
@@ -54,7 +55,7 @@ class LongContext(GradedDomain):
         return plain or (released and not any(name in row for name in _OTHERS))
 
     def prepare(self, row: Row, folder: Path) -> Row:
-        """A plain row's `prompt`, from `documents` (or `context`) and `question`."""
+        """Build a plain row's `prompt` from `documents` (or `context`) and `question`."""
         if "question" not in row or row.get("responses_create_params") or row.get("prompt"):
             return row
         if "documents" in row:
@@ -76,7 +77,7 @@ class LongContext(GradedDomain):
         return {**row, "prompt": _ASK.format(documents=text, question=row["question"])}
 
     def parse(self, row: Row) -> Mapping[str, Any]:
-        """`ground_truth` or `answer`: a text, or a list of texts each of which is right."""
+        """Parse `ground_truth` or `answer`: a text, or a list of right texts."""
         truth = row["ground_truth"] if "ground_truth" in row else row["answer"]
         several = truth if isinstance(truth, list) else [truth]
         expected = [str(text).strip() for text in several]
@@ -100,7 +101,7 @@ class LongContext(GradedDomain):
         text, expected = final_text(response), prompt.answer["expected"]
         found = answer_of(text)
         if not prompt.answer["exact"] and found:
-            # The documents are long and the reference is right: the judge sees the question alone.
+            # The documents are long and the reference is right: the judge sees only the question.
             asked = prompt.answer.get("question")
             messages = [Message("user", asked)] if asked else prompt.messages
             return grade_question(messages, text, reference="\nor: ".join(expected))
@@ -108,7 +109,7 @@ class LongContext(GradedDomain):
         return Verdict(float(right), details={"found": found, "expected": expected})
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """See `document_tasks.make_task`."""
+        """Make a task, see `document_tasks.make_task`."""
         task = make_task(rng, difficulty)
         documents = "\n".join(f"{i}. {d}" for i, d in enumerate(task.documents, start=1))
         return self._made(
@@ -116,13 +117,13 @@ class LongContext(GradedDomain):
             {"expected": [task.answer], "exact": True, "question": task.question},
             task.answer,
             task.reasoning,
-            # A sentence; the verifier takes the exact answer alone.
+            # A whole sentence: the verifier accepts only the exact answer.
             careless=f"it is {task.answer}",
         )
 
 
 def answer_of(text: str) -> str:
-    """The answer that a final message gives."""
+    """Extract the answer from a final message."""
     boxed = last_boxed(text)
     if boxed is not None:
         inner = _TEXT.match(boxed.strip())
@@ -132,20 +133,20 @@ def answer_of(text: str) -> str:
 
 
 def normalised(text: str) -> str:
-    """Lower case, single spaces, no articles, no punctuation around words, no commas in numbers."""
+    """Lower-case a text; drop articles, extra spaces, outer punctuation and commas in numbers."""
     words = [_bare(word) for word in _THOUSANDS.sub("", text.lower()).split()]
     words = [word for word in words if word]
     return " ".join([word for word in words if word not in _ARTICLES] or words)
 
 
 def _bare(word: str) -> str:
-    """A word without what stands around it; a minus sign stays before a number."""
+    """Strip punctuation around a word; a minus sign before a number is kept."""
     word = word.strip(_EDGE).rstrip("-")
     return word if re.match(r"-\.?\d", word) else word.lstrip("-")
 
 
 def _document(document: Any, number: int) -> str:
-    """A document as the prompt shows it: a text, or an object with `text` and perhaps `title`."""
+    """Render a document for the prompt: a text, or an object with `text` and perhaps `title`."""
     if isinstance(document, str):
         return f"Document {number}:\n{document}"
     title = f" ({document['title']})" if document.get("title") else ""

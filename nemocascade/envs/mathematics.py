@@ -11,7 +11,7 @@ from nemocascade.envs.words import NAMES, NOUNS
 from nemocascade.types import Message, Prompt, Row, Verdict
 
 LONGEST_ANSWER = 2000
-"""Characters; a longer box is no answer, and is not handed to an algebra system."""
+"""Maximum characters of an answer; a longer box is not an answer and is not parsed."""
 
 
 class Mathematics(CheckedDomain):
@@ -30,14 +30,14 @@ class Mathematics(CheckedDomain):
         details = {"found": found, "expected": expected}
         if not found or len(found) > LONGEST_ANSWER:
             return Verdict(0.0, details=details)
-        # The same text needs no algebra.
+        # Identical text needs no algebra.
         right = found == expected or self._children.call(
             "nemocascade.envs.checks.mathematics:equal", expected, found
         )
         return Verdict(float(right), details=details)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """0: a sum or difference of digits. 1: below 100. 2: in words. 3: products, fractions."""
+        """Make a task. 0: sums of digits. 1: below 100. 2: in words. 3: products, fractions."""
         question, reasoning, answer = _LEVELS[min(max(difficulty, 0), len(_LEVELS) - 1)](rng)
         return self._made(question, {"expected": answer}, f"\\boxed{{{answer}}}", reasoning)
 

@@ -17,10 +17,10 @@ _DECORATION = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{(.*)\}", re.DOTALL)
 
 
 class MultipleChoice(CheckedDomain):
-    r"""1 if the letter in the last box is the right one, else 0.
+    r"""1 if the letter in the last box is right, else 0.
 
-    A row may carry a pattern of its own (`answer_regex`, or `template_metadata.output_regex`); then
-    its rightmost match holds the answer. It runs in a killable child.
+    A row may have its own pattern (`answer_regex`, or `template_metadata.output_regex`), whose
+    rightmost match holds the answer. It runs in a killable child.
     """
 
     domain = "multiple_choice"
@@ -53,7 +53,7 @@ class MultipleChoice(CheckedDomain):
         )
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """0: which word is of a kind. 1: a sum. 2 and up: two operations."""
+        """Make a task. 0: a word of a category. 1: a sum. 2 and up: two operations."""
         question, reasoning, right, wrong = (
             _kinds(rng) if difficulty <= 0 else _sums(rng, 1 if difficulty == 1 else 2)
         )
@@ -68,7 +68,7 @@ class MultipleChoice(CheckedDomain):
 
 
 def _letter(found: str | None, options: Mapping[str, str]) -> str | None:
-    """The option that was meant: its letter, perhaps decorated, or its whole text."""
+    """Return the chosen option, given by its letter, perhaps decorated, or by its text."""
     if found is None:
         return None
     found = found.strip()

@@ -1,7 +1,7 @@
-"""A small office: mail, calendar, contacts, tasks and files, and the tools that change them.
+"""A small simulated office: mail, calendar, contacts, tasks, files, and tools to change them.
 
-State is plain data. Tools are methods marked with `@_tool`; their signature is their schema, and
-all arguments arrive as text or as JSON values.
+State is plain data. Tools are methods marked with `@_tool`. Their signature is their schema; all
+arguments arrive as text or JSON values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EMPTY: Mapping[str, list[Row]] = {
 
 
 class OfficeError(ValueError):
-    """A call that cannot be executed. The message goes back to the model."""
+    """A call that cannot be executed. The message is returned to the model."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,17 @@ def _tool(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Office:
-    """One office. `call` runs a tool; `state` is what two offices are compared by."""
+    """One office. `call` runs a tool; offices are compared by `state`."""
 
     def __init__(self, tables: Mapping[str, list[Row]] = EMPTY) -> None:
-        """`tables`: the start, copied. Raises ValueError for a table that is not known."""
+        """`tables`: the initial state, copied. Raises ValueError for an unknown table."""
         unknown = sorted(set(tables) - set(EMPTY))
         if unknown:
             raise ValueError(f"unknown tables {unknown}, known are {sorted(EMPTY)}")
         self._tables = {name: copy.deepcopy(tables.get(name, [])) for name in EMPTY}
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """Run a tool; its answer as JSON. Raises OfficeError, and then nothing has changed."""
+        """Run a tool and return its result as JSON. Raises OfficeError and then changes nothing."""
         entry = _TOOLS.get(name)
         if entry is None:
             raise OfficeError(f"unknown tool {name}")
@@ -81,9 +81,9 @@ class Office:
         return json.dumps(entry.run(self, **values), ensure_ascii=False)
 
     def state(self) -> dict[str, list[str]]:
-        """Every table as sorted rows, without ids and without regard to case.
+        """Return every table as sorted rows, without ids and in lower case.
 
-        So neither the order of independent calls nor capitals make a difference.
+        The order of independent calls and capitalisation therefore make no difference.
         """
         return {
             name: sorted(
@@ -301,7 +301,7 @@ class Office:
 
 
 def tools() -> tuple[Tool, ...]:
-    """All tools of the office, with their schemas."""
+    """Return all tools of the office, with their schemas."""
     return tuple(entry.tool for entry in _TOOLS.values())
 
 
@@ -310,7 +310,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _read(key: str, value: Any, kind: type) -> Any:
-    """An argument as its schema says; text is what a template's call holds."""
+    """Convert an argument to the type of its schema; a template's call has text."""
     if kind is int:
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise OfficeError(f"{key} must be an integer, it is {value!r}")

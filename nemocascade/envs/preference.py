@@ -1,4 +1,4 @@
-"""Preference: a judge compares all responses to a prompt with each other (RLHF)."""
+"""Preference (RLHF): a judge compares all responses to a prompt with each other."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ TRUTHS = (
     *("schema_str", "schema", "verifier_metadata"),
     *("question", "problem_statement", "issue"),
 )
-"""What the rows of other domains hold; a row for preference has none of it."""
+"""Fields of other domains' rows; a preference row has none of them."""
 
 ALLOWED = ("a", "and", "is", "the")
 QUALITIES = ("plain", "greeting", "thanks", "full")
 SHARES = (0.5, 0.15, 0.15, 0.2)
-"""Demonstrations are of mixed quality: what most of them do is not what the judge prefers."""
+"""Frequencies of the demonstrations. Most of them show what the judge does not prefer."""
 
 
 @dataclass(frozen=True)
 class _Duel:
-    """A response and the one it is held against; both final messages."""
+    """A response and the baseline it is compared with; both final messages."""
 
     prompt: Prompt
     response: str
     baseline: str
 
     def questions(self) -> list[Question]:
-        """Asked in both orders, so that no place is an advantage; the same text needs no judge."""
+        """Ask in both orders, so that position gives no advantage; equal texts need no judge."""
         if self.response == self.baseline:
             return []
         facts = self.prompt.answer.get("facts")
@@ -49,10 +49,11 @@ class _Duel:
 class Preference(Domain):
     """By group: the reward of `preference_rewards`, from a comparison of every pair.
 
-    Absolute, for held-out tasks: the response against `answer["baseline"]`, 1 for a win, 0.5 for a
-    tie and 0 for a loss, the mean of both orders, as ArenaHard counts. A comparison that does not
-    parse is a tie, in both measures; one without an answer is no comparison, and a response without
-    any comparison has an error for a verdict. Lengths are counted in characters.
+    Absolute, for held-out tasks: the response is compared with `answer["baseline"]`. A win counts
+    1, a tie 0.5 and a loss 0, averaged over both orders, as in ArenaHard.
+
+    In both measures, an unparsable comparison is a tie, and one that got no answer is excluded. A
+    response without any comparison gets an error verdict. Lengths are in characters.
     """
 
     domain = "preference"
@@ -63,19 +64,19 @@ class Preference(Domain):
 
     @property
     def collective(self) -> bool:
-        """As the judge is."""
+        """Return True if the judge is collective."""
         return self.judge.collective
 
     @property
     def activity(self) -> int:
-        """As the judge's."""
+        """Progress counter of the judge."""
         return self.judge.activity
 
     def claims(self, row: Row) -> bool:
         return not any(row.get(name) for name in TRUTHS)
 
     def parse(self, row: Row) -> Mapping[str, Any]:
-        """`baseline`: the text that held-out answers are held against; rows may lack it."""
+        """Parse `baseline`, the optional text that held-out answers are compared with."""
         return {"baseline": row.get("baseline")}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
@@ -84,7 +85,7 @@ class Preference(Domain):
     def score_groups(
         self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
     ) -> list[list[Verdict]]:
-        """The verdicts on all responses to each prompt; of a group of one, the absolute one.
+        """Return the verdicts on all responses to each prompt; groups of one get the absolute one.
 
         All questions are put to the judge at once.
         """
@@ -99,8 +100,8 @@ class Preference(Domain):
                 several, self._compare([groups[k] for k in several]), strict=True
             ):
                 found[k] = verdicts
-        except Exception as error:  # any failure of a verifier is reported, and none is a zero
-            if self.collective:  # the other ranks are in the middle of the same questions
+        except Exception as error:  # any failure of a verifier is reported, never scored as zero
+            if self.collective:  # the other ranks are answering the same questions
                 raise
             failed = Verdict(None, f"{type(error).__name__}: {error}")
             return [[failed] * len(responses) for _, responses in groups]
@@ -109,13 +110,13 @@ class Preference(Domain):
     def begin_group(
         self, prompt: Prompt, written: Mapping[int, Sequence[Message]], new: int
     ) -> None:
-        """Put the comparisons of response `new` with those written before it to the judge."""
+        """Ask the judge to compare response `new` with the responses before it."""
         texts = {i: final_text(response) for i, response in written.items()}
         pairs = [(min(i, new), max(i, new)) for i in texts if i != new]
         self.judge.begin([_question(prompt, texts, pair) for pair in pairs])
 
     def close(self) -> None:
-        """End what the judge holds."""
+        """Close the judge."""
         self.judge.close()
 
     def _ask(self, questions: Sequence[Question]) -> list[Answer]:
@@ -149,8 +150,10 @@ class Preference(Domain):
         ]
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """Someone asks about `difficulty` + 1 things. The judge prefers an answer that says all of
-        it, addresses the one who asked, and thanks."""
+        """Make a request about `difficulty` + 1 things.
+
+        The judge prefers an answer that mentions all of them, addresses the user, and thanks.
+        """
         name = rng.choice(NAMES)
         count = min(max(difficulty, 0), 3) + 1
         nouns = rng.sample(SOME_NOUNS if count == 1 else NOUNS, count)
@@ -175,13 +178,15 @@ class Preference(Domain):
 
 
 def against(prompt: Prompt, baseline: str) -> Prompt:
-    """The task with another baseline for its absolute measure."""
+    """Return the task with another baseline for its absolute measure."""
     return replace(prompt, answer={**prompt.answer, "baseline": baseline})
 
 
 def _is_turned(pair: Pair) -> bool:
-    """Whether the second of a pair is shown first, as in every other pair of each response: so a
-    judge that favours a place favours nobody."""
+    """Return True if the pair's second response is shown first.
+
+    It is in every other pair of each response, so a judge with a position bias favours nobody.
+    """
     return sum(pair) % 2 == 1
 
 
@@ -194,7 +199,7 @@ def _question(prompt: Prompt, texts: Mapping[int, str], pair: Pair) -> Question:
 def _group_verdicts(
     responses: Sequence[Sequence[Message]], answers: Mapping[Pair, Answer]
 ) -> list[Verdict]:
-    """The verdicts on one group, and with them how its comparisons went."""
+    """Return the verdicts on one group, with counts of its comparisons."""
     read: dict[Pair, Comparison | None] = {}
     for pair, answer in answers.items():
         found = None if answer.text is None else parse_comparison(answer.text)
@@ -220,7 +225,7 @@ def _group_verdicts(
 
 
 def _won(duel: _Duel | None, answers: Sequence[Answer]) -> Verdict:
-    """The verdict on a response beside its baseline. answers: in both orders, or none needed."""
+    """Return the verdict against the baseline. answers: both orders, or empty for equal texts."""
     if duel is None:
         return Verdict(None, "the task has no baseline to hold a response against")
     if not answers:

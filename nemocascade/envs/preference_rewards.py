@@ -1,18 +1,18 @@
-"""From comparisons to rewards: the RLHF reward of Nemotron-Cascade 2 (arXiv 2603.19220).
+"""The RLHF reward of Nemotron-Cascade 2 (arXiv 2603.19220), from comparisons.
 
     s_i = s_j:   s_i += 3.5 - s_r,  s_j += s_r - 3.5                     the ranking breaks a tie
     R_base(i) =  mean of i's scores
     w_i =        1 - (l_i - l_min) / (l_max - l_min), less the group's mean
     R_i =        R_base(i) + 0.5 w_think(i) + 0.5 w_answer(i) + conciseness bonuses
 
-The shortest reasoning and the shortest answer get a bonus of 0.5 each where their R_base is at or
-above the group's 80th percentile. What the paper leaves open is decided so: the percentile is
-interpolated linearly; lengths that are all equal weigh 0; an empty reasoning or answer is not the
-shortest one; of several that are equally short, each that qualifies gets the bonus, so a reward
-does not depend on the order of the rollouts.
+The shortest reasoning and the shortest answer each get a bonus of 0.5 if their R_base is at or
+above the group's 80th percentile. Choices where the paper is silent: the percentile is interpolated
+linearly, and lengths that are all equal weigh 0. Empty reasoning or answers are never the shortest.
+Of several equally short ones, each that qualifies gets the bonus, so a reward does not depend on
+the order of the rollouts.
 
-A pair without an answer counts for neither of its two responses. A response without any answered
-pair has no reward, and is no part of the group whose lengths and percentile are taken.
+A pair without an answer is excluded for both responses. A response without any answered pair has
+no reward and is excluded from the group's lengths and percentile.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Pair = tuple[int, int]
 class PreferenceReward:
     """A reward and its parts. base: 1..5, and up to 2.5 beyond where ties were broken.
 
-    think, answer: the weighted length terms. bonus: 0, 0.5 or 1. pairs: answered comparisons.
+    think, answer: weighted length terms. bonus: 0, 0.5 or 1. pairs: number of answered comparisons.
     """
 
     base: float
@@ -49,12 +49,12 @@ class PreferenceReward:
 
 
 def all_pairs(count: int) -> list[Pair]:
-    """Every pair of `count` responses once, the lower number first: 16 make 120."""
+    """Every pair of `count` responses once, the lower index first: 16 make 120."""
     return list(combinations(range(count), 2))
 
 
 def break_tie(comparison: Comparison) -> tuple[float, float]:
-    """The two scores, the ranking added where they are equal."""
+    """Return the two scores; the ranking is added if they are equal."""
     first, second = comparison.first, comparison.second
     if first == second:
         lean = UNPARSED_RANKING - comparison.ranking
@@ -67,10 +67,10 @@ def group_rewards(
     think_lengths: Sequence[int],
     answer_lengths: Sequence[int],
 ) -> list[PreferenceReward | None]:
-    """The rewards of a prompt's responses; None for one without an answered pair.
+    """Return the rewards of a prompt's responses; None for one without an answered pair.
 
-    comparisons: by pair, None where the judge gave no answer. Lengths: of each response's reasoning
-    and final message, in any one unit.
+    comparisons: by pair, None if the judge gave no answer. think_lengths, answer_lengths: length of
+    each response's reasoning and final message, in any common unit.
     """
     scores: list[list[float]] = [[] for _ in think_lengths]
     for (i, j), comparison in comparisons.items():
@@ -106,7 +106,7 @@ def group_rewards(
 
 
 def length_terms(lengths: Sequence[int]) -> list[float]:
-    """`w_i` of each length: the shortest highest, a mean of 0; all 0 where they are equal."""
+    """Return `w_i` of each length: the shortest is highest, the mean is 0. Equal lengths: all 0."""
     low, high = min(lengths), max(lengths)
     if low == high:
         return [0.0] * len(lengths)
@@ -116,7 +116,7 @@ def length_terms(lengths: Sequence[int]) -> list[float]:
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Between the two nearest values in proportion; exact where it falls on one of them."""
+    """Linearly interpolated percentile; exact where it falls on one of the values."""
     ordered = sorted(values)
     low, rest = divmod(percent * (len(ordered) - 1), 100)
     if rest == 0:

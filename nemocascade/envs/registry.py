@@ -1,4 +1,4 @@
-"""All environments by name, and the judge that their settings ask for."""
+"""Construction of all environments by name, and of the judge in their settings."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ DOMAINS = (
 def make_environments(
     config: EnvConfig | None = None, *, judge: Judge | None = None
 ) -> dict[str, Domain]:
-    """An environment for each domain, sharing one pool of check processes; none starts before use.
+    """Make one environment per domain, sharing a pool of check processes; none starts before use.
 
-    judge: shared by the domains that need one; None makes the one that the settings name. Raises
-    ValueError naming every setting that is out of range. `close_environments` ends them.
+    judge: shared by the domains that need one; None makes the judge of the settings. Raises
+    ValueError naming every setting that is out of range. `close_environments` ends the processes.
     """
     config = config or EnvConfig()
     if problems := config.problems():
@@ -73,16 +73,16 @@ def make_environments(
 
 
 def close_environments(environments: Mapping[str, Domain]) -> None:
-    """End every process that the environments hold."""
+    """End every process of the environments."""
     for environment in environments.values():
         environment.close()
 
 
 def make_judge(settings: JudgeConfig) -> Judge:
-    """A judge; a server is not asked anything yet.
+    """Make a judge; no request is sent to a server yet.
 
-    Raises ValueError naming every setting that cannot work, and for the judge of an artifact, which
-    a stage makes on its own ranks (`nemocascade.rl.artifact_judge`).
+    Raises ValueError naming every invalid setting, and for a judge from an artifact: a stage makes
+    that on its own ranks (`nemocascade.rl.artifact_judge`).
     """
     if settings.kind == "artifact":
         raise ValueError(
@@ -94,12 +94,12 @@ def make_judge(settings: JudgeConfig) -> Judge:
 
 
 def judge_problems(settings: JudgeConfig) -> list[str]:
-    """Every rule that the settings of a server break; none for judges of other kinds."""
+    """Return every rule that a server's settings break; empty for other kinds of judges."""
     return server_problems(settings) if settings.kind == "server" else []
 
 
 def judge_refusal(settings: JudgeConfig) -> str | None:
-    """Why a server refuses a first question; None if it takes it, is silent, or is no server."""
+    """Return why a server rejects a first question; None if it accepts or does not answer."""
     if settings.kind != "server":
         return None
     with closing(ServerJudge(settings)) as judge:

@@ -1,4 +1,4 @@
-"""Domains whose verdicts run programs, and folders of repair tasks."""
+"""Base classes of domains that run programs, and of repair domains that read task folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemocascade.types import Message, Prompt, Verdict
 
 
 class SandboxedDomain(Domain):
-    """A domain with a sandbox, which starts with the first verdict that needs it."""
+    """A domain with a sandbox, started by the first verdict that needs it."""
 
     def __init__(self, config: SandboxConfig | None = None) -> None:
         self._config = config or SandboxConfig()
@@ -23,20 +23,20 @@ class SandboxedDomain(Domain):
 
     @property
     def sandbox(self) -> SandboxPool:
-        """The pool that runs the programs. Raises SandboxUnavailable where it cannot start."""
+        """Pool that runs the programs. Raises SandboxUnavailable if it cannot start."""
         with self._lock:
             if self._sandbox is None:
                 self._sandbox = SandboxPool(self._config)
             return self._sandbox
 
     def runs_programs(self, prompt: Prompt) -> bool:
-        """Whether verdicts on this task need the sandbox."""
+        """Return True if verdicts on this task need the sandbox."""
         return True
 
     def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        """The verdict. Raises SandboxUnavailable where programs cannot be isolated at all.
+        """Return the verdict. Raises SandboxUnavailable if programs cannot be isolated at all.
 
-        No later verdict could be better, so that is no error of this one.
+        It is raised, not reported as an error verdict: every later verdict would fail too.
         """
         self._start([prompt])
         return super().score(prompt, response)
@@ -60,10 +60,10 @@ class SandboxedDomain(Domain):
 
 
 class RepairDomain(SandboxedDomain):
-    """A domain of software repair, which reads folders of tasks too."""
+    """A domain of software repair, which can also read folders of tasks."""
 
     def read(self, path: str | Path) -> Iterator[Prompt]:
-        """The tasks of a JSONL file, or of a folder of task folders: see `swe.rows`."""
+        """Read the tasks of a JSONL file or of a folder of task folders, see `swe.rows`."""
         folder = Path(path)
         if not folder.is_dir():
             yield from super().read(path)

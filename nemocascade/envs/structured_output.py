@@ -1,4 +1,4 @@
-"""Structured output: the answer is JSON and satisfies the schema made strict."""
+"""Structured output: the answer must be JSON that satisfies the schema made strict."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _ASKS = ("Write", "Give", "Make", "Return")
 
 
 class StructuredOutput(CheckedDomain):
-    """1 if the final message is JSON, nothing around it, that satisfies the strict schema, else 0.
+    """1 if the final message is only JSON and satisfies the strict schema, else 0.
 
     Strict: all properties are required and no other is allowed. Remote references are errors. The
-    validator runs in a killable child, because a schema may hold regular expressions.
+    validator runs in a killable child, because a schema may contain regular expressions.
     """
 
     domain = "structured_output"
@@ -46,7 +46,7 @@ class StructuredOutput(CheckedDomain):
         return Verdict(float(problem is None), details={"problem": problem})
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """0: one or two fields. 1: three, with choices. 2: with a list. 3: the schema in JSON."""
+        """Make a task. 0: one or two fields. 1: three, with choices. 2: a list. 3: JSON schema."""
         fields = (rng.randint(1, 2), 3, 3, 3)[min(max(difficulty, 0), 3)]
         keys = rng.sample(_KEYS[:8] if difficulty <= 0 else _KEYS, fields)
         kinds = ("integer", "string", "boolean", "choice", "list")[: 3 + min(max(difficulty, 0), 2)]

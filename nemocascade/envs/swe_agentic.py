@@ -1,4 +1,4 @@
-"""Software repair by an agent: it works on a private copy of a repository until its tests pass."""
+"""Software repair by an agent that edits a private copy of a repository until its tests pass."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ ASK = (
 
 
 class RepositorySession:
-    """The tools of one episode. Nothing of it lies on a disk, and `close` forgets the copy.
+    """Tools of one episode. The copy is in memory only, and `close` frees it.
 
-    sandbox: called when tests are to be run; None where a response is replayed, which needs edits
-    alone.
+    sandbox: called when tests are to be run; None when a response is replayed, which needs only
+    the edits.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class RepositorySession:
 
     @property
     def done(self) -> bool:
-        """The agent has submitted, or made more calls than it may."""
+        """True once the agent has submitted or exceeded its number of calls."""
         return self.submitted or self.calls > self._limits.calls
 
     def step(self, calls: Sequence[ToolCall]) -> list[Message]:
-        """Execute `calls` in order; what comes after the end is not executed."""
+        """Execute `calls` in order; calls after the end of the episode are skipped."""
         return [Message("tool", self._answer(call)) for call in calls]
 
     def close(self) -> None:
-        """Forget the copy of the repository."""
+        """Free the copy of the repository."""
         self.workspace = Workspace({}, self._limits)
         self._sandbox = None
 
@@ -67,7 +67,7 @@ class RepositorySession:
             return f"error: more than {self._limits.calls} calls: the work ends here"
         limit = self._limits.result_chars
         try:
-            # The end of a report of tests says the most.
+            # The end of a test report is the most informative.
             return cut(clean(self._execute(call)), limit, end=call.name == "run_tests")
         except ToolError as error:
             return cut(clean(f"error: {error}"), limit)
@@ -107,13 +107,12 @@ class RepositorySession:
 
 
 class SweAgentic(RepairDomain):
-    """1 if all hidden tests pass on the repository that the agent leaves, else 0.
+    """1 if all hidden tests pass on the repository after the agent's edits, else 0.
 
     The verdict depends on the response alone: its edits are replayed on a fresh copy, and the
-    hidden tests run there. It makes no difference whether the agent submitted or ran out of turns
-    or of context: the edits it has made by then count. An answer of a tool is cut at
-    `AgentConfig.result_chars`; one that does not fit into the context that is left ends the
-    episode.
+    hidden tests run there. An episode that ran out of turns or context counts like a submitted
+    one. Tool answers are truncated at `AgentConfig.result_chars`; one that does not fit into the
+    remaining context ends the episode.
     """
 
     domain = "swe_agentic"
@@ -125,15 +124,15 @@ class SweAgentic(RepairDomain):
         self._limits = limits or AgentConfig()
 
     def claims(self, row: Row) -> bool:
-        """Rows of a repository in a folder; `swe_agentless` may read them too."""
+        """Claim rows with a repository in a folder; `swe_agentless` may claim them too."""
         inline = "files" in row or isinstance(row.get("repository"), Mapping)
         return ("problem_statement" in row or "issue" in row) and not inline
 
     def prepare(self, row: Row, folder: Path) -> Row:
-        """The row with its `answer`, a prompt from its issue, and the tools.
+        """Return the row with its `answer`, a prompt from its issue, and the tools.
 
-        A text as `prompt` is not shown: in R2E-Gym it is what a model wrote the issue from, and
-        holds the solution.
+        A string `prompt` is not shown: in R2E-Gym it is the input from which a model wrote the
+        issue, and contains the solution.
         """
         params = row.get("responses_create_params") or {}
         prompt = row.get("prompt")
@@ -154,7 +153,7 @@ class SweAgentic(RepairDomain):
         return dict(row["answer"])
 
     def session(self, prompt: Prompt) -> ToolSession:
-        """A fresh copy of the repository for one episode."""
+        """Return a fresh copy of the repository for one episode."""
         return RepositorySession(prompt.answer, self._limits, lambda: self.sandbox)
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
@@ -174,11 +173,11 @@ class SweAgentic(RepairDomain):
         return Verdict(verdict.reward, verdict.error, {**made, **verdict.details})
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """0: one short file, or a bug of a repository that ships with the project, to be found by
-        search. 1: two short files, one to be found. 2: a whole repository, whose issue names the
-        file. 3: an issue that does not.
+        """Make a task by difficulty.
 
-        Below 2 the tools stand in the system turn in a short form, for models with a small context.
+        0: one short file, or a bug in a shipped repository to be found by search. 1: two short
+        files, one to be found. 2: a whole repository whose issue names the file. 3: an issue that
+        does not. Below 2, a system turn lists the tools in a short form, for small contexts.
         """
         task = make_task(rng, difficulty)
         declared = difficulty >= 2
@@ -195,19 +194,19 @@ class SweAgentic(RepairDomain):
         )
 
     def _turns(self, answer: Mapping[str, Any], steps: Steps) -> tuple[Message, ...]:
-        """The episode of `steps`, with what the tools answer."""
+        """Play the episode of `steps` and return its turns, including the tools' answers."""
         session = RepositorySession(answer, self._limits, None)
         turns: list[Message] = []
         for calls, reasoning in steps:
             results = session.step(calls)
             turns.append(Message("assistant", "", reasoning, tuple(calls)))
-            # Nobody answers the call that ends the work.
+            # The call that ends the episode has no answer.
             turns += [] if session.done else results
         return tuple(turns)
 
 
 def _elsewhere(steps: Steps) -> Steps:
-    """The same, but the edits name a module, which is no path of a file."""
+    """Return the steps with edits of a module name, which is not a file path."""
     return tuple(
         (
             tuple(

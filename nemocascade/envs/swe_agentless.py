@@ -1,4 +1,4 @@
-"""Software repair without an agent: an issue and files go in, search/replace edits come out."""
+"""Software repair without an agent: issue and files in, search/replace edits out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _CRITERIA = (
 class SweAgentless(RepairDomain, GradedDomain):
     """1 if the repaired repository passes its tests, else 0; without tests, a judge's grade.
 
-    Edits that cannot be read or applied score 0. The tests' own files are never the model's: see
+    Edits that cannot be parsed or applied score 0. Edits of the test files are ignored: see
     `swe.repository`.
     """
 
@@ -62,20 +62,20 @@ class SweAgentless(RepairDomain, GradedDomain):
         self._limits = limits or AgentlessConfig()
 
     def runs_programs(self, prompt: Prompt) -> bool:
-        """Whether tests decide, and not the judge."""
+        """Return True if tests decide, not the judge."""
         return prompt.answer.get("tests") is not None
 
     def claims(self, row: Row) -> bool:
-        """Rows that say which files are to be repaired; `swe_agentic` may read them too."""
+        """Claim rows that name the files to repair; `swe_agentic` may claim them too."""
         golden = "golden_files" in row or "patch" in row
         return ("problem_statement" in row or "issue" in row) and golden
 
     def prepare(self, row: Row, folder: Path) -> Row:
-        """The row with its `answer`, and with a prompt from its issue where it has no turns.
+        """Return the row with its `answer`, and with a prompt from its issue if it has no turns.
 
-        `golden_files`, or the files of `patch`, are those to repair; see `swe.tasks` for the rest.
-        A text as `prompt` is not shown: in R2E-Gym it is what a model wrote the issue from, and
-        holds the solution.
+        The files to repair are `golden_files`, or those of `patch`; see `swe.tasks` for the rest. A
+        string `prompt` is not shown: in R2E-Gym it is the input from which a model wrote the issue,
+        and contains the solution.
         """
         task = task_of(row, folder)
         golden = _golden(row, task)
@@ -85,7 +85,7 @@ class SweAgentless(RepairDomain, GradedDomain):
             "issue": issue_of(row),
             "patch": task.patch,
             "tests": task.tests,
-            # A folder is read again when it is needed: many rows may speak of one.
+            # A folder is read again when needed: many rows may share one.
             **task.where,
         }
         row = {**row, "answer": answer}
@@ -128,7 +128,7 @@ class SweAgentless(RepairDomain, GradedDomain):
         hidden: Collection[str] = (),
         index: FileIndex | None = None,
     ) -> str:
-        """The prompt: see `swe.prompt_files`."""
+        """Build the prompt, see `swe.prompt_files`."""
         shown = shown_files(
             issue,
             files,
@@ -159,13 +159,13 @@ class SweAgentless(RepairDomain, GradedDomain):
         return judge(self.sandbox, snapshot, with_texts(snapshot, changed), tests)
 
     def split_key(self, prompt: Prompt) -> str:
-        """Of the issue and its repair: other files in a prompt don't make another task."""
+        """Hash the issue and its repair: other files in a prompt do not make another task."""
         return digest(f"{prompt.answer['issue']}\n{prompt.demonstration[0].content}")
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """See `swe.bugs.make_bug`."""
+        """Make a task, see `swe.bugs.make_bug`."""
         bug = make_bug(rng, difficulty)
-        # The module's name, which is no path of a file.
+        # A careless edit names the module, which is not a file path.
         elsewhere = replace(bug.edit, path=bug.edit.path.removesuffix(".py"))
         if difficulty <= 0:
             ask = f"{bug.issue}\n{_brief(bug.files)}"
@@ -178,9 +178,9 @@ class SweAgentless(RepairDomain, GradedDomain):
 
 
 def _golden(row: Row, task: RepairTask) -> list[str]:
-    """The files to repair: but for hidden tests, which no edit can change.
+    """Return the files to repair, except hidden tests, which no edit can change.
 
-    Raises ValueError where the row names none, or one that is not there before the repair.
+    Raises ValueError if the row names none, or one that does not exist before the repair.
     """
     patched = patched_files(task.patch) if task.patch else []
     named = list(row.get("golden_files") or patched)

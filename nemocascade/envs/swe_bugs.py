@@ -1,6 +1,6 @@
-"""Small repositories with a bug, an issue and tests, made from a seed.
+"""Generated small repositories with a bug, an issue and tests.
 
-The right code says what the tests expect: it is run once, here, where the task is made.
+The tests' expected values come from the correct code, run once when the task is made.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from nemocascade.swe.repository import HiddenTests
 _FOLDER = "app"
 _NAMES = [f"{verb}_{noun}" for verb in VERBS for noun in NOUNS]
 _HARDEST = 10
-"""More files and functions than that have no names of their own."""
+"""Maximum difficulty: there are no distinct names for more files and functions."""
 
 
 @dataclass(frozen=True)
 class Bug:
-    """files: with the bug, without the tests. edit: the repair, whose reasoning is `reasoning`."""
+    """files: with the bug, without the tests. edit: the repair; `reasoning` explains it."""
 
     files: Mapping[str, str]
     issue: str
@@ -33,9 +33,9 @@ class Bug:
 
 @dataclass(frozen=True)
 class _Function:
-    """A function of one argument, right, and with one line gone wrong or not.
+    """A function of one argument, with a correct source and perhaps a wrong one.
 
-    lines, wrong: the source, without line ends. inputs: arguments, which show the difference.
+    lines, wrong: sources without line ends. inputs: arguments on which they differ.
     """
 
     name: str
@@ -50,17 +50,18 @@ class _Function:
 
 
 def make_bug(rng: random.Random, difficulty: int) -> Bug:
-    """0: two files of one short function; the issue says what one of them must return.
+    """Make a repository with a bug.
 
-    d from 1 on: `2 d + 2` files of `d` functions and more; the issue shows wrong results. From 2
-    on, they are those of a function that calls the broken one by way of `d - 1` other files. 10 is
-    the hardest.
+    Difficulty 0: two files with one short function each; the issue states the expected result of
+    one. Difficulty d >= 1: `2 d + 2` files of at least `d` functions; the issue has wrong results.
+    From 2 on, these come from a function that calls the broken one through `d - 1` other files. 10
+    is the maximum.
     """
     return _easy(rng) if difficulty <= 0 else _repository(rng, min(difficulty, _HARDEST))
 
 
 def _easy(rng: random.Random) -> Bug:
-    # Not x, and none that looks like a digit.
+    # Excludes x and letters that look like digits.
     name, other = rng.sample("abcdefghjkmnpqrstuvw", 2)
     k = rng.randint(2, 9)
     said, right, wrong = *rng.choice(_SIGNS), rng.choice(_SIGNS)[1]
@@ -116,14 +117,14 @@ def _repository(rng: random.Random, difficulty: int) -> Bug:
     edit = _repair(home, files[home], broken)
     reasoning = f"{asked.name} " + (f"calls {broken.name} " if asked is not broken else "")
     reasoning += f"in {home}; the line {edit.search[-1].strip()!r} is wrong."
-    # A caller returns what it calls.
+    # A caller returns the result of what it calls.
     values = dict.fromkeys(failing, wanted)
     tests = _hidden(tested, failing, "tests/test_app.py", values=values)
     return Bug(files, issue, edit, reasoning, tests)
 
 
 def _repair(path: str, text: str, function: _Function) -> Edit:
-    """The shortest edit: the wrong line, with as many above it as make it stand there once."""
+    """Return the shortest edit: the wrong line, with enough lines above to make it unique."""
     lines = text.split("\n")
     start = next(
         i for i in range(len(lines)) if tuple(lines[i : i + len(function.wrong)]) == function.wrong
@@ -146,7 +147,7 @@ def _hidden(
     *,
     values: Mapping[str, Sequence[Any]] | None = None,
 ) -> HiddenTests:
-    """A test of each function in `parts`. values: of those whose source does not run by itself."""
+    """Build a test of each function in `parts`. values: results of those that cannot run alone."""
     lines = ["import unittest", ""]
     lines += [f"from {_module(p)} import {f.name}" for p, part in parts.items() for f in part]
     lines += ["", "", "class TestApp(unittest.TestCase):"]
@@ -181,7 +182,7 @@ _SIGNS = (("times", "*"), ("plus", "+"), ("minus", "-"))
 
 
 def _function(rng: random.Random, name: str, *, is_broken: bool = False) -> _Function:
-    """A random function."""
+    """Make a random function."""
     body, at, wrong, inputs = rng.choice(_BODIES)(rng)
     lines = (f"def {name}({'x' if isinstance(inputs[0], int) else 'xs'}):", *body)
     spoilt = (*lines[: at + 1], wrong, *lines[at + 2 :]) if is_broken else lines
@@ -189,7 +190,7 @@ def _function(rng: random.Random, name: str, *, is_broken: bool = False) -> _Fun
 
 
 def _broken(rng: random.Random, name: str) -> _Function:
-    """A function whose bug shows."""
+    """Make a function whose bug changes a result."""
     while True:
         made = _function(rng, name, is_broken=True)
         if made.values(made.lines) != made.values(made.wrong):
@@ -197,7 +198,7 @@ def _broken(rng: random.Random, name: str) -> _Function:
 
 
 _Body = tuple[list[str], int, str, list[Any]]
-"""Lines, the number of the one that goes wrong, how it is then, and inputs."""
+"""Lines, index of the line to break, its broken form, and inputs."""
 
 
 def _numbers(rng: random.Random) -> list[int]:

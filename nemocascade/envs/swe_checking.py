@@ -1,4 +1,4 @@
-"""`nemocascade check-tasks`: whether the tests of repair tasks tell a repair from none."""
+"""`nemocascade check-tasks`: checks that the tests of repair tasks detect a repair."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """Run the tests of repair tasks: on the repository as it is, where those of FAIL_TO_PASS must
-    fail and those of PASS_TO_PASS pass, and with the row's patch, where all must pass."""
+    """Run the tests of repair tasks twice: on the repository as it is, where FAIL_TO_PASS must fail
+    and PASS_TO_PASS must pass, and with the row's patch, where all must pass."""
 
     path: tyro.conf.Positional[str]
-    """Folder of tasks, or JSONL file, as the domains swe_agentic and swe_agentless read it."""
+    """Folder of tasks or JSONL file, as read by the domains swe_agentic and swe_agentless."""
 
     envs: EnvConfig = field(default_factory=EnvConfig)
-    """As in the run; the sandbox's workers check as many tasks at once."""
+    """Environment settings of the run; each sandbox worker checks one task at a time."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A task and what is wrong with it. tested: it has tests; patched: it has a patch."""
+    """A task and its faults. tested: it has tests; patched: it has a patch."""
 
     name: str
     faults: tuple[str, ...]
@@ -46,10 +46,9 @@ class Checked:
 
 
 def check_tasks(settings: CheckSettings) -> Iterator[Checked]:
-    """Every task in order, each when it and those before it are known.
+    """Check every task; results are yielded in order, as soon as they are known.
 
-    Raises ValueError for a path that holds no tasks, and SandboxUnavailable where tests cannot be
-    isolated.
+    Raises ValueError for a path without tasks, and SandboxUnavailable if tests cannot be isolated.
     """
     path = Path(settings.path)
     folder = path if path.is_dir() else path.parent
@@ -68,7 +67,7 @@ def check_tasks(settings: CheckSettings) -> Iterator[Checked]:
 
 
 def summary(checked: Sequence[Checked]) -> str:
-    """The counts, what could not be checked among them."""
+    """Return the counts, including the tasks that could not be checked."""
     wrong = sum(bool(c.faults) for c in checked)
     text = f"{len(checked)} tasks: {len(checked) - wrong} right, {wrong} wrong"
     if untested := sum(not c.tested for c in checked):
@@ -79,7 +78,7 @@ def summary(checked: Sequence[Checked]) -> str:
 
 
 def _checked(sandbox: SandboxPool, where: str, row: Row, folder: Path) -> Checked:
-    """A task with its faults: what it raises is one, but for walls that no task could have."""
+    """Check one task. Exceptions become faults, except a sandbox that is unavailable."""
     name = str(row.get("instance_id") or where)
     tested, patch = bool(row.get("tests")), str(row.get("patch") or "")
     try:
@@ -110,7 +109,7 @@ def _faults(sandbox: SandboxPool, row: Row, folder: Path) -> Iterator[str]:
 
 
 def _before(sandbox: SandboxPool, snapshot: Files, tests: HiddenTests) -> Iterator[str]:
-    """What the tests' outcomes before the repair have wrong."""
+    """Yield the wrong test outcomes before the repair."""
     names = (*tests.fail_to_pass, *tests.pass_to_pass)
     files = {**snapshot, **tests.files}
     run = run_tests(sandbox, files, names, framework=tests.framework)
@@ -129,7 +128,7 @@ def _before(sandbox: SandboxPool, snapshot: Files, tests: HiddenTests) -> Iterat
 
 
 def _shown(details: Mapping[str, Any]) -> str:
-    """What a verdict says beside its reward; what it has nothing to say of is left out."""
+    """Format a verdict's details; empty ones are skipped."""
     return ", ".join(f"{key} {value}" for key, value in details.items() if value not in ([], {}))
 
 

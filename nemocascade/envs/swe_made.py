@@ -1,4 +1,4 @@
-"""Repair tasks made from a seed: short files, and the repositories that ship with the project."""
+"""Generated repair tasks: short files, and the repositories shipped with the project."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nemocascade.types import ToolCall
 
 @dataclass(frozen=True)
 class MadeTask:
-    """An issue, what the verifier needs, and the turns of a right solution with their reasoning.
+    """An issue, the verifier's answer, and the turns of a correct solution with reasoning.
 
-    tools: names of those that a short prompt shows.
+    tools: names of the tools that a short prompt lists.
     """
 
     issue: str
@@ -26,7 +26,7 @@ class MadeTask:
 
 
 def make_task(rng: random.Random, difficulty: int) -> MadeTask:
-    """See `SweAgentic.make`."""
+    """Make a task, see `SweAgentic.make`."""
     if difficulty >= 2:
         issue, answer, steps = repository_task(rng, name_file=difficulty == 2)
         return MadeTask(issue, answer, steps)
@@ -37,7 +37,7 @@ def make_task(rng: random.Random, difficulty: int) -> MadeTask:
 
 
 def _short_task(rng: random.Random, *, search: bool) -> MadeTask:
-    """A function that does another operation, or uses another number, than the issue asks."""
+    """Make a function whose operation or number differs from what the issue asks for."""
     words, right, function = rng.choice(_OPERATIONS)
     most = 60 if search else 9
     k = rng.randint(2, most)

@@ -1,4 +1,4 @@
-"""Tool calling: the office after the predicted calls equals the office after the true ones."""
+"""Tool calling: compares the office after the predicted calls with that after the true ones."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from nemocascade.envs.words import (
 from nemocascade.types import Message, Prompt, Row, Tool, ToolCall, ToolSession, Verdict
 
 MAX_CALLS = 64
-"""Calls of one episode that are executed; an answer with more scores 0."""
+"""Maximum executed calls of one episode; an answer with more scores 0."""
 _KNOWN = {tool.name: tool for tool in tools()}
 
 
 class OfficeSession:
-    """The office of one episode. It executes the calls of `allowed` tools."""
+    """The office of one episode. It executes only calls of `allowed` tools."""
 
     def __init__(self, office: Office, allowed: frozenset[str]) -> None:
         self.office = office
@@ -34,11 +34,11 @@ class OfficeSession:
 
     @property
     def done(self) -> bool:
-        """No call ends an episode in the office."""
+        """Return False: no call ends an episode in the office."""
         return False
 
     def close(self) -> None:
-        """The office lives in memory alone."""
+        """Do nothing: the office is in memory only."""
 
     def step(self, calls: Sequence[ToolCall]) -> list[Message]:
         """Execute `calls` in order; a call that cannot be executed is answered with the reason."""
@@ -54,10 +54,10 @@ class OfficeSession:
 
 
 class ToolCalling(Domain):
-    """1 if the end states are equal, else 0. A call that fails changes nothing and costs nothing.
+    """1 if the end states are equal, else 0. A call that fails changes and costs nothing.
 
-    Predicted and true calls run on fresh offices of the same start, so the verdict depends on the
-    response alone. A tool that was not declared to the model cannot be called.
+    Predicted and true calls run on fresh offices with the same initial state, so the verdict
+    depends on the response alone. Tools that were not declared to the model cannot be called.
     """
 
     domain = "tool_calling"
@@ -83,7 +83,7 @@ class ToolCalling(Domain):
         return answer
 
     def session(self, prompt: Prompt) -> ToolSession:
-        """A fresh office for one episode."""
+        """Return a fresh office for one episode."""
         return _session(prompt.answer)
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
@@ -102,9 +102,9 @@ class ToolCalling(Domain):
         )
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """0: one call of one argument. 1: two arguments. 2: two calls. 3: tools as schemas.
+        """Make a task. 0: a call of one argument. 1: two arguments. 2: two calls. 3: tool schemas.
 
-        Below 3 the tools stand in the system turn in a short form, for models with a small context.
+        Below 3, a system turn lists the tools in a short form, for models with a small context.
         """
         jobs = [_JOBS[rng.choice(_EASY if difficulty <= 0 else _HARD)](rng)]
         if difficulty >= 2:
@@ -133,18 +133,18 @@ class ToolCalling(Domain):
             tools=tuple(_KNOWN[name] for name in shown) if declared else (),
             answer=answer,
             demonstration=_turns(answer, calls),
-            # A declared tool that the request does not need, and nobody reads that it failed.
+            # A declared tool that the request does not need; the failure goes unnoticed.
             careless=_turns(answer, [ToolCall(other, call.arguments) for call in calls]),
         )
 
 
 def _turns(answer: Mapping[str, Any], calls: Sequence[ToolCall]) -> tuple[Message, ...]:
-    """An episode that makes `calls` at once and ends."""
+    """Return an episode that makes all `calls` in one turn and ends."""
     reasoning = "\n".join(f"call {c.name}: {', '.join(c.arguments.values())}" for c in calls)
     return (
         Message("assistant", "", reasoning, tuple(calls)),
         *_session(answer).step(calls),
-        # Each turn of a thinking model starts in its reasoning, the last one too.
+        # Every turn of a thinking model starts with reasoning, even the last.
         Message("assistant", "Done.", "all is done."),
     )
 
@@ -154,7 +154,7 @@ def _session(answer: Mapping[str, Any]) -> OfficeSession:
 
 
 def _true_state(answer: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The end state of the true calls. Raises ValueError if one cannot be executed."""
+    """Return the end state of the true calls. Raises ValueError if one cannot be executed."""
     office = Office(answer["office"])
     for call in answer["calls"]:
         office.call(call["name"], call["arguments"])
@@ -174,7 +174,7 @@ def _compact(tool: Tool) -> str:
 
 @dataclass(frozen=True)
 class _Job:
-    """A request, its calls, and what must be in the office for them."""
+    """A request, its calls, and the initial state that they need."""
 
     request: str
     calls: tuple[ToolCall, ...]

@@ -1,4 +1,4 @@
-"""Small vocabularies for tasks made from a seed. Few words keep them learnable by tiny models."""
+"""Small vocabularies for generated tasks. Few words keep them learnable by tiny models."""
 
 CATEGORIES = {
     "animal": ("cat", "dog", "cow", "hen", "fox", "owl", "pig", "bee"),
@@ -15,6 +15,6 @@ VERBS = ("buy", "find", "sell", "wash", "move", "check", "paint", "fix")
 
 SOME_NOUNS = tuple(w for c in ("animal", "tool", "cloth", "food") for w in CATEGORIES[c][:4])
 FEW_NOUNS = ("cat", "dog", "hen", "saw", "hat", "lamp")
-"""For the easiest tasks: a model that was trained for minutes has met each word many times."""
+"""Words of the easiest tasks: a model trained for minutes has seen each many times."""
 FEW_COLORS = COLORS[:4]
 FEW_VERBS = VERBS[:4]

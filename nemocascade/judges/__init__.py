@@ -1,4 +1,4 @@
-"""Judges: who compares and grades responses that no rule verifies. `factory.make_judge` makes one.
+"""Judges compare and grade responses that no rule verifies. `envs.registry.make_judge` makes one.
 
 This file stays empty.
 """

@@ -1,4 +1,4 @@
-"""Answers that a judge gave, in memory and, where asked, in a file that outlives the run."""
+"""Cache of a judge's answers, in memory and optionally in a file that outlives the run."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.runtime.logging import LOGGER
 
 MAX_CHARACTERS = 2**28
-"""Text that is kept in memory; the answers used longest ago are forgotten."""
+"""Maximum characters in memory; the least recently used answers are evicted."""
 LONGEST_WAIT_S = 5.0
-"""For another process that writes to the file; then an answer stays in memory alone."""
+"""Timeout of the lock on the file; after it, an answer stays in memory only."""
 PAUSE_S = 60.0
-"""After a failure to write, in which nothing is written: judges must not wait for a disk."""
+"""Pause of writing after a failed write: judges must not wait for a disk."""
 
 
 class AnswerCache:
-    """Answers by the hash of what was asked. Threads may share one, and processes its file.
+    """Answers by the hash of the question. Threads may share one; processes may share its file.
 
-    path: a JSONL file of `key` and `text`, appended to; empty = memory only. It is read when an
-    answer is first looked for. Lines that a killed process left unfinished are skipped and counted.
+    path: a JSONL file of `key` and `text`, appended to; empty = memory only. It is read at the
+    first lookup. Incomplete lines of killed processes are skipped and counted.
     """
 
     def __init__(self, path: str = "", max_characters: int = MAX_CHARACTERS) -> None:
@@ -38,7 +38,7 @@ class AnswerCache:
         self._paused_until = 0.0
 
     def get(self, key: str) -> str | None:
-        """The answer, or None."""
+        """Return the answer, or None."""
         with self._lock:
             if self._unread:
                 self._unread = False
@@ -52,12 +52,12 @@ class AnswerCache:
             return text
 
     def put(self, key: str, text: str) -> None:
-        """Keep an answer. Raises OSError if the file cannot be written; memory has it then."""
+        """Store an answer. Raises OSError if the file cannot be written; memory has it anyway."""
         with self._lock:
             self._keep(key, text)
         if not self.path:
             return
-        # Not under the other lock: a slow file system must not stop those who look for answers.
+        # A separate lock: a slow file system must not block lookups.
         with self._file_lock:
             if time.monotonic() < self._paused_until:
                 return
@@ -74,12 +74,12 @@ class AnswerCache:
             self._size -= len(self._texts.popitem(last=False)[1])
 
     def _append(self, line: str) -> None:
-        """One write under a lock, so that lines of several processes don't mix."""
+        """Append in one write under a lock, so that lines of several processes don't mix."""
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         with Path(self.path).open("a+b", buffering=0) as file:
             _take(file.fileno())
             end = file.seek(0, os.SEEK_END)
-            # A process that was killed may have left a line without its end.
+            # A killed process may have left a line without its end.
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
                 line = "\n" + line
             file.write(line.encode())

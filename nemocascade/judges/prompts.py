@@ -1,16 +1,16 @@
-"""How a judge is asked, and how its answer is read.
+"""Questions to a judge, and parsing of its answers.
 
-Two questions. **compare**: which of two responses serves the user better. The answer is a JSON
-object, after as much reasoning as the judge likes:
+There are two kinds of questions. **compare**: which of two responses serves the user better. The
+answer is a JSON object, after any amount of reasoning:
 
     {"score_1": 1..5, "score_2": 1..5, "ranking": 1..6}
 
-where ranking 1 says that the first response is much better and 6 that the second is. It is the form
-that NVIDIA's generative reward models answer in. **grade**: how good one response is, beside a
-reference, criteria, or both: `{"score": 0..1}`.
+Ranking 1 means that the first response is much better and 6 that the second is. NVIDIA's generative
+reward models use this form. **grade**: how good one response is, given a reference, criteria, or
+both: `{"score": 0..1}`.
 
     text = judge.ask([grade_question(prompt, response, reference=right)])[0].text
-    score = parse_grade(text)   # None where it does not parse
+    score = parse_grade(text)   # None if it does not parse
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from nemocascade.types import Message, Question
 SCORE_MIN, SCORE_MAX = 1.0, 5.0
 RANKING_MIN, RANKING_MAX = 1.0, 6.0
 UNPARSED_SCORE, UNPARSED_RANKING = 3.0, 3.5
-"""What counts where a comparison does not parse (Nemotron-Cascade 2, arXiv 2603.19220)."""
+"""Values of a comparison that does not parse (Nemotron-Cascade 2, arXiv 2603.19220)."""
 
 EMPTY = "(no answer)"
-"""Stands for a response without text, so that a judge sees that there is none."""
+"""Placeholder for an empty response, so that a judge sees that there is none."""
 
 _TAG = re.compile(r"<(?=/?\s*(?:conversation|response|reference|criteria))", re.IGNORECASE)
 _TRIES = 64
-"""Objects that are tried from an answer's end, so that no answer takes long to read."""
+"""Maximum objects tried from an answer's end; it bounds the time of parsing."""
 
 _COMPARE = (
     "You compare two responses to a user's last request. Judge how well each one serves the user: "
@@ -57,10 +57,10 @@ _GRADE = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a judge said of two responses.
+    """A judge's comparison of two responses.
 
     first, second: 1..5, higher is better. ranking: 1..6, 1 = the first is much better.
-    parsed: False where the text held no such answer, and these are the stand-ins.
+    parsed: False if the answer did not parse and these are the default values.
     """
 
     first: float
@@ -69,7 +69,7 @@ class Comparison:
     parsed: bool = True
 
     def turned(self) -> Comparison:
-        """The same, of the two responses in the other order."""
+        """Return the same comparison with the two responses swapped."""
         ranking = RANKING_MIN + RANKING_MAX - self.ranking
         return Comparison(self.second, self.first, ranking, self.parsed)
 
@@ -84,7 +84,7 @@ def compare_question(
     *,
     facts: Mapping[str, Any] | None = None,
 ) -> Question:
-    """Which of two final messages answers `prompt` better. facts: more, for a judge of rules."""
+    """Ask which of two final messages answers `prompt` better. facts: data for a rule judge."""
     blocks = (
         _block("conversation", _conversation(prompt)),
         _block("response_1", first or EMPTY),
@@ -105,9 +105,9 @@ def grade_question(
     criteria: str = "",
     facts: Mapping[str, Any] | None = None,
 ) -> Question:
-    """How good one final message is. facts: more, for a judge of rules.
+    """Ask how good one final message is. facts: data for a rule judge.
 
-    reference: a right answer. criteria: what a good answer must hold. Either may be empty.
+    reference: a right answer. criteria: requirements of a good answer. Either may be empty.
     """
     given = {"a reference answer that is right": reference, "the criteria": criteria}
     beside = [name for name, text in given.items() if text]
@@ -132,10 +132,10 @@ def grade_question(
 
 
 def reward_model_turns(question: Question) -> list[dict[str, str]]:
-    """A comparison for a generative reward model whose chat template has roles of its own for the
-    responses, `response_1` and `response_2`, and brings its instructions itself.
+    """Format a comparison for a generative reward model with its own roles and instructions.
 
-    Raises ValueError for a question of another kind.
+    Its chat template names the responses `response_1` and `response_2`. Raises ValueError for a
+    question of another kind.
     """
     if question.kind != "compare":
         raise ValueError(
@@ -151,17 +151,17 @@ def reward_model_turns(question: Question) -> list[dict[str, str]]:
 
 
 def comparison_text(first: float, second: float, ranking: float) -> str:
-    """A comparison in the form of an answer."""
+    """Format a comparison as an answer."""
     return json.dumps({"score_1": first, "score_2": second, "ranking": ranking})
 
 
 def grade_text(score: float) -> str:
-    """A grade in the form of an answer."""
+    """Format a grade as an answer."""
     return json.dumps({"score": score})
 
 
 def parse_comparison(text: str) -> Comparison:
-    """The last comparison in an answer; `UNPARSED` without one, and for numbers out of range."""
+    """Parse the last comparison in an answer; `UNPARSED` if missing or out of range."""
     for found in _objects(_after_reasoning(text)):
         if not {"score_1", "score_2", "ranking"} <= found.keys():
             continue
@@ -176,7 +176,7 @@ def parse_comparison(text: str) -> Comparison:
 
 
 def parse_grade(text: str) -> float | None:
-    """The last grade in an answer, 0..1; None without one, and for one out of range."""
+    """Parse the last grade in an answer, 0..1; None if missing or out of range."""
     for found in _objects(_after_reasoning(text)):
         if "score" in found:
             return _number(found["score"], 0.0, 1.0)
@@ -188,18 +188,18 @@ def _conversation(prompt: Sequence[Message]) -> str:
 
 
 def _block(tag: str, text: str) -> str:
-    """Text between tags that it can neither close nor open itself."""
+    """Put text between tags that it can neither close nor open itself."""
     return f"<{tag}>\n{_TAG.sub('<\\\\', text)}\n</{tag}>"
 
 
 def _after_reasoning(text: str) -> str:
-    """What stands after the reasoning; nothing where that was opened and not closed."""
+    """Return the text after the reasoning; empty if the reasoning was opened but not closed."""
     _, closed, rest = text.rpartition("</think>")
     return rest if closed or "<think>" not in text else ""
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a text, from its end to its start."""
+    """Yield the JSON objects in a text, from its end to its start."""
     decoder = json.JSONDecoder()
     at = len(text)
     for _ in range(_TRIES):
@@ -215,7 +215,7 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _number(value: Any, low: float, high: float) -> float | None:
-    """A number in range; a judge may have written it as text."""
+    """Return a number in range; a judge may have written it as text."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,6 +1,6 @@
-"""A judge that goes by rules: for tests and the tiny recipes. It knows nothing of language.
+"""A rule-based judge, for tests and the tiny recipes. It has no knowledge of language.
 
-It answers in the form of a model's answer, so that what reads answers is exercised.
+Its answers have the form of a model's answers, so that their parsing is exercised too.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from nemocascade.judges.prompts import (
 from nemocascade.types import Answer, Judge, Question
 
 STRANGE_COST = 0.5
-"""Points off for each word that is neither wanted nor allowed, or is said again."""
+"""Points deducted for each word that is neither wanted nor allowed, or is repeated."""
 
 _WORD = re.compile(r"[a-z0-9]+")
 
 
 class RuleJudge:
-    """Compares by the words that a good response has, grades by those of the reference.
+    """Compares responses by their wanted words, and grades them by words of the reference.
 
-    compare: the question's facts name `wanted` words and `allowed` ones, see `quality`. grade: the
-    F1 of the response's words beside the reference's, as SQuAD measures answers. A question whose
-    facts say less gets an error.
+    compare: the question's facts name `wanted` and `allowed` words, see `quality`. grade: F1 of the
+    words of response and reference, as SQuAD measures answers. A question without these facts gets
+    an error.
     """
 
     collective = False
     activity = 0
 
     def begin(self, questions: Sequence[Question]) -> None:
-        """An answer takes no time."""
+        """Do nothing: an answer takes no time."""
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """An answer to each question, in order."""
+        """Return an answer to each question, in order."""
         return [self._answer(question) for question in questions]
 
     def close(self) -> None:
-        """It holds nothing."""
+        """Do nothing: the judge holds no resources."""
 
     def _answer(self, question: Question) -> Answer:
         facts = question.facts
@@ -61,20 +61,26 @@ class RuleJudge:
             quality(facts[name], facts["wanted"], facts.get("allowed", ()))
             for name in ("first", "second")
         )
-        # 1 where the first is better by all points that there are, 6 where the second is.
+        # lean: -1 if the first is better by the full range, 1 if the second is.
         lean = (second - first) / (SCORE_MAX - SCORE_MIN)
         return Answer(comparison_text(first, second, UNPARSED_RANKING + 2.5 * lean))
 
 
 def knows_language(judge: Judge | None) -> bool:
-    """Whether there is a judge that can grade the tasks of files. The rule cannot: words in common
-    say nothing of a repair or an argument, and a wrong one may have more of them."""
+    """Return True if the judge can grade tasks from files.
+
+    A rule judge cannot: shared words say nothing about a repair or an argument, and a wrong one may
+    share more of them.
+    """
     return judge is not None and not isinstance(judge, RuleJudge)
 
 
 def quality(text: str, wanted: Sequence[str], allowed: Sequence[str]) -> float:
-    """1 for none of the wanted words, 5 for all, by the square of their share: the last words count
-    most, and more than the length terms. Less for strange words and repeated ones."""
+    """Score a text: 1 for none of the wanted words, 5 for all.
+
+    The score is quadratic in their share, so the last words outweigh the length terms. Strange and
+    repeated words reduce it.
+    """
     words = Counter(_WORD.findall(text.lower()))
     held = sum(word in words for word in wanted)
     strange = sum(count - (word in wanted) for word, count in words.items() if word not in allowed)

@@ -1,14 +1,13 @@
-"""A judge behind a server that speaks OpenAI's chat completions: vLLM, SGLang, or another.
+"""A judge behind a server with OpenAI's chat completions API: vLLM, SGLang, or another.
 
-**Bounded time.** A request ends at `timeout_s`, a question at `deadline_s` after it was asked.
-While nobody listens, or the server says that it is busy or starting, tries go on and cost none of
-`retries`. A server that has answered nothing for `silence_s` is taken to be down: from then on one
-question at a time is tried, once, the others wait for what it finds, and if it fails, so do all
-that were asked before. So a dead server costs about one `silence_s`, not one for each question, and
-one that comes back is noticed at the next question.
+**Bounded time.** A request has the timeout `timeout_s`, a question the deadline `deadline_s` from
+asking. While the server is unreachable, busy or starting, retries continue without counting against
+`retries`. A server silent for `silence_s` is considered down: a single question is then tried once
+as a probe while the others wait. If it fails, all questions asked before it fail too. So a dead
+server costs about one `silence_s`, not one per question, and the next question notices a recovery.
 
-**No error is an answer.** A question without a usable reply gets an `Answer` with an error. What
-the judge wrote is an answer, however it reads; one that was cut off before its end is empty.
+**No error is an answer.** A question without a usable reply gets an `Answer` with an error. Any
+complete reply of the judge is an answer; one that was cut off before its end is empty.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ _SHOWN = 300
 
 
 class ServerJudge:
-    """Asks a server, many questions at a time. Threads share one, and its limit of requests.
+    """Sends many questions to a server in parallel. Threads share one, and its request limit.
 
-    counts: `asked` questions, those `cached` (answered before, or just being asked), `requests`,
-    `retries`, `answered`, `failed` questions, replies that were `cut` at `max_tokens`, and failed
-    tries by kind: `timeout`, `unreachable`, `connection`, `protocol`, `status_500` and so on,
+    counts: `asked` questions, `cached` ones (answered before or already in flight), `requests`,
+    `retries`, `answered`, `failed` questions, and replies `cut` at `max_tokens`. Failed attempts
+    are counted by kind: `timeout`, `unreachable`, `connection`, `protocol`, `status_500` and so on,
     `nonsense`, and `down` for those that were not sent.
     """
 
     collective = False
 
     def __init__(self, settings: JudgeConfig) -> None:
-        """Raises ValueError naming every setting that cannot work."""
+        """Raises ValueError naming every invalid setting."""
         problems = server_problems(settings)
         if problems:
             raise ValueError("; ".join(problems))
@@ -71,24 +70,25 @@ class ServerJudge:
 
     @property
     def activity(self) -> int:
-        """Rises with every request that is sent, and with every question that has ended."""
+        """Progress counter of sent requests and finished questions."""
         with self._lock:
             return sum(self.counts[name] for name in ("requests", "answered", "failed"))
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """An answer to each question, in order; what was answered before is not asked again."""
+        """Return an answer to each question, in order; cached answers are reused."""
         asked = [self._submit(question) for question in questions]
         return [future.result() for future in asked]
 
     def begin(self, questions: Sequence[Question]) -> None:
-        """Start on questions that `ask` will be asked soon, and wait for nothing."""
+        """Start on questions that `ask` will receive soon, without waiting."""
         for question in questions:
             self._submit(question, begun=True)
 
     def probe(self) -> str | None:
-        """Why the server refuses what it is going to be asked; None if it takes it, or is silent.
+        """Return why the server rejects requests; None if it accepts them or does not answer.
 
-        One request, of at most a minute. A server that is busy, starting or slow may get better.
+        Sends one request, with a timeout of at most a minute. A busy, starting or slow server
+        counts as not answering, because that may pass.
         """
         asked = compare_question((Message("user", "What is 2 + 2?"),), "4", "5")
         try:
@@ -100,7 +100,7 @@ class ServerJudge:
         return None
 
     def close(self) -> None:
-        """Cut off all requests; questions under way get errors."""
+        """Cancel all requests; questions in flight get errors."""
         if self._closing.is_set():
             return
         self._closing.set()
@@ -110,12 +110,12 @@ class ServerJudge:
             LOGGER.info("judge: %s", self.summary())
 
     def summary(self) -> str:
-        """The counts in words."""
+        """Format the counts as text."""
         with self._lock:
             return ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()))
 
     def _submit(self, question: Question, *, begun: bool = False) -> Future[Answer]:
-        """begun: whoever asks later gets this answer, and not a second one, if it is an error."""
+        """begun: the next `ask` of this question gets this answer, even if it is an error."""
         body = self._body(question)
         key = hashlib.sha256(body).hexdigest()
         done: Future[Answer] = Future()
@@ -143,7 +143,7 @@ class ServerJudge:
             return future
 
     def _body(self, question: Question) -> bytes:
-        """The request. Its seed is of what is asked, so that the same question draws the same."""
+        """Build the request. Its seed is a hash of the question: equal questions sample alike."""
         s = self.settings
         turns: list[Any]
         if s.form == "response_roles":
@@ -161,10 +161,10 @@ class ServerJudge:
         return json.dumps({**fields, "seed": int.from_bytes(seed) >> 1}).encode()
 
     def _answer(self, key: str, body: bytes, asked_s: float) -> Answer:
-        """All tries of one question, which was asked at `asked_s`; in a thread of the pool."""
+        """Answer one question, asked at `asked_s`, with its retries, in a thread of the pool."""
         try:
             answer = self._tries(body, asked_s)
-        except Exception as error:  # a fault of this program is no answer either
+        except Exception as error:  # a bug in this program must not become an answer
             LOGGER.exception("judge: a question failed")
             answer = Answer(None, f"{type(error).__name__}: {error}")
         if answer.text is not None:
@@ -175,7 +175,7 @@ class ServerJudge:
         with self._lock:
             self._under_way.pop(key, None)
             if not self._under_way and not self._has_been_silent():
-                # Nobody asks now, which is no silence of the server.
+                # No question is in flight, so the server is idle, not silent.
                 self._silent = False
             self.counts["failed" if answer.text is None else "answered"] += 1
         if answer.text is None:
@@ -213,7 +213,7 @@ class ServerJudge:
         return Answer(None, reason)
 
     def _guarded(self, body: bytes, end: float, asked_s: float) -> str:
-        """One try; where the server is down, only one question at a time makes it."""
+        """Make one attempt; while the server is down, one question at a time probes it."""
         if not self._is_down():
             return self._once(body, end)
         with self._probing:
@@ -230,11 +230,11 @@ class ServerJudge:
         return self._once(body, end)
 
     def _once(self, body: bytes, end: float) -> str:
-        """What the model wrote, in one try that is over by `end`."""
+        """Return the model's text from one attempt that ends by `end`."""
         timeout_s = max(0.001, min(self.settings.timeout_s, end - time.monotonic()))
         self._count("requests")
         with self._lock:
-            # Silence is counted from a request that gets no answer, not from when none is asked.
+            # Silence is measured from a request without an answer, not from idle time.
             if not self._silent:
                 self._last_answer_s, self._silent = time.monotonic(), True
         try:
@@ -254,12 +254,12 @@ class ServerJudge:
             self._last_answer_s, self._silent = time.monotonic(), False
 
     def _is_down(self) -> bool:
-        """Whether failures have been all there was for `silence_s`."""
+        """Return True if the server has only failed for `silence_s`."""
         with self._lock:
             return self._has_been_silent()
 
     def _has_been_silent(self) -> bool:
-        """As `_is_down`, under the lock."""
+        """Return `_is_down`; the caller holds the lock."""
         return self._silent and time.monotonic() - self._last_answer_s > self.settings.silence_s
 
     def _count(self, kind: str) -> None:
@@ -267,7 +267,7 @@ class ServerJudge:
             self.counts[kind] += 1
 
     def _warn(self, text: str, *values: object) -> None:
-        """At most one line in a while: thousands of questions may fail at once."""
+        """Log at most one line per interval: thousands of questions may fail at once."""
         now = time.monotonic()
         with self._lock:
             if self._logged_s and now - self._logged_s < _LOG_EVERY_S:
@@ -277,7 +277,7 @@ class ServerJudge:
 
 
 def server_problems(settings: JudgeConfig) -> list[str]:
-    """Every rule that the settings of a server break, its key in the environment included."""
+    """Return every rule that a server's settings break, including its key in the environment."""
     problems = settings.problems()
     key = read_key(settings.api_key_env)
     if settings.api_key_env and not key:
@@ -291,10 +291,10 @@ def server_problems(settings: JudgeConfig) -> list[str]:
 
 
 def _text_of(reply: bytes) -> tuple[str, bool]:
-    """The message of a chat completion, and whether it was cut off before the judge had decided.
+    """Return the message of a chat completion, and True if it was cut off before its end.
 
-    A message that was cut off is empty: what stands in it may be anything the judge thought of. An
-    empty one is an answer: the model said nothing.
+    A message that was cut off is returned empty, because it may contain any intermediate thought.
+    An empty message is an answer: the model said nothing.
     """
     try:
         choice = json.loads(reply)["choices"][0]

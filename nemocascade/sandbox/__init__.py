@@ -1,6 +1,6 @@
-"""Runs programs that nobody has read.
+"""Sandbox for untrusted programs.
 
-`pool.py` is the trusted side: it sends programs to workers and gets outcomes. `launch.py` starts a
-worker behind its walls. What is in `inside/` runs behind them, and imports the standard library
-only. Expected outputs never enter the sandbox: whoever asked compares.
+`pool.py` is the trusted side: it sends programs to workers and receives outcomes. `launch.py`
+starts a worker in an isolation backend. The code in `inside/` runs isolated and imports only the
+standard library. Expected outputs never enter the sandbox: the caller compares them.
 """

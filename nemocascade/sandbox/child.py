@@ -1,7 +1,7 @@
 """Checks in killable children, with a time and a memory limit.
 
-Regular expressions, symbolic algebra and schemas of unknown origin can run for ever. They run in
-persistent child processes; one that exceeds its time is killed, and the next call starts another.
+Regular expressions, symbolic algebra and schemas of unknown origin can run forever. They run in
+persistent child processes. A child that exceeds its time is killed; the next call starts another.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 DEFAULT_TIMEOUT_S = 5.0
 DEFAULT_MEMORY_MIB = 2048
 START_TIMEOUT_S = 60.0
-"""For the imports of a check, on a machine that may be busy."""
+"""Timeout of a check's imports, on a machine that may be busy."""
 
 
 class ChildError(RuntimeError):
-    """A check that gave no answer: over its time, killed, crashed, or it raised."""
+    """A check gave no answer: it exceeded its time, was killed, crashed, or raised."""
 
 
 class ChildPool:
-    """`size` children that answer `call`; started when first needed. Threads may share one."""
+    """Pool of up to `size` children that run `call`, started on demand. Threads may share one."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class ChildPool:
         self._size = size
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """`module:name` with JSON `arguments`; its result. Raises ChildError within bounds."""
+        """Run `module:name` with JSON `arguments`. Returns, or raises ChildError, within limits."""
         child = self._slots.get()
         try:
             if child is None or not child.alive:
@@ -55,7 +55,7 @@ class ChildPool:
             self._slots.put(child)
 
     def process_ids(self) -> list[int]:
-        """Ids of the idle children that run."""
+        """Process ids of the running idle children."""
         return [c.process.pid for c in list(self._slots.queue) if c is not None and c.alive]
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class _Child:
     def call(self, function: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
         module = function.partition(":")[0]
         try:
-            # The clock of a check starts when its imports are done.
+            # A check's time limit starts after its imports.
             if module not in self._imported:
                 limit = START_TIMEOUT_S
                 self._ask([f"{module}:", []], limit)
@@ -108,7 +108,7 @@ class _Child:
         return value
 
     def kill(self) -> int:
-        """Kill and reap; the exit status."""
+        """Kill and reap the child; return its exit status."""
         self.alive = False
         self.process.kill()
         status = self.process.wait()
@@ -144,11 +144,11 @@ class _Child:
 
 
 def serve(memory_mib: int) -> None:
-    """The child's loop: a request a line, an answer a line, until the parent closes the pipe."""
+    """Run the child's loop: one request and one answer per line, until the pipe closes."""
     limit = memory_mib << 20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # What a check prints must not be taken for an answer.
+    # Output of a check must not be mistaken for an answer.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -156,7 +156,7 @@ def serve(memory_mib: int) -> None:
         module, _, function = name.partition(":")
         try:
             loaded = importlib.import_module(module)
-            # Without a function the request is to import.
+            # A request without a function only imports.
             value = getattr(loaded, function)(*arguments) if function else None
             answer = json.dumps(["ok", value])
         except Exception as error:  # the parent turns it into an error verdict

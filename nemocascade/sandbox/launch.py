@@ -1,4 +1,4 @@
-"""Starts a worker behind its walls, by bubblewrap or by the kernel's own calls."""
+"""Starts an isolated worker, by bubblewrap or by direct system calls."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"
 
 
 class WallsError(RuntimeError):
-    """These walls cannot be built on this host; the message says what was refused."""
+    """An isolation backend is unavailable on this host; the message says what was denied."""
 
 
 def missing(walls: Walls) -> str | None:
-    """Why `walls` cannot even be tried; None if they can."""
+    """Return why an isolation backend cannot even be tried; None if it can."""
     if sys.platform != "linux":
         return f"the sandbox needs Linux, this is {sys.platform}"
     if walls == "bubblewrap" and shutil.which("bwrap") is None:
@@ -45,9 +45,9 @@ def missing(walls: Walls) -> str | None:
 
 
 def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
-    """Start a worker. Raises WallsError where the host does not let it build its walls.
+    """Start a worker. Raises WallsError if the host does not permit the isolation backend.
 
-    scratch: the folder programs write to where there are no walls.
+    scratch: the folder that programs write to without isolation.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     packages = [os.path.realpath(path) for path in config.packages]
@@ -73,7 +73,7 @@ def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            # A program sees the worker's environment, so it is written anew.
+            # Programs see the worker's environment, so it is built from scratch.
             env={
                 "PATH": "/usr/bin:/bin",
                 "LD_LIBRARY_PATH": f"{sys.base_exec_prefix}/lib",
@@ -90,9 +90,9 @@ def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
 
 
 class Worker:
-    """A started worker process and the socket to it. `pid` is the worker's own, behind its walls.
+    """A started worker process and the socket to it. `pid` is the isolated worker's own.
 
-    Raises WallsError if it refused to start.
+    Raises WallsError if it failed to start.
     """
 
     START_TIMEOUT_S = 60.0
@@ -115,7 +115,7 @@ class Worker:
         process.stderr.close()
 
     def kill(self) -> None:
-        """Kill the worker, whatever runs in it, and reap it."""
+        """Kill the worker and everything in it, and reap it."""
         self.channel.close()
         if self._inner is not None:
             # All programs die with process 1 of their worker's namespace.
@@ -127,9 +127,9 @@ class Worker:
         self.process.wait()
 
     def _hello(self) -> dict[str, Any]:
-        """The first message. With it the kernel tells the sender's id, as this side sees it.
+        """Receive the first message. With it, the kernel sends the sender's pid, as seen from here.
 
-        The process that was started is only the outermost: bubblewrap, or the guard.
+        The started process is only the outermost: bubblewrap, or the guard.
         """
         room = socket.CMSG_SPACE(_CREDENTIALS.size)
         self.channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -152,14 +152,14 @@ class Worker:
 
 
 def _python() -> str:
-    """The interpreter itself, not a virtual environment's link to it."""
+    """Path of the interpreter itself, not of a virtual environment's link to it."""
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 def visible(packages: Sequence[str] = ()) -> list[str]:
-    """What programs can read: the interpreter, the system's libraries, and folders of `packages`.
+    """Paths that programs can read: interpreter, system libraries, and folders of `packages`.
 
-    Without those, no site-packages.
+    Without `packages`, no site-packages.
     """
     prefixes = {sys.base_prefix, sys.base_exec_prefix, str(Path(_python()).parent.parent)}
     wanted = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", *sorted(prefixes), *packages]
@@ -184,7 +184,7 @@ def _bubblewrap(visible: list[str]) -> list[str]:
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]
         else:
-            # bwrap makes missing parents for the owner alone; the worker will be another user.
+            # bwrap creates missing parents with owner-only access; the worker will be another user.
             for parent in reversed(Path(path).parents[:-1]):
                 command += ["--perms", "0755", "--dir", str(parent)]
             command += ["--ro-bind", path, path]

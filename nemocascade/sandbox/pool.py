@@ -1,4 +1,4 @@
-"""The trusted side: programs in, outcomes out."""
+"""Trusted side of the sandbox: a pool of workers that run programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemocascade.sandbox import launch
 from nemocascade.types import Outcome, Program, SandboxError, SandboxUnavailable, Status
 
 GRACE_S = 5.0
-"""A worker that says nothing for this long after a program's time limit is killed."""
+"""A worker that is silent for this long after a program's time limit is killed."""
 _CHUNK = 1 << 16
 _PAGE = 4096
 
@@ -49,7 +49,7 @@ class SandboxPool:
     def run(self, program: Program) -> Outcome:
         """Run one program. Raises SandboxError within `time_s` + 5 s if a worker is lost.
 
-        Raises it too, at once, for files that the program's folder has no room for.
+        Raises SandboxError at once if the program's files exceed its folder's capacity.
         """
         _check_room(program.files, self.config)
         worker = self._slots.get()
@@ -60,7 +60,7 @@ class SandboxPool:
         except launch.WallsError as error:
             raise SandboxError(f"no worker could be started: {error}") from error
         except BaseException:
-            # Half a conversation cannot be gone on with.
+            # A worker with an unfinished exchange cannot be reused.
             if worker is not None:
                 worker.kill()
                 worker = None
@@ -69,7 +69,7 @@ class SandboxPool:
             self._slots.put(worker)
 
     def process_ids(self) -> list[int]:
-        """Ids of the idle workers."""
+        """Process ids of the idle workers."""
         return [w.pid for w in list(self._slots.queue) if w is not None]
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class SandboxPool:
         return self._folder.name
 
 
-# What walls must do before they are trusted: it runs inside, and ends with "held" if they hold.
+# Self-test of an isolation backend, run inside; it ends with "held" if the isolation holds.
 _PROBE = """
 import os, socket
 assert os.getpid() == 1 and not os.path.exists("/proc/self") and os.listdir(".") == []
@@ -143,7 +143,7 @@ print("held")
 
 
 def _proven(worker: launch.Worker, config: SandboxConfig) -> launch.Worker:
-    """The worker, if its walls hold. Raises WallsError."""
+    """Return the worker if it passes the self-test. Raises WallsError."""
     try:
         outcome = _run(worker, Program(_PROBE.format(processes=config.processes)), config)
     except SandboxError as error:
@@ -157,7 +157,7 @@ def _proven(worker: launch.Worker, config: SandboxConfig) -> launch.Worker:
 
 
 def _run(worker: launch.Worker, program: Program, config: SandboxConfig) -> Outcome:
-    """Hand the program's pipes to the worker, feed and drain them, and wait for its answer."""
+    """Pass the program's pipes to the worker, feed and drain them, and wait for its answer."""
     job = {
         "source": program.source,
         "function": program.function,
@@ -165,7 +165,7 @@ def _run(worker: launch.Worker, program: Program, config: SandboxConfig) -> Outc
         "files": {path: base64.b64encode(data).decode() for path, data in program.files.items()},
     }
     with contextlib.ExitStack() as stack:
-        # Written by us: stdin and the job. Read by us: stdout, stderr and results.
+        # The pool writes stdin and the job; it reads stdout, stderr and results.
         stdin_r, stdin_w = _pipe(stack)
         out_r, out_w = _pipe(stack)
         err_r, err_w = _pipe(stack)
@@ -189,7 +189,7 @@ def _run(worker: launch.Worker, program: Program, config: SandboxConfig) -> Outc
     if "status" not in answer:
         raise SandboxError(f"a program could not be isolated: {answer.get('refused')}")
     status: Status = "ok" if answer["status"] == 0 else "failed"
-    # The kernel kills what is over its processor time, which threads use up faster than the clock.
+    # The kernel kills a program over its CPU time, which threads use up faster than wall time.
     killed = answer["status"] == -signal.SIGKILL
     if exchange.over:
         status = "output"
@@ -207,7 +207,7 @@ def _run(worker: launch.Worker, program: Program, config: SandboxConfig) -> Outc
 
 
 def _check_room(files: Mapping[str, bytes], config: SandboxConfig) -> None:
-    """Raise SandboxError where `files` do not fit the scratch folder, half of it left free."""
+    """Raise SandboxError if `files` do not fit into half of the scratch folder."""
     folders = {str(parent) for path in files for parent in PurePosixPath(path).parents}
     pages = sum(-(-len(data) // _PAGE) for data in files.values()) + len(folders)
     entries = len(files) + len(folders)
@@ -259,7 +259,7 @@ class _Exchange:
         self.over = False
 
     def run(self, deadline: float) -> dict[str, Any]:
-        """The worker's answer. Raises SandboxError if there is none by `deadline`."""
+        """Return the worker's answer. Raises SandboxError if there is none by `deadline`."""
         with selectors.DefaultSelector() as selector:
             for fd in self._write:
                 os.set_blocking(fd.number, False)
@@ -268,7 +268,7 @@ class _Exchange:
                 selector.register(fd, selectors.EVENT_READ)
             selector.register(self._channel, selectors.EVENT_READ)
             answer: dict[str, Any] | None = None
-            # When the program has ended nobody holds the pipes, so they drain to their end.
+            # Once the program has ended, nobody holds the pipes, so they can be fully drained.
             while answer is None or any(fd in selector.get_map() for fd in self.read):
                 events = selector.select(max(0.0, deadline - time.monotonic()))
                 if not events and time.monotonic() >= deadline:
@@ -291,12 +291,12 @@ class _Exchange:
         return dict(json.loads(data))
 
     def _move(self, fd: Any) -> bool:
-        """Move some bytes; False when the pipe is done with."""
+        """Transfer some bytes; return False when the pipe is finished."""
         if fd in self._write:
             try:
                 written = os.write(fd.number, self._write[fd][:_CHUNK])
             except BrokenPipeError:
-                written = len(self._write[fd])  # the program does not want the rest
+                written = len(self._write[fd])  # the program closed its end
             self._write[fd] = self._write[fd][written:]
             if not self._write[fd]:
                 fd.close()
@@ -307,13 +307,13 @@ class _Exchange:
         kept += data[: self._limit - len(kept)]
         if len(kept) >= self._limit and data and not self.over:
             self.over = True
-            with contextlib.suppress(OSError):  # its death shows when the answer is read
+            with contextlib.suppress(OSError):  # a dead worker shows when the answer is read
                 self._channel.send(b"kill")
         return bool(data)
 
 
 def _parse(lines: bytes) -> tuple[Any, ...]:
-    """Results, a JSON value a line. A program can write what it likes here: stop at nonsense."""
+    """Parse results, one JSON value per line. A program may write anything: stop at bad lines."""
     values = []
     for line in lines.splitlines():
         try:

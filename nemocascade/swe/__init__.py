@@ -1,4 +1,4 @@
-"""What software repair is made from: repositories, retrieval, edits and tests.
+"""Software repair: repositories, retrieval, edits and tests.
 
 This file stays empty.
 """

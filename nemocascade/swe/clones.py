@@ -1,7 +1,8 @@
-"""Repositories as they were at a commit, from git clones on this machine; nothing is downloaded.
+"""Snapshots of repositories at a commit, from git clones on this machine, without downloads.
 
-Files are written as git holds them, which patches are made of. `git archive` and a checkout would
-leave out and rewrite what the repository's attributes say (export-ignore, export-subst, filters).
+Files are written as git stores them, because patches are made from those. `git archive` and
+checkouts skip and rewrite files by the repository's attributes (export-ignore, export-subst,
+filters).
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from nemocascade.swe.snapshots import MOST_MIB, misfit
 _COMMIT = re.compile(r"[0-9a-f]{7,64}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _FILE = b"100"
-"""Modes of files begin so; links and submodules have others."""
+"""Prefix of the modes of files; links and submodules have other modes."""
 
 
 class CloneError(ValueError):
-    """A clone that is not there, or not whole. The message says how to mend it."""
+    """A clone is missing or incomplete. The message gives the remedy."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file at a commit. blob: the name of its contents."""
+    """A file at a commit. blob: object name of its contents."""
 
     path: str
     blob: bytes
@@ -35,7 +36,7 @@ class _Entry:
 
 
 def find_clone(root: Path, repository: str) -> Path:
-    """The git folder of `owner/name` below `root`. Raises CloneError without one."""
+    """Return the git folder of `owner/name` below `root`. Raises CloneError without one."""
     owner, _, name = repository.partition("/")
     if not _is_name(owner) or not _is_name(name):
         raise CloneError(f"repo({repository!r}) must be owner/name")
@@ -51,11 +52,10 @@ def find_clone(root: Path, repository: str) -> Path:
 
 
 def write_snapshot(clone: Path, commit: str, target: Path) -> int:
-    """Write the files at `commit` to the new folder `target`; returns how many links and submodules
-    were left out.
+    """Write the files at `commit` to the new folder `target`.
 
-    Raises CloneError for a commit that the clone does not have whole, and ValueError for files that
-    no snapshot can hold.
+    Returns the number of skipped links and submodules. Raises CloneError for a commit that the
+    clone does not fully have, and ValueError for files that a snapshot cannot hold.
     """
     if not _COMMIT.fullmatch(commit):
         raise CloneError(f"base_commit({commit!r}) must be the hash of a commit")
@@ -74,12 +74,12 @@ def write_snapshot(clone: Path, commit: str, target: Path) -> int:
         path = target / entry.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(stream.read(entry.size))
-        stream.readline()  # ends the contents
+        stream.readline()  # the line break after the contents
     return left_out
 
 
 def _entries(clone: Path, commit: str) -> tuple[list[_Entry], int]:
-    """The files at a commit, and how many entries are none."""
+    """Return the files at a commit, and the number of skipped entries."""
     try:
         listed = _git(clone, "ls-tree", "-r", "-l", "-z", "--full-tree", f"{commit}^{{commit}}")
     except CloneError as error:
@@ -96,7 +96,7 @@ def _entries(clone: Path, commit: str) -> tuple[list[_Entry], int]:
 
 
 def _git(clone: Path, *arguments: str, stdin: bytes = b"") -> bytes:
-    """What a git command prints. It may reach nothing but the clone."""
+    """Return the output of a git command, which may access only the clone."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(

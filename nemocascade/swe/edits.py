@@ -1,19 +1,18 @@
-"""Search/replace edits: the form of a repair, how it is read, and how it changes files.
+"""Search/replace edits: the format of a repair, its parser, and its application to files.
 
-An answer holds one or more blocks; what stands outside of them is not read:
+An answer holds one or more blocks; text outside of them is ignored:
 
     ### src/cart.py
     <<<<<<< SEARCH
-    lines that stand in the file, once
+    lines that occur in the file, once
     =======
-    lines that take their place
+    lines that replace them
     >>>>>>> REPLACE
 
-Each marker is a line of its own. Further blocks for the same file may follow without its name. The
-searched lines are whole lines of the file, with their indentation; they must stand in it exactly
-once. Without searched lines the block makes a new file. A line that looks like a marker is one.
-(The form is that of Agentless, Xia et al., arXiv 2407.01489; whole lines and one occurrence are
-rules here.)
+Each marker is on its own line. More blocks for the same file may follow without its name. The
+searched lines are whole lines of the file, with their indentation, and must occur exactly once.
+A block without searched lines makes a new file. A line that looks like a marker is one. (The format
+is that of Agentless, Xia et al., arXiv 2407.01489; whole lines and one occurrence are rules here.)
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ _PATH = re.compile(r"###[ \t]+(\S.*?)[ \t]*")
 
 
 class EditError(ValueError):
-    """Edits that cannot be read or applied. The message says which and why."""
+    """Edits cannot be parsed or applied. The message says which and why."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Lines of a file and what takes their place, both without line ends."""
+    """Lines of a file and their replacement, both without line ends."""
 
     path: str
     search: tuple[str, ...]
@@ -51,7 +50,7 @@ class Edit:
 
 
 def parse_edits(text: str) -> list[Edit]:
-    """The edits of an answer, in order. Raises EditError for any fault, and if there is none."""
+    """Parse the edits of an answer, in order. Raises EditError for any fault and for no edits."""
     edits: list[Edit] = []
     named: str | None = None
     lines = iter(text.replace("\r\n", "\n").split("\n"))
@@ -74,10 +73,10 @@ def parse_edits(text: str) -> list[Edit]:
 
 
 def apply_edits(files: Mapping[str, str], edits: Sequence[Edit]) -> dict[str, str]:
-    """The files after the edits, which see each other's results in order.
+    """Apply the edits in order, each to the result of the ones before, and return the files.
 
-    files: texts by their paths. Raises EditError where an edit's lines are missing, stand in the
-    file more than once, or stay as they are; and for a new file whose path is taken.
+    files: texts by path. Raises EditError if an edit's lines do not occur, occur more than once or
+    are unchanged, and for a new file whose path exists.
     """
     changed = dict(files)
     for edit in edits:
@@ -92,14 +91,14 @@ def apply_edits(files: Mapping[str, str], edits: Sequence[Edit]) -> dict[str, st
 
 
 def edit_text(edit: Edit) -> str:
-    """An edit in the form that `parse_edits` reads."""
+    """Format an edit for `parse_edits`."""
     return "\n".join((f"### {edit.path}", SEARCH, *edit.search, DIVIDER, *edit.replace, REPLACE))
 
 
 def checked_path(path: str) -> str:
-    """`path`, if it can only lie inside of the repository. Raises EditError.
+    """Return `path` if it is inside the repository. Raises EditError otherwise.
 
-    Relative, with forward slashes, in its shortest form, and not in a `.git` folder.
+    It must be relative, with forward slashes, normalised, and not in a `.git` folder.
     """
     parts = path.split("/")
     if (
@@ -149,7 +148,7 @@ def _replaced(text: str, edit: Edit) -> str:
         raise EditError(f"{edit.path}: {where}, not once")
     if edit.search == edit.replace:
         raise EditError(f"{edit.path}: an edit that changes nothing")
-    # A file keeps its own line ends.
+    # A file keeps its line ends.
     end = "\r" if lines[places[0]].endswith("\r") else ""
     lines[places[0] : places[0] + size] = [line + end for line in edit.replace]
     return "\n".join(lines)

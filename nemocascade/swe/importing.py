@@ -1,8 +1,8 @@
-"""`nemocascade import-swe`: rows as SWE-Gym publishes them become folders of tasks.
+"""`nemocascade import-swe`: converts rows in the form of SWE-Gym to folders of tasks.
 
-A row has a repository's name, a commit, and two patches: the repair, and the tests that decide. Of
-each the result has a folder with `row.json` and `tests/`, as `swe.rows` reads them; snapshots lie
-beside them, and rows of one commit share one.
+A row names a repository and a commit, and has two patches: the repair and the hidden tests. Each
+row becomes a folder with `row.json` and `tests/`, as `swe.rows` reads them. Snapshots are beside
+these folders; rows of the same commit share one.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _NEEDED = ("instance_id", "repo", "base_commit", "patch", "test_patch")
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """Make tasks of rows in the form of SWE-Gym: instance_id, repo, base_commit, problem_statement,
+    """Make tasks from rows in SWE-Gym's form: instance_id, repo, base_commit, problem_statement,
     patch, test_patch, FAIL_TO_PASS, PASS_TO_PASS. Nothing is downloaded."""
 
     rows: tyro.conf.Positional[str]
     """File of rows: .jsonl, .jsonl.gz or .parquet."""
 
     target: tyro.conf.Positional[str]
-    """Folder to write. Tasks that it holds already stay as they are."""
+    """Folder to write. Tasks that it already has are not changed."""
 
     repositories: str
     """Folder with git clones, bare or not: owner__name or owner/name."""
@@ -47,7 +47,7 @@ class ImportSettings:
 
 @dataclass
 class Imported:
-    """What became of the rows, by name. left_out: links and submodules, by snapshot."""
+    """Result of the import by row name. left_out: skipped links and submodules, by snapshot."""
 
     made: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Imported:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def text(self) -> str:
-        """A line for each failure and each snapshot that lacks something, and the counts."""
+        """Report one line per failure and per incomplete snapshot, and the counts."""
         lines = [f"{name}: {reason}" for name, reason in self.failed.items()]
         lines += [
             f"{name}: {count} links and submodules are left out"
@@ -66,7 +66,7 @@ class Imported:
 
 
 def import_rows(settings: ImportSettings) -> Imported:
-    """Make a task of every row. Raises ValueError for a file of rows that cannot be read."""
+    """Make a task of every row. Raises ValueError if the file of rows cannot be read."""
     rows = read_rows(Path(settings.rows))
     target, clones = Path(settings.target), Path(settings.repositories)
     (target / SNAPSHOTS).mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def import_rows(settings: ImportSettings) -> Imported:
 
 
 def read_rows(path: Path) -> list[tuple[str, Row]]:
-    """The rows of a file, each with its `file:number`. Raises ValueError for a broken one."""
+    """Return the rows of a file, each with `file:number`. Raises ValueError for a broken row."""
     if not path.is_file():
         raise ValueError(f"{path} is no file: name one with rows")
     found: list[tuple[str, Row]]
@@ -114,7 +114,7 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def _check(row: Row, names: set[str]) -> None:
-    """Raise ValueError for a row that misses something, or has another's name."""
+    """Raise ValueError for a row with missing fields or a duplicate name."""
     for key in _NEEDED:
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise ValueError(f"{key!r} must be a text that is not empty")
@@ -127,9 +127,9 @@ def _check(row: Row, names: set[str]) -> None:
 
 
 def _import(row: Row, target: Path, clones: Path, found: Imported) -> None:
-    """Write the task of one row, whole or not at all."""
+    """Write the task of one row, completely or not at all."""
     name = row["instance_id"]
-    # The patch is read first: it needs no snapshot.
+    # Parse the patch first: that needs no snapshot.
     golden = list(row.get("golden_files") or patched_files(row["patch"]))
     settings = test_settings_of(row, {})
     snapshot = _snapshot(row, target, clones, found)
@@ -151,7 +151,7 @@ def _import(row: Row, target: Path, clones: Path, found: Imported) -> None:
 
 
 def _snapshot(row: Row, target: Path, clones: Path, found: Imported) -> str:
-    """The folder with a row's repository, relative to `target`; it is written where it is new."""
+    """Return the folder of a row's repository, relative to `target`; write it if it is new."""
     commit = row["base_commit"].strip().lower()
     clone = find_clone(clones, row["repo"])
     name = f"{SNAPSHOTS}/{row['repo'].replace('/', '__')}@{commit}"
@@ -164,14 +164,16 @@ def _snapshot(row: Row, target: Path, clones: Path, found: Imported) -> str:
 
 
 def _tests(row: Row, settings: Row, snapshot: Path) -> Files:
-    """The files of the tests: those of `test_patch`, and those of the other tests that must pass,
-    which a repair could otherwise change."""
+    """Return the test files: those of `test_patch`, and those of the other tests that must pass.
+
+    Without the latter, a repair could change them.
+    """
     patched = parse_patch(row["test_patch"])
     olds = {file.old for file in patched if file.old is not None}
     before = {p: (snapshot / p).read_bytes() for p in olds if (snapshot / p).is_file()}
     after = apply_patch(before, row["test_patch"])
     names = (*settings["fail_to_pass"], *settings["pass_to_pass"])
-    # A file that the patch deletes or renames holds no test any more.
+    # A file that the patch deletes or renames has no tests any more.
     there = {*snapshot_paths(snapshot)} - olds | {*after}
     for path in check_tests(names, there) - {*after}:
         after[path] = (snapshot / path).read_bytes()
@@ -180,9 +182,9 @@ def _tests(row: Row, settings: Row, snapshot: Path) -> Files:
 
 @contextmanager
 def _new_folder(target: Path, name: str) -> Iterator[Path]:
-    """A folder to fill, which takes its name when all of it is written, and else is taken away.
+    """Yield a folder to fill. It is renamed to `name` on success and removed on failure.
 
-    Until then it lies where no task is looked for.
+    Until then it is where no task is searched for.
     """
     partial = target / SNAPSHOTS / f".{name.rpartition('/')[2]}.partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Unified diffs as git writes them: read strictly, and applied to the files they were made of.
+"""Unified diffs as git writes them: strict parser, and application to the original files.
 
-A hunk is read by the counts of its header, so no line of a file can be taken for a header. Names
-may be quoted, files may be made, deleted and renamed; what stands between files is not read.
-Changes of binary files are known as such and cannot be applied.
+A hunk is read by the counts in its header, so no line of a file can be mistaken for a header. Names
+may be quoted; files may be created, deleted and renamed. Text between files is ignored. Changes of
+binary files are recognised but cannot be applied.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _ESCAPE = re.compile(rb"\\([0-7]{3}|.)")
 _CONTROLS = dict(zip(b"abtnvfr", b"\a\b\t\n\v\f\r", strict=True))
 _NOWHERE = "/dev/null"
 _SIGNATURE = "-- "
-"""Ends a patch that was made for a mail."""
+"""Last line of a patch formatted as a mail."""
 
 
 class PatchError(ValueError):
-    """A patch that cannot be read or applied. The message says where and why."""
+    """A patch cannot be parsed or applied. The message says where and why."""
 
 
 @dataclass(frozen=True)
 class Hunk:
-    """Lines of a file and what becomes of them.
+    """Changed lines of a file.
 
-    start: number of the first old line; without old lines, of the line before.
+    start: number of the first old line; without old lines, number of the line before.
     lines: in order, each with its sign (space, `-` or `+`) and its line end.
     """
 
@@ -44,17 +44,17 @@ class Hunk:
 
     @property
     def old(self) -> list[str]:
-        """The lines before."""
+        """Lines before the patch."""
         return [text for sign, text in self.lines if sign != "+"]
 
     @property
     def new(self) -> list[str]:
-        """The lines after."""
+        """Lines after the patch."""
         return [text for sign, text in self.lines if sign != "-"]
 
     @property
     def changed(self) -> set[int]:
-        """Numbers of the old lines that go, and of those after which lines come."""
+        """Numbers of old lines that are removed, or after which lines are added."""
         at, found = self.start if self.old else self.start + 1, set()
         for sign, _ in self.lines:
             if sign == "+":
@@ -67,7 +67,7 @@ class Hunk:
 
 @dataclass(frozen=True)
 class FilePatch:
-    """What a patch does to one file. old is None for a new file, new for a deleted one."""
+    """Changes of one file. old is None for a new file, new for a deleted one."""
 
     old: str | None
     new: str | None
@@ -76,14 +76,14 @@ class FilePatch:
 
     @property
     def path(self) -> str:
-        """The name before, or after where there was none."""
+        """Name before the patch, or after it for a new file."""
         name = self.old if self.old is not None else self.new
         assert name is not None
         return name
 
 
 def parse_patch(text: str) -> tuple[FilePatch, ...]:
-    """The files of a patch, in order. Raises PatchError for any fault, and if there is none."""
+    """Parse the files of a patch, in order. Raises PatchError for any fault and for no files."""
     lines, found = _Lines(text), []
     while not lines.at_end:
         if lines.peek().startswith(_GIT) or lines.at_names:
@@ -98,7 +98,7 @@ def parse_patch(text: str) -> tuple[FilePatch, ...]:
 
 
 def apply_patch(files: Mapping[str, bytes], patch: str) -> dict[str, bytes]:
-    """The files after the patch. Raises PatchError where a line is not as the patch has it."""
+    """Return the files after the patch. Raises PatchError if a line differs from the patch."""
     changed = dict(files)
     for file in parse_patch(patch):
         before = _before(changed, file)
@@ -143,13 +143,13 @@ def _patched(text: str, file: FilePatch) -> str:
 
 
 def _with_ends(text: str) -> list[str]:
-    """The lines, each with its end; the last may have none."""
+    """Split into lines with their ends; the last may have none."""
     *whole, last = text.split("\n")
     return [f"{line}\n" for line in whole] + ([last] if last else [])
 
 
 class _Lines:
-    """The lines of a patch and where its reader is."""
+    """Lines of a patch with a read position."""
 
     def __init__(self, text: str) -> None:
         self._lines = text.removesuffix("\n").split("\n")
@@ -165,11 +165,11 @@ class _Lines:
 
     @property
     def at_names(self) -> bool:
-        """Whether the next two lines name a file before and after."""
+        """Return True if the next two lines are the names of a file before and after."""
         return self.peek().startswith("--- ") and self.peek(1).startswith("+++ ")
 
     def peek(self, ahead: int = 0) -> str:
-        """A line to come; empty behind the end."""
+        """Return an upcoming line; empty after the end."""
         at = self._at + ahead
         return self._lines[at] if at < len(self._lines) else ""
 
@@ -206,7 +206,7 @@ def _file(lines: _Lines) -> FilePatch:
 
 
 def _names(before: str, after: str) -> tuple[str | None, str | None]:
-    """The names of the `---` and the `+++` line."""
+    """Parse the names of the `---` and `+++` lines."""
     old, new = (_unquoted(name.rstrip("\r").partition("\t")[0]) for name in (before, after))
     if old.startswith(("a/", _NOWHERE)) and new.startswith(("b/", _NOWHERE)):
         old, new = old.removeprefix("a/"), new.removeprefix("b/")
@@ -214,7 +214,7 @@ def _names(before: str, after: str) -> tuple[str | None, str | None]:
 
 
 def _same_name(names: str) -> str | None:
-    """The name that a `diff --git` line says twice; None where it says two."""
+    """Return the name that a `diff --git` line has twice; None if it has two names."""
     if quoted := _QUOTED.match(names):
         first, second = quoted[0], names[quoted.end() + 1 :]
     else:
@@ -225,7 +225,7 @@ def _same_name(names: str) -> str | None:
 
 
 def _unquoted(name: str) -> str:
-    """A name that git has quoted, C's way with the bytes of UTF-8, or any other as it is."""
+    """Decode a name that git quoted (C escapes of UTF-8 bytes); others are unchanged."""
     quoted = _QUOTED.fullmatch(name)
     if quoted is None:
         return name
@@ -258,7 +258,7 @@ def _hunk(lines: _Lines, header: re.Match[str], where: str) -> Hunk:
     while old or new or lines.peek().startswith("\\"):
         if lines.at_end:
             raise PatchError(f"{where} has fewer lines than its header says")
-        # Mail programs and editors take the space off an empty line.
+        # Mail programs and editors strip the space of an empty line.
         line = lines.take() or " "
         sign, text = line[0], line[1:]
         if sign == "\\" and body:

@@ -1,8 +1,9 @@
-"""The files of a repository that a prompt shows: those to repair, and others that an issue is near.
+"""Selection of the repository files in a prompt: the golden ones and others relevant to the issue.
 
-A prompt has room for so many characters. The golden files come first and are never left out: where
-they are too long, each is cut to the lines around those that the patch changes. The mark before
-such lines stands outside of the fence that holds a file's text. The other files are ranked by BM25.
+A prompt has a limited number of characters. The golden files, which are to be repaired, come first
+and are never dropped. If they are too long, each is cut to the lines around those that the patch
+changes. The mark before such lines is outside the fence with the file's text. The other files are
+ranked by BM25.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _TEST_FOLDERS = {"test", "tests", "testing"}
 
 
 class FileIndex:
-    """The words of files that are no tests, which would say what a repair has to do.
+    """BM25 index of a repository's files, without tests, which would reveal the repair.
 
-    BM25 with the idf that stays above 0 (Robertson and Zaragoza, "The Probabilistic Relevance
-    Framework: BM25 and Beyond", 2009, Eq. 3.15; idf as Lucene has it).
+    The idf is always positive (Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25
+    and Beyond", 2009, Eq. 3.15; idf as in Lucene).
     """
 
     def __init__(self, files: Mapping[str, str]) -> None:
@@ -45,9 +46,9 @@ class FileIndex:
             self._index.index(texts, show_progress=False)
 
     def rank(self, query: str, count: int, *, without: Collection[str] = ()) -> list[str]:
-        """Paths of the `count` files that match `query` best, best first; ties by path.
+        """Return the paths of the `count` best matches of `query`, best first; ties by path.
 
-        Files that share no word with the query are left out.
+        Files without a word of the query are excluded.
         """
         if self._index is None:
             return []
@@ -61,18 +62,18 @@ class FileIndex:
 
 @lru_cache(maxsize=8)
 def folder_index(folder: str) -> FileIndex:
-    """Of the texts in a folder, shared by the rows that name it."""
+    """Index the texts in a folder; rows of one folder share the index."""
     return FileIndex(folder_texts(folder))
 
 
 def is_test(path: str) -> bool:
-    """Whether a file is one of tests, by its name or by the folders that it lies in."""
+    """Return True if a file is a test by its name or by the name of a parent folder."""
     folders = {part.lower() for part in PurePosixPath(path).parts[:-1]}
     return bool(test_files([path])) or bool(folders & _TEST_FOLDERS)
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case; a name of several, `snake_case` or `camelCase`, also in its parts."""
+    """Lower-case words; names in `snake_case` or `camelCase` give the name and its parts."""
     found = []
     for name in _NAME.findall(text):
         parts = _HUMP.findall(name)
@@ -93,12 +94,12 @@ def shown_files(
     hidden: Collection[str] = (),
     index: FileIndex | None = None,
 ) -> dict[str, str]:
-    """What a prompt shows of each file, by path: so the order says nothing of which is golden.
+    """Return the files' texts for the prompt, sorted by path so that the order reveals nothing.
 
-    The golden files, and of the `retrieved` others that match the issue best those that still fit
-    into `room` characters, but no test and nothing `hidden`. Where the golden files alone have no
-    room, they are shown in windows, see `_golden`.
-    index: over the files, where it is there already.
+    They are the golden files, and those of the `retrieved` best matches that still fit into `room`
+    characters. Tests and `hidden` files are excluded. Golden files that do not fit are shown in
+    windows, see `_golden`.
+    index: an existing index of the files.
     """
     blocks = _golden({p: files[p] for p in golden if p in files}, patch, room)
     room -= _size(blocks)
@@ -112,8 +113,9 @@ def shown_files(
 
 
 def _golden(files: Mapping[str, str], patch: str, room: int) -> dict[str, str]:
-    """The files, whole if they have room; else the changed lines of each, with as many before and
-    after as have. A file that the patch does not change stays whole, and so does all without one.
+    """Return the files whole if they fit, else the largest windows around changed lines that fit.
+
+    A file that the patch does not change stays whole; without a patch, all do.
     """
     changed = _changed(patch)
 
@@ -137,7 +139,7 @@ def _golden(files: Mapping[str, str], patch: str, room: int) -> dict[str, str]:
 
 
 def _changed(patch: str) -> dict[str, set[int]]:
-    """Numbers of the lines that a patch changes, by the path before it."""
+    """Return the numbers of the lines that a patch changes, by old path."""
     found: dict[str, set[int]] = {}
     for file in parse_patch(patch) if patch else ():
         lines = {line for hunk in file.hunks for line in hunk.changed}
@@ -146,7 +148,7 @@ def _changed(patch: str) -> dict[str, set[int]]:
 
 
 def _windows(changed: Collection[int], around: int) -> list[_Window]:
-    """The lines `around` the changed ones; windows that touch are one."""
+    """Return windows of `around` lines at the changed ones; adjacent windows are merged."""
     found: list[_Window] = []
     for line in sorted(changed):
         first, last = max(1, line - around), line + around
@@ -157,7 +159,7 @@ def _windows(changed: Collection[int], around: int) -> list[_Window]:
 
 
 def _block(path: str, text: str, windows: Sequence[_Window]) -> str:
-    """A file under its path: all of it without windows, and if they leave out no line."""
+    """Format a file under its path: whole if there are no windows, or if they cover every line."""
     longest = max((len(ticks) for ticks in _TICKS.findall(text)), default=2)
     fence = "`" * (longest + 1)
     lines = text.removesuffix("\n").split("\n")

@@ -1,4 +1,4 @@
-"""Which files of a repository decide how its tests run: an edit of them does not count."""
+"""Protected files of a repository: they decide how tests run, so edits of them are ignored."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _SETTINGS = {
     *("conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml"),
     *("tox.ini", "setup.cfg", "pyproject.toml", "sitecustomize.py", "usercustomize.py"),
 }
-"""Files that configure tests wherever they stand."""
+"""Files that configure tests in any folder."""
 _METADATA = (".egg-info", ".dist-info")
-"""Folders whose entry points pytest takes for plugins."""
+"""Folders whose entry points pytest loads as plugins."""
 _TEST_FOLDERS = {"test", "tests", "testing"}
 _SOURCES = "src"
-"""The folder that the runner imports from, beside the root."""
+"""Import folder of the runner, besides the root."""
 _AFTER_MODULE = 2
-"""Names that may follow a module's in a dotted id: of a class and a method."""
+"""Names after the module's in a dotted id: class and method."""
 
 
 def test_files(files: Iterable[str]) -> list[str]:
-    """The paths whose names are those of test files."""
+    """Return the paths whose names are those of test files."""
     return sorted(path for path in files if _is_test(path))
 
 
@@ -30,7 +30,7 @@ test_files.__test__ = False  # type: ignore[attr-defined]
 
 
 def file_of(test: str, files: Container[str]) -> str | None:
-    """The file that holds a test, by the test's id; None if none of `files` does.
+    """Return the file of a test, by the test's id; None if it is not in `files`.
 
     Raises ValueError for an id whose path leads outside.
     """
@@ -49,9 +49,9 @@ def file_of(test: str, files: Container[str]) -> str | None:
 
 
 def check_tests(tests: Iterable[str], files: Iterable[str]) -> set[str]:
-    """Those of the files that hold the tests.
+    """Return the files that contain the tests.
 
-    Raises ValueError for a test that none does: an edit could make its file.
+    Raises ValueError for a test that is in no file: an edit could create it.
     """
     known = set(files)
     found = {test: file_of(test, known) for test in tests}
@@ -64,12 +64,12 @@ def check_tests(tests: Iterable[str], files: Iterable[str]) -> set[str]:
 
 
 class Protected:
-    """The paths that edits may not touch, given a snapshot, hidden files, and ids of tests.
+    """Set of paths that edits may not change, for a snapshot, hidden files, and ids of tests.
 
-    These are: files of settings; the hidden files, and those that an id names; a test folder; new
-    files that Python would import in the place of a test's. A folder is one of tests if its path
-    says so, or if the snapshot has nothing but tests and settings in it. Of another folder, where
-    tests lie beside sources, only the files whose names are those of tests count.
+    It holds files of settings, the hidden files, files named by an id, and files in test folders.
+    It also holds new files that Python would import instead of a test's. A folder is a test folder
+    if its path says so, or if the snapshot has only tests and settings in it. In a folder with both
+    tests and sources, only files with names of test files are protected.
 
     Raises ValueError for an id whose file is in neither the snapshot nor the hidden files.
     """
@@ -98,7 +98,7 @@ class Protected:
         return path not in self._snapshot and self._replaces(path)
 
     def _test_folder(self, folder: PurePosixPath) -> str:
-        """The folder of tests that `folder` is or lies in; empty if it holds sources too."""
+        """Return the test folder that is or contains `folder`; empty if it has sources too."""
         for inner in (folder, *folder.parents):
             if inner.name in _TEST_FOLDERS:
                 return str(inner)
@@ -108,8 +108,7 @@ class Protected:
         return str(folder) if only and str(folder) != "." else ""
 
     def _replaces(self, path: str) -> bool:
-        """Whether a module of that path would be imported before a test's, or before a package
-        that the test is in."""
+        """Return True if Python would import this path before a test's module or its package."""
         made = tuple(part for part in _module(path) if part != "__init__")
         for known in self._modules:
             size = min(len(made), len(known))
@@ -128,7 +127,7 @@ def _is_setting(path: str) -> bool:
 
 
 def _module(path: str) -> tuple[str, ...]:
-    """The parts of the name that a file is imported by, whatever its suffix."""
+    """Return the parts of a file's import name, whatever its suffix."""
     pure = PurePosixPath(path)
     parts = (*pure.parent.parts, pure.name.partition(".")[0])
     return parts[1:] if parts[0] == _SOURCES else parts

@@ -1,4 +1,4 @@
-"""What the runner reports of tests: read with suspicion, opened where sealed, told to people."""
+"""Parsing of the runner's test reports: validation, unsealing, and text for people."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _OUTPUT_SHARE = 2000
 
 @dataclass(frozen=True)
 class TestReport:
-    """How one test ended. name: what it was asked for as. values: what a sealed test handed out."""
+    """Result of one test. name: as requested. values: values that a sealed test reported."""
 
-    __test__ = False  # pytest takes classes of such a name for tests
+    __test__ = False  # keeps pytest from collecting the class
 
     name: str
     id: str
@@ -26,9 +26,9 @@ class TestReport:
     values: tuple[tuple[int, str], ...]
 
     def is_of(self, name: str) -> bool:
-        """Whether it is of what was asked for as `name`, or of something inside of it.
+        """Return True if the report is about the requested `name` or something inside it.
 
-        A file that could not be loaded is of all the tests in it.
+        The report of a file that could not be loaded is about all tests in it.
         """
         inner = (f"{name}.", f"{name}::", f"{name}[")
         if name in (self.name, self.id) or self.id.startswith(inner):
@@ -37,10 +37,10 @@ class TestReport:
 
 
 def read_reports(outcome: Outcome, nonce: str, framework: str) -> list[TestReport]:
-    """The reports that carry the nonce; those of another form are dropped.
+    """Return the reports with the right nonce; malformed ones are dropped.
 
-    Raises SandboxError where the runner did not come to load the repository. It marks its start
-    before it does, so nothing of the repository can take the mark away.
+    Raises SandboxError if the runner did not start loading the repository. The runner writes its
+    start mark before that, so code of the repository cannot suppress it.
     """
     mine = [r for r in outcome.results if isinstance(r, dict) and r.get("nonce") == nonce]
     if mine and "unable" in mine[0]:
@@ -60,7 +60,7 @@ def read_reports(outcome: Outcome, nonce: str, framework: str) -> list[TestRepor
 
 
 def _report(line: Mapping[str, Any]) -> TestReport | None:
-    """A report; None for a line of another form, which code of the repository has written."""
+    """Parse a report; None for a malformed line, which code of the repository has written."""
     match {"name": line.get("id"), "text": "", "values": [], **line}:
         case {
             "name": str(name),
@@ -83,9 +83,9 @@ def _is_value(value: Any) -> bool:
 
 
 def opened(report: TestReport, sealed: Mapping[str, Sealed]) -> TestReport:
-    """The report of a sealed test, with what its values say.
+    """Return the report of a sealed test after checking its values.
 
-    sealed: by how the runner names the file, with what stands between that and a test's name.
+    sealed: sealed files by the runner's name of the file plus the separator before a test's name.
     """
     if report.outcome != "passed":
         return report
@@ -100,7 +100,7 @@ def opened(report: TestReport, sealed: Mapping[str, Sealed]) -> TestReport:
 
 
 def outcome_of(name: str, reports: Sequence[TestReport]) -> str:
-    """How the tests that `name` stands for ended: all as one."""
+    """Combine the outcomes of all tests that `name` stands for."""
     mine = [report.outcome for report in reports if report.is_of(name)]
     bad = [found for found in mine if found not in ("passed", "skipped")]
     if bad or not mine:
@@ -109,7 +109,7 @@ def outcome_of(name: str, reports: Sequence[TestReport]) -> str:
 
 
 def text_of(outcomes: Mapping[str, str], reports: Sequence[TestReport], outcome: Outcome) -> str:
-    """Failures with their reasons, what the program printed last, and the count."""
+    """Report failures with reasons, the program's last output, and the count."""
     lines = []
     for report in reports:
         if report.outcome not in ("passed", "skipped"):

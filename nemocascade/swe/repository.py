@@ -1,17 +1,18 @@
-"""A repository's tests run in the sandbox, and the verdict of hidden tests.
+"""Runs a repository's tests in the sandbox and gives the verdict of hidden tests.
 
-What decides: files that decide how tests run are as they were (`protected.py`), and the hidden
-tests' files are laid over the edited repository last. The tests run in a process behind the
-sandbox's walls. Each report must carry a nonce that is drawn for the run. The runner looks at the
-functions and classes of unittest, or of pytest too, before every report: where one is another than
-at the start, the test counts as tampered with. So a program that rewrites test files or settings,
-prints "OK", ends early, writes to the result pipe, plants compiled files, plugins, or modules named
-as the runner's or the tests', or replaces parts of the framework passes nothing.
+Files that decide how tests run are restored (`protected.py`), and the hidden tests' files are
+written last over the edited repository. The tests run in an isolated process of the sandbox. Each
+report must carry a nonce drawn for the run. Before every report, the runner checks the functions
+and classes of unittest, and of pytest if used; if one was replaced, the test counts as tampered.
+So a program passes nothing by rewriting test files or settings, printing "OK", exiting early,
+writing to the result pipe, or replacing parts of the framework. Planting compiled files, plugins,
+or modules with the names of the runner's or the tests' does not help either.
 
-Sealed tests (`seal.py`) also keep the values that they compare with outside. Without the seal, code
-that searches its interpreter's frames or memory (for the nonce, for the test or the objects of the
-run), that replaces the modules of tests not yet loaded, or that returns objects that claim to be
-equal to everything, can pass: tests that run in one interpreter with what they test cannot tell.
+Sealed tests (`seal.py`) also keep the expected values outside of the sandbox. Without the seal,
+some code can still pass. It can search its interpreter's frames or memory (for the nonce, the
+test or the objects of the run), replace modules of tests not yet loaded, or return objects that
+claim to be equal to everything. Tests that share an interpreter with the code under test cannot
+detect this.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ _SHOWN_DETAILS = 8
 
 @dataclass(frozen=True)
 class HiddenTests:
-    """The tests that decide over an edited repository.
+    """Tests that decide about an edited repository.
 
-    files: laid over it. fail_to_pass, pass_to_pass: ids, dotted (`tests.test_a.Case.test_b`) or of
-    pytest (`tests/test_a.py::Case::test_b`); every one must pass.
-    sealed: take the literals that tests compare with out of `files`. Values that are of no built-in
-    type then equal no literal.
+    files: written over the repository. fail_to_pass, pass_to_pass: ids, dotted
+    (`tests.test_a.Case.test_b`) or of pytest (`tests/test_a.py::Case::test_b`); all must pass.
+    sealed: remove the literals that tests compare with from `files`. Only values of built-in types
+    can then equal a literal.
     """
 
     files: Files
@@ -55,12 +56,12 @@ class HiddenTests:
 
 @dataclass(frozen=True)
 class TestRun:
-    """How tests ended: "passed", "failed", "error", "skipped", "tampered" or "missing", by name.
+    """Outcome of each test: "passed", "failed", "error", "skipped", "tampered" or "missing".
 
-    text: a report for people and models. process: how the run itself ended.
+    text: a report for people and models. process: outcome of the whole run.
     """
 
-    __test__ = False  # pytest takes classes of such a name for tests
+    __test__ = False  # keeps pytest from collecting the class
 
     outcomes: Mapping[str, str]
     text: str
@@ -68,7 +69,7 @@ class TestRun:
 
     @property
     def passed(self) -> bool:
-        """All of them did, and there was one."""
+        """True if all tests passed and there was at least one."""
         return bool(self.outcomes) and set(self.outcomes.values()) == {"passed"}
 
 
@@ -82,9 +83,9 @@ def run_tests(
 ) -> TestRun:
     """Run tests of a repository in a scratch copy of it.
 
-    tests: ids, or paths of test files; empty = all files whose names are those of tests.
-    sealed: by path, the files among `files` that were sealed.
-    Raises SandboxError if the sandbox fails, and ValueError for paths that cannot be.
+    tests: ids, or paths of test files; empty = all files with names of test files.
+    sealed: the sealed files among `files`, by path.
+    Raises SandboxError if the sandbox fails, and ValueError for invalid paths.
     """
     names = {test: _runner_name(test, framework) for test in tests or test_files(files)}
     nonce = secrets.token_hex(16)
@@ -102,11 +103,11 @@ def run_tests(
 
 
 def judge(sandbox: Sandbox, snapshot: Files, edited: Files, hidden: HiddenTests) -> Verdict:
-    """1 if every hidden test passes in the edited repository, else 0.
+    """Return reward 1 if every hidden test passes in the edited repository, else 0.
 
-    Edits of files that decide how tests run do not count: those are as in `snapshot`, with the
-    hidden tests' laid over; details["ignored"] names such edits. Raises SandboxError if the sandbox
-    fails, and ValueError for tests whose file is nowhere: neither is a verdict.
+    Edits of files that decide how tests run are ignored and listed in details["ignored"]: the
+    versions of `snapshot` and of the hidden tests are used. Raises SandboxError if the sandbox
+    fails, and ValueError for tests whose file does not exist; neither is a verdict.
     """
     tests = (*hidden.fail_to_pass, *hidden.pass_to_pass)
     protected = Protected(snapshot, hidden.files, tests)
@@ -117,7 +118,7 @@ def judge(sandbox: Sandbox, snapshot: Files, edited: Files, hidden: HiddenTests)
     laid, sealed = _laid(hidden)
     files |= laid
     if reason := misfit(files):
-        # The model has made such files; a row's own would be wrong whatever it did.
+        # Either the model's new files conflict, or the row itself is wrong whatever the model did.
         if fault := misfit({**snapshot, **laid}):
             raise ValueError(f"the repository with tests.files: {fault}")
         return Verdict(0.0, details={"reason": reason, "ignored": ignored})
@@ -134,7 +135,7 @@ def judge(sandbox: Sandbox, snapshot: Files, edited: Files, hidden: HiddenTests)
 
 
 def _laid(hidden: HiddenTests) -> tuple[dict[str, bytes], dict[str, Sealed]]:
-    """The hidden files as they enter the sandbox, and those among them that were sealed."""
+    """Return the hidden files as they enter the sandbox, and the sealed ones among them."""
     files = dict(hidden.files)
     sealed: dict[str, Sealed] = {}
     for path, data in hidden.files.items() if hidden.sealed else ():
@@ -143,13 +144,13 @@ def _laid(hidden: HiddenTests) -> tuple[dict[str, bytes], dict[str, Sealed]]:
         try:
             sealed[path] = seal(data, first=sum(len(s.expected) for s in sealed.values()))
         except (SyntaxError, ValueError):
-            continue  # no Python: something that a test reads
+            continue  # not Python: data that a test reads
         files[path] = sealed[path].source.encode()
     return files, sealed
 
 
 def _runner_name(test: str, framework: Framework) -> str:
-    """How the runner names a test or a test file."""
+    """Return the runner's name of a test or a test file."""
     path, mark, inner = test.partition("::")
     if not path.endswith(".py"):
         if framework == "unittest":

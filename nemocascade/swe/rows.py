@@ -1,17 +1,17 @@
-"""Repair tasks from rows in the style of SWE-Gym and R2E-Gym, with their snapshots beside them.
+"""Repair tasks from rows in the style of SWE-Gym and R2E-Gym, with snapshots in folders.
 
-A row names a folder with the repository as it was before the repair, the text of the issue, and the
-tests that decide:
+A row names the folder of the repository before the repair, and has the text of the issue and the
+hidden tests:
 
     {"instance_id": "...", "problem_statement": "...", "repository": "folder",
      "tests": {"files": {"tests/test_a.py": "..."}, "framework": "pytest"},
      "FAIL_TO_PASS": ["tests/test_a.py::test_b"], "PASS_TO_PASS": [...]}
 
-`files` may be the name of a folder too; a file that is no UTF-8 stands in the row as
-`{"base64": "..."}`. Names of tests may stand in a text of JSON, as SWE-Gym has them; inside of
-`tests`, which goes first; and under lower-case keys. Without a `framework`, pytest runs tests that
-are all named as it names them. A `test_patch` must have been applied: its files are `tests.files`.
-A test whose file is not among those runs as the snapshot has it.
+`files` may also be the name of a folder; a file that is not UTF-8 is `{"base64": "..."}` in the
+row. Names of tests may be a JSON string, as in SWE-Gym. They may be inside `tests`, which takes
+precedence, and under lower-case keys. Without a `framework`, pytest runs the tests if all have
+names in its form. A `test_patch` must have been applied: its files are `tests.files`. A test whose
+file is not among those runs as it is in the snapshot.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from nemocascade.swe.snapshots import Files, check_path, read_snapshot, snapshot
 
 Row = Mapping[str, Any]
 ROW, SNAPSHOT, TESTS = "row.json", "repository", "tests"
-"""In a folder of tasks, each task is a folder with these."""
+"""Content of each task's folder in a folder of tasks."""
 
 
 def folder_rows(folder: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a folder of task folders, each with its name. Raises ValueError without any."""
+    """Yield the rows of a folder of task folders with their names. Raises ValueError for none."""
     found = sorted(folder.glob(f"*/{ROW}"))
     if not found:
         raise ValueError(
@@ -51,7 +51,7 @@ def folder_rows(folder: Path) -> Iterator[tuple[str, Row]]:
 
 
 def issue_of(row: Row) -> str:
-    """The text of the issue. Raises ValueError if it is empty."""
+    """Return the text of the issue. Raises ValueError if it is empty."""
     issue = str(row.get("problem_statement") or row.get("issue") or "").strip()
     if not issue:
         raise ValueError("'problem_statement' (or 'issue') is empty")
@@ -59,10 +59,10 @@ def issue_of(row: Row) -> str:
 
 
 def answer_of(row: Row, folder: Path) -> dict[str, Any]:
-    """What the verifier needs of a row, in JSON values. folder: its names are relative to it.
+    """Return the verifier's answer of a row as JSON. folder: names in the row are relative to it.
 
-    Raises ValueError for what is missing or has another form, for a snapshot that could not be
-    read later, and for tests that stand nowhere.
+    Raises ValueError for missing or malformed fields, for a snapshot that could not be read later,
+    and for tests that are in no file.
     """
     where = row.get("repository")
     if not isinstance(where, str) or not where:
@@ -82,10 +82,10 @@ def answer_of(row: Row, folder: Path) -> dict[str, Any]:
 
 
 def test_settings_of(row: Row, tests: Row) -> dict[str, Any]:
-    """Which tests decide and how they run: the fields of `HiddenTests` but for the files.
+    """Return the fields of `HiddenTests` except the files: names of tests and framework.
 
-    tests: the row's `tests`, which may hold the names itself. Raises ValueError for names that are
-    no list of texts, for none that fails, and for a framework that is unknown or cannot run them.
+    tests: the row's `tests`, which may contain the names itself. Raises ValueError for names that
+    are not a list of strings, for an empty FAIL_TO_PASS, and for an unknown or unusable framework.
     """
     names = {key.lower(): _names(row, tests, key) for key in ("FAIL_TO_PASS", "PASS_TO_PASS")}
     if not names["fail_to_pass"]:
@@ -104,14 +104,14 @@ def test_settings_of(row: Row, tests: Row) -> dict[str, Any]:
 
 
 def snapshot_of(answer: Mapping[str, Any]) -> Files:
-    """The repository before the repair: `files` by path, or the folder `repository`."""
+    """Return the repository before the repair: `files` by path, or the folder `repository`."""
     if "files" in answer:
         return {path: text.encode() for path, text in answer["files"].items()}
     return _read_once(answer["repository"])
 
 
 def hidden_of(answer: Mapping[str, Any]) -> HiddenTests:
-    """The tests that decide."""
+    """Return the tests that decide."""
     return HiddenTests(
         files={path: _bytes(path, content) for path, content in answer["tests"].items()},
         fail_to_pass=tuple(answer["fail_to_pass"]),
@@ -123,18 +123,18 @@ def hidden_of(answer: Mapping[str, Any]) -> HiddenTests:
 
 @lru_cache(maxsize=32)
 def _read_once(folder: str) -> Files:
-    """Many episodes of one task share its files."""
+    """Read a snapshot; cached because many episodes of one task share its files."""
     return read_snapshot(folder)
 
 
 @lru_cache(maxsize=32)
 def _listed_once(folder: str) -> tuple[str, ...]:
-    """Many rows may speak of one folder."""
+    """List a folder; cached because many rows may share it."""
     return tuple(snapshot_paths(folder))
 
 
 def _names(row: Row, tests: Row, key: str) -> list[str]:
-    """Of `tests`, or of the row; null is as nothing."""
+    """Return the names of `tests`, else of the row; null counts as missing."""
     places = ((tests, key), (tests, key.lower()), (row, key), (row, key.lower()))
     found: Any = next((v for where, name in places if (v := where.get(name)) is not None), [])
     if isinstance(found, str):
@@ -154,7 +154,7 @@ def _is_of_pytest(name: str) -> bool:
 
 
 def _test_files(files: Any, folder: Path) -> dict[str, Any]:
-    """Contents in JSON values, by path."""
+    """Return file contents as JSON values, by path."""
     if isinstance(files, str):
         root = (folder / files).resolve()
         if not root.is_dir():
@@ -175,7 +175,7 @@ def _content(data: bytes) -> Any:
 
 
 def _bytes(path: str, content: Any) -> bytes:
-    """What `_content` made of. Raises ValueError for other values."""
+    """Decode a value made by `_content`. Raises ValueError for other values."""
     try:
         match content:
             case str():

@@ -1,11 +1,11 @@
 """Runs tests of the repository in the current folder. The sandbox executes this file's text.
 
-It reads an order from standard input, `{"nonce", "framework", "tests"}`, and writes JSON lines on
-the result pipe: `{"nonce", "started"}` before it loads anything of the repository, or
-`{"nonce", "unable"}` where it cannot work; then one for each test, `{"nonce", "id", "outcome"}`,
-with `name` where the test was asked for by another than its id, `text` where it did not pass and
-`values` where it did. Standard library only. What it loads is not trusted: see `repository.py` for
-what follows from that.
+It reads an order from standard input, `{"nonce", "framework", "tests"}`, and writes JSON lines to
+the result pipe. The first is `{"nonce", "started"}`, before anything of the repository is loaded,
+or `{"nonce", "unable"}` if it cannot run. Then each test gives `{"nonce", "id", "outcome"}`, with
+`name` if it was requested by something other than its id, `text` if it did not pass, and `values`
+if it did. Only the standard library is used. The loaded code is not trusted: see `repository.py`
+for the consequences.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import Any
 
 RESULT_FD = 3
 VALUE = "__nemocascade_value__"
-"""Built-in function that sealed tests hand their values to."""
+"""Built-in function to which sealed tests pass their values."""
 LONGEST_TEXT = 4000
-"""Characters of a failure that are kept: its end, where the reason stands."""
+"""Maximum characters of a failure; its end is kept, since that has the reason."""
 LONGEST_TEXTS = 64_000
-"""Characters of all failures together; later ones are reported without a reason."""
+"""Maximum characters of all failures; later ones are reported without a reason."""
 LONGEST_VALUE = 1000
 _WATCHED_PYTEST = {
     *("assertion", "fixtures", "main", "nodes", "outcomes", "python", "python_api", "raises"),
@@ -40,9 +40,9 @@ _Report = Callable[[str, str, str, str], None]
 
 
 def show(value: Any) -> str:
-    """The same text for values that are equal and of built-in types; no text equals another type's.
+    """Return the same text for equal values of built-in types; other types' text differs.
 
-    A subclass counts as its base, numbers compare as numbers: `True == 1 == 1.0`.
+    A subclass counts as its base, numbers compare by value: `True == 1 == 1.0`.
     """
     text = _show(value)
     if len(text) > LONGEST_VALUE:
@@ -84,7 +84,7 @@ _SCALARS: dict[type, Callable[[Any], str]] = {
 
 
 def main() -> None:
-    """Run what is ordered. Never raises for what the repository does."""
+    """Run the ordered tests. Never raises because of the repository's code."""
     order = json.loads(sys.stdin.read())
     nonce = order["nonce"]
     channel = os.dup(RESULT_FD)
@@ -97,7 +97,7 @@ def main() -> None:
 
     run: Callable[[list[str], _Report], None] = _with_unittest
     if order["framework"] == "pytest":
-        try:  # before anything of the repository could be found in its place
+        try:  # import before the repository's code can shadow it
             plugins = _load_pytest()
         except ImportError as error:
             write(unable=str(error))
@@ -124,16 +124,16 @@ def main() -> None:
     write(started=True)
     root = os.getcwd()
     sys.path[:0] = [root, *([f"{root}/src"] if os.path.isdir("src") else [])]
-    # A compiled file beside a source would be taken in its place.
+    # A compiled file beside a source would be loaded instead of it.
     sys.dont_write_bytecode, sys.pycache_prefix = True, "/dev/null/none"
     sys.modules["__main__"] = types.ModuleType("__main__")
     run(order["tests"], report)
 
 
 def _parts() -> list[types.ModuleType]:
-    """The loaded modules of the frameworks that a test's outcome rests on.
+    """Return the loaded framework modules that determine a test's outcome.
 
-    Not all of them: libraries patch `unittest.mock`, and pytest its own configuration.
+    Not all modules: libraries patch `unittest.mock`, and pytest its own configuration.
     """
     return [
         module
@@ -145,7 +145,7 @@ def _parts() -> list[types.ModuleType]:
 
 
 def _watch(modules: Iterable[types.ModuleType]) -> Callable[[], bool]:
-    """A function that says whether a module, or a function or class in one, is another now."""
+    """Return a function that detects if a module, or a function or class in one, was replaced."""
     modules = {module.__name__: module for module in modules}.values()
     kept: list[tuple[dict[str, Any], str, Any, Any, Any]] = []
     for module in modules:
@@ -208,7 +208,7 @@ class _Recorder(unittest.TestResult):
         text = _failure(err)
         if isinstance(test, unittest.TestCase):
             self._note("error", text)
-        else:  # of a class or a module, outside of any test
+        else:  # failure of a class or a module, outside of any test
             self._report(self._name, str(test), "error", text)
 
     def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:  # noqa: N802
@@ -221,7 +221,7 @@ class _Recorder(unittest.TestResult):
 
 
 def _failure(err: Any) -> str:
-    """A failure as Python shows it, without unittest's own lines."""
+    """Format a failure like Python, without unittest's own frames."""
     kind, value, trace = err
     while trace is not None and "__unittest" in trace.tb_frame.f_globals:
         trace = trace.tb_next
@@ -238,14 +238,14 @@ def _with_unittest(names: list[str], report: _Report) -> None:
         try:
             suite = unittest.defaultTestLoader.loadTestsFromName(name)
             suite.run(_Recorder(name, report))
-        except BaseException:  # SystemExit of a module that is imported, too
+        except BaseException:  # includes SystemExit of an imported module
             report(name, name, "error", traceback.format_exc())
 
 
 def _load_pytest() -> list[str]:
-    """Load pytest and the plugins that are installed beside it, and name those.
+    """Load pytest and its installed plugins, and return the plugins' names.
 
-    Nothing is found later: a repository with an entry point would add a plugin of its own. Raises
+    Plugins are not searched for later: a repository with an entry point would add its own. Raises
     ImportError.
     """
     importlib.import_module("pytest")
@@ -259,12 +259,12 @@ def _load_pytest() -> list[str]:
 
 
 def _pytest_runner(plugins: list[str]) -> Callable[[list[str], _Report], None]:
-    """Runs tests by pytest with `plugins`, which the repository's settings may take away."""
+    """Return a runner by pytest with `plugins`; the repository's settings may disable them."""
 
     def run(names: list[str], report: _Report) -> None:
         import pytest  # type: ignore[import-not-found,unused-ignore]
 
-        # One id that is not there would end the whole run, so files are asked for, not ids.
+        # One missing id would abort the whole run, so request files, not ids.
         files = dict.fromkeys(name.partition("::")[0] for name in names)
         there = [path for path in files if os.path.exists(path)]
         if not there:
@@ -278,7 +278,7 @@ def _pytest_runner(plugins: list[str]) -> Callable[[list[str], _Report], None]:
 
 
 def _speaking_of_xfail(paths: Iterable[str]) -> set[str]:
-    """The files in which a test may be expected to fail, read before any code could say so."""
+    """Return the files that mention xfail, read before any code of the repository runs."""
     found = set()
     for path in paths:
         with open(path, "rb") as file:
@@ -288,10 +288,10 @@ def _speaking_of_xfail(paths: Iterable[str]) -> set[str]:
 
 
 def _pytest_recorder(pytest: Any, wanted: set[str], may_fail: set[str], tell: _Report) -> Any:
-    """A plugin that leaves out what is not wanted, and tells how each test has ended."""
+    """Return a plugin that deselects unwanted tests and reports each outcome."""
 
     def asked(test: str) -> bool:
-        """Whether a test is wanted, or something that it lies in."""
+        """Return True if a test, or something that contains it, is wanted."""
         ends = [i for i in range(len(test)) if test[i] == "[" or test.startswith("::", i)]
         return test in wanted or any(test[:end] in wanted for end in ends)
 
@@ -305,7 +305,7 @@ def _pytest_recorder(pytest: Any, wanted: set[str], may_fail: set[str], tell: _R
             items[:] = [item for item in items if asked(item.nodeid)]
 
         def pytest_collection_finish(self, session: Any) -> None:
-            # A test that is marked, not one whose code calls pytest.xfail: any code may.
+            # Only tests with the mark: any code under test may call pytest.xfail.
             for item in session.items:
                 marked = item.get_closest_marker("xfail") is not None
                 if marked and item.nodeid.partition("::")[0] in may_fail:

@@ -1,8 +1,8 @@
-"""Takes the expected values out of tests, so that the code under test cannot know them.
+"""Removes the expected values from tests, so that the code under test cannot know them.
 
-`self.assertEqual(f(2), 4)` becomes "hand out f(2)", and 4 stays outside of the sandbox. A value
-that claims to be equal to everything, an assertion that was replaced, or a forged report then gain
-nothing: only the right value is right.
+`self.assertEqual(f(2), 4)` is rewritten to report the value of f(2); 4 stays outside of the
+sandbox. A value that claims to be equal to everything, a replaced assertion or a forged report then
+gain nothing: only the right value passes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _TRUTH_OPERANDS, _EQUAL_OPERANDS = 1, 2
 class Sealed:
     """A test file without the literals that it compares with.
 
-    source: of the file that enters the sandbox.
-    expected: text of the literal, as `runner.show` writes it, by the number of its comparison.
-    required: the numbers of the comparisons that a test must come to, by `Class.method` or by
+    source: text of the file that enters the sandbox.
+    expected: the literal as text of `runner.show`, by number of the comparison.
+    required: numbers of the comparisons that a test must reach, by `Class.method` or by
         function.
     """
 
@@ -35,10 +35,10 @@ class Sealed:
 
 
 def seal(source: str | bytes, *, first: int = 0) -> Sealed:
-    """Seal comparisons for equality with a literal, and of truth; others stay as they are.
+    """Seal equality comparisons with a literal, and truth assertions; others are unchanged.
 
     first: number of the file's first comparison. Raises SyntaxError or ValueError for a file that
-    is no Python.
+    is not Python.
     """
     tree = ast.parse(source)
     sealer = _Sealer(first)
@@ -61,7 +61,7 @@ def _tests(tree: ast.Module) -> list[tuple[str, ast.FunctionDef]]:
 
 
 def _key(statement: ast.stmt) -> int | None:
-    """The number of a sealed comparison; None for other statements."""
+    """Return the number of a sealed comparison; None for other statements."""
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
         call = statement.value
         if isinstance(call.func, ast.Name) and call.func.id == VALUE:
@@ -107,7 +107,7 @@ class _Sealer(ast.NodeTransformer):
 
 
 def _against_literal(operands: list[ast.expr]) -> tuple[ast.expr, Any] | None:
-    """The operand that is computed, and the value of the other; None if neither is a literal."""
+    """Return the computed operand and the other's value; None if neither is a literal."""
     for literal, value in (operands[::-1], operands):
         try:
             return value, ast.literal_eval(literal)
@@ -117,7 +117,7 @@ def _against_literal(operands: list[ast.expr]) -> tuple[ast.expr, Any] | None:
 
 
 def broken(expected: Mapping[int, str], required: tuple[int, ...], values: list[Any]) -> str:
-    """What is wrong with the values that a test handed out; empty if nothing is."""
+    """Return what is wrong with the values that a test reported; empty if nothing is."""
     seen = set()
     for key, text in values:
         if expected.get(key) != text:

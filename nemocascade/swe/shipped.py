@@ -1,10 +1,10 @@
-"""The repositories that ship with the project, as tasks: which bug, which names.
+"""Tasks from the repositories shipped with the project, with variable bugs and names.
 
-Each folder of `repositories/` holds `repository/`, the code as it is right, with its own tests;
-`tests/`, the hidden tests; and `variation.json`:
+Each folder of `repositories/` holds `repository/`, the correct code with its own tests; `tests/`,
+the hidden tests; and `variation.json`:
 
-    bugs: each with `path`, the text that is `right`, what is `wrong`, the `issue`, and the ids of
-        the hidden tests that it breaks (`fail_to_pass`).
+    bugs: each with `path`, the `right` text, the `wrong` text, the `issue`, and the ids of the
+        hidden tests that it breaks (`fail_to_pass`).
     choices: words that may be replaced, in all files and issues at once, by any of a list. The
         word itself is the first of them.
 """
@@ -31,7 +31,7 @@ VARIATION = "variation.json"
 
 @lru_cache(maxsize=1)
 def repositories() -> dict[str, dict[str, Any]]:
-    """Everything that ships, by name: `files`, `tests`, `bugs`, `choices`."""
+    """Return all shipped repositories by name: `files`, `tests`, `bugs`, `choices`."""
     found = {}
     for path in sorted(FOLDER.glob(f"*/{VARIATION}")):
         parts = {
@@ -45,9 +45,9 @@ def repositories() -> dict[str, dict[str, Any]]:
 def repository_task(
     rng: random.Random, *, name_file: bool, brief: bool = False
 ) -> tuple[str, dict[str, Any], Steps]:
-    """An issue, what the verifier needs, and the turns of a right solution.
+    """Return an issue, the verifier's answer, and the turns of a correct solution.
 
-    name_file: the issue names the file. brief: the solution reads no more than the function.
+    name_file: the issue names the file. brief: the solution reads only the function.
     """
     shipped = repositories()
     chosen = shipped[rng.choice(sorted(shipped))]
@@ -64,7 +64,7 @@ def vary(
     name_file: bool,
     brief: bool = False,
 ) -> tuple[str, dict[str, Any], Steps]:
-    """One bug of one repository, with words replaced. Raises ValueError for a broken variation."""
+    """Return one bug of a repository with words replaced. Raises ValueError if it is broken."""
 
     def put(text: str) -> str:
         if not words:
@@ -97,7 +97,7 @@ def vary(
 
 
 def _long_steps(files: dict[str, str], path: str, right: str, wrong: str) -> Steps:
-    """Look at what there is, and read the whole file."""
+    """List the files and read the whole file."""
     return (
         ((ToolCall("list", {}),), "Which files are there?"),
         ((ToolCall("read", {"path": path}),), f"The issue is about {path}."),
@@ -110,7 +110,7 @@ def _long_steps(files: dict[str, str], path: str, right: str, wrong: str) -> Ste
 
 
 def _short_steps(files: dict[str, str], path: str, right: str, wrong: str) -> Steps:
-    """Search for the function, and read it as far as the bug."""
+    """Search for the function, and read it up to the bug."""
     before, _, _ = files[path].partition(wrong)
     last = before.count("\n") + wrong.rstrip("\n").count("\n") + 1
     heads = [
@@ -129,7 +129,7 @@ def _short_steps(files: dict[str, str], path: str, right: str, wrong: str) -> St
 
 
 def _ids(tests: dict[str, str]) -> list[str]:
-    """The dotted ids of all test methods."""
+    """Return the dotted ids of all test methods."""
     found = []
     for path in test_files(tests):
         module = path.removesuffix(".py").replace("/", ".")

@@ -1,4 +1,4 @@
-"""Repositories as files by path: how they are read from folders, and which paths they may have."""
+"""Repositories as files by path: reading from folders, and checks of paths."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path, PurePosixPath
 from nemocascade.runtime.logging import LOGGER
 
 Files = Mapping[str, bytes]
-"""A repository: contents by relative path, `/` between folders."""
+"""A repository: contents by relative path, with `/` between folders."""
 
 MOST_MIB = 256
 _LEFT_OUT = {".git", "__pycache__"}
 _LONGEST_NAME, _LONGEST_PATH = 255, 1000
-"""Bytes that file systems allow for a name, and fewer than they allow for a path."""
+"""Maximum bytes of a name and of a path; file systems allow the first and more than the second."""
 
 
 def check_path(path: str) -> str:
-    """The path in its plain form. Raises ValueError if it leads out of the repository.
+    """Return the normalised path. Raises ValueError if it leads out of the repository.
 
-    Raises it too for what no file can be named.
+    Also raises ValueError for invalid file names.
     """
     pure = PurePosixPath(path)
     if not path or "\0" in path or "\\" in path or pure.is_absolute() or ".." in pure.parts:
@@ -40,7 +40,7 @@ def check_path(path: str) -> str:
 
 
 def misfit(paths: Iterable[str]) -> str:
-    """Why files of these paths cannot lie in one folder; empty if they can."""
+    """Return why files of these paths cannot be in one folder; empty if they can."""
     known = set(paths)
     for path in sorted(known):
         try:
@@ -56,14 +56,14 @@ def misfit(paths: Iterable[str]) -> str:
 
 
 def snapshot_paths(folder: str | Path, *, most_mib: int = MOST_MIB) -> list[str]:
-    """The paths that `read_snapshot` reads. Raises ValueError as it does, but opens no file."""
+    """Return the paths that `read_snapshot` reads, or raise its ValueError; opens no file."""
     return [path.as_posix() for path, _ in _listed(Path(folder), most_mib)]
 
 
 def read_snapshot(folder: str | Path, *, most_mib: int = MOST_MIB) -> dict[str, bytes]:
-    """The files below a folder. Version control and compiled files stay behind, and so do links.
+    """Read the files below a folder, without links, version control and compiled files.
 
-    Raises ValueError if there is no file, more than `most_mib`, or one that cannot be read.
+    Raises ValueError if there is no file, more than `most_mib`, or an unreadable file.
     """
     root = Path(folder)
     found: dict[str, bytes] = {}
@@ -76,7 +76,7 @@ def read_snapshot(folder: str | Path, *, most_mib: int = MOST_MIB) -> dict[str, 
 
 
 def _listed(root: Path, most_mib: int) -> list[tuple[Path, int]]:
-    """Files by relative path, with their sizes."""
+    """List files by relative path, with their sizes."""
     found: list[tuple[Path, int]] = []
     links = 0
     for path in _below(root):
@@ -94,7 +94,7 @@ def _listed(root: Path, most_mib: int) -> list[tuple[Path, int]]:
 
 
 def _below(root: Path) -> Iterator[Path]:
-    """Files, and links to whatever; of the folders only those that are links."""
+    """Yield files and links; folders only if they are links."""
 
     def fail(error: OSError) -> None:
         if error.filename != str(root):

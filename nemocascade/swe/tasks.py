@@ -1,4 +1,4 @@
-"""Repair tasks of rows, whose repository and tests lie in folders or stand in the row itself."""
+"""Repair tasks of rows, with repository and tests in folders or in the row itself."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from nemocascade.swe.snapshots import Files
 from nemocascade.types import Row
 
 LARGEST_TEXT = 1 << 20
-"""Bytes; larger files, and those that are not UTF-8, are no sources and cannot be edited."""
+"""Maximum bytes of a text; larger files and those that are not UTF-8 cannot be edited."""
 
 
 @dataclass(frozen=True)
 class RepairTask:
-    """where: `{"repository": folder}` or `{"files": texts by path}`. patch: the right repair, or
-    empty. tests: None where a judge must decide."""
+    """A repair task of a row.
+
+    where: `{"repository": folder}` or `{"files": texts by path}`. patch: the correct repair, or
+    empty. tests: None if a judge must decide.
+    """
 
     where: Mapping[str, Any]
     patch: str
@@ -36,20 +39,20 @@ class RepairTask:
 
     @property
     def texts(self) -> Mapping[str, str]:
-        """The files of it that are text."""
+        """Text files of the repository."""
         return texts_at(self.where)
 
 
 def texts_at(where: Mapping[str, Any]) -> Mapping[str, str]:
-    """The texts of `RepairTask.where`; those of a folder are shared by whoever asks for them."""
+    """Return the texts of `RepairTask.where`; those of a folder are shared by all callers."""
     return where["files"] if "files" in where else folder_texts(where["repository"])
 
 
 def task_of(row: Row, folder: Path) -> RepairTask:
-    """The task of a row. folder: its names are relative to it.
+    """Parse the task of a row. folder: names in the row are relative to it.
 
     The repository is `files` (path to text), or `repository`: such an object, or the name of a
-    folder. Raises ValueError for what has another form, and for tests that stand nowhere.
+    folder. Raises ValueError for malformed fields, and for tests that are in no file.
     """
     named = row.get("repository", row.get("files"))
     where: dict[str, Any]
@@ -64,7 +67,7 @@ def task_of(row: Row, folder: Path) -> RepairTask:
 
 
 def _tests(row: Row, where: Mapping[str, Any], folder: Path) -> HiddenTests:
-    """`tests.files` (path to text, or a folder), `FAIL_TO_PASS`, and more of `swe.rows`."""
+    """Parse `tests.files` (path to text, or a folder), `FAIL_TO_PASS`, and more; see `swe.rows`."""
     tests = row["tests"]
     files = tests.get("files")
     if not files:
@@ -80,7 +83,7 @@ def _tests(row: Row, where: Mapping[str, Any], folder: Path) -> HiddenTests:
 
 
 def texts_of(files: Mapping[str, bytes]) -> dict[str, str]:
-    """The files that are text, by path."""
+    """Return the text files by path."""
     found = {}
     for path, data in files.items():
         if len(data) <= LARGEST_TEXT:
@@ -93,19 +96,19 @@ def texts_of(files: Mapping[str, bytes]) -> dict[str, str]:
 
 @lru_cache(maxsize=8)
 def folder_texts(folder: str) -> Mapping[str, str]:
-    """The texts in a folder, shared by its rows and rollouts: nobody may change them."""
+    """Return the texts in a folder, shared by rows and rollouts: do not change them."""
     return texts_of(snapshot_of({"repository": folder}))
 
 
 def with_texts(files: Mapping[str, bytes], texts: Mapping[str, str]) -> dict[str, bytes]:
-    """The files, with those of `texts` in the place of their old contents."""
+    """Return the files with the contents in `texts` replaced."""
     return {**files, **{path: text.encode() for path, text in texts.items()}}
 
 
 def row_files(files: Any) -> dict[str, str]:
-    """Files as a row holds them: an object, or a list of objects with `path` and `content`.
+    """Parse files of a row: an object, or a list of objects with `path` and `content`.
 
-    Raises ValueError for a path that leads outside, or a content that is no text.
+    Raises ValueError for a path that leads outside, or a content that is not text.
     """
     pairs = list(files.items() if isinstance(files, Mapping) else map(_pair, files))
     for path, text in pairs:
@@ -115,16 +118,16 @@ def row_files(files: Any) -> dict[str, str]:
 
 
 def patched_files(patch: str) -> list[str]:
-    """The text files that a patch changes, as they were named before; new ones as after it.
+    """Return the text files that a patch changes, by their old names; new files by their new ones.
 
-    Files whose mode alone changes are none. Raises ValueError for a patch that cannot be read.
+    Files with only a mode change are skipped. Raises ValueError for a patch that cannot be parsed.
     """
     files = [f for f in parse_patch(patch) if f.hunks or f.old != f.new]
     return [checked_path(path) for path in dict.fromkeys(f.path for f in files if not f.is_binary)]
 
 
 def made_files(patch: str) -> set[str]:
-    """The files that a patch makes: those that are not there before it."""
+    """Return the files that a patch creates."""
     return {file.path for file in parse_patch(patch) if file.old is None}
 
 

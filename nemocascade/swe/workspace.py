@@ -1,7 +1,7 @@
-"""A private copy of a repository, and what an agent's tools do to it.
+"""A private copy of a repository, and the agent's tools that work on it.
 
-The copy lives in memory, its unchanged files shared with every other copy: no path can lead out of
-it, no link can be followed, and nothing has to be cleaned up. Tests run on it in the sandbox.
+The copy is in memory, and unchanged files are shared between copies. No path can lead out of it, no
+link can be followed, and nothing needs cleaning up. Tests run on it in the sandbox.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from nemocascade.types import Tool
 
 
 class ToolError(ValueError):
-    """A call that cannot be executed; the message is for whoever made it."""
+    """A call cannot be executed; the message is for the caller."""
 
 
 def _tool(name: str, description: str, /, *optional: str, **parameters: str) -> Tool:
-    """A tool whose parameters are texts; those named in `optional` may be left out."""
+    """Declare a tool with text parameters; those named in `optional` may be omitted."""
     properties = {key: {"type": "string", "description": text} for key, text in parameters.items()}
     required = [key for key in parameters if key not in optional]
     schema = {"type": "object", "properties": properties, "required": required}
@@ -68,7 +68,7 @@ TOOLS = {tool.name: tool for tool in _ALL}
 
 
 class Workspace:
-    """One agent's repository. Its methods raise ToolError, and change nothing then."""
+    """One agent's repository. A method that raises ToolError changes nothing."""
 
     def __init__(self, snapshot: Files, limits: AgentConfig) -> None:
         self._snapshot, self._limits = snapshot, limits
@@ -76,28 +76,28 @@ class Workspace:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """The repository as it is now."""
+        """The repository in its current state."""
         return {**self._snapshot, **self._changed}
 
     @property
     def changes(self) -> Mapping[str, bytes]:
-        """The files that are not as they were."""
+        """Files that differ from the original."""
         return {p: data for p, data in self._changed.items() if self._snapshot.get(p) != data}
 
     def call(self, name: str, arguments: Mapping[str, str]) -> str:
-        """The answer of one of the tools that need no tests."""
+        """Run one of the tools that need no tests and return its answer."""
         return _METHODS[name](self, **arguments)
 
     def list_files(self, path: str = "") -> str:
-        """The files below a folder, one a line."""
+        """List the files below a folder, one per line."""
         return "\n".join(sorted(self._below(path)))
 
     def read(self, path: str, start: str = "", end: str = "") -> str:
-        """A file, or some lines of it."""
+        """Return a file, or some of its lines."""
         text = self._text(path)
         if not start and not end:
             return text.rstrip("\n")
-        # With their ends: what is read must be what stands there, or no edit of it would match.
+        # Keep line ends: an edit must match the file exactly.
         lines = text.splitlines(keepends=True)
         first, last = _number(start, 1), _number(end, len(lines))
         if not 1 <= first <= last:
@@ -105,7 +105,7 @@ class Workspace:
         return "".join(lines[first - 1 : last]).removesuffix("\n").removesuffix("\r")
 
     def search(self, text: str, path: str = "") -> str:
-        """Lines that hold `text`, as `path:line: text`."""
+        """Return the lines that contain `text`, as `path:line: text`."""
         if not text:
             raise ToolError("an empty text stands everywhere: search for some text")
         found: list[str] = []
@@ -123,7 +123,7 @@ class Workspace:
         return "\n".join(found)
 
     def edit(self, path: str, old: str, new: str) -> str:
-        """Replace `old`, or make a file."""
+        """Replace `old` by `new`, or create a file."""
         path = _checked(path)
         there = path in self._changed or path in self._snapshot
         if not old and there:
@@ -179,7 +179,7 @@ _METHODS: dict[str, Callable[..., str]] = {
 
 
 def arguments_of(name: str, arguments: Mapping[str, Any]) -> dict[str, str]:
-    """The arguments of a call, as text. Raises ToolError for an unknown tool or wrong ones."""
+    """Return a call's arguments as text. Raises ToolError for unknown tools or wrong arguments."""
     tool = TOOLS.get(name)
     if tool is None:
         raise ToolError(f"there is no tool {name!r}, the tools are {', '.join(TOOLS)}")
@@ -194,15 +194,15 @@ def arguments_of(name: str, arguments: Mapping[str, Any]) -> dict[str, str]:
 
 
 def clean(text: str) -> str:
-    """The text with what cannot be encoded, half a surrogate pair, written as an escape.
+    """Escape characters that cannot be encoded, such as half a surrogate pair.
 
-    Tokenizers refuse such a text, and a repository's tests can print one.
+    A repository's tests can print such text, and tokenizers do not accept it.
     """
     return text.encode(errors="backslashreplace").decode()
 
 
 def cut(text: str, limit: int, *, end: bool = False) -> str:
-    """The text, or as much of its start (or end) as `limit` allows with a note of what is gone."""
+    """Truncate a text to its start (or end) within `limit`, with a note of how much was cut."""
     if len(text) <= limit:
         return text
     note = f"[{len(text) - limit} of {len(text)} characters left out]"

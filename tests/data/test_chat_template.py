@@ -1,4 +1,4 @@
-"""The rendered text, written out by hand from its description; masks; injection; jinja."""
+"""The rendered chat template against handwritten text; masks, injection, jinja."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token cache: content, keys, damage, kills, bad rows, worker processes."""
+"""The token cache: content, keys, damage, killed builds, bad rows, worker processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of each format become the same typed conversation, or are refused with the reason."""
+"""Parsing of each row format to a conversation, and errors with their reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers: place of every row, kinds of files, bad rows, limits."""
+"""Readers: row numbers, kinds of files, bad rows, limits."""
 
 from __future__ import annotations
 

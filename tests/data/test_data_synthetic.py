@@ -1,4 +1,4 @@
-"""Synthetic rows: right, varied, disjoint between training and held-out, made from the seed."""
+"""Synthetic rows: correct, varied, reproducible, and disjoint between training and held-out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both kinds of tokenizer: round trips, special tokens, prefixes, errors; training."""
+"""Both kinds of tokenizer: round trips, special tokens, prefixes, errors, training."""
 
 from __future__ import annotations
 

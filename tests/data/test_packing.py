@@ -1,4 +1,4 @@
-"""The packing planner: its plan, its balance, and the equality of C++ and Python."""
+"""The packing planner: its plans, their balance, and bit-identical results of C++ and Python."""
 
 from __future__ import annotations
 

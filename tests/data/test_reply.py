@@ -1,4 +1,4 @@
-"""What an assistant wrote, read back: the inverse of the chat template, and everything else."""
+"""Parsing of an assistant's reply: the inverse of the chat template, and malformed text."""
 
 from __future__ import annotations
 

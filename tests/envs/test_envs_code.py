@@ -1,4 +1,4 @@
-"""Hidden tests: all must pass, and nothing that a program does to its surroundings helps it."""
+"""Code: all hidden tests must pass, and a program cannot cheat by changing its surroundings."""
 
 from __future__ import annotations
 

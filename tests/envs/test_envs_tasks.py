@@ -1,4 +1,4 @@
-"""What holds in every domain: the split, demonstrations, rows, verdicts that are errors."""
+"""Properties of every domain: the split, demonstrations, rows, error verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The office and its tools; end states decide."""
+"""The office, its tools, and verdicts by end states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions over documents: exact answers, a judge's grades, rows, and tasks that grow."""
+"""Questions over documents: exact answers, judge's grades, rows, and the growth of tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The preference environment: the paper's arithmetic by hand, and what judges do to it."""
+"""The preference environment: the paper's arithmetic by hand, and the effect of judges."""
 
 from __future__ import annotations
 

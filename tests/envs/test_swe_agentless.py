@@ -1,4 +1,4 @@
-"""Repairs by search/replace edits: tests decide, and no edit can decide in their place."""
+"""Repairs by search/replace edits: tests decide, and no edit can replace them."""
 
 from __future__ import annotations
 

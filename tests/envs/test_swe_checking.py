@@ -1,4 +1,4 @@
-"""`nemocascade check-tasks`: tasks whose tests cannot tell a repair from none are named."""
+"""`nemocascade check-tasks`: it reports tasks whose tests do not detect a repair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Episodes of agents as a stage sees them: which tokens train, limits, logs."""
+"""Episodes of repair agents in a stage: trained tokens, limits, logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How judges are asked, and what is read from their answers."""
+"""Questions to judges, and parsing of their answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge behind a server, against a real one on loopback that behaves badly."""
+"""The server judge against a misbehaving server on loopback."""
 
 from __future__ import annotations
 

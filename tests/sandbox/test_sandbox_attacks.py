@@ -1,4 +1,4 @@
-"""Programs that try to get out, to stay, to take too much, or to see what is not theirs."""
+"""Programs that try to escape, persist, exhaust resources, or read foreign data."""
 
 from __future__ import annotations
 

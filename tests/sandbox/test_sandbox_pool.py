@@ -1,4 +1,4 @@
-"""The trusted side of the sandbox: outcomes, lost workers, hosts that forbid isolation."""
+"""Trusted side of the sandbox: outcomes, lost workers, hosts without isolation."""
 
 from __future__ import annotations
 

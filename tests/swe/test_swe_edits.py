@@ -1,4 +1,4 @@
-"""Search/replace edits: what is read, what is refused, and what they change."""
+"""Search/replace edits: parsing, errors, and application to files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nemocascade import-swe`: rows with commits of local clones become tasks, whole or not at all."""
+"""`nemocascade import-swe`: each row becomes a complete task or none, from local clones."""
 
 from __future__ import annotations
 

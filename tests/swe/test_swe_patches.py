@@ -1,4 +1,4 @@
-"""Unified diffs: read by their counts, applied exactly, refused where they do not fit."""
+"""Unified diffs: parsing by hunk counts, exact application, and errors."""
 
 from __future__ import annotations
 

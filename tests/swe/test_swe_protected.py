@@ -1,4 +1,4 @@
-"""Files that decide how tests run: edits of them do not count, and edits beside them do."""
+"""Protected files: edits of them are ignored, and edits of other files count."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Hidden tests that pytest runs: outcomes, names that are stale, and edits that try to fake a pass.
+"""Hidden tests run by pytest: outcomes, stale names, and edits that try to fake a pass.
 
-Needs a sandbox that shows pytest to programs.
+Requires a sandbox in which programs can import pytest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of repair tasks: what they may hold, and what is refused before any training."""
+"""Rows of repair tasks: valid forms, and errors raised before any training."""
 
 from __future__ import annotations
 

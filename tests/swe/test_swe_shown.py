@@ -1,4 +1,4 @@
-"""What a prompt shows of a repository: within its room, and without saying what is golden."""
+"""Files in a prompt: within the size limit, and without revealing the golden ones."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Instruction kinds of IFBench, where a package that holds them is installed.
+"""Instruction kinds of IFBench, available if a package that has them is installed.
 
-Known packages keep a registry `INSTRUCTION_DICT` from ids to classes with `build_description` and
+Known packages have a registry `INSTRUCTION_DICT` from ids to classes with `build_description` and
 `check_following`: `verifiable_instructions` (the one NeMo Gym uses), `ifbench`, and a checkout of
 IFBench on the module path.
 """
@@ -18,19 +18,19 @@ PACKAGES = (
 
 
 def registry() -> dict[str, Any]:
-    """All kinds of the first package that is installed; empty where none is."""
+    """Return all kinds of the first installed package; empty if none is installed."""
     for name in PACKAGES:
         try:
             return dict(importlib.import_module(name).INSTRUCTION_DICT)
         except ModuleNotFoundError as error:
-            # A package that is there but lacks one of its own imports must not pass for absent.
+            # A package that fails on one of its own imports is installed but broken: report it.
             if error.name is None or name.partition(".")[0] != error.name.partition(".")[0]:
                 raise
     return {}
 
 
 def follows(kind: str, arguments: dict[str, Any], text: str) -> bool:
-    """Whether `text` follows an instruction. Raises LookupError for a kind nobody knows."""
+    """Return True if `text` follows an instruction. Raises LookupError for an unknown kind."""
     kinds = registry()
     if kind not in kinds:
         raise LookupError(

@@ -6,10 +6,10 @@ from math_verify import parse, verify
 
 
 def equal(expected: str, answer: str) -> bool:
-    """Whether two LaTeX or plain expressions are equal, as math-verify sees it.
+    """Return True if `math-verify` finds two LaTeX or plain expressions equal.
 
-    The caller's process limit bounds the time, so the library's own alarms stay off.
-    Raises ValueError if `expected` cannot be read.
+    The caller's process limit bounds the time, so the library's own alarms are disabled.
+    Raises ValueError if `expected` cannot be parsed.
     """
     gold = parse(f"\\boxed{{{expected}}}", parsing_timeout=None)
     if not gold:

@@ -1,4 +1,4 @@
-"""Regular expressions of unknown origin."""
+"""Matching of untrusted regular expressions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def last_match(pattern: str, text: str) -> str | None:
-    """The rightmost match of `pattern`: its first group, or all of it where it has none."""
+    """Return the rightmost match of `pattern`: its first group, or all of it without groups."""
     found = None
     for match in re.finditer(pattern, text):
         found = match

@@ -1,4 +1,4 @@
-"""JSON text against a JSON Schema made strict."""
+"""Validation of JSON text against a JSON Schema made strict."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SINGLE = ("items", "contains", "additionalProperties", "additionalItems", "then
 
 
 def strict(schema: Any) -> Any:
-    """A copy of `schema` in which every object requires all its properties and allows no other.
+    """Copy `schema`, with all properties of every object required and no others allowed.
 
-    Parts of `allOf` and `not` stay as they are: made strict they would contradict each other.
+    Subschemas of `allOf` and `not` are unchanged: made strict, they would contradict each other.
     """
     if not isinstance(schema, dict):
         return schema
@@ -38,10 +38,9 @@ def strict(schema: Any) -> Any:
 
 
 def problem(schema: dict[str, Any], text: str) -> str | None:
-    """What is wrong with `text`: no JSON, or against the strict schema; None if nothing.
+    """Return why `text` is not JSON or violates the strict schema; None if it is valid.
 
-    Raises for a schema that is itself broken, or that refers to another document: nothing is
-    fetched.
+    Raises for a schema that is itself broken or refers to another document. Nothing is fetched.
     """
     wanted = strict(schema)
     validator = validator_for(wanted, default=jsonschema.Draft202012Validator)
@@ -50,7 +49,7 @@ def problem(schema: dict[str, Any], text: str) -> str | None:
         value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
-    # An empty registry has no way to fetch: a remote reference is an error.
+    # An empty registry cannot fetch: a remote reference is an error.
     found = next(validator(wanted, registry=Registry()).iter_errors(value), None)
     return None if found is None else f"{found.json_path}: {found.message}"[:300]
 

@@ -1,1 +1,1 @@
-"""The part that runs behind the walls: standard library only, started by path, not installed."""
+"""Code that runs isolated: standard library only, started by path, not installed."""

@@ -1,7 +1,7 @@
-"""What a forked child does with a program: run it as a script, or call its function.
+"""Execution of a program in a forked child: as a script, or by calls of its function.
 
-Nothing here is trusted: the program shares this interpreter and may change it. All it can reach
-is what it answers, and the answers are judged outside, against values that never come here.
+Nothing here is trusted: the program shares this interpreter and may change it. It can affect only
+its answers, which are judged outside against values that never enter the sandbox.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 RESULT_FD = 3
 JOB_FD = 4
 LOST_OUTPUT = 120
-"""Exit status where the output cannot be flushed, as Python's own."""
+"""Exit status if the output cannot be flushed, the same as Python's."""
 
 
 def run() -> int:
@@ -43,7 +43,7 @@ def run() -> int:
 
 
 def _lay_out(files: dict[str, str]) -> None:
-    """Write files, by relative path and in base64, into the current folder."""
+    """Write base64 files by relative path into the current folder."""
     for path, data in files.items():
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "wb") as file:
@@ -68,7 +68,7 @@ def _run_job(job: dict[str, Any]) -> int:
 
 
 def _find(module: types.ModuleType, name: str) -> Any:
-    """The function, or the method of a class `Solution`, as some problem collections ask for it."""
+    """Return the function, or the method of a class `Solution`, as in some problem collections."""
     found = getattr(module, name, None)
     if found is None and hasattr(module, "Solution"):
         found = getattr(module.Solution(), name, None)
@@ -78,7 +78,7 @@ def _find(module: types.ModuleType, name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values; tuples become lists, sets sorted lists. Raises TypeError for anything else."""
+    """Convert to JSON: tuples become lists, sets sorted lists. Raises TypeError for other types."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in (list, tuple):
@@ -106,7 +106,7 @@ def _show_exception() -> None:
 
 
 def _finish() -> bool:
-    """Wait for threads as an interpreter does at its end, then flush. Whether that worked."""
+    """Wait for threads, as an interpreter does at exit, and flush. Returns False on failure."""
     threading = sys.modules.get("threading")
     if threading is not None:
         for thread in threading.enumerate():

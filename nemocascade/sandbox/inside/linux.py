@@ -1,4 +1,4 @@
-"""System calls that Python 3.12 lacks, by ctypes."""
+"""System calls missing in Python 3.12, by ctypes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 CAPABILITIES = 64
-"""Numbers tried when capabilities are dropped; the kernel knows fewer."""
+"""Capability numbers tried when capabilities are dropped; the kernel has fewer."""
 
 MACHINE = platform.machine()
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -53,12 +53,12 @@ def _check(result: int, what: str) -> None:
 
 
 def unshare(flags: int) -> None:
-    """Leave the namespaces in `flags` for new ones. Raises OSError."""
+    """Move to new namespaces of the kinds in `flags`. Raises OSError."""
     _check(_libc.unshare(flags), f"unshare({flags:#x})")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
-    """mount(2). Raises OSError."""
+    """Call mount(2). Raises OSError."""
     _check(
         _libc.mount(
             source.encode(),
@@ -72,9 +72,9 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str = ""
 
 
 def make_read_only(target: str, *, recursive: bool) -> None:
-    """Mounts at (and below) `target` become read-only, without set-uid programs and devices.
+    """Make mounts at (and below) `target` read-only, without set-uid programs and devices.
 
-    Raises OSError; kernels before 5.12 lack the call.
+    Raises OSError, also because kernels before 5.12 do not have the call.
     """
     attributes = (ctypes.c_uint64 * 4)(_READ_ONLY_NO_SUID_NO_DEVICES, 0, 0, 0)
     _check(
@@ -96,7 +96,7 @@ def unmount(target: str) -> None:
 
 
 def pivot_root(new: str, old: str) -> None:
-    """pivot_root(2). Raises OSError."""
+    """Call pivot_root(2). Raises OSError."""
     _check(
         _libc.syscall(ctypes.c_long(_PIVOT_ROOT[MACHINE]), new.encode(), old.encode()),
         "pivot_root",
@@ -104,7 +104,7 @@ def pivot_root(new: str, old: str) -> None:
 
 
 def prctl(option: int, argument: int = 0) -> None:
-    """prctl(2) with one argument. Raises OSError."""
+    """Call prctl(2) with one argument. Raises OSError."""
     zero = ctypes.c_ulong(0)
     _check(
         _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(argument), zero, zero, zero),
@@ -113,12 +113,12 @@ def prctl(option: int, argument: int = 0) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up all capabilities, for good. Raises OSError."""
+    """Drop all capabilities permanently. Raises OSError."""
     for number in range(CAPABILITIES):
         try:
             prctl(PR_CAPBSET_DROP, number)
         except OSError:
-            break  # the first number that this kernel does not know, or there are none to drop
+            break  # beyond the kernel's last number, or no capabilities to drop
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
     none = (ctypes.c_uint32 * 6)()
@@ -128,7 +128,7 @@ def drop_capabilities() -> None:
 def set_seccomp_filter(instructions: list[tuple[int, int, int, int]]) -> None:
     """Install a classic BPF program `(code, jump if true, jump if false, k)` on this thread.
 
-    Needs PR_SET_NO_NEW_PRIVS. Raises OSError.
+    Requires PR_SET_NO_NEW_PRIVS. Raises OSError.
     """
     size = len(instructions)
     raw = b"".join(

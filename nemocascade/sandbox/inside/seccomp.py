@@ -1,8 +1,8 @@
-"""The system calls that a program may make: everything else answers "operation not permitted".
+"""Seccomp filter with a list of allowed system calls: others fail with EPERM (clone3: ENOSYS).
 
-Allowed is what a Python program without network and without other programs needs: files, memory,
-threads, processes of its own, clocks, pipes and pairs of sockets. Not there: sockets, execve,
-ptrace, mount, namespaces, prctl, shared memory of System V, memfd, io_uring, bpf, keys.
+Allowed are the calls of a Python program without network and other programs: files, memory,
+threads, its own processes, clocks, pipes and socket pairs. Not allowed: sockets, execve, ptrace,
+mount, namespaces, prctl, System V shared memory, memfd, io_uring, bpf, keys.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ _NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16
 
 
 def numbers(machine: str) -> list[int]:
-    """Numbers of the allowed calls on `machine`, besides clone. Raises KeyError if not known."""
+    """Numbers of the allowed calls on `machine`, except clone. Raises KeyError if unknown."""
     column = {"x86_64": 1, "aarch64": 2}[machine]
     rows = [entry.split(":") for entry in _ALLOWED.split()]
     return [int(row[column]) for row in rows if row[column] != "-"]
 
 
 def program(machine: str) -> list[tuple[int, int, int, int]]:
-    """The filter as classic BPF: (code, jump if true, jump if false, k). Raises KeyError."""
+    """Return the filter as classic BPF: (code, jump if true, jump if false, k). Raises KeyError."""
     clone, clone3 = _CLONE[machine]
     allowed = numbers(machine)
     refuse = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
     head = [
         (_LOAD, 0, 0, _ARCH),
-        # Another architecture has other numbers: 32-bit calls would slip through.
+        # Another architecture has other numbers: 32-bit calls would bypass the filter.
         (_EQUAL, 1, 0, _AUDIT_ARCH[machine]),
         (_RETURN, 0, 0, _KILL_PROCESS),
         (_LOAD, 0, 0, _NUMBER),

@@ -1,4 +1,4 @@
-"""Namespaces and an almost empty file system, by the kernel's own calls."""
+"""Isolation backend by direct system calls: namespaces and a nearly empty file system."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 def enter(visible: Sequence[str]) -> None:
-    """Go on as process 1 of new namespaces whose file system holds `visible`, read-only.
+    """Continue as process 1 of new namespaces whose file system holds `visible`, read-only.
 
-    The calling process stays outside as a guard: it waits, and the sandbox dies with it. Needs
-    root, or a host that lets ordinary users make user namespaces. Raises OSError.
+    The calling process stays outside as a guard: it waits, and the sandbox dies with it. Requires
+    root, or a host that lets unprivileged users create user namespaces. Raises OSError.
     """
     if os.geteuid() == 0:
         linux.unshare(linux.NAMESPACES)
@@ -31,19 +31,19 @@ def enter(visible: Sequence[str]) -> None:
 
 
 def become_nobody() -> None:
-    """Give up root and all capabilities. Raises OSError."""
+    """Drop root and all capabilities. Raises OSError."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
     linux.drop_capabilities()
-    # A change of user hides a process from itself: it could not map users for its children.
+    # A change of user makes a process undumpable: it could not map users for its children.
     linux.prctl(linux.PR_SET_DUMPABLE, 1)
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def enter_user_namespace(user: int, group: int) -> None:
-    """New namespaces of all kinds, in which `user` and `group` of outside are nobody."""
+    """Create namespaces of all kinds, in which the outer `user` and `group` are nobody."""
     linux.unshare(linux.CLONE_NEWUSER | linux.NAMESPACES)
     for name, text in (
         ("setgroups", "deny"),
@@ -55,7 +55,7 @@ def enter_user_namespace(user: int, group: int) -> None:
 
 
 def hide_and_make_scratch(scratch_mib: int, entries: int) -> None:
-    """In a program's own mount namespace: an empty scratch folder, and no /proc."""
+    """Mount an empty scratch folder and hide /proc, in a program's own mount namespace."""
     size = f"size={scratch_mib}m,nr_inodes={entries},mode=0700"
     linux.mount("scratch", SCRATCH, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, size)
     flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
@@ -63,7 +63,7 @@ def hide_and_make_scratch(scratch_mib: int, entries: int) -> None:
 
 
 def _guard(child: int) -> None:
-    """Wait for process 1 and end as it ended. Only /dev/null stays open."""
+    """Wait for process 1 and exit with its status. Only /dev/null stays open."""
     null = os.open("/dev/null", os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
@@ -84,8 +84,8 @@ def _change_root(visible: Sequence[str]) -> None:
             _bind(path, root + path)
             linux.make_read_only(root + path, recursive=True)
     for path in (*DEVICES, "/proc"):
-        # The outer /proc: a container's own rules may forbid to mount a new one. Only trusted
-        # code sees it, programs get an empty folder in its place.
+        # Bind the outer /proc, since containers may forbid mounting a new one. Only trusted code
+        # sees it; programs get an empty folder in its place.
         _bind(path, root + path)
     os.mkdir(root + SCRATCH)
     os.mkdir(root + "/old")
@@ -98,7 +98,7 @@ def _change_root(visible: Sequence[str]) -> None:
 
 
 def _mount_point(visible: Sequence[str]) -> str:
-    """A folder that a new root can cover without covering what it shall show."""
+    """Return a folder to mount the new root on, which covers nothing that must stay visible."""
     for folder in ("/mnt", "/run", "/tmp", "/var"):
         if os.path.isdir(folder) and not any((p + "/").startswith(folder + "/") for p in visible):
             return folder

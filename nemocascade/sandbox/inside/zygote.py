@@ -1,8 +1,8 @@
-"""A worker: an interpreter behind the walls that forks a child for each program.
+"""A worker: an isolated interpreter that forks a child for each program.
 
-Forking a warm interpreter costs about a millisecond, starting one twenty. The worker holds no data
-of any program: sources, inputs and outputs pass through pipes between the trusted side and the
-child, so a program that searches the memory it was forked with finds nothing of another's.
+Forking a warm interpreter takes about a millisecond, starting one twenty. The worker holds no data
+of any program. Sources, inputs and outputs go through pipes between the trusted side and the child,
+so a program that searches the memory it was forked with finds nothing of others.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any, NoReturn
 from . import harness, linux, seccomp, walls
 
 CHANNEL_FD = 200
-"""Where the worker's socket lies, out of the way of a program's file descriptors."""
+"""File descriptor of the worker's socket, above those of a program."""
 FDS = 5
-"""File descriptors that come with a program: stdin, stdout, stderr, results, job."""
+"""File descriptors passed with a program: stdin, stdout, stderr, results, job."""
 LONGEST_WAIT_MS = 1e6
 
 # Imported once here instead of in every program.
@@ -39,7 +39,7 @@ PRELOADED = (
 
 
 def main(settings_text: str) -> None:
-    """Build the walls that the settings ask for, then serve programs until the socket closes."""
+    """Set up the isolation in the settings, then serve programs until the socket closes."""
     settings = json.loads(settings_text)
     os.dup2(0, CHANNEL_FD)
     os.set_inheritable(CHANNEL_FD, False)
@@ -67,7 +67,7 @@ def _settle(settings: dict[str, Any]) -> None:
         __import__(name)
     import site
 
-    # `exit` and `quit` exist in every interpreter that people know; -S leaves them out.
+    # Interactive interpreters have `exit` and `quit`; -S disables them.
     site.setquit()
     sys.path += settings["packages"]
     if settings["walls"] == "namespaces":
@@ -81,10 +81,10 @@ def _settle(settings: dict[str, Any]) -> None:
 
 
 def _supervise(channel: socket.socket, fds: list[int], settings: dict[str, Any]) -> dict[str, Any]:
-    """Run one program to its end, its time limit, or the order to kill it."""
+    """Run one program until it ends, exceeds its time limit, or is to be killed."""
     started = time.monotonic()
     if settings["walls"] == "none":
-        # There is no namespace whose end would take the program's folder along.
+        # No mount namespace removes the program's folder when it ends.
         settings = {**settings, "scratch": tempfile.mkdtemp(dir=settings["scratch"])}
     told, tell = os.pipe()
     launcher = os.fork()
@@ -114,7 +114,7 @@ def _supervise(channel: socket.socket, fds: list[int], settings: dict[str, Any])
 
 
 def _wait(channel: socket.socket, program: int, deadline: float) -> bool:
-    """Wait for the program's end, and kill it at the deadline or on demand. Whether it was late."""
+    """Wait for the program; kill it at the deadline or on demand. Returns True on timeout."""
     watched = os.pidfd_open(program)
     over_time = False
     try:
@@ -129,7 +129,7 @@ def _wait(channel: socket.socket, program: int, deadline: float) -> bool:
             if channel.fileno() in ready:
                 order = channel.recv(64)
                 os.kill(program, signal.SIGKILL)
-                if not order:  # whoever asked is gone
+                if not order:  # the trusted side has closed the socket
                     os._exit(0)
                 poll.unregister(channel)
             elif time.monotonic() >= deadline:
@@ -141,7 +141,7 @@ def _wait(channel: socket.socket, program: int, deadline: float) -> bool:
 
 
 def _end_orphans() -> None:
-    """Without a process namespace: what the program left has become our child. Kill it."""
+    """Kill a program's orphans, which become our children without a process namespace."""
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
             children = [int(text) for text in file.read().split()]
@@ -153,7 +153,7 @@ def _end_orphans() -> None:
 
 
 def _launch(fds: list[int], tell: int, settings: dict[str, Any]) -> NoReturn:
-    """In the first child: make namespaces, fork the program into them, tell its id, and end."""
+    """Run the first child: make namespaces, fork the program into them, send its id, and exit."""
     try:
         os.setsid()
         with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
@@ -172,10 +172,10 @@ def _launch(fds: list[int], tell: int, settings: dict[str, Any]) -> NoReturn:
 
 
 def _become_program(fds: list[int], settings: dict[str, Any]) -> NoReturn:
-    """In the second child: close, limit, give up rights, and run."""
+    """Run the second child: close descriptors, set limits, drop privileges, and run."""
     status = 125
     try:
-        # Its own session: a signal to its process group reaches nobody else.
+        # Own session: a signal to its process group reaches nobody else.
         os.setsid()
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD, CHANNEL_FD + 10) for fd in fds]
         for number, fd in enumerate(high):
@@ -216,6 +216,6 @@ def _give_up_rights(kind: str) -> None:
     try:
         linux.set_seccomp_filter(seccomp.program(linux.MACHINE))
     except (OSError, KeyError):
-        # Without walls the filter is a help, not a promise.
+        # Without isolation, the filter is optional.
         if kind != "none":
             raise
