@@ -1,4 +1,4 @@
-"""The only door to Megatron-Core: world, model and its layers, optimizer, checkpoints."""
+"""The only package that imports Megatron-Core: world, model, layers, optimizer, checkpoints."""
 
 from nemocascade.megatron.upstream import import_megatron
 

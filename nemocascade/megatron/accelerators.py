@@ -1,7 +1,7 @@
-"""Optional packages and libraries that make a run faster: what is there, and what runs instead.
+"""Detection of optional packages and libraries that make a run faster, and of their fallbacks.
 
-Nothing here is required. A package is imported only if its setting allows it, and a broken one is
-refused with its reason instead of stopping the run, unless its setting is "on".
+Nothing here is required. A package is imported only if its setting allows it. A broken one is
+reported with its reason; it stops the run only if its setting is "on".
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from nemocascade.recipe import EngineConfig, UserError
 
 
 class AcceleratorError(UserError, RuntimeError):
-    """A setting demands an accelerator that cannot be used; the message lists all of them."""
+    """An accelerator whose setting is "on" is unavailable; the message lists all of them."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table.
+    """The result for one accelerator: a line of the table.
 
-    version: None if it is not installed. refused: why it is not used; empty if it is used.
-    purpose: where it is used. instead: what runs where it is not.
+    version: None if it is not installed. refused: why it is unavailable; empty if it is used.
+    purpose: where it is used. instead: the fallback.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Detection:
-    """The outcome of `detect`. accelerators: those to be used. findings: the lines of `table`."""
+    """Result of `detect`. accelerators: those to be used. findings: the lines of `table`."""
 
     accelerators: Accelerators
     findings: tuple[Finding, ...]
 
     def table(self) -> str:
-        """A line for each finding: where it is used, and what runs instead; aligned."""
+        """An aligned table with a line for each finding: where it is used, and its fallback."""
         rows = [("accelerator", "found", "used for", "runs instead")]
         for f in self.findings:
             found = f.version or "no"
@@ -68,9 +68,9 @@ class Detection:
 
 
 def detect(engine: EngineConfig, device: torch.device) -> Detection:
-    """Look for every accelerator once and decide by the settings of `engine` which are used.
+    """Check every accelerator once and select those to be used by the settings of `engine`.
 
-    Raises AcceleratorError, naming all, if a setting is "on" and its package cannot be used.
+    Raises AcceleratorError naming every unavailable package whose setting is "on".
     """
     adam_te = _examine(_TE_ADAM, engine.transformer_engine, device)
     te_attention = _examine(_TE_ATTENTION, engine.transformer_engine, device)
@@ -113,7 +113,7 @@ def detect(engine: EngineConfig, device: torch.device) -> Detection:
 
 @dataclass(frozen=True)
 class _Package:
-    """An optional package: how to tell that it works. `check` raises if it does not."""
+    """An optional package. `check` raises if it does not work."""
 
     name: str
     module: str
@@ -184,7 +184,7 @@ def _refused(package: _Package, version: str | None, reason: str) -> Finding:
 
 
 def _examine(package: _Package, setting: str, device: torch.device) -> Finding:
-    """Find out if `package` is installed, allowed, and works on `device`."""
+    """Check that `package` is installed, allowed, and works on `device`."""
     if not _installed(package.module):
         return _refused(package, None, "not installed")
     version = _version(package.distributions)
@@ -277,7 +277,7 @@ def _native(package: str, purpose: str, instead: str) -> Finding:
 
 
 def _native_layers(device: torch.device) -> Finding:
-    """The Mamba-2 mixer between its projections and RMSNorm in C++, which are for CPUs."""
+    """The C++ layers for CPUs: RMSNorm, and the Mamba-2 mixer between its projections."""
     name, purpose = "native layers", "Mamba-2 between its projections, RMSNorm; fp32 and bf16"
     instead = "torch operators"
     if device.type != "cpu":

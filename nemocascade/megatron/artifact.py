@@ -1,11 +1,12 @@
-"""Artifacts: the weights a stage hands to the next one, with what made them.
+"""Artifacts: the weights that a stage passes to the next one, with their provenance.
 
     artifact/manifest.json               recipe, data, parent, scores, model shape, hashes
-    artifact/index.json                  which box of which weight lies where
+    artifact/index.json                  file and position of each box of each weight
     artifact/rank_00000.safetensors ...  weights and persistent buffers, in the run's precision
     artifact/tokenizer.model             or tokenizer.json, copied in
 
-The same storage as checkpoints without optimizer, generators and position: any layout reads it.
+The storage is that of checkpoints, without optimizer, generators and data position. Any parallel
+layout reads it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from nemocascade.types import Artifact
 
 KIND = "artifact"
 ORIGIN = "huggingface.json"
-# What may lie beside a tokenizer and travels with it from artifact to artifact. ORIGIN: what a
-# converted folder said besides its weights.
+# Files beside a tokenizer that are copied with it from artifact to artifact. ORIGIN: the settings
+# of a converted folder.
 TOKENIZER_COMPANIONS = (
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -90,9 +91,9 @@ def write_artifact(
 
 
 def read_artifact(folder: Path) -> Artifact:
-    """The artifact of `folder`. Needs no process group; the weights' hashes are checked on loading.
+    """Read the artifact of `folder`, without a process group; loading checks the weights' hashes.
 
-    Raises CheckpointError naming every file that is missing, cut, altered or foreign.
+    Raises CheckpointError naming every file that is missing, truncated, altered or foreign.
     """
     manifest = read_manifest(folder, KIND)
     small = [name for name in manifest["files"] if not name.endswith(".safetensors")]
@@ -120,7 +121,7 @@ def load_artifact_weights(
     """Fill the weights of `chunks` in place, on any layout; every rank calls it.
 
     Weights of another precision are converted. optimizer: the one that steps these chunks, if it
-    was made already; its fp32 copies follow the weights.
+    exists already; its fp32 copies are updated too.
 
     Raises CheckpointError on every rank, before anything is changed, naming every part that is
     missing, altered or foreign, and every difference between the models.
@@ -146,14 +147,14 @@ def _artifact(folder: Path, manifest: dict[str, Any]) -> Artifact:
 
 
 def _tokenizer_name(path: Path) -> str:
-    """The name under which a tokenizer is found in a folder, whatever it was called before."""
+    """The file name that a tokenizer gets in an artifact."""
     return f"tokenizer{path.suffix}"
 
 
 def _tokenizer_files(path: Path) -> dict[str, bytes]:
     """A tokenizer's file and its companions, by the names that an artifact gives them."""
     files = {_tokenizer_name(path): path.read_bytes()}
-    # A tokenizer.json may stand for a tokenizer.model that lies beside it.
+    # A tokenizer.json may have been made from a tokenizer.model in the same folder.
     names = (*TOKENIZER_COMPANIONS, *(["tokenizer.model"] if path.suffix == ".json" else []))
     for name in names:
         companion = path.with_name(name)

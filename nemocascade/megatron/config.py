@@ -23,7 +23,7 @@ Adam = Literal["transformer_engine", "apex", "torch"]
 class Accelerators:
     """Optional packages that this process uses. The default is none: torch's own operators.
 
-    adam: whose fused Adam steps the weights. te_attention: Transformer Engine's attention.
+    adam: the package whose fused Adam is used. te_attention: Transformer Engine's attention.
     fused_weight_gradient: apex accumulates weight gradients inside the GEMM.
     fla: fla-core's scan and convolution in the Mamba-2 mixer.
     """
@@ -54,7 +54,7 @@ def seeded_normal(seed: int, name: str, std: float) -> Init:
 
 @dataclass
 class CascadeConfig(TransformerConfig):
-    """Megatron's config with what our layers need besides."""
+    """Megatron's config with the additional settings of our layers."""
 
     shape: ModelConfig = field(default_factory=ModelConfig)
     """The model's own description; layers read their sizes here."""
@@ -67,7 +67,7 @@ class CascadeConfig(TransformerConfig):
     """Recompute each layer in backward."""
 
     def init_for(self, name: str, *, residual: bool = False) -> Init:
-        """Initialiser of the weight `name`; `residual` for projections into the stream."""
+        """Initialiser of the weight `name`; `residual` for projections into the residual stream."""
         std = self.shape.init_std
         if residual:
             std /= math.sqrt(self.shape.num_layers)
@@ -112,7 +112,7 @@ def make_config(
 
 
 def _model_fields(model: ModelConfig) -> dict[str, Any]:
-    """Sizes and kinds of layers."""
+    """Sizes and types of layers."""
     has_moe = "E" in model.pattern
     gated = model.activation == "swiglu"
     return {
@@ -143,15 +143,15 @@ def _model_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def _parallel_fields(parallel: ParallelConfig) -> dict[str, Any]:
-    """Parallel sizes, and the messages between pipeline stages."""
+    """Parallel sizes and pipeline communication."""
     return {
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp,
-        # With two stages, both neighbours are one rank: batched messages could be taken for each
-        # other when chunks interleave. The overlapped ones use two groups.
+        # With two stages, both neighbours are one rank: batched messages could be mixed up
+        # when chunks interleave. Overlapped messages use two groups.
         "batch_p2p_comm": parallel.vpp == 1,
         "overlap_p2p_comm": parallel.vpp > 1,
         "sequence_parallel": parallel.tp > 1,

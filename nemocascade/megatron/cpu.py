@@ -1,4 +1,4 @@
-"""Lets Megatron-Core run where there is no CUDA device.
+"""Support for running Megatron-Core without a CUDA device.
 
 Megatron-Core names the CUDA device in its code. On a machine without one, `install()` makes
 `torch.cuda.current_device()` and the stream functions answer for the CPU. The pipeline schedules
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-# torch.optim loads it in any case, and it must see torch.cuda's own functions.
+# torch.optim imports it anyway, and it must see the original torch.cuda functions.
 import torch._dynamo
 from megatron.core.pipeline_parallel import schedules
 from torch.overrides import TorchFunctionMode
@@ -67,9 +67,9 @@ def install() -> None:
 
 
 class _TorchOnCpu(types.ModuleType):
-    """`torch` for one of Megatron's modules: its factories make CPU tensors where CUDA is asked.
+    """`torch` for one of Megatron's modules: its factories make CPU tensors instead of CUDA ones.
 
-    Cheaper than a TorchFunctionMode, which every operation of a whole step would pay for.
+    It is cheaper than a TorchFunctionMode, which slows every operation of a step.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -81,10 +81,10 @@ class _TorchOnCpu(types.ModuleType):
 
 
 class CudaOnCpu(TorchFunctionMode):
-    """While active, tensors asked for on "cuda" are made on the CPU.
+    """While active, tensors requested on "cuda" are made on the CPU.
 
-    Also answers `Tensor.type()` with the CUDA name, by which Megatron's optimizers sort
-    parameters. Active only around Megatron's optimizer, so that the model pays nothing for it.
+    It also answers `Tensor.type()` with the CUDA name, by which Megatron's optimizers sort
+    parameters. It is active only around Megatron's optimizer, so the model has no overhead.
     """
 
     def __torch_function__(

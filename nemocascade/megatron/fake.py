@@ -1,7 +1,7 @@
-"""A rank of a world of any size in one process: groups whose collectives do nothing.
+"""One rank of a world of any size in a single process, with collectives that do nothing.
 
-For building what a rank would build, on the meta device, without the other ranks: shapes and
-bytes are exact, values are not there. torch's own fake backend stands in for NCCL.
+It builds a rank's part of a model on the meta device without the other ranks. Shapes and byte
+counts are exact, and there are no values. torch's fake backend replaces NCCL.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from nemocascade.megatron.model import CascadeModel, build_model
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
 from nemocascade.runtime.world import World
 
-# Axes that each of Megatron's groups joins. Dense groups count tp, cp, dp, pp, expert groups etp,
-# ep, expert dp, pp; the first axis varies fastest, as in `parallel_state`.
+# Axes that each of Megatron's groups spans. The order of axes is tp, cp, dp, pp for dense groups
+# and etp, ep, expert dp, pp for expert groups; the first varies fastest, as in `parallel_state`.
 _DENSE = {
     "tp": "tp",
     "pp": "pp",
@@ -48,9 +48,9 @@ _EXPERT = {
 
 @contextlib.contextmanager
 def fake_world(rank: int, size: int, parallel: ParallelConfig) -> Iterator[World]:
-    """Rank `rank` of `size`, with the groups that a model is built with; nothing is ever sent.
+    """Rank `rank` of `size`, with the groups that a model needs; nothing is ever sent.
 
-    Raises RuntimeError if this process has a process group already.
+    Raises RuntimeError if this process already has a process group.
     """
     with _fake_group(rank, size):
         groups = _own_groups(rank, size, parallel)
@@ -80,7 +80,7 @@ def _world(rank: int, size: int, parallel: ParallelConfig, groups: ProcessGroupC
 
 
 def group_ranks(rank: int, size: int, parallel: ParallelConfig) -> dict[str, list[int]]:
-    """The ranks of each of Megatron's groups that `rank` is in."""
+    """The ranks of each of Megatron's groups that contains `rank`."""
     p = parallel
     stage = size // p.pp
     dense = {"tp": p.tp, "cp": p.cp, "dp": stage // p.tp // p.cp, "pp": p.pp}
@@ -90,7 +90,7 @@ def group_ranks(rank: int, size: int, parallel: ParallelConfig) -> dict[str, lis
 
 
 def _along(rank: int, sizes: dict[str, int], axes: str) -> list[int]:
-    """Ranks that differ from `rank` on `axes` only."""
+    """Ranks that differ from `rank` only on `axes`."""
     strides, stride = {}, 1
     for axis, size in sizes.items():
         strides[axis], stride = stride, stride * size

@@ -1,7 +1,6 @@
-"""Initial values that depend on the seed and a parameter's global name only.
+"""Initial values that depend only on the seed and a parameter's global name.
 
-Every parallel layout cuts its part out of the same full tensor, so TP, PP, EP and DP start from
-the same model.
+Every parallel layout slices the same full tensor, so TP, PP, EP and DP start from the same model.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Shard:
-    """How one dimension of a parameter is cut over ranks.
+    """Sharding of one dimension of a parameter over ranks.
 
-    dim: the dimension. rank, size: this rank's place on the axis that cuts it.
-    blocks: sizes of parts laid end to end along `dim`, each cut by itself; None is one part.
-        A rank holds its piece of every part, in the same order.
+    dim: the dimension. rank, size: this rank's index and the number of ranks on the axis.
+    blocks: sizes of consecutive parts along `dim`, each sharded separately; None is one part.
+        A rank holds its shard of every part, in the same order.
     """
 
     dim: int
@@ -38,7 +37,7 @@ class Shard:
     blocks: tuple[int, ...] | None = None
 
     def local_size(self, full: int) -> int:
-        """Rows of this rank. Raises ValueError if a part cannot be cut equally."""
+        """Rows on this rank. Raises ValueError if a part cannot be split equally."""
         return sum(self._pieces(full))
 
     def cut(self, full: Tensor) -> Tensor:
@@ -76,12 +75,12 @@ def sharded_init(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """This rank's part of a parameter whose full tensor `fill` makes.
+    """This rank's shard of a parameter whose full tensor `fill` writes.
 
     shape: of the full tensor. fill: writes a full float32 CPU tensor in place, from a generator of
-    its own (`generator_for`). shards: the cut dimensions. device: default, torch's default device;
-    on "meta" nothing is computed. Returns a contiguous tensor of `dtype`.
-    Raises ValueError if a dimension cannot be cut equally.
+    its own (`generator_for`). shards: the sharded dimensions. device: default, torch's default
+    device; on "meta" nothing is computed. Returns a contiguous tensor of `dtype`.
+    Raises ValueError if a dimension cannot be split equally.
     """
     device = torch.device(device) if device is not None else torch.empty(0).device
     local = list(shape)

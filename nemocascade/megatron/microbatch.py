@@ -1,4 +1,4 @@
-"""A packed batch on its device, as the model's layers take it."""
+"""A packed batch on its device, the input of the model's layers."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class FirstPass:
 
 @dataclass(frozen=True, eq=False)
 class Microbatch(PackedSeq):
-    """The documents of a packed batch, and what the routers need to know of them.
+    """The documents of a packed batch, and the routers' settings for it.
 
-    batch: the packed batch; its tensors lie on the device.
-    trained_rows: rows whose loss counts, known to the host.
+    batch: the packed batch; its tensors are on the device.
+    trained_rows: number of rows whose loss counts, known on the host.
     aux_scale: factor on the routers' auxiliary losses, 1 / (documents of the whole step).
-    replay: choices of experts that the routers take; None: they choose.
-    recorder: where the routers leave their choices; None: nowhere.
-    first_pass: of the layer that is called, if backward recomputes it; None: it does not.
-    temperature: of the policy whose log-probabilities train. entropy: whether it is measured.
+    replay: choices of experts for the routers to use; None: they choose.
+    recorder: records the routers' choices; None: not recorded.
+    first_pass: that of the called layer, if backward recomputes it; otherwise None.
+    temperature: of the trained policy. entropy: measure the policy's entropy.
     """
 
     batch: PackedBatch | None = None
@@ -56,7 +56,7 @@ class Microbatch(PackedSeq):
         temperature: float = 1.0,
         entropy: bool = False,
     ) -> Microbatch:
-        """Describe `batch`, whose tensors are on the host, and move it to `device`.
+        """Make the description of `batch`, whose tensors are on the host, and move it to `device`.
 
         Raises ValueError if `replay` or `recorder` is for another number of tokens.
         """
@@ -83,11 +83,11 @@ class Microbatch(PackedSeq):
         )
 
     def recomputed_later(self) -> Microbatch:
-        """The argument for both passes of one layer call: forward, and its recomputation."""
+        """A copy for both passes of one layer call: forward, and its recomputation."""
         return replace(self, first_pass=FirstPass())
 
     def token_mask(self, rows: slice) -> Tensor | None:
-        """[rows] bool, False for padding; None where `rows` hold no padding."""
+        """Mask [rows] bool, False for padding; None if `rows` hold no padding."""
         assert self.batch is not None
         real = self.batch.num_tokens
         if rows.stop <= real:

@@ -36,7 +36,7 @@ class CascadeStack(HybridStack):
             )
 
     def forward(self, hidden_states: Tensor | None, packed: Microbatch) -> Tensor:
-        """hidden_states [T/tp, 1, H], or None where the pipeline hands it over -> [T/tp, 1, H]."""
+        """hidden_states [T/tp, 1, H], or None if it comes from the pipeline -> [T/tp, 1, H]."""
         x = hidden_states if self.pre_process else self.input_tensor
         assert x is not None
         for layer in self.layers:
@@ -56,13 +56,13 @@ class CascadeStack(HybridStack):
 
 
 class CascadeModel(HybridModel):
-    """HybridModel whose output is a loss over the trained rows, made without logits."""
+    """HybridModel whose output is a loss over the trained rows, computed without all logits."""
 
     def forward(self, packed: Microbatch, objective: Any = None) -> Any:
         """Hidden states [T/tp, 1, H] of a stage; on the last one, with an objective, its loss.
 
         packed: the micro-batch. objective: of `nemocascade_kernels.linear_policy_loss`.
-        Returns what linear_policy_loss returns on the last stage with an objective, and the final
+        Returns the output of linear_policy_loss on the last stage with an objective, and the final
         hidden states [T/tp, 1, H] otherwise.
         """
         batch = packed.batch
@@ -90,7 +90,7 @@ class CascadeModel(HybridModel):
         )
 
     def lm_head(self) -> Tensor:
-        """[V/tp, H], this rank's rows of the LM head."""
+        """This rank's rows of the LM head, [V/tp, H]."""
         weight: Tensor
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
@@ -99,7 +99,7 @@ class CascadeModel(HybridModel):
         return weight
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[T] ids -> [T/tp, 1, H]."""
+        """Embed ids: [T] -> [T/tp, 1, H]."""
         embedding = self.embedding.word_embeddings
         hidden: Tensor = embedding(tokens[None])
         if not embedding.reduce_scatter_embeddings:
@@ -120,7 +120,7 @@ def build_model(
     spec = ModuleSpec(module=CascadeStack, submodules=layers)
     chunks = []
     for stage in range(parallel.vpp):
-        # Tied weights of two stages are made equal on the CUDA device.
+        # Megatron synchronises the tied weights of two stages on the CUDA device.
         with cuda_names():
             chunk = CascadeModel(
                 config=config,
@@ -140,5 +140,5 @@ def build_model(
 
 
 def chunk_is_meta(chunk: torch.nn.Module) -> bool:
-    """True if the module was built on the meta device, with shapes and no values."""
+    """True if the module was built on the meta device, with shapes but no values."""
     return any(p.is_meta for p in chunk.parameters())

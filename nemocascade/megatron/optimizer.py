@@ -49,8 +49,8 @@ def wrap_ddp(
             config=config,
             ddp_config=ddp,
             module=chunk,
-            # Without buckets, bf16 and fp32 parameters are gathered in one coalesced call, which
-            # gloo takes for one dtype.
+            # Without buckets, bf16 and fp32 parameters are gathered in one coalesced call, and
+            # gloo assumes a single dtype.
             disable_bucketing=on_gpu and index > 0,
             pg_collection=world.groups,
         )
@@ -58,7 +58,7 @@ def wrap_ddp(
     ]
 
     def finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-        # Token weights carry the normaliser already, so nothing is divided here.
+        # Token weights already contain the normaliser, so nothing is divided here.
         finalize_model_grads(model, None, **kwargs)
 
     config.finalize_model_grads_func = finalize
@@ -71,7 +71,7 @@ def wrap_ddp(
 
 @contextlib.contextmanager
 def _adam_of(accelerators: Accelerators) -> Iterator[None]:
-    """Megatron builds with whichever fused Adam it could import; here with the one to be used."""
+    """Context in which Megatron builds with the selected Adam, not with any fused one it finds."""
     found = megatron_optimizer.Adam
     if accelerators.adam == "torch":
         megatron_optimizer.Adam = torch.optim.AdamW
@@ -82,7 +82,7 @@ def _adam_of(accelerators: Accelerators) -> Iterator[None]:
 
 
 class Optimizer:
-    """AdamW over every parameter that trains, stepped with a given learning rate.
+    """AdamW over every trainable parameter, stepped with a given learning rate.
 
     inner: Megatron's optimizer; the checkpoint reads and writes its state.
     """
@@ -143,6 +143,6 @@ class Optimizer:
         return norm
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+        """Clear the gradients of the last step."""
         with cuda_names():
             self.inner.zero_grad()

@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them a token passes through."""
+"""Number of parameters of a model, and of those active for one token."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from nemocascade.runtime.world import World
 class ParameterCount:
     """Parameters of a model. Buffers, among them the routers' selection bias, are not counted.
 
-    total: every parameter; embedding and LM head are one where they are tied.
-    active: those that take part in the matrix products and norms of one token: all but the experts
-        that the token is not sent to, and without the embedding table, of which a token reads one
-        row. The LM head counts, tied or not.
+    total: every parameter; a tied embedding and LM head count once.
+    active: those used in the matrix products and norms of one token. Excluded: experts that the
+        token is not sent to, and the embedding table, of which a token reads one row. The LM head
+        counts, tied or not.
     active_with_embedding: `active` and the embedding table.
     """
 
@@ -35,7 +35,7 @@ class ParameterCount:
 
 @contextlib.contextmanager
 def _world_of_one() -> Iterator[World]:
-    """A world of this process alone, beside the one that may exist; nothing is ever sent."""
+    """A world of this process only, beside one that may exist; nothing is ever sent."""
     started = not dist.is_initialized()
     if started:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -58,7 +58,7 @@ def _world_of_one() -> Iterator[World]:
 def meta_model(shape: ModelConfig) -> CascadeModel:
     """The whole model of `shape` on the meta device: shapes and dtypes, no memory.
 
-    May be called before, during and after a run of any number of ranks, by any of them.
+    Any rank may call it before, during and after a run of any number of ranks.
     """
     with _world_of_one() as world:
         config = make_config(shape, world.parallel, EngineConfig(), MoeTrainingConfig(), seed=0)

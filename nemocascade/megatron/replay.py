@@ -1,11 +1,11 @@
-"""Router replay: the experts that one pass chose, taken again by another.
+"""Router replay: one pass uses the experts that another pass chose.
 
-Generation and training round differently. Where two experts score nearly alike, the last bits
-decide which one runs, and then the log-probabilities differ by far more than bits. Replay lets
-training take the choices of the rollout. The weights of the chosen experts still come from the
-training pass's own scores, so the gradient reaches the router (arXiv 2510.11370).
+Generation and training round differently. Where two experts have nearly equal scores, the last bits
+decide which one runs, and the log-probabilities then differ much more than by rounding. With
+replay, training uses the choices of the rollout. The weights of the chosen experts still come from
+the training pass's own scores, so the gradient reaches the router (arXiv 2510.11370).
 
-Both objects travel with a `Microbatch`; every MoE layer finds its own part there.
+Both objects are fields of a `Microbatch`; every MoE layer reads its own part.
 
 Shape letters: T tokens of the packed sequence, L MoE layers of the whole model, K experts a token,
 E experts of a layer.
@@ -27,7 +27,7 @@ _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def choice_dtype(shape: ModelConfig) -> torch.dtype:
-    """The smallest integer that holds the ids 0..E; E itself stands for "no expert"."""
+    """The smallest integer dtype for the ids 0..E; E means "no expert"."""
     if shape.num_experts <= torch.iinfo(torch.uint8).max:
         return torch.uint8
     return torch.int16 if shape.num_experts <= torch.iinfo(torch.int16).max else torch.int32
@@ -39,9 +39,9 @@ def moe_index(shape: ModelConfig, layer_number: int) -> int:
 
 
 class RouteRecorder:
-    """Keeps the experts that a forward pass chooses.
+    """Records the experts that a forward pass chooses.
 
-    choices: [T, L, K] on the device, of the smallest integer. Rows and layers of other ranks hold 0
+    choices: [T, L, K] on the device, of `choice_dtype`. Rows and layers of other ranks hold 0
         until `gathered`; padding holds E.
     """
 
@@ -53,14 +53,14 @@ class RouteRecorder:
         )
 
     def keep(self, layer_number: int, rows: slice, experts: Tensor) -> None:
-        """Keep a layer's choices [rows, K] int32; the rows are those of the packed sequence."""
+        """Record a layer's choices [rows, K] int32 for `rows` of the packed sequence."""
         self.choices[rows, moe_index(self.shape, layer_number)] = experts.to(self.choices.dtype)
 
     def gathered(self, groups: ProcessGroupCollection) -> Tensor:
-        """[T, L, K]: all rows and layers, on every rank that holds a part of this model.
+        """Choices of all rows and layers, [T, L, K], on every rank of this model replica.
 
         Tensor-parallel ranks hold different rows (sequence parallelism), pipeline ranks different
-        layers. Each element has one writer, so a sum of bytes puts them together.
+        layers. Each element has one writer, so a sum of bytes combines them.
         """
         whole = self.choices.clone()
         for group in (groups.tp, groups.pp):
@@ -71,11 +71,11 @@ class RouteRecorder:
 
 @dataclass(frozen=True, eq=False)
 class RouteReplay:
-    """Choices that MoE layers take instead of making their own.
+    """Choices that MoE layers use instead of their own.
 
     shape: of the model.
-    choices: [T, L, K] integers on the device. E in a token's first place stands for "not recorded":
-        such a token chooses for itself.
+    choices: [T, L, K] integers on the device. E as a token's first choice means "not recorded":
+        the router chooses for such a token.
     complete: every token of the documents is recorded.
     """
 
@@ -87,9 +87,9 @@ class RouteReplay:
     def from_choices(
         cls, shape: ModelConfig, choices: Tensor, num_tokens: int, device: torch.device
     ) -> RouteReplay:
-        """Replay `choices` [T, L, K], integers on the host, of which `num_tokens` are no padding.
+        """Replay `choices` [T, L, K], integers on the host; tokens past `num_tokens` are padding.
 
-        Raises ValueError, naming all faults, if they do not fit the model.
+        Raises ValueError naming all faults if they do not fit the model.
         """
         layers, top_k = shape.pattern.count("E"), shape.experts_per_token
         faults = []
@@ -113,19 +113,19 @@ class RouteReplay:
         return cls(shape, choices.to(choice_dtype(shape)).to(device), bool(recorded.all()))
 
     def of_layer(self, layer_number: int, rows: slice) -> Tensor:
-        """[rows, K] int32: a layer's choices for these rows of the packed sequence."""
+        """A layer's choices for `rows` of the packed sequence, [rows, K] int32."""
         return self.choices[rows, moe_index(self.shape, layer_number)].to(torch.int32)
 
 
 def lay_choices(
     shape: ModelConfig, documents: Sequence[Tensor | None], cu_seqlens: Tensor
 ) -> Tensor:
-    """Choices of documents, laid where a packed batch lays the documents.
+    """Pack the choices of documents as a packed batch packs the documents.
 
-    documents: [n, L, K] integers, or None, for each document in its order. A document may be longer
-        than its record: the token that was sampled last went through no layer. What has no record
-        holds E.
-    cu_seqlens: [D + 1] integers, of the packed batch; its padding may come as one document more.
+    documents: [n, L, K] integers, or None, for each document in order. A document may be longer
+        than its record: the last sampled token went through no layer. Tokens without a record
+        hold E.
+    cu_seqlens: [D + 1] integers, of the packed batch; its padding may be one more document.
 
     Returns [T, L, K]. Raises ValueError if a record is longer than its document, or if there are
     more records than documents.

@@ -26,12 +26,12 @@ def run_schedule(
     *,
     forward_only: bool = False,
 ) -> list[Any]:
-    """Run every micro-batch through the pipeline; gradients end in the main-gradient buffers.
+    """Run every micro-batch through the pipeline; main-gradient buffers get the gradients.
 
-    objective_of: the objective of a micro-batch, for linear_policy_loss. All micro-batches have
+    objective_of: returns a micro-batch's objective for linear_policy_loss. All micro-batches have
     the same capacity. The gradient is that of the sum of their losses.
 
-    Returns one output of linear_policy_loss a micro-batch on the last stage, [] on the others.
+    Returns linear_policy_loss's output for each micro-batch on the last stage, [] on the others.
     """
     schedule = get_forward_backward_func(
         pp_size=world.parallel.pp,
@@ -60,5 +60,5 @@ def run_schedule(
 
 
 def _collect(out: Any, loss: Tensor) -> tuple[Tensor, Tensor, Any]:
-    # Megatron wants a token count to divide by; the weights did that already.
+    # Megatron divides by a token count; the token weights already contain the normaliser.
     return loss, torch.ones((), dtype=torch.int, device=loss.device), out

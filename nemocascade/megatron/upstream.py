@@ -1,7 +1,7 @@
-"""Imports Megatron-Core, and keeps its notes to its own authors out of our users' terminals.
+"""Import of Megatron-Core without its developer warnings.
 
-Nothing of the process is changed for longer than the import lasts. What a run hides for its whole
-length, `hide_notes` hides, and `start_world` calls it.
+The import changes process state only while it lasts. `hide_notes`, which `start_world` calls, hides
+warnings for the whole run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def import_megatron() -> None:
     """Import Megatron-Core without its torch.compile decorators and without its warnings.
 
     The decorators load the compiler for functions that our layers never call: 4 s of an import
-    of 7 s, and 800 modules. They see a `torch.compile` that returns the function as it is; the real
-    one is back afterwards. The warnings name missing packages, as `accelerators` does in one table.
+    of 7 s, and 800 modules. During the import `torch.compile` returns its function unchanged. The
+    warnings name missing packages, which `accelerators` lists in one table.
     """
     with without_compiler(), warnings.catch_warnings():
         _ignore_warnings()
@@ -29,7 +29,7 @@ def import_megatron() -> None:
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """Context in which `torch.compile` returns its function as it is."""
+    """Context in which `torch.compile` returns its function unchanged."""
 
     def keep(function: Callable[..., Any] | None = None, **_options: Any) -> Any:
         return keep if function is None else function
@@ -42,9 +42,10 @@ def without_compiler() -> Iterator[None]:
 
 
 def hide_notes() -> None:
-    """Hide, for the rest of the process, what Megatron-Core says to its own authors.
+    """Hide Megatron-Core's developer warnings for the rest of the process.
 
-    Deprecations inside it, and a layout that its DDP computes by itself. Safe to call twice.
+    They concern its internal deprecations and a layout that its DDP computes by itself. Safe to
+    call twice.
     """
     _ignore_warnings()
     logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilter(

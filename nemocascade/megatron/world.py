@@ -1,4 +1,4 @@
-"""Starts the world: the process group, and Megatron-Core's groups of a layout."""
+"""Start of the world: the process group, and Megatron-Core's groups of a layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemocascade.runtime.world import World
 
 
 def resolve_device(engine: EngineConfig) -> torch.device:
-    """The device that `engine.device` asks for. Raises RecipeError if it is not there."""
+    """The device that `engine.device` asks for. Raises RecipeError if it is unavailable."""
     if engine.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError(
             ["engine.device(cuda): torch finds no CUDA device: set --engine.device cpu"]
@@ -44,10 +44,10 @@ def resolve_device(engine: EngineConfig) -> torch.device:
 
 
 def _meeting_point(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
-    """Where ranks meet, this process's rank and their number.
+    """The rendezvous store, this process's rank and the number of ranks.
 
-    The launcher's store outlives a world and remembers the addresses of its ranks, so each world of
-    a process has a part of the store to itself.
+    The launcher's store outlives a world and keeps the addresses of its ranks, so each world of a
+    process uses its own part of the store.
     """
     if "RANK" not in os.environ:
         return dist.HashStore(), 0, 1
@@ -59,9 +59,9 @@ def _meeting_point(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
 def start_world(parallel: ParallelConfig, engine: EngineConfig) -> World:
     """Join the process group and make Megatron's groups for `parallel`.
 
-    Settings must be legal: check them with the recipe's `problems` first. One process without a
+    Settings must be valid: check them with the recipe's `problems` first. One process without a
     launcher makes a world of its own. Without CUDA, torch.cuda's functions answer for the CPU from
-    here on (`cpu.install`).
+    now on (`cpu.install`).
     """
     hide_notes()
     device = resolve_device(engine)

@@ -1,4 +1,4 @@
-"""Rectangles of index space: what a rank holds of a global tensor.
+"""Boxes of index space: the part of a global tensor that a rank holds.
 
 A box is an offset and a size per axis. Everything that a checkpoint stores or reads is a box of a
 global tensor, so resharding is the intersection of boxes.
@@ -39,7 +39,7 @@ class Box:
         return tuple(slice(a, a + n) for a, n in zip(self.offset, self.size, strict=True))
 
     def split(self, elements: int) -> list[Box]:
-        """The box cut along its first axes into boxes of at most `elements` elements each."""
+        """Split the box along its first axes into boxes of at most `elements` elements each."""
         if self.volume <= elements or not self.size:
             return [self]
         row = self.volume // self.size[0]
@@ -64,8 +64,8 @@ def whole(shape: Iterable[int]) -> Box:
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     """Boxes of a contiguous tensor of `shape` that hold its flat elements [start, stop).
 
-    In order, disjoint, at most 2 * axes - 1 of them: this is how the distributed optimizer's flat
-    shards become boxes.
+    They are in order, disjoint, and at most 2 * axes - 1. The distributed optimizer's flat shards
+    become boxes this way.
     """
     if stop <= start:
         return []
@@ -86,7 +86,7 @@ def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[Box]:
 
 
 def _in_row(index: int, boxes: Iterable[Box]) -> list[Box]:
-    """Boxes of one row as boxes of the tensor that it is a row of."""
+    """Boxes of row `index` as boxes of the tensor that contains it."""
     return [Box((index, *b.offset), (1, *b.size)) for b in boxes]
 
 

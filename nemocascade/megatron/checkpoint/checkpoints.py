@@ -1,11 +1,12 @@
-"""Checkpoints of a run: everything that N + N steps need to equal 2N steps, bit for bit.
+"""Checkpoints of a run: N steps, a resume and N more steps are bit-identical to 2N steps.
 
     ROOT/latest                 name of the newest complete checkpoint
     ROOT/step_00000050/         manifest.json, index.json, extra.json, rank_00000.safetensors, ...
 
 Megatron-Core's own strategies write torch's distributed format, whose `.metadata` and `common.pt`
 are pickles. So only its sharded state dicts are used: they say which box of which global tensor a
-rank holds (`state.py`), and those boxes go to safetensors files with a JSON index (`storage.py`).
+rank holds (`state.py`). The boxes are written to safetensors files with a JSON index
+(`storage.py`).
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def save_checkpoint(
 
     root: RUN/checkpoints. step: optimizer steps done. chunks: CascadeModels, bare or DDP-wrapped.
     extra: JSON of rank 0, for example the data position; it must survive JSON unchanged.
-    Returns the folder, which exists whole, with the pointer on it, when the call returns.
+    Returns the folder; it is then complete, and `latest` names it.
 
-    Raises CheckpointError on every rank if the checkpoint cannot be written; what was there stays.
+    Raises CheckpointError on every rank if the checkpoint cannot be written; older ones stay.
     """
     final = root / checkpoint_name(step)
     steps: set[int] = set().union(*world.all_gather_object(optimizer_steps(optimizer)))
@@ -99,8 +100,8 @@ def load_checkpoint(
     """Fill model, optimizer and random generators in place; returns `extra`. Every rank calls it.
 
     Any layout reads any other's checkpoint. On the layout that wrote it, all is restored bit for
-    bit; on another, the random generators are seeded anew from the stored state, which is logged.
-    optimizer: None reads the weights alone and leaves the generators.
+    bit. On another, the random generators are reseeded from the stored state, which is logged.
+    optimizer: None reads only the weights and does not touch the generators.
 
     Raises CheckpointError on every rank, before anything is changed, naming every part that is
     missing, altered or foreign.
@@ -132,14 +133,14 @@ def load_checkpoint(
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Folders of `root` that were written to the end, oldest first."""
+    """Complete checkpoints of `root`, oldest first."""
     return sorted(p.parent for p in root.glob(f"step_????????/{MANIFEST}"))
 
 
 def latest_checkpoint(root: Path) -> Path | None:
     """The checkpoint that the pointer names; without a pointer, the newest complete one, or None.
 
-    Raises CheckpointError if the pointer names a checkpoint that is not there.
+    Raises CheckpointError if the pointer names a checkpoint that does not exist.
     """
     complete = complete_checkpoints(root)
     try:
@@ -166,7 +167,7 @@ def _point_to(root: Path, name: str) -> None:
 
 
 def _pointed_problems(root: Path, final: Path, world: World) -> list[str]:
-    """The checkpoint that a resume would read must not be replaced: a kill could lose it."""
+    """A problem if `final` is the checkpoint that a resume would read: a kill could lose it."""
     if not world.is_main:
         return []
     try:

@@ -1,12 +1,12 @@
-"""Folders that exist whole or not at all, with a manifest that holds every file's hash.
+"""Atomically written folders with a manifest that holds every file's hash.
 
 A folder is written under a temporary name, `.tmp-<name>`. When every rank's file is on disk, rank 0
-writes `manifest.json`, flushes the folder and renames it. So a kill at any moment leaves either
-the old state or the new one, and at most a `.tmp-` folder, which `clean_leftovers` removes.
+writes `manifest.json`, flushes the folder and renames it. A kill at any moment leaves either the
+old state or the new one. It may also leave a `.tmp-` folder, which `clean_leftovers` removes.
 
 manifest.json:
     format, version, kind     "nemocascade", 1, "checkpoint" or "artifact"
-    fields of the kind        step, model shape, layout, what made it
+    fields of the kind        step, model shape, layout, provenance
     files                     name -> sha256 and bytes, of every other file
     digest                    sha256 of all of the above: the manifest cannot be altered either
 """
@@ -66,7 +66,7 @@ def file_sha256(path: Path) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one byte string of a JSON value, for hashing."""
+    """The canonical byte string of a JSON value, for hashing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -76,7 +76,7 @@ def digest_of(value: Any) -> str:
 
 
 def clean_leftovers(parent: Path) -> list[str]:
-    """Remove what an interrupted save or deletion left in `parent`; returns the names."""
+    """Remove the remains of interrupted saves and deletions in `parent`; returns their names."""
     names = sorted(p.name for p in parent.glob(f"{TEMPORARY}*"))
     for name in names:
         remove(parent / name)
@@ -84,7 +84,7 @@ def clean_leftovers(parent: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, under a temporary name first, so that no half folder is left."""
+    """Delete a file or folder. It is renamed first, so that no partial folder keeps its name."""
     if not path.name.startswith(TEMPORARY):
         aside = path.with_name(f"{TEMPORARY}delete-{path.name}")
         if aside.exists():
@@ -98,7 +98,7 @@ def remove(path: Path) -> None:
 
 
 def fresh_folder(final: Path) -> Path:
-    """An empty folder under the temporary name of `final`."""
+    """Create an empty folder under the temporary name of `final`."""
     temporary = final.with_name(TEMPORARY + final.name)
     if temporary.exists():
         remove(temporary)
@@ -124,8 +124,8 @@ def write_folder(
 ) -> str:
     """Write a checkpoint or artifact to the folder `final`; returns the manifest's digest.
 
-    Every rank calls it. pieces: what this rank holds; main replicas are written. documents: small
-    files, and fields: of the manifest; both of rank 0. A folder of that name is replaced.
+    Every rank calls it. pieces: those of this rank; main replicas are written. documents: small
+    files, and fields: entries of the manifest; both from rank 0. An existing folder is replaced.
 
     Raises CheckpointError on every rank, and leaves `final` as it was, if a rank cannot write or
     the pieces of all ranks do not tile their tensors.
@@ -168,8 +168,8 @@ def finish_folder(
 ) -> tuple[str, list[str]]:
     """Complete a folder on rank 0 when all files are written: index, documents, manifest, rename.
 
-    reports: of each file, or why it could not be written. Returns the digest and the problems,
-    one of which is empty.
+    reports: the description of each file, or why it could not be written. Returns the digest and
+    the problems; one of the two is empty.
     """
     problems = [r for r in reports if isinstance(r, str)]
     written = [r for r in reports if isinstance(r, WrittenFile)]
@@ -201,7 +201,7 @@ def finish_folder(
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
-    """The manifest of `folder`, its digest checked.
+    """Read the manifest of `folder` and check its digest.
 
     Raises CheckpointError if it is missing, altered, of another kind or of an unknown version.
     """
@@ -235,7 +235,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def listing_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Files that are missing, have another size, or are not of this folder. Reads no content."""
+    """Files that are missing, of another size or not in the manifest. Reads no content."""
     files = manifest["files"]
     problems = []
     for name, record in sorted(files.items()):
@@ -256,11 +256,11 @@ def listing_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def hash_problems(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Files of `names` whose content is not what the manifest says."""
+    """Files of `names` whose hash differs from the manifest's."""
     problems = []
     for name in names:
         path, record = folder / name, manifest["files"][name]
-        # A missing or cut file is already named by listing_problems.
+        # A missing or truncated file is already named by listing_problems.
         whole = path.is_file() and path.stat().st_size == record["bytes"]
         if whole and file_sha256(path) != record["sha256"]:
             problems.append(f"{name} was altered: its sha256 does not match the manifest")
@@ -268,7 +268,7 @@ def hash_problems(folder: Path, manifest: dict[str, Any], names: Iterable[str]) 
 
 
 def read_folder(folder: Path, world: World, kind: str) -> tuple[dict[str, Any], Index]:
-    """Manifest and index of a verified folder, on every rank; the hashing is split over the ranks.
+    """Verify a folder and return its manifest and index on every rank; ranks share the hashing.
 
     Raises CheckpointError on every rank, naming all parts that are missing, altered or foreign.
     """

@@ -35,7 +35,7 @@ def rng_pieces(world: World) -> list[Piece]:
 
 
 def restore_rng(world: World, reader: Reader) -> None:
-    """Set this rank's generators to the states that `rng_pieces` kept."""
+    """Set this rank's generators to the states that `rng_pieces` saved."""
     torch.set_rng_state(reader.read(_key(world, "torch")))
     np.random.set_state(_from_bytes(reader.read(_key(world, "numpy"))))
     version, words, gauss = _from_bytes(reader.read(_key(world, "python")))
@@ -45,9 +45,9 @@ def restore_rng(world: World, reader: Reader) -> None:
 
 
 def reseed_rng(world: World, reader: Reader) -> None:
-    """Seed this rank's generators from rank 0's kept state and this rank's number.
+    """Seed this rank's generators from rank 0's saved state and this rank's number.
 
-    For another layout than the saved one, whose ranks have no state of their own to go on from.
+    Used on another layout than the saved one, whose ranks have no saved state of their own.
     """
     state = reader.read(f"{PREFIX}{0:05d}/torch")
     digest = hashlib.sha256(state.numpy().tobytes() + world.rank.to_bytes(8, "little")).digest()
@@ -58,7 +58,7 @@ def reseed_rng(world: World, reader: Reader) -> None:
 
 
 def missing_rng(world: World, index: Index, *, same_layout: bool) -> list[str]:
-    """Generator states that a resume needs and `index` lacks."""
+    """Generator states that a resume needs and that are missing from `index`."""
     needed = [f"{PREFIX}{0:05d}/torch"]
     if same_layout:
         needed = [_key(world, name) for name in ("torch", "numpy", "python")]

@@ -1,11 +1,11 @@
-"""Which boxes of which global tensors a rank's model and optimizer hold.
+"""The boxes of global tensors that a rank's model and optimizer hold.
 
 The boxes come from Megatron's sharded state dicts (ShardedTensor: global shape, offset, replica).
 A module may store a parameter as several tensors, for example the parts of Mamba's fused input
 projection; each must be a rectangular view of the parameter. The optimizer's tensors follow the
-parameter they belong to, element by element, so the same views cut them: the distributed
-optimizer's flat shards become a few boxes each, with no gathering and no padding. Their keys name
-the parameter only, neither the optimizer that steps it nor how its state is sharded:
+parameter they belong to, element by element, so the same views split them. The distributed
+optimizer's flat shards become a few boxes each, without gathering or padding. Their keys name only
+the parameter, neither the optimizer that steps it nor how its state is sharded:
 
     model/<key>                    weights, and buffers that persist
     optimizer/main/<key>           fp32 copy that is trained, where the weight itself is not fp32
@@ -42,10 +42,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, eq=False)
 class ModelPart:
-    """A box of a parameter or buffer, and where it lies in a global tensor.
+    """A box of a parameter or buffer, and its position in a global tensor.
 
     owner: the parameter. local: the box in the owner's index space. box: the same elements in the
-    global tensor, which may have leading axes that the owner has not. replica: see Piece.
+    global tensor, which may have additional leading axes. replica: see Piece.
     """
 
     key: str
@@ -57,7 +57,7 @@ class ModelPart:
 
     @property
     def leading(self) -> int:
-        """Axes that the global tensor has before the owner's."""
+        """Number of additional leading axes of the global tensor."""
         return len(self.box.offset) - len(self.local.offset)
 
 
@@ -69,7 +69,7 @@ def unwrap(chunk: Any) -> Any:
 def model_parts(chunks: Sequence[Any], world: World) -> list[ModelPart]:
     """Every box of every parameter and persistent buffer of this rank's chunks.
 
-    Raises TypeError if a module's sharded state dict is no exact tiling of its tensors by views.
+    Raises TypeError if a module's sharded state dict does not tile its tensors exactly by views.
     """
     parts = []
     for chunk in map(unwrap, chunks):
@@ -96,9 +96,9 @@ def model_pieces(parts: Sequence[ModelPart]) -> list[Piece]:
 
 
 def optimizer_pieces(parts: Sequence[ModelPart], optimizer: Optimizer) -> list[Piece]:
-    """Main parameters and moments of what this rank's optimizers step.
+    """Main parameters and moments that this rank's optimizers hold.
 
-    State that does not exist yet, because no step was made, is made as Adam would make it.
+    State that does not exist before the first step is created as Adam creates it.
     Raises TypeError if a stepped parameter is not part of the model's sharded state dict.
     """
     by_owner: dict[int, list[ModelPart]] = {}
@@ -123,13 +123,13 @@ def optimizer_pieces(parts: Sequence[ModelPart], optimizer: Optimizer) -> list[P
 
 
 def optimizer_steps(optimizer: Optimizer) -> set[int]:
-    """The number of steps made, as every parameter's state says; one value unless it is broken."""
+    """The step counts in all parameters' states; a single value unless the state is broken."""
     counts = _step_counts(optimizer)
     return {int(count.get("step", 0)) for count in counts if count.get("params", True)}
 
 
 def set_optimizer_steps(optimizer: Optimizer, steps: int) -> None:
-    """Make every parameter's state say that `steps` steps were made."""
+    """Set the step count in every parameter's state to `steps`."""
     for count in _step_counts(optimizer):
         if "params" in count:
             count["step"] = steps
@@ -161,7 +161,7 @@ class _Owners:
         self._tensors = [tensors[start] for start in self._starts]
 
     def part(self, leaf: ShardedTensor) -> ModelPart:
-        """Where `leaf` lies in its owner."""
+        """The position of `leaf` in its owner."""
         view: Any = leaf.data
         at = bisect.bisect_right(self._starts, view.data_ptr()) - 1
         name, owner = self._tensors[max(at, 0)]
@@ -261,7 +261,7 @@ def _stepping(optimizer: Optimizer) -> list[Any]:
 
 
 def _main_parameters(inner: Any) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
-    """(parameter, trained fp32 tensor, its first flat element in the parameter, is it a shard).
+    """Yield (parameter, trained fp32 tensor, its first flat element in the parameter, is a shard).
 
     The lists of Megatron's optimizers are paired by construction; its index maps are not when a
     group mixes fp32 and 16-bit parameters.
@@ -297,7 +297,7 @@ def _counts_by_group(adam: Any) -> bool:
 
 
 def _adam_state(adam: Any, main: Tensor) -> dict[str, Any]:
-    """AdamW's state of a parameter, made as AdamW makes it where no step was made yet."""
+    """AdamW's state of a parameter, created as AdamW creates it if no step was made yet."""
     state: dict[str, Any] = adam.state[main]
     for name in MOMENTS:
         if name not in state:

@@ -1,13 +1,13 @@
-"""Pieces of global tensors in safetensors files, and reading any box of them.
+"""Storage of global tensors in safetensors files, written in pieces and read by any box.
 
-Each rank writes the pieces it is the main replica of to one file. An index says for every key the
-global shape, the dtype and where each piece lies. Reading a box intersects it with the stored
-pieces, so any parallel layout reads what any other wrote. Memory stays bounded by CHUNK_BYTES: no
+Each rank writes the pieces it is the main replica of to one file. An index holds for every key the
+global shape, the dtype and the position of each piece. Reading a box intersects it with the stored
+pieces, so any parallel layout reads the files of any other. Memory is bounded by CHUNK_BYTES: no
 tensor is gathered, and files are read by slices.
 
 The format is plain safetensors (https://huggingface.co/docs/safetensors), which any reader opens.
-Files are written here, not by the library, so that the hash is taken of the bytes as they go out
-and strided views of live parameters need no copy of their own.
+This module writes the files itself, so that it can hash the bytes as they are written and needs no
+full copy of strided views of live parameters.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 class Piece:
     """A box of a global tensor in this rank's memory.
 
-    key: the global tensor's name. global_shape: its shape. box: which part of it this is.
+    key: the global tensor's name. global_shape: its shape. box: the part of it.
     tensor: the live memory, of shape `box.size`, with any strides: saving reads it and loading
         writes it.
-    replica: this rank's number among those that hold the same box; all zero writes it.
+    replica: this rank's coordinates among those that hold the same box; all zeros writes it.
     """
 
     key: str
@@ -71,7 +71,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """Where a piece lies: tensor `name` of `file` is `box` of the global tensor."""
+    """Position of a stored piece: tensor `name` of `file` is `box` of the global tensor."""
 
     file: str
     name: str
@@ -102,7 +102,7 @@ class WrittenFile:
 
 @dataclass(frozen=True, eq=False)
 class Outgoing:
-    """A tensor on its way into a file, read box by box as it is written.
+    """A tensor to be written, read box by box during the write.
 
     dtype: its safetensors name. read: the values of a box, of that dtype, in any memory.
     """
@@ -129,7 +129,7 @@ class Outgoing:
 def write_tensors(
     path: Path, tensors: Sequence[Outgoing], metadata: dict[str, str] | None = None
 ) -> tuple[str, int]:
-    """Write a safetensors file, hashed as it goes out, and fsync it; its sha256 and its bytes."""
+    """Write and fsync a safetensors file; returns its sha256 and its size in bytes."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
     for tensor in tensors:
@@ -153,7 +153,7 @@ def write_tensors(
 
 
 def write_pieces(folder: Path, name: str, pieces: Iterable[Piece]) -> WrittenFile:
-    """Write `pieces` to the safetensors file `folder/name`, hashed as it goes out, and fsync it."""
+    """Write `pieces` to the safetensors file `folder/name` and fsync it."""
     # The widest types first, so that every tensor is aligned.
     ordered = sorted(pieces, key=lambda p: -p.tensor.element_size())
     outgoing = [Outgoing(p.key, p.dtype_name, p.box.size, _reader_of(p.tensor)) for p in ordered]
@@ -193,7 +193,7 @@ def _reader_of(tensor: Tensor) -> Callable[[Box], Tensor]:
 
 
 def merge_indices(parts: Sequence[Index]) -> tuple[Index, list[str]]:
-    """One index of all ranks' parts, and every reason why it does not tile its tensors."""
+    """Merge all ranks' parts; returns the index and every gap or overlap in its tensors."""
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     pieces: dict[str, list[StoredPiece]] = {}
     problems = []
@@ -231,7 +231,7 @@ def _tiling_problems(key: str, entry: StoredTensor) -> list[str]:
 
 
 def index_to_json(index: Index) -> dict[str, Any]:
-    """The index as JSON. Names follow from keys and offsets, files are numbered once."""
+    """The index as JSON. Tensor names follow from keys and offsets; file names are listed once."""
     files = sorted({p.file for entry in index.values() for p in entry.pieces})
     number = {file: i for i, file in enumerate(files)}
     tensors = {
@@ -270,7 +270,7 @@ def index_from_json(value: dict[str, Any]) -> Index:
 
 
 class Reader:
-    """Reads boxes of stored tensors; files stay open (mapped, not read) until it is left."""
+    """Reads boxes of stored tensors; files stay open (memory-mapped) until the context ends."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder = folder
@@ -305,7 +305,7 @@ class Reader:
                 target[box.relative_to(piece.box.offset).slices()].copy_(values)
 
     def read(self, key: str) -> Tensor:
-        """A whole stored tensor that is one piece."""
+        """Read a whole stored tensor that is a single piece."""
         (source,) = self.index[key].pieces
         return self._read(source, source.box)
 

@@ -1,4 +1,4 @@
-"""Shared by checkpoints and artifacts: describing a model, and filling it from a folder."""
+"""Model descriptions in manifests, and reading of weights, for checkpoints and artifacts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FREE_FIELDS = frozenset({"init_std", "mamba_chunk"})
 
 
 def describe_model(world: World, chunks: Sequence[Any]) -> dict[str, Any]:
-    """Manifest fields: model shape and its hash, precision, and the layout that wrote."""
+    """Manifest fields: model shape and its hash, precision, and parallel layout."""
     config = unwrap(chunks[0]).config
     precision = PRECISIONS[config.params_dtype]
     return describe_shape(config.shape, precision, world.parallel, world.size)
@@ -43,7 +43,7 @@ def describe_shape(
 def model_problems(
     manifest: dict[str, Any], world: World, chunks: Sequence[Any], *, cast: bool
 ) -> list[str]:
-    """Where the stored model is another one than `chunks`. cast: another precision is none."""
+    """Differences between the stored model and `chunks`. cast: another precision is allowed."""
     here = describe_model(world, chunks)
     problems = []
     if here["model_sha256"] != manifest["model_sha256"]:
@@ -71,9 +71,9 @@ def fill(
     ignored: tuple[str, ...] = (),
     cast: bool = False,
 ) -> None:
-    """Read every piece, once all ranks found the folder to hold exactly what they hold.
+    """Read every piece after all ranks have checked that the folder holds exactly their tensors.
 
-    problems: what this rank found before. ignored: prefixes of stored keys that need no reader.
+    problems: those found by this rank. ignored: prefixes of stored keys that need not be read.
     cast: stored values may have another dtype and are converted.
 
     Raises CheckpointError on every rank, before anything is changed, naming each tensor that is
@@ -82,7 +82,7 @@ def fill(
     found = list(problems)
     mine = {p.key: (list(p.global_shape), p.dtype_name) for p in pieces}
     ranks = world.all_gather_object(mine)
-    # A model of another shape differs in every tensor; its settings say it better.
+    # A model of another shape differs in every tensor; its settings explain it better.
     if not found:
         expected = {key: what for rank in ranks for key, what in rank.items()}
         found = _key_problems(expected, reader.index, ignored, cast)

@@ -1,4 +1,4 @@
-"""Hugging Face model folders to and from artifacts, tensor by tensor, without their code."""
+"""Conversion between Hugging Face model folders and artifacts, without running their code."""
 
 from nemocascade.megatron.convert.config import ConfigError
 from nemocascade.megatron.convert.conversion import (

@@ -1,4 +1,4 @@
-"""`config.json` of a Hugging Face folder and our ModelConfig, each made from the other."""
+"""Conversion between the `config.json` of a Hugging Face folder and our ModelConfig."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemocascade.recipe import ModelConfig
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-# ModelConfig field -> their name. All must stand in config.json.
+# ModelConfig field -> their name. All are required in config.json.
 _NEMOTRON_H = {
     "hidden_size": "hidden_size",
     "vocab_size": "vocab_size",
@@ -47,7 +47,7 @@ _QWEN3_MOE = {
     "expert_width": "moe_intermediate_size",
     "router_normalize": "norm_topk_prob",
 }
-# What their models may do and ours does not: name -> the values that are the same as ours.
+# Settings that our model does not have: name -> the values with the same meaning as ours.
 _NEMOTRON_H_FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -70,7 +70,7 @@ _QWEN3_FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
     "quantization_config": (None,),
 }
-# What is the same in every model of a family, and differs from ModelConfig's defaults or choices.
+# Values that all models of a family share and that differ from ModelConfig's defaults.
 _NEMOTRON_H_OURS: dict[str, Any] = {
     "activation": "relu2",
     "rope": False,
@@ -131,7 +131,7 @@ def model_of_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_of_model(shape: ModelConfig, family: Family) -> dict[str, Any]:
-    """The settings of `config.json` that say what `shape` says, the rest left to the family.
+    """The settings of `config.json` that `shape` determines; the family's defaults cover the rest.
 
     Raises ConfigError with every setting that the family does not have.
     """
@@ -139,7 +139,7 @@ def config_of_model(shape: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def families_of_model(shape: ModelConfig) -> list[Family]:
-    """The families that can express `shape`. Raises ConfigError, for each why not, if none can."""
+    """The families that can express `shape`. Raises ConfigError with all reasons if none can."""
     found, problems = [], []
     for family in FAMILIES:
         try:
@@ -203,7 +203,7 @@ def _from_nemotron_h(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _number(value: Any) -> float:
-    """A number; Hugging Face's files spell infinity as `Infinity` or as an object."""
+    """Parse a number; Hugging Face's files spell infinity as `Infinity` or as an object."""
     return float(value["__float__"] if isinstance(value, dict) else value)
 
 

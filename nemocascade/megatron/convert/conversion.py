@@ -1,9 +1,9 @@
-"""A Hugging Face folder becomes an artifact, and an artifact a Hugging Face folder.
+"""Import of Hugging Face folders as artifacts, and export of artifacts as such folders.
 
-Neither a process group nor a model is made, and no code of the folder runs: names, shapes and
-dtypes are compared first, then the tensors are streamed from file to file, a chunk at a time.
-An artifact that was converted keeps in `huggingface.json` what its folder said besides, so that
-converting it back gives the same bits.
+No process group and no model is created, and no code of the folder runs. Names, shapes and dtypes
+are compared first; then the tensors are streamed from file to file in chunks.
+An imported artifact keeps its folder's other settings in `huggingface.json`, so that the exported
+folder is bit-identical.
 """
 
 from __future__ import annotations
@@ -70,19 +70,19 @@ from nemocascade.types import Artifact
 
 Precision = Literal["auto", "fp32", "bf16"]
 STAGE = "convert"
-# Float32 in a model of any precision: what the scan's decays and the routers' choice need.
+# Float32 at any model precision: the scan's decays and the routers' choice need it.
 _ALWAYS_FLOAT32 = (".A_log", ".dt_bias", ".D", ".router.expert_bias")
 _DTYPE_OF = {"fp32": "F32", "bf16": "BF16"}
 _PRECISION_OF = {dtype: name for name, dtype in _DTYPE_OF.items()}
 _CONFIG_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-# Settings of config.json that are about the file and not about the model.
+# Settings of config.json that describe the file, not the model.
 _VOLATILE = ("auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
 
 
 @dataclass(frozen=True)
 class Conversion:
     """Result of a conversion. tensors, num_bytes: written. rounded: tensors that lost bits.
-    left_behind: files of the source that were not carried over."""
+    left_behind: files of the source that were not copied."""
 
     folder: Path
     family: Family
@@ -96,11 +96,11 @@ class Conversion:
 def import_huggingface(source: Path, target: Path, *, precision: Precision = "auto") -> Conversion:
     """Write the artifact `target` from the Hugging Face folder `source`.
 
-    precision: of the artifact's weights; "auto" is the one that most of the folder's bytes have,
-    and refuses to round the others.
+    precision: dtype of the artifact's weights; "auto" is that of most of the folder's bytes, and
+    rounding the others is an error.
 
     Raises ConversionError listing every setting our model does not have, every tensor that is
-    missing, unknown or misshapen, and every one that would be rounded unasked.
+    missing, unknown or of another shape, and every one that "auto" would round.
     """
     config = read_json(source / CONFIG)
     try:
@@ -164,12 +164,13 @@ def export_huggingface(
 ) -> Conversion:
     """Write the Hugging Face folder `target` from the artifact `source`, of any layout.
 
-    precision: of the folder's weights; "auto" rounds nothing: an artifact that was converted gets
-    its folder's dtypes back, another one keeps its own. family: "auto" is the one the artifact
-    came from, or the only one that can express the model. shard_bytes: of a weights file.
+    precision: dtype of the folder's weights; "auto" rounds nothing: an imported artifact gets its
+    folder's dtypes back, others keep their own. family: "auto" is the one the artifact was
+    imported from, or the only one that can express the model. shard_bytes: size of a weights file.
 
     Raises ConversionError if `target` exists, if the family cannot express the model, or listing
-    every tensor that is missing, unknown or misshapen; CheckpointError if the artifact is damaged.
+    every tensor that is missing, unknown or of another shape; CheckpointError if the artifact is
+    damaged.
     """
     artifact, index = _open_artifact(source)
     shape = artifact_model(artifact)
@@ -219,7 +220,7 @@ def _style_of_origin(family: Family, shape: ModelConfig, origin: Mapping[str, An
     if origin and family_of(origin["config"]) == family:
         return Style(**origin["style"])
     nemotron = family == "NemotronHForCausalLM"
-    # transformers does not tie NemotronH's embeddings by itself: it wants the head in the file.
+    # transformers does not tie NemotronH's embeddings by itself: it needs the head in the file.
     return Style(
         prefix="backbone." if nemotron else "model.", stored_head=nemotron and shape.tie_embeddings
     )
@@ -259,7 +260,7 @@ def _documents(
     source: Path, config: dict[str, Any], index: Index, style: Style
 ) -> tuple[str | None, dict[str, bytes]]:
     """The tokenizer's name in the artifact, and the small files: tokenizer, its companions, and
-    what the folder says besides its weights."""
+    the folder's other settings."""
     tokenizer = next((source / name for name in TOKENIZERS if (source / name).is_file()), None)
     files = _tokenizer_files(source)
     main = main_dtype(index)
@@ -283,7 +284,7 @@ def _tokenizer_files(folder: Path) -> dict[str, bytes]:
 def _write_artifact(
     target: Path, tensors: list[Outgoing], documents: dict[str, bytes], fields: dict[str, Any]
 ) -> int:
-    """Write the folder as a run of one rank would, in files of SHARD_BYTES; returns the bytes."""
+    """Write the folder as a run of one rank would, in files of SHARD_BYTES; returns its bytes."""
     temporary = fresh_folder(target)
     # The widest types first, so that every tensor is aligned.
     ordered = sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize)
@@ -300,7 +301,7 @@ def _write_artifact(
 
 
 def _open_artifact(source: Path) -> tuple[Artifact, Index]:
-    """The artifact and its index, every file's hash checked."""
+    """Open the artifact and its index after checking every file's hash."""
     artifact = read_artifact(source)
     manifest = read_manifest(source, KIND)
     weights = [name for name in manifest["files"] if name.endswith(".safetensors")]
@@ -326,7 +327,7 @@ def _family(source: Path, shape: ModelConfig, origin: Mapping[str, Any], asked: 
 def _config(
     shape: ModelConfig, family: Family, origin: Mapping[str, Any], dtypes: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The folder's own config.json where it says the same model, otherwise a new one."""
+    """The folder's own config.json if it describes the same model, otherwise a new one."""
     made = config_of_model(shape, family)
     found = list(dtypes.values())
     main = _PRECISION_OF.get(max(sorted(set(found)), key=found.count), "fp32")
@@ -336,5 +337,5 @@ def _config(
     theirs = {k: v for k, v in origin["config"].items() if k not in _VOLATILE}
     if model_of_config(theirs) == shape:
         return {**theirs, "dtype": made["dtype"]}
-    # Trained on as another shape: what the model says wins over what the folder said.
+    # The shape was changed in training: the model's settings override the folder's.
     return {**theirs, **made}

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: what lies in one, and writing one, tensor by tensor."""
+"""Reading and writing of Hugging Face model folders, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ConversionError(FolderError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ConversionError if there is none."""
+    """Read a JSON object. Raises ConversionError if the file holds none."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -46,8 +46,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_index(folder: Path) -> Index:
     """Every tensor of the folder's safetensors files, from their headers; no value is read.
 
-    Raises ConversionError listing every missing or broken file, every tensor that stands twice or
-    not where `model.safetensors.index.json` says, and every dtype that cannot be read.
+    Raises ConversionError listing every missing or broken file, every tensor that occurs twice or
+    is not where `model.safetensors.index.json` says, and every dtype that cannot be read.
     """
     listed: dict[str, str] | None = None
     if (folder / WEIGHTS_INDEX).exists():
@@ -88,7 +88,7 @@ def read_index(folder: Path) -> Index:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, its size checked against the file's."""
+    """Read the header of a safetensors file and check its size against the file's."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = path.stat().st_size
@@ -117,7 +117,7 @@ def _listing_problems(listed: dict[str, str], index: Index) -> list[str]:
 
 
 def split_shards(tensors: Iterable[Outgoing], shard_bytes: int) -> list[list[Outgoing]]:
-    """The tensors of each file, in order; one that is larger than a file has its own."""
+    """Split the tensors into files, in order; one larger than `shard_bytes` gets its own file."""
     shards: list[list[Outgoing]] = [[]]
     for tensor in tensors:
         held = sum(t.num_bytes for t in shards[-1])
@@ -128,7 +128,7 @@ def split_shards(tensors: Iterable[Outgoing], shard_bytes: int) -> list[list[Out
 
 
 def write_weights(folder: Path, tensors: Sequence[Outgoing], shard_bytes: int) -> None:
-    """Write the tensors to files of `shard_bytes`, and the files' index if there are several."""
+    """Write the tensors to files of `shard_bytes`, and an index if there are several files."""
     shards, names = split_shards(tensors, shard_bytes), [WEIGHTS]
     if len(shards) > 1:
         names = [
@@ -149,7 +149,7 @@ def json_bytes(value: dict[str, Any]) -> bytes:
 
 
 def main_dtype(index: Index) -> str:
-    """The dtype that most bytes of the folder have."""
+    """The dtype of most of the folder's bytes."""
     sizes: dict[str, int] = {}
     for entry in index.values():
         count = whole(entry.shape).volume * DTYPES[entry.dtype].itemsize

@@ -1,8 +1,8 @@
-"""Where every tensor of a Hugging Face model stands in an artifact.
+"""Map between the tensors of a Hugging Face model and those of an artifact.
 
-A model's tensors are described by moves: a box of one of theirs is a box of one of ours. Moves only
-cut, join and rename, so the same list converts both ways, and gradients as well as weights. Ours
-are the keys of an artifact without their `model/`; a fused tensor is stored by part there.
+The map is a list of moves: a box of one of their tensors is a box of one of ours. Moves only split,
+concatenate and rename, so the same list converts both ways, and gradients as well as weights. Our
+names are the keys of an artifact without `model/`; an artifact stores fused tensors by part.
 
 Shape letters: H hidden size, d head dimension, E experts, I expert width.
 """
@@ -21,11 +21,11 @@ Family = Literal["NemotronHForCausalLM", "Qwen3MoeForCausalLM"]
 
 @dataclass(frozen=True)
 class Style:
-    """How a folder names what may be named in several ways.
+    """Naming and storage variants of a folder.
 
-    prefix: of all tensors but the LM head; published NemotronH folders say "backbone.".
-    merged_experts: the experts of a layer are one tensor, as in memory, or one tensor each.
-    stored_head: the LM head stands there although it is tied to the embedding.
+    prefix: starts all names but the LM head's; published NemotronH folders say "backbone.".
+    merged_experts: the experts of a layer are one tensor, as in memory, instead of one each.
+    stored_head: the LM head is stored although it is tied to the embedding.
     """
 
     prefix: str = "model."
@@ -37,7 +37,7 @@ class Style:
 class Move:
     """`their_box` of their tensor `theirs` is `our_box` of our tensor `ours`.
 
-    Sizes are equal but for leading axes of size 1 that one of them has and the other has not.
+    Sizes are equal except for leading axes of size 1, which only one of them may have.
     """
 
     theirs: str
@@ -50,9 +50,9 @@ class Move:
 class NameMap:
     """All tensors of both sides.
 
-    theirs, ours: the shape of each. moves: tile every tensor of both sides, but for `copies`, names
-    of theirs that repeat what other moves bring, and names of ours that no move brings, which are
-    zero and take no part in the model.
+    theirs, ours: the shape of each. moves: they tile every tensor of both sides, with two
+    exceptions. `copies` are names of theirs that repeat tensors of other moves. Names of ours
+    without a move are zero and unused in the model.
     """
 
     theirs: dict[str, Shape] = field(default_factory=dict)
@@ -61,12 +61,12 @@ class NameMap:
     copies: list[str] = field(default_factory=list)
 
     def same(self, theirs: str, ours: str, *shape: int) -> None:
-        """A tensor that only changes its name."""
+        """Add a tensor that is only renamed."""
         self.theirs[theirs] = self.ours[ours] = shape
         self.moves.append(Move(theirs, whole(shape), ours, whole(shape)))
 
     def cut(self, theirs: str, ours: str, parts: dict[str, int], *rest: int, axis: int = 0) -> None:
-        """Their tensor is fused along `axis`; ours are its parts, `ours.part` each.
+        """Add a tensor of theirs that is fused along `axis`; ours are its parts, `ours.part` each.
 
         rest: the sizes of the other axes, in order.
         """
@@ -80,7 +80,7 @@ class NameMap:
             start += size
 
     def attention(self, theirs: str, ours: str, shape: ModelConfig) -> None:
-        """Our rows of q, k and v stand together by key/value head: its query heads, k, v."""
+        """Add q, k and v; our rows are grouped by key/value head: its query heads, k, v."""
         hidden, d = shape.hidden_size, shape.head_dim
         queries, groups = shape.num_heads // shape.num_kv_heads, shape.num_kv_heads
         key = f"{ours}.linear_qkv.weight"
@@ -98,9 +98,9 @@ class NameMap:
         )
 
     def experts(self, theirs: str, ours: str, rows: int, columns: int, count: int) -> None:
-        """One tensor [rows, columns] for each expert; ours is [E, rows, columns].
+        """Add one tensor [rows, columns] for each expert; ours is [E, rows, columns].
 
-        theirs: with `{}` for the expert's number.
+        theirs: a name with `{}` for the expert's number.
         """
         self.ours[ours] = (count, rows, columns)
         for expert in range(count):
@@ -110,7 +110,7 @@ class NameMap:
             self.moves.append(Move(name, whole((rows, columns)), ours, here))
 
     def head(self, theirs_embedding: str, shape: ModelConfig, style: Style) -> None:
-        """Embedding, and the LM head, which is the embedding where they are tied."""
+        """Add the embedding, and the LM head, which is the embedding where they are tied."""
         size = (shape.vocab_size, shape.hidden_size)
         embedding = "embedding.word_embeddings.weight"
         self.same(theirs_embedding, embedding, *size)
@@ -220,7 +220,7 @@ def _qwen3_experts(
 ) -> None:
     hidden, width, count = shape.hidden_size, shape.expert_width, shape.num_experts
     names.same(f"{theirs}.gate.weight", f"{ours}.router.weight", count, hidden)
-    # Their router has no selection bias: our buffer is there, and zero.
+    # Their router has no selection bias: our buffer exists and is zero.
     names.ours[f"{ours}.router.expert_bias"] = (count,)
     fc1, fc2 = f"{ours}.experts.linear_fc1", f"{ours}.experts.linear_fc2"
     if style.merged_experts:

@@ -1,4 +1,4 @@
-"""Tensors of one side, put together box by box from the stored tensors of the other."""
+"""Tensors of one side, assembled box by box from the stored tensors of the other."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def outgoing(
 ) -> list[Outgoing]:
     """Every tensor of one side, to be written, read from `reader`, which holds the other side.
 
-    dtypes: the safetensors dtype of each tensor; values are converted to it. source_prefix: stands
-    before the names in the reader's index. Nothing is read before a tensor is written, and then
-    at most a chunk at a time.
+    dtypes: the safetensors dtype of each tensor; values are converted to it. source_prefix:
+    starts the names in the reader's index. A tensor is read only while it is written, at most a
+    chunk at a time.
     """
     shapes = names.ours if to_ours else names.theirs
     moves: dict[str, list[tuple[Box, str, Box]]] = {name: [] for name in shapes}
@@ -52,7 +52,7 @@ def _reader(
     moves: list[tuple[Box, str, Box]], reader: Reader, dtype: str, prefix: str
 ) -> Callable[[Box], Tensor]:
     def read(box: Box) -> Tensor:
-        # Boxes that no move brings are tensors that one side has not; they are zero.
+        # Boxes without a move belong to tensors that the other side does not have; they are zero.
         values = torch.zeros(box.size, dtype=DTYPES[dtype])
         for target, source, origin in moves:
             common = box.intersect(target)
@@ -67,7 +67,7 @@ def _reader(
 
 
 def translate(part: Box, here: Box, there: Box) -> Box:
-    """`part` of the box `here`, as a box in the tensor of which `there` is the same elements."""
+    """Map `part` of the box `here` to the other tensor, where `there` is the same elements."""
     axes = min(len(here.size), len(there.size))
     inner = part.relative_to(here.offset)
     lead = len(there.size) - axes
@@ -77,7 +77,7 @@ def translate(part: Box, here: Box, there: Box) -> Box:
 
 
 def differences(index: Index, shapes: Mapping[str, Shape], prefix: str = "") -> list[str]:
-    """Every tensor that is missing, unknown or misshapen in `index`."""
+    """Every tensor that is missing, unknown or of another shape in `index`."""
     stored = {name.removeprefix(prefix): entry for name, entry in index.items()}
     problems = [f"{name} is missing" for name in sorted(shapes.keys() - stored.keys())]
     problems += [

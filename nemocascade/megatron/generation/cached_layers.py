@@ -1,7 +1,7 @@
 """Mamba-2 and attention layers of the decoder: recurrent states and the KV cache.
 
-Shape letters: those of `layers`, and K rows of the convolution's window, W its channels, h heads,
-p head dimension, N state; g key/value heads, d their dimension.
+Shape letters: those of `layers`; K convolution width, W its channels, h heads, p head dimension,
+N state; g key/value heads, d their dimension.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class MambaSlotLayer(SlotLayer):
         mixer: MambaMixer = self.mixer
         zxbcdt = mixer.in_proj(self.block.norm(hidden))[0].squeeze(1)
         initial = self._initial_states(packed, assignment) if assignment.initial else None
-        # Without slots nobody reads the final states.
+        # Without slots the final states are not needed.
         y, final = mixer.mix(
             zxbcdt, packed, initial, return_final_state=bool(assignment.slot.numel())
         )
@@ -71,7 +71,7 @@ class MambaSlotLayer(SlotLayer):
     def _initial_states(
         self, packed: Microbatch, assignment: SlotAssignment
     ) -> tuple[Tensor, Tensor]:
-        """The states that documents continue from, zeros for those that begin: [D, ...] each."""
+        """Initial states of all documents, [D, ...] each; zeros for new documents."""
 
         def make() -> Tensor:
             pairs = [(document, slot) for document, (slot, _) in assignment.initial.items()]
@@ -144,7 +144,7 @@ class AttentionSlotLayer(SlotLayer):
         self, q: Tensor, k: Tensor, v: Tensor, packed: Microbatch, assignment: SlotAssignment
     ) -> Tensor:
         """Attention of each document over itself and over the tokens cached in its slot."""
-        # Right for documents without cached tokens; the others' rows are replaced.
+        # Correct for documents without cached tokens; the other rows are overwritten below.
         out: Tensor = self.mixer.attend(q, k, v, packed)
         rows = packed.documents()
         for document, (slot, length) in assignment.initial.items():
@@ -154,7 +154,7 @@ class AttentionSlotLayer(SlotLayer):
         return out
 
     def _write(self, k: Tensor, v: Tensor, packed: Microbatch, assignment: SlotAssignment) -> None:
-        """Append keys and values [T, g, d] to those cached in the slots."""
+        """Append keys and values [T, g, d] to the KV cache of the slots."""
         rows = packed.documents()
         for document, slot in zip(
             assignment.document.tolist(), assignment.slot.tolist(), strict=True

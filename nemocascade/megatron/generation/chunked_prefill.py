@@ -1,8 +1,8 @@
 """Causal attention of chunked prefill: a chunk of a sequence over the KV cache and over itself.
 
-Query t of n sees the m cached keys and those of the chunk up to t. No [n, m] matrix is made. On a
-CPU the cache is read in place; on a GPU one layer's cached keys and values are copied beside the
-chunk's.
+Query t of n attends to the m cached keys and to the chunk's keys up to t. No [n, m] matrix is made.
+On a CPU the cache is read in place. On a GPU one layer's cached keys and values are concatenated
+with the chunk's.
 
 Shape letters: n tokens of the chunk, m cached tokens, h query heads, g key/value heads, r = h / g,
 d head dimension.
@@ -39,7 +39,7 @@ def chunked_prefill_attention(
 
 
 def _merged(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-    """Attention over the cache and over the chunk, joined by the logarithms of their sums.
+    """Attention over the cache and over the chunk, merged by their log-sum-exp.
 
     Cached keys need no mask, so a group's query heads become rows of one head: keys and values are
     read in place, and not repeated for each query head.
@@ -66,7 +66,7 @@ def _with_log_sum(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Ten
 
 
 def _lower_right(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """On a GPU in float32. k, v: [m + n, g, d]."""
+    """Attention with a lower-right causal mask, on a GPU in float32. k, v: [m + n, g, d]."""
     ratio = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(ratio, 1) for t in (k, v))
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))

@@ -2,7 +2,7 @@
 
 A graph contains the addresses of its inputs and of all caches, and its shapes are fixed. So rows
 are padded to a power of two with the spare slot, and the length that attention may read is rounded
-up; a graph is captured at the first step of each pair of these sizes. Whoever moves a cache must
+up. A graph is captured at the first step of each pair of these sizes. Code that moves a cache must
 `clear` the graphs.
 """
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 LEAST_LENGTH = 512
-"""The length that attention may read is this times a power of two."""
+"""Attention may read this many tokens times a power of two."""
 
 StepCall = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""tokens [n], slots [n], positions [n], longest -> logits [n, V]; it waits for nothing."""
+"""tokens [n], slots [n], positions [n], longest -> logits [n, V]; without host synchronisation."""
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""A call -> the function that replays it, and the tensor that it writes."""
+"""A call -> the function that replays it, and its output tensor."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class _Graph:
 class DecodeGraphs:
     """The captured steps of one model.
 
-    call: a step. most_rows: rows of a step at most. spare: the slot of padding rows. capture:
-    captures a call; default, as a CUDA graph.
+    call: a step. most_rows: maximum rows of a step. spare: the slot of padding rows. capture:
+    captures a call; the default makes a CUDA graph.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DecodeGraphs:
 
     @staticmethod
     def rounded_length(longest: int) -> int:
-        """The length that attention reads in the graph for `longest`; caches need to hold it."""
+        """The length that attention reads in the graph for `longest`; caches must be this long."""
         return LEAST_LENGTH * _power_of_two(-(-longest // LEAST_LENGTH))
 
     def step(self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int) -> Tensor:
@@ -88,7 +88,7 @@ class DecodeGraphs:
 
 
 def capture_cuda(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """`call` as a CUDA graph. It runs twice before, to build what a first call builds."""
+    """Capture `call` as a CUDA graph. It runs twice before, as a warm-up."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -102,5 +102,5 @@ def capture_cuda(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor
 
 
 def _power_of_two(count: int) -> int:
-    """The smallest one that is at least `count`."""
+    """The smallest power of two that is at least `count`."""
     return 1 << max(0, count - 1).bit_length()

@@ -1,12 +1,11 @@
-"""Layers of the decoder, on the training layers' own weights: the base class, and those that cache
-nothing.
+"""Layers of the decoder, on the training layers' weights: the base class and stateless layers.
 
 A slot holds the caches of one sequence: convolution and state-space states, keys and values
-(`cached_layers`). A prompt is prefilled once, packed, by the training layers themselves, and its
-state is written to the slot of each sequence that continues it. A decode step then reads one token
-a row; a chunk that continues a slot is prefilled from the slot's states, packed as a prompt is.
+(`cached_layers`). The training layers prefill prompts once, packed. A prompt's state is written to
+the slot of each sequence that continues it, and a decode step then takes one token a row. A chunk
+that continues a slot is prefilled from the slot's states, packed like a prompt.
 
-Slot S, the last of S + 1, belongs to no sequence: the padding rows of a batch name it.
+Slot S, the last of S + 1, is the spare slot of a batch's padding rows.
 Shape letters: n rows of a step, S slots, H hidden size, tp tensor-parallel ranks, D documents.
 """
 
@@ -31,12 +30,12 @@ from nemocascade.megatron.replay import RouteRecorder
 class DecodeStep:
     """The rows of one decoding step.
 
-    slots: [n] int64, the slot of each row; padding rows name the spare slot.
+    slots: [n] int64, the slot of each row; padding rows use the spare slot.
     positions: [n] int64, tokens cached in the slot before this one.
-    longest: at least the largest position + 1; what attention may read of the caches.
-    real: rows that are no padding; they come first. None: the host does not know.
+    longest: at least the largest position + 1; cached tokens that attention may read.
+    real: number of rows without padding; they come first. None: unknown on the host.
     spare: the slot of padding rows.
-    recorder: where the routers record their choices; None: nowhere.
+    recorder: records the routers' choices; None: not recorded.
     """
 
     slots: Tensor
@@ -45,7 +44,7 @@ class DecodeStep:
     real: int | None
     spare: int
     recorder: RouteRecorder | None = None
-    # Routers replay choices, and layers are recomputed, in training only.
+    # Replayed choices and recomputation exist only in training.
     replay: None = None
     first_pass: None = None
 
@@ -59,8 +58,8 @@ class DecodeStep:
 class SlotLayer:
     """A layer of the stack with its caches of all slots. The base class caches nothing.
 
-    Where no tensor is cut over ranks (`whole`), a step goes through `decode_steps` on the bare
-    weights; elsewhere through the training modules, which know how to talk to each other.
+    Where no tensor is sharded (`whole`), a step calls `decode_steps` on the weights. Otherwise it
+    calls the training modules, which communicate.
     """
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
@@ -70,7 +69,7 @@ class SlotLayer:
         self.whole = self.mixer.tp_group.size() == 1
 
     def refresh(self) -> None:
-        """Read the weights again; called before they are first used."""
+        """Reload the weights; called before they are first used."""
         norm: Any = self.block.norm
         self.norm_weight, self.norm_eps = norm.weight, norm.eps
         self.steps: Steps = decode_steps(norm.weight)
@@ -95,11 +94,11 @@ class SlotLayer:
         return hidden + mixed.squeeze(1)
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """The layer's norm of [n/tp, H]."""
+        """Apply the layer's norm to [n/tp, H]."""
         return self.steps.norm(hidden, self.norm_weight, self.norm_eps)
 
     def linear(self, linear: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`residual + linear(x)` of rows [n, ...], or of this rank's part of them."""
+        """Return `residual + linear(x)` for rows [n, ...], or for this rank's part of them."""
         if self.whole:
             return self.steps.linear(x, linear.weight, residual)
         y: Tensor = linear(x.unsqueeze(1))[0].squeeze(1)
@@ -107,7 +106,7 @@ class SlotLayer:
 
 
 class MlpSlotLayer(SlotLayer):
-    """A dense MLP; where no rank holds a part of it, and on a CPU, it is a single expert."""
+    """A dense MLP; it is run as a single expert where it is not sharded, and on a CPU."""
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)
@@ -124,8 +123,8 @@ class MlpSlotLayer(SlotLayer):
 
 
 class MoeSlotLayer(SlotLayer):
-    """A mixture of experts. Where a CPU holds all of them the operators of a decode step run; on a
-    GPU the training layer's grouped products are faster."""
+    """A mixture of experts. Where a CPU holds all of them, the decode operators run; on a GPU the
+    training layer's grouped GEMMs are faster."""
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)
@@ -145,7 +144,7 @@ class MoeSlotLayer(SlotLayer):
     def refresh(self) -> None:
         super().refresh()
         mixer: MoEMixer = self.mixer
-        # Scores are made in float32 whatever the model's precision.
+        # Scores are float32 at any model precision.
         self.router_weight = mixer.router.weight.float()
         self.router_steps = decode_steps(self.router_weight)
         self.bias = mixer.router.expert_bias if mixer.config.shape.router_bias else None
@@ -170,7 +169,7 @@ class MoeSlotLayer(SlotLayer):
 
 
 class SingleExpert:
-    """A dense MLP as one expert that every row chooses."""
+    """A dense MLP as a single expert that every row chooses."""
 
     def __init__(self, mlp: MLP, steps: Steps) -> None:
         self.steps, self.swiglu = steps, mlp.activation == "swiglu"
@@ -178,7 +177,7 @@ class SingleExpert:
         self._rows = 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[n, H] of [n, H]."""
+        """Apply the MLP: [n, H] -> [n, H]."""
         if self._rows != x.shape[0]:
             self._rows = x.shape[0]
             self._chosen = torch.zeros(self._rows, 1, dtype=torch.int32, device=x.device)

@@ -1,8 +1,8 @@
 """The model as a decoder: packed prefill, then decode steps of one token for each slot.
 
-It runs the training model's own chunks, on whatever ranks they are spread over. Ranks of one
-data-parallel group make the same calls; where experts are spread over several of them, those make
-calls of the same kind at the same time, and a rank without work calls with no rows.
+It runs the training model's own chunks on any parallel layout. All ranks of a model replica make
+the same calls. Replicas that share experts make calls of the same kind at the same time, and a rank
+without work calls with no rows.
 
 Shape letters: n rows of a step, H hidden size, V vocabulary, tp tensor-parallel ranks, D documents.
 """
@@ -36,9 +36,9 @@ LayerCall = Callable[[SlotLayer, Tensor], Tensor]
 class ModelRunner:
     """The live model with caches for `slots` sequences.
 
-    Slot `slots`, one beyond, belongs to padding rows.
-    chunks: of `build_model`, not wrapped in DDP. The weights are read in place; `refresh` tells
-    that they changed. Calls run without gradients and put the modules in evaluation mode.
+    Slot `slots`, the additional last one, is for padding rows.
+    chunks: from `build_model`, not wrapped in DDP. The weights are read in place; call `refresh`
+    when they change. Calls run without gradients and put the modules in evaluation mode.
     record_routing: record the experts of each call's tokens in `choices`, [T or n, L, K] as
     `RouteRecorder` has them, on every rank; None without it.
     """
@@ -58,7 +58,7 @@ class ModelRunner:
         self.vocabulary: int = self.config.shape.vocab_size
         self.context = 0
         self.longest = 0
-        """The most tokens of a sequence of this run, which `reserve` keeps to; 0: unknown."""
+        """Maximum tokens of a sequence in this run, a limit for `reserve`; 0: unknown."""
         self._layers: list[list[SlotLayer]] = [
             [slot_layer(block, slots) for block in chunk.decoder.layers] for chunk in chunks
         ]
@@ -71,12 +71,12 @@ class ModelRunner:
 
     @property
     def _is_alone(self) -> bool:
-        """No other rank takes part in a step."""
+        """True if no other rank takes part in a step."""
         parallel = self.world.parallel
         return parallel.tp * parallel.pp * parallel.ep * parallel.etp == 1
 
     def refresh(self) -> None:
-        """The weights may have changed since the last call."""
+        """Reload the weights, which may have changed since the last call."""
         for chunk in self.chunks:
             chunk.eval()
         if self._graphs is not None:
@@ -84,7 +84,7 @@ class ModelRunner:
         with torch.no_grad():
             for layer in self._each_layer():
                 layer.refresh()
-        # In any precision: logits are drawn from in float32.
+        # At any model precision, draws use float32 logits.
         self._draws = decode_steps(torch.empty(0, device=self.world.device))
         if self.chunks[-1].post_process:
             norm = self.chunks[-1].decoder.final_norm
@@ -95,7 +95,7 @@ class ModelRunner:
     def reserve(self, context: int) -> None:
         """Allocate caches for sequences of `context` tokens; they never shrink.
 
-        They grow by half at least, so that a growing sequence is not copied at each token; but not
+        They grow by at least half, so that a growing sequence is not copied at each token, but not
         beyond `longest`.
         """
         if context > self.context:
@@ -116,10 +116,10 @@ class ModelRunner:
     ) -> Tensor | None:
         """Prefill prompts or chunks, each once, and write their final states to slots.
 
-        prompts: D tensors [m] of ids, m at least 1. slots: for each, those that continue it.
-        cached: for each, the tokens cached in the first of its slots, which it continues; 0 for a
-        new sequence, and empty if all are new. Activations take memory for these tokens alone.
-        capacity: tokens of the pack; 0 is just enough.
+        prompts: D tensors [m] of ids, m at least 1. slots: for each, the slots that
+        continue it. cached: for each, the number of cached tokens in the first of its slots, which
+        it continues; 0 for a new sequence, and empty if all are new. Cached tokens need no
+        activation memory. capacity: tokens of the pack; 0 is just enough.
         Returns logits [D, V] after each prompt's last token on the last stage, None on the others.
         Raises ValueError if a chunk with cached tokens has no slot.
         """
@@ -152,8 +152,8 @@ class ModelRunner:
     ) -> Tensor | None:
         """Decode one token of each row.
 
-        tokens, slots, positions: [n] int64 on the device: the token, the row's slot, the tokens
-        cached there. longest: at least the largest position + 1.
+        tokens, slots, positions: [n] int64 on the device: the token, the row's slot, its
+        number of cached tokens. longest: at least the largest position + 1.
         Returns logits [n, V] on the last stage, None on the others.
         """
         if self._graphs is not None:
@@ -181,7 +181,7 @@ class ModelRunner:
     def _captured_step(
         self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int
     ) -> Tensor:
-        """A step without the number of its real rows, which the host does not know in a graph."""
+        """A step for a graph, in which the host does not know the number of real rows."""
         logits = self._step(tokens, DecodeStep(slots, positions, longest, None, self.slots))
         assert logits is not None
         return logits
@@ -203,14 +203,14 @@ class ModelRunner:
         limit: int,
         allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw by `nemocascade_kernels.step_draw`: tokens [n] and log-probabilities [n]."""
+        """Sample with `nemocascade_kernels.step_draw`: tokens [n] and log-probabilities [n]."""
         return self._draws.draw(logits.float(), u, temperature, limit, allowed)
 
     def _each_layer(self) -> list[SlotLayer]:
         return [layer for layers in self._layers for layer in layers]
 
     def _padded(self, rows: int) -> int:
-        """`rows` and padding, so that tensor-parallel ranks share them equally."""
+        """`rows` rounded up, so that tensor-parallel ranks share them equally."""
         tp = self.world.parallel.tp
         return max(tp, -(-rows // tp) * tp)
 
@@ -244,7 +244,7 @@ class ModelRunner:
         return None
 
     def _embed(self, chunk: CascadeModel, tokens: Tensor) -> Tensor:
-        """[T/tp, H]."""
+        """Embeddings [T/tp, H]."""
         if self.world.parallel.tp > 1:
             return chunk.embed(tokens).squeeze(1)
         return torch.nn.functional.embedding(tokens, chunk.embedding.word_embeddings.weight)
@@ -266,7 +266,7 @@ class ModelRunner:
         return hidden
 
     def _logits(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        """[n, V] of the chosen rows; the same bits on every tensor-parallel rank."""
+        """Logits [n, V] of the chosen rows, bit-identical on all tensor-parallel ranks."""
         tp = self.world.groups.tp
         if self.world.parallel.tp > 1:
             hidden = gather_from_sequence_parallel_region(hidden, group=tp)

@@ -1,5 +1,4 @@
-"""Slots that the documents of a prefill take their initial states from and write their final ones
-to."""
+"""Assignment of slots to the documents of a prefill, for their initial and final states."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ from torch import Tensor
 class SlotAssignment:
     """Initial and final states of the documents of a prefill, by slot.
 
-    document: [m] int64, slot: [m] int64: the final state of document[i] is written to slot[i]; a
-    document may have many slots or none. On the device.
-    initial: documents with an initial state, by number: its slot, which is one of those that they
-    write to, and the number of tokens cached there. Other documents start from nothing.
+    document: [m] int64, slot: [m] int64, on the device: the final state of document[i] is written
+    to slot[i]. A document may have many slots or none.
+    initial: for each document with an initial state, by number: its slot, which is one of those
+    that it writes to, and the number of cached tokens. Other documents are new.
     """
 
     document: Tensor
@@ -29,8 +28,8 @@ class SlotAssignment:
     def from_lists(
         cls, slots: Sequence[Sequence[int]], cached: Sequence[int], device: torch.device
     ) -> SlotAssignment:
-        """slots: for each document, the slots that continue it. cached: for each, the tokens that
-        the first of its slots holds already; empty means none for all.
+        """Make the tensors. slots: for each document, the slots that continue it. cached: for each,
+        the number of cached tokens in the first of its slots; empty means none for all.
 
         Raises ValueError if a document has cached tokens but no slot.
         """
@@ -46,7 +45,7 @@ class SlotAssignment:
         return cls(document.contiguous(), slot.contiguous(), initial)
 
     def cached_tokens(self, packed: PackedSeq) -> Tensor:
-        """[T] int64 on the host: tokens cached before each row's document."""
+        """Number of cached tokens before each row's document, [T] int64 on the host."""
         before = torch.zeros(packed.num_documents, dtype=torch.int64)
         for document, (_, tokens) in self.initial.items():
             before[document] = tokens

@@ -28,9 +28,9 @@ class Attention(MegatronModule):
     its query heads, then the key, then the value.
 
     With fewer key/value heads than TP ranks, the ranks that share a key/value head gather its
-    projection and each takes its own query heads, as Megatron does; the weights stay cut.
-    use_te: whether Transformer Engine computes the attention of CUDA tensors.
-    Raises ValueError if the heads cannot be cut so.
+    projection and each takes its own query heads, as in Megatron; the weights stay sharded.
+    use_te: Transformer Engine computes the attention of CUDA tensors.
+    Raises ValueError if the heads cannot be sharded this way.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class Attention(MegatronModule):
         return out
 
     def rotary(self, packed: PackedSeq) -> tuple[Tensor, Tensor] | None:
-        """cos and sin of every row's angles, None without rotary positions."""
+        """cos and sin of every row's angles; None without rotary positions."""
         return rotary_tables(packed, self.rope_dim, self.rope_base) if self.rope_dim else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeq) -> Tensor:
-        """Causal attention within documents, as `packed_attention`."""
+        """Causal attention within documents; see `packed_attention`."""
         if self.te_attention is None or not q.is_cuda or q.dtype == torch.float32:
             return packed_attention(q, k, v, packed)
         out: Tensor = self.te_attention(q, k, v, packed)
@@ -114,7 +114,7 @@ class Attention(MegatronModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, heads / tp, d], k and v [T, kv heads of this rank, d], normalised and rotated.
 
-        qkv: [T, 1, ...], of `linear_qkv`. rotary: cos and sin [T, m] of the rows' angles.
+        qkv: [T, 1, ...], output of `linear_qkv`. rotary: cos and sin [T, m] of the rows' angles.
         """
         rank = self.tp_group.rank()
         if self.sharing > 1:

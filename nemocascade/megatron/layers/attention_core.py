@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from nemocascade_kernels import PackedSeq
 from torch import Tensor
 
-# Documents up to this length are computed together, in batches of like length; longer ones one
-# after the other, where a call's fixed cost no longer matters.
+# Documents up to this length are computed in batches of similar length. Longer ones are computed
+# one after the other, because a call's fixed cost no longer matters.
 SHORT_DOCUMENT = 64
 # On a CPU, torch's attention for bf16 is slower than for fp32 up to about this length.
 _FP32_UP_TO = 512
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedSeq) -> Tensor:
-    """Causal attention, each document by itself.
+    """Causal attention within each document.
 
     q: [T, h, d]; k, v: [T, g, d], query head i uses key/value head i // (h / g).
     Returns [T, h, d] in q's dtype. On a GPU in half precision torch's variable-length flash
-    attention runs, and elsewhere torch's attention for one document or batch after the other.
+    attention runs. Elsewhere torch's attention runs for one document or batch after the other.
     Raises ValueError if T is not that of `packed`.
     """
     packed.check_rows(q.shape[0], "attention's q")
@@ -43,9 +43,9 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedSeq) -> Tens
 
 @dataclass(frozen=True)
 class _Batch:
-    """Short documents in slots of `width` each; slots past an end repeat the document's last row.
+    """Short documents padded to `width` slots each; padding repeats the document's last row.
 
-    Attention is causal and ends come last, so no token attends to such a slot.
+    Attention is causal and padding comes last, so no token attends to it.
     """
 
     width: int
@@ -55,9 +55,9 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The pack in segments: each a long document, or a row of short ones.
+    """The pack in segments: each a long document, or consecutive short ones.
 
-    place: [T], where each token's output stands among the parts; None if in order.
+    place: [T], index of each token's output in the concatenated segments; None if in order.
     """
 
     sizes: tuple[int, ...]
@@ -102,7 +102,7 @@ def _segments(tensors: tuple[Tensor, ...], plan: _Plan) -> list[tuple[Tensor, ..
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[b, n, h, d] from q of that shape and k, v [b, n, g, d]."""
+    """Causal attention [b, n, h, d] of q [b, n, h, d] over k, v [b, n, g, d]."""
     dtype = q.dtype
     if not q.is_cuda and dtype == torch.bfloat16 and q.shape[1] <= _FP32_UP_TO:
         q, k, v = q.float(), k.float(), v.float()
@@ -128,8 +128,9 @@ def variable_length(
 ) -> Tensor:
     """Causal attention by torch's flash kernel, on a GPU in half precision.
 
-    q: [T, h, d]; k, v: [U, g, d]. cu_q, cu_k: [D + 1] int32, where each document's queries and keys
-    begin; its last query sees all of its keys. longest: of a document. Returns [T, h, d].
+    q: [T, h, d]; k, v: [U, g, d]. cu_q, cu_k: [D + 1] int32, offsets of each document's queries and
+    keys; its last query attends to all of its keys. longest_q, longest_k: largest number of queries
+    and keys of a document. Returns [T, h, d].
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -140,9 +141,9 @@ def variable_length(
         else:  # torch 2.11
             ratio = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
-    # The kernel wants dense heads; a slice of the fused projection may have gaps between rows.
+    # The kernel needs dense heads; a slice of the fused projection may have gaps between rows.
     q, k, v = (t.contiguous() for t in (q, k, v))
-    # A pair only where the log-sum-exp is asked for.
+    # A pair only if the log-sum-exp is requested.
     out = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, **options)
     assert isinstance(out, torch.Tensor)
     return out

@@ -1,4 +1,4 @@
-"""The residual layer that every kind of mixer stands in: `x + mixer(norm(x))`."""
+"""The residual layer around every type of mixer: `x + mixer(norm(x))`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ResidualBlock(MegatronModule):
     mixer: a class or ModuleSpec, built with `config`, `layer_number` and `pg_collection`, whose
         `forward(hidden, packed)` keeps the shape of `hidden`.
     layer_number: from 1, over the whole model.
-    The other arguments are what HybridStack passes to some kinds of layer; they change nothing.
+    HybridStack passes the other arguments to some types of layer; they are ignored.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""Expert parallelism: rows travel to the ranks that hold their experts, and back.
+"""Expert parallelism: dispatch of rows to the ranks that hold their experts, and combine.
 
-One all-to-all over the joint expert group (ep x etp) does both axes: a row goes to every rank of
-its expert's tensor-parallel group, and the partial results are summed where the row came from.
-Slots are sorted by expert already, so nothing dense of shape [T, E] is made. The sizes of the
-messages must be known on the host, which costs one synchronisation a layer.
+One all-to-all over the joint expert group (ep x etp) serves both axes: a row is sent to every rank
+of its expert's tensor-parallel group, and its source rank sums the partial results. Slots are
+already sorted by expert, so no dense [T, E] tensor is made. The host must know the message sizes,
+which costs one synchronisation a layer.
 
 Shape letters: T tokens, S routed slots of this rank, R rows that arrive, K experts a token.
 """
@@ -49,14 +49,14 @@ def dispatched(
     ones = torch.ones(ids.numel(), 1, dtype=torch.float32, device=x.device)
     y = experts(sent, make_routing(ids[:, None], ones, local_experts))
     back = all_to_all(groups.tp_ep, y, plan.sent, plan.received)
-    # Slots of padding went nowhere; they stand last.
+    # Slots of padding are not dispatched; they come last.
     masked = routing.order.numel() - slots.numel()
     y = F.pad(_sum_copies(back, plan.to_owner, etp), (0, 0, 0, masked))
     return moe_unpermute(y, routing)
 
 
 class _Plan:
-    """Sizes of the messages. to_owner: slots for each ep rank; sent, received: for each rank."""
+    """Message sizes. to_owner: slots for each ep rank; sent, received: rows for each rank."""
 
     def __init__(self, to_owner: list[int], sent: list[int], received: list[int]) -> None:
         self.to_owner, self.sent, self.received = to_owner, sent, received
@@ -77,7 +77,7 @@ def _send_ids(ids: Tensor, plan: _Plan, groups: ProcessGroupCollection) -> Tenso
 
 
 def _copy_index(to_owner: list[int], etp: int, device: torch.device) -> Tensor:
-    """Positions of the slots as they are sent: each owner's stretch, once per rank of its group."""
+    """Send order of the slots: each owner's segment, once for each rank of its group."""
     ends = list(accumulate(to_owner))
     stretches = [
         torch.arange(end - n, end, device=device).repeat(etp)
@@ -87,7 +87,7 @@ def _copy_index(to_owner: list[int], etp: int, device: torch.device) -> Tensor:
 
 
 def _sum_copies(back: Tensor, to_owner: list[int], etp: int) -> Tensor:
-    """[S * etp, H] as `_copy_index` lays it -> [S, H], summed over the copies."""
+    """Sum the copies: [S * etp, H] in the order of `_copy_index` -> [S, H]."""
     if etp == 1:
         return back
     parts = back.split([n * etp for n in to_owner])

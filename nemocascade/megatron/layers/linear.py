@@ -1,4 +1,4 @@
-"""Megatron's tensor-parallel linears with initial values that no layout changes."""
+"""Megatron's tensor-parallel linears with initial values that are independent of the layout."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nemocascade.megatron.init import Shard, sharded_init
 
 
 def _leave(weight: Tensor) -> Tensor:
-    """Megatron's own initialisation is replaced below."""
+    """Do nothing: Megatron's own initialisation is replaced below."""
     return weight
 
 
 def tp_shard(group: Any, dim: int, blocks: tuple[int, ...] | None = None) -> Shard:
-    """The cut of dimension `dim` over the tensor-parallel `group`."""
+    """The sharding of dimension `dim` over the tensor-parallel `group`."""
     return Shard(dim, group.rank(), group.size(), blocks)
 
 
@@ -47,9 +47,9 @@ def column_linear(
     blocks: tuple[int, ...] | None = None,
     stride: int = 1,
 ) -> ColumnParallelLinear:
-    """A linear without bias, outputs cut over TP: [S, 1, inputs] -> [T, 1, outputs / tp].
+    """A linear without bias, outputs sharded over TP: [S, 1, inputs] -> [T, 1, outputs / tp].
 
-    name: the weight's global name. blocks: parts of the outputs that are cut each by itself.
+    name: the weight's global name. blocks: parts of the outputs that are sharded separately.
     stride: number of equal blocks, for Megatron's own bookkeeping.
     """
     linear = ColumnParallelLinear(
@@ -69,7 +69,7 @@ def column_linear(
 def row_linear(
     config: CascadeConfig, inputs: int, outputs: int, *, name: str, tp_group: Any
 ) -> RowParallelLinear:
-    """A linear without bias, inputs cut over TP: [T, 1, inputs / tp] -> [S, 1, outputs].
+    """A linear without bias, inputs sharded over TP: [T, 1, inputs / tp] -> [S, 1, outputs].
 
     name: the weight's global name.
     """

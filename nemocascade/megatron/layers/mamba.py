@@ -2,8 +2,8 @@
 
     out = W_out mamba2(W_in u)
 
-`nemocascade_kernels.mamba2` states what is computed between the two projections. Tensor parallelism
-cuts heads and groups; each rank computes whole groups.
+`nemocascade_kernels.mamba2` defines the computation between the two projections. Tensor parallelism
+shards heads and groups; each rank computes whole groups.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ States = tuple[Tensor, Tensor]
 
 
 def _parameter(value: Tensor) -> torch.nn.Parameter:
-    """A parameter cut over TP in dimension 0, marked as Megatron marks its own."""
+    """A parameter sharded over TP in dimension 0, with Megatron's attributes."""
     parameter: Any = torch.nn.Parameter(value)
     parameter.tensor_model_parallel = True
     parameter.partition_dim = 0
@@ -40,7 +40,7 @@ def _parameter(value: Tensor) -> torch.nn.Parameter:
 
 
 class _CutOverTp(torch.nn.Module):
-    """A module all of whose parameters are cut over TP in dimension 0."""
+    """A module whose parameters are all sharded over TP in dimension 0."""
 
     tp_group: Any
 
@@ -61,7 +61,7 @@ class _CutOverTp(torch.nn.Module):
 
 
 class CausalConv1d(_CutOverTp):
-    """Weight [C, 1, K] and bias [C] of the depthwise convolution, cut over TP by blocks of C."""
+    """Weight [C, 1, K] and bias [C] of the depthwise convolution, sharded over TP by blocks."""
 
     def __init__(
         self, config: CascadeConfig, blocks: tuple[int, ...], width: int, name: str, tp_group: Any
@@ -95,9 +95,9 @@ class GatedRMSNorm(_CutOverTp):
 class MambaMixer(MegatronModule):
     """The mixer; sizes come from `config.shape`.
 
-    heads, groups, inner (heads * head_dim) and channels (of the convolution): those of this rank.
+    heads, groups, inner (heads * head_dim) and channels (of the convolution): sizes on this rank.
     layer_number: from 1, over the whole model. dt_limit: bounds of softplus(dt + dt_bias).
-    backend: the implementation of `mamba2` that is demanded; None is the best one.
+    backend: the required implementation of `mamba2`; None is the best one.
     Raises ValueError if TP does not divide the groups.
     """
 
@@ -150,8 +150,8 @@ class MambaMixer(MegatronModule):
         )
 
     def _make_head_parameters(self, config: CascadeConfig, name: str) -> None:
-        """A uniform in [1, 16]; dt_bias such that softplus(dt_bias) is log-uniform in
-        [1e-3, 0.1]; D one. Float32 whatever the model's precision: decays need it."""
+        """Make A uniform in [1, 16]; dt_bias such that softplus(dt_bias) is log-uniform in
+        [1e-3, 0.1]; D one. They are float32 at any model precision: decays need it."""
         heads = config.shape.mamba_heads
         shard = (tp_shard(self.tp_group, 0),)
 
@@ -182,7 +182,7 @@ class MambaMixer(MegatronModule):
         *,
         return_final_state: bool = False,
     ) -> tuple[Tensor, States | None]:
-        """[T, inner], the input of out_proj, from the output of in_proj; states as in `mamba2`."""
+        """Input of out_proj, [T, inner], from the output of in_proj; states as in `mamba2`."""
         return mamba2(
             zxbcdt,
             self.conv1d.weight.squeeze(1),
@@ -206,7 +206,7 @@ class MambaMixer(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Stores fused tensors by part, as Megatron's mixer does, so that TP may change."""
+        """Store fused tensors by part, as Megatron's mixer does, so that TP may change."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         own: dict[str, Any] = {}
         self._save_to_state_dict(own, "", keep_vars=True)

@@ -17,7 +17,7 @@ from nemocascade.megatron.layers.linear import column_linear, row_linear
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """relu2: `relu(x)^2` (arXiv 2109.08668). swiglu: `silu(a) * b` with x = [a, b] (arXiv
+    """Apply relu2, `relu(x)^2` (arXiv 2109.08668), or swiglu, `silu(a) * b` with x = [a, b] (arXiv
     2002.05202), which halves the last dimension."""
     if activation == "relu2":
         squared: Tensor = _SquaredRelu.apply(x)
@@ -29,7 +29,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 class _SquaredRelu(torch.autograd.Function):
-    """`relu(x)^2`, with fewer passes over memory than its two operators make in backward."""
+    """`relu(x)^2`, with fewer passes over memory in backward than the two operators."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ class _SquaredRelu(torch.autograd.Function):
 class MLP(MegatronModule):
     """`W_2 act(W_1 u)` without biases; `config.shape` gives the activation.
 
-    width: of the hidden layer; default, `config.shape.mlp_width`. name: global name; default, that
-    of the layer's mixer.
+    width: hidden layer's width; default, `config.shape.mlp_width`. name: global name; default,
+    that of the layer's mixer.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class MLP(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Gate and up projections are stored apart, so that TP may change."""
+        """Store gate and up projections separately, so that TP may change."""
         sharded: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.activation == "swiglu":
             key = f"{prefix}linear_fc1.weight"

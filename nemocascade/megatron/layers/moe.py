@@ -25,9 +25,9 @@ from nemocascade.megatron.microbatch import Microbatch
 
 
 class Router(MegatronModule):
-    """Scores every expert for every token, in fp32, and keeps the load of each.
+    """Scores every expert for every token, in fp32, and counts the load of each.
 
-    weight: [E, H]. expert_bias: [E] float32 buffer, takes part in the selection only.
+    weight: [E, H]. expert_bias: [E] float32 buffer, used only in the selection.
     load: [E] float32 buffer, slots routed to each expert since the last update of the bias.
     """
 
@@ -42,7 +42,7 @@ class Router(MegatronModule):
         )
         config.init_for(f"{name}.weight")(self.weight.data)
         self.weight.requires_grad_(not config.moe_training.freeze_router)
-        # Tokens are split over the tensor-parallel ranks, so this replicated weight's gradient is
+        # Tensor-parallel ranks hold different tokens, so this replicated weight's gradient is
         # summed over them.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         bias = torch.zeros(shape.num_experts, dtype=torch.float32)
@@ -56,8 +56,8 @@ class Router(MegatronModule):
     def route(
         self, logits: Tensor, token_mask: Tensor | None, choices: Tensor | None = None
     ) -> Routing:
-        """The routing of logits [T, E]. choices: [T, K] int32, experts to take instead of choosing;
-        their weights come from the logits all the same."""
+        """The routing of logits [T, E]. choices: [T, K] int32, experts to use instead of choosing;
+        their weights still come from the logits."""
         shape = self.config.shape
         return moe_route(
             logits,
@@ -73,7 +73,7 @@ class Router(MegatronModule):
         )
 
     def update_bias(self, group: dist.ProcessGroup, rate: float) -> Tensor:
-        """Move the bias by `rate` towards equal load and start counting anew.
+        """Move the bias by `rate` towards equal load and reset the counts.
 
         group: the ranks that routed different tokens. Returns the load, [E], summed over them.
         """
@@ -108,8 +108,8 @@ class Experts(MegatronModule):
         weight = nn.Parameter(
             torch.empty(self.num_local, rows, columns, dtype=self.config.params_dtype)
         )
-        # Experts are reduced over the expert-data-parallel group, and counted by every rank in the
-        # gradient norm: no two ranks of an expert layout hold the same shard.
+        # Expert gradients are reduced over the expert-data-parallel group. Every rank counts them
+        # in the gradient norm: no two ranks of an expert layout hold the same shard.
         weight.allreduce = False  # type: ignore[attr-defined]
         set_tensor_model_parallel_attributes(weight, True, 1, 1)
         return weight
@@ -129,7 +129,7 @@ class Experts(MegatronModule):
             self.linear_fc2.data[local] = down[:, cut]
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """x [T, H] and its routing over all experts -> [T, H]."""
+        """Apply the experts: x [T, H] and its routing over all experts -> [T, H]."""
 
         def experts(rows: Tensor, local: Routing) -> Tensor:
             return moe_experts(
@@ -151,7 +151,7 @@ class Experts(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Expert axis over ep, width over etp; the gate and the up half are kept apart."""
+        """Shard the expert axis over ep, the width over etp; gate and up are stored separately."""
         replica = (0, 0, self.groups.expt_dp.rank())
         experts = (0, self.ep_rank, self.ep_size)
         halves = self.linear_fc1.data.unflatten(1, (self.gates, -1))
@@ -208,7 +208,7 @@ class MoEMixer(MegatronModule):
         x = hidden_states.flatten(0, 1)
         rows = self._rows(x.shape[0])
         logits = self.router(x)
-        # The choices of the forward pass, where this is its recomputation in backward.
+        # The choices of the forward pass, if this is its recomputation in backward.
         earlier = None if packed.first_pass is None else packed.first_pass.experts
         routing = self._route(logits, packed, rows, earlier)
         y: Tensor = self.experts(x, routing)
@@ -224,10 +224,10 @@ class MoEMixer(MegatronModule):
     def _route(
         self, logits: Tensor, packed: Microbatch, rows: slice, earlier: Tensor | None
     ) -> Routing:
-        """By the router's choice, by a replayed one, or by `earlier`, that of the forward pass."""
+        """Route by the router's choice, a replayed one, or `earlier`, that of the forward pass."""
         mask, layer, replay = packed.token_mask(rows), self.layer_number, packed.replay
         if earlier is not None:
-            # Scores may round differently the second time, and the bias may have moved.
+            # Recomputed scores may round differently, and the bias may have changed.
             return self.router.route(logits, mask, earlier)
         choices = None
         if replay is not None:
@@ -244,7 +244,7 @@ class MoEMixer(MegatronModule):
         return routing
 
     def _rows(self, count: int) -> slice:
-        """Which rows of the packed sequence this rank holds under sequence parallelism."""
+        """The rows of the packed sequence on this rank under sequence parallelism."""
         if not self.config.sequence_parallel:
             return slice(0, count)
         first = self.tp_group.rank() * count
@@ -253,7 +253,7 @@ class MoEMixer(MegatronModule):
     def _with_losses(
         self, y: Tensor, logits: Tensor, routing: Routing, packed: Microbatch, rows: slice
     ) -> Tensor:
-        """Let the router's auxiliary losses flow back together with y's gradient."""
+        """Attach the router's auxiliary losses to y's backward."""
         training, shape = self.config.moe_training, self.config.shape
         if training.freeze_router:
             return y

@@ -30,7 +30,7 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def attach_loss(y: Tensor, loss: Tensor, scale: float) -> Tensor:
-    """y unchanged; `scale * loss` is added to whatever y's gradient comes from.
+    """Return y unchanged; backward also adds the gradient of `scale * loss`.
 
     loss: scalar float32.
     """
@@ -51,8 +51,8 @@ def load_balance_loss(
     """Sum over documents of `sum_e f_e P_e` (DeepSeek-V3, arXiv 2412.19437, Eq. 17-20).
 
     f_e = E / (K n) * (slots of the document on expert e), P_e = mean over its n tokens of the
-    score, normalised over the experts. 1 where the load is equal. `over="global"` takes all tokens
-    of the micro-batch as one document, times the number of documents. Padding never counts.
+    score, normalised over the experts. Equal load gives 1. `over="global"` takes all tokens of the
+    micro-batch as one document, times the number of documents. Padding is excluded.
 
     logits: [T, E] float32. routing: of these rows, which are `rows` of the packed sequence. group:
     ranks that hold the other rows; loads are summed over them, and each rank's result covers its
@@ -81,7 +81,7 @@ def load_balance_loss(
 def z_loss(logits: Tensor, packed: Microbatch, rows: slice) -> Tensor:
     """Documents times the mean over tokens of `logsumexp(logits)^2` (ST-MoE, arXiv 2202.08906).
 
-    logits: [T, E] float32. Padding never counts.
+    logits: [T, E] float32. Padding is excluded.
     """
     batch = packed.batch
     assert batch is not None

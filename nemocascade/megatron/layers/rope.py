@@ -20,7 +20,7 @@ def rotary_tables(packed: PackedSeq, dim: int, base: float) -> tuple[Tensor, Ten
 
 
 def rotary_at(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """As `rotary_tables`, of `positions` [T] int64 and on their device."""
+    """`rotary_tables` for given `positions` [T] int64, on their device."""
     index = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device)
     frequency = torch.exp(-math.log(base) * index / dim)
     # In float64 up to here: at position 2^17 float32 has lost the angle's third digit.

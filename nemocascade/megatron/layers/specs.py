@@ -1,4 +1,4 @@
-"""Which layer stands for which symbol of the pattern."""
+"""The layer of each symbol of the layer pattern."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def layer_specs(
 ) -> HybridStackSubmodules:
     """The layers that Megatron's HybridStack builds: M, *, - and E.
 
-    mamba2_backend: the implementation of `mamba2` that is demanded; None is the best one.
-    te_attention: whether Transformer Engine computes attention.
+    mamba2_backend: the required implementation of `mamba2`; None is the best one.
+    te_attention: Transformer Engine computes attention.
     """
     dt_limit = (shape.mamba_dt_min, math.inf)
     return HybridStackSubmodules(
