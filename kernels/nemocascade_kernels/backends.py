@@ -1,22 +1,21 @@
-"""Which implementation of an op runs, and why another was refused.
+"""Selection of the implementation of an op, and the reasons why others are unavailable.
 
 An op has some of these implementations, each a module. In order of preference:
 
 =========== =====================================================================
 ``cuda``      a compiled CUDA kernel (``csrc/<op>/``)
-``triton``    Triton kernels; on CPU only when asked for by name, in Triton's interpreter
+``triton``    Triton kernels; on CPU only if required by name, in Triton's interpreter
 ``native``    compiled C++ for the CPU (``csrc/<op>/``)
-``fla``       Triton kernels of the package fla-core; only when asked for by name
+``fla``       Triton kernels of the package fla-core; only if required by name
 ``torch``     torch operators arranged for speed and memory; the default on CPU without ``native``
 ``reference`` plain torch, readable beside the paper: the definition
 =========== =====================================================================
 
-The first that does not refuse the call runs. ``backend="triton"`` in a call, or the variable
-``NEMOCASCADE_BACKEND``, demands one instead; a demanded implementation that refuses raises, with
-its reason.
+The first one available for the call runs. ``backend="triton"`` in a call, or the variable
+``NEMOCASCADE_BACKEND``, requires a specific one; if it is unavailable, an error gives the reason.
 
-``NEMOCASCADE_BACKEND`` holds entries separated by commas. ``triton`` demands Triton of every op
-that has a Triton implementation; ``moe_router=reference`` speaks of one op and wins over an entry
+``NEMOCASCADE_BACKEND`` holds entries separated by commas. ``triton`` requires Triton for every op
+that has a Triton implementation. ``moe_router=reference`` applies to one op and overrides an entry
 without a name.
 """
 
@@ -39,29 +38,29 @@ ORDER = ("cuda", "triton", "native", "fla", "torch", "reference")
 VARIABLE = "NEMOCASCADE_BACKEND"
 _ABSENT = "the op has no such implementation"
 
-#: Looks at the tensors of a call and returns why the implementation cannot take it, or None.
+#: Checks the tensors of a call; returns why the implementation is unavailable for it, or None.
 Refusal = Callable[..., str | None]
 
 
 class BackendRefusedError(RuntimeError):
-    """The implementation that was demanded cannot take the call."""
+    """The required implementation is unavailable for the call."""
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of an op: where its module is, and when it must not run."""
+    """One implementation of an op: its module, and the check whether it is available."""
 
     backend: str
     module: str
     refuse: Refusal | None = None
 
 
-#: What Triton kernels take.
+#: Dtypes that Triton kernels support.
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def takes(*dtypes: torch.dtype, operators: tuple[str, ...] = ()) -> Refusal:
-    """A refusal of floating-point tensors of other dtypes, and of missing compiled operators."""
+    """A check that excludes other floating-point dtypes and missing compiled operators."""
 
     def refuse(*tensors: Tensor) -> str | None:
         others = {str(t.dtype) for t in tensors if t.is_floating_point() and t.dtype not in dtypes}
@@ -80,8 +79,8 @@ class Op:
     >>> OP.register("triton", refuse=too_many_experts)
     >>> module = OP.choose(logits, backend=backend)  # then: module.forward(...)
 
-    ``refuse(*tensors)`` sees the tensors that ``choose`` was given and must not read their values:
-    that would synchronise the device.
+    ``refuse(*tensors)`` gets the tensors of ``choose`` and must not read their values: that would
+    synchronise the device.
     """
 
     def __init__(self, name: str) -> None:
@@ -99,7 +98,7 @@ class Op:
     def register(
         self, backend: str, module: str | None = None, refuse: Refusal | None = None
     ) -> None:
-        """Add an implementation. `module` is imported at its first use; by default it is the one in
+        """Add an implementation. `module` is imported at its first use; the default is the one in
         the op's folder that is named like the backend."""
         if backend not in ORDER:
             raise ValueError(f"backend {backend!r} is not one of {ORDER}")
@@ -109,7 +108,7 @@ class Op:
         self._implementations[backend] = Implementation(backend, module, refuse)
 
     def choose(self, *tensors: Tensor, backend: str | None = None) -> ModuleType:
-        """Import and return the module that serves a call on these tensors."""
+        """Import and return the module that runs a call on these tensors."""
         return self.module(self.chosen(*tensors, backend=backend))
 
     def module(self, backend: str) -> ModuleType:
@@ -117,9 +116,9 @@ class Op:
         return importlib.import_module(self._implementations[backend].module)
 
     def chosen(self, *tensors: Tensor, backend: str | None = None) -> str:
-        """Name of the implementation that serves a call on these tensors.
+        """Name of the implementation that runs a call on these tensors.
 
-        Raises `BackendRefusedError` where the demanded one refuses, or where all do; `ValueError`
+        Raises `BackendRefusedError` if the required one is unavailable, or if all are; `ValueError`
         for a name that the op does not have.
         """
         demanded = self._demanded(backend)
@@ -138,17 +137,17 @@ class Op:
         )
 
     def serves(self, *tensors: Tensor, backend: str) -> bool:
-        """Whether an implementation would take a call on these tensors, if it were demanded."""
+        """True if an implementation, when required, is available for a call on these tensors."""
         return self.refusal(*tensors, backend=backend) is None
 
     def refusal(self, *tensors: Tensor, backend: str) -> str | None:
-        """Why an implementation would not take a call on these tensors if it were demanded."""
+        """The reason why a required implementation is unavailable for these tensors, or None."""
         if backend not in self._implementations:
             return _ABSENT
         return self._refusal(backend, tensors, demanded=True)
 
     def why_refused(self, *tensors: Tensor) -> str:
-        """A line for each implementation: that it serves such a call, or why it does not."""
+        """A line for each implementation: available, or the reason why it is unavailable."""
         lines = []
         chosen = False
         for name in ORDER:
@@ -211,7 +210,7 @@ def why_refused(*tensors: Tensor) -> str:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels are interpreted on CPU. Read before a kernel is imported."""
+    """True if Triton kernels are interpreted on CPU. Read before a kernel is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 

@@ -1,15 +1,15 @@
-"""Compile every Triton kernel of the package ahead of time, for a GPU that need not be there.
+"""Compile every Triton kernel of the package ahead of time; no GPU is needed.
 
     python -m nemocascade_kernels.compile --arch sm_90
     python -m nemocascade_kernels.compile --arch sm_80 --op linear_logprob
 
 It prints one line a kernel: registers a thread, bytes spilled, shared memory, and the matrix
-instruction. The exit code is 1 where a kernel spills registers, wants more shared memory than the
-architecture has, or lacks the matrix instruction it was written for.
+instruction. The exit code is 1 if a kernel spills registers, needs more shared memory than the
+architecture has, or does not use the matrix instruction it was written for.
 
 **What an op provides.** The module that it registers for "triton" defines `aot_kernels(arch: int)`,
 a list of `AotKernel`: the signatures and the tile settings with which its launchers call each
-kernel, made by the same functions that the launchers use, so what is checked here is what runs.
+kernel. The launchers use the same functions, so this program checks the kernels that run.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 @dataclass(frozen=True)
 class AotKernel:
-    """One kernel with the argument types and the settings that a launcher gives it.
+    """One kernel with the argument types and the settings of its launcher.
 
     kernel: the `@triton.jit` function.
     signature: the type of each argument that is not a constexpr, such as `{"x_ptr": "*bf16:16",
-        "rows": "i32"}`. `:16` says that the value is divisible by 16: Triton finds that out at run
-        time of pointers and integers, and makes wider loads of it.
+        "rows": "i32"}`. `:16` means that the value is divisible by 16. At run time Triton detects
+        this for pointers and integers, and uses wider loads.
     constants: the value of each constexpr argument.
     matrix: the matrix instruction it must use on sm_90, "wgmma" or "mma"; None for a kernel without
-        products; "any" leaves it open.
+        products; "any" accepts all.
     options: further options of the compiler, such as `maxnreg`.
     """
 
@@ -64,7 +64,7 @@ class AotKernel:
 
 @dataclass(frozen=True)
 class Report:
-    """What the assembler says of one compiled kernel."""
+    """The assembler's report on one compiled kernel."""
 
     op: str
     name: str
@@ -205,6 +205,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Run the importable module, so that AotKernel is one class and not one for each name of this
-    # file.
+    # Run the importable module: as `__main__`, this file would define a second AotKernel class.
     sys.exit(importlib.import_module(f"{PACKAGE}.compile").main())

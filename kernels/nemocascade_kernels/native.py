@@ -1,6 +1,6 @@
 """The compiled library of the package (csrc/), loaded at first use and never required.
 
-`lacks(name)` says why an operator cannot be used; `op(name)` gives it.
+`op(name)` returns an operator; `lacks(name)` returns the reason if it is unavailable.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LIBRARY = Path(__file__).parent / "_native.so"
 
 @functools.cache
 def refusal() -> str | None:
-    """Why the compiled library cannot be used, or None once it is loaded."""
+    """The reason why the compiled library is unavailable, or None once it is loaded."""
     if not LIBRARY.exists():
         return f"{LIBRARY.name} is not built: run `make setup`, or `pip install` the package"
     try:
@@ -27,7 +27,7 @@ def refusal() -> str | None:
 
 
 def lacks(*names: str) -> str | None:
-    """Why these operators cannot be used, or None where the library has them."""
+    """The reason why these operators are unavailable, or None if the library has them."""
     reason = refusal()
     if reason is not None:
         return reason
@@ -41,7 +41,7 @@ def lacks(*names: str) -> str | None:
 
 @functools.cache
 def op(name: str) -> Any:
-    """An operator of the library. Raises ImportError, with the reason, where it is missing."""
+    """An operator of the library. Raises ImportError, with the reason, if it is missing."""
     reason = lacks(name)
     if reason is not None:
         raise ImportError(reason)

@@ -1,10 +1,10 @@
 """Input makers, poisoned memory and error measures, shared by the tests and the benchmarks of every
 op.
 
-How an op is judged: its result `ours` and torch's own result `torchs` (same inputs, same dtype,
-plain operators) are both compared with `exact`, the reference run on the same inputs in float64.
-`ours` may be off by no more than a small factor times what `torchs` is off by. So the tolerance
-follows the dtype and the sizes, and no test carries a hand-picked number that hides a bug.
+An op's result `ours` and torch's own result `torchs` (same inputs, same dtype, plain operators) are
+both compared with `exact`, the reference run on the same inputs in float64. The error of `ours` may
+be at most a small factor times the error of `torchs`. So the tolerance follows from the dtype and
+the sizes, and no test has a hand-picked tolerance that hides a bug.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def kernel_device() -> torch.device:
-    """Where Triton kernels run in tests: a GPU if there is one, else interpreted on CPU."""
+    """Device of Triton kernels in tests: a GPU if there is one, else the CPU, interpreted."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -32,7 +32,7 @@ def random_normal(
     scale: float = 1.0,
     requires_grad: bool = False,
 ) -> Tensor:
-    """Normal numbers of standard deviation `scale`, drawn on the CPU: the same everywhere."""
+    """Normal numbers of standard deviation `scale`, drawn on the CPU: the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
     return values.to(device=device, dtype=dtype).requires_grad_(requires_grad)
@@ -41,16 +41,16 @@ def random_normal(
 def random_integers(
     *shape: int, low: int = 0, high: int, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """int64 numbers in [low, high). The same on every device."""
+    """Random int64 numbers in [low, high), the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(low, high, shape, generator=generator, dtype=torch.int64).to(device)
 
 
 class PoisonedMemory(TorchDispatchMode):
-    """Within it, memory that `torch.empty` and its kin hand out holds NaN (integers: their most
-    negative value). It holds in backward, too.
+    """Context in which uninitialised memory, as from `torch.empty`, holds NaN (integers: their most
+    negative value), also in backward.
 
-    A kernel that reads what nobody wrote, or leaves a part of its output unwritten, then shows it.
+    It reveals kernels that read uninitialised memory or do not write all of their output.
 
     >>> with PoisonedMemory():
     ...     out = linear_logprob(hidden, weight, target)
@@ -79,7 +79,7 @@ class PoisonedMemory(TorchDispatchMode):
 
 
 def poison(tensor: Tensor) -> Tensor:
-    """Fill with what cannot pass for a result: NaN, or the most negative integer."""
+    """Fill with values that no result has: NaN, or the most negative integer."""
     with torch.no_grad():
         if tensor.is_floating_point() or tensor.is_complex():
             return tensor.fill_(math.nan)
@@ -89,12 +89,12 @@ def poison(tensor: Tensor) -> Tensor:
 
 
 def rms_error(actual: Tensor, exact: Tensor) -> float:
-    """`||actual - exact|| / ||exact||` in float64; 0 for equal tensors, NaN where one holds NaN."""
+    """`||actual - exact|| / ||exact||` in float64; 0 for equal tensors, NaN if one holds NaN."""
     return _relative(torch.linalg.vector_norm, actual, exact)
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference, over the largest absolute exact value."""
+    """Largest absolute difference, divided by the largest absolute exact value."""
     return _relative(lambda values: values.abs().max(), actual, exact)
 
 
@@ -117,8 +117,7 @@ def assert_as_accurate(
     factor: float = 2.0,
     floor: float | None = None,
 ) -> None:
-    """Fail where `ours` is further from `exact` than `factor` times what `torchs` is, by either
-    measure.
+    """Fail if the error of `ours` exceeds `factor` times the error of `torchs`, by either measure.
 
     `floor` is an error that is always allowed; default: the rounding of `ours`'s own dtype, since
     torch may happen to be exact.
@@ -135,7 +134,7 @@ def assert_as_accurate(
 
 
 def assert_same_bits(name: str, actual: Tensor, expected: Tensor) -> None:
-    """Fail unless both tensors hold the same bits (NaN equals the same NaN)."""
+    """Fail unless both tensors are bit-identical (NaN equals the same NaN)."""
     if actual.dtype != expected.dtype or actual.shape != expected.shape:
         raise AssertionError(
             f"{name}: {actual.dtype} {tuple(actual.shape)}, "
@@ -151,7 +150,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def without_interpreter(environment: dict[str, str] | None = None) -> dict[str, str]:
-    """A copy of the environment in which Triton compiles, for subprocesses."""
+    """A copy of the environment in which Triton compiles kernels, for subprocesses."""
     copy = dict(os.environ if environment is None else environment)
     copy.pop("TRITON_INTERPRET", None)
     return copy

@@ -1,1 +1,1 @@
-"""What several ops share. An op imports its own folder and this one, never another op's."""
+"""Code shared by several ops. An op imports its own folder and this one, never another op's."""

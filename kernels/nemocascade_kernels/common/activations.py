@@ -9,7 +9,7 @@ ACTIVATIONS = ("relu2", "swiglu")
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
-    """relu(h)^2, or silu(gate) * up with h = [gate, up] in the last dimension."""
+    """Return relu(h)^2, or silu(gate) * up with h = [gate, up] in the last dimension."""
     if activation == "relu2":
         return F.relu(h).square()
     gate, up = h.chunk(2, dim=-1)

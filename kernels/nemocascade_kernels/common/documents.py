@@ -1,7 +1,7 @@
-"""Where the documents of a packed microbatch begin and end, and the tables that layers derive.
+"""Boundaries of the documents of a packed microbatch, and the tables that layers derive.
 
-Everything is made on the host once per microbatch and shared by all layers, forward, backward and
-recompute. Shape letters: T tokens, D documents.
+Everything is computed on the host once per microbatch and shared by all layers in forward,
+backward and recompute. Shape letters: T tokens, D documents.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, eq=False)
 class PackedSeq:
-    """Documents laid end to end in T rows.
+    """Consecutive documents in T rows.
 
-    starts, lengths: [D] int64 on the host. The padding tail is a document like any other.
+    starts, lengths: [D] int64 on the host. Padding is a document like any other.
     cu_seqlens: [D+1] int32 on the device of the activations.
     total: T. max_length: the longest document.
     """
@@ -38,9 +38,9 @@ class PackedSeq:
     ) -> PackedSeq:
         """Describe documents [cu[i], cu[i+1]).
 
-        cu_seqlens: [D+1] integers from 0 to T, strictly rising. Pass a host tensor or a sequence:
-            a CUDA tensor costs a synchronisation.
-        device: where the activations live; default: where `cu_seqlens` lives.
+        cu_seqlens: [D+1] integers from 0 to T, strictly increasing. Pass a host tensor or a
+            sequence: a CUDA tensor costs a synchronisation.
+        device: device of the activations; default: that of `cu_seqlens`.
         Raises ValueError if a rule is broken.
         """
         if device is None:
@@ -82,7 +82,7 @@ class PackedSeq:
         return self.cu_seqlens.device
 
     def cached(self, key: Hashable, make: Callable[[], V]) -> V:
-        """What `make` returns, made once per key and kept as long as this object."""
+        """The result of `make`, computed once per key and cached in this object."""
         if key not in self._cache:
             self._cache[key] = make()
         value: V = self._cache[key]
@@ -94,24 +94,24 @@ class PackedSeq:
         return [slice(a, b) for a, b in zip(self.starts.tolist(), ends, strict=True)]
 
     def document_of(self) -> Tensor:
-        """[T] int64 on the host: the document of each row."""
+        """The document of each row, [T] int64 on the host."""
         return self.cached(
             "document_of",
             lambda: torch.repeat_interleave(torch.arange(self.num_documents), self.lengths),
         )
 
     def positions_on_host(self) -> Tensor:
-        """[T] int64 on the host: each row's position within its document, from 0."""
+        """Each row's position within its document, from 0: [T] int64 on the host."""
         return self.cached(
             "positions_on_host", lambda: torch.arange(self.total) - self.starts[self.document_of()]
         )
 
     def positions(self) -> Tensor:
-        """[T] int64 on the device: each row's position within its document, from 0."""
+        """Each row's position within its document, from 0: [T] int64 on the device."""
         return self.cached("positions", lambda: self.positions_on_host().to(self.device))
 
     def check_rows(self, rows: int, what: str) -> None:
-        """Raise ValueError unless a tensor with `rows` rows fits this description."""
+        """Raise ValueError unless `rows` is the number of rows of this pack."""
         if rows != self.total:
             raise ValueError(
                 f"{what} has {rows} rows, the packed microbatch has {self.total} tokens: "

@@ -1,4 +1,4 @@
-"""The gated RMSNorm of Mamba-2 in torch's operators, for ops that have no kernel of their own."""
+"""The gated RMSNorm of Mamba-2 in torch operators, for ops without a kernel of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """`u = x * silu(gate)`, then each of `groups` equal parts of u is RMS-normalised, times weight.
+    """Compute `u = x * silu(gate)`, RMS-normalise each of `groups` equal parts, times weight.
 
     x, gate: [..., C]; weight: [C]. Returns [..., C] in x's dtype; arithmetic is float32 at least.
     """

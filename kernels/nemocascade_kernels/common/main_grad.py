@@ -1,4 +1,4 @@
-"""Gradients of a weight that are added to `weight.main_grad`, as Megatron-Core does it."""
+"""Accumulation of a weight's gradient in `weight.main_grad`, Megatron-Core's convention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def checked_main_grad(weight: Tensor) -> Tensor:
-    """`weight.main_grad`; raises ValueError unless it can take the gradient."""
+    """Return `weight.main_grad`; raises ValueError unless the gradient can be added to it."""
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is None:
         raise ValueError("accumulate_main_grad=True, but weight has no main_grad: set it first")
@@ -20,10 +20,10 @@ def checked_main_grad(weight: Tensor) -> Tensor:
 
 
 def placeholder_gradient(weight: Tensor) -> Tensor:
-    """Mark the gradient as added, and make what autograd is given in its place.
+    """Mark the gradient as added, and make a placeholder for autograd.
 
-    Megatron-Core's hook must see a gradient to know that the parameter is ready, and drops it
-    without reading it; a parameter flagged `zero_out_wgrad` is read, and gets zeros.
+    Megatron-Core's hook needs a gradient as a sign that the parameter is ready, and drops it.
+    The gradient of a parameter flagged `zero_out_wgrad` is read, so it is zeros.
     """
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     if getattr(weight, "zero_out_wgrad", False):

@@ -1,4 +1,4 @@
-"""The terms of multi-domain on-policy distillation, in torch; `mopd_triton` has them for Triton."""
+"""The terms of multi-domain on-policy distillation in torch; `mopd_triton` is for Triton."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def mopd_terms(
         r_t = pi_train / pi_rollout
         w_t = r_t if ratio_low <= r_t <= ratio_high else 0
 
-    All [T] of one dtype. The terms are under the stop-gradient of Eq. 4.
+    All are [T] of one dtype. Eq. 4 applies a stop-gradient to the terms.
     """
     advantage = teacher_logprob - train_logprob
     ratio = torch.exp(train_logprob - rollout_logprob)

@@ -1,6 +1,6 @@
-"""The product of bfloat16 matrices that adds to a float32 sum (csrc/common/blas.cpp).
+"""Product of bfloat16 matrices with accumulation in a float32 sum (csrc/common/blas.cpp).
 
-torch's own product rounds to bfloat16, which must then be widened and added.
+torch's own product rounds to bfloat16, and needs a second operation for the sum.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OPERATORS = ("has_product", "add_product_")
 
 @functools.cache
 def adds_products(dtype: torch.dtype) -> bool:
-    """Whether `add_product` can be called for matrices of this dtype."""
+    """True if `add_product` is available for matrices of this dtype."""
     return (
         dtype == torch.bfloat16
         and native.lacks(*OPERATORS) is None
@@ -26,7 +26,7 @@ def adds_products(dtype: torch.dtype) -> bool:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """`total += left.T @ right`, or `=` for the first: bfloat16 into float32, in one product.
+    """Compute `total += left.T @ right`, or `=` if `first`: bfloat16 into float32, in one GEMM.
 
     total: [M, N] float32, contiguous. left: [R, M] and right: [R, N] bfloat16.
     """

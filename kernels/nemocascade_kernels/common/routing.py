@@ -1,4 +1,4 @@
-"""The decision of a router: its settings, `Routing`, and the choice of experts in plain torch."""
+"""A router's settings and its result, `Routing`, and the choice of experts in plain torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 class Routing:
     """The experts of every token, and the same slots sorted by expert.
 
-    A slot is one (token, choice) pair; slot `t * K + k` is choice k of token t. A token that the
-    router's `token_mask` leaves out has no expert: its `experts` hold E, its `weights` are 0, it
-    counts nowhere, and its slots stand at the end of `order`, past `offsets[E]`.
+    A slot is one (token, choice) pair; slot `t * K + k` is choice k of token t. A token that
+    `token_mask` excludes has no expert: its `experts` are E, its `weights` are 0, `counts` exclude
+    it, and its slots are at the end of `order`, past `offsets[E]`.
 
     weights: [T, K] float32, differentiable.
-    experts: [T, K] int32, in order of falling (biased) score; of equal scores the lower expert id
+    experts: [T, K] int32, by decreasing (biased) score; among equal scores the lower expert id
         comes first.
     counts: [E] int32, slots of each expert.
-    order: [T * K] int32, slots sorted by expert; slots of one expert stay in rising order.
+    order: [T * K] int32, slots sorted by expert; slots of one expert stay in increasing order.
     offsets: [E + 1] int32: slots of expert e are `order[offsets[e]:offsets[e + 1]]`.
     positions: [T, K] int32, the inverse of `order`: `order[positions[t, k]] == t * K + k`.
     """
@@ -34,23 +34,23 @@ class Routing:
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Number of tokens T."""
         return self.experts.shape[0]
 
     @property
     def top_k(self) -> int:
-        """K."""
+        """Choices of a token, K."""
         return self.experts.shape[1]
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts E."""
         return self.counts.shape[0]
 
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """The settings of one `moe_route` call, as its implementations take them."""
+    """The settings of one `moe_route` call, passed to its implementations."""
 
     top_k: int
     score: str
@@ -63,7 +63,7 @@ class RouterSettings:
 #: Added to the sum of the chosen scores before the division, as Megatron-Core and Hugging Face do.
 NORMALIZE_EPSILON = 1e-20
 
-#: A group is judged by the sum of this many of its best biased scores (DeepSeek-V3).
+#: The score of a group is the sum of this many of its best biased scores (DeepSeek-V3).
 SCORES_PER_GROUP = 2
 
 
@@ -74,7 +74,7 @@ def scores_of(logits: Tensor, score: str) -> Tensor:
 
 
 def select(scores: Tensor, expert_bias: Tensor | None, settings: RouterSettings) -> Tensor:
-    """Experts [T, K] int64 of the highest biased scores; of equals, the lower id comes first."""
+    """Experts [T, K] int64 of the highest biased scores; among equals, the lower id comes first."""
     biased = scores if expert_bias is None else scores + expert_bias.to(scores.dtype)
     if settings.num_groups > 1:
         biased = _without_other_groups(biased, settings.num_groups, settings.top_groups)
@@ -83,7 +83,7 @@ def select(scores: Tensor, expert_bias: Tensor | None, settings: RouterSettings)
 
 
 def _without_other_groups(biased: Tensor, num_groups: int, top_groups: int) -> Tensor:
-    """-inf outside each token's best groups."""
+    """Set scores outside each token's best groups to -inf."""
     tokens, experts = biased.shape
     grouped = biased.view(tokens, num_groups, experts // num_groups)
     best = grouped.sort(dim=-1, descending=True).values[..., :SCORES_PER_GROUP]
@@ -100,13 +100,13 @@ def choose_experts(
     experts: Tensor | None,
     settings: RouterSettings,
 ) -> tuple[Tensor, Tensor]:
-    """The definition of the choice: weights [T, K], differentiable in logits, and experts [T, K].
+    """Definition of the choice: weights [T, K], differentiable in logits, and experts [T, K].
 
     See `nemocascade_kernels.moe_route` for the equations and the arguments.
     """
     num_experts = logits.shape[1]
     if token_mask is not None:
-        # A masked token may hold anything, NaN included.
+        # A masked token may hold any value, including NaN.
         logits = logits.masked_fill(~token_mask.unsqueeze(1), 0.0)
     scores = scores_of(logits, settings.score)
     chosen = select(scores.detach(), expert_bias, settings) if experts is None else experts.long()

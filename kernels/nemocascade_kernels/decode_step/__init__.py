@@ -1,1 +1,1 @@
-"""What the layers of a model do with one token of each of many sequences."""
+"""Decode operators of a model's layers: one token for each of many sequences."""

@@ -1,4 +1,4 @@
-"""The steps in C++ for the CPU (csrc/decode_step/), in float32: a row's bits are its own."""
+"""The decode operators in C++ for the CPU (csrc/decode_step/), in float32, batch-invariant."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The steps of decoding: checks and choice of the implementation. Nothing here has a gradient.
+"""The decode operators: checks and choice of the implementation. Nothing here has a gradient.
 
-On a CPU with the compiled library, a row's result does not depend, not in a single bit, on the
-other rows of the call nor on their number: a generated text does not depend on its batch. Elsewhere
-a matrix library may round otherwise for another number of rows.
+On a CPU with the compiled library the operators are batch-invariant: a row's result is
+bit-identical for any other rows of the call and any number of them. Elsewhere a matrix library may
+round differently for another number of rows.
 
 Shape letters: n rows, H and I widths, E experts, K choices a row, S slots; of a Mamba-2 mixer h
 heads, p head dimension, g groups, N state, W = h p + 2 g N channels of the convolution.
@@ -32,7 +32,7 @@ OP.register("reference")
 def step_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` by row (arXiv 1910.07467).
 
-    x: [n, H] floating point. weight: [H]. backend: demand an implementation; see
+    x: [n, H] floating point. weight: [H]. backend: require an implementation; see
     `nemocascade_kernels.backends`. Returns [n, H] in x's dtype.
     Raises ValueError for shapes that do not fit.
     """
@@ -72,7 +72,7 @@ def step_route(
     """The experts of each row and their weights, as `moe_route` chooses them.
 
     logits: [n, E] float32. bias: [E] float32, added to the scores for the choice, or None. real:
-    rows from here on have no expert; None: all have. backend: as above.
+    rows from this one on have no expert; None: all have one. backend: as above.
     Returns [n, K] int32, with E for no expert, and [n, K] float32.
     Raises ValueError for shapes that do not fit.
     """
@@ -137,7 +137,7 @@ def step_mamba(
         dt = softplus(dt + dt_bias)            S = exp(dt A) S + dt x B^T
         y = S C + D x                          out = group RMSNorm(y * silu(z)) * weight
 
-    States are changed in place. Rows that name the same slot leave it in no certain state.
+    States are changed in place. If rows share a slot, its state is undefined.
 
     Args:
         zxbcdt: [n, h p + W + h] floating point, the parts z, x, B, C and dt.
@@ -145,14 +145,14 @@ def step_mamba(
         ssm_state: [S, h, p, N] float32 (float64 in the reference).
         slots: [n] int64, the slot of each row.
         weights: of the mixer.
-        backend: demand an implementation; see `nemocascade_kernels.backends`.
+        backend: require an implementation; see `nemocascade_kernels.backends`.
 
     Returns:
         [n, h p], zxbcdt's dtype.
 
     Raises:
         ValueError: a shape or dtype is wrong; the message names all that are.
-        BackendRefusedError: the demanded implementation cannot take the call.
+        BackendRefusedError: the required implementation is unavailable for the call.
     """
     heads, head_dim, state = ssm_state.shape[1:]
     inner, (width, taps) = heads * head_dim, weights.conv_weight.shape
@@ -184,29 +184,28 @@ def step_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """One token of causal grouped-query attention over the cached past of each row::
+    """One token of causal grouped-query attention over the KV cache of each row::
 
         keys[s, :, t], values[s, :, t] = k, v
         out = softmax(q keys[s, :, :t + 1]^T / sqrt(d)) values[s, :, :t + 1]
 
-    The caches are changed in place. What stands in them past a row's position does not matter, NaN
-    included.
+    The caches are changed in place. Values past a row's position are ignored, even NaN.
 
     Args:
         q: [n, h, d] floating point; query head i uses key/value head i // (h / g).
         k, v: [n, g, d], of the same token.
         keys, values: [S, g, L, d], the caches.
         slots: [n] int64, the slot of each row.
-        positions: [n] int64, t: the tokens that the slot holds already, below `longest`.
-        longest: at most L; bounds the work where the host does not read `positions`.
-        backend: demand an implementation; see `nemocascade_kernels.backends`.
+        positions: [n] int64, t: the number of cached tokens in the slot, below `longest`.
+        longest: at most L; bounds the work if the host does not read `positions`.
+        backend: require an implementation; see `nemocascade_kernels.backends`.
 
     Returns:
         [n, h, d], q's dtype.
 
     Raises:
         ValueError: a shape or dtype is wrong; the message names all that are.
-        BackendRefusedError: the demanded implementation cannot take the call.
+        BackendRefusedError: the required implementation is unavailable for the call.
     """
     rows, heads, dim = q.shape
     count, kv_heads, capacity = keys.shape[:3]
@@ -240,13 +239,13 @@ def step_draw(
     allowed: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A token a row and its log-probability, by inverting the cumulative distribution at u.
+    """Draw a token a row and its log-probability, by inverting the cumulative distribution at u.
 
     logits: [n, V] floating point. u: [n] float64 in [0, 1), or None for the most probable token,
-    the first of equals. temperature: divides the logits. limit: ids from here on are never drawn; 0
-    excludes none. allowed: [n, V] bool, the ids that may be drawn; None is all. backend: as above.
+    the first of equals. temperature: divides the logits. limit: ids from this one on are excluded;
+    0 excludes none. allowed: [n, V] bool, ids that may be drawn; None is all. backend: as above.
     Returns tokens [n] int64, and their log-probabilities [n] float32 under softmax(logits /
-    temperature) over all of V, whatever was excluded.
+    temperature) over all of V, including excluded ids.
     Raises ValueError for shapes or settings that do not fit.
     """
     rows, vocabulary = logits.shape
@@ -267,7 +266,7 @@ def step_draw(
 
 
 class Steps(Protocol):
-    """An implementation: the functions above, without their checks and their search for it."""
+    """An implementation: the functions above without checks and choice of implementation."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
@@ -319,9 +318,9 @@ class Steps(Protocol):
 
 
 def decode_steps(*tensors: Tensor, backend: str | None = None) -> Steps:
-    """The steps for a model of such tensors, to be chosen once for thousands of calls.
+    """The decode operators for these tensors, chosen once for thousands of calls.
 
-    Arguments are those of the functions above, with none left out; shapes are not checked.
+    Arguments are those of the functions above, all required; shapes are not checked.
     """
     steps: Any = OP.choose(*tensors, backend=backend)
     found: Steps = steps

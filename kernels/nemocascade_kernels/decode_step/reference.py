@@ -1,4 +1,4 @@
-"""The definitions of the steps, in plain torch. See `op` for shapes."""
+"""The definitions of the decode operators, in plain torch. See `op` for shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemocascade_kernels.common.activations import activate
 from nemocascade_kernels.common.routing import RouterSettings, choose_experts
 from nemocascade_kernels.decode_step.weights import MambaWeights
 
-# Probabilities are added up in stretches of this many first.
+# Probabilities are first summed in segments of this many.
 _STRETCH = 128
 _MARGIN = 2.0**-40
 
@@ -38,7 +38,7 @@ def route(
 def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, w_up: Tensor, w_down: Tensor, swiglu: bool
 ) -> Tensor:
-    """See `op.step_experts`: all experts of all tokens, of which the chosen are summed."""
+    """See `op.step_experts`: all experts run on all tokens, and the chosen ones are summed."""
     h = torch.einsum("th,eih->tei", x, w_up)
     y = torch.einsum("tei,ehi->teh", activate(h, "swiglu" if swiglu else "relu2"), w_down)
     share = torch.zeros(x.shape[0], w_up.shape[0] + 1, dtype=weights.dtype, device=x.device)
@@ -97,7 +97,7 @@ def attention(
     scores = torch.matmul(grouped, past_k.transpose(2, 3)) * dim**-0.5
     ahead = torch.arange(longest, device=q.device) > positions[:, None]
     weights = scores.masked_fill_(ahead[:, None, None], float("-inf")).softmax(3)
-    # What was never written may hold anything, and 0 * NaN is NaN.
+    # Unwritten cache memory may hold any value, and 0 * NaN is NaN.
     past_v = past_v.masked_fill(ahead[:, None, :, None], 0)
     return torch.matmul(weights, past_v).view(rows, heads, dim).to(q.dtype)
 
@@ -116,24 +116,24 @@ def draw(
 
 
 def _invert(weights: Tensor, u: Tensor) -> Tensor:
-    """[n]: the first id at which the sum of weights [n, V] exceeds u times their total.
+    """The first id [n] at which the sum of weights [n, V] exceeds u times their total.
 
-    In two levels, because the sums of stretches are cheaper than all partial sums.
+    It has two levels, because the sums of segments are cheaper than all partial sums.
     """
     rows, width = weights.shape
     stretches = F.pad(weights, (0, -width % _STRETCH)).view(rows, -1, _STRETCH)
     sums = stretches.sum(2, dtype=torch.float64).cumsum(1)
-    # Below the total whatever the rounding, so that a weight above zero is found.
+    # Below the total in spite of rounding, so that a weight above zero is found.
     target = u[:, None] * sums[:, -1:] * (1 - _MARGIN)
     at = _first_above(sums, target)
     before = torch.where(at > 0, sums.gather(1, (at - 1).clamp_(min=0)), 0.0)
     inside = stretches.gather(1, at[:, :, None].expand(-1, -1, _STRETCH)).squeeze(1)
     partial = inside.cumsum(1, dtype=torch.float64)
     target = torch.minimum(target - before, partial[:, -1:] * (1 - _MARGIN))
-    # Weights that are not finite lead anywhere; their log-probability tells the caller.
+    # Weights that are not finite give any id; the caller sees it by the log-probability.
     return (at * _STRETCH + _first_above(partial, target)).squeeze(1).clamp_(max=width - 1)
 
 
 def _first_above(sums: Tensor, target: Tensor) -> Tensor:
-    """[n, 1]: the first index at which rising sums [n, m] exceed target [n, 1]."""
+    """The first index [n, 1] at which increasing sums [n, m] exceed target [n, 1]."""
     return torch.searchsorted(sums, target, right=True).clamp_(max=sums.shape[1] - 1)

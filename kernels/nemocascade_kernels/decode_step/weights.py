@@ -1,4 +1,4 @@
-"""The constants of one Mamba-2 mixer, as `step_mamba` takes them."""
+"""The constants of one Mamba-2 mixer for `step_mamba`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class MambaWeights:
-    """What stands between a mixer's two projections; W = h p + 2 g N channels.
+    """Parameters between a mixer's two projections; W = h p + 2 g N channels.
 
     conv_weight: [W, K]. conv_bias: [W]. dt_bias, A (negative), D: [h] float32.
     norm_weight: [h p]. groups: g. dt_limit: bounds of softplus(dt + dt_bias). eps: of the norm.

@@ -39,7 +39,7 @@ OP.register("reference")
 
 
 class LinearLogprob(NamedTuple):
-    """logprob [T] and entropy [T] (None where it was not asked for), float32."""
+    """Result: logprob [T] and entropy [T] (None if not requested), float32."""
 
     logprob: Tensor
     entropy: Tensor | None
@@ -61,7 +61,7 @@ def linear_logprob(
 
     `logprob_t = log softmax(hidden_t @ weight.T / temperature)[target_t]`, and
     `entropy_t = -sum_v p_tv log p_tv` of the same softmax. Both are differentiable in hidden and
-    weight; backward makes the logits again, a chunk of rows at a time.
+    weight; backward recomputes the logits, a chunk of rows at a time.
 
     hidden: [T, H] float32, bfloat16 or float16; T may be 0.
     weight: [V, H] of the same dtype. Under `tp_group`, this rank's shard: rank r holds the ids
@@ -71,9 +71,9 @@ def linear_logprob(
     reduce_hidden_grad: sum the gradient in hidden over `tp_group` (the true derivative). False
         leaves this rank's part, for a caller whose own backward reduces it.
     accumulate_main_grad: backward adds the gradient in weight to `weight.main_grad` (float32 or
-        weight's dtype), sets `weight.grad_added_to_main_grad` and hands autograd a placeholder:
+        weight's dtype), sets `weight.grad_added_to_main_grad` and gives autograd a placeholder:
         Megatron-Core's convention.
-    backend: demand one implementation; see `nemocascade_kernels.backends`.
+    backend: require an implementation; see `nemocascade_kernels.backends`.
 
     Raises ValueError for shapes, dtypes or settings that do not fit, and IndexError on a CPU for a
     target outside the vocabulary; on a GPU, where the host does not read the target, its row is
@@ -121,11 +121,11 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, settings: _Settings
     ) -> tuple[Tensor, Tensor | None]:
-        # The dtypes are the caller's choice; autocast would change those of some products only.
+        # The caller chooses the dtypes; autocast would change only those of some products.
         with torch.autocast(hidden.device.type, enabled=False):
             results = _forward(hidden, weight, target, settings)
         ctx.settings = settings
-        # A saved tensor may come back as another object; a main gradient marks the parameter.
+        # A saved tensor may be another object in backward; the main gradient needs the parameter.
         ctx.weight = weight
         ctx.save_for_backward(hidden, weight, target, results[1], results[2])
         return results[0], results[2]
@@ -169,7 +169,7 @@ def _forward(
         logits = buffer[: piece.stop - piece.start]
         torch.mm(hidden[piece], weight.t(), out=logits)
         local = target[piece] - settings.first_id
-        # The logits are not needed again, so that the next chunk may overwrite them.
+        # The logits are not needed again: the next chunk may overwrite them.
         found = settings.kernels.statistics(logits, local, settings.scale, settings.entropy)
         return piece, Gathering(found, settings.group)
 
@@ -193,7 +193,7 @@ def _backward(
     settings: _Settings,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, WeightGradient | None]:
-    """The gradients that are needed, from logits that are made again."""
+    """The required gradients, from recomputed logits."""
     hidden, weight, target, lse, entropy = saved
     slope = logprob_grad.contiguous()
     entropy_slope = None

@@ -1,4 +1,4 @@
-"""The definition of `linear_logprob`, in plain torch. It holds all logits."""
+"""The definition of `linear_logprob`, in plain torch. It materialises all logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemocascade_kernels.common.linear_head.statistics import logprob_and_entrop
 def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`log softmax(hidden @ weight.T / temperature)[target]`, and the entropy of that softmax.
+    """Compute `log softmax(hidden @ weight.T / temperature)[target]` and the softmax's entropy.
 
     hidden [T, H], weight [V, H], target [T] int64. Returns logprob [T] and entropy [T], in float32
     (float64 for float64 inputs); both differentiable in hidden and weight.

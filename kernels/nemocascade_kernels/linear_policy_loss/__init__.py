@@ -1,1 +1,1 @@
-"""A policy loss on a linear head, with its gradients made in the same pass."""
+"""A policy loss on a linear head, with its gradients computed in the same pass."""

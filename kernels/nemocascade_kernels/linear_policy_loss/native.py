@@ -1,7 +1,7 @@
 """Row kernels of the policy loss in C++ for the CPU (csrc/linear_policy_loss/).
 
-`fused_rows` does statistics, objective and gradient of a row while it is in the cache, with one
-exponential an element. An objective without a twin takes the two row kernels of
+`fused_rows` computes statistics, objective and gradient of a row while it is in the cache, with one
+exponential an element. An objective without a twin uses the two row kernels of
 common/linear_head/native.py, with torch between them.
 """
 
@@ -40,8 +40,8 @@ def fused_rows(
     """Loss, log-probability and entropy of each row, [3, R] float32; logits become the gradient.
 
     logits: [R, V] float32 or bfloat16; target: [R] int64. token_weight and the constants of `row`:
-    [R]. The rows of a CPU are counted beforehand, so all R count: filled and first_slot are not
-    needed. gradient: False leaves the logits.
+    [R]. On a CPU the rows are counted beforehand, so all R count: filled and first_slot are unused.
+    gradient: False leaves the logits unchanged.
     """
     out = torch.empty(3, logits.shape[0])
     native.op("policy_rows_")(

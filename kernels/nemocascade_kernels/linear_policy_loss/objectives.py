@@ -1,8 +1,8 @@
-"""Objectives: functions of one token's log-probability, and of constants known beforehand.
+"""Objectives: functions of one token's log-probability and of given constants.
 
 A loss of this family is `L = sum_t f_t(log pi(y_t | s_t))`. An objective is a dataclass with the
 per-token constants as fields and one small function, `token_loss`, that is f. Its derivative is
-taken by autograd on the vector of log-probabilities, so a new objective needs nothing else:
+computed by autograd on the vector of log-probabilities, so a new objective needs nothing else:
 
     @dataclass(frozen=True)
     class Focal(Objective):
@@ -31,7 +31,7 @@ class Objective:
     """Base of all objectives.
 
     token_weight: [T] float32; mask and normaliser in one. A row of weight 0 is not computed, and
-        its other fields may hold anything.
+        its other fields are ignored.
     """
 
     token_weight: Tensor
@@ -41,7 +41,7 @@ class Objective:
         raise NotImplementedError  # the base has no loss; every objective defines its own
 
     def metrics(self, logprob: Tensor) -> dict[str, Tensor]:
-        """Quantities of each token, [R], whose means over the trained tokens are reported."""
+        """Metrics of each token, [R], whose means over the trained tokens are reported."""
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ class Objective:
         return {name: value for name, value in given.items() if isinstance(value, Tensor)}
 
     def at(self, rows: Tensor | slice) -> Self:
-        """The objective of some rows only, with contiguous fields."""
+        """The objective restricted to some rows, with contiguous fields."""
         chosen = {name: value[rows].contiguous() for name, value in self.tensors().items()}
         return replace(self, **chosen)
 
@@ -84,7 +84,7 @@ class Grpo(Objective):
     unbiased, never negative estimate of KL(pi || pi_ref) (Schulman, "Approximating KL divergence").
     One gradient step a rollout batch: the ratio of Eq. 1 is 1, and its gradient is that of log pi.
 
-    advantage: [T] float32. ref_logprob: [T] float32, needed where kl_coef is not 0.
+    advantage: [T] float32. ref_logprob: [T] float32, needed if kl_coef is not 0.
     """
 
     advantage: Tensor
@@ -121,7 +121,7 @@ class Mopd(Objective):
     log-probability. The mean of Eq. 4, by sequence, is in token_weight.
 
     teacher_logprob, rollout_logprob: [T] float32. ratio_low, ratio_high: the gate on
-    `pi / pi_rollout`; a token outside counts 0, and stays in the denominator.
+    `pi / pi_rollout`; a token outside contributes 0 but stays in the denominator.
     """
 
     teacher_logprob: Tensor
@@ -150,8 +150,8 @@ class Mopd(Objective):
 
 
 class FusedRow(NamedTuple):
-    """An objective as fused kernels take it: a twin by name, with two per-token constants (None:
-    unused) and two settings."""
+    """An objective for fused kernels: a twin by name, with two per-token constants (None: unused)
+    and two settings."""
 
     twin: str
     a: Tensor | None = None
@@ -161,9 +161,9 @@ class FusedRow(NamedTuple):
 
 
 def fused_row(objective: Objective) -> FusedRow | None:
-    """The twin of an objective; None where it has none.
+    """The twin of an objective; None if it has none.
 
-    A subclass is not its base: it may compute something else.
+    A subclass has no twin: it may compute something else than its base.
     """
     if type(objective) is Nll:
         return FusedRow("nll")

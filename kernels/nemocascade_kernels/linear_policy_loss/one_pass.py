@@ -1,4 +1,4 @@
-"""The one pass: chunk by chunk from hidden states to the loss and its gradients."""
+"""The single pass, chunk by chunk, from hidden states to the loss and its gradients."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ from nemocascade_kernels.linear_policy_loss.objectives import Objective, fused_r
 
 
 class OnePass(NamedTuple):
-    """Settings of a pass; see `linear_policy_loss` for the meaning of those that it has too.
+    """Settings of a pass; see `linear_policy_loss` for those not described here.
 
-    kernels: the module of row kernels. It has `statistics` and `gradient_`; one that has
-        `fused_rows` too does both at once with an objective of `fused_row`, where no collective
-        comes between.
+    kernels: the module of row kernels, with `statistics` and `gradient_`. Its `fused_rows`, if any,
+        computes both at once for an objective of `fused_row` without a collective in between.
     rows: the slots to compute. scale: 1 / temperature.
     first_id: first id of this rank's shard. vocabulary: size of the full vocabulary.
     """
@@ -46,7 +45,7 @@ class OnePass(NamedTuple):
 
 
 class PassResult(NamedTuple):
-    """Gradients hold grad_scale; weight_grad is None where it went into main_grad."""
+    """Gradients include grad_scale; weight_grad is None if it was added to main_grad."""
 
     loss: Tensor
     logprob: Tensor
@@ -59,11 +58,11 @@ class _Chunk(NamedTuple):
     piece: slice
     hidden: Tensor
     logits: Tensor
-    gathering: Gathering | None  # None where the chunk's rows are done already
+    gathering: Gathering | None  # None if the chunk's rows are complete
 
 
 class _HiddenGradient(NamedTuple):
-    """Gradient in a chunk's hidden states, and the sum over the ranks that it waits for."""
+    """Gradient in a chunk's hidden states, and its pending all-reduce over the ranks."""
 
     piece: slice
     product: Tensor
@@ -78,8 +77,8 @@ def one_pass(
     hidden_needs_grad: bool,
     weight_needs_grad: bool,
 ) -> PassResult:
-    """Loss, log-probabilities, and the gradients that are needed, scaled by grad_scale."""
-    # The dtypes are the caller's choice; autocast would change those of some products only.
+    """Compute loss, log-probabilities, and the required gradients, scaled by grad_scale."""
+    # The caller chooses the dtypes; autocast would change only those of some products.
     with torch.autocast(hidden.device.type, enabled=False):
         walk = _Walk(hidden, weight, target, settings, hidden_needs_grad, weight_needs_grad)
         return walk.run()
@@ -97,7 +96,7 @@ class _Walk:
     ) -> None:
         self.hidden, self.weight, self.settings = hidden, weight, settings
         size, dtype = settings.rows.size, torch.promote_types(hidden.dtype, torch.float32)
-        # All by slot; a slot's row is settings.rows.index[slot].
+        # All are indexed by slot; a slot's row is settings.rows.index[slot].
         everything = slice(0, size)
         self.target = settings.rows.take(target, everything) - settings.first_id
         index = settings.rows.index
@@ -124,7 +123,7 @@ class _Walk:
         self.scatter()
         loss = self.loss.sum()
         if settings.rows.filled is not None:
-            # More rows than slots: the bound was wrong, and the loss must not look right.
+            # More rows than slots: the bound was too low, so the loss is made NaN.
             loss = torch.where(settings.rows.filled > settings.rows.size, torch.nan, loss)
         weight_grad = None
         if self.weight_grad is not None and settings.main_grad is None:
@@ -138,7 +137,7 @@ class _Walk:
         )
 
     def start(self, piece: slice) -> _Chunk:
-        """Make a chunk's logits, reduce its rows, and send the result to the other ranks."""
+        """Compute a chunk's logits, reduce its rows, and start the gather over the ranks."""
         settings = self.settings
         hidden = self.take_hidden(piece)
         logits = self.buffers[self.turn % len(self.buffers)][: piece.stop - piece.start]
@@ -152,7 +151,7 @@ class _Walk:
         return _Chunk(piece, hidden, logits, Gathering(found, settings.group))
 
     def finish(self, chunk: _Chunk) -> None:
-        """Apply the objective to a chunk, and turn its logits into gradients."""
+        """Apply the objective to a chunk, and overwrite its logits with gradients."""
         settings, piece = self.settings, chunk.piece
         target = self.target[piece]
         if chunk.gathering is not None:
@@ -166,7 +165,7 @@ class _Walk:
             self.add_gradients(piece, chunk.logits, chunk.hidden)
 
     def fused_rows(self, piece: slice, logits: Tensor) -> None:
-        """Statistics, objective and gradient of a chunk at once."""
+        """Compute statistics, objective and gradient of a chunk at once."""
         settings = self.settings
         filled = settings.rows.filled
         if filled is None:
@@ -206,7 +205,7 @@ class _Walk:
         return recorded[2]
 
     def add_gradients(self, piece: slice, dlogits: Tensor, hidden: Tensor) -> None:
-        """The two products of a chunk's backward."""
+        """Add the two matrix products of a chunk's backward."""
         settings, index = self.settings, self.settings.rows.index
         if self.hidden_grad is not None:
             self.scatter()
@@ -221,7 +220,7 @@ class _Walk:
             self.weight_grad.add(dlogits, hidden)
 
     def scatter(self) -> None:
-        """Put the last chunk's gradient where it belongs, once its sum over the ranks is there."""
+        """Wait for the all-reduce of the last chunk's gradient, and scatter it to its rows."""
         last, self.unscattered = self.unscattered, None
         if last is None or self.hidden_grad is None:
             return
@@ -232,13 +231,13 @@ class _Walk:
             self.hidden_grad.index_copy_(0, index[last.piece], last.product)
 
     def take_hidden(self, piece: slice) -> Tensor:
-        """Hidden states of a chunk's slots, 0 in those that do not count: they may hold NaN."""
+        """Hidden states of a chunk's slots, 0 in excluded slots, which may hold NaN."""
         rows = self.settings.rows.take(self.hidden, piece)
         active = self.settings.rows.active(piece)
         return rows if active is None else torch.where(active[:, None], rows, 0.0)
 
     def by_row(self, values: Tensor) -> Tensor:
-        """[size] by slot -> [T] by row, 0 elsewhere."""
+        """Scatter values: [size] by slot -> [T] by row, 0 elsewhere."""
         index = self.settings.rows.index
         if index is None:
             return values

@@ -1,4 +1,4 @@
-"""`linear_policy_loss`: checks, choice of the implementation, the one pass, autograd."""
+"""`linear_policy_loss`: checks, choice of the implementation, the single pass, autograd."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ OP.register("reference")
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """What `linear_policy_loss` returns.
+    """Result of `linear_policy_loss`.
 
-    loss: scalar float32; `loss.backward()` hands out the gradients, once.
+    loss: scalar float32; `loss.backward()` returns the gradients, only once.
     logprob: [T] float32, no gradient; 0 where token_weight is 0.
-    entropy: [T] float32, no gradient, 0 where token_weight is 0; None where it was not asked for.
+    entropy: [T] float32, no gradient, 0 where token_weight is 0; None if not requested.
     metrics: scalars float32 on the device. `tokens` is the number of trained tokens; the others are
-        means over them: `logprob`, `entropy` (if asked for), and the objective's own.
+        means over them: `logprob`, `entropy` (if requested), and the objective's own.
     """
 
     loss: Tensor
@@ -61,9 +61,9 @@ def linear_policy_loss(
     """`loss = sum_t f_t(log pi(target_t | hidden_t))` and its gradients, in one pass.
 
     `log pi = log softmax(hidden @ weight.T / temperature)[target]`; f is the objective's. A chunk
-    of rows goes logits -> log-probability -> f' -> gradient in the logits -> gradients, while its
-    logits exist: three matrix products, and memory for one chunk. Rows whose token_weight is 0 are
-    left out of the products; their hidden, target and fields may hold anything.
+    of rows goes logits -> log-probability -> f' -> gradient in the logits -> gradients at once:
+    three matrix products, and memory for one chunk. The products exclude rows whose token_weight
+    is 0; their hidden, target and fields are ignored.
 
     hidden: [T, H] float32, bfloat16 or float16; T may be 0.
     weight: [V, H] of the same dtype. Under `tp_group`, this rank's shard: rank r holds the ids
@@ -72,24 +72,24 @@ def linear_policy_loss(
     target: [T] int64, ids of the full vocabulary.
     objective: `Nll`, `Grpo`, `Mopd` or another `Objective`; its fields are [T] float32.
     temperature: divides the logits; > 0.
-    active_rows: bound on the rows whose token_weight is not 0, known to the host. On a GPU their
-        number is not read back, so without the bound the products run over all T slots. A bound
-        that is too low makes the loss NaN (on a CPU: ValueError).
+    active_rows: upper bound on the number of rows whose token_weight is not 0. On a GPU this number
+        is not read back, so without the bound the products run over all T slots. A bound that is
+        too low makes the loss NaN (on a CPU: ValueError).
     reduce_hidden_grad: sum the gradient in hidden over `tp_group` (the true derivative). False
         leaves this rank's part, for a caller whose own backward reduces it.
     accumulate_main_grad: add the gradient in weight, times grad_scale, to `weight.main_grad`
-        (float32 or weight's dtype) *in this call*, set `weight.grad_added_to_main_grad`, and hand
+        (float32 or weight's dtype) *in this call*, set `weight.grad_added_to_main_grad`, and give
         autograd a placeholder: Megatron-Core's convention without a second buffer of [V, H].
-    grad_scale: the gradient that `loss` will receive in backward, > 0. Only needed with
-        accumulate_main_grad, where the gradient leaves before backward begins; and useful in
-        float16, where it keeps small gradients from vanishing. With accumulate_main_grad a loss
-        that receives another gradient raises ValueError in backward (on a GPU: the gradient in
-        hidden becomes NaN); else the gradients are corrected.
-    backend: demand one implementation; see `nemocascade_kernels.backends`.
+    grad_scale: the gradient that `loss` will receive in backward, > 0. It is needed with
+        accumulate_main_grad, where the gradient is added before backward, and useful in float16,
+        where it prevents underflow. If `loss` receives another gradient, backward corrects the
+        gradients; with accumulate_main_grad it raises ValueError (on a GPU: the gradient in hidden
+        becomes NaN).
+    backend: require an implementation; see `nemocascade_kernels.backends`.
 
     Raises ValueError for shapes, dtypes or settings that do not fit, and IndexError on a CPU for a
     trained target outside the vocabulary; on a GPU, where the host does not read the target, the
-    loss becomes NaN. Backward raises RuntimeError the second time.
+    loss becomes NaN. A second backward raises RuntimeError.
     """
     check_head(hidden, weight, target, temperature)
     objective.check(hidden.shape[0], hidden.device)
@@ -126,7 +126,7 @@ def linear_policy_loss(
         main_grad=main_grad,
         grad_scale=grad_scale,
     )
-    # Within apply the grad mode is off, and needs_input_grad does not know what it was.
+    # Within apply the grad mode is off, and needs_input_grad does not reflect the previous mode.
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
     loss, logprob, found_entropy = _LinearPolicyLoss.apply(
@@ -178,7 +178,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 
 def _factor(loss_grad: Tensor, settings: OnePass) -> Tensor | None:
-    """What the gradients, which hold grad_scale, must be multiplied by; None for nothing."""
+    """Correction factor of the gradients, which include grad_scale; None if it is 1."""
     factor = loss_grad / settings.grad_scale
     if loss_grad.is_cuda:
         if settings.main_grad is None:
@@ -197,7 +197,7 @@ def _factor(loss_grad: Tensor, settings: OnePass) -> Tensor | None:
 def _output(
     loss: Tensor, logprob: Tensor, entropy: Tensor | None, objective: Objective, rows: Rows
 ) -> PolicyLoss:
-    """Put the result together, with the means over the trained tokens."""
+    """Make the result, with the means over the trained tokens."""
     with torch.no_grad():
         chosen = slice(0, rows.size) if rows.index is None else rows.index
         at_rows = logprob[chosen]

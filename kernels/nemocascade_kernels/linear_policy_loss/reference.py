@@ -1,4 +1,4 @@
-"""The definition of `linear_policy_loss`, in plain torch. It holds all logits."""
+"""The definition of `linear_policy_loss`, in plain torch. It materialises all logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def linear_policy_loss(
     """`loss = sum_t f_t(log pi(target_t | hidden_t))` over the rows whose token_weight is not 0.
 
     hidden [T, H], weight [V, H], target [T] int64. Returns the scalar loss, logprob [T] and
-    entropy [T], in float32 (float64 for float64 inputs); logprob and entropy are 0 where the row is
+    entropy [T], in float32 (float64 for float64 inputs); logprob and entropy are 0 if the row is
     not computed. The loss is differentiable in hidden and weight by autograd.
     """
     rows = objective.token_weight.nonzero()[:, 0]

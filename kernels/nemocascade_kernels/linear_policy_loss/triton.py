@@ -2,10 +2,10 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Row kernels of the policy loss in Triton.
 
-`fused_rows` does statistics, objective and gradient in one program a row: the row is read from
-memory once, read again from L2, and written once. The objective is a small jit function given to
-the kernel as a constant; one without such a twin takes the two kernels of
-common/linear_head/triton.py, with torch between them, and so does every objective under vocabulary
+`fused_rows` computes statistics, objective and gradient in one program a row: the row is read from
+memory once, read again from L2, and written once. The objective is a small jit function passed to
+the kernel as a constant. Objectives without such a twin use the two kernels of
+common/linear_head/triton.py, with torch between them; so do all objectives under vocabulary
 parallelism.
 
 A twin computes `(f, df / dlogprob)` of one token from its log-probability, its weight, two
@@ -75,7 +75,7 @@ def mopd_row(logprob, weight, teacher_logprob, rollout_logprob, ratio_low, ratio
     return slope * logprob, slope
 
 
-#: Twins by the name that `fused_row` gives.
+#: Twins by the name from `fused_row`.
 _TWINS = {"nll": nll_row, "grpo": grpo_row, "grpo_kl": grpo_kl_row, "mopd": mopd_row}
 
 
@@ -103,8 +103,9 @@ def fused_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """out [3, rows]: loss, logprob, entropy of each row; GRADIENT: logits become their gradient.
-    One program a row; a slot that is not filled counts nothing and is not read.
+    """Write loss, logprob, entropy to out [3, rows]; GRADIENT: logits become their gradient.
+
+    One program a row; a slot that is not filled is not read and contributes 0.
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
@@ -148,10 +149,10 @@ def fused_rows(
 ) -> Tensor:
     """Loss, log-probability and entropy of each row, [3, R] float32; logits become the gradient.
 
-    logits [R, V]; target [R] int64, NaN where it is outside [0, V). token_weight and the constants
-    of `row`: [R].
+    logits [R, V]; target [R] int64; outside [0, V) the results are NaN. token_weight and the
+    constants of `row`: [R].
     filled: scalar int64 on the device; row r counts where `first_slot + r < filled`, and becomes 0
-    elsewhere. gradient: False leaves the logits.
+    elsewhere. gradient: False leaves the logits unchanged.
     """
     rows, vocabulary = logits.shape
     out = torch.empty(3, rows, dtype=torch.float32, device=logits.device)

@@ -1,7 +1,7 @@
-"""Inputs and sizes of one call of `mamba2`, as its implementations take them.
+"""Inputs and sizes of one call of `mamba2`, passed to its implementations.
 
-Shape letters: T tokens, h heads, p head dimension, g groups, n state, K rows of the convolution's
-window, W = h p + 2 g n its channels.
+Shape letters: T tokens, h heads, p head dimension, g groups, n state, K convolution width,
+W = h p + 2 g n its channels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """Tensors that have gradients, in the order of `mamba2`'s arguments.
+    """Tensors with gradients, in the order of `mamba2`'s arguments.
 
     zxbcdt: [T, h p + W + h]. conv_weight: [W, K]. conv_bias: [W]. dt_bias, A, D: [h].
     norm_weight: [h p].
@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
 
     @property
     def window(self) -> int:
-        """K."""
+        """Convolution width K."""
         return self.conv_weight.shape[1]
 
 
@@ -37,7 +37,7 @@ class States(NamedTuple):
     """States of D documents.
 
     conv: [D, K - 1, W], the convolution's last inputs, the oldest first; zeros before a document.
-    ssm: [D, h, p, n] float32 (float64 beside float64 inputs).
+    ssm: [D, h, p, n] float32 (float64 for float64 inputs).
     """
 
     conv: Tensor
@@ -57,21 +57,21 @@ class Sizes:
 
     @property
     def inner(self) -> int:
-        """h p."""
+        """Inner width h p."""
         return self.heads * self.head_dim
 
     @property
     def channels(self) -> int:
-        """W."""
+        """Convolution channels W."""
         return self.inner + 2 * self.groups * self.state
 
     def split(self, zxbcdt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z [T, h p], xBC [T, W] and dt [T, h]."""
+        """Split into z [T, h p], xBC [T, W] and dt [T, h]."""
         z, xbc, dt = zxbcdt.split([self.inner, self.channels, self.heads], dim=1)
         return z, xbc, dt
 
     def split_channels(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, h, p], B and C [T, g, n]."""
+        """Split into x [T, h, p], B and C [T, g, n]."""
         shared = self.groups * self.state
         x, b, c = xbc.split([self.inner, shared, shared], dim=1)
         return (

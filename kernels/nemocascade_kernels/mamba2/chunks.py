@@ -1,4 +1,4 @@
-"""The cut of a pack into chunks that never cross a document."""
+"""Split of a pack into chunks that never cross a document boundary."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from nemocascade_kernels.common.documents import PackedSeq
 
-# Last chunks of fewer slots than this in all are computed with those of the next size.
+# Last chunks with fewer slots than this in total are computed with those of the next size.
 _FEW_SLOTS = 256
 
 
 @dataclass(frozen=True)
 class Carry:
-    """One step of the recurrence over chunks, on rows of the body: all documents at once.
+    """One step of the recurrence over body chunks, for all documents at once.
 
-    The chunks [first, first + count) are preceded by [before, before + count).
+    The chunks [first, first + count) follow the chunks [before, before + count).
     """
 
     first: int
@@ -42,11 +42,11 @@ class Carry:
 class ChunkBlock:
     """Chunks of one run that are computed at once: c chunks of s slots.
 
-    here: which of the run's chunks.
+    here: range of the block's chunks in the run.
     pad_slots: [P] int64, slots of the block beyond a chunk's end, or None if there are none.
     used_slots: [c * s - P] int64, the other slots, or None if all are used.
     used_rows: [c * s - P] int64, their tokens.
-    enter: [c] int64, the body chunk before each chunk; None if all begin a document.
+    enter: [c] int64, the body chunk before each chunk; None if all start a document.
     body: range of the block's chunks among the body chunks; None for last chunks.
     carries: the recurrence's steps within the block, in order.
     """
@@ -67,10 +67,10 @@ class ChunkBlock:
 class ChunkRun:
     """Consecutive blocks of chunks of one size.
 
-    A chunk that holds fewer tokens than its size repeats its own last row in the slots beyond its
-    end, so no chunk ever holds a value of another document.
+    A chunk with fewer tokens than its size is padded with its own last row, so no chunk holds
+    values of another document.
 
-    rows: [chunks * size] int64, the token of each slot. pad_slots: as a block's, of the whole run.
+    rows: [chunks * size] int64, the token of each slot. pad_slots: that of a block, for the run.
     """
 
     size: int
@@ -81,7 +81,7 @@ class ChunkRun:
 
 @dataclass(frozen=True)
 class ChunkTable:
-    """A cut of every document into chunks, in blocks that can be computed one after the other.
+    """Chunks of every document, in blocks that can be computed one after the other.
 
     All chunks of a document but its last are "body" chunks: full, and followed by another. They
     are ordered by step (index within the document), then by document with the longest first. So
@@ -97,8 +97,8 @@ class ChunkTable:
 def chunk_table(packed: PackedSeq, size: int, block_slots: int, smallest: int = 8) -> ChunkTable:
     """Cut documents into chunks of `size` tokens, computed in blocks of about `block_slots` slots.
 
-    size: a power of two. Last chunks take a power of two from `smallest` to `size` slots, whichever
-    fits.
+    size: a power of two. Last chunks have the smallest fitting power of two from `smallest` to
+    `size` slots.
     """
     return packed.cached(
         ("chunks", size, block_slots, smallest),
@@ -143,7 +143,7 @@ def _cut(packed: PackedSeq, size: int, block_slots: int, smallest: int) -> Chunk
 
 
 class _RunMaker:
-    """Collects runs, in blocks of at most `block_slots` slots or of one chunk.
+    """Collects runs in blocks of at most `block_slots` slots, or of one chunk.
 
     offsets: the first body chunk of each step of the recurrence, and their total.
     """
@@ -155,7 +155,7 @@ class _RunMaker:
     def add(
         self, size: int, first: Tensor, filled: Tensor, enter: Tensor | None, body: int | None
     ) -> None:
-        """Chunks that begin at rows `first` and hold `filled` tokens each, if any.
+        """Add the chunks, if any, that start at rows `first` and hold `filled` tokens each.
 
         enter: the body chunk before each. body: index of the first one among the body chunks.
         """

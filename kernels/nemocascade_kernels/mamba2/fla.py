@@ -19,13 +19,13 @@ from nemocascade_kernels.mamba2.arguments import Inputs, Sizes, States
 from nemocascade_kernels.mamba2.op import mamba2
 from nemocascade_kernels.mamba2.states import forward_by_scan
 
-# Elements that a kernel may address with 32-bit offsets. Calls are cut by heads or channels,
+# Elements that a kernel may address with 32-bit offsets. Calls are split by heads or channels,
 # which are independent, so that no tensor of a call is larger.
 _LIMIT = 2**31 - 1
 
 
 def forward(i: Inputs, packed: PackedSeq, s: Sizes) -> Tensor:
-    """[T, h p] in zxbcdt's dtype. Autograd differentiates it by fla-core's own functions."""
+    """Output [T, h p] in zxbcdt's dtype. fla-core's own autograd functions differentiate it."""
     z, xbc, dt = s.split(i.zxbcdt)
     mixed = convolution(xbc, i.conv_weight, i.conv_bias, packed)
     steps = F.softplus(dt.float() + i.dt_bias.float()).clamp(*s.dt_limit)
@@ -36,12 +36,12 @@ def forward(i: Inputs, packed: PackedSeq, s: Sizes) -> Tensor:
 def forward_with_states(
     i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None
 ) -> tuple[Tensor, Tensor]:
-    """[T, h p] in zxbcdt's dtype, and the state after each document [D, h, p, n]."""
+    """Output [T, h p] in zxbcdt's dtype, and the state after each document [D, h, p, n]."""
     return forward_by_scan(i, packed, s, initial, lambda: forward(i, packed, s), scan)
 
 
 def parts(rows: int, count: int, width: int) -> list[slice]:
-    """Cut `count` heads of `width` so that `rows * heads * width` stays addressable in 32 bits.
+    """Split `count` heads of `width` so that `rows * heads * width` fits 32-bit offsets.
 
     Raises ValueError if a single head is too large.
     """
@@ -55,7 +55,7 @@ def parts(rows: int, count: int, width: int) -> list[slice]:
 
 
 def scan(mixed: Tensor, dt: Tensor, A: Tensor, D: Tensor, packed: PackedSeq, s: Sizes) -> Tensor:
-    """The state-space scan alone, each document from a zero state; see `torch.scan`."""
+    """Run only the state-space scan, each document from a zero state; see `torch.scan`."""
     from fla.ops.simple_gla import chunk_simple_gla
 
     x, B, C = s.split_channels(mixed)

@@ -1,9 +1,9 @@
 """Mamba-2's mixer in C++ for the CPU (csrc/mamba2/); float32 arithmetic, decays in float64.
 
-A group of heads runs through a document chunk by chunk, so that everything between the two
+A group of heads is computed chunk by chunk through a document, so that everything between the two
 projections stays in a core's caches. Groups and ranges of documents are distributed over the
-threads; sums over rows are made for each range and added in order, so results do not depend on the
-number of threads. Only the inputs are kept for backward.
+threads. Sums over rows are computed for each range and added in order, so results do not depend on
+the number of threads. Only the inputs are saved for backward.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from nemocascade_kernels.mamba2.arguments import Inputs, Sizes, States
 
 
 def forward(i: Inputs, packed: PackedSeq, s: Sizes) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """[T, h p] in zxbcdt's dtype, float32 or bfloat16; nothing else is kept for backward."""
+    """Output [T, h p] in zxbcdt's dtype, float32 or bfloat16; nothing is saved for backward."""
     return _run(i, packed, s, (None, None, None)), ()
 
 
 def forward_with_states(
     i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None
 ) -> tuple[Tensor, Tensor]:
-    """[T, h p] in zxbcdt's dtype, and the state after each document [D, h, p, n] float32."""
+    """Output [T, h p] in zxbcdt's dtype, and states after each document [D, h, p, n] float32."""
     conv, ssm = (None, None) if initial is None else (t.float().contiguous() for t in initial)
     final = torch.empty(packed.num_documents, s.heads, s.head_dim, s.state)
     return _run(i, packed, s, (conv, ssm, final)), final
@@ -46,14 +46,14 @@ def backward(
 
 
 def _run(i: Inputs, packed: PackedSeq, s: Sizes, states: tuple[Tensor | None, ...]) -> Tensor:
-    """states: the initial ones of convolution and scan, and where the scan's final ones go."""
+    """Run the forward. states: initial ones of convolution and scan; output of the final ones."""
     out = i.zxbcdt.new_empty(i.zxbcdt.shape[0], s.inner)
     native.op("mamba2")(*_arguments(i, packed, s), *states, out)
     return out
 
 
 def _arguments(i: Inputs, packed: PackedSeq, s: Sizes) -> tuple[Any, ...]:
-    """Arguments that forward and backward share: the second joins all parameters in float32."""
+    """Shared arguments of forward and backward; the second is all parameters in float32."""
     return (
         _with_contiguous_rows(i.zxbcdt),
         torch.cat([t.reshape(-1).float() for t in i[1:]]),

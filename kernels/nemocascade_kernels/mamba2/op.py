@@ -11,7 +11,7 @@ from nemocascade_kernels.backends import Op, takes
 from nemocascade_kernels.common.documents import PackedSeq
 from nemocascade_kernels.mamba2.arguments import Inputs, Sizes, States
 
-#: The convolution reaches no further back than into the chunk of 32 rows before.
+#: The convolution reads no further back than the previous chunk of 32 rows.
 LARGEST_WINDOW = 33
 
 
@@ -52,32 +52,32 @@ def mamba2(
         S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T      y_t = S_t C_t + D x_t
         out = group RMSNorm(y * silu(z)) * norm_weight
 
-    No document sees another. With h heads of p = `head_dim`, g groups (head i uses B and C of group
-    i // (h / g)), n = `state` and W = h p + 2 g n channels of the convolution:
+    Documents are independent. With h heads of p = `head_dim`, g groups (head i uses B and C of
+    group i // (h / g)), n = `state` and W = h p + 2 g n channels of the convolution:
 
     Args:
         zxbcdt: [T, h p + W + h] floating point, the input projection's z, x, B, C and dt.
         conv_weight: [W, K], K at most 33. conv_bias: [W].
         dt_bias, A, D: [h]; A is negative.
         norm_weight: [h p].
-        cu_seqlens: [D + 1] int32, where documents begin and end; on a GPU it costs a copy to the
+        cu_seqlens: [D + 1] int32, boundaries of the documents; on a GPU it costs a copy to the
             host. A `PackedSeq`, made once for all layers of a microbatch, costs none.
         heads, head_dim, groups, state: h, p, g, n.
         dt_limit: bounds of softplus(dt + dt_bias).
         eps: of the norm.
-        initial_state: states that documents continue from: the convolution's last inputs
-            [D, K - 1, W], and S [D, h, p, n]. Zeros, or None, for documents that begin.
-        return_final_state: return the states after each document, to continue from.
-        backend: demand an implementation; see `nemocascade_kernels.backends`.
+        initial_state: initial states of the documents: the convolution's last inputs
+            [D, K - 1, W], and S [D, h, p, n]. Zeros, or None, for new documents.
+        return_final_state: return the states after each document.
+        backend: require an implementation; see `nemocascade_kernels.backends`.
 
     Returns:
         out [T, h p] in zxbcdt's dtype, and the final states (conv in zxbcdt's dtype, ssm float32)
         or None.
 
     Raises:
-        ValueError: a shape is wrong; the message names all that are. Or a gradient is needed beside
-            states: they have one in the reference alone.
-        BackendRefusedError: the demanded implementation cannot take the call.
+        ValueError: a shape is wrong; the message names all that are. Or a gradient is needed with
+            states: only the reference has one.
+        BackendRefusedError: the required implementation is unavailable for the call.
     """
     packed = cu_seqlens
     if not isinstance(packed, PackedSeq):
@@ -106,7 +106,7 @@ def mamba2(
 
 
 class _Mamba2(torch.autograd.Function):
-    """The implementations that compute their own gradients; they may keep more than the inputs."""
+    """Autograd for implementations with their own gradients; they may save more than the inputs."""
 
     @staticmethod
     def forward(ctx: Any, module: Any, packed: PackedSeq, sizes: Sizes, *tensors: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class _Mamba2(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        # Read once: recomputation gives them out only once.
+        # Read once: recomputation returns them only once.
         saved, count = ctx.saved_tensors, len(Inputs._fields)
         gradients = ctx.module.backward(
             d_out, Inputs(*saved[:count]), saved[count:], ctx.packed, ctx.sizes
@@ -127,14 +127,14 @@ class _Mamba2(torch.autograd.Function):
 
 
 def _last_inputs(i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None) -> Tensor:
-    """[D, K - 1, W]: the last inputs of the convolution up to each document's end."""
+    """The last inputs of the convolution up to each document's end, [D, K - 1, W]."""
     width = i.window - 1
 
     def make() -> tuple[Tensor, Tensor]:
         lengths = packed.lengths[:, None]
         back = torch.arange(width, 0, -1)
         rows = (packed.starts[:, None] + lengths - back).maximum(packed.starts[:, None])
-        # Where a document is shorter, the inputs before it move up by its length.
+        # If a document is shorter, the inputs before it move up by its length.
         before = torch.arange(width) + lengths
         before = torch.where(back > lengths, before, -1)
         return rows.to(packed.device), before.to(packed.device)

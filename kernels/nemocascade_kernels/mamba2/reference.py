@@ -8,7 +8,7 @@ For each document, with a state S [h, p, n], and head i using group i // (h / g)
     y_t         = S_t C_t + D x_t
     out_t       = group RMSNorm(y_t * silu(z_t)) * weight
 
-Arithmetic is float32, float64 for float64 inputs. Autograd differentiates it, states included.
+Arithmetic is float32, float64 for float64 inputs. Autograd differentiates it, including the states.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """The state-space recurrence over one document.
 
-    x: [T, h, p]; dt: [T, h]; A, D: [h]; B, C: [T, g, n]; state: [h, p, n], the initial one.
+    x: [T, h, p]; dt: [T, h]; A, D: [h]; B, C: [T, g, n]; state: [h, p, n], the initial state.
     Returns y [T, h, p] and the final state.
     """
     ratio = x.shape[1] // B.shape[1]
@@ -52,21 +52,21 @@ def scan(
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """The gate comes first (`norm_before_gate=False`). y, z: [T, h p]. Returns the same."""
+    """Gate, then normalise (`norm_before_gate=False`). y, z: [T, h p]. Returns the same."""
     u = (y * F.silu(z)).unflatten(1, (groups, -1))
     normed = u / torch.sqrt(u.square().mean(-1, keepdim=True) + eps)
     return normed.flatten(1) * weight
 
 
 def forward(i: Inputs, packed: PackedSeq, s: Sizes) -> Tensor:
-    """[T, h p] in zxbcdt's dtype."""
+    """Output [T, h p] in zxbcdt's dtype."""
     return forward_with_states(i, packed, s, None)[0]
 
 
 def forward_with_states(
     i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None
 ) -> tuple[Tensor, Tensor]:
-    """[T, h p] in zxbcdt's dtype, and the state after each document [D, h, p, n]."""
+    """Output [T, h p] in zxbcdt's dtype, and the state after each document [D, h, p, n]."""
     dtype = i.zxbcdt.dtype
     high = torch.promote_types(dtype, torch.float32)
     i = Inputs(*(tensor.to(high) for tensor in i))

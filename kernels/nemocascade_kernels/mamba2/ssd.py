@@ -1,4 +1,4 @@
-"""The chunks of Mamba-2's state-space scan as matrix products, forward and backward.
+"""Mamba-2's state-space scan in chunks as matrix products, forward and backward.
 
 Within a chunk of s rows the recurrence is a masked matrix product (state-space duality, arXiv
 2405.21060, section 6). With `l_i` the sum of `dt A` over the chunk's rows up to i, and S the state
@@ -7,19 +7,19 @@ that enters,
     y_i = sum_{j<=i} exp(l_i - l_j) (C_i . B_j) dt_j x_j + exp(l_i) C_i^T S + D x_i
     S'  = exp(l_last) S + sum_j exp(l_last - l_j) dt_j B_j x_j^T
 
-The usual form makes `exp(l_i - l_j)` for every pair and head, which costs more time on a CPU than
-the matrix products. Here that factor is split, with `m = l_last / 2`:
+The usual form computes `exp(l_i - l_j)` for every pair and head, which takes more time on a CPU
+than the matrix products. Here that factor is split, with `m = l_last / 2`:
 
     e_i = exp(l_i - m)    sum_j ... = e_i (tril(C B^T) u)_i,    u_j = dt_j x_j / e_j
 
-so all heads of a group share one matrix product and no [s, s] matrix is made per head. In single
-precision the split would overflow; in double precision it cannot, because the exponents stay
-within +-600 when a step's `dt A` is at least -1200 / s. Steps that decay more are taken at that
+so all heads of a group share one matrix product and no [s, s] matrix is made per head. The split
+would overflow in single precision. In double precision it cannot, because the exponents stay within
++-600 if a step's `dt A` is at least -1200 / s. Steps with a stronger decay are clamped to that
 bound: at s = 32 a decay below 5e-17, less than double precision's own rounding, becomes 5e-17. The
 other two sums have factors of at most 1 and are computed in single precision.
 
-Chunks never cross a document (`chunks.chunk_table`), so no value of one document ever meets
-another's in any operation: isolation is exact by construction, for NaN and infinity too.
+Chunks never cross a document (`chunks.chunk_table`), so no operation combines values of two
+documents: isolation is exact by construction, even for NaN and infinity.
 
 Shape letters: T tokens, h heads, p head dimension, g groups, r heads of a group, n state, c chunks
 of a block, s rows of a chunk.
@@ -36,7 +36,7 @@ from nemocascade_kernels.mamba2.arguments import Sizes
 from nemocascade_kernels.mamba2.chunks import ChunkBlock, ChunkRun
 
 LARGEST_CHUNK = 32
-# Bound of |l - m|: exp(600) = 1e260 leaves 1e48 for the inputs' own size.
+# Bound of |l - m|: exp(600) = 1e260 leaves 1e48 for the inputs' magnitude.
 _EXPONENT = 600.0
 # Double-precision elements of one [c, s, h, p] intermediate. On a CPU a block's tensors should
 # stay in the caches; on a GPU they only bound memory.
@@ -47,7 +47,7 @@ _BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**25}
 class Decays:
     """The decays of chunks, [c, g, s, r, 1], or [c, g, 1, r, 1] for one value a chunk.
 
-    dt: float64, zero in pads. bounded: bool, steps taken at the bound.
+    dt: float64, zero in padding. bounded: bool, steps clamped to the bound.
     e and split = dt / e: float64.
     opened: exp(l_i). kept: exp(l_last - l_i). added: kept dt. passed: exp(l_last). In the states'
     dtype.
@@ -63,7 +63,7 @@ class Decays:
     passed: Tensor
 
     def of(self, chunks: slice) -> Decays:
-        """The decays of some of the chunks."""
+        """The decays of the given chunks."""
         return Decays(**{name: value[chunks] for name, value in vars(self).items()})
 
 
@@ -78,10 +78,10 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Mixed:
-    """What a block's chunks hold: y without D x, [c, g, s, r, p], and what backward needs again.
+    """Results of a block: y without D x, [c, g, s, r, p], and the values that backward needs.
 
     scores: tril(C B^T) [c g, s, s]; u and within = scores u: [c g, s, r p]; all float64.
-    entering: the states that enter [c g, n, r p], and what C reads of them [c g, s, r p], or None.
+    entering: the entering states [c g, n, r p] and their products with C [c g, s, r p], or None.
     """
 
     y: Tensor
@@ -92,7 +92,7 @@ class Mixed:
 
 
 class Layout:
-    """The sizes of a scan, and how its rows become matrices and back.
+    """The sizes of a scan, and the conversions between its rows and matrices.
 
     Rows are laid out as [c, g, s, r, p], so that [c g, s, r p] is a batch of matrices.
     dtype: of states and of sums between chunks.
@@ -105,7 +105,7 @@ class Layout:
         self.dtype = torch.promote_types(dtype, torch.float32)
 
     def block_slots(self, device: torch.device) -> int:
-        """Rows that are computed at once."""
+        """Number of rows that are computed at once."""
         limit = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cuda"])
         return max(1, limit // (self.heads * self.head_dim))
 
@@ -113,36 +113,36 @@ class Layout:
         return chunks, self.groups, self.state, self.ratio, self.head_dim
 
     def by_head(self, rows: Tensor, block: ChunkBlock) -> Tensor:
-        """[c, g, s, r, m] in the states' dtype: `rows` [c * s, h m] or [c * s, h, m]."""
+        """Convert `rows` [c * s, h m] or [c * s, h, m] to [c, g, s, r, m] in the states' dtype."""
         rows = rows.view(block.count, block.size, self.groups, self.ratio, -1)
         return rows.transpose(1, 2).to(self.dtype).contiguous()
 
     def by_group(self, rows: Tensor, block: ChunkBlock) -> Tensor:
-        """[c g, s, n] in the states' dtype: `rows` [c * s, g, n]."""
+        """Convert `rows` [c * s, g, n] to [c g, s, n] in the states' dtype."""
         rows = rows.view(block.count, block.size, self.groups, self.state)
         return rows.transpose(1, 2).to(self.dtype).contiguous().view(-1, block.size, self.state)
 
     def to_rows(self, value: Tensor, block: ChunkBlock) -> Tensor:
-        """[c * s, g ...]: `value` [c, g, s, ...] or [c g, s, ...]."""
+        """Convert `value` [c, g, s, ...] or [c g, s, ...] to rows [c * s, g ...]."""
         value = value.view(block.count, self.groups, block.size, -1)
         return value.transpose(1, 2).reshape(block.count * block.size, -1)
 
     def matrices(self, value: Tensor) -> Tensor:
-        """[c g, s, r p]: a view of `value` [c, g, s, r, p]."""
+        """View `value` [c, g, s, r, p] as matrices [c g, s, r p]."""
         return value.view(-1, value.shape[2], self.width)
 
     def doubled(self, value: Tensor, factor: Tensor) -> Tensor:
-        """[c g, s, r p] float64: `value` [c, g, s, r, p] times `factor` [c, g, s, r, 1]."""
+        """Multiply `value` [c, g, s, r, p] by `factor` [c, g, s, r, 1]: float64 [c g, s, r p]."""
         # Converted first: an operation on two precisions is slower than two operations.
         return self.matrices(value.to(torch.float64, copy=True).mul_(factor))
 
     def head_sum(self, value: Tensor, block: ChunkBlock) -> Tensor:
-        """[c, g, s, r, 1]: the sum of `value` [c g, s, r p] over p."""
+        """Sum `value` [c g, s, r p] over p: [c, g, s, r, 1]."""
         shape = (block.count, self.groups, block.size, self.ratio, self.head_dim)
         return value.view(shape).sum(-1, keepdim=True)
 
     def per_head(self, value: Tensor) -> Tensor:
-        """[g, 1, r, 1]: `value` [h], beside [c, g, s, r, p]; in the states' dtype at least."""
+        """Reshape `value` [h] to [g, 1, r, 1], to broadcast; in the states' dtype at least."""
         dtype = torch.promote_types(value.dtype, self.dtype)
         return value.to(dtype).view(self.groups, 1, self.ratio, 1)
 
@@ -172,7 +172,7 @@ class Layout:
 
 
 def mix(lay: Layout, block: ChunkBlock, f: Decays, m: Chunks, states: Tensor) -> Mixed:
-    """y of a block's chunks without D x. states: after body chunks, [chunks, g, n, r, p]."""
+    """Compute y of a block without D x. states: after body chunks, [chunks, g, n, r, p]."""
     scores = torch.bmm(m.C, m.B.transpose(1, 2)).double().tril_()
     u = lay.doubled(m.x, f.split)
     within = torch.bmm(scores, u)
@@ -199,7 +199,7 @@ def carry_states(lay: Layout, block: ChunkBlock, f: Decays, m: Chunks, states: T
 
 @dataclass(frozen=True)
 class ChunkGradients:
-    """Gradients of a block's rows, laid out as `Chunks`; dt [c, g, s, r, 1]; A and D [h]; float64
+    """Gradients of a block's rows, shaped like `Chunks`; dt [c, g, s, r, 1]; A and D [h]; float64
     for dt, A and D."""
 
     x: Tensor
@@ -221,15 +221,15 @@ def mix_backward(
     dy: Tensor,
     d_states: Tensor,
 ) -> ChunkGradients:
-    """Gradients of a block, given dy [c, g, s, r, p] with zeros in pads.
+    """Gradients of a block, given dy [c, g, s, r, p] with zeros in padding.
 
-    Blocks come in reverse order. d_states: gradients of the states after body chunks, which this
-    writes for the chunks before the block and reads for the block's own.
+    Blocks are processed in reverse order. d_states: gradients of the states after body chunks; they
+    are written for the chunks before the block and read for the block's own.
 
     The gradient of an exponent is the inner product of a factor with its own gradient. y does not
     depend on m = l_last / 2, which is a constant here. So `d l_i` has one term for each factor:
     `e_i (scores u)_i . dy_i`, `- u_i . du_i`, and those of the states that enter and leave. Terms
-    that cancel where decays are strong are made of the same double-precision numbers.
+    that cancel under strong decays are computed from the same double-precision numbers.
     """
     d_mixed = lay.doubled(dy, f.e)
     d_scores = torch.bmm(d_mixed, mixed.u.transpose(1, 2)).tril_().to(lay.dtype)
@@ -273,7 +273,7 @@ def mix_backward(
 
 
 def scatter(target: Tensor, rows: Tensor, block: ChunkBlock) -> None:
-    """Write `rows` [c * s, ...] to the block's rows of `target` [T, ...]; pads are dropped."""
+    """Write `rows` [c * s, ...] to the block's rows of `target` [T, ...] without padding."""
     rows = rows.view(-1, *target.shape[1:])
     if block.used_slots is not None:
         rows = rows.index_select(0, block.used_slots)

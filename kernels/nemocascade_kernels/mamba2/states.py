@@ -1,12 +1,12 @@
-"""Initial and final states beside a scan that has none.
+"""Initial and final states for a scan without state support.
 
 The convolution reads the K - 1 inputs before a document. The scan is linear in its initial state,
-so it runs from zero, and what an initial state S contributes is added:
+so it runs from zero, and the contribution of an initial state S is added:
 
     y_t += exp(sum_{s <= t} dt_s A) C_t^T S          S' += exp(sum_s dt_s A) S
 
-Nothing here has a gradient. Shape letters: T tokens, D documents, W channels of the convolution, K
-its width, h heads, p head dimension, g groups, n state.
+Nothing here has a gradient. Shape letters: T tokens, D documents, W convolution channels, K its
+width, h heads, p head dimension, g groups, n state.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def forward_by_scan(
 ) -> tuple[Tensor, Tensor]:
     """The mixer's output [T, h p], and the state after each document [D, h, p, n].
 
-    whole: makes the output where there is no initial state.
+    whole: computes the output if there is no initial state.
     """
     z, xbc, dt = s.split(i.zxbcdt)
     high = torch.promote_types(xbc.dtype, torch.float32)
@@ -51,7 +51,7 @@ def forward_by_scan(
 
 
 def convolution(xbc: Tensor, i: Inputs, packed: PackedSeq, initial: States | None) -> Tensor:
-    """`silu(conv(xbc))`, [T, W], after the inputs of `initial` or zeros; sums at least float32."""
+    """`silu(conv(xbc))` [T, W], after the inputs of `initial` or zeros; sums at least float32."""
     high = torch.promote_types(xbc.dtype, torch.float32)
     x, taps = xbc.to(high), i.conv_weight.to(high).t().contiguous()
     width = i.window
@@ -59,7 +59,7 @@ def convolution(xbc: Tensor, i: Inputs, packed: PackedSeq, initial: States | Non
     for k in range(width - 1):
         shift = width - 1 - k
         out[shift:].addcmul_(x[:-shift], taps[k])
-    # The bulk above mixed documents at their first rows; these are computed again and replaced.
+    # The convolution above mixed documents at their first rows; these are recomputed here.
     rows, window, outside, before = _edge_rows(packed, width)
     inputs = x[window]
     if initial is None:
@@ -72,10 +72,10 @@ def convolution(xbc: Tensor, i: Inputs, packed: PackedSeq, initial: States | Non
 
 
 def _edge_rows(packed: PackedSeq, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows whose window of `width` rows backwards leaves their document.
+    """Rows whose window of `width` rows backwards extends beyond their document.
 
     Returns, on the device: rows [m] int64; the window's rows [m, width] int64 (clamped into the
-    document); `outside` [m, width] bool; and for those outside, their place among the D (width - 1)
+    document); `outside` [m, width] bool; and for those outside, their index among the D (width - 1)
     rows before the documents [m, width] int64.
     """
 
@@ -97,7 +97,7 @@ def _edge_rows(packed: PackedSeq, width: int) -> tuple[Tensor, Tensor, Tensor, T
 def _add_initial(
     y: Tensor, mixed: Tensor, dt: Tensor, A: Tensor, packed: PackedSeq, s: Sizes, ssm: Tensor
 ) -> None:
-    """Add to y [T, h, p] what the documents read of their initial states [D, h, p, n]."""
+    """Add to y [T, h, p] the contribution of the documents' initial states [D, h, p, n]."""
     c = s.split_channels(mixed)[2].to(ssm.dtype)
     for document, rows in enumerate(packed.documents()):
         opened = (dt[rows].double() * A.double()).cumsum_(0).exp_().to(ssm.dtype)
@@ -109,7 +109,7 @@ def _add_initial(
 def _final_states(
     mixed: Tensor, dt: Tensor, A: Tensor, packed: PackedSeq, s: Sizes, initial: States | None
 ) -> Tensor:
-    """[D, h, p, n], the state after each document's last token.
+    """The state after each document's last token, [D, h, p, n].
 
     `S' = exp(sum_s dt_s A) S + sum_t exp(sum_{s > t} dt_s A) dt_t x_t B_t^T`: the recurrence
     unrolled, one product a document.
@@ -121,7 +121,7 @@ def _final_states(
     states = x.new_empty(packed.num_documents, s.groups, width, s.state)
     for document, rows in enumerate(packed.documents()):
         taken = step[rows]
-        # What is left of each token at the end: sums from the back, without the token's own.
+        # Remaining decay of each token: sums from the end, without the token's own.
         after = (taken * A.double()).flip(0).cumsum(0).roll(1, 0)
         passed = after[0].exp()
         after[0] = 0

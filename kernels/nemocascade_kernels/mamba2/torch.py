@@ -1,10 +1,10 @@
-"""Mamba-2's mixer chunk by chunk in torch's operators, forward and backward.
+"""Mamba-2's mixer chunk by chunk in torch operators, forward and backward.
 
-Convolution, scan (`ssd`) and gated norm run one after the other on a block of chunks: their
-intermediate values stay in a CPU's caches, and only the inputs and the states between chunks are
-kept for backward, which computes a block again.
+Convolution, scan (`ssd`) and gated norm run one after the other on a block of chunks, so their
+intermediate values stay in a CPU's caches. Only the inputs and the states between chunks are saved
+for backward, which recomputes each block.
 
-Shape letters: those of `ssd`, and K rows of the convolution's window, W = h p + 2 g n its channels.
+Shape letters: those of `ssd`, and K convolution width, W = h p + 2 g n its channels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from nemocascade_kernels.mamba2.states import forward_by_scan
 
 
 def forward(i: Inputs, packed: PackedSeq, s: Sizes) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """[T, h p] in zxbcdt's dtype, and the states after body chunks, which backward needs."""
+    """Output [T, h p] in zxbcdt's dtype, and the states after body chunks, for backward."""
     core = _Blocks(i, s)
     out = i.zxbcdt.new_empty(i.zxbcdt.shape[0], s.inner)
 
@@ -49,7 +49,7 @@ def forward(i: Inputs, packed: PackedSeq, s: Sizes) -> tuple[Tensor, tuple[Tenso
 def backward(
     d_out: Tensor, i: Inputs, kept: tuple[Tensor, ...], packed: PackedSeq, s: Sizes
 ) -> tuple[Tensor, ...]:
-    """Gradients of the inputs, in their dtypes. kept: what `forward` returned beside the output."""
+    """Gradients of the inputs, in their dtypes. kept: the states from `forward`."""
     core = _Blocks(i, s)
     grads = _Gradients.like(core, kept[0])
     for run in reversed(_table(core.lay, packed).runs):
@@ -63,12 +63,12 @@ def backward(
 def forward_with_states(
     i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None
 ) -> tuple[Tensor, Tensor]:
-    """[T, h p] in zxbcdt's dtype, and the state after each document [D, h, p, n]."""
+    """Output [T, h p] in zxbcdt's dtype, and the state after each document [D, h, p, n]."""
     return forward_by_scan(i, packed, s, initial, lambda: forward(i, packed, s)[0], scan)
 
 
 def scan(mixed: Tensor, dt: Tensor, A: Tensor, D: Tensor, packed: PackedSeq, s: Sizes) -> Tensor:
-    """The state-space scan alone, each document from a zero state.
+    """Run only the state-space scan, each document from a zero state.
 
     mixed: [T, W], the convolution's output; dt: [T, h] after softplus. Returns [T, h, p].
     """
@@ -96,8 +96,8 @@ def _scan(
 ) -> Tensor:
     """Run over all blocks; returns the states after body chunks.
 
-    read: makes the convolution's output of a block's slots, [c, s, W] or [c * s, W].
-    write: takes y of a block's slots, [c * s, h p].
+    read: returns the convolution's output of a block's slots, [c, s, W] or [c * s, W].
+    write: gets y of a block's slots, [c * s, h p].
     """
     table = _table(lay, packed)
     states = dt.new_empty(lay.state_shape(table.num_body), dtype=lay.dtype)
@@ -138,7 +138,7 @@ class _Blocks:
         self.dt = F.softplus(self.raw_dt).clamp_(*s.dt_limit)
 
     def windows(self, block: ChunkBlock) -> Tensor:
-        """[c, K - 1 + s, W]: each chunk's rows and the K - 1 rows before it, or zeros."""
+        """Each chunk's rows and the K - 1 rows before it, or zeros: [c, K - 1 + s, W]."""
         rows = block.rows.view(block.count, block.size)
         early = rows[:, :1].expand(-1, self.before)
         if block.enter is not None:
@@ -150,7 +150,7 @@ class _Blocks:
         return out
 
     def convolve(self, windows: Tensor) -> Tensor:
-        """[c, s, W], before SiLU."""
+        """Convolve windows: [c, s, W], before SiLU."""
         size = windows.shape[1] - self.before
         out = torch.addcmul(self.bias, windows[:, self.before :], self.taps[self.before])
         for k in range(self.before):
@@ -158,13 +158,13 @@ class _Blocks:
         return out
 
     def gate(self, y: Tensor, block: ChunkBlock) -> _Gate:
-        """The gated norm of `y` [c * s, h p]."""
+        """Apply the gated norm to `y` [c * s, h p]."""
         z = self.z.index_select(0, block.rows).to(self.dtype)
         return _Gate(y, z, self.weight, self.sizes.groups, self.sizes.eps)
 
 
 class _Gate:
-    """The gated norm of a block's rows, with what its backward needs."""
+    """The gated norm of a block's rows, with the values for its backward."""
 
     def __init__(self, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> None:
         self.y, self.z, self.weight = y, z, weight
@@ -175,7 +175,7 @@ class _Gate:
         self.normed = u.mul_(self.scale)
 
     def out(self) -> Tensor:
-        """[c * s, h p]."""
+        """Output [c * s, h p]."""
         return self.normed.view(self.y.shape) * self.weight
 
     def backward(self, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,7 +233,7 @@ class _Gradients:
 def _backward_block(
     core: _Blocks, block: ChunkBlock, f: Decays, entering: Tensor, d_out: Tensor, grads: _Gradients
 ) -> None:
-    """Write a block's rows of the gradients and add to the sums; blocks come in reverse order."""
+    """Write a block's gradients and add to the sums; blocks are processed in reverse order."""
     lay = core.lay
     windows = core.windows(block)
     pre = core.convolve(windows)
@@ -266,10 +266,10 @@ def _convolution_backward(
     d_activated: Tensor,
     grads: _Gradients,
 ) -> Tensor:
-    """[c * s, W]: the gradient of the block's own rows of xBC."""
+    """The gradient of the block's own rows of xBC, [c * s, W]."""
     d_pre = torch.ops.aten.silu_backward(d_activated.view(pre.shape), pre)
     d_windows = torch.empty_like(windows)
-    # The last tap writes the chunk's own rows, the others add; the rows before it begin at zero.
+    # The last tap writes the chunk's own rows and the others add; the rows before it start at zero.
     d_windows[:, : core.before] = 0
     torch.mul(d_pre, core.taps[core.before], out=d_windows[:, core.before :])
     product = torch.empty_like(d_pre)

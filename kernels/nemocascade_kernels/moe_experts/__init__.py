@@ -1,1 +1,1 @@
-"""The routed experts: grouped GEMMs over the rows of each expert, and what stands around them."""
+"""The routed experts: grouped GEMMs over the rows of each expert, dispatch and combine."""

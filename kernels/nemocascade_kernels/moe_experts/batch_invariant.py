@@ -1,11 +1,10 @@
-"""Matrix products on CPU in which a row's result does not depend on the other rows.
+"""Batch-invariant matrix products on CPU: a row's result does not depend on the other rows.
 
-CPU matrix libraries choose a kernel by the number of rows, and kernels differ in the order in which
-they add. A token's output would then change in its last bits when another token leaves or joins its
-expert, and a packed document would depend on its neighbours. So a group's rows are covered with
-calls of a few fixed sizes, and the sizes are ones that give a row the same bits wherever it
-stands. Which sizes do is tried out, once for each shape, layout and thread count; every size that
-is ever used has been tried.
+CPU matrix libraries choose a kernel by the number of rows, and kernels differ in the order of
+additions. A token's output would then change in its last bits when another token leaves or joins
+its expert, and a packed document would depend on its neighbours. So a group's rows are covered with
+calls of a few fixed sizes, for which a row's result is bit-identical at any position. These sizes
+are found by trial, once for each shape, layout and thread count; every size in use has been tried.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from torch import Tensor
 
 #: x [R, K], weight [K, N] -> [R, N]
 Product = Callable[[Tensor, Tensor], Tensor]
-#: Sizes tried. All are multiples of the smallest: a group is covered with at most 31 rows too many.
+#: Sizes tried. All are multiples of the smallest: a group gets at most 31 rows of padding.
 _CANDIDATES = (32, 64, 96, 128, 160, 192, 224, 256, 384, 512, 1024)
 #: Rows that a buffer must have beyond its last group's end.
 SLACK = max(_CANDIDATES)
-#: What a call costs on top of its rows, in rows: more in bfloat16, where oneDNN packs the weight in
-#: each call, and less in float32.
+#: Fixed cost of a call, in rows: more in bfloat16, where oneDNN packs the weight in each call, and
+#: less in float32.
 _CALL_COST_ROWS = 16
 
 
 def mm_rows(x: Tensor, weight: Tensor, out: Tensor, count: int) -> None:
-    """`out[i] = x[i] @ weight` for i < count, row by row reproducible.
+    """`out[i] = x[i] @ weight` for i < count, batch-invariant.
 
-    The calls cover up to `SLACK` rows more. In `x` those are set to zero: oneDNN multiplies what
-    follows an odd row by zero and adds it, and NaN would survive that. In `out` they are
-    overwritten, so groups are computed in rising order.
+    The calls cover up to `SLACK` additional rows. In `x` these are set to zero: oneDNN multiplies
+    the row after an odd last one by zero and adds it, and NaN would survive that. In `out` they are
+    overwritten, so groups are computed in increasing order.
 
     Args:
         x: [>= count + SLACK, K].
         weight: [K, N], a contiguous matrix or the transpose of one.
         out: [>= count + SLACK, N].
-        count: the rows.
+        count: number of rows.
     """
     pieces = cover(count, sizes_for(weight))
     x[count : sum(pieces)] = 0
@@ -49,7 +48,7 @@ def mm_rows(x: Tensor, weight: Tensor, out: Tensor, count: int) -> None:
 
 
 def mm_rows_apart(x: Tensor, weight: Tensor, out: Tensor, start: int, count: int) -> None:
-    """As `mm_rows` for buffers without slack: nothing past the rows is read or written."""
+    """`mm_rows` for buffers without slack: nothing past the rows is read or written."""
     for size in cover(count, sizes_for(weight)):
         rows = min(size, count)
         if rows == size:
@@ -71,7 +70,7 @@ def sizes_for(weight: Tensor) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def cover(count: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Sizes, largest first, that add up to at least `count` at the least cost."""
+    """Sizes, largest first, that sum to at least `count` at the least cost."""
     whole, rest = divmod(count, sizes[-1])
     return (sizes[-1],) * whole + _cover_rest(rest, sizes)[1]
 
@@ -95,14 +94,14 @@ def _sizes(
     dtype: torch.dtype, depth: int, width: int, transposed: bool, threads: int
 ) -> tuple[int, ...]:
     """Sizes for one weight."""
-    del threads  # A key of the cache: libraries divide the work by it.
+    del threads  # Part of the cache key: libraries divide the work by it.
     return best_sizes([trial(torch.mm, dtype, depth, width, transposed)])
 
 
 def trial(
     product: Product, dtype: torch.dtype, depth: int, width: int, transposed: bool
 ) -> dict[int, Tensor]:
-    """Sizes that give a row the same bits wherever it stands, and the rows that they give."""
+    """Sizes for which a row's result is bit-identical at any position, and the resulting rows."""
     shift = 17
     x, weight = _cancelling(max(_CANDIDATES) + shift, depth, width, dtype)
     if not transposed:
@@ -141,10 +140,10 @@ def best_sizes(trials: Sequence[dict[int, Tensor]]) -> tuple[int, ...]:
 
 
 def _cancelling(rows: int, depth: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [rows, depth] and a transposed weight [depth, width] whose product is nothing but rounding.
+    """x [rows, depth] and a transposed weight [depth, width] whose product is only rounding error.
 
-    Each term of a sum occurs twice, with both signs, far apart. So another order of addition shows
-    in nearly every element, even in bfloat16, which would round it away from ordinary sums.
+    Each term of a sum occurs twice, with both signs, far apart. So another order of addition
+    changes nearly every element, even in bfloat16, where ordinary sums would round it away.
     """
     generator = torch.Generator().manual_seed(0)
     half = depth // 2

@@ -1,7 +1,7 @@
 """The expert GEMMs in C++ for the CPU (csrc/moe_experts/), in float32.
 
-`moe_experts` is one call forward and one backward: threads take pieces of experts, and what stands
-between the products is done while a piece is in the cache. The separate parts are those of
+`moe_experts` is one call forward and one backward: threads take pieces of experts, and all steps
+between the products run while a piece is in the cache. The separate operators are those of
 `torch.py`.
 """
 
@@ -37,14 +37,14 @@ __all__ = [
     "unpermute_backward",
 ]
 
-#: Rows of a piece at most: its rows and what they become should stay in a core's cache.
+#: Maximum rows of a piece: its rows and intermediate results should stay in a core's cache.
 _LONGEST_PIECE = 256
 
 
 def experts_forward(
     x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Output [T, H], and the pre-activations [R, I or 2I] for the backward where `keep`."""
+    """Output [T, H], and the pre-activations [R, I or 2I] for the backward if `keep`."""
     bounds = routing.offsets.tolist()
     h = x.new_empty(bounds[-1], w_up.shape[1]) if keep else None
     y = x.new_empty(x.shape)
@@ -69,7 +69,7 @@ def experts_backward(
     needs: tuple[bool, bool, bool, bool],
     main_grads: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, the routing weights, w_up and w_down, as far as `needs` asks for them."""
+    """Gradients of x, the routing weights, w_up and w_down, where `needs` requests them."""
     needs_x, needs_weights, *needs_w = needs
     rows = x.new_empty(routing.order.numel(), x.shape[1]) if needs_x else None
     grad_x = x.new_empty(x.shape) if needs_x else None
@@ -96,7 +96,7 @@ def experts_backward(
 def _arguments(
     routing: Routing, w_up: Tensor, w_down: Tensor, activation: str, bounds: list[int]
 ) -> tuple[Tensor | bool, ...]:
-    """What both calls take after their rows."""
+    """Arguments of both calls after their rows."""
     sizes = _piece_sizes(w_down.shape[1], w_down.shape[2], w_up.shape[1])
     pieces = []
     for expert in range(routing.num_experts):
@@ -117,7 +117,7 @@ def _arguments(
 
 @functools.cache
 def _piece_sizes(hidden: int, width: int, up: int) -> tuple[int, ...]:
-    """Sizes of the pieces: in all four products a row has the same bits in any of them."""
+    """Sizes of the pieces, for which all four products are batch-invariant."""
     trials = [
         trial(functools.partial(_product, transposed), torch.float32, depth, columns, transposed)
         for depth, columns, transposed in (
@@ -133,7 +133,7 @@ def _piece_sizes(hidden: int, width: int, up: int) -> tuple[int, ...]:
 
 
 def _product(transposed: bool, x: Tensor, weight: Tensor) -> Tensor:
-    """The product that the pieces use; weight [K, N] is the transpose of a matrix where it says."""
+    """The product of the pieces; transposed: weight [K, N] is the transpose of a matrix."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     factor = weight.t() if transposed else weight
     native.op("moe_experts_product")(x.contiguous(), factor.contiguous(), transposed, out)

@@ -16,14 +16,14 @@ from nemocascade_kernels.common.routing import Routing
 
 
 def cpu_refusal(*tensors: Tensor) -> str | None:
-    """Reason why the CPU path cannot take such a call."""
+    """Reason why the CPU path is unavailable for a call, or None."""
     if not all(tensor.is_cpu for tensor in tensors):
         return "it reads the group sizes on the host, which would wait for the device"
     return None
 
 
 def native_refusal(*tensors: Tensor) -> str | None:
-    """Reason why the compiled CPU path cannot take such a call."""
+    """Reason why the compiled CPU path is unavailable for a call, or None."""
     operators = ("moe_experts_forward", "moe_experts_backward", "moe_experts_product")
     reason = takes(torch.float32, operators=operators)(*tensors)
     if reason is None and not native.op("moe_experts_has_product")():
@@ -52,10 +52,10 @@ def moe_experts(
 
         y_t = sum_k routing.weights[t, k] * w_down[e] act(w_up[e] x_t),   e = routing.experts[t, k]
 
-    with act(h) = relu(h)^2, or silu(g) * u with h = [g, u]. Products accumulate in float32. Kept
-    for the backward, besides the arguments: the pre-activation h of every slot. Gradients go to x,
-    `routing.weights`, `w_up` and `w_down`. A token's output and its gradient do not depend, not
-    in a single bit, on which other tokens share its experts.
+    with act(h) = relu(h)^2, or silu(g) * u with h = [g, u]. Products accumulate in float32. The
+    backward saves, besides the arguments, the pre-activation h of every slot. Gradients go to x,
+    `routing.weights`, `w_up` and `w_down`. A token's output and its gradient are bit-identical
+    for any other tokens that share its experts.
 
     Args:
         x: [T, H] float32, bfloat16 or float16.
@@ -64,16 +64,16 @@ def moe_experts(
         w_down: [E, H, I]; x's dtype.
         activation: "relu2" or "swiglu".
         accumulate_main_grad: the backward adds each weight's gradient to its `main_grad` (float32
-            or the weight's dtype), sets `grad_added_to_main_grad` on the weight and hands autograd
+            or the weight's dtype), sets `grad_added_to_main_grad` on the weight and gives autograd
             a placeholder: Megatron-Core's convention.
-        backend: demand an implementation; see `nemocascade_kernels.backends`.
+        backend: require an implementation; see `nemocascade_kernels.backends`.
 
     Returns:
         [T, H], x's dtype; 0 for a token without experts.
 
     Raises:
         ValueError: a shape, dtype or setting is wrong; the message names all that are.
-        BackendRefusedError: the demanded implementation cannot take the call.
+        BackendRefusedError: the required implementation is unavailable for the call.
     """
     _check_experts(x, routing, w_up, w_down, activation)
     implementation = OP.choose(x, w_up, w_down, backend=backend)
@@ -110,16 +110,16 @@ def grouped_gemm(
     Args:
         x: [R, K] float32, bfloat16 or float16, rows sorted by group.
         w: [E, N, K]; x's dtype.
-        offsets: [E + 1] int32 on x's device, rising, from 0 to at most R.
+        offsets: [E + 1] int32 on x's device, increasing, from 0 to at most R.
         accumulate_main_grad: as in `moe_experts`.
-        backend: demand an implementation.
+        backend: require an implementation.
 
     Returns:
         [R, N], x's dtype. Gradients go to x and w.
 
     Raises:
         ValueError: a shape or dtype is wrong.
-        BackendRefusedError: the demanded implementation cannot take the call.
+        BackendRefusedError: the required implementation is unavailable for the call.
     """
     faults = []
     if x.ndim != 2 or w.ndim != 3 or x.shape[-1] != w.shape[-1]:
@@ -149,7 +149,7 @@ def moe_permute(x: Tensor, routing: Routing, *, backend: str | None = None) -> T
     Args:
         x: [T, H] floating point.
         routing: for the same T tokens.
-        backend: demand an implementation.
+        backend: require an implementation.
 
     Returns:
         [T * K, H]; 0 from row `routing.offsets[E]` on. The gradient goes to x.
@@ -172,12 +172,12 @@ def moe_unpermute(y: Tensor, routing: Routing, *, backend: str | None = None) ->
 
         out[t] = sum_k routing.weights[t, k] * y[routing.positions[t, k]]
 
-    Slots without an expert add nothing, whatever y holds there.
+    Slots without an expert are excluded; y may hold NaN there.
 
     Args:
         y: [T * K, H] floating point, in the order of `routing.order`.
-        routing: as given to `moe_permute`.
-        backend: demand an implementation.
+        routing: the one passed to `moe_permute`.
+        backend: require an implementation.
 
     Returns:
         [T, H]. Gradients go to y and `routing.weights`.
@@ -213,8 +213,8 @@ class _Experts(torch.autograd.Function):
         y, h = implementation.experts_forward(x, routing, w_up, w_down, activation, keep)
         ctx.save_for_backward(x, w_up, w_down, h, *_tensors(routing))
         ctx.activation, ctx.main_grads = activation, main_grads
-        # Saved tensors come back as other objects under activation checkpointing, and the mark of
-        # a main gradient must reach the parameter itself.
+        # Under activation checkpointing saved tensors are other objects in backward, and
+        # `grad_added_to_main_grad` must be set on the parameter itself.
         ctx.weights = w_up, w_down
         ctx.implementation = implementation
         output: Tensor = y
@@ -317,7 +317,7 @@ def _tensors(routing: Routing) -> tuple[Tensor, ...]:
 
 
 def _main_grads(accumulate: bool, *weights: Tensor) -> tuple[Tensor | None, ...]:
-    """Where the gradients of the weights are added; None for a weight that needs none."""
+    """The main gradients of the weights; None for a weight that needs none."""
     return tuple(
         checked_main_grad(weight) if accumulate and weight.requires_grad else None
         for weight in weights

@@ -11,7 +11,7 @@ from nemocascade_kernels.common.routing import Routing
 
 
 def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """Rows of group e times w[e] transposed; rows past the last group give 0."""
+    """Multiply the rows of group e by w[e] transposed; rows past the last group give 0."""
     bounds = offsets.tolist()
     parts = [F.linear(x[bounds[e] : bounds[e + 1]], w[e]) for e in range(w.shape[0])]
     parts.append(x.new_zeros(x.shape[0] - bounds[-1], w.shape[1]))

@@ -1,11 +1,9 @@
 """The expert GEMMs on CPU: expert by expert, in buffers that stay in the cache.
 
-What it does not do is what makes it fast and small: no permuted copy of x or of the gradient is
-kept, only the pre-activation is (the activation is made again in the backward), gradients of the
-combine weights come from the activation instead of from the experts' output, and the sum over a
-token's K rows is one `embedding_bag`, whose order is that of the choices. Products go through
-`batch_invariant` and exponentials through `_sigmoid`, so a token's bits do not depend on the other
-tokens.
+No permuted copy of x or of the gradient is saved. Only the pre-activation is saved; backward
+recomputes the activation. Gradients of the combine weights come from the activation instead of the
+experts' output. The sum over a token's K rows is one `embedding_bag`, in the order of the choices.
+Products use `batch_invariant` and exponentials use `_sigmoid`, so the result is batch-invariant.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ _VECTOR_ELEMENTS = 64
 
 
 def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """[R, N]: rows of group e times w[e] transposed; 0 past the last group."""
+    """Multiply the rows of group e by w[e] transposed, [R, N]; 0 past the last group."""
     out = x.new_empty(x.shape[0], w.shape[1])
     bounds = offsets.tolist()
     for e, weight in enumerate(w):
@@ -37,14 +35,14 @@ def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 
 def grouped_gemm_backward_x(grad: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """[R, K]: rows of group e times w[e]; 0 past the last group."""
+    """Multiply the rows of group e by w[e], [R, K]; 0 past the last group."""
     return grouped_gemm(grad, w.transpose(1, 2), offsets)
 
 
 def grouped_gemm_backward_w(
     grad: Tensor, x: Tensor, w: Tensor, offsets: Tensor, main_grad: Tensor | None
 ) -> Tensor | None:
-    """[E, N, K]: grad^T x of each group; added to `main_grad` (and None) where one is given."""
+    """Return grad^T x of each group, [E, N, K]; with `main_grad`, add to it and return None."""
     out = torch.empty_like(w) if main_grad is None else None
     bounds = offsets.tolist()
     for e in range(w.shape[0]):
@@ -68,19 +66,19 @@ def _weight_gradient(
 
 
 def permute(x: Tensor, routing: Routing) -> Tensor:
-    """[T * K, H]: rows of x in the order of the slots; 0 for slots without an expert."""
+    """Rows of x in the order of the slots, [T * K, H]; 0 for slots without an expert."""
     rows = torch.index_select(x, 0, routing.order // routing.top_k)
     rows[int(routing.offsets[-1]) :] = 0
     return rows
 
 
 def permute_backward(grad: Tensor, routing: Routing) -> Tensor:
-    """[T, H]: sum of each token's rows in the order of its choices."""
+    """Sum of each token's rows in the order of its choices, [T, H]."""
     return _combine(_without_absent(grad, routing), routing.positions, None)
 
 
 def unpermute(y: Tensor, routing: Routing) -> Tensor:
-    """[T, H]: weighted sum of each token's rows in the order of its choices."""
+    """Weighted sum of each token's rows in the order of its choices, [T, H]."""
     return _combine(_without_absent(y, routing), routing.positions, routing.weights)
 
 
@@ -103,7 +101,7 @@ def unpermute_backward(
 
 
 def _without_absent(rows: Tensor, routing: Routing) -> Tensor:
-    """The rows, with zeros for slots without an expert: those may hold anything, NaN included."""
+    """The rows, with zeros for slots without an expert, which may hold any value, even NaN."""
     filled = int(routing.offsets[-1])
     if filled == rows.shape[0]:
         return rows
@@ -113,7 +111,7 @@ def _without_absent(rows: Tensor, routing: Routing) -> Tensor:
 
 
 def _combine(rows: Tensor, positions: Tensor, weights: Tensor | None) -> Tensor:
-    """[T, H]: sum over k of weights[t, k] * rows[positions[t, k]], in the order of k."""
+    """Sum over k of weights[t, k] * rows[positions[t, k]], in the order of k: [T, H]."""
     if positions.shape[0] == 0:
         return rows.new_empty(0, rows.shape[1])
     factors = None if weights is None else weights.to(rows.dtype)
@@ -123,7 +121,7 @@ def _combine(rows: Tensor, positions: Tensor, weights: Tensor | None) -> Tensor:
 def experts_forward(
     x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Output [T, H], and the pre-activations [>= R, I or 2I] for the backward where `keep`."""
+    """Output [T, H], and the pre-activations [>= R, I or 2I] for the backward if `keep`."""
     bounds = routing.offsets.tolist()
     tokens = routing.order // routing.top_k
     buffers = _longest(bounds) + SLACK
@@ -156,7 +154,7 @@ def experts_backward(
     needs: tuple[bool, bool, bool, bool],
     main_grads: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, the routing weights, w_up and w_down, as far as `needs` asks for them."""
+    """Gradients of x, the routing weights, w_up and w_down, where `needs` requests them."""
     needs_x, needs_weights, needs_up, needs_down = needs
     bounds = routing.offsets.tolist()
     tokens = routing.order // routing.top_k
@@ -206,7 +204,7 @@ def _longest(bounds: list[int]) -> int:
 
 
 def _activate(h: Tensor, out: Tensor, activation: str) -> None:
-    """`out = act(h)`."""
+    """Compute `out = act(h)`."""
     if activation == "relu2":
         torch.clamp_min(h, 0, out=out).square_()
         return
@@ -223,9 +221,10 @@ def _activation_backward(
     dots: Tensor | None,
     activation: str,
 ) -> None:
-    """From the gradient of the unweighted activation: `active = w * act(h)`,
-    `dots = act(h) . grad_active` (the gradient of w) and `grad_h = w * act'(h) * grad_active`.
-    `grad_active` is used up.
+    """Activation and its backward, from the gradient of the unweighted activation.
+
+    Computes `active = w * act(h)`, `dots = act(h) . grad_active` (the gradient of w) and
+    `grad_h = w * act'(h) * grad_active`. `grad_active` is overwritten.
     """
     if activation == "relu2":
         torch.clamp_min(h, 0, out=grad_h)
@@ -254,10 +253,10 @@ def _dots(a: Tensor, b: Tensor, out: Tensor | None) -> None:
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    """Sigmoid of [n, I] whose bits do not depend on where an element stands.
+    """Sigmoid of [n, I], bit-identical at any position of an element.
 
-    torch computes the last elements of a thread's share, those that do not fill a vector, with
-    another exponential than the others. Short calls over whole vectors leave none.
+    torch computes the last elements of a thread's share, those that do not fill a vector, with a
+    different exponential. Short calls over whole vectors have no such elements.
     """
     numel = x.numel()
     padded = x.new_zeros(-(-numel // _VECTOR_ELEMENTS) * _VECTOR_ELEMENTS)

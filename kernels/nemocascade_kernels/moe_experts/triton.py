@@ -1,10 +1,10 @@
-"""The expert GEMMs in Triton: launchers, tile settings, and what is compiled ahead of time.
+"""The expert GEMMs in Triton: launchers, tile settings, and ahead-of-time compilation.
 
 Forward: `up_kernel` (gathers x, applies the activation), `rows_kernel` (applies the combine
-weights), `combine_kernel`. Backward: `down_gradient_kernel` (gathers the gradient, makes the
-activation again), `rows_kernel` and `combine_kernel` for x, `weight_gradient_kernel` twice. Nothing
-permuted is kept, and the host learns no group's size. Every sum has a fixed order, so runs repeat
-bit for bit.
+weights), `combine_kernel`. Backward: `down_gradient_kernel` (gathers the gradient, recomputes the
+activation), `rows_kernel` and `combine_kernel` for x, `weight_gradient_kernel` twice. No permuted
+copy is saved, and the host never reads a group's size. Every sum has a fixed order, so results are
+deterministic.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from nemocascade_kernels.moe_experts.triton_permute import (
 )
 
 _PLAN_BLOCK = 128
-#: Rows of a tile in every kernel that walks over rows: they share one plan.
+#: Rows of a tile in every kernel that loops over rows: they share one plan.
 _BLOCK_M = 128
 _TAIL_BLOCK, _DOTS_BLOCK = 1024, 256
-#: Programs that stand for a device's multiprocessors in the interpreter.
+#: Number of programs in the interpreter, instead of a device's multiprocessors.
 _INTERPRETED_PROGRAMS = 3
 
 
 class Tile(NamedTuple):
-    """Tile of a product, and how it is run."""
+    """Tile of a product, and its launch settings."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -53,10 +53,10 @@ class Tile(NamedTuple):
 
 
 def product_tile(width: int, dtype: torch.dtype, arch: int, *, gated: bool = False) -> Tile:
-    """Tile for `width` columns: 256 wide where that wastes little, since it reads the least.
+    """Tile for `width` columns: 256 wide if little is wasted, because wide tiles read the least.
 
-    Two products side by side (gated) have half the columns each. Hopper keeps its accumulators in
-    registers and has asynchronous products, so it affords the widest; the others would spill.
+    Two products side by side (gated) have half the columns each. Hopper has asynchronous products
+    with accumulators in registers, so it uses the widest tiles; on others they would spill.
     """
     if dtype == torch.float32:
         return Tile(_BLOCK_M, 64, 32, 8, 3)
@@ -72,7 +72,7 @@ def _waste(width: int, block: int) -> float:
 
 
 def gradient_tile(dtype: torch.dtype) -> Tile:
-    """Tile of `down_gradient_kernel`, whose epilogue needs the registers that a wider one takes."""
+    """Tile of `down_gradient_kernel`, whose epilogue needs the registers of a wider tile."""
     if dtype == torch.float32:
         return Tile(_BLOCK_M, 64, 32, 8, 3)
     return Tile(_BLOCK_M, 128, 64, 8, 4)
@@ -101,7 +101,7 @@ def _programs(device: torch.device) -> int:
 
 @functools.cache
 def _arch(device: torch.device) -> int:
-    """Compute capability as in sm_90; Hopper's in the interpreter."""
+    """Compute capability as in sm_90; that of Hopper in the interpreter."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -109,7 +109,7 @@ def _arch(device: torch.device) -> int:
 
 
 class Plan(NamedTuple):
-    """Which rows each row tile has; see `plan_kernel`."""
+    """The rows of each row tile; see `plan_kernel`."""
 
     offsets: Tensor
     expert: Tensor
@@ -141,7 +141,7 @@ def _rows_product(
     order: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """[rows, N] = left[r] @ right[e]; right is [E, N, K] where `by_column`, else [E, K, N]."""
+    """Compute left[r] @ right[e], [rows, N]; right is [E, N, K] if `by_column`, else [E, K, N]."""
     depth = left.shape[1]
     width = right.shape[1] if by_column else right.shape[2]
     out = left.new_empty(rows, width)
@@ -155,7 +155,7 @@ def _rows_product(
 
 
 def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, *, by_column: bool = True) -> Tensor:
-    """[R, N]: rows of group e times w[e] transposed; 0 past the last group."""
+    """Multiply the rows of group e by w[e] transposed, [R, N]; 0 past the last group."""
     offsets, rows = offsets.int(), x.shape[0]
     plan = make_plan(offsets, rows)
     out = _rows_product(x.contiguous(), w.contiguous(), plan, rows, by_column=by_column)
@@ -167,14 +167,14 @@ def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, *, by_column: bool = Tru
 
 
 def grouped_gemm_backward_x(grad: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """[R, K]: rows of group e times w[e]; 0 past the last group."""
+    """Multiply the rows of group e by w[e], [R, K]; 0 past the last group."""
     return grouped_gemm(grad, w, offsets, by_column=False)
 
 
 def grouped_gemm_backward_w(
     grad: Tensor, x: Tensor, w: Tensor, offsets: Tensor, main_grad: Tensor | None
 ) -> Tensor | None:
-    """[E, N, K]: grad^T x of each group; added to `main_grad` (and None) where one is given."""
+    """Return grad^T x of each group, [E, N, K]; with `main_grad`, add to it and return None."""
     return _weight_gradient(grad, x.contiguous(), w, offsets.int(), main_grad)
 
 
@@ -215,7 +215,7 @@ def _row_grid(rows: int, width: int) -> tuple[int, int]:
 
 
 def permute(x: Tensor, routing: Routing) -> Tensor:
-    """[T * K, H]: rows of x in the order of the slots; 0 for slots without an expert."""
+    """Rows of x in the order of the slots, [T * K, H]; 0 for slots without an expert."""
     slots, width = routing.order.numel(), x.shape[1]
     out = x.new_empty(slots, width)
     if out.numel():
@@ -239,12 +239,12 @@ def _combine(rows: Tensor, routing: Routing, weights: Tensor | None) -> Tensor:
 
 
 def permute_backward(grad: Tensor, routing: Routing) -> Tensor:
-    """[T, H]: sum of each token's rows in the order of its choices."""
+    """Sum of each token's rows in the order of its choices, [T, H]."""
     return _combine(grad, routing, None)
 
 
 def unpermute(y: Tensor, routing: Routing) -> Tensor:
-    """[T, H]: weighted sum of each token's rows in the order of its choices."""
+    """Weighted sum of each token's rows in the order of its choices, [T, H]."""
     return _combine(y.contiguous(), routing, routing.weights.contiguous())
 
 
@@ -268,7 +268,7 @@ def unpermute_backward(
 def experts_forward(
     x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Output [T, H], and the pre-activations [R, I or 2I] for the backward where `keep`."""
+    """Output [T, H], and the pre-activations [R, I or 2I] for the backward if `keep`."""
     slots, (width, gated) = routing.order.numel(), (w_down.shape[2], activation == "swiglu")
     x = x.contiguous()
     plan = make_plan(routing.offsets, slots)
@@ -298,7 +298,7 @@ def experts_backward(
     needs: tuple[bool, bool, bool, bool],
     main_grads: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, the routing weights, w_up and w_down, as far as `needs` asks for them."""
+    """Gradients of x, the routing weights, w_up and w_down, where `needs` requests them."""
     needs_x, needs_weights, needs_up, needs_down = needs
     slots, (width, gated) = routing.order.numel(), (w_down.shape[2], activation == "swiglu")
     x, offsets = x.contiguous(), routing.offsets
@@ -345,8 +345,8 @@ _Specs = dict[str, str]
 
 
 def aot_kernels(arch: int) -> list[AotKernel]:
-    """Nemotron 3 Nano (relu2), Qwen3-30B and Mixtral 8x7B (SwiGLU) in bfloat16, with float32 main
-    gradients."""
+    """Kernels of Nemotron 3 Nano (relu2), Qwen3-30B and Mixtral 8x7B (SwiGLU) in bfloat16, with
+    float32 main gradients."""
     return [
         *_aot_of("nemotron", 128, 6, 2688, 1856, gated=False, arch=arch),
         *_aot_of("qwen3", 128, 8, 2048, 768, gated=True, arch=arch),

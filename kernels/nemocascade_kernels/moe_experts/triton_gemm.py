@@ -1,12 +1,12 @@
 # The arguments of a jit function have no Python types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""Grouped products in Triton: persistent programs walk over tiles of the rows of all experts.
+"""Grouped GEMMs in Triton: persistent programs loop over tiles of the rows of all experts.
 
 Letters: R rows (slots sorted by expert), E experts, and a product [R, K] x [K, N]. Rows of expert e
-are offsets[e]..offsets[e + 1]. A row tile belongs to one expert; `tile_expert`, `tile_row` and
-`tile_count` (from `plan_kernel`) say which, so the host never reads a group's size. Consecutive
-tiles share their rows and go through the columns of one expert's weight, which keeps both in L2.
-Offsets of elements are 64-bit.
+are offsets[e]..offsets[e + 1]. A row tile belongs to one expert, given by `tile_expert`,
+`tile_row` and `tile_count` (from `plan_kernel`), so the host never reads a group's size.
+Consecutive tiles share their rows and loop over the columns of one expert's weight, which keeps
+both in L2. Element offsets are 64-bit.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _rows_of_tile(
 
 @triton.jit
 def _sources(rows, is_row, order_ptr, TOP_K: tl.constexpr, GATHER: tl.constexpr):
-    """Where the rows of the left matrix stand: in x, by token, or in a matrix of sorted rows."""
+    """Row indices of the left matrix: into x, by token, or into a matrix of sorted rows."""
     if GATHER:
         return (tl.load(order_ptr + rows, mask=is_row, other=0) // TOP_K).to(tl.int64)
     return rows.to(tl.int64)
@@ -56,7 +56,10 @@ def _sources(rows, is_row, order_ptr, TOP_K: tl.constexpr, GATHER: tl.constexpr)
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    """PRECISION is tl.dot's, or "widened": Triton's interpreter multiplies the bits of bfloat16."""
+    """Matrix product with tl.dot's PRECISION, or of inputs "widened" to float32.
+
+    Without widening, Triton's interpreter multiplies the bits of bfloat16.
+    """
     if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -67,9 +70,9 @@ def _product(
     acc, left_ptr, sources, is_row, right_ptr, columns, N, K,
     B_BY_COLUMN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`acc + left[sources, :K] @ right[:K, columns]`.
+    """Return `acc + left[sources, :K] @ right[:K, columns]`.
 
-    right is a contiguous [N, K] where B_BY_COLUMN (a column's elements are neighbours), else
+    right is a contiguous [N, K] if B_BY_COLUMN (a column's elements are neighbours), else
     a contiguous [K, N].
     """
     depth = tl.arange(0, BLOCK_K)
@@ -96,7 +99,7 @@ def _product(
 
 @triton.jit
 def _halves(tile):
-    """Left and right columns of a tile, for what must be done one after the other."""
+    """Left and right columns of a tile, to be processed one after the other."""
     half: tl.constexpr = tile.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, half]), [0, 2, 1]))
 
@@ -118,7 +121,7 @@ def rows_kernel(
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[r] = left[r] @ right[e], times the slot's combine weight where WEIGH."""
+    """Compute out[r] = left[r] @ right[e], times the slot's combine weight if WEIGH."""
     across = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tl.load(tile_count_ptr) * across, tl.num_programs(0)):
         expert, rows, is_row = _rows_of_tile(
@@ -144,7 +147,7 @@ def up_kernel(
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h = x[token] @ w_up[e]^T and active = act(h). N is the expert's width I; GATED: h has 2I."""
+    """Compute h = x[token] @ w_up[e]^T and act(h). N is the expert's width I; GATED: h has 2I."""
     across = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tl.load(tile_count_ptr) * across, tl.num_programs(0)):
         expert, rows, is_row = _rows_of_tile(
@@ -171,7 +174,7 @@ def up_kernel(
             )  # fmt: skip
             if KEEP_H:
                 _store(h_ptr, rows, columns, N, h, mask)
-            # As rounded, so that the backward makes the same activation again.
+            # Use the rounded h, so that the backward recomputes the same activation.
             h = tl.maximum(h.to(h_ptr.dtype.element_ty).to(tl.float32), 0.0)
             active = h * h
         _store(active_ptr, rows, columns, N, active, mask)
@@ -182,7 +185,7 @@ def _gated_product(
     gate, up, x_ptr, sources, is_row, gate_ptr, up_ptr, columns, N, K,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Both halves at once: the rows of x are loaded once for the two."""
+    """Both halves of a gated product at once, so that the rows of x are loaded only once."""
     depth = tl.arange(0, BLOCK_K)
     left = x_ptr + sources[:, None] * K + depth[None, :]
     offset = columns.to(tl.int64)[None, :] * K + depth[:, None]
@@ -206,7 +209,7 @@ def _gated_product(
 def _activation_gradient(
     grad, h_ptr, grad_h_ptr, active_ptr, rows, columns, is_row, weight, N, GATED: tl.constexpr
 ):
-    """The epilogue of `down_gradient_kernel` for some columns; returns their part of the dots."""
+    """Epilogue of `down_gradient_kernel` for some columns; returns their part of the dots."""
     mask = is_row[:, None] & (columns < N)[None, :]
     width = 2 * N if GATED else N
     h_pointers = h_ptr + rows[:, None].to(tl.int64) * width + columns[None, :]
@@ -235,9 +238,10 @@ def down_gradient_kernel(
     TOP_K: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """From g = grad[token] @ w_down[e] (K is H, N is I), with a = act(h) made again and w the
-    slot's combine weight: active = w a, grad_h = w act'(h) g, and dots[n] = a . g over this tile's
-    columns (their sum over n is the gradient of w).
+    """Compute g = grad[token] @ w_down[e] (K is H, N is I) and the gradients that follow from it.
+
+    With a = act(h) recomputed and w the slot's combine weight: active = w a, grad_h = w act'(h) g,
+    and dots[n] = a . g over this tile's columns (their sum over n is the gradient of w).
     """
     across = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tl.load(tile_count_ptr) * across, tl.num_programs(0)):
@@ -271,7 +275,7 @@ def weight_gradient_kernel(
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[e] (+)= grad^T x over the rows of expert e: [N, K], tiles of [BLOCK_M, BLOCK_N]."""
+    """Compute out[e] (+)= grad^T x over the rows of expert e: [N, K], in [BLOCK_M, BLOCK_N]."""
     down, across = tl.cdiv(N, BLOCK_M), tl.cdiv(K, BLOCK_N)
     for tile in range(tl.program_id(0), E * down * across, tl.num_programs(0)):
         expert = tile // (down * across)
@@ -306,7 +310,7 @@ def weight_gradient_kernel(
                 mask=is_left[:, None] & is_right[None, :],
             )
         elif end > begin:
-            # The old values of a whole tile would not fit in registers beside the new ones.
+            # The old values of a whole tile would not fit in registers together with the new ones.
             first_half, second_half = _halves(acc)
             part = tile % across * BLOCK_N + tl.arange(0, BLOCK_N // 2)
             _add(start + part[None, :], first_half, is_left[:, None] & (part < K)[None, :])

@@ -13,7 +13,7 @@ def permute_kernel(
     x_ptr, out_ptr, order_ptr, filled_ptr, slots, width,
     TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[r] = x[order[r] // TOP_K]; 0 from row `filled` on."""
+    """Compute out[r] = x[order[r] // TOP_K]; 0 from row `filled` on."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_filled = rows < tl.load(filled_ptr)
@@ -30,7 +30,7 @@ def permute_kernel(
 
 @triton.jit
 def zero_tail_kernel(out_ptr, filled_ptr, rows, width, BLOCK: tl.constexpr):
-    """Zeros from row `filled` on, by a fixed number of programs."""
+    """Write zeros from row `filled` on, with a fixed number of programs."""
     size = (rows - tl.load(filled_ptr)).to(tl.int64) * width
     begin = out_ptr + tl.load(filled_ptr).to(tl.int64) * width
     step = tl.num_programs(0).to(tl.int64) * BLOCK
@@ -47,14 +47,14 @@ def combine_kernel(
     E: tl.constexpr, TOP_K: tl.constexpr, WEIGH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = sum_k (weights[t, k] *) rows[positions[t, k]], added in the order of k."""
+    """Compute out[t] = sum_k (weights[t, k] *) rows[positions[t, k]], in the order of k."""
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_token, inside = token < tokens, (columns < width)[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in tl.static_range(TOP_K):
         slot = token * TOP_K + k
-        # Rows without an expert may hold anything, NaN included: they are not read.
+        # Rows without an expert are not read: they may hold any value, even NaN.
         present = tl.load(experts_ptr + slot, mask=is_token, other=E) < E
         row = tl.load(positions_ptr + slot, mask=present, other=0).to(tl.int64)
         values = tl.load(
@@ -79,7 +79,7 @@ def unpermute_gradient_kernel(
     TOP_K: tl.constexpr, NEEDS_ROWS: tl.constexpr, NEEDS_WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """grad_rows[r] = weight * grad[token], grad_weights[slot] = grad[token] . rows[r]."""
+    """Compute grad_rows[r] = weight * grad[token], grad_weights[slot] = grad[token] . rows[r]."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = rows < slots
     is_filled = rows < tl.load(filled_ptr)
@@ -107,7 +107,7 @@ def unpermute_gradient_kernel(
 def weights_gradient_kernel(
     dots_ptr, order_ptr, filled_ptr, grad_weights_ptr, slots, parts, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """grad_weights[order[r]] = sum over the parts of dots[part, r]; 0 from row `filled` on."""
+    """Compute grad_weights[order[r]] = sum over parts of dots[part, r]; 0 from `filled` on."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < slots
     is_filled = inside & (row < tl.load(filled_ptr))

@@ -1,4 +1,4 @@
-"""The router in CUDA (csrc/moe_router/): a warp a token, a stable sort in three launches."""
+"""The router in CUDA (csrc/moe_router/): one warp a token, a stable sort in three launches."""
 
 from __future__ import annotations
 
@@ -98,5 +98,5 @@ def backward(
 
 
 def _supported(logits: Tensor) -> Tensor:
-    """float32 and bfloat16 as they are, float16 widened."""
+    """Return float32 and bfloat16 unchanged, float16 widened to float32."""
     return (logits if logits.dtype == torch.bfloat16 else logits.float()).contiguous()

@@ -1,6 +1,6 @@
 """Losses and the bias update that keep the experts' load even.
 
-Padding and other documents never count: every sum runs over the tokens of a document, or over the
+Padding and other documents are excluded: every sum runs over the tokens of a document, or over the
 tokens that `token_mask` keeps.
 """
 
@@ -29,30 +29,30 @@ def load_balance_loss(
 ) -> Tensor:
     """Load-balance loss of packed documents, or of all tokens at once.
 
-    With P_te the scores of token t divided by their sum, n_d the tokens of document d, c_de how
-    often they chose expert e, and D the number of documents that have tokens::
+    With P_te the scores of token t divided by their sum, n_d the tokens of document d, c_de the
+    number of their choices of expert e, and D the number of documents that have tokens::
 
         sequence:  L = coef / D * sum_d  E / (K n_d^2) * sum_e c_de * sum_{t in d} P_te
         global:    the same with all tokens as one document
 
     (Switch Transformer, arXiv 2101.03961, eq. 4; sequence-wise: DeepSeek-V3, arXiv 2412.19437,
-    eq. 17-20; global: arXiv 2501.11873.) An even load gives coef. The gradient goes to the logits
-    through P only. DeepSeek-V3 and Megatron-Core count choices made without the expert bias: pass
-    `moe_route(logits, top_k)` as `routing` for that, or the layer's own routing to count the load
-    that really falls on the experts.
+    eq. 17-20; global: arXiv 2501.11873.) An even load gives coef. The gradient reaches the logits
+    only through P. DeepSeek-V3 and Megatron-Core count choices made without the expert bias: pass
+    `moe_route(logits, top_k)` as `routing` for that, or the layer's own routing to count the
+    actual load of the experts.
 
     Args:
         logits: [T, E], differentiable.
         routing: of the same tokens.
         cu_seqlens: [D + 1] integers, first tokens of the documents, then the end of the last.
-            Tokens past the end count nowhere. Required for "sequence".
+            Tokens past the end are excluded. Required for "sequence".
         coef: factor on the loss.
         kind: "sequence" or "global".
         score: "sigmoid" or "softmax", as in `moe_route`.
         token_mask: [T] bool, False where a token does not count.
-        reduce: sums an integer tensor over the ranks that hold the other tokens (of the same
-            documents for "sequence", where every rank gives the same D, with empty documents where
-            it holds none of one's tokens). The ranks' losses then add up to the loss.
+        reduce: sums an integer tensor over the ranks that hold the other tokens. The sum of the
+            ranks' losses is then the loss. For "sequence" these are tokens of the same documents:
+            every rank passes the same D, with empty documents where it holds no tokens.
 
     Returns:
         A float32 scalar.
@@ -69,7 +69,7 @@ def load_balance_loss(
     num_experts, top_k = routing.num_experts, routing.top_k
     document, documents = _documents(routing, cu_seqlens, kind, token_mask)
     with torch.no_grad():
-        # One row more takes the tokens that count nowhere, one column more the slots without an
+        # An additional row is for excluded tokens, an additional column for slots without an
         # expert.
         lengths = torch.zeros(documents + 1, dtype=torch.int64, device=logits.device)
         lengths.scatter_add_(0, document, torch.ones_like(document))
@@ -84,18 +84,18 @@ def load_balance_loss(
         present = (lengths > 0).sum().clamp(min=1)
         scale = num_experts * coef / top_k / present / lengths.clamp(min=1).double().square()
         factors = (loads * (scale * (lengths > 0)).unsqueeze(1)).float()
-    # A token that counts nowhere may hold anything, NaN included: it is replaced.
+    # An excluded token may hold any value, even NaN: it is replaced.
     absent = document == documents
     scores = scores_of(logits.masked_fill(absent.unsqueeze(1), 0.0), score)
     shares = scores / (scores.sum(dim=-1, keepdim=True) + NORMALIZE_EPSILON)
-    # Weighting each token by its document's factors needs no sum over a document, so no atomics.
+    # Weighting each token by its document's factors avoids a sum over a document, and atomics.
     return (shares * factors.to(shares.dtype)[document]).sum()
 
 
 def _documents(
     routing: Routing, cu_seqlens: Tensor | None, kind: str, token_mask: Tensor | None
 ) -> tuple[Tensor, int]:
-    """Document of each token [T] int64, and D; D itself stands for "counts nowhere"."""
+    """The document of each token [T] int64, and D; an excluded token has document D."""
     tokens = torch.arange(routing.tokens, device=routing.experts.device)
     if cu_seqlens is None:
         document, documents = torch.zeros_like(tokens), 1
@@ -123,11 +123,11 @@ def z_loss(
         logits: [T, E], differentiable.
         coef: factor on the loss.
         token_mask: [T] bool, False where a token does not count.
-        num_tokens: what to divide the sum by; default, the tokens kept here. Give the number over
-            all ranks, and the ranks' losses add up to the loss.
+        num_tokens: divisor of the sum; default, the number of tokens kept here. With the number
+            over all ranks, the sum of the ranks' losses is the loss.
 
     Returns:
-        A float32 scalar; 0 where no token counts.
+        A float32 scalar; 0 if no token counts.
     """
     if token_mask is not None:
         logits = logits.masked_fill(~token_mask.unsqueeze(1), 0.0)
@@ -153,7 +153,7 @@ def update_expert_bias(expert_bias: Tensor, counts: Tensor, rate: float) -> Tens
         rate: step of the bias; Nemotron 3 Nano uses 1e-3.
 
     Returns:
-        The new bias; `expert_bias` itself is left alone.
+        The new bias; `expert_bias` itself is unchanged.
 
     Raises:
         ValueError: the shapes differ.
@@ -163,7 +163,7 @@ def update_expert_bias(expert_bias: Tensor, counts: Tensor, rate: float) -> Tens
             f"update_expert_bias: expert_bias {list(expert_bias.shape)} and counts "
             f"{list(counts.shape)} must have one shape"
         )
-    # count * E against the total, in integers: the mean itself need not be representable.
+    # Compare count * E with the total, in integers: the mean may not be representable.
     load = counts.long() * counts.shape[-1]
     direction = torch.sign(load.sum(dim=-1, keepdim=True) // counts.shape[-1] - load)
     return expert_bias + rate * direction.to(expert_bias.dtype)

@@ -13,7 +13,7 @@ from nemocascade_kernels.moe_router import cuda
 
 
 def cuda_refusal(*tensors: Tensor) -> str | None:
-    """Reason why the CUDA router cannot take such a call."""
+    """Reason why the CUDA router is unavailable for a call, or None."""
     for tensor in tensors[:1]:
         if tensor.is_floating_point() and tensor.shape[-1] > cuda.MOST_EXPERTS:
             return f"it takes at most {cuda.MOST_EXPERTS} experts, and got {tensor.shape[-1]}"
@@ -53,31 +53,31 @@ def moe_route(
         experts_t = top K of (s_t + expert_bias)     within the best `top_groups` of `num_groups`
         weights_tk = scale * s_tk / (sum_j s_tj + 1e-20)      or scale * s_tk without `normalize`
 
-    The bias takes part in the choice only; weights come from the unbiased scores (DeepSeek-V3,
-    arXiv 2412.19437, section 2.1.2; Nemotron 3 Nano, arXiv 2512.20848). A group is judged by the
-    sum of its two best biased scores. Of equal scores the lower expert id wins, in every
-    implementation. Nothing here waits for the device.
+    The bias is used only for the choice; weights come from the unbiased scores (DeepSeek-V3,
+    arXiv 2412.19437, section 2.1.2; Nemotron 3 Nano, arXiv 2512.20848). The score of a group is the
+    sum of its two best biased scores. Among equal scores the lower expert id comes first, in every
+    implementation. There is no host synchronisation.
 
     Args:
         logits: [T, E] float32, bfloat16 or float16 (float64 in the reference).
-        top_k: K, at most E, and at most the experts that `top_groups` groups have.
+        top_k: K, at most E, and at most the number of experts in `top_groups` groups.
         score: "sigmoid" or "softmax".
         expert_bias: [E], added to the scores for the choice; it gets no gradient.
-        num_groups, top_groups: groups of equal size that the experts form, and how many of them a
-            token may use.
+        num_groups, top_groups: number of equal groups of experts, and maximum number of groups for
+            a token.
         normalize: divide the K chosen scores by their sum.
         scale: factor on the weights.
-        token_mask: [T] bool, False for a token (padding) that goes to no expert.
-        experts: [T, K] integers: use these instead of choosing (router replay). E stands for no
+        token_mask: [T] bool, False for a token (padding) without experts.
+        experts: [T, K] integers: use these instead of choosing (router replay). E means no
             expert.
-        backend: demand an implementation; see `nemocascade_kernels.backends`.
+        backend: require an implementation; see `nemocascade_kernels.backends`.
 
     Returns:
         `Routing`. `weights` is differentiable with respect to `logits`.
 
     Raises:
         ValueError: a shape, dtype or setting is wrong; the message names all that are.
-        BackendRefusedError: the demanded implementation cannot take the call.
+        BackendRefusedError: the required implementation is unavailable for the call.
     """
     settings = RouterSettings(top_k, score, num_groups, top_groups, normalize, float(scale))
     _check(logits, expert_bias, token_mask, experts, settings)
@@ -93,16 +93,16 @@ def moe_route(
 def make_routing(
     experts: Tensor, weights: Tensor, num_experts: int, *, backend: str | None = None
 ) -> Routing:
-    """Sort given choices by expert, for rows whose experts are known already.
+    """Sort given choices by expert, for rows whose experts are already known.
 
-    This is what a rank needs for the rows that other ranks send it: with K = 1, `moe_experts`
-    then runs on the rows in the order in which they came.
+    A rank uses it for the rows that other ranks send: with K = 1, `moe_experts` then runs on the
+    rows in their order of arrival.
 
     Args:
-        experts: [T, K] integers below `num_experts`; `num_experts` itself stands for no expert. An
-            id out of range raises on a CPU; on a GPU, where the host does not read it, it counts as
-            no expert.
-        weights: [T, K] float32; where there is no expert it must be 0.
+        experts: [T, K] integers below `num_experts`; `num_experts` itself means no expert. An id
+            out of range raises on a CPU; on a GPU, where the host does not read it, it means no
+            expert.
+        weights: [T, K] float32; it must be 0 where there is no expert.
         num_experts: E.
         backend: as for `moe_route`.
 

@@ -9,7 +9,7 @@ from nemocascade_kernels.common.routing import RouterSettings, Routing, choose_e
 
 
 def sort_slots(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`(counts, order, offsets, positions)` of experts [T, K]; the id E means no expert."""
+    """Return `(counts, order, offsets, positions)` of experts [T, K]; the id E means no expert."""
     flat = experts.reshape(-1).long()
     order = torch.argsort(flat, stable=True)
     positions = torch.empty_like(order)

@@ -1,9 +1,9 @@
 """The router in Triton: three launches, no host synchronisation, no atomics on floats.
 
-1. `choose_kernel`: scores, choice, weights, and each slot's rank among the slots of its expert
-   that the same program has seen before.
-2. `scan_kernel`: where each program's slots of each expert begin.
-3. `place_kernel`: position = begin + rank; order is its inverse.
+1. `choose_kernel`: scores, choice, weights, and each slot's rank among the earlier slots of its
+   expert in the same program.
+2. `scan_kernel`: the first position of each program's slots of each expert.
+3. `place_kernel`: position = first position + rank; order is its inverse.
 
 The sort is stable because programs hold consecutive tokens and ranks count in token order.
 """
@@ -25,9 +25,9 @@ from nemocascade_kernels.moe_router.triton_kernels import (
     scan_kernel,
 )
 
-#: Elements of scores that a program holds at once.
+#: Number of scores that a program holds at once.
 _TILE_ELEMENTS = 2048
-#: Programs of the first kernel, at most: the second reads a row of loads for each.
+#: Maximum number of programs of the first kernel: the second reads a row of loads for each.
 _MOST_PROGRAMS = 512
 _PLACE_BLOCK = 1024
 _SCAN_EXPERTS, _SCAN_ROWS = 32, 64
@@ -46,8 +46,8 @@ def _warps(num_experts: int) -> int:
     return 8 if num_experts > 64 else 4
 
 
-#: Registers a thread of `choose_kernel` may have: left to itself, the assembler spills a few for
-#: the sake of occupancy.
+#: Maximum registers of a `choose_kernel` thread: by default the assembler spills a few to increase
+#: occupancy.
 _CHOOSE_REGISTERS = 168
 
 
@@ -147,7 +147,7 @@ def backward(
 
 
 def aot_kernels(arch: int) -> list[AotKernel]:
-    """Nemotron 3 Nano (128 experts, 6), Qwen3 (128, 8, softmax) and a 512-expert router."""
+    """Kernels of Nemotron 3 Nano (128 experts, 6), Qwen3 (128, 8, softmax), and 512 experts."""
     del arch
     kernels = []
     for label, num_experts, top_k, score, groups in (

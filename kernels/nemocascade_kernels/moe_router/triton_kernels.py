@@ -2,7 +2,7 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """The router's Triton kernels; `triton.py` launches them.
 
-Letters: E experts, K choices a token. Ids are int32; the id E stands for no expert.
+Letters: E experts, K choices a token. Ids are int32; the id E means no expert.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _HIGHEST = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _ordered(values):
-    """int32 in the order of the floats; NaN above all, -0 equal to 0."""
+    """Map floats to int32 of the same order; NaN is above all, -0 equals 0."""
     bits = (values + 0.0).to(tl.int32, bitcast=True)
     keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(values != values, _HIGHEST, keys)
@@ -24,14 +24,14 @@ def _ordered(values):
 
 @triton.jit
 def _first_largest(keys, columns, SIZE: tl.constexpr):
-    """Column of each row's largest key; the first of equals."""
+    """Column of each row's largest key; among equals, the first."""
     largest = tl.max(keys, axis=1)
     return tl.min(tl.where(keys == largest[:, None], columns[None, :], SIZE), axis=1)
 
 
 @triton.jit
 def _checked(ids, E: tl.constexpr):
-    """Ids that were given: one that is out of range stands for no expert, as nobody can raise."""
+    """Map given ids that are out of range to no expert, because a kernel cannot raise."""
     return tl.where((ids < 0) | (ids > E), E, ids)
 
 
@@ -48,7 +48,7 @@ def _without_other_groups(
     keys, biased, columns, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Lowest keys outside each row's best groups."""
+    """Set keys outside each row's best groups to the lowest key."""
     group_ids = tl.arange(0, BLOCK_G)
     group_keys = tl.full([keys.shape[0], BLOCK_G], _LOWEST, tl.int32)
     for g in tl.static_range(GROUPS):
@@ -141,7 +141,7 @@ def choose_kernel(
             here = choices[None, :] == k
             id_k = tl.sum(tl.where(here, ids, 0), axis=1)
             rank = tl.sum(tl.where(columns[None, :] == id_k[:, None], before, 0), axis=1)
-            # Given experts may name one twice in a token.
+            # Given experts may contain one twice in a token.
             rank += tl.sum(((choices < k)[None, :] & (ids == id_k[:, None])).to(tl.int32), axis=1)
             ranks = tl.where(here & (id_k < E)[:, None], rank[:, None], ranks)
         tl.store(ranks_ptr + slots, ranks, mask=is_slot)
@@ -157,7 +157,7 @@ def scan_kernel(
     loads_ptr, counts_ptr, offsets_ptr, programs,
     E: tl.constexpr, BLOCK_E: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Turn each program's loads into where its slots begin, for EXPERTS experts (E: none)."""
+    """Replace each program's loads by its slots' first positions, for EXPERTS experts (E: none)."""
     mine = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     everyone = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + everyone, mask=everyone < E, other=0)
@@ -177,7 +177,7 @@ def place_kernel(
     experts_ptr, begins_ptr, positions_ptr, order_ptr, slots, slots_of_program,
     E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """positions holds ranks and becomes positions."""
+    """Convert ranks, in `positions`, to positions, and write their inverse to `order`."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = slot < slots
     expert = _checked(tl.load(experts_ptr + slot, mask=inside, other=0), E)
@@ -201,7 +201,7 @@ def gradient_kernel(
     present = ids < E
     grad = tl.load(grad_weights_ptr + slots, mask=present, other=0.0).to(tl.float32) * scale
     is_element = (rows < tokens)[:, None] & (columns < E)[None, :]
-    # A token without experts may hold anything, NaN included: its logits are not read.
+    # The logits of a token without experts are not read: they may be NaN.
     any_present = tl.max(present.to(tl.int32), axis=1) > 0
     if SOFTMAX:
         logits = tl.load(
@@ -209,7 +209,7 @@ def gradient_kernel(
             mask=is_element & any_present[:, None],
             other=-float("inf"),
         ).to(tl.float32)
-        # A finite row for the tokens that were not read.
+        # Use a finite row for the tokens that were not read.
         logits = tl.where(any_present[:, None], logits, 0.0)
         dense = _scores(logits, True)
         chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)

@@ -16,7 +16,7 @@ OP.register("reference")
 
 
 class MopdAdvantage(NamedTuple):
-    """advantage [T] and importance [T] float32, without a gradient."""
+    """Result: advantage [T] and importance [T] float32, without a gradient."""
 
     advantage: Tensor
     importance: Tensor
@@ -31,14 +31,14 @@ def mopd_advantage(
     ratio_high: float = 2.0,
     backend: str | None = None,
 ) -> MopdAdvantage:
-    """Advantage and importance weight of distillation, by token (Nemotron-Cascade 2, Eq. 2-3).
+    """Advantage and importance weight of distillation for each token (Nemotron-Cascade 2, Eq. 2-3).
 
-    `a_t = log pi_teacher - log pi_train`; `w_t = r_t` where `ratio_low <= r_t <= ratio_high` and 0
-    elsewhere (not clamped), with `r_t = pi_train / pi_rollout`. Both stand under the stop-gradient
-    of Eq. 4.
+    `a_t = log pi_teacher - log pi_train`; `w_t = r_t` if `ratio_low <= r_t <= ratio_high` and 0
+    otherwise (not clamped), with `r_t = pi_train / pi_rollout`. Eq. 4 applies a stop-gradient to
+    both.
 
     teacher_logprob, train_logprob, rollout_logprob: [T] float32, of the sampled token.
-    backend: demand one implementation; see `nemocascade_kernels.backends`.
+    backend: require an implementation; see `nemocascade_kernels.backends`.
 
     Raises ValueError for shapes or dtypes that do not fit.
     """
@@ -63,15 +63,15 @@ def mopd_advantage_metrics(
     ratio_high: float = 2.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """`mopd_advantage` with what a training step logs of it, in one launch.
+    """`mopd_advantage` and its metrics for a training step, in one launch.
 
-    token_weight: [T] float32; mask and normaliser in one, so that the mean by sequence of Eq. 4 is
-        in it. Where it is 0, advantage and importance are 0 and the other inputs may hold anything.
+    token_weight: [T] float32; mask and normaliser in one, which includes the mean by sequence of
+        Eq. 4. Where it is 0, advantage and importance are 0 and the other inputs are ignored.
 
     Returns advantage [T], importance [T], and scalars float32 on the device: `loss`, the sum
     `-sum_t weight_t w_t a_t log pi_train` of Eq. 4; `tokens`, the number of counted tokens; and the
-    means over them of `advantage`, `advantage_abs`, `ratio`, and of being below (`gated_low`) and
-    above (`gated_high`) the gate.
+    means over them of `advantage`, `advantage_abs` and `ratio`, and the fractions below
+    (`gated_low`) and above (`gated_high`) the gate.
 
     Raises ValueError for shapes or dtypes that do not fit.
     """

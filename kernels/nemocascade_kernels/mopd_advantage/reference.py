@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nemocascade_kernels.common.mopd import mopd_terms
 
-#: Metrics in the order of the kernels' output: the loss and the count are sums, the others become
+#: Metrics in the order of the kernels' output: the loss and the count are sums, the others are
 #: means over the counted tokens.
 METRICS = ("loss", "tokens", "advantage", "advantage_abs", "ratio", "gated_low", "gated_high")
 
@@ -36,7 +36,7 @@ def mopd_advantage_metrics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`mopd_advantage`, 0 where token_weight is 0, and its METRICS, [7] float32.
 
-    loss is Eq. 4's, `-sum_t weight_t w_t a_t log pi_train`: the mean by sequence is in the weight.
+    loss is `-sum_t weight_t w_t a_t log pi_train`, Eq. 4, with its mean by sequence in the weight.
     """
     with torch.no_grad():
         counted = token_weight != 0

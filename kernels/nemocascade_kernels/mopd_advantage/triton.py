@@ -1,7 +1,7 @@
 """`mopd_advantage` and its metrics in one launch.
 
-Each program sums its share of the tokens and leaves its sums in memory; the program that finishes
-last adds them up, in a fixed order, so that the result does not depend on which one that is.
+Each program writes the sums of its tokens to memory. The program that finishes last adds them in a
+fixed order, so the result is deterministic.
 """
 # The arguments of a jit function have no Python types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -48,7 +48,7 @@ def mopd_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """sums [PROGRAMS, SLOTS] and ticket [1] int32, which starts at 0, are scratch."""
+    """Compute both. Scratch: sums [PROGRAMS, SLOTS] and ticket [1] int32, which starts at 0."""
     program = tl.program_id(0)
     slot = tl.arange(0, SLOTS)
     sums = tl.zeros([SLOTS], tl.float32)
@@ -58,7 +58,7 @@ def mopd_kernel(
         if METRICS:
             weight = tl.load(weight_ptr + at, mask=counted, other=0.0)
             counted = counted & (weight != 0)
-        # What is not counted is not read: it may be NaN.
+        # Excluded tokens are not read: they may be NaN.
         teacher = tl.load(teacher_ptr + at, mask=counted, other=0.0)
         train = tl.load(train_ptr + at, mask=counted, other=0.0)
         rollout = tl.load(rollout_ptr + at, mask=counted, other=0.0)
@@ -79,7 +79,7 @@ def mopd_kernel(
             sums += tl.where(slot == 6, tl.sum(high, axis=0), 0)
     if METRICS:
         tl.store(sums_ptr + program * SLOTS + slot, sums)
-        # Every thread's sums are written before one thread says so.
+        # Every thread's sums are written before one thread takes a ticket.
         tl.debug_barrier()
         if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == PROGRAMS - 1:
             everyone = tl.arange(0, PROGRAMS)[:, None] * SLOTS + slot[None, :]
@@ -121,7 +121,7 @@ def _launch(
     ratio_low: float,
     ratio_high: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantage, importance, and metrics [7], which hold nothing without token_weight."""
+    """Advantage, importance, and metrics [7], which are uninitialised without token_weight."""
     train = tensors[1]
     size, device = train.shape[0], train.device
     advantage, importance = torch.empty_like(train), torch.empty_like(train)
@@ -153,7 +153,7 @@ def _launch(
 
 
 def aot_kernels(arch: int) -> list[AotKernel]:
-    """With and without metrics, at the largest number of programs."""
+    """The kernel with and without metrics, at the largest number of programs."""
     from nemocascade_kernels.compile import AotKernel
 
     arrays = ("teacher", "train", "rollout", "weight", "advantage", "importance", "sums", "metrics")

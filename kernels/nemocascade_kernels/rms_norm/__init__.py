@@ -1,1 +1,1 @@
-"""RMSNorm, plain, and gated by groups as Mamba-2 has it."""
+"""RMSNorm, plain or gated by groups as in Mamba-2."""

@@ -1,4 +1,4 @@
-"""RMSNorm in C++ for the CPU (csrc/rms_norm/), in float32: only x is kept for backward."""
+"""RMSNorm in C++ for the CPU (csrc/rms_norm/), in float32: only x is saved for backward."""
 
 from __future__ import annotations
 

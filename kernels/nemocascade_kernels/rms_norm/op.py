@@ -1,4 +1,4 @@
-"""`rms_norm`: public function and checks. Each implementation brings its own gradient."""
+"""`rms_norm`: public function and checks. Each implementation has its own gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _compiled = takes(torch.float32, torch.bfloat16, operators=("rms_norm", "rms_nor
 
 
 def native_refusal(x: Tensor, *gate: Tensor) -> str | None:
-    """Why the compiled CPU norm cannot take such a call."""
+    """The reason why the compiled CPU norm is unavailable for a call, or None."""
     return "it has no gate" if gate else _compiled(x)
 
 
@@ -42,14 +42,14 @@ def rms_norm(
         eps: added to the mean square.
         gate: [..., C], or None.
         groups: divides C; more than one needs a gate.
-        backend: demand an implementation; see `nemocascade_kernels.backends`.
+        backend: require an implementation; see `nemocascade_kernels.backends`.
 
     Returns:
         [..., C] in x's dtype; arithmetic is float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: shapes do not fit.
-        BackendRefusedError: the demanded implementation cannot take the call.
+        BackendRefusedError: the required implementation is unavailable for the call.
     """
     if weight.shape != x.shape[-1:] or (gate is not None and gate.shape != x.shape):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""RMSNorm in torch's operators.
+"""RMSNorm in torch operators.
 
-A GPU has torch's fused kernel. A CPU computes and differentiates that one operator by operator, so
-there the plain norm is a function of its own, which keeps only x and a scale for each row.
+On a GPU torch has a fused kernel. On a CPU torch runs and differentiates several operators, so the
+plain norm is an autograd function there, which saves only x and a scale for each row.
 """
 
 from __future__ import annotations

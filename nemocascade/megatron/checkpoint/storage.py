@@ -193,7 +193,7 @@ def _reader_of(tensor: Tensor) -> Callable[[Box], Tensor]:
 
 
 def merge_indices(parts: Sequence[Index]) -> tuple[Index, list[str]]:
-    """Merge all ranks' parts; returns the index and every gap or overlap in its tensors."""
+    """Merge all ranks' parts; returns the index and every reason why it is not a tiling."""
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     pieces: dict[str, list[StoredPiece]] = {}
     problems = []
@@ -286,7 +286,7 @@ class Reader:
         self._open.clear()
 
     def problem(self, piece: Piece) -> str | None:
-        """Why the stored tensor cannot fill `piece`, or None. Reads no data."""
+        """The reason why the stored tensor cannot fill `piece`, or None. Reads no data."""
         stored = self.index.get(piece.key)
         if stored is None:
             return f"{piece.key} is missing"

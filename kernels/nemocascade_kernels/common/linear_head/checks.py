@@ -10,7 +10,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_head(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> None:
-    """Raise ValueError, naming every fault, where the arguments do not fit together."""
+    """Raise ValueError, naming every fault, if the arguments are inconsistent."""
     faults = []
     if hidden.dim() != 2 or weight.dim() != 2 or target.dim() != 1:
         faults.append("shapes must be hidden [T, H], weight [V, H], target [T]")

@@ -1,7 +1,7 @@
-"""The walk over chunks of rows: which rows, how many at a time, and the matrix products.
+"""The loop over chunks of rows: selection of rows, chunk sizes, and the matrix products.
 
-Memory is bounded by one chunk's logits (two under vocabulary parallelism), whatever T is. Nothing
-here reads a value from the device on a GPU, so a walk can be captured in a CUDA graph.
+Memory is bounded by one chunk's logits (two under vocabulary parallelism), for any T. On a GPU
+nothing here synchronises with the host, so the loop can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-#: Bytes of logits that exist at a time. On a GPU a long chunk amortises the read and write of the
-#: weight gradient by each chunk's product; on a CPU the chunk should stay near the cache.
+#: Peak bytes of logits. On a GPU a long chunk amortises the read and write of the weight gradient
+#: in each chunk's product. On a CPU the chunk should be near the size of the cache.
 LOGITS_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 #: Rows of a chunk are a multiple of this, so that no product has a ragged last tile.
 ROW_MULTIPLE = 128
-#: On a GPU, rows of the logits buffer start on a line of this size, whatever V is: cuBLAS has no
+#: On a GPU, rows of the logits buffer are aligned to lines of this size for any V: cuBLAS has no
 #: fast kernel for rows that are not aligned to 16 bytes.
 LINE_BYTES = 128
 
@@ -29,10 +29,10 @@ LINE_BYTES = 128
 class Rows:
     """Rows to compute, compacted.
 
-    index: row of each slot, [size] int64; None where the slots are the rows themselves.
-    filled: how many slots hold a row to compute, scalar int64 on the device; None where all do.
-        The other slots hold rows that must not count, though the products run over them.
-    size: number of slots, known to the host.
+    index: row of each slot, [size] int64; None if the slots are the rows themselves.
+    filled: number of slots with a row to compute, scalar int64 on the device; None if all have one.
+        The other slots hold excluded rows, although the products run over them.
+    size: number of slots, known on the host.
     """
 
     index: Tensor | None
@@ -40,7 +40,7 @@ class Rows:
     size: int
 
     def active(self, chunk: slice) -> Tensor | None:
-        """Which slots of a chunk count, [R] bool; None where all do."""
+        """Mask of the slots of a chunk that count, [R] bool; None if all do."""
         if self.filled is None:
             return None
         return torch.arange(chunk.start, chunk.stop, device=self.filled.device) < self.filled
@@ -56,7 +56,7 @@ def all_rows(size: int) -> Rows:
 
 
 def trained_rows(token_weight: Tensor, active_rows: int | None) -> Rows:
-    """The rows whose weight is not zero, in order.
+    """The rows with non-zero weight, in order.
 
     On a CPU they are counted, and a count above `active_rows` raises ValueError. On a GPU the count
     stays on the device: see `static_slots`.
@@ -74,11 +74,10 @@ def trained_rows(token_weight: Tensor, active_rows: int | None) -> Rows:
 
 
 def static_slots(token_weight: Tensor, active_rows: int | None) -> Rows:
-    """Slots for the rows whose weight is not zero, without reading their number back.
+    """Slots for the rows with non-zero weight, without reading their number back.
 
-    There are `active_rows` slots, or T of them where that bound is not given; the rows that count
-    come first. Where the bound was too low, `filled > size`, and the caller must not go on as if
-    nothing were wrong.
+    There are `active_rows` slots, or T without that bound; the rows that count come first. If the
+    bound was too low, `filled > size`, and the caller must report it.
     """
     index, filled = partition(token_weight != 0)
     size = index.shape[0] if active_rows is None else min(active_rows, index.shape[0])
@@ -86,9 +85,9 @@ def static_slots(token_weight: Tensor, active_rows: int | None) -> Rows:
 
 
 def partition(active: Tensor) -> tuple[Tensor, Tensor]:
-    """A stable partition of active [T] bool: the rows that are true, in order, then the others.
+    """A stable partition of active [T] bool: the true rows in order, then the others.
 
-    Returns the rows [T] int64, and how many are true, a scalar int64 on the device.
+    Returns the rows [T] int64, and the number of true ones, a scalar int64 on the device.
     """
     rows = torch.arange(active.shape[0], device=active.device)
     true_before = torch.cumsum(active, 0) - active.long()
@@ -98,7 +97,7 @@ def partition(active: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunks(rows: int, weight: Tensor, buffers: int) -> list[slice]:
-    """Cut rows into equal chunks whose logits, in all buffers, take at most `LOGITS_BYTES`."""
+    """Split rows into equal chunks whose logits, in all buffers, take at most `LOGITS_BYTES`."""
     size, device = weight.element_size(), weight.device.type
     each = _chunk_rows(rows, _row_stride(weight.shape[0], size, device) * size, buffers, device)
     return [slice(start, min(start + each, rows)) for start in range(0, rows, max(each, 1))]
@@ -116,10 +115,10 @@ def _chunk_rows(rows: int, row_bytes: int, buffers: int, device: str) -> int:
 
 
 def logits_bytes(rows: int, vocabulary: int, element_size: int, *, device: str, ranks: int) -> int:
-    """Bytes of logits that `linear_policy_loss` holds at a time, for a planner.
+    """Peak bytes of logits in `linear_policy_loss`, for a planner.
 
-    rows: that it computes. vocabulary: of this rank's shard. element_size: of the weight. device:
-    "cuda" or "cpu". ranks: that share the vocabulary.
+    rows: number of computed rows. vocabulary: size of this rank's shard. element_size: that of the
+    weight. device: "cuda" or "cpu". ranks: number of ranks that share the vocabulary.
     """
     buffers = 1 + int(ranks > 1)
     row_bytes = _row_stride(vocabulary, element_size, device) * element_size
@@ -128,7 +127,7 @@ def logits_bytes(rows: int, vocabulary: int, element_size: int, *, device: str, 
 
 
 def logits_buffer(rows: int, weight: Tensor) -> Tensor:
-    """Memory for the logits of `rows` rows: [rows, V] with aligned rows, unwritten."""
+    """Allocate the logits of `rows` rows: [rows, V] with aligned rows, uninitialised."""
     stride = _row_stride(weight.shape[0], weight.element_size(), weight.device.type)
     buffer = torch.empty(rows, stride, dtype=weight.dtype, device=weight.device)
     return buffer[:, : weight.shape[0]]
@@ -150,7 +149,7 @@ def in_flight[Item, Started](
 ) -> None:
     """Start and finish every item in order, with up to `depth` more started than finished.
 
-    What `start` sends to other ranks travels while the next item starts.
+    Communication that `start` begins overlaps with the start of the next item.
     """
     started: deque[Started] = deque()
     for item in items:
@@ -162,17 +161,15 @@ def in_flight[Item, Started](
 
 
 def look_ahead(group: dist.ProcessGroup | None) -> int:
-    """Chunks in flight beyond the one at work: 1 where a collective must be hidden."""
+    """Chunks in flight beyond the current one: 1 if a collective must be hidden."""
     return int(group is not None and group.size() > 1)
 
 
 class WeightGradient:
     """`dW += dlogits.T @ hidden` over chunks, accumulated in float32.
 
-    kernels: the module of row kernels; one that has `add_product` is asked for the products that it
-        does better than torch.
-    into: the main gradient to add to, whose dtype is the caller's choice; None for a buffer of our
-        own.
+    kernels: the module of row kernels; its `add_product`, if any, replaces torch's products.
+    into: the main gradient to add to, in the caller's dtype; None for an own buffer.
     """
 
     def __init__(self, weight: Tensor, kernels: ModuleType, into: Tensor | None = None) -> None:
@@ -202,7 +199,7 @@ class WeightGradient:
         if total.dtype == left.dtype:
             return total.addmm_(left, hidden)
         if left.is_cuda:
-            # The product itself adds to the float32 sum.
+            # The GEMM accumulates into the float32 sum.
             return torch.addmm(total, left, hidden, out_dtype=torch.float32, out=total)
         return total.add_(torch.mm(left, hidden))
 
@@ -212,16 +209,16 @@ class WeightGradient:
         return torch.mm(left, hidden)
 
     def result(self) -> Tensor:
-        """The sum, [V, H], in float32 or, for a single chunk on a CPU, in the weight's dtype."""
+        """The sum [V, H], in float32 or, for a single chunk on a CPU, in the weight's dtype."""
         if self._total is None:
             self._total = torch.zeros_like(self._weight)
         return self._total
 
 
 def sum_over_shards(gradient: Tensor, group: dist.ProcessGroup | None) -> dist.Work | None:
-    """Start to sum a gradient in hidden states, in place, over the ranks that share the vocabulary.
+    """Start an in-place all-reduce of the gradient in hidden states over the vocabulary's shards.
 
-    Wait for the result before the gradient is read; None where there is nothing to wait for.
+    Wait for the result before the gradient is read; None if there is nothing to wait for.
     """
     if group is None or group.size() == 1:
         return None

@@ -1,4 +1,4 @@
-"""Row kernels in C++ for the CPU (csrc/linear_logprob/); see `torch.py` for what they compute."""
+"""Row kernels in C++ for the CPU (csrc/linear_logprob/); see `torch.py` for the definitions."""
 
 from __future__ import annotations
 

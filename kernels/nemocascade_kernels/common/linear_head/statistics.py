@@ -1,4 +1,4 @@
-"""What a row of logits is reduced to, and how shards of the vocabulary are put together."""
+"""Statistics of a row of logits, and how shards of the vocabulary are combined."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 class RowStatistics(NamedTuple):
     """Statistics of one shard's scaled logits x, by row; each [R] float32.
 
-    maximum: `m = max_j x_j`; total: `sum_j exp(x_j - m)`; target_logit: `x_target`, or -inf where
-    the target is of another shard; weighted: `sum_j exp(x_j - m) (x_j - m)`, for the entropy.
+    maximum: `m = max_j x_j`; total: `sum_j exp(x_j - m)`; target_logit: `x_target`, or -inf if
+    the target is in another shard; weighted: `sum_j exp(x_j - m) (x_j - m)`, for the entropy.
     """
 
     maximum: Tensor
@@ -23,7 +23,7 @@ class RowStatistics(NamedTuple):
 
 
 class RowResult(NamedTuple):
-    """Results of the whole vocabulary, by row; each [R] float32. entropy: None if not wanted."""
+    """Results of the whole vocabulary, by row; each [R] float32. entropy: None if not requested."""
 
     logprob: Tensor
     lse: Tensor
@@ -33,7 +33,7 @@ class RowResult(NamedTuple):
 def logprob_and_entropy(
     logits: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The definition: `log softmax(logits / temperature)[target]`, and the softmax's entropy.
+    """Definition of `log softmax(logits / temperature)[target]` and of the softmax's entropy.
 
     logits [T, V], target [T] int64. Returns logprob [T] and entropy [T], in float32 (float64 for
     float64 logits); both differentiable in logits.
@@ -58,7 +58,7 @@ class Gathering:
             )
 
     def wait(self) -> RowStatistics:
-        """The statistics of the whole vocabulary. On a GPU the stream waits, not the host."""
+        """Statistics of the whole vocabulary. On a GPU the stream waits, not the host."""
         if self._work is None:
             return self._local
         self._work.wait()
@@ -75,8 +75,8 @@ class Gathering:
 
 
 def finish(statistics: RowStatistics, valid: Tensor, entropy: bool) -> RowResult:
-    """Log-probability, log-sum-exp and entropy of rows; NaN where `valid` [R] bool says that the
-    target is outside the vocabulary.
+    """Log-probability, log-sum-exp and entropy of rows; NaN where `valid` [R] bool is False because
+    the target is outside the vocabulary.
     """
     log_total = statistics.total.log()
     lse = statistics.maximum + log_total

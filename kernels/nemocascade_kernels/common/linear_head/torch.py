@@ -1,6 +1,6 @@
-"""Row kernels in torch operators: the CPU path where the compiled library is missing.
+"""Row kernels in torch operators: the CPU path if the compiled library is missing.
 
-A row kernel works on the logits of a chunk of rows, between the matrix products. Every
+A row kernel processes the logits of a chunk of rows, between the matrix products. Every
 implementation (this one, `native`, `triton`) has the two functions below.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemocascade_kernels.common.linear_head.statistics import RowStatistics
 
-#: Bytes of float32 temporaries at a time: they should stay in cache.
+#: Peak bytes of float32 temporaries: they should stay in cache.
 BLOCK_BYTES = 8 << 20
 
 
@@ -26,8 +26,8 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
 def statistics(logits: Tensor, target: Tensor, scale: float, entropy: bool) -> RowStatistics:
     """Statistics of `x = scale * logits` by row.
 
-    logits [R, V] of any floating dtype; target [R] int64, outside [0, V) where the row's target is
-    not of this shard.
+    logits [R, V] of any floating dtype; target [R] int64, outside [0, V) if the row's target is
+    not in this shard.
     """
     rows, vocabulary = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -59,12 +59,11 @@ def gradient_(
     entropy: Tensor | None = None,
     entropy_slope: Tensor | None = None,
 ) -> None:
-    """Overwrite logits [R, V] with the gradient in them of `slope * logprob + entropy_slope *
-    entropy`.
+    """Overwrite logits [R, V] with their gradient of `slope * logprob + entropy_slope * entropy`.
 
     With `p = exp(x - lse)`: `scale * (slope (1[j = target] - p_j) - entropy_slope p_j (log p_j +
     entropy))`. lse, slope, entropy, entropy_slope are [R] float32. A row whose slopes are 0 becomes
-    0, whatever it held.
+    0, even if it held NaN.
     """
     vocabulary = logits.shape[1]
     for block in _blocks(logits):

@@ -1,15 +1,15 @@
 # The arguments of a jit function have no Python types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""Row kernels in Triton: what stands between the matrix products, one program a row.
+"""Row kernels in Triton, between the matrix products: one program a row.
 
-A program walks along its row in tiles of [lanes, VECTOR] elements. VECTOR neighbours are one load
-of a thread, so a reduction over them stays in its registers; the lanes keep their own running
-maximum and sums and meet once, at the row's end. Exponentials are base 2, as the hardware has them.
-Offsets of rows are 64-bit.
+A program loops over its row in tiles of [lanes, VECTOR] elements. VECTOR neighbours are one load
+of a thread, so a reduction over them stays in its registers. The lanes keep their own running
+maximum and sums, which are reduced once, at the row's end. Exponentials are base 2, like the
+hardware instruction. Row offsets are 64-bit.
 
-Where V is not a multiple of VECTOR, a mask by element would split every load into single elements.
-So rows with room behind them (PADDED) are masked by whole vectors: what is read there is replaced,
-and what is written there belongs to nobody.
+If V is not a multiple of VECTOR, a mask by element would split every load into single elements.
+So rows with padding (PADDED) are masked by whole vectors. Values read from the padding are
+replaced, and values written to it are unused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-#: Stands for "no element yet", and must be finite: the difference of two infinities is NaN.
+#: Maximum of no elements. It must be finite: the difference of two infinities is NaN.
 LOWEST = tl.constexpr(-3.0e38)
 
 
@@ -57,7 +57,7 @@ def tile_columns(BLOCK: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def readable(vocabulary, PADDED: tl.constexpr, VECTOR: tl.constexpr):
-    """End of what may be read and written of a row: in whole vectors where the row is padded."""
+    """End of the accessible elements of a row, in whole vectors if the row is padded."""
     return tl.cdiv(vocabulary, VECTOR) * VECTOR if PADDED else vocabulary
 
 
@@ -71,8 +71,8 @@ def reduce_row(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Of `x2 = logits * scale * log2(e)`: maximum m2, sum of 2^(x2 - m2), and the same sum weighted
-    with x2 - m2.
+    """Reduce `x2 = logits * scale * log2(e)`: maximum m2, sum of 2^(x2 - m2), and the same sum
+    weighted with x2 - m2.
     """
     columns = tile_columns(BLOCK, VECTOR)
     end = readable(vocabulary, PADDED, VECTOR)
@@ -90,7 +90,7 @@ def reduce_row(
         shift = maximum - larger
         decay = tl.exp2(shift)
         if ENTROPY:
-            # Outside the row e is 0 and the difference -inf: their product must count nothing.
+            # Outside the row e is 0 and the difference -inf: their product must be 0, not NaN.
             weighted = (weighted + total * tl.maximum(shift, LOWEST)) * decay
             weighted += tl.sum(e * tl.where(inside, difference, 0.0), axis=1)
         total = total * decay + tl.sum(e, axis=1)
@@ -118,8 +118,9 @@ def write_gradient(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Overwrite a row of logits with its gradient, from its end to its start: what was read last is
-    still in cache. target is -1 where it is not of this shard. See `gradient_` in torch.py.
+    """Overwrite a row of logits with its gradient, from end to start: the end is still in cache.
+
+    target is -1 if it is not in this shard. See `gradient_` in torch.py.
     """
     columns = tile_columns(BLOCK, VECTOR)
     end = readable(vocabulary, PADDED, VECTOR)
@@ -143,7 +144,7 @@ def write_gradient(
 def write_zeros(
     row_ptr, vocabulary, PADDED: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """Overwrite a row with zeros, unread."""
+    """Overwrite a row with zeros without reading it."""
     end = readable(vocabulary, PADDED, VECTOR)
     columns = tile_columns(BLOCK, VECTOR)
     zeros = tl.zeros([BLOCK // VECTOR, VECTOR], row_ptr.dtype.element_ty)
@@ -153,7 +154,7 @@ def write_zeros(
 
 @triton.jit
 def load_target(row_ptr, target_ptr, row, vocabulary, scale):
-    """The target's column, -1 where it is not of this shard, and its scaled logit, -inf there."""
+    """The target's column and its scaled logit; -1 and -inf if it is not in this shard."""
     target = tl.load(target_ptr + row)
     inside = (target >= 0) & (target < vocabulary)
     column = tl.where(inside, target, 0)
@@ -175,7 +176,7 @@ def statistics_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """out [4, rows]: maximum, total, target_logit, weighted of each row. One program a row."""
+    """Write maximum, total, target_logit and weighted to out [4, rows]. One program a row."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     top, total, weighted = reduce_row(
@@ -236,7 +237,7 @@ def gradient_kernel(
 
 
 def is_padded(logits: Tensor, config: RowConfig) -> bool:
-    """Whether every row starts on a whole vector and has room for one that is begun at its end."""
+    """True if every row starts on a whole vector and is padded to whole vectors."""
     stride = logits.stride(0)
     whole = -(-logits.shape[1] // config.VECTOR) * config.VECTOR
     return stride % config.VECTOR == 0 and stride >= whole
@@ -293,8 +294,8 @@ def gradient_(
         )
 
 
-#: What ahead-of-time compilation stands for: a vocabulary with the largest tile, and the dtypes
-#: with the sizes of their elements.
+#: Cases for ahead-of-time compilation: a vocabulary with the largest tile, and the dtypes with
+#: their element sizes.
 _AOT_VOCABULARY = 131072
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -304,7 +305,7 @@ def aot_row_kernel(
 ) -> AotKernel:
     """A kernel with one program a row, as a launcher calls it on logits of a dtype.
 
-    arguments, constants: those that it has besides the logits' own.
+    arguments, constants: those in addition to the logits' own.
     """
     from nemocascade_kernels.compile import AotKernel
 
