@@ -1,4 +1,4 @@
-"""Which implementation runs, by argument, by variable, by itself; what is said of the others."""
+"""Selection of the implementation, by argument, variable or default; reasons for the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for the GPUs that matter, without a spill and without a GPU."""
+"""Every Triton kernel compiles for the relevant GPUs, without spills and without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of decoding against their definitions in float64, and a row's bits in any company."""
+"""The decode operators against their definitions in float64, and their batch invariance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of every level of the processor, not of the best one alone."""
+"""The compiled CPU kernels of every level of the processor, not only of the best one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""linear_policy_loss against its definition in float64, and its promises one by one."""
+"""linear_policy_loss against its definition in float64, and each of its guarantees."""
 
 from __future__ import annotations
 

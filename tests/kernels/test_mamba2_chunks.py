@@ -1,4 +1,4 @@
-"""The cut of a pack into chunks."""
+"""Split of a pack into chunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fla-core's kernels in `mamba2`: their agreement with ours (on a GPU), and the cut of calls."""
+"""fla-core's kernels in `mamba2`: their agreement with ours (on a GPU), and the split of calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mamba-2's mixer in C++: its bits, its memory, and what its operators refuse."""
+"""Mamba-2's mixer in C++: bit-identity, memory, and the argument checks of its operators."""
 
 from __future__ import annotations
 

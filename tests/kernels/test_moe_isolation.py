@@ -1,4 +1,4 @@
-"""On the CPU a token's bits do not depend on the tokens around it, however those are routed."""
+"""Batch invariance on the CPU: a token's result is bit-identical for any routing of the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measures that the other tests rely on can fail."""
+"""The error measures of the other tests can fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two ranks with half of the vocabulary each give what one rank with all of it gives."""
+"""Two ranks with half of the vocabulary each give the result of one rank with all of it."""
 
 from __future__ import annotations
 

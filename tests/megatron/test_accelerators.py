@@ -1,4 +1,4 @@
-"""Detection of optional packages: what is used, what is refused and why, what is demanded."""
+"""Detection of optional packages: those used, those unavailable and why, those required."""
 
 from __future__ import annotations
 

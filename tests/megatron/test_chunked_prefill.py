@@ -1,4 +1,4 @@
-"""Reading a text in pieces equals reading it as a whole: states, logits, tokens, routing."""
+"""Chunked prefill of a text equals its prefill at once: states, logits, tokens, routing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of a chunk over the KV cache, beside the softmax written out in float64."""
+"""Attention of a chunk over the KV cache, against an explicit softmax in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders to artifacts and back: the same bits, the same logits, nothing unseen."""
+"""Hugging Face folders to artifacts and back: bit-identical tensors, equal logits, all checked."""
 
 from __future__ import annotations
 

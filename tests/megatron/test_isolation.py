@@ -1,7 +1,7 @@
-"""A document never sees another: not in any layer, not in the loss.
+"""Documents of a pack are isolated, in every layer and in the loss.
 
 One document's last token is changed. Every other document's final hidden states, log-probabilities
-and input gradients must stay bit-identical; and a packed document must equal itself alone.
+and input gradients must stay bit-identical. A packed document must also equal itself unpacked.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The whole model beside transformers' own, the outside oracle: outputs and every gradient.
+"""The whole model against transformers' own as the oracle: outputs and every gradient.
 
-transformers reads one document at a time; ours reads them packed, with a padding tail. Weights are
-random everywhere, norms, biases and decays included, so that no tensor can be left out unseen.
+transformers gets one document at a time; our model gets them packed, with padding. All weights are
+random, including norms, biases and decays, so that a missing tensor is noticed.
 """
 
 from __future__ import annotations

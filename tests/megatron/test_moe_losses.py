@@ -1,4 +1,4 @@
-"""The routers' auxiliary losses on packed documents, beside their definition on each document."""
+"""The routers' auxiliary losses on packed documents, against their definition by document."""
 
 from __future__ import annotations
 

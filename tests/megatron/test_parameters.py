@@ -1,4 +1,4 @@
-"""The number of parameters: as published, as transformers has them, by hand, and really built."""
+"""Number of parameters, against published numbers, transformers, a formula and a built model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Activations of a long prompt that is read in pieces do not grow with it.
+"""Activation memory of chunked prefill does not grow with the prompt.
 
-Each prompt is read in a process of its own, which tells how far its memory rose while it read.
+Each prompt is prefilled in a process of its own, which reports the growth of its peak memory.
 """
 
 from __future__ import annotations

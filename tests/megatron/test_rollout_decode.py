@@ -1,4 +1,4 @@
-"""Decoding by steps on the live layers: prompt and steps together equal the packed forward."""
+"""Decoding on the live layers: prefill and decode steps together equal the packed forward."""
 
 from __future__ import annotations
 

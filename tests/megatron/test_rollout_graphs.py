@@ -1,7 +1,7 @@
-"""The buffers of captured steps: sizes, fillers, and what is captured again.
+"""The buffers of captured decode steps: sizes, padding, and recapture.
 
-A capture on a CPU stands in for a CUDA graph: its replay computes from the static inputs into the
-static output, and from nothing else.
+A capture on a CPU replaces a CUDA graph: its replay computes only from the static inputs into the
+static output.
 """
 
 from __future__ import annotations

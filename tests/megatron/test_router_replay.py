@@ -1,4 +1,4 @@
-"""Router replay on one process: what is recorded, what is replayed, and where gradients go."""
+"""Router replay in one process: recorded choices, replayed choices, and gradients."""
 
 from __future__ import annotations
 

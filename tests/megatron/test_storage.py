@@ -1,4 +1,4 @@
-"""Sharded storage: any tiling reads any other, and no damage to a folder goes unnoticed."""
+"""Sharded storage: any tiling reads any other, and all damage to a folder is detected."""
 
 from __future__ import annotations
 

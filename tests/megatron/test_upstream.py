@@ -1,4 +1,4 @@
-"""Importing Megatron-Core through our door changes nothing else of the process."""
+"""Importing Megatron-Core changes nothing else in the process; its developer notes are hidden."""
 
 from __future__ import annotations
 
