@@ -1,4 +1,4 @@
-// Opens the namespace of a native library and says what was built into it. Compiled once for each
+// Opens the namespace of a native library and reports its build. It is compiled once for each
 // library; an op adds itself with STABLE_TORCH_LIBRARY_FRAGMENT in csrc/<op>/bindings.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
@@ -7,15 +7,15 @@
 
 namespace {
 
-// CUDA's version and architectures; empty where CUDA was not built.
+// CUDA's version and architectures; empty if CUDA was not built.
 std::string cuda_built() { return NEMOCASCADE_CUDA_SUMMARY; }
 
-// Why CUDA was not built; empty where it was.
+// The reason why CUDA was not built; empty if it was.
 std::string cuda_refusal() { return NEMOCASCADE_CUDA_REFUSAL; }
 
 }  // namespace
 
-// The macros of torch paste their namespace argument, so it must be expanded before.
+// torch's macros paste their namespace argument, so it must be expanded first.
 #define DEFINE_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
 #define IMPLEMENT_LIBRARY(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
 

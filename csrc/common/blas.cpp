@@ -1,7 +1,7 @@
 #include "common/blas.h"
 
-// libtorch_cpu exports them where it was built with MKL; absent where the BLAS is another or
-// hidden.
+// libtorch_cpu exports them if it was built with MKL; they are absent with another or a hidden
+// BLAS.
 extern "C" __attribute__((weak)) void sgemm_(const char* transpose_a, const char* transpose_b,
                                              const int* m, const int* n, const int* k,
                                              const float* alpha, const float* a, const int* lda,
@@ -18,7 +18,7 @@ namespace {
 
 int narrow(int64_t value) { return static_cast<int>(value); }
 
-// BLAS counts in columns: what it sees are the transposes of our matrices.
+// BLAS is column-major: it gets the transposes of our matrices.
 void call(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, Matrix<float> a,
           Matrix<float> b, float beta, float* c) {
   const int rows = narrow(m), columns = narrow(n), depth = narrow(k);

@@ -1,4 +1,4 @@
-// Matrix products by the BLAS that torch was built with. All matrices are row by row.
+// Matrix products by the BLAS that torch was built with. All matrices are row-major.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct Matrix {
   int64_t stride;
 };
 
-// Whether the float32 products below can be called from here.
+// True if the float32 products below are available.
 bool has_float_product();
 
 // out [rows, n] = x [rows, k] times weight [k, n], or times the transpose of weight [n, k].
@@ -23,11 +23,11 @@ void multiply(const float* x, const float* weight, bool transposed, int64_t rows
 void add_outer(Matrix<float> left, Matrix<float> right, int64_t rows, int64_t m, int64_t n,
                float* out);
 
-// Whether there is a product of bfloat16 matrices into float32. MKL has it; torch offers it to
-// nobody.
+// True if a product of bfloat16 matrices into float32 is available. MKL has it; torch does not
+// expose it.
 bool has_bf16_product();
 
-// The same for the bits of bfloat16: `out = left^T right`, or `+=` where `add` is set.
+// The same for the bits of bfloat16: `out = left^T right`, or `+=` if `add` is set.
 void outer(Matrix<uint16_t> left, Matrix<uint16_t> right, int64_t rows, int64_t m, int64_t n,
            bool add, float* out);
 

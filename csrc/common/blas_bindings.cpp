@@ -15,7 +15,7 @@ nemocascade::blas::Matrix<uint16_t> matrix(const Tensor& tensor, const char* nam
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && tensor.stride(1) == 1 &&
                       tensor.scalar_type() == ScalarType::BFloat16,
                   name, " must be a bfloat16 CPU matrix with contiguous rows");
-  // BLAS counts in 32 bits.
+  // BLAS has 32-bit sizes.
   STD_TORCH_CHECK(tensor.stride(0) <= std::numeric_limits<int>::max() &&
                       tensor.size(0) <= std::numeric_limits<int>::max(),
                   name, " has ", tensor.size(0), " rows, ", tensor.stride(0),

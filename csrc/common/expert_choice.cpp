@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-// The compiler makes a version of the loops for each level of x86-64 and picks one at load time.
+// The compiler makes a version of the loops for each level of x86-64; one is selected at load time.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EACH_CPU \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
@@ -19,10 +19,10 @@
 namespace nemocascade {
 namespace {
 
-// Below every key.
+// A value below every key.
 constexpr int64_t kNone = std::numeric_limits<int64_t>::min();
 
-// Integers in the order of the floats; a NaN is above all, and -0 equals 0.
+// Maps floats to integers of the same order; a NaN is above all, and -0 equals 0.
 INLINE int32_t ordered(float value) {
   const int32_t bits = std::bit_cast<int32_t>(value + 0.0f);
   const int32_t key = bits < 0 ? bits ^ 0x7fffffff : bits;
@@ -33,11 +33,11 @@ INLINE int32_t ordered(float value) {
 constexpr int32_t kLanes = 8;
 typedef int64_t Keys __attribute__((vector_size(kLanes * sizeof(int64_t))));
 
-// Vectors that hold n keys.
+// Number of vectors that hold n keys.
 constexpr int32_t vectors(int32_t n) { return (n + kLanes - 1) / kLanes; }
 
-// Keys of n values: no two are equal, and of equal values the lower id has the larger key. `keys`
-// has room for vectors(n) * kLanes; those past n are below every key.
+// Computes unique keys of n values: among equal values the lower id has the larger key. `keys` has
+// vectors(n) * kLanes elements; those past n are below every key.
 INLINE void make_keys(const float* values, int32_t n, int64_t* keys) {
   for (int32_t i = 0; i < n; ++i) {
     keys[i] = (static_cast<int64_t>(ordered(values[i])) << 32) | (n - 1 - i);
@@ -45,7 +45,7 @@ INLINE void make_keys(const float* values, int32_t n, int64_t* keys) {
   std::fill(keys + n, keys + vectors(n) * kLanes, kNone);
 }
 
-// Ids of the largest keys, largest first. A pass over all keys for each, without a branch that
+// Ids of the largest keys, largest first. Each takes a pass over all keys, without a branch that
 // depends on them.
 INLINE void largest(const int64_t* keys, int32_t n, int32_t count, int32_t* ids) {
   const Keys none = Keys{} + kNone;
@@ -87,7 +87,7 @@ INLINE void weigh(const float* scores, const int32_t* chosen, const RouterSettin
   for (int32_t k = 0; k < settings.top_k; ++k) weights[k] = weights[k] / divisor * settings.scale;
 }
 
-// Takes the experts outside the token's best groups out of the running.
+// Excludes the experts outside the token's best groups.
 INLINE void keep_best_groups(const float* biased, const RouterSettings& settings,
                              float* group_scores, int64_t* group_keys, int32_t* kept,
                              int64_t* keys) {

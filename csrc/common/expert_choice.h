@@ -1,12 +1,12 @@
-// The choice of a token's experts and its sort by expert: what every implementation is given and
-// makes, and both on the CPU.
+// The choice of a token's experts and the sort by expert: inputs and outputs of all
+// implementations, and the functions for the CPU.
 #pragma once
 
 #include <cstdint>
 
 namespace nemocascade {
 
-// A group is judged by the sum of this many of its best biased scores.
+// The score of a group is the sum of this many of its best biased scores.
 constexpr int kScoresPerGroup = 2;
 // Added to the sum of the chosen scores before the division.
 constexpr float kNormalizeEpsilon = 1e-20f;
@@ -14,13 +14,13 @@ constexpr float kNormalizeEpsilon = 1e-20f;
 struct RouterSettings {
   int32_t experts;     // E
   int32_t top_k;       // K
-  int32_t groups;      // groups of equal size that the experts form
-  int32_t top_groups;  // how many of them a token may use
+  int32_t groups;      // number of equal groups of experts
+  int32_t top_groups;  // maximum number of groups for a token
   bool normalize;      // divide the chosen scores by their sum
   float scale;         // factor on the weights
 };
 
-// The settings of an operator's arguments.
+// Makes the settings from an operator's arguments.
 inline RouterSettings router_settings(int64_t experts, int64_t top_k, int64_t groups,
                                       int64_t top_groups, bool normalize, double scale) {
   return {static_cast<int32_t>(experts),
@@ -32,9 +32,9 @@ inline RouterSettings router_settings(int64_t experts, int64_t top_k, int64_t gr
 }
 
 // Chooses K experts for the tokens [begin, end).
-//   scores [T, E]; bias [E] or null; mask [T] or null: 0 for a token that goes to no expert;
+//   scores [T, E]; bias [E] or null; mask [T] or null: 0 for a token without experts;
 //   given [T, K] or null: these experts instead of a choice.
-// Writes experts [T, K] (E where there is none) and weights [T, K].
+// Writes experts [T, K] (E means none) and weights [T, K].
 void choose_experts(const float* scores, const float* bias, const bool* mask, const int32_t* given,
                     const RouterSettings& settings, int64_t begin, int64_t end, int32_t* experts,
                     float* weights);
@@ -47,7 +47,7 @@ struct Sorted {
   int32_t* positions;  // [T * K]
 };
 
-// Sorts slots by expert with a stable counting sort; the id E stands for no expert and sorts last.
+// Sorts slots by expert with a stable counting sort; the id E means no expert and sorts last.
 void sort_slots(const int32_t* experts, int64_t slots, int32_t num_experts, const Sorted& sorted);
 
 }  // namespace nemocascade

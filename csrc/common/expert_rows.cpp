@@ -5,11 +5,11 @@
 namespace nemocascade::NEMOCASCADE_LEVEL {
 namespace {
 
-// max(x, 0); a NaN stays one.
+// max(x, 0); a NaN stays NaN.
 INLINE Floats relu(Floats x) { return x < 0.0f ? fill(0.0f) : x; }
 
 // Calls f(j, load, store) for every vector of a row of `width` elements. `load` and `store` take
-// the vector at element j of a row; the last one may be cut short.
+// the vector at element j of a row; the last one may be partial.
 template <typename F>
 INLINE void for_each_vector(int64_t width, const F& f) {
   int64_t j = 0;

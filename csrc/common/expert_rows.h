@@ -1,5 +1,5 @@
-// Loops over rows of experts on the CPU: what stands between their products. A row's result does
-// not depend on where it stands.
+// Loops over rows of experts on the CPU, between their matrix products. A row's result does not
+// depend on its position.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,12 @@
 
 namespace nemocascade {
 
-// What `activate_gradient` makes of a row i < count, with w = weights[slots[i]] and g the gradient
+// Outputs of `activate_gradient` for a row i < count, with w = weights[slots[i]] and g the gradient
 // of its unweighted activation.
 struct ActivationGradient {
   float* active;  // [size, width]: w act(h)
   float* h;       // [size, U]: w act'(h) g, and zeros from `count` on
-  float* dots;    // act(h) . g at slots[i]; null: not wanted
+  float* dots;    // act(h) . g at slots[i]; null: not computed
 };
 
 struct ExpertRows {
@@ -29,7 +29,7 @@ struct ExpertRows {
                             int64_t width, const ActivationGradient& out);
 
   // out[t] = sum_k weights[t, k] * rows[positions[t, k]], in the order of k, for the tokens
-  // [begin, end). Without weights they are 1. Positions from `filled` on add nothing.
+  // [begin, end). Without weights they are 1. Positions from `filled` on are excluded.
   void (*combine)(const float* rows, const int32_t* positions, const float* weights, int64_t filled,
                   int64_t top_k, int64_t hidden, int64_t begin, int64_t end, float* out);
 };

@@ -1,5 +1,5 @@
-// What a kernel and its launch need of the CUDA language beyond C++. The tests have their own
-// version of this file, which runs the same kernels on the CPU.
+// CUDA language features of kernels and launches beyond C++. The tests have their own version of
+// this file, which runs the same kernels on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

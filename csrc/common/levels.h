@@ -9,12 +9,12 @@
 
 namespace nemocascade {
 
-// Whether the library was compiled for the level and this processor has it.
+// True if the library was compiled for the level and this processor has it.
 inline bool has_level(const char* level) {
   if (std::strcmp(level, "base") == 0) return true;
 #ifdef NEMOCASCADE_X86_LEVELS
 #ifdef __clang__
-  // Its older versions do not know the levels by name.
+  // Older versions of clang do not know the levels by name.
   const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") &&
@@ -30,8 +30,8 @@ inline bool has_level(const char* level) {
   return false;
 }
 
-// The highest that this processor has, or the one that NEMOCASCADE_CPU_LEVEL names. Throws
-// std::runtime_error if there is no such level here.
+// The highest level of this processor, or the one that NEMOCASCADE_CPU_LEVEL names. Throws
+// std::runtime_error if that level is unavailable.
 inline const char* best_level() {
   static const char* const best = [] {
     if (const char* named = std::getenv("NEMOCASCADE_CPU_LEVEL")) {
@@ -47,7 +47,7 @@ inline const char* best_level() {
 
 }  // namespace nemocascade
 
-// The table or function `name` of the processor's level; `space` is where the levels stand.
+// The table or function `name` of the processor's level; `space` contains the levels' namespaces.
 #ifdef NEMOCASCADE_X86_LEVELS
 #define NEMOCASCADE_BEST_OF(space, name)                                       \
   (std::strcmp(nemocascade::best_level(), "v4") == 0   ? space::level_v4::name \

@@ -1,4 +1,4 @@
-// The logits of a linear head, as row kernels for the CPU take them.
+// The logits of a linear head, input of the row kernels for the CPU.
 #pragma once
 
 #include <cstdint>

@@ -8,8 +8,8 @@
 namespace nemocascade::NEMOCASCADE_LEVEL {
 namespace {
 
-// Sums of e = exp(x - top), and of e (x - top) where kWeighted; x = scale * logit. Where kKeep, e
-// goes to `kept`, which has room for whole vectors: the gradient then needs no second exponential.
+// Sums of e = exp(x - top), and of e (x - top) if kWeighted; x = scale * logit. If kKeep, e is
+// written to `kept`, of whole vectors: the gradient then needs no second exponential.
 template <bool kWeighted, bool kKeep, typename T>
 INLINE void row_sums(const T* row, int64_t size, float scale, float top, float* kept, float* total,
                      float* weighted) {
@@ -18,7 +18,7 @@ INLINE void row_sums(const T* row, int64_t size, float scale, float top, float* 
     const Floats x = logits * scale - top;
     const Floats e = exponential(x);
     totals[u] += e;
-    // 0 * -inf, beyond the row's end, must count nothing.
+    // 0 * -inf, beyond the row's end, must be 0.
     if constexpr (kWeighted) products[u] += e == 0.0f ? fill(0.0f) : e * x;
     if constexpr (kKeep) store(kept + at, e);
   };

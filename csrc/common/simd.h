@@ -1,6 +1,6 @@
 // Vectors of floats in the compiler's own type, as wide as a register of the level of the processor
-// that a file is compiled for. CMakeLists.txt sets the level's name and lanes. What is compiled for
-// one level must not be linked into another, so no template of the standard library is used here.
+// that a file is compiled for. CMakeLists.txt sets the level's name and lanes. Code of one level
+// must not be linked into another, so no template of the standard library is used here.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ constexpr int64_t kDoubleLanes = kLanes / 2;
 // Rows of matrices are padded to a multiple of this, at every level.
 constexpr int64_t kPad = 16;
 constexpr float kLowest = -__builtin_inff();
-// Independent chains of operations, so that the latency of one hides behind the others.
+// Independent chains of operations, so that the others hide the latency of one.
 constexpr int64_t kUnroll = 4;
 constexpr int64_t kStep = kLanes * kUnroll;
 
@@ -32,8 +32,8 @@ typedef float FloatHalf __attribute__((vector_size(kDoubleLanes * sizeof(float))
 typedef int32_t IntHalf __attribute__((vector_size(kDoubleLanes * sizeof(int32_t))));
 typedef float Quad __attribute__((vector_size(4 * sizeof(float))));
 
-// Numbers too small for float's full precision count as zero while this exists. Decays make many,
-// and processors of x86 take a hundred times longer over them.
+// Denormals are flushed to zero while this object exists. Decays produce many, and x86 processors
+// are a hundred times slower on them.
 class FlushDenormals {
 #if defined(__x86_64__)
  public:
@@ -59,8 +59,8 @@ INLINE To bits_as(From from) {
 
 INLINE Floats fill(float value) { return Floats{} + value; }
 
-// Through a type of its element's alignment, not as bytes: bytes might be anything's, so that every
-// store would make the compiler read all else again.
+// A type with its element's alignment, instead of bytes: bytes may alias everything, so the
+// compiler would reload all other values after every store.
 template <typename Vector, typename T>
 INLINE Vector load_as(const T* from) {
   typedef Vector Unaligned __attribute__((aligned(alignof(T))));
@@ -81,7 +81,7 @@ INLINE void store(T* to, Vector values) {
   *reinterpret_cast<Unaligned*>(to) = values;
 }
 
-// Rounds to the nearest, ties to even; a NaN stays one.
+// Rounds to the nearest, ties to even; a NaN stays NaN.
 INLINE void store(Bf16* to, Floats values) {
   const Words bits = bits_as<Words>(values);
   const Words rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
@@ -94,7 +94,7 @@ INLINE void store(Bf16* to, Floats values) {
 INLINE float widen(float value) { return value; }
 INLINE float widen(Bf16 value) { return bits_as<float>(static_cast<uint32_t>(value) << 16); }
 
-// The first elements of a vector, the last of a row, with `filler` after them.
+// Loads the last elements of a row into the first of a vector, with `filler` after them.
 template <typename T>
 INLINE Floats load_tail(const T* from, int64_t count, float filler) {
   Floats values = fill(filler);
@@ -138,7 +138,7 @@ INLINE void copy(const float* from, int64_t count, float* to) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
 }
 
-// `count` elements into a padded row, with zeros after them.
+// Copies `count` elements into a padded row, with zeros after them.
 template <typename T>
 INLINE void widen_row(const T* from, int64_t count, float* to) {
   int64_t j = 0;
@@ -147,7 +147,7 @@ INLINE void widen_row(const T* from, int64_t count, float* to) {
   for (; j % kPad != 0; ++j) to[j] = 0.0f;
 }
 
-// The first `count` elements of a padded row.
+// Copies the first `count` elements of a padded row.
 template <typename T>
 INLINE void narrow_row(const float* from, int64_t count, T* to) {
   int64_t j = 0;
@@ -220,7 +220,7 @@ INLINE float sum(Floats values) {
   return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-// Rows become columns.
+// Transposes the vectors.
 INLINE void transpose_quads(Quad& a, Quad& b, Quad& c, Quad& d) {
   const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
   const Quad ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
@@ -239,7 +239,7 @@ INLINE Quad sums(Floats first, Floats second, Floats third, Floats fourth) {
   return (a + b) + (c + d);
 }
 
-// exp(x) to about 2 units in the last place for x <= 0 or not far above; 0 below -87, NaN for NaN.
+// exp(x) to about 2 ulp for x <= 0 or slightly above; 0 below -87, NaN for NaN.
 // 2^t = 2^n 2^f with n the nearest integer to t; 2^f on [-1/2, 1/2] by its Taylor polynomial of
 // degree 7, whose error there is below 1e-8.
 INLINE Floats exponential(Floats x) {
@@ -258,7 +258,7 @@ INLINE Floats exponential(Floats x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  // The integer n stands in the low bits of `shifted`; it moves to the exponent's place.
+  // The integer n is in the low bits of `shifted`; it is shifted to the exponent's bits.
   const Ints power = bits_as<Ints>(shifted) << 23;
   const Floats scaled = bits_as<Floats>(bits_as<Ints>(p) + power);
   const Floats cut = x < -87.0f ? fill(0.0f) : scaled;

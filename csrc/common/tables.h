@@ -1,6 +1,6 @@
-// A table of functions, or one, whose source is compiled for each level of the processor: `name`
-// stands in the namespace of each one. NEMOCASCADE_LEVELS_OF declares them; levels.h has
-// NEMOCASCADE_BEST_OF, the processor's. This header is for what is compiled for a level.
+// A function or a table of functions, compiled for each level of the processor: `name` is in the
+// namespace of each level. NEMOCASCADE_LEVELS_OF declares them; NEMOCASCADE_BEST_OF of levels.h
+// selects the processor's. This header is for code that is compiled for a level.
 #pragma once
 
 #ifdef NEMOCASCADE_X86_LEVELS

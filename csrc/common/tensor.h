@@ -23,7 +23,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Data of a contiguous tensor of this type, on the CPU or on a GPU, that holds `count` elements.
-// `name` stands in the error.
+// `name` is for the error message.
 inline void* checked_data(const Tensor& tensor, bool cuda, ScalarType type, int64_t count,
                           const char* name) {
   STD_TORCH_CHECK((cuda ? tensor.is_cuda() : tensor.is_cpu()) && tensor.is_contiguous() &&
@@ -43,7 +43,7 @@ T* elements(const Tensor& tensor, int64_t count, const char* name) {
   return static_cast<T*>(checked_data(tensor, false, type_of<T>, count, name));
 }
 
-// Null where there is no tensor.
+// Null if there is no tensor.
 template <typename T>
 T* elements(const std::optional<Tensor>& tensor, int64_t count, const char* name) {
   return tensor.has_value() ? elements<T>(*tensor, count, name) : nullptr;
@@ -109,7 +109,7 @@ void for_each_row(const Tensor& logits, const Tensor& target, double scale, Floa
                       (logits.size(1) == 1 || logits.stride(1) == 1) &&
                       (is_bf16(logits) || logits.scalar_type() == ScalarType::Float),
                   "logits must be a float32 or bfloat16 CPU matrix with contiguous rows");
-  // Rows that a thread takes at least: fewer cost more to hand out than to do.
+  // Minimum rows of a thread: for fewer, scheduling costs more than the work.
   constexpr int64_t kRowsAtATime = 4;
   const int64_t rows = logits.size(0);
   const int64_t* ids = elements<int64_t>(target, rows, "target");

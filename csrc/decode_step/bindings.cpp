@@ -28,9 +28,9 @@ const nemocascade::decode_step::Mixers& mixers() {
   return best;
 }
 
-// Multiplications that a thread takes at least: fewer cost more to hand out than to do.
+// Minimum multiplications of a thread: for fewer, scheduling costs more than the work.
 constexpr int64_t kWork = 1 << 17;
-// Columns are handed out so many at a time.
+// Number of columns that a thread takes at a time.
 constexpr int64_t kColumns = 8;
 
 std::vector<const float*> row_pointers(const float* x, int64_t rows, int64_t depth) {
@@ -39,7 +39,7 @@ std::vector<const float*> row_pointers(const float* x, int64_t rows, int64_t dep
   return pointers;
 }
 
-// Products of one depth and number of columns, handed out together.
+// Products of one depth and number of columns, scheduled together.
 void multiply(const std::vector<Product>& products) {
   if (products.empty()) return;
   const int64_t columns = products[0].columns, blocks = (columns + kColumns - 1) / kColumns;

@@ -50,7 +50,7 @@ INLINE int64_t inverted(const float* logits, int64_t limit, float scale, float t
     if (before + blocks[block] > target) break;
     before += blocks[block];
   }
-  // Rounding may leave nothing above the target: then it is the last id that has a weight.
+  // If rounding leaves no sum above the target, the result is the last id with a weight.
   if (block == count) {
     block = last;
     before -= blocks[last];

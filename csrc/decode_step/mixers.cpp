@@ -28,13 +28,13 @@ INLINE void stored(float* to, int64_t count, Floats values) {
   }
 }
 
-// out[i] = silu(conv) of channels [first, first + count), whose states move on by a token.
+// out[i] = silu(conv) of channels [first, first + count); advances their states by a token.
 INLINE void convolve(const Mamba& m, const float* x, int64_t first, int64_t count, float* conv,
                      float* out) {
   const int64_t channels = m.channels(), last = m.width - 1;
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t c = first + i, lanes = smaller(kLanes, count - i);
-    // The taps of a channel stand together, those of neighbours K apart.
+    // The taps of a channel are contiguous; those of neighbouring channels are K apart.
     const auto tap = [&](int64_t k) __attribute__((always_inline)) {
       Floats values = {};
       for (int64_t lane = 0; lane < lanes; ++lane) {
@@ -54,7 +54,7 @@ INLINE void convolve(const Mamba& m, const float* x, int64_t first, int64_t coun
   }
 }
 
-// kRows rows of a head's state move on by a token; y = S C, one for each row and zeros.
+// Advances kRows rows of a head's state by a token; y = S C, one for each row, padded with zeros.
 template <int kRows>
 INLINE Quad scan_rows(int64_t size, float decay, const float* added, const float* b, const float* c,
                       float* state) {
@@ -81,7 +81,7 @@ INLINE Quad scan_rows(int64_t size, float decay, const float* added, const float
   return sums(totals[0], totals[1], totals[2], totals[3]);
 }
 
-// The state of a head moves on by a token; y = S C + D x replaces x [head_dim].
+// Advances the state of a head by a token; y = S C + D x replaces x [head_dim].
 INLINE void scan(const Mamba& m, int64_t head, float step, const float* b, const float* c,
                  float* state, float* x) {
   const float decay = std::exp(step * m.a[head]), skip = m.d[head];
@@ -98,7 +98,7 @@ INLINE void scan(const Mamba& m, int64_t head, float step, const float* b, const
   }
 }
 
-// The products of a query with kKeys keys, and zeros.
+// The products of a query with kKeys keys, padded with zeros.
 template <int kKeys>
 INLINE Quad dots(const float* query, const float* keys, int64_t dim) {
   const int64_t whole = dim / kLanes * kLanes, rest = dim - whole;
@@ -119,7 +119,7 @@ INLINE Quad dots(const float* query, const float* keys, int64_t dim) {
 // The weighted sum of `length` rows, kLanes columns of them at `values`; `lanes` columns count.
 INLINE Floats weighted(const float* weights, const float* values, int64_t dim, int64_t length,
                        int64_t lanes) {
-  // Four chains, so that an addition need not wait for the one before.
+  // Four chains, so that an addition does not wait for the previous one.
   Floats totals[4] = {};
   int64_t t = 0;
   if (lanes == kLanes) {

@@ -42,7 +42,7 @@ INLINE void block(const Product& p, int64_t row, int64_t column) {
   }
 }
 
-// A column of the last few, padded to four with itself.
+// A remaining column, padded to four with itself.
 INLINE void last_column(const Product& p, int64_t row, int64_t column) {
   Floats total = {};
   const float* w = p.w + column * p.depth;
@@ -67,7 +67,7 @@ INLINE void columns_of_rows(const Product& p, int64_t column) {
 void product(const Product& p, int64_t begin, int64_t end) {
   int64_t column = begin;
   if (p.rows < kRows) {
-    // More columns at a time hide the additions' latency.
+    // Several columns at a time hide the latency of additions.
     for (; column + 8 <= end; column += 8) {
       for (int64_t row = 0; row < p.rows; ++row) block<1, 8>(p, row, column);
     }

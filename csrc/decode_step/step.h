@@ -1,7 +1,7 @@
-// One token for each of many sequences, on the CPU in float32.
+// Decode operators, one token for each of many sequences, on the CPU in float32.
 //
-// A row's result is made by the same operations in the same order whatever rows stand beside it, so
-// that a generated text does not depend on its batch. All matrices are contiguous, rows first.
+// They are batch-invariant: a row's result comes from the same operations in the same order for any
+// other rows. All matrices are contiguous and row-major.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,7 @@ struct Mamba {
   int64_t inner() const { return heads * head_dim; }
   int64_t channels() const { return inner() + 2 * groups * state; }
   int64_t group_width() const { return inner() / groups; }
-  // Floats of scratch that a call needs.
+  // Number of scratch floats of a call.
   int64_t scratch() const { return group_width() + 2 * state; }
 };
 

@@ -72,7 +72,7 @@ void gradient(const Logits<T>& logits, const int64_t* target, int64_t begin, int
                             entropy_slope);
     }
     if (inside) {
-      // Made anew, not read back and added to: p may have been rounded.
+      // Recomputed instead of read back and added to: p may have been rounded.
       const float log_p = at_target * scale - lse;
       const float p = std::exp(log_p);
       const float factor =

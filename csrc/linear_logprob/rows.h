@@ -1,4 +1,4 @@
-// Row kernels on logits for the CPU: what stands between the matrix products of a policy loss.
+// Row kernels on logits for the CPU, between the matrix products of a policy loss.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +14,10 @@ struct Statistics {
   float* maximum;
   float* total;
   float* target_logit;
-  float* weighted;  // null: not wanted
+  float* weighted;  // null: not computed
 };
 
-// What `RowKernels::gradient` needs of a row. entropy and entropy_slope may both be null.
+// Inputs of `RowKernels::gradient` for each row. entropy and entropy_slope may both be null.
 struct Slopes {
   const float* lse;
   const float* slope;
@@ -35,7 +35,7 @@ struct RowKernels {
   StatisticsOf<Bf16> statistics_bf16;
 
   // Overwrites rows [begin, end) with the gradient of slope * logprob + entropy_slope * entropy. A
-  // row whose slopes are both 0 becomes 0, whatever it held.
+  // row whose slopes are both 0 becomes 0, even if it held NaN.
   template <typename T>
   using GradientOf = void (*)(const Logits<T>& logits, const int64_t* target, int64_t begin,
                               int64_t end, const Slopes& slopes);

@@ -13,7 +13,7 @@ namespace {
 
 constexpr float kNan = __builtin_nanf("");
 
-// Room for a row of floats.
+// Buffer for a row of floats.
 class Room {
  public:
   explicit Room(int64_t count)
@@ -105,7 +105,7 @@ INLINE void rows(const Logits<T>& logits, const int64_t* target, int64_t begin, 
         continue;
       }
       scale_row(kept.get(), size, -scale * slope / total, row);
-      // Made anew, not read back and added to: it may have been rounded.
+      // Recomputed instead of read back and added to: it may have been rounded.
       if (inside) store_tail(row + target[r], 1, fill(-scale * slope * std::expm1(logprob)));
     }
   }

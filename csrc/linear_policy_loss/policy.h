@@ -11,7 +11,7 @@ namespace nemocascade::linear_policy_loss {
 // Objectives that the kernel knows. The numbers are those of linear_policy_loss/native.py.
 enum class Kind : int64_t { kNll = 0, kGrpo = 1, kGrpoKl = 2, kMopd = 3 };
 
-// f of a token: two constants of each token and two settings, as the twins of triton.py have them.
+// f of a token: two per-token constants and two settings, like the twins of triton.py.
 struct Objective {
   Kind kind;
   const float* weight;
@@ -29,9 +29,9 @@ struct Result {
 
 // For logits of float and of Bf16.
 //
-// Loss, log-probability and entropy (0 where it is not wanted) of rows [begin, end); where
-// `gradient` is set, the logits become grad_scale times the gradient. A row whose slope is 0
-// becomes 0, whatever it held. A target outside [0, vocabulary) makes NaN.
+// Loss, log-probability and entropy (0 if not requested) of rows [begin, end). If `gradient` is
+// set, the logits become grad_scale times the gradient. A row whose slope is 0 becomes 0, even if
+// it held NaN. A target outside [0, vocabulary) makes NaN.
 struct PolicyRows {
   template <typename T>
   using Of = void (*)(const Logits<T>& logits, const int64_t* target, int64_t begin, int64_t end,

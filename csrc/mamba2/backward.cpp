@@ -3,7 +3,7 @@
 namespace nemocascade::mamba2::NEMOCASCADE_LEVEL {
 namespace {
 
-// Chunks whose entering states are held at once; for those before them one state is kept.
+// Number of chunks whose entering states are in memory; one state is kept for those before them.
 constexpr int64_t kHeldStates = 64;
 
 constexpr int64_t chunks_of(Document document) {
@@ -12,7 +12,7 @@ constexpr int64_t chunks_of(Document document) {
 
 constexpr int64_t parts_of(int64_t chunks) { return (chunks + kHeldStates - 1) / kHeldStates; }
 
-// The gradients of one chunk, laid out as the values in Group. The recurrence over chunks runs
+// The gradients of one chunk, laid out like the values in Group. The recurrence over chunks runs
 // backwards: `leaving` is the gradient of the state after the chunk, `entering` of that before it.
 struct Gradients {
   Group& g;
@@ -21,13 +21,13 @@ struct Gradients {
   const Rows& d_zxbcdt;
   int64_t at = 0, rows = 0, tiles = 0;
   bool left = false;             // the document has a chunk after this one
-  const float* state = nullptr;  // before the chunk; null if the document begins here
-  float *act, *slope;            // of act; of SiLU by its input
-  float* pre;                    // before SiLU, and below it of the next chunk's first rows
-  float *y, *read;               // of y; what C reads of the entering state, scaled
+  const float* state = nullptr;  // before the chunk; null if the document starts here
+  float *act, *slope;            // of act; derivative of SiLU
+  float* pre;                    // before SiLU; the next chunk's first rows follow
+  float *y, *read;               // of y; product of C and the entering state, scaled
   float *decays, *squares;       // [ratio, 32, 32] of each head; of mixing
   float *scores, *score_sums;    // of scores; [32], one head's sums over rows
-  float *b_columns, *c_columns;  // [state_width, 32]: of B and C by way of the states
+  float *b_columns, *c_columns;  // [state_width, 32]: of B and C through the states
   float *x_columns, *y_columns;  // [head_width, 32]: x and dy of a head, transposed
   float *entering, *leaving;
   float* added;                                      // [32, head_width]
@@ -76,7 +76,7 @@ struct Gradients {
   INLINE float* head_decays(int64_t h) const { return decays + h * kSquare; }
 };
 
-// The gated norm of row t: the gradient of y, of z, and of the norm's weight.
+// The gradients of y, of z, and of the weight from the gated norm of row t.
 INLINE void gate_backward(Gradients& d, int64_t t) {
   Group& g = d.g;
   const Shape& s = g.shape;
@@ -112,13 +112,13 @@ INLINE void gate_backward(Gradients& d, int64_t t) {
   g.write_heads(d.z, d.d_zxbcdt, d.at + t);
 }
 
-// What acts on a head's dt and on the logarithms of its decays, `l`.
+// The gradients of a head's dt and of the logarithms of its decays, `l`.
 struct StepGradients {
   float dt[kChunk];
   double log[kChunk];
 };
 
-// Within the chunk: d.scores, d.mixing (scores times decays, for d x), and the steps'.
+// Within the chunk: d.scores, d.mixing (scores times decays, for d x), and those of the steps.
 INLINE void within_backward(Gradients& d, int64_t h, StepGradients& steps) {
   Group& g = d.g;
   const Shape& s = g.shape;
@@ -145,7 +145,7 @@ INLINE void within_backward(Gradients& d, int64_t h, StepGradients& steps) {
         const Floats part = decay == 0.0f ? decay : own * square;
         store(d.g.mixing + k, mixed);
         store(d.scores + k, load(d.scores + k) + (decay == 0.0f ? decay : decay * square * dt));
-        // A term acts on l_i and, reversed, on l_j: on the diagonal they are the same.
+        // A term is added to l_i and subtracted from l_j: on the diagonal it cancels.
         const Ints diagonal = lane == static_cast<int32_t>(i + r - j);
         const Floats apart = diagonal ? fill(0.0f) : part;
         columns[j / kLanes] += apart;
@@ -173,7 +173,7 @@ INLINE void add_columns(const Group& g, const float* states, const float* from, 
           });
 }
 
-// y += exp(l) C S: what the entering state gives and gets.
+// Backward of y += exp(l) C S, the contribution of the entering state.
 INLINE void entering_backward(Gradients& d, int64_t h, StepGradients& steps) {
   Group& g = d.g;
   const Shape& s = g.shape;
@@ -192,7 +192,7 @@ INLINE void entering_backward(Gradients& d, int64_t h, StepGradients& steps) {
   for (int64_t t = 0; t < d.rows; ++t) steps.log[t] += dots[t];
 }
 
-// S' = exp(l_last) S + B^T (kept dt x): what the leaving state gets, and in d.added of dt x.
+// Backward of S' = exp(l_last) S + B^T (kept dt x), the leaving state; d.added: that of dt x.
 INLINE void leaving_backward(Gradients& d, int64_t h, StepGradients& steps) {
   Group& g = d.g;
   const Shape& s = g.shape;
@@ -225,7 +225,7 @@ INLINE void leaving_backward(Gradients& d, int64_t h, StepGradients& steps) {
   steps.log[d.rows - 1] += total;
 }
 
-// From the gradients by `l` to those of dt, A and dt_bias.
+// Computes the gradients of dt, A and dt_bias from those of `l`.
 INLINE void steps_backward(Gradients& d, int64_t h, const StepGradients& steps) {
   Group& g = d.g;
   const HeadDecays& decays = g.decays[h];
@@ -269,7 +269,7 @@ INLINE void head_backward(Gradients& d, int64_t h) {
   steps_backward(d, h, steps);
 }
 
-// B and C in d.act, from the scores and the states.
+// Writes the gradients of B and C to d.act, from those of the scores and the states.
 INLINE void shared_backward(Gradients& d) {
   const Group& g = d.g;
   const Shape& s = g.shape;
@@ -287,12 +287,12 @@ INLINE void shared_backward(Gradients& d) {
                         s.state_width, add_to(d.b()));
 }
 
-// d.act is of silu(conv): the gradients of the convolution's input and parameters.
+// Computes the gradients of the convolution's input and parameters from d.act, that of silu(conv).
 INLINE void convolution_backward(Gradients& d) {
   const Group& g = d.g;
   const Shape& s = g.shape;
   const int64_t window = g.sizes.window;
-  // The next chunk's first rows move below this one's.
+  // The next chunk's first rows are moved after this chunk's rows.
   float* below = d.pre + d.rows * s.channels;
   if (d.left) {
     copy(d.pre, s.before * s.channels, below);
@@ -302,7 +302,7 @@ INLINE void convolution_backward(Gradients& d) {
   for (int64_t j = 0; j < d.rows * s.channels; j += kLanes)
     store(d.pre + j, load(d.act + j) * load(d.slope + j));
   for (int64_t j = 0; j < s.channels; j += kLanes)
-    for (int64_t k = 0; k <= window; ++k) {  // the last round is the bias
+    for (int64_t k = 0; k <= window; ++k) {  // the last iteration is the bias
       Floats total = load(d.conv_sums + k * s.channels + j);
       for (int64_t t = 0; t < d.rows; ++t) {
         const Floats up = load(d.pre + t * s.channels + j);
@@ -352,7 +352,7 @@ INLINE void chunk_backward(Gradients& d, int64_t begin) {
   d.leaving = entering;
 }
 
-// Adds the float sums to the double ones, and clears them.
+// Adds the float sums to the double sums, and clears them.
 INLINE void flush(Gradients& d) {
   const Group& g = d.g;
   const Shape& s = g.shape;
@@ -374,8 +374,8 @@ INLINE void flush(Gradients& d) {
   clear(d.weight_sums, s.width);
 }
 
-// The states before chunks [first, end) of a document, of which the first's is `entering`; each is
-// given to `place`, which says where the next one goes.
+// Computes the states before chunks [first, end) of a document; the first one is `entering`. Each
+// is passed to `place`, which returns the address of the next one.
 template <typename Place>
 INLINE void sweep(Group& g, Document document, int64_t first, int64_t end, const float* entering,
                   const Place& place) {
@@ -395,7 +395,7 @@ INLINE void document_backward(Gradients& d, Document document) {
   Group& g = d.g;
   const int64_t size = g.shape.states;
   const int64_t chunks = chunks_of(document), parts = parts_of(chunks);
-  // A part's first state is made from the one before, in place until the part begins.
+  // A part's first state is computed from the previous one, in place until the part starts.
   for (int64_t part = 1; part < parts; ++part) {
     float* to = d.firsts + part * size;
     sweep(g, document, (part - 1) * kHeldStates, part * kHeldStates + 1,

@@ -22,9 +22,9 @@ struct Range {
   int64_t count;
 };
 
-// Ranges of like numbers of rows: at most kRanges, of at least kRangeRows rows unless the pack has
-// fewer. They depend on the documents alone, not on the threads, so sums over ranges in their order
-// are always the same.
+// Ranges of similar numbers of rows: at most kRanges, of at least kRangeRows rows unless the pack
+// has fewer. They depend only on the documents, not on the threads, so sums over ranges in order
+// are deterministic.
 constexpr int64_t kRanges = 32;
 constexpr int64_t kRangeRows = 256;
 
@@ -44,7 +44,7 @@ std::vector<Range> cut(const std::vector<Document>& documents) {
   return ranges;
 }
 
-// run(range, task) for each group of each range. One thread's tasks come from a common counter, so
+// Calls run(range, task) for each group of each range. Threads take tasks from a common counter, so
 // that none waits for another's long document.
 template <typename F>
 void for_each_task(const std::vector<Document>& documents, const std::vector<Range>& ranges,
@@ -59,7 +59,7 @@ void for_each_task(const std::vector<Document>& documents, const std::vector<Ran
   });
 }
 
-// The documents of cu_seqlens [D + 1], int32, which must rise from 0 to `total`.
+// The documents of cu_seqlens [D + 1], int32, which must increase from 0 to `total`.
 std::vector<Document> documents_of(const Tensor& cu_seqlens, int64_t total) {
   const int64_t count = cu_seqlens.numel() - 1;
   const int32_t* bounds = elements<int32_t>(cu_seqlens, count + 1, "cu_seqlens");
@@ -74,7 +74,7 @@ std::vector<Document> documents_of(const Tensor& cu_seqlens, int64_t total) {
   return documents;
 }
 
-// Views of a [elements of all parameters] buffer, in the order of Parameters.
+// Views of a buffer [elements of all parameters], in the order of Parameters.
 template <typename T>
 Parameters<T> split(const Sizes& s, T* buffer) {
   const auto take = [&](int64_t count) {
@@ -82,7 +82,7 @@ Parameters<T> split(const Sizes& s, T* buffer) {
     buffer += count;
     return piece;
   };
-  // In braces, members are made in their order.
+  // In braces, members are initialised in order.
   return {take(s.channels() * s.window),
           take(s.channels()),
           take(s.heads),
@@ -161,7 +161,7 @@ void mamba2_backward(const Tensor& zxbcdt, const Tensor& parameters, const Tenso
   const auto documents = documents_of(cu_seqlens, total);
   const auto ranges = cut(documents);
   const Backward run = NEMOCASCADE_BEST_OF(nemocascade::mamba2, backward);
-  // A sum for each range, added in their order: the same for any number of threads.
+  // A sum for each range, added in order: deterministic for any number of threads.
   std::vector<double> sums(ranges.size() * static_cast<size_t>(count));
   for_each_task(documents, ranges, s.groups, [&](size_t range, const Task& task) {
     double* own = sums.data() + range * static_cast<size_t>(count);

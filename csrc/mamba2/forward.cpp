@@ -33,7 +33,7 @@ void run(const Sizes& sizes, const Parameters<const float>& parameters, const Ta
     const Document document = task.documents[index];
     const float* entering = nullptr;
     if (document.state != nullptr) {
-      // What pads the heads is the last document's until here.
+      // Clear the padding of the heads, which holds the previous document's values.
       clear(state, shape.states);
       g.read_state(document.state, state);
       entering = state;

@@ -1,4 +1,4 @@
-// One group of heads on the rows of one chunk: what forward and backward both compute.
+// One group of heads on the rows of one chunk: computations shared by forward and backward.
 #pragma once
 
 #include "mamba2/mamba2.h"
@@ -7,17 +7,17 @@
 namespace nemocascade::mamba2::NEMOCASCADE_LEVEL {
 
 constexpr int64_t kSquare = kChunk * kChunk;
-// Bound of |l - l_last / 2| in a chunk: its exponential is far from double's limits.
+// Bound of |l - l_last / 2| in a chunk: its exponential is far below double's maximum.
 constexpr double kExponent = 600.0;
 
-// Consecutive columns of a row of zxbcdt, and where they stand in a padded row.
+// Consecutive columns of a row of zxbcdt, and their position in a padded row.
 struct Segment {
   int64_t source;
   int64_t length;
   int64_t place;
 };
 
-// Sizes of one group with every head and B and C padded to whole vectors: x, B, C of a row.
+// Sizes of one group. In a row x, B, C, every head and B and C are padded to whole vectors.
 struct Shape {
   int64_t ratio, head_dim, head_width, width, state, state_width, channels, before, states;
 
@@ -33,7 +33,7 @@ struct Shape {
         states(state_width * width) {}
 };
 
-// Floats of a task, handed out in pieces that begin at cache lines and hold zeros.
+// Floats of a task, allocated in pieces that start at cache lines and hold zeros.
 class Memory {
  public:
   explicit Memory(int64_t floats) : storage_(new float[static_cast<size_t>(floats + kPad)]()) {
@@ -55,7 +55,7 @@ class Memory {
   float* next_;
 };
 
-// The decays of a chunk's rows for one head; ssd.py names them. Beyond the rows: zeros.
+// The decays of a chunk's rows for one head, named as in ssd.py. Beyond the rows: zeros.
 struct HeadDecays {
   double e[kChunk], inverse[kChunk];
   float dt[kChunk], slope[kChunk], opened[kChunk], kept[kChunk];
@@ -121,7 +121,7 @@ struct Group {
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
-  // x by head, B and C.
+  // The segments are x by head, B and C.
   INLINE int64_t num_segments() const { return shape.ratio + 2; }
   INLINE Segment segment(int64_t index) const {
     const int64_t inner = sizes.inner(), part = index - shape.ratio;
@@ -135,13 +135,13 @@ struct Group {
   INLINE const float* b() const { return act + shape.width; }
   INLINE const float* c() const { return act + shape.width + shape.state_width; }
   INLINE int64_t head(int64_t h) const { return group * shape.ratio + h; }
-  // Of z in a row of zxbcdt, and of the output.
+  // The first column of z in a row of zxbcdt, and of the output.
   INLINE int64_t first_column() const { return group * shape.ratio * sizes.head_dim; }
   INLINE int64_t dt_column() const {
     return sizes.inner() + sizes.channels() + group * shape.ratio;
   }
 
-  // The group's heads in a row of z or of the output, padded each.
+  // Reads the group's heads from a row of z or of the output, each padded.
   INLINE void read_heads(const Rows& rows, int64_t row, float* to) const {
     for (int64_t h = 0; h < shape.ratio; ++h)
       read(rows, row, first_column() + h * shape.head_dim, shape.head_dim,
@@ -154,7 +154,7 @@ struct Group {
             first_column() + h * shape.head_dim);
   }
 
-  // Rows of a pack are far apart, so that the processor does not see by itself which come next.
+  // Rows of a pack are far apart, so the hardware prefetcher does not find the next ones.
   INLINE void prefetch_row(int64_t row, int64_t channels) const {
     for (int64_t index = 0; index < num_segments(); ++index) {
       const Segment part = segment(index);
@@ -166,7 +166,7 @@ struct Group {
     prefetch(rows, row, first_column(), shape.ratio * shape.head_dim);
   }
 
-  // Row t of the inputs before a document, as a padded row.
+  // Reads row t of the inputs before a document as a padded row.
   INLINE void read_before(const float* inputs, int64_t t, int64_t channels, float* to) const {
     const Rows rows{const_cast<float*>(inputs), sizes.channels(), false};
     for (int64_t index = 0; index < num_segments(); ++index) {
@@ -176,7 +176,7 @@ struct Group {
     }
   }
 
-  // The group's part of a state [heads, head_dim, state], laid as `advance` leaves it.
+  // Reads the group's part of a state [heads, head_dim, state] into the layout of `advance`.
   INLINE void read_state(const float* from, float* to) const {
     for (int64_t h = 0; h < shape.ratio; ++h)
       for (int64_t p = 0; p < shape.head_dim; ++p) {
@@ -186,7 +186,7 @@ struct Group {
       }
   }
 
-  // As `read_state`, the other way.
+  // The inverse of `read_state`.
   INLINE void write_state(const float* from, float* to) const {
     for (int64_t h = 0; h < shape.ratio; ++h)
       for (int64_t p = 0; p < shape.head_dim; ++p) {
@@ -196,10 +196,10 @@ struct Group {
       }
   }
 
-  // raw and act of `rows` rows from `at`, in the first `channels` of a padded row; act is zero
-  // beyond the rows. slope: receives the derivative of SiLU, or null. begin: of the document.
-  // next: the first row of the chunk that comes next; negative if there is none. inputs: of the
-  // rows before the document, or null for zeros.
+  // Computes raw and act of `rows` rows from `at`, in the first `channels` of a padded row; act is
+  // zero beyond the rows. slope: output for the derivative of SiLU, or null. begin: first row of
+  // the document. next: first row of the next chunk; negative if there is none. inputs: rows before
+  // the document, or null for zeros.
   INLINE void convolve(int64_t at, int64_t rows, int64_t begin, int64_t next, int64_t channels,
                        float* slope, const float* inputs = nullptr) {
     for (int64_t t = 0; t < shape.before + rows; ++t) {
@@ -233,7 +233,7 @@ struct Group {
     for (int64_t t = rows; t < kChunk; ++t) clear(act + t * shape.channels, channels);
   }
 
-  // dt of head h and its derivative by its input, in `rows` rows from `at`.
+  // Computes dt of head h and its derivative by its input, in `rows` rows from `at`.
   INLINE void steps(int64_t at, int64_t rows, int64_t h, HeadDecays& d) const {
     const float shift = given.dt_bias[head(h)];
     float inputs[kChunk] = {};
@@ -249,7 +249,7 @@ struct Group {
     clear(d.dt + rows, kChunk - rows);
   }
 
-  // The decays of every head in `rows` rows from `at`.
+  // Computes the decays of every head in `rows` rows from `at`.
   INLINE void decay(int64_t at, int64_t rows) {
     constexpr double kBound = 2 * kExponent / kChunk;
     for (int64_t h = 0; h < shape.ratio; ++h) {
@@ -279,7 +279,7 @@ struct Group {
     }
   }
 
-  // exp(l_i - l_j) of a head, zero above the diagonal and beyond the rows.
+  // Computes exp(l_i - l_j) of a head, zero above the diagonal and beyond the rows.
   INLINE static void decay_matrix(const HeadDecays& d, int64_t tiles, float* to) {
     const IntHalf lane = lanes<IntHalf, kDoubleLanes>();
     for (int64_t i = 0; i < tiles; ++i)
@@ -294,7 +294,7 @@ struct Group {
       }
   }
 
-  // mixing[i, j] = scores[i, j] * decays[i, j] * dt[j], zero where the decay is.
+  // mixing[i, j] = scores[i, j] * decays[i, j] * dt[j], zero where the decay is zero.
   INLINE void mixing_matrix(const float* decay_ij, const float* dt, int64_t tiles) {
     for (int64_t i = 0; i < tiles; ++i)
       for (int64_t j = 0; j < kChunk; j += kLanes) {
@@ -311,8 +311,8 @@ struct Group {
                 __attribute__((always_inline)) { store(scores + i * kChunk + j, value); });
   }
 
-  // y + D x of head h, whose decay matrix is made. entering: the state before the chunk, or null.
-  // read: receives what C reads of it, scaled, or null.
+  // Computes y + D x of head h from its decay matrix. entering: the state before the chunk, or
+  // null. read: output for the scaled product of C and that state, or null.
   INLINE void mix(int64_t h, int64_t tiles, const float* decay_ij, const float* entering,
                   float* read) {
     const HeadDecays& d = decays[h];

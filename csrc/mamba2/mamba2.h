@@ -4,9 +4,10 @@
 //   y = scan(x, softplus(dt + dt_bias), A, B, C, D)
 //   out = group RMSNorm(y * silu(z)) * weight
 //
-// kernels/nemocascade_kernels/mamba2/reference.py defines it, and ssd.py says how the scan becomes
-// matrix products within chunks of 32 rows. Here a group of heads runs through a document at once:
-// its convolution, scan and norm need nothing of another group, and its state stays in the caches.
+// kernels/nemocascade_kernels/mamba2/reference.py defines it, and ssd.py explains how the scan
+// becomes matrix products within chunks of 32 rows. Here a group of heads is computed through a
+// whole document: its convolution, scan and norm are independent of other groups, and its state
+// stays in the caches.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@
 
 namespace nemocascade::mamba2 {
 
-// Rows of a chunk; the convolution reaches no further than into the one before.
+// Rows of a chunk; the convolution reads no further back than the previous chunk.
 constexpr int64_t kChunk = 32;
 constexpr int64_t kLargestWindow = kChunk + 1;
 
@@ -36,7 +37,7 @@ struct Sizes {
   int64_t columns() const { return inner() + channels() + heads; }
 };
 
-// W = channels(). All contiguous. The same struct holds the gradients, which are sums in double.
+// W = channels(). All are contiguous. The same struct holds the gradients, as sums in double.
 template <typename T>
 struct Parameters {
   T* conv_weight;  // [W, K]
@@ -58,7 +59,7 @@ struct Document {
   float* final_state = nullptr;
 };
 
-// The part of the work that one thread does at a time: a group of heads in some documents.
+// A unit of work for a thread: a group of heads in some documents.
 struct Task {
   const Document* documents;
   int64_t count;

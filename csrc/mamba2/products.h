@@ -10,12 +10,12 @@ using namespace nemocascade::NEMOCASCADE_LEVEL;
 
 // Rows that a product computes at once; numbers of rows are multiples of it.
 constexpr int64_t kTile = 8;
-// Vectors of columns that it computes at once: as many sums as registers can hold.
+// Vectors of columns that a product computes at once: as many sums as registers can hold.
 constexpr int64_t kTileVectors = kLanes == 16 ? 2 : 1;
 
 constexpr int64_t whole_tiles(int64_t rows) { return (rows + kTile - 1) / kTile * kTile; }
 
-// The left factor: element (i, k) stands at data[i * row + k * column].
+// The left factor: element (i, k) is data[i * row + k * column].
 struct Left {
   const float* data;
   int64_t row;
@@ -24,7 +24,7 @@ struct Left {
 
 INLINE Left transposed(const float* data, int64_t row) { return {data, 1, row}; }
 
-// Where the left factor is not zero.
+// The non-zero part of the left factor.
 enum class Part { kAll, kLower, kUpper };
 
 template <int64_t kVectors, typename Emit>
@@ -44,7 +44,7 @@ INLINE void product_tile(Left a, const float* b, int64_t b_row, int64_t first, i
     for (int64_t v = 0; v < kVectors; ++v) emit(i + r, j + v * kLanes, sums[r][v]);
 }
 
-// emit(i, j, sum_k a[i, k] b[k, j .. j + kLanes]) for every vector of the product.
+// Calls emit(i, j, sum_k a[i, k] b[k, j .. j + kLanes]) for every vector of the product.
 template <Part kPart = Part::kAll, typename Emit>
 INLINE void product(Left a, const float* b, int64_t b_row, int64_t rows, int64_t depth,
                     int64_t width, const Emit& emit) {

@@ -15,7 +15,7 @@ using nemocascade::moe_experts::Piece;
 using nemocascade::moe_experts::Task;
 using torch::stable::Tensor;
 
-// Rows of a backward's window: a multiple of them for every thread keeps all busy.
+// Minimum rows of a backward's window, in total and for each thread, so that all are busy.
 constexpr int64_t kWindowRows = 2048, kWindowRowsPerThread = 512;
 
 // The BLAS that torch was built with must be callable.
@@ -23,8 +23,8 @@ void check_product() {
   STD_TORCH_CHECK(nemocascade::blas::has_float_product(), "this torch exports no sgemm_");
 }
 
-// Every thread takes the next task when it has done one. Products inside must run on one thread
-// each, which BLAS does within a parallel region: so there is one, however few the tasks.
+// Every thread takes the next task when it has finished one. Products inside must run on one thread
+// each, as BLAS does within a parallel region: so there is one even for few tasks.
 void run(int64_t count, int64_t scratch_floats, const Task& task) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(
@@ -36,7 +36,7 @@ void run(int64_t count, int64_t scratch_floats, const Task& task) {
       });
 }
 
-// The arguments, checked: pieces [P, 4] int64 must cover slots one after the other.
+// Checks and converts the arguments: pieces [P, 4] int64 must cover consecutive slots.
 Experts experts_of(int64_t hidden, const Tensor& order, const Tensor& positions,
                    const Tensor& weights, const Tensor& w_up, const Tensor& w_down,
                    const Tensor& pieces, bool swiglu) {
@@ -113,7 +113,7 @@ void moe_experts_backward(const Tensor& grad, const Tensor& x, const Tensor& h, 
 
 bool moe_experts_has_product() { return nemocascade::blas::has_float_product(); }
 
-// The product that the experts' pieces use, alone: out = x @ weight, or x @ weight.T.
+// The product of the experts' pieces on its own: out = x @ weight, or x @ weight.T.
 void moe_experts_product(const Tensor& x, const Tensor& weight, bool transposed, Tensor out) {
   check_product();
   const int64_t rows = x.size(0), k = x.size(1), n = weight.size(transposed ? 0 : 1);

@@ -14,9 +14,9 @@ namespace {
 using blas::add_outer;
 using blas::multiply;
 
-// Tokens whose rows a thread adds up at a time.
+// Tokens whose rows a thread sums at a time.
 constexpr int64_t kTokensAtATime = 64;
-// A weight's gradient is cut into blocks of a multiple of this many rows.
+// A weight's gradient is split into blocks of a multiple of this many rows.
 constexpr int64_t kBlockRows = 32;
 
 const ExpertRows& loops() {
@@ -30,7 +30,7 @@ int64_t largest_size(const Experts& experts) {
   return size;
 }
 
-// A product into `out`, of which only `count` rows may be written; `scratch` takes all of them.
+// A product into `out`, of which only `count` rows may be written; `scratch` holds all rows.
 void multiply_into(const float* x, const float* weight, bool transposed, const Piece& piece,
                    int64_t k, int64_t n, float* scratch, float* out) {
   const bool exact = piece.count == piece.size;
@@ -48,7 +48,7 @@ void combine_all(const Experts& experts, const float* rows, const float* weights
   });
 }
 
-// Consecutive pieces, and where each begins in the buffers of their intermediate results.
+// Consecutive pieces, and the offset of each in the buffers of intermediate results.
 struct Window {
   int64_t first_piece, end_piece;
   std::vector<int64_t> starts;
@@ -68,7 +68,7 @@ std::vector<Window> windows_of(const Experts& experts, int64_t limit) {
   return windows;
 }
 
-// Rows of a window: gathered x and gradient, and what the weights' gradients are made of.
+// Rows of a window: gathered x and gradient, and the factors of the weights' gradients.
 struct Buffers {
   float *x, *grad, *active, *grad_h;
 };
@@ -86,7 +86,7 @@ class Backward {
            const Gradients& gradients)
       : experts_(experts), grad_(grad), x_(x), h_(h), gradients_(gradients) {}
 
-  // Everything that belongs to one piece but the weights' gradients.
+  // Computes everything for one piece except the weights' gradients.
   void piece(const Window& window, int64_t index, const Buffers& buffers, float* scratch) const {
     const Piece& piece = experts_.pieces[index];
     const int64_t start = window.starts[index - window.first_piece];
@@ -110,7 +110,7 @@ class Backward {
     }
   }
 
-  // The blocks of a window's weight gradients: at least two a thread, so that none waits long.
+  // The blocks of a window's weight gradients: at least two a thread, to balance the load.
   std::vector<Block> blocks(const Window& window, int64_t threads) const {
     std::vector<Block> whole;
     for (int64_t i = window.first_piece; i < window.end_piece;) {
@@ -144,7 +144,7 @@ class Backward {
     float* out =
         (block.up ? gradients_.up : gradients_.down) +
         (experts_.pieces[block.first_piece].expert * left_width + block.begin) * right_width;
-    // Only an expert's last piece holds fewer rows than its size: the rows lie end to end.
+    // Only an expert's last piece holds fewer rows than its size: the rows are contiguous.
     const int64_t first = window.starts[block.first_piece - window.first_piece];
     const int64_t last = block.end_piece - 1;
     const int64_t rows =

@@ -1,9 +1,9 @@
 // The routed experts on the CPU, in float32: forward and all gradients.
 //
-// Slots (token, choice) are sorted by expert and cut into pieces, rows of one expert that are
+// Slots (token, choice) are sorted by expert and split into pieces: rows of one expert that are
 // multiplied at once. A piece's rows are gathered, multiplied, activated and multiplied again while
-// they are in the cache; nothing permuted is kept. Threads take one piece after the other, and each
-// calls the matrix library for itself, so no product waits for another thread.
+// they are in the cache; no permuted copy is saved. Threads take one piece after the other. Each
+// calls the matrix library on its own, so no product waits for another thread.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +12,14 @@
 namespace nemocascade::moe_experts {
 
 // Rows [first, first + count) of the sorted slots, all of one expert. The products run over `size`
-// rows, the last of them zeros: the size decides which of the library's kernels run. Only the last
-// piece of an expert may have count < size.
+// rows, padded with zeros, because the size determines the library's kernel. Only the last piece of
+// an expert may have count < size.
 struct Piece {
   int64_t expert, first, count, size;
 };
 
 // Shapes: T tokens, K choices a token, S = T * K slots, E experts, H hidden, I width,
-// U = I (relu2) or 2 I (SwiGLU: the gate's rows, then the others).
+// U = I (relu2) or 2 I (SwiGLU: gate rows, then up rows).
 struct Experts {
   int64_t tokens, top_k, hidden, width;
   bool swiglu;
@@ -28,17 +28,17 @@ struct Experts {
   const float* weights;      // [S], by slot
   const int32_t* order;      // [S] slots sorted by expert
   const int32_t* positions;  // [S], the inverse of order
-  const Piece* pieces;       // in the order of their slots, of every slot that has an expert
+  const Piece* pieces;       // in the order of their slots; all slots with an expert
   int64_t num_pieces;
 
   int64_t up() const { return swiglu ? 2 * width : width; }
-  // Sorted slots that have an expert.
+  // Number of slots with an expert.
   int64_t filled() const {
     return num_pieces == 0 ? 0 : pieces[num_pieces - 1].first + pieces[num_pieces - 1].count;
   }
 };
 
-// Calls a task for each number below `count`, on any thread. Every thread has scratch of its own.
+// Calls a task for each index below `count`, on any thread. Every thread has its own scratch.
 using Task = std::function<void(int64_t index, float* scratch)>;
 using Parallel = std::function<void(int64_t count, int64_t scratch_floats, const Task& task)>;
 
@@ -47,8 +47,8 @@ using Parallel = std::function<void(int64_t count, int64_t scratch_floats, const
 void forward(const Experts& experts, const float* x, float* h, float* rows, float* y,
              const Parallel& parallel);
 
-// Those that are null are not wanted. rows [S, H] is scratch, wanted with x [T, H]. weights [S]
-// holds zeros and is written where there is an expert; up and down, shaped as the weights, are
+// Null gradients are not computed. rows [S, H] is scratch, needed with x [T, H]. weights [S] holds
+// zeros and is written where there is an expert. up and down have the shapes of the weights and are
 // added to.
 struct Gradients {
   float* rows;
@@ -58,8 +58,8 @@ struct Gradients {
   float* down;
 };
 
-// grad [T, H] of y; x and h as in the forward. `window` bounds the rows whose intermediate results
-// exist at a time, threads the cuts of a weight's gradient. Every sum has a fixed order.
+// grad [T, H] of y; x and h as in the forward. `window` bounds the rows with intermediate results
+// in memory, `threads` the splits of a weight's gradient. Every sum has a fixed order.
 void backward(const Experts& experts, const float* grad, const float* x, const float* h,
               const Gradients& gradients, int64_t window, int64_t threads,
               const Parallel& parallel);

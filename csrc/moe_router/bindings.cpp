@@ -10,7 +10,7 @@ using nemocascade::elements;
 using nemocascade::router_settings;
 using torch::stable::Tensor;
 
-// Tokens that a thread takes at least: fewer cost more to hand out than to do.
+// Minimum tokens of a thread: for fewer, scheduling costs more than the work.
 constexpr int64_t kTokensAtATime = 256;
 
 void moe_choose(const Tensor& scores, const std::optional<Tensor>& bias,

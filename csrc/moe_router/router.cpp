@@ -15,7 +15,7 @@ void gradient(const float* grad_weights, const float* scores, const int32_t* exp
     const int32_t* chosen = experts + t * top_k;
     float* out = grad_logits + t * count;
     std::fill_n(out, count, 0.0f);
-    // A token without experts may hold anything, NaN included: its scores are not read.
+    // The scores of a token without experts are not read: they may be NaN.
     if (std::all_of(chosen, chosen + top_k, [&](int32_t e) { return e >= count; })) continue;
     // weights = scale * s / S with S = sum s + epsilon: d/ds_k = (g_k - sum_j g_j s_j / S) / S.
     float sum = kNormalizeEpsilon, inner = 0.0f;

@@ -12,7 +12,7 @@ static_assert(kMostChoices == kLanes && kMostGroups == kLanes);
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Tokens of a block: as few as kMostBlocks allows, so that small batches fill the device too.
+// Tokens of a block: as few as kMostBlocks allows, so that even small batches fill the device.
 int32_t tokens_of_block(int64_t tokens) {
   const int64_t tiles = ceil_div(tokens, int64_t{kTileTokens} * kMostBlocks);
   return static_cast<int32_t>(std::max<int64_t>(tiles, 1) * kTileTokens);
@@ -25,7 +25,7 @@ int64_t blocks_of(int64_t tokens) {
 template <int kValue>
 using Items = std::integral_constant<int, kValue>;
 
-// Calls f with the logits' type, the elements that a lane holds, and whether scores are a softmax.
+// Calls f with the logits' type, the number of elements of a lane, and true for softmax scores.
 template <typename F>
 void dispatch(bool bfloat16, bool softmax, int32_t experts, const F& f) {
   const auto with_items = [&](auto scalar, auto is_softmax) {

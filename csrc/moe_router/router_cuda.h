@@ -1,4 +1,4 @@
-// Launches of the MoE router's CUDA kernels, for a host that has raw pointers and a stream.
+// Launches of the MoE router's CUDA kernels, with raw pointers and a stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,11 +9,11 @@
 
 namespace nemocascade::moe_router {
 
-// Experts that a choice and its gradient take, and experts that a mere sort takes: a block counts
-// them in 48 KiB of shared memory.
+// Maximum number of experts for a choice and its gradient, and for a sort only: a block counts them
+// in 48 KiB of shared memory.
 constexpr int kMostExperts = 512;
 constexpr int kMostSorted = 1024;
-// Choices of a token and groups of experts: a lane of a warp holds one.
+// Maximum choices of a token and groups of experts: a lane of a warp holds one.
 constexpr int kMostChoices = 32;
 constexpr int kMostGroups = 32;
 

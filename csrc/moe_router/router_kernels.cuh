@@ -1,10 +1,9 @@
 // The MoE router on a GPU: device code, free of torch. One warp chooses for one token.
 //
 // The slots are sorted by expert in three launches without a host synchronisation. choose_kernel
-// also ranks each slot among the slots of its expert that the same block has seen before;
-// scan_kernel turns every block's loads into where its slots of each expert begin; place_kernel
-// adds the two. The sort is stable because blocks hold consecutive tokens and ranks count in their
-// order.
+// also ranks each slot among the earlier slots of its expert in the same block. scan_kernel turns
+// every block's loads into the first positions of its slots of each expert; place_kernel adds the
+// two. The sort is stable because blocks hold consecutive tokens and ranks count in their order.
 #pragma once
 
 #include <cstdint>
@@ -18,11 +17,11 @@ constexpr int kLanes = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kLanes * kWarps;
 constexpr unsigned kAll = 0xffffffffu;
-// Tokens of one turn of choose_kernel's loop.
+// Tokens of one iteration of choose_kernel's loop.
 constexpr int kTileTokens = 64;
-// Blocks of choose_kernel, at most: scan_kernel reads a row of loads for each.
+// Maximum blocks of choose_kernel: scan_kernel reads a row of loads for each.
 constexpr int kMostBlocks = 512;
-// scan_kernel: experts of a block, and parts into which it cuts the rows of loads.
+// scan_kernel: experts of a block, and parts into which it splits the rows of loads.
 constexpr int kScanExperts = 32;
 constexpr int kScanParts = 32;
 // A bfloat16 as its bits.
@@ -33,13 +32,13 @@ struct Bf16 {
 struct ChooseArguments {
   const void* logits;    // [T, E] float or Bf16; null: given experts are only sorted
   const float* bias;     // [E] or null
-  const uint8_t* mask;   // [T] or null: 0 for a token that goes to no expert
+  const uint8_t* mask;   // [T] or null: 0 for a token without experts
   const int32_t* given;  // [T, K] or null: these experts instead of a choice
   float* weights;        // [T, K]; not written where logits is null
   int32_t* experts;      // [T, K]
   int32_t* ranks;        // [T, K]
   int32_t* loads;        // [blocks, E + 1]
-  int32_t* counts;       // [E], zeros before
+  int32_t* counts;       // [E], initially zeros
   int64_t tokens;
   int32_t tokens_of_block;  // a multiple of kTileTokens
   RouterSettings settings;
@@ -60,14 +59,14 @@ __device__ inline float widen(Bf16 value) {
 }
 
 __device__ inline void narrow(float value, float* out) { *out = value; }
-// Rounds to the nearest, ties to even; a NaN stays one.
+// Rounds to the nearest, ties to even; a NaN stays NaN.
 __device__ inline void narrow(float value, Bf16* out) {
   const uint32_t bits = static_cast<uint32_t>(__float_as_int(value));
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   out->bits = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
-// Unsigned integers in the order of the floats, all above 0; a NaN is above all, -0 equals 0.
+// Maps floats to unsigned integers of the same order, all above 0; a NaN is above all, -0 equals 0.
 __device__ inline uint32_t ordered(float value) {
   const uint32_t bits = static_cast<uint32_t>(__float_as_int(value + 0.0f));
   const uint32_t key = bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -109,7 +108,7 @@ struct Row {
 template <int kItems>
 using Keys = Row<uint32_t, kItems>;
 
-// Takes out the largest key and returns its id; of equal keys the lowest id. Keys of 0 are out.
+// Removes the largest key and returns its id; among equal keys, the lowest. Keys of 0 are excluded.
 template <int kItems>
 __device__ int take_largest(Keys<kItems>& keys, int lane, uint32_t* key = nullptr) {
   uint32_t largest = 0;
@@ -159,7 +158,7 @@ __device__ Row<float, kItems> scores_of(const Scalar* logits, int experts, int l
   return row;
 }
 
-// Takes the experts outside the token's best groups out of the running.
+// Excludes the experts outside the token's best groups.
 template <int kItems>
 __device__ void keep_best_groups(Keys<kItems>& keys, const RouterSettings& settings, int lane) {
   const int size = settings.experts / settings.groups;
@@ -219,7 +218,7 @@ __device__ int route_token(const ChooseArguments& arguments, int64_t token, int 
   const bool masked = arguments.mask != nullptr && arguments.mask[token] == 0;
   int mine = settings.experts;
   if (arguments.given != nullptr && is_choice && !masked) {
-    // Nobody can raise here: an id out of range stands for no expert.
+    // A kernel cannot raise: an id out of range means no expert.
     const int id = arguments.given[slot];
     mine = id < 0 || id > settings.experts ? settings.experts : id;
   }
@@ -242,14 +241,14 @@ __device__ int route_token(const ChooseArguments& arguments, int64_t token, int 
   return mine;
 }
 
-// Shared memory of choose_kernel, in int32: ids and ranks of a tile, loads of each warp, loads so
-// far.
+// Shared memory of choose_kernel, in int32: ids and ranks of a tile, loads of each warp, loads of
+// earlier tiles.
 __host__ __device__ inline int choose_shared(const RouterSettings& settings) {
   return 2 * kTileTokens * settings.top_k + (kWarps + 1) * (settings.experts + 1);
 }
 
-// Ranks the tile's slots among those of their expert: within the warp's stretch of slots, then
-// over the warps, then over what the block has seen.
+// Ranks the tile's slots among those of their expert: within the warp's segment of slots, then
+// over the warps, then over the block's earlier tiles.
 __device__ inline void rank_tile(const int32_t* ids, int32_t* ranks, int32_t* warp_loads,
                                  int32_t* seen, int slots, int experts, int32_t* out) {
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -315,8 +314,8 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(ChooseArguments argume
   }
 }
 
-// Blocks of kScanExperts * kScanParts threads; block b does the experts from b * kScanExperts on
-// (E, for the slots without one, among them). loads [rows, E + 1] become where the slots begin.
+// Blocks of kScanExperts * kScanParts threads; block b has the experts from b * kScanExperts on,
+// including E for slots without one. loads [rows, E + 1] become the slots' first positions.
 __global__ void __launch_bounds__(kScanExperts* kScanParts)
     scan_kernel(int32_t* loads, const int32_t* counts, int32_t* offsets, int rows, int experts) {
   __shared__ int32_t begins[kScanExperts];
@@ -325,7 +324,7 @@ __global__ void __launch_bounds__(kScanExperts* kScanParts)
   const int expert = blockIdx.x * kScanExperts + lane;
   const bool is_expert = expert <= experts;
 
-  // Each warp adds up the counts before one expert.
+  // Each warp sums the counts before one expert.
   const int summed = blockIdx.x * kScanExperts + part;
   int32_t before = 0;
   for (int e = lane; e < summed && e < experts; e += kLanes) before += counts[e];
@@ -350,7 +349,7 @@ __global__ void __launch_bounds__(kScanExperts* kScanParts)
   }
 }
 
-// A thread a slot: position = where its block's slots of the expert begin + its rank.
+// One thread a slot: position = first position of its block's slots of the expert + its rank.
 __global__ void __launch_bounds__(kThreads)
     place_kernel(const int32_t* experts, const int32_t* begins, int32_t* positions, int32_t* order,
                  int64_t slots, int32_t slots_of_block, int32_t num_experts) {
@@ -362,7 +361,7 @@ __global__ void __launch_bounds__(kThreads)
   order[position] = static_cast<int32_t>(slot);
 }
 
-// A warp a token. weights = scale * s / S with S = sum s + epsilon, so the gradient in s_k is
+// One warp a token. weights = scale * s / S with S = sum s + epsilon, so the gradient in s_k is
 // (g_k - sum_j g_j s_j / S) / S.
 template <typename Scalar, int kItems, bool kSoftmax>
 __global__ void __launch_bounds__(kThreads) gradient_kernel(GradientArguments arguments) {
@@ -376,7 +375,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(GradientArguments ar
   const int mine = lane < settings.top_k ? arguments.experts[slot] : settings.experts;
   const bool present = mine < settings.experts;
   Row<float, kItems> grads{};
-  // A token without experts may hold anything, NaN included: its logits are not read.
+  // The logits of a token without experts are not read: they may be NaN.
   if (__reduce_max_sync(kAll, present ? 1u : 0u) != 0) {
     Row<float, kItems> scores{};
     float score = 0.0f;

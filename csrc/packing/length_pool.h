@@ -1,6 +1,6 @@
-// The multiset of the lengths still to be packed, with the question that packing asks: the longest
-// one that fits. A bitmap of the lengths present, and bitmaps of its non-zero words above it,
-// answer in one step a level: three levels of 64 reach 262,144.
+// The multiset of the lengths still to be packed, with the query of packing: the longest length
+// that fits. A bitmap of the lengths present, and bitmaps of its non-zero words above it, need one
+// step a level: three levels of 64 cover lengths up to 262,144.
 #pragma once
 
 #include <bit>
@@ -40,7 +40,7 @@ class LengthPool {
     }
   }
 
-  // The longest length <= limit, or 0 where there is none.
+  // The longest length <= limit, or 0 if there is none.
   int64_t longest_at_most(int64_t limit) const {
     int64_t position = limit;
     for (size_t level = 0; level < levels_.size(); ++level) {
@@ -53,7 +53,7 @@ class LengthPool {
     return 0;
   }
 
-  // The shortest length, or 0 where the pool is empty.
+  // The shortest length, or 0 if the pool is empty.
   int64_t shortest() const {
     if (empty()) return 0;
     int64_t position = 0;

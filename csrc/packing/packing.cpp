@@ -13,12 +13,12 @@ namespace {
 
 using Wide = __int128;  // n * capacity^2 may pass 2^63
 
-// The part of the documents that is kept back to close the bins: an eighth of the tokens, and at
-// least four documents a bin. Measured: less leaves bins that nothing fits, more balances worse.
+// The share of the documents reserved to close the bins: an eighth of the tokens, and at least four
+// documents a bin. Measured: less leaves bins that nothing fits, more balances worse.
 constexpr int64_t kClosingShare = 8;
 constexpr int64_t kClosingDocuments = 4;
-// Balance may cost one bin in a thousand beyond first-fit-decreasing; one of at least a hundred.
-// First-fit-decreasing puts documents of like lengths, and so of like kinds, into one bin.
+// Balance may cost one bin in a thousand beyond first-fit-decreasing, and one from a hundred on.
+// First-fit-decreasing puts documents of similar lengths, and so of similar types, into one bin.
 constexpr int64_t kExtraBinsShare = 1000;
 constexpr int64_t kLeastBinsForOneExtra = 100;
 
@@ -45,7 +45,7 @@ class Random {
   uint64_t state_;
 };
 
-// Documents by descending length; which of equals comes first is random.
+// Documents by descending length; the order of equal lengths is random.
 struct Sorted {
   std::vector<int64_t> documents;
   std::vector<int64_t> lengths;
@@ -55,7 +55,7 @@ Sorted sort_by_length(const int64_t* lengths, int64_t count, int64_t capacity, R
   std::vector<int64_t> shuffled(count);
   std::iota(shuffled.begin(), shuffled.end(), 0);
   random.shuffle(shuffled);
-  // Counting sort: next[l] is where the next document of length l goes.
+  // Counting sort: next[l] is the position of the next document of length l.
   std::vector<int64_t> next(capacity + 2, 0);
   for (int64_t i = 0; i < count; ++i) ++next[lengths[i] - 1];
   for (int64_t length = capacity - 1; length >= 0; --length) next[length] += next[length + 1];
@@ -68,7 +68,7 @@ Sorted sort_by_length(const int64_t* lengths, int64_t count, int64_t capacity, R
   return sorted;
 }
 
-// Where each document (by its place in the sorted order) went, and what each bin holds.
+// The bin of each document (by its position in the sorted order), and the contents of each bin.
 class Bins {
  public:
   Bins(int64_t documents, int64_t capacity) : bin_of(documents), capacity_(capacity) {}
@@ -105,14 +105,14 @@ struct Candidate {
   double density;
   int64_t bin;
 
-  // std::priority_queue yields the greatest: the densest, and of equals the first bin.
+  // std::priority_queue yields the greatest: the densest, and among equals the first bin.
   bool operator<(const Candidate& other) const {
     return density != other.density ? density < other.density : bin > other.bin;
   }
 };
 
-// The sum of squares that every bin can be brought to, when a document whose own square is above
-// it has a bin to itself.
+// The sum of squares that every bin can reach, if a document whose own square is above it has a bin
+// to itself.
 int64_t balance_level(const std::vector<int64_t>& lengths, int64_t bins) {
   Wide rest = 0;
   for (const int64_t length : lengths) rest += static_cast<Wide>(length) * length;
@@ -125,7 +125,7 @@ int64_t balance_level(const std::vector<int64_t>& lengths, int64_t bins) {
   return static_cast<int64_t>(rest / bins);
 }
 
-// How many of the longest documents are spread; the others close the bins.
+// Number of the longest documents that are spread; the others close the bins.
 int64_t count_spread(const std::vector<int64_t>& lengths, int64_t tokens, int64_t bins) {
   int64_t spread = static_cast<int64_t>(lengths.size());
   int64_t closing_tokens = 0;
@@ -138,7 +138,7 @@ int64_t count_spread(const std::vector<int64_t>& lengths, int64_t tokens, int64_
   return spread;
 }
 
-// Gives each of the longest documents, longest first, to the bin that needs length most.
+// Puts each of the longest documents, longest first, into the bin that needs length most.
 void spread(const std::vector<int64_t>& lengths, int64_t count, int64_t level, Bins& bins) {
   std::priority_queue<Candidate> candidates;
   std::priority_queue<std::pair<int64_t, int64_t>> waiting;  // (space, bin): too full for now
@@ -166,8 +166,8 @@ void spread(const std::vector<int64_t>& lengths, int64_t count, int64_t level, B
   }
 }
 
-// The longest document that fits; with `look_ahead`, one that does not leave a remainder too short
-// for any document, where there is such a one.
+// The longest document that fits; with `look_ahead`, one whose remainder is not too short for every
+// document, if there is one.
 int64_t pick(const LengthPool& pool, int64_t space, bool look_ahead) {
   const int64_t longest = pool.longest_at_most(space);
   const int64_t remainder = space - longest;
@@ -178,8 +178,8 @@ int64_t pick(const LengthPool& pool, int64_t space, bool look_ahead) {
   return shorter > 0 ? shorter : longest;
 }
 
-// Packs the documents from `first` on: bin after bin, and into each the longest that fits. That is
-// first-fit-decreasing: a document lands in the first bin that has space for it in its turn.
+// Packs the documents from `first` on: bin after bin, always the longest document that fits. This
+// is first-fit-decreasing: a document goes to the first bin that has space for it in its turn.
 void close(const std::vector<int64_t>& lengths, int64_t first, int64_t capacity, int64_t level,
            bool look_ahead, Bins& bins) {
   LengthPool pool(capacity);
@@ -223,8 +223,8 @@ Bins assign(const std::vector<int64_t>& lengths, int64_t capacity) {
   return balanced.size() <= first_fit.size() + extra ? balanced : first_fit;
 }
 
-// Groups of bins of nearly equal work, the most work first, each from its least to its greatest;
-// then the groups in random order. The bins that are left over have the least work and come last.
+// Makes groups of bins of nearly equal work, the most work first, sorted by increasing work, and
+// puts the groups in random order. The remaining bins have the least work and come last.
 std::vector<int64_t> order_bins(const Bins& bins, int64_t group, WorkModel work, Random& random) {
   std::vector<double> costs(bins.size());
   for (int64_t bin = 0; bin < bins.size(); ++bin) {
@@ -258,7 +258,7 @@ Plan plan_packing(const int64_t* lengths, int64_t count, int64_t capacity, int64
   const std::vector<int64_t> order = order_bins(bins, group, work, random);
 
   Plan plan;
-  std::vector<int64_t> rank(bins.size());  // a bin's place in the order
+  std::vector<int64_t> rank(bins.size());  // a bin's position in the order
   for (int64_t place = 0; place < bins.size(); ++place) {
     rank[order[place]] = place;
     plan.fills.push_back(bins.fills[order[place]]);

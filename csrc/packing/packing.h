@@ -1,6 +1,6 @@
 // Packs documents into bins of a fixed capacity and orders the bins so that their work is balanced.
-// nemocascade/data/packing.py states the algorithm and its reasons; packing_reference.py is the
-// same algorithm in plain Python, and both give the same plan bit for bit.
+// nemocascade/data/packing.py explains the algorithm; packing_reference.py is the same algorithm in
+// plain Python, and both plans are identical.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct Plan {
 };
 
 // `lengths[count]` must lie in 1..capacity. Bins are ordered in groups of `group` of nearly equal
-// work; the seed decides the order of the groups and which of equally long documents goes where.
+// work; the seed determines the order of the groups and of equally long documents.
 Plan plan_packing(const int64_t* lengths, int64_t count, int64_t capacity, int64_t group,
                   WorkModel work, uint64_t seed);
 

@@ -14,8 +14,8 @@ using nemocascade::Rows;
 using nemocascade::rms_norm::Norm;
 using torch::stable::Tensor;
 
-// Rows that are done at a time, by one thread. The weight's gradient is summed over such ranges in
-// their order: the same for any number of threads.
+// Rows of a range, the unit of work of a thread. The weight's gradient is summed over ranges in
+// order: deterministic for any number of threads.
 constexpr int64_t kRangeRows = 256;
 
 const nemocascade::rms_norm::Functions& functions() {
@@ -23,7 +23,7 @@ const nemocascade::rms_norm::Functions& functions() {
   return best;
 }
 
-// Rows of the shape and dtype of x.
+// Makes rows of the shape and dtype of x.
 Rows rows(const Tensor& tensor, const Tensor& x, const char* name) {
   return nemocascade::rows_of(tensor, nemocascade::is_bf16(x), x.size(0), x.size(1), name);
 }
@@ -35,7 +35,7 @@ Norm norm_of(const Tensor& x, const Tensor& weight, double eps) {
           static_cast<float>(eps)};
 }
 
-// run(range, first row, end row) for all ranges of `total` rows.
+// Calls run(range, first row, end row) for all ranges of `total` rows.
 template <typename F>
 void for_each_range(int64_t total, const F& run) {
   const int64_t ranges = (total + kRangeRows - 1) / kRangeRows;

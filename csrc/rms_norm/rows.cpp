@@ -7,7 +7,7 @@ using namespace nemocascade::NEMOCASCADE_LEVEL;
 
 namespace {
 
-// Padded rows of floats: the weight and what a row needs.
+// Padded rows of floats: the weight and the buffers of a row.
 class Buffers {
  public:
   explicit Buffers(const Norm& norm) : width(padded(norm.width)), all_(new float[4 * width]()) {
