@@ -1,3 +1,3 @@
-"""The version of both packages. Its only definition: setup.py and `nemocascade` read this file."""
+"""The version of both packages, defined only here: setup.py and `nemocascade` read this file."""
 
 __version__ = "0.1.0"

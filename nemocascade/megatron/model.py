@@ -36,7 +36,10 @@ class CascadeStack(HybridStack):
             )
 
     def forward(self, hidden_states: Tensor | None, packed: Microbatch) -> Tensor:
-        """hidden_states [T/tp, 1, H], or None if it comes from the pipeline -> [T/tp, 1, H]."""
+        """Run the layers and the final norm.
+
+        hidden_states: [T/tp, 1, H], or None if it comes from the pipeline. Returns [T/tp, 1, H].
+        """
         x = hidden_states if self.pre_process else self.input_tensor
         assert x is not None
         for layer in self.layers:

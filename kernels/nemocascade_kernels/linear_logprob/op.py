@@ -157,7 +157,7 @@ def _handed_out(
 def _forward(
     hidden: Tensor, weight: Tensor, target: Tensor, settings: _Settings
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """logprob, log-sum-exp and entropy of every row."""
+    """Log-probability, log-sum-exp and entropy of every row."""
     rows = all_rows(hidden.shape[0])
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logprob, lse, entropy = torch.empty(3, rows.size, dtype=dtype, device=hidden.device)

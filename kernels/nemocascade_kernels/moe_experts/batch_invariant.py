@@ -140,7 +140,7 @@ def best_sizes(trials: Sequence[dict[int, Tensor]]) -> tuple[int, ...]:
 
 
 def _cancelling(rows: int, depth: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [rows, depth] and a transposed weight [depth, width] whose product is only rounding error.
+    """Make x [rows, depth] and a transposed weight [depth, width] whose product is only rounding.
 
     Each term of a sum occurs twice, with both signs, far apart. So another order of addition
     changes nearly every element, even in bfloat16, where ordinary sums would round it away.

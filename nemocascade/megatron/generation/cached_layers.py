@@ -23,7 +23,10 @@ from nemocascade.megatron.microbatch import Microbatch
 
 
 class MambaSlotLayer(SlotLayer):
-    """conv: [S + 1, K - 1, W], the convolution's last inputs. ssm: [S + 1, h, p, N] float32."""
+    """A Mamba-2 layer with its recurrent states.
+
+    conv: [S + 1, K - 1, W], the convolution's last inputs. ssm: [S + 1, h, p, N] float32.
+    """
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)
@@ -93,7 +96,10 @@ class MambaSlotLayer(SlotLayer):
 
 
 class AttentionSlotLayer(SlotLayer):
-    """keys, values: [S + 1, g, L, d], the KV cache of this rank's heads; L grows by `reserve`."""
+    """An attention layer with the KV cache of this rank's heads.
+
+    keys, values: [S + 1, g, L, d]; `reserve` increases L.
+    """
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)

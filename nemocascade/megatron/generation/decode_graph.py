@@ -18,7 +18,7 @@ LEAST_LENGTH = 512
 """Attention may read this many tokens times a power of two."""
 
 StepCall = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""tokens [n], slots [n], positions [n], longest -> logits [n, V]; without host synchronisation."""
+"""A decode step without host synchronisation: tokens, slots, positions [n], longest -> [n, V]."""
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """A call -> the function that replays it, and its output tensor."""

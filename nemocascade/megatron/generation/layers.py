@@ -106,7 +106,7 @@ class SlotLayer:
 
 
 class MlpSlotLayer(SlotLayer):
-    """A dense MLP; it is run as a single expert where it is not sharded, and on a CPU."""
+    """A dense MLP; an unsharded one on a CPU runs as a single expert."""
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)

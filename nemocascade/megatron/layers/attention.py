@@ -92,7 +92,7 @@ class Attention(MegatronModule):
             self.k_layernorm = RMSNorm(config, shape.head_dim, config.layernorm_epsilon)
 
     def forward(self, hidden: Tensor, packed: PackedSeq) -> Tensor:
-        """hidden: [T, 1, H], or [T / tp, 1, H] under sequence parallelism. Returns the same."""
+        """Apply attention to [T, 1, H], or [T / tp, 1, H] if sequence-parallel; same shape."""
         q, k, v = self.heads(self.linear_qkv(hidden)[0], self.rotary(packed))
         mixed = self.attend(q, k, v, packed)
         out: Tensor = self.linear_proj(mixed.flatten(1).unsqueeze(1))[0]
@@ -112,7 +112,7 @@ class Attention(MegatronModule):
     def heads(
         self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, heads / tp, d], k and v [T, kv heads of this rank, d], normalised and rotated.
+        """Split into q [T, heads / tp, d], k and v [T, kv heads of this rank, d]; norm and rotate.
 
         qkv: [T, 1, ...], output of `linear_qkv`. rotary: cos and sin [T, m] of the rows' angles.
         """

@@ -57,7 +57,7 @@ class ResidualBlock(MegatronModule):
         packed_seq_params: PackedSeq,
         **_unused: Any,
     ) -> Tensor:
-        """hidden_states: [T, 1, H], or [T / tp, 1, H] under sequence parallelism.
+        """Apply the layer to hidden_states: [T, 1, H], or [T / tp, 1, H] if sequence-parallel.
 
         packed_seq_params: the documents. Masks and positions follow from it, so the other
         arguments of Megatron's layers are not used. Returns the shape and dtype of the input.

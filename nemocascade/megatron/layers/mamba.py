@@ -169,7 +169,7 @@ class MambaMixer(MegatronModule):
         self.D = _parameter(sharded_init((heads,), lambda w: w.fill_(1), shard))
 
     def forward(self, hidden: Tensor, packed: PackedSeq) -> Tensor:
-        """hidden: [T, 1, H], or [T / tp, 1, H] under sequence parallelism. Returns the same."""
+        """Apply the mixer to [T, 1, H], or [T / tp, 1, H] if sequence-parallel; same shape."""
         mixed, _ = self.mix(self.in_proj(hidden)[0].squeeze(1), packed)
         out: Tensor = self.out_proj(mixed.unsqueeze(1))[0]
         return out

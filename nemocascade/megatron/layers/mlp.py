@@ -83,7 +83,7 @@ class MLP(MegatronModule):
         )
 
     def forward(self, hidden: Tensor, packed: PackedSeq | None = None) -> Tensor:
-        """hidden: [T, 1, H], or [T / tp, 1, H] under sequence parallelism. Returns the same."""
+        """Apply the MLP to [T, 1, H], or [T / tp, 1, H] if sequence-parallel; same shape."""
         up, _ = self.linear_fc1(hidden)
         out: Tensor = self.linear_fc2(activate(up, self.activation))[0]
         return out

@@ -50,7 +50,7 @@ class Router(MegatronModule):
         self.register_buffer("load", torch.zeros_like(bias), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, H] -> logits [T, E] float32."""
+        """Compute the logits [T, E] float32 of x [T, H]."""
         return F.linear(x.float(), self.weight.float())
 
     def route(
@@ -204,7 +204,7 @@ class MoEMixer(MegatronModule):
             )
 
     def forward(self, hidden_states: Tensor, packed: Microbatch) -> Tensor:
-        """hidden_states [T, 1, H], this rank's part of the sequence -> the same shape."""
+        """Apply the mixer to [T, 1, H], this rank's part of the sequence; same shape."""
         x = hidden_states.flatten(0, 1)
         rows = self._rows(x.shape[0])
         logits = self.router(x)

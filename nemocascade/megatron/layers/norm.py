@@ -27,5 +27,5 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden_size]. Returns the same shape and dtype."""
+        """Normalise x [..., hidden_size]. Returns the same shape and dtype."""
         return rms_norm(x, self.weight, self.eps)
