@@ -9,9 +9,9 @@ the state that the previous pass wrote. Activation memory therefore does not gro
 the KV cache does.
 
 **Reproducibility.** A draw depends on the seed, the request's id, the position and the logits.
-On a CPU, logits are batch-invariant: prompts are prefilled alone unless `prefill_tokens` is set, and
-the steps of `nemocascade_kernels.decode_step` are batch-invariant. On a GPU the number of slots
-fixes the shapes of a step, and these may affect rounding.
+On a CPU, logits are batch-invariant unless `prefill_tokens` is set: prompts are prefilled alone,
+and `nemocascade_kernels.decode_step` is batch-invariant. On a GPU the number of slots fixes the
+shapes of a step, and these may affect rounding.
 
 **Ranks.** The ranks of one data-parallel group run the same requests and make the same decisions;
 the last pipeline stage draws and broadcasts. If experts are sharded over several data-parallel
