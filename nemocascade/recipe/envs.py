@@ -10,7 +10,7 @@ from nemocascade.recipe.judge import JudgeConfig
 
 @dataclass(frozen=True)
 class SandboxConfig:
-    """How untrusted programs are run. Limits are per program."""
+    """Sandbox for untrusted programs. Limits are per program."""
 
     isolation: Literal["auto", "bubblewrap", "namespaces"] = "auto"
     """Isolation backend: bubblewrap, or kernel namespaces without bubblewrap. `auto` takes the
@@ -131,8 +131,8 @@ class EnvConfig:
     """Reward of instruction following: 1 if all instructions hold, or the fraction that holds."""
 
     if_language_check: Literal["langdetect", "letters"] = "langdetect"
-    """How an instruction to answer in English is checked. `letters` checks the alphabet only; use
-    it for answers of a few words, on which langdetect guesses."""
+    """Check of instructions to answer in English. `letters` checks the alphabet only; use it for
+    answers of a few words, on which langdetect guesses."""
 
     check_workers: int = 1
     """Child processes for checks that may not terminate: algebra, schemas, regular expressions."""

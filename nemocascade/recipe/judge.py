@@ -15,7 +15,7 @@ HOW = (
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """The judge and how it is asked."""
+    """The judge, its model and its limits."""
 
     kind: Literal["rule", "server", "artifact"] = "rule"
     """`server`: an OpenAI-compatible server, for example with a 235B generative reward model.
