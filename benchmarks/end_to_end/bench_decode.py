@@ -51,7 +51,7 @@ from nemocascade.rollout.engine import Request, Sampling  # noqa: E402
 from nemocascade.rollout.live import LiveEngine  # noqa: E402
 
 OURS, PEER = "ours, live weights", "transformers generate"
-NEAR = 1e-4  # of two logits, in standard deviations of a row
+NEAR = 1e-4  # largest difference of two logits, in standard deviations of a row
 EXPERTS = ("grouped_mm", "eager")  # transformers' expert products
 
 

@@ -51,8 +51,8 @@ from nemocascade.types import Document, PackedBatch, pack_documents  # noqa: E40
 
 OURS = "ours, packed"
 GOAL = 3.0
-CHUNKS = (32, 64, 128)  # of transformers' scan
-SLOTS = (1024, 2048, 4096, 8192)  # of a padded batch
+CHUNKS = (32, 64, 128)  # chunk sizes of transformers' scan
+SLOTS = (1024, 2048, 4096, 8192)  # sizes of a padded batch, in ids
 EXPERTS = ("grouped_mm", "eager")  # transformers' expert products
 
 Documents = Sequence[tuple[Tensor, Tensor]]

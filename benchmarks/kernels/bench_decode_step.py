@@ -29,7 +29,7 @@ class Sizes:
     hidden: int
     mamba: tuple[int, int, int, int]  # heads, head dimension, groups, state
     attention: tuple[int, int, int]  # query heads, key/value heads, head dimension
-    experts: tuple[int, int, int]  # experts, of a token, width
+    experts: tuple[int, int, int]  # experts, experts per token, width
     vocabulary: int
 
 

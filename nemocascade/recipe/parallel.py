@@ -11,8 +11,8 @@ from nemocascade.recipe.model import ModelConfig
 class ParallelConfig:
     """Sizes of the parallel axes. The data-parallel size follows from the world size.
 
-    Dense layers live on tp x pp x dp ranks; routed experts on etp x ep x pp x (expert dp) of the
-    same ranks.
+    Dense layers use tp x pp x dp ranks; routed experts use the same ranks as etp x ep x pp x
+    (expert dp).
     """
 
     tp: int = 1

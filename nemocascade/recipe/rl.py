@@ -67,7 +67,7 @@ class RolloutConfig:
     prompts_per_step: int = 128
     rollouts_per_prompt: int = 16
     max_prompt_tokens: int = 32_768
-    """Longer prompts are dropped and counted."""
+    """Largest number of prompt tokens; longer prompts are dropped and counted."""
 
     max_response_tokens: int = 49_152
     """Largest number of tokens after the prompt; longer responses are truncated."""

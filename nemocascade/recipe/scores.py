@@ -44,7 +44,7 @@ class ScoreConfig:
     """Seed of generated tasks."""
 
     max_prompt_tokens: int = 32_768
-    """Longer prompts are dropped and counted."""
+    """Largest number of prompt tokens; longer prompts are dropped and counted."""
 
     max_response_tokens: int = 49_152
     """Largest number of tokens in a response; a truncated response is scored as it is."""

@@ -34,7 +34,7 @@ class OptimizerConfig:
     beta2: float = 0.98
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """Not applied to biases, norms and other vectors."""
+    """Weight decay of matrices; biases, norms and other vectors have none."""
 
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
