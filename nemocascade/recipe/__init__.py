@@ -1,4 +1,4 @@
-"""Recipes: typed, documented settings of a stage. A default stands on its field only."""
+"""Recipes: typed, documented settings of a stage. Every default is defined once, on its field."""
 
 from nemocascade.recipe.cascade import AlarmConfig, CascadeRecipe, TeacherChoice
 from nemocascade.recipe.data import DataConfig, TokenizerConfig

@@ -1,4 +1,4 @@
-"""A cascade of every kind of stage: kept, changed, killed, scored, on a layout for each stage."""
+"""A cascade with every kind of stage: reuse, changes, kills, scores, and a layout per stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of real trainings: N + N steps equal 2N, and every layout reads every other."""
+"""Checkpoints of real training runs: N + N steps equal 2N, and every layout reads every other."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The planner beside what a CPU run really holds, on every layout of the equivalence matrix.
+"""The planner's memory against that of a CPU run, on every layout of the equivalence matrix.
 
 Parameters, gradients and optimizer state are equal to the byte. Bytes saved for backward, counted
-by autograd's hooks over all ranks, lie within 5 %: over all ranks, because which rank's experts get
-more rows is the data's choice.
+by autograd's hooks, are within 5 % in the sum over all ranks. A single rank may differ more,
+because the data decides how many rows its experts get.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Router replay under every parallel axis: records equal those of one process, and so does training
-on a foreign record, with the global load-balance loss."""
+on another run's record, with the global load-balance loss."""
 
 from __future__ import annotations
 

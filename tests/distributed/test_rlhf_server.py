@@ -1,4 +1,4 @@
-"""RLHF beside a judge's server that is slow, fails every time, or refuses what it is asked."""
+"""RLHF with a judge server that is slow, always fails, or rejects its requests."""
 
 from __future__ import annotations
 

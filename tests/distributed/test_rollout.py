@@ -1,4 +1,4 @@
-"""Generation on every parallel layout gives the tokens of one process."""
+"""Generation on every parallel layout gives the same tokens as one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cascade so small that it runs in seconds, and jobs that run it and kill it."""
+"""A cascade so small that it runs in seconds, with jobs that run it and kill it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Megatron's own groups and optimizers in a fake world, which the planner's figures are held to."""
+"""Megatron's own groups and optimizers in a fake world, to check the planner's figures."""
 
 from __future__ import annotations
 

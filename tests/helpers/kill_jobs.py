@@ -1,4 +1,4 @@
-"""Children that save checkpoints in a loop, and a parent that kills them with signal 9."""
+"""Child processes that save checkpoints in a loop, and a parent that kills them with signal 9."""
 
 from __future__ import annotations
 

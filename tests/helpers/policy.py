@@ -1,4 +1,4 @@
-"""What tests of policy steps share: a small trainer, random rollouts, plain log-probabilities."""
+"""A small trainer, random rollouts and plain log-probabilities, shared by policy-step tests."""
 
 from __future__ import annotations
 

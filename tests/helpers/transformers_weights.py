@@ -1,7 +1,7 @@
-"""Models of transformers as an outside oracle: built from a `ModelConfig`, and their tensors in
-memory under our names, as the converter maps them.
+"""Models of transformers as an independent reference: built from a `ModelConfig`, with their
+tensors mapped to our names in memory, as the converter does.
 
-The maps move tensors only (cut, join, rename), so they serve for weights and for gradients alike.
+The maps only move tensors (cut, join, rename), so they serve for weights and for gradients alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All stages of the tiny cascade, as a user runs them, each for a step or two on few tasks."""
+"""All stages of the tiny cascade, run as by a user, each for a step or two on few tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the watchdog hears of a rollout, and whom it names: a rank that gets on is not stuck."""
+"""Progress reports of a rollout to the watchdog: a rank that makes progress is not stalled."""
 
 from __future__ import annotations
 
