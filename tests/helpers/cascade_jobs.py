@@ -141,8 +141,7 @@ def with_recipe(cascade: CascadeRecipe, name: str, **changes: Any) -> CascadeRec
 
 
 def digests(run_dir: str | Path) -> dict[str, str]:
-    """Of the artifacts, by stage: equal digests are equal bits, and equal words of what made
-    them."""
+    """Digests of the artifacts by stage; equal ones have equal bits and equal manifests."""
     return digests_of(f"{run_dir}/stages")
 
 
@@ -276,5 +275,5 @@ def on_layouts(run_dir: str, layouts: dict[str, dict[str, Any]]) -> dict[str, An
 
 
 def on_one(run_dir: str) -> str:
-    """What one process would do about a cascade that more ranks have run."""
+    """Decisions of one process about a cascade that more ranks have run."""
     return dry_run(small_cascade(run_dir), Choice())

@@ -43,7 +43,7 @@ ALARM = 0.06
 
 
 def digest(name: str) -> str:
-    """Of an artifact."""
+    """Digest of an artifact."""
     return hashlib.sha256(name.encode()).hexdigest()
 
 

@@ -105,7 +105,7 @@ def make_objective(
 
 
 class Found(NamedTuple):
-    """What one evaluation gives."""
+    """Results of one evaluation."""
 
     loss: Tensor
     logprob: Tensor

@@ -102,7 +102,7 @@ class Reachability:
                 yield from self._used(module, statement)
 
     def _used(self, module: _Module, tree: ast.AST) -> Iterator[Node]:
-        """What the code below `tree` names."""
+        """Names that the code below `tree` names."""
         nodes = list(ast.walk(tree))
         local = dict(_bindings(nodes, module.package))
         bound = {**module.imported, **local}

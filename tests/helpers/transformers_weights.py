@@ -26,7 +26,7 @@ WeightMap = Callable[[Tensors, ModelConfig], Tensors]
 
 
 def config_settings(shape: ModelConfig, family: Family) -> dict[str, Any]:
-    """What transformers' config class takes. Raises ConfigError for what the family has not."""
+    """Settings of transformers' config class. Raises ConfigError for what the family has not."""
     settings = config_of_model(shape, family)
     return {**settings, "max_position_embeddings": 1 << 20, "use_cache": False}
 

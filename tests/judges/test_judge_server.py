@@ -334,7 +334,7 @@ def test_what_cannot_get_better_is_not_repeated(server: Any, judges: Any) -> Non
 
 
 def test_an_empty_message_is_an_answer(server: Any, judges: Any) -> None:
-    """As of a model that was cut off while it reasoned: it does not parse, and is no error."""
+    """A model that was cut off in its reasoning replies so: nothing parses, and nothing failed."""
     server.behave = lambda h, n: h.say(None)
     assert judges(server.url).ask([question()])[0].text == ""
 
