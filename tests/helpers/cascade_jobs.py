@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nemocascade.cascade.errors import CascadeError
+from nemocascade.cascade.graph import StageGraph
 from nemocascade.cascade.lineage import report_text
 from nemocascade.cascade.run import Choice, dry_run, run_cascade
 from nemocascade.recipe import (
@@ -154,7 +155,7 @@ def scenarios(root: str) -> dict[str, Any]:
     run_cascade(base)
     found |= {"first": digests(run_dir), "cascade": _json(run_dir, "cascade.json")}
     found["report"] = report_text(Path(run_dir))
-    names = base.graph.names
+    names = StageGraph(base).names
     found["scores"] = {name: _json(run_dir, f"stages/{name}/scores.json") for name in names}
     found["leftovers"] = [str(p) for p in Path(run_dir).glob("stages/*/checkpoints")]
 
