@@ -1,12 +1,12 @@
-"""Declarations of benchmarks, and how they are timed.
+"""Declaration and timing of benchmarks.
 
 A file `benchmarks/kernels/bench_<op>.py` defines one function::
 
     def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]
 
-`suite` is "cpu" or "gpu"; `tiny` asks for sizes that run in a moment, to try the code and measure
-nothing. A `Case` is one problem; its `Row`s solve it in different ways in one process; its `Goal`s
-compare rows. `benchmarks/run.py` does everything else.
+`suite` is "cpu" or "gpu". `tiny` asks for very small sizes, to check that the code runs. A `Case`
+is one problem. Its `Row`s solve it in different ways in one process, and its `Goal`s compare rows.
+`benchmarks/run.py` does everything else.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from torch import Tensor
 
 
 class Unavailable(Exception):  # noqa: N818 - it states a fact about a peer; nothing went wrong
-    """Raised by `Row.make` where a row cannot run here. The text becomes the row's entry."""
+    """Raised by `Row.make` if a row cannot run here. Its text becomes the row's entry."""
 
 
-#: Rounds of every case, however long they take.
+#: Fewest rounds of every case, however long they take.
 MIN_ROUNDS = 5
-#: A peer that is slower than we are by more than this factor is timed in two rounds only.
+#: A peer that is slower than ours by more than this factor is timed in two rounds only.
 SLOW = 2.0
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A timed call, and what it computed, for a call that does not return it.
+    """A timed call with a separate result, for a call that does not return its own.
 
-    result: called once, after the first call; its tensor stands for the call's.
+    result: called once, after the first call; its tensor is compared instead of the call's.
     """
 
     call: Callable[[], Tensor | None]
@@ -50,8 +50,8 @@ class Prepared:
 def with_gradients(
     compute: Callable[[], Tensor], leaves: Sequence[Tensor], shown: Callable[[Tensor], Tensor]
 ) -> Prepared:
-    """A call of `compute`, which may make the leaves' gradients as well. The result is what `shown`
-    keeps of the output, and a probe of each gradient."""
+    """A call of `compute`, which may also compute the leaves' gradients. Its result is
+    `shown(output)` and a probe of each gradient."""
     kept: list[Tensor] = []
     probing = [True]
 
@@ -70,7 +70,7 @@ def with_gradients(
 
 
 def probe(values: Tensor | None) -> Tensor:
-    """A few hundred elements, of unit size, that stand for all."""
+    """A sample of a few hundred elements, scaled to unit size."""
     if values is None:
         return torch.zeros(0)
     flat = values.detach().flatten()
@@ -80,7 +80,7 @@ def probe(values: Tensor | None) -> Tensor:
 
 
 def load(module: str, package: str) -> Any:
-    """A peer's module. Raises Unavailable if it cannot be imported."""
+    """Import a peer's module. Raises Unavailable if it cannot be imported."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -92,11 +92,11 @@ class Row:
     """One way to solve a case.
 
     make: prepares (inputs, compilation, tuning) outside the timed region and returns the timed
-        call. The call may return a tensor: it must then agree with the tensor of the case's first
-        row that returns one, to within `Case.agree`.
+        call. If the call returns a tensor, it must agree with the tensor of the case's first row
+        that returns one, to within `Case.agree`.
     kind: "ours", "peer", or "floor" (bare work that no implementation can avoid).
     flops, bytes, tokens: work of one call, for TFLOP/s, GB/s and tokens/s.
-    output_bytes: bytes of the outputs that a call leaves allocated; not counted as extra memory.
+    output_bytes: bytes of the call's allocated outputs, not counted as extra memory.
     """
 
     name: str
@@ -110,7 +110,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Goal:
-    """`row` may cost `at_most` times what `baseline` costs; without one, `at_most` s or bytes."""
+    """Limit on a row's cost: `at_most` times that of `baseline`; without one, in s or bytes."""
 
     text: str
     row: str
@@ -121,11 +121,10 @@ class Goal:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. `settings` go to the record: every size, dtype and option that decides the work.
+    """One problem. `settings` are recorded: every size, dtype and option that decides the work.
 
-    calls: calls inside one timed region (on a GPU they are captured in one CUDA graph), for calls
-        of microseconds.
-    repeats: timed regions of each row at most; fewer where they are long.
+    calls: calls in one timed region, for calls of microseconds (on a GPU, one CUDA graph).
+    repeats: largest number of timed regions per row; fewer if they are long.
     """
 
     name: str
@@ -139,7 +138,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """Measurements of one row, or why there are none."""
+    """Measurements of one row, or the reason why there are none."""
 
     row: Row
     times_s: list[float] = field(default_factory=list)
@@ -159,7 +158,7 @@ class Outcome:
 
 
 def measure(case: Case, device: torch.device, budget_s: float) -> list[Outcome]:
-    """Time the rows of a case in alternating order, and their extra memory."""
+    """Measure the times of a case's rows, in alternating order, and their extra memory."""
     outcomes, calls = [], {}
     expected: Tensor | None = None
     for row in case.rows:
@@ -175,7 +174,7 @@ def measure(case: Case, device: torch.device, budget_s: float) -> list[Outcome]:
             outcome.missing = str(reason)
             continue
         except Exception as error:
-            # A peer's failure is a row of the table; ours is an error of the run.
+            # A failed peer is a row of the table; a failure of ours fails the run.
             if row.kind != "peer":
                 raise
             outcome.missing = (
@@ -209,10 +208,10 @@ def _alternate(
     device: torch.device,
     budget_s: float,
 ) -> None:
-    """Time every row once a round, forwards and backwards in turn, until the budget is spent.
+    """Time every row once per round, alternating the direction, until the budget is spent.
 
-    A peer that took more than SLOW times our time in two rounds has had its say, and is left out of
-    the others: the rounds go to the rows that are close.
+    A peer that took more than SLOW times our time in two rounds is skipped from then on, so that
+    the close rows get more rounds.
     """
     deadline = time.perf_counter() + budget_s
     scratch = None
@@ -227,7 +226,7 @@ def _alternate(
             if slow and outcome.row.kind == "peer":
                 continue
             if scratch is not None:
-                scratch.zero_()  # the next call finds none of its inputs in L2
+                scratch.zero_()  # evicts the next call's inputs from L2
             outcome.times_s.append(_time_once(call, device) / case.calls)
 
 
@@ -237,7 +236,7 @@ def _time_once(call: Callable[[], object], device: torch.device) -> float:
         call()
         return time.perf_counter() - start_s
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # While the device waits here the host gets ahead, so that launches are not timed.
+    # While the device sleeps, the host enqueues the work, so that launches are not timed.
     torch.cuda._sleep(2_000_000)
     start.record()
     call()
@@ -248,7 +247,7 @@ def _time_once(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _batched(call: Callable[[], object], calls: int, device: torch.device) -> Callable[[], object]:
-    """One call that makes `calls` calls: on a GPU a graph's replay, so launches cost nothing."""
+    """One call that makes `calls` calls; on a GPU it replays a graph, which avoids launch costs."""
     if calls == 1:
         return call
     if device.type != "cuda":
@@ -271,7 +270,7 @@ def _batched(call: Callable[[], object], calls: int, device: torch.device) -> Ca
 
 
 def extra_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call holds at its peak beyond what was held before it."""
+    """Peak memory of a call in bytes, beyond what was allocated before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -281,10 +280,10 @@ def extra_memory(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize()
         del result
         return torch.cuda.max_memory_allocated() - before
-    # Resident memory, so that the scratch of the libraries below torch counts too.
+    # Resident memory also counts the scratch memory of libraries below torch.
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # sets the peak back to the present size
+        file.write("5")  # resets the peak to the present size
     before = _status_bytes("VmRSS")
     result = call()
     del result
@@ -300,12 +299,12 @@ def _status_bytes(key: str) -> int:
 
 
 LONG_PRODUCT_S = 0.05
-"""A product of this many seconds shows a CPU's rate; no larger one is tried."""
+"""A product of this many seconds is long enough to measure a CPU's rate; no larger one is tried."""
 
 
 def ceilings(device: torch.device, tiny: bool = False) -> dict[str, float]:
-    """Highest rates seen on this device: TFLOP/s of a large matrix product by dtype, GB/s of a
-    copy. Processors without bfloat16 products need seconds for large ones and get smaller ones.
+    """Highest measured rates of this device: TFLOP/s of a large matrix product by dtype, GB/s of a
+    copy. CPUs without bfloat16 products are slow at large ones and get smaller ones.
     """
     largest = 256 if tiny else 8192 if device.type == "cuda" else 2048
     found = {}

@@ -1,13 +1,12 @@
-"""Run the kernel benchmarks: a table on the screen, a record in JSON, an exit code.
+"""Run the kernel benchmarks: prints a table, writes a JSON record, sets an exit code.
 
     python benchmarks/run.py --suite cpu
     python benchmarks/run.py --suite gpu --op linear_logprob --out benchmarks/results/x.json
     python benchmarks/run.py --suite cpu --compare benchmarks/results/<record>.json
-    python benchmarks/run.py --suite gpu --dry-run          # tiny sizes, on CPU if need be; records
-    nothing
+    python benchmarks/run.py --suite gpu --dry-run    # tiny sizes, on the CPU if needed; no record
 
-Exit code: 0 fine; 1 slower than the record compared with, or a wrong result; 2 refused, because an
-op's tests fail (nothing is measured then); 3 a goal is missed and `--strict` was given.
+Exit code: 0 fine; 1 slower than the record compared with, or a wrong result; 2 an op's tests fail,
+and nothing is measured; 3 a goal is missed and `--strict` was given.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ FORMAT = 1
 
 
 def ops() -> list[str]:
-    """Ops that have a benchmark."""
+    """Names of the ops that have a benchmark."""
     return sorted(
         path.stem.removeprefix("bench_")
         for path in (ROOT / "benchmarks/kernels").glob("bench_*.py")
@@ -44,7 +43,7 @@ def ops() -> list[str]:
 
 
 def run_tests(op: str) -> str:
-    """Run the op's quick tests and return pytest's last line; exit with 2 where they fail."""
+    """Run the op's quick tests and return pytest's last line; exit with 2 if they fail."""
     command = [
         sys.executable,
         "-m",
@@ -76,7 +75,7 @@ def run_tests(op: str) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions and commit of a record."""
+    """Hardware, versions and commit, for the record."""
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"]),
@@ -116,7 +115,7 @@ def _cpu_name() -> str:
 
 
 def check_goal(goal: Goal, outcomes: list[Outcome]) -> dict[str, Any]:
-    """Value and verdict of a goal; `met` is None where a row that it needs is missing."""
+    """Value and result of a goal; `met` is None if a row that it needs is missing."""
     by_name = {outcome.row.name: outcome for outcome in outcomes}
 
     def cost(name: str) -> float | None:
@@ -188,11 +187,10 @@ def print_case(record: dict[str, Any]) -> None:
 
 
 def regressions(new: dict[str, Any], old: dict[str, Any], tolerance: float) -> list[str]:
-    """Lines for our rows that became slower than the record says.
+    """One line for each of our rows that is slower than in the old record.
 
-    Times are compared as multiples of the case's floor row, measured in the same run: the machine's
-    speed cancels. Without a floor row the times themselves are compared, and only on the same
-    hardware.
+    Times are compared relative to the case's floor row of the same run, which cancels the speed of
+    the machine. Without a floor row, times are compared directly, on the same hardware only.
     """
     same_hardware = all(
         new["environment"].get(key) == old["environment"].get(key) for key in ("cpu", "gpu")
@@ -241,7 +239,7 @@ def recording_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def measuring_parser(description: str | None, seconds: float) -> argparse.ArgumentParser:
-    """Options of every benchmark whose cases `measure` times. seconds: for a case, by default."""
+    """Options of every benchmark timed by `measure`. seconds: default time budget of a case."""
     parser = recording_parser(description)
     parser.add_argument("--compare", type=Path, help="fail where we are slower than in this record")
     parser.add_argument(
@@ -288,28 +286,28 @@ def main(arguments: list[str] | None = None) -> int:
             outcomes = measure.measure(case, device, 0.0 if options.dry_run else options.seconds)
             entry["cases"].append(case_record(case, outcomes, ceilings))
             print_case(entry["cases"][-1])
-            # A run that is stopped keeps the cases it has measured.
+            # Write after each case, so that an interrupted run keeps its results.
             if not options.dry_run:
                 write_record(options.out, record)
     return finish(record, options)
 
 
 def new_record(suite: str, device: torch.device | None = None, **content: Any) -> dict[str, Any]:
-    """A record with what it was measured on. device: None for the one that stages run on."""
+    """A record with its environment. device: None means the default device of the stages."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {"format": FORMAT, "suite": suite, "environment": environment(device), **content}
 
 
 def write_record(path: Path | None, record: dict[str, Any]) -> None:
-    """Write the record, as far as it goes, where a file for it is named."""
+    """Write the record, complete or partial, if a path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def finish(record: dict[str, Any], options: argparse.Namespace) -> int:
-    """Write, compare, and say by the exit code what was found."""
+    """Write the record, compare it, and return the exit code."""
     cases = [case for entry in record["ops"].values() for case in entry["cases"]]
     wrong = [
         f"{c['case']}/{r['name']}: {r['wrong']}" for c in cases for r in c["rows"] if "wrong" in r

@@ -7,7 +7,6 @@ import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +14,22 @@ import tyro
 
 import nemocascade
 from nemocascade.cascade.launch import parse_cascade, run_report
+from nemocascade.cascade.planning import check_cascade, jobs_of_cascade, plan_cascade
 from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.envs.swe_checking import CheckSettings, check_tasks, summary
 from nemocascade.megatron.convert import export_huggingface, import_huggingface
-from nemocascade.plan.preflight import PreflightSettings, run_preflight
-from nemocascade.plan.slurm import SubmitSettings, run_submit
-from nemocascade.plan.summary import PlanSettings, run_plan
-from nemocascade.recipe import CascadeRecipe, DataConfig, Recipe
+from nemocascade.plan.findings import Preflight
+from nemocascade.plan.preflight import PreflightSettings, check_recipe
+from nemocascade.plan.slurm import (
+    SlurmJob,
+    SubmitSettings,
+    check_submission,
+    job_of_script,
+    submit_jobs,
+)
+from nemocascade.plan.summary import PlanSettings, plan_recipe
+from nemocascade.recipe import CascadeRecipe, DataConfig, Recipe, load_any_recipe
 from nemocascade.rl.trajectories import ReplaySettings, replay, settings_of_run
 from nemocascade.runtime.errors import exit_cleanly
 from nemocascade.runtime.world import is_main_process
@@ -143,18 +150,41 @@ def _convert(settings: ConvertSettings) -> None:
 
 
 def _plan(settings: PlanSettings, rest: list[str]) -> None:
-    print(run_plan(settings, partial(_overridden, arguments=rest)))
+    recipe = _overridden(settings.recipe, rest)
+    if isinstance(recipe, CascadeRecipe):
+        print(plan_cascade(recipe, settings))
+    else:
+        print(plan_recipe(recipe, settings))
 
 
 def _preflight(settings: PreflightSettings, rest: list[str]) -> None:
-    found = run_preflight(settings, partial(_overridden, arguments=rest))
+    found = Preflight()
+    with found.guarded("recipe"):
+        recipe = _overridden(settings.recipe, rest)
+        if isinstance(recipe, CascadeRecipe):
+            check_cascade(recipe, settings, found)
+        else:
+            check_recipe(recipe, settings, found)
     print(found.as_json() if settings.json else found.text())
     if found.problems:
         raise SystemExit(2)
 
 
-def _overridden(recipe: Recipe, arguments: list[str]) -> Recipe:
-    """A recipe of any kind with the command line's settings."""
+def _submit(settings: SubmitSettings, rest: list[str]) -> None:
+    check_submission(settings, rest)
+    jobs: list[SlurmJob] = []
+    for script in map(Path, settings.recipes):
+        recipe = load_any_recipe(script)
+        if isinstance(recipe, CascadeRecipe):
+            jobs += jobs_of_cascade(script, recipe, rest)
+        else:
+            jobs.append(job_of_script(script, recipe.run_dir, rest))
+    submit_jobs(settings, jobs)
+
+
+def _overridden(script: str, arguments: list[str]) -> Recipe:
+    """The recipe of a script, of any kind, with the command line's settings."""
+    recipe = load_any_recipe(Path(script))
     if isinstance(recipe, CascadeRecipe):
         return parse_cascade(recipe, arguments)[0]
     return parse(recipe, arguments)
@@ -232,7 +262,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "report": _report,
     "plan": _command("plan", PlanSettings, _plan, of_recipe=True),
     "preflight": _command("preflight", PreflightSettings, _preflight, of_recipe=True),
-    "submit": _command("submit", SubmitSettings, run_submit, of_recipe=True),
+    "submit": _command("submit", SubmitSettings, _submit, of_recipe=True),
     "convert": _command("convert", ConvertSettings, _convert),
     "tokenizer": _command("tokenizer", TokenizerSettings, _tokenizer),
     "replay": _replay,

@@ -1,4 +1,4 @@
-"""The values that floors hand to each other, every field with its shape.
+"""Shared data types, every field with its shape.
 
 Shape letters: C capacity of a packed batch in tokens, D number of documents in it.
 """
@@ -20,14 +20,15 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 
 Row = Mapping[str, Any]
-"""One row of a data file, as it was read."""
+"""One row of a data file, as read."""
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the assistant makes. Arguments keep their order.
+    """A tool call by the assistant. Arguments keep their order.
 
-    A call that was parsed from text holds text; the environment reads it by the tool's schema.
+    In a call parsed from text, argument values are strings; the environment converts them by the
+    tool's schema.
     """
 
     name: str
@@ -39,9 +40,9 @@ class Message:
     """One turn of a chat.
 
     content: the visible text.
-    reasoning: what stands between the think tags; assistant turns only.
+    reasoning: text between the think tags; assistant turns only.
     tool_calls: calls at the end of an assistant turn.
-    trained: False keeps an assistant turn out of the loss (`weight: 0` in a row).
+    trained: False excludes an assistant turn from the loss (`weight: 0` in a row).
     """
 
     role: Role
@@ -64,15 +65,15 @@ class Tool:
 class Prompt:
     """A task of an environment.
 
-    id: the same for the same task, different for different ones.
+    id: identical for identical tasks, unique otherwise.
     domain: the environment that scores it.
-    messages: turns up to where the assistant answers.
+    messages: turns before the assistant's answer.
     tools: functions declared to the assistant.
-    answer: what the verifier needs; never shown to the model.
-    source: where it came from, for messages.
-    demonstration: turns of a right solution with reasoning, where one is known.
+    answer: data for the verifier; never shown to the model.
+    source: origin of the task, for messages.
+    demonstration: turns of a correct solution with reasoning, if one is known.
     careless: turns of a solution with a habit that may cost the reward, if known.
-    pass_rate: share of earlier tries that solved it, in [0, 1]; None = not known.
+    pass_rate: fraction of earlier attempts that solved it, in [0, 1]; None if unknown.
     """
 
     id: str
@@ -88,11 +89,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier found. Either a reward or an error: a verifier that failed is not a zero.
+    """The result of a verifier: a reward or an error. A verifier failure is not a reward of 0.
 
     reward: finite; None exactly when `error` is set.
-    error: why there is no reward, such as a verifier that was killed at its time limit.
-    details: what the reward was made from, JSON values only.
+    error: reason for a missing reward, such as a verifier that was killed at its timeout.
+    details: components of the reward, JSON values only.
     """
 
     reward: float | None
@@ -111,11 +112,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Question:
-    """What a judge is asked.
+    """A question for a judge.
 
     kind: the form of the answer: "compare" two responses, or "grade" one.
-    messages: the conversation that asks a model; it says how the answer must look.
-    facts: what the messages were made from, for a judge that goes by rules.
+    messages: the conversation for a model judge; it specifies the answer's format.
+    facts: the data behind the messages, for a rule-based judge.
     """
 
     kind: Literal["compare", "grade"]
@@ -125,54 +126,54 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a judge said: its text, or why there is none. A judge that failed has said nothing."""
+    """A judge's answer: its text, or the error if the judge failed."""
 
     text: str | None
     error: str | None = None
 
 
 class Judge(Protocol):
-    """Answers questions about responses. Threads may share one that is not collective.
+    """Answers questions about responses. Thread-safe unless collective.
 
-    collective: it generates on the training ranks, so every rank asks at the same time, outside of
-    a generation, and gets all answers.
+    collective: the judge generates on the training ranks. Every rank must ask at the same time,
+    outside generation, and gets all answers.
     """
 
     collective: bool
 
     @property
     def activity(self) -> int:
-        """Rises while the judge gets on, whatever comes of it: a wait for it is then no stall."""
+        """Progress counter, so that waiting for a working judge does not count as a stall."""
 
     def begin(self, questions: Sequence[Question]) -> None:
-        """Questions that will be asked soon; a judge with time to spare may start on them."""
+        """Announce questions that will be asked soon; the judge may start on them."""
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """An answer to each question, in order, in bounded time; never raises for what it met."""
+        """Answer each question, in order, in bounded time. Failures are answers, never raised."""
 
     def close(self) -> None:
-        """End what the judge holds."""
+        """Release the judge's resources."""
 
 
 class ToolSession(Protocol):
-    """The tools of one episode, and the state they change."""
+    """The tools of one episode, with their state."""
 
     @property
     def done(self) -> bool:
-        """A call has ended the episode: the model writes no further turn."""
+        """True if a call has ended the episode: the policy gets no further turn."""
 
     def step(self, calls: Sequence[ToolCall]) -> list[Message]:
-        """Execute `calls` in order: a `tool` turn for each, errors as text; never raises."""
+        """Execute `calls` in order; returns a `tool` turn for each. Errors become text."""
 
     def close(self) -> None:
-        """Leave nothing behind. Called once, whatever way the episode ended."""
+        """Release all resources. Called once, even if the episode failed."""
 
 
 class Environment(Protocol):
-    """A domain: tasks, and verdicts on their solutions. Threads may share one.
+    """A domain: its tasks, and verdicts on their solutions. Thread-safe.
 
     by_group: a verdict depends on the other responses to the same prompt.
-    collective: the verifier works on all ranks at once, see `Judge`.
+    collective: the verifier runs on all ranks at once, see `Judge`.
     """
 
     domain: str
@@ -183,64 +184,64 @@ class Environment(Protocol):
 
     @property
     def activity(self) -> int:
-        """As of the judge, where there is one."""
+        """Progress counter of the judge, if there is one."""
 
     def prompts(
         self, *, seed: int, count: int, difficulty: int = 0, heldout: bool = False
     ) -> Iterable[Prompt]:
-        """`count` different tasks made from `seed`; higher `difficulty` is harder, 0 easiest.
+        """Make `count` different tasks from `seed`; `difficulty` 0 is the easiest.
 
-        Held-out tasks are disjoint from the others whatever the seeds.
+        Held-out tasks are disjoint from the others for any seeds.
         """
 
     def read(self, path: str | Path) -> Iterable[Prompt]:
-        """The tasks in a JSONL file of released rows. Raises ValueError naming the row."""
+        """Read the tasks of a JSONL file of released rows. Raises ValueError naming the row."""
 
     def session(self, prompt: Prompt) -> ToolSession | None:
-        """Fresh tools for one episode; None where the domain has no tools."""
+        """Fresh tools for one episode; None if the domain has no tools."""
 
     def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        """The verdict on the turns that answered `prompt`; never raises for what they hold.
+        """Score the turns that answered `prompt`; never raises because of their content.
 
-        Where verdicts are made by group, this is the absolute measure of held-out tasks.
+        For domains with verdicts by group, this is the absolute score of held-out tasks.
         """
 
     def begin_group(
         self, prompt: Prompt, written: Mapping[int, Sequence[Message]], new: int
     ) -> None:
-        """Response `new` of a group is written, beside others: what can be asked now may be.
+        """Announce that response `new` of a group is complete, so that a judge may start early.
 
-        written: those there are, by their place in the group.
+        written: the complete responses, by their index in the group.
         """
 
     def score_groups(
         self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
     ) -> list[list[Verdict]]:
-        """The verdicts on all responses to each prompt, in order; otherwise as `score`."""
+        """Score all responses to each prompt, in order; see `score`."""
 
     def close(self) -> None:
-        """End the processes that the verifier holds."""
+        """Stop the verifier's processes."""
 
 
 Status = Literal["ok", "failed", "time", "output"]
 
 
 class SandboxError(RuntimeError):
-    """The sandbox, not the program, failed: nothing is known about the program."""
+    """The sandbox failed, not the program: the program's outcome is unknown."""
 
 
 class SandboxUnavailable(SandboxError):  # noqa: N818 - it states a fact about the host
-    """This host lets nobody isolate programs. The message holds reasons and remedies."""
+    """Isolation is unavailable on this host. The message holds reasons and remedies."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """Python source and what to do with it.
+    """Python source with its inputs.
 
     stdin: text on standard input.
     function, calls: call this function (or method of `Solution`) with each list of arguments;
         without a function the source runs as a script.
-    files: by relative path, laid into the program's folder before it starts.
+    files: content by relative path, written to the program's folder before it starts.
     """
 
     source: str
@@ -252,14 +253,14 @@ class Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a program did.
+    """The outcome of running a program.
 
-    status: "ok", exit status 0; "failed", another exit status or a signal; "time", over its time;
-        "output", killed because it wrote too much.
+    status: "ok", exit status 0; "failed", another exit status or a signal; "time", killed at the
+        time limit; "output", killed because it wrote too much.
     exit_status: negative for a signal.
-    stdout, stderr: decoded, with replacement characters where that is not UTF-8.
-    results: what the calls returned, as JSON values, up to the first that failed.
-    wall_s, cpu_s: of the program, with the building of its walls.
+    stdout, stderr: decoded as UTF-8, with replacement characters.
+    results: return values of the calls, as JSON values, up to the first that failed.
+    wall_s, cpu_s: wall-clock and CPU seconds, including the setup of the isolation.
     """
 
     status: Status
@@ -272,23 +273,23 @@ class Outcome:
 
 
 class Sandbox(Protocol):
-    """Runs programs that nobody trusts. Threads may share one."""
+    """Runs untrusted programs. Thread-safe."""
 
     def run(self, program: Program) -> Outcome:
         """Run one program in bounded time. Raises SandboxError if the sandbox itself fails."""
 
     def close(self) -> None:
-        """End all workers."""
+        """Stop all workers."""
 
 
 @dataclass(frozen=True)
 class Document:
     """One tokenised training example.
 
-    tokens: [n] int32, the ids in reading order.
-    trained: [n] bool, True where the token was written by the assistant, so that predicting it
-        is trained. The first token of a document is predicted by nothing and never trains.
-    source: where it came from, `file:line`, for messages.
+    tokens: [n] int32 ids.
+    trained: [n] bool, True for tokens written by the assistant, whose prediction is trained. The
+        first token of a document has no predecessor and never trains.
+    source: origin of the document, `file:line`, for messages.
     """
 
     tokens: Tensor
@@ -298,19 +299,19 @@ class Document:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Documents laid end to end in a fixed capacity: the one batch layout of every stage.
+    """Documents packed into a fixed capacity: the batch layout of every stage.
 
     Row t holds the state s_t after reading `tokens[t]` and the action y_t = `targets[t]`, which
-    stands in the same document. The tail that no document fills is a document of its own, made of
-    `pad_id`, with weight 0.
+    belongs to the same document. Padding at the end forms a document of its own, made of `pad_id`,
+    with weight 0.
 
     tokens:        [C] int64, input ids.
     targets:       [C] int64, the next id within the document; 0 in a document's last row.
     positions:     [C] int64, position within the document, from 0.
     token_weight:  [C] float32, mask and normaliser of the loss; 0 = the row does not train.
     cu_seqlens:    [D+1] int32, starts of the documents and C at the end (padding included).
-    num_tokens:    tokens that belong to documents; the rest of C is padding.
-    document_ids:  ids of the documents in the data set, in the order they are laid.
+    num_tokens:    number of tokens in documents; the rest of C is padding.
+    document_ids:  ids of the documents in the data set, in the order of the pack.
     advantage, ref_logprob, teacher_logprob, rollout_logprob: [C] float32 or None, the constants
         of GRPO's and MOPD's objectives.
     """
@@ -333,11 +334,11 @@ class PackedBatch:
 
     @property
     def num_documents(self) -> int:
-        """Documents without the padding tail."""
+        """Number of documents without the padding."""
         return self.cu_seqlens.numel() - 1 - int(self.num_tokens < self.capacity)
 
     def num_trained(self) -> int:
-        """Rows whose loss counts."""
+        """Number of rows that train."""
         return int((self.token_weight != 0).sum())
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -379,7 +380,7 @@ def pack_documents(
     pad_id: int = 0,
     document_ids: Sequence[int] = (),
 ) -> PackedBatch:
-    """Lay `documents` end to end in `capacity` tokens, each trained token with weight 1.
+    """Pack `documents` into `capacity` tokens, each trained token with weight 1.
 
     Raises ValueError if they don't fit or one is empty.
     """
@@ -419,14 +420,15 @@ def pack_documents(
 
 @dataclass(frozen=True)
 class Artifact:
-    """The weights that a stage left, and what made them: the manifest of an artifact folder.
+    """The weights of a finished stage and their provenance: the manifest of an artifact folder.
 
-    folder: where it lies. digest: sha256 over the manifest, and so over every file; its identity.
-    stage, step: the stage that wrote it, and its optimizer steps.
+    folder: path of the folder. digest: sha256 of the manifest, which covers every file; identifies
+        the artifact.
+    stage, step: the stage that wrote it, and its number of optimizer steps.
     model: the fields of ModelConfig. precision: of the weights, "fp32" or "bf16".
-    recipe: the stage's resolved recipe. data: what it trained on, as the stage describes it.
+    recipe: the stage's resolved recipe. data: the training data, as the stage describes it.
     parent, parent_digest: the artifact it started from, None for random weights.
-    scores: held-out measures by name.
+    scores: held-out scores by name.
     tokenizer: file name in the folder, or None.
     """
 
@@ -445,5 +447,5 @@ class Artifact:
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """The tokenizer's file."""
+        """Path of the tokenizer's file, or None."""
         return None if self.tokenizer is None else self.folder / self.tokenizer

@@ -1,4 +1,4 @@
-"""Benchmark of the packing planner beside the obvious alternatives, in one process.
+"""Benchmark of the packing planner and its common alternatives, in one process.
 
     python benchmarks/data/bench_packing.py
     python benchmarks/data/bench_packing.py --out benchmarks/results/packing_<cpu>_<yyyymm>.json
@@ -6,13 +6,13 @@
 
 For each distribution of lengths, a table with these columns:
 
-- bins and fill (tokens over the capacity of all bins);
+- bins and fill (tokens divided by the capacity of all bins);
 - `8 ranks`, `16 ranks`: lockstep cost, the time of ranks that run the bins side by side and wait
-  for the slowest in each round, over the ideal; by the work of Nemotron-3-Nano and by attention
-  alone (`sum(length^2)`), which is the hardest case;
-- `step`: work of the heaviest optimizer step of 64 bins over the mean step, how unequally an order
-  spreads the long documents over the epoch;
-- seconds of one core. The alternatives are plain Python: their times are no comparison.
+  for the slowest in each round, divided by the ideal; with the work of Nemotron-3-Nano, and with
+  attention alone (`sum(length^2)`), which is the hardest case;
+- `step`: work of the heaviest optimizer step of 64 bins divided by the mean step; it shows how
+  unevenly long documents are spread over the epoch;
+- seconds on one core. The alternatives are plain Python, so their times are not comparable.
 
 Exit code: 0 fine; 3 a goal is missed and `--strict` was given.
 """
@@ -50,9 +50,11 @@ Ints = NDArray[np.int64]
 
 
 def sft_mixture(count: int, random: np.random.Generator) -> Floats:
-    """What a reasoning SFT set looks like; an assumption, for no lengths are published. 35 % chat
-    (median 600 tokens), 45 % reasoning (8,000), 15 % long reasoning (25,000), 5 % agent
-    trajectories and long context (60,000), each log-normal."""
+    """Lengths of a reasoning SFT set. An assumption: no lengths are published.
+
+    35 % chat (median 600 tokens), 45 % reasoning (8,000), 15 % long reasoning (25,000), 5 % agent
+    trajectories and long context (60,000), each log-normal.
+    """
     medians = np.array([600, 8_000, 25_000, 60_000])
     sigmas = np.array([0.9, 0.9, 0.7, 0.8])
     kind = random.choice(4, size=count, p=[0.35, 0.45, 0.15, 0.05])
@@ -65,7 +67,7 @@ def chat(count: int, random: np.random.Generator) -> Floats:
 
 
 def no_short(count: int, random: np.random.Generator) -> Floats:
-    """Nothing short to fill a gap with: 2,000 tokens + log-normal, median 10,000, sigma 1."""
+    """Lengths without short documents: 2,000 tokens + log-normal, median 10,000, sigma 1."""
     return 2_000 + 10_000 * np.exp(random.standard_normal(count))
 
 
@@ -124,7 +126,7 @@ def karmarkar_karp(costs: Floats, parts: int) -> Ints:
 
 
 def by_karmarkar_karp(costs: Floats, ranks: int, window: int) -> Ints:
-    """An order of all bins: each window of bins is dealt to the ranks with equal sums."""
+    """Order of all bins: each window of bins is distributed to the ranks with equal sums."""
     order = []
     for start in range(0, costs.size, window):
         part = costs[start : start + window]
@@ -138,7 +140,7 @@ def by_karmarkar_karp(costs: Floats, ranks: int, window: int) -> Ints:
 def result(
     name: str, fills: Ints, squares: Ints, order: Callable[[Floats, int], Ints], seconds: float
 ) -> Result:
-    """Figures of bins that are run in the order that `order(costs, ranks)` gives."""
+    """Figures for bins that run in the order given by `order(costs, ranks)`."""
 
     def cost(work: WorkModel, ranks: int) -> float:
         costs = work.linear * fills + work.quadratic * squares
@@ -172,13 +174,13 @@ def ours(lengths: Ints, work: WorkModel, repeats: int) -> tuple[Ints, Ints, floa
 
 
 def compare(lengths: Ints, repeats: int) -> list[Result]:
-    """All ways to pack and order, on the same lengths."""
+    """Results of every packing and order, on the same lengths."""
     as_is = lambda costs, ranks: np.arange(costs.size)  # noqa: E731
     shuffled = np.random.default_rng(1)
     results = []
     fills, squares, seconds = ours(lengths, NANO, repeats)
     row = result("planner", fills, squares, as_is, seconds)
-    # Attention alone is balanced by an order made for it, as every alternative's order is.
+    # The attention columns use a plan made for attention, as the alternatives use such an order.
     fills, squares, _ = ours(lengths, ATTENTION, 1)
     hardest = result("planner", fills, squares, as_is, seconds)
     row.attention_8, row.attention_16 = hardest.attention_8, hardest.attention_16
@@ -212,7 +214,7 @@ def compare(lengths: Ints, repeats: int) -> list[Result]:
 
 
 def goals(planner: Result) -> list[dict[str, Any]]:
-    """The goals of the planner, with their verdicts."""
+    """The planner's goals with their results."""
     found: list[tuple[str, float, float]] = [
         ("unfilled part of the bins", 1 - planner.fill, 0.001),
         ("lockstep cost at 8 ranks", planner.nano_8, 1.10),
@@ -228,7 +230,7 @@ def goals(planner: Result) -> list[dict[str, Any]]:
 
 
 def print_table(results: list[Result], verdicts: list[dict[str, Any]]) -> None:
-    """The table on the screen."""
+    """Print the table and the goals."""
     print(f"  {'':36s} {'':>7s} {'':>8s} {'Nemotron-3-Nano':>17s} {'attention alone':>17s}")
     print(
         f"  {'':36s} {'bins':>7s} {'fill':>8s} {'8 ranks':>8s} {'16 ranks':>8s} {'8 ranks':>8s} "

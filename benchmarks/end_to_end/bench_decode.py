@@ -1,17 +1,16 @@
-"""Tokens per second of greedy generation on one process, beside transformers' `generate`.
+"""Tokens per second of greedy generation in one process, compared with transformers' `generate`.
 
     python benchmarks/end_to_end/bench_decode.py
     python benchmarks/end_to_end/bench_decode.py --case tiny/64 --seconds 60
     python benchmarks/end_to_end/bench_decode.py --profile tiny/64
     python benchmarks/end_to_end/bench_decode.py --out benchmarks/results/<record>.json
 
-The same NemotronH weights and the same prompts, all of one length and all different, so that
-transformers needs no padding, and continuations of one length, so that no row of its batch idles.
-Tokens must agree. Where a text goes another way, transformers' own forward pass over that text,
-without its cache, must choose our token, or the two tokens must be so near that float32's rounding
-decides; the record counts such texts. Ours is `LiveEngine` with a slot for each prompt; it
-reads the prompts together. transformers runs with its cache and the faster of its expert products,
-found by trying. Reading the prompts is part of the time; tokens are the generated ones.
+Both use the same NemotronH weights and prompts. All prompts have one length and differ, so that
+transformers needs no padding. All continuations have one length, so that no row of a batch idles.
+Tokens must agree. Where they differ, transformers' forward pass without a cache must choose our
+token, or the two logits must be equal to float32 rounding; the record counts such sequences. Ours
+is `LiveEngine` with one slot per prompt and a joint prefill. transformers uses its cache and its
+faster expert products, chosen by trial. The time includes the prefill; only generated tokens count.
 
 Exit code: 0 fine; 1 tokens disagree, or slower than the record compared with; 3 a goal is missed
 and `--strict` was given.
@@ -52,13 +51,13 @@ from nemocascade.rollout.engine import Request, Sampling  # noqa: E402
 from nemocascade.rollout.live import LiveEngine  # noqa: E402
 
 OURS, PEER = "ours, live weights", "transformers generate"
-NEAR = 1e-4  # of two logits, in standard deviations of a row
+NEAR = 1e-4  # largest difference of two logits, in standard deviations of a row
 EXPERTS = ("grouped_mm", "eager")  # transformers' expert products
 
 
 @dataclass(frozen=True)
 class Problem:
-    """goal: how many times transformers' tokens/s ours should make."""
+    """Sizes of one comparison. goal: required ratio of our tokens/s to those of transformers."""
 
     make_shape: Callable[[], ModelConfig]
     batch: int
@@ -85,7 +84,7 @@ def draw_prompts(problem: Problem) -> Tensor:
 
 
 def make_ours(problem: Problem, peer: dict[str, Any]) -> Prepared:
-    """A call, and its tokens [batch, written] for the comparison with those of the peer."""
+    """The timed call, and its tokens [batch, written] for the comparison with the peer."""
     shape = problem.make_shape()
     config = make_config(shape, world().parallel, ENGINE, MoeTrainingConfig(), seed=0)
     chunks = build_model(world(), config, Accelerators())
@@ -113,7 +112,7 @@ def make_ours(problem: Problem, peer: dict[str, Any]) -> Prepared:
 
 
 def beside(prompts: Tensor, ours: Tensor, peer: dict[str, Any]) -> Tensor:
-    """Our tokens [batch, written], with the peer's from where a text rightly took another way."""
+    """Our tokens [batch, written], replaced by the peer's after a legitimate difference."""
     theirs, result, ways = peer["tokens"], ours.clone(), peer["ways"]
     ways |= {"unlike_its_own_forward": 0, "near_ties": 0}
     for row in torch.nonzero((ours != theirs).any(1))[:, 0].tolist():
@@ -133,8 +132,8 @@ def beside(prompts: Tensor, ours: Tensor, peer: dict[str, Any]) -> Tensor:
 
 
 def make_peer(problem: Problem, chosen: dict[str, Any]) -> Callable[[], Tensor]:
-    """The call of transformers, in the faster of its ways. chosen: receives that, the model and
-    its tokens."""
+    """The timed call of transformers in its fastest configuration. chosen: receives that
+    configuration, the model and its tokens."""
     model: Any = initial(problem.make_shape()).eval()
     model.config.use_cache = True
     chosen["model"] = model
@@ -167,7 +166,7 @@ def make_peer(problem: Problem, chosen: dict[str, Any]) -> Callable[[], Tensor]:
 
 
 def make_case(name: str, problem: Problem, ways: dict[str, Any]) -> Case:
-    """A case. ways: receives the way of transformers that was fastest, and where texts differ."""
+    """One case. ways: receives transformers' fastest configuration and the differing sequences."""
     shape, chosen = problem.make_shape(), {"ways": ways}
     tokens = problem.batch * problem.written
     return Case(
@@ -192,7 +191,7 @@ def make_case(name: str, problem: Problem, ways: dict[str, Any]) -> Case:
 
 
 def profile(problem: Problem) -> None:
-    """Where our time goes, by Python function and by operator."""
+    """Profile our time by Python function and by operator."""
     call = make_ours(problem, {}).call
     call()
     profiler = cProfile.Profile()

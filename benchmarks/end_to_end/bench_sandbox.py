@@ -1,17 +1,17 @@
-"""Programs per second in the sandbox, what they cost, and what attacks on it come to.
+"""Throughput and cost of programs in the sandbox, and the outcome of attacks on it.
 
     python benchmarks/end_to_end/bench_sandbox.py
     python benchmarks/end_to_end/bench_sandbox.py --out benchmarks/results/<record>.json
     python benchmarks/end_to_end/bench_sandbox.py --programs 20 --rounds 1     # a quick look
 
-Every row runs the same short programs, each with its hidden tests, in rounds that alternate in one
-process. Beside the pool with both kinds of walls stand a fresh interpreter for each program without
-any isolation, and a fresh interpreter in a fresh bubblewrap. Core-seconds are processor time of
-everything that takes part: this process, the workers, the programs. Answers are compared.
+Every row runs the same short programs with their hidden tests, in rounds that alternate in one
+process. The pool runs with both isolation backends. It is compared with a fresh interpreter per
+program, without isolation and in a fresh bubblewrap. Core-seconds are the CPU time of this process,
+the workers and the programs. Answers are checked.
 
 The paper ran 2,048 executions in 427.2 s on 384 cores: 80.1 core-seconds each. Its programs are
-solutions of contest problems with all their tests, ours are short: beside theirs our figure tells
-what a sandbox adds, it does not compare sandboxes.
+contest solutions with all their tests, ours are short. Our figure therefore shows the overhead of
+the sandbox; it is no comparison of sandboxes.
 
 Exit code: 0 fine; 1 an answer is wrong; 3 the goal is missed and `--strict` was given.
 """
@@ -69,9 +69,9 @@ ATTACKS = {
 
 @dataclass
 class Row:
-    """One way to run a program: seconds and processor seconds of each round.
+    """One way to run a program, with seconds and CPU seconds of each round.
 
-    cpu_s: processor time of all that takes part, ever growing; None where it cannot be seen.
+    cpu_s: reads the total CPU time of all processes involved; None if it is not visible.
     """
 
     name: str
@@ -99,13 +99,13 @@ def make_programs(count: int) -> list[tuple[Program, str]]:
 
 
 def own_cpu_s() -> float:
-    """Processor time of this process and of the children it has reaped."""
+    """CPU time of this process and of the children it has reaped."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, kinds))
 
 
 def pool_row(walls: str, workers: int, config: SandboxConfig) -> Row:
-    """A pool; its workers' processor time includes the programs that they have reaped."""
+    """A row for a pool; its workers' CPU time includes the programs that they have reaped."""
     sandbox = SandboxPool(config)
 
     def cpu_s() -> float:
@@ -118,7 +118,7 @@ def pool_row(walls: str, workers: int, config: SandboxConfig) -> Row:
 
 
 def fresh_row(name: str, prefix: list[str], threads: int) -> Row:
-    """An interpreter for each program."""
+    """A row with a fresh interpreter for each program."""
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     command = [*prefix, python, "-I", "-S", "-c"]
 
@@ -128,7 +128,7 @@ def fresh_row(name: str, prefix: list[str], threads: int) -> Row:
         )
         return done.stdout
 
-    # bubblewrap's inner process reaps the program, so its time never reaches us.
+    # bubblewrap's inner process reaps the program, so its CPU time is not visible here.
     return Row(name, run, threads, None if prefix else own_cpu_s)
 
 
@@ -149,7 +149,7 @@ def make_rows(cores: int, time_s: float) -> list[Row]:
 
 
 def run_round(row: Row, programs: list[tuple[Program, str]]) -> bool:
-    """All programs once; whether every answer is right."""
+    """Run all programs once; returns True if every answer is right."""
 
     def timed(entry: tuple[Program, str]) -> bool:
         start = time.perf_counter()
@@ -181,7 +181,7 @@ def summary(row: Row, programs: int) -> dict[str, Any]:
 
 
 def attack_table() -> list[dict[str, Any]]:
-    """Each attack once, with a limit of one second."""
+    """Run each attack once, with a limit of one second."""
     os.environ["SANDBOX_BENCH_SECRET"] = "secret"
     config = SandboxConfig(workers=1, time_s=1.0, memory_mib=256)
     sandbox = SandboxPool(config)
@@ -195,7 +195,7 @@ def attack_table() -> list[dict[str, Any]]:
             "walls": sandbox.walls,
             "outcome": outcome.status,
             "seconds": time.perf_counter() - start,
-            # A record names no folder of the machine.
+            # Records contain no folder names of the machine.
             "said": said[-1].replace(f"{ROOT}/", "") if said else "",
         }
         print(f"  {name:24s} {entry['outcome']:8s} {entry['seconds']:6.2f} s  {entry['said'][:60]}")

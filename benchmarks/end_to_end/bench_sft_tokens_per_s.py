@@ -1,16 +1,15 @@
-"""Tokens per second of an SFT step on one process, beside transformers' model of the same shape.
+"""Tokens per second of an SFT step in one process, compared with transformers' model.
 
     python benchmarks/end_to_end/bench_sft_tokens_per_s.py
     python benchmarks/end_to_end/bench_sft_tokens_per_s.py --case tiny/2048 --seconds 60
     python benchmarks/end_to_end/bench_sft_tokens_per_s.py --out benchmarks/results/<record>.json
 
-A step is forward, backward, clipping and AdamW over the same documents, from the same weights and
-with the same settings. Ours is `Trainer.train_step` on packed batches, with all that the recipe has
-besides (load-balance loss, selection bias, checks). transformers reads one document at a time, and
-padded batches of documents of like length. Every row uses the settings that are fastest for it,
-found by trying: the capacity here; slots, chunk and expert products there. Losses of the first step
-must agree. Tokens are those of documents: padding does not count. The goals ask for both of
-transformers' rows to be beaten.
+A step is forward, backward, clipping and AdamW, from the same weights, with the same documents,
+shape and settings. Ours is `Trainer.train_step` on packed batches, with everything else in the
+recipe (load-balance loss, selection bias, checks). transformers runs in two ways: one document at a
+time, and padded batches of documents of similar length. Every row uses its fastest settings, chosen
+by trial: our capacity; their slots, chunk and expert products. Losses of the first step must agree.
+Only document tokens count, not padding. The goals are to beat both rows of transformers.
 
 Exit code: 0 fine; 1 losses disagree, or slower than the record compared with; 3 a goal is missed
 and `--strict` was given.
@@ -52,8 +51,8 @@ from nemocascade.types import Document, PackedBatch, pack_documents  # noqa: E40
 
 OURS = "ours, packed"
 GOAL = 3.0
-CHUNKS = (32, 64, 128)  # of transformers' scan
-SLOTS = (1024, 2048, 4096, 8192)  # of a padded batch
+CHUNKS = (32, 64, 128)  # chunk sizes of transformers' scan
+SLOTS = (1024, 2048, 4096, 8192)  # sizes of a padded batch, in ids
 EXPERTS = ("grouped_mm", "eager")  # transformers' expert products
 
 Documents = Sequence[tuple[Tensor, Tensor]]
@@ -66,7 +65,7 @@ def one_at_a_time(documents: Documents) -> list[Batch]:
 
 
 def padded(documents: Documents, slots: int) -> list[Batch]:
-    """Batches of documents of like length, padded to the longest: at most `slots` ids each.
+    """Batches of documents of similar length, padded to the longest: at most `slots` ids each.
 
     Ids, labels and mask are [documents, longest].
     """
@@ -116,7 +115,7 @@ class Peer:
                 module.chunk_size = chunk
 
     def gradients(self, batches: Sequence[Batch]) -> Tensor:
-        """Forward and backward of the mean loss; returns it, scalar."""
+        """Run forward and backward of the mean loss; returns the loss, scalar."""
         trained = sum(int((labels[:, 1:] != -100).sum()) for _, labels, _ in batches)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=world().device)
@@ -129,7 +128,7 @@ class Peer:
         return total
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
-        """One optimizer step; returns the loss before it."""
+        """Run one optimizer step; returns the loss before it."""
         loss = self.gradients(batches)
         nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip_grad)
         self.optimizer.step()
@@ -141,9 +140,9 @@ def make_peer(
     ways: dict[int, list[Batch]],
     chosen: dict[str, Any],
 ) -> Callable[[], Tensor]:
-    """A step of transformers' model in the fastest of its ways, which is written to `chosen`.
+    """A step of transformers' model with its fastest settings, which are written to `chosen`.
 
-    ways: the documents' batches by the slots of a batch.
+    ways: the documents' batches by number of slots per batch.
     """
     peer = Peer(shape)
     device = world().device
@@ -162,7 +161,7 @@ def make_peer(
         peer.gradients(moved[slots])
         return time.perf_counter() - start
 
-    # The settings do not depend on each other much: one after the other is tried.
+    # The settings are nearly independent, so they are tuned one after the other.
     slots, experts, chunk = min(ways, key=lambda n: abs(n - 2048)), EXPERTS[0], CHUNKS[0]
     chunk = min(CHUNKS, key=lambda n: seconds(slots, experts, n))
     experts = min(EXPERTS, key=lambda name: seconds(slots, name, chunk))
@@ -181,9 +180,9 @@ def make_peer(
 def make_ours(
     shape: ModelConfig, ways: dict[int, list[PackedBatch]], chosen: dict[str, Any]
 ) -> Callable[[], Tensor]:
-    """A step of our trainer, which returns its loss, in the fastest of its ways.
+    """A step of our trainer with its fastest capacity; it returns its loss.
 
-    ways: the same documents in packed sequences of several capacities.
+    ways: the same documents in packed sequences, by capacity.
     """
     probe = make_trainer(shape)
 
@@ -213,7 +212,7 @@ def longer(batches: Sequence[PackedBatch], count: int) -> list[PackedBatch]:
 
 
 def make_case(name: str, problem: Problem, chosen: dict[str, dict[str, Any]]) -> Case:
-    """chosen: receives, for each of transformers' rows, the way that was fastest."""
+    """One case. chosen: receives the fastest settings of each row of transformers."""
     shape = problem.make_shape()
     batches = draw_batches(shape.vocab_size, problem.capacity, problem.sequences)
     documents = documents_of(batches)

@@ -1,28 +1,30 @@
-"""MOPD against GRPO from a student that has lost a domain, on the same prompts and rollouts.
+"""MOPD compared with GRPO for a student that has lost a domain, with equal prompts and rollouts.
 
     python benchmarks/end_to_end/mopd_vs_grpo.py --seeds 5 --out benchmarks/results/<record>.json
     python benchmarks/end_to_end/mopd_vs_grpo.py --base runs/tiny/domains_sft/artifact ...
-    python benchmarks/end_to_end/mopd_vs_grpo.py --quick           # does the code run?
+    python benchmarks/end_to_end/mopd_vs_grpo.py --quick           # checks that the code runs
 
-The paper's comparison (Nemotron-Cascade 2, arXiv 2603.19220, section on MOPD), in small. The base
-is the tiny model after SFT on all domains. Then, for each seed:
+A small version of the paper's comparison (Nemotron-Cascade 2, arXiv 2603.19220, section on MOPD).
+The base is the tiny model after SFT on all domains. Then, for each seed:
 
 1. teacher: GRPO on the domain, from the base;
-2. student: the teacher after SFT on another domain alone, which makes it lose the first;
-3. the race: MOPD, taught by the teacher, and GRPO on rewards, both from the student, with the same
-   prompts in the same order, the same number of rollouts a step and the same seed of the draws.
+2. student: the teacher after SFT on another domain only, which makes it lose the first;
+3. race: MOPD with the teacher, and GRPO on rewards, both from the student, with the same prompts in
+   the same order, the same number of rollouts per step and the same sampling seed.
 
-Held-out answers are greedy, to the same tasks for all. Teacher level is the teacher's own score on
-them, less `--margin`. GRPO's dynamic filtering is off, since it draws more prompts. Learning rates
-are those of recipes/tiny; with several `--mopd-lrs` or `--grpo-lrs`, each is run on a seed that
-takes no part in the races, and the one with the best mean held-out score is used, so that neither
-way has the better tuning. A teacher that is not `--gap` above its student refuses the seed: there
-would be nothing to win back; the record counts such seeds.
+Held-out answers are greedy and use the same tasks for all. The teacher's level is its own score on
+them, less `--margin`. GRPO's dynamic filtering is off, since it draws more prompts.
 
-Runs lie in `--work`, and what is there is not run again: several processes may run some seeds each
-(`--first`, with `--base` and one learning rate a way) in one folder, and one more over all seeds
-writes the record; its seconds are then of a shared machine. Beside the record a
-plot is written, PNG.
+Learning rates are those of recipes/tiny. With several `--mopd-lrs` or `--grpo-lrs`, each is tried
+on a seed outside the races, and the best mean held-out score decides. Both ways are thus tuned
+alike. A seed is rejected if its teacher is not `--gap` above its student, since there is nothing to
+recover. The record counts rejected seeds.
+
+Runs are stored in `--work`, and existing ones are reused. Several processes may run some seeds each
+(`--first`, with `--base` and one learning rate per way) in the same folder; a last one over all
+seeds writes the record, with seconds from a shared machine. A PNG plot is written beside the
+record.
+
 Exit code: 0 fine, whatever wins; 1 no seed could be raced; 2 the options do not go together.
 """
 
@@ -68,7 +70,7 @@ LOG = LogConfig(every=1, tensorboard=False)
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings that all races share. Steps of each stage; evaluations every `eval_every` steps."""
+    """Settings of all races: steps of each stage; an evaluation every `eval_every` steps."""
 
     domain: str = "instruction_following"
     other: str = "multiple_choice"
@@ -92,7 +94,7 @@ def tiny_recipe[R: StageRecipe](name: str, kind: type[R]) -> R:
 
 
 class Bench:
-    """Makes the artifacts of a seed, and races from them; what is made already is taken."""
+    """Makes the artifacts of a seed and races from them; existing runs are reused."""
 
     def __init__(self, setting: Setting, work: Path, base: Path | None) -> None:
         self.setting, self.work = setting, work
@@ -104,7 +106,7 @@ class Bench:
         )
 
     def made(self, name: str, recipe: StageRecipe) -> Path:
-        """The artifact of a recipe, run in `work`/name unless it lies there."""
+        """Artifact of a recipe, run in `work`/name unless it exists there."""
         folder = self.work / name
         recipe = replace(recipe, run_dir=str(folder))
         artifact = folder / "artifact"
@@ -130,7 +132,7 @@ class Bench:
         return (DomainConfig(domain=self.setting.domain, tasks=self.setting.tasks),)
 
     def teacher(self, seed: int) -> Path:
-        """GRPO on the domain, with the recipe's own filtering."""
+        """Train the teacher: GRPO on the domain, with the recipe's own filtering."""
         rollout = replace(self.rollout, dynamic_filtering=True, max_draws=2)
         recipe = replace(
             self.rl,
@@ -145,7 +147,7 @@ class Bench:
         return self.made(f"seed_{seed}/teacher", recipe)
 
     def student(self, seed: int, teacher: Path) -> Path:
-        """The teacher after SFT on the other domain alone."""
+        """Train the student: the teacher after SFT on the other domain only."""
         setting, sft = self.setting, tiny_recipe("domains_sft", SftRecipe)
         assert isinstance(sft, SftRecipe)
         other = DomainConfig(domain=setting.other, tasks=setting.tasks)
@@ -167,7 +169,7 @@ class Bench:
         return self.made(f"seed_{seed}/student", recipe)
 
     def score(self, seed: int, artifact: Path) -> float:
-        """Held-out score, on the tasks that the races are evaluated on."""
+        """Held-out score, on the same tasks as the races' evaluations."""
         rollout = self.rollout
         config = ScoreConfig(
             domains=(ScoredDomain(self.setting.domain),),
@@ -187,7 +189,7 @@ class Bench:
         return found.score
 
     def race(self, seed: int, way: str, lr: float, start: Path, teacher: Path) -> Race:
-        """One way from the student, with its scores."""
+        """Run one way from the student and collect its scores."""
         recipe = self._race_recipe(seed, way, lr, start, teacher)
         artifact = self.made(f"seed_{seed}/{way.lower()}_lr_{lr:g}", recipe)
         lines = (artifact.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -195,7 +197,7 @@ class Bench:
         spent, took = 0.0, 0.0
         for row in map(json.loads, lines):
             spent += row["response_tokens"] * row["groups_drawn"] * self.setting.rollouts
-            # A step without anything to learn from records the time of its rollouts alone.
+            # A step without a training signal records the time of its rollouts only.
             took += row.get("step_time_s", row["rollout_time_s"])
             if (score := row.get(f"heldout/{self.setting.domain}")) is not None:
                 steps.append(row["step"] + 1)
@@ -228,7 +230,7 @@ class Bench:
 
 
 def with_lr(optimizer: OptimizerConfig, lr: float) -> OptimizerConfig:
-    """The same schedule at another height."""
+    """The same schedule with another peak learning rate."""
     scale = lr / optimizer.lr
     return replace(
         optimizer,
@@ -239,7 +241,7 @@ def with_lr(optimizer: OptimizerConfig, lr: float) -> OptimizerConfig:
 
 
 def tuned(bench: Bench, lrs: dict[str, Sequence[float]]) -> tuple[dict[str, float], dict[str, Any]]:
-    """The learning rate of each way, and what was tried to find it."""
+    """The chosen learning rate of each way, and the trials behind it."""
     chosen, tried = {way: found[0] for way, found in lrs.items()}, {}
     if all(len(found) == 1 for found in lrs.values()):
         return chosen, {}
@@ -273,7 +275,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def setting_of(options: argparse.Namespace) -> Setting:
-    """The defaults, made small for --quick, with what the command line names."""
+    """The defaults, reduced for --quick, with the command line's values."""
     setting = Setting()
     if options.quick:
         setting = replace(

@@ -1,5 +1,5 @@
-"""Problems of the end-to-end benchmarks: shapes, documents, one start for every model, and how
-their cases are measured."""
+"""Problems of the end-to-end benchmarks: shapes, documents, shared initial weights, measurement of
+the cases."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from nemocascade.types import Document, PackedBatch, pack_documents  # noqa: E40
 ENGINE = EngineConfig(precision="fp32")
 OPTIMIZER = OptimizerConfig(lr=1e-3, min_lr=1e-3, warmup_steps=0, schedule="constant")
 
-# GSM8K's training questions and answers in a BPE of 2,048 ids: the median length, the deviation of
-# its logarithm, and the part that trains.
+# Lengths of GSM8K's training questions and answers in a BPE of 2,048 ids: the median, the standard
+# deviation of the logarithm, and the fraction of trained tokens.
 MEDIAN_LENGTH, LOG_SIGMA, TRAINED = 205, 0.34, 0.59
 
 
 def small() -> ModelConfig:
-    """About 100 M parameters with all three kinds of layer."""
+    """About 100 M parameters with the three main kinds of layer."""
     return ModelConfig(
         pattern="MEM*EMEM*E",
         hidden_size=512,
@@ -64,7 +64,7 @@ def small() -> ModelConfig:
 
 @dataclass(frozen=True)
 class Problem:
-    """capacity: slots of a packed sequence. sequences: of an optimizer step."""
+    """Sizes of one problem. capacity: slots of a packed sequence. sequences: per optimizer step."""
 
     make_shape: Callable[[], ModelConfig]
     capacity: int
@@ -81,7 +81,7 @@ PROBLEMS = {
 def draw_batches(vocabulary: int, capacity: int, sequences: int) -> list[PackedBatch]:
     """Packed sequences of documents whose lengths are evenly spaced quantiles of GSM8K's.
 
-    First fit, the longest first; 2 % of the slots stay free at least.
+    First fit, longest first; at least 2 % of the slots stay free.
     """
     mean = MEDIAN_LENGTH * torch.tensor(LOG_SIGMA**2 / 2).exp()
     count = int(0.98 * capacity * sequences / mean)
@@ -102,7 +102,7 @@ def draw_batches(vocabulary: int, capacity: int, sequences: int) -> list[PackedB
 
 
 def documents_of(batches: Sequence[PackedBatch]) -> list[tuple[Tensor, Tensor]]:
-    """Tokens [n] and labels [n] of every document; labels are -100 where nothing trains."""
+    """Tokens [n] and labels [n] of every document; labels are -100 for untrained tokens."""
     found = []
     for batch in batches:
         bounds = batch.cu_seqlens.tolist()
@@ -118,12 +118,12 @@ def documents_of(batches: Sequence[PackedBatch]) -> list[tuple[Tensor, Tensor]]:
 
 @functools.cache
 def world() -> World:
-    """This process alone, for all problems."""
+    """A world of this process alone, shared by all problems."""
     return start_world(ParallelConfig(), ENGINE)
 
 
 def initial(shape: ModelConfig) -> nn.Module:
-    """transformers' model of `shape` with the values that every model starts from."""
+    """transformers' model of `shape`, with the initial weights of every model."""
     torch.manual_seed(0)
     return nemotron_h(shape)
 
@@ -151,10 +151,10 @@ def measure_cases(
     cases: Iterable[tuple[Case, dict[str, Any]]],
     options: argparse.Namespace,
 ) -> int:
-    """Time the cases, show each, write the record; the exit code.
+    """Time the cases, print each and write the record; returns the exit code.
 
-    tests: what their rows are checked by. cases: each with what it finds out while it runs: the way
-    in which a row is fastest.
+    tests: the check of their results, for the record. cases: each with a dict that it fills while
+    it runs: the fastest settings of its rows.
     """
     device = world().device
     ceilings = measure.ceilings(device, tiny=options.dry_run)

@@ -1,10 +1,10 @@
-"""Where the time of an SFT step goes: by kind of layer, and by operator.
+"""Profile of an SFT step: time by kind of layer, and by operator.
 
     python benchmarks/end_to_end/profile_sft.py
     python benchmarks/end_to_end/profile_sft.py --case small/2048 --threads 1 --rows 40
 
-Parts are timed by themselves (forward and backward of one layer on one packed sequence), so their
-sum is near the whole step and not equal to it.
+Parts are timed in isolation (forward and backward of one layer on one packed sequence), so their
+sum only approximates the whole step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nemocascade.types import PackedBatch  # noqa: E402
 
 
 def seconds(call: Callable[[], Any], repeats: int = 7) -> float:
-    """Median time of a call, after two to warm up."""
+    """Median seconds of a call, after two warm-up calls."""
     times = []
     for turn in range(repeats + 2):
         start = time.perf_counter()
@@ -49,7 +49,7 @@ def _forward_backward(run_layer: Callable[[], torch.Tensor]) -> None:
 
 
 def parts(trainer: Trainer, batches: list[PackedBatch]) -> list[tuple[str, float, float]]:
-    """Name, seconds a step, and FLOPs a step of every part."""
+    """Name, seconds per step, and FLOPs per step of every part."""
     shape, device = trainer.config.shape, trainer.world.device
     model, packed = trainer.modules[0], Microbatch.from_batch(batches[0], device)
     assert packed.batch is not None

@@ -1,8 +1,8 @@
-"""Results of races between two ways to train: steps and tokens to a level, with intervals.
+"""Statistics of races between two ways to train: steps and tokens to a level, with intervals.
 
-A race is one run of one way: held-out scores at some steps, from the same student, on the same
-prompts as its rival's. Intervals are percentile bootstraps over seeds (Efron), 95 %: races of one
-seed are drawn together, so that differences are paired.
+A race is one run of one way. It records held-out scores at some steps, from the same student and on
+the same prompts as its rival. Intervals are 95 % percentile bootstraps over seeds (Efron). Races of
+one seed are resampled together, so that differences are paired.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DRAWS = 10_000
 @dataclass(frozen=True)
 class Race:
     """One run. steps, scores, tokens, seconds: at each evaluation, the first before any step;
-    tokens that were generated and seconds of training so far. teacher: the level to reach."""
+    generated tokens and training seconds are cumulative. teacher: the level to reach."""
 
     steps: Sequence[int]
     scores: Sequence[float]
@@ -37,13 +37,13 @@ class Race:
         return next((n for n, score in enumerate(self.scores) if score >= level), None)
 
     def to_level(self, amounts: Sequence[float], level: float) -> float:
-        """Amount spent up to `level`; infinite where it was not reached."""
+        """Amount spent up to `level`; infinite if it was not reached."""
         found = self.first_at(level)
         return float("inf") if found is None else float(amounts[found])
 
     def recovered(self) -> np.ndarray:
-        """[evaluations] share of what the student had lost that is back: 0 student, 1 teacher; 0
-        where it had lost nothing."""
+        """[evaluations] fraction of the lost score that is recovered: 0 student, 1 teacher; 0 if
+        nothing was lost."""
         lost = self.teacher - self.scores[0]
         return (np.array(self.scores) - self.scores[0]) / (lost or np.inf)
 
@@ -51,7 +51,7 @@ class Race:
 def interval(
     values: Sequence[Any], statistic: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[float, float, float]:
-    """The statistic of values by seed, and its 95 % bootstrap interval. statistic: over the last
+    """A statistic of values by seed, and its 95 % bootstrap interval. statistic: reduces the last
     axis."""
     found = np.array(values, dtype=float)
     draws = np.random.default_rng(0).integers(0, len(found), (DRAWS, len(found)))
@@ -62,9 +62,12 @@ def interval(
 
 
 def summary(races: Mapping[str, Sequence[Race]], margin: float) -> dict[str, Any]:
-    """By way: how many seeds reached the teacher's score less `margin`, the median steps, tokens
-    and seconds until then, final scores against the teacher, and the mean share recovered; then the
-    paired differences of the first way from the second. JSON: null is "not reached"."""
+    """Summary by way, then the paired differences of the first way from the second.
+
+    By way: number of seeds that reached the teacher's score less `margin`, median steps, tokens and
+    seconds until then, final scores relative to the teacher, and the mean fraction recovered. JSON
+    values; null means "not reached".
+    """
     found: dict[str, Any] = {}
     for name, runs in races.items():
         entry: dict[str, Any] = {
@@ -92,7 +95,7 @@ def summary(races: Mapping[str, Sequence[Race]], margin: float) -> dict[str, Any
 
 
 def _median(values: np.ndarray) -> np.ndarray:
-    """The upper of the middle two, so that a value which was not reached stays infinite."""
+    """Upper median, so that a value that was not reached remains infinite."""
     return np.sort(values, -1)[..., values.shape[-1] // 2]
 
 
@@ -106,8 +109,8 @@ def _entry(found: tuple[float, float, float]) -> dict[str, Any]:
 
 
 def plot(path: Path, races: Mapping[str, Sequence[Race]], title: str) -> None:
-    """Share recovered over steps and over generated tokens: seeds thin, their mean bold with its
-    interval."""
+    """Plot the fraction recovered over steps and over generated tokens: seeds thin, their mean bold
+    with its interval."""
     with matplotlib.rc_context(figures.SETTINGS):
         figure = Figure(figsize=(9.0, 3.6), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")

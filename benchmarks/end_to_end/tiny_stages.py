@@ -1,16 +1,16 @@
-"""What each tiny RL stage gains on held-out tasks, and in how many seconds.
+"""Held-out gain and duration of each tiny RL stage.
 
     python benchmarks/end_to_end/tiny_stages.py --seeds 3 --out benchmarks/results/<record>.json
     python benchmarks/end_to_end/tiny_stages.py --sft runs/tiny/cascade/stages/sft/artifact
     python benchmarks/end_to_end/tiny_stages.py --stages if_rl code_rl --seeds 1
 
 For each seed: SFT on all domains (or one artifact for all seeds), then every stage of recipes/tiny
-from that artifact, as its script says, each as a command of its own on `--ranks` processes of one
-thread. Held-out answers are greedy, to tasks that no stage trains on. Seconds are those of the
-whole command: start, evaluations, training, artifact. RLHF is measured by its win rate against the
-stage's start, 0.5 at the start.
+from that artifact, with the settings of its script. Each stage is a command on `--ranks` processes
+of one thread. Held-out answers are greedy, on tasks that no stage trains on. Seconds are those of
+the whole command: start, evaluations, training, artifact. RLHF is measured by its win rate against
+the stage's start, which begins at 0.5.
 
-Runs lie in `--work`, and what is there, made with the same settings, is not run again.
+Runs are stored in `--work`, and existing ones with the same settings are reused.
 
 Exit code: 0 fine; 1 a command failed; 3 a goal is missed and `--strict` was given.
 """
@@ -46,12 +46,12 @@ GOALS = {
     "swe_agentless_rl": 0.10,
     "swe_agentic_rl": 0.10,
 }
-"""Points of 1 that a stage is to gain in at most `SECONDS`."""
+"""Goals: gain in mean reward (1 = 100 points) within at most `SECONDS`."""
 WIN_RATE = "preference_over_start"
 
 
 def run(script: str, folder: Path, seed: int, ranks: int, *arguments: str) -> float:
-    """Run a tiny recipe into `folder` unless it lies there; the seconds that it took."""
+    """Run a tiny recipe into `folder` unless it exists there; returns the seconds that it took."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), f"recipes/tiny/{script}.py"]
     command += ["--seed", str(seed), "--run-dir", str(folder), *arguments]
@@ -63,7 +63,7 @@ def run(script: str, folder: Path, seed: int, ranks: int, *arguments: str) -> fl
         if found != json.loads(json.dumps(asked)):
             raise SystemExit(f"{folder} was made with other settings: name another --work")
         return seconds
-    # What was stopped half-way would go on, and its seconds would be of the rest alone.
+    # An interrupted run would resume, and its seconds would cover the rest only.
     shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     done = subprocess.run(
@@ -97,7 +97,7 @@ def measured(folder: Path, seconds: float) -> dict[str, Any]:
         for name, curve in curves.items():
             if (score := row.get(f"heldout/{name}")) is not None:
                 curve.append([row["step"] + 1, score])
-    # The win rate stands for the comparison with a fixed answer.
+    # The win rate replaces the comparison with a fixed answer.
     if WIN_RATE in curves:
         curves = {WIN_RATE: curves[WIN_RATE]}
     return {

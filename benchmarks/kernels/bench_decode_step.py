@@ -1,4 +1,4 @@
-"""The steps of decoding beside the same steps in plain torch, for a tiny and a small model."""
+"""Benchmark of the decode steps against the same steps in plain torch, for two models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sizes:
     hidden: int
     mamba: tuple[int, int, int, int]  # heads, head dimension, groups, state
     attention: tuple[int, int, int]  # query heads, key/value heads, head dimension
-    experts: tuple[int, int, int]  # experts, of a token, width
+    experts: tuple[int, int, int]  # experts, experts per token, width
     vocabulary: int
 
 
@@ -41,7 +41,7 @@ PAST = 512
 
 
 def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]:
-    """Every step, for 1 and 64 rows. On a GPU there is no implementation but torch's."""
+    """Every step, with 1 and with 64 rows. On a GPU, torch is the only implementation."""
     if suite == "gpu":
         return []
     found = []

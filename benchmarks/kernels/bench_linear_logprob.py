@@ -1,4 +1,4 @@
-"""linear_logprob: forward beside one product, forward and backward beside four."""
+"""Benchmark of linear_logprob: forward against one matrix product, with backward against four."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ours(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def forward_row(problem: Problem, name: str, kind: str, make_loss: Callable[[], Loss]) -> Row:
-    """A loss without gradients."""
+    """Row of a loss without gradients."""
 
     def make() -> Callable[[], Tensor]:
         loss_of = make_loss()
@@ -57,7 +57,7 @@ def with_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def make_case(problem: Problem, training: bool) -> Case:
-    """Our rows beside one product, or, with the backward, beside four."""
+    """Our rows and one matrix product, or four with the backward."""
     row, products = (training_row, 4) if training else (forward_row, 1)
     rows = [
         row(problem, "ours", "ours", lambda: ours),

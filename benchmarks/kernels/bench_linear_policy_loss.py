@@ -1,4 +1,4 @@
-"""linear_policy_loss: forward and gradients, beside the bare products and everybody else's."""
+"""Benchmark of linear_policy_loss with gradients, against bare products and other libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOOR = "3 bare products"
 
 
 def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]:
-    """Speed at the shapes of the goals, then memory over T at a large vocabulary."""
+    """Speed at the shapes of the goals, then memory over T for a large vocabulary."""
     if suite == "cpu":
         sizes = [(8192, 512, 32768)]
         dtypes = [torch.bfloat16, torch.float32]
@@ -40,7 +40,7 @@ def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]:
 
 
 class Limits(NamedTuple):
-    """Goals as multiples: of the bare products, of the full time, of plain torch's extra memory."""
+    """Goals as ratios: to the bare products, to the full time, to plain torch's extra memory."""
 
     floor: float
     quarter: float
@@ -73,8 +73,8 @@ def ours(backend: str | None = None, trained: float = 1.0, main_grad: bool = Fal
 
 
 def token_weights(target: Tensor, trained: float) -> tuple[Tensor, int]:
-    """Weights of a mean over a random fraction of the tokens, and how many those are: what a loader
-    knows before the step.
+    """Weights of a mean over a random fraction of the tokens, and the number of these tokens. A
+    data loader knows both before the step.
     """
     tokens = target.shape[0]
     count = max(1, round(tokens * trained))
@@ -98,7 +98,7 @@ def speed_case(problem: Problem, limits: Limits) -> Case:
         *_other_backends(problem),
         *peer_rows(problem),
     ]
-    # These compute a mean over other tokens, or hand autograd a placeholder: they have their tests.
+    # These average over other tokens, or pass autograd a placeholder; tests check them instead.
     rows = [_unchecked(row) if "quarter" in row.name or "main" in row.name else row for row in rows]
     peers = [row.name for row in rows if row.kind == "peer"]
     return Case(
@@ -115,7 +115,7 @@ def speed_case(problem: Problem, limits: Limits) -> Case:
 
 
 def _other_backends(problem: Problem) -> list[Row]:
-    """The implementations that stand by, so that the choice can be judged."""
+    """The other available implementations, to justify the automatic choice."""
     op = backends.ops()["linear_policy_loss"]
     probe = torch.empty(1, 1, dtype=problem.dtype, device=problem.device)
     chosen = op.chosen(probe)
@@ -145,7 +145,7 @@ def _unchecked(row: Row) -> Row:
 
 
 def memory_case(suite: str, device: torch.device, tiny: bool) -> Case:
-    """Extra memory over T at a vocabulary of 131,072: beyond inputs and outputs it must be flat."""
+    """Extra memory over T for a vocabulary of 131,072, without inputs and outputs: must be flat."""
     if suite == "cpu":
         width, lengths, vocabulary = 64, (2048, 8192, 32768), 131072
     else:

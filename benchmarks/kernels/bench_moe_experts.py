@@ -1,5 +1,5 @@
-"""moe_experts, forward and with all gradients, beside a loop over experts, torch's grouped_mm,
-transformers' blocks and the fused kernels of others."""
+"""Benchmark of moe_experts, forward and with all gradients, against a loop over experts, torch's
+grouped_mm, transformers' blocks and fused kernels of other libraries."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MIXTRAL: dict[str, Any] = {
 MEDIUM: dict[str, Any] = {"hidden": 512, "experts": 32, "top_k": 4, "width": 256}
 TINY: dict[str, Any] = {"hidden": 128, "experts": 8, "top_k": 2, "width": 128}
 
-#: What kernels.md asks of an H200, in TFLOP/s of a forward and of a backward.
+#: Goals of kernels.md for an H200, in TFLOP/s of forward and of backward.
 TARGETS = {("Qwen3-30B", 8192): (500.0, 380.0), ("Nemotron", 32_768): (600.0, 540.0)}
 
 
 def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]:
-    """Every problem forward alone, and with its backward."""
+    """Every problem, forward alone and with its backward."""
     found = []
     for problem in problems(suite, device, tiny):
         for training in (False, True):
@@ -88,7 +88,7 @@ def case(suite: str, problem: Problem, training: bool) -> Case:
 
 
 def goals(suite: str, problem: Problem, training: bool) -> list[Goal]:
-    """On a GPU the baseline is the unfused chain around grouped_mm."""
+    """Goals of one problem. On a GPU the baseline is the unfused chain around grouped_mm."""
     if suite == "cpu":
         if not training or problem.name != "medium":
             return []

@@ -1,4 +1,4 @@
-"""moe_route, choice and sort included, beside the chain of torch operators that it replaces."""
+"""Benchmark of moe_route, with selection and sort, against the torch operators that it replaces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Route = Callable[[Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """T tokens, E experts, K of them a token; sigmoid scores, a bias, normalised weights."""
+    """Sizes: T tokens, E experts, K per token; sigmoid scores, a bias, normalised weights."""
 
     tokens: int
     experts: int
@@ -24,12 +24,12 @@ class Shape:
 
     @property
     def forward_bytes(self) -> float:
-        """Logits are read; weights, experts, positions and order are written."""
+        """Bytes of a forward: reads logits; writes weights, experts, positions and order."""
         return 4.0 * self.tokens * (self.experts + 4 * self.top_k)
 
     @property
     def training_bytes(self) -> float:
-        """The forward's, and: gradient, experts and chosen logits are read, a gradient written."""
+        """Bytes with backward: also reads gradient, experts, chosen logits; writes a gradient."""
         return self.forward_bytes + 4.0 * self.tokens * (self.experts + 3 * self.top_k)
 
 
@@ -38,13 +38,13 @@ GPU = (Shape(4096, 128, 6), Shape(8192, 256, 8), Shape(8192, 512, 10), Shape(262
 
 
 def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]:
-    """Each router forward alone, and with its backward."""
+    """Each router, forward alone and with its backward."""
     shapes = (Shape(64, 16, 2),) if tiny else {"cpu": CPU, "gpu": GPU}[suite]
     return [case(suite, device, shape, training) for shape in shapes for training in (False, True)]
 
 
 def case(suite: str, device: torch.device, shape: Shape, training: bool) -> Case:
-    """All rows route the same logits."""
+    """One case; all rows route the same logits."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(shape.tokens, shape.experts, generator=generator).to(device)
     bias = (torch.randn(shape.experts, generator=generator) * 0.01).to(device)
@@ -83,7 +83,7 @@ def case(suite: str, device: torch.device, shape: Shape, training: bool) -> Case
 
 
 def goals(suite: str, shape: Shape, training: bool) -> list[Goal]:
-    """On a GPU: the best published time of a forward, and a share of the memory's speed."""
+    """Goals on a GPU: the best published forward time, and a fraction of the memory bandwidth."""
     if suite == "cpu":
         return [Goal("beside the chain", "ours", 1 / 3, "chain of torch operators")]
     found = [Goal("faster than the chain", "ours", 1.0, "chain of torch operators")]
@@ -100,7 +100,7 @@ def ours(logits: Tensor, bias: Tensor, top_k: int) -> Tensor:
 
 
 def chain(logits: Tensor, bias: Tensor, top_k: int) -> Tensor:
-    """The fewest operators that make all that `Routing` holds."""
+    """The shortest chain of torch operators that produces all fields of `Routing`."""
     scores = logits.sigmoid()
     experts = (scores + bias).topk(top_k, dim=-1).indices
     weights = scores.gather(1, experts)
@@ -116,7 +116,7 @@ def chain(logits: Tensor, bias: Tensor, top_k: int) -> Tensor:
 
 
 def load_megatron() -> Route:
-    """Megatron-Core's: dense [T, E] maps of weights and choices, made into indices by `permute`."""
+    """Megatron-Core's routing: dense [T, E] maps of weights and choices, indexed by `permute`."""
     try:
         from megatron.core.transformer.moe import moe_utils
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""mopd_advantage and its metrics, beside the chain of small operators that it replaces."""
+"""Benchmark of mopd_advantage and its metrics against the small operators that it replaces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.measure import Case, Goal, Row
 
 
 def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]:
-    """262,144 tokens, a third of them not trained: one call, and the bare device time of a call."""
+    """262,144 tokens, a third of them not trained: one call, and its device time alone."""
     tokens = 1024 if tiny else 262_144
     settings = {"T": tokens, "dtype": "float32"}
     goal = Goal("beside the chain", "ours", 0.1, "chain of masked means with .item()")
@@ -45,7 +45,7 @@ def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]:
 
 
 def inputs(tokens: int, device: torch.device) -> tuple[Tensor, ...]:
-    """teacher, train and rollout log-probabilities, and token weights."""
+    """Teacher, training and rollout log-probabilities, and token weights."""
     generator = torch.Generator().manual_seed(1)
     teacher, train, noise = torch.randn(3, tokens, generator=generator) * 0.5
     weight = (torch.rand(tokens, generator=generator) > 1 / 3).float() / tokens
@@ -68,8 +68,8 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
 
 
 def chain(tokens: int, device: torch.device) -> Callable[[], Tensor]:
-    """The same loss as a training loop writes it, with what NeMo-RL's loss logs: 21 masked means,
-    19 of them read back by the host.
+    """The same loss written as in a training loop, with the metrics of NeMo-RL's loss: 21 masked
+    means, 19 of them read back by the host.
     """
     teacher, train, rollout, weight = inputs(tokens, device)
 

@@ -1,6 +1,6 @@
-"""Ways to compute the loss of a linear head, ours and other people's, as rows of a benchmark.
+"""Benchmark rows that compute the loss of a linear head, with our code and other libraries.
 
-All give the mean negative log-likelihood of the same tokens, and the gradients in hidden and
+All compute the mean negative log-likelihood of the same tokens, and the gradients of hidden and
 weight.
 """
 
@@ -22,7 +22,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of a linear head. Random inputs are made anew for each row, the same each time."""
+    """Sizes of a linear head. Random inputs are regenerated for each row, always the same."""
 
     tokens: int
     width: int
@@ -44,7 +44,8 @@ class Problem:
         }
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden and weight, leaves, and target. Logits have a standard deviation of about 2."""
+        """Hidden states and weight, both leaves, and target. Logits have a standard deviation of
+        about 2."""
         generator = torch.Generator(device=self.device).manual_seed(1)
         make = functools.partial(torch.randn, device=self.device, generator=generator)
         hidden = make(self.tokens, self.width).to(self.dtype)
@@ -55,12 +56,12 @@ class Problem:
         return hidden.requires_grad_(), weight.requires_grad_(), target
 
     def gradient_bytes(self) -> int:
-        """Bytes of both gradients: outputs, not extra memory."""
+        """Bytes of both gradients, which are outputs and not extra memory."""
         return (self.tokens + self.vocabulary) * self.width * self.dtype.itemsize
 
 
 def training_row(problem: Problem, name: str, kind: str, make_loss: Callable[[], Loss]) -> Row:
-    """Forward and backward of a loss. `make_loss` imports it, or raises Unavailable."""
+    """Row of a loss with backward. `make_loss` imports it, or raises Unavailable."""
 
     def make() -> Prepared:
         loss_of = make_loss()
@@ -78,8 +79,8 @@ def training_row(problem: Problem, name: str, kind: str, make_loss: Callable[[],
 
 
 def bare_products(problem: Problem, count: int) -> Row:
-    """The first `count` of: logits, gradient in hidden, gradient in weight, logits once more; into
-    memory that is there already.
+    """Row of the first `count` products of: logits, gradient of hidden, gradient of weight, logits
+    again; into memory that is already allocated.
     """
 
     def make() -> Callable[[], None]:
@@ -106,7 +107,7 @@ def bare_products(problem: Problem, count: int) -> Row:
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """The product and the loss that everybody writes first."""
+    """The straightforward version: a product, then cross entropy."""
     return F.cross_entropy((hidden @ weight.t()).float(), target)
 
 
@@ -123,14 +124,14 @@ def load_torch_chunked() -> Loss:
 
 
 def load_liger() -> Loss:
-    """Liger-Kernel's Triton kernel; with float32 accumulation, as ours has."""
+    """Liger-Kernel's Triton kernel, with float32 accumulation as in ours."""
     module = load("liger_kernel.transformers.functional", "liger-kernel")
     _needs_gpu()
     return functools.partial(module.liger_fused_linear_cross_entropy, accum_dtype=torch.float32)
 
 
 def load_liger_scaled() -> Loss:
-    """Liger-Kernel's kernel by token, with temperature: CuTe on Hopper, chunked torch elsewhere."""
+    """Liger-Kernel's per-token kernel with temperature: CuTe on Hopper, chunked torch elsewhere."""
     module = load("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel")
     if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
         load("cutlass", "nvidia-cutlass-dsl, for Liger-Kernel's Hopper kernels,")
@@ -147,7 +148,7 @@ def load_liger_scaled() -> Loss:
 def load_cut_cross_entropy() -> Loss:
     module = load("cut_cross_entropy", "cut-cross-entropy")
     _needs_gpu()
-    # It leaves out gradients that it takes for small, unless told not to.
+    # By default it skips gradients that it considers small.
     return functools.partial(module.linear_cross_entropy, filter_eps=None)
 
 

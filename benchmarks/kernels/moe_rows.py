@@ -1,7 +1,7 @@
-"""Ways to compute a layer's routed experts, ours and other people's, as rows of a benchmark.
+"""Benchmark rows that compute a layer's routed experts, with our code and other libraries.
 
-All take x [T, H], the routing (made beforehand), w_up [E, I or 2I, H], w_down [E, H, I] and give
-y [T, H]; a training row also makes the gradients of x and of both weights.
+All take x [T, H], the routing (made beforehand), w_up [E, I or 2I, H], w_down [E, H, I] and return
+y [T, H]. A training row also computes the gradients of x and of both weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Experts = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """T tokens, H hidden, E experts, K of them a token, I expert width."""
+    """Sizes: T tokens, H hidden, E experts, K per token, I expert width."""
 
     name: str
     tokens: int
@@ -42,7 +42,7 @@ class Problem:
 
     @property
     def forward_flops(self) -> float:
-        """Work of both products of a forward; a backward has twice as many."""
+        """FLOPs of both products in a forward; a backward has twice as many."""
         return 2.0 * self.tokens * self.top_k * self.hidden * self.width * (self.gates + 1)
 
     def settings(self) -> dict[str, object]:
@@ -53,7 +53,7 @@ class Problem:
         }  # fmt: skip
 
     def inputs(self) -> tuple[Tensor, Routing, Tensor, Tensor, Tensor]:
-        """x, routing, w_up and w_down, leaves, and a gradient for y; the same for every row."""
+        """Inputs x, routing, w_up and w_down (leaves), and a gradient for y; equal for all rows."""
         generator = torch.Generator(device=self.device).manual_seed(1)
 
         def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -70,7 +70,7 @@ class Problem:
         return leaves[0], moe_route(logits, self.top_k), leaves[1], leaves[2], upstream
 
     def output_bytes(self, training: bool) -> int:
-        """y, and the gradients: outputs, not extra memory."""
+        """Bytes of y and the gradients, which are outputs and not extra memory."""
         weights = self.experts * self.width * self.hidden * (self.gates + 1)
         rows = self.tokens * self.hidden
         return (2 * rows + weights if training else rows) * self.dtype.itemsize
@@ -83,7 +83,8 @@ def row(
     kind: str,
     make_experts: Callable[[Problem], Experts],
 ) -> Row:
-    """A forward, or a forward and backward. `make_experts` imports it, or raises Unavailable."""
+    """Row of a forward, or a forward and backward. `make_experts` raises Unavailable if it cannot
+    import the library."""
 
     def make() -> Prepared:
         experts = make_experts(problem)
@@ -117,7 +118,7 @@ def ours(problem: Problem) -> Experts:
 
 
 def plain_loop(problem: Problem) -> Experts:
-    """For each expert, its tokens in, its tokens out."""
+    """A loop over experts, each on its own tokens."""
 
     def experts(x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor) -> Tensor:
         y = torch.zeros_like(x)
@@ -132,7 +133,7 @@ def plain_loop(problem: Problem) -> Experts:
 
 
 def grouped_mm(problem: Problem) -> Experts:
-    """Permuted rows, two grouped products, an activation between them, weighted rows back."""
+    """Permuted rows, two grouped products with an activation between them, then a weighted sum."""
     if not hasattr(F, "grouped_mm"):
         raise Unavailable("this torch has no torch.nn.functional.grouped_mm")
 
@@ -148,7 +149,7 @@ def grouped_mm(problem: Problem) -> Experts:
 
 
 def transformers_block(problem: Problem) -> Experts:
-    """The expert module of Hugging Face transformers, given the benchmark's weights."""
+    """The expert module of Hugging Face transformers, with the benchmark's weights."""
     transformers = load("transformers", "transformers")
     nemotron = load("transformers.models.nemotron_h.modeling_nemotron_h", "transformers >= 5")
     qwen = load("transformers.models.qwen3_moe.modeling_qwen3_moe", "transformers >= 5")
@@ -208,7 +209,7 @@ def sonic(problem: Problem) -> Experts:
 
 
 def transformer_engine(problem: Problem) -> Experts:
-    """Transformer Engine's GroupedLinear, twice; it learns the group sizes on the host."""
+    """Two GroupedLinear of Transformer Engine, which reads the group sizes on the host."""
     if problem.device.type != "cuda":
         raise Unavailable("Transformer Engine needs a GPU")
     te = load("transformer_engine.pytorch", "transformer-engine")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemocascade.cascade.errors import CascadeError
+from nemocascade.cascade.graph import StageGraph
 from nemocascade.cascade.inputs import FileHashes, at_default, differences, key_of, stage_inputs
 from nemocascade.cascade.records import StageRecord, Teacher, done_scores, read_record
 from nemocascade.megatron.artifact import read_artifact
@@ -75,14 +76,15 @@ def decide(
 
     Raises CascadeError if a stage that it needs has no artifact.
     """
-    stage = cascade.graph.stage(name)
-    waits = _waits_for(cascade, stage, pending)
+    graph = StageGraph(cascade)
+    stage = graph.stage(name)
+    waits = _waits_for(graph, stage, pending)
     if waits:
         return Decision(name, "run", (f"after {', '.join(waits)}, which run before it",))
-    start = cascade.graph.start_of(name)
-    parent = _artifact_of(cascade, name, start) if start else None
-    teachers = _teachers(cascade, stage)
-    recipe = cascade.graph.resolved(
+    start = graph.start_of(name)
+    parent = _artifact_of(graph, name, start) if start else None
+    teachers = _teachers(graph, stage)
+    recipe = graph.resolved(
         name,
         tokenizer=str(parent.tokenizer_path or "") if parent else "",
         teachers={domain: t.artifact for domain, t in teachers.items()},
@@ -98,14 +100,14 @@ def decide(
 
 
 def _waits_for(
-    cascade: CascadeRecipe, stage: StageConfig[StageRecipe], pending: Collection[str]
+    graph: StageGraph, stage: StageConfig[StageRecipe], pending: Collection[str]
 ) -> list[str]:
     """Pending stages whose artifacts or scores the stage needs."""
-    needed = {cascade.graph.start_of(stage.name)}
-    for domain in cascade.graph.open_teachers(stage.name):
-        pin = cascade.teachers.pinned.get(domain)
-        needed |= {pin} if pin else {s.name for s in cascade.graph.before(stage.name)}
-    return [name for name in cascade.graph.names if name in needed and name in pending]
+    needed = {graph.start_of(stage.name)}
+    for domain in graph.open_teachers(stage.name):
+        pin = graph.cascade.teachers.pinned.get(domain)
+        needed |= {pin} if pin else {s.name for s in graph.before(stage.name)}
+    return [name for name in graph.names if name in needed and name in pending]
 
 
 def _compare(
@@ -144,9 +146,9 @@ def _damage(folder: Path, record: StageRecord) -> str:
     return ""
 
 
-def _artifact_of(cascade: CascadeRecipe, name: str, source: str) -> Artifact:
+def _artifact_of(graph: StageGraph, name: str, source: str) -> Artifact:
     """The artifact of a stage that `name` needs."""
-    folder = Path(cascade.graph.stage_dir(source))
+    folder = Path(graph.stage_dir(source))
     record = read_record(folder)
     if record is None or record.status != "done":
         raise CascadeError(
@@ -156,15 +158,15 @@ def _artifact_of(cascade: CascadeRecipe, name: str, source: str) -> Artifact:
     return read_artifact(folder / "artifact")
 
 
-def _teachers(cascade: CascadeRecipe, stage: StageConfig[StageRecipe]) -> dict[str, Teacher]:
+def _teachers(graph: StageGraph, stage: StageConfig[StageRecipe]) -> dict[str, Teacher]:
     """One for each domain of an MOPD stage, those that its recipe names included."""
     if not isinstance(stage.recipe, MopdRecipe):
         return {}
-    open_ = cascade.graph.open_teachers(stage.name)
-    chosen = choose_teachers(cascade, stage.name, done_scores(cascade)) if open_ else {}
+    open_ = graph.open_teachers(stage.name)
+    chosen = choose_teachers(graph.cascade, stage.name, done_scores(graph.cascade)) if open_ else {}
     for domain in open_:
         source = chosen[domain].stage
-        _artifact_of(cascade, stage.name, source)
+        _artifact_of(graph, stage.name, source)
     named = {t.domain: t.artifact for t in stage.recipe.teachers if t.artifact}
     found = {}
     for domain in (d.domain for d in stage.recipe.domains):
@@ -182,10 +184,11 @@ def choose_teachers(
     Of equal scores the stage's own start wins, which then teaches nothing new and holds what is
     there; else the latest. Raises CascadeError for a domain that has no score.
     """
-    start = cascade.graph.start_of(name)
-    earlier = [s.name for s in cascade.graph.before(name)]
+    graph = StageGraph(cascade)
+    start = graph.start_of(name)
+    earlier = [s.name for s in graph.before(name)]
     found = {}
-    for domain in cascade.graph.open_teachers(name):
+    for domain in graph.open_teachers(name):
         by_stage = {s: scores[s].of(domain) for s in earlier if s in scores}
         pin = cascade.teachers.pinned.get(domain)
         if pin:
@@ -204,7 +207,7 @@ def choose_teachers(
                 )
             best = max(candidates)[-1]
         found[domain] = Teacher(
-            best, cascade.graph.artifact_dir(best), by_stage.get(best), pinned=pin is not None
+            best, graph.artifact_dir(best), by_stage.get(best), pinned=pin is not None
         )
     return found
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemocascade.cascade.errors import ReportError
+from nemocascade.cascade.graph import StageGraph
 from nemocascade.megatron.checkpoint.folder import flush, write_durably
 from nemocascade.recipe import CascadeRecipe
 from nemocascade.stages.scoring import Scores, read_scores, read_versioned
@@ -117,9 +118,10 @@ def retire(run_dir: Path, name: str) -> Path:
 
 def done_scores(recipe: CascadeRecipe) -> dict[str, Scores]:
     """Scores of the stages that are done, of the artifacts that lie there now, in order."""
+    graph = StageGraph(recipe)
     found = {}
-    for name in recipe.graph.names:
-        folder = Path(recipe.graph.stage_dir(name))
+    for name in graph.names:
+        folder = Path(graph.stage_dir(name))
         record, scores = read_record(folder), read_scores(folder / SCORES)
         if record is None or scores is None or record.status != "done":
             continue
@@ -132,7 +134,7 @@ def find_alarms(recipe: CascadeRecipe, scores: Mapping[str, Scores]) -> list[Ala
     """Every domain that a stage has brought more than `alarm.drop` points below its start."""
     found = []
     for name, after in scores.items():
-        start = recipe.graph.start_of(name)
+        start = StageGraph(recipe).start_of(name)
         if start not in scores or scores[start].settings != after.settings:
             continue
         for domain in after.scores:
@@ -144,16 +146,17 @@ def find_alarms(recipe: CascadeRecipe, scores: Mapping[str, Scores]) -> list[Ala
 
 def write_cascade(recipe: CascadeRecipe) -> list[Alarm]:
     """Make RUN/cascade.json from the stages' folders, and return the alarms."""
+    graph = StageGraph(recipe)
     stages = []
     teachers: dict[str, Any] = {}
     for stage in recipe.stages:
-        folder = Path(recipe.graph.stage_dir(stage.name))
+        folder = Path(graph.stage_dir(stage.name))
         record = read_record(folder) or StageRecord("", {}, "pending")
         stages.append(
             {
                 "name": stage.name,
                 "kind": stage.kind,
-                "start": recipe.graph.start_of(stage.name),
+                "start": graph.start_of(stage.name),
                 "side": stage.side,
                 "status": record.status,
                 "run_dir": f"stages/{stage.name}",

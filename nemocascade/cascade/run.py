@@ -18,6 +18,7 @@ import torch
 
 from nemocascade.cascade.decide import Decision, decide
 from nemocascade.cascade.errors import AlarmError
+from nemocascade.cascade.graph import StageGraph, cascade_problems
 from nemocascade.cascade.inputs import FileHashes, score_files
 from nemocascade.cascade.records import (
     SCORES,
@@ -55,10 +56,11 @@ class Choice:
 
     def problems(self, cascade: CascadeRecipe) -> list[str]:
         """Every contradiction and unknown name."""
+        names = StageGraph(cascade).names
         found = [
-            f"--{option} {name!r} is no stage: use one of {', '.join(cascade.graph.names)}"
+            f"--{option} {name!r} is no stage: use one of {', '.join(names)}"
             for option, name in (("from", self.begin), ("only", self.only))
-            if name and name not in cascade.graph.names
+            if name and name not in names
         ]
         if self.begin and self.only:
             found.append("--from and --only name different things to run: give one of them")
@@ -70,7 +72,8 @@ class Choice:
         """Names, in order."""
         if self.only:
             return [self.only]
-        return cascade.graph.names[cascade.graph.names.index(self.begin) if self.begin else 0 :]
+        names = StageGraph(cascade).names
+        return names[names.index(self.begin) if self.begin else 0 :]
 
     def anew(self, name: str) -> bool:
         """True if this stage runs although nothing has changed."""
@@ -79,7 +82,7 @@ class Choice:
 
 def _problems_here(cascade: CascadeRecipe) -> list[str]:
     """Problems of the cascade and its scores, in the world of this process."""
-    problems = cascade.problems(world_size_of_environment())
+    problems = cascade_problems(cascade, world_size_of_environment())
     return problems + [p for p in scoring_problems(cascade.scores) if p not in problems]
 
 
@@ -89,7 +92,8 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
 
     Raises RecipeError if there is no order in which stages could run.
     """
-    if problems := choice.problems(cascade) + cascade.graph.problems():
+    graph = StageGraph(cascade)
+    if problems := choice.problems(cascade) + graph.problems():
         raise RecipeError(problems)
     files = _file_hashes(cascade)
     pending: list[str] = []
@@ -98,12 +102,12 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
         decision = decide(cascade, name, files, pending=pending, again=choice.anew(name))
         if decision.action != "keep":
             pending.append(name)
-        recipe = cascade.graph.stage(name).recipe
-        start = cascade.graph.start_of(name) or recipe.init_from or "random weights"
+        stage = graph.stage(name)
+        start = graph.start_of(name) or stage.recipe.init_from or "random weights"
         lines += [
             decision.text(),
-            f"    {cascade.graph.stage(name).kind}, {recipe.steps} steps from {start}, "
-            f"into {cascade.graph.stage_dir(name)}",
+            f"    {stage.kind}, {stage.recipe.steps} steps from {start}, "
+            f"into {graph.stage_dir(name)}",
         ]
     if problems := _problems_here(cascade):
         ranks = world_size_of_environment()
@@ -124,7 +128,7 @@ def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
     for name in choice.stages(cascade):
         run.stage(name)
     last = [s.name for s in cascade.stages if not s.side][-1]
-    return Path(cascade.graph.artifact_dir(choice.only or last))
+    return Path(StageGraph(cascade).artifact_dir(choice.only or last))
 
 
 class _Run:
@@ -132,13 +136,14 @@ class _Run:
 
     def __init__(self, cascade: CascadeRecipe, choice: Choice) -> None:
         self.cascade, self.choice = cascade, choice
+        self.graph = StageGraph(cascade)
         self.run_dir = Path(cascade.run_dir)
 
     def stage(self, name: str) -> None:
         """Decide, run, score and compare one stage."""
-        if self.cascade.graph.open_teachers(name):
+        if self.graph.open_teachers(name):
             # Teachers are chosen by the scores of all that came before.
-            self._score([s.name for s in self.cascade.graph.before(name)])
+            self._score([s.name for s in self.graph.before(name)])
         decision: Decision = self._on_main(lambda: self._begin(name))
         if decision.action != "keep":
             assert decision.recipe is not None
@@ -231,7 +236,7 @@ class _Run:
         return alarms
 
     def _folder(self, name: str) -> Path:
-        return Path(self.cascade.graph.stage_dir(name))
+        return Path(self.graph.stage_dir(name))
 
 
 def _file_hashes(cascade: CascadeRecipe) -> FileHashes:

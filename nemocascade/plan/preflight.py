@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from nemocascade.plan.job import Job, job_of_recipe
 from nemocascade.plan.memory import GIB, available, every_rank
 from nemocascade.plan.parameters import stage_parameters
 from nemocascade.plan.search import nearest_fitting
-from nemocascade.recipe import CascadeRecipe, ParallelConfig, Recipe, load_any_recipe
+from nemocascade.recipe import ParallelConfig, StageRecipe
 from nemocascade.runtime.world import world_size_of_environment
 
 
@@ -58,48 +57,20 @@ class PreflightSettings:
     json: bool = False
     """Print one JSON object."""
 
-
-def run_preflight(
-    settings: PreflightSettings, override: Callable[[Recipe], Recipe] | None = None
-) -> Preflight:
-    """All findings; of a cascade, those of every stage. override: changes the recipe before it is
-    checked."""
-    found = Preflight()
-    with found.guarded("recipe"):
-        recipe = load_any_recipe(Path(settings.recipe))
-        if override is not None:
-            recipe = override(recipe)
-        ranks = settings.ranks or world_size_of_environment()
-        if isinstance(recipe, CascadeRecipe):
-            _check_cascade(recipe, settings, ranks, found)
-            return found
-        job = None
-        with found.guarded("model"):
-            job = job_of_recipe(recipe, find_gpu(settings.gpu), ranks, preset=settings.model)
-        checked = offline(recipe, job, ranks, dry_run=settings.dry_run, ahead=bool(settings.model))
-        found.findings += checked.findings
-        found.seconds = checked.seconds
-    return found
+    @property
+    def world_size(self) -> int:
+        """Ranks to check for."""
+        return self.ranks or world_size_of_environment()
 
 
-def _check_cascade(
-    cascade: CascadeRecipe, settings: PreflightSettings, ranks: int, into: Preflight
-) -> None:
-    """The cascade's own rules, and every stage as if those before it had run."""
-    problems = cascade.problems(ranks)
-    into.add("cascade", problems, f"{len(cascade.stages)} stages, {ranks} ranks")
-    if problems:
-        return
-    for name in cascade.graph.names:
-        recipe, model = cascade.graph.resolved(name), cascade.graph.model_of(name)
-        job = None
-        with into.guarded(f"{name}: model"):
-            gpu = find_gpu(settings.gpu)
-            job = job_of_recipe(recipe, gpu, ranks, preset=settings.model, model=model)
-        ahead = bool(cascade.graph.start_of(name) or settings.model)
-        checked = offline(recipe, job, ranks, dry_run=settings.dry_run, ahead=ahead)
-        into.findings += [replace(f, check=f"{name}: {f.check}") for f in checked.findings]
-        into.seconds += checked.seconds
+def check_recipe(recipe: StageRecipe, settings: PreflightSettings, into: Preflight) -> None:
+    """Check all of a recipe that needs neither device nor other ranks."""
+    ranks, job = settings.world_size, None
+    with into.guarded("model"):
+        job = job_of_recipe(recipe, find_gpu(settings.gpu), ranks, preset=settings.model)
+    checked = offline(recipe, job, ranks, dry_run=settings.dry_run, ahead=bool(settings.model))
+    into.findings += checked.findings
+    into.seconds = checked.seconds
 
 
 def offline(

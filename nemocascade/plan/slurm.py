@@ -12,13 +12,13 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from nemocascade.plan.errors import PlanError
-from nemocascade.recipe import CascadeRecipe, load_any_recipe
 
 TEMPLATE = Path(__file__).with_name("template.sbatch")
 COPIED = ("nodes", "ranks_per_node", "time", "warning_s", "torchrun", "port")
@@ -85,11 +85,11 @@ class SubmitSettings:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """One stage's job: its recipe, run folder, and script."""
+    """One stage's job: its recipe script, run folder, and the recipe's arguments."""
 
     recipe: Path
     run_dir: Path
-    script: str
+    arguments: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -97,8 +97,8 @@ class SlurmJob:
         return f"{self.recipe} ({self.run_dir.name})"
 
 
-def make_stages(settings: SubmitSettings, arguments: list[str]) -> list[SlurmJob]:
-    """The script of every recipe. Raises PlanError listing all settings that cannot be meant."""
+def check_submission(settings: SubmitSettings, arguments: Sequence[str]) -> None:
+    """Raises PlanError listing all settings that cannot be meant."""
     problems = []
     if not settings.recipes:
         problems.append("no recipe: name at least one script")
@@ -110,57 +110,39 @@ def make_stages(settings: SubmitSettings, arguments: list[str]) -> list[SlurmJob
         problems.append("--run-dir with several recipes: they would share one folder")
     if problems:
         raise PlanError("; ".join(problems))
-    template = Path(settings.template or TEMPLATE).read_text(encoding="utf-8")
-    return [
-        stage
-        for recipe in settings.recipes
-        for stage in _stages(settings, Path(recipe), arguments, template)
-    ]
 
 
-def _stages(
-    settings: SubmitSettings, script: Path, arguments: list[str], template: str
-) -> list[SlurmJob]:
-    """A recipe's job, or those of a cascade's stages."""
-    recipe = load_any_recipe(script)
-    run_dir = _run_dir(recipe.run_dir, arguments)
-    if not isinstance(recipe, CascadeRecipe):
-        return [_stage(settings, script, run_dir, arguments, template)]
-    chosen = [a for a in ("--only", "--from") if a in arguments]
-    if chosen:
-        raise PlanError(
-            f"{script}: {', '.join(chosen)} among the recipe's arguments: each job of a cascade "
-            "runs one stage, and one whose result is there already ends at once"
-        )
-    # A stage watches its own folder for the request to stop.
-    return [
-        _stage(settings, script, run_dir / "stages" / name, ["--only", name, *arguments], template)
-        for name in recipe.graph.names
-    ]
+def job_of_script(script: Path, run_dir: str, arguments: Sequence[str]) -> SlurmJob:
+    """The job of a recipe script. run_dir: the recipe's own, which the arguments may replace."""
+    for index, argument in enumerate(arguments):
+        if argument == "--run-dir" and index + 1 < len(arguments):
+            run_dir = arguments[index + 1]
+        elif argument.startswith("--run-dir="):
+            run_dir = argument.partition("=")[2]
+    return SlurmJob(script, Path.cwd() / run_dir, tuple(arguments))
 
 
-def _stage(
-    settings: SubmitSettings, recipe: Path, run_dir: Path, arguments: list[str], template: str
-) -> SlurmJob:
+def job_script(settings: SubmitSettings, job: SlurmJob) -> str:
+    """The sbatch script of a job."""
     container = ""
     if settings.container_image:
         container = f"--container-image={shlex.quote(settings.container_image)} "
         if settings.container_mounts:
             container += f"--container-mounts={shlex.quote(settings.container_mounts)} "
-    script = template.format(
-        job_name=f"nemocascade-{run_dir.name}",
+    template = Path(settings.template or TEMPLATE).read_text(encoding="utf-8")
+    return template.format(
+        job_name=f"nemocascade-{job.run_dir.name}",
         **{name: getattr(settings, name) for name in COPIED},
-        log=run_dir / "slurm-%j.txt",
+        log=job.run_dir / "slurm-%j.txt",
         options="".join(f"#SBATCH {o}\n" for o in _options(settings)),
-        recipe=shlex.quote(str(recipe)),
-        run_dir=shlex.quote(str(run_dir)),
+        recipe=shlex.quote(str(job.recipe)),
+        run_dir=shlex.quote(str(job.run_dir)),
         again=STOPPED,
         environment=f". {shlex.quote(settings.environment)}" if settings.environment else "",
         srun_options=f"{settings.srun_options} " if settings.srun_options else "",
         container=container,
-        arguments=shlex.join(arguments),
+        arguments=shlex.join(job.arguments),
     )
-    return SlurmJob(recipe, run_dir, script)
 
 
 def _options(settings: SubmitSettings) -> list[str]:
@@ -175,44 +157,33 @@ def _options(settings: SubmitSettings) -> list[str]:
     )
 
 
-def _run_dir(run_dir: str, arguments: list[str]) -> Path:
-    """Where the recipe writes: its `run_dir`, or what the arguments make of it."""
-    for index, argument in enumerate(arguments):
-        if argument == "--run-dir" and index + 1 < len(arguments):
-            run_dir = arguments[index + 1]
-        elif argument.startswith("--run-dir="):
-            run_dir = argument.partition("=")[2]
-    return Path.cwd() / run_dir
+def submit_jobs(settings: SubmitSettings, jobs: Sequence[SlurmJob]) -> list[str]:
+    """Submit jobs in order; their ids. With dry_run, print them instead.
 
-
-def run_submit(settings: SubmitSettings, arguments: list[str]) -> list[str]:
-    """Submit the stages in order; the jobs' ids. With dry_run, print them instead.
-
-    Raises PlanError for settings, and with Slurm's own words where it refuses.
+    Raises PlanError without Slurm, and with Slurm's own words where it refuses.
     """
-    stages = make_stages(settings, arguments)
     if not settings.dry_run and shutil.which("sbatch") is None:
         raise PlanError("sbatch is not on the PATH: submit on a login node, or use --dry-run")
-    jobs: list[str] = []
+    ids: list[str] = []
     before = settings.after
-    for number, stage in enumerate(stages):
-        path = stage.run_dir / "job.sbatch"
+    for number, job in enumerate(jobs):
+        script, path = job_script(settings, job), job.run_dir / "job.sbatch"
         command = ["sbatch", "--parsable"]
         if before:
             command.append(f"--dependency=afterok:{before}")
         command.append(str(path))
         if settings.dry_run:
-            print(f"# {path}\n{stage.script}\n# {shlex.join(command)}\n")
+            print(f"# {path}\n{script}\n# {shlex.join(command)}\n")
             before = f"JOB_{number + 1}"
-            jobs.append(before)
+            ids.append(before)
             continue
-        stage.run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(stage.script, encoding="utf-8")
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(script, encoding="utf-8")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            waiting = f"; jobs {', '.join(jobs)} stay in the queue" if jobs else ""
+            waiting = f"; jobs {', '.join(ids)} stay in the queue" if ids else ""
             raise PlanError(f"{shlex.join(command)}: {done.stderr.strip()}{waiting}")
         before = done.stdout.strip().partition(";")[0]
-        print(f"{stage.name}: job {before}, {path}")
-        jobs.append(before)
-    return jobs
+        print(f"{job.name}: job {before}, {path}")
+        ids.append(before)
+    return ids

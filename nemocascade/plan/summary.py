@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -22,7 +20,7 @@ from nemocascade.plan.search import (
     nearest_fitting,
     price,
 )
-from nemocascade.recipe import CascadeRecipe, ModelConfig, Recipe, StageRecipe, load_any_recipe
+from nemocascade.recipe import ModelConfig, StageRecipe
 
 
 @dataclass(frozen=True)
@@ -72,31 +70,19 @@ class PlanSettings:
     """Print one JSON object."""
 
 
-def run_plan(settings: PlanSettings, override: Callable[[Recipe], Recipe] | None = None) -> str:
-    """The report; of a cascade, one for each stage. override: changes the recipe before it is
-    planned.
-
-    Raises PlanError for an unknown accelerator or a script without a recipe.
-    """
-    recipe = load_any_recipe(Path(settings.recipe))
-    if override is not None:
-        recipe = override(recipe)
-    if not isinstance(recipe, CascadeRecipe):
-        text, value = _plan_stage(recipe, settings)
-        return json.dumps(value, indent=1) if settings.json else text
-    found = {
-        name: _plan_stage(recipe.graph.resolved(name), settings, recipe.graph.model_of(name))
-        for name in recipe.graph.names
-    }
-    if settings.json:
-        return json.dumps({"stages": {name: value for name, (_, value) in found.items()}}, indent=1)
-    return "\n\n".join(f"== {name} ==\n{text}" for name, (text, _) in found.items())
+def plan_recipe(recipe: StageRecipe, settings: PlanSettings) -> str:
+    """The report of a recipe. Raises PlanError for an unknown accelerator or model."""
+    text, value = report_of(recipe, settings)
+    return json.dumps(value, indent=1) if settings.json else text
 
 
-def _plan_stage(
+def report_of(
     recipe: StageRecipe, settings: PlanSettings, model: ModelConfig | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """The report of one stage, for people and for machines. model: where it is known already."""
+    """The report of a recipe, for people and for machines. model: where it is known already.
+
+    Raises PlanError for an unknown accelerator or model.
+    """
     job = job_of_recipe(
         recipe,
         find_gpu(settings.gpu),

@@ -1,10 +1,15 @@
-"""Recipes: typed, documented settings of a stage. A default stands on its field only."""
+"""Recipes: typed, documented settings of a stage. Every default is defined once, on its field."""
 
-from nemocascade.recipe.cascade import AlarmConfig, CascadeRecipe, TeacherChoice
+from nemocascade.recipe.cascade import (
+    AlarmConfig,
+    CascadeRecipe,
+    StageConfig,
+    StageRecipe,
+    TeacherChoice,
+)
 from nemocascade.recipe.data import DataConfig, TokenizerConfig
 from nemocascade.recipe.envs import AgentConfig, AgentlessConfig, EnvConfig, SandboxConfig
 from nemocascade.recipe.errors import RecipeError, UserError
-from nemocascade.recipe.graph import StageConfig, StageRecipe
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.recipe.loading import Recipe, load_any_recipe, load_recipe
 from nemocascade.recipe.model import (

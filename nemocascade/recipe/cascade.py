@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from typing import Literal
 
-from nemocascade.recipe.graph import StageConfig, StageGraph, StageRecipe
-from nemocascade.recipe.rl import PolicyRecipe
-from nemocascade.recipe.scores import ScoreConfig
+from nemocascade.recipe.mopd import MopdRecipe
+from nemocascade.recipe.rl import GrpoRecipe
+from nemocascade.recipe.scores import ScoreConfig, repeated
+from nemocascade.recipe.sft import SftRecipe
+
+StageRecipe = SftRecipe | GrpoRecipe | MopdRecipe
+StageKind = Literal["sft", "grpo", "mopd"]
+
+
+@dataclass(frozen=True)
+class StageConfig[R: StageRecipe]:
+    """One stage of a cascade."""
+
+    name: str
+    """Its folder is RUN/stages/NAME."""
+
+    recipe: R
+    """Recipe of the stage. The cascade sets its `run_dir`, its `init_from`, and the teachers that
+    it leaves open; layout, steps and all else are its own."""
+
+    start: str = ""
+    """Stage before it whose artifact it starts from; empty = the main line's last one before it.
+    The first stage starts as its recipe says."""
+
+    side: bool = False
+    """A side branch, such as a teacher's: the main line does not go through it."""
+
+    @property
+    def kind(self) -> StageKind:
+        """Kind of the stage, by the type of its recipe."""
+        if isinstance(self.recipe, SftRecipe):
+            return "sft"
+        return "mopd" if isinstance(self.recipe, MopdRecipe) else "grpo"
 
 
 @dataclass(frozen=True)
@@ -19,6 +51,10 @@ class AlarmConfig:
 
     stop: bool = False
     """End the run at an alarm, instead of going on with a warning."""
+
+    def problems(self) -> list[str]:
+        """Every rule it breaks."""
+        return [] if self.drop > 0 else [f"alarm.drop({self.drop}) must be above 0 points"]
 
 
 @dataclass(frozen=True)
@@ -47,61 +83,15 @@ class CascadeRecipe:
     keep_checkpoints: bool = False
     """Keep the checkpoints of stages that are done. Their artifacts stay either way."""
 
-    @property
-    def graph(self) -> StageGraph:
-        """The stages by name, with what each starts from."""
-        return StageGraph(self.run_dir, self.stages)
-
-    def problems(self, world_size: int) -> list[str]:
-        """Every rule that the cascade or one of its stages breaks, each with a remedy."""
-        graph = self.graph
-        found = graph.problems()
-        if not self.alarm.drop > 0:
-            found.append(f"alarm.drop({self.alarm.drop}) must be above 0 points")
-        if found:
-            # Without an order, what a stage starts from is not known.
-            return found
-        found += self.scores.problems(world_size, graph.model_of(graph.names[0]))
-        found += self._teacher_problems()
-        for name in graph.names:
-            recipe = graph.resolved(name)
-            if isinstance(recipe, PolicyRecipe):
-                broken = recipe.problems(world_size, graph.model_of(name))
-            else:
-                broken = recipe.problems(world_size)
-            found += [f"stages.{name}: {problem}" for problem in broken]
-        return found
-
-    def _teacher_problems(self) -> list[str]:
-        """Domains that nobody can teach, and pins that name no stage or no open domain."""
-        graph = self.graph
-        scored = {d.domain for d in self.scores.domains}
-        found = []
-        taught = set()
-        for name in graph.names:
-            open_ = graph.open_teachers(name)
-            earlier = [s.name for s in graph.before(name)]
-            taught |= set(open_)
-            if open_ and not earlier:
-                found.append(
-                    f"stages.{name} is first, so no artifact can teach {', '.join(open_)}: name "
-                    "teachers with their artifacts, or put a stage before it"
-                )
-                continue
-            for domain in open_:
-                pin = self.teachers.pinned.get(domain)
-                if pin is None and domain not in scored:
-                    found.append(
-                        f"stages.{name}: the teacher of {domain} cannot be chosen, for nothing "
-                        f"scores that domain: add it to scores.domains, or pin teachers.pinned"
-                    )
-                elif pin is not None and pin not in earlier:
-                    found.append(
-                        f"teachers.pinned: {domain} is pinned to {pin!r}, which is no stage before "
-                        f"{name}: use one of {', '.join(earlier)}"
-                    )
+    def name_problems(self) -> list[str]:
+        """Reasons why the stages' names cannot name their folders."""
+        if not self.stages:
+            return ["stages is empty: name at least one"]
+        names = [s.name for s in self.stages]
+        found = [f"stages: {n!r} stands twice: rename one" for n in repeated(names)]
         found += [
-            f"teachers.pinned names {domain}, which no MOPD stage leaves open: take it out"
-            for domain in sorted(set(self.teachers.pinned) - taught)
+            f"stages: the name {n!r} must be letters, digits and _, as a folder's"
+            for n in names
+            if not re.fullmatch(r"[A-Za-z]\w*", n, flags=re.ASCII)
         ]
         return found

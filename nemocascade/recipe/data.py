@@ -1,4 +1,4 @@
-"""What to train on: files, their format, the tokenizer, packing."""
+"""Data settings: files, their format, the tokenizer, packing."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How text becomes ids."""
+    """Settings of the tokenizer."""
 
     path: str = ""
-    """A sentencepiece `.model` or a Hugging Face `tokenizer.json`. Empty: train a sentencepiece
-    model on the training files at the first start, and keep it in the run folder."""
+    """A sentencepiece `.model` or a Hugging Face `tokenizer.json`. Empty: at the first start, train
+    a sentencepiece model on the training files and store it in the run folder."""
 
     train_vocab_size: int = 2048
-    """Ids of the sentencepiece model that is trained when `path` is empty."""
+    """Vocabulary size of the sentencepiece model that is trained when `path` is empty."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Documents and how they fill packed batches."""
+    """Training documents and how they are packed."""
 
     path: tuple[str, ...] = ()
     """JSONL (`.jsonl`, `.jsonl.gz`) or Parquet files, or folders of them. `synthetic:NAME` makes
@@ -28,28 +28,28 @@ class DataConfig:
 
     format: Literal["auto", "messages", "qa", "nemotron"] = "auto"
     """`messages`: a list of chat turns. `qa`: a question and an answer field. `nemotron`: the
-    released Nemotron-Cascade rows. `auto` looks at each file's first row."""
+    released Nemotron-Cascade rows. `auto` detects the format from each file's first row."""
 
     question_field: str = "question"
-    """`qa` rows: the field with the user's turn."""
+    """`qa` rows: name of the field with the user's turn."""
 
     answer_field: str = "answer"
-    """`qa` rows: the field with the assistant's turn."""
+    """`qa` rows: name of the field with the assistant's turn."""
 
     system_field: str = ""
-    """`qa` rows: the field with the system turn; empty = none."""
+    """`qa` rows: name of the field with the system turn; empty = none."""
 
     heldout_path: tuple[str, ...] = ()
-    """Files for the held-out loss. Empty: `heldout_rows` rows are taken out of the training set."""
+    """Files for the held-out loss. Empty: `heldout_rows` rows are split off the training set."""
 
     heldout_rows: int = 64
-    """Rows taken out of the training set for the held-out loss when `heldout_path` is empty."""
+    """Rows split off the training set for the held-out loss when `heldout_path` is empty."""
 
     max_rows: int = 0
-    """Read at most this many rows; 0 = all. For trials."""
+    """Read at most this many rows; 0 = all. Useful for trial runs."""
 
     thinking: bool = False
-    """Render with reasoning (`<think>`) when a row carries it."""
+    """Render reasoning (`<think>`) for rows that have it."""
 
     capacity: int = 262_144
     """Tokens in one packed sequence (micro-batch)."""
@@ -58,14 +58,14 @@ class DataConfig:
     """Packed sequences in one optimizer step, over all data-parallel ranks."""
 
     over_long: Literal["truncate", "drop", "refuse"] = "truncate"
-    """What happens to a document longer than `capacity`. Always counted."""
+    """Treatment of documents longer than `capacity`. They are always counted."""
 
     balance_group: int = 16
-    """Packed sequences whose work is made equal, so that ranks that run them side by side finish
-    together. A property of the data, not of the run: the order does not depend on the ranks."""
+    """Number of consecutive packed sequences with balanced work, so that ranks that run them side
+    by side finish together. The order depends on the data only, not on the number of ranks."""
 
     max_bad_rows: int = 0
-    """Rows that may be skipped because they don't parse; one more is an error. 0 = refuse."""
+    """Number of unparsable rows that are skipped; one more is an error. 0 = none is skipped."""
 
     cache_dir: str = ""
-    """Where tokenised documents are kept. Empty: `RUN/cache`."""
+    """Folder of the tokenised documents. Empty: `RUN/cache`."""

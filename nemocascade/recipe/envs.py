@@ -10,47 +10,47 @@ from nemocascade.recipe.judge import JudgeConfig
 
 @dataclass(frozen=True)
 class SandboxConfig:
-    """How programs of the model are run. Limits are for one program."""
+    """Sandbox for untrusted programs. Limits are per program."""
 
     isolation: Literal["auto", "bubblewrap", "namespaces"] = "auto"
-    """What builds the walls: bubblewrap, or the namespace calls of the kernel without it. `auto`
-    takes the first that works on this host."""
+    """Isolation backend: bubblewrap, or kernel namespaces without bubblewrap. `auto` takes the
+    first that works on this host."""
 
     allow_unsafe: bool = False
-    """Where the host forbids isolation, run programs as ordinary processes of this user, with
-    resource limits only. They can then read and delete whatever the user can."""
+    """If isolation is unavailable, run programs as ordinary processes of this user with resource
+    limits only. They can then read and delete whatever the user can."""
 
     workers: int = 0
-    """Programs that run at once; 0 = one for each core that this process may use."""
+    """Number of concurrent programs; 0 = one per core that this process may use."""
 
     time_s: float = 10.0
-    """Wall-clock time; the same bounds the processor time of each process."""
+    """Wall-clock limit in seconds; also the CPU time limit of each process."""
 
     memory_mib: int = 512
-    """Address space of each process. All of a program's memory is at most this times `processes`,
-    and the scratch folder."""
+    """Address space limit of each process. A program's total memory is at most this times
+    `processes`, plus the scratch folder."""
 
     processes: int = 8
-    """Processes and threads at once."""
+    """Largest number of concurrent processes and threads."""
 
     output_kib: int = 1024
-    """What a program may write to standard output and to standard error, each."""
+    """Limit on the output to each of standard output and standard error."""
 
     scratch_mib: int = 16
-    """Size of the folder that a program may write to; its memory too. For a repository, at least
+    """Size limit of the program's writable folder, which is in memory. For a repository, at least
     twice its size."""
 
     packages: tuple[str, ...] = ()
-    """Folders such as a site-packages that programs may read and import from, for repositories
+    """Folders, such as a site-packages, that programs may read and import from; for repositories
     that need more than the standard library."""
 
     @property
     def scratch_entries(self) -> int:
-        """Files and folders that fit in the scratch folder."""
+        """Largest number of files and folders in the scratch folder."""
         return 64 * self.scratch_mib
 
     def problems(self) -> list[str]:
-        """Every rule these settings break."""
+        """Every rule that these settings break."""
         names = ("time_s", "memory_mib", "processes", "output_kib", "scratch_mib")
         found = [
             f"sandbox.{name}({getattr(self, name)}) must be above 0"
@@ -69,32 +69,32 @@ class SandboxConfig:
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """What an agent may do to a repository in one episode, and how much its tools answer."""
+    """Limits of an agent's tools in one episode."""
 
     result_chars: int = 16_000
-    """Of one answer; what is longer is cut, and the answer says by how much."""
+    """Characters in one tool result; longer results are truncated and say by how much."""
 
     search_matches: int = 100
-    """Lines that one search shows."""
+    """Lines shown by one search."""
 
     calls: int = 1000
-    """Calls that are executed; the next one ends the episode."""
+    """Number of executed calls; a further call ends the episode."""
 
     test_runs: int = 50
-    """Runs of the repository's tests."""
+    """Number of runs of the repository's tests."""
 
     tests_time_s: float = 1800.0
-    """Wall-clock time of all these runs together; once it is used up, no other one starts. Each
-    has the sandbox's `time_s`."""
+    """Total wall-clock seconds of the test runs; once they are used up, no further run starts. Each
+    run has the sandbox's `time_s`."""
 
     changed_files: int = 64
-    """Files that edits may change or make."""
+    """Number of files that edits may change or create."""
 
     file_kib: int = 1024
-    """Size of a file that an edit leaves."""
+    """Largest size of an edited file."""
 
     def problems(self) -> list[str]:
-        """Every rule these settings break."""
+        """Every rule that these settings break."""
         return [
             f"envs.agent.{f.name}({getattr(self, f.name)}) must be at least 1"
             for f in fields(self)
@@ -104,17 +104,17 @@ class AgentConfig:
 
 @dataclass(frozen=True)
 class AgentlessConfig:
-    """What the prompt of a repair without an agent shows."""
+    """Content of the prompt for repair without an agent."""
 
     prompt_chars: int = 80_000
-    """Of a prompt, which should fit `rollout.max_prompt_tokens`: source code has three characters
-    to a token or more. The files to repair come first, and are cut where they are too long."""
+    """Characters in a prompt, which should fit `rollout.max_prompt_tokens`: source code has at
+    least three characters per token. Files to repair come first and are truncated if too long."""
 
     retrieved: int = 5
-    """Files beside those to repair, the best by BM25 (Nemotron-Cascade 2, arXiv 2603.19220)."""
+    """Further files, the best by BM25 (Nemotron-Cascade 2, arXiv 2603.19220)."""
 
     def problems(self) -> list[str]:
-        """Every rule these settings break."""
+        """Every rule that these settings break."""
         found = []
         if self.prompt_chars < 1:
             found.append(f"envs.agentless.prompt_chars({self.prompt_chars}) must be at least 1")
@@ -125,23 +125,23 @@ class AgentlessConfig:
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """How responses are scored."""
+    """Settings of the verifiers."""
 
     if_grading: Literal["binary", "fraction"] = "binary"
-    """Instruction following: 1 if all instructions hold, or the share that holds."""
+    """Reward of instruction following: 1 if all instructions hold, or the fraction that holds."""
 
     if_language_check: Literal["langdetect", "letters"] = "langdetect"
-    """How English is told where an instruction asks for it. `letters` looks at the alphabet alone:
-    for answers of a few words, on which langdetect guesses."""
+    """Check of instructions to answer in English. `letters` checks the alphabet only; use it for
+    answers of a few words, on which langdetect guesses."""
 
     check_workers: int = 1
-    """Child processes for checks that may run for ever: algebra, schemas, regular expressions."""
+    """Child processes for checks that may not terminate: algebra, schemas, regular expressions."""
 
     check_timeout_s: float = 5.0
-    """Seconds after which such a check is killed and reported as an error."""
+    """Timeout in seconds of such a check; it is then killed and reported as an error."""
 
     check_memory_mib: int = 2048
-    """Address space of such a child."""
+    """Address space limit of such a child process."""
 
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
@@ -149,7 +149,7 @@ class EnvConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def problems(self) -> list[str]:
-        """Every rule these settings break."""
+        """Every rule that these settings break."""
         found = [
             f"envs.{name}({getattr(self, name)}) must be above 0"
             for name in ("check_workers", "check_timeout_s", "check_memory_mib")

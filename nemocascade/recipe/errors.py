@@ -1,19 +1,19 @@
-"""Errors that a user can mend; the program shows their message instead of a traceback."""
+"""Errors that a user can fix; the program shows their message instead of a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message holds the value, the rule and the remedy.
+    """An error that the user can fix; the message holds the value, the rule and the remedy.
 
-    exit_code: the program's exit code where nothing catches it.
+    exit_code: the program's exit code if nothing catches the error.
     """
 
     exit_code = 2
 
 
 class RecipeError(UserError, ValueError):
-    """Settings that cannot run; the message lists every one with its remedy."""
+    """Invalid settings; the message lists every one with its remedy."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems

@@ -1,4 +1,4 @@
-"""Settings of the judge: who compares and grades responses that no rule verifies."""
+"""Settings of the judge, which compares and grades responses that no rule can verify."""
 
 from __future__ import annotations
 
@@ -10,68 +10,68 @@ HOW = (
     *("url", "api_key_env", "concurrency", "timeout_s", "retries"),
     *("backoff_s", "deadline_s", "silence_s", "cache"),
 )
-"""Settings of how a judge is reached: what it is asked, and answers, does not depend on them."""
+"""Fields that affect how a judge is reached, but not its questions and answers."""
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Who judges, and how it is asked."""
+    """The judge, its model and its limits."""
 
     kind: Literal["rule", "server", "artifact"] = "rule"
-    """`server`: an OpenAI-compatible server, such as one of a 235B generative reward model.
-    `artifact`: a model of this project, whose weights take turns with the policy's on the training
-    ranks. `rule`: a fixed rule, for tests and the tiny recipes; it knows nothing of language."""
+    """`server`: an OpenAI-compatible server, for example with a 235B generative reward model.
+    `artifact`: a model of this project that runs on the training ranks by weight swap. `rule`: a
+    fixed rule for tests and the tiny recipes; it has no knowledge of language."""
 
     url: str = ""
-    """Of the server, `http://host:port`. Proxies of the environment are not used."""
+    """URL of the server, `http://host:port`. Proxies from the environment are not used."""
 
     model: str = ""
     """Name of the model on the server."""
 
     form: Literal["chat", "response_roles"] = "chat"
-    """`chat`: the question stands in a system and a user turn, for any model. `response_roles`: the
-    two responses are turns of the roles response_1 and response_2 and the model's template brings
-    the instructions, as NVIDIA's GenRM models have it; those compare and don't grade."""
+    """`chat`: a system and a user turn ask the question, for any model. `response_roles`: the two
+    responses are turns with the roles response_1 and response_2, and the model's template adds the
+    instructions, as for NVIDIA's GenRM models; these compare but do not grade."""
 
     api_key_env: str = ""
-    """Environment variable that holds the server's key; empty = none is sent."""
+    """Environment variable that holds the server's key; empty = send none."""
 
     artifact: str = ""
-    """Artifact folder of the judge; its tokenizer must be the policy's, and so must its shape."""
+    """Artifact folder of the judge; its tokenizer and shape must be the policy's."""
 
     thinking: bool = True
-    """Of an `artifact`: the question opens a reasoning block. A server has its own template."""
+    """For an `artifact`: the question opens a reasoning block. A server uses its own template."""
 
     temperature: float = 0.6
     top_p: float = 0.95
     max_tokens: int = 16_384
-    """Of an answer, its reasoning included."""
+    """Largest number of tokens in an answer, including its reasoning."""
 
     concurrency: int = 64
-    """Requests under way at a server at a time, from each data-parallel rank."""
+    """Concurrent requests to a server from each data-parallel rank."""
 
     timeout_s: float = 600.0
-    """Of one request."""
+    """Timeout of one request in seconds."""
 
     retries: int = 4
-    """Further tries after failures, each after twice the wait before. While nobody listens, and
-    after the statuses 429, 502, 503 and 504, tries go on without counting."""
+    """Number of retries after a failure, with doubling back-off. Retries while nobody listens, or
+    after the statuses 429, 502, 503 and 504, do not count."""
 
     backoff_s: float = 1.0
-    """Wait before the first further try."""
+    """Back-off before the first retry, in seconds."""
 
     deadline_s: float = 7200.0
-    """From when a question is asked, its turn in the queue included; then it is an error."""
+    """Deadline of a question in seconds, including its time in the queue; then it is an error."""
 
     silence_s: float = 1800.0
-    """A server that answers nothing for so long, though asked, is taken to be down: questions fail
-    at once until it answers one."""
+    """A server that has answered nothing for this many seconds counts as down: questions fail at
+    once until it answers one."""
 
     cache: str = ""
-    """File that keeps a server's answers by what was asked, for restarts; empty = memory only."""
+    """File that caches a server's answers by question, for restarts; empty = memory only."""
 
     def problems(self) -> list[str]:
-        """Every rule these settings break."""
+        """Every rule that these settings break."""
         found = []
         if self.kind == "server" and not _is_url(self.url):
             found.append(f"judge.url({self.url!r}) must be http://host:port of the server")
@@ -99,7 +99,7 @@ class JudgeConfig:
 def _is_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
-        # The port is read, and may raise, here only.
+        # The port is parsed here, and may raise ValueError.
         named = bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False

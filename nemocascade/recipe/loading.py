@@ -12,11 +12,11 @@ from nemocascade.recipe.rl import GrpoRecipe
 from nemocascade.recipe.sft import SftRecipe
 
 Recipe = SftRecipe | GrpoRecipe | MopdRecipe | CascadeRecipe
-"""What a recipe script may define."""
+"""Types of recipe that a script may define."""
 
 
 def load_recipe[R](script: Path, kind: type[R]) -> R:
-    """The `RECIPE` of a recipe script. Raises RecipeError if it defines none of type `kind`."""
+    """Load `RECIPE` from a script. Raises RecipeError if it is missing or not of type `kind`."""
     recipe = _recipe_of(script)
     if not isinstance(recipe, kind):
         raise _wrong_type(script, recipe, kind.__name__)
@@ -24,7 +24,7 @@ def load_recipe[R](script: Path, kind: type[R]) -> R:
 
 
 def load_any_recipe(script: Path) -> Recipe:
-    """The `RECIPE` of a stage's script or of a cascade's. Raises RecipeError if it defines none."""
+    """Load `RECIPE` of a stage or cascade script. Raises RecipeError if it defines none."""
     recipe = _recipe_of(script)
     if not isinstance(recipe, Recipe):
         raise _wrong_type(script, recipe, "the recipe of a stage or of a cascade")

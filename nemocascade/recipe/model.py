@@ -10,31 +10,31 @@ LAYER_SYMBOLS = {"M": "Mamba-2", "*": "attention", "E": "MoE", "-": "MLP"}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A hybrid language model: one mixer a layer, pre-RMSNorm, residual."""
+    """A hybrid language model: one mixer per layer, pre-RMSNorm, residual."""
 
     pattern: str = "M*E"
-    """One symbol a layer: M Mamba-2, * attention, E mixture of experts, - dense MLP."""
+    """One symbol per layer: M Mamba-2, * attention, E mixture of experts, - dense MLP."""
 
     hidden_size: int = 128
     vocab_size: int = 2048
     """Rows of the embedding and of the LM head; at least the tokenizer's size."""
 
     tie_embeddings: bool = False
-    """The LM head is the embedding."""
+    """Share the embedding's weights with the LM head."""
 
     norm_eps: float = 1e-5
 
     num_heads: int = 4
-    """Query heads of attention."""
+    """Number of query heads of attention."""
 
     num_kv_heads: int = 2
     head_dim: int = 32
     rope: bool = False
-    """Rotary positions within each document. Off: attention has no positional embedding."""
+    """Rotary position embedding within each document. Off: attention has no position embedding."""
 
     rope_base: float = 10_000.0
     rope_percent: float = 1.0
-    """Share of the head dimension that rotates."""
+    """Fraction of the head dimension that is rotated."""
 
     qk_norm: bool = False
     """RMSNorm on each query and key head before the rotation (Qwen3)."""
@@ -58,30 +58,30 @@ class ModelConfig:
     experts_per_token: int = 2
     expert_width: int = 128
     shared_expert_width: int = 256
-    """Width of the expert every token passes through; 0 = none."""
+    """Width of the expert that every token passes through; 0 = none."""
 
     activation: Literal["relu2", "swiglu"] = "relu2"
-    """Of experts and MLP. relu2 is `relu(x)^2`, not gated."""
+    """Activation of experts and MLP. relu2 is `relu(x)^2`, not gated."""
 
     mlp_width: int = 512
     """Width of the dense MLP layers (`-`)."""
 
     router_score: Literal["sigmoid", "softmax"] = "sigmoid"
     router_bias: bool = True
-    """A bias for each expert takes part in the selection only; it is moved by the load."""
+    """Add a bias for each expert in the selection only; training updates it from the load."""
 
     router_normalize: bool = True
-    """The chosen weights are divided by their sum."""
+    """Divide the weights of the selected experts by their sum."""
 
     router_scale: float = 2.5
-    """The chosen weights are multiplied by this at the end."""
+    """Factor on the weights of the selected experts, applied last."""
 
     router_groups: int = 1
     router_top_groups: int = 1
-    """Group-limited routing: experts stand in `router_groups` groups, tokens use this many."""
+    """Group-limited routing: experts form `router_groups` groups, and a token uses this many."""
 
     init_std: float = 0.02
-    """Standard deviation of the normal that linears start from; projections back into the
+    """Standard deviation of the normal initialisation of linears; projections back into the
     residual stream are divided by sqrt(layers)."""
 
     @property
@@ -98,7 +98,7 @@ class ModelConfig:
         return 2 * self.mamba_inner + 2 * self.mamba_groups * self.mamba_state + self.mamba_heads
 
     def problems(self) -> list[str]:
-        """Every rule this shape breaks, each with its remedy."""
+        """Every rule that this shape breaks, each with its remedy."""
         found = []
         if not self.pattern:
             found.append("model.pattern is empty: give at least one layer, for example M*E")
@@ -130,13 +130,13 @@ class ModelConfig:
 
 
 def tiny() -> ModelConfig:
-    """About 2 M parameters with all three kinds of layer, for CPUs."""
+    """About 2 M parameters with the three main kinds of layer, for CPUs."""
     return ModelConfig(pattern="MEM*EME*")
 
 
 def tiny_policy() -> ModelConfig:
-    """About 1.3 M parameters, for cascades on CPUs. Attention follows a convolution at once and the
-    head is the embedding, so that it learns within minutes to copy words of its prompt."""
+    """About 1.3 M parameters, for cascades on CPUs. Attention directly follows a convolution and
+    the embedding is tied, so that it learns within minutes to copy words of its prompt."""
     return ModelConfig(pattern="M*EM*E", tie_embeddings=True)
 
 

@@ -12,31 +12,31 @@ from nemocascade.recipe.train import OptimizerConfig
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Who teaches a domain."""
+    """The teacher of one domain."""
 
     domain: str = "math"
     artifact: str = ""
-    """Artifact folder: the tokenizer, the vocabulary and the shape must be the student's. In a
-    cascade, empty = the artifact so far with the best held-out score of the domain."""
+    """Artifact folder; tokenizer, vocabulary and shape must be the student's. Empty, in a cascade
+    only: the artifact so far with the best held-out score of the domain."""
 
 
 @dataclass(frozen=True)
 class MopdConfig:
-    """The objective (Nemotron-Cascade 2, arXiv 2603.19220, Eq. 2-4), and where teachers wait."""
+    """The objective (Nemotron-Cascade 2, arXiv 2603.19220, Eq. 2-4), and offload of teachers."""
 
     ratio_low: float = 0.5
-    """A token counts 0 where pi_train / pi_rollout is below this."""
+    """Mask tokens whose pi_train / pi_rollout is below this."""
 
     ratio_high: float = 2.0
-    """Likewise above this."""
+    """Mask tokens whose pi_train / pi_rollout is above this."""
 
     keep: Literal["host", "disk"] = "host"
-    """Where each rank's part of a teacher waits for its turn: in host memory, or in files in RUN
-    that are read ahead while rollouts are verified."""
+    """Offload each rank's shard of a teacher to host memory, or to files in RUN that are prefetched
+    while rollouts are verified."""
 
     score_rollouts: bool = True
-    """Have verifiers and judges score the rollouts, for the metrics alone: the objective reads no
-    reward. Off saves their time."""
+    """Score the rollouts with verifiers and judges, for metrics only: the objective uses no reward.
+    Off saves their time."""
 
     capacity: int = 131_072
     """Tokens in one packed sequence (micro-batch) of training."""
@@ -44,7 +44,7 @@ class MopdConfig:
 
 @dataclass(frozen=True)
 class MopdRecipe(PolicyRecipe):
-    """Multi-domain on-policy distillation: one teacher a prompt, by its domain."""
+    """Multi-domain on-policy distillation: one teacher per prompt, by its domain."""
 
     stage: str = "mopd"
     """Name of the stage, for its artifact and messages."""
@@ -53,7 +53,7 @@ class MopdRecipe(PolicyRecipe):
     """Folder for everything the run writes."""
 
     teachers: tuple[TeacherConfig, ...] = ()
-    """One for each domain; domains may share an artifact."""
+    """One teacher per domain; domains may share an artifact."""
 
     mopd: MopdConfig = field(default_factory=MopdConfig)
     rollout: RolloutConfig = field(

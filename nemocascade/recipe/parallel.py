@@ -1,4 +1,4 @@
-"""How a model is spread over ranks, and which settings are legal."""
+"""Parallel layout of a model over ranks, and the rules for its sizes."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from nemocascade.recipe.model import ModelConfig
 class ParallelConfig:
     """Sizes of the parallel axes. The data-parallel size follows from the world size.
 
-    Dense layers live on tp x pp x dp ranks; routed experts on etp x ep x pp x (expert dp) of the
-    same ranks.
+    Dense layers use tp x pp x dp ranks; routed experts use the same ranks as etp x ep x pp x
+    (expert dp).
     """
 
     tp: int = 1
-    """Tensor parallel: every linear is split over this many ranks, and so is the sequence
-    between linears."""
+    """Tensor parallel: every linear, and the sequence between linears, is sharded over this many
+    ranks."""
 
     pp: int = 1
-    """Pipeline parallel: layers are split over this many ranks."""
+    """Pipeline parallel: layers are sharded over this many ranks."""
 
     vpp: int = 1
-    """Model chunks a pipeline rank holds (interleaved schedule); 1 = plain 1F1B."""
+    """Model chunks on each pipeline rank (interleaved schedule); 1 = plain 1F1B."""
 
     ep: int = 1
-    """Expert parallel: experts are dealt to this many ranks."""
+    """Expert parallel: experts are distributed over this many ranks."""
 
     etp: int = 1
-    """Expert tensor parallel: every expert is split over this many ranks."""
+    """Expert tensor parallel: every expert is sharded over this many ranks."""
 
     cp: int = 1
     """Context parallel. Only 1 is supported."""
 
     pipeline_layout: str = ""
-    """The layer pattern cut into pp x vpp pieces by `|`, for example `ME|M*|EM|E*`. Empty: equal
+    """The layer pattern split into pp x vpp chunks by `|`, for example `ME|M*|EM|E*`. Empty: equal
     numbers of layers."""
 
     def data_parallel(self, world_size: int) -> int:
-        """Replicas of the dense layers; 0 where the world cannot hold one."""
+        """Number of replicas of the dense layers; 0 if the world is too small for one."""
         return world_size // (self.tp * self.pp * self.cp)
 
     def layout(self, pattern: str) -> str:
-        """The pattern with `|` between the pp x vpp pieces."""
+        """The pattern with `|` between the pp x vpp chunks."""
         if self.pipeline_layout:
             return self.pipeline_layout
         pieces = self.pp * self.vpp

@@ -1,4 +1,4 @@
-"""Presets of recipes: what the stages of a model share. A script changes what its stage needs."""
+"""Recipe presets: settings shared by a model's stages. A script changes what its stage needs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from nemocascade.recipe.train import CheckpointConfig, EngineConfig, OptimizerCo
 
 
 def nemotron3_nano_30b_stage[R: PolicyRecipe](kind: type[R]) -> R:
-    """A stage on rollouts of Nemotron-3-Nano-30B-A3B (Nemotron-Cascade 2, arXiv 2603.19220).
+    """An RL or MOPD stage of Nemotron-3-Nano-30B-A3B (Nemotron-Cascade 2, arXiv 2603.19220).
 
     The optimizer, the frozen router and the batch of 128 prompts are defaults of `kind`, which are
-    the paper's. 128 GPUs: tp 8 leaves dp 16, and ep 8 on the same ranks.
+    the paper's. On 128 GPUs, tp 8 leaves dp 16, and ep 8 uses the same ranks.
     """
     recipe = kind()
     return replace(
@@ -26,7 +26,7 @@ def nemotron3_nano_30b_stage[R: PolicyRecipe](kind: type[R]) -> R:
 
 
 def tiny_stage[R: PolicyRecipe](kind: type[R]) -> R:
-    """A stage on rollouts of the tiny model, for CPUs; it starts from `recipes/tiny/domains_sft.py`
+    """An RL or MOPD stage of the tiny model, for CPUs; it starts from `recipes/tiny/domains_sft.py`
     and takes minutes."""
     recipe = kind()
     return replace(

@@ -1,4 +1,4 @@
-"""The reinforcement-learning recipe: what a GRPO stage is made from."""
+"""The reinforcement-learning recipe: settings of a GRPO stage and those it shares with MOPD."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ class DomainConfig:
     """One domain of a stage's prompts."""
 
     domain: str = "multiple_choice"
-    """Name of the environment that scores them."""
+    """Name of the environment that scores the domain's rollouts."""
 
     share: float = 1.0
-    """Part of the prompts, beside the shares of the other domains."""
+    """Share of the prompts, relative to the shares of the other domains."""
 
     path: tuple[str, ...] = ()
-    """JSONL files of released rows. Empty: tasks are made from the seed."""
+    """JSONL files of released rows. Empty: tasks are generated from the seed."""
 
     difficulty: int = 0
-    """Of tasks that are made; 0 is the easiest."""
+    """Difficulty of generated tasks; 0 is the easiest."""
 
     tasks: int = 1024
-    """Tasks that are made; or, where it is not 0, the most that are read from `path`."""
+    """Number of generated tasks, or the most that are read from `path`; there 0 = all."""
 
     heldout_path: tuple[str, ...] = ()
-    """JSONL files of the held-out tasks. Empty: made, and disjoint from the others."""
+    """JSONL files of the held-out tasks. Empty: generated, and disjoint from the others."""
 
     drop_solved: float = 0.0
-    """Share of the tasks from `path` with a `pass_rate` of 1 that is dropped: they teach nothing.
-    Which ones is decided by their text."""
+    """Fraction of the tasks from `path` with a `pass_rate` of 1 that is dropped, since they give no
+    training signal. The task's text decides which ones."""
 
     drop_unsolved: float = 0.0
-    """Likewise of the tasks with a `pass_rate` of 0."""
+    """Fraction of the tasks from `path` with a `pass_rate` of 0 that is dropped."""
 
     def problems(self) -> list[str]:
-        """Every rule these settings break."""
+        """Every rule that these settings break."""
         return [
             f"domains: {name}({share}) of {self.domain} must lie in 0..1"
             for name, share in (
@@ -62,70 +62,70 @@ class DomainConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How responses are drawn, and which of them train."""
+    """Generation of rollouts, and selection of those that train."""
 
     prompts_per_step: int = 128
     rollouts_per_prompt: int = 16
     max_prompt_tokens: int = 32_768
-    """Longer prompts are dropped and counted."""
+    """Largest number of prompt tokens; longer prompts are dropped and counted."""
 
     max_response_tokens: int = 49_152
-    """An answer that is not finished by then is truncated."""
+    """Largest number of tokens after the prompt; longer responses are truncated."""
 
     max_turns: int = 8
-    """Turns of the model in one episode with tools."""
+    """Largest number of policy turns in one episode with tools."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     thinking: bool = True
-    """The prompt opens a reasoning block."""
+    """Open a reasoning block at the end of the prompt."""
 
     slots: int = 64
-    """Texts under way at a time on a data-parallel rank."""
+    """Concurrent sequences on a data-parallel rank."""
 
     prefill_tokens: int = 0
-    """Prompts are read together up to this many tokens; 0 = each by itself, which makes a prompt's
-    states the same bits whatever prompts stand beside it."""
+    """Prefill prompts together, up to this many tokens; 0 = each alone, which makes a prompt's
+    states bit-identical whatever other prompts there are."""
 
     prefill_chunk: int = 8192
-    """A longer prompt, or answer of a tool, is read so many tokens at a time, each piece onto the
-    states of those before it: the memory of activations does not grow with the prompt. Another
-    value changes log-probabilities by rounding. 0 = as a whole."""
+    """Chunked prefill: a longer prompt or tool result is prefilled in chunks of this many tokens,
+    so that activation memory does not grow with the prompt. Changing it changes log-probabilities
+    by rounding. 0 = no chunks."""
 
     dynamic_filtering: bool = True
-    """Drop groups whose rewards are all equal, and draw other prompts in their place."""
+    """Drop groups whose rewards are all equal, and draw other prompts to replace them."""
 
     max_draws: int = 4
-    """Prompts drawn for a step are at most this many times `prompts_per_step`; a step that finds
-    fewer groups trains on those."""
+    """Draw at most this many times `prompts_per_step` prompts for a step; a step that finds fewer
+    informative groups trains on those."""
 
     min_best_reward: float | None = None
-    """Mask the loss of prompts with no rollout whose reward is above this; they are counted, and
-    none is drawn in their place. None masks none."""
+    """Mask the loss of prompts with no rollout whose reward is above this. They are counted and not
+    replaced. None masks none."""
 
     overlong_filter: bool = False
-    """A truncated answer leaves the loss; it still counts in its group's mean and deviation."""
+    """Mask truncated responses in the loss; their rewards still count in the group's statistics."""
 
     overlong_penalty: float = 0.0
-    """Taken off the reward of a truncated answer, and off that of an answer which ends within the
-    last `overlong_buffer` tokens in proportion (DAPO, arXiv 2503.14476, Eq. 13)."""
+    """Penalty on the reward of a truncated response. A response that ends within the last
+    `overlong_buffer` tokens gets a proportional part (DAPO, arXiv 2503.14476, Eq. 13)."""
 
     overlong_buffer: int = 0
     """Tokens before the limit over which the penalty grows."""
 
     mismatch_mean_alarm: float = 0.02
-    """Warn where the mean |log pi_train - log pi_rollout| of a step is above this."""
+    """Warn if the mean |log pi_train - log pi_rollout| of a step is above this."""
 
     mismatch_max_alarm: float = 1.0
-    """Warn where the largest one is above this."""
+    """Warn if the largest |log pi_train - log pi_rollout| of a step is above this."""
 
     samples: int = 4
-    """Groups a step of which the best and the worst rollout are kept as readable text in
+    """Groups per step whose best and worst rollout are written as readable text to
     RUN/rollouts."""
 
     def problems(self) -> list[str]:
-        """Every rule these settings break."""
+        """Every rule that these settings break."""
         found = [
             f"rollout.{name}({getattr(self, name)}) must be at least 1"
             for name in (
@@ -168,23 +168,23 @@ class GrpoConfig:
     """Advantages and loss (Nemotron-Cascade 2, arXiv 2603.19220, Eq. 1)."""
 
     normalize: Literal["batch", "group", "sequence"] = "batch"
-    """Denominator of the loss: all trained tokens of the step, or those of a prompt's group with
-    groups weighing the same, or those of a sequence with sequences weighing the same."""
+    """Normalisation of the loss: by all trained tokens of the step, by those of a prompt's group
+    with equal weight per group, or by those of a sequence with equal weight per sequence."""
 
     std_epsilon: float = 1e-6
-    """Added to the deviation of a group's rewards."""
+    """Added to the standard deviation of a group's rewards."""
 
     scale_by_std: bool = True
-    """Divide a group's advantages by the deviation of its rewards."""
+    """Divide a group's advantages by the standard deviation of its rewards."""
 
     unbiased_std: bool = False
     """Divide by G - 1 instead of G in the variance."""
 
     leave_one_out: bool = False
-    """The mean that is taken off a reward is that of the group's other rewards."""
+    """Subtract the mean of the group's other rewards instead of the mean of all."""
 
     kl_coef: float = 0.0
-    """Weight of the k3 estimate of KL(pi || pi_start); 0 = the start's weights are not kept."""
+    """Weight of the k3 estimate of KL(pi || pi_start); 0 = no reference policy is stored."""
 
     capacity: int = 65_536
     """Tokens in one packed sequence (micro-batch) of training."""
@@ -192,7 +192,7 @@ class GrpoConfig:
 
 @dataclass(frozen=True)
 class RlEvalConfig:
-    """Held-out accuracy, decoded greedily."""
+    """Held-out rewards of greedy responses."""
 
     every: int = 0
     """Steps between evaluations; 0 = before the first step and after the last."""
@@ -201,28 +201,28 @@ class RlEvalConfig:
     """Held-out tasks of each domain; 0 = no evaluation."""
 
     max_response_tokens: int = 0
-    """0 = as in training."""
+    """Largest number of tokens in a response; 0 = as in training."""
 
 
 @dataclass(frozen=True)
 class PolicyRecipe(ABC):
-    """What stages share that train on rollouts of their own policy."""
+    """Settings shared by stages that train on rollouts of their own policy: GRPO and MOPD."""
 
     steps: int = 100
-    """Optimizer steps, each on rollouts of its own."""
+    """Optimizer steps, each on fresh rollouts."""
 
     seed: int = 1
-    """Of the tasks, their order and every draw."""
+    """Seed of the tasks, their order and all sampling."""
 
     run_dir: str = "runs/grpo"
     """Folder for everything the run writes."""
 
     resume: bool = True
-    """Go on from the newest checkpoint in `run_dir`, if there is one. Off: refuse a run folder
-    that holds checkpoints."""
+    """Resume from the newest checkpoint in `run_dir`, if there is one. Off: a run folder with
+    checkpoints is an error."""
 
     init_from: str = ""
-    """Artifact folder with the policy to start from: its shape, weights and tokenizer."""
+    """Artifact folder of the policy to start from: its shape, weights and tokenizer."""
 
     stage: str = "grpo"
     """Name of the stage, for its artifact and messages."""
@@ -250,9 +250,9 @@ class PolicyRecipe(ABC):
         """Tokens in one packed sequence (micro-batch) of training."""
 
     def problems(self, world_size: int, model: ModelConfig | None = None) -> list[str]:
-        """Every rule this recipe breaks in a world of `world_size` ranks, each with a remedy.
+        """Every rule that this recipe breaks with `world_size` ranks, each with a remedy.
 
-        model: the shape of `init_from`, where it was read already.
+        model: the shape of `init_from`, if it has been read already.
         """
         found = self.optimizer.problems() + self.rollout.problems() + self.envs.problems()
         if self.steps < 1:

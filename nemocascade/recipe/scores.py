@@ -16,19 +16,19 @@ class ScoredDomain:
     """One domain's held-out tasks."""
 
     domain: str = "math"
-    """Name of the environment that scores them."""
+    """Name of the environment that scores the domain's answers."""
 
     difficulty: int = 0
-    """Of tasks that are made; 0 is the easiest."""
+    """Difficulty of generated tasks; 0 is the easiest."""
 
     heldout_path: tuple[str, ...] = ()
-    """JSONL files of held-out tasks. Empty: made, and disjoint from those for training."""
+    """JSONL files of held-out tasks. Empty: generated, and disjoint from the training tasks."""
 
     tasks: int = 0
-    """Held-out tasks; 0 = `scores.tasks`."""
+    """Number of held-out tasks; 0 = `scores.tasks`."""
 
     max_response_tokens: int = 0
-    """0 = `scores.max_response_tokens`."""
+    """Largest number of tokens in a response; 0 = `scores.max_response_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -38,37 +38,37 @@ class ScoreConfig:
     domains: tuple[ScoredDomain, ...] = ()
 
     tasks: int = 256
-    """Held-out tasks of each domain."""
+    """Number of held-out tasks in each domain."""
 
     seed: int = 1
-    """Of the tasks that are made."""
+    """Seed of generated tasks."""
 
     max_prompt_tokens: int = 32_768
-    """Longer prompts are dropped and counted."""
+    """Largest number of prompt tokens; longer prompts are dropped and counted."""
 
     max_response_tokens: int = 49_152
-    """An answer that is not finished by then is scored as it stands."""
+    """Largest number of tokens in a response; a truncated response is scored as it is."""
 
     max_turns: int = 8
-    """Turns of the model in one episode with tools."""
+    """Largest number of policy turns in one episode with tools."""
 
     thinking: bool = True
-    """The prompt opens a reasoning block."""
+    """Open a reasoning block at the end of the prompt."""
 
     slots: int = 64
-    """Texts under way at a time on a data-parallel rank."""
+    """Concurrent sequences on a data-parallel rank."""
 
     samples: int = 2
-    """Answers of each domain that are kept as readable text."""
+    """Responses of each domain that are stored as readable text."""
 
     envs: EnvConfig = field(default_factory=EnvConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """One layout for every stage's artifact, so that scores differ by their weights alone."""
+    """The same layout for every stage's artifact, so that only the weights affect the scores."""
 
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def problems(self, world_size: int, model: ModelConfig | None = None) -> list[str]:
-        """Every rule these settings break, each with a remedy. model: of the artifacts."""
+        """Every rule that these settings break, each with a remedy. model: the artifacts' shape."""
         found = [
             f"scores.{name}({getattr(self, name)}) must be at least 1"
             for name in ("tasks", "max_prompt_tokens", "max_response_tokens", "max_turns", "slots")
@@ -86,12 +86,12 @@ class ScoreConfig:
         if model is not None and not found:
             p = self.parallel
             dp = max(1, p.data_parallel(world_size))
-            # Generation packs nothing, so any capacity will do.
+            # Generation packs nothing, so any valid capacity will do.
             broken = p.problems(model, world_size, capacity=p.tp, sequences_per_step=dp * p.pp)
             found += [f"scores: {problem}" for problem in broken]
         return found
 
 
 def repeated(names: Sequence[str]) -> list[str]:
-    """Names that stand more than once."""
+    """Names that occur more than once."""
     return sorted({n for n in names if names.count(n) > 1})

@@ -1,4 +1,4 @@
-"""The SFT recipe: everything a supervised fine-tuning stage is made from."""
+"""The SFT recipe: settings of a supervised fine-tuning stage."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from nemocascade.recipe.train import (
 
 @dataclass(frozen=True)
 class DemonstrationConfig:
-    """Training data made from the tasks of the environments, with their known solutions."""
+    """Training rows generated from the environments' tasks and their known solutions."""
 
     domains: tuple[DomainConfig, ...] = ()
-    """Domains, with `tasks` rows of each. Empty: none is made, and `data.path` is all."""
+    """Domains, with `tasks` rows of each. Empty: no row is generated, only `data.path` is used."""
 
     heldout: int = 32
-    """Held-out rows of each domain."""
+    """Number of held-out rows in each domain."""
 
     thinking: float = 0.5
-    """Share of the rows that reason before they answer."""
+    """Fraction of the rows with reasoning before the answer."""
 
     careless: float = 0.0
-    """Share of the rows whose solution has a habit that may cost the reward, in the domains that
-    know one: a fence around JSON, a letter without its box. RL then has something to gain: draws
-    are sometimes right where greedy answers are not. Held-out rows have the same share."""
+    """Fraction of the rows whose solution has a habit that may cost the reward, in domains that
+    define one: a code fence around JSON, a letter without its box. This leaves RL something to
+    improve: samples are sometimes right where greedy answers are not. Held-out rows have the same
+    fraction."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,17 @@ class SftRecipe:
     """Optimizer steps."""
 
     seed: int = 1
-    """Of the initial weights and of the data order."""
+    """Seed of the initial weights and of the data order."""
 
     run_dir: str = "runs/sft"
     """Folder for everything the run writes."""
 
     resume: bool = True
-    """Go on from the newest checkpoint in `run_dir`, if there is one. Off: refuse a run folder
-    that holds checkpoints."""
+    """Resume from the newest checkpoint in `run_dir`, if there is one. Off: a run folder with
+    checkpoints is an error."""
 
     init_from: str = ""
-    """Artifact folder to start the weights from; empty = random weights from the seed."""
+    """Artifact folder with the initial weights; empty = random weights from the seed."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -70,7 +71,7 @@ class SftRecipe:
     log: LogConfig = field(default_factory=LogConfig)
 
     def problems(self, world_size: int) -> list[str]:
-        """Every rule this recipe breaks in a world of `world_size` ranks, each with a remedy."""
+        """Every rule that this recipe breaks with `world_size` ranks, each with a remedy."""
         found = self.model.problems() + self.optimizer.problems()
         if self.steps < 1:
             found.append(f"steps({self.steps}) must be at least 1")

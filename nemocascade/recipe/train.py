@@ -1,4 +1,4 @@
-"""Settings of the optimizer, the numerics, and what a run keeps and shows."""
+"""Settings of the optimizer, numerics, checkpoints, evaluation and logging."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class OptimizerConfig:
     """Learning rate at the end of the decay."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay from `lr` to `min_lr`; constant stays at `lr`."""
+    """Shape of the decay from `lr` to `min_lr`; constant keeps `lr`."""
 
     warmup_steps: int = 200
     """Steps of linear warm-up."""
 
     warmup_start_lr: float = 0.0
-    """Learning rate the warm-up starts from."""
+    """Learning rate at the start of the warm-up."""
 
     decay_steps: int = 40_000
-    """Step at which `min_lr` is reached; may lie beyond the last step."""
+    """Step at which `min_lr` is reached; may be beyond the last step."""
 
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """Not applied to biases, norms and other vectors."""
+    """Weight decay of matrices; biases, norms and other vectors have none."""
 
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
@@ -58,7 +58,7 @@ class OptimizerConfig:
         return self.lr + (self.min_lr - self.lr) * done
 
     def problems(self) -> list[str]:
-        """Every rule these settings break."""
+        """Every rule that these settings break."""
         found = []
         if not 0 <= self.min_lr <= self.lr:
             found.append(f"optimizer.min_lr({self.min_lr}) must lie in 0..lr({self.lr})")
@@ -78,7 +78,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MoeTrainingConfig:
-    """What training does to the routers."""
+    """Training of the routers."""
 
     load_balance: Literal["none", "sequence", "global"] = "sequence"
     """Load-balance loss: over each document, over all tokens of a micro-batch, or none."""
@@ -88,10 +88,10 @@ class MoeTrainingConfig:
     """Weight of the mean squared logsumexp of the router's logits."""
 
     bias_update_rate: float = 1e-3
-    """Step by which the selection bias of an expert follows its load; 0 = frozen."""
+    """Step size of an expert's selection bias, which counteracts its load; 0 = frozen."""
 
     freeze_router: bool = False
-    """Router weights don't train. The bias still moves."""
+    """Freeze the router weights. The bias is still updated."""
 
 
 @dataclass(frozen=True)
@@ -99,38 +99,38 @@ class EngineConfig:
     """Numerics and accelerators."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of weights and activations. Gradients and optimizer state are fp32 either way."""
+    """Precision of weights and activations. Gradients and optimizer state are always fp32."""
 
     recompute: bool = False
-    """Recompute each layer's activations in backward instead of keeping them."""
+    """Recompute each layer's activations in the backward pass instead of storing them."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     transformer_engine: Accelerator = "auto"
-    """Fused Adam and attention of Transformer Engine, where it is installed."""
+    """Fused Adam and attention of Transformer Engine, if it is installed."""
 
     apex: Accelerator = "auto"
-    """Fused Adam and weight-gradient accumulation of apex, where it is installed."""
+    """Fused Adam and weight-gradient accumulation of apex, if it is installed."""
 
     fla: Accelerator = "auto"
-    """Triton scan and convolution of fla-core for Mamba-2 on GPUs, where it is installed."""
+    """Triton scan and convolution of fla-core for Mamba-2 on GPUs, if it is installed."""
 
     timeout_s: float = 1800.0
-    """Seconds after which a collective that does not finish is an error. The watchdog names a rank
-    that is silent or stuck for four fifths of that."""
+    """Timeout of a collective in seconds. The watchdog names a rank that is silent or stalled for
+    four fifths of it."""
 
     preflight: bool = True
-    """Check disk, predicted memory, devices and collectives at the start."""
+    """Check disk space, predicted memory, devices and collectives at the start."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written and kept."""
+    """Schedule and retention of checkpoints."""
 
     every: int = 500
     """Steps between checkpoints; 0 = only at the end."""
 
     keep: int = 2
-    """Checkpoints that stay, the newest; 0 = all."""
+    """Number of newest checkpoints to keep; 0 = all."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What a run shows."""
+    """Settings of the logged metrics."""
 
     every: int = 1
     """Steps between lines of metrics.jsonl and TensorBoard."""

@@ -1,1 +1,1 @@
-"""From tasks to training sequences: episodes, verification, groups, advantages, teachers."""
+"""Turns tasks into training sequences: episodes, verification, groups, advantages, teachers."""

@@ -1,4 +1,4 @@
-"""Rewards become advantages: group by group, as Eq. 1 of Nemotron-Cascade 2 has them."""
+"""Group-relative advantages from rewards (Eq. 1 of Nemotron-Cascade 2), and loss weights."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from nemocascade.recipe.rl import GrpoConfig, RolloutConfig
 def group_advantages(rewards: Tensor, valid: Tensor, settings: GrpoConfig) -> Tensor:
     """`A_i = (r_i - mean(r)) / (std(r) + epsilon)` over a prompt's rollouts (arXiv 2603.19220).
 
-    rewards: [P, G] float; valid: [P, G] bool, False where the verifier failed, whose reward is not
-    read. Mean and deviation are over a group's valid rewards.
+    rewards: [P, G] float. valid: [P, G] bool, False where the verifier failed; the reward there is
+    ignored. Mean and standard deviation are over a group's valid rewards.
 
-    Returns [P, G] float64: 0 where not valid, and 0 for all of a group whose valid rewards are
-    equal or fewer than two.
+    Returns [P, G] float64: 0 where not valid, and 0 for the whole group if its valid rewards are
+    all equal or fewer than two.
     """
     rewards = torch.where(valid, rewards.double(), 0.0)
     count = valid.sum(1, keepdim=True).double()
     mean = rewards.sum(1, keepdim=True) / count.clamp(min=1)
     centred = torch.where(valid, rewards - mean, 0.0)
-    # r_i less the mean of the others = (r_i - mean) n / (n - 1)
+    # r_i minus the mean of the others = (r_i - mean) n / (n - 1)
     others = count / (count - 1).clamp(min=1)
     advantage = centred * others if settings.leave_one_out else centred
     if settings.scale_by_std:
@@ -32,9 +32,9 @@ def group_advantages(rewards: Tensor, valid: Tensor, settings: GrpoConfig) -> Te
 
 
 def is_informative(rewards: Tensor, valid: Tensor) -> Tensor:
-    """[P] bool: whether a group's valid rewards differ, so that it can teach anything.
+    """[P] bool: True if a group's valid rewards differ, so that it carries a training signal.
 
-    Compared as they are: the deviation of equal rewards need not round to 0.
+    Rewards are compared directly: the standard deviation of equal rewards need not round to 0.
     """
     low = torch.where(valid, rewards.double(), torch.inf).amin(1)
     high = torch.where(valid, rewards.double(), -torch.inf).amax(1)
@@ -42,9 +42,9 @@ def is_informative(rewards: Tensor, valid: Tensor) -> Tensor:
 
 
 def overlong_penalty(length: int, settings: RolloutConfig) -> float:
-    """What a response of `length` tokens loses for its length (DAPO, arXiv 2503.14476, Eq. 13).
+    """Penalty on the reward of a response of `length` tokens (DAPO, arXiv 2503.14476, Eq. 13).
 
-    0 up to `max_response_tokens - overlong_buffer`, growing to `overlong_penalty` at the limit.
+    0 up to `max_response_tokens - overlong_buffer`, then linear to `overlong_penalty` at the limit.
     """
     limit, buffer = settings.max_response_tokens, settings.overlong_buffer
     if buffer == 0:
@@ -54,11 +54,11 @@ def overlong_penalty(length: int, settings: RolloutConfig) -> float:
 
 
 def token_weights(lengths: Tensor, groups: Tensor, settings: GrpoConfig) -> Tensor:
-    """Weight of every trained token of a sequence, [N] float64; the trainer divides by their sum.
+    """[N] float64: weight of each trained token of a sequence; the trainer divides by their sum.
 
-    lengths: [N], trained tokens of each sequence that trains; groups: [N] int64, its prompt.
-    batch: every token weighs the same. group: a prompt's tokens weigh 1 together. sequence: a
-    sequence's tokens do.
+    lengths: [N], number of trained tokens of each training sequence. groups: [N] int64, its prompt.
+    `normalize` "batch": all tokens weigh the same. "group": the tokens of a prompt weigh 1 in
+    total. "sequence": the tokens of a sequence weigh 1 in total.
     """
     lengths = lengths.double()
     if settings.normalize == "batch":

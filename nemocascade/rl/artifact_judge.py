@@ -1,8 +1,8 @@
-"""A judge that is an artifact of this project: its weights take turns with the policy's.
+"""A judge that is an artifact of this project and runs on the training ranks by weight swap.
 
-No server and no second model. After the rollouts are written, the judge's weights are put into the
-training ranks' model, all questions are generated at once, and the policy's weights come back bit
-for bit.
+It needs no server and no second model. After the rollouts are generated, the judge's weights are
+swapped into the training model and all questions are answered at once. The policy's weights are
+then restored bit for bit.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Answer, Artifact, Question
 
 WEIGHTS = "judge"
-"""Name of the judge's weights, where they wait."""
+"""Name of the judge's weight set in the `WeightSwap`."""
 
 
 class ArtifactJudge:
-    """Answers by generating on the training ranks, all of them at the same time.
+    """Answers questions by generation on all training ranks at the same time.
 
-    artifact: of `open_judge`. chunks: the policy's model. engine: generates on those chunks. An
-    answer is a function of the seed and the question, not of what else is asked.
+    artifact: the result of `open_judge`. chunks: the policy's model. engine: generates on those
+    chunks. An answer depends on the seed and the question only, not on the other questions.
     """
 
     collective = True
@@ -54,15 +54,15 @@ class ArtifactJudge:
         LOGGER.info("judge: %s (%s)", artifact.folder, artifact.digest[:12])
 
     def begin(self, questions: Sequence[Question]) -> None:
-        """The ranks are at work on the policy until all questions are asked."""
+        """Does nothing: the ranks are busy with the policy until all questions are known."""
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """An answer to each question, in order, on every rank; every rank asks the same."""
+        """Answer each question, in order. Every rank passes the same and gets all answers."""
         if not questions:
             return []
         prompts = [self._prompt(question) for question in questions]
         numbers = [_number(prompt) for prompt in prompts]
-        # A question that is asked twice is answered once.
+        # Repeated questions are deduplicated.
         different = dict(zip(numbers, prompts, strict=True))
         world = self.world
         mine = sorted(different)[world.dp_rank :: world.dp_size]
@@ -78,7 +78,7 @@ class ArtifactJudge:
         return [Answer(everything[number]) for number in numbers]
 
     def close(self) -> None:
-        """Let go of the judge's weights."""
+        """Drop the judge's weights."""
         if WEIGHTS in self.swap.names:
             self.swap.drop(WEIGHTS)
 
@@ -99,12 +99,12 @@ class ArtifactJudge:
         return tuple(ids)
 
     def _read(self, ids: list[int]) -> str:
-        """What was written after the reasoning; empty where that did not end."""
+        """Decode the text after the reasoning; empty if the reasoning was not closed."""
         text = self.tokenizer.decode(ids)
         return parse_reply(text, thinking=self.settings.thinking).message.content
 
 
 def _number(prompt: tuple[int, ...]) -> int:
-    """The request's id, which decides its draws: of what is asked alone."""
+    """Request id, which seeds the sampling: a hash of the prompt alone."""
     digest = hashlib.sha256(",".join(map(str, prompt)).encode()).digest()
     return int.from_bytes(digest[:7])

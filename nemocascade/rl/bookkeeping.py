@@ -1,4 +1,4 @@
-"""What happens around the steps of a stage of rollouts: scores, metrics, checkpoints."""
+"""Work around the training steps of an RL or MOPD stage: scores, metrics, checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemocascade.train.metrics import is_due
 
 
 class Bookkeeper:
-    """Scores the policy at the start, then does after each step what is due."""
+    """Scores the policy at the start; evaluates, logs and saves after each step when due."""
 
     def __init__(self, run: PolicyRun) -> None:
         self.run, self.recipe = run, run.recipe
@@ -25,9 +25,10 @@ class Bookkeeper:
                 run.keep_start_scores(self.scores)
 
     def after_step(self, step: int, values: dict[str, Any], groups: Sequence[Group]) -> None:
-        """Evaluate, write the line of metrics.jsonl and samples, save, stop on request.
+        """Evaluate, write metrics.jsonl and samples, save, and stop on request, each when due.
 
-        step: counted from 0, done by now. values: of its line. groups: what it trained on.
+        step: the step just finished, counted from 0. values: its metrics. groups: the groups it
+        trained on.
         """
         recipe, run = self.recipe, self.run
         last = step + 1 == recipe.steps
@@ -45,7 +46,7 @@ class Bookkeeper:
             run.stop_if_asked()
 
     def close(self) -> dict[str, float]:
-        """The last held-out scores."""
+        """Close the metrics files and return the last held-out scores."""
         self.writer.close()
         if self.first >= self.recipe.steps:
             self.scores = self.run.evaluate()

@@ -1,7 +1,7 @@
-"""From tasks to scored rollouts: generation and verification side by side, the same on every rank.
+"""Collects scored rollouts: generation and verification run concurrently.
 
-The data-parallel ranks deal the tasks out and exchange what they gathered, so every rank knows all
-of a step's rollouts, in the order of the tasks, whatever the layout is.
+Tasks are sharded over the data-parallel ranks and the results are gathered. Every rank then has all
+rollouts of a step, in the order of the tasks, on any parallel layout.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from nemocascade.types import Environment
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The rollouts of one task. advantage: [G] float64, once `advantages_of` set it."""
+    """The rollouts of one task. advantage: [G] float64, set by `advantages_of`."""
 
     task: Task
     rollouts: tuple[Rollout, ...]
     advantage: Tensor | None = None
 
     def rewards(self, settings: RolloutConfig) -> tuple[Tensor, Tensor]:
-        """Rewards less the overlong penalty, and which are there; both [G]."""
+        """Rewards minus the overlong penalty, float64, and their validity, bool; both [G]."""
         valid = torch.tensor([r.verdict.reward is not None for r in self.rollouts])
         rewards = torch.tensor(
             [
@@ -46,10 +46,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What a step's rollouts are made of.
+    """The groups collected for a step.
 
-    groups: those that train. drawn: tasks that were tried. tried: the groups of all of these.
-    masked: groups that would train, were a reward above `min_best_reward` among theirs.
+    groups: those that train. drawn: number of tasks that were drawn. tried: the groups of all
+    drawn tasks. masked: number of groups that do not train because no reward is above
+    `min_best_reward`.
     """
 
     groups: tuple[Group, ...]
@@ -59,9 +60,9 @@ class Gathered:
 
 
 class Collector:
-    """Draws rollouts of the live policy and has them scored.
+    """Generates rollouts of the current policy and verifies them.
 
-    threads: verifiers at a time on each data-parallel rank.
+    threads: concurrent verifiers on each data-parallel rank.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Collector:
         self.threads = threads
 
     def sampling(self) -> Sampling:
-        """As the recipe draws; texts end with the template's end of turn."""
+        """Sampling settings of the recipe; generation stops at the template's end of turn."""
         s = self.settings
         return Sampling(
             temperature=s.temperature,
@@ -99,10 +100,10 @@ class Collector:
         *,
         scored: bool = True,
     ) -> list[Group]:
-        """`copies` scored answers to each task, in order, the same list on every rank.
+        """Generate and score `copies` rollouts of each task, in order; the same list on every rank.
 
-        A draw depends on the seed, the task's number and the copy, not on the ranks. scored: False
-        leaves the verdicts out.
+        Sampling depends on the seed, the task's number and the copy, not on the ranks.
+        scored: False skips verification.
         """
         world = self.world
         mine = tasks[world.dp_rank :: world.dp_size]
@@ -110,7 +111,7 @@ class Collector:
         everything: dict[int, Rollout] = {}
         found = self._generate(by_id, copies, sampling or self.sampling(), scored)
         world.watch.enter("rollout: exchange")
-        # Texts and verdicts of one replica may take longer than a collective would wait.
+        # Ranks may finish further apart than the timeout of a collective.
         world.watch.meet()
         for part in world.all_gather_object(found):
             everything |= part
@@ -123,8 +124,8 @@ class Collector:
     def _generate(
         self, by_id: Mapping[int, Task], copies: int, sampling: Sampling, scored: bool
     ) -> dict[int, Rollout]:
-        """Rollouts of this replica by request, on the rank that has its verdicts; scored while
-        others are still written, where the verifiers do not need all ranks."""
+        """Rollouts of this replica by request id, on its verifying rank. Verification overlaps
+        with generation unless the verifiers need all ranks."""
         episodes = Episodes(
             self.tokenizer, self.environments, self.settings, by_id, self.world.watch
         )
@@ -153,7 +154,7 @@ class Collector:
             episodes.close_all()
 
     def _score_collectively(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with the verdicts of verifiers that work on all ranks at once."""
+        """Add the verdicts of collective verifiers, which run on all ranks at once."""
         scored = list(groups)
         for name, environment in self.environments.items():
             chosen = [k for k, g in enumerate(groups) if g.task.prompt.domain == name]
@@ -173,11 +174,11 @@ class Collector:
 
 
 def gather(collector: Collector, stream: TaskStream, settings: RolloutConfig) -> Gathered:
-    """The groups that a step trains on.
+    """Collect the groups that a step trains on.
 
-    With dynamic filtering, groups whose rewards are all equal are dropped and other tasks drawn in
-    their place, up to `max_draws * prompts_per_step` tasks in all. Groups that `min_best_reward`
-    masks keep their place: nothing is drawn for them.
+    With dynamic filtering, groups whose rewards are all equal are dropped and replaced by new
+    tasks, up to `max_draws * prompts_per_step` tasks in total. Groups masked by `min_best_reward`
+    are not replaced.
     """
     wanted, most = settings.prompts_per_step, settings.max_draws * settings.prompts_per_step
     kept: list[Group] = []
@@ -195,7 +196,7 @@ def gather(collector: Collector, stream: TaskStream, settings: RolloutConfig) ->
 
 
 def advantages_of(groups: Sequence[Group], rollout: RolloutConfig, grpo: GrpoConfig) -> list[Group]:
-    """The groups with their advantages."""
+    """Copies of the groups with their advantages set."""
     found = []
     for group in groups:
         rewards, valid = group.rewards(rollout)
@@ -205,7 +206,7 @@ def advantages_of(groups: Sequence[Group], rollout: RolloutConfig, grpo: GrpoCon
 
 
 def _masked(group: Group, settings: RolloutConfig) -> bool:
-    """Whether no rollout has a reward above the least that the best one must have."""
+    """True if no reward of the group is above `min_best_reward`."""
     if settings.min_best_reward is None:
         return False
     rewards = [r.verdict.reward for r in group.rollouts if r.verdict.reward is not None]

@@ -1,4 +1,4 @@
-"""Training rows made from the environments' own tasks, so that a cascade needs no download."""
+"""SFT rows made from the environments' own tasks, so that a cascade needs no download."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from nemocascade.types import Message, Prompt
 
 
 def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
-    """The recipe with the rows of its `demonstrations` among its data, in RUN/demonstrations.
+    """Add the rows of `recipe.demonstrations` to its data, as files in RUN/demonstrations.
 
-    No task of a held-out row, here or in a later stage, is among those for training. Raises
-    RecipeError for an unknown domain.
+    Training rows contain no held-out task of this or a later stage. Raises RecipeError for an
+    unknown domain.
     """
     unknown = sorted({d.domain for d in recipe.demonstrations.domains} - set(DOMAINS))
     if unknown:
@@ -36,7 +36,7 @@ def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
                 for row in demonstration_rows(recipe, heldout=is_heldout)
             )
             text = "".join(f"{line}\n" for line in lines)
-            # A file that is the same keeps its time, and with it the tokenised data.
+            # An unchanged file keeps its modification time, so the tokenised cache stays valid.
             if not path.exists() or path.read_text(encoding="utf-8") != text:
                 path.write_text(text, encoding="utf-8")
 
@@ -76,10 +76,10 @@ def demonstration_rows(recipe: SftRecipe, *, heldout: bool) -> Iterator[dict[str
 
 
 def sft_row(prompt: Prompt, *, thinking: bool, careless: bool = False) -> dict[str, Any]:
-    """The task and its demonstration as a row of the `messages` format.
+    """The task and its demonstration as a row in the `messages` format.
 
-    Without `thinking` the row holds no reasoning and so renders with empty think tags. careless:
-    see `envs.base.demonstration`. Raises ValueError for a task without a demonstration.
+    Without `thinking` the row has no reasoning and renders with empty think tags. careless: see
+    `envs.base.demonstration`. Raises ValueError for a task without a demonstration.
     """
     turns = [*prompt.messages, *demonstration(prompt, thinking=thinking, careless=careless)]
     row: dict[str, Any] = {"messages": [_turn(message) for message in turns]}

@@ -1,4 +1,4 @@
-"""Episodes: the turns of a model and of the environment that answers its calls."""
+"""Episodes: alternating turns of the policy and of the environment that answers its tool calls."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from nemocascade.types import Environment, Message, ToolSession
 
 
 class Episodes:
-    """The conversations of one call of an engine, by request.
+    """The episodes of one engine run, by request.
 
-    A turn with calls is answered by the tools of its task; one without ends the episode, and so
-    do turn number `max_turns` and a call that its session calls the last. Calls that cannot be read
-    are answered with what is wrong. Tools that fail end their episode and no other: what becomes of
-    it is the verifier's to say.
+    The task's tools answer a turn with calls. The episode ends with a turn without calls, at turn
+    number `max_turns`, or when the session reports that it is done. A call that cannot be parsed
+    is answered with the error. A tool failure ends its own episode only; the verifier decides the
+    outcome.
 
-    watch: is told of every call that has ended, so that slow tools are not taken for a stall.
+    watch: receives progress for every finished call, so that slow tools do not count as a stall.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Episodes:
         self._lock = Lock()
 
     def respond(self, completion: Completion) -> list[int] | None:
-        """The tokens of the environment's turn, and of the next generation prompt; None at the end.
+        """Tokens of the environment's turn and the next generation prompt; None ends the episode.
 
-        Runs in a thread of its own; an episode is never asked twice at a time.
+        Runs in a worker thread, at most once at a time for each episode.
         """
         number = completion.request.id
         try:
@@ -85,19 +85,19 @@ class Episodes:
         return ids
 
     def close(self, number: int) -> None:
-        """The episode of a request has ended: its tools leave nothing behind."""
+        """Close the tools of a finished episode, given its request id."""
         with self._lock:
             session = self._sessions.pop(number, None)
         if session is not None:
             session.close()
 
     def close_all(self) -> None:
-        """End every episode, also those that were cut short."""
+        """Close all episodes, including interrupted ones."""
         for number in list(self._sessions):
             self.close(number)
 
     def response(self, completion: Completion) -> list[Message]:
-        """The turns that answered the prompt: the model's, and between them the tools'."""
+        """All turns after the prompt: the policy's turns and the tool results between them."""
         results = self._results.get(completion.request.id, [])
         messages: list[Message] = []
         for turn, ids in enumerate(_turns(completion)):
@@ -113,7 +113,7 @@ class Episodes:
         with self._lock:
             if number in self._sessions:
                 return self._sessions[number]
-        # Outside of the lock: a repository may take long to read.
+        # Outside the lock: opening a repository may take long.
         prompt = self.tasks[number].prompt
         session = self.environments[prompt.domain].session(prompt)
         with self._lock:
@@ -122,12 +122,12 @@ class Episodes:
 
 
 def _encodable(text: str) -> str:
-    """Text without lone surrogates, which no tokenizer takes; programs may print them."""
+    """Escape lone surrogates, which programs may print and no tokenizer accepts."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _turns(completion: Completion) -> list[list[int]]:
-    """The model's stretches of a completion, as ids."""
+    """Token ids of each turn of the policy."""
     start = len(completion.request.prompt)
     written, ids = completion.written[start:], completion.tokens[start:]
     if not ids.numel():

@@ -1,4 +1,4 @@
-"""The run of a stage that trains on rollouts: its batches, evaluation and report."""
+"""The run of an RL or MOPD stage: its batches, evaluation and report."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Artifact, Environment, PackedBatch
 
 REFERENCE = "start"
-"""Name of the weights that a stage started from, where they are kept."""
+"""Name of the weight set of the stage's start, the reference policy."""
 
 
 @dataclass(eq=False)
 class PolicyRun:
-    """A stage under way: its policy, the tasks, and where things are kept."""
+    """A running RL or MOPD stage: its policy, tasks, checkpoints and reports."""
 
     recipe: PolicyRecipe
     world: World
@@ -52,7 +52,7 @@ class PolicyRun:
     start_answers: dict[int, str]
 
     def metrics_writer(self, first_step: int) -> MetricsWriter:
-        """Of this run, from `first_step` on."""
+        """The metrics writer of this run, starting at `first_step`."""
         return MetricsWriter(
             Path(self.recipe.run_dir),
             is_main=self.world.is_main,
@@ -62,10 +62,10 @@ class PolicyRun:
         )
 
     def evaluate(self) -> dict[str, float]:
-        """Mean reward of greedy answers to the held-out tasks, by domain; {} without any. Domains
-        that compare answers also have the win rate against the stage's start.
+        """Mean reward of greedy answers to the held-out tasks, by domain; {} without such tasks.
+        Domains with pairwise verdicts also report the win rate against the stage's start.
 
-        Answers whose verifier failed are left out of the mean, and counted in the log.
+        Excluded: answers whose verifier failed. They are counted in the log.
         """
         if not self.heldout:
             return {}
@@ -78,7 +78,7 @@ class PolicyRun:
             reward = group.rollouts[0].verdict.reward
             if reward is None:
                 compared = self.environments[group.task.prompt.domain].by_group
-                # Without a baseline there is nothing to hold an answer against but the start's.
+                # Without a baseline, only the start's answer is there to compare with.
                 errors += not (compared and group.task.prompt.answer.get("baseline") is None)
             else:
                 found.setdefault(group.task.prompt.domain, []).append(reward)
@@ -88,22 +88,22 @@ class PolicyRun:
         return scores | over_start(self.collector, groups, self.start_answers)
 
     def keep_start_scores(self, scores: dict[str, float]) -> None:
-        """Scores before the first step, in RUN/heldout_start.json: no line of a step has them."""
+        """Write the scores before the first step to RUN/heldout_start.json."""
         if self.world.is_main:
             path = Path(self.recipe.run_dir) / "heldout_start.json"
             path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
 
     def log_scores(self, when: str, scores: dict[str, float]) -> None:
-        """Scores in the log."""
+        """Log the scores."""
         text = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         LOGGER.info("%s: %s", when, text)
 
     def rollout_values(self, gathered: Gathered, seconds: float) -> dict[str, Any]:
-        """What a step's rollouts were like, for its line of metrics.jsonl."""
+        """Rollout statistics of a step for metrics.jsonl."""
         return rollout_values(gathered, seconds, self.environments)
 
     def watch_mismatch(self, step: int, metrics: dict[str, float]) -> None:
-        """Warn where training and rollout disagree on the log-probabilities of the same tokens."""
+        """Warn if training and rollout log-probabilities of the same tokens differ too much."""
         limits = self.recipe.rollout
         mean, largest = metrics["mismatch_mean"], metrics["mismatch_max"]
         if mean > limits.mismatch_mean_alarm or largest > limits.mismatch_max_alarm:
@@ -116,7 +116,7 @@ class PolicyRun:
             )
 
     def keep_samples(self, step: int, groups: Sequence[Group]) -> None:
-        """The best and the worst rollout of some groups of a step as text, in RUN/rollouts."""
+        """Write the best and worst rollout of some groups of the step as text to RUN/rollouts."""
         count = self.recipe.rollout.samples
         if not self.world.is_main or not count:
             return
@@ -127,15 +127,15 @@ class PolicyRun:
         (folder / f"step_{step:08d}.jsonl").write_text(text, encoding="utf-8")
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of the current step."""
         self.checkpoints.save(self.trainer, self.stream)
 
     def stop_if_asked(self) -> None:
-        """Save and end where a scheduler asked for it."""
+        """Save a checkpoint and stop if a scheduler asked for it."""
         self.checkpoints.stop_if_asked(self.trainer, self.stream)
 
     def write_artifact(self, scores: dict[str, float], **data: Any) -> Path:
-        """Write RUN/artifact and return its folder. data: more of what it was trained on."""
+        """Write RUN/artifact and return its folder. data: further manifest entries on the data."""
         data |= {
             "domains": [d.domain for d in self.recipe.domains],
             "tasks": {name: len(found) for name, found in self.stream.prompts.items()},
@@ -149,7 +149,8 @@ class PolicyRun:
 def training_batches(
     run: PolicyRun, sequences: Sequence[TrainingSequence], reference: WeightSwap | None
 ) -> list[PackedBatch]:
-    """This rank's micro-batches of a step, with the reference's log-probabilities where asked."""
+    """This rank's micro-batches of a step, with reference log-probabilities if `reference` is
+    given."""
     batches = my_batches(run, sequences)
     if reference is None:
         return batches
@@ -161,9 +162,9 @@ def training_batches(
 def my_batches(
     run: PolicyRun, sequences: Sequence[TrainingSequence], *, first: int = 0
 ) -> list[PackedBatch]:
-    """This rank's micro-batches of the sequences of a step, as many as every other rank's.
+    """This rank's micro-batches of a step; every rank gets the same number.
 
-    first: number of the first sequence; their numbers become the batches' `document_ids`.
+    first: number of the first sequence. The sequence numbers become the `document_ids`.
     """
     world, capacity = run.world, run.recipe.capacity
     layout = lay_out(
@@ -184,7 +185,7 @@ def my_batches(
 
 
 def logprobs_of(run: PolicyRun, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
-    """Log-probabilities that the weights in place give the trained rows, as `token_logprobs`."""
+    """Log-probabilities of the trained rows under the current weights, see `token_logprobs`."""
     return token_logprobs(
         run.world,
         run.trainer.config,
@@ -195,9 +196,9 @@ def logprobs_of(run: PolicyRun, batches: Sequence[PackedBatch]) -> list[torch.Te
 
 
 def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[TrainingSequence]:
-    """The rollouts that train, with their advantages and the weights of their tokens.
+    """Training sequences with their advantages and token weights.
 
-    Out stay answers whose verifier failed, and truncated ones under overlong filtering.
+    Excluded: rollouts whose verifier failed, and truncated ones under overlong filtering.
     """
     chosen = []
     for number, group in enumerate(groups):
@@ -227,6 +228,6 @@ def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[Trai
 
 
 def greedy_sampling(recipe: PolicyRecipe, collector: Collector) -> Sampling:
-    """How held-out tasks are answered."""
+    """Sampling settings for held-out tasks: temperature 0 and the evaluation's length limit."""
     limit = recipe.eval.max_response_tokens or recipe.rollout.max_response_tokens
     return replace(collector.sampling(), temperature=0.0, max_tokens=limit)

@@ -1,4 +1,4 @@
-"""What a step's rollouts were like, in numbers."""
+"""Statistics of a step's rollouts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemocascade.types import Environment
 def rollout_values(
     gathered: Gathered, seconds: float, environments: Mapping[str, Environment]
 ) -> dict[str, Any]:
-    """For the step's line of metrics.jsonl. seconds: that generation and verification took."""
+    """Rollout metrics of a step for metrics.jsonl. seconds: time of generation and verification."""
     rollouts = [r for g in gathered.tried for r in g.rollouts]
     rewards = [r.verdict.reward for r in rollouts if r.verdict.reward is not None]
     lengths = torch.tensor([r.length for r in rollouts], dtype=torch.float64)
@@ -54,7 +54,7 @@ def _mean(values: Sequence[float]) -> float | None:
 def _share(
     groups: Sequence[Group], *, low: float | None = None, high: float | None = None
 ) -> float:
-    """The share of groups with all rewards at least `low`, or at most `high`."""
+    """Fraction of groups whose rewards are all at least `low`, or all at most `high`."""
     count = 0
     for group in groups:
         rewards = [r.verdict.reward for r in group.rollouts if r.verdict.reward is not None]
@@ -66,7 +66,7 @@ def _share(
 
 
 def _judged(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """The shares of comparisons that got no answer, and whose answer did not parse."""
+    """Fractions of comparisons without an answer, and with an answer that does not parse."""
     details = [r.verdict.details for r in rollouts if "unanswered" in r.verdict.details]
     unanswered = sum(d["unanswered"] for d in details)
     asked = unanswered + sum(d.get("pairs", 0) for d in details)

@@ -1,4 +1,4 @@
-"""The prompts of a stage, in an order that the seed decides and the number of ranks does not."""
+"""The prompts of a stage, in an order that depends on the seed but not on the number of ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemocascade.types import Environment, Prompt
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt with its ids and its place in the stage's order."""
+    """A prompt with its token ids and its number in the stage's order."""
 
     prompt: Prompt
     ids: tuple[int, ...]
@@ -28,14 +28,15 @@ class Task:
 def read_tasks(
     domain: DomainConfig, environment: Environment, *, seed: int, heldout: bool, count: int
 ) -> list[Prompt]:
-    """The prompts of one domain: at most `count` from its files, or as many made from the seed.
+    """The prompts of one domain: read from its files, or made from the seed if it has none.
 
-    count: 0 = all that the files hold. Raises DataError if there is none.
+    count: number of tasks to make, or the most to read; 0 reads all rows. Raises DataError if
+    there is no task.
     """
     paths = domain.heldout_path if heldout else domain.path
     if not paths:
         if domain.path and heldout:
-            # Tasks from files have no held-out side of their own.
+            # Task files have no held-out split.
             return []
         made = environment.prompts(
             seed=seed, count=count, difficulty=domain.difficulty, heldout=heldout
@@ -51,7 +52,7 @@ def read_tasks(
 
 
 def _filtered(prompts: Iterable[Prompt], domain: DomainConfig) -> Iterator[Prompt]:
-    """The tasks that pass the filter by `pass_rate`; the dropped ones are counted and logged."""
+    """Filter tasks by `pass_rate`; dropped tasks are counted and logged."""
     shares = {"solved": domain.drop_solved, "unsolved": domain.drop_unsolved}
     dropped = dict.fromkeys(shares, 0)
     kept = unknown = 0
@@ -59,13 +60,13 @@ def _filtered(prompts: Iterable[Prompt], domain: DomainConfig) -> Iterator[Promp
         for prompt in prompts:
             unknown += prompt.pass_rate is None
             what = {1.0: "solved", 0.0: "unsolved", None: None}.get(prompt.pass_rate)
-            # Other digits of the id than those that hold tasks out.
+            # These digits of the id are independent of those that choose held-out tasks.
             if what and int(prompt.id[8:16], 16) < shares[what] * 2**32:
                 dropped[what] += 1
                 continue
             kept += 1
             yield prompt
-    finally:  # also where no more were asked for
+    finally:  # also runs if the caller stops early
         LOGGER.info(
             "%s: by pass_rate, %d tasks solved every time and %d never solved are dropped, %d kept",
             domain.domain,
@@ -80,7 +81,7 @@ def _filtered(prompts: Iterable[Prompt], domain: DomainConfig) -> Iterator[Promp
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: Tokenizer, rollout: RolloutConfig
 ) -> list[tuple[Prompt, tuple[int, ...]]]:
-    """Prompts with their ids; those beyond `max_prompt_tokens` are dropped and counted."""
+    """Prompts with their ids; prompts longer than `max_prompt_tokens` are dropped and counted."""
     kept = []
     for prompt in prompts:
         conversation = Conversation(prompt.messages, prompt.tools)
@@ -100,7 +101,7 @@ def encode_prompts(
 
 
 class TaskStream:
-    """An endless sequence of tasks: domains by their shares, each domain shuffled every epoch.
+    """An endless task sequence: domains mixed by their shares, each domain shuffled every epoch.
 
     Task number n is a function of the settings alone, so the position is one number.
     """
@@ -132,7 +133,7 @@ class TaskStream:
 
     @property
     def position(self) -> int:
-        """Tasks that were taken."""
+        """Number of tasks taken so far."""
         return sum(self._drawn.values())
 
     def take(self, count: int) -> list[Task]:
@@ -140,11 +141,11 @@ class TaskStream:
         return [self._next() for _ in range(count)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position."""
+        """The position, for a checkpoint."""
         return {"drawn": dict(self._drawn)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position. Raises DataError if it is of other domains."""
+        """Restore a position. Raises DataError if it is of other domains."""
         if state["drawn"].keys() != self._drawn.keys():
             raise DataError(
                 f"the checkpoint has drawn from {sorted(state['drawn'])}, this recipe names "
@@ -155,7 +156,7 @@ class TaskStream:
     def _next(self) -> Task:
         number = self.position
         total = sum(self.shares.values())
-        # The domain that is furthest behind its share.
+        # The domain with the largest deficit against its share.
         domain = max(
             self.shares, key=lambda d: self.shares[d] / total * (number + 1) - self._drawn[d]
         )

@@ -1,7 +1,7 @@
-"""Teachers of a distillation stage: artifacts whose weights take turns with the student's.
+"""Teachers of a distillation stage: artifacts that score by weight swap on the training model.
 
-No process and no second model: a teacher's part of each rank is put into the training model, scores
-the step's tokens of its own domains, and leaves. The student's weights come back bit for bit.
+They need no extra process and no second model. Each rank's shard of a teacher is swapped in and
+scores the step's tokens of its own domains. The student's weights are then restored bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from nemocascade.types import Artifact, PackedBatch
 class Teachers:
     """The teachers of a run, ready to score.
 
-    by_domain: the artifact of each domain's teacher. Domains with one artifact share its weights.
+    by_domain: the teacher artifact of each domain. Domains with the same artifact share its
+    weights.
     """
 
     def __init__(self, run: PolicyRun, by_domain: dict[str, Artifact], keep: str) -> None:
@@ -37,23 +38,24 @@ class Teachers:
 
     @property
     def names(self) -> list[str]:
-        """Digests in the order of their first domain: the order in which they take turns."""
+        """Digests, in the order of their first domain: the order of the weight swaps."""
         return list(dict.fromkeys(self.by_domain.values()))
 
     def read_ahead(self) -> None:
-        """Bring the first teacher from its file, if it waits in one, while others work."""
+        """Prefetch the first teacher in the background, if its weights are offloaded to a file."""
         self.swap.read_ahead(self.names[0])
 
     def in_turn(self, sequences: Sequence[TrainingSequence]) -> list[TrainingSequence]:
-        """The sequences of each teacher side by side, their order kept otherwise."""
+        """Sort the sequences by teacher; the sort is stable."""
         order = {name: i for i, name in enumerate(self.names)}
         return sorted(sequences, key=lambda s: order[self.by_domain[s.domain]])
 
     def batches(self, sequences: Sequence[TrainingSequence]) -> list[PackedBatch]:
-        """This rank's micro-batches with the teachers' log-probabilities.
+        """This rank's micro-batches with teacher log-probabilities.
 
-        sequences: of `in_turn`. A batch holds sequences of one teacher; their indices are its
-        `document_ids`. Every data-parallel rank has as many batches of each teacher.
+        sequences: sorted by `in_turn`. A batch holds sequences of one teacher, and its
+        `document_ids` are their indices. Data-parallel ranks have equally many batches of each
+        teacher.
         """
         parts: list[tuple[str, list[PackedBatch]]] = []
         first = 0
@@ -73,5 +75,5 @@ class Teachers:
         return done
 
     def close(self) -> None:
-        """Let go of the teachers' weights."""
+        """Drop the teachers' weights."""
         self.swap.close()

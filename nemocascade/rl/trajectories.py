@@ -1,4 +1,4 @@
-"""Rollouts as they are logged in RUN/rollouts, and scored again from there."""
+"""Rollout logs in RUN/rollouts, and replay of their verification."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemocascade.types import Message, Prompt, ToolCall, Verdict
 
 
 def extremes(group: Group) -> list[int]:
-    """The numbers of a group's best and worst rollout; of the first one where all are alike."""
+    """Numbers of a group's best and worst rollout; only the first if all rewards are equal."""
     rewards = {i: r.verdict.reward for i, r in enumerate(group.rollouts)}
     scored = {i: reward for i, reward in rewards.items() if reward is not None}
     if not scored:
@@ -28,11 +28,11 @@ def extremes(group: Group) -> list[int]:
 
 
 def logged(step: int, group: Group, number: int = 0) -> dict[str, Any]:
-    """One rollout of a group, in JSON values.
+    """One rollout of a group as JSON values.
 
-    An episode with calls is logged turn by turn, and with what its verifier needs, so that it can
-    be scored again; but not where that is more than JSON values, as in domains without tools, whose
-    answers may still look like calls.
+    An episode with tool calls is logged turn by turn with its verifier's data, so that it can be
+    replayed. Episodes whose verifier data is not JSON are logged as text only: these are domains
+    without tools, whose answers may still look like calls.
     """
     rollout, prompt = group.rollouts[number], group.task.prompt
     line: dict[str, Any] = {
@@ -64,17 +64,17 @@ def _is_json(answer: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """Score logged episodes again, and compare."""
+    """Verify logged episodes again and compare the rewards."""
 
     path: str = ""
-    """A file of RUN/rollouts, or the folder."""
+    """A file in RUN/rollouts, or that folder."""
 
     envs: EnvConfig = field(default_factory=EnvConfig)
-    """How verdicts are made; as in the run, where its recipe.json lies beside `rollouts`."""
+    """Settings of the verifiers; taken from the recipe.json beside `rollouts`, if there is one."""
 
 
 def settings_of_run(path: Path) -> ReplaySettings:
-    """The settings for a file or folder of rollouts, with those of its run's recipe."""
+    """Replay settings for a file or folder of rollouts, with the `envs` of the run's recipe."""
     folder = path if path.is_dir() else path.parent
     try:
         recipe = json.loads((folder.parent / "recipe.json").read_text(encoding="utf-8"))
@@ -83,12 +83,12 @@ def settings_of_run(path: Path) -> ReplaySettings:
     except ValueError as error:
         raise DataError(f"{folder.parent / 'recipe.json'} is no JSON: {error}") from error
     envs = _filled(EnvConfig(), recipe.get("envs", {}))
-    # No episode with tools needs the run's judge, which may be gone.
+    # Episodes with tools need no judge, and the run's judge may no longer be available.
     return ReplaySettings(str(path), replace(envs, judge=JudgeConfig()))
 
 
 def _filled[T](default: T, said: Mapping[str, Any]) -> T:
-    """A dataclass with the values of `said`; settings of another version are left out."""
+    """`default` with the values of `said`; settings of another version are ignored."""
     found: dict[str, Any] = {}
     for f in fields(cast(Any, default)):
         if f.name in said:
@@ -101,7 +101,7 @@ def _filled[T](default: T, said: Mapping[str, Any]) -> T:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A logged episode and its two verdicts. where: `file:line`."""
+    """A logged episode with its logged reward and its new verdict. where: `file:line`."""
 
     where: str
     logged: float | None
@@ -109,12 +109,12 @@ class Replayed:
 
     @property
     def same(self) -> bool:
-        """The rewards are equal, or there was none both times."""
+        """True if the rewards are equal, or both are missing."""
         return self.logged == self.verdict.reward
 
 
 def replay(settings: ReplaySettings) -> list[Replayed]:
-    """Every logged episode with calls, scored again. Raises DataError where there is none."""
+    """Verify every logged episode with tool calls again. Raises DataError if there is none."""
     root = Path(settings.path)
     files = sorted(root.glob("*.jsonl")) if root.is_dir() else [root]
     rows: list[tuple[str, Mapping[str, Any]]] = []

@@ -1,8 +1,8 @@
-"""From completions to scored rollouts, beside a generation that goes on or after it.
+"""Verification of completions, during or after generation.
 
-A response is scored as soon as it is written, or with its whole group as soon as that is, where
-verdicts are made by group; what a judge can be asked before, it is asked before. A verifier that
-works on all ranks waits for the generation's end.
+A rollout is scored as soon as it is complete. Where verdicts are made by group, scoring waits for
+the whole group, but the judge starts on early pairs. A collective verifier, which runs on all
+ranks, waits until generation has finished.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from nemocascade.runtime.world import World
 from nemocascade.types import Environment, Message, Prompt, Verdict
 
 THREADS = 8
-"""Verifiers at a time, where they use the processor."""
+"""Concurrent verifiers that use the CPU."""
 
 _LOOK_S = 1.0
-"""So often a wait for verdicts looks whether a judge gets on."""
+"""Interval in seconds for polling a judge's activity while waiting for verdicts."""
 
 NOT_SCORED = Verdict(None, "not scored")
 
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """One scored answer. Tensors are those of its `Completion`: [n], prompt and all."""
+    """One scored rollout. Tensors are those of its `Completion`: [n], including the prompt."""
 
     tokens: Tensor
     written: Tensor
@@ -49,14 +49,14 @@ class Rollout:
 
     @property
     def length(self) -> int:
-        """Tokens that the model wrote."""
+        """Number of tokens that the policy generated."""
         return int(self.written.sum())
 
 
 class Verification:
-    """Scores the rollouts of one generation on this rank, in threads of its own.
+    """Scores the rollouts of one generation on this rank in a thread pool.
 
-    tasks: by request; `copies` requests have the same one. scored: False leaves all unscored.
+    tasks: by request id; `copies` requests share one task. scored: False skips verification.
     """
 
     def __init__(
@@ -79,26 +79,26 @@ class Verification:
         self._wait = True
 
     def add(self, completion: Completion) -> None:
-        """Score it once it can be, while this thread goes on."""
+        """Submit a completion for scoring; returns at once."""
         self._futures.append(self._pool.submit(self._finish, completion))
 
     def rollouts(self, watch: Watchdog) -> dict[int, Rollout]:
-        """All rollouts by request, once their verdicts are there."""
+        """Wait for all verdicts and return the rollouts by request id."""
         _wait_for(self._futures, self.environments.values(), watch, "verdicts")
         for future in self._futures:
             future.result()
         return self._rollouts
 
     def give_up(self) -> None:
-        """An error ends the stage: its report must not wait for verdicts that nobody reads."""
+        """Skip the wait in `close`: the stage has failed, and nobody reads the verdicts."""
         self._wait = False
 
     def close(self) -> None:
-        """End the threads, after what they work on."""
+        """Stop the threads once their current work is done."""
         self._pool.shutdown(wait=self._wait, cancel_futures=True)
 
     def _finish(self, completion: Completion) -> None:
-        """Read a response; score it, or its group if it is the last one of that."""
+        """Parse a response and score it, or score its group if it completes that group."""
         number = completion.request.id
         task = self.tasks[number]
         environment = self.environments[task.prompt.domain]
@@ -137,12 +137,12 @@ class Verification:
 
 
 def verifier_threads(judge: JudgeConfig) -> int:
-    """Verifiers at a time on a rank: those that wait for a server use no processor."""
+    """Concurrent verifiers on a rank: more for a judge server, since waiting uses no CPU."""
     return max(THREADS, judge.concurrency) if judge.kind == "server" else THREADS
 
 
 def shows(world: World) -> bool:
-    """Whether this rank is the one of its replica that verifies."""
+    """True on the one rank of each replica that verifies."""
     return world.tp_rank == 0 and world.is_first_stage
 
 
@@ -151,9 +151,10 @@ def score_after(
     environment: Environment,
     groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]],
 ) -> list[list[Verdict]]:
-    """The verdicts on groups that every rank knows, outside of a generation; the same everywhere.
+    """Verdicts on groups that every rank knows, outside generation; the same on every rank.
 
-    Every rank calls it. A verifier that is not collective is dealt the groups rank by rank.
+    Every rank calls it. Groups are sharded over data-parallel ranks unless the verifier is
+    collective.
     """
     if environment.collective:
         return environment.score_groups(groups)
@@ -177,7 +178,7 @@ def _wait_for(
     watch: Watchdog,
     what: str,
 ) -> None:
-    """Wait until all have ended. Each one, and whatever a judge does meanwhile, is progress."""
+    """Wait for all futures. A finished future or judge activity counts as progress."""
     open_, before = set(futures), -1
     while open_:
         ended, open_ = wait(open_, timeout=_LOOK_S, return_when=FIRST_COMPLETED)

@@ -1,8 +1,8 @@
-"""How often the policy's answers win against those that the stage's start gives.
+"""Win rate of the policy's answers against those of the stage's start.
 
-For domains whose verdicts compare: rewards of a group are relative, so they do not tell whether the
-policy became better. Both answers are greedy, and the same judge holds one against the other: 1 for
-a win, 0.5 for a tie, 0 for a loss. At the start the two are the same, which is a tie.
+It serves domains with pairwise verdicts. Rewards there are relative within a group, so they do not
+show whether the policy improved. Both answers are greedy, and the same judge compares them: 1 for a
+win, 0.5 for a tie, 0 for a loss. Before the first step both are identical, which is a tie.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def start_answers(
     tasks: Sequence[Task],
     greedy: Sampling,
 ) -> dict[int, str]:
-    """Final messages of the stage's start to tasks that are compared, by their numbers.
+    """The start policy's final messages, by task number, for tasks with pairwise verdicts.
 
-    A resumed run makes them again: greedy answers of the same weights are the same.
+    A resumed run recomputes them: greedy answers of the same weights are the same.
     """
     compared = [t for t in tasks if collector.environments[t.prompt.domain].by_group]
     if not compared:
@@ -48,9 +48,9 @@ def start_answers(
 def over_start(
     collector: Collector, groups: Sequence[Group], answers: Mapping[int, str]
 ) -> dict[str, float]:
-    """`heldout/DOMAIN_over_start` of each domain that is compared; every rank calls it.
+    """`heldout/DOMAIN_over_start` for each domain with pairwise verdicts; every rank calls it.
 
-    groups: the policy's greedy answers, one each. answers: of `start_answers`.
+    groups: the policy's greedy answers, one per task. answers: the result of `start_answers`.
     """
     found: dict[str, float] = {}
     for name, environment in sorted(collector.environments.items()):

@@ -1,1 +1,1 @@
-"""Generation on the live training weights, and episodes made of it."""
+"""Engines that generate rollouts: the live training weights, or a server."""

@@ -1,4 +1,4 @@
-"""One run of the engine on live weights: prefills, decode steps, and replies of environments."""
+"""One generation run on live weights: prefills, decode steps, and environment turns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemocascade.rollout.slots import BatchLimits, SlotTable, Text
 from nemocascade.rollout.stops import Decode, Stops
 from nemocascade.runtime.world import World
 
-# Between two reports of progress to the watchdog.
+# Shortest interval between progress reports to the watchdog.
 TELL_S = 1.0
 
 
@@ -52,7 +52,7 @@ class Generation:
         self._told_at = 0.0
 
     def completions(self) -> Iterator[Completion]:
-        """Run to the end."""
+        """Generate until every request has finished."""
         self.world.watch.enter("rollout: generation")
         self.model.refresh()
         self._arrange()
@@ -84,8 +84,8 @@ class Generation:
         )
 
     def _agree(self) -> tuple[bool, bool, bool]:
-        """True if a prefill can run, a text decodes, anything is unfinished: on this rank or on one
-        that shares experts with it."""
+        """Three flags: a prefill can run, a sequence decodes, anything is unfinished. Each is True
+        if it holds on this rank or on a rank that shares experts with it."""
         mine = (
             self.prefills.ready,
             bool(self.running),
@@ -100,11 +100,11 @@ class Generation:
 
     @property
     def _in_step(self) -> bool:
-        """Experts are spread over data-parallel ranks."""
+        """True if ranks must run the same passes: experts are sharded over data-parallel ranks."""
         return bool(self.world.groups.tp_ep.size() > self.world.parallel.tp)
 
     def _prefill(self) -> None:
-        """Start the requests of a kept prompt, run a prefill pass, and draw first tokens."""
+        """Start requests from a stored prompt state, run a prefill pass, and draw first tokens."""
         kept = self.prefills.start_from_kept()
         if kept is not None:
             self._start(*kept)
@@ -125,12 +125,12 @@ class Generation:
         self._arrange()
 
     def _arrange(self) -> None:
-        """The rows of the next steps, until a text starts or stops."""
+        """Rebuild the rows of the decode batch after a sequence has started or stopped."""
         self.running = [t for t in self.running if not t.pausing]
         self.rows, self.positions = self.table.where(self.running)
 
     def _step(self) -> None:
-        """Decode the last token of every running text, and draw the next."""
+        """Decode the last token of every running sequence and draw the next one."""
         tokens = self.table.history[self.rows, self.positions]
         longest = max((t.cached for t in self.running), default=0) + 1
         logits = self.model.decode(tokens, self.rows, self.positions, longest)
@@ -148,9 +148,9 @@ class Generation:
     def _draw(
         self, texts: list[Text], rows: Tensor, positions: Tensor, logits: Tensor | None
     ) -> bool:
-        """Draw the next token of texts whose other tokens are cached; true if any stopped.
+        """Draw the next token of sequences whose other tokens are cached; True if any stopped.
 
-        rows, positions: [n], their slots, and the positions of the new tokens.
+        rows, positions: [n], the slots, and the positions of the new tokens.
         """
         table = self.table
         tokens, logprobs = self._drawn(rows, positions, logits)
@@ -195,7 +195,7 @@ class Generation:
         return both[0].long(), both[1].float()
 
     def _pause(self, text: Text, stopped: bool) -> None:
-        """A text stopped or is full: finished, or for the environment to continue."""
+        """Finish a sequence that stopped or is full, or ask the environment for the next turn."""
         text.pausing = True
         finish: Finish = "stop" if stopped else "length"
         if stopped and text.length < text.limit and self.replies.wanted:
@@ -208,7 +208,7 @@ class Generation:
         self.table.release(text)
 
     def _take_replies(self) -> None:
-        """Continue or finish the texts that their environments have answered."""
+        """Continue or finish the sequences that their environments have answered."""
         idle = not (self.running or self.prefills.ready)
         for slot, tokens in self.replies.take(idle and not self._in_step):
             text = self.table.texts[slot]

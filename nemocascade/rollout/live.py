@@ -1,21 +1,21 @@
 """The engine on the live training weights: continuous batching over slots.
 
-A decode step reads one token of every text and draws the next ones. A slot whose text finished is
-given to the next request at once. A prompt is prefilled once, however many requests continue it,
-and what an environment adds is prefilled from the states of its slot: no token is read twice.
+A decode step processes one token of every sequence. A slot is reused as soon as its sequence has
+finished. A prompt is prefilled once for all its requests, and environment turns are prefilled from
+the cached state of their slot: no token is processed twice.
 
-**Memory.** A pass prefills at most `prefill_chunk` tokens of a text, from the states that the pass
-before it wrote, so activations do not grow with prompts. The KV cache does.
+**Memory.** Chunked prefill processes at most `prefill_chunk` tokens of a sequence in a pass, from
+the state that the previous pass wrote. Activation memory therefore does not grow with the prompt;
+the KV cache does.
 
-**Reproducibility.** A draw depends on the seed, the request's id, the position and the logits, and
-a row's logits on its own text: prompts are prefilled alone unless `prefill_tokens` says otherwise,
-and on a CPU the steps of `nemocascade_kernels.decode_step` are batch-invariant. On a GPU the shapes
-of a step are fixed by the number of slots, and may matter.
+**Reproducibility.** A draw depends on the seed, the request's id, the position and the logits.
+On a CPU, logits are batch-invariant unless `prefill_tokens` is set: prompts are prefilled alone,
+and `nemocascade_kernels.decode_step` is batch-invariant. On a GPU the number of slots fixes the
+shapes of a step, and these may affect rounding.
 
 **Ranks.** The ranks of one data-parallel group run the same requests and make the same decisions;
-the last pipeline stage draws and broadcasts. Where experts are spread over several data-parallel
-ranks, those agree before each pass on its kind, and a rank that has finished takes part without
-rows.
+the last pipeline stage draws and broadcasts. If experts are sharded over several data-parallel
+ranks, these agree on the kind of each pass. A rank that has finished takes part with zero rows.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from nemocascade.runtime.world import World
 class LiveEngine:
     """An `Engine` on the chunks of `build_model`, whose weights it reads in place.
 
-    slots, prefill_tokens, prefill_chunk: see `BatchLimits`. decode: ids to text, for stop strings.
-    vocabulary: ids from here on are never drawn; 0 excludes none. record_routing: completions carry
-    the experts of their tokens, for router replay.
+    slots, prefill_tokens, prefill_chunk: see `BatchLimits`. decode: token ids to text, needed for
+    stop strings. vocabulary: ids from here on are never drawn; 0 excludes none. record_routing:
+    completions carry the experts of their tokens, for router replay.
 
     Raises ValueError if there is no slot, or a size is negative.
     """
@@ -69,7 +69,7 @@ class LiveEngine:
         if len({r.id for r in requests}) < len(requests):
             raise ValueError("two requests have one id: their random numbers would be the same")
         if self._model is None:
-            # One slot beyond keeps the state of a prompt whose requests have not all started.
+            # One extra slot stores the state of a prompt until all its requests have started.
             self._model = ModelRunner(
                 self.world, self.chunks, self.limits.slots + 1, record_routing=self.record_routing
             )
@@ -87,5 +87,5 @@ class LiveEngine:
         return generation.completions()
 
     def release(self) -> None:
-        """Free the memory of the slots, until the next run."""
+        """Free the memory of the slots until the next run."""
         self._model = None

@@ -1,8 +1,8 @@
-"""An engine that is a server: vLLM, SGLang, or another that speaks OpenAI's completions protocol.
+"""An engine on an inference server: vLLM, SGLang, or any OpenAI-compatible completions server.
 
-Ids travel both ways where the server can: the prompt as ids, the answer's ids as vLLM's `token_ids`
-or as `token_id:N` in the names of its log-probabilities. A server that knows text alone is given a
-`TextCodec`; then what it wrote is encoded again, which need not give the ids that it drew.
+Where the server supports it, token ids are exchanged: the prompt as ids, the response's ids as
+vLLM's `token_ids` or as `token_id:N` in the names of its log-probabilities. For a text-only server,
+a `TextCodec` converts both ways. Encoding its text again need not give the ids that it sampled.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from nemocascade.runtime.world import World
 RETRIES = 3
 _FIRST_WAIT_S = 0.2
 _MAX_BYTES = 256 << 20
-"""Of a reply: 256K tokens have their ids, names and log-probabilities in it."""
+"""Limit on a reply: enough for ids, names and log-probabilities of 256K tokens."""
 _ID_PREFIX = "token_id:"
 
 
 class ServerError(RuntimeError):
-    """The server cannot be reached, refuses a request, or answers what is no completion."""
+    """The server is unreachable, rejects a request, or returns an invalid completion."""
 
 
 class TextCodec(Protocol):
-    """Text to ids and back."""
+    """Converts text to token ids and back."""
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]: ...
 
@@ -42,7 +42,7 @@ class TextCodec(Protocol):
 
 @dataclass(frozen=True)
 class _Answer:
-    """ids that were written, their log-probabilities, and why they end."""
+    """Generated token ids, their log-probabilities, and the finish reason."""
 
     ids: list[int]
     logprobs: list[float]
@@ -52,13 +52,13 @@ class _Answer:
 class OpenAIEngine:
     """An `Engine` on a server at `url` (`http://host:port`), which serves `model`.
 
-    world: its ranks of one data-parallel group share the completions of the first; None: this
-    process alone. weights: writes the current weights as a Hugging Face checkpoint folder; called
-    before each run, after which the server is told to load them by `reload_path`. concurrency:
-    requests under way at a time. codec: for a server that knows text alone.
-    logprobs: False takes answers without log-probabilities, which are then NaN.
-    at_temperature: the server's log-probabilities are of softmax(logits / temperature), as those of
-    vLLM are with `--logprobs-mode processed_logprobs`; by default they are of softmax(logits).
+    world: the first rank of each data-parallel group sends the requests and shares the completions
+    with the group; None means a single process. weights: writes the current weights as a Hugging
+    Face checkpoint folder; called before each run, then the server is told to load them by
+    `reload_path`. concurrency: largest number of concurrent requests. codec: for a text-only
+    server. logprobs: False accepts responses without log-probabilities, which become NaN.
+    at_temperature: the server reports log-probabilities of softmax(logits / temperature), as vLLM
+    does with `--logprobs-mode processed_logprobs`; the default is softmax(logits).
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class OpenAIEngine:
     def run(
         self, requests: Sequence[Request], sampling: Sampling, respond: Respond | None = None
     ) -> Iterator[Completion]:
-        """As `Engine.run`.
+        """Implements `Engine.run`.
 
-        Raises ValueError for settings that no server knows, ServerError for what the server does.
+        Raises ValueError for settings that no server supports, ServerError if the server fails.
         """
         self._check(sampling)
         if self.weights is not None:
@@ -98,7 +98,7 @@ class OpenAIEngine:
         return iter(self._shared(requests, sampling, respond))
 
     def load_weights(self) -> None:
-        """Write the weights, on all ranks, and have the server load them."""
+        """Write the weights, on all ranks, and make the server load them."""
         if self.weights is None:
             raise ValueError("this engine was given nothing that writes `weights`")
         folder = self.weights()
@@ -126,7 +126,7 @@ class OpenAIEngine:
     def _shared(
         self, requests: Sequence[Request], sampling: Sampling, respond: Respond | None
     ) -> list[Completion]:
-        """The completions of the first rank, on every rank of its data-parallel group."""
+        """Completions of the first rank, broadcast to its data-parallel group."""
         assert self.world is not None
         group = self.world.groups.mp
         box: list[Any] = [None]
@@ -155,7 +155,7 @@ class OpenAIEngine:
     def _complete(
         self, request: Request, sampling: Sampling, respond: Respond | None
     ) -> Completion:
-        """One text to its end, its environment included; every turn is a request of its own."""
+        """Generate one rollout with its environment turns; every policy turn is one request."""
         tokens, written = list(request.prompt), [False] * len(request.prompt)
         logprobs = [0.0] * len(request.prompt)
         limit, turns = len(tokens) + sampling.max_tokens, 0
@@ -192,7 +192,7 @@ class OpenAIEngine:
             "max_tokens": room,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            # Different for every request and turn, and the same in every run.
+            # Unique for every request and turn, and the same in every run.
             "seed": (sampling.seed * 1_000_003 + request.id * 8191 + len(tokens)) % 2**31,
             "stop": list(sampling.stop_strings) or None,
         }
@@ -247,7 +247,7 @@ class OpenAIEngine:
         return [int(i) for i in ids]
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        """POST JSON, again after a pause where the server was not to be reached or failed."""
+        """POST JSON, with retries and back-off if the server is unreachable or fails."""
         try:
             text = self._http.post_retrying(
                 self.url + path,

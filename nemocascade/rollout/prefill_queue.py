@@ -1,7 +1,7 @@
-"""The queue of prefills: prompts, and what environments added, chunk by chunk.
+"""The prefill queue: prompts and environment turns, prefilled in chunks.
 
-A pass prefills a chunk of each of some texts from the states of their slots. A prompt that several
-requests continue is prefilled in one slot and its state copied to the others.
+A pass prefills one chunk of each of several sequences, from the states of their slots. A prompt
+shared by several requests is prefilled in one slot, and its state is copied to the others.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from nemocascade.rollout.slots import BatchLimits, SlotTable, Text
 
 @dataclass
 class Group:
-    """Requests of one prompt that have no slot yet.
+    """Requests with the same prompt that have no slot yet.
 
-    is_started: the prompt is being prefilled for others of them. is_kept: it was, and the spare
-    slot holds its state. logits: [1, V] after it, on the last stage. choices: [m, L, K], its
-    experts, where they are recorded.
+    is_started: the prompt is being prefilled for other requests of the group. is_kept: that prefill
+    has finished, and the spare slot stores its state. logits: [1, V] after the prompt, on the last
+    stage. choices: [m, L, K], the prompt's experts, if they are recorded.
     """
 
     prompt: tuple[int, ...]
@@ -36,46 +36,46 @@ class Group:
 
 @dataclass(eq=False)
 class Prefill:
-    """The prefill of a text up to its last token. texts: those that continue it; it runs in the
-    slot of the first. keep: the group whose other requests need the state later."""
+    """The prefill of a sequence up to its last token. texts: the sequences that continue it; it
+    runs in the slot of the first. keep: the group whose other requests need the state later."""
 
     texts: list[Text]
     keep: Group | None = None
 
     @property
     def text(self) -> Text:
-        """The text in whose slot it runs."""
+        """The sequence in whose slot the prefill runs."""
         return self.texts[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The tokens of a text from the cached ones up to `end`."""
+    """The tokens of a sequence between the cached ones and `end`."""
 
     prefill: Prefill
     end: int
 
     @property
     def text(self) -> Text:
-        """The text in whose slot it runs."""
+        """The sequence in whose slot the chunk runs."""
         return self.prefill.text
 
     @property
     def is_last(self) -> bool:
-        """The prefill is complete with this chunk."""
+        """True if this chunk completes the prefill."""
         return self.end == self.text.length
 
 
 Prefilled = tuple[list[tuple[list[Text], int]], Tensor | None]
-"""Texts whose prefill is complete, with their row of logits; and the logits [n, V], on the last
+"""Sequences whose prefill is complete, with their row of logits; and the logits [n, V], on the last
 stage."""
 
 
 class PrefillQueue:
-    """Prefills that wait or are under way.
+    """Waiting and running prefills.
 
-    The slot after the last of `limits` keeps the state of a prompt. The other arguments are those
-    of the run.
+    The slot after the last one of `limits` stores the state of a shared prompt. The other arguments
+    are those of the run.
     """
 
     def __init__(
@@ -98,15 +98,15 @@ class PrefillQueue:
 
     @property
     def ready(self) -> bool:
-        """A prefill can run, or a request start, now."""
+        """True if a prefill can run, or a request can start."""
         return bool(self._queue or (self._groups and self.table.free))
 
     def add(self, text: Text) -> None:
-        """An environment continued `text`."""
+        """Queue the prefill of an environment turn that was appended to `text`."""
         self._queue.append(Prefill([text]))
 
     def start_from_kept(self) -> Prefilled | None:
-        """Give free slots to the requests of a prompt that was prefilled for others before."""
+        """Assign free slots to requests whose prompt state is stored in the spare slot."""
         if not self._groups or not self._groups[0].is_kept or not self.table.free:
             return None
         group = self._groups[0]
@@ -120,7 +120,7 @@ class PrefillQueue:
         return [(texts, 0)], group.logits
 
     def run(self, *, always: bool) -> Prefilled:
-        """Run a pass. always: even without a chunk, together with other ranks."""
+        """Run one pass. always: run even with no chunk, because other ranks take part."""
         chunks = self._chunks()
         if not chunks and not always:
             return [], None
@@ -143,7 +143,7 @@ class PrefillQueue:
         return prefilled, logits
 
     def _chunks(self) -> list[Chunk]:
-        """The chunks of the next pass: of prefills under way, and of prompts that start now."""
+        """The chunks of the next pass, from running prefills and from prompts that start now."""
         chunks: list[Chunk] = []
         used = 0
 
@@ -165,7 +165,7 @@ class PrefillQueue:
             if not fits(len(group.prompt)):
                 break
             prefill = Prefill(self._admit(group), group if group.requests else None)
-            # For the whole prompt: caches that grow chunk by chunk are copied each time.
+            # Reserve the whole prompt: a KV cache that grows by chunks would be copied each time.
             self.model.reserve(len(group.prompt))
             self._queue.append(prefill)
             chunks.append(self._next(prefill))
@@ -180,7 +180,7 @@ class PrefillQueue:
         return Chunk(prefill, prefill.text.cached + min(left, self.limits.prefill_chunk or left))
 
     def _slots(self, chunk: Chunk) -> list[int]:
-        """The slots that a chunk's final state is written to; the first has its initial state."""
+        """Slots that receive a chunk's final state; the first one has its initial state."""
         if not chunk.is_last:
             return [chunk.text.slot]
         slots = [text.slot for text in chunk.prefill.texts]
@@ -201,7 +201,7 @@ class PrefillQueue:
                     self.table.record_routing(text.slot, 0, found)
 
     def _keep(self, prefill: Prefill, logits: Tensor | None) -> None:
-        """The spare slot holds the state of a whole prompt for the group's other requests."""
+        """Mark a prompt's state as stored in the spare slot, for the group's other requests."""
         group = prefill.keep
         if group is None:
             return

@@ -1,4 +1,4 @@
-"""Environments that answer while texts go on: asked in threads of one rank, heard by all."""
+"""Environment replies during generation: requested in threads of one rank, broadcast to all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from nemocascade.rollout.engine import Completion, Respond
 from nemocascade.runtime.world import World
 
-# While nothing else is to be done, answers are waited for so long at a time.
+# Timeout of a wait for replies while there is nothing else to do.
 WAIT_S = 0.02
 THREADS = 16
 
@@ -19,14 +19,14 @@ Reply = tuple[int, list[int] | None]
 
 
 class RespondError(RuntimeError):
-    """`respond` failed on the rank that asks it."""
+    """`respond` failed on the rank that called it."""
 
 
 class Replies:
-    """The replies of environments to texts that stopped, by slot.
+    """Environment replies to stopped sequences, by slot.
 
-    The first rank of a data-parallel group asks. The other ranks learn of the answers when it does,
-    so that all go on alike.
+    The first rank of a data-parallel group calls `respond` and broadcasts the replies, so that all
+    ranks of the group continue identically.
     """
 
     def __init__(self, world: World, respond: Respond | None) -> None:
@@ -52,17 +52,17 @@ class Replies:
 
     @property
     def wanted(self) -> bool:
-        """True if a text that stopped may be continued."""
+        """True if stopped sequences may be continued by an environment."""
         return self._respond is not None
 
     def ask(self, slot: int, completion: Completion) -> None:
-        """Ask for the continuation of a slot's text."""
+        """Request the environment's reply to a slot's sequence."""
         self._open[slot] = None
         if self._pool is not None and self._respond is not None:
             self._open[slot] = self._pool.submit(self._respond, completion)
 
     def take(self, idle: bool) -> list[Reply]:
-        """The answers that have come, the same on every rank. idle: there is nothing else to do.
+        """Replies that have arrived, the same on every rank. idle: wait a moment for one.
 
         Raises RespondError on every rank if one failed.
         """

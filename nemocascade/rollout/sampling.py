@@ -1,4 +1,4 @@
-"""Random numbers that depend on seed, request and position alone, and what may be drawn.
+"""Counter-based random numbers, a function of seed, request and position; top-k and top-p masks.
 
 Shape letters: n rows, V vocabulary.
 """
@@ -22,20 +22,20 @@ def request_keys(seed: int, ids: Tensor) -> Tensor:
 
 
 def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
-    """[n] float64 in [0, 1), the random number of each position: 53 bits of a counter's hash.
+    """[n] float64 in [0, 1): the random number of each position, 53 bits of a counter's hash.
 
-    keys: [n], of `request_keys`; positions: [n] int64.
+    keys: [n], from `request_keys`. positions: [n] int64.
     """
     bits = _mix(keys + (positions + 1) * _STEP)
     return _shift(bits, 11).double() * 2.0**-53
 
 
 def allowed_tokens(logits: Tensor, sampling: Sampling, vocabulary: int) -> Tensor | None:
-    """[n, V] bool, the ids that top-k and top-p leave; None if they leave all.
+    """[n, V] bool mask of the ids that top-k and top-p allow; None if all are allowed.
 
-    logits: [n, V]. vocabulary: ids from here on are never drawn, so they are not counted. The
-    probabilities are those at the sampling temperature; top-p is of what top-k left, renormalised.
-    Of equal ones the lower id is kept first, and the token that reaches p is kept.
+    logits: [n, V]. vocabulary: ids from here on are never drawn, so they are ignored.
+    Probabilities are at the sampling temperature; top-p applies to what top-k kept, renormalised.
+    Among equal probabilities the lower id is kept first. The token that reaches p is kept.
     """
     if sampling.temperature == 0 or (not sampling.top_k and sampling.top_p >= 1):
         return None
@@ -52,14 +52,14 @@ def allowed_tokens(logits: Tensor, sampling: Sampling, vocabulary: int) -> Tenso
 
 
 def _mix(z: Tensor) -> Tensor:
-    """splitmix64's finaliser on 64-bit integers, which wrap."""
+    """Finaliser of splitmix64 on 64-bit integers, with wrap-around."""
     z = (z ^ _shift(z, 30)) * _FIRST
     z = (z ^ _shift(z, 27)) * _SECOND
     return z ^ _shift(z, 31)
 
 
 def _shift(z: Tensor, by: int) -> Tensor:
-    """Right, filling with zeros."""
+    """Logical right shift, filling with zeros."""
     return (z >> by) & ((1 << (64 - by)) - 1)
 
 

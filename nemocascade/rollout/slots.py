@@ -1,7 +1,7 @@
-"""The sequences of a run by slot: their tokens, log-probabilities, and progress.
+"""The slot table: each slot's sequence with its tokens, log-probabilities and progress.
 
-Tokens are on the model's device; the host counts them by itself, so that a step waits for the
-device once.
+Tokens are on the model's device. The host keeps its own token counts, so that a step synchronises
+with the device only once.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from nemocascade.rollout.sampling import request_keys
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """Sizes of continuous batching on a data-parallel rank.
+    """Limits of continuous batching on a data-parallel rank.
 
-    slots: texts at a time. prefill_tokens: prompts are prefilled together up to this many tokens;
-    0 prefills each alone. prefill_chunk: tokens of one text in a pass; 0 is all of them.
+    slots: number of concurrent sequences. prefill_tokens: prompts are prefilled together up to
+    this many tokens; 0 prefills each alone. prefill_chunk: largest number of tokens of one
+    sequence in a pass; 0 is unlimited.
 
     Raises ValueError if there is no slot, or a size is negative.
     """
@@ -42,12 +43,12 @@ class BatchLimits:
 
 @dataclass
 class Text:
-    """The sequence of a request: its prompt and what follows.
+    """The sequence of a request: its prompt and all following tokens.
 
-    cached: tokens in the caches of the slot. length: tokens of the sequence, one more than `cached`
-    in decode steps; a text with more than that needs a prefill. limit: the most tokens. given:
-    spans [start, end) after the prompt that an environment wrote. pausing: not part of decode
-    steps.
+    cached: tokens in the slot's KV cache. length: tokens of the sequence. A running sequence has
+    one token more than `cached`; with more, it needs a prefill. limit: largest allowed length.
+    given: spans [start, end) after the prompt that an environment wrote. pausing: excluded from
+    decode steps.
     """
 
     request: Request
@@ -67,9 +68,9 @@ class Text:
 class SlotTable:
     """Tokens of all slots.
 
-    history: [S, longest] int64, the tokens. logprob: [S, longest] float32. keys: [S] int64, of
-    their random numbers. All on the device. texts: by slot. free: slots without a text.
-    routing: [S, longest, L, K], the experts of cached tokens; None until some are recorded.
+    On the device: history [S, longest] int64, the tokens; logprob [S, longest] float32; keys [S]
+    int64, the keys of the random numbers; routing [S, longest, L, K], the experts of cached tokens,
+    None until some are recorded. On the host: texts, the sequences by slot; free, unused slots.
     """
 
     def __init__(self, slots: int, longest: int, device: torch.device) -> None:
@@ -82,7 +83,7 @@ class SlotTable:
         self.free = list(range(slots - 1, -1, -1))
 
     def admit(self, requests: list[Request], sampling: Sampling) -> list[Text]:
-        """Give each request a slot and write its prompt there."""
+        """Assign a slot to each request and write its prompt there."""
         ids = torch.tensor([r.id for r in requests], dtype=torch.int64)
         keys = request_keys(sampling.seed, ids).to(self.device)
         texts = []
@@ -97,7 +98,7 @@ class SlotTable:
         return texts
 
     def where(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
-        """[n] slots, and [n] cached tokens of each: the position of its next token."""
+        """[n] slots, and [n] number of cached tokens of each: the position of its next token."""
         table = torch.tensor([(t.slot, t.cached) for t in texts], dtype=torch.int64).view(-1, 2)
         slots, cached = table.to(self.device).unbind(1)
         return slots.contiguous(), cached.contiguous()
@@ -107,15 +108,15 @@ class SlotTable:
         return self.history[text.slot, text.turn_start : text.length]
 
     def record_routing(self, slot: int, first: int, choices: Tensor) -> None:
-        """Record the experts [m, L, K] of a text's tokens from position `first` on."""
+        """Record the experts [m, L, K] of a sequence's tokens from position `first` on."""
         self._routing_like(choices)[slot, first : first + choices.shape[0]] = choices
 
     def record_step_routing(self, slots: Tensor, positions: Tensor, choices: Tensor) -> None:
-        """Record the experts [n, L, K] of one token of each slot."""
+        """Record the experts [n, L, K] of one token in each slot."""
         self._routing_like(choices)[slots, positions] = choices
 
     def routing_of(self, text: Text, length: int) -> Tensor:
-        """[length, L, K], the recorded experts of a text's first tokens."""
+        """[length, L, K]: the recorded experts of a sequence's first tokens."""
         assert self.routing is not None
         return self.routing[text.slot, :length]
 
@@ -133,7 +134,7 @@ class SlotTable:
         text.given.append((start, end))
 
     def completion(self, text: Text, finish: Finish) -> Completion:
-        """The completion of a text.
+        """The completion of a sequence.
 
         Raises FloatingPointError if a log-probability is not finite: the model's logits were not.
         """
@@ -162,6 +163,6 @@ class SlotTable:
         )
 
     def release(self, text: Text) -> None:
-        """The text has finished."""
+        """Remove a finished sequence and free its slot."""
         del self.texts[text.slot]
         self.free.append(text.slot)

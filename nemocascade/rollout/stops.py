@@ -1,4 +1,4 @@
-"""Where a text stops."""
+"""Detection of stop sequences."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Stops:
-    """The stop sequences of a run. Single tokens are looked up on the device; only rows whose token
-    may end a longer sequence, and all rows where strings are looked for, are read by the host.
+    """The stop sequences of a run.
 
-    decode: ids to text; needed for stop strings.
-    Raises ValueError for a token that the vocabulary does not have, or strings without `decode`.
+    Single stop tokens are checked on the device. The host checks only rows whose token may end a
+    longer stop sequence, or all rows if there are stop strings.
+
+    decode: token ids to text; needed for stop strings.
+    Raises ValueError for a stop token outside the vocabulary, or stop strings without `decode`.
     """
 
     def __init__(
@@ -40,11 +42,11 @@ class Stops:
         self._decode = decode
 
     def certain(self, tokens: Tensor) -> Tensor:
-        """[n] bool: rows whose token stops them by itself."""
+        """[n] bool: rows whose token is a stop sequence by itself."""
         return self._ends[tokens]
 
     def doubtful(self, tokens: Tensor) -> Tensor | None:
-        """[n] bool: rows that `reached` must look at; None if it never need."""
+        """[n] bool: rows to be checked with `reached`; None if there are never any."""
         if self._strings:
             return torch.ones_like(tokens, dtype=torch.bool)
         return self._suspects[tokens] if self._sequences else None
@@ -57,8 +59,8 @@ class Stops:
             return True
         if not self._strings or self._decode is None:
             return False
-        # A token adds at least nothing and a string may begin in the middle of one: strings are
-        # looked for in the text of as many tokens as it has bytes, and in what the last one added.
+        # A stop string may begin inside a token, and a token may add no text. So the search covers
+        # as many tokens as the string has bytes, plus a few.
         reach = max(len(s.encode()) for s in self._strings) + 4
         ids = written[-reach:].tolist()
         text = self._decode(ids)

@@ -1,1 +1,1 @@
-"""Shared by all of a running job: logging, the world of ranks, the watchdog, errors."""
+"""Services shared by a running job: logging, the world of ranks, the watchdog, errors, HTTP."""

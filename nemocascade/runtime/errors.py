@@ -1,4 +1,4 @@
-"""How errors are shown: those that a user can mend as a message, all others as a traceback."""
+"""Error reporting: user errors as a message, all others as a traceback."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nemocascade.runtime.world import MainRankError, is_main_process
 
 
 def exit_cleanly[T](work: Callable[[], T]) -> T:
-    """The result of `work()`; a UserError ends the program with its message and exit code.
+    """Return the result of `work()`; a UserError ends the program with its message and exit code.
 
-    The main rank alone prints it. Exit codes: 2 in general, 3 for NaN, 5 for a cascade's alarm.
+    Only the main rank prints it. Exit codes: 2 in general, 3 for NaN, 5 for a cascade's alarm.
     """
     try:
         return work()

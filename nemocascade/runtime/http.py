@@ -1,9 +1,9 @@
-"""The HTTP client of judges and inference servers: requests in bounded time, retried or not.
+"""The HTTP client for judges and inference servers: JSON requests with a total timeout and retries.
 
-Requests run on an event loop in a thread of the client's own, because asyncio can end a request as
-a whole. The time limits of sockets start anew with every byte that trickles in.
+Requests run on an event loop in a thread of the client, because asyncio can cancel a whole request.
+A socket timeout restarts with every byte received.
 
-Proxies of the environment are not used: these servers belong to the job.
+Proxies from the environment are not used: these servers belong to the job.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ import httpx2
 
 MAX_BYTES = 16 << 20
 LONGEST_WAIT_S = 60.0
-"""Between two tries, unless the server asks for more."""
+"""Longest back-off between two attempts, unless the server asks for more."""
 BUSY = frozenset({"unreachable", "status_429", "status_502", "status_503", "status_504"})
-"""Failures of a server that restarts or has too much to do: they say nothing of the request."""
+"""Failures of a restarting or overloaded server, which do not depend on the request."""
 _RETRIED = frozenset({408, 409, 425, 429})
-"""Statuses below 500 after which a request may succeed when it is repeated."""
+"""Statuses below 500 that are worth a retry."""
 _CUT_OFF = re.compile("closed connection|disconnected")
 _SHOWN = 300
 
 
 @dataclass(eq=False)
 class HttpError(Exception):
-    """A request without a usable reply.
+    """A request failed without a usable reply.
 
-    kind: `unreachable` where nobody listens, `connection` where a connection broke, `timeout`,
-    `closed` by `HttpClient.close`, `protocol` for what is not HTTP or too long, or `status_503`;
-    callers add kinds of their own. final: repeating the request would change nothing.
-    status: of the reply, 0 without one. wait_s: how long the server asks to wait.
+    kind: `unreachable` if nobody listens, `connection` if a connection broke, `timeout`, `closed`
+    by `HttpClient.close`, `protocol` for invalid HTTP or a reply that is too long, or `status_503`
+    and the like; callers add their own kinds. final: a retry cannot succeed. status: HTTP status of
+    the reply, 0 without one. wait_s: delay that the server asked for.
     """
 
     kind: str
@@ -54,17 +54,17 @@ class HttpError(Exception):
 
 
 class HttpClient:
-    """Posts JSON over at most `connections` kept-alive connections. Threads share one.
+    """Posts JSON over at most `connections` kept-alive connections. Thread-safe.
 
-    key: of the server, sent as a bearer token and shown nowhere. max_bytes: of a reply; a longer
-    one is an error. Raises ValueError for a key that no header may hold.
+    key: the server's key, sent as a bearer token and never logged. max_bytes: limit on a reply;
+    longer ones are an error. Raises ValueError for a key that is invalid in a header.
     """
 
     def __init__(self, *, key: str = "", connections: int = 64, max_bytes: int = MAX_BYTES) -> None:
         if problem := key_problem(key):
             raise ValueError(f"the server's key {problem}")
         self._max_bytes = max_bytes
-        # Bytes are counted as they come, so nothing may be compressed.
+        # max_bytes applies to the bytes received, so compression is off.
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
@@ -73,7 +73,7 @@ class HttpClient:
             timeout=None,
             trust_env=False,
             verify=_certificates(),
-            # Servers close idle connections, often after 5 s: a request must not meet that.
+            # Servers close idle connections, often after 5 s; a request must not hit a closed one.
             limits=httpx2.Limits(max_connections=connections, keepalive_expiry=2.0),
         )
         self._lock = threading.Lock()
@@ -83,7 +83,7 @@ class HttpClient:
         self._thread.start()
 
     def post(self, url: str, body: bytes, timeout_s: float) -> bytes:
-        """The body of a reply of status 2xx, in one try that is over after `timeout_s`.
+        """Make one attempt within `timeout_s` and return the body of a 2xx reply.
 
         Raises HttpError.
         """
@@ -99,7 +99,7 @@ class HttpClient:
     def post_retrying(
         self, url: str, body: bytes, timeout_s: float, *, retries: int, backoff_s: float
     ) -> bytes:
-        """`post` with up to `retries` further tries after failures; `timeout_s` bounds them all."""
+        """`post` with up to `retries` retries after failures; `timeout_s` bounds the total time."""
         deadline = time.monotonic() + timeout_s
         for attempt in range(retries):
             try:
@@ -112,7 +112,7 @@ class HttpClient:
         return self.post(url, body, deadline - time.monotonic())
 
     def close(self) -> None:
-        """Cut off requests under way, which raise HttpError, and send nothing more."""
+        """Cancel running requests, which raise HttpError, and reject new ones."""
         with self._lock:
             if self._is_closed.is_set():
                 return
@@ -154,20 +154,20 @@ class HttpClient:
 
 
 def backoff(attempt: int, first_s: float, asked_s: float | None = None) -> float:
-    """Seconds to wait after try `attempt`, from 0: doubled each time, less a random part so that
-    requests don't come back together, and at least what the server asks for."""
+    """Back-off in seconds after attempt `attempt`, from 0. It doubles each time, minus random
+    jitter, and is at least what the server asked for."""
     wait = min(first_s * 2.0 ** min(attempt, 30), LONGEST_WAIT_S)
     return max(wait * random.uniform(0.5, 1.0), asked_s or 0.0)
 
 
 def read_key(variable: str) -> str:
-    """The key in an environment variable; one that was read from a file often ends with a line
-    break. Empty where no variable is named or it is not set."""
+    """Read a key from an environment variable, without surrounding white space such as a final line
+    break. Empty if no variable is named or it is not set."""
     return os.environ.get(variable, "").strip() if variable else ""
 
 
 def key_problem(key: str) -> str | None:
-    """Why no HTTP header may hold `key`, in words that follow its name and do not show it."""
+    """Reason why `key` is invalid in an HTTP header, to follow its name; never shows the key."""
     if key.isascii() and key.isprintable():
         return None
     return "holds characters that no HTTP header may have: export the key alone, on one line"
@@ -175,14 +175,14 @@ def key_problem(key: str) -> str | None:
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """The system's, or those of SSL_CERT_FILE, which a client without trust_env would not read."""
+    """System certificates, or those of SSL_CERT_FILE, which trust_env=False would ignore."""
     return httpx2.create_ssl_context()
 
 
 def _status_error(url: str, reply: httpx2.Response, body: bytes) -> HttpError:
     status, location = reply.status_code, reply.headers.get("Location")
     moved = f", it has moved to {location}" if location else ""
-    # The other form of Retry-After, a date, is not read.
+    # The date form of Retry-After is ignored.
     asked = reply.headers.get("Retry-After", "").strip()
     return HttpError(
         f"status_{status}",
@@ -203,7 +203,7 @@ def _connection_error(url: str, error: Any) -> HttpError:
         kind = "connection"
     else:
         kind = "protocol"
-    # asyncio's messages say what failed, and not why.
+    # asyncio's messages name the failed operation, but not the reason.
     errno = cause.errno if isinstance(cause, ConnectionError) else None
     why = cause if errno is None else os.strerror(errno)
     return HttpError(kind, f"{url}: {type(cause).__name__}: {why}")

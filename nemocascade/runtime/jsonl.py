@@ -1,7 +1,7 @@
-"""The one reader of JSONL files, plain or gzipped.
+"""The common reader of JSONL files, plain or gzipped.
 
-Strict readers raise at the first damaged line. `read_undamaged` skips such lines and reports them:
-it is for files that a run appends to, whose last line a crash may have cut.
+Strict readers raise at the first damaged line. `read_undamaged` skips damaged lines and reports
+them. It is for files that a run appends to, whose last line a crash may have truncated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, raw line with its end) of every line that is not blank."""
+    """Yield (line number from 1, raw line with its end) for every non-blank line."""
     with gzip.open(path) if str(path).endswith(".gz") else Path(path).open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
@@ -24,7 +24,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_line(line: bytes | str) -> Any:
-    """The JSON value of a line. Raises ValueError with the reason, without the line's place."""
+    """Parse one line as JSON. Raises ValueError with the reason, without the line number."""
     try:
         return json.loads(line)
     except ValueError as error:
@@ -34,9 +34,9 @@ def parse_line(line: bytes | str) -> Any:
 
 
 def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`file:line`, object) of every line that is not blank, with the file's name alone.
+    """Yield (`file:line`, object) for every non-blank line; `file` is the name without its folder.
 
-    Raises ValueError naming `file:line` for a line that holds anything else.
+    Raises ValueError naming `file:line` if a line is not a JSON object.
     """
     for number, line in read_lines(path):
         where = f"{Path(path).name}:{number}"
@@ -52,9 +52,9 @@ def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_undamaged(
     path: str | Path, damaged: Callable[[str], object]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(line, object) of every line that holds one. Bytes that are not UTF-8 are replaced.
+    """Yield (line, object) for every line that holds an object. Invalid UTF-8 is replaced.
 
-    damaged: called with each other line that is not blank.
+    damaged: called with each other non-blank line.
     """
     for _, raw in read_lines(path):
         line = raw.decode("utf-8", errors="replace").rstrip("\r\n")

@@ -1,4 +1,4 @@
-"""The one logger of the project, and where its records go."""
+"""The project's logger and its handlers."""
 
 from __future__ import annotations
 

@@ -1,18 +1,16 @@
-"""Names the rank that stalls or dies, on every rank, before a collective's own time-out.
+"""Watchdog: names a stalled or dead rank, on every rank, before a collective times out.
 
-Each rank has a thread that tells the job's store, every `interval`, that the rank lives, in which
-phase its main thread is, in which collective, and where in the code; and that reads what the others
-told. A rank that is silent for `limit_s` is stopped or dead. When a rank has waited in one
-collective for `limit_s`, those outside of any, or in another one than the rest, are what it waits
-for; they stall if they have reported no progress for as long. Then every rank logs who it is,
-writes the stacks of its own threads and the last known stack of the silent ones, and ends with
-EXIT_CODE.
+On each rank a thread writes a heartbeat to the job's store every `interval` and reads those of the
+other ranks. A heartbeat holds the main thread's phase, progress, collective and stack. A rank
+without heartbeats for `limit_s` is stopped or dead. When a rank has waited in one collective for
+`limit_s`, the ranks outside it are suspects. A suspect stalls if it has reported no progress for
+`limit_s`. Then every rank logs the culprit, writes the stacks of its own threads and the last known
+stack of silent ranks, and exits with EXIT_CODE.
 
-A rank that raises says so to the others, and waits a moment so that they can log it.
+A rank that raises reports its error to the others, and waits a moment so that they can log it.
 
-Where ranks wait for one that is at work on something else than the model, a verifier for instance,
-they `meet` instead of entering a collective: that has no time-out of its own, and the rank that is
-waited for counts as stuck only if it reports no progress.
+Where ranks wait for work outside the model, such as a verifier, they call `meet` before a
+collective. A meeting has no timeout, and a rank counts as stalled only if it reports no progress.
 """
 
 from __future__ import annotations
@@ -39,9 +37,9 @@ from nemocascade.runtime.logging import LOGGER
 EXIT_CODE = 4
 GRACE_S = 20.0
 _MEETING_S = 1.0
-"""A rank in a meeting asks at least so often whether the others are there."""
+"""Longest poll interval in a meeting, in seconds."""
 _ENDED = "ended by its launcher (SIGTERM)"
-# Frames of the main thread that travel with each sign of life.
+# Frames of the main thread's stack in each heartbeat.
 _FRAMES = 12
 
 
@@ -49,11 +47,11 @@ _FRAMES = 12
 class Sign:
     """The heartbeat of a rank.
 
-    beat: rises with every sign. since_s: how long its main thread has been in the phase. progress:
-    how far it is there. still_s: how long it has reported neither a phase nor progress.
-    collective: the one it is in, empty outside. waits_s: how long it has been seen there without a
-    break. failed: why it ends. done: it leaves, in order or because it names another rank.
-    verdict: what it says of that rank; all ranks join in.
+    beat: counter of heartbeats. since_s: time since the main thread entered the phase. progress:
+    description of the progress within it. still_s: time without a new phase or progress.
+    collective: the current one, empty outside. waits_s: time seen in that collective without a
+    break. failed: the rank's error. done: the rank exits, regularly or after naming a culprit.
+    verdict: its lines about the culprit, which all ranks adopt.
     """
 
     rank: int
@@ -72,7 +70,7 @@ class Sign:
     verdict: list[str] = field(default_factory=list)
 
     def where(self) -> str:
-        """The rank and what it was doing, for people."""
+        """Description of the rank and its activity, for messages."""
         inside = f", in {self.collective}" if self.collective else ", outside any collective"
         far = f" ({self.progress})" if self.progress else ""
         return (
@@ -82,10 +80,10 @@ class Sign:
 
 
 class Watchdog:
-    """Watches the ranks of a job. Without a store it does nothing but hold the phase's name.
+    """Watches the ranks of a job. Without a store it only records the phase.
 
-    name: of the job, the same on all ranks and new for each: a store may outlive a job. limit_s:
-    silence or stall that ends the job. stacks: folder for the stacks of all ranks.
+    name: name of the job, the same on all ranks and unique, since a store may outlive a job.
+    limit_s: seconds of silence or stall that end the job. stacks: folder for stack dumps.
     """
 
     def __init__(
@@ -101,7 +99,7 @@ class Watchdog:
         self.rank, self.size, self.store = rank, size, store
         self.prefix = f"nemocascade/watchdog/{name}"
         self.limit_s, self.stacks = limit_s, stacks
-        # Every rank reads the signs of all: the more there are, the more rarely.
+        # Every rank reads all heartbeats, so the interval grows with the number of ranks.
         self.interval = max(0.05, min(limit_s / 10, max(5.0, size / 100)))
         self._own = Sign(rank, socket.gethostname(), os.getpid())
         self._entered = self._moved = self._waiting_since = time.monotonic()
@@ -114,7 +112,7 @@ class Watchdog:
         self._meetings = 0
 
     def start(self) -> None:
-        """Begin to watch. Call it in the main thread."""
+        """Start watching. Call it in the main thread."""
         if self.store is None:
             return
         read, write = os.pipe()
@@ -127,7 +125,7 @@ class Watchdog:
         self._thread.start()
 
     def close(self) -> None:
-        """Leave in order: the others must not take the silence for death."""
+        """Stop regularly, so that the other ranks do not take the silence for a failure."""
         if self._thread is None:
             return
         assert self._wake is not None
@@ -145,22 +143,22 @@ class Watchdog:
             os.close(descriptor)
 
     def enter(self, phase: str) -> None:
-        """The main thread begins `phase`: what a report will say it was doing."""
+        """Record that the main thread enters `phase`, which reports will name."""
         with self._lock:
             self._own.phase, self._own.progress = phase, ""
             self._entered = self._moved = self._waiting_since = time.monotonic()
 
     def progress(self, progress: str) -> None:
-        """The main thread has got so far in its phase: whoever waits for it does so rightly.
+        """Report progress within the phase: a rank that makes progress is not stalled.
 
-        Cheap; but say it only where something was done, or a rank that is stuck is never named.
+        Cheap. Report only completed work, or a stalled rank is never found.
         """
         with self._lock:
             self._own.progress = progress
             self._moved = self._waiting_since = time.monotonic()
 
     def meet(self) -> None:
-        """Wait until every rank has come here as often as this one, however long that takes."""
+        """Wait, without a timeout, until every rank has called this as often as this one."""
         self._meetings += 1
         if self.store is None or self._thread is None:
             return
@@ -168,19 +166,19 @@ class Watchdog:
         arrived = self.store.add(f"{name}_{self._meetings}", 1)
         started = time.monotonic()
         while arrived < self.size:
-            # Short waits are asked after often, long ones as rarely as signs of life are told.
+            # The poll interval grows with the time waited, up to the heartbeat interval.
             waited = time.monotonic() - started
             time.sleep(min(max(0.001, waited / 20), self.interval, _MEETING_S))
             arrived = self.store.add(f"{name}_{self._meetings}", 0)
         if self.rank == 0 and self._meetings > 1:
-            # Who is here has left the meeting before.
+            # Every rank has left the previous meeting before it enters this one.
             self.store.delete_key(f"{name}_{self._meetings - 1}")
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others that this rank ends because of `error`, and name whom it died of.
+        """Report to the other ranks that this rank fails with `error`, and log the culprit.
 
-        Called while the error is handled; a second call does nothing. A broken connection is
-        another rank's doing: so this waits until a silent rank shows, or a few intervals.
+        Call it while the error is handled; a second call does nothing. A broken connection is
+        usually the fault of another rank, so this waits a few intervals for a silent rank.
         """
         if self._thread is None or self._own.failed:
             return
@@ -189,7 +187,7 @@ class Watchdog:
             frames = _frames(traceback.walk_tb(error.__traceback__))[::-1]
             self._own.stack, self._own.collective = _summary(frames), _collective(frames)
         deadline = time.monotonic() + max(1.0, 6 * self.interval)
-        with contextlib.suppress(Exception):  # without a store there is nobody to tell
+        with contextlib.suppress(Exception):  # without a store there is nobody to report to
             self._tell()
             while time.monotonic() < deadline and not self._others_know():
                 time.sleep(min(0.1, self.interval))
@@ -197,13 +195,13 @@ class Watchdog:
                 if self._silent(4 * self.interval):
                     break
         if self._all_failed():
-            return  # a fault of the job, not of a rank: each says it by itself
+            return  # the whole job failed, not one rank: each rank shows its own error
         silent = self._silent(4 * self.interval)
         self._log(_died(silent) or [f"failed: {self._own.where()}: {self._own.failed}"])
         self._dump([sign for sign, _ in silent])
 
     def _others_know(self) -> bool:
-        """True if every other rank has failed or left as well, so that nobody is left to tell."""
+        """True if every other rank has failed or left as well, so that nobody needs the report."""
         others = self._others()
         return len(others) == self.size - 1 and all(s.failed or s.done for s in others)
 
@@ -225,7 +223,7 @@ class Watchdog:
                 self._tell()
                 self._listen()
                 problem = None if self._own.failed else self._problem()
-            except Exception as error:  # the store's host is gone, and the job with it
+            except Exception as error:  # the store's host has failed, so the job has too
                 if not self._stop.is_set():
                     self._end([f"the job's store does not answer: {error}"], [])
                 return
@@ -272,7 +270,7 @@ class Watchdog:
         return [(s, now - at) for s, at in seen if not (s.done or s.failed) and now - at > limit_s]
 
     def _problem(self) -> tuple[list[str], list[Sign]] | None:
-        """The problem of the job, if any, and the ranks that cannot speak for themselves."""
+        """Messages about the job's problem, and the silent ranks; None without a problem."""
         with self._lock:
             signs = [sign for sign, _ in self._seen.values()]
         quiet = self._silent(3 * self.interval)
@@ -293,7 +291,7 @@ class Watchdog:
         culprits = _culprits(busy, self.limit_s)
         gone = [pair for pair in quiet if pair[0] in culprits]
         waited = f"; rank {longest.rank} has waited {longest.waits_s:.1f} s in {longest.collective}"
-        # A rank that gets on is slower than the others, and not stuck.
+        # A rank that makes progress is slow, not stalled.
         stuck = [s for s in culprits if s.still_s >= self.limit_s]
         lines = _died(gone) or [f"stalls: {s.where()}" for s in stuck]
         if not lines:
@@ -301,8 +299,10 @@ class Watchdog:
         return [line + waited for line in lines], missing
 
     def _terminated(self) -> None:
-        """The launcher ends this rank, mostly because another one is gone: which one shows when it
-        has been silent for a while. Launchers wait longer than GRACE_S before they kill."""
+        """Exit after SIGTERM from the launcher, and name the rank that failed, if one did.
+
+        That rank shows by its silence after a while. Launchers send SIGKILL later than GRACE_S.
+        """
         self._own.failed = _ENDED
         deadline = time.monotonic() + GRACE_S
         silent: list[tuple[Sign, float]] = []
@@ -321,7 +321,7 @@ class Watchdog:
     def _end(self, lines: list[str], silent: list[Sign], code: int = EXIT_CODE) -> None:
         self._log(lines)
         self._dump(silent)
-        # The others must not take this rank for the one that died: they name the same one.
+        # Share the verdict first: the others must not take this rank for the culprit.
         with contextlib.suppress(Exception):
             self._own.done, self._own.verdict = True, lines
             self._tell()
@@ -335,7 +335,7 @@ class Watchdog:
             LOGGER.error("watchdog on rank %d: %s", self.rank, line)
 
     def _dump(self, silent: list[Sign]) -> None:
-        """Stacks of this rank's threads, and the last known ones of ranks that cannot write."""
+        """Write the stacks of this rank's threads, and the last known ones of silent ranks."""
         if self.stacks is None:
             return
         with contextlib.suppress(OSError):
@@ -352,9 +352,9 @@ class Watchdog:
 
 
 def job_store() -> Any:
-    """A connection of its own to the store of the default process group; None in one process.
+    """A new connection to the store of the default process group; None without a TCP store.
 
-    The main thread may hold the group's own connection for as long as a rank is missing.
+    The main thread may block the group's own connection for as long as a rank is missing.
     """
     import torch.distributed as dist
 
@@ -370,9 +370,9 @@ def _died(silent: list[tuple[Sign, float]]) -> list[str]:
 
 
 def _culprits(signs: list[Sign], limit_s: float) -> list[Sign]:
-    """Those the others wait for: outside a collective, or in one that the fewest are in.
+    """Ranks that the others wait for: outside a collective, or in the one with the fewest ranks.
 
-    Nobody while one has just come to its collective: it may be the one that the others waited for.
+    Empty while a rank has only just entered its collective: the others may have waited for it.
     """
     outside = [s for s in signs if not s.collective]
     if outside or min(s.waits_s for s in signs) < limit_s:
@@ -392,8 +392,8 @@ def _summary(frames: list[tuple[str, int, str]]) -> list[str]:
 
 
 def _collective(frames: list[tuple[str, int, str]]) -> str:
-    """The outermost function of torch.distributed that the thread is in, or the meeting, and who
-    called it."""
+    """The outermost torch.distributed function on the stack, or `meet`, with its caller; empty if
+    there is none."""
     inside = [
         i
         for i, (file, _, name) in enumerate(frames)
@@ -409,4 +409,4 @@ def _collective(frames: list[tuple[str, int, str]]) -> str:
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
-    """The watchdog's thread ends the process; see `Watchdog._terminated`."""
+    """Signal handler that does nothing: the watchdog's thread exits, see `_terminated`."""

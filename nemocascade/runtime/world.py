@@ -1,4 +1,4 @@
-"""The ranks of a run: process groups, device, and this rank's place on every axis."""
+"""The ranks of a run: process groups, device, and this rank's index on every axis."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from nemocascade.runtime.watchdog import Watchdog
 
 
 class MainRankError(RuntimeError):
-    """Work that the main rank does for all ranks failed there."""
+    """Work that the main rank does for all ranks has failed."""
 
 
 def world_size_of_environment() -> int:
-    """Ranks that the launcher (torchrun, srun + torchrun) started; 1 without one."""
+    """Number of ranks that the launcher (torchrun, srun + torchrun) started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
-    """True in the process that prints what a job prints once; needs no process group."""
+    """True in the process that prints a job's output; needs no process group."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -46,7 +46,7 @@ class Groups(Protocol):
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands. Passed down; nothing below asks a global for it."""
+    """This process's ranks, device and groups. It is passed as an argument, never a global."""
 
     rank: int
     size: int
@@ -57,7 +57,7 @@ class World:
     watch: Watchdog = field(default_factory=Watchdog)
     """Names a rank that stalls or dies."""
     leave_engine: Callable[[], None] = lambda: None
-    """Destroys the engine's own groups; called before the process group goes."""
+    """Destroys the engine's own groups; called before the default process group is destroyed."""
 
     @property
     def dp_rank(self) -> int:
@@ -85,7 +85,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """The one rank that writes what a run writes once."""
+        """True on the one rank that writes the run's files."""
         return self.rank == 0
 
     def describe(self) -> str:
@@ -101,19 +101,19 @@ class World:
         dist.barrier()
 
     def broadcast_object(self, value: Any, src: int = 0) -> Any:
-        """`value` of rank `src`, a JSON-like object, on every rank."""
+        """Broadcast a JSON-like object from rank `src` to every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=src)
         return box[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """`value` of every rank, by rank."""
+        """Gather an object from every rank, in rank order."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
     def sum_over_data_parallel(self, value: torch.Tensor) -> torch.Tensor:
-        """`value` summed in place over the data-parallel ranks."""
+        """Sum `value` in place over the data-parallel ranks."""
         dist.all_reduce(value, group=self.groups.dp)
         return value
 
@@ -125,7 +125,7 @@ class World:
 
 
 def main_first(world: World, work: Any, rest: Any) -> Any:
-    """`work()` on the main rank, then `rest()` on the others; its failure fails all ranks."""
+    """Run `work()` on the main rank, then `rest()` on the others; a failure fails all ranks."""
     failure, result = None, None
     if world.is_main:
         try:

@@ -1,1 +1,1 @@
-"""The loop of each stage."""
+"""The training loop of each stage, with its startup, evaluation and scoring."""

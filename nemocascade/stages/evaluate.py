@@ -31,7 +31,7 @@ class EvalSettings:
     data: DataConfig = field(
         default_factory=lambda: DataConfig(capacity=8192, sequences_per_step=8, heldout_rows=0)
     )
-    """What to score: every row of `data.path`."""
+    """Documents to score: every row of `data.path`."""
 
     work_dir: str = "runs/eval"
     """Folder for the tokenised data and the log."""
@@ -41,9 +41,10 @@ class EvalSettings:
 
 
 def run_eval(settings: EvalSettings) -> tuple[float, int]:
-    """The loss and the number of tokens it is the mean of.
+    """Compute the loss and the number of tokens in its mean.
 
-    Raises CheckpointError, RecipeError or DataError for what cannot be read or run.
+    Raises CheckpointError, RecipeError or DataError if the artifact, the settings or the data are
+    invalid.
     """
     artifact = read_artifact(Path(settings.artifact))
     tokenizer_path = artifact.tokenizer_path
@@ -54,7 +55,7 @@ def run_eval(settings: EvalSettings) -> tuple[float, int]:
         data=settings.data,
         tokenizer=TokenizerConfig(path=str(tokenizer_path or "")),
         parallel=settings.parallel,
-        # What the checks at the start foresee is training.
+        # Preflight predicts the memory of training, which evaluation does not need.
         engine=replace(settings.engine, preflight=False),
     )
     with stage_world(recipe) as (world, accelerators):

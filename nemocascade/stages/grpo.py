@@ -20,8 +20,8 @@ from nemocascade.train.weight_swap import WeightSwap
 def run_grpo(recipe: GrpoRecipe) -> Path:
     """Train as the recipe says and return the artifact's folder.
 
-    Raises RecipeError if settings cannot run, CheckpointError if the artifact to start from or a
-    checkpoint cannot be read, and NonFiniteError if training breaks down.
+    Raises RecipeError if settings are invalid, CheckpointError if the artifact to start from or a
+    checkpoint cannot be read, and NonFiniteError if the loss or a gradient is not finite.
     """
     with policy_run(recipe) as run:
         reference = None
@@ -33,7 +33,7 @@ def run_grpo(recipe: GrpoRecipe) -> Path:
 
 
 def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> dict[str, float]:
-    """The loop. Returns the last held-out scores."""
+    """Run the training loop; returns the last held-out scores."""
     trainer, objective = run.trainer, grpo_objective(recipe.grpo.kl_coef)
     books = Bookkeeper(run)
     for step in range(books.first, recipe.steps):

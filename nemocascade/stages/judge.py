@@ -1,4 +1,4 @@
-"""How a stage opens its judge: checks before the start, a first question, an artifact's weights."""
+"""Judge setup of a stage: checks before the start, a probe question, an artifact's weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemocascade.types import Artifact
 
 
 def open_judge(settings: JudgeConfig, policy: Artifact) -> Artifact:
-    """The artifact of a judge.
+    """Open the artifact of a judge.
 
     Raises CheckpointError if it cannot be read, and RecipeError naming both artifacts if its shape
     or tokenizer is not the policy's.
@@ -32,8 +32,10 @@ def open_judge(settings: JudgeConfig, policy: Artifact) -> Artifact:
 
 
 def check_judge(settings: JudgeConfig, policy: Artifact) -> None:
-    """Raises as `open_judge` for an artifact that cannot judge, and RecipeError for the settings of
-    a server that cannot work; needs no process group."""
+    """Check the judge's settings; needs no process group.
+
+    Raises as `open_judge` for an unusable artifact, and RecipeError for invalid server settings.
+    """
     if settings.kind == "artifact":
         open_judge(settings, policy)
     if settings.kind == "server" and (problems := judge_problems(settings)):
@@ -41,10 +43,10 @@ def check_judge(settings: JudgeConfig, policy: Artifact) -> None:
 
 
 def probe_judge(settings: JudgeConfig, world: World) -> None:
-    """Ask a server one question, before anything costly begins; every rank calls it.
+    """Ask a server one question before anything costly starts; every rank calls it.
 
-    Raises RecipeError on the main rank, and MainRankError on the others, if the server refuses it:
-    its address, the model's name, the key or the form of the question is wrong.
+    Raises RecipeError on the main rank, and MainRankError on the others, if the server rejects it:
+    the address, the model's name, the key or the form of the question is wrong.
     """
 
     def probe() -> None:
@@ -71,7 +73,7 @@ def judge_on_ranks(
     *,
     seed: int,
 ) -> ArtifactJudge | None:
-    """The judge that a stage makes on its ranks; None where the settings name another kind."""
+    """The judge that runs on the training ranks; None if the settings name another kind."""
     if settings.kind != "artifact":
         return None
     artifact = open_judge(settings, policy)

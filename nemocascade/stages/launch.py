@@ -1,4 +1,4 @@
-"""From a recipe script to a running stage: overrides, then the stage of the recipe's type."""
+"""Launches a recipe script: applies overrides, then runs the stage of the recipe's type."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemocascade.stages.sft import run_sft
 
 
 def run_stage(recipe: StageRecipe) -> Path:
-    """Run the stage that a recipe is of; returns the artifact's folder."""
+    """Run the stage that matches the recipe's type; returns the artifact's folder."""
     if isinstance(recipe, GrpoRecipe):
         return run_grpo(recipe)
     if isinstance(recipe, MopdRecipe):
@@ -24,7 +24,7 @@ def run_stage(recipe: StageRecipe) -> Path:
 
 
 def parse[R: StageRecipe](recipe: R, arguments: list[str] | None = None) -> R:
-    """`recipe` with the command line's overrides. Unknown names end the program with a hint."""
+    """Apply the command line's overrides. Unknown names exit with a hint."""
     return tyro.cli(
         type(recipe),
         default=recipe,
@@ -37,7 +37,7 @@ def parse[R: StageRecipe](recipe: R, arguments: list[str] | None = None) -> R:
 def launch(recipe: StageRecipe, arguments: list[str] | None = None) -> Path:
     """Run the stage of `recipe` with the command line's overrides; returns the artifact's folder.
 
-    Settings and data that cannot run end the program with exit code 2 and a message.
+    Invalid settings or data end the program with exit code 2 and a message.
     """
     resolved = parse(recipe, arguments)
     if not Path(resolved.run_dir).is_absolute():

@@ -1,4 +1,4 @@
-"""Multi-domain on-policy distillation: the run's own checkpoints teach the student's own rollouts.
+"""Multi-domain on-policy distillation: teacher artifacts score the student's own rollouts.
 
 Nemotron-Cascade 2 (arXiv 2603.19220), Eq. 2-4.
 """
@@ -31,9 +31,9 @@ from nemocascade.types import Artifact
 def run_mopd(recipe: MopdRecipe) -> Path:
     """Train as the recipe says and return the artifact's folder.
 
-    Raises RecipeError if settings cannot run or a teacher does not fit the student,
-    CheckpointError if an artifact or a checkpoint cannot be read, and NonFiniteError if training
-    breaks down.
+    Raises RecipeError if settings are invalid or a teacher does not match the student,
+    CheckpointError if an artifact or a checkpoint cannot be read, and NonFiniteError if the loss
+    or a gradient is not finite.
     """
     with policy_run(recipe, check=open_teachers) as run:
         by_domain = open_teachers(recipe)
@@ -44,11 +44,10 @@ def run_mopd(recipe: MopdRecipe) -> Path:
 
 
 def open_teachers(recipe: MopdRecipe) -> dict[str, Artifact]:
-    """The teacher's artifact of each domain.
+    """Open the teacher artifact of each domain.
 
     Raises CheckpointError for one that cannot be read, and RecipeError naming every teacher whose
-    tokenizer, vocabulary or shape is not the student's: its log-probabilities would be of other
-    tokens, or its weights would not fit.
+    tokenizer, vocabulary or shape differs from the student's.
     """
     student = read_artifact(Path(recipe.init_from))
     found = {t.domain: read_artifact(Path(t.artifact)) for t in recipe.teachers}
@@ -62,7 +61,7 @@ def open_teachers(recipe: MopdRecipe) -> dict[str, Artifact]:
 
 
 def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, float]:
-    """The loop. Returns the last held-out scores."""
+    """Run the training loop; returns the last held-out scores."""
     trainer, rollout = run.trainer, recipe.rollout
     objective = mopd_objective(recipe.mopd.ratio_low, recipe.mopd.ratio_high)
     books = Bookkeeper(run)
@@ -103,10 +102,10 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
 
 
 def student_sequences(groups: Sequence[Group], recipe: MopdRecipe) -> list[TrainingSequence]:
-    """Every rollout, each of its tokens weighing 1 / |V(y)|: the mean of Eq. 4 is by sequence.
+    """Training sequences of all rollouts, with token weight 1 / |V(y)|: Eq. 4 averages by sequence.
 
-    Rewards take no part, so a rollout whose verifier failed trains like the others. Out stay
-    empty ones, and truncated ones under overlong filtering.
+    Rewards are not used, so a rollout whose verifier failed trains like the others. Excluded: empty
+    rollouts, and truncated ones under overlong filtering.
     """
     return [
         TrainingSequence(

@@ -1,4 +1,4 @@
-"""How stages that train on rollouts start: checks, world, policy, engine, environments."""
+"""Startup of RL and MOPD stages: checks, world, policy, engine, environments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def policy_run[R: PolicyRecipe](
 ) -> Iterator[PolicyRun]:
     """Check the recipe, read the artifact it starts from, and resume if there is a checkpoint.
 
-    check: raises RecipeError for what else cannot run; called before any process group is made.
+    check: further checks that raise RecipeError; called before any process group exists.
     """
     parent, model = _checked_start(recipe)
     if check is not None:
@@ -57,7 +57,7 @@ def policy_run[R: PolicyRecipe](
         try:
             yield _assemble(recipe, parent, world, policy, every)
         except Exception as error:
-            # Before verifiers are ended, which may take as long as what they work on.
+            # Report the failure first: closing verifiers waits for their current work.
             world.watch.fail(error)
             raise
         finally:
@@ -67,8 +67,8 @@ def policy_run[R: PolicyRecipe](
 def _checked_start(recipe: PolicyRecipe) -> tuple[Artifact, ModelConfig]:
     """The artifact that the stage starts from, and its shape.
 
-    Raises RecipeError with every setting that cannot run, and CheckpointError for an artifact that
-    cannot be read.
+    Raises RecipeError with every invalid setting, and CheckpointError if the artifact cannot be
+    read.
     """
     problems = recipe.problems(world_size_of_environment())
     unknown = sorted({d.domain for d in recipe.domains} - set(DOMAINS))
@@ -87,7 +87,7 @@ def _checked_start(recipe: PolicyRecipe) -> tuple[Artifact, ModelConfig]:
 
 @dataclass(frozen=True)
 class _Policy:
-    """A policy that can be trained and sampled."""
+    """A policy for training and sampling."""
 
     trainer: Trainer
     engine: LiveEngine
@@ -101,8 +101,10 @@ def _open_policy(
     accelerators: Accelerators,
     tokenizer: Tokenizer,
 ) -> _Policy:
-    """The trainer with weights from the seed, and the engine that samples them; the weights of the
-    start, or of a checkpoint, are read by `Checkpoints.start`."""
+    """Build the trainer, with weights from the seed, and the engine that samples them.
+
+    `Checkpoints.start` reads the weights of the start or of a checkpoint later.
+    """
     trainer = Trainer(
         world,
         model,
@@ -132,9 +134,9 @@ def _assemble(
     policy: _Policy,
     every: Mapping[str, Environment],
 ) -> PolicyRun:
-    """The run with its tasks, its weights as of the last checkpoint, and the start's answers.
+    """Assemble the run: its tasks, the weights of the last checkpoint, and the start's answers.
 
-    every: environment by domain, those of other stages included.
+    every: environment by domain, including those of other stages.
     """
     tokenizer = policy.tokenizer
     environments = {d.domain: every[d.domain] for d in recipe.domains}

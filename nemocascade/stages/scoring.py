@@ -37,14 +37,14 @@ from nemocascade.stages.setup import watched_world
 from nemocascade.types import Environment
 
 VERSION = 1
-# How scores are made, not what they are of.
+# Fields that affect how scores are computed, but not their values.
 _HOW = ("parallel", "slots")
 
 
 @dataclass(frozen=True)
 class DomainScore:
-    """score: mean reward, None where every verifier failed. tasks: that were answered. errors:
-    verdicts that failed, which are not in the mean."""
+    """Score of one domain. score: mean reward, None if every verifier failed. tasks: number of
+    answered tasks. errors: number of failed verdicts, which are excluded from the mean."""
 
     score: float | None
     tasks: int
@@ -62,7 +62,7 @@ class Scores:
     seconds: float
 
     def of(self, domain: str) -> float | None:
-        """The score of a domain; None without one."""
+        """The score of a domain; None if there is none."""
         found = self.scores.get(domain)
         return None if found is None else found.score
 
@@ -82,7 +82,7 @@ class ScoreSettings:
     """Names of the domains."""
 
     difficulty: int = 0
-    """Of tasks that are made; 0 is the easiest."""
+    """Difficulty of generated tasks; 0 is the easiest."""
 
     work_dir: str = "runs/score"
     """Folder for the log."""
@@ -91,14 +91,14 @@ class ScoreSettings:
 
 
 def run_scoring(settings: ScoreSettings) -> Scores:
-    """The scores that the settings ask for. Raises as `score_artifact` does."""
+    """Score the artifact of the settings. Raises as `score_artifact`."""
     domains = tuple(ScoredDomain(d, difficulty=settings.difficulty) for d in settings.domains)
     config = replace(settings.scores, domains=settings.scores.domains or domains)
     return score_artifact(Path(settings.artifact), config, Path(settings.work_dir))
 
 
 def settings_key(config: ScoreConfig, files: Mapping[str, str]) -> str:
-    """Key of the settings that scores depend on. files: fingerprints of held-out files."""
+    """Key of the settings that affect scores. files: fingerprints of held-out files."""
     said = {name: value for name, value in asdict(config).items() if name not in _HOW}
     said["engine"] = said["engine"]["precision"]
     for name in JUDGE_HOW:
@@ -107,7 +107,7 @@ def settings_key(config: ScoreConfig, files: Mapping[str, str]) -> str:
 
 
 def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
-    """The fields of a JSON file of this program; None where it is missing or of another version."""
+    """The fields of a versioned JSON file; None if it is missing or of another version."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -116,7 +116,7 @@ def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
 
 
 def read_scores(path: Path) -> Scores | None:
-    """The content of a scores.json; None where it is missing or of another version."""
+    """The content of a scores.json; None if it is missing or of another version."""
     found = read_versioned(path, VERSION)
     if found is None:
         return None
@@ -129,10 +129,10 @@ def score_artifact(
 ) -> Scores:
     """Answer every domain's held-out tasks greedily and score the answers; every rank calls it.
 
-    settings: kept with the scores, see `settings_key`.
+    settings: stored with the scores, see `settings_key`.
 
-    Raises CheckpointError for an artifact that cannot be read, RecipeError for settings that
-    cannot run, and DataError for a domain without held-out tasks.
+    Raises CheckpointError if the artifact cannot be read, RecipeError for invalid settings, and
+    DataError for a domain without held-out tasks.
     """
     started = time.perf_counter()
     artifact = read_artifact(folder)
@@ -183,7 +183,7 @@ def score_artifact(
 
 
 def scoring_problems(config: ScoreConfig) -> list[str]:
-    """Every rule that the settings break, as far as it is known without a model."""
+    """Every rule that the settings break, as far as can be checked without a model."""
     problems = config.problems(world_size_of_environment())
     problems += [
         f"scores.domains names {d.domain!r}, known are {', '.join(DOMAINS)}"
@@ -202,7 +202,7 @@ def _answer(
     environments: Mapping[str, Environment],
     config: ScoreConfig,
 ) -> dict[str, list[Group]]:
-    """The answers to every domain's tasks; domains with one limit are generated together."""
+    """Answer every domain's tasks; domains with the same limit are generated together."""
     rollout = RolloutConfig(
         rollouts_per_prompt=1,
         max_prompt_tokens=config.max_prompt_tokens,
@@ -271,7 +271,7 @@ def _samples(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def _report(found: Scores) -> None:
-    """Scores in the log, and the verdicts that failed."""
+    """Log the scores and the number of failed verdicts."""
     shown = ", ".join(
         f"{name} {'-' if s.score is None else format(s.score, '.3f')}"
         for name, s in found.scores.items()

@@ -1,4 +1,4 @@
-"""Steps of every stage before its loop: checks, the world of ranks, tokenizer, data."""
+"""Startup steps of every stage: checks, the world of ranks, tokenizer, data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from nemocascade.runtime.world import World, main_first, world_size_of_environme
 def stage_world(recipe: SftRecipe | PolicyRecipe) -> Iterator[tuple[World, Accelerators]]:
     """Check the recipe, join the process groups, and leave them at the end.
 
-    Raises RecipeError with every setting that cannot run, before any process group is made.
+    Raises RecipeError with every invalid setting, before any process group exists.
     """
     size = world_size_of_environment()
     check = problems_before(recipe, size) if recipe.engine.preflight else recipe.problems(size)
@@ -41,7 +41,7 @@ def stage_world(recipe: SftRecipe | PolicyRecipe) -> Iterator[tuple[World, Accel
         LOGGER.info(world.describe())
         LOGGER.info("accelerators:\n%s", detected.table())
         if recipe.engine.preflight:
-            # Devices and collectives are timed; every rank hears of every problem.
+            # Devices and collectives are timed; every rank gets every problem.
             world.watch.enter("preflight")
             found = check_together(recipe, world)
             LOGGER.info(found.text())
@@ -81,14 +81,15 @@ def watched_world(
 
 
 def on_main_rank(run_dir: Path, engine: EngineConfig, work: Callable[[], Any]) -> Any:
-    """Result of `work()` on the main rank, on every rank, in a world of its own between stages.
+    """Run `work()` on the main rank and return its result on every rank.
 
-    The log goes to RUN/log.txt. A failure fails all ranks.
+    It runs in a world of its own between stages. The log goes to RUN/log.txt. A failure fails all
+    ranks.
     """
     if world_size_of_environment() == 1:
         start_logging(run_dir, is_main=True)
         return work()
-    # The others wait while the main rank hashes data sets.
+    # Long timeout: the others wait while the main rank hashes data sets.
     world = start_world(ParallelConfig(), replace(engine, timeout_s=max(86_400, engine.timeout_s)))
     try:
         start_logging(run_dir, is_main=world.is_main)
@@ -100,7 +101,7 @@ def on_main_rank(run_dir: Path, engine: EngineConfig, work: Callable[[], Any]) -
 
 
 def open_tokenizer(recipe: SftRecipe, world: World) -> Tokenizer:
-    """The recipe's tokenizer, trained on its data at the first start if it names none.
+    """The recipe's tokenizer; if none is named, one is trained on its data at the first start.
 
     Raises an error if the tokenizer has more ids than the model has embeddings.
     """
@@ -120,7 +121,7 @@ def open_tokenizer(recipe: SftRecipe, world: World) -> Tokenizer:
 
 
 def open_stage_data(recipe: SftRecipe, world: World, tokenizer: Tokenizer) -> StageData:
-    """The recipe's documents, tokenised by the main rank where no cache of them exists."""
+    """The recipe's documents. The main rank tokenises them unless they are cached."""
     folder = recipe.data.cache_dir or str(Path(recipe.run_dir) / "cache")
     data: StageData = main_first(
         world,
@@ -136,7 +137,7 @@ def open_stage_data(recipe: SftRecipe, world: World, tokenizer: Tokenizer) -> St
 def heldout_loader(
     data: DataConfig, world: World, tokenizer: Tokenizer, documents: DocumentSet
 ) -> HeldoutLoader:
-    """Every document once, in as many micro-batches on each rank as the schedule asks for."""
+    """Loader of every document once, in as many micro-batches per rank as the schedule needs."""
     return HeldoutLoader(
         documents,
         data,
@@ -148,7 +149,7 @@ def heldout_loader(
 
 
 def write_recipe(recipe: Any, world: World) -> None:
-    """Keep the resolved recipe in RUN/recipe.json."""
+    """Write the resolved recipe to RUN/recipe.json."""
     if world.is_main:
         path = Path(recipe.run_dir) / "recipe.json"
         path.write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")

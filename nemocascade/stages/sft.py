@@ -29,8 +29,8 @@ from nemocascade.train.trainer import Trainer
 def run_sft(recipe: SftRecipe) -> Path:
     """Train as the recipe says and return the artifact's folder.
 
-    Raises RecipeError if settings cannot run, CheckpointError if a checkpoint cannot be resumed
-    from, and NonFiniteError if training breaks down.
+    Raises RecipeError if settings are invalid, CheckpointError if a checkpoint cannot be read,
+    and NonFiniteError if the loss or a gradient is not finite.
     """
     run_dir = Path(recipe.run_dir)
     with stage_world(recipe) as (world, accelerators):
@@ -56,7 +56,7 @@ def run_sft(recipe: SftRecipe) -> Path:
             dp_rank=world.dp_rank,
             dp_size=world.dp_size,
             pad_id=tokenizer.pad_id,
-            # Ranks finish together where packs cost the same.
+            # Packs of equal work let ranks finish together.
             work=WorkModel.of_transformer(
                 count_parameters(recipe.model).active,
                 recipe.model.pattern.count("*"),
@@ -97,7 +97,7 @@ def _train(
     heldout: HeldoutLoader | None,
     checkpoints: Checkpoints,
 ) -> float | None:
-    """The loop. Returns the last held-out loss."""
+    """Run the training loop; returns the last held-out loss."""
     first = trainer.step_number
     writer = MetricsWriter(
         Path(recipe.run_dir),

@@ -1,1 +1,1 @@
-"""One optimizer step over packed batches, and what a run keeps and shows."""
+"""The optimizer step over packed batches, with metrics, evaluation and checkpoint policy."""

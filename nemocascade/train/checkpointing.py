@@ -1,4 +1,4 @@
-"""When a run starts, goes on and ends: its checkpoints, what is kept of them, its artifact."""
+"""Checkpoint policy of a run: start or resume, save, prune, stop on request, write the artifact."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from nemocascade.train.trainer import Trainer
 
 
 class Source(Protocol):
-    """A stage's training data, with a position that a checkpoint keeps."""
+    """A stage's training data, with a position that checkpoints store."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, JSON values only."""
+        """The position as JSON values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position."""
+        """Restore a position."""
 
 
 STOP = "stop"
-"""A file of this name in the run folder asks for a checkpoint and an end. Schedulers leave it there
-before a time limit; `stop.done` says that the checkpoint is written."""
+"""A file of this name in the run folder asks the run to save a checkpoint and stop. Schedulers
+create it before a time limit. The run renames it to `stop.done` once the checkpoint is written."""
 
 
 class Stopped(SystemExit):
-    """The run ended on request, after a checkpoint. Exit code 75: try again (sysexits)."""
+    """The run stopped on request, after a checkpoint. Exit code 75: try again (sysexits)."""
 
     def __init__(self, step: int) -> None:
         super().__init__(75)
@@ -53,7 +53,7 @@ class Stopped(SystemExit):
 
 
 class Checkpoints:
-    """The checkpoints of a run, in RUN/checkpoints, and its artifact. Every rank calls all."""
+    """Checkpoints of a run, in RUN/checkpoints, and its artifact. All ranks call every method."""
 
     def __init__(self, run_dir: Path, settings: CheckpointConfig, world: World) -> None:
         self.run_dir = run_dir
@@ -61,15 +61,15 @@ class Checkpoints:
         self.settings = settings
         self.world = world
         self.parent: dict[str, str] | None = None
-        """Folder and digest of the artifact that the weights came from."""
+        """Folder and digest of the artifact that the weights started from."""
         self.saved_step = -1
 
     def start(
         self, trainer: Trainer, source: Source, *, resume: bool, init_from: str = ""
     ) -> Path | None:
-        """Go on from the newest checkpoint; without one, start from `init_from` or as built.
+        """Resume from the newest checkpoint; without one, start from `init_from` or as built.
 
-        What a killed run left unfinished is removed. Returns the checkpoint, or None.
+        Leftovers of a killed run are removed. Returns the checkpoint's folder, or None.
 
         Raises CheckpointError on every rank if the checkpoint or artifact cannot be read, or if
         the run folder holds checkpoints and `resume` is off.
@@ -93,9 +93,9 @@ class Checkpoints:
         return folder
 
     def save(self, trainer: Trainer, source: Source) -> Path | None:
-        """Write the checkpoint of the trainer's step, then delete those beyond `keep`.
+        """Write a checkpoint of the trainer's step, then delete the oldest beyond `keep`.
 
-        Returns its folder, or None if this step stands on disk already.
+        Returns its folder, or None if this step is already saved.
         """
         step = trainer.step_number
         if step == self.saved_step:
@@ -111,7 +111,7 @@ class Checkpoints:
         return folder
 
     def stop_if_asked(self, trainer: Trainer, source: Source) -> None:
-        """After a step: where RUN/stop lies, save a checkpoint and raise Stopped on every rank."""
+        """After a step: if RUN/stop exists, save a checkpoint and raise Stopped on every rank."""
         request = self.run_dir / STOP
         if not self.world.broadcast_object(self.world.is_main and request.exists()):
             return
@@ -133,7 +133,7 @@ class Checkpoints:
     ) -> Path:
         """Write RUN/artifact from the trainer's weights and return the folder.
 
-        recipe: a dataclass. data: what it was trained on, JSON values only.
+        recipe: a dataclass. data: description of the training data, JSON values only.
         """
         provenance = Provenance(
             stage=stage,
@@ -155,7 +155,7 @@ class Checkpoints:
         return artifact.folder
 
     def _find(self, *, resume: bool) -> Path | None:
-        """Clean up, and the checkpoint to go on from, the same on every rank."""
+        """Remove leftovers and find the checkpoint to resume from, the same on every rank."""
         found: Path | None = None
         problems: list[str] = []
         if self.world.is_main:
@@ -176,7 +176,7 @@ class Checkpoints:
         return found
 
     def _check_parent(self, folder: Path, init_from: str) -> None:
-        """A run keeps the parent it started from; the artifact itself may be gone by now."""
+        """Check that `init_from` is still the run's parent; it may have been deleted since."""
         wanted = None
         if init_from:
             if not Path(init_from).exists():
@@ -194,7 +194,7 @@ class Checkpoints:
             )
 
     def _prune(self, newest: Path) -> None:
-        """Delete the oldest beyond `keep`. The pointer is on `newest` by now."""
+        """Delete the oldest checkpoints beyond `keep`. The pointer is already on `newest`."""
         if self.settings.keep <= 0:
             return
         kept = [p for p in complete_checkpoints(self.root) if p <= newest]

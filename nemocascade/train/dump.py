@@ -1,4 +1,4 @@
-"""Keeps the batches of a step whose loss or gradient was not finite."""
+"""Writes the batches of a step with a non-finite loss or gradient to files."""
 
 from __future__ import annotations
 

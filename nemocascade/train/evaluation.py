@@ -1,4 +1,4 @@
-"""Held-out loss over packed batches, and the sums over ranks that training shares with it."""
+"""Held-out loss and metrics over packed batches, reduced over ranks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def batch_of(packed: Microbatch) -> PackedBatch:
 
 
 def sum_of_losses(outputs: Sequence[Any]) -> torch.Tensor:
-    """Scalar float64, 0 on ranks that hold no loss. outputs: of `run_schedule`."""
+    """Scalar float64, 0 on ranks without a loss. outputs: from `run_schedule`."""
     if not outputs:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack([o.loss.detach().double().reshape(()) for o in outputs]).sum()
 
 
 def from_last_stage(world: World, value: torch.Tensor) -> torch.Tensor:
-    """A value of the last stage, summed over data-parallel ranks, on the host of every rank."""
+    """The last stage's value, summed over data-parallel ranks, on the host of every rank."""
     value = value.to(world.device)
     if world.is_last_stage:
         world.sum_over_data_parallel(value)
@@ -44,11 +44,11 @@ def from_last_stage(world: World, value: torch.Tensor) -> torch.Tensor:
 def policy_metrics(
     world: World, outputs: Sequence[Any], batches: Sequence[PackedBatch]
 ) -> dict[str, float]:
-    """Means over the trained tokens of a step, on every rank: the objective's metrics, and the
-    difference between training and rollout.
+    """Means over the trained tokens of a step, on every rank: the metrics of the objective, and the
+    mismatch between training and rollout.
 
-    outputs: of `run_schedule`; batches: this rank's, on the host. `mismatch_mean` and
-    `mismatch_max` are of |log pi_train - log pi_rollout|, where batches hold the latter.
+    outputs: from `run_schedule`. batches: this rank's, on the host. `mismatch_mean` and
+    `mismatch_max` are those of |log pi_train - log pi_rollout|, if batches hold the latter.
     """
     sums: dict[str, float] = {}
     largest = 0.0
@@ -85,8 +85,8 @@ def domain_means(
 ) -> dict[str, float]:
     """`name/domain`: means over the trained tokens of each domain, on every rank.
 
-    outputs: of `run_schedule`; batches: this rank's, on the host. domains: by the number that
-    stands in a batch's `document_ids`. rows: quantities [C] from the log-probabilities [C] of the
+    outputs: from `run_schedule`. batches: this rank's, on the host; their `document_ids` are
+    indices into `domains`. rows: computes quantities [C] from the log-probabilities [C] of the
     training pass and the batch.
     """
     sums: dict[str, list[float]] = {}
@@ -118,11 +118,11 @@ def mopd_metrics(
     ratio_low: float,
     ratio_high: float,
 ) -> dict[str, float]:
-    """`policy_metrics`, and by domain: the teacher's advantage, the estimate of the reverse KL
-    (its negative: the mean of log pi - log pi_teacher over the student's own tokens), the
-    importance ratio, and the share of tokens that the gate stops.
+    """`policy_metrics`, and by domain: the teacher's advantage, the estimate of the reverse KL, the
+    importance ratio, and the fraction of tokens masked by the gate.
 
-    Arguments are those of `domain_means`, and the bounds of the gate.
+    The reverse-KL estimate is the negative advantage: the mean of log pi - log pi_teacher over the
+    student's own tokens. Arguments are those of `domain_means`, and the bounds of the gate.
     """
 
     def rows(logprob: torch.Tensor, batch: PackedBatch) -> dict[str, torch.Tensor]:
@@ -134,7 +134,7 @@ def mopd_metrics(
             batch.rollout_logprob,
             ratio_low=ratio_low,
             ratio_high=ratio_high,
-            # All is on the host by now, whatever trains.
+            # All tensors are on the host here, whatever the training device.
             backend="reference",
         )
         gated = (importance == 0).to(logprob.dtype)
@@ -158,10 +158,10 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
 ) -> list[torch.Tensor]:
-    """Log-probabilities of the rows that train, [C] float32 on the host, for each of this rank's
-    batches; 0 in the other rows. Every rank of a pipeline gets them.
+    """Log-probabilities of the trained rows, [C] float32 on the host, for each of this rank's
+    batches; 0 in other rows. Every pipeline rank gets them.
 
-    All data-parallel ranks give the same number of batches.
+    All data-parallel ranks pass the same number of batches.
     """
     for chunk in chunks:
         chunk.eval()

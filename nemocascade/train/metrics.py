@@ -1,5 +1,5 @@
-"""The numbers of a step, and where they are written: metrics.jsonl, TensorBoard, log.txt and a live
-line on rank 0."""
+"""Metrics of a step and their outputs: metrics.jsonl, TensorBoard, log.txt and a live line on rank
+0."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from nemocascade.train.trainer import StepResult
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: allocated on a GPU, resident in this process on a CPU."""
+    """Peak memory so far: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def load_imbalance(load: torch.Tensor) -> dict[str, Any]:
-    """How unevenly experts are used. load: [layers, E], slots of each expert.
+    """Metrics of the load balance over experts. load: [layers, E], slots of each expert.
 
-    `moe_max_load_by_layer` is the busiest expert's load over the average expert's (1 = even), of
-    each MoE layer in order, and `moe_max_load` their mean. `moe_load_entropy` is the entropy of the
-    load over log E (1 = even, 0 = one expert has all), the mean over layers. `moe_idle_experts` is
-    the share of experts that got nothing.
+    `moe_max_load_by_layer`: the busiest expert's load divided by the mean load (1 = even), by MoE
+    layer. `moe_max_load`: their mean. `moe_load_entropy`: entropy of the load divided by log E
+    (1 = even, 0 = a single expert), mean over layers. `moe_idle_experts`: fraction of experts
+    without load.
     """
     busiest = load.amax(1) / load.mean(1).clamp(min=1e-9)
     shares = load / load.sum(1, keepdim=True).clamp(min=1e-9)
@@ -47,12 +47,12 @@ def load_imbalance(load: torch.Tensor) -> dict[str, Any]:
 
 
 def is_due(step: int, every: int) -> bool:
-    """True if something that happens every `every` steps happens after step `step` (from 0)."""
+    """True if something that happens every `every` steps is due after step `step` (from 0)."""
     return every > 0 and (step + 1) % every == 0
 
 
 def step_values(result: StepResult, lr: float, step_time_s: float, world: World) -> dict[str, Any]:
-    """A line of metrics.jsonl. `mfu` is None where the device's peak is not known."""
+    """One line of metrics.jsonl. `mfu` is None if the device's peak is unknown."""
     peak = peak_tflops(world.device)
     achieved = result.flops / step_time_s / world.size / 1e12
     values: dict[str, Any] = {
@@ -77,10 +77,10 @@ def step_values(result: StepResult, lr: float, step_time_s: float, world: World)
 
 
 class MetricsWriter:
-    """Writes one record a step on the main rank, and nothing on the others.
+    """Writes one record per step on the main rank; does nothing on other ranks.
 
-    Lines of metrics.jsonl past `first_step` are dropped when a run resumes, so that the file holds
-    each step once.
+    When a run resumes, lines of metrics.jsonl past `first_step` are dropped, so that each step
+    appears once.
     """
 
     def __init__(

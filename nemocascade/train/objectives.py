@@ -10,16 +10,16 @@ from nemocascade_kernels import Grpo, Mopd, Nll
 from nemocascade.types import PackedBatch
 
 Objective = Callable[[PackedBatch], Any]
-"""The objective of a batch, for `linear_policy_loss`."""
+"""Maps a batch to its objective for `linear_policy_loss`."""
 
 
 def nll_objective(batch: PackedBatch) -> Nll:
-    """Negative log-likelihood of the trained tokens, as the batch weighs them."""
+    """Negative log-likelihood of the trained tokens, with the batch's weights."""
     return Nll(batch.token_weight)
 
 
 def grpo_objective(kl_coef: float) -> Objective:
-    """Eq. 1 of Nemotron-Cascade 2 (arXiv 2603.19220), with k3 to the reference where asked.
+    """Eq. 1 of Nemotron-Cascade 2 (arXiv 2603.19220), plus k3 to the reference if `kl_coef` is set.
 
     Raises ValueError for a batch without advantages, or without the reference that k3 needs.
     """

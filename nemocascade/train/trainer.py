@@ -36,18 +36,18 @@ from nemocascade.train.objectives import Objective, nll_objective
 from nemocascade.types import PackedBatch
 
 Measure = Callable[[World, Sequence[Any], Sequence[PackedBatch]], dict[str, float]]
-"""Measures of a step from the outputs of `run_schedule` and this rank's batches, on the host, as
-`policy_metrics`; the same on every rank."""
+"""Computes metrics of a step from the outputs of `run_schedule` and this rank's batches on the
+host, like `policy_metrics`; the same on every rank."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step measured, over all ranks.
+    """Measurements of one optimizer step, over all ranks.
 
-    loss: the objective, summed over the step. grad_norm: before clipping. tokens: of documents,
-    without padding. trained_tokens: rows whose loss counted. flops: see train/flops.py.
-    expert_load: [layers of kind E, experts] slots, or None. expert_bias: [layers of kind E,
-    experts], the selection bias after the step, or None. metrics: of `measure`.
+    loss: the objective, summed over the step. grad_norm: before clipping. tokens: number of
+    document tokens, without padding. trained_tokens: number of rows that train. flops: see
+    train/flops.py. expert_load: [MoE layers, experts] slots, or None. expert_bias: [MoE layers,
+    experts], the selection bias after the step, or None. metrics: from `measure`.
     """
 
     loss: float
@@ -61,7 +61,7 @@ class StepResult:
 
 
 class Trainer:
-    """The model, its optimizer, and the step that joins them."""
+    """The model, its optimizer, and the training step."""
 
     def __init__(
         self,
@@ -98,11 +98,11 @@ class Trainer:
         temperature: float = 1.0,
         measure: Measure | None = None,
     ) -> StepResult:
-        """One optimizer step over this rank's micro-batches of the step.
+        """Run one optimizer step over this rank's micro-batches of the step.
 
-        Weights are divided by their sum over all ranks, so that the loss is a weighted mean.
-        temperature: of the policy that is trained. measure: what is reported of it, from the
-        outputs of the training pass; every rank calls it.
+        Token weights are divided by their sum over all ranks, so that the loss is a weighted mean.
+        temperature: of the trained policy. measure: computes metrics from the outputs of the
+        training pass; every rank calls it.
 
         Raises NonFiniteError, before any weight changes, if the loss or the gradient is not
         finite; the batches of the rank that saw it first are written to RUN/nonfinite.
@@ -159,7 +159,7 @@ class Trainer:
             ) from error
 
     def skip_step(self) -> None:
-        """A step that had nothing to train on: no weight and no optimizer state changes."""
+        """Count a step with nothing to train on; no weight or optimizer state changes."""
         self.step_number += 1
 
     def evaluate(self, steps: Iterable[Sequence[PackedBatch]]) -> tuple[float, int]:
@@ -203,11 +203,12 @@ class Trainer:
         )
 
     def routers(self) -> list[MoEMixer]:
-        """The MoE mixers of this rank, in the order of the layers."""
+        """The MoE mixers of this rank, in layer order."""
         return [m for c in self.modules for m in c.modules() if isinstance(m, MoEMixer)]
 
     def _move_router_bias(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Update every router's selection bias; load and bias of all layers, on every rank."""
+        """Update every router's selection bias; returns load and bias of all layers, on every
+        rank."""
         pattern = self.config.shape.pattern
         order = [i for i, symbol in enumerate(pattern) if symbol == "E"]
         if not order:

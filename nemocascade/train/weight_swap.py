@@ -1,9 +1,8 @@
-"""Other weights in the training ranks' model for a while: references and teachers without a copy of
-the model.
+"""Weight swap: reference policies and teachers run in the training model, without a second model.
 
-A set of weights is everything a forward pass reads, parameters and persistent buffers, as this rank
-holds them. Sets wait in host memory, or in files that are read ahead of their turn. The optimizer's
-state is not touched, and the weights come back bit for bit.
+A weight set holds this rank's shard of all tensors that a forward pass reads: parameters and
+persistent buffers. Sets are offloaded to host memory, or to files that are prefetched. The
+optimizer's state is not touched, and the model's own weights are restored bit for bit.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ from nemocascade.runtime.world import World
 from nemocascade.types import Artifact
 
 WeightSet = list[Tensor]
-"""This rank's part of a model on the host, in the order of `live_tensors`."""
+"""This rank's shard of a model on the host, in the order of `live_tensors`."""
 
 Place = Callable[[str], None]
-"""Puts a set of weights, by its name, into the model."""
+"""Copies a weight set, by its name, into the model."""
 
 
 class SwapError(RuntimeError):
-    """Weights were asked for while others than the model's own are in place."""
+    """A weight set was requested during another swap."""
 
 
 class WeightSwap:
-    """The model's chunks, and the sets of weights that can take the place of their own.
+    """The model's chunks, and the weight sets that can replace their own weights.
 
-    folder: where sets wait in files, a file of each rank's part; None: they wait in host memory. It
-    must be of this run alone: `close` removes it.
+    folder: offload sets to files here, one for each rank's shard; None offloads to host memory. The
+    folder must belong to this run alone: `close` removes it.
     """
 
     def __init__(self, world: World, chunks: Sequence[Any], folder: Path | None = None) -> None:
         self.world, self.chunks, self.folder = world, list(chunks), folder
         self.current: str | None = None
-        """Name of the set in place; None for the model's own weights."""
+        """Name of the active set; None for the model's own weights."""
         self._sets: dict[str, WeightSet | Path] = {}
         self._own: WeightSet | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
@@ -53,19 +52,19 @@ class WeightSwap:
 
     @property
     def names(self) -> list[str]:
-        """Sets that are there."""
+        """Names of the stored sets."""
         return sorted(self._sets)
 
     @property
     def num_bytes(self) -> int:
-        """Host memory that this rank's sets take, the model's own weights included."""
+        """Host memory of this rank's sets in bytes, including the model's own offloaded weights."""
         sets = [kept for kept in self._sets.values() if not isinstance(kept, Path)]
         sets += [self._own] if self._own else []
         sets += [read.result() for read in self._ahead.values() if read.done()]
         return sum(t.numel() * t.element_size() for kept in sets for t in kept)
 
     def keep(self, name: str) -> None:
-        """Add a copy of the model's own weights as they are now."""
+        """Add a copy of the model's own current weights."""
         self._refuse_while_swapped("keep")
         self._store(name, self._copy())
 
@@ -83,21 +82,21 @@ class WeightSwap:
             self._fill(own)
 
     def drop(self, name: str) -> None:
-        """Forget a set."""
+        """Delete a set."""
         self._ahead.pop(name, None)
         kept = self._sets.pop(name)
         if isinstance(kept, Path):
             kept.unlink(missing_ok=True)
 
     def read_ahead(self, name: str) -> None:
-        """Start to read a set that waits in a file; it lies in host memory until its next turn."""
+        """Prefetch a set from its file in the background; it stays in host memory until used."""
         kept = self._sets[name]
         if isinstance(kept, Path) and name not in self._ahead:
             self._ahead[name] = self._reader.submit(_read, kept)
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """The model computes with the set `name` inside; its own weights are back afterwards.
+        """Context manager: the model computes with the set `name`; its own weights return at exit.
 
         Raises KeyError for an unknown name and SwapError inside another swap.
         """
@@ -107,10 +106,10 @@ class WeightSwap:
 
     @contextmanager
     def away(self) -> Iterator[Place]:
-        """Sets take turns inside, each put in place by its name; the model's own weights, which
-        are copied and brought back once, are there again afterwards.
+        """Context manager for several swaps: yields a function that activates a set by its name.
 
-        Raises SwapError inside another swap; placing an unknown name raises KeyError.
+        The model's own weights are copied and restored only once. Raises SwapError inside another
+        swap; activating an unknown name raises KeyError.
         """
         self._refuse_while_swapped("use")
         self._own = self._copy(into=self._own)
@@ -127,7 +126,7 @@ class WeightSwap:
             self.current = None
 
     def close(self) -> None:
-        """Forget all sets, and remove their files."""
+        """Delete all sets and their files."""
         self._reader.shutdown()
         self._ahead.clear()
         self._sets.clear()
@@ -189,7 +188,7 @@ def _read(path: Path) -> WeightSet:
 
 
 def live_tensors(chunks: Sequence[Any]) -> list[Tensor]:
-    """Parameters and persistent buffers of this rank's chunks, each once, in a fixed order."""
+    """Parameters and persistent buffers of this rank's chunks, deduplicated, in a fixed order."""
     found: dict[int, Tensor] = {}
     for chunk in chunks:
         module = unwrap(chunk)
@@ -202,9 +201,10 @@ def live_tensors(chunks: Sequence[Any]) -> list[Tensor]:
 
 
 def model_problems(named: str, other: Artifact, whose: str, policy: Artifact) -> list[str]:
-    """Why `other` cannot stand in the model of `policy`: another shape, another tokenizer.
+    """Reasons why `other` cannot run in the model of `policy`: another shape or tokenizer.
 
-    named: how messages begin, such as "judge.artifact is FOLDER". whose: such as "the student's".
+    named: start of each message, such as "judge.artifact is FOLDER". whose: "the student's", for
+    example.
     """
     problems = []
     different = [

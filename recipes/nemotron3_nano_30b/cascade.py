@@ -1,15 +1,15 @@
-"""The whole cascade of Nemotron-3-Nano-30B-A3B as Nemotron-Cascade 2 has it (arXiv 2603.19220).
+"""The full cascade of Nemotron-3-Nano-30B-A3B, following Nemotron-Cascade 2 (arXiv 2603.19220).
 
-SFT -> IF-RL -> multi-domain RL -> MOPD -> RLHF -> long-context RL -> code RL -> SWE RL, each with
-the numbers of its own script, and after each the held-out score of every domain. 256 GPUs: SFT runs
-on tp 8 x pp 2, which leaves dp 16; the other stages and the scores on tp 8, which leaves dp 32; ep
-8 on the same ranks.
+SFT -> IF-RL -> multi-domain RL -> MOPD -> RLHF -> long-context RL -> code RL -> SWE RL. Each stage
+uses the settings of its own script. After each, every domain gets a held-out score. On 256 GPUs,
+SFT runs with tp 8 x pp 2, which leaves dp 16. The other stages and the scores use tp 8, which
+leaves dp 32. ep 8 uses the same ranks.
 
-In MOPD math is taught by the SFT checkpoint and preference by RLHF aside from it, as in the paper;
-the other domains by the artifact with the best held-out score. How many prompts of preference the
-paper mixed in is not published: here one in six. An alarm tells of a stage that loses more than
-5 points of a domain. Held-out rows of preference need a `baseline`, a text that answers are held
-against.
+As in the paper, the MOPD teacher for math is the SFT checkpoint, and the teacher for preference is
+an RLHF side stage. The other domains use the artifact with the best held-out score. The paper does
+not publish its share of preference prompts; here it is one in six. An alarm reports a stage that
+loses more than 5 points in a domain. Held-out rows for preference need a `baseline`, a text that
+answers are compared with.
 
     nemocascade plan recipes/nemotron3_nano_30b/cascade.py --gpus 256 --gpu h200
     nemocascade preflight recipes/nemotron3_nano_30b/cascade.py --ranks 256
@@ -40,12 +40,12 @@ HERE = Path(__file__).parent
 
 
 def policy[R: PolicyRecipe](kind: type[R], name: str) -> R:
-    """A stage of a script beside this one. The cascade scores, so the stage itself need not."""
+    """Load a stage from its script, without its own evaluation: the cascade scores it."""
     return replace(load_recipe(HERE / f"{name}.py", kind), eval=RlEvalConfig(prompts=0))
 
 
 def sft() -> SftRecipe:
-    """SFT on the released rows. Its tokenizer goes with every artifact that follows."""
+    """SFT on the released rows. Every later artifact carries its tokenizer."""
     recipe = load_recipe(HERE / "sft.py", SftRecipe)
     return replace(
         recipe,
@@ -67,7 +67,7 @@ DOMAINS = (
     "swe_agentic",
 )
 
-# Longer than the others': as in training.
+# These domains have longer answers than the default, as in training.
 LIMITS = {"code": 120_832, "swe_agentless": 98_304, "swe_agentic": 229_376}
 MOPD, RLHF = policy(MopdRecipe, "mopd"), policy(GrpoRecipe, "rlhf")
 LONG_CONTEXT = policy(GrpoRecipe, "long_context_rl")
@@ -108,8 +108,8 @@ RECIPE = CascadeRecipe(
             for name in DOMAINS
         ),
         max_turns=200,
-        # Repositories are tested in the sandbox of that stage, answers over documents graded by the
-        # judge of that one.
+        # The sandbox of the agentic stage tests repositories. The judge of the long-context stage
+        # grades answers over documents.
         envs=replace(AGENTIC.envs, judge=LONG_CONTEXT.envs.judge),
         parallel=ParallelConfig(tp=8, ep=8),
     ),

@@ -1,8 +1,8 @@
-"""IF-RL of Nemotron-3-Nano-30B-A3B with the numbers of Nemotron-Cascade 2 (arXiv 2603.19220).
+"""IF-RL of Nemotron-3-Nano-30B-A3B, following Nemotron-Cascade 2 (arXiv 2603.19220).
 
-GRPO on instructions that rules verify: 128 prompts x 16 rollouts a step, 180 steps, strictly on-
-policy, AdamW (0.9, 0.95), learning rate 3e-6, no KL. 128 GPUs: tp 8 leaves dp 16, and ep 8 on the
-same ranks. Data: the released rows of the stage.
+GRPO on instructions that rules verify. 128 prompts x 16 rollouts per step, 180 steps, strictly on-
+policy, AdamW (0.9, 0.95), learning rate 3e-6, no KL. On 128 GPUs, tp 8 leaves dp 16, and ep 8 uses
+the same ranks. Data: the released rows of the stage.
 
     torchrun ... recipes/nemotron3_nano_30b/if_rl.py --init-from ARTIFACT
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 from nemocascade.recipe import DomainConfig, GrpoConfig, GrpoRecipe, nemotron3_nano_30b_stage
 from nemocascade.stages.launch import launch
 
-# Rollouts as by default: a truncated answer scores 0 and stays in the loss.
+# Rollout settings are the defaults: a truncated answer scores 0 and stays in the loss.
 RECIPE = replace(
     nemotron3_nano_30b_stage(GrpoRecipe),
     steps=180,

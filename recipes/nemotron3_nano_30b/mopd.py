@@ -1,12 +1,12 @@
-"""MOPD of Nemotron-3-Nano-30B-A3B with the numbers of Nemotron-Cascade 2 (arXiv 2603.19220).
+"""MOPD of Nemotron-3-Nano-30B-A3B, following Nemotron-Cascade 2 (arXiv 2603.19220).
 
-128 prompts x 4 rollouts a step, 52 steps, AdamW (0.9, 0.95), learning rate 2e-7 -> 2e-6 over 30
-steps, which the paper calls important: the gradient is large at first. Prompts: math 30 %,
-instructions 30 %, tools 10 %, STEM 15 %, structured output 15 %. 128 GPUs: tp 8 leaves dp 16, and
-ep 8 on the same ranks.
+128 prompts x 4 rollouts per step, 52 steps, AdamW (0.9, 0.95). The learning rate rises from 2e-7 to
+2e-6 over 30 steps, which the paper calls important because the first gradients are large. Prompts:
+math 30 %, instructions 30 %, tools 10 %, STEM 15 %, structured output 15 %. On 128 GPUs, tp 8
+leaves dp 16, and ep 8 uses the same ranks.
 
-Math is taught by the SFT checkpoint, the rest by the best one after IF-RL and multi-domain RL; name
-them with --teachers, or let `cascade.py` choose by held-out scores.
+The teacher for math is the SFT checkpoint. The other domains use the best checkpoint after IF-RL
+and multi-domain RL. Name them with --teachers, or let `cascade.py` choose by held-out scores.
 
     torchrun ... recipes/nemotron3_nano_30b/mopd.py --init-from ARTIFACT
 """
@@ -45,7 +45,7 @@ RECIPE = replace(
         TeacherConfig("multiple_choice", MULTI),
         TeacherConfig("structured_output", MULTI),
     ),
-    # Rewards take no part; verifying responses of up to 98,304 tokens would only cost time.
+    # The loss uses no rewards, and verifying responses of up to 98,304 tokens is costly.
     mopd=MopdConfig(score_rollouts=False),
 )
 

@@ -1,13 +1,13 @@
-"""RLHF of Nemotron-3-Nano-30B-A3B with the numbers of Nemotron-Cascade 2 (arXiv 2603.19220).
+"""RLHF of Nemotron-3-Nano-30B-A3B, following Nemotron-Cascade 2 (arXiv 2603.19220).
 
-GRPO on comparisons of all pairs of a prompt's answers, 120 a prompt, by a generative reward model
-on a server of its own: 128 prompts x 16 rollouts a step, 25 steps, KL 0.03 to the stage's start,
-strictly on-policy, AdamW (0.9, 0.95), learning rate 3e-6. The judge draws at temperature 0.6, top-p
-0.95. 128 GPUs: tp 8 leaves dp 16, and ep 8 on the same ranks. Data: the released rows of the stage,
-prompts without a ground truth.
+GRPO on comparisons by a generative reward model on its own server. All 120 pairs of a prompt's
+answers are compared. 128 prompts x 16 rollouts per step, 25 steps, KL 0.03 to the stage's start,
+strictly on-policy, AdamW (0.9, 0.95), learning rate 3e-6. The judge samples at temperature 0.6,
+top-p 0.95. On 128 GPUs, tp 8 leaves dp 16, and ep 8 uses the same ranks. Data: the released rows of
+the stage, prompts without a ground truth.
 
-The server must hand the roles response_1 and response_2 to the model's template, as vLLM does, and
-have room for a prompt, two responses and the judge's reasoning.
+The server must pass the roles response_1 and response_2 to the model's template, as vLLM does. Its
+context must hold a prompt, two responses and the judge's reasoning.
 
     vllm serve nvidia/Qwen3-Nemotron-235B-A22B-GenRM --tensor-parallel-size 8 --max-model-len 98304
     torchrun ... recipes/nemotron3_nano_30b/rlhf.py --init-from ARTIFACT \\
@@ -41,7 +41,7 @@ RECIPE = replace(
             heldout_path=("data/rlhf_heldout.jsonl",),
         ),
     ),
-    # Rewards of comparisons are hardly ever all equal. Truncated answers stay in the loss: the
+    # Rewards from comparisons are rarely all equal. Truncated answers stay in the loss, as in the
     # paper's text; its table says otherwise.
     rollout=replace(BASE.rollout, max_response_tokens=16_384, dynamic_filtering=False),
     grpo=GrpoConfig(kl_coef=0.03, capacity=49_152),

@@ -1,9 +1,9 @@
-"""SFT of Nemotron-3-Nano-30B-A3B with the numbers of Nemotron-Cascade 2 (arXiv 2603.19220).
+"""SFT of Nemotron-3-Nano-30B-A3B, following Nemotron-Cascade 2 (arXiv 2603.19220).
 
-Sequences packed to 256K tokens, 64 of them a step, AdamW (0.9, 0.98), weight decay 0.1, learning
-rate 5e-5 -> 5e-6 by cosine over 40,000 steps with 200 of warm-up, 33,000 steps run, sequence-level
-load balance 1e-4: the defaults of `SftRecipe`. 256 GPUs: tp 8 x pp 2 leaves dp 16, and ep 8 on the
-same ranks.
+The settings are the defaults of `SftRecipe`: 64 sequences per step, packed to 256K tokens, AdamW
+(0.9, 0.98), weight decay 0.1, sequence-level load balance 1e-4. The learning rate decays from 5e-5
+to 5e-6 by cosine over 40,000 steps after 200 of warm-up; 33,000 steps are run. On 256 GPUs, tp 8 x
+pp 2 leaves dp 16, and ep 8 uses the same ranks.
 
     torchrun ... recipes/nemotron3_nano_30b/sft.py --data.path DATA --tokenizer.path tokenizer.json
 """

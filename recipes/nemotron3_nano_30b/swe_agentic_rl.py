@@ -1,14 +1,14 @@
-"""Agentic SWE RL of Nemotron-3-Nano-30B-A3B, the numbers of Nemotron-Cascade 2 (arXiv 2603.19220).
+"""Agentic SWE RL of Nemotron-3-Nano-30B-A3B, following Nemotron-Cascade 2 (arXiv 2603.19220).
 
-GRPO on episodes in which an agent repairs a repository: 16 prompts x 64 rollouts a step, at most
+GRPO on episodes in which an agent repairs a repository. 16 prompts x 64 rollouts per step, at most
 200 turns in a context of 262,144 tokens, temperature 0.8, learning rate 3e-6 -> 0 after 10 steps of
-warm-up; 1 if all hidden tests pass, else 0. Prompts that were solved every time are dropped
-beforehand, and so are 90 % of those never solved: rows need their `pass_rate`. Published are
-neither the number of steps nor top-p: here 100 and 1, the defaults. 128 GPUs: tp 8, pp 2 as in SFT
-on sequences of that length.
+warm-up. The reward is 1 if all hidden tests pass, else 0. Prompts that were always solved are
+dropped, and 90 % of those never solved: rows need their `pass_rate`. The number of steps and top-p
+are not published; here they are the defaults, 100 and 1. On 128 GPUs: tp 8 and pp 2, as in SFT on
+sequences of that length.
 
-Tests run on the hosts of the first ranks of each replica, so what the repositories import must be
-there: name it in `--envs.sandbox.packages`.
+Tests run on the hosts of each replica's first ranks. Packages that the repositories import must be
+installed there: name them in `--envs.sandbox.packages`.
 
     torchrun ... recipes/nemotron3_nano_30b/swe_agentic_rl.py --init-from ARTIFACT
 """

@@ -1,12 +1,12 @@
-"""SWE RL without an agent of Nemotron-3-Nano-30B-A3B: Nemotron-Cascade 2 (arXiv 2603.19220).
+"""SWE RL without an agent, Nemotron-3-Nano-30B-A3B, following Nemotron-Cascade 2 (2603.19220).
 
-GRPO on search/replace edits that repair a repository, from an issue, the golden files and the five
-files that BM25 retrieves; graded by a reward model, or by tests where a row has them: 128 prompts x
-16 rollouts a step, 45 steps (the paper: 40 to 50), strictly on-policy, AdamW (0.9, 0.95), learning
-rate 3e-6, no KL. Prompts with no rollout above 0.5 do not train. 128 GPUs: tp 8 leaves dp 16, and
-ep 8 on the same ranks. Data: the released rows of the stage. The reward model is on a server that
-speaks OpenAI's protocol; name yours. What the repositories import for their tests must be on the
-hosts: name it in `--envs.sandbox.packages`.
+GRPO on search/replace edits that repair a repository. The prompt holds an issue, the golden files
+and the five files that BM25 retrieves. Rows with tests are graded by them, others by a reward
+model. 128 prompts x 16 rollouts per step, 45 steps (the paper: 40 to 50), strictly on-policy, AdamW
+(0.9, 0.95), learning rate 3e-6, no KL. Prompts with no rollout above 0.5 do not train. On 128 GPUs,
+tp 8 leaves dp 16, and ep 8 uses the same ranks. Data: the released rows of the stage. The reward
+model is yours, on an OpenAI-compatible server. Packages that the repositories import in their tests
+must be on the hosts: name them in `--envs.sandbox.packages`.
 
     torchrun ... recipes/nemotron3_nano_30b/swe_agentless_rl.py --init-from A --envs.judge.url URL
 """
@@ -32,14 +32,14 @@ RECIPE = replace(
     stage="swe_agentless_rl",
     run_dir="runs/nemotron3_nano_30b/swe_agentless_rl",
     domains=(DomainConfig(domain="swe_agentless", path=("data/swe_agentless_rl.jsonl",), tasks=0),),
-    # Overlong filtering is not published; it is off, because what is not solved in time was not
-    # solved.
+    # Whether the paper filters overlong answers is not published. It is off here: a truncated
+    # repair counts as a failed one.
     rollout=replace(
         BASE.rollout, max_response_tokens=98_304, dynamic_filtering=False, min_best_reward=0.5
     ),
     grpo=GrpoConfig(capacity=131_072),
     envs=EnvConfig(
-        # As for episodes of an agent: the tests are those of whole repositories.
+        # The same limits as for agents: the tests are those of whole repositories.
         sandbox=SandboxConfig(
             time_s=600.0, memory_mib=8192, processes=64, output_kib=4096, scratch_mib=2048
         ),

@@ -1,8 +1,8 @@
-"""The whole cascade with the tiny model, for CPUs: 16 minutes on two cores, no download.
+"""The full cascade with the tiny model, for CPUs: 16 minutes on two cores, no download.
 
-SFT, then one RL stage after the other, with a teacher of preferences aside and distillation (MOPD)
-in the middle, in the order of Nemotron-Cascade 2 (arXiv 2603.19220). After each stage every domain
-is scored.
+The order follows Nemotron-Cascade 2 (arXiv 2603.19220): SFT, then the RL stages, with distillation
+(MOPD) in the middle. A side stage trains the preference teacher. After each stage, every domain is
+scored.
 
     torchrun --nproc-per-node 2 -m nemocascade.cli run recipes/tiny/cascade.py
     nemocascade run recipes/tiny/cascade.py --dry-run
@@ -36,8 +36,8 @@ HERE = Path(__file__).parent
 
 
 def policy[R: PolicyRecipe](kind: type[R], name: str, steps: int = 15) -> R:
-    """A stage of a script beside this one, shorter than when it runs alone. The cascade scores, so
-    the stage itself need not."""
+    """Load a stage from its script, with fewer steps and without its own evaluation: the cascade
+    scores it."""
     return replace(
         load_recipe(HERE / f"{name}.py", kind),
         steps=steps,
@@ -55,17 +55,17 @@ IF, MULTI, RLHF, LONG = (
 CODE = policy(GrpoRecipe, "code_rl", steps=12)
 AGENTLESS = policy(GrpoRecipe, "swe_agentless_rl", steps=12)
 AGENTIC = policy(GrpoRecipe, "swe_agentic_rl", steps=14)
-# At the height of the stage alone, its steps undo what the stage before it learnt.
+# The learning rate of the stage's own script would undo what the previous stage learnt.
 AGENTIC = replace(AGENTIC, optimizer=replace(AGENTIC.optimizer, lr=3e-4, min_lr=3e-4))
 
-# Tasks are distilled and scored as hard as the stage of their domain has them.
+# MOPD and the scores use the difficulty of each domain's own stage.
 DIFFICULTY = {
     domain.domain: domain.difficulty
     for recipe in (IF, MULTI, RLHF, LONG, CODE, AGENTLESS, AGENTIC)
     for domain in recipe.domains
 }
 MOPD = policy(MopdRecipe, "mopd", steps=40)
-# Domains that RL has trained so far, and those that SFT alone taught, which RL may have harmed.
+# Domains that RL has trained so far, and those trained by SFT only, which RL may have harmed.
 SHARES = {
     "instruction_following": 0.22,
     "multiple_choice": 0.06,
@@ -78,17 +78,17 @@ SHARES = {
 }
 MOPD = replace(
     MOPD,
-    # Chosen by the scores of the artifacts before it.
+    # The cascade chooses teachers by the scores of earlier artifacts.
     teachers=(),
     domains=tuple(
         DomainConfig(name, share=share, difficulty=DIFFICULTY.get(name, 0), tasks=800)
         for name, share in SHARES.items()
     ),
     rollout=replace(MOPD.rollout, max_prompt_tokens=160),
-    # The last steps settle on the teachers. Change `decay_steps` with `steps`.
+    # The decay lets the last steps converge. Change `decay_steps` together with `steps`.
     optimizer=replace(MOPD.optimizer, schedule="linear", min_lr=2e-5, decay_steps=MOPD.steps),
 )
-# What an agent's tools answer counts too; its episodes take the time of all other answers together.
+# Tool results count as response tokens. The agent's episodes cost as much as all other answers.
 LIMITS, TASKS = {"swe_agentic": 448}, {"swe_agentic": 64}
 
 RECIPE = CascadeRecipe(
@@ -124,7 +124,7 @@ RECIPE = CascadeRecipe(
         envs=EnvConfig(if_language_check="letters", check_timeout_s=30.0),
         engine=EngineConfig(precision="fp32"),
     ),
-    # 128 tasks: a score is known to about 4 points, the agent's to about 6.
+    # With 128 tasks the error of a score is about 4 points, for the agent with 64 about 6.
     alarm=AlarmConfig(drop=15.0),
 )
 

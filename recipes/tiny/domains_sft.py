@@ -1,10 +1,10 @@
-"""SFT on the tasks of all reinforcement-learning domains: what the tiny RL stages start from.
+"""SFT on the tasks of all RL domains: the start of the tiny RL stages.
 
-The rows are made from the environments' own tasks with their known solutions, a quarter of them
-with reasoning. Six of ten show a habit that costs the reward: a fence around JSON, a call of the
-wrong tool, `print` for `return`. So greedy answers mostly fail, while draws succeed now and then:
-that is where RL can work within minutes. Mathematics has no such habit; answers of the preference
-domain are of mixed quality anyway.
+Rows are generated from the environments' own tasks with their known solutions, a quarter of them
+with reasoning. Six in ten show a habit that costs the reward: a code fence around JSON, a call of
+the wrong tool, `print` for `return`. Greedy answers therefore mostly fail, while samples sometimes
+succeed, so that RL can improve within minutes. Math has no such habit, and the preference domain's
+answers vary in quality anyway.
 
     torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
 """
@@ -23,7 +23,7 @@ from nemocascade.recipe import (
 )
 from nemocascade.stages.launch import launch
 
-# Domain, difficulty, rows. Domains whose answers are short, or hard, have more.
+# Domain, difficulty, rows. Domains with short or hard answers have more rows.
 ROWS = (
     ("instruction_following", 1, 900),
     ("multiple_choice", 0, 2400),

@@ -1,7 +1,7 @@
-"""MOPD of the tiny model: the run's own checkpoints win back what the student lost.
+"""MOPD of the tiny model: checkpoints of the run restore what the student lost.
 
-The student comes from multi-domain RL. Each domain is taught by the checkpoint that was trained
-for it; math, which no stage trains, by the SFT checkpoint. In a cascade the best held-out score
+The student comes from multi-domain RL. The teacher of each domain is the checkpoint trained for it.
+No stage trains math, so its teacher is the SFT checkpoint. In a cascade, the best held-out score
 decides.
 
     torchrun --nproc-per-node 2 recipes/tiny/mopd.py --init-from runs/tiny/multi_domain_rl/artifact

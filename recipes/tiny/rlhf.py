@@ -1,7 +1,7 @@
 """RLHF of the tiny model: GRPO on comparisons of all pairs of a prompt's answers.
 
-A rule judges; it knows which words a good answer has. The measure is the win rate against the
-answers that the stage's start gives, 0.5 at the start.
+The judge is a rule that knows which words a good answer has. The metric is the win rate against the
+answers of the stage's start, which begins at 0.5.
 
     torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
     torchrun --nproc-per-node 2 recipes/tiny/rlhf.py

@@ -1,4 +1,4 @@
-"""SFT of a 2 M-parameter hybrid model, for CPUs. Needs no download: it makes its own data.
+"""SFT of a 2 M-parameter hybrid model, for CPUs. It generates its own data, without a download.
 
 python recipes/tiny/sft.py --steps 50
 torchrun --nproc-per-node 2 recipes/tiny/sft.py --parallel.tp 2

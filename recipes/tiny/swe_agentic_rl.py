@@ -21,10 +21,10 @@ RECIPE = replace(
         BASE.rollout,
         prompts_per_step=8,
         max_prompt_tokens=160,
-        # The answers of the tools count too.
+        # Tool results count as response tokens.
         max_response_tokens=448,
         max_turns=4,
-        # As the paper: many small decisions in a row go wrong too often at 1.
+        # Same as in the paper: at temperature 1, long chains of small decisions fail too often.
         temperature=0.8,
     ),
     grpo=GrpoConfig(capacity=2048),

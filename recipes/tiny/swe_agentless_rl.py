@@ -21,7 +21,7 @@ RECIPE = replace(
         BASE.rollout,
         max_prompt_tokens=160,
         max_response_tokens=96,
-        # Prompts without one repair that passes do not train.
+        # Prompts without a passing repair do not train.
         min_best_reward=0.5,
     ),
     grpo=GrpoConfig(capacity=2048),

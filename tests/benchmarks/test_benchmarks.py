@@ -1,4 +1,4 @@
-"""The benchmark runner: what it refuses, what it calls slower, and that every file's code runs."""
+"""The benchmark runner: rejected runs, regressions, and that every benchmark's code runs."""
 
 from __future__ import annotations
 

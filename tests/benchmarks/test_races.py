@@ -1,4 +1,4 @@
-"""The statistics of benchmarks that race two ways to train: what is not reached stays so."""
+"""Statistics of races between two ways to train: a level that is not reached remains infinite."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import pytest
 
 from nemocascade.cascade.decide import choose_teachers
 from nemocascade.cascade.errors import CascadeError
+from nemocascade.cascade.graph import StageGraph, cascade_problems
 from nemocascade.cascade.inputs import FileHashes, at_default, differences, key_of, stage_inputs
 from nemocascade.cascade.launch import parse_cascade
 from nemocascade.cascade.records import find_alarms
@@ -78,13 +79,14 @@ def scores(**by_domain: float | None) -> Scores:
 
 def test_a_stage_starts_from_the_main_line_unless_it_says_otherwise() -> None:
     recipe = cascade()
-    starts = {name: recipe.graph.start_of(name) for name in recipe.graph.names}
+    graph = StageGraph(recipe)
+    starts = {name: graph.start_of(name) for name in graph.names}
     assert starts == {"sft": "", "rl": "sft", "aside": "sft", "mopd": "rl", "last": "mopd"}
-    assert recipe.problems(1) == []
-    resolved = recipe.graph.resolved("aside")
+    assert cascade_problems(recipe, 1) == []
+    resolved = graph.resolved("aside")
     assert resolved.init_from == "run/stages/sft/artifact"
     assert resolved.run_dir == "run/stages/aside"
-    assert recipe.graph.model_of("last") == tiny()
+    assert graph.model_of("last") == tiny()
 
 
 def test_everything_wrong_is_named_at_once() -> None:
@@ -96,7 +98,7 @@ def test_everything_wrong_is_named_at_once() -> None:
         StageConfig("rl4", RL, start="rl5"),
         StageConfig("rl5", RL),
     )
-    found = "\n".join(cascade(stages=stages, alarm=AlarmConfig(drop=0)).problems(1))
+    found = "\n".join(cascade_problems(cascade(stages=stages, alarm=AlarmConfig(drop=0)), 1))
     for part in (
         "alarm.drop(0)",
         "sft is first, so it cannot be a side branch",
@@ -109,28 +111,28 @@ def test_everything_wrong_is_named_at_once() -> None:
 
 def test_names_are_unique_folders() -> None:
     stages = (StageConfig("sft", SFT), StageConfig("sft", RL), StageConfig("a/b", RL))
-    found = "\n".join(cascade(stages=stages).problems(1))
+    found = "\n".join(cascade_problems(cascade(stages=stages), 1))
     assert "'sft' stands twice" in found
     assert "'a/b' must be letters" in found
-    assert cascade(stages=()).problems(1) == ["stages is empty: name at least one"]
+    assert cascade_problems(cascade(stages=()), 1) == ["stages is empty: name at least one"]
 
 
 def test_each_stage_is_checked_on_its_own_layout() -> None:
     three = replace(RL, parallel=ParallelConfig(tp=3))
     recipe = cascade(stages=(StageConfig("sft", SFT), StageConfig("rl", three)))
-    found = recipe.problems(2)
+    found = cascade_problems(recipe, 2)
     assert any(p.startswith("stages.rl: tp(3)") for p in found), found
     assert not any(p.startswith("stages.sft") for p in found), found
 
 
 def test_a_cascade_may_start_from_an_artifact_but_not_from_nothing() -> None:
-    nothing = cascade(stages=(StageConfig("rl", RL),)).problems(1)
+    nothing = cascade_problems(cascade(stages=(StageConfig("rl", RL),)), 1)
     assert any("stages.rl: init_from is empty" in p for p in nothing), nothing
     artifact = replace(RL, init_from="base/artifact")
     recipe = cascade(stages=(StageConfig("rl", artifact),))
-    assert recipe.problems(1) == []
-    assert recipe.graph.resolved("rl").init_from == "base/artifact"
-    assert recipe.graph.model_of("rl") is None
+    assert cascade_problems(recipe, 1) == []
+    assert StageGraph(recipe).resolved("rl").init_from == "base/artifact"
+    assert StageGraph(recipe).model_of("rl") is None
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_a_cascade_may_start_from_an_artifact_but_not_from_nothing() -> None:
     ],
 )
 def test_teachers_that_cannot_be_chosen(changes: dict[str, Any], expected: str) -> None:
-    found = cascade(**changes).problems(1)
+    found = cascade_problems(cascade(**changes), 1)
     assert any(expected in p for p in found), found
 
 
@@ -188,8 +190,9 @@ def test_a_named_teacher_is_left_alone() -> None:
     named = replace(MOPD, teachers=(TeacherConfig("math", "elsewhere/artifact"),))
     stages = (StageConfig("sft", SFT), StageConfig("mopd", named))
     recipe = cascade(stages=stages)
-    assert recipe.graph.open_teachers("mopd") == ["code"]
-    resolved = recipe.graph.resolved("mopd", teachers={"code": "run/stages/sft/artifact"})
+    graph = StageGraph(recipe)
+    assert graph.open_teachers("mopd") == ["code"]
+    resolved = graph.resolved("mopd", teachers={"code": "run/stages/sft/artifact"})
     assert isinstance(resolved, MopdRecipe)
     assert {t.domain: t.artifact for t in resolved.teachers} == {
         "math": "elsewhere/artifact",
@@ -300,14 +303,15 @@ def test_overrides_go_by_the_names_of_stages() -> None:
         *("--alarm.stop", "True", "--teachers.pinned", "math", "sft", "--from", "rl", "--dry-run"),
     ]
     found, choice, dry = parse_cascade(cascade(), arguments)
-    assert found.graph.stage("rl").recipe.steps == 7
-    assert found.graph.stage("last").recipe.steps == RL.steps
-    mopd = found.graph.stage("mopd").recipe
+    graph = StageGraph(found)
+    assert graph.stage("rl").recipe.steps == 7
+    assert graph.stage("last").recipe.steps == RL.steps
+    mopd = graph.stage("mopd").recipe
     assert isinstance(mopd, MopdRecipe)
     assert mopd.mopd.keep == "disk"
     assert (found.scores.tasks, found.alarm.stop) == (9, True)
     assert found.teachers.pinned == {"math": "sft"}
-    assert found.graph.stage("aside").side
+    assert graph.stage("aside").side
     assert (choice, dry) == (Choice(begin="rl"), True)
     assert parse_cascade(cascade(), []) == (cascade(), Choice(), False)
 
@@ -329,11 +333,11 @@ def test_what_cannot_be_meant() -> None:
 
 def test_an_sft_stage_in_mid_cascade_keeps_the_tokenizer() -> None:
     stages = (StageConfig("sft", SFT), StageConfig("more", SFT))
-    resolved = cascade(stages=stages).graph.resolved("more", tokenizer="a/tokenizer.model")
+    resolved = StageGraph(cascade(stages=stages)).resolved("more", tokenizer="a/tokenizer.model")
     assert isinstance(resolved, SftRecipe)
     assert resolved.tokenizer.path == "a/tokenizer.model"
     own = replace(SFT, tokenizer=TokenizerConfig(path="own.model"))
     stages = (StageConfig("sft", SFT), StageConfig("more", own))
-    resolved = cascade(stages=stages).graph.resolved("more", tokenizer="a/tokenizer.model")
+    resolved = StageGraph(cascade(stages=stages)).resolved("more", tokenizer="a/tokenizer.model")
     assert isinstance(resolved, SftRecipe)
     assert resolved.tokenizer.path == "own.model"

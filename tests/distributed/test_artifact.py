@@ -1,4 +1,4 @@
-"""Artifacts: what they say, what they give back on every layout, and what they refuse."""
+"""Artifacts: their manifest, loading on every layout, and rejected ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cascade of every kind of stage: kept, changed, killed, scored, on a layout for each stage."""
+"""A cascade with every kind of stage: reuse, changes, kills, scores, and a layout per stage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def actions(text: str) -> dict[str, str]:
-    """What a dry run says it would do, by stage."""
+    """Decisions that a dry run prints, by stage."""
     heads = [line.split(": ", 1) for line in text.splitlines() if line and line[0] != " "]
     return {name: action.partition(",")[0] for name, action in heads}
 

@@ -1,4 +1,4 @@
-"""Checkpoints of real trainings: N + N steps equal 2N, and every layout reads every other."""
+"""Checkpoints of real training runs: N + N steps equal 2N, and every layout reads every other."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def check_same_layout(root: Path, whole: dict[str, Any], rest: dict[str, Any]) -
 def check_other_layout(
     moved: Path, source: Path, whole: dict[str, Any], rest: dict[str, Any], precision: str
 ) -> None:
-    """What is loaded are the stored bits; training goes on as it would have, within rounding."""
+    """Loading gives the stored bits; training goes on as it would have, within rounding."""
     changed = unequal(folder(moved / "loaded", HALF), folder(source, HALF), ignore=("rng/",))
     assert changed == []
     expected = pytest.approx(whole["losses"][HALF:], rel=LOSS_TOLERANCE[precision])

@@ -1,4 +1,4 @@
-"""kill -9 at any moment loses at most the save that it interrupts."""
+"""A run killed with signal 9 at any moment loses at most the save that was interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run keeps, where it goes on, and what it refuses to do."""
+"""Checkpoint policy of a run: retention, resuming, and rejected starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counting parameters inside a run of several ranks, by one of them alone."""
+"""Parameter counting by a single rank inside a run of several ranks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every parallel layout trains the same model: the equivalence matrix.
 
-Ten steps on the same data in fp32. At each step the loss and the gradient norm of a layout must
-lie within 1e-5, relative, of those of one process.
+Ten steps run on the same data in fp32. At each step, a layout's loss and gradient norm must be
+within 1e-5, relative, of those of one process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A GRPO stage on every parallel layout, and interrupted: rollouts, rewards and updates agree."""
+"""A GRPO stage on every parallel layout, and resumed: rollouts, rewards and updates agree."""
 
 from __future__ import annotations
 

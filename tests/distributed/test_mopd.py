@@ -1,4 +1,4 @@
-"""A MOPD stage on every parallel layout, and interrupted: rollouts and updates agree."""
+"""A MOPD stage on every parallel layout, and resumed: rollouts and updates agree."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The planner beside what a CPU run really holds, on every layout of the equivalence matrix.
+"""The planner's memory against that of a CPU run, on every layout of the equivalence matrix.
 
 Parameters, gradients and optimizer state are equal to the byte. Bytes saved for backward, counted
-by autograd's hooks over all ranks, lie within 5 %: over all ranks, because which rank's experts get
-more rows is the data's choice.
+by autograd's hooks, are within 5 % in the sum over all ranks. A single rank may differ more,
+because the data decides how many rows its experts get.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _measure(parallel: dict[str, Any], model: dict[str, Any]) -> dict[str, float
 
 
 def _planned_saved(job: Any, pp_rank: int) -> float:
-    """What the hooks see of one micro-batch: all but the head's gradient, which the loss keeps."""
+    """The planned bytes that hooks see: all but the head's gradient, which the loss keeps."""
     from nemocascade.plan.activations import Activations
     from nemocascade.plan.parameters import stage_chunks
 
@@ -173,7 +173,7 @@ EVERY_LAYOUT = {"one": (1, {}), **LAYOUTS}
 
 @functools.cache
 def results(model: str) -> dict[str, list[dict[str, float]]]:
-    """What each rank of each layout measured."""
+    """Measurements of each rank of each layout."""
     found: dict[str, list[dict[str, float]]] = {}
     for ranks in (1, 2, 4):
         runs = {

@@ -1,4 +1,4 @@
-"""The launcher itself: results by rank, the failing rank's own words, and the time limit."""
+"""The test launcher: results by rank, the failing rank's error message, and the timeout."""
 
 from __future__ import annotations
 

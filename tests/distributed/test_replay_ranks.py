@@ -1,5 +1,5 @@
 """Router replay under every parallel axis: records equal those of one process, and so does training
-on a foreign record, with the global load-balance loss."""
+on another run's record, with the global load-balance loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def replay_each(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def replay_once(parallel: dict[str, Any], recompute: bool = False) -> dict[str, Any]:
-    """What a pass records, and loss and gradient norm of a step on choices that no router made."""
+    """Choices that a pass records; loss and gradient norm of a step on choices of no router."""
     from dataclasses import replace
 
     import torch

@@ -1,4 +1,4 @@
-"""The SFT stage, stopped and started again: N + N steps equal 2N in every bit, data included."""
+"""The SFT stage, stopped and resumed: N + N steps equal 2N bit for bit, data order included."""
 
 from __future__ import annotations
 

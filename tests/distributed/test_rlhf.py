@@ -85,7 +85,7 @@ def artifact_judge(artifact: str) -> dict[str, Any]:
 
 
 def asked(policy: str, judge: str, folder: str) -> dict[str, Any]:
-    """What the judge of an artifact says, and whether the policy's weights stay as they are."""
+    """Answers of an artifact's judge, and whether the policy's weights stay as they are."""
     import torch
 
     from nemocascade.judges.prompts import compare_question

@@ -1,4 +1,4 @@
-"""RLHF beside a judge's server that is slow, fails every time, or refuses what it is asked."""
+"""RLHF with a judge server that is slow, always fails, or rejects its requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from helpers.start_policy import start_policy
 from test_rlhf import recipe
 
 TIMEOUT_S = 4.0
-"""Of collectives: no wait for verdicts may depend on it."""
+"""Timeout of collectives: no wait for verdicts may depend on it."""
 SLOW_S = 0.5
 HELDOUT = 6
 

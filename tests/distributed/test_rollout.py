@@ -1,4 +1,4 @@
-"""Generation on every parallel layout gives the tokens of one process."""
+"""Generation on every parallel layout gives the same tokens as one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Found = dict[str, list[Any]]
 
 
 def generate_each(layouts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Found]]:
-    """What each layout generates, by request, with an environment and without."""
+    """Texts that each layout generates, by request, with an environment and without."""
     return {name: generate(parallel) for name, parallel in layouts.items()}
 
 

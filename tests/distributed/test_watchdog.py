@@ -1,5 +1,5 @@
-"""A rank that is stopped, killed, stuck or failing is named on every other rank, with its phase and
-collective, and the job ends with an error and the stacks of all ranks."""
+"""A rank that is stopped, killed, stalled or failing is named on every other rank, with its phase
+and collective, and the job ends with an error and the stacks of all ranks."""
 
 from __future__ import annotations
 

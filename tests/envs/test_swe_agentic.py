@@ -287,7 +287,7 @@ def test_an_agent_sees_what_its_tests_say(domain: SweAgentic) -> None:
 
 
 def leftovers() -> tuple[set[int], set[str], int]:
-    """Of this process: children, temporary files, threads."""
+    """Resources of this process: children, temporary files, threads."""
     children = {p.pid for p in psutil.Process().children(recursive=True)}
     return children, set(os.listdir(tempfile.gettempdir())), threading.active_count()
 

@@ -1,1 +1,1 @@
-"""Fixtures, jobs of several ranks, and references that tests share."""
+"""Shared fixtures, multi-rank jobs, and reference implementations for tests."""

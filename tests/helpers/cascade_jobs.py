@@ -1,4 +1,4 @@
-"""A cascade so small that it runs in seconds, and jobs that run it and kill it."""
+"""A cascade so small that it runs in seconds, with jobs that run it and kill it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nemocascade.cascade.errors import CascadeError
+from nemocascade.cascade.graph import StageGraph
 from nemocascade.cascade.lineage import report_text
 from nemocascade.cascade.run import Choice, dry_run, run_cascade
 from nemocascade.recipe import (
@@ -141,8 +142,7 @@ def with_recipe(cascade: CascadeRecipe, name: str, **changes: Any) -> CascadeRec
 
 
 def digests(run_dir: str | Path) -> dict[str, str]:
-    """Of the artifacts, by stage: equal digests are equal bits, and equal words of what made
-    them."""
+    """Digests of the artifacts by stage; equal ones have equal bits and equal manifests."""
     return digests_of(f"{run_dir}/stages")
 
 
@@ -155,7 +155,7 @@ def scenarios(root: str) -> dict[str, Any]:
     run_cascade(base)
     found |= {"first": digests(run_dir), "cascade": _json(run_dir, "cascade.json")}
     found["report"] = report_text(Path(run_dir))
-    names = base.graph.names
+    names = StageGraph(base).names
     found["scores"] = {name: _json(run_dir, f"stages/{name}/scores.json") for name in names}
     found["leftovers"] = [str(p) for p in Path(run_dir).glob("stages/*/checkpoints")]
 
@@ -276,5 +276,5 @@ def on_layouts(run_dir: str, layouts: dict[str, dict[str, Any]]) -> dict[str, An
 
 
 def on_one(run_dir: str) -> str:
-    """What one process would do about a cascade that more ranks have run."""
+    """Decisions of one process about a cascade that more ranks have run."""
     return dry_run(small_cascade(run_dir), Choice())

@@ -1,4 +1,4 @@
-"""Makes the folder of a plausible cascade run, for tests and for looking at the report.
+"""Generates a plausible run folder of a cascade, for tests and for viewing the report.
 
 python tests/helpers/cascade_run.py runs/made_up    # the folder and its report
 """
@@ -43,7 +43,7 @@ ALARM = 0.06
 
 
 def digest(name: str) -> str:
-    """Of an artifact."""
+    """Digest of an artifact."""
     return hashlib.sha256(name.encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What the checkpoint tests run in ranks: short trainings on any layout, saved and resumed."""
+"""Multi-rank jobs of the checkpoint tests: short training runs on any layout, saved and resumed."""
 
 from __future__ import annotations
 

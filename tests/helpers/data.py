@@ -1,4 +1,4 @@
-"""Small tokenizers, rows and caches that the tests of the data floor share."""
+"""Small tokenizers, rows and caches shared by the data tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Megatron's own groups and optimizers in a fake world, which the planner's figures are held to."""
+"""Megatron's own groups and optimizers in a fake world, to check the planner's figures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class OnMeta(TorchFunctionMode):
 
 @contextlib.contextmanager
 def fake_megatron_world(rank: int, size: int, parallel: ParallelConfig) -> Iterator[World]:
-    """As `fake_world`, with all of Megatron's global groups, which its optimizers look up. Takes
+    """A `fake_world` with all of Megatron's global groups, which its optimizers look up. Takes
     seconds where the world has hundreds of ranks."""
     cpu.install()
     with _fake_group(rank, size):

@@ -1,4 +1,4 @@
-"""A judge whose answers a test writes."""
+"""A judge with scripted answers."""
 
 from __future__ import annotations
 

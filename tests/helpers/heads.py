@@ -1,4 +1,4 @@
-"""Problems on a linear head, and the three results that a test compares: exact, torch's, ours."""
+"""Problems on a linear head, and three results to compare: exact, torch's, ours."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def make_objective(
 
 
 class Found(NamedTuple):
-    """What one evaluation gives."""
+    """Results of one evaluation."""
 
     loss: Tensor
     logprob: Tensor

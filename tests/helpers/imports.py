@@ -1,4 +1,4 @@
-"""The import graph of the source files, read from their text."""
+"""The import graph of the source files, from a static parse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Children that save checkpoints in a loop, and a parent that kills them with signal 9."""
+"""Child processes that save checkpoints in a loop, and a parent that kills them with signal 9."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _round(root: str, number: int, delay_s: float | None) -> list[list[Any]]:
 
 
 def _read(pipe: int, until: bytes | None) -> bytes:
-    """What the child says, up to the word `until` or to its end."""
+    """Output of the child, up to the word `until` or to its end."""
     text = b""
     while until is None or until not in text:
         assert select.select([pipe], [], [], 120)[0], f"the child hangs after {text!r}"

@@ -1,4 +1,4 @@
-"""Packs of documents, inputs and checks that the tests of the layers share."""
+"""Packed documents, inputs and checks shared by the layer tests."""
 
 from __future__ import annotations
 

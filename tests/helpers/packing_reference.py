@@ -1,7 +1,7 @@
-"""The packing planner in plain Python: the definition that csrc/packing is tested against.
+"""The packing planner in plain Python: the reference for csrc/packing.
 
-`nemocascade.data.packing` states the algorithm and the meaning of every argument. Names follow
-csrc/packing/packing.cpp function by function; the results are equal bit for bit.
+`nemocascade.data.packing` documents the algorithm and its arguments. Names follow
+csrc/packing/packing.cpp function by function, and the results are bit-identical.
 """
 
 from __future__ import annotations

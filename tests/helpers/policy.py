@@ -1,4 +1,4 @@
-"""What tests of policy steps share: a small trainer, random rollouts, plain log-probabilities."""
+"""A small trainer, random rollouts and plain log-probabilities, shared by policy-step tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VOCABULARY, CAPACITY, TEMPERATURE = 64, 96, 0.8
 
 
 def small_trainer(world: World, run_dir: Path) -> Trainer:
-    """Of one layer of each kind; its gradients are not clipped."""
+    """A policy with one layer of each kind; its gradients are not clipped."""
     return Trainer(
         world,
         replace(tiny(), pattern="M*E", vocab_size=VOCABULARY, hidden_size=64),

@@ -1,13 +1,13 @@
-"""Runs a function in N ranks, each a process of its own, the way torchrun would start them.
+"""Runs a function in N ranks, each in its own process, as torchrun would start them.
 
-The launching process hosts the rendezvous store on a port that the kernel picks, so that tests
-that run side by side never meet. A function takes keyword arguments made of JSON and returns JSON.
+The launching process hosts the rendezvous store on a port chosen by the kernel, so that concurrent
+tests never collide. A function takes JSON keyword arguments and returns JSON.
 
-    results = run_ranks(loss_of_ten_steps, 2, {"tp": 2})     # one result a rank
+    results = run_ranks(loss_of_ten_steps, 2, {"tp": 2})     # one result per rank
 
-Importing torch and Megatron-Core takes seconds, so ranks are forked from servers that have imported
-them and have done nothing else. There are two, with different hash seeds, and the ranks alternate
-between them: an order that depends on the hash of a string differs between ranks here too.
+Importing torch and Megatron-Core takes seconds, so ranks are forked from servers that have already
+imported them and done nothing else. Two servers have different hash seeds, and the ranks alternate
+between them. An order that depends on the hash of a string therefore differs between ranks.
 """
 
 from __future__ import annotations

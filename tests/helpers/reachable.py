@@ -1,9 +1,9 @@
-"""Finds the public classes and functions of a package that no entry point uses.
+"""Finds public classes and functions of a package that no entry point uses.
 
-Names are resolved statically. A function or class uses what its body, decorators, bases, defaults
-and annotations name; code at a module's level counts once the module is imported. Methods belong to
-their class. A module that is passed as a value gives all of its names away. Strings that name a
-function, as `package.module:name` or as an import, count too: child processes are started so.
+Names are resolved statically. A function or class uses the names in its body, decorators, bases,
+defaults and annotations. Code at module level counts once the module is imported, and methods
+belong to their class. A module that is passed as a value uses all of its names. Strings that name a
+function, as `package.module:name` or as an import, count too, because they start child processes.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Reachability:
                 yield from self._used(module, statement)
 
     def _used(self, module: _Module, tree: ast.AST) -> Iterator[Node]:
-        """What the code below `tree` names."""
+        """Names that the code below `tree` names."""
         nodes = list(ast.walk(tree))
         local = dict(_bindings(nodes, module.package))
         bound = {**module.imported, **local}

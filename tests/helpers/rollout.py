@@ -1,4 +1,4 @@
-"""A small model with random weights, and what the tests of generation ask of it."""
+"""A small model with random weights, and assertions shared by the generation tests."""
 
 from __future__ import annotations
 

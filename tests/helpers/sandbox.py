@@ -1,4 +1,4 @@
-"""A sandbox for tests, or the reason why this host has none."""
+"""A sandbox for tests, or the reason why it is unavailable on this host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank of the vocabulary-parallel test runs, in a process of its own."""
+"""Rank functions of the vocabulary-parallel test, each run in its own process."""
 
 from __future__ import annotations
 

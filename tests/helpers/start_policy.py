@@ -1,4 +1,4 @@
-"""An artifact that stages of rollouts start from, for tests of several ranks."""
+"""A policy artifact that multi-rank tests of RL and MOPD stages start from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole tensors of a checkpoint, read in one process, and how two checkpoints differ."""
+"""Full tensors of a checkpoint, read in one process, and the differences of two checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of repairs share: tasks, and turns that call tools."""
+"""Tasks and turns with tool calls, shared by the repair tests."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Models of transformers as an outside oracle: built from a `ModelConfig`, and their tensors in
-memory under our names, as the converter maps them.
+"""Models of transformers as an independent reference: built from a `ModelConfig`, with their
+tensors mapped to our names in memory, as the converter does.
 
-The maps move tensors only (cut, join, rename), so they serve for weights and for gradients alike.
+The maps only move tensors (cut, join, rename), so they serve for weights and for gradients alike.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WeightMap = Callable[[Tensors, ModelConfig], Tensors]
 
 
 def config_settings(shape: ModelConfig, family: Family) -> dict[str, Any]:
-    """What transformers' config class takes. Raises ConfigError for what the family has not."""
+    """Settings of transformers' config class. Raises ConfigError for what the family has not."""
     settings = config_of_model(shape, family)
     return {**settings, "max_position_embeddings": 1 << 20, "use_cache": False}
 

@@ -238,7 +238,7 @@ def test_target_outside_the_vocabulary(backend: str, bad: int) -> None:
 
 
 def test_row_kernels_survive_targets_outside_the_vocabulary() -> None:
-    """What the GPU relies on: no access outside, NaN for the row, the other rows untouched."""
+    """The GPU relies on it: no access outside, NaN for the row, the other rows untouched."""
     from nemocascade_kernels.linear_policy_loss import triton as kernels
 
     device = device_for("triton")

@@ -1,4 +1,4 @@
-"""GPU tests of the MoE ops: no synchronisation, CUDA graphs, sizes past 2^31."""
+"""MoE ops on a GPU: no synchronisation, CUDA graphs, sizes past 2^31."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Tensor]]]:
-    """What each rank found, by case. Two processes serve all cases: to start one takes seconds."""
+    """Results of each rank, by case. Two processes serve all cases: to start one takes seconds."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.start_processes(run_rank, args=(2, str(folder), CASES), nprocs=2, start_method="spawn")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

@@ -32,7 +32,7 @@ PACKAGES = {
 
 
 class Machine:
-    """What is installed on a pretended GPU machine, and which imports fail."""
+    """Packages installed on a pretended GPU machine, and which imports fail."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.installed: set[str] = set()

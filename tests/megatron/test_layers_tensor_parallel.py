@@ -46,7 +46,7 @@ def mixers() -> dict[str, Any]:
 
 
 def outputs_and_gradients(tp: int) -> dict[str, dict[str, Any]]:
-    """Of every mixer: whole output, whole input gradient, and each parameter's gradient.
+    """For every mixer: whole output, whole input gradient, and each parameter's gradient.
 
     A rank's part of a cut parameter's gradient stays its own; replicated ones are summed over
     ranks, as Megatron does for parameters that carry `sequence_parallel`.
@@ -92,7 +92,7 @@ def results() -> dict[int, list[dict[str, dict[str, Any]]]]:
 
 
 def cut(name: str, key: str, full: Tensor, rank: int) -> Tensor:
-    """What rank `rank` of two holds of a parameter's full gradient."""
+    """The part that rank `rank` of two holds of a parameter's full gradient."""
     from nemocascade.megatron.init import Shard
 
     inner, shared, heads = 24, 10, 4

@@ -129,7 +129,7 @@ QWEN3_MOE = {
 
 @dataclass(frozen=True)
 class Readings:
-    """What a model made of the documents.
+    """A model's results on the documents.
 
     hidden: [T, H] after the final norm. logits: [T, V]. logprob: [T], of the next token, 0 where it
     does not train. loss: scalar. gradients: of the loss, under our names.

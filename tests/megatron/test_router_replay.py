@@ -136,7 +136,7 @@ def test_the_gradient_reaches_the_router_through_the_weights(world: World) -> No
 
 
 def test_a_token_without_a_record_chooses_for_itself(world: World) -> None:
-    """As the last token of a response, which no rollout ever put through a layer."""
+    """The last token of a response has no record: no rollout ever put it through a layer."""
     model = make_model(world)
     free = microbatch(world)
     gradients(model, free)

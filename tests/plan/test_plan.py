@@ -38,7 +38,7 @@ from nemocascade.plan.search import (
     nearest_fitting,
     price,
 )
-from nemocascade.plan.summary import PlanSettings, run_plan
+from nemocascade.plan.summary import PlanSettings, plan_recipe
 from nemocascade.plan.tables import rows
 from nemocascade.plan.timing import StepModel
 from nemocascade.recipe import (
@@ -55,6 +55,7 @@ from nemocascade.recipe import (
 from nemocascade.runtime.world import World
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+LARGE = RECIPES / "nemotron3_nano_30b" / "sft.py"
 SMALL = replace(tiny(), vocab_size=512, hidden_size=64)
 MIXED = replace(SMALL, pattern="ME*-ME*-", activation="swiglu", qk_norm=True, mlp_width=96)
 # Name -> world, parallel sizes, model, precision, distributed, freeze_router.
@@ -165,8 +166,7 @@ def test_groups_are_megatrons_own() -> None:
 
 
 def job_of(world: int, gpu: str = "h200", **changes: Any) -> Job:
-    recipe = load_recipe(RECIPES / "nemotron3_nano_30b" / "sft.py", SftRecipe)
-    return replace(job_of_recipe(recipe, find_gpu(gpu), world), **changes)
+    return replace(job_of_recipe(load_recipe(LARGE, SftRecipe), find_gpu(gpu), world), **changes)
 
 
 def test_the_recipes_own_layout_runs_on_256() -> None:
@@ -265,15 +265,12 @@ def test_accelerators_can_be_added(tmp_path: Path) -> None:
         find_gpu("h2000")
 
 
-def shorter(recipe: Any) -> Any:
-    return replace(recipe, data=replace(recipe.data, capacity=32768))
-
-
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    recipe = str(RECIPES / "nemotron3_nano_30b" / "sft.py")
-    settings = PlanSettings(recipe=recipe, gpus=64, best=3, json=True)
-    found: dict[str, Any] = json.loads(run_plan(settings, shorter))
+    recipe = load_recipe(LARGE, SftRecipe)
+    recipe = replace(recipe, data=replace(recipe.data, capacity=32768))
+    settings = PlanSettings(recipe=str(LARGE), gpus=64, best=3, json=True)
+    found: dict[str, Any] = json.loads(plan_recipe(recipe, settings))
     return found
 
 
@@ -288,8 +285,8 @@ def test_the_report_says_what_a_machine_needs(report: dict[str, Any]) -> None:
 
 
 def test_the_report_is_readable_and_names_what_does_not_fit() -> None:
-    recipe = str(RECIPES / "nemotron3_nano_30b" / "sft.py")
-    text = run_plan(PlanSettings(recipe=recipe, gpus=1, gpu="h100"))
+    settings = PlanSettings(recipe=str(LARGE), gpus=1, gpu="h100")
+    text = plan_recipe(load_recipe(LARGE, SftRecipe), settings)
     assert "cannot run" in text
     assert "No layout fits; the least needs" in text
     assert worst_rank(job_of(256)).parameters / GIB < 8

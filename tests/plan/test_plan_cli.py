@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemocascade import cli
+from nemocascade.cascade.graph import StageGraph
 from nemocascade.recipe import CascadeRecipe, load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
@@ -58,6 +59,18 @@ def test_preflight(nemocascade: Command, capsys: pytest.CaptureFixture[str]) -> 
     assert "FAIL settings: tp(3)" in capsys.readouterr().out
 
 
+def test_a_recipe_that_cannot_be_read_is_a_finding(
+    nemocascade: Command, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "none.py"
+    script.write_text("X = 1\n")
+    with pytest.raises(SystemExit) as caught:
+        nemocascade("preflight", str(script), "--json")
+    assert caught.value.code == 2
+    found = json.loads(capsys.readouterr().out)
+    assert ["defines no RECIPE" in f["problem"] for f in found["findings"]] == [True]
+
+
 def test_submit(nemocascade: Command) -> None:
     text = nemocascade("submit", TINY, TINY, "--nodes", "2", "--dry-run", "--", "--steps", "3")
     assert text.count("--nnodes=2") == 2
@@ -65,7 +78,7 @@ def test_submit(nemocascade: Command) -> None:
 
 
 def test_a_cascade_is_planned_checked_and_submitted_by_stage(nemocascade: Command) -> None:
-    names = load_recipe(Path(CASCADE), CascadeRecipe).graph.names
+    names = StageGraph(load_recipe(Path(CASCADE), CascadeRecipe)).names
     two = ("--gpus", "2", "--gpu", "cpu", "--best", "1", "--json")
     report = json.loads(nemocascade("plan", CASCADE, *two))
     assert list(report["stages"]) == names

@@ -18,7 +18,13 @@ from pathlib import Path
 import pytest
 
 from nemocascade.plan.errors import PlanError
-from nemocascade.plan.slurm import SubmitSettings, make_stages, run_submit
+from nemocascade.plan.slurm import (
+    SubmitSettings,
+    check_submission,
+    job_of_script,
+    job_script,
+    submit_jobs,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "recipes" / "tiny" / "sft.py")
@@ -26,8 +32,7 @@ SETTINGS = SubmitSettings(recipes=(TINY,), nodes=4, partition="gpu", time="2:00:
 
 
 def lines_of(settings: SubmitSettings, *arguments: str) -> list[str]:
-    [stage] = make_stages(settings, list(arguments))
-    return stage.script.splitlines()
+    return job_script(settings, job_of_script(Path(TINY), "run", arguments)).splitlines()
 
 
 def test_the_script_says_what_was_asked_for() -> None:
@@ -75,8 +80,11 @@ def test_a_site_may_bring_its_template(tmp_path: Path) -> None:
 def test_a_dry_run_prints_everything_and_submits_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = replace(SETTINGS, recipes=(TINY, TINY), dry_run=True, after="17")
-    assert run_submit(settings, []) == ["JOB_1", "JOB_2"]
+    job = job_of_script(Path(TINY), "run", [])
+    assert submit_jobs(replace(SETTINGS, dry_run=True, after="17"), [job, job]) == [
+        "JOB_1",
+        "JOB_2",
+    ]
     printed = capsys.readouterr().out
     assert printed.count("#SBATCH --nodes=4") == 2
     assert "sbatch --parsable --dependency=afterok:17" in printed
@@ -86,7 +94,7 @@ def test_a_dry_run_prints_everything_and_submits_nothing(
 def test_all_wrong_settings_are_named() -> None:
     wrong = replace(SETTINGS, recipes=(TINY, "no.py"), nodes=0, warning_s=0)
     with pytest.raises(PlanError) as caught:
-        make_stages(wrong, ["--run-dir", "x"])
+        check_submission(wrong, ["--run-dir", "x"])
     for part in ("--nodes 0", "--warning-s 0", "no.py is no file", "share one folder"):
         assert part in str(caught.value)
 
@@ -94,7 +102,7 @@ def test_all_wrong_settings_are_named() -> None:
 def test_a_machine_without_slurm_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PlanError, match="sbatch is not on the PATH"):
-        run_submit(SETTINGS, [])
+        submit_jobs(SETTINGS, [])
 
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -214,7 +222,7 @@ def test_a_warned_job_saves_requeues_and_resumes(
     )
     arguments = ["--run-dir", str(run_dir), "--steps", "100000", "--checkpoint.every", "0"]
     arguments += ["--data.capacity", "256", "--log.tensorboard", "False", "--eval.every", "0"]
-    [job] = run_submit(settings, arguments)
+    [job] = submit_jobs(settings, [job_of_script(Path(TINY), "run", arguments)])
     metrics = run_dir / "metrics.jsonl"
 
     def log() -> str:

@@ -1,4 +1,4 @@
-"""Every script of recipes/ loads as its type, and says only what is special to its stage."""
+"""Every script in recipes/ loads as its type and sets only what is specific to its stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tiny SFT recipe as a user runs it: a script in a fresh process."""
+"""The tiny SFT recipe, run as by a user: a script in a fresh process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Group advantages against Eq. 1 computed by hand, and the edges where it is not defined."""
+"""Group advantages against Eq. 1 computed by hand, with the cases where it is undefined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an artifact can judge: it must be of the policy's shape and tokenizer."""
+"""Checks of a judge artifact: it must have the policy's shape and tokenizer."""
 
 from __future__ import annotations
 

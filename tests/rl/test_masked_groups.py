@@ -1,4 +1,4 @@
-"""Prompts with no good rollout: counted, kept in the statistics, and out of the loss."""
+"""Groups without a good rollout: counted, kept in the statistics, masked in the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A MOPD step against a plain autograd implementation of Eq. 2-4, and teachers that take turns."""
+"""A MOPD step against a plain autograd implementation of Eq. 2-4, and weight swaps of teachers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine on live weights: batching, sharing of prompts, stops, lengths, environments."""
+"""The engine on live weights: batching, shared prefill, stops, lengths, environments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine on a server, against a real one on loopback that speaks the protocol."""
+"""The engine on a server, against a loopback server that implements the protocol."""
 
 from __future__ import annotations
 

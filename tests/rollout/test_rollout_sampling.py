@@ -1,4 +1,4 @@
-"""Random numbers by seed, request and position; which tokens top-k and top-p leave."""
+"""Random numbers by seed, request and position; tokens allowed by top-k and top-p."""
 
 from __future__ import annotations
 

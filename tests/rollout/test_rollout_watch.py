@@ -1,4 +1,4 @@
-"""What the watchdog hears of a rollout, and whom it names: a rank that gets on is not stuck."""
+"""Progress reports of a rollout to the watchdog: a rank that makes progress is not stalled."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_run_reports_its_progress(
 
 
 def named(*signs: Sign) -> list[str]:
-    """What rank 0 says of the job when it has heard these signs just now."""
+    """Report of rank 0 on the job when it has heard these signs just now."""
     dog = Watchdog(0, len(signs), limit_s=LIMIT_S)
     dog._seen = {sign.rank: (sign, time.monotonic()) for sign in signs}
     problem = dog._problem()

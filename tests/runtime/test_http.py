@@ -1,4 +1,4 @@
-"""The HTTP client against a server on loopback; its faults are tested by those who use it."""
+"""The HTTP client against a loopback server; tests of its users cover server failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reader of JSONL: places, damaged lines, and what counts as a line."""
+"""The JSONL reader: line numbers, damaged lines, and blank lines."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def sandbox() -> Iterator[SandboxPool]:
 def verdict(
     sandbox: SandboxPool, before: dict[str, bytes], edits: dict[str, bytes], path: str, *ids: str
 ) -> Verdict:
-    """Of edits, where the hidden test is at `path`; `ids` name others that must pass."""
+    """Verdict on edits, where the hidden test is at `path`; `ids` name others that must pass."""
     name = path.removesuffix(".py").removeprefix("src/").replace("/", ".")
     tests = HiddenTests({path: TEST}, (f"{name}.CalcTest.test_double",), ids)
     return judge(sandbox, before, before | edits, tests)

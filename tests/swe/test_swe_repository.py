@@ -234,7 +234,7 @@ def check(x): raise ValueError
 
 
 def test_only_the_seal_keeps_out_objects_that_equal_everything(sandbox: SandboxPool) -> None:
-    """What `repository.py` says of tests without the seal is so."""
+    """Tests without the seal behave as `repository.py` says."""
     assert verdict(sandbox, {"pack/calc.py": EQUAL_TO_ALL}, sealed=False).reward == 1.0
     assert verdict(sandbox, {"pack/calc.py": EQUAL_TO_ALL}, sealed=True).reward == 0.0
 

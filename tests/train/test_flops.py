@@ -1,18 +1,18 @@
-"""The FLOP count of a training step beside torch's own counter, term by term.
+"""The FLOP count of a training step against torch's own counter, term by term.
 
 The counter runs on transformers' NemotronH, whose operations are all plain matrix products. It
-counts what is executed there, which differs from our count in these ways, each stated exactly:
+counts executed operations, which differ from our count in these ways, each stated exactly:
 
 - attention: all of Q K^T and P V; we count the causal half;
-- scan, within chunks: all of C B^T, and once for each head instead of each group, and all of its
-  product with x; we count the causal half, once for each group;
-- scan, between chunks: a matrix product over all pairs of chunks; we count none, for the
-  recurrence costs one multiply-add a state and chunk;
+- scan, within chunks: all of C B^T, once per head instead of per group, and all of its product
+  with x; we count the causal half, once per group;
+- scan, between chunks: a matrix product over all pairs of chunks; we count none, since the
+  recurrence costs one multiply-add per state and chunk;
 - convolution: K - 1 rows of padding;
-- LM head: every row; we count the rows that train.
+- LM head: every row; we count the trained rows.
 
-torch's formula for the backward of a depthwise convolution forgets that it is depthwise, so the
-backward is checked on matrix products.
+torch's formula for the backward of a depthwise convolution ignores that it is depthwise, so the
+backward is checked on matrix products only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights that take the model's place for a while, and come back bit for bit."""
+"""Weight swap: other weights run in the model, and its own are restored bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training step: its loss, its refusal of NaN, its report."""
+"""The training step: its loss, its rejection of NaN, its measurements."""
 
 from __future__ import annotations
 

@@ -32,10 +32,11 @@ States = tuple[Tensor, Tensor]
 
 def _parameter(value: Tensor) -> torch.nn.Parameter:
     """A parameter sharded over TP in dimension 0, with Megatron's attributes."""
-    parameter: Any = torch.nn.Parameter(value)
-    parameter.tensor_model_parallel = True
-    parameter.partition_dim = 0
-    parameter.partition_stride = 1
+    parameter = torch.nn.Parameter(value)
+    for name, mark in (
+        ("tensor_model_parallel", True), ("partition_dim", 0), ("partition_stride", 1),
+    ):  # fmt: skip
+        setattr(parameter, name, mark)
     return parameter
 
 
@@ -45,7 +46,10 @@ class _CutOverTp(torch.nn.Module):
     tp_group: Any
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         state = self.state_dict(prefix="", keep_vars=True)
@@ -204,7 +208,10 @@ class MambaMixer(MegatronModule):
         )
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Store fused tensors by part, as Megatron's mixer does, so that TP may change."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)

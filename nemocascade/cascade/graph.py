@@ -2,69 +2,39 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from nemocascade.recipe.model import ModelConfig
-from nemocascade.recipe.mopd import MopdRecipe, TeacherConfig
-from nemocascade.recipe.rl import GrpoRecipe
-from nemocascade.recipe.scores import repeated
-from nemocascade.recipe.sft import SftRecipe
-
-StageRecipe = SftRecipe | GrpoRecipe | MopdRecipe
-StageKind = Literal["sft", "grpo", "mopd"]
-
-
-@dataclass(frozen=True)
-class StageConfig[R: StageRecipe]:
-    """One stage of a cascade."""
-
-    name: str
-    """Its folder is RUN/stages/NAME."""
-
-    recipe: R
-    """Recipe of the stage. The cascade sets its `run_dir`, its `init_from`, and the teachers that
-    it leaves open; layout, steps and all else are its own."""
-
-    start: str = ""
-    """Stage before it whose artifact it starts from; empty = the main line's last one before it.
-    The first stage starts as its recipe says."""
-
-    side: bool = False
-    """A side branch, such as a teacher's: the main line does not go through it."""
-
-    @property
-    def kind(self) -> StageKind:
-        """Kind of the stage, by the type of its recipe."""
-        if isinstance(self.recipe, SftRecipe):
-            return "sft"
-        return "mopd" if isinstance(self.recipe, MopdRecipe) else "grpo"
-
-
-Stages = tuple[StageConfig[StageRecipe], ...]
+from nemocascade.recipe import (
+    CascadeRecipe,
+    ModelConfig,
+    MopdRecipe,
+    PolicyRecipe,
+    SftRecipe,
+    StageConfig,
+    StageRecipe,
+    TeacherConfig,
+)
 
 
 @dataclass(frozen=True)
 class StageGraph:
     """Stages in the order in which they run, and the artifacts that connect them."""
 
-    run_dir: str
-    stages: Stages
+    cascade: CascadeRecipe
 
     @property
     def names(self) -> list[str]:
         """Names of the stages, in order."""
-        return [s.name for s in self.stages]
+        return [s.name for s in self.cascade.stages]
 
     def stage(self, name: str) -> StageConfig[StageRecipe]:
         """The stage of that name. Raises KeyError."""
-        return {s.name: s for s in self.stages}[name]
+        return {s.name: s for s in self.cascade.stages}[name]
 
-    def before(self, name: str) -> Stages:
+    def before(self, name: str) -> tuple[StageConfig[StageRecipe], ...]:
         """The stages that run before the named one."""
-        return self.stages[: self.names.index(name)]
+        return self.cascade.stages[: self.names.index(name)]
 
     def start_of(self, name: str) -> str:
         """The stage that the named one starts from; empty = its recipe's own start."""
@@ -75,7 +45,7 @@ class StageGraph:
 
     def stage_dir(self, name: str) -> str:
         """Run folder of a stage."""
-        return f"{self.run_dir}/stages/{name}"
+        return f"{self.cascade.run_dir}/stages/{name}"
 
     def artifact_dir(self, name: str) -> str:
         """Folder of a stage's artifact."""
@@ -125,18 +95,10 @@ class StageGraph:
 
     def problems(self) -> list[str]:
         """Reasons why the stages cannot run one after the other."""
-        if not self.stages:
-            return ["stages is empty: name at least one"]
-        found = [f"stages: {n!r} stands twice: rename one" for n in repeated(self.names)]
-        found += [
-            f"stages: the name {n!r} must be letters, digits and _, as a folder's"
-            for n in self.names
-            if not re.fullmatch(r"[A-Za-z]\w*", n, flags=re.ASCII)
-        ]
-        if found:
+        if found := self.cascade.name_problems():
             return found
-        found = [problem for s in self.stages if (problem := self._start_problem(s))]
-        if self.stages[0].side:
+        found = [problem for s in self.cascade.stages if (problem := self._start_problem(s))]
+        if self.cascade.stages[0].side:
             found.append(f"stages.{self.names[0]} is first, so it cannot be a side branch")
         return found
 
@@ -162,8 +124,61 @@ class StageGraph:
     def _chain(self, name: str) -> list[str]:
         """The stage, the one it names as its start, and so on, to the end or to where a circle
         closes."""
-        starts = {s.name: s.start for s in self.stages if s.start}
+        starts = {s.name: s.start for s in self.cascade.stages if s.start}
         found = [name]
         while (before := starts.get(found[-1], "")) and before not in found:
             found.append(before)
         return found
+
+
+def cascade_problems(cascade: CascadeRecipe, world_size: int) -> list[str]:
+    """Every rule that the cascade or one of its stages breaks, each with a remedy."""
+    graph = StageGraph(cascade)
+    if found := graph.problems() + cascade.alarm.problems():
+        # Without an order, what a stage starts from is not known.
+        return found
+    found = cascade.scores.problems(world_size, graph.model_of(graph.names[0]))
+    found += _teacher_problems(graph)
+    for name in graph.names:
+        recipe = graph.resolved(name)
+        if isinstance(recipe, PolicyRecipe):
+            broken = recipe.problems(world_size, graph.model_of(name))
+        else:
+            broken = recipe.problems(world_size)
+        found += [f"stages.{name}: {problem}" for problem in broken]
+    return found
+
+
+def _teacher_problems(graph: StageGraph) -> list[str]:
+    """Domains that nobody can teach, and pins that name no stage or no open domain."""
+    scored = {d.domain for d in graph.cascade.scores.domains}
+    pinned = graph.cascade.teachers.pinned
+    found = []
+    taught = set()
+    for name in graph.names:
+        open_ = graph.open_teachers(name)
+        earlier = [s.name for s in graph.before(name)]
+        taught |= set(open_)
+        if open_ and not earlier:
+            found.append(
+                f"stages.{name} is first, so no artifact can teach {', '.join(open_)}: name "
+                "teachers with their artifacts, or put a stage before it"
+            )
+            continue
+        for domain in open_:
+            pin = pinned.get(domain)
+            if pin is None and domain not in scored:
+                found.append(
+                    f"stages.{name}: the teacher of {domain} cannot be chosen, for nothing "
+                    f"scores that domain: add it to scores.domains, or pin teachers.pinned"
+                )
+            elif pin is not None and pin not in earlier:
+                found.append(
+                    f"teachers.pinned: {domain} is pinned to {pin!r}, which is no stage before "
+                    f"{name}: use one of {', '.join(earlier)}"
+                )
+    found += [
+        f"teachers.pinned names {domain}, which no MOPD stage leaves open: take it out"
+        for domain in sorted(set(pinned) - taught)
+    ]
+    return found

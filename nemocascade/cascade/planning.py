@@ -1,0 +1,67 @@
+"""Plan, preflight and Slurm jobs of a whole cascade: those of its stages, in order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from nemocascade.cascade.graph import StageGraph, cascade_problems
+from nemocascade.plan.errors import PlanError
+from nemocascade.plan.findings import Preflight
+from nemocascade.plan.gpus import find_gpu
+from nemocascade.plan.job import job_of_recipe
+from nemocascade.plan.preflight import PreflightSettings, offline
+from nemocascade.plan.slurm import SlurmJob, job_of_script
+from nemocascade.plan.summary import PlanSettings, report_of
+from nemocascade.recipe import CascadeRecipe
+
+
+def plan_cascade(cascade: CascadeRecipe, settings: PlanSettings) -> str:
+    """A report for each stage. Raises PlanError for an unknown accelerator or model."""
+    graph = StageGraph(cascade)
+    found = {
+        name: report_of(graph.resolved(name), settings, graph.model_of(name))
+        for name in graph.names
+    }
+    if settings.json:
+        return json.dumps({"stages": {name: value for name, (_, value) in found.items()}}, indent=1)
+    return "\n\n".join(f"== {name} ==\n{text}" for name, (text, _) in found.items())
+
+
+def check_cascade(cascade: CascadeRecipe, settings: PreflightSettings, into: Preflight) -> None:
+    """Check the cascade's own rules, and every stage as if those before it had run."""
+    graph, ranks = StageGraph(cascade), settings.world_size
+    problems = cascade_problems(cascade, ranks)
+    into.add("cascade", problems, f"{len(cascade.stages)} stages, {ranks} ranks")
+    if problems:
+        return
+    for name in graph.names:
+        recipe, model = graph.resolved(name), graph.model_of(name)
+        job = None
+        with into.guarded(f"{name}: model"):
+            gpu = find_gpu(settings.gpu)
+            job = job_of_recipe(recipe, gpu, ranks, preset=settings.model, model=model)
+        ahead = bool(graph.start_of(name) or settings.model)
+        checked = offline(recipe, job, ranks, dry_run=settings.dry_run, ahead=ahead)
+        into.findings += [replace(f, check=f"{name}: {f.check}") for f in checked.findings]
+        into.seconds += checked.seconds
+
+
+def jobs_of_cascade(
+    script: Path, cascade: CascadeRecipe, arguments: Sequence[str]
+) -> list[SlurmJob]:
+    """A job for each stage of a cascade's script. Raises PlanError if the arguments choose one."""
+    chosen = [a for a in ("--only", "--from") if a in arguments]
+    if chosen:
+        raise PlanError(
+            f"{script}: {', '.join(chosen)} among the recipe's arguments: each job of a cascade "
+            "runs one stage, and one whose result is there already ends at once"
+        )
+    whole = job_of_script(script, cascade.run_dir, arguments)
+    # A stage watches its own folder for the request to stop.
+    return [
+        SlurmJob(script, whole.run_dir / "stages" / name, ("--only", name, *whole.arguments))
+        for name in StageGraph(cascade).names
+    ]
