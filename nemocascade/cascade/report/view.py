@@ -50,7 +50,7 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the score table. heat: 0..1 on its scale. change: since the stage's start."""
+    """Cell of the score table. heat: 0..1 on its scale. change: from the stage it starts from."""
 
     text: str
     heat: float
