@@ -1,4 +1,4 @@
-"""The command line: `nemocascade run | eval | score | report | plan | ...`."""
+"""Command line: `nemocascade run | eval | score | report | plan | ...`."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ class TokenizerSettings:
 
     data: DataConfig = field(default_factory=DataConfig)
     vocab_size: int = 2048
-    """Ids, the template's tags and one for each byte among them."""
+    """Number of ids, including the template's tags and one id for each byte."""
 
     output: str = "tokenizer.model"
     """File to write; must end in .model."""
 
     seed: int = 1
-    """Of synthetic rows."""
+    """Seed of synthetic rows."""
 
 
 def _run(arguments: list[str]) -> None:
@@ -110,7 +110,7 @@ def _tokenizer(settings: TokenizerSettings) -> None:
 @dataclass(frozen=True)
 class ConvertSettings:
     """Convert a Hugging Face folder (NemotronHForCausalLM, Qwen3MoeForCausalLM) to an artifact, or
-    an artifact of any layout to such a folder. What SOURCE is decides which."""
+    an artifact of any layout to such a folder. The direction follows from SOURCE."""
 
     source: tyro.conf.Positional[str]
     """Hugging Face folder or artifact."""
@@ -119,10 +119,11 @@ class ConvertSettings:
     """Folder to write."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the written weights; auto rounds nothing."""
+    """Precision of the written weights; auto rounds nothing."""
 
     family: Literal["auto", "NemotronHForCausalLM", "Qwen3MoeForCausalLM"] = "auto"
-    """Of a written Hugging Face folder; auto is the one that the model came from or fits."""
+    """Model family of a written Hugging Face folder; auto = the family that the model came from or
+    fits."""
 
     shard_gib: float = 5.0
     """Largest weights file of a written Hugging Face folder."""
@@ -183,7 +184,7 @@ def _submit(settings: SubmitSettings, rest: list[str]) -> None:
 
 
 def _overridden(script: str, arguments: list[str]) -> Recipe:
-    """The recipe of a script, of any kind, with the command line's settings."""
+    """The recipe of a script, of any kind, with the command line's overrides."""
     recipe = load_any_recipe(Path(script))
     if isinstance(recipe, CascadeRecipe):
         return parse_cascade(recipe, arguments)[0]
@@ -239,9 +240,9 @@ def _command(
 ) -> Callable[[list[str]], None]:
     """A command that calls `act` with its settings.
 
-    of_recipe: arguments after `--` are the recipe's, and `act` gets them as well.
+    of_recipe: arguments after `--` belong to the recipe and are passed to `act` as well.
     """
-    # A boolean is said with its value, as in recipes, only where scores' settings are those.
+    # `score` shares its settings with recipes, where a boolean is given with its value.
     config = (tyro.conf.FlagConversionOff,) if settings is ScoreSettings else ()
 
     def command(arguments: list[str]) -> None:

@@ -1,1 +1,1 @@
-"""The cascade: ordered stages, scores and alarms, the choice of teachers, the report."""
+"""Cascades: ordered stages, scores and alarms, the choice of teachers, the report."""

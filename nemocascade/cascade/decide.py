@@ -1,4 +1,4 @@
-"""Decides if a stage runs, with which inputs, and why. Reads the disk and changes nothing."""
+"""Decides if a stage runs, with which inputs, and why. Reads files and changes none."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Action = Literal["keep", "run", "resume"]
 class Decision:
     """The decision about a stage.
 
-    action: `keep` what is done, `run` it from its start, or `resume` it. reasons: why, for people.
-    recipe: as it runs; None where a stage before it must run first. retire: what lies in its folder
-    is of other inputs and moves away.
+    action: `keep` the finished stage, `run` it from its start, or `resume` it. reasons: readable
+    reasons for the action. recipe: the resolved recipe; None if an earlier stage must run first.
+    retire: the content of the stage's folder was made from other inputs and is moved to `retired/`.
     """
 
     stage: str
@@ -43,7 +43,7 @@ class Decision:
     retire: bool = False
 
     def text(self) -> str:
-        """A line for people, and one for each reason."""
+        """Summary line, then a line for each reason and each teacher."""
         head = f"{self.stage}: {self.action}"
         if self.retire:
             head += ", and what lies in its folder is kept under retired/"
@@ -54,7 +54,7 @@ class Decision:
 
 
 def describe_teacher(teacher: Teacher) -> str:
-    """A teacher and why it is one."""
+    """Name of a teacher and the reason for its choice."""
     if not teacher.stage:
         return f"{teacher.artifact}, as its recipe says"
     score = "" if teacher.score is None else f", score {teacher.score:.3f}"
@@ -69,12 +69,12 @@ def decide(
     pending: Collection[str] = (),
     again: bool = False,
 ) -> Decision:
-    """Decide what happens to a stage.
+    """Decide if a stage is kept, run or resumed.
 
-    pending: stages before it that will have run by then, in a dry run. again: run it though
+    pending: in a dry run, earlier stages that will have run by then. again: run the stage even if
     nothing has changed.
 
-    Raises CascadeError if a stage that it needs has no artifact.
+    Raises CascadeError if a stage that it depends on has no artifact.
     """
     graph = StageGraph(cascade)
     stage = graph.stage(name)
@@ -102,7 +102,7 @@ def decide(
 def _waits_for(
     graph: StageGraph, stage: StageConfig[StageRecipe], pending: Collection[str]
 ) -> list[str]:
-    """Pending stages whose artifacts or scores the stage needs."""
+    """Pending stages whose artifacts or scores the stage depends on."""
     needed = {graph.start_of(stage.name)}
     for domain in graph.open_teachers(stage.name):
         pin = graph.cascade.teachers.pinned.get(domain)
@@ -113,7 +113,7 @@ def _waits_for(
 def _compare(
     recipe: StageRecipe, inputs: dict[str, Any], *, again: bool
 ) -> tuple[Action, tuple[str, ...], bool]:
-    """Action, reasons, and whether the folder's content must go."""
+    """The action, its reasons, and True if the folder must be retired."""
     folder = Path(recipe.run_dir)
     record = read_record(folder)
     if record is None:
@@ -134,7 +134,7 @@ def _compare(
 
 
 def _damage(folder: Path, record: StageRecord) -> str:
-    """Why the artifact of a finished stage cannot be used; empty if it can."""
+    """Reason why the artifact of a finished stage cannot be used; empty if it can."""
     try:
         found = read_artifact(folder / "artifact")
     except CheckpointError as error:
@@ -147,7 +147,7 @@ def _damage(folder: Path, record: StageRecord) -> str:
 
 
 def _artifact_of(graph: StageGraph, name: str, source: str) -> Artifact:
-    """The artifact of a stage that `name` needs."""
+    """Artifact of stage `source`, which stage `name` depends on. Raises CascadeError if missing."""
     folder = Path(graph.stage_dir(source))
     record = read_record(folder)
     if record is None or record.status != "done":
@@ -159,7 +159,7 @@ def _artifact_of(graph: StageGraph, name: str, source: str) -> Artifact:
 
 
 def _teachers(graph: StageGraph, stage: StageConfig[StageRecipe]) -> dict[str, Teacher]:
-    """One for each domain of an MOPD stage, those that its recipe names included."""
+    """Teacher of each domain of an MOPD stage, including the teachers that its recipe names."""
     if not isinstance(stage.recipe, MopdRecipe):
         return {}
     open_ = graph.open_teachers(stage.name)
@@ -178,11 +178,11 @@ def _teachers(graph: StageGraph, stage: StageConfig[StageRecipe]) -> dict[str, T
 def choose_teachers(
     cascade: CascadeRecipe, name: str, scores: Mapping[str, Scores]
 ) -> dict[str, Teacher]:
-    """The teacher of every domain that stage `name` leaves open: the pinned one, else the artifact
-    before it with the best score.
+    """The teacher of every domain that stage `name` leaves open: the pinned one, else the earlier
+    artifact with the best score.
 
-    Of equal scores the stage's own start wins, which then teaches nothing new and holds what is
-    there; else the latest. Raises CascadeError for a domain that has no score.
+    Ties go to the artifact that the stage starts from, which preserves its behaviour on the domain;
+    otherwise to the latest stage. Raises CascadeError for a domain that has no score.
     """
     graph = StageGraph(cascade)
     start = graph.start_of(name)
@@ -213,5 +213,5 @@ def choose_teachers(
 
 
 def _digest(folder: str) -> str:
-    """Digest of an artifact from outside, or "". Raises CheckpointError if it is damaged."""
+    """Digest of an external artifact; "" for no folder. Raises CheckpointError if it is damaged."""
     return read_artifact(Path(folder)).digest if folder else ""

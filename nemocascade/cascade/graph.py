@@ -1,4 +1,4 @@
-"""The stages of a cascade as a graph: order, what each starts from, and the recipe it runs with."""
+"""Graph of a cascade's stages: their order, start artifacts and resolved recipes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from nemocascade.recipe import (
 
 @dataclass(frozen=True)
 class StageGraph:
-    """Stages in the order in which they run, and the artifacts that connect them."""
+    """Stages in execution order, and the artifacts that connect them."""
 
     cascade: CascadeRecipe
 
     @property
     def names(self) -> list[str]:
-        """Names of the stages, in order."""
+        """Names of the stages, in execution order."""
         return [s.name for s in self.cascade.stages]
 
     def stage(self, name: str) -> StageConfig[StageRecipe]:
@@ -33,11 +33,11 @@ class StageGraph:
         return {s.name: s for s in self.cascade.stages}[name]
 
     def before(self, name: str) -> tuple[StageConfig[StageRecipe], ...]:
-        """The stages that run before the named one."""
+        """Stages that run before the named one."""
         return self.cascade.stages[: self.names.index(name)]
 
     def start_of(self, name: str) -> str:
-        """The stage that the named one starts from; empty = its recipe's own start."""
+        """Name of the stage that the named one starts from; empty = its recipe's own start."""
         if start := self.stage(name).start:
             return start
         main = [s.name for s in self.before(name) if not s.side]
@@ -54,10 +54,10 @@ class StageGraph:
     def resolved(
         self, name: str, *, tokenizer: str = "", teachers: Mapping[str, str] | None = None
     ) -> StageRecipe:
-        """The recipe of a stage as it runs here.
+        """Recipe of a stage with its run folder, start artifact and teachers filled in.
 
-        tokenizer: of the artifact it starts from; an SFT stage in mid-cascade keeps it. teachers:
-        artifact by domain; without, open ones are filled with the start, to be looked at only.
+        tokenizer: tokenizer of the start artifact; a later SFT stage keeps it. teachers: artifact
+        by domain; if None, the start artifact stands in for open teachers, for validation only.
         """
         recipe, start = self.stage(name).recipe, self.start_of(name)
         recipe = replace(recipe, run_dir=self.stage_dir(name), resume=True)
@@ -72,14 +72,14 @@ class StageGraph:
             taught = [d.domain for d in recipe.domains]
             filled = tuple(
                 TeacherConfig(d, named.get(d) or known.get(d, self.artifact_dir(start)))
-                # A teacher of no domain of the recipe stays, to be complained of.
+                # Keep teachers of unknown domains, so that validation reports them.
                 for d in [*taught, *(d for d in named if d not in taught)]
             )
             recipe = replace(recipe, teachers=filled)
         return recipe
 
     def open_teachers(self, name: str) -> list[str]:
-        """Domains of a stage whose teacher the cascade chooses; none for other kinds than MOPD."""
+        """Domains of a stage whose teacher the cascade chooses; empty unless it is MOPD."""
         recipe = self.stage(name).recipe
         if not isinstance(recipe, MopdRecipe):
             return []
@@ -87,14 +87,14 @@ class StageGraph:
         return [d.domain for d in recipe.domains if d.domain not in named]
 
     def model_of(self, name: str) -> ModelConfig | None:
-        """Shape of a stage's model; None where it is that of an artifact from outside."""
+        """Shape of a stage's model; None if it comes from an external artifact."""
         while start := self.start_of(name):
             name = start
         recipe = self.stage(name).recipe
         return recipe.model if isinstance(recipe, SftRecipe) else None
 
     def problems(self) -> list[str]:
-        """Reasons why the stages cannot run one after the other."""
+        """Reasons why the stages cannot run in order."""
         if found := self.cascade.name_problems():
             return found
         found = [problem for s in self.cascade.stages if (problem := self._start_problem(s))]
@@ -103,7 +103,7 @@ class StageGraph:
         return found
 
     def _start_problem(self, stage: StageConfig[StageRecipe]) -> str:
-        """Reason why a stage cannot start from the one it names; empty if it can."""
+        """Reason why a stage cannot start from the stage it names; empty if it can."""
         earlier = [s.name for s in self.before(stage.name)]
         if not stage.start or stage.start in earlier:
             return ""
@@ -122,8 +122,7 @@ class StageGraph:
         return f"{named} runs after it: move {stage.start} before {stage.name}"
 
     def _chain(self, name: str) -> list[str]:
-        """The stage, the one it names as its start, and so on, to the end or to where a circle
-        closes."""
+        """The stage and its chain of explicit starts, until it ends or a cycle closes."""
         starts = {s.name: s.start for s in self.cascade.stages if s.start}
         found = [name]
         while (before := starts.get(found[-1], "")) and before not in found:
@@ -135,7 +134,7 @@ def cascade_problems(cascade: CascadeRecipe, world_size: int) -> list[str]:
     """Every rule that the cascade or one of its stages breaks, each with a remedy."""
     graph = StageGraph(cascade)
     if found := graph.problems() + cascade.alarm.problems():
-        # Without an order, what a stage starts from is not known.
+        # Without a valid order the start of a stage is undefined.
         return found
     found = cascade.scores.problems(world_size, graph.model_of(graph.names[0]))
     found += _teacher_problems(graph)
@@ -150,7 +149,7 @@ def cascade_problems(cascade: CascadeRecipe, world_size: int) -> list[str]:
 
 
 def _teacher_problems(graph: StageGraph) -> list[str]:
-    """Domains that nobody can teach, and pins that name no stage or no open domain."""
+    """Domains without a possible teacher, and pins that name no stage or no open domain."""
     scored = {d.domain for d in graph.cascade.scores.domains}
     pinned = graph.cascade.teachers.pinned
     found = []

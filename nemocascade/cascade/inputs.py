@@ -1,8 +1,8 @@
-"""The key of all that a stage's artifact depends on: the same key, the same artifact.
+"""Content key of a stage's inputs: the same key means the same artifact.
 
-In the key stand the recipe, the artifact it starts from, its teachers, and the content of every
-file that it names. Out of it stays what changes only how the stage runs: folders, layout,
-checkpoints, logs.
+The key covers the recipe, the start artifact, the teachers, and the content of every file that the
+recipe names. Excluded: settings that only change how the stage runs, such as folders, layout,
+checkpoints and logs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HOW = (
     *("data.cache_dir", "envs.sandbox.workers", "envs.check_workers"),
     *(f"envs.judge.{name}" for name in JUDGE_HOW),
 )
-"""Settings that leave the artifact as it is, up to the rounding of another layout."""
+"""Settings that do not change the artifact, up to the rounding of another layout."""
 
 Inputs = dict[str, Any]
 
@@ -35,9 +35,9 @@ Inputs = dict[str, Any]
 def stage_inputs(
     recipe: StageRecipe, start: str, teachers: Mapping[str, str], files: FileHashes
 ) -> Inputs:
-    """All that the artifact depends on, JSON values only.
+    """Everything that the artifact depends on, as JSON values.
 
-    recipe: as it runs. start: digest of the artifact it starts from, or empty. teachers: digest by
+    recipe: the resolved recipe. start: digest of the start artifact, or empty. teachers: digest by
     domain.
     """
     said = json.loads(json.dumps(asdict(recipe)))
@@ -56,16 +56,16 @@ def stage_inputs(
 
 
 def key_of(inputs: Inputs) -> str:
-    """The content key."""
+    """Content key of the inputs."""
     return digest_of(inputs)
 
 
 def recipe_files(recipe: StageRecipe) -> list[str]:
-    """Files and artifacts from outside that a stage reads, besides what it starts from."""
+    """Files and external artifacts that a stage reads, besides its start artifact."""
     found: list[str] = []
     if isinstance(recipe, SftRecipe):
         found += [*recipe.data.path, *recipe.data.heldout_path]
-        # The tokenizer of the artifact that the stage starts from is part of that.
+        # The digest of the start artifact already covers its tokenizer.
         if not recipe.init_from:
             found.append(recipe.tokenizer.path)
     else:
@@ -80,9 +80,9 @@ def score_files(config: ScoreConfig) -> list[str]:
 
 
 class FileHashes:
-    """Hashes of files and folders by content, remembered by size and time of change.
+    """Content hashes of files and folders, cached by size and modification time.
 
-    memory: where they are kept between runs, for data sets that take hours to read.
+    memory: file that keeps the cache between runs, for data sets that take hours to read.
     """
 
     def __init__(self, memory: Path) -> None:
@@ -93,7 +93,7 @@ class FileHashes:
             self._known = {}
 
     def of(self, paths: list[str]) -> dict[str, str]:
-        """Hash by path; `missing` where there is nothing. An artifact's is its digest."""
+        """Hash by path: `missing` for a path that does not exist, the digest for an artifact."""
         return {path: self._of(Path(path)) for path in paths}
 
     def _of(self, path: Path) -> str:
@@ -115,7 +115,7 @@ class FileHashes:
 
 
 def at_default(recipe: Any, prefix: str = "recipe") -> set[str]:
-    """Names, as in `Inputs`, of the settings that have their defaults."""
+    """Names, as in `Inputs`, of the settings that are at their defaults."""
     found: set[str] = set()
     for f in fields(recipe):
         name, value = f"{prefix}.{f.name}", getattr(recipe, f.name)
@@ -130,11 +130,11 @@ def at_default(recipe: Any, prefix: str = "recipe") -> set[str]:
 
 
 def differences(old: Inputs, new: Inputs, unset: Collection[str] = ()) -> list[str]:
-    """Changes between two sets of inputs, a line each, for people.
+    """Readable changes between two sets of inputs, one a line.
 
-    unset: settings at their defaults. One that the old inputs did not know yet is no change: a
-    newer program has more settings, and its defaults do as before. Nor is one of `HOW`, which older
-    programs may have kept.
+    unset: settings at their defaults. Such a setting is no change if the old inputs lack it: a
+    newer version has more settings, and their defaults behave as before. Settings in `HOW`, which
+    older versions may have recorded, are ignored too.
     """
     how = tuple(f"recipe.{name}." for name in HOW)
     before = {name: value for name, value in _flat(old) if not f"{name}.".startswith(how)}
@@ -172,6 +172,6 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    """A digest by its first 12 letters, anything else as it is."""
+    """The value, with a digest cut to its first 12 letters."""
     text = str(value) if value != "" else "none"
     return text[:12] if len(text) == hashlib.sha256().digest_size * 2 else text

@@ -1,4 +1,4 @@
-"""From a cascade's script to its run: overrides by stage, errors, exit codes."""
+"""Command line of a cascade script: overrides by stage, errors, exit codes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
@@ -17,43 +17,43 @@ from nemocascade.runtime.world import is_main_process
 
 @dataclass(frozen=True)
 class _Shared(CascadeRecipe):
-    """The settings of a cascade that are no stage's."""
+    """Settings of a cascade that belong to no stage."""
 
-    # A stage's own are shown under its name.
+    # The settings of each stage are shown under its name.
     stages: tyro.conf.Suppress[tuple[StageConfig[StageRecipe], ...]] = ()
 
 
 def parse_cascade(
     cascade: CascadeRecipe, arguments: Sequence[str] | None = None
 ) -> tuple[CascadeRecipe, Choice, bool]:
-    """`cascade` with the command line's overrides, which stages run, and whether only to say so.
+    """Parse overrides; returns the new cascade, the choice of stages, and True for a dry run.
 
-    A stage's settings go by its name: `--stages.if-rl.steps 20`. Unknown names end the program
+    Settings of a stage carry its name: `--stages.if-rl.steps 20`. Unknown names end the program
     with a hint.
     """
     by_stage = make_dataclass(
         "Stages", [(s.name, type(s.recipe), field(default=s.recipe)) for s in cascade.stages]
     )
 
-    # The annotations of a class made here must be types, not names to look up later.
+    # Annotations of this local class must be types: names could not be resolved later.
     @dataclass(frozen=True)
     class Command:
-        """A cascade: its stages run in order, each on the artifact of the one it starts from."""
+        """Cascade: its stages run in order, each from the artifact of an earlier stage."""
 
         shared: Annotated[_Shared, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
         stages: Annotated[by_stage, tyro.conf.FlagConversionOff]  # type: ignore[valid-type]
 
         begin: Annotated[str, tyro.conf.arg(name="from")] = ""
-        """Stage to begin with; those before it are taken as they lie, stale or not."""
+        """First stage to run; earlier stages are used as they are, even if they are stale."""
 
         only: str = ""
-        """The one stage to run."""
+        """Single stage to run."""
 
         again: bool = False
-        """Run the stage of --from or --only anew, though nothing has changed."""
+        """Run the stage of --from or --only again even if nothing has changed."""
 
         dry_run: bool = False
-        """Print what would run, with what, and why."""
+        """Print the stages that would run, their inputs and the reasons, and run nothing."""
 
     shared = _Shared(**{**_values(cascade), "stages": ()})
     found: Any = tyro.cli(
@@ -70,8 +70,8 @@ def parse_cascade(
 def launch(cascade: CascadeRecipe, arguments: Sequence[str] | None = None) -> Path:
     """Run `cascade` with the command line's overrides; returns the last artifact's folder.
 
-    Settings that cannot run end the program with exit code 2 and a message, an alarm that stops the
-    run with code 5.
+    Invalid settings end the program with a message and exit code 2, an alarm that stops the run
+    with exit code 5.
     """
     resolved, choice, dry = parse_cascade(cascade, arguments)
     resolved = replace(resolved, run_dir=str(Path.cwd() / resolved.run_dir))
@@ -90,7 +90,7 @@ def launch(cascade: CascadeRecipe, arguments: Sequence[str] | None = None) -> Pa
 
 
 def run_report(run_dir: Path) -> Path:
-    """Print the tree of a run's artifacts and their scores, and write its report."""
+    """Print the artifact tree and the scores of a run, and write its report."""
     print(report_text(run_dir))
     page = write_report(run_dir)
     print(f"report: {page}")

@@ -1,4 +1,4 @@
-"""A run folder for people: the tree of its artifacts, and the table of their scores."""
+"""Text report of a run folder: the tree of its artifacts and the table of their scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemocascade.types import Artifact
 
 
 def report_text(run_dir: Path) -> str:
-    """Artifacts, scores, teachers and alarms of a run."""
+    """Artifacts, scores, teachers and alarms of a run, as text."""
     found = read_cascade(run_dir)
     parts = [artifact_tree(run_dir, found), score_table(run_dir, found)]
     if found["teachers"]:
@@ -32,8 +32,9 @@ def report_text(run_dir: Path) -> str:
 
 
 def artifact_tree(run_dir: Path, cascade: Mapping[str, Any]) -> str:
-    """The artifacts below what they started from, as their manifests say: parents are found by
-    digest, so a stage that started from an older artifact than lies there now stands apart."""
+    """Tree of the artifacts, each below the parent that its manifest names.
+
+    Parents are matched by digest: a stage whose parent has been replaced since is listed apart."""
     stages = {s["name"]: s for s in cascade["stages"]}
     artifacts: dict[str, Artifact] = {}
     lost = []
@@ -75,7 +76,7 @@ def _branch(
 
 
 def score_table(run_dir: Path, cascade: Mapping[str, Any]) -> str:
-    """Held-out scores in hundredths: a row a stage, a column a domain; * is a row's teacher."""
+    """Held-out scores in hundredths: stages in rows, domains in columns, * marks the teacher."""
     rows: dict[str, Scores] = {}
     for stage in cascade["stages"]:
         scores = read_scores(_folder(run_dir, stage["name"]) / SCORES)

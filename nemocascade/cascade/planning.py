@@ -1,4 +1,4 @@
-"""Plan, preflight and Slurm jobs of a whole cascade: those of its stages, in order."""
+"""Plan, preflight and Slurm jobs of a whole cascade, stage by stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemocascade.recipe import CascadeRecipe
 
 
 def plan_cascade(cascade: CascadeRecipe, settings: PlanSettings) -> str:
-    """A report for each stage. Raises PlanError for an unknown accelerator or model."""
+    """Plan report of each stage. Raises PlanError for an unknown accelerator or model."""
     graph = StageGraph(cascade)
     found = {
         name: report_of(graph.resolved(name), settings, graph.model_of(name))
@@ -52,7 +52,7 @@ def check_cascade(cascade: CascadeRecipe, settings: PreflightSettings, into: Pre
 def jobs_of_cascade(
     script: Path, cascade: CascadeRecipe, arguments: Sequence[str]
 ) -> list[SlurmJob]:
-    """A job for each stage of a cascade's script. Raises PlanError if the arguments choose one."""
+    """Slurm job of each stage of a cascade. Raises PlanError if the arguments select a stage."""
     chosen = [a for a in ("--only", "--from") if a in arguments]
     if chosen:
         raise PlanError(
@@ -60,7 +60,7 @@ def jobs_of_cascade(
             "runs one stage, and one whose result is there already ends at once"
         )
     whole = job_of_script(script, cascade.run_dir, arguments)
-    # A stage watches its own folder for the request to stop.
+    # A stage polls its own folder for the stop file.
     return [
         SlurmJob(script, whole.run_dir / "stages" / name, ("--only", name, *whole.arguments))
         for name in StageGraph(cascade).names

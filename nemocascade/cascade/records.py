@@ -1,11 +1,11 @@
-"""Files of a cascade: a record in each stage's folder, and cascade.json, made of them.
+"""Files of a cascade: a record in each stage's folder, and cascade.json, built from them.
 
     RUN/cascade.json                stages, teachers, alarms, settings, versions
-    RUN/stages/NAME/stage.json      what the stage is made of, and whether it is done
+    RUN/stages/NAME/stage.json      inputs and status of the stage
     RUN/stages/NAME/scores.json     held-out scores of its artifact
     RUN/retired/NAME.1/             a stage's folder whose inputs have changed since
 
-Each file is replaced whole, so a kill leaves the old one or the new one.
+Each file is replaced atomically: a kill leaves either the old content or the new.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Status = Literal["done", "running", "pending"]
 
 @dataclass(frozen=True)
 class Teacher:
-    """Who teaches a domain. stage: empty for an artifact from outside. score: its held-out score
-    when it was chosen, None where there is none. pinned: the recipe says so."""
+    """The teacher of a domain. stage: empty for an external artifact. score: its held-out score
+    when it was chosen, None without one. pinned: set by the recipe, not chosen by score."""
 
     stage: str
     artifact: str
@@ -48,8 +48,8 @@ class Teacher:
 class StageRecord:
     """Inputs and status of a stage.
 
-    key: of `inputs`. artifact_digest: empty until it is done. seconds: that made the artifact;
-    work that was lost to a kill is not in it. tokens: of the steps in metrics.jsonl.
+    key: content key of `inputs`. artifact_digest: empty until the stage is done. seconds: time
+    spent on the artifact, without work lost to a kill. tokens: total of the steps in metrics.jsonl.
     """
 
     key: str
@@ -63,8 +63,8 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Alarm:
-    """A stage has harmed a domain. before, after: held-out scores of the artifact it started from
-    and of its own. drop: their difference in points, hundredths."""
+    """A drop of a domain's score in a stage. before, after: held-out scores of the stage's start
+    artifact and of its own. drop: their difference in points, hundredths."""
 
     domain: str
     stage: str
@@ -74,7 +74,7 @@ class Alarm:
     drop: float
 
     def text(self) -> str:
-        """For people."""
+        """Readable sentence."""
         return (
             f"{self.stage} has lost {self.drop:.1f} points of {self.domain}: "
             f"{100 * self.before:.1f} after {self.from_stage}, {100 * self.after:.1f} now"
@@ -82,7 +82,7 @@ class Alarm:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file as a whole."""
+    """Replace a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     write_durably(partial, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
@@ -91,12 +91,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_record(folder: Path, record: StageRecord) -> None:
-    """Keep a stage's record in its folder."""
+    """Write a stage's record to its folder."""
     write_json(folder / STAGE, {"version": VERSION, **asdict(record)})
 
 
 def read_record(folder: Path) -> StageRecord | None:
-    """The record in a stage's folder; None where there is none that this program can read."""
+    """The record in a stage's folder; None if it is missing or of another version."""
     found = read_versioned(folder / STAGE, VERSION)
     if found is None:
         return None
@@ -105,7 +105,7 @@ def read_record(folder: Path) -> StageRecord | None:
 
 
 def retire(run_dir: Path, name: str) -> Path:
-    """Move a stage's folder out of the way, whole, and return where it lies now."""
+    """Move a stage's folder to RUN/retired; returns its new path."""
     shelf = run_dir / RETIRED
     shelf.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -117,7 +117,7 @@ def retire(run_dir: Path, name: str) -> Path:
 
 
 def done_scores(recipe: CascadeRecipe) -> dict[str, Scores]:
-    """Scores of the stages that are done, of the artifacts that lie there now, in order."""
+    """Scores of the current artifacts of all finished stages, in execution order."""
     graph = StageGraph(recipe)
     found = {}
     for name in graph.names:
@@ -131,7 +131,7 @@ def done_scores(recipe: CascadeRecipe) -> dict[str, Scores]:
 
 
 def find_alarms(recipe: CascadeRecipe, scores: Mapping[str, Scores]) -> list[Alarm]:
-    """Every domain that a stage has brought more than `alarm.drop` points below its start."""
+    """An alarm for each domain that a stage lowered by more than `alarm.drop` points."""
     found = []
     for name, after in scores.items():
         start = StageGraph(recipe).start_of(name)
@@ -145,7 +145,7 @@ def find_alarms(recipe: CascadeRecipe, scores: Mapping[str, Scores]) -> list[Ala
 
 
 def write_cascade(recipe: CascadeRecipe) -> list[Alarm]:
-    """Make RUN/cascade.json from the stages' folders, and return the alarms."""
+    """Write RUN/cascade.json from the stages' folders; returns the alarms."""
     graph = StageGraph(recipe)
     stages = []
     teachers: dict[str, Any] = {}
@@ -181,7 +181,7 @@ def write_cascade(recipe: CascadeRecipe) -> list[Alarm]:
 
 
 def read_cascade(run_dir: Path) -> dict[str, Any]:
-    """The content of RUN/cascade.json. Raises ReportError if it cannot be read."""
+    """Content of RUN/cascade.json. Raises ReportError if it cannot be read."""
     path = run_dir / CASCADE
     if not path.is_file():
         raise ReportError(f"{path} does not exist: name the run folder of a cascade")
@@ -201,7 +201,7 @@ def read_cascade(run_dir: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that compute."""
+    """Versions of Python and of the packages that do the computation."""
     found = {"python": platform.python_version()}
     for package in ("nemocascade", "torch", "megatron-core"):
         try:

@@ -1,7 +1,7 @@
-"""Runs the stages in order, in the same processes, and goes on where it was stopped.
+"""Runs the stages of a cascade in order, in the same processes, and resumes a stopped run.
 
-The main rank decides and writes; all ranks are told between the stages, in a world of their own, so
-they do the same whatever each sees of the file system.
+The main rank decides and writes. It broadcasts its decisions between the stages, in a process group
+of their own, so all ranks act alike even if they see the file system differently.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from nemocascade.stages.setup import on_main_rank
 
 @dataclass(frozen=True)
 class Choice:
-    """Which stages run.
+    """Selection of the stages that run.
 
-    begin: the first one; those before it are taken as they lie, also where they are stale.
-    only: the one stage that runs. again: run what `begin` or `only` names, though nothing has
-    changed; what lay there is kept.
+    begin: first stage to run; earlier stages are used as they are, even if they are stale.
+    only: single stage to run. again: run the stage of `begin` or `only` even if nothing has
+    changed; its old folder is retired.
     """
 
     begin: str = ""
@@ -55,7 +55,7 @@ class Choice:
     again: bool = False
 
     def problems(self, cascade: CascadeRecipe) -> list[str]:
-        """Every contradiction and unknown name."""
+        """Contradictions and unknown names in the selection."""
         names = StageGraph(cascade).names
         found = [
             f"--{option} {name!r} is no stage: use one of {', '.join(names)}"
@@ -69,28 +69,28 @@ class Choice:
         return found
 
     def stages(self, cascade: CascadeRecipe) -> list[str]:
-        """Names, in order."""
+        """Names of the selected stages, in execution order."""
         if self.only:
             return [self.only]
         names = StageGraph(cascade).names
         return names[names.index(self.begin) if self.begin else 0 :]
 
     def anew(self, name: str) -> bool:
-        """True if this stage runs although nothing has changed."""
+        """True if this stage runs even if nothing has changed."""
         return self.again and name == (self.only or self.begin)
 
 
 def _problems_here(cascade: CascadeRecipe) -> list[str]:
-    """Problems of the cascade and its scores, in the world of this process."""
+    """Problems of the cascade and its scores on the ranks of this launch."""
     problems = cascade_problems(cascade, world_size_of_environment())
     return problems + [p for p in scoring_problems(cascade.scores) if p not in problems]
 
 
 def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
-    """The stages that would run, with which inputs, and why; and the problems that they have on the
-    ranks that are here. Changes nothing but the memory of file hashes.
+    """Text of the stages that would run, their inputs, the reasons, and their problems on the ranks
+    of this launch. Changes nothing but the cache of file hashes.
 
-    Raises RecipeError if there is no order in which stages could run.
+    Raises RecipeError if the stages have no valid order.
     """
     graph = StageGraph(cascade)
     if problems := choice.problems(cascade) + graph.problems():
@@ -116,10 +116,10 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
 
 
 def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
-    """Run what has to run and return the last main-line stage's artifact folder.
+    """Run the stages that are not up to date; returns the last main-line stage's artifact folder.
 
-    Raises RecipeError before anything starts, CascadeError where the run cannot go on, AlarmError
-    where an alarm stops it, and what a stage raises.
+    Raises RecipeError before anything starts, CascadeError if the run cannot continue, AlarmError
+    if an alarm stops it, and every error that a stage raises.
     """
     choice = choice or Choice()
     if problems := choice.problems(cascade) + _problems_here(cascade):
@@ -132,7 +132,7 @@ def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
 
 
 class _Run:
-    """A cascade under way, on every rank."""
+    """State of a running cascade, on every rank."""
 
     def __init__(self, cascade: CascadeRecipe, choice: Choice) -> None:
         self.cascade, self.choice = cascade, choice
@@ -140,9 +140,9 @@ class _Run:
         self.run_dir = Path(cascade.run_dir)
 
     def stage(self, name: str) -> None:
-        """Decide, run, score and compare one stage."""
+        """Decide, run and score one stage, and check its alarms."""
         if self.graph.open_teachers(name):
-            # Teachers are chosen by the scores of all that came before.
+            # Teachers are chosen by the scores of all earlier stages.
             self._score([s.name for s in self.graph.before(name)])
         decision: Decision = self._on_main(lambda: self._begin(name))
         if decision.action != "keep":
@@ -151,7 +151,7 @@ class _Run:
             newest = self._on_main(lambda: latest_checkpoint(checkpoints))
             first = int(newest.name.removeprefix("step_")) if newest else 0
             run_stage(decision.recipe)
-            # What the stage held in cycles would stay beside the next one.
+            # Reference cycles would keep the stage's memory beside the next stage's.
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -169,7 +169,7 @@ class _Run:
         return on_main_rank(self.run_dir, self.cascade.scores.engine, work)
 
     def _begin(self, name: str) -> Decision:
-        """Decide, and make the stage's folder ready."""
+        """Decide, and prepare the stage's folder."""
         decision = decide(
             self.cascade, name, _file_hashes(self.cascade), again=self.choice.anew(name)
         )
@@ -185,7 +185,7 @@ class _Run:
         return decision
 
     def _done(self, decision: Decision, seconds: float, first_step: int) -> None:
-        """Note that the stage is done."""
+        """Record that the stage is done."""
         folder = self._folder(decision.stage)
         metrics = folder / "metrics.jsonl"
         lines = [row for _, row in read_objects(metrics)] if metrics.exists() else []
@@ -202,7 +202,7 @@ class _Run:
         write_record(folder, record)
 
     def _score(self, names: list[str]) -> None:
-        """Score the finished ones of these stages that have no scores of these settings."""
+        """Score those of the stages that are finished and lack scores with the current settings."""
         key, names = self._on_main(lambda: self._unscored(names))
         for name in names:
             folder = self._folder(name)
@@ -225,7 +225,7 @@ class _Run:
         return key, missing
 
     def _alarms(self, name: str) -> list[Alarm]:
-        """This stage's alarms, once its results are all on disk; its checkpoints may go now."""
+        """Alarms of a stage whose results are all on disk; its checkpoints are deleted here."""
         alarms = [a for a in write_cascade(self.cascade) if a.stage == name]
         for alarm in alarms:
             LOGGER.warning("alarm: %s", alarm.text())

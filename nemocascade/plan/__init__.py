@@ -1,1 +1,1 @@
-"""Memory, time and layouts of a job before it starts, its checks, and its Slurm scripts."""
+"""Planning of a job: memory, time and layouts, preflight checks, and Slurm scripts."""

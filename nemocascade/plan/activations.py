@@ -1,8 +1,9 @@
-"""Bytes that a micro-batch keeps between forward and backward, by kind of layer.
+"""Activation bytes of a micro-batch between forward and backward, by kind of layer.
 
-A layer keeps what its operators save for backward. Shape letters: T tokens of the micro-batch, R
-its rows on a rank between layers (T / tp), H hidden size, b bytes of an activation. Terms are those
-of `nemocascade/megatron/layers`; a test counts them on a CPU by autograd's saved-tensor hooks.
+A layer keeps the tensors that its operators save for backward. Shape letters: T tokens of the
+micro-batch, R its rows on a rank between layers (T / tp), H hidden size, b bytes of an activation.
+The terms follow `nemocascade/megatron/layers`; a test counts them on a CPU with autograd's
+saved-tensor hooks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Activations:
         self.stream = self.rows * job.model.hidden_size * self.width
 
     def layer(self, symbol: str) -> Terms:
-        """Bytes that a layer keeps. With recomputation, its input and the routers' choices only."""
+        """Bytes that a layer keeps; with recomputation, only its input and the routing."""
         if self.job.engine.recompute:
             chosen = self.rows * self.model.experts_per_token * 4 if symbol == "E" else 0.0
             return {"layer input": self.stream, "routing": chosen}
@@ -46,9 +47,9 @@ class Activations:
             "Mamba output": tokens * inner * self.width,
         }
         if self.job.on_gpu:
-            # On a CPU the native core computes them again.
+            # On a CPU the C++ scan recomputes the states.
             per_document = -(-self.job.document_length // m.mamba_chunk) - 1
-            # Chunks after which another one of the same document follows.
+            # Chunks of a document that are followed by another chunk of it.
             states = per_document * self.job.capacity / self.job.document_length
             terms["Mamba states"] = states * inner * m.mamba_state * 4
         if self.job.on_gpu and self.job.fla:
@@ -72,11 +73,11 @@ class Activations:
         }
         turned = m.qk_norm or m.rope
         if m.qk_norm:
-            # The norms' inputs; what they make is kept as q and k above.
+            # Inputs of the norms; their outputs are counted as q and k above.
             terms["attention norms"] = query + both / 2 + tokens * (heads + kv) * 4
         if not self.job.on_gpu:
-            # Torch's attention runs document by document, and the parts are joined. Short documents
-            # are gathered into batches; long ones read k and v where the projection wrote them.
+            # Torch's attention runs document by document, and the outputs are concatenated. Short
+            # documents are gathered into batches; long ones read k and v from the projection.
             terms["attention output"] += query
             if self.job.document_length <= SHORT_DOCUMENT:
                 terms["attention rows"] = 3 * 8.0 * tokens
@@ -103,7 +104,7 @@ class Activations:
                 terms["router losses"] = 2 * scores + rows * 4
             if self.job.moe.z_loss_coef:
                 terms["router losses"] = terms.get("router losses", 0.0) + 8 * rows
-        # weights, experts, order and positions, 4 bytes each.
+        # Weights, experts, order and positions, 4 bytes each.
         terms["routing"] = 4 * 4 * slots
         terms |= self._experts(slots)
         if m.shared_expert_width:
@@ -125,25 +126,25 @@ class Activations:
         }
 
     def embedding(self) -> Terms:
-        """Bytes of the first stage: the ids."""
+        """Bytes of the first stage: the token ids."""
         return {"token ids": self.job.capacity * 8.0}
 
     def head(self) -> Terms:
-        """Bytes of the last stage: the final norm's input, and the gradient of the whole hidden
-        states, which the loss makes in its forward pass."""
+        """Bytes of the last stage: the final norm's input, and the gradient of the full hidden
+        states, which the loss computes in its forward pass."""
         whole = self.job.capacity * self.model.hidden_size * self.width
         return {"final norm": self.stream + 4 * self.rows, "LM head gradient": whole}
 
     def head_peak(self) -> float:
-        """While the loss runs: gathered hidden states, and the chunks of logits at work."""
+        """Peak bytes of the loss: gathered hidden states and the current chunks of logits."""
         tp, tokens = self.parallel.tp, self.job.capacity
         gathered = tokens * self.model.hidden_size * self.width if tp > 1 else 0.0
         logits = head_bytes(self.model, tokens, self.width, tp=tp, on_gpu=self.job.on_gpu)
         return gathered + self.stream + logits
 
     def layer_peak(self, symbol: str) -> float:
-        """Most that one layer's backward needs beside what is kept: its gradients, and with
-        recomputation everything that it keeps for a moment."""
+        """Peak bytes of one layer's backward beside the kept activations: its gradients, and with
+        recomputation all of its recomputed activations."""
         terms = self.full_layer(symbol)
         largest = max(terms.values())
         again = sum(terms.values()) - self.stream if self.job.engine.recompute else 0.0
@@ -151,8 +152,8 @@ class Activations:
 
 
 def in_flight(parallel: ParallelConfig, pp_rank: int, microbatches: int) -> float:
-    """Micro-batches of a pipeline rank that wait for their backward at once, in units of all its
-    layers: 1F1B (arXiv 2104.04473), and its interleaved form."""
+    """Micro-batches of a pipeline rank in flight, in units of all its layers: 1F1B (arXiv
+    2104.04473) or its interleaved form."""
     ahead = parallel.pp - pp_rank
     if parallel.vpp == 1:
         return float(min(ahead, microbatches))

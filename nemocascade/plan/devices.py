@@ -1,4 +1,4 @@
-"""Checks of this machine's device and of the links between ranks, timed against the table."""
+"""Timed checks of the local device and of the links between ranks, against the known ceilings."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from nemocascade.plan.job import Job, job_of_recipe
 from nemocascade.plan.memory import GIB
 from nemocascade.runtime.world import World
 
-# A device or link this far below the table is throttled, shared or wrongly set up.
+# Below this share of its ceiling, a device or link is throttled, shared or misconfigured.
 SLOW = 0.5
 _COLLECTIVE_BYTES = 16 << 20
 
 
 def this_gpu() -> Gpu:
-    """The device of this machine, as the table knows it, with its true memory.
+    """Entry of `GPUS` for this machine's device, with its actual memory.
 
-    An accelerator that is not in the table keeps its name, and plans with the ceilings of the
-    slowest one that is. A CPU's memory is shared by the ranks of the node.
+    An unknown accelerator keeps its name and gets the ceilings of the slowest known one. A CPU's
+    memory is divided among the ranks of the node.
     """
     if not torch.cuda.is_available():
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -43,7 +43,7 @@ def this_gpu() -> Gpu:
 
 
 def job_here(recipe: Any, world_size: int) -> Job | None:
-    """The recipe on this machine; None where its model is not known before it is read."""
+    """The recipe's job on this machine; None if its model is not known yet."""
     try:
         return job_of_recipe(recipe, this_gpu(), world_size)
     except PlanError:
@@ -51,14 +51,14 @@ def job_here(recipe: Any, world_size: int) -> Job | None:
 
 
 def check_together(recipe: Any, world: World) -> Preflight:
-    """Devices and collectives, on all ranks."""
+    """Check devices and collectives on all ranks."""
     job = job_here(recipe, world.size)
     return Preflight() if job is None else online(world, job)
 
 
 def online(world: World, job: Job) -> Preflight:
-    """Device and collectives of a job that has started; every rank calls it and gets the problems
-    of all ranks."""
+    """Check the device and the collectives of a started job. Every rank calls it and gets the
+    problems of all ranks."""
     started = time.perf_counter()
     found = Preflight()
     check_device(world, job, found)
@@ -72,7 +72,7 @@ def online(world: World, job: Job) -> Preflight:
 
 
 def check_device(world: World, job: Job, into: Preflight) -> None:
-    """A matrix product and a copy on this rank's device, against the table."""
+    """Time a matrix product and a copy on this rank's device, and compare with its ceilings."""
     with into.guarded("device"):
         device = world.device
         on_gpu = device.type == "cuda"
@@ -101,7 +101,7 @@ def check_device(world: World, job: Job, into: Preflight) -> None:
 
 
 def check_axes(world: World, job: Job, into: Preflight) -> None:
-    """A timed all-reduce on every parallel axis that has more than one rank."""
+    """Time an all-reduce on every parallel axis with more than one rank."""
     axes = {
         "tp": world.groups.tp,
         "pp": world.groups.pp,
@@ -126,7 +126,7 @@ def check_axes(world: World, job: Job, into: Preflight) -> None:
                 problems.append(f"rank {world.rank}: a sum over {name} of {ranks} ones is wrong")
             speed = 2 * (ranks - 1) / ranks * size / seconds / 1e9
             warnings = []
-            # A group of neighbours may cross nodes; only the network's speed is certain.
+            # A group of neighbours may cross nodes; only the network's speed can be expected.
             if on_gpu and job.gpu.name in GPUS and speed < SLOW * job.gpu.network_gb_s:
                 warnings.append(
                     f"rank {world.rank}: {name} ({ranks} ranks) moves {speed:.1f} GB/s, "
@@ -137,7 +137,7 @@ def check_axes(world: World, job: Job, into: Preflight) -> None:
 
 
 def _time(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of a few runs, after one to warm up."""
+    """Seconds of the fastest of three runs, after a warm-up run."""
 
     def wait() -> None:
         if device.type == "cuda":

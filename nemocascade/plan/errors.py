@@ -4,4 +4,4 @@ from nemocascade.recipe import UserError
 
 
 class PlanError(UserError, ValueError):
-    """Settings that cannot be planned or submitted; the message says why and what to do."""
+    """Settings cannot be planned or submitted; the message says why and what to do."""

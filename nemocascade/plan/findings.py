@@ -1,4 +1,4 @@
-"""The findings of a job's checks: what keeps it from running, and what only makes it slow."""
+"""Findings of a job's checks: problems that keep it from running, and warnings of slowness."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check. problem: empty if the job can run. warning: it runs, but slower than it should.
-    measured: what was seen, for people."""
+    """Result of one check. problem: empty if the job can run. warning: the job runs, but slower
+    than it should. measured: readable measurement."""
 
     check: str
     problem: str = ""
@@ -41,28 +41,28 @@ class Preflight:
     def add(
         self, check: str, problems: list[str], measured: str = "", warnings: Sequence[str] = ()
     ) -> None:
-        """Note a check and everything that is wrong with it."""
+        """Record a check with all its problems and warnings."""
         found = [CheckResult(check, p, measured) for p in problems]
         found += [CheckResult(check, "", measured, w) for w in warnings]
         self.findings += found or [CheckResult(check, "", measured)]
 
     @contextmanager
     def guarded(self, check: str) -> Iterator[None]:
-        """A check that fails in a way of its own is a finding, and the others go on."""
+        """Record an exception of a check as a finding, so that the other checks run."""
         try:
             yield
-        except Exception as error:  # whatever it is, it would end the job later
+        except Exception as error:  # any error here would end the job later
             self.add(check, [f"{check}: {type(error).__name__}: {error}"])
 
     def text(self) -> str:
-        """A line a check."""
+        """Readable report, one line for each check."""
         lines = [f.line() for f in self.findings]
         count = len(self.problems)
         end = f"{count} problem(s)" if count else "all checks passed"
         return "\n".join(["preflight:", *lines, f"{end} in {self.seconds:.1f} s"])
 
     def as_json(self) -> str:
-        """For machines."""
+        """JSON report."""
         value = {
             "passed": not self.problems,
             "seconds": self.seconds,

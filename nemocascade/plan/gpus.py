@@ -12,12 +12,12 @@ from nemocascade.plan.errors import PlanError
 
 @dataclass(frozen=True)
 class Gpu:
-    """An accelerator as the planner sees it.
+    """Memory and ceilings of an accelerator.
 
-    memory_gib: what torch can allocate, after the driver's own. matmul_tflops: bf16 matrix products
-    as they run at good sizes, below the datasheet's peak. memory_gb_s, link_gb_s, network_gb_s:
-    bandwidth of its memory, of a rank to its neighbours in a node, and of a rank to other nodes,
-    in each direction. per_node: accelerators that the link joins.
+    memory_gib: memory that torch can allocate, without the driver's share. matmul_tflops: bf16
+    matrix products as reached at good sizes, below the datasheet's peak. memory_gb_s, link_gb_s,
+    network_gb_s: bandwidth of its memory, of a rank to its neighbours in a node, and of a rank to
+    other nodes, in each direction. per_node: accelerators connected by the link.
     """
 
     name: str
@@ -29,8 +29,8 @@ class Gpu:
     per_node: int = 8
 
 
-# Datasheet figures times what large transfers and products reach in practice: 0.8 of the matrix
-# peak, 0.85 of memory, 0.8 of links. H200's matrix rate is measured.
+# Datasheet figures times the shares that large transfers and products reach in practice: 0.8 of the
+# matrix peak, 0.85 of memory, 0.8 of links. The matrix rate of the H200 is measured.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -46,7 +46,7 @@ GPUS = {
 def find_gpu(name: str) -> Gpu:
     """The accelerator of that name, or of a JSON file with the fields of `Gpu`.
 
-    Raises PlanError if there is none, naming those that are known.
+    Raises PlanError for an unknown name, listing the known ones.
     """
     if name in GPUS:
         return GPUS[name]

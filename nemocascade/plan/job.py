@@ -1,4 +1,4 @@
-"""The job that is planned: a recipe's settings, where it runs, and what else it holds."""
+"""Description of a planned job: the recipe's settings, its accelerator, and further memory use."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from nemocascade.recipe import (
 
 @dataclass(frozen=True)
 class RolloutLoad:
-    """Generation on the training ranks: sequences at once over the whole world, and their length.
+    """Rollouts on the training ranks: concurrent sequences over the whole world, and their length.
 
-    Attention keeps keys and values of every token; a Mamba layer keeps one state a sequence.
+    Attention caches keys and values of every token; a Mamba layer keeps one state a sequence.
     """
 
     sequences: int = 0
@@ -33,7 +33,7 @@ class RolloutLoad:
 
 @dataclass(frozen=True)
 class Job:
-    """The job that the planner plans for.
+    """A job to plan.
 
     capacity: tokens of a micro-batch. sequences_per_step: micro-batches over all data-parallel
     ranks. document: length of the documents that fill a micro-batch. imbalance: rows of the
@@ -64,7 +64,7 @@ class Job:
 
     @property
     def document_length(self) -> int:
-        """Length of the documents; a pack is one document where it is not known."""
+        """Length of the documents; a pack counts as one document if it is unknown."""
         return min(self.document or self.capacity, self.capacity)
 
     @property
@@ -73,7 +73,7 @@ class Job:
         return self.sequences_per_step // max(1, self.parallel.data_parallel(self.world_size))
 
     def problems(self) -> list[str]:
-        """Every rule that the layout breaks, each with its remedy."""
+        """Rules that the layout breaks, each with its remedy."""
         return self.model.problems() or self.parallel.problems(
             self.model,
             self.world_size,
@@ -95,7 +95,7 @@ class Job:
         )
 
     def with_layout(self, parallel: ParallelConfig, *, recompute: bool) -> Job:
-        """The same work on another layout."""
+        """The same job on another layout."""
         engine = replace(self.engine, recompute=recompute)
         return replace(self, parallel=parallel, engine=engine)
 
@@ -111,13 +111,13 @@ def job_of_recipe(
 ) -> Job:
     """The job that `recipe` describes; options are further fields of Job.
 
-    preset: the model of a recipe whose artifact to start from is not there yet. model: likewise,
-    where it is known from the stages before.
+    preset: model preset for a recipe whose start artifact does not exist yet. model: the same, if
+    it is known from earlier stages.
 
-    A reinforcement-learning recipe trains its episodes packed: as many packs as whole episodes of
-    the largest size need, and generates as many sequences at once as its rollout says.
+    A reinforcement-learning recipe trains packed episodes. It is planned with the packs that
+    episodes of the largest size need, and with the concurrent sequences of its rollout settings.
 
-    Raises PlanError if the recipe names no model and no artifact that says what it is.
+    Raises PlanError if the recipe names neither a model nor an artifact that defines one.
     """
     known: dict[str, Any] = {
         name: getattr(recipe, name) for name in ("parallel", "engine", "moe", "optimizer")

@@ -1,4 +1,4 @@
-"""Memory of the worst rank: what it holds all the time, and what a step adds at its peak."""
+"""Memory of the worst rank: its persistent state and the peak of a step."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from nemocascade.plan.job import Job
 from nemocascade.plan.parameters import Place, place_of, stage_chunks
 
 GIB = float(1 << 30)
-# CUDA context, NCCL's buffers for each communicator, and libraries' workspaces.
+# CUDA context, NCCL buffers of each communicator, and library workspaces.
 _FIXED = 2.5 * GIB
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, by what they are for.
+    """Bytes of one rank, by purpose.
 
-    activations: kept between forward and backward, at most. peak: of one operator's backward or of
+    activations: most that is kept between forward and backward. peak: one operator's backward, or
     the LM head while its logits exist, whichever is more. other: context and communication.
     """
 
@@ -34,13 +34,13 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Most that the rank holds at once; rollout and training take turns."""
+        """Peak bytes of the rank; rollout and training alternate."""
         standing = self.parameters + self.gradients + self.optimizer + self.buffers
         step = max(self.activations + self.peak, self.rollout)
         return standing + self.teachers + step + self.other
 
     def table(self) -> list[tuple[str, float]]:
-        """Names and GiB, for people."""
+        """Readable names with their GiB."""
         names = (
             ("parameters", self.parameters),
             ("gradients", self.gradients),
@@ -56,7 +56,7 @@ class Memory:
 
 
 def stage_memory(job: Job, place: Place) -> Memory:
-    """The memory of the rank at `place`."""
+    """Memory of the rank at `place`."""
     state = job.state(place)
     kept = Activations(job)
     layers = "".join(stage_chunks(job.model, job.parallel, place.pp))
@@ -67,7 +67,7 @@ def stage_memory(job: Job, place: Place) -> Memory:
     if first:
         activations += flying * sum(kept.embedding().values())
     if last:
-        # The loss of a micro-batch is followed by its backward.
+        # The backward of a micro-batch directly follows its loss: only one is in flight.
         activations += sum(kept.head().values())
         peaks.append(kept.head_peak())
     if job.parallel.pp > 1:
@@ -87,7 +87,7 @@ def stage_memory(job: Job, place: Place) -> Memory:
 
 
 def _rollout(job: Job, layers: str) -> float:
-    """Keys, values and states of the sequences that a rank generates."""
+    """Bytes of the KV cache and Mamba states of the sequences that a rank generates."""
     dp = max(1, job.parallel.data_parallel(job.world_size))
     sequences = -(-job.rollout.sequences // dp)
     m, tp = job.model, job.parallel.tp
@@ -96,19 +96,19 @@ def _rollout(job: Job, layers: str) -> float:
     channels = m.mamba_inner + 2 * m.mamba_groups * m.mamba_state
     state = (m.mamba_inner * m.mamba_state * 4 + channels * (m.mamba_conv - 1) * width) / tp
     each = layers.count("*") * token * job.rollout.length + layers.count("M") * state
-    # And a slot for rows that stand for nothing, and one for a prompt that others continue.
+    # Two more slots: one for padding rows, one for a prompt that is shared by its continuations.
     return (sequences + 2) * each if sequences else 0.0
 
 
 def worst_rank(job: Job) -> Memory:
-    """The rank with most memory. A stage's ranks differ in their share of the optimizer only."""
-    # The first one of a stage: padding stands at the buffers' ends, so it owns most.
+    """Memory of the rank that needs most. Ranks of a stage differ only in their optimizer shard."""
+    # The first rank of a stage owns most: padding lies at the ends of the buffers.
     firsts = (Place(stage, 0, 0) for stage in range(job.parallel.pp))
     return max((stage_memory(job, place) for place in firsts), key=lambda m: m.total)
 
 
 def every_rank(job: Job) -> list[Memory]:
-    """The memory of each rank, in order."""
+    """Memory of each rank, in rank order."""
     places = [place_of(rank, job.parallel, job.world_size) for rank in range(job.world_size)]
     made = {place: stage_memory(job, place) for place in set(places)}
     return [made[place] for place in places]

@@ -1,8 +1,7 @@
-"""Bytes of parameters, gradients and optimizer state of each rank, without building anything.
+"""Bytes of parameters, gradients and optimizer state of each rank, without building the model.
 
-The parameters of a rank are listed in the order in which Megatron's DDP lays them into buffers, and
-the buffers' padding and the distributed optimizer's shards are computed as Megatron computes them,
-so the result is exact.
+The parameters of a rank are listed in the order of Megatron's DDP buffers. Padding and the
+distributed optimizer's shards are computed as in Megatron, so the result is exact.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ _MAIN_BYTES, _MOMENT_BYTES, _GRADIENT_BYTES = 4, 8, 4
 
 @dataclass(frozen=True)
 class Parameter:
-    """numel: elements on this rank. float32: whatever the model's precision. expert: routed, so
-    replicated over the expert data-parallel ranks. shared: of two stages, in a bucket of its own.
+    """A parameter on one rank. numel: its elements there. float32: stored in float32 at any model
+    precision. expert: routed, so replicated over the expert data-parallel ranks. shared: used by
+    two stages, in a bucket of its own.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of a rank that a whole run holds. buffers: persistent and not, of the routers."""
+    """Persistent bytes of a rank. buffers: router buffers, in checkpoints or not."""
 
     parameters: int
     gradients: int
@@ -56,7 +56,7 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands. Ranks count tp (or etp, ep) fastest, then the replicas, then pp."""
+    """Coordinates of a rank. The order is tp (or etp, ep) fastest, then the replicas, then pp."""
 
     pp: int
     dp: int
@@ -75,7 +75,7 @@ def place_of(rank: int, parallel: ParallelConfig, world_size: int) -> Place:
 
 
 def stage_chunks(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[str]:
-    """The layers of a pipeline rank, a pattern for each of its vpp chunks."""
+    """Layers of a pipeline rank, as a pattern for each of its vpp chunks."""
     pieces = parallel.layout(model.pattern).split("|")
     return pieces[pp_rank :: parallel.pp]
 
@@ -83,7 +83,7 @@ def stage_chunks(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> 
 def stage_parameters(
     model: ModelConfig, parallel: ParallelConfig, moe: MoeTrainingConfig, pp_rank: int
 ) -> list[list[Parameter]]:
-    """The parameters of a pipeline rank, a list for each of its vpp chunks."""
+    """Parameters of a pipeline rank, as a list for each of its vpp chunks."""
     last = pp_rank == parallel.pp - 1
     return [
         chunk_parameters(
@@ -107,7 +107,7 @@ def chunk_parameters(
     first: bool,
     last: bool,
 ) -> list[Parameter]:
-    """The parameters of one chunk on each of its ranks, in the order of the module tree."""
+    """Parameters of one chunk on each of its ranks, in the order of the module tree."""
     table = model.vocab_size // parallel.tp * model.hidden_size
     shared = model.tie_embeddings and parallel.pp > 1
     found: list[Parameter] = []
@@ -177,10 +177,10 @@ def state_bytes(
     optimizer: OptimizerConfig,
     on_gpu: bool,
 ) -> StateBytes:
-    """Bytes that the rank at `place` holds from the first step to the last.
+    """Persistent bytes of the rank at `place`, from the first step to the last.
 
-    on_gpu: gradients are reduced while backward runs, which cuts the buffers of the first stage
-    into buckets, each with its own padding.
+    on_gpu: gradients are reduced during backward, which splits the buffers of the first stage into
+    buckets, each with its own padding.
     """
     dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
     expert_dp = world_size // (parallel.etp * parallel.ep * parallel.pp)
@@ -214,7 +214,7 @@ def _width(parameter: Parameter, size: int) -> int:
 
 
 def _buffers(parameters: Iterable[Parameter], size: int) -> list[list[Parameter]]:
-    """Trained parameters by dtype and by the ranks that share them."""
+    """Trained parameters, grouped by dtype and by the ranks that replicate them."""
     groups: dict[tuple[int, bool], list[Parameter]] = {}
     for p in parameters:
         if p.trained:
@@ -226,7 +226,7 @@ _Bucket = tuple[int, int, list[tuple[int, int]]]
 
 
 def _buckets(parameters: Sequence[Parameter], size: int | None, ranks: int) -> list[_Bucket]:
-    """(start, padded end, spans of the parameters) of each bucket, from the last parameter on."""
+    """(start, padded end, spans of the parameters) of each bucket, last parameter first."""
     found: list[_Bucket] = []
     multiple = math.lcm(ranks, _END)
     spans: list[tuple[int, int]] = []
@@ -254,7 +254,7 @@ def _buckets(parameters: Sequence[Parameter], size: int | None, ranks: int) -> l
 
 
 def _owned(bucket: _Bucket, rank: int, ranks: int) -> int:
-    """Elements of parameters in the share of a rank of a bucket."""
+    """Parameter elements in a rank's shard of a bucket."""
     start, end, spans = bucket
     share = (end - start) // ranks
     low, high = start + rank * share, start + (rank + 1) * share

@@ -1,8 +1,8 @@
-"""Everything that can be known to be wrong before a job starts, all at once, with remedies.
+"""Checks of a job before it starts, which report all problems at once with their remedies.
 
-Here stands what needs no other rank: settings, files, disk, tokenizer, checkpoint, predicted
-memory, and the dry run, which builds every rank's model on the meta device in a fake world of the
-job's real size. `devices` holds what a job checks with its devices and ranks when it starts.
+These checks need no other rank: settings, files, disk, tokenizer, checkpoint, predicted memory, and
+the dry run. The dry run builds every rank's model on the meta device in a fake world of the job's
+real size. `devices` holds the checks of devices and collectives at the start of a job.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class PreflightSettings:
     """Recipe script."""
 
     ranks: int = 0
-    """World size; 0 = that of the launcher, or 1."""
+    """World size; 0 = the launcher's, or 1 without one."""
 
     gpu: str = "h200"
     """A known accelerator, or a JSON file with the fields of nemocascade.plan.gpus.Gpu."""
 
     model: str = ""
-    """Preset of the model, to check ahead: the stages before have not run, so the artifact to start
-    from is not looked for."""
+    """Model preset, to check a recipe before its earlier stages have run; its start artifact is
+    then not checked."""
 
     dry_run: bool = True
     """Build every rank's model on the meta device."""
@@ -59,12 +59,12 @@ class PreflightSettings:
 
     @property
     def world_size(self) -> int:
-        """Ranks to check for."""
+        """Number of ranks to check for."""
         return self.ranks or world_size_of_environment()
 
 
 def check_recipe(recipe: StageRecipe, settings: PreflightSettings, into: Preflight) -> None:
-    """Check all of a recipe that needs neither device nor other ranks."""
+    """Run all checks of a recipe that need neither devices nor other ranks."""
     ranks, job = settings.world_size, None
     with into.guarded("model"):
         job = job_of_recipe(recipe, find_gpu(settings.gpu), ranks, preset=settings.model)
@@ -76,9 +76,9 @@ def check_recipe(recipe: StageRecipe, settings: PreflightSettings, into: Preflig
 def offline(
     recipe: Any, job: Job | None, world_size: int, *, dry_run: bool, ahead: bool = False
 ) -> Preflight:
-    """Everything that needs neither device nor other ranks. job: None where the recipe's model is
-    not known, which is a finding already. ahead: what stages before this one will write is not
-    there yet."""
+    """Checks that need neither devices nor other ranks. job: None if the recipe's model is unknown,
+    which is a finding already. ahead: earlier stages have not run, so their artifacts are not
+    checked."""
     started = time.perf_counter()
     found = Preflight()
     check_settings(recipe, world_size, found)
@@ -96,7 +96,7 @@ def offline(
 
 
 def problems_before(recipe: Any, world_size: int) -> list[str]:
-    """All problems of a job whose ranks have not joined each other yet."""
+    """All problems of a job before its ranks form a process group."""
     found = Preflight()
     check_settings(recipe, world_size, found)
     check_files(recipe, found)
@@ -108,12 +108,12 @@ def problems_before(recipe: Any, world_size: int) -> list[str]:
 
 
 def check_settings(recipe: Any, world_size: int, into: Preflight) -> None:
-    """Every rule the recipe breaks."""
+    """Check the rules of the recipe's settings."""
     into.add("settings", recipe.problems(world_size), f"{world_size} ranks")
 
 
 def check_files(recipe: Any, into: Preflight) -> None:
-    """Inputs that can be read, a run folder that can be written and has room."""
+    """Check that the data files exist and that the run folder can be written."""
     with into.guarded("files"):
         data = getattr(recipe, "data", None)
         paths = [*data.path, *data.heldout_path] if data is not None else []
@@ -132,18 +132,18 @@ def check_files(recipe: Any, into: Preflight) -> None:
 
 
 def _existing(folder: str) -> Path:
-    """The folder, or the innermost one around it that is there."""
+    """The folder, or its nearest parent that exists."""
     path = Path(folder)
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def check_disk(job: Job, recipe: Any, into: Preflight) -> None:
-    """Room for the checkpoints that stay, one more while it is written, and the artifact."""
+    """Check the disk space for the kept checkpoints, one being written, and the artifact."""
     with into.guarded("disk"):
         parent = _existing(recipe.run_dir)
         [listed] = stage_parameters(job.model, ParallelConfig(), job.moe, 0)
         count = sum(p.numel for p in listed)
-        # Weights in the run's precision, and what a checkpoint holds besides.
+        # Weights in the run's precision, and the optimizer state of a checkpoint.
         width, main = (2, 4) if job.engine.precision == "bf16" else (4, 0)
         weights, states = float(count * width), float(count * (main + 8))
         keep = max(1, recipe.checkpoint.keep)
@@ -159,7 +159,7 @@ def check_disk(job: Job, recipe: Any, into: Preflight) -> None:
 
 
 def check_start(recipe: Any, into: Preflight) -> None:
-    """The checkpoint or artifact that the run would start from can be read and is whole."""
+    """Check that the checkpoint or artifact to start from is readable and complete."""
     with into.guarded("start"):
         problems = []
         found = "random weights"
@@ -175,7 +175,7 @@ def check_start(recipe: Any, into: Preflight) -> None:
 
 
 def check_tokenizer(recipe: Any, into: Preflight) -> None:
-    """The tokenizer can be read and its ids have rows in the embedding."""
+    """Check that the tokenizer is readable and that its ids fit the embedding."""
     settings = getattr(recipe, "tokenizer", None)
     if settings is None:
         into.add("tokenizer", [], "comes with the artifact")
@@ -199,7 +199,7 @@ def check_tokenizer(recipe: Any, into: Preflight) -> None:
 
 
 def check_memory(job: Job, into: Preflight) -> None:
-    """No rank needs more than its device gives."""
+    """Check that no rank needs more memory than its device has."""
     if job.problems():
         return
     with into.guarded("memory"):
@@ -220,8 +220,8 @@ def check_memory(job: Job, into: Preflight) -> None:
 
 
 def check_dry_run(job: Job, into: Preflight) -> None:
-    """Every rank's model is built on the meta device in a fake world of the job's size, and holds
-    the parameters that the planner counts."""
+    """Build every rank's model on the meta device in a fake world of the job's size, and compare
+    its parameters with the planner's count."""
     if job.problems():
         return
     started = time.perf_counter()

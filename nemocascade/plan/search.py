@@ -1,4 +1,4 @@
-"""All legal layouts of a job, the best of them, and the nearest one to a layout that cannot run."""
+"""Search over the legal layouts of a job: the fastest ones, and the nearest one that fits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemocascade.recipe import ModelConfig, ParallelConfig
 
 @dataclass(frozen=True)
 class PricedLayout:
-    """A layout with its price."""
+    """A layout with its predicted memory and time."""
 
     job: Job
     memory: Memory
@@ -44,16 +44,16 @@ class PricedLayout:
 
 
 def price(job: Job) -> PricedLayout:
-    """Memory and time of a legal job."""
+    """Predict memory and time of a job with a legal layout."""
     return PricedLayout(job, worst_rank(job), StepModel(job).step())
 
 
 def legal_layouts(job: Job, *, longest: int = 0) -> Iterator[Job]:
-    """Every layout that `ParallelConfig.problems` passes, with and without recomputation; tp up to
-    64, etp up to 8, and vpp up to 4 where it does not split the layers evenly.
+    """Every layout that `ParallelConfig.problems` accepts, with and without recomputation; tp up to
+    64, etp up to 8, and vpp up to 4 if it does not split the layers evenly.
 
-    longest: tokens of the longest document; the micro-batch is halved, and their number doubled,
-    as long as it still fits. 0: the capacity stays.
+    longest: tokens of the longest document. Micro-batches are halved, and their number doubled, as
+    long as that document fits; 0 = fixed capacity.
     """
     world, m = job.world_size, job.model
     has_experts = "E" in m.pattern
@@ -82,15 +82,15 @@ def best_plans(job: Job, *, count: int = 10, longest: int = 0) -> list[PricedLay
 
 
 def least_memory(job: Job, *, longest: int = 0) -> PricedLayout | None:
-    """The legal layout that needs least; None if there is no legal one at all."""
+    """The legal layout that needs the least memory; None if no layout is legal."""
     sizes = ((worst_rank(found).total, found) for found in legal_layouts(job, longest=longest))
     best = min(sizes, key=lambda pair: pair[0], default=None)
     return None if best is None else price(best[1])
 
 
 def nearest_fitting(job: Job) -> PricedLayout | None:
-    """The layout that fits and differs least from the job's own: fewest and smallest factors on the
-    axes, then speed. None if nothing fits."""
+    """The fitting layout that is closest to the job's own: smallest change of the axes in powers of
+    two, then speed. None if nothing fits."""
 
     def distance(plan: PricedLayout) -> tuple[float, float]:
         mine, other = job.parallel, plan.job.parallel
@@ -105,7 +105,7 @@ def nearest_fitting(job: Job) -> PricedLayout | None:
 
 
 def _fitting(job: Job, longest: int = 0) -> Iterator[PricedLayout]:
-    """Every layout that fits, priced; the time of the others is not worth computing."""
+    """Every layout that fits, priced; the time of the others is not computed."""
     for found in legal_layouts(job, longest=longest):
         memory = worst_rank(found)
         if memory.total <= available(found):
@@ -113,7 +113,7 @@ def _fitting(job: Job, longest: int = 0) -> Iterator[PricedLayout]:
 
 
 def faults(job: Job) -> list[str]:
-    """Why the job's own layout cannot run, each with its remedy; [] if it can."""
+    """Reasons why the job's own layout cannot run, each with its remedy; [] if it can."""
     problems = job.problems()
     if problems:
         return problems
@@ -132,7 +132,7 @@ def _divisors(number: int, largest: int) -> list[int]:
 
 
 def _interleavings(model: ModelConfig, pp: int) -> list[int]:
-    """Chunks a stage may hold: those that split the layers evenly, and the small numbers."""
+    """Candidate chunk counts of a stage: 1 to 4, and those that split the layers evenly."""
     if pp == 1:
         return [1]
     most = model.num_layers // pp
@@ -140,7 +140,7 @@ def _interleavings(model: ModelConfig, pp: int) -> list[int]:
 
 
 def _pipeline_layout(model: ModelConfig, pp: int, vpp: int) -> str:
-    """Empty where layers split evenly; otherwise pieces of nearly equal work."""
+    """Pipeline layout with nearly equal work; empty if the layers split evenly."""
     pieces = pp * vpp
     if model.num_layers % pieces == 0:
         return ""
@@ -149,17 +149,17 @@ def _pipeline_layout(model: ModelConfig, pp: int, vpp: int) -> str:
 
 @functools.cache
 def balanced_layout(pattern: str, pieces: int) -> str:
-    """The pattern cut into `pieces` whose heaviest is as light as possible.
+    """The pattern split into `pieces` so that the heaviest piece is as light as possible.
 
-    A MoE layer counts three, others two: their shares of time in a hybrid model. The last piece
-    carries the LM head, four.
+    A MoE layer weighs three, other layers two: their shares of time in a hybrid model. The last
+    piece carries the LM head, which weighs four.
     """
     weight = {"E": 3, "M": 2, "*": 2, "-": 2}
     sums = [0]
     for symbol in pattern:
         sums.append(sums[-1] + weight[symbol])
     count = len(pattern)
-    # best[k][i]: the heaviest of k pieces that hold the first i layers.
+    # best[k][i]: weight of the heaviest of k pieces that hold the first i layers.
     best = [[math.inf] * (count + 1) for _ in range(pieces + 1)]
     cut = [[0] * (count + 1) for _ in range(pieces + 1)]
     best[0][0] = 0

@@ -1,10 +1,10 @@
-"""Slurm jobs of recipes: one sbatch script a stage, each after the one before it.
+"""Slurm jobs of recipes: one sbatch script a stage, each dependent on the one before.
 
     nemocascade submit sft.py grpo.py --nodes 32 --partition gpu --time 24:00:00
 
-The script is a template, which a site may replace. Before the time limit Slurm signals the batch
-shell, which leaves the file RUN/stop; the ranks save a checkpoint at the end of the step, and the
-job requeues itself. A run resumes from its newest checkpoint, so nothing else has to be said.
+The script comes from a template, which a site may replace. Before the time limit Slurm signals the
+batch shell, which creates the file RUN/stop. The ranks save a checkpoint at the end of the step,
+and the job requeues itself. A run resumes from its newest checkpoint without further settings.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from nemocascade.plan.errors import PlanError
 
 TEMPLATE = Path(__file__).with_name("template.sbatch")
 COPIED = ("nodes", "ranks_per_node", "time", "warning_s", "torchrun", "port")
-"""Settings that stand in the template by their own names."""
+"""Settings that the template uses by their own names."""
 STOPPED = 75
-"""Exit code of ranks that stopped on request, after a checkpoint: sysexits' "try again"."""
+"""Exit code of ranks that saved a checkpoint and stopped on request: EX_TEMPFAIL, try again."""
 
 
 @dataclass(frozen=True)
 class SubmitSettings:
     """Write and submit a Slurm job for each recipe, and for each stage of a cascade; each starts
-    when the one before has ended well.
+    after the one before has succeeded.
 
     Arguments after `--` go to every recipe."""
 
@@ -48,8 +48,8 @@ class SubmitSettings:
     """Time limit of each job, as Slurm writes it."""
 
     warning_s: int = 600
-    """Seconds before the time limit at which a checkpoint is asked for: more than a step takes and
-    a save."""
+    """Seconds before the time limit at which a checkpoint is requested; must exceed the time of a
+    step and a save."""
 
     gpus: bool = True
     """Ask Slurm for `ranks_per_node` GPUs on each node."""
@@ -58,26 +58,26 @@ class SubmitSettings:
     """Image for Slurm's container plug-in (pyxis); empty = none."""
 
     container_mounts: str = ""
-    """`host:container` pairs for it, by commas."""
+    """`host:container` pairs of the container, separated by commas."""
 
     environment: str = ""
-    """File of `export` lines for the script, for example of a site's network."""
+    """File of `export` lines that the script sources, for example a site's network settings."""
 
     srun_options: str = ""
-    """Further options of srun."""
+    """Additional options of srun."""
 
     sbatch_options: tuple[str, ...] = ()
-    """Further `--name=value` options of sbatch."""
+    """Additional `--name=value` options of sbatch."""
 
     torchrun: str = "torchrun"
-    """How nodes start torchrun, for example a virtual environment's."""
+    """Command that starts torchrun on each node, for example a virtual environment's."""
 
     port: int = 29500
     template: str = ""
-    """Another script template; see nemocascade/plan/template.sbatch."""
+    """Script template to use instead of nemocascade/plan/template.sbatch."""
 
     after: str = ""
-    """Job id that the first job waits for."""
+    """Id of a job that the first job waits for."""
 
     dry_run: bool = False
     """Print the scripts and the commands, and submit nothing."""
@@ -85,7 +85,7 @@ class SubmitSettings:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """One stage's job: its recipe script, run folder, and the recipe's arguments."""
+    """Job of one stage: recipe script, run folder and arguments of the recipe."""
 
     recipe: Path
     run_dir: Path
@@ -93,12 +93,12 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Readable name."""
         return f"{self.recipe} ({self.run_dir.name})"
 
 
 def check_submission(settings: SubmitSettings, arguments: Sequence[str]) -> None:
-    """Raises PlanError listing all settings that cannot be meant."""
+    """Raises PlanError listing all invalid settings."""
     problems = []
     if not settings.recipes:
         problems.append("no recipe: name at least one script")
@@ -113,7 +113,7 @@ def check_submission(settings: SubmitSettings, arguments: Sequence[str]) -> None
 
 
 def job_of_script(script: Path, run_dir: str, arguments: Sequence[str]) -> SlurmJob:
-    """The job of a recipe script. run_dir: the recipe's own, which the arguments may replace."""
+    """The job of a recipe script. run_dir: the recipe's own, unless the arguments override it."""
     for index, argument in enumerate(arguments):
         if argument == "--run-dir" and index + 1 < len(arguments):
             run_dir = arguments[index + 1]
@@ -158,9 +158,9 @@ def _options(settings: SubmitSettings) -> list[str]:
 
 
 def submit_jobs(settings: SubmitSettings, jobs: Sequence[SlurmJob]) -> list[str]:
-    """Submit jobs in order; their ids. With dry_run, print them instead.
+    """Submit jobs in order and return their ids. With dry_run, print them instead.
 
-    Raises PlanError without Slurm, and with Slurm's own words where it refuses.
+    Raises PlanError if Slurm is missing, or with Slurm's own message if it rejects a job.
     """
     if not settings.dry_run and shutil.which("sbatch") is None:
         raise PlanError("sbatch is not on the PATH: submit on a login node, or use --dry-run")

@@ -1,4 +1,4 @@
-"""`nemocascade plan`: the recipe's own layout, the best ten, and the nearest one that fits."""
+"""Report of `nemocascade plan`: the recipe's layout, the fastest ones, the nearest that fits."""
 
 from __future__ import annotations
 
@@ -25,53 +25,53 @@ from nemocascade.recipe import ModelConfig, StageRecipe
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Memory of the worst rank and time of a step for a recipe, over all legal layouts."""
+    """Predict the worst rank's memory and the step time of a recipe, over all legal layouts."""
 
     recipe: tyro.conf.Positional[str]
     """Recipe script."""
 
     gpus: int = 8
-    """Ranks."""
+    """Number of ranks."""
 
     gpu: str = "h200"
     """A known accelerator, or a JSON file with the fields of nemocascade.plan.gpus.Gpu."""
 
     model: str = ""
-    """Preset of a recipe whose artifact to start from is not there yet."""
+    """Model preset, for a recipe whose start artifact does not exist yet."""
 
     best: int = 10
-    """Layouts to print."""
+    """Number of layouts to print."""
 
     document: int = 0
     """Length of the documents that fill a pack; 0 = one document of the whole capacity."""
 
     longest: int = 0
-    """Longest document. Packs may then be halved down to it; 0 = the capacity stays."""
+    """Tokens of the longest document: packs may be halved down to it; 0 = fixed capacity."""
 
     imbalance: float = 1.5
-    """Rows of the busiest rank's experts over the mean."""
+    """Rows of the busiest rank's experts, relative to the mean."""
 
     teachers: int = 0
-    """Teacher models that stay on the device."""
+    """Number of teacher models kept on the device."""
 
     rollout_sequences: int = 0
-    """Sequences generated at once on the training ranks, over the world. 0 = as the recipe says."""
+    """Concurrent rollout sequences on the training ranks, over the world; 0 = the recipe's own."""
 
     rollout_length: int = 0
-    """Their length in tokens."""
+    """Length of the rollout sequences in tokens."""
 
     margin: float = 0.08
-    """Share of the device's memory that stays free."""
+    """Share of the device's memory to leave free."""
 
     fla: bool = True
-    """The Mamba scan is fla-core's, which keeps more for backward than ours."""
+    """Plan for fla-core's Mamba scan, which saves more for backward than the project's own."""
 
     json: bool = False
     """Print one JSON object."""
 
 
 def plan_recipe(recipe: StageRecipe, settings: PlanSettings) -> str:
-    """The report of a recipe. Raises PlanError for an unknown accelerator or model."""
+    """Plan report of a recipe. Raises PlanError for an unknown accelerator or model."""
     text, value = report_of(recipe, settings)
     return json.dumps(value, indent=1) if settings.json else text
 
@@ -79,7 +79,7 @@ def plan_recipe(recipe: StageRecipe, settings: PlanSettings) -> str:
 def report_of(
     recipe: StageRecipe, settings: PlanSettings, model: ModelConfig | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """The report of a recipe, for people and for machines. model: where it is known already.
+    """Plan report of a recipe, as text and as JSON values. model: the model, if already known.
 
     Raises PlanError for an unknown accelerator or model.
     """
@@ -104,7 +104,7 @@ def report_of(
 
 
 def _rollout(settings: PlanSettings) -> dict[str, RolloutLoad]:
-    """The command line's settings of generation; {} leaves it to the recipe."""
+    """Rollout load of the command line; {} for the recipe's own."""
     if not settings.rollout_sequences:
         return {}
     return {"rollout": RolloutLoad(settings.rollout_sequences, settings.rollout_length)}
@@ -146,7 +146,7 @@ RULE = "|---|---|---|---|---|---|---|---|---|---|---|"
 
 
 def row(plan: PricedLayout) -> str:
-    """A line of the table of layouts."""
+    """Row of a layout in the table of layouts."""
     p = plan.job.parallel
     cells = (
         p.tp,

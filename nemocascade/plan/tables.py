@@ -1,4 +1,4 @@
-"""The tables of docs/parallelism.md: `python -m nemocascade.plan.tables [gpu ...]`."""
+"""Tables of docs/parallelism.md: `python -m nemocascade.plan.tables [gpu ...]`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENS_PER_STEP = 64 * 262_144
 
 
 def nano(gpu: str, ranks: int, capacity: int) -> Job:
-    """Nemotron-3-Nano-30B-A3B, 16.8 M tokens a step, documents that fill their packs."""
+    """Job of Nemotron-3-Nano-30B-A3B: 16.8 M tokens a step, one document a pack."""
     return Job(
         model=nemotron3_nano_30b(),
         parallel=ParallelConfig(),
@@ -39,7 +39,7 @@ def nano(gpu: str, ranks: int, capacity: int) -> Job:
 
 
 def rows(gpu: str, ranks: Sequence[int] = RANKS) -> Iterator[str]:
-    """The fastest layout for each number of ranks and each capacity, a line each."""
+    """Table rows: the fastest layout for each number of ranks and each capacity."""
     for count in ranks:
         for capacity in CAPACITIES:
             job = nano(gpu, count, capacity)
@@ -53,7 +53,7 @@ def rows(gpu: str, ranks: Sequence[int] = RANKS) -> Iterator[str]:
 
 
 def table(gpu: str) -> str:
-    """A whole table in Markdown."""
+    """Complete table in Markdown."""
     return "\n".join([f"| ranks {HEADER}", f"|---{RULE}", *rows(gpu)])
 
 

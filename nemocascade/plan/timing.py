@@ -1,8 +1,8 @@
-"""Time of a step: work over ceilings, communication by axis, the pipeline's bubble, imbalance.
+"""Time model of a step: work over ceilings, communication by axis, pipeline bubble, imbalance.
 
-A layer takes the longer of its products at the matrix ceiling and its traffic at the memory
-ceiling, plus its communication, which is counted as not overlapped. The backward pass is twice the
-forward; recomputation adds a forward. The data-parallel reduction overlaps with backward.
+A layer takes the time of its products at the matrix ceiling, of its pointwise traffic at the memory
+ceiling, and of its communication, which is counted as not overlapped. The backward pass is twice
+the forward; recomputation adds a forward. The data-parallel reduction overlaps with backward.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from nemocascade.plan.job import Job
 from nemocascade.plan.parameters import Place, stage_chunks
 from nemocascade.train.flops import layer_flops
 
-# Share of the matrix ceiling that a layer's products reach: large dense products nearly all, the
-# experts' grouped ones less, and the scan's small blocks less again. Assumptions of the model.
+# Assumed share of the matrix ceiling that a layer's products reach: nearly all for large dense
+# products, less for the experts' grouped ones, least for the scan's small blocks.
 _EFFICIENCY = {"M": 0.55, "*": 0.7, "E": 0.6, "-": 0.85, "head": 0.85}
-# Elements of a row of the stream that a layer's pointwise operators move, in units of H, b bytes.
+# Elements that a layer's pointwise operators move for each row of hidden states, in units of H.
 _TRAFFIC = {"M": 24.0, "*": 14.0, "E": 20.0, "-": 12.0}
 _OVERLAP = 0.8
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step. compute: of the slowest stage, recomputation included.
-    tensor, expert, pipeline, data: communication of the axes that is waited for. bubble: the
-    pipeline's. imbalance: of packs over data-parallel ranks. optimizer: the update itself.
-    flops: of the whole step by the trainer's formula, without recomputation.
+    """Seconds of one optimizer step. compute: time of the slowest stage, with recomputation.
+    tensor, expert, pipeline, data: exposed communication of the axes. bubble: pipeline bubble.
+    imbalance: uneven packs over data-parallel ranks. optimizer: the update itself. flops: work of
+    the whole step by the trainer's formula, without recomputation.
     """
 
     compute: float
@@ -48,13 +48,13 @@ class StepTime:
         return sum(parts) + self.bubble + self.imbalance + self.optimizer
 
     def table(self) -> list[tuple[str, float]]:
-        """Names and seconds, for people."""
+        """Readable names with their seconds."""
         names = [f.name for f in dataclasses.fields(self) if f.type == "float"]
         return [(name, getattr(self, name)) for name in names if name != "flops"]
 
 
 class _Cost(NamedTuple):
-    """Seconds of computation, and of the tensor and expert axes' communication."""
+    """Seconds of computation, and of communication on the tensor and expert axes."""
 
     compute: float = 0.0
     tensor: float = 0.0
@@ -69,7 +69,7 @@ class _Cost(NamedTuple):
 
 
 class StepModel:
-    """Prices of a job's layers on its layout."""
+    """Time model of a job's layers on its layout."""
 
     def __init__(self, job: Job, pack_imbalance: float = 1.03) -> None:
         self.job, self.pack_imbalance = job, pack_imbalance
@@ -80,12 +80,12 @@ class StepModel:
         self.expert_speed = self._speed(p.etp * p.ep)
 
     def _speed(self, ranks: int) -> float:
-        """Bytes a second between ranks of a group of neighbours."""
+        """Bandwidth in bytes a second within a group of neighbouring ranks."""
         gpu = self.job.gpu
         return (gpu.link_gb_s if ranks <= gpu.per_node else gpu.network_gb_s) * 1e9
 
     def layer(self, symbol: str) -> _Cost:
-        """Forward and backward of one layer for one micro-batch."""
+        """Cost of forward and backward of one layer for one micro-batch."""
         job, p = self.job, self.job.parallel
         passes = 4.0 if job.engine.recompute else 3.0
         length = job.document_length
@@ -96,7 +96,7 @@ class StepModel:
         compute = passes * (max(flops * slow / rate, 0.0) + traffic)
         gathers = self.stream * (p.tp - 1) / p.tp / self.tensor_speed
         shared = symbol != "E" or job.model.shared_expert_width > 0
-        # A gather and a scatter in each pass, and a gather more for the weight's gradient.
+        # A gather and a scatter in each pass, and one more gather for the weight gradient.
         tensor = gathers * (2 * passes + 1) if p.tp > 1 and shared else 0.0
         return _Cost(compute, tensor, self._dispatch(passes) if symbol == "E" else 0.0)
 
@@ -106,19 +106,19 @@ class StepModel:
         if group == 1:
             return 0.0
         sent = self.stream / p.tp * m.experts_per_token * p.etp * (group - 1) / group
-        # There and back in every pass; backward's two products need one exchange each way.
+        # Dispatch and combine in every pass; the two products of backward share one of each.
         exchanges = 2.0 * (passes - 1.0)
         return exchanges * sent * self.job.imbalance / self.expert_speed
 
     def head(self) -> _Cost:
-        """LM head and loss: three products, made in the forward pass."""
+        """Cost of LM head and loss: three products, computed in the forward pass."""
         m = self.job.model
         flops = 6.0 * m.hidden_size * m.vocab_size * self.job.capacity / self.job.parallel.tp
         rate = self.job.gpu.matmul_tflops * 1e12 * _EFFICIENCY["head"]
         return _Cost(flops / rate)
 
     def stage(self, pp_rank: int) -> _Cost:
-        """Forward and backward of a stage for one micro-batch."""
+        """Cost of forward and backward of a stage for one micro-batch."""
         cost = _Cost()
         for symbol in "".join(stage_chunks(self.job.model, self.job.parallel, pp_rank)):
             cost = cost.plus(self.layer(symbol))
@@ -127,7 +127,7 @@ class StepModel:
         return cost
 
     def step(self) -> StepTime:
-        """The whole step."""
+        """Time of a whole step."""
         job, p = self.job, self.job.parallel
         stages = [self.stage(rank) for rank in range(p.pp)]
         slowest = max(stages, key=lambda c: c.total)
@@ -163,7 +163,7 @@ class StepModel:
         return self.job.parallel.data_parallel(self.job.world_size)
 
     def _update(self) -> tuple[float, float]:
-        """Seconds of reducing gradients and gathering weights, and of the update."""
+        """Seconds to reduce gradients and gather weights, and seconds of the update."""
         job, p = self.job, self.job.parallel
         states = (job.state(Place(stage, 0, 0)) for stage in range(p.pp))
         state = max(states, key=lambda s: s.gradients)

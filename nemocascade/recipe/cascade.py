@@ -1,4 +1,4 @@
-"""The recipe of a cascade: stages in order, scores, alarms and teachers."""
+"""Recipe of a cascade: ordered stages, scores, alarms and teachers."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class StageConfig[R: StageRecipe]:
     """One stage of a cascade."""
 
     name: str
-    """Its folder is RUN/stages/NAME."""
+    """Name of the stage; its folder is RUN/stages/NAME."""
 
     recipe: R
-    """Recipe of the stage. The cascade sets its `run_dir`, its `init_from`, and the teachers that
-    it leaves open; layout, steps and all else are its own."""
+    """Recipe of the stage. The cascade sets its `run_dir`, its `init_from` and its open teachers;
+    all other settings, such as layout and steps, are its own."""
 
     start: str = ""
-    """Stage before it whose artifact it starts from; empty = the main line's last one before it.
-    The first stage starts as its recipe says."""
+    """Earlier stage whose artifact this one starts from; empty = the last one before it on the main
+    line. The first stage starts as its recipe says."""
 
     side: bool = False
-    """A side branch, such as a teacher's: the main line does not go through it."""
+    """True for a side branch, such as a teacher's: the main line skips it."""
 
     @property
     def kind(self) -> StageKind:
-        """Kind of the stage, by the type of its recipe."""
+        """Kind of the stage, from the type of its recipe."""
         if isinstance(self.recipe, SftRecipe):
             return "sft"
         return "mopd" if isinstance(self.recipe, MopdRecipe) else "grpo"
@@ -43,27 +43,27 @@ class StageConfig[R: StageRecipe]:
 
 @dataclass(frozen=True)
 class AlarmConfig:
-    """When a stage has harmed a domain."""
+    """Alarm for a stage that lowers a domain's score."""
 
     drop: float = 5.0
     """Points (hundredths of the mean reward) by which a domain's held-out score may lie below that
-    of the artifact which the stage started from."""
+    of the stage's start artifact."""
 
     stop: bool = False
-    """End the run at an alarm, instead of going on with a warning."""
+    """Stop the run at an alarm instead of only warning."""
 
     def problems(self) -> list[str]:
-        """Every rule it breaks."""
+        """Rules that the settings break."""
         return [] if self.drop > 0 else [f"alarm.drop({self.drop}) must be above 0 points"]
 
 
 @dataclass(frozen=True)
 class TeacherChoice:
-    """Who teaches a domain in MOPD, where the stage's recipe does not name an artifact."""
+    """Choice of a domain's teacher in MOPD, if the stage's recipe names no artifact."""
 
     pinned: dict[str, str] = field(default_factory=dict)
-    """Stage by domain. Any other domain is taught by the artifact so far with its best held-out
-    score; of equally good ones by the stage's own start, else the latest."""
+    """Teacher stage by domain. Any other domain gets the earlier artifact with the best held-out
+    score; ties go to the stage's own start, otherwise to the latest."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,20 @@ class CascadeRecipe:
     """Post-training stages, one after the other (Nemotron-Cascade 2, arXiv 2603.19220)."""
 
     run_dir: str = "runs/cascade"
-    """Folder for everything the run writes."""
+    """Run folder, for everything that the run writes."""
 
     stages: tuple[StageConfig[StageRecipe], ...] = ()
-    """In the order in which they run."""
+    """Stages in execution order."""
 
     scores: ScoreConfig = field(default_factory=ScoreConfig)
     alarm: AlarmConfig = field(default_factory=AlarmConfig)
     teachers: TeacherChoice = field(default_factory=TeacherChoice)
 
     keep_checkpoints: bool = False
-    """Keep the checkpoints of stages that are done. Their artifacts stay either way."""
+    """Keep the checkpoints of finished stages. Their artifacts are always kept."""
 
     def name_problems(self) -> list[str]:
-        """Reasons why the stages' names cannot name their folders."""
+        """Reasons why the stage names are not valid folder names."""
         if not self.stages:
             return ["stages is empty: name at least one"]
         names = [s.name for s in self.stages]

@@ -1,4 +1,4 @@
-"""The build: which sources, which libraries, and how `make setup` finds a Python."""
+"""The build: its sources, its libraries, and the Python that `make setup` finds."""
 
 from __future__ import annotations
 

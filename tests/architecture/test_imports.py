@@ -1,4 +1,4 @@
-"""Floors import downwards only, and nobody but nemocascade/megatron opens Megatron-Core's door."""
+"""Floors import downwards only, and only nemocascade/megatron imports Megatron-Core."""
 
 from __future__ import annotations
 

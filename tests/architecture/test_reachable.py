@@ -1,4 +1,4 @@
-"""Reachable or gone: what only tests use is not a feature."""
+"""Everything in the package is reachable: code that only tests use is not a feature."""
 
 from __future__ import annotations
 

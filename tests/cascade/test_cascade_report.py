@@ -1,4 +1,4 @@
-"""The report of a cascade: all of a run is in it, and nothing that a run holds can break it."""
+"""The report of a cascade contains all of a run, and no content of a run can break it."""
 
 from __future__ import annotations
 

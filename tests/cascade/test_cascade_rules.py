@@ -1,4 +1,4 @@
-"""A cascade's rules without a run: order, teachers, alarms, what a stage's key holds, overrides."""
+"""Rules of a cascade without a run: order, teachers, alarms, keys of stages, overrides."""
 
 from __future__ import annotations
 

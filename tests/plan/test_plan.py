@@ -1,4 +1,4 @@
-"""The planner: state exact to the byte, legal layouts only, honest about what does not fit."""
+"""The planner counts state to the byte, lists legal layouts only, and reports what does not fit."""
 
 from __future__ import annotations
 

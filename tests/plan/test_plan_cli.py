@@ -1,4 +1,4 @@
-"""The commands plan, preflight and submit, as people type them."""
+"""The commands plan, preflight and submit, run from their command lines."""
 
 from __future__ import annotations
 

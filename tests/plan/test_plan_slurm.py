@@ -1,4 +1,4 @@
-"""Slurm scripts: what they say, and on a real Slurm on this machine, that a warned job saves,
+"""Slurm scripts have the expected text; on a real Slurm on this machine, a warned job saves,
 requeues itself and resumes."""
 
 from __future__ import annotations

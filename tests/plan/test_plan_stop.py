@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves at the end of its step; the next start goes on from there."""
+"""A run that is asked to stop saves at the end of its step; the next start resumes from there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preflight finds every problem at once, and the 30B recipes pass it as dry runs of 256 ranks."""
+"""Preflight reports all problems at once, and the 30B recipes pass its dry run of 256 ranks."""
 
 from __future__ import annotations
 

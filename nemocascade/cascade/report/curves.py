@@ -1,4 +1,4 @@
-"""Which measures of a stage are shown, in which order. A measure that is absent has no panel."""
+"""Panels of a stage's measures, in display order. A measure without data has no panel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nemocascade.cascade.report.figures import Line, Panel
 from nemocascade.cascade.report.record import Curve, Run, Stage
 from nemocascade.cascade.report.words import label
 
-# Title, names of the curves, the axis holds 0. `*` stands for every domain.
+# Title, names of the curves, True if the axis includes 0. `*` matches every domain.
 MEASURES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Loss", ("loss", "heldout_loss"), False),
     ("Reward", ("reward",), False),
@@ -42,9 +42,9 @@ LABELS = {
     "groups_all_right": "all right",
     "groups_all_wrong": "all wrong",
 }
-# What is computed once a stage's evaluation runs, and so has few points.
+# Measures of held-out evaluations, which have few points.
 DOTS = ("heldout_loss", "heldout/")
-# Where they never change, these say nothing: settings and other panels hold them.
+# Measures that are hidden if they never change: settings and other panels show them.
 QUIET = ("turns", "verifier_errors", "truncated", "lr", "gated_low", "gated_high")
 
 
@@ -79,12 +79,12 @@ def _lines(run: Run, name: str, curves: Mapping[str, Curve]) -> Iterator[Line]:
 
 
 def domain_styles(run: Run) -> dict[str, int]:
-    """The number of each domain's colour."""
+    """Colour number of each domain."""
     named = [d for s in run.stages for d in s.domains]
     return {domain: n for n, domain in enumerate(dict.fromkeys([*run.domains, *named]))}
 
 
 def _is_quiet(name: str, curve: Curve) -> bool:
-    """True if a curve has nothing to show. A single evaluation stands in the table of scores."""
+    """True if a curve has nothing to show. A single evaluation is in the score table already."""
     constant = all(value == curve[0][1] for _, value in curve)
     return (name in QUIET and constant) or (name.startswith("heldout/") and len(curve) < 2)

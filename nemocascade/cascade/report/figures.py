@@ -1,7 +1,7 @@
-"""Figures, drawn once: as SVG that takes the page's colours and fonts, and as PNG files.
+"""Figures of the report, as SVG in the page's colours and fonts and as PNG files.
 
-SVG text stays text, and colours become CSS variables, so that one figure serves the light page and
-the dark one. `COLORS` holds each colour's variable; page.css gives both their values.
+SVG text stays text, and colours become CSS variables, so one figure serves the light and the dark
+page. `COLORS` maps colours to variables; page.css sets their values for both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nemocascade.cascade.report.record import Curve
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5a6570", "#dfe3e8", "#fefefe"
 ACCENT, ALARM, BAND = "#0b63a5", "#c44601", "#eef3f8"
-# Okabe and Ito's colours, which stay apart for colour-blind readers; yellow is left out.
+# Okabe and Ito's palette, safe for colour-blind readers, without yellow.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666e78")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)))
 COLORS = {
@@ -38,9 +38,9 @@ COLORS = {
     **{color: f"--s{number}" for number, color in enumerate(SERIES)},
 }
 POINTS = 300
-"""Drawn of a curve at most; longer ones are drawn as means of equal parts."""
+"""Most points drawn for a curve; longer curves are drawn as means of equal parts."""
 SMOOTH_FROM = 40
-"""Curves of this many points or more are drawn with their running mean."""
+"""Fewest points of a curve that is drawn with its running mean."""
 PANEL = (3.5, 2.0)  # inches
 DPI = 120
 SETTINGS = {
@@ -77,7 +77,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a panel. style: number of its colour and dashes; dots: drawn as points."""
+    """One curve of a panel. style: number of its colour and dashes. dots: drawn as points."""
 
     label: str
     curve: Curve
@@ -87,8 +87,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One measure over the steps of a stage. from_zero: the axis holds 0; by_domain: a line is a
-    domain, and its style is the domain's in the whole report."""
+    """One measure over the steps of a stage. from_zero: the axis includes 0. by_domain: each line
+    is a domain, drawn in the domain's style."""
 
     title: str
     lines: tuple[Line, ...]
@@ -102,12 +102,12 @@ def style_of(number: int) -> tuple[str, Any]:
 
 
 def svg(draw: Callable[[Axes], None], description: str, size: tuple[float, float] = PANEL) -> str:
-    """The drawing of `draw` as an inline SVG element. description: what it shows, for those who
-    cannot see it."""
+    """Draw with `draw` into an inline SVG element. description: alternative text for screen
+    readers."""
     figure = Figure(figsize=size)
     figure.patch.set_visible(False)
     FigureCanvasAgg(figure)
-    # Fixed margins: a layout engine draws every figure three times to find them.
+    # Fixed margins: a layout engine would draw every figure three times to find them.
     draw(figure.add_axes((0.14, 0.115, 0.84, 0.85)))
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -115,19 +115,19 @@ def svg(draw: Callable[[Axes], None], description: str, size: tuple[float, float
 
 
 def png(path: Path, figure: Figure) -> None:
-    """Write a figure."""
+    """Write a figure as a PNG file."""
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
 
 
 def _inline(text: str, description: str) -> str:
-    """An SVG file as an element of a page: no prologue, no foreign names, no sizes of its own."""
+    """Convert an SVG file to a page element: no prologue, no foreign names, no fixed size."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     box = re.search(r'viewBox="([^"]+)"', text)
     assert box is not None
     text = re.sub(r"<svg[^>]*>", "", text, count=1)
-    # Only clip paths and markers are referred to; all other names would stand twice in the page.
+    # Only clip paths and markers are referenced; all other ids would be duplicates in the page.
     text = re.sub(r' id="[A-Za-z0-9.]+_[0-9]+"', "", text)
     text = text.replace("xlink:href", "href").replace("font-family: 'DejaVu Sans'", "")
     named = {color: f"var({name})" for color, name in COLORS.items()}
@@ -147,23 +147,23 @@ def thinned(curve: Curve, points: int = POINTS) -> tuple[list[float], list[float
 
 
 def running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """The mean of each value and of `reach` values on both sides, fewer at the ends."""
+    """Mean of each value with `reach` values on both sides, fewer at the ends."""
     return [mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean; of no value, an error."""
+    """Mean of the values, at least one."""
     return sum(values) / len(values)
 
 
 def draw_panel(ax: Axes, panel: Panel) -> None:
-    """The curves of a panel over steps counted from 1, as people count."""
+    """Draw the curves of a panel over steps counted from 1."""
     for line in panel.lines:
         color, dash = style_of(line.style)
         steps, values = thinned(line.curve)
         steps = [step + 1 for step in steps]
         if line.dots or len(steps) == 1:
-            # Over the curve, in the colour of the page around it, so that they are seen on it.
+            # Dots lie over the curve, outlined in the page's colour so that they stand out.
             ax.plot(steps, values, "o", ms=4, color=color, mec=PAPER, mew=0.8, clip_on=False)
         elif len(steps) >= SMOOTH_FROM:
             ax.plot(steps, values, color=color, alpha=0.3, lw=0.8)
@@ -179,7 +179,7 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
 
 
 def finish_axes(ax: Axes) -> None:
-    """Few ticks, with numbers for people."""
+    """Set few ticks, with readable numbers."""
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, prune=None))
     ax.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.count(value)))
@@ -189,7 +189,7 @@ def finish_axes(ax: Axes) -> None:
 def small_multiples(
     count: int, *, columns: int, header: float, footer: float
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes in rows of `columns`, with room above and below in inches."""
+    """A figure of `count` axes in rows of `columns`; header and footer are heights in inches."""
     columns = min(columns, count)
     rows = -(-count // columns)
     width, height = 3.6 * columns, 2.1 * rows + header + footer
@@ -203,7 +203,7 @@ def small_multiples(
 
 
 def grid_png(path: Path, panels: Sequence[Panel], title: str) -> None:
-    """All panels of a stage in one picture, with one legend."""
+    """Write all panels of a stage to one PNG file, with one legend."""
     figure, axes = small_multiples(len(panels), columns=3, header=0.4, footer=0.6)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     handles: dict[str, Any] = {}

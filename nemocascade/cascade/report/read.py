@@ -1,4 +1,4 @@
-"""Reads a run folder as far as it can be read. What cannot is counted, never guessed."""
+"""Reads a run folder as far as possible. Unreadable parts are counted, never guessed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.stages.scoring import DomainScore
 
 LONGEST_TEXT = 4_000
-"""Characters of a prompt's turn or of a response; what is longer loses its middle."""
+"""Most characters of a prompt's turn or of a response; longer texts are cut in the middle."""
 SAMPLES = 8
-"""Most samples that are read of a domain of a stage."""
+"""Most samples read for each domain of a stage."""
 ROLLOUTS = 2
-"""Most rollouts that are read of a kept step."""
+"""Most rollouts read for each logged step."""
 EMPTY: dict[Any, float | None] = {int: 0, float: 0.0, int | None: None, float | None: None}
-"""Numbers that are not there, by the type of their field."""
+"""Values for missing numbers, by the type of their field."""
 
 
 class Faults:
-    """Counts what could not be read, by file and reason."""
+    """Counts unreadable entries by file and reason."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -41,7 +41,7 @@ class Faults:
 
 
 def read_run(run_dir: Path) -> Run:
-    """The run of a folder. Raises ReportError if its cascade.json cannot be read."""
+    """Read the run of a folder. Raises ReportError if its cascade.json cannot be read."""
     root = run_dir.resolve()
     faults = Faults(root)
     path, found = root / CASCADE, read_cascade(root)
@@ -56,7 +56,7 @@ def read_run(run_dir: Path) -> Run:
             for entry in alarms
             if None not in (_number(entry.get("before")), _number(entry.get("after")))
         ),
-        # The stages' own settings are read from their folders, as they were resolved.
+        # The resolved settings of the stages are read from their own folders.
         settings={k: v for k, v in _mapping(found.get("settings")).items() if k != "stages"},
         versions=_mapping(found.get("versions")),
         faults=faults.listed(),
@@ -79,7 +79,7 @@ def _stage(root: Path, entry: Mapping[str, Any], faults: Faults) -> Stage:
         faults.add(folder / SCORES, "the scores are of another artifact than the stage's")
 
     def total(metric: str) -> int:
-        """Totals of a stage under way: it has none yet, but its steps do."""
+        """Total of a running stage, summed over its steps: its record has none yet."""
         return int(sum(value for _, value in curves.get(metric, ())))
 
     return replace(
@@ -100,7 +100,7 @@ def _stage(root: Path, entry: Mapping[str, Any], faults: Faults) -> Stage:
 
 
 def _rollouts(folder: Path, faults: Faults) -> list[Sample]:
-    """Rollouts of the first and the last step that kept some."""
+    """Rollouts of the first and the last step that logged any."""
     files = sorted(folder.glob("step_*.jsonl"))
     samples: list[Sample] = []
     for path in dict.fromkeys([*files[:1], *files[-1:]]):
@@ -128,7 +128,7 @@ def _sample(entry: Mapping[str, Any], domain: str) -> Sample:
 
 
 def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
-    """`text`, without its middle if it is longer than `longest`."""
+    """`text`, cut in the middle if it is longer than `longest`."""
     if len(text) <= longest:
         return text
     tail = longest // 4
@@ -137,7 +137,7 @@ def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
 
 
 def _metrics(path: Path, faults: Faults, *, wanted: bool) -> dict[str, Curve]:
-    """Curves by name. Of a step that stands twice the later line counts."""
+    """Curves by name. If a step occurs twice, the later line counts."""
     if not path.is_file():
         if wanted:
             faults.add(path, "missing")
@@ -164,13 +164,13 @@ def _metrics(path: Path, faults: Faults, *, wanted: bool) -> dict[str, Curve]:
 
 
 def _lines(path: Path, faults: Faults) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, a line each; other lines are counted."""
+    """JSON objects of a JSON Lines file; other lines are counted as faults."""
     lines = read_undamaged(path, lambda _: faults.add(path, "damaged lines, left out"))
     return (row for _, row in lines)
 
 
 def _document(path: Path, faults: Faults, *, wanted: bool) -> dict[str, Any]:
-    """The JSON object of a file; {} where there is none."""
+    """JSON object of a file; {} if there is none."""
     if not path.is_file():
         if wanted:
             faults.add(path, "missing")
@@ -198,7 +198,7 @@ def _mapping(found: Any) -> Mapping[str, Any]:
 
 
 def _made[T](kind: type[T], entry: Mapping[str, Any], **known: Any) -> T:
-    """A record of an entry's texts, flags and numbers; one that is missing or wrong is empty."""
+    """A record of an entry's texts, flags and numbers; missing or invalid ones become empty."""
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         if hint in (str, bool):
@@ -217,7 +217,7 @@ def _made_by_name[T](kind: type[T], entries: Mapping[str, Any]) -> dict[str, T]:
 
 
 def _number(found: Any) -> float | None:
-    """A finite number, or None for everything else."""
+    """`found` if it is a finite number, else None."""
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
         return None
     return float(found)

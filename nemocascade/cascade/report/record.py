@@ -1,4 +1,4 @@
-"""The run that a report is about: the values that its files hold, whole or not."""
+"""Records of a run, as read from its complete or incomplete files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from nemocascade.cascade.records import Alarm, Teacher
 from nemocascade.stages.scoring import DomainScore
 
 Curve = Sequence[tuple[int, float]]
-"""(step from 0, value), rising steps, finite values."""
+"""(step from 0, value) pairs with rising steps and finite values."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that the run folder lacks or that cannot be read. file: relative to the run."""
+    """Missing or unreadable data of the run folder. file: path relative to the run folder."""
 
     file: str
     what: str
@@ -24,10 +24,10 @@ class Fault:
 
 @dataclass(frozen=True)
 class Sample:
-    """A response to a task. Texts may be cut in the middle, and then say so.
+    """A response to a task. Texts may be cut in the middle, with a note at the cut.
 
-    prompt: (role, content) of each turn. task: names the prompt, the same in every stage.
-    step: of the stage, where it is a rollout of training.
+    prompt: (role, content) of each turn. task: id of the prompt, the same in every stage.
+    step: step of the stage, for a training rollout.
     """
 
     domain: str
@@ -41,11 +41,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, in the order of the cascade. Empty fields: not there, or not there yet.
+    """One stage of the cascade. Empty fields are missing, or not written yet.
 
     start: name of the stage that it started from, "" for none. side: a branch that later stages
-    don't start from. domains: those of its rollouts. curves: metrics.jsonl by name.
-    rollouts: of its first and last kept step.
+    don't start from. domains: domains of its rollouts. curves: metrics.jsonl by name.
+    rollouts: samples of its first and last logged step.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """A cascade run. teachers: by the domain that they teach."""
+    """A cascade run. teachers: teachers by the domain that they teach."""
 
     name: str
     stages: tuple[Stage, ...]
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Every scored domain: in the order in which stages train them, then by name."""
+        """Scored domains, in the order in which stages train them, then by name."""
         scored = {name for stage in self.stages for name in stage.scores}
         trained = [d for s in self.stages if s.kind != "sft" for d in s.domains if d in scored]
         return tuple(dict.fromkeys([*trained, *sorted(scored)]))
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def main_line(self) -> tuple[Stage, ...]:
-        """Scored stages that are no side branch."""
+        """Scored stages that are not on a side branch."""
         return tuple(s for s in self.scored if not s.side)
 
     def stage(self, name: str) -> Stage | None:
@@ -98,6 +98,6 @@ class Run:
         return next((s for s in self.stages if s.name == name), None)
 
     def in_points(self, domain: str) -> bool:
-        """True if all scores of a domain lie in 0..1: they are shown times 100."""
+        """True if all scores of a domain lie in 0..1; they are then shown times 100."""
         values = [s.scores[domain].score for s in self.scored if domain in s.scores]
         return all(value is None or 0 <= value <= 1 for value in values)

@@ -1,4 +1,4 @@
-"""Figures of held-out scores, and of time and tokens, over the stages of a run."""
+"""Figures of held-out scores, time and tokens over the stages of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAT = LinearSegmentedColormap.from_list("heat", [PAPER, "#6aaad5"])
 
 
 def standard_error(score: DomainScore) -> float | None:
-    """Upper bound of the error of a mean of rewards in 0..1: sqrt(p (1 - p) / n)."""
+    """Upper bound of the standard error of a mean of rewards in 0..1: sqrt(p (1 - p) / n)."""
     counted = score.tasks - score.errors
     if score.score is None or not 0 <= score.score <= 1 or counted < 1:
         return None
@@ -39,7 +39,7 @@ def trains(stage: Stage, domain: str) -> bool:
 
 
 def scale(run: Run, domain: str) -> tuple[float, float]:
-    """The lowest and highest score of a domain's colours: 0..1, or what was found."""
+    """Lowest and highest score of a domain's colour scale: 0..1, or the range of its scores."""
     values = [s.scores[domain].score for s in run.scored if domain in s.scores]
     found = [value for value in values if value is not None]
     if run.in_points(domain) or not found:
@@ -49,7 +49,7 @@ def scale(run: Run, domain: str) -> tuple[float, float]:
 
 
 def points_range(run: Run) -> tuple[float, float]:
-    """The axis that all domains in points share, so that their panels can be compared."""
+    """Axis limits that all domains in points share, so that their panels can be compared."""
     found = [
         score.score
         for stage in run.scored
@@ -57,13 +57,13 @@ def points_range(run: Run) -> tuple[float, float]:
         if run.in_points(domain) and score.score is not None
     ]
     low, high = 10 * math.floor(10 * min(found)), 10 * math.ceil(10 * max(found))
-    # Scores that are all alike must not look like scores that move.
+    # A wide range keeps nearly equal scores from looking like large changes.
     high = max(high, low + 20)
     return max(0, low - 5), high + 5
 
 
 def draw_domain(ax: Axes, run: Run, domain: str) -> None:
-    """One domain's score after each stage, with standard errors; columns as in the table.
+    """Draw one domain's score after each stage, with standard errors; columns as in the table.
 
     Filled: the main line. Hollow: side branches, tied to where they started. Triangles: alarms.
     Bands: stages that train the domain. Dotted: its teacher's score.
@@ -106,7 +106,7 @@ def draw_domain(ax: Axes, run: Run, domain: str) -> None:
 
 
 def scores_png(path: Path, run: Run) -> None:
-    """All domains' panels in one picture."""
+    """Write the panels of all domains to one PNG file."""
     domains = run.domains
     figure, axes = figures.small_multiples(len(domains), columns=3, header=0.1, footer=0.5)
     for ax, domain in zip(axes, domains, strict=True):
@@ -122,7 +122,7 @@ def scores_png(path: Path, run: Run) -> None:
 
 
 def heat_map_png(path: Path, run: Run) -> None:
-    """The score of every domain after every stage; framed where the stage trains the domain."""
+    """Write the score of every domain after every stage; frames mark the domains it trains."""
     stages, domains = ordered(run), run.domains
     shares = np.full((len(domains), len(stages)), np.nan)
     figure = Figure(
@@ -159,7 +159,7 @@ def heat_map_png(path: Path, run: Run) -> None:
 
 
 def costs_png(path: Path, run: Run) -> None:
-    """Time and tokens of every stage."""
+    """Write time and tokens of every stage to a PNG file."""
     stages = [s for s in run.stages if s.seconds or s.tokens]
     figure = Figure(figsize=(8.5, 0.8 + 0.28 * len(stages)), layout="constrained")
     seconds, tokens = [s.seconds or 0 for s in stages], [s.tokens or 0 for s in stages]

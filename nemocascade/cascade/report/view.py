@@ -1,4 +1,4 @@
-"""Texts and rows of the page, in the order in which it shows them. No markup here."""
+"""Texts and rows of the page, in display order, without markup."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nemocascade.cascade.report.scores import ordered, scale, standard_error, tr
 from nemocascade.stages.scoring import DomainScore
 
 Answers = list[tuple[str, Sample]]
-"""Answers to one task, each with the name of its stage."""
+"""(stage name, answer) pairs of one task."""
 TASKS = 3
-"""Tasks of a domain that are shown before and after."""
+"""Most tasks shown for each domain, with the answers of the stages."""
 NEAR_TEACHER = 0.02
-"""A student this far below its teacher, or less, has reached it."""
-# Settings in which stages differ in kind; the whole recipe stands beside them.
+"""Largest gap below the teacher at which a student has reached it."""
+# Settings compared between stages; the page shows the full recipes as well.
 COMPARED = (
     "steps",
     "optimizer.lr",
@@ -50,7 +50,7 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A score of the table. heat: 0..1 of its scale; change: from the stage it started from."""
+    """Cell of the score table. heat: 0..1 on its scale. change: from the stage it starts from."""
 
     text: str
     heat: float
@@ -61,7 +61,7 @@ class Cell:
 
 
 def score_rows(run: Run) -> list[tuple[str, list[Cell | None]]]:
-    """Domains with their cells, in the order of `ordered(run)`."""
+    """Domains with their cells, one for each stage of `ordered(run)`."""
     alarmed = {(a.domain, a.stage) for a in run.alarms}
     rows = []
     for domain in run.domains:
@@ -73,7 +73,7 @@ def score_rows(run: Run) -> list[tuple[str, list[Cell | None]]]:
 
 
 def mean_row(run: Run) -> list[str]:
-    """The mean of each column, "" where it lacks a domain."""
+    """Mean score of each stage, "" if it lacks a domain."""
     return [words.score(mean_score(run, stage), points=True) for stage in ordered(run)]
 
 
@@ -98,7 +98,7 @@ def _cell(run: Run, domain: str, stage: Stage, alarm: bool) -> Cell | None:
 
 
 def _note(found: DomainScore, points: bool) -> str:
-    """How sure a score is, for the one who points at it."""
+    """Tooltip of a score: number of tasks, verifier errors and standard error."""
     parts = [f"{found.tasks:,} tasks"]
     if found.errors:
         parts.append(f"{found.errors:,} without a verdict, not counted")
@@ -109,7 +109,7 @@ def _note(found: DomainScore, points: bool) -> str:
 
 
 def value_of(stage: Stage | None, domain: str) -> float | None:
-    """A stage's score of a domain, where there is one."""
+    """Score of a domain after a stage; None if there is none."""
     if stage is None or domain not in stage.scores:
         return None
     return stage.scores[domain].score
@@ -121,17 +121,17 @@ def _change(before: float | None, after: float | None, points: bool) -> str:
 
 
 def other_scales(run: Run) -> list[str]:
-    """Domains whose scores are no shares."""
+    """Domains whose scores do not lie in 0..1."""
     return [domain for domain in run.domains if not run.in_points(domain)]
 
 
 def verifier_errors(run: Run) -> int:
-    """Held-out answers of all stages that no verifier could judge."""
+    """Number of held-out answers, over all stages, without a verdict."""
     return sum(score.errors for stage in run.scored for score in stage.scores.values())
 
 
 def mean_score(run: Run, stage: Stage) -> float | None:
-    """The mean over the domains whose scores lie in 0..1; None unless the stage has them all."""
+    """Mean over the domains whose scores lie in 0..1; None unless the stage has all of them."""
     values = [value_of(stage, domain) for domain in run.domains if run.in_points(domain)]
     found = [value for value in values if value is not None]
     return sum(found) / len(found) if found and len(found) == len(values) else None
@@ -205,7 +205,7 @@ def teacher_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def cost_rows(run: Run) -> list[dict[str, Any]]:
-    """Stages with time, tokens, speed, and what became of their own domains."""
+    """Stages with their steps, time, tokens and speed."""
     longest = max([s.seconds or 0 for s in run.stages], default=0) or 1
     most = max([s.tokens or 0 for s in run.stages], default=0) or 1
     return [
@@ -225,7 +225,7 @@ def cost_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def _steps(stage: Stage) -> str:
-    """Steps done, of how many."""
+    """Number of steps done, and of how many."""
     done = 1 + max((curve[-1][0] for curve in stage.curves.values() if curve), default=-1)
     wanted = stage.recipe.get("steps")
     if not done and wanted is None:
@@ -234,7 +234,7 @@ def _steps(stage: Stage) -> str:
 
 
 def lineage(run: Run) -> list[tuple[int, Stage]]:
-    """Stages with their depth: what goes on from a stage stands below it, branches indented."""
+    """Stages with their depth: each stage follows the one it starts from, branches indented."""
     names = {s.name for s in run.stages}
 
     def below(start: str, depth: int) -> Iterator[tuple[int, Stage]]:
@@ -249,8 +249,8 @@ def lineage(run: Run) -> list[tuple[int, Stage]]:
 
 
 def answered(run: Run) -> list[tuple[str, list[Answers]]]:
-    """Held-out tasks of each domain, as the stages of the main line answered them, from the first
-    to the last; tasks whose reward changed come first."""
+    """Held-out tasks of each domain with the answers of the main line's stages, in order; tasks
+    whose reward changed come first."""
     found: list[tuple[str, list[Answers]]] = []
     for domain in run.domains:
         answers: dict[str, Answers] = {}
@@ -274,7 +274,7 @@ def first_and_last(curve: Curve) -> tuple[str, str]:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Settings by their dotted names."""
+    """(dotted name, text) pairs of nested settings."""
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{name}.")

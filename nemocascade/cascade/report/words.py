@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Readable numbers, durations and names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def number(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """A number of things: 812, 9,120, 48.3 k, 3.21 M, 1.7 B."""
+    """A count: 812, 9,120, 48.3 k, 3.21 M, 1.7 B."""
     size = abs(value)
     if size < 9_999.5:
         return _sign(f"{value:,.0f}")
@@ -35,7 +35,7 @@ def count(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """4.2 s, 58 s, 12 min 31 s, 3 h 05 min, 2 d 04 h."""
+    """A duration: 4.2 s, 58 s, 12 min 31 s, 3 h 05 min, 2 d 04 h."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -51,7 +51,7 @@ def duration(seconds: float) -> str:
 
 
 def score(value: float | None, *, points: bool, signed: bool = False) -> str:
-    """A held-out score, in points of 100 or as it is; a difference with its sign; "" for none."""
+    """A held-out score, in points of 100 or unscaled; signed: with a plus sign; "" for None."""
     if value is None:
         return ""
     text = f"{100 * value:.1f}" if points else f"{value:.2f}"
@@ -63,7 +63,7 @@ def score(value: float | None, *, points: bool, signed: bool = False) -> str:
 
 
 def tick(value: float) -> str:
-    """The shortest text of a round number, as on an axis."""
+    """Shortest text of a round number, for axis ticks."""
     size = abs(value)
     if size >= 10_000:
         return count(value)
@@ -74,12 +74,12 @@ def tick(value: float) -> str:
 
 
 def words(name: str) -> str:
-    """A name of the code as words: instruction_following -> instruction following."""
+    """An identifier as words: instruction_following -> instruction following."""
     return " ".join(w.upper() if w in SHORT else w for w in name.split("_"))
 
 
 def label(name: str, longest: int = 26) -> str:
-    """A name as words, short enough for a figure."""
+    """An identifier as words, shortened to fit a figure."""
     text = words(name)
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 

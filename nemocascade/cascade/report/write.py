@@ -1,4 +1,4 @@
-"""Writes RUN/report: index.html, which needs no other file, and the figures as PNG files."""
+"""Writes RUN/report: a self-contained index.html, and the figures as PNG files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write the report of a cascade's run folder, as far as the run has come; returns the HTML
-    file.
+    """Write the report of a finished or unfinished cascade run; returns the HTML file.
 
-    The same folder gives the same bytes. Raises ReportError if cascade.json cannot be read.
+    The output is deterministic. Raises ReportError if cascade.json cannot be read.
     """
     run = read_run(run_dir)
     folder = run_dir / "report"
@@ -55,7 +54,7 @@ def _picture(draw: Callable[[Axes], None], description: str) -> Markup:
 
 
 def _write_pngs(folder: Path, run: Run) -> list[str]:
-    """Write the figures and return their names; those of an earlier report go."""
+    """Write the figures and return their names; figures of an earlier report are deleted."""
     for path in folder.glob("*.png"):
         path.unlink()
     written = []
@@ -91,7 +90,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _swatch(style: int) -> Markup:
-    """A piece of the line of series `style`, for legends."""
+    """Legend swatch: a short line in the style of series `style`."""
     _, dash = figures.style_of(style)
     dashes = "" if dash == "-" else ",".join(f"{2 * n:g}" for n in dash[1])
     line = f'<line x1="1" y1="5" x2="21" y2="5" stroke-dasharray="{dashes}"/>'
