@@ -68,9 +68,10 @@ test: lint  ## Lint, then every quick test
 test-slow: setup  ## The tests that take more than a minute each
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(ARGS)
 
-lint: setup  ## ruff, mypy and clang-format, changing nothing
+lint: setup  ## ruff, docstrings, mypy and clang-format, changing nothing
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) tools/lint_docstrings.py
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
 
