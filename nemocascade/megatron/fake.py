@@ -72,7 +72,6 @@ def _world(rank: int, size: int, parallel: ParallelConfig, groups: ProcessGroupC
     return World(
         rank=rank,
         size=size,
-        local_rank=0,
         device=torch.device("meta"),
         parallel=parallel,
         groups=groups,

@@ -44,7 +44,6 @@ def _world_of_one() -> Iterator[World]:
         yield World(
             rank=0,
             size=1,
-            local_rank=0,
             device=torch.device("meta"),
             parallel=ParallelConfig(),
             groups=ProcessGroupCollection(

@@ -88,7 +88,6 @@ def start_world(parallel: ParallelConfig, engine: EngineConfig) -> World:
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         device=device,
         parallel=parallel,
         groups=ProcessGroupCollection.use_mpu_process_groups(),

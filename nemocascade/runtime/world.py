@@ -50,7 +50,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
     parallel: ParallelConfig
     groups: Groups
