@@ -66,7 +66,7 @@ test: lint  ## Lint, then every quick test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: setup  ## The tests that take more than a minute each
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile -m slow $(ARGS)
 
 lint: setup  ## ruff, docstrings, mypy and clang-format, changing nothing
 	$(RUN) -m ruff check .
