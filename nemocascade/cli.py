@@ -1,4 +1,7 @@
-"""Command line: `nemocascade run | eval | score | report | plan | ...`."""
+"""Command line: `nemocascade run | eval | score | report | plan | ...`.
+
+Each command imports its modules when it runs: help and version need no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +16,7 @@ from typing import Any, Literal
 import tyro
 
 import nemocascade
-from nemocascade.cascade.launch import parse_cascade, run_report
-from nemocascade.cascade.planning import check_cascade, jobs_of_cascade, plan_cascade
-from nemocascade.data.errors import DataError
-from nemocascade.data.tokenizer_training import train_tokenizer
-from nemocascade.envs.swe_checking import CheckSettings, check_tasks, summary
-from nemocascade.megatron.convert import export_huggingface, import_huggingface
-from nemocascade.plan.findings import Preflight
-from nemocascade.plan.preflight import PreflightSettings, check_recipe
-from nemocascade.plan.slurm import (
-    SlurmJob,
-    SubmitSettings,
-    check_submission,
-    job_of_script,
-    submit_jobs,
-)
-from nemocascade.plan.summary import PlanSettings, plan_recipe
 from nemocascade.recipe import CascadeRecipe, DataConfig, Recipe, load_any_recipe
-from nemocascade.rl.trajectories import ReplaySettings, replay, settings_of_run
-from nemocascade.runtime.errors import exit_cleanly
-from nemocascade.runtime.world import is_main_process
-from nemocascade.stages.evaluate import EvalSettings, run_eval
-from nemocascade.stages.launch import parse
-from nemocascade.stages.scoring import ScoreSettings, run_scoring
-from nemocascade.swe.importing import ImportSettings, import_rows
-from nemocascade.types import SandboxUnavailable
 
 USAGE = """usage: nemocascade COMMAND ...
 
@@ -74,8 +53,12 @@ class TokenizerSettings:
 
 
 def _run(arguments: list[str]) -> None:
+    usage = "usage: nemocascade run RECIPE.py [--field value ...]"
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"{usage}\n\nnemocascade run RECIPE.py --help shows all settings of a recipe.")
+        return
     if not arguments or arguments[0].startswith("-"):
-        raise SystemExit("usage: nemocascade run RECIPE.py [--field value ...]")
+        raise SystemExit(usage)
     script = Path(arguments[0])
     if not script.is_file():
         raise SystemExit(f"nemocascade run: {script} is no file: name a recipe script")
@@ -83,28 +66,52 @@ def _run(arguments: list[str]) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def _eval(settings: EvalSettings) -> None:
-    loss, tokens = run_eval(settings)
-    print(json.dumps({"artifact": settings.artifact, "loss": loss, "tokens": tokens}))
+def _eval(arguments: list[str]) -> None:
+    from nemocascade.stages.evaluate import EvalSettings, run_eval
+
+    def act(settings: EvalSettings) -> None:
+        loss, tokens = run_eval(settings)
+        print(json.dumps({"artifact": settings.artifact, "loss": loss, "tokens": tokens}))
+
+    _execute("eval", EvalSettings, act, arguments)
 
 
-def _score(settings: ScoreSettings) -> None:
-    found = run_scoring(settings)
-    if is_main_process():
-        print(json.dumps(found.as_json(), ensure_ascii=False))
+def _score(arguments: list[str]) -> None:
+    from nemocascade.runtime.world import is_main_process
+    from nemocascade.stages.scoring import ScoreSettings, run_scoring
+
+    def act(settings: ScoreSettings) -> None:
+        found = run_scoring(settings)
+        if is_main_process():
+            print(json.dumps(found.as_json(), ensure_ascii=False))
+
+    # The settings are shared with recipes, where a boolean is given with its value.
+    _execute("score", ScoreSettings, act, arguments, config=(tyro.conf.FlagConversionOff,))
 
 
 def _report(arguments: list[str]) -> None:
+    usage = "usage: nemocascade report RUN"
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(usage)
+        return
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise SystemExit("usage: nemocascade report RUN")
+        raise SystemExit(usage)
+    from nemocascade.cascade.launch import run_report
+    from nemocascade.runtime.errors import exit_cleanly
+
     exit_cleanly(lambda: run_report(Path(arguments[0])))
 
 
-def _tokenizer(settings: TokenizerSettings) -> None:
-    tokenizer = train_tokenizer(
-        settings.data, settings.vocab_size, settings.output, seed=settings.seed
-    )
-    print(f"{settings.output}: {tokenizer.vocab_size} ids")
+def _tokenizer(arguments: list[str]) -> None:
+    from nemocascade.data.tokenizer_training import train_tokenizer
+
+    def act(settings: TokenizerSettings) -> None:
+        tokenizer = train_tokenizer(
+            settings.data, settings.vocab_size, settings.output, seed=settings.seed
+        )
+        print(f"{settings.output}: {tokenizer.vocab_size} ids")
+
+    _execute("tokenizer", TokenizerSettings, act, arguments)
 
 
 @dataclass(frozen=True)
@@ -129,62 +136,101 @@ class ConvertSettings:
     """Largest weights file of a written Hugging Face folder."""
 
 
-def _convert(settings: ConvertSettings) -> None:
-    source, target = Path(settings.source), Path(settings.target)
-    if (source / "manifest.json").is_file():
-        report = export_huggingface(
-            source,
-            target,
-            precision=settings.precision,
-            family=settings.family,
-            shard_bytes=int(settings.shard_gib * 2**30),
+def _convert(arguments: list[str]) -> None:
+    from nemocascade.megatron.convert import export_huggingface, import_huggingface
+
+    def act(settings: ConvertSettings) -> None:
+        source, target = Path(settings.source), Path(settings.target)
+        if (source / "manifest.json").is_file():
+            report = export_huggingface(
+                source,
+                target,
+                precision=settings.precision,
+                family=settings.family,
+                shard_bytes=int(settings.shard_gib * 2**30),
+            )
+        else:
+            report = import_huggingface(source, target, precision=settings.precision)
+        print(
+            f"{report.folder}: {report.family}, {report.precision}, {report.tensors} tensors, "
+            f"{report.num_bytes / 2**30:.2f} GiB"
         )
-    else:
-        report = import_huggingface(source, target, precision=settings.precision)
-    print(
-        f"{report.folder}: {report.family}, {report.precision}, {report.tensors} tensors, "
-        f"{report.num_bytes / 2**30:.2f} GiB"
-    )
-    for what, names in (("rounded", report.rounded), ("not carried over", report.left_behind)):
-        if names:
-            print(f"{what}: {len(names)}: {', '.join(names)}")
+        for what, names in (("rounded", report.rounded), ("not carried over", report.left_behind)):
+            if names:
+                print(f"{what}: {len(names)}: {', '.join(names)}")
+
+    _execute("convert", ConvertSettings, act, arguments)
 
 
-def _plan(settings: PlanSettings, rest: list[str]) -> None:
-    recipe = _overridden(settings.recipe, rest)
-    if isinstance(recipe, CascadeRecipe):
-        print(plan_cascade(recipe, settings))
-    else:
-        print(plan_recipe(recipe, settings))
+def _plan(arguments: list[str]) -> None:
+    from nemocascade.cascade.planning import plan_cascade
+    from nemocascade.plan.summary import PlanSettings, plan_recipe
 
+    own, rest = _split(arguments)
 
-def _preflight(settings: PreflightSettings, rest: list[str]) -> None:
-    found = Preflight()
-    with found.guarded("recipe"):
+    def act(settings: PlanSettings) -> None:
         recipe = _overridden(settings.recipe, rest)
         if isinstance(recipe, CascadeRecipe):
-            check_cascade(recipe, settings, found)
+            print(plan_cascade(recipe, settings))
         else:
-            check_recipe(recipe, settings, found)
-    print(found.as_json() if settings.json else found.text())
-    if found.problems:
-        raise SystemExit(2)
+            print(plan_recipe(recipe, settings))
+
+    _execute("plan", PlanSettings, act, own)
 
 
-def _submit(settings: SubmitSettings, rest: list[str]) -> None:
-    check_submission(settings, rest)
-    jobs: list[SlurmJob] = []
-    for script in map(Path, settings.recipes):
-        recipe = load_any_recipe(script)
-        if isinstance(recipe, CascadeRecipe):
-            jobs += jobs_of_cascade(script, recipe, rest)
-        else:
-            jobs.append(job_of_script(script, recipe.run_dir, rest))
-    submit_jobs(settings, jobs)
+def _preflight(arguments: list[str]) -> None:
+    from nemocascade.cascade.planning import check_cascade
+    from nemocascade.plan.findings import Preflight
+    from nemocascade.plan.preflight import PreflightSettings, check_recipe
+
+    own, rest = _split(arguments)
+
+    def act(settings: PreflightSettings) -> None:
+        found = Preflight()
+        with found.guarded("recipe"):
+            recipe = _overridden(settings.recipe, rest)
+            if isinstance(recipe, CascadeRecipe):
+                check_cascade(recipe, settings, found)
+            else:
+                check_recipe(recipe, settings, found)
+        print(found.as_json() if settings.json else found.text())
+        if found.problems:
+            raise SystemExit(2)
+
+    _execute("preflight", PreflightSettings, act, own)
+
+
+def _submit(arguments: list[str]) -> None:
+    from nemocascade.cascade.planning import jobs_of_cascade
+    from nemocascade.plan.slurm import (
+        SlurmJob,
+        SubmitSettings,
+        check_submission,
+        job_of_script,
+        submit_jobs,
+    )
+
+    own, rest = _split(arguments)
+
+    def act(settings: SubmitSettings) -> None:
+        check_submission(settings, rest)
+        jobs: list[SlurmJob] = []
+        for script in map(Path, settings.recipes):
+            recipe = load_any_recipe(script)
+            if isinstance(recipe, CascadeRecipe):
+                jobs += jobs_of_cascade(script, recipe, rest)
+            else:
+                jobs.append(job_of_script(script, recipe.run_dir, rest))
+        submit_jobs(settings, jobs)
+
+    _execute("submit", SubmitSettings, act, own)
 
 
 def _overridden(script: str, arguments: list[str]) -> Recipe:
     """The recipe of a script, of any kind, with the command line's overrides."""
+    from nemocascade.cascade.launch import parse_cascade
+    from nemocascade.stages.launch import parse
+
     recipe = load_any_recipe(Path(script))
     if isinstance(recipe, CascadeRecipe):
         return parse_cascade(recipe, arguments)[0]
@@ -192,6 +238,9 @@ def _overridden(script: str, arguments: list[str]) -> Recipe:
 
 
 def _replay(arguments: list[str]) -> None:
+    from nemocascade.rl.trajectories import ReplaySettings, replay, settings_of_run
+    from nemocascade.runtime.errors import exit_cleanly
+
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--path", *arguments]
 
@@ -211,64 +260,77 @@ def _replay(arguments: list[str]) -> None:
     exit_cleanly(work)
 
 
-def _import_swe(settings: ImportSettings) -> None:
-    try:
-        found = import_rows(settings)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    print(found.text())
-    if found.failed:
-        raise SystemExit(1)
+def _import_swe(arguments: list[str]) -> None:
+    from nemocascade.data.errors import DataError
+    from nemocascade.swe.importing import ImportSettings, import_rows
+
+    def act(settings: ImportSettings) -> None:
+        try:
+            found = import_rows(settings)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        print(found.text())
+        if found.failed:
+            raise SystemExit(1)
+
+    _execute("import-swe", ImportSettings, act, arguments)
 
 
-def _check_tasks(settings: CheckSettings) -> None:
-    found = []
-    try:
-        for task in check_tasks(settings):
-            found.append(task)
-            if task.faults:
-                print(f"{task.name}: {'; '.join(task.faults)}", flush=True)
-    except (ValueError, SandboxUnavailable) as error:
-        raise DataError(str(error)) from error
-    print(summary(found))
-    if any(task.faults for task in found):
-        raise SystemExit(1)
+def _check_tasks(arguments: list[str]) -> None:
+    from nemocascade.data.errors import DataError
+    from nemocascade.envs.swe_checking import CheckSettings, check_tasks, summary
+    from nemocascade.types import SandboxUnavailable
+
+    def act(settings: CheckSettings) -> None:
+        found = []
+        try:
+            for task in check_tasks(settings):
+                found.append(task)
+                if task.faults:
+                    print(f"{task.name}: {'; '.join(task.faults)}", flush=True)
+        except (ValueError, SandboxUnavailable) as error:
+            raise DataError(str(error)) from error
+        print(summary(found))
+        if any(task.faults for task in found):
+            raise SystemExit(1)
+
+    _execute("check-tasks", CheckSettings, act, arguments)
 
 
-def _command(
-    name: str, settings: type[Any], act: Callable[..., object], *, of_recipe: bool = False
-) -> Callable[[list[str]], None]:
-    """A command that calls `act` with its settings.
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """A command's own arguments, and those after `--`, which belong to the recipe."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
 
-    of_recipe: arguments after `--` belong to the recipe and are passed to `act` as well.
-    """
-    # `score` shares its settings with recipes, where a boolean is given with its value.
-    config = (tyro.conf.FlagConversionOff,) if settings is ScoreSettings else ()
 
-    def command(arguments: list[str]) -> None:
-        own, rest = arguments, []
-        if of_recipe and "--" in arguments:
-            at = arguments.index("--")
-            own, rest = arguments[:at], arguments[at + 1 :]
-        parsed = tyro.cli(settings, args=own, prog=f"nemocascade {name}", config=config)
-        exit_cleanly(lambda: act(parsed, rest) if of_recipe else act(parsed))
+def _execute[S](
+    name: str,
+    settings: type[S],
+    act: Callable[[S], object],
+    arguments: list[str],
+    *,
+    config: tuple[Any, ...] = (),
+) -> None:
+    """Call `act` with the settings that the arguments give."""
+    from nemocascade.runtime.errors import exit_cleanly
 
-    return command
+    parsed = tyro.cli(settings, args=arguments, prog=f"nemocascade {name}", config=config)
+    exit_cleanly(lambda: act(parsed))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
-    "eval": _command("eval", EvalSettings, _eval),
-    "score": _command("score", ScoreSettings, _score),
+    "eval": _eval,
+    "score": _score,
     "report": _report,
-    "plan": _command("plan", PlanSettings, _plan, of_recipe=True),
-    "preflight": _command("preflight", PreflightSettings, _preflight, of_recipe=True),
-    "submit": _command("submit", SubmitSettings, _submit, of_recipe=True),
-    "convert": _command("convert", ConvertSettings, _convert),
-    "tokenizer": _command("tokenizer", TokenizerSettings, _tokenizer),
+    "plan": _plan,
+    "preflight": _preflight,
+    "submit": _submit,
+    "convert": _convert,
+    "tokenizer": _tokenizer,
     "replay": _replay,
-    "import-swe": _command("import-swe", ImportSettings, _import_swe),
-    "check-tasks": _command("check-tasks", CheckSettings, _check_tasks),
+    "import-swe": _import_swe,
+    "check-tasks": _check_tasks,
 }
 
 

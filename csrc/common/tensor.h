@@ -66,7 +66,8 @@ inline bool is_bf16(const Tensor& tensor) { return tensor.scalar_type() == Scala
 inline Rows rows_of(const Tensor& tensor, bool is_bf16, int64_t count, int64_t columns,
                     const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && tensor.size(0) == count &&
-                      tensor.size(1) == columns && (tensor.stride(1) == 1 || columns == 1) &&
+                      tensor.size(1) == columns &&
+                      (tensor.stride(1) == 1 || columns == 1 || count == 0) &&
                       tensor.scalar_type() == (is_bf16 ? ScalarType::BFloat16 : ScalarType::Float),
                   name, " must be a CPU matrix [", count, ", ", columns,
                   "] with contiguous rows, all of them float32 or all bfloat16");

@@ -191,7 +191,8 @@ def read_cascade(run_dir: Path) -> dict[str, Any]:
         raise ReportError(
             f"{path} is no JSON ({error}): start the cascade again to mend it"
         ) from None
-    known: dict[str, Any] = found if isinstance(found, dict) else {}
+    known: dict[str, Any] = {"stages": [], "teachers": {}, "alarms": []}
+    known |= found if isinstance(found, dict) else {}
     if known.get("version") != VERSION:
         raise ReportError(
             f"{path} has version {known.get('version')!r}, this program reads {VERSION}: use the "

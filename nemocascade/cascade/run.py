@@ -33,7 +33,7 @@ from nemocascade.cascade.records import (
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import clean_leftovers, latest_checkpoint, remove
 from nemocascade.recipe import CascadeRecipe, RecipeError
-from nemocascade.runtime.jsonl import read_objects
+from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import world_size_of_environment
 from nemocascade.stages.launch import run_stage
@@ -188,7 +188,9 @@ class _Run:
         """Record that the stage is done."""
         folder = self._folder(decision.stage)
         metrics = folder / "metrics.jsonl"
-        lines = [row for _, row in read_objects(metrics)] if metrics.exists() else []
+        skip = partial(LOGGER.warning, "%s: a damaged line is skipped: %.60s", metrics)
+        found = read_undamaged(metrics, skip) if metrics.exists() else ()
+        lines = [row for _, row in found if "step" in row]
         before = sum(v.get("step_time_s") or 0.0 for v in lines if v["step"] < first_step)
         record = StageRecord(
             decision.key,

@@ -163,7 +163,7 @@ class SweAgentless(RepairDomain, GradedDomain):
         return digest(f"{prompt.answer['issue']}\n{prompt.demonstration[0].content}")
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """Make a task, see `swe.bugs.make_bug`."""
+        """Make a task, see `swe_bugs.make_bug`."""
         bug = make_bug(rng, difficulty)
         # A careless edit names the module, which is not a file path.
         elsewhere = replace(bug.edit, path=bug.edit.path.removesuffix(".py"))

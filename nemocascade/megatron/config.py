@@ -13,6 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from nemocascade.megatron.init import generator_for
+from nemocascade.megatron.upstream import without_notes
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
 
 Init = Callable[[Tensor], Tensor]
@@ -88,27 +89,28 @@ def make_config(
     fuse_weight_gradient: accumulate weight gradients inside the GEMM; needs apex.
     """
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
-    return CascadeConfig(
-        shape=model,
-        moe_training=moe,
-        seed=seed,
-        recompute_layers=engine.recompute,
-        **_model_fields(model),
-        **_parallel_fields(parallel),
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=engine.precision == "bf16",
-        use_cpu_initialization=True,
-        # Upstream's default is deprecated and means the same.
-        cuda_graph_modules=[],
-        gradient_accumulation_fusion=fuse_weight_gradient,
-        calculate_per_token_loss=True,
-        init_method=seeded_normal(seed, "output_layer.weight", model.init_std),
-        embedding_init_method=seeded_normal(
-            seed, "embedding.word_embeddings.weight", model.init_std
-        ),
-        output_layer_init_method=seeded_normal(seed, "output_layer.weight", model.init_std),
-    )
+    with without_notes():
+        return CascadeConfig(
+            shape=model,
+            moe_training=moe,
+            seed=seed,
+            recompute_layers=engine.recompute,
+            **_model_fields(model),
+            **_parallel_fields(parallel),
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=engine.precision == "bf16",
+            use_cpu_initialization=True,
+            # Upstream's default is deprecated and means the same.
+            cuda_graph_modules=[],
+            gradient_accumulation_fusion=fuse_weight_gradient,
+            calculate_per_token_loss=True,
+            init_method=seeded_normal(seed, "output_layer.weight", model.init_std),
+            embedding_init_method=seeded_normal(
+                seed, "embedding.word_embeddings.weight", model.init_std
+            ),
+            output_layer_init_method=seeded_normal(seed, "output_layer.weight", model.init_std),
+        )
 
 
 def _model_fields(model: ModelConfig) -> dict[str, Any]:

@@ -22,8 +22,7 @@ def import_megatron() -> None:
     of 7 s, and 800 modules. During the import `torch.compile` returns its function unchanged. The
     warnings name missing packages, which `accelerators` lists in one table.
     """
-    with without_compiler(), warnings.catch_warnings():
-        _ignore_warnings()
+    with without_compiler(), without_notes():
         import megatron.core.models.hybrid.hybrid_model  # noqa: F401
 
 
@@ -39,6 +38,14 @@ def without_compiler() -> Iterator[None]:
         yield
     finally:
         torch.compile = compiler
+
+
+@contextlib.contextmanager
+def without_notes() -> Iterator[None]:
+    """Context in which Megatron-Core's developer warnings are hidden."""
+    with warnings.catch_warnings():
+        _ignore_warnings()
+        yield
 
 
 def hide_notes() -> None:

@@ -9,7 +9,7 @@ saved-tensor hooks.
 from __future__ import annotations
 
 from nemocascade.megatron.layers.attention_core import SHORT_DOCUMENT
-from nemocascade.megatron.workspace import head_bytes
+from nemocascade.megatron.workspace import head_bytes, scan_chunk
 from nemocascade.plan.job import Job
 from nemocascade.recipe import ParallelConfig
 
@@ -48,7 +48,8 @@ class Activations:
         }
         if self.job.on_gpu:
             # On a CPU the C++ scan recomputes the states.
-            per_document = -(-self.job.document_length // m.mamba_chunk) - 1
+            chunk = scan_chunk(m, fla=self.job.fla)
+            per_document = -(-self.job.document_length // chunk) - 1
             # Chunks of a document that are followed by another chunk of it.
             states = per_document * self.job.capacity / self.job.document_length
             terms["Mamba states"] = states * inner * m.mamba_state * 4

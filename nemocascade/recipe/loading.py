@@ -32,6 +32,8 @@ def load_any_recipe(script: Path) -> Recipe:
 
 
 def _recipe_of(script: Path) -> object:
+    if not script.is_file():
+        raise RecipeError([f"{script} is no file: name a recipe script"])
     values = runpy.run_path(str(script), run_name="nemocascade_recipe")
     if "RECIPE" not in values:
         raise RecipeError([f"{script} defines no RECIPE: a recipe script ends in `launch(RECIPE)`"])

@@ -49,7 +49,7 @@ class ModelConfig:
     """Width of the causal convolution in tokens."""
 
     mamba_chunk: int = 128
-    """Tokens in a chunk of the state-space scan."""
+    """Tokens in a chunk of the scan, as in the family's checkpoints; FLOPs are counted by it."""
 
     mamba_dt_min: float = 0.0
     """Lower bound of the scan's time step, softplus(dt + dt_bias)."""

@@ -112,7 +112,7 @@ def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return found if found.pop("version", None) == version else None
+    return found if isinstance(found, dict) and found.pop("version", None) == version else None
 
 
 def read_scores(path: Path) -> Scores | None:

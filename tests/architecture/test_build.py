@@ -153,3 +153,8 @@ def test_find_python_says_what_to_install(tmp_path: Path) -> None:
     assert result.stdout == ""
     assert "No Python >= 3.12 was found" in result.stderr
     assert "uv python install" in result.stderr
+
+
+def test_help_and_version_need_no_torch() -> None:
+    code = "import sys, nemocascade.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

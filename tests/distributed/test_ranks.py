@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import pytest
@@ -45,3 +46,32 @@ def test_failing_rank_is_shown_and_ends_the_others() -> None:
 def test_time_limit() -> None:
     with pytest.raises(RankError, match="did not finish in 1 s"):
         run_ranks(sleep_long, 1, timeout_s=1.0)
+
+
+def end_the_server() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def variable(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def leave(message: str) -> None:
+    raise SystemExit(message)
+
+
+def test_ranks_of_a_server_that_dies_have_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = time.monotonic()
+    with pytest.raises(RankError, match="failed on rank 0"):
+        run_ranks(end_the_server, 1)
+    assert time.monotonic() - begin < 60
+    monkeypatch.setenv("NEMOCASCADE_TEST", "seen")
+    assert run_ranks(variable, 2, {"name": "NEMOCASCADE_TEST"}) == ["seen"] * 2
+    monkeypatch.delenv("NEMOCASCADE_TEST")
+    assert run_ranks(variable, 2, {"name": "NEMOCASCADE_TEST"}) == [None] * 2
+
+
+def test_the_message_of_an_exit_is_shown() -> None:
+    with pytest.raises(RankError, match=r"failed on rank 0[\s\S]*enough of this"):
+        run_ranks(leave, 1, {"message": "enough of this"})

@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import functools
 import importlib
 import inspect
 import json
@@ -128,6 +127,7 @@ class _Server:
             stdout=subprocess.PIPE,
             text=True,
             cwd=REPOSITORY,
+            start_new_session=True,  # Ctrl-C is for pytest, which ends the ranks
         )
         atexit.register(self.process.kill)
 
@@ -140,9 +140,13 @@ class _Server:
         return int(self.process.stdout.readline())
 
 
-@functools.cache
+_servers: dict[str, _Server] = {}
+
+
 def _server(hash_seed: str) -> _Server:
-    return _Server(hash_seed)
+    if hash_seed not in _servers or _servers[hash_seed].process.poll() is not None:
+        _servers[hash_seed] = _Server(hash_seed)
+    return _servers[hash_seed]
 
 
 class Rank:
@@ -151,6 +155,8 @@ class Rank:
     def __init__(self, rank: int, world_size: int, job: Path, port: int) -> None:
         self.status = job / f"exit.{rank}"
         env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
@@ -159,14 +165,16 @@ class Rank:
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        server = _server(HASH_SEEDS[rank % len(HASH_SEEDS)])
-        self.pid = server.fork({"job": str(job), "rank": rank, "env": env, "path": sys.path})
+        self.server = _server(HASH_SEEDS[rank % len(HASH_SEEDS)])
+        self.pid = self.server.fork({"job": str(job), "rank": rank, "env": env, "path": sys.path})
 
     def poll(self) -> int | None:
         """The exit status, negative for a signal; None while the rank runs."""
+        # Asked first: a server that ends after this line may have left the status before.
+        is_orphan = self.server.process.poll() is not None
         with contextlib.suppress(FileNotFoundError):
             return int(self.status.read_text())
-        return None
+        return -signal.SIGKILL if is_orphan else None
 
     def kill(self) -> None:
         """End the rank, if it has not ended, and wait for that."""
@@ -195,7 +203,8 @@ def _report(target: str, failed: int, job: Path, world_size: int, timeout_s: flo
     what = f"did not finish in {timeout_s:.0f} s" if late else f"failed on rank {failed}"
     lines = [f"{target} in {world_size} ranks {what}"]
     for rank in range(world_size) if late else [failed]:
-        text = (job / f"stderr.{rank}").read_text(errors="replace")
+        path = job / f"stderr.{rank}"
+        text = path.read_text(errors="replace") if path.exists() else ""
         # torch puts the prefix once more before every line for each group that was joined.
         text = re.sub(r"^(\[rank\d+\]: )+", "", text, flags=re.MULTILINE)
         lines.append(f"--- stderr of rank {rank} ---\n{text[-TAIL_CHARACTERS:]}")
@@ -248,14 +257,18 @@ def _run_rank(job: Path, request: dict[str, Any]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(job / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT, 0o600), number)
-        os.environ.update(request["env"])
+        kept = {name: os.environ[name] for name in ("PYTHONPATH", "PYTHONHASHSEED")}
+        os.environ.clear()
+        os.environ.update(request["env"] | kept)
         sys.path[:] = request["path"]
         asked = json.loads((job / "request.json").read_text())
         result = _load(asked["target"])(**asked["kwargs"])
         (job / f"result.{rank}").write_text(json.dumps(result))
         code = 0
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

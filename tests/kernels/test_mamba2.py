@@ -177,11 +177,16 @@ def test_a_sequence_of_262144_tokens(lengths: tuple[int, ...], backend: str) -> 
     assert final is not None
     weight, bias, dt_bias, A = (t.double() for t in rest[:4])
     _, xbc, dt = zxbcdt.detach()[start:].double().split([8, 16, 2], 1)
-    x, b, _ = torch.nn.functional.silu(xbc * weight[:, 0] + bias).split([8, 4, 4], 1)
+    x, b, c = torch.nn.functional.silu(xbc * weight[:, 0] + bias).split([8, 4, 4], 1)
     step = torch.nn.functional.softplus(dt + dt_bias)
     after = (step * A).flip(0).cumsum(0).flip(0) - step * A
     state = torch.einsum("th,thp,tn->hpn", after.exp() * step, x.unflatten(1, (2, 4)), b)
     torch.testing.assert_close(final[1][-1].double(), state, rtol=1e-3, atol=1e-2)
+    D, norm_weight = (t.double() for t in rest[4:])
+    y = torch.einsum("n,hpn->hp", c[-1], state) + D[:, None] * x[-1].unflatten(0, (2, 4))
+    u = y.flatten() * torch.nn.functional.silu(zxbcdt.detach()[-1, :8].double())
+    last = u / torch.sqrt(u.square().mean() + 1e-5) * norm_weight
+    torch.testing.assert_close(out[-1].detach().double(), last, rtol=1e-3, atol=1e-2)
 
 
 def in_pieces(

@@ -132,7 +132,8 @@ def test_self_check_refuses_a_wrong_kernel(double: FlaDouble) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 3e-2)])
+# In bfloat16 fla rounds between its steps: in emulation the gradient of A errs by 7.5e-2.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 0.15)])
 def test_fla_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
     pytest.importorskip("fla")
     packed = PackedSeq.from_cu_seqlens([0, 1, 70, 200, 203, 700], "cuda")

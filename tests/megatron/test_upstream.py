@@ -57,3 +57,14 @@ def test_notes_of_upstream_are_hidden_and_ours_are_shown() -> None:
         for module in ("megatron.core.optimizer", "nemocascade.train.trainer"):
             warnings.warn_explicit("said", UserWarning, "file.py", 1, module=module)
     assert len(shown) == 1
+
+
+def test_a_model_that_is_only_counted_shows_no_warning() -> None:
+    code = (
+        "from nemocascade.megatron.parameters import count_parameters\n"
+        "from nemocascade.recipe import nemotron3_nano_30b\n"
+        "print(count_parameters(nemotron3_nano_30b()).active)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr

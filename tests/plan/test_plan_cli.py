@@ -50,6 +50,15 @@ def test_plan_names_an_unknown_accelerator(
     assert "h200" in capsys.readouterr().err
 
 
+def test_plan_of_a_script_that_is_not_there(
+    nemocascade: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        nemocascade("plan", "nowhere.py", "--gpu", "h200")
+    assert caught.value.code == 2
+    assert "nowhere.py is no file: name a recipe script" in capsys.readouterr().err
+
+
 def test_preflight(nemocascade: Command, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(nemocascade("preflight", TINY, "--gpu", "cpu", "--ranks", "4", "--json"))
     assert found["passed"] is True

@@ -151,9 +151,14 @@ def _last_inputs(i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None)
 def _check(i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None) -> None:
     if i.zxbcdt.dim() != 2 or i.conv_weight.dim() != 2:
         raise ValueError("mamba2: zxbcdt and conv_weight must be matrices")
-    if s.heads % s.groups:
+    if s.groups < 1 or s.heads % s.groups:
         raise ValueError(f"mamba2: {s.heads} heads cannot share {s.groups} groups equally")
     packed.check_rows(i.zxbcdt.shape[0], "mamba2's zxbcdt")
+    if packed.device.type != i.zxbcdt.device.type:
+        raise ValueError(
+            f"mamba2: the pack is on {packed.device} and zxbcdt on {i.zxbcdt.device}: "
+            "describe the documents on the rows' device"
+        )
     per_head, channels = (s.heads,), (s.channels,)
     expected = {
         "zxbcdt": (i.zxbcdt, (packed.total, s.inner + s.channels + s.heads)),

@@ -39,6 +39,8 @@ def forward_by_scan(
     """
     z, xbc, dt = s.split(i.zxbcdt)
     high = torch.promote_types(xbc.dtype, torch.float32)
+    if initial is not None:
+        initial = States(initial.conv, initial.ssm.to(high))
     mixed = convolution(xbc, i, packed, initial)
     dt = F.softplus(dt.to(high) + i.dt_bias.to(high)).clamp_(*s.dt_limit)
     if initial is None:

@@ -56,7 +56,7 @@ def rms_norm(
             f"rms_norm: x {list(x.shape)}, weight {list(weight.shape)} and gate "
             f"{None if gate is None else list(gate.shape)} must be [..., C], [C] and [..., C]"
         )
-    if x.shape[-1] % groups or (groups > 1 and gate is None):
+    if groups < 1 or x.shape[-1] % groups or (groups > 1 and gate is None):
         raise ValueError(
             f"rms_norm: {groups} groups must divide the {x.shape[-1]} columns, and need a gate"
         )
