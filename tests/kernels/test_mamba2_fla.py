@@ -132,8 +132,7 @@ def test_self_check_refuses_a_wrong_kernel(double: FlaDouble) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-# In bfloat16 fla rounds between its steps: in emulation the gradient of A errs by 7.5e-2.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 3e-2)])
 def test_fla_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
     pytest.importorskip("fla")
     packed = PackedSeq.from_cu_seqlens([0, 1, 70, 200, 203, 700], "cuda")
@@ -146,4 +145,8 @@ def test_fla_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
         value_and_gradients(lambda *i, b=b: SHAPE.run(list(i), packed, b), inputs, upstream)
         for b in ("fla", "torch")
     )
-    assert_near(theirs, ours, tolerance, NAMES)
+    # In bfloat16 fla rounds between its steps: in emulation the gradient of A errs by 7.5e-2.
+    looser = 0.15 if dtype == torch.bfloat16 else tolerance
+    for name, a, b in zip(NAMES, theirs, ours, strict=True):
+        rounded = name in ("conv_weight", "dt_bias", "A")
+        assert_near([a], [b], looser if rounded else tolerance, [name])

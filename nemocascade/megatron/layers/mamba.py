@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.utils import _split_tensor_factory
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -33,10 +34,7 @@ States = tuple[Tensor, Tensor]
 def _parameter(value: Tensor) -> torch.nn.Parameter:
     """A parameter sharded over TP in dimension 0, with Megatron's attributes."""
     parameter = torch.nn.Parameter(value)
-    for name, mark in (
-        ("tensor_model_parallel", True), ("partition_dim", 0), ("partition_stride", 1),
-    ):  # fmt: skip
-        setattr(parameter, name, mark)
+    set_tensor_model_parallel_attributes(parameter, True, 0, 1)
     return parameter
 
 
