@@ -33,7 +33,7 @@ ifneq ($(words $(wildcard $(LIBRARIES))),$(words $(LIBRARIES)))
 $(shell rm -f $(BUILT))
 endif
 
-.PHONY: setup cascade test test-slow lint format bench clean help
+.PHONY: setup cascade test test-slow gpu-dry lint format bench clean help
 
 setup: $(BUILT)  ## Find a Python >= 3.12, make .venv, install, build csrc/
 
@@ -67,6 +67,9 @@ test: lint  ## Lint, then every quick test
 
 test-slow: setup  ## The tests that take more than a minute each
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile -m slow $(ARGS)
+
+gpu-dry: setup  ## Steps and rollouts on a played GPU, against their budgets (UPDATE=1 writes them)
+	OMP_NUM_THREADS=1 $(RUN) tests/gpu_dry/run.py $(if $(UPDATE),--update) $(ARGS)
 
 lint: setup  ## ruff, docstrings, mypy and clang-format, changing nothing
 	$(RUN) -m ruff check .

@@ -161,6 +161,7 @@ setup(
     package_data={
         "*": ["py.typed", "*.sbatch", "*.jinja", "*.css"],
         "nemocascade.swe": ["repositories/**"],
+        "nemocascade_kernels": ["launches.json"],
     },
     ext_modules=[Extension(module, sources=[]) for module in LIBRARIES.values()],
     cmdclass={"build_ext": CMakeBuild},

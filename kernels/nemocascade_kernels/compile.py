@@ -7,15 +7,16 @@ It prints one line a kernel: registers a thread, bytes spilled, shared memory, a
 instruction. The exit code is 1 if a kernel spills registers, needs more shared memory than the
 architecture has, or does not use the matrix instruction it was written for.
 
-**What an op provides.** The module that it registers for "triton" defines `aot_kernels(arch: int)`,
-a list of `AotKernel`: the signatures and the tile settings with which its launchers call each
-kernel. The launchers use the same functions, so this program checks the kernels that run.
+The kernels are those of `launches.json`: what the ops launch at the shapes of the models they are
+for, with the specialisation that Triton gives each launch. The file is recorded by calling the ops
+on a device that is played (`make gpu-dry UPDATE=1`).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nemocascade_kernels import backends
@@ -36,7 +38,7 @@ SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 @dataclass(frozen=True)
 class AotKernel:
-    """One kernel with the argument types and the settings of its launcher.
+    """One kernel with the argument types and the settings of a launch.
 
     kernel: the `@triton.jit` function.
     signature: the type of each argument that is not a constexpr, such as `{"x_ptr": "*bf16:16",
@@ -90,13 +92,33 @@ def triton_ops() -> list[str]:
 
 
 def kernels_of(op: str, arch: int) -> list[AotKernel]:
-    """The kernels that an op lists for an architecture (80, 90, 100)."""
-    module = backends.ops()[op].module("triton")
-    if not hasattr(module, "aot_kernels"):
-        raise AttributeError(
-            f"{module.__name__} has no aot_kernels(arch): an op lists its kernels there"
+    """The recorded launches of an op on an architecture (80, 90, 100)."""
+    entries = json.loads((Path(__file__).parent / "launches.json").read_text(encoding="utf-8"))
+    found = [e for e in entries if e["op"] == op and arch in e["architectures"]]
+    if not found:
+        raise LookupError(f"no launch of {op} on sm_{arch} is recorded: make gpu-dry UPDATE=1")
+    return [
+        AotKernel(
+            _named(entry["kernel"]),
+            entry["signature"],
+            {name: _constant(value) for name, value in entry["constants"].items()},
+            entry["num_warps"],
+            entry["num_stages"],
+            entry["label"],
+            entry["matrix"],
+            entry["options"],
         )
-    return list(module.aot_kernels(arch))
+        for entry in found
+    ]
+
+
+def _named(name: str) -> Any:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _constant(value: Any) -> Any:
+    return _named(value["function"]) if isinstance(value, dict) else value
 
 
 def compile_kernel(op: str, kernel: AotKernel, arch: int) -> Report:
@@ -110,7 +132,7 @@ def compile_kernel(op: str, kernel: AotKernel, arch: int) -> Report:
     if given != set(names):
         raise ValueError(
             f"{op}/{kernel.name}: arguments {sorted(set(names) ^ given)} are missing from its "
-            "aot_kernels entry, or unknown to the kernel"
+            "entry, or unknown to the kernel"
         )
     signature, attributes = {}, {}
     for position, name in enumerate(names):
@@ -123,8 +145,8 @@ def compile_kernel(op: str, kernel: AotKernel, arch: int) -> Report:
     )
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, **kernel.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, spilled = _assembler_report(compiled.asm["ptx"], arch)
-    shared, matrix = int(compiled.metadata.shared), _matrix_instruction(compiled.asm["ptx"])
+    registers, spilled = assembler_report(compiled.asm["ptx"], arch)
+    shared, matrix = int(compiled.metadata.shared), matrix_instruction(compiled.asm["ptx"])
     faults = []
     if spilled:
         faults.append(f"SPILLS {spilled} B")
@@ -135,7 +157,7 @@ def compile_kernel(op: str, kernel: AotKernel, arch: int) -> Report:
     return Report(op, kernel.name, registers, spilled, shared, matrix, tuple(faults))
 
 
-def _assembler_report(ptx: str, arch: int) -> tuple[int, int]:
+def assembler_report(ptx: str, arch: int) -> tuple[int, int]:
     """Registers a thread and bytes spilled, from `ptxas -v`."""
     from triton import knobs
 
@@ -167,7 +189,8 @@ def _assembler_report(ptx: str, arch: int) -> tuple[int, int]:
     return int(registers[1]), sum(map(int, spills))
 
 
-def _matrix_instruction(ptx: str) -> str | None:
+def matrix_instruction(ptx: str) -> str | None:
+    """The matrix instruction that a kernel's PTX uses: wgmma, tcgen05, mma, or None."""
     for instruction, mark in (
         ("wgmma", "wgmma.mma_async"),
         ("tcgen05", "tcgen05.mma"),

@@ -14,18 +14,14 @@ per-token constants and two settings; see `objectives.fused_row`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nemocascade_kernels.common.linear_head.triton import (
-    DTYPES,
     LN2,
     LOG2E,
-    aot_row_kernel,
     gradient_,
     is_padded,
     load_target,
@@ -38,10 +34,7 @@ from nemocascade_kernels.common.linear_head.triton import (
 from nemocascade_kernels.common.mopd_triton import mopd_terms
 from nemocascade_kernels.linear_policy_loss.objectives import FusedRow
 
-if TYPE_CHECKING:
-    from nemocascade_kernels.compile import AotKernel
-
-__all__ = ["aot_kernels", "fused_rows", "gradient_", "statistics"]
+__all__ = ["fused_rows", "gradient_", "statistics"]
 
 
 @triton.jit
@@ -181,27 +174,3 @@ def fused_rows(
             **config._asdict(),
         )
     return out
-
-
-def aot_kernels(arch: int) -> list[AotKernel]:
-    """Every twin in bfloat16; the heaviest with entropy, in every dtype and without gradient."""
-    arguments = {
-        **dict.fromkeys(("weight_ptr", "a_ptr", "b_ptr", "out_ptr"), "*fp32:16"),
-        "filled_ptr": "*i64:16",
-        "rows": "i32:16",
-        "first_slot": "i32",
-        **dict.fromkeys(("grad_scale", "x", "y"), "fp32"),
-    }
-
-    def kernel(dtype: str, function: Any, entropy: bool, gradient: bool) -> AotKernel:
-        extras = (",entropy" if entropy else "") + ("" if gradient else ",forward")
-        label = f"{dtype},{function.__name__}{extras}"
-        return aot_row_kernel(
-            fused_kernel, dtype, label, arguments, ROW=function, GRADIENT=gradient, ENTROPY=entropy
-        )
-
-    return [
-        *(kernel("bf16", function, False, True) for function in _TWINS.values()),
-        *(kernel(dtype, mopd_row, True, True) for dtype in DTYPES),
-        kernel("bf16", mopd_row, True, False),
-    ]

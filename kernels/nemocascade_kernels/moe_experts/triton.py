@@ -1,4 +1,4 @@
-"""The expert GEMMs in Triton: launchers, tile settings, and ahead-of-time compilation.
+"""The expert GEMMs in Triton: launchers and tile settings.
 
 Forward: `up_kernel` (gathers x, applies the activation), `rows_kernel` (applies the combine
 weights), `combine_kernel`. Backward: `down_gradient_kernel` (gathers the gradient, recomputes the
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from nemocascade_kernels.backends import interpreting
 from nemocascade_kernels.common.routing import Routing
-from nemocascade_kernels.compile import AotKernel
 from nemocascade_kernels.moe_experts.triton_gemm import (
     down_gradient_kernel,
     plan_kernel,
@@ -339,119 +338,3 @@ def _sum_dots(dots: Tensor, routing: Routing) -> Tensor:
             BLOCK=_DOTS_BLOCK,
         )  # fmt: skip
     return grad_weights
-
-
-_Specs = dict[str, str]
-
-
-def aot_kernels(arch: int) -> list[AotKernel]:
-    """Kernels of Nemotron 3 Nano (relu2), Qwen3-30B and Mixtral 8x7B (SwiGLU) in bfloat16, with
-    float32 main gradients."""
-    return [
-        *_aot_of("nemotron", 128, 6, 2688, 1856, gated=False, arch=arch),
-        *_aot_of("qwen3", 128, 8, 2048, 768, gated=True, arch=arch),
-        *_aot_of("mixtral", 8, 2, 4096, 14_336, gated=True, arch=arch),
-    ]
-
-
-def _aot_of(
-    label: str, num_experts: int, top_k: int, hidden: int, width: int, *, gated: bool, arch: int
-) -> list[AotKernel]:
-    data, real, integer = "*bf16:16", "*fp32:16", "*i32:16"
-    up = product_tile(width, torch.bfloat16, arch, gated=gated)
-    down = product_tile(hidden, torch.bfloat16, arch)
-    matrix = "wgmma" if arch == 90 else "any"
-    plan: _Specs = dict.fromkeys(
-        ("order_ptr", "offsets_ptr", "tile_expert_ptr", "tile_row_ptr", "tile_count_ptr"), integer
-    )
-    sizes: _Specs = {"N": "i32:16", "K": "i32:16"}
-
-    def gemm(kernel: Any, tile: Tile, signature: _Specs, suffix: str, **flags: Any) -> AotKernel:
-        settings = tile._asdict()
-        warps, stages = settings.pop("num_warps"), settings.pop("num_stages")
-        constants = {"TOP_K": top_k, "PRECISION": "tf32", **flags, **settings}
-        return AotKernel(
-            kernel, signature, constants, warps, stages, label=f"{label}:{suffix}", matrix=matrix
-        )
-
-    rows = {"left_ptr": data, "right_ptr": data, "out_ptr": data, "weights_ptr": real}
-    weight = {"grad_ptr": data, "x_ptr": data, "order_ptr": integer, "offsets_ptr": integer}
-    down_gradient = {
-        "grad_ptr": data, "w_down_ptr": data, "h_ptr": data, "weights_ptr": real,
-        "grad_h_ptr": data, "active_ptr": data, "dots_ptr": real, "slots": "i32",
-    }  # fmt: skip
-    entry = {"x_ptr": data, "w_up_ptr": data, "h_ptr": data, "active_ptr": data}
-    h_width = width * (2 if gated else 1)
-    return [
-        gemm(
-            up_kernel, up, plan | sizes | entry,
-            "up", GATED=gated, KEEP_H=True, EVEN_K=hidden % up.BLOCK_K == 0,
-        ),
-        gemm(
-            rows_kernel, down, plan | sizes | rows, "down", GATHER=False, WEIGH=True,
-            B_BY_COLUMN=True, EVEN_K=width % down.BLOCK_K == 0,
-        ),
-        gemm(
-            rows_kernel, down, plan | sizes | rows, "grad_x", GATHER=False, WEIGH=False,
-            B_BY_COLUMN=False, EVEN_K=h_width % down.BLOCK_K == 0,
-        ),
-        gemm(
-            down_gradient_kernel, gradient_tile(torch.bfloat16), plan | sizes | down_gradient,
-            "grad_h", GATED=gated, EVEN_K=hidden % up.BLOCK_K == 0,
-        ),
-        gemm(
-            weight_gradient_kernel, weight_tile(hidden, torch.bfloat16),
-            weight | sizes | {"out_ptr": real}, "grad_w_up", E=num_experts, GATHER_GRAD=False,
-            GATHER_X=True, ACCUMULATE=True,
-        ),
-        gemm(
-            weight_gradient_kernel, weight_tile(width, torch.bfloat16),
-            weight | sizes | {"out_ptr": real}, "grad_w_down", E=num_experts, GATHER_GRAD=True,
-            GATHER_X=False, ACCUMULATE=True,
-        ),
-        *_aot_rows(label, num_experts, top_k, hidden),
-    ]  # fmt: skip
-
-
-def _aot_rows(label: str, num_experts: int, top_k: int, hidden: int) -> list[AotKernel]:
-    data, real, integer = "*bf16:16", "*fp32:16", "*i32:16"
-    tile = _row_tile(hidden)
-    common: dict[str, Any] = {"label": label, "matrix": None}
-    order = {"order_ptr": integer, "filled_ptr": "*i32"}
-    width = {"width": "i32:16"}
-    plan = dict.fromkeys(
-        ("offsets_ptr", "tile_expert_ptr", "tile_row_ptr", "tile_count_ptr"), integer
-    )
-    plan_settings = {
-        "E": num_experts, "BLOCK_E": triton.next_power_of_2(num_experts), "ROWS": _BLOCK_M,
-        "BLOCK": _PLAN_BLOCK,
-    }  # fmt: skip
-    combine = {
-        "rows_ptr": data, "weights_ptr": real, "experts_ptr": integer, "positions_ptr": integer,
-        "out_ptr": data, "tokens": "i32",
-    }  # fmt: skip
-    gradient = {
-        "grad_ptr": data, "rows_ptr": data, "weights_ptr": real, "grad_rows_ptr": data,
-        "grad_weights_ptr": real, "slots": "i32",
-    }  # fmt: skip
-    dots = {"dots_ptr": real, "grad_weights_ptr": real, "slots": "i32", "parts": "i32"}
-    tail = {"out_ptr": data, "filled_ptr": "*i32", "rows": "i32"}
-    return [
-        AotKernel(plan_kernel, plan | {"most_tiles": "i32"}, plan_settings, **common),
-        AotKernel(
-            permute_kernel, order | width | {"x_ptr": data, "out_ptr": data, "slots": "i32"},
-            {"TOP_K": top_k, **tile}, **common,
-        ),
-        AotKernel(zero_tail_kernel, tail | width, {"BLOCK": _TAIL_BLOCK}, **common),
-        AotKernel(
-            combine_kernel, combine | width,
-            {"E": num_experts, "TOP_K": top_k, "WEIGH": True, **tile}, **common,
-        ),
-        AotKernel(
-            unpermute_gradient_kernel, gradient | order | width,
-            {"TOP_K": top_k, "NEEDS_ROWS": True, "NEEDS_WEIGHTS": True, **tile}, **common,
-        ),
-        AotKernel(
-            weights_gradient_kernel, dots | order, {"BLOCK": _DOTS_BLOCK}, **common
-        ),
-    ]  # fmt: skip

@@ -17,7 +17,6 @@ import triton
 from torch import Tensor
 
 from nemocascade_kernels.common.routing import RouterSettings
-from nemocascade_kernels.compile import AotKernel
 from nemocascade_kernels.moe_router.triton_kernels import (
     choose_kernel,
     gradient_kernel,
@@ -144,63 +143,3 @@ def backward(
         NORMALIZE=settings.normalize, **blocks, num_warps=_warps(num_experts),
     )  # fmt: skip
     return grad_logits
-
-
-def aot_kernels(arch: int) -> list[AotKernel]:
-    """Kernels of Nemotron 3 Nano (128 experts, 6), Qwen3 (128, 8, softmax), and 512 experts."""
-    del arch
-    kernels = []
-    for label, num_experts, top_k, score, groups in (
-        ("nemotron", 128, 6, "sigmoid", (1, 1)),
-        ("qwen3", 128, 8, "softmax", (1, 1)),
-        ("groups", 256, 8, "sigmoid", (8, 4)),
-        ("512", 512, 10, "sigmoid", (1, 1)),
-    ):
-        kernels += _aot_of(label, num_experts, top_k, score == "softmax", groups)
-    return kernels
-
-
-def _aot_of(
-    label: str, num_experts: int, top_k: int, softmax: bool, groups: tuple[int, int]
-) -> list[AotKernel]:
-    blocks = _blocks(num_experts, top_k)
-    shape = {"E": num_experts, "K": top_k, "SOFTMAX": softmax, "NORMALIZE": True}
-    integer, real = "*i32:16", "*fp32:16"
-    choose = {
-        "logits_ptr": real, "bias_ptr": real, "mask_ptr": "*i8:16", "given_ptr": integer,
-        "weights_ptr": real, "experts_ptr": integer, "ranks_ptr": integer, "loads_ptr": integer,
-        "counts_ptr": integer, "tokens": "i32", "scale": "fp32", "tiles": "i32",
-    }  # fmt: skip
-    flags = {
-        "GROUPS": groups[0], "TOP_GROUPS": groups[1], "HAS_BIAS": True, "HAS_MASK": True,
-        "GIVEN": False, "WEIGH": True, "BLOCK_G": triton.next_power_of_2(groups[0]),
-    }  # fmt: skip
-    scan = dict.fromkeys(("loads_ptr", "counts_ptr", "offsets_ptr"), integer)
-    place = dict.fromkeys(("experts_ptr", "begins_ptr", "positions_ptr", "order_ptr"), integer)
-    gradient = {
-        "grad_weights_ptr": real, "logits_ptr": real, "experts_ptr": integer,
-        "grad_logits_ptr": real, "tokens": "i32", "scale": "fp32",
-    }  # fmt: skip
-    scan_blocks = {"EXPERTS": _SCAN_EXPERTS, "ROWS": _SCAN_ROWS, "BLOCK_E": blocks["BLOCK_E"]}
-    common: dict[str, Any] = {"label": label, "matrix": None}
-    warps = _warps(num_experts)
-    return [
-        AotKernel(
-            choose_kernel,
-            choose,
-            {**shape, **flags, **blocks},
-            warps,
-            options={"maxnreg": _CHOOSE_REGISTERS},
-            **common,
-        ),
-        AotKernel(
-            scan_kernel, scan | {"programs": "i32"}, {"E": num_experts, **scan_blocks}, **common
-        ),
-        AotKernel(
-            place_kernel,
-            place | {"slots": "i32", "slots_of_program": "i32"},
-            {"E": num_experts, "BLOCK": _PLACE_BLOCK},
-            **common,
-        ),
-        AotKernel(gradient_kernel, gradient, {**shape, **blocks}, warps, **common),
-    ]

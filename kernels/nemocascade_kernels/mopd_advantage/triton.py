@@ -8,8 +8,6 @@ fixed order, so the result is deterministic.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -17,9 +15,6 @@ from torch import Tensor
 
 from nemocascade_kernels.common.mopd_triton import mopd_terms
 from nemocascade_kernels.mopd_advantage.reference import METRICS
-
-if TYPE_CHECKING:
-    from nemocascade_kernels.compile import AotKernel
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -150,29 +145,3 @@ def _launch(
         num_warps=NUM_WARPS,
     )
     return advantage, importance, metrics
-
-
-def aot_kernels(arch: int) -> list[AotKernel]:
-    """The kernel with and without metrics, at the largest number of programs."""
-    from nemocascade_kernels.compile import AotKernel
-
-    arrays = ("teacher", "train", "rollout", "weight", "advantage", "importance", "sums", "metrics")
-    signature = {
-        **{f"{name}_ptr": "*fp32:16" for name in arrays},
-        "ticket_ptr": "*i32:16",
-        "size": "i32:16",
-        "ratio_low": "fp32",
-        "ratio_high": "fp32",
-    }
-    constants = {"PROGRAMS": PROGRAMS, "SLOTS": SLOTS, "BLOCK": BLOCK}
-    return [
-        AotKernel(
-            mopd_kernel,
-            signature,
-            {"METRICS": metrics, **constants},
-            num_warps=NUM_WARPS,
-            label="metrics" if metrics else "",
-            matrix=None,
-        )
-        for metrics in (False, True)
-    ]

@@ -14,7 +14,7 @@ replaced, and values written to it are unused.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,9 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from nemocascade_kernels.common.linear_head.statistics import RowStatistics
-
-if TYPE_CHECKING:
-    from nemocascade_kernels.compile import AotKernel
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -292,45 +289,3 @@ def gradient_(
             is_padded(logits, config),
             **config._asdict(),
         )
-
-
-#: Cases for ahead-of-time compilation: a vocabulary with the largest tile, and the dtypes with
-#: their element sizes.
-_AOT_VOCABULARY = 131072
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-
-def aot_row_kernel(
-    kernel: Any, dtype: str, label: str, arguments: dict[str, str], **constants: Any
-) -> AotKernel:
-    """A kernel with one program a row, as a launcher calls it on logits of a dtype.
-
-    arguments, constants: those in addition to the logits' own.
-    """
-    from nemocascade_kernels.compile import AotKernel
-
-    config = row_config(_AOT_VOCABULARY, DTYPES[dtype])
-    signature = {
-        "logits_ptr": f"*{dtype}:16", "target_ptr": "*i64:16", "stride": "i64:16",
-        "vocabulary": "i32", "scale": "fp32", **arguments,
-    }  # fmt: skip
-    tile = {"PADDED": True, "BLOCK": config.BLOCK, "VECTOR": config.VECTOR}
-    return AotKernel(
-        kernel, signature, {**constants, **tile}, config.num_warps, label=label, matrix=None
-    )
-
-
-def aot_kernels(arch: int) -> list[AotKernel]:
-    """Both kernels, for each dtype, as the launchers call them."""
-    pointers = ("lse_ptr", "slope_ptr", "entropy_ptr", "entropy_slope_ptr")
-    return [
-        aot_row_kernel(
-            kernel, dtype, f"{dtype}{',entropy' if entropy else ''}", arguments, ENTROPY=entropy
-        )
-        for dtype in DTYPES
-        for entropy in (False, True)
-        for kernel, arguments in (
-            (statistics_kernel, {"out_ptr": "*fp32:16", "rows": "i32:16"}),
-            (gradient_kernel, dict.fromkeys(pointers, "*fp32:16")),
-        )
-    ]

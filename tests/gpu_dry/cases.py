@@ -1,0 +1,254 @@
+"""Cases of the dry run: a training step or a rollout of one rank, at a layout.
+
+A case returns the counts of a steady state. A training case runs a first step, one of one
+micro-batch, and one of two; the difference is what a micro-batch costs. A rollout case differs in
+the same way by one decode step.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import device as dry
+import kernel_calls
+import torch
+import torch.distributed as dist
+import triton_driver
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nemocascade.megatron import model as model_module
+from nemocascade.megatron.config import Accelerators
+from nemocascade.megatron.world import start_world
+from nemocascade.recipe import (
+    EngineConfig,
+    ModelConfig,
+    MoeTrainingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+from nemocascade.rollout.engine import Request, Sampling
+from nemocascade.rollout.live import LiveEngine
+from nemocascade.runtime.world import World
+from nemocascade.train import trainer as trainer_module
+from nemocascade.train.evaluation import policy_metrics, token_logprobs
+from nemocascade.train.objectives import grpo_objective, mopd_objective, nll_objective
+from nemocascade.train.trainer import Trainer
+from nemocascade.types import Document, PackedBatch, pack_documents
+
+Counts = Counter[tuple[str, str, dry.Place]]
+
+NANO_TOKENS = 262_144
+"""Capacity of a packed sequence of the 30B recipes."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the dry run.
+
+    stage: sft, grpo, mopd, rollout, or kernels, which runs no model. rank, world: of the rank that
+    is played. tokens: capacity of a micro-batch; of a prompt for a rollout. strings: the rollout
+    has stop strings. once: play the first step only, of one micro-batch. architecture: that of the
+    device, for kernels. quick: part of the quick tests. packages: optional packages that can be
+    imported, as stand-ins.
+    """
+
+    name: str
+    stage: str
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    world: int = 1
+    rank: int = 0
+    tokens: int = 512
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    accelerators: Accelerators = field(default_factory=Accelerators)
+    strings: bool = False
+    once: bool = False
+    architecture: int = 90
+    quick: bool = False
+    packages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of a case.
+
+    parts: counts by part of the run. live: bytes between two steps, or before the first prompt.
+    peak: bytes at most. at_peak: number of live storages then, by place and bytes. kernels:
+    entries of `nemocascade_kernels.compile`.
+    """
+
+    parts: dict[str, Counts]
+    live: int
+    peak: int
+    faults: list[str]
+    at_peak: Counter[tuple[dry.Place, int]]
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run_case(case: Case, *, explain: bool = False) -> Outcome:
+    """Play a case in this process, which is spent afterwards. explain: fill `at_peak`."""
+    dry.MEMORY.explain = explain
+    if case.stage == "kernels":
+        return _kernels(case)
+    axes: dict[str, str] = {}
+    with dry.dry_run(lambda name: axes.get(name, name)):
+        triton_driver.install()
+        world = _join(case)
+        axes.update(_axes(world))
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = _trainer(case, world, Path(folder))
+            run = _rollout if case.stage == "rollout" else _training
+            return run(case, world, trainer)
+
+
+def _kernels(case: Case) -> Outcome:
+    """Call every public kernel on `case.architecture`; a call that waits for the device fails."""
+    dry.PROPERTIES.major, dry.PROPERTIES.minor = divmod(case.architecture, 10)
+    with dry.dry_run() as mode:
+        triton_driver.install()
+        mode.strict = True
+        for op, label, call in kernel_calls.calls():
+            triton_driver.CALL[:] = [op, label]
+            call()
+        return Outcome({}, 0, 0, dry.RECORD.faults, Counter(), triton_driver.listed())
+
+
+def _join(case: Case) -> World:
+    """Rank `case.rank` of a world whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=case.rank, world_size=case.world)
+    new_group = dist.new_group
+
+    def fake_group(ranks: Any = None, *_args: Any, **_kwargs: Any) -> Any:
+        return new_group(ranks, backend="fake")
+
+    for module in (dist, dist.distributed_c10d):
+        module.new_group = fake_group  # type: ignore[attr-defined]
+    return start_world(case.parallel, case.engine)
+
+
+def _axes(world: World) -> dict[str, str]:
+    """The shortest name among those of each process group, such as `tp` or `expt_dp`."""
+    found: dict[str, str] = {}
+    for f in fields(world.groups):  # type: ignore[arg-type]
+        group = getattr(world.groups, f.name, None)
+        for one in group if isinstance(group, list) else [group]:
+            if isinstance(one, dist.ProcessGroup):
+                name = found.get(one.group_name, f.name)
+                found[one.group_name] = min(name, f.name, key=len)
+    return found
+
+
+def _trainer(case: Case, world: World, folder: Path) -> Trainer:
+    build = model_module.build_model
+
+    def on_device(*args: Any) -> Any:
+        """Build without values, which a fake device would drop."""
+        with torch.device("meta"):
+            chunks = build(*args)
+        return [dry.to_device(chunk) for chunk in chunks]
+
+    monkey: Any = trainer_module
+    monkey.build_model = on_device
+    return Trainer(
+        world,
+        case.model,
+        engine=case.engine,
+        moe=MoeTrainingConfig(),
+        optimizer=OptimizerConfig(),
+        accelerators=case.accelerators,
+        seed=0,
+        run_dir=folder,
+    )
+
+
+def batch_of(case: Case) -> PackedBatch:
+    """Three documents and padding, a third of the tokens a prompt."""
+    lengths = (case.tokens // 2, case.tokens // 4, case.tokens // 8)
+    generator = torch.Generator().manual_seed(0)
+    documents = [
+        Document(
+            torch.randint(0, 100, (n,), dtype=torch.int32, generator=generator),
+            torch.arange(n) >= n // 3,
+            "dry run",
+        )
+        for n in lengths
+    ]
+    batch = pack_documents(documents, case.tokens)
+    row = torch.zeros(case.tokens)
+    if case.stage == "grpo":
+        return replace(batch, advantage=row, ref_logprob=row, rollout_logprob=row)
+    if case.stage == "mopd":
+        return replace(batch, teacher_logprob=row, rollout_logprob=row)
+    return batch
+
+
+OBJECTIVES: dict[str, Callable[[], Any]] = {
+    "sft": lambda: nll_objective,
+    "grpo": lambda: grpo_objective(0.01),
+    "mopd": lambda: mopd_objective(0.5, 2.0),
+}
+
+
+def _training(case: Case, world: World, trainer: Trainer) -> Outcome:
+    dry.Host.integer = _rows_of_owner(case)
+    batch, objective = batch_of(case), OBJECTIVES[case.stage]()
+    measure = None if case.stage == "sft" else policy_metrics
+    taken = []
+    for count in (1,) if case.once else (1, 1, 2):
+        live = dry.MEMORY.live
+        dry.RECORD.taken()
+        dry.MEMORY.reset_peak()
+        trainer.train_step([batch] * count, objective, measure=measure)
+        taken.append(dry.RECORD.taken())
+        # Outputs of the last step are still referred to by cycles.
+        gc.collect()
+    parts = {"step": taken[0]}
+    if not case.once:
+        parts["step"], parts["micro-batch"] = _difference(taken[1], taken[2])
+    peak, at_peak = dry.MEMORY.peak, dry.MEMORY.at_peak()
+    if case.stage != "sft":
+        token_logprobs(world, trainer.config, trainer.chunks, [batch])
+        parts["scoring"] = dry.RECORD.taken()
+    return Outcome(parts, live, peak, dry.RECORD.faults, at_peak)
+
+
+def _rollout(case: Case, world: World, trainer: Trainer) -> Outcome:
+    dry.Host.integer = 1
+    engine = LiveEngine(world, trainer.modules, slots=8, decode=lambda ids: "x")
+    taken, live = [], dry.MEMORY.live
+    for length in (4, 4, 5):
+        dry.RECORD.taken()
+        requests = [Request(i, tuple(range(2, 2 + case.tokens))) for i in range(8)]
+        sampling = Sampling(
+            max_tokens=length,
+            stop_tokens=((0,),),
+            stop_strings=("</tool>",) if case.strings else (),
+        )
+        done = list(engine.run(requests, sampling))
+        assert len(done) == len(requests)
+        taken.append(dry.RECORD.taken())
+    prompts, step = _difference(taken[1], taken[2])
+    decode = Counter({key: count * (4 - 1) for key, count in step.items()})
+    parts = {"prefill": prompts - decode + step, "decode step": step}
+    return Outcome(parts, live, dry.MEMORY.peak, dry.RECORD.faults, dry.MEMORY.at_peak())
+
+
+def _rows_of_owner(case: Case) -> int:
+    """Rows that every rank sends to every owner of experts: their counts are read by the host."""
+    p = case.parallel
+    if p.ep == 1:
+        return 1
+    return case.tokens // p.tp * case.model.experts_per_token // p.ep
+
+
+def _difference(once: Counts, twice: Counts) -> tuple[Counts, Counts]:
+    """The counts that do not repeat, and those that do."""
+    more = Counter({key: twice[key] - once[key] for key in twice if twice[key] != once[key]})
+    rest = Counter({key: once[key] - more[key] for key in once if once[key] != more[key]})
+    return rest, more

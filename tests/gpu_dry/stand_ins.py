@@ -1,0 +1,110 @@
+"""Stand-ins of packages that must be built: enough for Megatron-Core and for us to import them.
+
+A name that a stand-in does not define is a class without weights, or a submodule. Adam,
+multi-tensor functions and attention answer as the package's would, by torch's operators.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+class _Module(ModuleType):
+    """A module in which every name is found."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = ANSWERS.get(name)
+        if made is None and name[0].islower():
+            made = importlib.import_module(f"{self.__name__}.{name}")
+        elif made is None:
+            made = type(name, (torch.nn.Module,), {})
+        setattr(self, name, made)
+        return made
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds every submodule of one package."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if not name.startswith(self.package + "."):
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Module(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def stand_in(module: ModuleType) -> None:
+    """Turn a package that is being imported into a stand-in, with all its submodules."""
+    module.__class__ = _Module
+    sys.meta_path.insert(0, _Finder(module.__name__))
+
+
+class FusedAdam(torch.optim.AdamW):
+    """Adam with the arguments of apex's and Transformer Engine's."""
+
+    def __init__(
+        self, params: Any, *, adam_w_mode: bool = True, set_grad_none: Any = None, **kwargs: Any
+    ) -> None:
+        for extra in ("exp_avg_dtype", "exp_avg_sq_dtype", "master_weights", "bias_correction"):
+            kwargs.pop(extra, None)
+        super().__init__(params, **kwargs, fused=True)
+
+
+class DotProductAttention(torch.nn.Module):
+    """Attention whose output has the shape of the query."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(self, query: torch.Tensor, key: Any, value: Any, **_kwargs: Any) -> torch.Tensor:
+        mixed: torch.Tensor = query * key.sum() * value.sum()
+        return mixed.flatten(-2)
+
+
+def multi_tensor_applier(
+    function: Callable[..., Any], flag: Any, lists: Sequence[Any], *args: Any
+) -> Any:
+    return function(2048 * 32, flag, lists, *args)
+
+
+def multi_tensor_l2norm(
+    _chunk: int, _flag: Any, lists: Sequence[Any], per_tensor: bool = False, *_args: Any
+) -> Any:
+    norms = torch.stack(torch._foreach_norm(lists[0]))
+    return norms.norm().reshape(1), norms if per_tensor else None
+
+
+def multi_tensor_scale(_chunk: int, _flag: Any, lists: Sequence[Any], scale: Any) -> None:
+    torch._foreach_copy_(lists[1], torch._foreach_mul(lists[0], scale))
+
+
+def wgrad_gemm_accum_fp32(inputs: Any, grad_outputs: Any, main_grad: torch.Tensor) -> None:
+    main_grad.add_(1.0)
+
+
+ANSWERS: dict[str, Any] = {
+    "FusedAdam": FusedAdam,
+    "DotProductAttention": DotProductAttention,
+    "multi_tensor_applier": multi_tensor_applier,
+    "multi_tensor_l2norm": multi_tensor_l2norm,
+    "multi_tensor_scale": multi_tensor_scale,
+    "wgrad_gemm_accum_fp32": wgrad_gemm_accum_fp32,
+    "wgrad_gemm_accum_fp16": wgrad_gemm_accum_fp32,
+}
