@@ -541,8 +541,9 @@ def _install_reads(mode: DryRun) -> None:
         read = tree_map(lambda x: x.item() if is_fake(x) else x, data)
         return tensor(read, *args, **kwargs)
 
-    FakeTensor.tolist = listed
-    torch.tensor = of_values  # type: ignore[assignment]
+    patched: Any = FakeTensor
+    patched.tolist = listed
+    torch.tensor = of_values
 
 
 def _install_objects() -> None:
