@@ -14,7 +14,7 @@ from nemocascade.rollout.engine import Completion, Counts, Finish, Request, Resp
 from nemocascade.rollout.prefill_queue import PrefillQueue
 from nemocascade.rollout.replies import Replies
 from nemocascade.rollout.sampling import allowed_tokens, uniforms
-from nemocascade.rollout.slots import BatchLimits, SlotTable, Text
+from nemocascade.rollout.slots import BatchLimits, Rows, SlotTable, Text
 from nemocascade.rollout.stops import Decode, Stops
 from nemocascade.runtime.world import World
 
@@ -41,11 +41,14 @@ class Generation:
         self.vocabulary, self.counts = vocabulary, Counts()
         longest = max((len(r.prompt) for r in requests), default=1) + sampling.max_tokens
         model.longest = longest
+        model.most_rows = min(limits.slots, len(requests))
         self.table = SlotTable(limits.slots, longest, world.device)
-        self.stops = Stops(sampling, model.vocabulary, decode, world.device)
+        self.stops = Stops(sampling, model.vocabulary, decode)
         self.replies = Replies(world, respond)
         self.prefills = PrefillQueue(model, self.table, requests, sampling, self.counts, limits)
         self.running: list[Text] = []
+        self.rows: Rows | None = None
+        """The decode batch; None: to be rebuilt, because a sequence has started or stopped."""
         self.finished: list[Completion] = []
         self.requests, self.ended = len(requests), 0
         self._told = (0, 0, 0)
@@ -55,8 +58,7 @@ class Generation:
         """Generate until every request has finished."""
         self.world.watch.enter("rollout: generation")
         self.model.refresh()
-        self._arrange()
-        with self.replies:
+        with self.replies, self.model.graphs():
             while True:
                 self._take_replies()
                 prefills, decodes, unfinished = self._agree()
@@ -116,77 +118,74 @@ class Generation:
         if not texts:
             return
         if logits is not None:
-            rows = [row for group, row in prefilled for _ in group]
-            logits = logits[torch.tensor(rows, device=logits.device)]
+            # No index tensor: its copy to the device would cost more.
+            logits = torch.stack([logits[row] for group, row in prefilled for _ in group])
         for text in texts:
             text.cached = text.length
         self.running += texts
-        self._draw(texts, *self.table.where(texts), logits)
-        self._arrange()
-
-    def _arrange(self) -> None:
-        """Rebuild the rows of the decode batch after a sequence has started or stopped."""
-        self.running = [t for t in self.running if not t.pausing]
-        self.rows, self.positions = self.table.where(self.running)
+        self.rows = None
+        self._draw(self.table.rows(texts), logits)
 
     def _step(self) -> None:
         """Decode the last token of every running sequence and draw the next one."""
-        tokens = self.table.history[self.rows, self.positions]
-        longest = max((t.cached for t in self.running), default=0) + 1
-        logits = self.model.decode(tokens, self.rows, self.positions, longest)
-        if self.model.choices is not None and self.running:
-            read = self.model.choices[: len(self.running)]
-            self.table.record_step_routing(self.rows, self.positions, read)
+        if self.rows is None:
+            self.rows = self.table.rows(self.running)
+        rows = self.rows
+        longest = max((t.cached for t in rows.texts), default=0) + 1
+        logits = self.model.decode(rows.tokens, rows.slots, rows.positions, longest)
         self.counts.steps += 1
-        self.counts.rows += len(self.running)
-        for text in self.running:
+        self.counts.rows += len(rows.texts)
+        for text in rows.texts:
             text.cached += 1
-        self.positions = self.positions + 1
-        if self.running and self._draw(self.running, self.rows, self.positions, logits):
-            self._arrange()
+        rows.advance()
+        if rows.texts:
+            self._draw(rows, logits, self.model.choices)
 
-    def _draw(
-        self, texts: list[Text], rows: Tensor, positions: Tensor, logits: Tensor | None
-    ) -> bool:
-        """Draw the next token of sequences whose other tokens are cached; True if any stopped.
+    def _draw(self, rows: Rows, logits: Tensor | None, choices: Tensor | None = None) -> None:
+        """Draw the token at each row's position, and pause the sequences that it ends.
 
-        rows, positions: [n], the slots, and the positions of the new tokens.
+        choices: [n or more, L, K], the experts of the tokens before, if they are recorded.
         """
-        table = self.table
-        tokens, logprobs = self._drawn(rows, positions, logits)
-        table.history[rows, positions] = tokens
-        table.logprob[rows, positions] = logprobs
-        self.counts.generated += len(texts)
-        full = False
-        for text in texts:
-            text.length += 1
-            full |= text.length >= text.limit
+        rows.tokens, logprob = self._drawn(rows, logits)
+        read = [rows.tokens[:, None], logprob[:, None]]
+        if choices is not None:
+            read.append(choices[: len(rows.texts)].flatten(1))
+        # The only copy to the host, and so its only wait. float64 represents all values exactly.
+        found = torch.cat([part.double() for part in read], dim=1).cpu()
+        tokens = found[:, 0].long()
+        self.table.append(rows, tokens, found[:, 1].float())
+        if choices is not None:
+            experts = found[:, 2:].to(choices.dtype).unflatten(1, choices.shape[1:])
+            self.table.record_step_routing(rows, experts)
+        self.counts.generated += len(rows.texts)
+        self._stop(rows.texts, tokens)
+
+    def _stop(self, texts: list[Text], tokens: Tensor) -> None:
+        """Pause sequences that their last tokens [n] complete."""
         ends, doubts = self.stops.certain(tokens), self.stops.doubtful(tokens)
-        if not full and not bool((ends if doubts is None else ends | doubts).any()):
-            return False
         doubtful = [False] * len(texts) if doubts is None else doubts.tolist()
         for text, end, doubt in zip(texts, ends.tolist(), doubtful, strict=True):
-            stopped = end or (doubt and self.stops.reached(table.last_turn(text)))
+            stopped = end or (doubt and self.stops.reached(self.table.last_turn(text)))
             if stopped or text.length >= text.limit:
                 self._pause(text, stopped)
-        return any(t.pausing for t in texts)
+        if any(text.pausing for text in texts):
+            self.running = [text for text in self.running if not text.pausing]
+            self.rows = None
 
-    def _drawn(
-        self, rows: Tensor, positions: Tensor, logits: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _drawn(self, rows: Rows, logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens [n] and their log-probabilities [n], on every rank of the data-parallel group."""
         if logits is not None:
             greedy = self.sampling.temperature == 0
             tokens, logprobs = self.model.draw(
                 logits,
-                None if greedy else uniforms(self.table.keys[rows], positions),
+                None if greedy else uniforms(rows.keys, rows.positions),
                 temperature=self.sampling.temperature or 1.0,
                 limit=self.vocabulary,
                 allowed=allowed_tokens(logits, self.sampling, self.vocabulary),
             )
         if self.world.parallel.pp == 1:
             return tokens, logprobs
-        both = torch.empty(2, rows.numel(), dtype=torch.float64, device=self.world.device)
+        both = torch.empty(2, len(rows.texts), dtype=torch.float64, device=self.world.device)
         if logits is not None:
             both[0], both[1] = tokens, logprobs
         group = self.world.groups.pp

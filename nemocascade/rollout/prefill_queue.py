@@ -190,9 +190,9 @@ class PrefillQueue:
         """Record the experts of the tokens of a pass."""
         if self.model.choices is None or not chunks:
             return
+        found = self.model.choices.cpu()
         sizes = [p.end - p.text.cached for p in chunks]
-        padding = self.model.choices.shape[0] - sum(sizes)
-        recorded = self.model.choices.split([*sizes, padding])[:-1]
+        recorded = found.split([*sizes, found.shape[0] - sum(sizes)])[:-1]
         for chunk, choices in zip(chunks, recorded, strict=True):
             self.table.record_routing(chunk.text.slot, chunk.text.cached, choices)
             if chunk.is_last:

@@ -1,7 +1,7 @@
 """The slot table: each slot's sequence with its tokens, log-probabilities and progress.
 
-Tokens are on the model's device. The host keeps its own token counts, so that a step synchronises
-with the device only once.
+It is on the host, which reads each step's tokens once. So stop sequences, prefills and completions
+need no copy from the device.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nemocascade.megatron.generation.transfer import to_device
 from nemocascade.rollout.engine import Completion, Finish, Request, Sampling
 from nemocascade.rollout.sampling import request_keys
 
@@ -65,19 +66,42 @@ class Text:
         return self.given[-1][1] if self.given else len(self.request.prompt)
 
 
-class SlotTable:
-    """Tokens of all slots.
+@dataclass(eq=False)
+class Rows:
+    """Rows of sequences that draw a token, [n] int64 each.
 
-    On the device: history [S, longest] int64, the tokens; logprob [S, longest] float32; keys [S]
-    int64, the keys of the random numbers; routing [S, longest, L, K], the experts of cached tokens,
-    None until some are recorded. On the host: texts, the sequences by slot; free, unused slots.
+    texts: the sequence of each row. slots_on_host, positions_on_host: its slot, and the position of
+    a token. On the device: slots, positions; tokens, those at `positions`, if they are known; keys,
+    of the random numbers.
+    """
+
+    texts: list[Text]
+    slots_on_host: Tensor
+    positions_on_host: Tensor
+    slots: Tensor
+    positions: Tensor
+    tokens: Tensor
+    keys: Tensor
+
+    def advance(self) -> None:
+        """Move to the next position of each row."""
+        self.positions_on_host = self.positions_on_host + 1
+        self.positions = self.positions + 1
+
+
+class SlotTable:
+    """Tokens of all slots, on the host.
+
+    history [S, longest] int64, the tokens; logprob [S, longest] float32; keys [S] int64, the keys
+    of the random numbers; routing [S, longest, L, K], the experts of cached tokens, None until some
+    are recorded; texts, the sequences by slot; free, unused slots. device: of `rows`.
     """
 
     def __init__(self, slots: int, longest: int, device: torch.device) -> None:
         self.device = device
-        self.history = torch.zeros(slots, longest, dtype=torch.int64, device=device)
-        self.logprob = torch.zeros(slots, longest, device=device)
-        self.keys = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.history = torch.zeros(slots, longest, dtype=torch.int64)
+        self.logprob = torch.zeros(slots, longest)
+        self.keys = torch.zeros(slots, dtype=torch.int64)
         self.routing: Tensor | None = None
         self.texts: dict[int, Text] = {}
         self.free = list(range(slots - 1, -1, -1))
@@ -85,23 +109,31 @@ class SlotTable:
     def admit(self, requests: list[Request], sampling: Sampling) -> list[Text]:
         """Assign a slot to each request and write its prompt there."""
         ids = torch.tensor([r.id for r in requests], dtype=torch.int64)
-        keys = request_keys(sampling.seed, ids).to(self.device)
+        keys = request_keys(sampling.seed, ids)
         texts = []
         for request, key in zip(requests, keys, strict=True):
             slot, length = self.free.pop(), len(request.prompt)
             self.keys[slot] = key
-            self.history[slot, :length] = torch.tensor(request.prompt, device=self.device)
+            self.history[slot, :length] = torch.tensor(request.prompt)
             self.logprob[slot] = 0
             text = Text(request, slot, 0, length, length + sampling.max_tokens)
             self.texts[slot] = text
             texts.append(text)
         return texts
 
-    def where(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
-        """[n] slots, and [n] number of cached tokens of each: the position of its next token."""
-        table = torch.tensor([(t.slot, t.cached) for t in texts], dtype=torch.int64).view(-1, 2)
-        slots, cached = table.to(self.device).unbind(1)
-        return slots.contiguous(), cached.contiguous()
+    def rows(self, texts: list[Text]) -> Rows:
+        """The rows of `texts`, each at the position after its cached tokens."""
+        slots = torch.tensor([t.slot for t in texts], dtype=torch.int64)
+        positions = torch.tensor([t.cached for t in texts], dtype=torch.int64)
+        known = (slots, positions, self.history[slots, positions], self.keys[slots])
+        return Rows(texts, slots, positions, *to_device(known, self.device))
+
+    def append(self, rows: Rows, tokens: Tensor, logprob: Tensor) -> None:
+        """Append the tokens [n] int64 that were drawn at the rows' positions."""
+        at = rows.slots_on_host, rows.positions_on_host
+        self.history[at], self.logprob[at] = tokens, logprob
+        for text in rows.texts:
+            text.length += 1
 
     def last_turn(self, text: Text) -> Tensor:
         """[m] ids of the policy's last turn."""
@@ -111,9 +143,9 @@ class SlotTable:
         """Record the experts [m, L, K] of a sequence's tokens from position `first` on."""
         self._routing_like(choices)[slot, first : first + choices.shape[0]] = choices
 
-    def record_step_routing(self, slots: Tensor, positions: Tensor, choices: Tensor) -> None:
-        """Record the experts [n, L, K] of one token in each slot."""
-        self._routing_like(choices)[slots, positions] = choices
+    def record_step_routing(self, rows: Rows, choices: Tensor) -> None:
+        """Record the experts [n, L, K] of the token before each row's position."""
+        self._routing_like(choices)[rows.slots_on_host, rows.positions_on_host - 1] = choices
 
     def routing_of(self, text: Text, length: int) -> Tensor:
         """[length, L, K]: the recorded experts of a sequence's first tokens."""
@@ -128,7 +160,7 @@ class SlotTable:
     def extend(self, text: Text, tokens: Sequence[int]) -> None:
         """Append an environment's tokens."""
         start, end = text.length, text.length + len(tokens)
-        self.history[text.slot, start:end] = torch.tensor(tokens, device=self.device)
+        self.history[text.slot, start:end] = torch.tensor(tokens)
         self.logprob[text.slot, start:end] = 0
         text.length = end
         text.given.append((start, end))
@@ -139,7 +171,7 @@ class SlotTable:
         Raises FloatingPointError if a log-probability is not finite: the model's logits were not.
         """
         length = text.length
-        logprob = self.logprob[text.slot, :length].cpu()
+        logprob = self.logprob[text.slot, :length].clone()
         if not bool(torch.isfinite(logprob).all()):
             at = int(torch.nonzero(~torch.isfinite(logprob))[0])
             raise FloatingPointError(
@@ -152,14 +184,12 @@ class SlotTable:
             written[start:end] = False
         return Completion(
             request=text.request,
-            tokens=self.history[text.slot, :length].cpu().clone(),
+            tokens=self.history[text.slot, :length].clone(),
             written=written,
-            logprob=logprob.clone(),
+            logprob=logprob,
             finish=finish,
             turns=1 + len(text.given),
-            routing=None
-            if self.routing is None
-            else self.routing[text.slot, : length - 1].cpu().clone(),
+            routing=None if self.routing is None else self.routing[text.slot, : length - 1].clone(),
         )
 
     def release(self, text: Text) -> None:

@@ -13,18 +13,16 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Stops:
-    """The stop sequences of a run.
+    """The stop sequences of a run, checked on the host.
 
-    Single stop tokens are checked on the device. The host checks only rows whose token may end a
-    longer stop sequence, or all rows if there are stop strings.
+    A table finds single stop tokens. `reached` checks only rows whose token may end a longer stop
+    sequence, or all rows if there are stop strings.
 
     decode: token ids to text; needed for stop strings.
     Raises ValueError for a stop token outside the vocabulary, or stop strings without `decode`.
     """
 
-    def __init__(
-        self, sampling: Sampling, vocabulary: int, decode: Decode | None, device: torch.device
-    ) -> None:
+    def __init__(self, sampling: Sampling, vocabulary: int, decode: Decode | None) -> None:
         foreign = {t for s in sampling.stop_tokens for t in s if not 0 <= t < vocabulary}
         if foreign:
             raise ValueError(
@@ -32,7 +30,7 @@ class Stops:
             )
         if sampling.stop_strings and decode is None:
             raise ValueError("stop strings need the engine's `decode`: ids to text")
-        self._ends = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self._ends = torch.zeros(vocabulary, dtype=torch.bool)
         self._suspects = torch.zeros_like(self._ends)
         for sequence in sampling.stop_tokens:
             table = self._ends if len(sequence) == 1 else self._suspects

@@ -1,23 +1,33 @@
-"""The buffers of captured decode steps: sizes, padding, and recapture.
+"""Captured decode steps: sizes, padding, memory pools, and recapture.
 
-A capture on a CPU replaces a CUDA graph: its replay computes only from the static inputs into the
-static output.
+`Cuda` stands for the graphs of torch.cuda on a CPU: a capture records the operators, and a replay
+runs them again on the same tensors. Graphs of one pool overwrite each other's memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
+import itertools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from helpers.rollout import ODD, draw_tokens, make_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nemocascade.megatron.generation.decode_graph import LEAST_LENGTH, DecodeGraphs
 from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ParallelConfig
 from nemocascade.runtime.world import World
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -27,36 +37,101 @@ def world() -> Iterator[World]:
     world.close()
 
 
-class Captures:
-    """Counts captures; replays by calling again."""
+def tensors_of(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+
+class Graph(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph: the recorded operators, in a pool with other graphs."""
 
     def __init__(self) -> None:
-        self.count = 0
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.pool: list[Tensor] = []
 
-    def __call__(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.count += 1
-        result = call().clone()
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        found = tensors_of(out)
+        self.calls.append((func, args, kwargs, found))
+        inputs = {t.untyped_storage().data_ptr() for t in tensors_of((args, kwargs))}
+        self.pool += [t for t in found if t.untyped_storage().data_ptr() not in inputs]
+        return out
 
-        def replay() -> None:
-            result.copy_(call())
+    def replay(self) -> None:
+        for made in self.pool:
+            if made.dtype.is_floating_point:
+                made.fill_(float("nan"))
+        for func, args, kwargs, found in self.calls:
+            for old, new in zip(found, tensors_of(func(*args, **kwargs)), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
 
-        return replay, result
+
+class Cuda:
+    """The part of torch.cuda that captures graphs.
+
+    captured: the pool and the rows of each capture.
+    """
+
+    def __init__(self) -> None:
+        self.captured: list[tuple[int, int]] = []
+        self.graphs: dict[int, weakref.WeakSet[Graph]] = {}
+        self.memory: dict[int, list[Tensor]] = {}
+        self.rows = 0
+        self.handles = zip(itertools.count(1), itertools.repeat(0))
+
+    @contextmanager
+    def graph(
+        self, graph: Graph, *, pool: tuple[int, int], capture_error_mode: str
+    ) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        assert not gc.isenabled()
+        number = pool[0]
+        if number in self.graphs and not self.graphs[number]:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")  # as torch's allocator
+        self.graphs.setdefault(number, weakref.WeakSet()).add(graph)
+        graph.pool = self.memory.setdefault(number, [])
+        with graph:
+            yield
+        self.captured.append((number, self.rows))
 
 
-def test_captured_steps_equal_plain_ones(world: World) -> None:
-    """Whatever number of rows, with other slots untouched."""
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    cuda = Cuda()
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name, value in {
+        "CUDAGraph": Graph,
+        "graph": cuda.graph,
+        "graph_pool_handle": lambda: next(cuda.handles),
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda _: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return cuda
+
+
+def test_captured_steps_equal_plain_ones(world: World, cuda: Cuda) -> None:
+    """For any number of rows, with other slots untouched."""
     chunks = make_model(world, ODD)
     plain, captured = (ModelRunner(world, chunks, slots=6) for _ in range(2))
     prompts = [draw_tokens(ODD.vocab_size, 4 + 3 * i, seed=i) for i in range(6)]
-    captures = Captures()
     captured._graphs = DecodeGraphs(
-        captured._captured_step, most_rows=6, spare=6, device=world.device, capture=captures
+        captured._captured_step, most_rows=6, spare=6, device=world.device
     )
     for model in (plain, captured):
         model.refresh()
         model.prefill(prompts, [[i] for i in range(6)])
     held = [p.numel() for p in prompts]
-    for rows in ([3], [0, 5], [4, 1, 2], [2, 3, 0, 1, 5], [5, 4, 3, 2, 1, 0], [1]):
+    for rows in (
+        *([3], [0, 5], [4, 1, 2], [2, 3, 0, 1, 5], [5, 4, 3, 2, 1, 0], [1]),
+        # Padding after a step without it.
+        *([1, 2, 3, 4, 5], [0]),
+    ):
         slots = torch.tensor(rows)
         positions = torch.tensor([held[r] for r in rows])
         tokens = torch.tensor([7 * r + 1 for r in rows])
@@ -67,34 +142,102 @@ def test_captured_steps_equal_plain_ones(world: World) -> None:
         for r in rows:
             held[r] += 1
     # 1, 2, 4 and 6 rows: eight do not fit.
-    assert captures.count == 4
+    assert len(cuda.captured) == 4
 
 
-def test_sizes() -> None:
-    """A graph serves every size up to its own; it is captured again when a state has moved."""
+def make_graphs(cuda: Cuda, most_rows: int) -> tuple[DecodeGraphs, list[tuple[int, int]]]:
+    """Graphs of a step that returns its inputs; and the sizes of its calls."""
     seen: list[tuple[int, int]] = []
 
     def call(tokens: Tensor, slots: Tensor, positions: Tensor, longest: int) -> Tensor:
         seen.append((tokens.numel(), longest))
+        cuda.rows = tokens.numel()
         return torch.stack([tokens, slots, positions], 1).float()
 
-    captures = Captures()
-    graphs = DecodeGraphs(
-        call, most_rows=48, spare=99, device=torch.device("cpu"), capture=captures
-    )
+    return DecodeGraphs(call, most_rows=most_rows, spare=99, device=CPU), seen
+
+
+def step(graphs: DecodeGraphs, rows: int, longest: int, largest: int = 0) -> Tensor:
+    """Replay a step, and check its logits."""
+    values = [torch.arange(rows) + k for k in (10, 20, 30)]
+    out = graphs.step(values[0], values[1], values[2], longest, largest)
+    assert torch.equal(out, torch.stack(values, 1).float())
+    return out
+
+
+def test_sizes(cuda: Cuda) -> None:
+    """A graph serves every size up to its own; it is captured again when a state has moved."""
+    graphs, seen = make_graphs(cuda, 48)
     for rows, longest, expected in (
         (1, 1, (1, LEAST_LENGTH)),
         (3, LEAST_LENGTH, (4, LEAST_LENGTH)),
         (4, LEAST_LENGTH + 1, (4, 2 * LEAST_LENGTH)),
         (33, 5 * LEAST_LENGTH, (48, 8 * LEAST_LENGTH)),
     ):
-        values = [torch.arange(rows) + k for k in (10, 20, 30)]
-        out = graphs.step(values[0], values[1], values[2], longest)
+        step(graphs, rows, longest)
         assert seen[-1] == expected
-        assert torch.equal(out, torch.stack(values, 1).float())
-    before = captures.count
-    graphs.step(torch.tensor([5, 6, 7]), torch.tensor([1, 2, 3]), torch.tensor([0, 0, 0]), 9)
-    assert captures.count == before
+    before = len(cuda.captured)
+    step(graphs, 3, 9)
+    assert len(cuda.captured) == before
     graphs.clear()
-    graphs.step(torch.tensor([5]), torch.tensor([1]), torch.tensor([0]), 9)
-    assert captures.count == before + 1
+    step(graphs, 1, 9)
+    assert len(cuda.captured) == before + 2
+
+
+def test_graphs_share_a_pool_and_their_buffers(cuda: Cuda) -> None:
+    """The largest size comes first, so that the others fit into its memory."""
+    graphs, _ = make_graphs(cuda, 48)
+    out = [step(graphs, rows, 9, largest=20) for rows in (3, 16, 1, 32, 3)]
+    assert [rows for _, rows in cuda.captured] == [32, 4, 16, 1]
+    # A larger length, and a size that the run did not announce.
+    out += [step(graphs, rows, 600, largest=20) for rows in (1, 40)]
+    assert [rows for _, rows in cuda.captured[4:]] == [32, 1, 48]
+    assert {pool for pool, _ in cuda.captured} == {cuda.captured[0][0]}
+    assert {t.data_ptr() for t in out} == {out[0].data_ptr()}
+    memory = cuda.memory[cuda.captured[0][0]]
+    assert out[0].untyped_storage().data_ptr() not in {
+        t.untyped_storage().data_ptr() for t in memory
+    }
+
+
+def test_cleared_graphs_leave_their_pool(cuda: Cuda) -> None:
+    graphs, _ = make_graphs(cuda, 4)
+    step(graphs, 4, 9)
+    first = cuda.captured[0][0]
+    graphs.clear()
+    gc.collect()
+    assert not cuda.graphs[first]
+    step(graphs, 4, 9)
+    assert cuda.captured[1][0] != first
+
+
+def test_a_capture_changes_the_spare_slot_only(cuda: Cuda) -> None:
+    """Warm-up steps run on real states."""
+    touched: set[int] = set()
+
+    def call(tokens: Tensor, slots: Tensor, positions: Tensor, longest: int) -> Tensor:
+        touched.update(slots.tolist())
+        return tokens[:, None].float()
+
+    graphs = DecodeGraphs(call, most_rows=4, spare=9, device=CPU)
+    for rows in (4, 2, 1):
+        graphs.step(torch.ones(rows).long(), torch.arange(rows), torch.zeros(rows).long(), 1)
+    assert touched == {9}
+
+
+def test_a_run_drops_its_graphs_at_its_end(world: World, cuda: Cuda) -> None:
+    model = ModelRunner(world, make_model(world, ODD), slots=2)
+    model.refresh()
+    model._graphs = DecodeGraphs(model._captured_step, most_rows=2, spare=2, device=CPU)
+    row = torch.tensor([0])
+
+    def run() -> None:
+        with model.graphs():
+            model.decode(row, row, row, 1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        run()
+    gc.collect()
+    assert cuda.captured
+    assert not any(cuda.graphs.values())

@@ -13,6 +13,7 @@ from torch import Tensor
 from nemocascade.megatron.generation.chunked_prefill import chunked_prefill_attention
 from nemocascade.megatron.generation.layers import DecodeStep, MlpSlotLayer, MoeSlotLayer, SlotLayer
 from nemocascade.megatron.generation.slot_assignment import SlotAssignment
+from nemocascade.megatron.generation.transfer import to_device
 from nemocascade.megatron.layers.attention import Attention
 from nemocascade.megatron.layers.block import ResidualBlock
 from nemocascade.megatron.layers.mamba import MambaMixer
@@ -60,7 +61,9 @@ class MambaSlotLayer(SlotLayer):
     def prefill(self, hidden: Tensor, packed: Microbatch, assignment: SlotAssignment) -> Tensor:
         mixer: MambaMixer = self.mixer
         zxbcdt = mixer.in_proj(self.block.norm(hidden))[0].squeeze(1)
-        initial = self._initial_states(packed, assignment) if assignment.initial else None
+        initial = None
+        if assignment.initial:
+            initial = self._initial_states(packed.num_documents, assignment)
         # Without slots the final states are not needed.
         y, final = mixer.mix(
             zxbcdt, packed, initial, return_final_state=bool(assignment.slot.numel())
@@ -71,19 +74,11 @@ class MambaSlotLayer(SlotLayer):
         out: Tensor = mixer.out_proj(y.unsqueeze(1))[0]
         return hidden + out
 
-    def _initial_states(
-        self, packed: Microbatch, assignment: SlotAssignment
-    ) -> tuple[Tensor, Tensor]:
+    def _initial_states(self, documents: int, assignment: SlotAssignment) -> tuple[Tensor, Tensor]:
         """Initial states of all documents, [D, ...] each; zeros for new documents."""
-
-        def make() -> Tensor:
-            pairs = [(document, slot) for document, (slot, _) in assignment.initial.items()]
-            return torch.tensor(pairs).to(packed.device)
-
-        document, slot = packed.cached("documents and slots they continue from", make).unbind(1)
         conv, ssm = (
-            state.new_zeros(packed.num_documents, *state.shape[1:]).index_copy_(
-                0, document, state[slot]
+            state.new_zeros(documents, *state.shape[1:]).index_copy_(
+                0, assignment.initial_document, state[assignment.initial_slot]
             )
             for state in (self.conv, self.ssm)
         )
@@ -141,8 +136,9 @@ class AttentionSlotLayer(SlotLayer):
 
         def make() -> tuple[Tensor, Tensor]:
             positions = packed.positions_on_host() + assignment.cached_tokens(packed)
-            cos, sin = rotary_at(positions, mixer.rope_dim, mixer.rope_base)
-            return cos.to(packed.device), sin.to(packed.device)
+            angles = rotary_at(positions, mixer.rope_dim, mixer.rope_base)
+            cos, sin = to_device(angles, packed.device)
+            return cos, sin
 
         return packed.cached(("rotary after cached tokens", mixer.rope_dim, mixer.rope_base), make)
 
@@ -162,9 +158,7 @@ class AttentionSlotLayer(SlotLayer):
     def _write(self, k: Tensor, v: Tensor, packed: Microbatch, assignment: SlotAssignment) -> None:
         """Append keys and values [T, g, d] to the KV cache of the slots."""
         rows = packed.documents()
-        for document, slot in zip(
-            assignment.document.tolist(), assignment.slot.tolist(), strict=True
-        ):
+        for document, slot in assignment.pairs:
             here = rows[document]
             source, length = assignment.initial.get(document, (slot, 0))
             appended = slice(length, length + here.stop - here.start)

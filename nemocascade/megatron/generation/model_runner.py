@@ -9,7 +9,10 @@ Shape letters: n rows of a step, H hidden size, V vocabulary, tp tensor-parallel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +24,7 @@ from nemocascade.megatron.generation.cached_layers import slot_layer
 from nemocascade.megatron.generation.decode_graph import DecodeGraphs
 from nemocascade.megatron.generation.layers import DecodeStep, SlotLayer
 from nemocascade.megatron.generation.slot_assignment import SlotAssignment
+from nemocascade.megatron.generation.transfer import to_device
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.replay import RouteRecorder
@@ -59,6 +63,8 @@ class ModelRunner:
         self.context = 0
         self.longest = 0
         """Maximum tokens of a sequence in this run, a limit for `reserve`; 0: unknown."""
+        self.most_rows = 0
+        """Maximum rows of a decode step in this run; 0: the number of slots."""
         self._layers: list[list[SlotLayer]] = [
             [slot_layer(block, slots) for block in chunk.decoder.layers] for chunk in chunks
         ]
@@ -79,8 +85,7 @@ class ModelRunner:
         """Reload the weights, which may have changed since the last call."""
         for chunk in self.chunks:
             chunk.eval()
-        if self._graphs is not None:
-            self._graphs.clear()
+        self._drop_graphs()
         with torch.no_grad():
             for layer in self._each_layer():
                 layer.refresh()
@@ -91,6 +96,19 @@ class ModelRunner:
             self._norm_weight, self._norm_eps = norm.weight, norm.eps
             self._head = self.chunks[-1].lm_head()
             self._steps = decode_steps(self._head)
+
+    @contextmanager
+    def graphs(self) -> Iterator[None]:
+        """Keep the captured decode steps of a run up to its end, and no longer."""
+        try:
+            yield
+        finally:
+            self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        """Free the memory of the captured decode steps; the next steps capture them again."""
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def reserve(self, context: int) -> None:
         """Allocate caches for sequences of `context` tokens; they never shrink.
@@ -103,8 +121,7 @@ class ModelRunner:
             self.context = max(context, min(ahead, self.longest or ahead))
             for layer in self._each_layer():
                 layer.reserve(self.context)
-            if self._graphs is not None:
-                self._graphs.clear()
+            self._drop_graphs()
 
     @torch.no_grad()
     def prefill(
@@ -116,7 +133,7 @@ class ModelRunner:
     ) -> Tensor | None:
         """Prefill prompts or chunks, each once, and write their final states to slots.
 
-        prompts: D tensors [m] of ids, m at least 1. slots: for each, the slots that
+        prompts: D tensors [m] of ids on the host, m at least 1. slots: for each, the slots that
         continue it. cached: for each, the number of cached tokens in the first of its slots, which
         it continues; 0 for a new sequence, and empty if all are new. Cached tokens need no
         activation memory. capacity: tokens of the pack; 0 is just enough.
@@ -124,14 +141,16 @@ class ModelRunner:
         Raises ValueError if a chunk with cached tokens has no slot.
         """
         documents = [
-            Document(p.cpu(), torch.zeros(p.numel(), dtype=torch.bool), f"prompt {i}")
+            Document(p, torch.zeros(p.numel(), dtype=torch.bool), f"prompt {i}")
             for i, p in enumerate(prompts)
         ]
         total = max(1, capacity, sum(p.numel() for p in prompts))
         batch = pack_documents(documents, self._padded(total))
         recorder = self._recorder(batch.capacity)
-        packed = Microbatch.from_batch(batch, self.world.device, recorder=recorder)
-        assignment = SlotAssignment.from_lists(slots, cached, self.world.device)
+        packed, assignment, last = self._on_device(
+            Microbatch.from_batch(batch, torch.device("cpu"), recorder=recorder),
+            SlotAssignment.from_lists(slots, cached),
+        )
         ends = [p.numel() + n for p, n in zip(prompts, cached or [0] * len(prompts), strict=True)]
         self.reserve(max(ends, default=0))
 
@@ -143,8 +162,23 @@ class ModelRunner:
         self._record_choices(recorder)
         if hidden is None:
             return None
-        last = (packed.starts + packed.lengths - 1)[: len(prompts)]
-        return self._logits(hidden, last.to(self.world.device))
+        return self._logits(hidden, last[: len(prompts)])
+
+    def _on_device(
+        self, packed: Microbatch, assignment: SlotAssignment
+    ) -> tuple[Microbatch, SlotAssignment, Tensor]:
+        """A prefill's inputs on the device, and each document's last row [D], in one transfer."""
+        batch = packed.batch
+        assert batch is not None
+        last = packed.starts + packed.lengths - 1
+        fields = ("tokens", "targets", "positions", "token_weight", "cu_seqlens")
+        tensors = [*(getattr(batch, name) for name in fields), last, *assignment.tensors]
+        moved = to_device(tensors, self.world.device)
+        on_device: dict[str, Any] = dict(zip(fields, moved, strict=False))
+        batch = replace(batch, **on_device)
+        packed = replace(packed, batch=batch, cu_seqlens=batch.cu_seqlens)
+        last, *pairs = moved[len(fields) :]
+        return packed, assignment.on_device(pairs), last
 
     @torch.no_grad()
     def decode(
@@ -158,7 +192,7 @@ class ModelRunner:
         """
         if self._graphs is not None:
             self.reserve(self._graphs.rounded_length(longest))
-            return self._graphs.step(tokens, slots, positions, longest)
+            return self._graphs.step(tokens, slots, positions, longest, self.most_rows)
         self.reserve(longest)
         real = tokens.numel()
         spare = self._padded(real) - real
@@ -189,7 +223,7 @@ class ModelRunner:
     @torch.no_grad()
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the state of `source`, of `length` cached tokens, to the slots `targets`."""
-        index = torch.tensor(targets, dtype=torch.int64, device=self.world.device)
+        [index] = to_device([torch.tensor(targets, dtype=torch.int64)], self.world.device)
         for layer in self._each_layer():
             layer.copy(source, index, length)
 
