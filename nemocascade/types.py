@@ -342,12 +342,16 @@ class PackedBatch:
         return int((self.token_weight != 0).sum())
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with its tensors on `device`; copies overlap where memory is pinned."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
+        """The same batch with its tensors on `device`. The host does not wait for copies to a GPU:
+        they are made from pinned memory, which torch reuses only after the copy."""
+        target = torch.device(device)
+        moved: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                if target.type == "cuda" and value.device.type == "cpu":
+                    value = value.pin_memory()
+                moved[f.name] = value.to(target, non_blocking=True)
         return replace(self, **moved)
 
     def validate(self) -> None:

@@ -17,6 +17,8 @@ import torch
 from nemocascade_kernels import backends
 
 from nemocascade.megatron.config import Accelerators, Adam
+from nemocascade.megatron.layers.linear import APEX_WEIGHT_GRADIENT
+from nemocascade.megatron.optimizer import FUSED_ADAMS
 from nemocascade.recipe import EngineConfig, UserError
 
 
@@ -139,7 +141,7 @@ _TE_ADAM = _Package(
     ("transformer-engine", "transformer_engine"),
     "optimizer step",
     "apex's or torch's Adam",
-    _import("transformer_engine.pytorch.optimizers"),
+    _import(FUSED_ADAMS["transformer_engine"]),
 )
 _TE_ATTENTION = _Package(
     "Transformer Engine attention",
@@ -155,15 +157,15 @@ _APEX_ADAM = _Package(
     ("apex",),
     "optimizer step",
     "torch's AdamW",
-    _import("apex.optimizers", "amp_C"),
+    _import(FUSED_ADAMS["apex"], "amp_C"),
 )
 _APEX_GRADIENT = _Package(
     "apex weight gradient",
     "apex",
     ("apex",),
     "accumulation of weight gradients in the GEMM",
-    "a GEMM and an addition",
-    _import("fused_weight_gradient_mlp_cuda"),
+    "torch's GEMM with accumulation",
+    _import(APEX_WEIGHT_GRADIENT),
 )
 _FLA = _Package(
     "fla-core",

@@ -86,7 +86,8 @@ def make_config(
 ) -> CascadeConfig:
     """The config of every module of a model.
 
-    fuse_weight_gradient: accumulate weight gradients inside the GEMM; needs apex.
+    fuse_weight_gradient: accumulate weight gradients in `main_grad`, inside the GEMM; `build_model`
+        chooses the GEMM. Without it they are rounded to the weights' dtype and added.
     """
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     with without_notes():

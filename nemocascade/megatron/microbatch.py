@@ -66,14 +66,15 @@ class Microbatch(PackedSeq):
                     f"{name} holds {routes.choices.shape[0]} tokens and the packed batch "
                     f"{batch.capacity}: make it for the batch's capacity"
                 )
-        seq = PackedSeq.from_cu_seqlens(batch.cu_seqlens, device)
+        seq = PackedSeq.from_cu_seqlens(batch.cu_seqlens)
+        moved = batch.to(device)
         return cls(
             starts=seq.starts,
             lengths=seq.lengths,
-            cu_seqlens=seq.cu_seqlens,
+            cu_seqlens=moved.cu_seqlens,
             total=seq.total,
             max_length=seq.max_length,
-            batch=batch.to(device),
+            batch=moved,
             aux_scale=aux_scale,
             trained_rows=batch.num_trained(),
             replay=replay,

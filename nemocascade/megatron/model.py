@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemocascade.megatron.config import Accelerators, CascadeConfig
 from nemocascade.megatron.cpu import cuda_names
+from nemocascade.megatron.layers.linear import use_weight_gradient
 from nemocascade.megatron.layers.norm import RMSNorm
 from nemocascade.megatron.layers.specs import layer_specs
 from nemocascade.megatron.microbatch import Microbatch
@@ -115,6 +116,8 @@ def build_model(
 ) -> list[CascadeModel]:
     """This rank's part of the model, one chunk for each virtual pipeline stage, on its device."""
     shape, parallel = config.shape, world.parallel
+    if config.gradient_accumulation_fusion:
+        use_weight_gradient(apex=accelerators.fused_weight_gradient)
     layers = layer_specs(
         shape,
         mamba2_backend="fla" if accelerators.fla else None,

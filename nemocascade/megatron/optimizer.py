@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -16,7 +18,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
 
 from nemocascade.megatron.config import Accelerators, CascadeConfig
 from nemocascade.megatron.cpu import cuda_names
@@ -69,16 +71,59 @@ def wrap_ddp(
     return wrapped
 
 
+FUSED_ADAMS = {
+    "transformer_engine": "transformer_engine.pytorch.optimizers",
+    "apex": "apex.optimizers",
+}
+"""Modules of the optional packages that hold a class `FusedAdam`."""
+
+
+def _adam(accelerators: Accelerators, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    """Constructor of the selected Adam, with the arguments of apex's."""
+    if accelerators.adam != "torch":
+        fused_adam: Callable[..., torch.optim.Optimizer] = importlib.import_module(
+            FUSED_ADAMS[accelerators.adam]
+        ).FusedAdam
+        return fused_adam
+
+    def adamw(*, adam_w_mode: bool, **arguments: Any) -> torch.optim.Optimizer:
+        assert adam_w_mode
+        # Fused and other kernels round differently; on a CPU the default is not fused.
+        fused = True if device.type == "cuda" else None
+        return torch.optim.AdamW(**arguments, fused=fused)
+
+    return adamw
+
+
 @contextlib.contextmanager
-def _adam_of(accelerators: Accelerators) -> Iterator[None]:
-    """Context in which Megatron builds with the selected Adam, not with any fused one it finds."""
-    found = megatron_optimizer.Adam
-    if accelerators.adam == "torch":
-        megatron_optimizer.Adam = torch.optim.AdamW
+def _building_with(adam: Callable[..., torch.optim.Optimizer]) -> Iterator[None]:
+    """Context in which Megatron builds optimizers with `adam`, whatever package it has found.
+
+    Its own choice is made at its import. The flag makes it call `Adam`, with apex's arguments.
+    """
+    upstream: Any = megatron_optimizer
+    found = upstream.Adam, upstream.USING_PYTORCH_OPTIMIZER
+    upstream.Adam, upstream.USING_PYTORCH_OPTIMIZER = adam, False
     try:
         yield
     finally:
-        megatron_optimizer.Adam = found
+        upstream.Adam, upstream.USING_PYTORCH_OPTIMIZER = found
+
+
+def _sum_of_squares(gradients: list[Tensor], group: Any, device: torch.device) -> Tensor:
+    """Sum of the gradients' squares over the ranks of `group`, [1] float32 on `device`."""
+    total = torch.zeros(1, dtype=torch.float32, device=device)
+    if gradients:
+        norms = torch.stack(torch._foreach_norm(gradients))
+        total = torch.linalg.vector_norm(norms).reshape(1) ** 2.0
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _norm(squares: Sequence[float]) -> float:
+    """The norm of vectors whose squared norms are `squares`."""
+    norms = [square**0.5 for square in squares]
+    return norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))
 
 
 class Optimizer:
@@ -96,6 +141,7 @@ class Optimizer:
         accelerators: Accelerators,
     ) -> None:
         self.settings = settings
+        self._device = world.device
         megatron = MegatronOptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -109,7 +155,7 @@ class Optimizer:
             use_distributed_optimizer=settings.distributed,
             clip_grad=settings.clip_grad,
         )
-        with cuda_names(), _adam_of(accelerators):
+        with cuda_names(), _building_with(_adam(accelerators, world.device)):
             self.inner = get_megatron_optimizer(
                 megatron,
                 list(chunks),
@@ -122,25 +168,48 @@ class Optimizer:
         return list(getattr(self.inner, "chained_optimizers", [self.inner]))
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
-        """Clip and update once with learning rate `lr`; returns the gradient norm before clipping.
+    def prepare(self) -> Tensor:
+        """Collect the reduced gradients; returns squares of their norms, [n] float32 on the device.
 
-        Raises NonFiniteGradientError, with every weight as it was, if the norm is not finite.
+        Each is summed over the ranks of an optimizer; parts that share ranks have one square. The
+        host does not wait for the device.
         """
         with cuda_names():
             self.inner.prepare_grads()
-            norm = float(self.inner.get_grad_norm())
-            if not math.isfinite(norm):
-                raise NonFiniteGradientError(f"gradient norm is {norm}")
-            for part in self.parts:
-                parameters = part.get_parameters()
-                if parameters and self.settings.clip_grad:
-                    clip_grad_by_total_norm_fp32(parameters, self.settings.clip_grad, norm)
+            parts = [
+                (p.get_grads_for_grad_norm(), p.get_grad_stats_parallel_group()) for p in self.parts
+            ]
+            groups = [group for _, group in parts]
+            if all(group == groups[0] for group in groups):
+                parts = [([g for gradients, _ in parts for g in gradients], groups[0])]
+            return torch.cat([_sum_of_squares(*part, self._device) for part in parts])
+
+    @torch.no_grad()
+    def step(self, lr: float, squares: Sequence[float] | None = None) -> float:
+        """Clip and update once with learning rate `lr`; returns the gradient norm before clipping.
+
+        squares: the values of `prepare`, on the host; None calls it, and waits for the device.
+
+        Raises NonFiniteGradientError, with every weight as it was, if the norm is not finite.
+        """
+        norm = _norm(self.prepare().tolist() if squares is None else squares)
+        if not math.isfinite(norm):
+            raise NonFiniteGradientError(f"gradient norm is {norm}")
+        with cuda_names():
+            self._clip(norm)
             for group in self.inner.param_groups:
                 group["lr"] = lr * group.get("lr_mult", 1.0)
                 group["weight_decay"] = self.settings.weight_decay * group.get("wd_mult", 1.0)
             self.inner.step_with_ready_grads()
         return norm
+
+    def _clip(self, norm: float) -> None:
+        """Scale the gradients, whose norm is `norm`, to at most `clip_grad`."""
+        scale = self.settings.clip_grad / (norm + 1e-6)
+        parameters = [p for part in self.parts for p in part.get_parameters()]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.settings.clip_grad and scale < 1.0 and gradients:
+            torch._foreach_mul_(gradients, scale)
 
     def zero_grad(self) -> None:
         """Clear the gradients of the last step."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from nemocascade_kernels.common.transfer import to_device
 from torch import Tensor
 
 from nemocascade.recipe import ModelConfig
@@ -110,7 +111,8 @@ class RouteReplay:
                 + ". Record them with the model that replays them"
             )  # fmt: skip
         recorded = choices[:num_tokens, :, 0] < shape.num_experts
-        return cls(shape, choices.to(choice_dtype(shape)).to(device), bool(recorded.all()))
+        [on_device] = to_device([choices.to(choice_dtype(shape))], device)
+        return cls(shape, on_device, bool(recorded.all()))
 
     def of_layer(self, layer_number: int, rows: slice) -> Tensor:
         """A layer's choices for `rows` of the packed sequence, [rows, K] int32."""

@@ -112,7 +112,10 @@ class World:
         return values
 
     def sum_over_data_parallel(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum `value` in place over the data-parallel ranks."""
+        """Sum `value`, on the host or the device, in place over the data-parallel ranks.
+
+        The ranks exchange a host tensor without waiting for their devices.
+        """
         dist.all_reduce(value, group=self.groups.dp)
         return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,21 +24,39 @@ def batch_of(packed: Microbatch) -> PackedBatch:
     return packed.batch
 
 
-def sum_of_losses(outputs: Sequence[Any]) -> torch.Tensor:
-    """Scalar float64, 0 on ranks without a loss. outputs: from `run_schedule`."""
-    if not outputs:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack([o.loss.detach().double().reshape(()) for o in outputs]).sum()
-
-
-def from_last_stage(world: World, value: torch.Tensor) -> torch.Tensor:
-    """The last stage's value, summed over data-parallel ranks, on the host of every rank."""
-    value = value.to(world.device)
+def sum_of_losses(world: World, outputs: Sequence[Any]) -> torch.Tensor:
+    """The losses' sum over micro-batches and data-parallel ranks: scalar float64 on the device of
+    every rank. outputs: from `run_schedule`."""
+    value = torch.zeros((), dtype=torch.float64, device=world.device)
+    if outputs:
+        value = torch.stack([o.loss.detach().double().reshape(()) for o in outputs]).sum()
     if world.is_last_stage:
         world.sum_over_data_parallel(value)
     last = dist.get_global_rank(world.groups.pp, world.parallel.pp - 1)
     dist.broadcast(value, src=last, group=world.groups.pp)
-    return value.cpu()
+    return value
+
+
+def on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of the tensors on the host, in order, by one transfer: the host waits once.
+
+    All tensors are on one device, and float64 holds every value exactly.
+    """
+    if not tensors:
+        return []
+    packed = torch.cat([t.detach().double().reshape(-1) for t in tensors]).cpu()
+    parts = packed.split([t.numel() for t in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+
+
+def outputs_on_host(outputs: Sequence[Any]) -> list[Any]:
+    """Outputs of `run_schedule` with `logprob` and `metrics` on the host."""
+    tensors = [t for o in outputs for t in (o.logprob, *o.metrics.values())]
+    found = iter(on_host(tensors))
+    return [
+        replace(o, logprob=next(found), metrics={name: next(found) for name in o.metrics})
+        for o in outputs
+    ]
 
 
 @torch.no_grad()
@@ -192,7 +211,8 @@ def heldout_loss(
     """
     for chunk in chunks:
         chunk.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    counts = torch.zeros(2, dtype=torch.float64)
     for batches in steps:
         micro = [Microbatch.from_batch(b, world.device) for b in batches]
         outputs = run_schedule(
@@ -200,6 +220,7 @@ def heldout_loss(
         )
         weight = sum(float(b.token_weight.double().sum()) for b in batches)
         rows = sum(b.num_trained() for b in batches)
-        local = torch.tensor([float(sum_of_losses(outputs)), weight, rows], dtype=torch.float64)
-        sums += from_last_stage(world, local)
-    return float(sums[0] / sums[1].clamp(min=1e-20)), int(sums[2])
+        local = torch.tensor([weight, rows], dtype=torch.float64)
+        counts += world.sum_over_data_parallel(local)
+        loss += sum_of_losses(world, outputs)
+    return float(loss) / max(1e-20, float(counts[0])), int(counts[1])

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nemocascade.megatron.config import Accelerators, CascadeConfig, make_config
-from nemocascade.megatron.layers.moe import MoEMixer
+from nemocascade.megatron.layers.moe import MoEMixer, Router
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel, build_model
 from nemocascade.megatron.optimizer import NonFiniteGradientError, Optimizer, wrap_ddp
+from nemocascade.megatron.replay import moe_index
 from nemocascade.megatron.schedule import run_schedule
 from nemocascade.recipe import (
     EngineConfig,
@@ -27,8 +29,9 @@ from nemocascade.runtime.world import World
 from nemocascade.train.dump import NonFiniteError, dump_batches
 from nemocascade.train.evaluation import (
     batch_of,
-    from_last_stage,
     heldout_loss,
+    on_host,
+    outputs_on_host,
     sum_of_losses,
 )
 from nemocascade.train.flops import batch_flops
@@ -36,8 +39,8 @@ from nemocascade.train.objectives import Objective, nll_objective
 from nemocascade.types import PackedBatch
 
 Measure = Callable[[World, Sequence[Any], Sequence[PackedBatch]], dict[str, float]]
-"""Computes metrics of a step from the outputs of `run_schedule` and this rank's batches on the
-host, like `policy_metrics`; the same on every rank."""
+"""Computes metrics of a step from the outputs of `run_schedule` and this rank's batches, like
+`policy_metrics`; the same on every rank. Log-probabilities, metrics and batches are on the host."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class StepResult:
     tokens: int
     trained_tokens: int
     flops: float
-    expert_load: torch.Tensor | None
-    expert_bias: torch.Tensor | None = None
+    expert_load: Tensor | None
+    expert_bias: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -83,7 +86,8 @@ class Trainer:
             engine,
             moe,
             seed=seed,
-            fuse_weight_gradient=accelerators.fused_weight_gradient,
+            # A CPU's product with accumulation depends on its BLAS; the plain one does not.
+            fuse_weight_gradient=world.device.type == "cuda",
         )
         self.modules: list[CascadeModel] = build_model(world, self.config, accelerators)
         self.chunks = wrap_ddp(world, self.config, self.modules, distributed=optimizer.distributed)
@@ -124,21 +128,30 @@ class Trainer:
         outputs = run_schedule(
             self.world, self.config, self.chunks, micro, lambda m: objective(batch_of(m))
         )
-        loss = self._finite_loss(outputs, batches)
+        # The host waits for the device here only. The results include whatever may stop the step,
+        # so they are read before any weight changes.
+        routing = self._routing()
+        loss, squares, table = on_host(
+            [sum_of_losses(self.world, outputs), self.optimizer.prepare(), routing]
+        )
+        self._check_loss(float(loss), outputs, batches)
+        measured = outputs_on_host(outputs) if measure else []
         watch.enter(f"step {self.step_number}: optimizer")
-        norm = self._update(loss, batches)
-        load, bias = self._move_router_bias()
+        norm = self._update(float(loss), squares.tolist(), batches)
+        self._start_routers(routing)
         watch.enter(f"after step {self.step_number}")
         self.step_number += 1
+        load, bias = table
+        has_bias = self.config.shape.router_bias
         return StepResult(
-            loss=loss,
+            loss=float(loss),
             grad_norm=norm,
             tokens=int(totals[1]),
             trained_tokens=int(totals[2]),
             flops=float(totals[4]),
-            expert_load=load,
-            expert_bias=bias,
-            metrics=measure(self.world, outputs, batches) if measure else {},
+            expert_load=load if len(load) else None,
+            expert_bias=bias if len(bias) and has_bias else None,
+            metrics=measure(self.world, measured, batches) if measure else {},
         )
 
     def _zero_gradients(self) -> None:
@@ -147,10 +160,15 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def _update(self, loss: float, batches: Sequence[PackedBatch]) -> float:
-        """Step the optimizer; returns the gradient norm. Raises NonFiniteError as `train_step`."""
+    def _update(
+        self, loss: float, squares: Sequence[float], batches: Sequence[PackedBatch]
+    ) -> float:
+        """Step the optimizer; returns the gradient norm. Raises NonFiniteError as `train_step`.
+
+        squares: see `Optimizer.step`.
+        """
         try:
-            return self.optimizer.step(self.optimizer.settings.lr_at(self.step_number))
+            return self.optimizer.step(self.optimizer.settings.lr_at(self.step_number), squares)
         except NonFiniteGradientError as error:
             folder = dump_batches(self.run_dir, self.step_number, self.world, batches)
             raise NonFiniteError(
@@ -166,7 +184,7 @@ class Trainer:
         """Mean negative log-likelihood of held-out batches and the number of its tokens."""
         return heldout_loss(self.world, self.config, self.chunks, steps)
 
-    def _totals(self, batches: Sequence[PackedBatch]) -> torch.Tensor:
+    def _totals(self, batches: Sequence[PackedBatch]) -> Tensor:
         """[5] float64 over data-parallel ranks: weight, tokens, trained rows, documents, FLOPs."""
         local = torch.zeros(5, dtype=torch.float64)
         for batch in batches:
@@ -181,12 +199,14 @@ class Trainer:
                 ],
                 dtype=torch.float64,
             )
-        return self.world.sum_over_data_parallel(local.to(self.world.device)).cpu()
+        return self.world.sum_over_data_parallel(local)
 
-    def _finite_loss(self, outputs: Sequence[Any], batches: Sequence[PackedBatch]) -> float:
-        loss = float(from_last_stage(self.world, sum_of_losses(outputs)))
+    def _check_loss(
+        self, loss: float, outputs: Sequence[Any], batches: Sequence[PackedBatch]
+    ) -> None:
+        """Raise NonFiniteError as `train_step`."""
         if math.isfinite(loss):
-            return loss
+            return
         mine = [float(o.loss.detach()) for o in outputs]
         bad = [i for i, x in enumerate(mine) if not math.isfinite(x)]
         if bad:
@@ -206,21 +226,31 @@ class Trainer:
         """The MoE mixers of this rank, in layer order."""
         return [m for c in self.modules for m in c.modules() if isinstance(m, MoEMixer)]
 
-    def _move_router_bias(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Update every router's selection bias; returns load and bias of all layers, on every
-        rank."""
-        pattern = self.config.shape.pattern
-        order = [i for i, symbol in enumerate(pattern) if symbol == "E"]
-        if not order:
-            return None, None
-        shape = (2, len(order), self.config.shape.num_experts)
-        table = torch.zeros(shape, device=self.world.device)
-        rate = self.config.moe_training.bias_update_rate
-        for mixer in self.routers():
-            row = order.index(mixer.layer_number - 1)
-            table[0, row] = mixer.router.update_bias(self.world.groups.tp_dp_cp, rate)
-            if self.config.shape.router_bias:
-                table[1, row] = mixer.router.expert_bias
+    def _routing(self) -> Tensor:
+        """Load of every expert and its selection bias after the step, [2, MoE layers, experts]
+        float32 on the device, on every rank."""
+        shape = self.config.shape
+        table = torch.zeros(
+            2, shape.pattern.count("E"), shape.num_experts, device=self.world.device
+        )
+        if not table.numel():
+            return table
+        load, bias = table
+        rows = self._router_rows()
+        for row, router in rows:
+            load[row] = router.load
+        dist.all_reduce(load, group=self.world.groups.tp_dp_cp)
+        for row, router in rows:
+            bias[row] = router.next_bias(load[row], self.config.moe_training.bias_update_rate)
         dist.all_reduce(table, group=self.world.groups.pp)
-        load, bias = table.cpu()
-        return load, bias if self.config.shape.router_bias else None
+        return table
+
+    def _start_routers(self, routing: Tensor) -> None:
+        """Set every router's bias for the next step. routing: from `_routing`."""
+        for row, router in self._router_rows():
+            router.start_step(routing[1, row])
+
+    def _router_rows(self) -> list[tuple[int, Router]]:
+        """The routers of this rank, with their index among the model's MoE layers."""
+        shape = self.config.shape
+        return [(moe_index(shape, m.layer_number), m.router) for m in self.routers()]

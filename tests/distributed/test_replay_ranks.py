@@ -43,7 +43,6 @@ def replay_once(parallel: dict[str, Any], recompute: bool = False) -> dict[str, 
     )
     from nemocascade.train.evaluation import (
         batch_of,
-        from_last_stage,
         sum_of_losses,
     )
     from nemocascade.train.objectives import nll_objective
@@ -71,7 +70,7 @@ def replay_once(parallel: dict[str, Any], recompute: bool = False) -> dict[str, 
             world, trainer.config, trainer.chunks, micro,
             lambda m: nll_objective(batch_of(m)), forward_only=forward_only,
         )  # fmt: skip
-        return float(from_last_stage(world, sum_of_losses(outputs)))
+        return float(sum_of_losses(world, outputs))
 
     def microbatch(batch: Any, choices: torch.Tensor | None) -> Microbatch:
         replay = None

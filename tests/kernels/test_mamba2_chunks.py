@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.layers import LENGTHS, documents, pack
+from helpers.transfers import Transfers
 from nemocascade_kernels import PackedSeq
-from nemocascade_kernels.mamba2.chunks import ChunkBlock, chunk_table
+from nemocascade_kernels.mamba2.chunks import ChunkBlock, _on_device, chunk_table
 
 
 def blocks_of(packed: PackedSeq, size: int, block_slots: int) -> list[ChunkBlock]:
@@ -83,3 +84,27 @@ def test_short_documents_waste_little() -> None:
 def test_the_table_is_made_once() -> None:
     packed = pack(LENGTHS)
     assert chunk_table(packed, 16, 64) is chunk_table(packed, 16, 64)
+
+
+def test_a_table_reaches_a_gpu_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = chunk_table(pack(LENGTHS), 32, 40)
+    assert sum(len(run.blocks) for run in table.runs) > 10
+    transfers = Transfers(monkeypatch)
+    moved = _on_device(table, torch.device("cuda", 0))
+    assert transfers.copies == [True]
+    assert moved.num_body == table.num_body
+    received = moved.runs[0].rows.untyped_storage().data_ptr()
+
+    def assert_moved(found: object, expected: object) -> None:
+        for name, value in vars(expected).items():
+            other = getattr(found, name)
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(other, value), name
+                assert other.untyped_storage().data_ptr() == received, name
+            elif name != "blocks":
+                assert other == value, name
+
+    for mine, run in zip(moved.runs, table.runs, strict=True):
+        assert_moved(mine, run)
+        for own, block in zip(mine.blocks, run.blocks, strict=True):
+            assert_moved(own, block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,10 @@ from nemocascade.recipe import (
     tiny,
 )
 from nemocascade.runtime.world import World
+from nemocascade.train import evaluation
+from nemocascade.train import trainer as trainer_module
 from nemocascade.train.dump import NonFiniteError
+from nemocascade.train.evaluation import on_host, policy_metrics
 from nemocascade.train.metrics import MetricsWriter, is_due, load_imbalance
 from nemocascade.train.trainer import Trainer
 from nemocascade.types import Document, PackedBatch, pack_documents
@@ -121,6 +124,46 @@ def test_infinite_gradient_stops_too(world: World, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="gradient norm"):
         t.train_step([huge])
     assert all(torch.equal(a, b) for a, b in zip(before, weights(t), strict=True))
+    assert not t.routers()[0].router.expert_bias.any()
+
+
+def test_results_are_read_together_before_anything_changes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, norm and load by one copy; log-probabilities, for those who measure, by another."""
+    t = trainer(world, tmp_path)
+    before = [*weights(t), t.routers()[0].router.expert_bias.clone()]
+    reads: list[Sequence[torch.Tensor]] = []
+
+    def read(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        now = [*weights(t), t.routers()[0].router.expert_bias]
+        assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+        reads.append(tensors)
+        return on_host(tensors)
+
+    monkeypatch.setattr(trainer_module, "on_host", read)
+    monkeypatch.setattr(evaluation, "on_host", read)
+    result = t.train_step([batch()], measure=policy_metrics)
+    assert len(reads) == 2
+    assert result.metrics["logprob"] == pytest.approx(-result.loss, rel=1e-5)
+    assert t.routers()[0].router.expert_bias.any()
+
+
+def test_reading_keeps_every_bit() -> None:
+    tensors = [
+        torch.randn(2, 3),
+        torch.tensor([math.nan, -math.inf, -0.0, 1e-45]),
+        torch.randn((), dtype=torch.float64),
+        torch.randn(4, dtype=torch.bfloat16),
+        torch.empty(2, 0, 3),
+        torch.tensor([2**31 - 1, -5]),
+    ]
+    for found, expected in zip(on_host(tensors), tensors, strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        if expected.is_floating_point():
+            assert torch.equal(found.signbit(), expected.signbit())
+    assert on_host([]) == [], "stages without a loss"
 
 
 def test_frozen_router_keeps_its_weights_and_moves_its_bias(world: World, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nemocascade_kernels.common.documents import PackedSeq
+from nemocascade_kernels.common.transfer import to_device
 
 # Last chunks with fewer slots than this in total are computed with those of the next size.
 _FEW_SLOTS = 256
@@ -98,12 +100,49 @@ def chunk_table(packed: PackedSeq, size: int, block_slots: int, smallest: int = 
     """Cut documents into chunks of `size` tokens, computed in blocks of about `block_slots` slots.
 
     size: a power of two. Last chunks have the smallest fitting power of two from `smallest` to
-    `size` slots.
+    `size` slots. The table's tensors are on the device of `packed`.
     """
     return packed.cached(
         ("chunks", size, block_slots, smallest),
-        lambda: _cut(packed, size, block_slots, min(smallest, size)),
+        lambda: _on_device(_cut(packed, size, block_slots, min(smallest, size)), packed.device),
     )
+
+
+def _on_device(table: ChunkTable, device: torch.device) -> ChunkTable:
+    """The same table with its tensors on `device`."""
+    on_host: list[Tensor] = []
+
+    def listed(value: Tensor) -> Tensor:
+        on_host.append(value)
+        return value
+
+    _replaced(table, listed)
+    sent = iter(to_device(on_host, device))
+    return _replaced(table, lambda _: next(sent))
+
+
+def _replaced(table: ChunkTable, change: Callable[[Tensor], Tensor]) -> ChunkTable:
+    """The same table with `change` applied to each of its tensors, in a fixed order."""
+
+    def maybe(value: Tensor | None) -> Tensor | None:
+        return None if value is None else change(value)
+
+    runs = []
+    for run in table.runs:
+        rows = change(run.rows)
+        blocks = [
+            replace(
+                block,
+                rows=rows[block.here.start * run.size : block.here.stop * run.size],
+                pad_slots=maybe(block.pad_slots),
+                used_slots=maybe(block.used_slots),
+                used_rows=change(block.used_rows),
+                enter=maybe(block.enter),
+            )
+            for block in run.blocks
+        ]
+        runs.append(ChunkRun(run.size, rows, maybe(run.pad_slots), tuple(blocks)))
+    return replace(table, runs=tuple(runs))
 
 
 def _cut(packed: PackedSeq, size: int, block_slots: int, smallest: int) -> ChunkTable:
@@ -116,7 +155,7 @@ def _cut(packed: PackedSeq, size: int, block_slots: int, smallest: int) -> Chunk
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), steps.cumsum(0)])
     num_body = int(offsets[-1])
 
-    make = _RunMaker(packed.device, block_slots, offsets.tolist())
+    make = _RunMaker(block_slots, offsets.tolist())
     if num_body:
         step = torch.repeat_interleave(torch.arange(num_steps), steps)
         rank = torch.arange(num_body) - offsets[step]
@@ -148,8 +187,8 @@ class _RunMaker:
     offsets: the first body chunk of each step of the recurrence, and their total.
     """
 
-    def __init__(self, device: torch.device, block_slots: int, offsets: list[int]) -> None:
-        self.device, self.block_slots, self.offsets = device, block_slots, offsets
+    def __init__(self, block_slots: int, offsets: list[int]) -> None:
+        self.block_slots, self.offsets = block_slots, offsets
         self.runs: list[ChunkRun] = []
 
     def add(
@@ -164,7 +203,7 @@ class _RunMaker:
         slot = torch.arange(size)
         is_pad = slot >= filled[:, None]
         rows = first[:, None] + torch.minimum(slot, filled[:, None] - 1)
-        on_device = rows.reshape(-1).to(self.device)
+        flat = rows.reshape(-1)
         per_block = max(1, self.block_slots // size)
         blocks = []
         for lo in range(0, first.numel(), per_block):
@@ -176,23 +215,22 @@ class _RunMaker:
                     size=size,
                     count=here.stop - here.start,
                     here=here,
-                    rows=on_device[here.start * size : here.stop * size],
+                    rows=flat[here.start * size : here.stop * size],
                     pad_slots=pads,
                     used_slots=used,
-                    used_rows=rows[here][~is_pad[here]].to(self.device),
-                    enter=None if enter is None else enter[here].to(self.device),
+                    used_rows=rows[here][~is_pad[here]],
+                    enter=None if enter is None else enter[here],
                     body=among,
                     carries=() if enter is None or among is None else self._carries(among),
                 )
             )
         pads, _ = self._split(is_pad.reshape(-1))
-        self.runs.append(ChunkRun(size, on_device, pads, tuple(blocks)))
+        self.runs.append(ChunkRun(size, flat, pads, tuple(blocks)))
 
     def _split(self, is_pad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if not bool(is_pad.any()):
             return None, None
-        pads, used = torch.nonzero(is_pad).reshape(-1), torch.nonzero(~is_pad).reshape(-1)
-        return pads.to(self.device), used.to(self.device)
+        return torch.nonzero(is_pad).reshape(-1), torch.nonzero(~is_pad).reshape(-1)
 
     def _carries(self, body: slice) -> tuple[Carry, ...]:
         carries = []

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemocascade_kernels.backends import Op, takes
 from nemocascade_kernels.common.documents import PackedSeq
+from nemocascade_kernels.common.transfer import to_device
 from nemocascade_kernels.mamba2.arguments import Inputs, Sizes, States
 
 #: The convolution reads no further back than the previous chunk of 32 rows.
@@ -137,7 +138,8 @@ def _last_inputs(i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None)
         # If a document is shorter, the inputs before it move up by its length.
         before = torch.arange(width) + lengths
         before = torch.where(back > lengths, before, -1)
-        return rows.to(packed.device), before.to(packed.device)
+        rows, before = to_device([rows, before], packed.device)
+        return rows, before
 
     rows, before = packed.cached(("last inputs", width), make)
     last = s.split(i.zxbcdt)[1][rows]

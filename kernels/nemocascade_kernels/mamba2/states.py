@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nemocascade_kernels.common.documents import PackedSeq
 from nemocascade_kernels.common.gated_norm import gated_rms_norm
+from nemocascade_kernels.common.transfer import to_device
 from nemocascade_kernels.mamba2.arguments import Inputs, Sizes, States
 
 # y [T, h, p] of mixed [T, W], dt [T, h], A and D [h]: each document from a zero state.
@@ -90,7 +91,7 @@ def _edge_rows(packed: PackedSeq, width: int) -> tuple[Tensor, Tensor, Tensor, T
         window = rows[:, None] - position + source.clamp(min=0)
         before = torch.where(outside, (document + 1) * (width - 1) + source, 0)
         found = (rows, window, outside, before)
-        rows, window, outside, before = (t.to(packed.device) for t in found)
+        rows, window, outside, before = to_device(found, packed.device)
         return rows, window, outside, before
 
     return packed.cached(("edge rows", width), make)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemocascade_kernels.common.products import add_product, adds_products
+from nemocascade_kernels.common.products import accumulate_product
 from nemocascade_kernels.common.routing import Routing
 from nemocascade_kernels.moe_experts.batch_invariant import SLACK, mm_rows, mm_rows_apart
 
@@ -57,12 +57,7 @@ def _weight_gradient(
     if out is not None:
         torch.mm(grad.t(), x, out=out[e])
     elif main_grad is not None and x.shape[0]:
-        if main_grad.dtype == x.dtype:
-            main_grad[e].addmm_(grad.t(), x)
-        elif adds_products(x.dtype) and main_grad.is_contiguous():
-            add_product(main_grad[e], grad, x, first=False)
-        else:
-            main_grad[e].add_(torch.mm(grad.t(), x))
+        accumulate_product(main_grad[e], grad, x)
 
 
 def permute(x: Tensor, routing: Routing) -> Tensor:

@@ -1,15 +1,87 @@
-"""Megatron's tensor-parallel linears with initial values that are independent of the layout."""
+"""Megatron's tensor-parallel linears: initial values that are independent of the layout, and the
+matrix product of their weight gradients."""
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
+from nemocascade_kernels.common.main_grad import placeholder_gradient
+from nemocascade_kernels.common.products import accumulate_product
 from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.init import Shard, sharded_init
+
+APEX_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
+"""Name of apex's extension for weight gradients."""
+
+
+def _add_weight_gradient(inputs: Tensor, grad_outputs: Tensor, main_grad: Tensor) -> None:
+    """Add the weight gradient of inputs [T, I] and grad_outputs [T, O] to main_grad [O, I]."""
+    accumulate_product(main_grad, grad_outputs, inputs)
+
+
+_TORCH_WEIGHT_GRADIENT = SimpleNamespace(
+    wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
+)
+
+
+def use_weight_gradient(*, apex: bool) -> None:
+    """Make Megatron's linears with `gradient_accumulation_fusion` add weight gradients to
+    `main_grad` inside the matrix product: apex's, or torch's.
+
+    Megatron knows only apex's extension, and imports it once. Applies to the whole process.
+    """
+    chosen = importlib.import_module(APEX_WEIGHT_GRADIENT) if apex else _TORCH_WEIGHT_GRADIENT
+    setattr(layers, APEX_WEIGHT_GRADIENT, chosen)
+    layers._grad_accum_fusion_available = True
+
+
+class _AccumulatedWeight(torch.autograd.Function):
+    """Identity on a weight whose gradient is added to `main_grad`; its gradient is a placeholder.
+
+    Megatron's linear marks the weight that it saved. Under recomputation that is a detached copy,
+    so the parameter is marked here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor | None) -> Tensor:
+        return placeholder_gradient(ctx.weight)
+
+
+class _AddsToMainGrad:
+    """Mixin for Megatron's linears: `gradient_accumulation_fusion` for weights with a `main_grad`,
+    also under recomputation."""
+
+    gradient_accumulation_fusion: bool
+
+    def _forward_impl(self, input: Tensor, weight: Any, **settings: Any) -> Any:
+        fused = self.gradient_accumulation_fusion and hasattr(weight, "main_grad")
+        if fused and weight.requires_grad and torch.is_grad_enabled():
+            main_grad = weight.main_grad
+            weight = _AccumulatedWeight.apply(weight)
+            weight.main_grad = main_grad
+        settings["gradient_accumulation_fusion"] = fused
+        forward: Any = super()._forward_impl  # type: ignore[misc]
+        return forward(input, weight, **settings)
+
+
+class _ColumnParallelLinear(_AddsToMainGrad, ColumnParallelLinear):
+    pass
+
+
+class _RowParallelLinear(_AddsToMainGrad, RowParallelLinear):
+    pass
 
 
 def _leave(weight: Tensor) -> Tensor:
@@ -52,7 +124,7 @@ def column_linear(
     name: the weight's global name. blocks: parts of the outputs that are sharded separately.
     stride: number of equal blocks, for Megatron's own bookkeeping.
     """
-    linear = ColumnParallelLinear(
+    linear = _ColumnParallelLinear(
         inputs,
         outputs,
         config=config,
@@ -73,7 +145,7 @@ def row_linear(
 
     name: the weight's global name.
     """
-    linear = RowParallelLinear(
+    linear = _RowParallelLinear(
         inputs,
         outputs,
         config=config,

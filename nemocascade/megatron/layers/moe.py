@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -72,17 +71,16 @@ class Router(MegatronModule):
             experts=choices,
         )
 
-    def update_bias(self, group: dist.ProcessGroup, rate: float) -> Tensor:
-        """Move the bias by `rate` towards equal load and reset the counts.
-
-        group: the ranks that routed different tokens. Returns the load, [E], summed over them.
-        """
-        load = self.load.clone()
-        dist.all_reduce(load, group=group)
+    def next_bias(self, load: Tensor, rate: float) -> Tensor:
+        """The bias moved by `rate` towards equal load. load: [E], summed over all tokens."""
         if rate and self.config.shape.router_bias:
-            self.expert_bias.copy_(update_expert_bias(self.expert_bias, load, rate))
+            return update_expert_bias(self.expert_bias, load, rate)
+        return self.expert_bias
+
+    def start_step(self, bias: Tensor) -> None:
+        """Set the bias [E] and reset the counts."""
+        self.expert_bias.copy_(bias)
         self.load.zero_()
-        return load
 
 
 class Experts(MegatronModule):

@@ -6,6 +6,7 @@ import math
 
 import torch
 from nemocascade_kernels import PackedSeq
+from nemocascade_kernels.common.transfer import to_device
 from torch import Tensor
 
 
@@ -13,8 +14,9 @@ def rotary_tables(packed: PackedSeq, dim: int, base: float) -> tuple[Tensor, Ten
     """cos and sin of `position * base^(-2 i / dim)`, i < dim / 2: both [T, dim / 2] float32."""
 
     def make() -> tuple[Tensor, Tensor]:
-        cos, sin = rotary_at(packed.positions_on_host(), dim, base)
-        return cos.to(packed.device), sin.to(packed.device)
+        tables = rotary_at(packed.positions_on_host(), dim, base)
+        cos, sin = to_device(tables, packed.device)
+        return cos, sin
 
     return packed.cached(("rotary", dim, base), make)
 
