@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import pytest
 from helpers.ranks import run_ranks
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "EP2": {"ep": 2},
-    "TP2 ETP2": {"tp": 2, "etp": 2},
+    "EP2 ETP2": {"ep": 2, "etp": 2},
 }
 
 
 def dispatch_each(layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Dispatches of each layout: with and without recomputation, and with a GPU's gather."""
-    from unittest import mock
-
     from nemocascade_kernels.testing import PoisonedMemory
 
     from nemocascade.megatron.layers import dispatch
@@ -38,7 +38,7 @@ def _dispatch(parallel: dict[str, Any], recompute: bool) -> dict[str, Any]:
     from nemocascade.megatron.microbatch import Microbatch
 
     world, [model] = _model(parallel, "E", recompute)
-    packed = Microbatch.from_batch(_batches(1)[0], world.device)
+    packed = Microbatch.from_batch(_batches(world.size)[world.rank], world.device)
     assert packed.batch is not None
     with _Messages() as forward:
         loss = model(packed, Nll(packed.batch.token_weight)).loss
@@ -101,45 +101,43 @@ class _Messages:
 
     def __init__(self) -> None:
         self.sent = self.read = 0
+        self._stack = ExitStack()
 
     def __enter__(self) -> _Messages:
-        from contextlib import ExitStack
-        from unittest import mock
-
-        from torch.overrides import TorchFunctionMode
+        import torch
 
         from nemocascade.megatron.layers import dispatch
 
-        counts, send = self, dispatch.dist.all_to_all_single
-
-        class Reads(TorchFunctionMode):
-            def __torch_function__(
-                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-            ) -> Any:
-                kwargs, name = kwargs or {}, func.__name__
-                if sys._getframe(1).f_code.co_filename == dispatch.__file__:
-                    # Without an output size, the host reads it from the device.
-                    sized = isinstance(args[-1], int) or "output_size" in kwargs
-                    counts.read += name in ("tolist", "item", "__int__", "__bool__")
-                    counts.read += name == "repeat_interleave" and not sized
-                return func(*args, **kwargs)
+        send = dispatch.dist.all_to_all_single
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            counts.sent += 1
+            self.sent += 1
             return send(*args, **kwargs)
 
-        self._stack = ExitStack()
-        self._stack.enter_context(mock.patch.object(dispatch.dist, "all_to_all_single", counted))
-        self._stack.enter_context(Reads())
+        self._patch(dispatch.dist, "all_to_all_single", counted)
+        for name in ("tolist", "item", "__int__", "__bool__", "repeat_interleave"):
+            real = getattr(torch.Tensor, name)
+
+            def reading(*args: Any, real: Any = real, **kwargs: Any) -> Any:
+                # Without an output size, the host reads the sum of repeats.
+                sized = isinstance(args[-1], int) or "output_size" in kwargs
+                if sys._getframe(1).f_code.co_filename == dispatch.__file__ and not sized:
+                    self.read += 1
+                return real(*args, **kwargs)
+
+            self._patch(torch.Tensor, name, reading)
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def _patch(self, owner: Any, name: str, value: Any) -> None:
+        self._stack.enter_context(mock.patch.object(owner, name, value))
+
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
 
 
 @pytest.fixture(scope="module")
 def dispatched() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = run_ranks(dispatch_each, 2, {"layouts": LAYOUTS})
+    found: list[dict[str, Any]] = run_ranks(dispatch_each, 4, {"layouts": LAYOUTS})
     return found
 
 
