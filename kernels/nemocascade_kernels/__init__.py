@@ -28,6 +28,7 @@ from nemocascade_kernels.moe_experts.op import (
     moe_permute,
     moe_unpermute,
 )
+from nemocascade_kernels.moe_router.logits import router_logits
 from nemocascade_kernels.moe_router.losses import load_balance_loss, update_expert_bias, z_loss
 from nemocascade_kernels.moe_router.op import make_routing, moe_route
 from nemocascade_kernels.mopd_advantage.op import (
@@ -67,6 +68,7 @@ __all__ = [
     "mopd_advantage",
     "mopd_advantage_metrics",
     "rms_norm",
+    "router_logits",
     "step_attention",
     "step_draw",
     "step_experts",

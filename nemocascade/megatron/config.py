@@ -157,5 +157,10 @@ def _parallel_fields(parallel: ParallelConfig) -> dict[str, Any]:
         # when chunks interleave. Overlapped messages use two groups.
         "batch_p2p_comm": parallel.vpp == 1,
         "overlap_p2p_comm": parallel.vpp > 1,
+        # Megatron's default waits for the device after each message, for torch before 2.0: waiting
+        # for a batch did not order the streams (pytorch/pytorch#82450).
+        "batch_p2p_sync": False,
+        # A stage's output is not needed after it has been sent: backward starts at its node.
+        "deallocate_pipeline_outputs": parallel.pp > 1,
         "sequence_parallel": parallel.tp > 1,
     }

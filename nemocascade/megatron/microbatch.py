@@ -12,14 +12,40 @@ from nemocascade.megatron.replay import RouteRecorder, RouteReplay
 from nemocascade.types import PackedBatch
 
 
+@dataclass(frozen=True, eq=False)
+class DispatchPlan:
+    """Message sizes of one dispatch to the experts of other ranks.
+
+    to_owner: this rank's slots for each of the ep expert groups.
+    received: rows from each of the ep x etp ranks.
+    arrived: [ep * etp, local experts] int32 on the device, rows from each rank for each expert.
+    """
+
+    to_owner: list[int]
+    received: list[int]
+    arrived: Tensor
+
+    @property
+    def copies(self) -> int:
+        """Ranks that share an expert (etp); each gets a copy of its rows."""
+        return len(self.received) // len(self.to_owner)
+
+    @property
+    def sent(self) -> list[int]:
+        """Rows to each of the ep x etp ranks."""
+        return [count for count in self.to_owner for _ in range(self.copies)]
+
+
 @dataclass(eq=False)
 class FirstPass:
     """Results of a layer's forward pass for its recomputation in backward.
 
-    experts: [rows, K] int32, the router's choices; None before the forward pass.
+    experts: [rows, K] int32, the router's choices. dispatch: the plan for them. Both are None
+    before the forward pass.
     """
 
     experts: Tensor | None = None
+    dispatch: DispatchPlan | None = None
 
 
 @dataclass(frozen=True, eq=False)

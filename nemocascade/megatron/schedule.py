@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -60,5 +61,7 @@ def run_schedule(
 
 
 def _collect(out: Any, loss: Tensor) -> tuple[Tensor, Tensor, Any]:
-    # Megatron divides by a token count; the token weights already contain the normaliser.
-    return loss, torch.ones((), dtype=torch.int, device=loss.device), out
+    # Megatron divides by a token count; the token weights already contain the normaliser. It also
+    # frees the loss that it gets, as it frees any stage's output.
+    kept = replace(out, loss=loss.detach())
+    return loss, torch.ones((), dtype=torch.int, device=loss.device), kept

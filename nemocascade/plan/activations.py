@@ -98,13 +98,10 @@ class Activations:
         scores = rows * m.num_experts * 4
         slots = rows * m.experts_per_token
         terms = {"router": scores + rows * 4 * m.experts_per_token}
-        if self.width < 4:
-            terms["router"] += rows * m.hidden_size * 4 + m.num_experts * m.hidden_size * 4
-        if not self.job.moe.freeze_router:
-            if self.job.moe.load_balance != "none" and self.job.moe.load_balance_coef:
-                terms["router losses"] = 2 * scores + rows * 4
-            if self.job.moe.z_loss_coef:
-                terms["router losses"] = terms.get("router losses", 0.0) + 8 * rows
+        moe = self.job.moe
+        if not moe.freeze_router and moe.load_balance != "none" and moe.load_balance_coef:
+            # Backward computes the losses' scores again, from the logits and each token's document.
+            terms["router losses"] = 8 * rows
         # Weights, experts, order and positions, 4 bytes each.
         terms["routing"] = 4 * 4 * slots
         terms |= self._experts(slots)
@@ -119,10 +116,12 @@ class Activations:
         if p.ep * p.etp == 1:
             return {"experts": slots * hidden}
         arrived = slots * p.etp * self.job.imbalance
+        # A GPU gathers the rows by the routing; a CPU keeps an index.
+        index = 0.0 if self.job.on_gpu else slots * p.etp * 8
         return {
             "experts": arrived * hidden,
             "dispatch": arrived * (m.hidden_size * self.width + 4 * 4)
-            + slots * p.etp * 8
+            + index
             + slots * m.hidden_size * self.width,
         }
 

@@ -16,7 +16,9 @@ from nemocascade.plan.job import Job
 from nemocascade.plan.memory import worst_rank
 from nemocascade.recipe import MoeTrainingConfig, OptimizerConfig
 
-LAYERS = [f"nano-{kind}{end}" for kind in ("mamba", "attention", "moe") for end in ("", "-recompute")]
+LAYERS = [
+    f"nano-{kind}{end}" for kind in ("mamba", "attention", "moe") for end in ("", "-recompute")
+]
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -94,3 +94,16 @@ def assert_packed_equals_alone(
         for name, a, b, largest in zip(names, together, mine, scale, strict=True):
             error = float((a[document] - b).abs().max() / largest)
             assert error < tolerance, f"{name} of rows {document} is off by {error:.1e}"
+
+
+def kept_for_backward(function: Callable[[], Tensor]) -> list[Tensor]:
+    """The tensors that autograd keeps for the backward of `function()`."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert function().requires_grad
+    return kept

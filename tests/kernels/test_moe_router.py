@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.layers import kept_for_backward
 from nemocascade_kernels import (
     Routing,
     load_balance_loss,
@@ -402,6 +403,15 @@ class TestLosses:
         torch.testing.assert_close(grad, torch.autograd.grad(expected, self.logits)[0])
         assert (grad[33:] == 0).all()
         assert (grad[~self.mask] == 0).all()
+
+    def test_backward_keeps_no_scores(self) -> None:
+        def losses() -> Tensor:
+            balance = load_balance_loss(self.logits, self.routing, self.cu, token_mask=self.mask)
+            return balance + z_loss(self.logits, token_mask=self.mask)
+
+        own = self.logits.data_ptr()
+        kept = [t for t in kept_for_backward(losses) if t.data_ptr() != own]
+        assert all(tensor.numel() < self.logits.numel() for tensor in kept)
 
     def test_global_loss(self) -> None:
         loss = load_balance_loss(

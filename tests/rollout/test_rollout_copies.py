@@ -15,7 +15,7 @@ import torch
 from helpers.rollout import ODD, draw_tokens, make_model
 from torch import Tensor
 
-from nemocascade.megatron.generation import cached_layers, model_runner, transfer
+from nemocascade.megatron.generation import cached_layers, model_runner
 from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.replay import RouteRecorder
@@ -163,37 +163,3 @@ def test_remote_tensors_change_nothing(
     expected = texts()
     request.getfixturevalue("transfers")
     assert texts() == expected
-
-
-def test_one_transfer_carries_all_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of any shapes and dtypes have aligned addresses in one pinned buffer."""
-    tensors = [
-        torch.arange(5, dtype=torch.int64),
-        torch.tensor([True, False, True]),
-        torch.empty(0, dtype=torch.int64),
-        torch.randn(3, 7),
-        torch.arange(6, dtype=torch.int32).view(2, 3).t(),
-        torch.tensor(2.5, dtype=torch.float64),
-    ]
-    empty, to = torch.empty, Tensor.to
-    moves: list[Tensor] = []
-
-    def pinned(*size: int, dtype: torch.dtype, pin_memory: bool) -> Tensor:
-        assert pin_memory
-        return empty(*size, dtype=dtype)
-
-    def move(buffer: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
-        assert non_blocking
-        moves.append(to(buffer, "cpu", copy=True))
-        return moves[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", pinned)
-        patch.setattr(Tensor, "to", move)
-        found = transfer.to_device(tensors, torch.device("cuda"))
-    assert len(moves) == 1
-    for one, other in zip(found, tensors, strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-        assert (one.data_ptr() - moves[0].data_ptr()) % 16 == 0 or not one.numel()
-        assert one.untyped_storage().data_ptr() == moves[0].untyped_storage().data_ptr()

@@ -7,9 +7,11 @@ tokens that `token_mask` keeps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nemocascade_kernels.common.routing import NORMALIZE_EPSILON, Routing, scores_of
 
@@ -84,8 +86,19 @@ def load_balance_loss(
         present = (lengths > 0).sum().clamp(min=1)
         scale = num_experts * coef / top_k / present / lengths.clamp(min=1).double().square()
         factors = (loads * (scale * (lengths > 0)).unsqueeze(1)).float()
+    return _recomputed(_weighted_shares, logits, document, factors, score)
+
+
+def _recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Call `function`; backward computes it again, instead of keeping [T, E] tensors."""
+    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result
+
+
+def _weighted_shares(logits: Tensor, document: Tensor, factors: Tensor, score: str) -> Tensor:
+    """Sum over tokens and experts of the scores' shares times factors [D + 1, E]."""
     # An excluded token may hold any value, even NaN: it is replaced.
-    absent = document == documents
+    absent = document == factors.shape[0] - 1
     scores = scores_of(logits.masked_fill(absent.unsqueeze(1), 0.0), score)
     shares = scores / (scores.sum(dim=-1, keepdim=True) + NORMALIZE_EPSILON)
     # Weighting each token by its document's factors avoids a sum over a document, and atomics.
@@ -129,17 +142,21 @@ def z_loss(
     Returns:
         A float32 scalar; 0 if no token counts.
     """
-    if token_mask is not None:
-        logits = logits.masked_fill(~token_mask.unsqueeze(1), 0.0)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    squares = wide.logsumexp(dim=-1).square()
-    if token_mask is not None:
-        squares = squares * token_mask
+    squares = _recomputed(_squared_sums, logits, token_mask)
     if num_tokens is None:
         num_tokens = squares.shape[0] if token_mask is None else token_mask.sum()
     if isinstance(num_tokens, Tensor):
         return coef * squares.sum() / num_tokens.clamp(min=1)
     return coef * squares.sum() / max(num_tokens, 1)
+
+
+def _squared_sums(logits: Tensor, token_mask: Tensor | None) -> Tensor:
+    """logsumexp_e(logits_te)^2, [T]; 0 where a token does not count."""
+    if token_mask is not None:
+        logits = logits.masked_fill(~token_mask.unsqueeze(1), 0.0)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    squares = wide.logsumexp(dim=-1).square()
+    return squares if token_mask is None else squares * token_mask
 
 
 @torch.no_grad()

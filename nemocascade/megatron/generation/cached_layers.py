@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 from nemocascade_kernels import MambaWeights
+from nemocascade_kernels.common.transfer import to_device
 from torch import Tensor
 
 from nemocascade.megatron.generation.chunked_prefill import chunked_prefill_attention
 from nemocascade.megatron.generation.layers import DecodeStep, MlpSlotLayer, MoeSlotLayer, SlotLayer
 from nemocascade.megatron.generation.slot_assignment import SlotAssignment
-from nemocascade.megatron.generation.transfer import to_device
 from nemocascade.megatron.layers.attention import Attention
 from nemocascade.megatron.layers.block import ResidualBlock
 from nemocascade.megatron.layers.mamba import MambaMixer

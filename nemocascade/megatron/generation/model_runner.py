@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from nemocascade_kernels import decode_steps
+from nemocascade_kernels.common.transfer import to_device
 from torch import Tensor
 
 from nemocascade.megatron.generation.cached_layers import slot_layer
 from nemocascade.megatron.generation.decode_graph import DecodeGraphs
 from nemocascade.megatron.generation.layers import DecodeStep, SlotLayer
 from nemocascade.megatron.generation.slot_assignment import SlotAssignment
-from nemocascade.megatron.generation.transfer import to_device
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.replay import RouteRecorder

@@ -2,24 +2,28 @@
 
 One all-to-all over the joint expert group (ep x etp) serves both axes: a row is sent to every rank
 of its expert's tensor-parallel group, and its source rank sums the partial results. Slots are
-already sorted by expert, so no dense [T, E] tensor is made. The host must know the message sizes,
-which costs one synchronisation a layer.
+already sorted by expert, so no dense [T, E] tensor is made, and the counts of each expert tell the
+receiver the experts of its rows. The host must know the message sizes, which costs one
+synchronisation a layer, and none in its recomputation.
 
-Shape letters: T tokens, S routed slots of this rank, R rows that arrive, K experts a token.
+Shape letters: T tokens, S routed slots of this rank, R rows that arrive, K experts a token, L
+experts of a rank, N ranks of the joint group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import all_to_all
-from nemocascade_kernels import Routing, make_routing, moe_unpermute
+from nemocascade_kernels import Routing, make_routing, moe_permute, moe_unpermute
 from torch import Tensor
+
+from nemocascade.megatron.microbatch import DispatchPlan, FirstPass
 
 
 def dispatched(
@@ -27,68 +31,116 @@ def dispatched(
     routing: Routing,
     experts: Callable[[Tensor, Routing], Tensor],
     groups: ProcessGroupCollection,
+    first_pass: FirstPass | None = None,
 ) -> Tensor:
     """`sum_k weights_k expert_k(x)` with experts on other ranks.
 
     x: [T, H]. routing: over all experts. experts: applies this rank's experts to rows [R, H] with a
-    routing of one expert a row. Returns [T, H].
+    routing of one expert a row. first_pass: keeps the plan for the recomputation in backward.
+    Returns [T, H].
     """
-    etp = groups.expt_tp.size()
-    ep = groups.ep.size()
-    local_experts = routing.num_experts // ep
-    counts = routing.counts.view(ep, local_experts)
-    plan = _exchange_counts(counts, groups, etp)
-    slots = routing.order[: sum(plan.to_owner)]
-    expert_of_slot = torch.repeat_interleave(
-        torch.arange(ep * local_experts, device=x.device), routing.counts.long()
-    ).remainder(local_experts)
-    copies = _copy_index(plan.to_owner, etp, x.device)
-    rows = x.index_select(0, (slots // routing.top_k).long()[copies])
-    sent = all_to_all(groups.tp_ep, rows, plan.received, plan.sent)
-    ids = _send_ids(expert_of_slot[copies], plan, groups)
-    ones = torch.ones(ids.numel(), 1, dtype=torch.float32, device=x.device)
-    y = experts(sent, make_routing(ids[:, None], ones, local_experts))
-    back = all_to_all(groups.tp_ep, y, plan.sent, plan.received)
-    # Slots of padding are not dispatched; they come last.
-    masked = routing.order.numel() - slots.numel()
-    y = F.pad(_sum_copies(back, plan.to_owner, etp), (0, 0, 0, masked))
-    return moe_unpermute(y, routing)
+    plan = None if first_pass is None else first_pass.dispatch
+    if plan is None:
+        plan = _exchange_counts(routing.counts, groups)
+        if first_pass is not None:
+            first_pass.dispatch = plan
+    group, sent, received = groups.tp_ep, plan.sent, plan.received
+    # No name holds the rows that were sent: they are most of the layer's memory.
+    rows = _Exchange.apply(_outgoing(x, routing, plan), sum(received), received, sent, group)
+    rows = experts(rows, _arrived_routing(plan))
+    rows = _Exchange.apply(rows, _returning(routing, plan), sent, received, group)
+    return moe_unpermute(_sum_copies(rows, routing, plan), routing)
 
 
-class _Plan:
-    """Message sizes. to_owner: slots for each ep rank; sent, received: rows for each rank."""
-
-    def __init__(self, to_owner: list[int], sent: list[int], received: list[int]) -> None:
-        self.to_owner, self.sent, self.received = to_owner, sent, received
-
-
-def _exchange_counts(counts: Tensor, groups: ProcessGroupCollection, etp: int) -> _Plan:
-    per_owner = counts.sum(1).to(torch.int64)
-    outgoing = per_owner.repeat_interleave(etp)
-    incoming = torch.empty_like(outgoing)
-    dist.all_to_all_single(incoming, outgoing, group=groups.tp_ep)
-    return _Plan(per_owner.tolist(), outgoing.tolist(), incoming.tolist())
+def _exchange_counts(counts: Tensor, groups: ProcessGroupCollection) -> DispatchPlan:
+    ep, etp = groups.ep.size(), groups.expt_tp.size()
+    counts = counts.view(ep, -1)
+    outgoing = counts.repeat_interleave(etp, dim=0)
+    arrived = torch.empty_like(outgoing)
+    dist.all_to_all_single(arrived, outgoing, group=groups.tp_ep)
+    sizes = torch.cat([counts.sum(1), arrived.sum(1)]).cpu().tolist()
+    return DispatchPlan(to_owner=sizes[:ep], received=sizes[ep:], arrived=arrived)
 
 
-def _send_ids(ids: Tensor, plan: _Plan, groups: ProcessGroupCollection) -> Tensor:
-    arrived = ids.new_empty(sum(plan.received))
-    dist.all_to_all_single(arrived, ids.contiguous(), plan.received, plan.sent, groups.tp_ep)
-    return arrived
+def _arrived_routing(plan: DispatchPlan) -> Routing:
+    """The local expert of each row that arrives: each rank's rows are sorted by expert."""
+    ranks, experts = plan.arrived.shape
+    ids = torch.arange(experts, dtype=torch.int32, device=plan.arrived.device).repeat(ranks)
+    ids = ids.repeat_interleave(plan.arrived.flatten(), output_size=sum(plan.received))
+    return make_routing(ids[:, None], torch.ones_like(ids[:, None], dtype=torch.float32), experts)
 
 
-def _copy_index(to_owner: list[int], etp: int, device: torch.device) -> Tensor:
-    """Send order of the slots: each owner's segment, once for each rank of its group."""
-    ends = list(accumulate(to_owner))
-    stretches = [
-        torch.arange(end - n, end, device=device).repeat(etp)
-        for n, end in zip(to_owner, ends, strict=True)
+def _outgoing(x: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+    """Rows to send: each owner's segment, once for each rank of its tensor-parallel group.
+
+    Rows past the last one sent may have any values.
+    """
+    # On a GPU the gradient of an index would be summed by atomics, in no fixed order.
+    return _indexed(x, routing, plan) if x.is_cpu else _permuted(x, routing, plan)
+
+
+def _indexed(x: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+    tokens = (routing.order[: sum(plan.to_owner)] // routing.top_k).long()
+    ends = list(accumulate(plan.to_owner))
+    copies = [
+        torch.arange(end - n, end).repeat(plan.copies)
+        for n, end in zip(plan.to_owner, ends, strict=True)
     ]
-    return torch.cat(stretches)
+    return x.index_select(0, tokens[torch.cat(copies)])
 
 
-def _sum_copies(back: Tensor, to_owner: list[int], etp: int) -> Tensor:
-    """Sum the copies: [S * etp, H] in the order of `_copy_index` -> [S, H]."""
-    if etp == 1:
+def _permuted(x: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+    rows = moe_permute(x, routing)
+    if plan.copies == 1:
+        return rows
+    segments = rows[: sum(plan.to_owner)].split(plan.to_owner)
+    return torch.cat([segment for segment in segments for _ in range(plan.copies)])
+
+
+def _returning(routing: Routing, plan: DispatchPlan) -> int:
+    """Rows that `_sum_copies` takes."""
+    return routing.order.numel() if plan.copies == 1 else sum(plan.sent)
+
+
+def _sum_copies(back: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+    """Sum the copies of `_outgoing`: [T * K, H] in the order of the slots.
+
+    Slots of padding are not dispatched; they come last, and may have any values.
+    """
+    if plan.copies == 1:
         return back
-    parts = back.split([n * etp for n in to_owner])
-    return torch.cat([p.view(etp, -1, back.shape[-1]).sum(0) for p in parts])
+    parts = back.split([n * plan.copies for n in plan.to_owner])
+    summed = torch.cat([p.view(plan.copies, -1, back.shape[-1]).sum(0) for p in parts])
+    return F.pad(summed, (0, 0, 0, routing.order.numel() - summed.shape[0]))
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of the first rows: [>= sum(sent), H] -> [rows, H], rows at least sum(received).
+
+    Further rows, also those of the gradient, are not written.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        rows: int,
+        received: list[int],
+        sent: list[int],
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        ctx.rows, ctx.received, ctx.sent, ctx.group = x.shape[0], received, sent, group
+        return _exchange(x, rows, received, sent, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = _exchange(grads[0], ctx.rows, ctx.sent, ctx.received, ctx.group)
+        return grad, None, None, None, None
+
+
+def _exchange(
+    x: Tensor, rows: int, received: list[int], sent: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    out = x.new_empty(rows, x.shape[1])
+    dist.all_to_all_single(out[: sum(received)], x[: sum(sent)].contiguous(), received, sent, group)
+    return out

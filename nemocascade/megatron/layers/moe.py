@@ -8,19 +8,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
-from nemocascade_kernels import Routing, moe_experts, moe_route, update_expert_bias
+from nemocascade_kernels import (
+    Routing,
+    moe_experts,
+    moe_route,
+    router_logits,
+    update_expert_bias,
+)
 from torch import Tensor, nn
 
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.layers.dispatch import dispatched
 from nemocascade.megatron.layers.mlp import MLP
 from nemocascade.megatron.layers.moe_loss import attach_loss, load_balance_loss, z_loss
-from nemocascade.megatron.microbatch import Microbatch
+from nemocascade.megatron.microbatch import FirstPass, Microbatch
 
 
 class Router(MegatronModule):
@@ -50,7 +55,9 @@ class Router(MegatronModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits [T, E] float32 of x [T, H]."""
-        return F.linear(x.float(), self.weight.float())
+        # On a CPU this gradient is rounded like that of every linear layer.
+        accumulate = x.is_cuda and hasattr(self.weight, "main_grad")
+        return router_logits(x, self.weight, accumulate_main_grad=accumulate)
 
     def route(
         self, logits: Tensor, token_mask: Tensor | None, choices: Tensor | None = None
@@ -126,8 +133,11 @@ class Experts(MegatronModule):
             self.linear_fc1.data[local] = up[:, cut].reshape(-1, shape.hidden_size)
             self.linear_fc2.data[local] = down[:, cut]
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Apply the experts: x [T, H] and its routing over all experts -> [T, H]."""
+    def forward(self, x: Tensor, routing: Routing, first_pass: FirstPass | None = None) -> Tensor:
+        """Apply the experts: x [T, H] and its routing over all experts -> [T, H].
+
+        first_pass: that of the layer, if backward recomputes it.
+        """
 
         def experts(rows: Tensor, local: Routing) -> Tensor:
             return moe_experts(
@@ -141,7 +151,7 @@ class Experts(MegatronModule):
 
         if self.ep_size * self.etp_size == 1:
             return experts(x, routing)
-        return dispatched(x, routing, experts, self.groups)
+        return dispatched(x, routing, experts, self.groups, first_pass)
 
     def sharded_state_dict(
         self,
@@ -209,7 +219,7 @@ class MoEMixer(MegatronModule):
         # The choices of the forward pass, if this is its recomputation in backward.
         earlier = None if packed.first_pass is None else packed.first_pass.experts
         routing = self._route(logits, packed, rows, earlier)
-        y: Tensor = self.experts(x, routing)
+        y: Tensor = self.experts(x, routing, packed.first_pass)
         if self.training and torch.is_grad_enabled():
             y = self._with_losses(y, logits, routing, packed, rows)
             if earlier is None:
