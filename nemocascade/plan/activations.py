@@ -142,13 +142,57 @@ class Activations:
         logits = head_bytes(self.model, tokens, self.width, tp=tp, on_gpu=self.job.on_gpu)
         return gathered + self.stream + logits
 
-    def layer_peak(self, symbol: str) -> float:
-        """Peak bytes of one layer's backward beside the kept activations: its gradients, and with
-        recomputation all of its recomputed activations."""
+    def backward_peak(self, symbol: str) -> float:
+        """Peak bytes of one layer's backward, with all that the layer keeps.
+
+        They are the same with recomputation, which runs the layer forward before. A term is dropped
+        where its operator's backward has already run.
+        """
         terms = self.full_layer(symbol)
-        largest = max(terms.values())
-        again = sum(terms.values()) - self.stream if self.job.engine.recompute else 0.0
-        return again + 2 * self.stream + largest
+        # The gradient of the layer's output stays until it is added to that of its input.
+        moments = {
+            "M": self._mamba_moments,
+            "*": self._attention_moments,
+            "E": self._moe_moments,
+        }.get(symbol, self._mlp_moments)(terms)
+        return self.stream + max(moments)
+
+    def _whole(self) -> float:
+        """Bytes of a gathered sequence and of its gradient, in backward of a parallel linear."""
+        hidden = self.job.capacity * self.model.hidden_size * self.width
+        return 2 * hidden if self.parallel.tp > 1 else hidden
+
+    def _attention_moments(self, terms: Terms) -> list[float]:
+        everything = sum(terms.values())
+        inputs, sums = terms["attention q k v"], terms["attention sums"]
+        query = self.job.capacity * self.model.num_heads / self.parallel.tp
+        query *= self.model.head_dim * self.width
+        # Gradients of the output and of q, k, v; then those of the projection.
+        core = everything + query + inputs + sums
+        projection = everything - terms["attention output"] + inputs + self._whole()
+        return [core, projection]
+
+    def _mlp_moments(self, terms: Terms) -> list[float]:
+        # Gradients of the activation's output and of its input.
+        return [sum(terms.values()) + terms["MLP"], sum(terms.values()) + self._whole()]
+
+    def _moe_moments(self, terms: Terms) -> list[float]:
+        m, p = self.model, self.parallel
+        shared = terms.get("shared expert", 0.0)
+        gates = 2 if m.activation == "swiglu" else 1
+        slots = self.rows * m.experts_per_token
+        arrived = slots * p.etp * self.job.imbalance if p.ep * p.etp > 1 else slots
+        columns = m.expert_width / p.etp
+        moments = [sum(terms.values()) + shared + self._whole()] if shared else []
+        # The shared expert runs backward first and leaves the gradient of its input. The experts'
+        # activation is computed again beside its gradient; the rows of x follow, and their sum.
+        experts = sum(terms.values()) - shared + (self.stream if shared else 0.0)
+        experts += arrived * columns * (gates + 1) * self.width
+        experts += arrived * m.hidden_size * self.width
+        experts += self.stream + self.rows * m.num_experts * 4
+        if p.ep * p.etp > 1:
+            experts += arrived * m.hidden_size * self.width
+        return [*moments, experts]
 
 
 def in_flight(parallel: ParallelConfig, pp_rank: int, microbatches: int) -> float:

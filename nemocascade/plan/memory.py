@@ -17,8 +17,8 @@ _FIXED = 2.5 * GIB
 class Memory:
     """Bytes of one rank, by purpose.
 
-    activations: most that is kept between forward and backward. peak: one operator's backward, or
-    the LM head while its logits exist, whichever is more. other: context and communication.
+    activations: kept between forward and backward. peak: in addition, in one layer's backward, or
+    in the LM head while its logits exist, whichever is more. other: context and communication.
     """
 
     place: Place
@@ -47,7 +47,7 @@ class Memory:
             ("optimizer", self.optimizer),
             ("router buffers", self.buffers),
             ("activations", self.activations),
-            ("largest operator or LM head", self.peak),
+            ("largest layer or LM head", self.peak),
             ("teachers", self.teachers),
             ("rollout caches (instead of activations)", self.rollout),
             ("context, communication", self.other),
@@ -63,15 +63,18 @@ def stage_memory(job: Job, place: Place) -> Memory:
     first, last = place.pp == 0, place.pp == job.parallel.pp - 1
     flying = in_flight(job.parallel, place.pp, job.microbatches)
     activations = flying * sum(sum(kept.layer(symbol).values()) for symbol in layers)
-    peaks = [kept.layer_peak(symbol) for symbol in set(layers)]
     if first:
         activations += flying * sum(kept.embedding().values())
-    if last:
-        # The backward of a micro-batch directly follows its loss: only one is in flight.
-        activations += sum(kept.head().values())
-        peaks.append(kept.head_peak())
     if job.parallel.pp > 1:
         activations += 2 * kept.stream
+    moments = [
+        (activations, kept.backward_peak(symbol) - sum(kept.layer(symbol).values()))
+        for symbol in set(layers)
+    ]
+    if last:
+        # The backward of a micro-batch directly follows its loss: only one is in flight.
+        moments.append((activations + sum(kept.head().values()), kept.head_peak()))
+    activations, peak = max(moments, key=sum, default=(activations, 0.0))
     return Memory(
         place=place,
         parameters=state.parameters,
@@ -79,7 +82,7 @@ def stage_memory(job: Job, place: Place) -> Memory:
         optimizer=state.optimizer,
         buffers=state.buffers,
         activations=activations,
-        peak=max(peaks, default=0.0),
+        peak=peak,
         teachers=float(job.teachers * state.parameters),
         rollout=_rollout(job, layers),
         other=_FIXED if job.on_gpu else 0.0,
