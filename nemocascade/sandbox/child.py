@@ -116,9 +116,8 @@ class _Child:
             status, value = self._ask([function, list(arguments), timeout_s], limit)
         except TimeoutError:
             self.kill()
-            raise _WallTimeoutError(
-                f"{function} was killed after {limit:g} s of wall time"
-            ) from None
+            message = f"{function} was killed after {limit:g} s of wall time"
+            raise _WallTimeoutError(message) from None
         except (EOFError, BrokenPipeError, ValueError) as error:
             code = self.kill()
             if code == -signal.SIGPROF:

@@ -4,8 +4,8 @@ It reads an order from standard input, `{"nonce", "framework", "tests", "files"}
 the tests' files, and writes JSON lines to the result pipe. The first is `{"nonce", "started"}`,
 before anything of the repository is loaded, or `{"nonce", "unable"}` if it cannot run. Then each
 test gives `{"nonce", "id", "outcome"}`, with `name` if it was requested by something other than its
-id, `text` if it did not pass, and `values` if it did. Only the standard library is used. The loaded code is not trusted: see `repository.py`
-for the consequences.
+id, `text` if it did not pass, and `values` if it did. Only the standard library is used. The loaded
+code is not trusted: see `repository.py` for the consequences.
 """
 
 from __future__ import annotations
@@ -165,11 +165,10 @@ class _Recorder(unittest.TestResult):
     def __init__(self, name: str, report: _Report, codes: TestCode) -> None:
         super().__init__()
         self._name, self._report, self._codes = name, report, codes
-        self._outcome, self._text = "", ""
+        self._outcome, self._text, self._replaced = "", "", False
 
     def startTest(self, test: Any) -> None:  # noqa: N802 - unittest's name
         super().startTest(test)
-        self._outcome = self._text = ""
         self._replaced = case_is_tampered(test, self._codes)
 
     def _note(self, outcome: str, text: str = "") -> None:
@@ -206,6 +205,8 @@ class _Recorder(unittest.TestResult):
         super().stopTest(test)
         replaced = self._replaced or case_is_tampered(test, self._codes)
         self._report(self._name, test.id(), self._outcome or "error", self._text, replaced)
+        # A skipped test may end without having started.
+        self._outcome, self._text, self._replaced = "", "", False
 
 
 def _failure(err: Any) -> str:

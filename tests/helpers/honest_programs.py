@@ -148,7 +148,8 @@ HONEST: dict[str, tuple[str, str, str]] = {
     "signals": (
         "import signal, os\nsignal.signal(signal.SIGALRM, lambda *a: print('rang'))\n"
         "signal.setitimer(signal.ITIMER_REAL, 0.01); signal.pause()\n"
-        "signal.signal(signal.SIGUSR1, lambda *a: print('used'))\nos.kill(os.getpid(), signal.SIGUSR1)",
+        "signal.signal(signal.SIGUSR1, lambda *a: print('used'))\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)",
         "",
         "rang\nused\n",
     ),
@@ -167,7 +168,8 @@ HONEST: dict[str, tuple[str, str, str]] = {
     ),
     "files": (
         "import os, shutil, pathlib\nos.makedirs('a/b'); pathlib.Path('a/b/c').write_text('x')\n"
-        "os.chmod('a/b/c', 0o600); os.utime('a/b/c'); shutil.copytree('a', 'd'); os.rename('d', 'e')\n"
+        "os.chmod('a/b/c', 0o600); os.utime('a/b/c'); shutil.copytree('a', 'd')\n"
+        "os.rename('d', 'e')\n"
         "os.symlink('a', 'l'); print(sorted(os.listdir('.')), open('l/b/c').read())\n"
         "shutil.rmtree('a')",
         "",
@@ -176,8 +178,8 @@ HONEST: dict[str, tuple[str, str, str]] = {
     "the library": (
         "import csv, json, zlib, gzip, bz2, lzma, hashlib, ssl, ctypes, uuid, logging, decimal\n"
         "import pickle, dataclasses, unittest, doctest, zoneinfo, xml.etree.ElementTree as e\n"
-        "print(json.loads(gzip.decompress(gzip.compress(b'[1]'))), len(hashlib.md5(b'').hexdigest()),"
-        " e.fromstring('<a/>').tag)",
+        "print(json.loads(gzip.decompress(gzip.compress(b'[1]'))), "
+        "len(hashlib.md5(b'').hexdigest()), e.fromstring('<a/>').tag)",
         "",
         "[1] 32 a\n",
     ),
