@@ -87,18 +87,25 @@ class Prompt:
     pass_rate: float | None = None
 
 
+Fault = Literal["answer", "row", "host"]
+"""The cause of a check that could not finish."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The result of a verifier: a reward or an error. A verifier failure is not a reward of 0.
 
     reward: finite; None exactly when `error` is set.
-    error: reason for a missing reward, such as a verifier that was killed at its timeout.
+    error: reason for a missing reward, such as a host on which no program can run.
     details: components of the reward, JSON values only.
+    fault: cause of a check that could not finish. If it is the answer, the reward is 0; a row or a
+        host that is at fault gives an error.
     """
 
     reward: float | None
     error: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    fault: Fault | None = None
 
     def __post_init__(self) -> None:
         if (self.reward is None) == (self.error is None):
@@ -108,6 +115,8 @@ class Verdict:
             )
         if self.reward is not None and not math.isfinite(self.reward):
             raise ValueError(f"reward {self.reward} is not finite: report an error instead")
+        if self.fault is not None and (self.fault == "answer") != (self.error is None):
+            raise ValueError(f"a fault of the {self.fault} cannot have the error {self.error!r}")
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ def _parse_call(block: str) -> ToolCall | str:
         return "a call must be <function=NAME>, its parameters and </function>, each on its line"
     name, body = function.group(1).strip(), function.group(2)
     arguments: dict[str, str] = {}
-    at = 0
-    while at < len(body.rstrip()):
+    at, end = 0, len(body.rstrip())
+    while at < end:
         parameter = _PARAMETER.match(body, at)
         if parameter is None:
             return f"{name}: a parameter must be <parameter=NAME>, its value and </parameter>"

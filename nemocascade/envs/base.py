@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,13 +14,25 @@ from typing import Any, cast
 
 from nemocascade.runtime.jsonl import read_objects
 from nemocascade.runtime.logging import LOGGER
-from nemocascade.sandbox.child import ChildPool
-from nemocascade.types import ROLES, Message, Prompt, Role, Row, Tool, ToolSession, Verdict
+from nemocascade.sandbox.child import ChildError, ChildHostError, ChildPool
+from nemocascade.types import (
+    ROLES,
+    Message,
+    Prompt,
+    Role,
+    Row,
+    SandboxError,
+    Tool,
+    ToolSession,
+    Verdict,
+)
 
 HELDOUT_SHARE = 4
 """One task in this many is held out, decided by the hash of its text."""
 TRIES = 2000
 """A difficulty is exhausted after this many consecutive tasks that were seen before."""
+_BOX = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 class Domain(ABC):
@@ -159,13 +172,16 @@ class Domain(ABC):
         return None
 
     def score(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        """Return the verdict on `response`. A failing verifier gives an error, never a zero."""
+        """Return the verdict on `response`.
+
+        A check that the answer itself makes fail gives 0; any other failure gives an error.
+        """
         if prompt.domain != self.domain:
             raise ValueError(f"{self.domain} cannot score a task of {prompt.domain}")
         try:
             return self.check(prompt, response)
-        except Exception as error:  # any failure of a verifier is reported, never scored as zero
-            return Verdict(None, f"{type(error).__name__}: {error}")
+        except Exception as error:  # any failure of a verifier becomes a verdict
+            return failed(error)
 
     def score_groups(
         self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
@@ -184,11 +200,34 @@ class Domain(ABC):
         return
 
 
+class AnswerFault(Exception):  # noqa: N818 - it is a verdict on an answer
+    """A check cannot finish because of the answer, which is therefore wrong."""
+
+
 class CheckedDomain(Domain):
     """Base class of domains that run some checks in killable children."""
 
     def __init__(self, children: ChildPool) -> None:
         self._children = children
+
+    def run_check(self, function: str, *arguments: Any, control: Sequence[Any]) -> Any:
+        """Run a check in a child.
+
+        control: arguments with a harmless answer. A check that fails is repeated with them, to see
+        whose fault it is. Raises AnswerFault if that succeeds, and else ChildError.
+        """
+        try:
+            return self._children.call(function, *arguments)
+        except ChildHostError:
+            raise
+        except ChildError as error:
+            try:
+                self._children.call(function, *control)
+            except ChildHostError:
+                raise
+            except ChildError:
+                raise error from None
+            raise AnswerFault(str(error)) from error
 
     def close(self) -> None:
         """End the children. Domains may share them; a later check starts new ones."""
@@ -230,29 +269,46 @@ def demonstration(prompt: Prompt, *, thinking: bool, careless: bool = False) -> 
     return [m if thinking else replace(m, reasoning="") for m in turns]
 
 
+def failed(error: Exception) -> Verdict:
+    """Return the verdict of a check that raised `error`."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, AnswerFault):
+        return Verdict(0.0, details={"reason": str(error)}, fault="answer")
+    on_host = isinstance(error, SandboxError | ChildHostError | OSError | MemoryError)
+    return Verdict(None, text, fault="host" if on_host else "row")
+
+
 def final_text(response: Sequence[Message]) -> str:
-    """Last assistant turn without its reasoning; empty if the reasoning was never closed."""
+    """Last assistant turn without its reasoning; empty if the last reasoning was never closed.
+
+    Reasoning opens at the start of the turn or of a line.
+    """
     last = response[-1] if response else None
     if last is None or last.role != "assistant":
         return ""
-    content = last.content
-    if "</think>" in content:
-        content = content.rpartition("</think>")[2]
-    elif content.lstrip().startswith("<think>"):
+    content = last.content.rpartition("</think>")[2].strip()
+    if content.startswith("<think>") or "\n<think>" in content:
         return ""
-    return content.strip()
+    return content
+
+
+def opens_box(text: str) -> bool:
+    r"""Return True if the text opens a `\boxed{`."""
+    return _BOX.search(text) is not None
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}`, with balanced braces; None without one."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for i in range(start + len("\\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : i].strip()
-        start = text.rfind("\\boxed{", 0, start)
+    r"""Content of the last `\boxed{...}`, with balanced braces; None without one.
+
+    The last opening decides: if it is never closed, there is no answer. Escaped braces, as in
+    `\{1, 2\}`, are text.
+    """
+    start = max((box.end() for box in _BOX.finditer(text)), default=len(text))
+    depth = 1
+    for brace in _BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start : brace.start()].strip()
     return None
 
 

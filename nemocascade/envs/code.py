@@ -17,7 +17,9 @@ from nemocascade.types import Message, Outcome, Program, Prompt, Row, Verdict
 TOLERANCE = 1e-6
 """Relative and absolute tolerance of numbers with a point or exponent; integers are exact."""
 
-_FENCE = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL)
+_FENCE = "```"
+_PYTHON = ("", "python", "py", "python3")
+"""Languages of fences around a program."""
 _INTEGER = re.compile(r"[+-]?\d+")
 
 
@@ -57,7 +59,9 @@ class Code(SandboxedDomain):
         passed, reason = (_calls if tests["function"] else _scripts)(self.sandbox, source, tests)
         wanted = len(tests["outputs"])
         details = {"passed": passed, "tests": wanted, "reason": reason}
-        return Verdict(float(passed == wanted and not reason), details=details)
+        stopped = reason.partition(":")[0] in ("time", "output")
+        right = passed == wanted and not reason
+        return Verdict(float(right), details=details, fault="answer" if stopped else None)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make a task. 0: one operation on x. 1: two. 2: a choice, or a loop over a list. 3: I/O.
@@ -94,9 +98,27 @@ class Code(SandboxedDomain):
 
 
 def program_of(text: str) -> str:
-    """Return the last fenced block of Python, or the whole text if there is none."""
-    blocks = _FENCE.findall(text)
-    return blocks[-1] if blocks else text
+    """Return the last fenced block of Python, or the whole text if there is none.
+
+    The last opening decides: if that block is never closed, the whole text counts, fences included.
+    """
+    program: str | None = None
+    lines: list[str] | None = None  # those of the open block
+    is_python = False
+    for line in text.split("\n"):
+        before, fence, after = line.partition(_FENCE)
+        language = after.strip("` \t\r").lower()
+        opens = bool(fence) and _FENCE not in after
+        if opens and (lines is None or (language and not before.strip())):
+            lines, is_python = [], language in _PYTHON
+            program = None if is_python else program
+        elif lines is not None and fence and not language:
+            if is_python:
+                program = "\n".join([*lines, before])
+            lines = None
+        elif lines is not None:
+            lines.append(line)
+    return text if program is None else program
 
 
 def same_output(expected: str, got: str) -> bool:

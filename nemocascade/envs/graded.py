@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from nemocascade.envs.base import Domain
+from nemocascade.envs.base import Domain, failed
 from nemocascade.judges.prompts import parse_grade
 from nemocascade.types import Answer, Judge, Message, Prompt, Question, Verdict
 
@@ -60,8 +60,8 @@ class GradedDomain(Domain):
             raise ValueError(f"{self.domain} cannot score a task of {prompt.domain}")
         try:
             return self.examine(prompt, response)
-        except Exception as error:  # any failure of a verifier is reported, never scored as zero
-            return Verdict(None, f"{type(error).__name__}: {error}")
+        except Exception as error:  # any failure of a verifier becomes a verdict
+            return failed(error)
 
     def _ask(self, questions: Sequence[Question]) -> list[Verdict]:
         if self.judge is None:

@@ -18,7 +18,9 @@ LanguageCheck = Literal["langdetect", "letters"]
 _ABBREVIATIONS = re.compile(
     r"\b(?:mr|mrs|ms|dr|prof|st|vs|etc|inc|ltd|jr|sr|co|no|fig|e\.g|i\.e|[a-z])\.$", re.IGNORECASE
 )
-_SENTENCE_END = re.compile(r"[.!?]+[\"')\]”’]*(?=\s|$)")
+_LONGEST_ABBREVIATION = 8
+# Possessive, and only from the start of a run: a run without a space behind it is read once.
+_SENTENCE_END = re.compile(r"(?<![.!?])([.!?]++)[\"')\]”’]*+(?=\s|$)")
 CONSTRAINED_RESPONSES = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
@@ -31,10 +33,16 @@ def follows(kind: str, arguments: dict[str, Any], text: str, language: LanguageC
     check = KINDS[kind]
     if not text.strip():
         return False
-    wants_english = kind in ("change_case:english_capital", "change_case:english_lowercase")
-    if kind == "language:response_language" or wants_english:
+    if kind.startswith(("language:", "change_case:english_")):
         return check(text, language_check=language, **arguments)
     return check(text, **arguments)
+
+
+def needs_langdetect(kind: str, language: LanguageCheck) -> bool:
+    """Return True if the check calls `langdetect`, which is slow and not linear in the text."""
+    return kind.startswith("language:") or (
+        language == "langdetect" and kind.startswith("change_case:english_")
+    )
 
 
 def count_words(text: str) -> int:
@@ -46,10 +54,10 @@ def count_sentences(text: str) -> int:
     """Count sentences: they end in `.`, `!` or `?` and a space, abbreviations excepted."""
     count, start = 0, 0
     for end in _SENTENCE_END.finditer(text):
-        piece = text[start : end.end()]
-        if _ABBREVIATIONS.search(piece.rstrip("\"')]”’")):
+        stop = end.end(1)
+        if _ABBREVIATIONS.search(text[max(start, stop - _LONGEST_ABBREVIATION) : stop]):
             continue
-        count += bool(piece.strip())
+        count += 1
         start = end.end()
     return count + bool(text[start:].strip())
 
@@ -123,7 +131,14 @@ def _nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_wor
 
 
 def _placeholders(text: str, num_placeholders: int) -> bool:
-    return len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+    found = 0
+    for line in text.split("\n"):
+        at = line.find("[")
+        # A line without a further `]` is read once, however many brackets it opens.
+        while at >= 0 and (end := line.find("]", at)) >= 0:
+            found += 1
+            at = line.find("[", end)
+    return found >= num_placeholders
 
 
 def _postscript(text: str, postscript_marker: str) -> bool:
@@ -133,8 +148,8 @@ def _postscript(text: str, postscript_marker: str) -> bool:
 
 
 def _bullets(text: str, num_bullets: int) -> bool:
-    stars = re.findall(r"^\s*\*[^*].*$", text, re.MULTILINE)
-    dashes = re.findall(r"^\s*-.*$", text, re.MULTILINE)
+    stars = re.findall(r"^[^\S\n]*\*[^*].*$", text, re.MULTILINE)
+    dashes = re.findall(r"^[^\S\n]*-.*$", text, re.MULTILINE)
     return len(stars) + len(dashes) == num_bullets
 
 
@@ -162,7 +177,11 @@ def _json_format(text: str) -> bool:
 
 
 def _title(text: str) -> bool:
-    return any(t.lstrip("<").rstrip(">").strip() for t in re.findall(r"<<[^\n]+>>", text))
+    for line in text.split("\n"):
+        start, end = line.find("<<"), line.rfind(">>")
+        if 0 <= start < end - 2 and line[start:end].lstrip("<").rstrip(">").strip():
+            return True
+    return False
 
 
 def _two_responses(text: str) -> bool:

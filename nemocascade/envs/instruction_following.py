@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from nemocascade.envs import ifeval
-from nemocascade.envs.base import CheckedDomain, final_text
+from nemocascade.envs.base import AnswerFault, CheckedDomain, final_text
 from nemocascade.envs.instruction_tasks import make_task
 from nemocascade.sandbox.child import ChildPool
 from nemocascade.types import Message, Prompt, Row, Verdict
 
 Grading = Literal["binary", "fraction"]
+
+_PLAIN = "This is a plain text. It has two sentences.\n\nIt has a second paragraph, too."
+"""Text on which every check of a sound row finishes."""
 
 
 class InstructionFollowing(CheckedDomain):
@@ -53,18 +56,28 @@ class InstructionFollowing(CheckedDomain):
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         text = final_text(response)
         kinds, arguments = prompt.answer["kinds"], prompt.answer["kwargs"]
-        held = [self._follows(k, a, text) for k, a in zip(kinds, arguments, strict=True)]
+        held: list[bool] = []
+        faults: list[str] = []
+        for kind, given in zip(kinds, arguments, strict=True):
+            try:
+                held.append(self._follows(kind, given, text))
+            except AnswerFault as error:
+                held.append(False)
+                faults.append(str(error))
         reward = sum(held) / len(held) if self._grading == "fraction" else float(all(held))
-        return Verdict(reward, details={"kinds": kinds, "held": held})
+        details = {"kinds": kinds, "held": held, **({"reasons": faults} if faults else {})}
+        return Verdict(reward, details=details, fault="answer" if faults else None)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make `difficulty` + 1 instructions about one word; from 1 on, some shape the text."""
         return make_task(rng, difficulty, self.domain)
 
     def _follows(self, kind: str, arguments: dict[str, Any], text: str) -> bool:
-        if kind in ifeval.KINDS:
+        if kind not in ifeval.KINDS:
+            function, options = "nemocascade.envs.checks.ifbench:follows", []
+        elif ifeval.needs_langdetect(kind, self._language_check):
+            function, options = "nemocascade.envs.ifeval:follows", [self._language_check]
+        else:
             return ifeval.follows(kind, arguments, text, self._language_check)
-        found = self._children.call(
-            "nemocascade.envs.checks.ifbench:follows", kind, arguments, text
-        )
-        return bool(found)
+        control = [kind, arguments, _PLAIN, *options]
+        return bool(self.run_check(function, kind, arguments, text, *options, control=control))

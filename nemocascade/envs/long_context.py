@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemocascade.envs.base import final_text, last_boxed
+from nemocascade.envs.base import final_text, last_boxed, opens_box
 from nemocascade.envs.document_tasks import make_task
 from nemocascade.envs.graded import GradedDomain
 from nemocascade.judges.prompts import grade_question
@@ -20,8 +20,7 @@ MIN_DOCUMENTS = 5
 EXACT_WORDS = 5
 """References up to this many words are compared exactly, unless a row says otherwise."""
 
-_MARK = r"[ \t*#]*(?:final )?answer[ \t*]*(?:[:=]|$)"
-_ANSWER = re.compile(rf"^{_MARK}[*\s]*(?!{_MARK})(\S.*)", re.IGNORECASE | re.MULTILINE)
+_MARK = re.compile(r"[ \t*#]*(?:final )?answer[ \t*]*(?:[:=]|$)", re.IGNORECASE)
 _TEXT = re.compile(r"^\\(?:text|textbf|mathrm)\{(.*)\}$", re.DOTALL)
 _ARTICLES = ("a", "an", "the")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
@@ -38,7 +37,8 @@ class LongContext(GradedDomain):
     r"""1 for one of the right answers, else 0; or a judge's grade against a reference.
 
     The answer is the last `\boxed{...}`. Without one, it is the text after the last `Answer:` or
-    `Answer` at the start of a line, on that line or the next; otherwise the whole final message.
+    `Answer` at the start of a line, on that line or the next; otherwise the whole final message. A
+    last box or mark without an answer counts as an empty answer.
     Answers are compared without case, articles and punctuation around words, following SQuAD
     (Rajpurkar et al., arXiv 1606.05250). SQuAD also removes inner punctuation, which would make
     3.5 equal 35.
@@ -124,12 +124,19 @@ class LongContext(GradedDomain):
 
 def answer_of(text: str) -> str:
     """Extract the answer from a final message."""
-    boxed = last_boxed(text)
-    if boxed is not None:
-        inner = _TEXT.match(boxed.strip())
+    if opens_box(text):
+        boxed = last_boxed(text) or ""
+        inner = _TEXT.match(boxed)
         return inner[1] if inner else boxed
-    lines = _ANSWER.findall(text)
-    return str(lines[-1] if lines else text).strip()
+    lines = [line.rstrip() for line in text.split("\n")]
+    marks = [i for i, line in enumerate(lines) if _MARK.match(line)]
+    if not marks:
+        return text.strip()
+    answer = lines[marks[-1]]
+    while mark := _MARK.match(answer):
+        answer = answer[mark.end() :].strip("* \t")
+    following = (line.strip("* \t") for line in lines[marks[-1] + 1 :])
+    return answer or next((line for line in following if line), "")
 
 
 def normalised(text: str) -> str:

@@ -31,8 +31,11 @@ class Mathematics(CheckedDomain):
         if not found or len(found) > LONGEST_ANSWER:
             return Verdict(0.0, details=details)
         # Identical text needs no algebra.
-        right = found == expected or self._children.call(
-            "nemocascade.envs.checks.mathematics:equal", expected, found
+        right = found == expected or self.run_check(
+            "nemocascade.envs.checks.mathematics:equal",
+            expected,
+            found,
+            control=[expected, "0"],
         )
         return Verdict(float(right), details=details)
 

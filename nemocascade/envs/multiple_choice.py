@@ -13,7 +13,7 @@ from nemocascade.types import Message, Prompt, Row, Verdict
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _KINDS = ("animal", "cloth", "color", "tool")
-_DECORATION = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{(.*)\}", re.DOTALL)
+_DECORATION = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{\s*")
 
 
 class MultipleChoice(CheckedDomain):
@@ -71,14 +71,22 @@ def _letter(found: str | None, options: Mapping[str, str]) -> str | None:
     """Return the chosen option, given by its letter, perhaps decorated, or by its text."""
     if found is None:
         return None
-    found = found.strip()
-    while match := _DECORATION.fullmatch(found):
-        found = match.group(1).strip()
+    found = _undecorated(found.strip())
     bare = re.sub(r"[^A-Za-z0-9]", "", found)
     if len(bare) == 1 and bare.upper() in options:
         return bare.upper()
     same = [k for k, v in options.items() if " ".join(v.split()) == " ".join(found.split())]
     return same[0] if len(same) == 1 else None
+
+
+def _undecorated(text: str) -> str:
+    r"""Remove all of `\text{...}` and its like around a text."""
+    start, end = 0, len(text)
+    while text[end - 1 : end] == "}" and (opening := _DECORATION.match(text, start, end)):
+        start, end = opening.end(), end - 1
+        while end > start and text[end - 1].isspace():
+            end -= 1
+    return text[start:end]
 
 
 def _kinds(rng: random.Random) -> tuple[str, str, str, list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nemocascade.envs.base import Domain, final_text
+from nemocascade.envs.base import Domain, failed, final_text
 from nemocascade.envs.preference_rewards import Pair, all_pairs, break_tie, group_rewards
 from nemocascade.envs.words import COLORS, NAMES, NOUNS, SOME_NOUNS
 from nemocascade.judges.prompts import Comparison, compare_question, parse_comparison
@@ -103,8 +103,7 @@ class Preference(Domain):
         except Exception as error:  # any failure of a verifier is reported, never scored as zero
             if self.collective:  # the other ranks are answering the same questions
                 raise
-            failed = Verdict(None, f"{type(error).__name__}: {error}")
-            return [[failed] * len(responses) for _, responses in groups]
+            return [[failed(error)] * len(responses) for _, responses in groups]
         return found
 
     def begin_group(

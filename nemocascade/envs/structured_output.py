@@ -40,8 +40,12 @@ class StructuredOutput(CheckedDomain):
         return {"schema": schema}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        problem = self._children.call(
-            "nemocascade.envs.checks.schema:problem", prompt.answer["schema"], final_text(response)
+        schema = prompt.answer["schema"]
+        problem = self.run_check(
+            "nemocascade.envs.checks.schema:problem",
+            schema,
+            final_text(response),
+            control=[schema, "null"],
         )
         return Verdict(float(problem is None), details={"problem": problem})
 

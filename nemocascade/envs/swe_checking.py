@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,9 @@ def _faults(sandbox: SandboxPool, row: Row, folder: Path) -> Iterator[str]:
     if task.tests is not None:
         verdict = judge(sandbox, snapshot, repaired, task.tests)
         if verdict.reward != 1.0:
-            yield f"not all tests pass with the patch: {_shown(verdict.details)}"
+            plain = judge(sandbox, snapshot, repaired, replace(task.tests, sealed=False))
+            hint = "; they pass if tests.sealed is false" if plain.reward == 1.0 else ""
+            yield f"not all tests pass with the patch: {_shown(verdict.details)}{hint}"
 
 
 def _before(sandbox: SandboxPool, snapshot: Files, tests: HiddenTests) -> Iterator[str]:

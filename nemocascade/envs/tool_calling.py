@@ -31,6 +31,7 @@ class OfficeSession:
     def __init__(self, office: Office, allowed: frozenset[str]) -> None:
         self.office = office
         self._allowed = allowed
+        self._calls = 0
 
     @property
     def done(self) -> bool:
@@ -45,7 +46,10 @@ class OfficeSession:
         return [Message("tool", self._answer(call)) for call in calls]
 
     def _answer(self, call: ToolCall) -> str:
+        self._calls += 1
         try:
+            if self._calls > MAX_CALLS:
+                raise OfficeError(f"more than {MAX_CALLS} calls")
             if call.name not in self._allowed:
                 raise OfficeError(f"unknown tool {call.name}")
             return self.office.call(call.name, call.arguments)
@@ -91,6 +95,9 @@ class ToolCalling(Domain):
         calls = [call for message in response for call in message.tool_calls]
         if len(calls) > MAX_CALLS:
             return Verdict(0.0, details={"calls": len(calls), "limit": MAX_CALLS})
+        end = response[-1].content if response else ""
+        if end.rfind("<tool_call>") > end.rfind("</tool_call>"):
+            return Verdict(0.0, details={"calls": len(calls), "reason": "the last call is open"})
         session = _session(prompt.answer)
         answers = session.step(calls)
         failed = [m.content for m in answers if m.content.startswith("error: ")]

@@ -33,6 +33,7 @@ EMPTY = "(no answer)"
 """Placeholder for an empty response, so that a judge sees that there is none."""
 
 _TAG = re.compile(r"<(?=/?\s*(?:conversation|response|reference|criteria))", re.IGNORECASE)
+_OPENED = re.compile(r"\{\s*\"")
 _TRIES = 64
 """Maximum objects tried from an answer's end; it bounds the time of parsing."""
 
@@ -199,17 +200,24 @@ def _after_reasoning(text: str) -> str:
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects in a text, from its end to its start."""
+    """Yield the JSON objects in a text, from its end to its start.
+
+    It ends at an object that was opened after all others and cannot be read.
+    """
     decoder = json.JSONDecoder()
-    at = len(text)
+    at, unread = len(text), -1
     for _ in range(_TRIES):
         at = text.rfind("{", 0, at)
         if at < 0:
             return
         try:
-            found, _ = decoder.raw_decode(text, at)
+            found, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
+            if unread < 0 and _OPENED.match(text, at):
+                unread = at
             continue
+        if unread >= end:
+            return
         if isinstance(found, dict):
             yield found
 

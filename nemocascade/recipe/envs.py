@@ -24,14 +24,15 @@ class SandboxConfig:
     """Number of concurrent programs; 0 = one per core that this process may use."""
 
     time_s: float = 10.0
-    """Wall-clock limit in seconds; also the CPU time limit of each process."""
+    """Limit in seconds of the CPU time of a program's processes together. The wall-clock limit is
+    twice as long; a program that waited for a CPU for most of it is repeated without others."""
 
     memory_mib: int = 512
     """Address space limit of each process. A program's total memory is at most this times
     `processes`, plus the scratch folder."""
 
-    processes: int = 8
-    """Largest number of concurrent processes and threads."""
+    processes: int = 16
+    """Largest number of concurrent processes and threads; a pool of 8 processes needs 13."""
 
     output_kib: int = 1024
     """Limit on the output to each of standard output and standard error."""
@@ -134,11 +135,13 @@ class EnvConfig:
     """Check of instructions to answer in English. `letters` checks the alphabet only; use it for
     answers of a few words, on which langdetect guesses."""
 
-    check_workers: int = 1
-    """Child processes for checks that may not terminate: algebra, schemas, regular expressions."""
+    check_workers: int = 4
+    """Child processes for checks that may not terminate: algebra, schemas, regular expressions.
+    They start on demand, and each runs one check at a time."""
 
     check_timeout_s: float = 5.0
-    """Timeout in seconds of such a check; it is then killed and reported as an error."""
+    """CPU time limit of such a check in seconds; it is then killed. The answer is wrong if the
+    check finishes without it; otherwise the row has no verdict."""
 
     check_memory_mib: int = 2048
     """Address space limit of such a child process."""

@@ -15,7 +15,7 @@ from nemocascade.recipe.rl import GrpoRecipe, PolicyRecipe
 from nemocascade.rl.advantages import token_weights
 from nemocascade.rl.batches import TrainingSequence, lay_out, pack_sequences
 from nemocascade.rl.collector import Collector, Gathered, Group
-from nemocascade.rl.rollout_metrics import rollout_values
+from nemocascade.rl.rollout_metrics import faults_text, rollout_values
 from nemocascade.rl.tasks import Task, TaskStream
 from nemocascade.rl.trajectories import extremes, logged
 from nemocascade.rl.win_rate import over_start
@@ -99,8 +99,11 @@ class PolicyRun:
         LOGGER.info("%s: %s", when, text)
 
     def rollout_values(self, gathered: Gathered, seconds: float) -> dict[str, Any]:
-        """Rollout statistics of a step for metrics.jsonl."""
-        return rollout_values(gathered, seconds, self.environments)
+        """Rollout statistics of a step for metrics.jsonl; warns of verifiers that fail often."""
+        values = rollout_values(gathered, seconds, self.environments)
+        if text := faults_text(self.trainer.step_number, gathered, values):
+            LOGGER.warning("%s", text)
+        return values
 
     def watch_mismatch(self, step: int, metrics: dict[str, float]) -> None:
         """Warn if training and rollout log-probabilities of the same tokens differ too much."""

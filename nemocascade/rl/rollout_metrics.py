@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from nemocascade.rl.collector import Gathered, Group
 from nemocascade.rl.verification import NOT_SCORED, Rollout
-from nemocascade.types import Environment
+from nemocascade.types import Environment, Fault
+
+FAULTS: tuple[Fault, ...] = get_args(Fault)
+FAULT_ALARM = 0.05
+"""A larger share of checks that could not finish, by cause, is a warning."""
 
 
 def rollout_values(
@@ -41,10 +45,39 @@ def rollout_values(
     if absolute:
         values["groups_all_right"] = _share(absolute, low=1.0)
         values["groups_all_wrong"] = _share(absolute, high=0.0)
-    values |= _judged(rollouts)
+    values |= fault_shares(rollouts) | _judged(rollouts)
     if len(by_domain) > 1:
         values |= {f"reward/{name}": _mean(r) for name, r in sorted(by_domain.items())}
     return values
+
+
+def fault_shares(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Fractions of the verified rollouts whose check could not finish, by cause.
+
+    Errors of an unknown cause, such as a judge's, count as the host's.
+    """
+    verdicts = [r.verdict for r in rollouts if r.verdict != NOT_SCORED]
+    faults = [v.fault or ("host" if v.reward is None else None) for v in verdicts]
+    return {f"faults/{name}": faults.count(name) / len(faults) for name in FAULTS if faults}
+
+
+def faults_text(step: int, gathered: Gathered, values: Mapping[str, Any]) -> str:
+    """Return a warning about every cause above `FAULT_ALARM`, with an example; empty for none."""
+    found = []
+    rollouts = [(g.task.prompt.source, r) for g in gathered.tried for r in g.rollouts]
+    for name in FAULTS:
+        share = values.get(f"faults/{name}", 0.0)
+        if share > FAULT_ALARM:
+            examples = (
+                f"{source}: {r.verdict.error or r.verdict.details}"
+                for source, r in rollouts
+                if (r.verdict.fault or "host") == name and r.verdict != NOT_SCORED
+                if r.verdict.fault or r.verdict.reward is None
+            )
+            found.append(f"{share:.0%} because of the {name} ({next(examples)[:200]})")
+    if not found:
+        return ""
+    return f"step {step}: checks of answers could not finish: {'; '.join(found)}"
 
 
 def _mean(values: Sequence[float]) -> float | None:

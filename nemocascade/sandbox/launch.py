@@ -11,7 +11,8 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,9 +40,16 @@ def missing(walls: Walls) -> str | None:
     """Return why an isolation backend cannot even be tried; None if it can."""
     if sys.platform != "linux":
         return f"the sandbox needs Linux, this is {sys.platform}"
-    if walls == "bubblewrap" and shutil.which("bwrap") is None:
+    if walls == "bubblewrap" and _bwrap() is None:
         return "bwrap is not installed"
     return None
+
+
+@cache
+def _bwrap() -> str | None:
+    """Absolute path of bubblewrap on this process's PATH, which the worker does not have."""
+    found = shutil.which("bwrap")
+    return None if found is None else os.path.abspath(found)
 
 
 def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
@@ -65,9 +73,11 @@ def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
         "packages": packages,
     }
     code = _INSIDE if walls == "bubblewrap" else str(_HERE)
+    hidden = hidden_packages(shown, packages)
+    settings["hidden"] = hidden
     python = [_python(), "-s", "-P", "-S", "-B", "-c", _START, code, json.dumps(settings)]
-    command = _bubblewrap(shown) + python if walls == "bubblewrap" else python
-    with theirs:
+    command = _bubblewrap(shown, hidden) + python if walls == "bubblewrap" else python
+    with theirs, _explained(command[0]):
         process = subprocess.Popen(
             command,
             stdin=theirs.fileno(),
@@ -87,6 +97,15 @@ def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
             start_new_session=True,
         )
     return Worker(process, ours)
+
+
+@contextlib.contextmanager
+def _explained(program: str) -> Iterator[None]:
+    """Raise WallsError for a program that cannot be executed."""
+    try:
+        yield
+    except OSError as error:
+        raise WallsError(f"{program} cannot be started: {error.strerror}") from error
 
 
 class Worker:
@@ -171,8 +190,30 @@ def visible(packages: Sequence[str] = ()) -> list[str]:
     return shown
 
 
-def _bubblewrap(visible: list[str]) -> list[str]:
-    command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+def hidden_packages(shown: Sequence[str], packages: Sequence[str]) -> list[str]:
+    """Return the host's folders of installed packages below the `shown` paths.
+
+    Programs find them empty, except those of `packages`, those in one, and those that hold one.
+    """
+    patterns = ("lib*/python*/site-packages", "lib*/python*/dist-packages")
+    roots = dict.fromkeys(p for path in shown for p in (path, f"{path}/local"))
+    found = {
+        str(folder)
+        for root in roots
+        for pattern in patterns
+        for folder in Path(root).glob(pattern)
+        if folder.is_dir() and not folder.is_symlink()
+    }
+    near = [(f"{folder}/", f"{path}/") for folder in found for path in packages]
+    used = {folder for folder, path in near if folder.startswith(path) or path.startswith(folder)}
+    return sorted(folder for folder in found if f"{folder}/" not in used)
+
+
+def _bubblewrap(visible: list[str], hidden: list[str]) -> list[str]:
+    bwrap = _bwrap()
+    if bwrap is None:
+        raise WallsError("bwrap is not installed")
+    command = [bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command += ["--as-pid-1"]
     if os.geteuid() == 0:
         # The kernel does not count root's processes, so the worker must be able to become nobody.
@@ -188,9 +229,15 @@ def _bubblewrap(visible: list[str]) -> list[str]:
             for parent in reversed(Path(path).parents[:-1]):
                 command += ["--perms", "0755", "--dir", str(parent)]
             command += ["--ro-bind", path, path]
+    for path in hidden:
+        command += ["--perms", "0555", "--tmpfs", path, "--remount-ro", path]
+    for folder in ("/dev", _INSIDE):
+        command += ["--perms", "0755", "--dir", folder]
     command += ["--ro-bind", str(_HERE / "inside"), f"{_INSIDE}/inside"]
     for device in _DEVICES:
         command += ["--dev-bind", device, device]
+    # POSIX semaphores and shared memory are files there.
+    command += ["--symlink", _SCRATCH, "/dev/shm"]
     # Only the worker sees /proc, to map users for its children; programs get an empty folder.
     command += ["--dev-bind", "/proc", "/proc", "--dir", _SCRATCH, "--remount-ro", "/"]
     return [*command, "--chdir", "/", "--"]

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import json
 import os
-import queue
 import selectors
 import signal
 import socket
@@ -18,13 +17,23 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.runtime.logging import LOGGER
 from nemocascade.sandbox import launch
+from nemocascade.sandbox.fair_slots import FairSlots
 from nemocascade.types import Outcome, Program, SandboxError, SandboxUnavailable, Status
 
+WALL_FACTOR = 2.0
+"""Wall-clock limit of a program, in units of its CPU time limit."""
+ALONE_FACTOR = 10.0
+"""The same for a program that is repeated alone because it got too little CPU time."""
 GRACE_S = 5.0
-"""A worker that is silent for this long after a program's time limit is killed."""
+"""A worker that is silent for this long after a program's wall-clock limit is killed."""
 _CHUNK = 1 << 16
 _PAGE = 4096
+
+
+class _StarvedError(SandboxError):
+    """A program exceeded its wall-clock limit because it got too little CPU time."""
 
 
 class SandboxPool:
@@ -42,46 +51,54 @@ class SandboxPool:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.walls, first = self._choose()
         self.size = self.config.workers or len(os.sched_getaffinity(0))
-        self._slots: queue.LifoQueue[launch.Worker | None] = queue.LifoQueue()
-        for worker in (*([None] * (self.size - 1)), first):
-            self._slots.put(worker)
+        self._slots = FairSlots[launch.Worker | None]([*([None] * (self.size - 1)), first])
 
     def run(self, program: Program) -> Outcome:
-        """Run one program. Raises SandboxError within `time_s` + 5 s if a worker is lost.
+        """Run one program; threads are served in the order of their calls.
 
-        Raises SandboxError at once if the program's files exceed its folder's capacity.
+        A program that got too little CPU time is repeated once, while no other runs in this pool.
+        Raises SandboxError if it gets too little again, if a worker is lost or silent, and at once
+        if the program's files exceed its folder's capacity.
         """
         _check_room(program.files, self.config)
-        worker = self._slots.get()
+        time_s = self.config.time_s
         try:
-            if worker is None:
-                worker = launch.start(self.walls, self.config, self._scratch())
-            return _run(worker, program, self.config)
-        except launch.WallsError as error:
-            raise SandboxError(f"no worker could be started: {error}") from error
-        except BaseException:
-            # A worker with an unfinished exchange cannot be reused.
-            if worker is not None:
-                worker.kill()
-                worker = None
-            raise
-        finally:
-            self._slots.put(worker)
+            return self._run(program, 1, WALL_FACTOR * time_s)
+        except _StarvedError:
+            return self._run(program, self.size, ALONE_FACTOR * time_s)
 
     def process_ids(self) -> list[int]:
         """Process ids of the idle workers."""
-        return [w.pid for w in list(self._slots.queue) if w is not None]
+        return [w.pid for w in self._slots.idle() if w is not None]
 
     def close(self) -> None:
         """End all workers; a later run starts new ones."""
-        workers = [self._slots.get() for _ in range(self.size)]
-        for worker in workers:
-            if worker is not None:
-                worker.kill()
-            self._slots.put(None)
+        with self._slots.take(self.size) as workers:
+            for i, worker in enumerate(workers):
+                if worker is not None:
+                    worker.kill()
+                workers[i] = None
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+    def _run(self, program: Program, slots: int, wall_s: float) -> Outcome:
+        with self._slots.take(slots) as workers:
+            try:
+                worker = workers[0]
+                if worker is None:
+                    worker = workers[0] = launch.start(self.walls, self.config, self._scratch())
+                return _run(worker, program, self.config, wall_s)
+            except _StarvedError:
+                raise
+            except launch.WallsError as error:
+                raise SandboxError(f"no worker could be started: {error}") from error
+            except BaseException:
+                # A worker with an unfinished exchange cannot be reused.
+                if workers[0] is not None:
+                    workers[0].kill()
+                    workers[0] = None
+                raise
 
     def _choose(self) -> tuple[launch.Walls, launch.Worker]:
         asked = self.config.isolation
@@ -97,6 +114,8 @@ class SandboxPool:
                 except launch.WallsError as error:
                     reason = str(error)
             reasons.append(f"{kind}: {reason}")
+            if launch.missing(kind) is None:
+                LOGGER.warning("the sandbox cannot use %s", reasons[-1])
         if not self.config.allow_unsafe:
             raise SandboxUnavailable(
                 f"programs cannot be isolated here ({'; '.join(reasons)}). Allow user namespaces "
@@ -119,9 +138,10 @@ class SandboxPool:
         return self._folder.name
 
 
-# Self-test of an isolation backend, run inside; it ends with "held" if the isolation holds.
+# Self-test of an isolation backend, run inside; it ends with "held" if the isolation holds, and if
+# programs can do what they may.
 _PROBE = """
-import os, socket
+import mmap, multiprocessing, os, socket, tempfile, threading
 assert os.getpid() == 1 and not os.path.exists("/proc/self") and os.listdir(".") == []
 assert not os.access("/usr", os.W_OK)
 try:
@@ -129,6 +149,17 @@ try:
     raise SystemExit("a socket could be opened")
 except PermissionError:
     pass
+for name in ("null", "zero", "full", "random", "urandom"):
+    open("/dev/" + name, "rb").close()
+open(os.devnull, "w").write("x")
+open("/dev/stdin").close()
+with tempfile.TemporaryFile() as file:
+    file.truncate(4096)
+    mmap.mmap(file.fileno(), 4096).flush()
+lock = multiprocessing.Lock()
+thread = threading.Thread(target=lock.acquire)
+thread.start()
+thread.join()
 for n in range({processes} + 1):
     try:
         if os.fork() == 0:
@@ -145,7 +176,8 @@ print("held")
 def _proven(worker: launch.Worker, config: SandboxConfig) -> launch.Worker:
     """Return the worker if it passes the self-test. Raises WallsError."""
     try:
-        outcome = _run(worker, Program(_PROBE.format(processes=config.processes)), config)
+        probe = Program(_PROBE.format(processes=config.processes))
+        outcome = _run(worker, probe, config, ALONE_FACTOR * config.time_s)
     except SandboxError as error:
         worker.kill()
         raise launch.WallsError(str(error)) from error
@@ -156,7 +188,7 @@ def _proven(worker: launch.Worker, config: SandboxConfig) -> launch.Worker:
     return worker
 
 
-def _run(worker: launch.Worker, program: Program, config: SandboxConfig) -> Outcome:
+def _run(worker: launch.Worker, program: Program, config: SandboxConfig, wall_s: float) -> Outcome:
     """Pass the program's pipes to the worker, feed and drain them, and wait for its answer."""
     job = {
         "source": program.source,
@@ -173,7 +205,7 @@ def _run(worker: launch.Worker, program: Program, config: SandboxConfig) -> Outc
         job_r, job_w = _pipe(stack)
         theirs = [stdin_r, out_w, err_w, result_w, job_r]
         try:
-            socket.send_fds(worker.channel, [b"run"], [fd.number for fd in theirs])
+            socket.send_fds(worker.channel, [b"run %g" % wall_s], [fd.number for fd in theirs])
         except OSError as error:
             raise SandboxError(f"a worker is gone: {error}") from error
         for fd in theirs:
@@ -184,10 +216,16 @@ def _run(worker: launch.Worker, program: Program, config: SandboxConfig) -> Outc
             {out_r: bytearray(), err_r: bytearray(), result_r: bytearray()},
             config.output_kib << 10,
         )
-        answer = exchange.run(time.monotonic() + config.time_s + GRACE_S)
+        answer = exchange.run(time.monotonic() + wall_s + GRACE_S)
         out, err, results = exchange.read.values()
     if "status" not in answer:
         raise SandboxError(f"a program could not be isolated: {answer.get('refused')}")
+    # Without its waits for a CPU, it had less wall-clock time than the CPU time it may use.
+    if answer["over_time"] == "wall" and wall_s - answer["waited_s"] < config.time_s:
+        raise _StarvedError(
+            f"a program waited {answer['waited_s']:.1f} of {wall_s:g} s for a CPU: the host is too "
+            "busy, lower sandbox.workers"
+        )
     status: Status = "ok" if answer["status"] == 0 else "failed"
     # The kernel kills a program over its CPU time, which threads use up faster than wall time.
     killed = answer["status"] == -signal.SIGKILL

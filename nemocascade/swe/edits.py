@@ -33,7 +33,7 @@ SEARCH, DIVIDER, REPLACE = "<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"
 MOST_EDITS = 64
 LONGEST_PATH = 512
 
-_PATH = re.compile(r"###[ \t]+(\S.*?)[ \t]*")
+_HEADING = re.compile(r"###[ \t]+(?=\S)")
 
 
 class EditError(ValueError):
@@ -51,12 +51,16 @@ class Edit:
 
 def parse_edits(text: str) -> list[Edit]:
     """Parse the edits of an answer, in order. Raises EditError for any fault and for no edits."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EditError(f"the answer holds half a surrogate pair: {error}") from error
     edits: list[Edit] = []
     named: str | None = None
     lines = iter(text.replace("\r\n", "\n").split("\n"))
     for line in lines:
-        if heading := _PATH.fullmatch(line):
-            named = heading[1].strip("`")
+        if heading := _HEADING.match(line):
+            named = line[heading.end() :].rstrip(" \t").strip("`")
         elif line.rstrip() == SEARCH:
             if named is None:
                 raise EditError(f"edit {len(edits) + 1} names no file: begin with '### path'")
@@ -140,15 +144,18 @@ def _replaced(text: str, edit: Edit) -> str:
     lines = text.split("\n")
     bare = [line.removesuffix("\r") for line in lines]
     size = len(edit.search)
-    search = list(edit.search)
-    places = [i for i in range(len(bare) - size + 1) if bare[i : i + size] == search]
-    if len(places) != 1:
+    # Python searches long texts in linear time, and lists of lines not.
+    within, searched = (f"\n{'\n'.join(part)}\n" for part in (bare, edit.search))
+    found = within.find(searched)
+    times = "0 times" if found < 0 else "2 times or more"
+    if found < 0 or within.find(searched, found + 1) >= 0:
         shown = edit.search[0].strip()[:80]
-        where = f"the {size} searched lines, from {shown!r} on, stand in it {len(places)} times"
+        where = f"the {size} searched lines, from {shown!r} on, stand in it {times}"
         raise EditError(f"{edit.path}: {where}, not once")
     if edit.search == edit.replace:
         raise EditError(f"{edit.path}: an edit that changes nothing")
+    at = within.count("\n", 0, found)
     # A file keeps its line ends.
-    end = "\r" if lines[places[0]].endswith("\r") else ""
-    lines[places[0] : places[0] + size] = [line + end for line in edit.replace]
+    end = "\r" if lines[at].endswith("\r") else ""
+    lines[at : at + size] = [line + end for line in edit.replace]
     return "\n".join(lines)

@@ -4,6 +4,7 @@ Files that decide how tests run are restored (`protected.py`), and the hidden te
 written last over the edited repository. The tests run in an isolated process of the sandbox. Each
 report must carry a nonce drawn for the run. Before every report, the runner checks the functions
 and classes of unittest, and of pytest if used; if one was replaced, the test counts as tampered.
+So it does if its function, or another one of its file, is not what the file says.
 So a program passes nothing by rewriting test files or settings, printing "OK", exiting early,
 writing to the result pipe, or replacing parts of the framework. Planting compiled files, plugins,
 or modules with the names of the runner's or the tests' does not help either.
@@ -24,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from nemocascade.swe import runner
-from nemocascade.swe.protected import Protected, test_files
+from nemocascade.swe import runner, watched_code
+from nemocascade.swe.protected import Protected, file_of, test_files
 from nemocascade.swe.reports import opened, outcome_of, read_reports, text_of
 from nemocascade.swe.seal import Sealed, seal
 from nemocascade.swe.snapshots import Files, check_path, misfit
@@ -34,6 +35,9 @@ from nemocascade.types import Outcome, Program, Sandbox, Verdict
 Framework = Literal["unittest", "pytest"]
 
 _RUNNER = Path(runner.__file__).read_text(encoding="utf-8")
+_WATCHED = Path(watched_code.__file__).read_text(encoding="utf-8")
+_IMPORT = next(line for line in _RUNNER.splitlines() if line.startswith("from nemocascade.swe."))
+_RUNNER = _RUNNER.replace(_IMPORT, _WATCHED.replace("from __future__ import annotations", ""))
 _SHOWN_DETAILS = 8
 
 
@@ -51,7 +55,7 @@ class HiddenTests:
     fail_to_pass: tuple[str, ...]
     pass_to_pass: tuple[str, ...] = ()
     framework: Framework = "unittest"
-    sealed: bool = False
+    sealed: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,9 @@ def run_tests(
     names = {test: _runner_name(test, framework) for test in tests or test_files(files)}
     nonce = secrets.token_hex(16)
     wanted = list(dict.fromkeys(names.values()))
-    order = {"nonce": nonce, "framework": framework, "tests": wanted}
     clean = {check_path(p): data for p, data in files.items() if not p.endswith((".pyc", ".pyo"))}
+    paths = sorted({path for test in names if (path := file_of(test, clean)) is not None})
+    order = {"nonce": nonce, "framework": framework, "tests": wanted, "files": paths}
     outcome = sandbox.run(Program(_RUNNER, stdin=json.dumps(order), files=clean))
     reports = read_reports(outcome, nonce, framework)
     if sealed:
@@ -130,8 +135,22 @@ def judge(sandbox: Sandbox, snapshot: Files, edited: Files, hidden: HiddenTests)
         "not_passed": dict(list(wrong.items())[:_SHOWN_DETAILS]),
         "ignored": ignored,
         "process": run.process.status,
+        "sealed": sum(_is_sealed(test, hidden.framework, sealed) for test in tests),
     }
-    return Verdict(float(run.passed), details=details)
+    stopped = not run.passed and run.process.status in ("time", "output")
+    return Verdict(float(run.passed), details=details, fault="answer" if stopped else None)
+
+
+def _is_sealed(test: str, framework: Framework, sealed: Mapping[str, Sealed]) -> bool:
+    """Return True if a test must report the value of at least one comparison."""
+    name = _runner_name(test, framework)
+    separator = "::" if framework == "pytest" else "."
+    for path, file in sealed.items():
+        start = _runner_name(path, framework) + separator
+        inner = name.removeprefix(start).partition("[")[0].replace("::", ".")
+        if name.startswith(start) and file.required.get(inner):
+            return True
+    return False
 
 
 def _laid(hidden: HiddenTests) -> tuple[dict[str, bytes], dict[str, Sealed]]:

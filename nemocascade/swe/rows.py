@@ -100,7 +100,7 @@ def test_settings_of(row: Row, tests: Row) -> dict[str, Any]:
         raise ValueError(
             f"{dotted[0]!r} is no test's name in pytest: name it as tests/test_a.py::Case::test_b"
         )
-    return {**names, "framework": framework, "sealed": bool(tests.get("sealed", False))}
+    return {**names, "framework": framework, "sealed": bool(tests.get("sealed", True))}
 
 
 def snapshot_of(answer: Mapping[str, Any]) -> Files:

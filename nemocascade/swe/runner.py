@@ -1,11 +1,11 @@
 """Runs tests of the repository in the current folder. The sandbox executes this file's text.
 
-It reads an order from standard input, `{"nonce", "framework", "tests"}`, and writes JSON lines to
-the result pipe. The first is `{"nonce", "started"}`, before anything of the repository is loaded,
-or `{"nonce", "unable"}` if it cannot run. Then each test gives `{"nonce", "id", "outcome"}`, with
-`name` if it was requested by something other than its id, `text` if it did not pass, and `values`
-if it did. Only the standard library is used. The loaded code is not trusted: see `repository.py`
-for the consequences.
+It reads an order from standard input, `{"nonce", "framework", "tests", "files"}` with the paths of
+the tests' files, and writes JSON lines to the result pipe. The first is `{"nonce", "started"}`,
+before anything of the repository is loaded, or `{"nonce", "unable"}` if it cannot run. Then each
+test gives `{"nonce", "id", "outcome"}`, with `name` if it was requested by something other than its
+id, `text` if it did not pass, and `values` if it did. Only the standard library is used. The loaded
+code is not trusted: see `repository.py` for the consequences.
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ import builtins
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
+import math
 import os
 import sys
 import traceback
 import types
 import unittest
 from collections.abc import Callable, Iterable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
+
+from nemocascade.swe.watched_code import TestCode, case_is_tampered, framework_parts, watch
 
 RESULT_FD = 3
 VALUE = "__nemocascade_value__"
@@ -31,18 +37,16 @@ LONGEST_TEXT = 4000
 LONGEST_TEXTS = 64_000
 """Maximum characters of all failures; later ones are reported without a reason."""
 LONGEST_VALUE = 1000
-_WATCHED_PYTEST = {
-    *("assertion", "fixtures", "main", "nodes", "outcomes", "python", "python_api", "raises"),
-    *("reports", "runner", "skipping", "unittest"),
-}
 
-_Report = Callable[[str, str, str, str], None]
+_Report = Callable[..., None]
+"""Takes the requested name, the test's id, its outcome and text, and if the test was replaced."""
 
 
 def show(value: Any) -> str:
     """Return the same text for equal values of built-in types; other types' text differs.
 
-    A subclass counts as its base, numbers compare by value: `True == 1 == 1.0`.
+    A subclass counts as its base, numbers compare by value: `True == 1 == 1.0`. Exact numbers,
+    views of dictionaries and NumPy's scalars count as the built-in values that they equal.
     """
     text = _show(value)
     if len(text) > LONGEST_VALUE:
@@ -67,7 +71,30 @@ def _show(value: Any) -> str:
         return f"set({','.join(sorted(_show(v) for v in set.__iter__(value)))})"
     if isinstance(value, frozenset):
         return f"set({','.join(sorted(_show(v) for v in frozenset.__iter__(value)))})"
+    for types_, built_in in _EQUAL_TO_BUILT_INS:
+        if isinstance(value, types_):
+            return _show(built_in(value))
+    if type(value).__module__ == "numpy" and callable(getattr(value, "item", None)):
+        return _show(value.item())
     return f"<{type(value).__name__}>"
+
+
+def _number(value: Decimal | Fraction) -> int | float | str:
+    """Return the built-in number that equals an exact one; text that equals none without it."""
+    if not math.isfinite(value):
+        return float(value)
+    exact = Fraction(value)
+    if exact.denominator == 1:
+        return exact.numerator
+    return float(exact) if Fraction(float(exact)) == exact else f"<{exact}>"
+
+
+_EQUAL_TO_BUILT_INS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
+    (bytearray, bytes),
+    ((type({}.keys()), type({}.items())), set),
+    (types.MappingProxyType, dict),
+    ((Decimal, Fraction), _number),
+)
 
 
 def _float(value: float) -> str:
@@ -95,7 +122,7 @@ def main() -> None:
         while data:
             data = data[os.write(channel, data) :]
 
-    run: Callable[[list[str], _Report], None] = _with_unittest
+    run: Callable[[list[str], _Report, TestCode], None] = _with_unittest
     if order["framework"] == "pytest":
         try:  # import before the repository's code can shadow it
             plugins = _load_pytest()
@@ -104,12 +131,14 @@ def main() -> None:
             return
         run = _pytest_runner(plugins)
     values: list[tuple[int, str]] = []
-    tampered = _watch(_parts())
+    tampered = watch(framework_parts())
+    codes = TestCode(order["files"], with_pytest=order["framework"] == "pytest")
     room = LONGEST_TEXTS
 
-    def report(name: str, test: str, outcome: str, text: str) -> None:
+    def report(name: str, test: str, outcome: str, text: str, replaced: bool = False) -> None:
         nonlocal room
-        line: dict[str, Any] = {"id": test, "outcome": "tampered" if tampered() else outcome}
+        fraud = tampered() or (replaced and outcome == "passed")
+        line: dict[str, Any] = {"id": test, "outcome": "tampered" if fraud else outcome}
         if name != test:
             line["name"] = name
         if line["outcome"] != "passed":
@@ -127,63 +156,20 @@ def main() -> None:
     # A compiled file beside a source would be loaded instead of it.
     sys.dont_write_bytecode, sys.pycache_prefix = True, "/dev/null/none"
     sys.modules["__main__"] = types.ModuleType("__main__")
-    run(order["tests"], report)
-
-
-def _parts() -> list[types.ModuleType]:
-    """Return the loaded framework modules that determine a test's outcome.
-
-    Not all modules: libraries patch `unittest.mock`, and pytest its own configuration.
-    """
-    return [
-        module
-        for name, module in sys.modules.items()
-        if name.partition(".")[0] in ("unittest", "pytest", "pluggy", "_pytest")
-        and name != "unittest.mock"
-        and (not name.startswith("_pytest.") or name.split(".")[1] in _WATCHED_PYTEST)
-    ]
-
-
-def _watch(modules: Iterable[types.ModuleType]) -> Callable[[], bool]:
-    """Return a function that detects if a module, or a function or class in one, was replaced."""
-    modules = {module.__name__: module for module in modules}.values()
-    kept: list[tuple[dict[str, Any], str, Any, Any, Any]] = []
-    for module in modules:
-        classes = (v for v in vars(module).values() if isinstance(v, type))
-        mine = (v for v in classes if v.__module__ == module.__name__)
-        for owner in (module, *mine):
-            for name, value in vars(owner).items():
-                plain = getattr(value, "__func__", value)
-                if isinstance(plain, types.FunctionType):
-                    kept.append((vars(owner), name, value, plain, plain.__code__))
-                elif isinstance(value, (type, property)):
-                    kept.append((vars(owner), name, value, None, None))
-    case, names = vars(unittest.TestCase), set(vars(unittest.TestCase))
-
-    def tampered() -> bool:
-        if any(name.startswith("__") for name in case.keys() - names):
-            return True
-        if any(sys.modules.get(module.__name__) is not module for module in modules):
-            return True
-        for owner, name, value, plain, code in kept:
-            if owner.get(name) is not value or (plain and plain.__code__ is not code):
-                return True
-        return False
-
-    return tampered
+    run(order["tests"], report, codes)
 
 
 class _Recorder(unittest.TestResult):
     """Reports each test when it has ended."""
 
-    def __init__(self, name: str, report: _Report) -> None:
+    def __init__(self, name: str, report: _Report, codes: TestCode) -> None:
         super().__init__()
-        self._name, self._report = name, report
-        self._outcome, self._text = "", ""
+        self._name, self._report, self._codes = name, report, codes
+        self._outcome, self._text, self._replaced = "", "", False
 
     def startTest(self, test: Any) -> None:  # noqa: N802 - unittest's name
         super().startTest(test)
-        self._outcome = self._text = ""
+        self._replaced = case_is_tampered(test, self._codes)
 
     def _note(self, outcome: str, text: str = "") -> None:
         if self._outcome in ("", "passed", "skipped"):
@@ -217,7 +203,10 @@ class _Recorder(unittest.TestResult):
 
     def stopTest(self, test: Any) -> None:  # noqa: N802
         super().stopTest(test)
-        self._report(self._name, test.id(), self._outcome or "error", self._text)
+        replaced = self._replaced or case_is_tampered(test, self._codes)
+        self._report(self._name, test.id(), self._outcome or "error", self._text, replaced)
+        # A skipped test may end without having started.
+        self._outcome, self._text, self._replaced = "", "", False
 
 
 def _failure(err: Any) -> str:
@@ -233,13 +222,30 @@ def _failure(err: Any) -> str:
     return "".join([*traceback.format_list(frames), *traceback.format_exception_only(kind, value)])
 
 
-def _with_unittest(names: list[str], report: _Report) -> None:
+def _with_unittest(names: list[str], report: _Report, codes: TestCode) -> None:
+    suites: dict[str, unittest.TestSuite] = {}
     for name in names:
         try:
-            suite = unittest.defaultTestLoader.loadTestsFromName(name)
-            suite.run(_Recorder(name, report))
+            suites[name] = unittest.defaultTestLoader.loadTestsFromName(name)
+            for test in _cases(suites[name]):
+                kind = type(test)
+                function = inspect.getattr_static(kind, test._testMethodName, None)
+                codes.keep(test.id(), function, kind)
         except BaseException:  # includes SystemExit of an imported module
             report(name, name, "error", traceback.format_exc())
+    for name, suite in suites.items():
+        try:
+            suite.run(_Recorder(name, report, codes))
+        except BaseException:
+            report(name, name, "error", traceback.format_exc())
+
+
+def _cases(suite: Iterable[Any]) -> Iterable[unittest.TestCase]:
+    for test in suite:
+        if isinstance(test, unittest.TestCase):
+            yield test
+        else:
+            yield from _cases(test)
 
 
 def _load_pytest() -> list[str]:
@@ -258,10 +264,10 @@ def _load_pytest() -> list[str]:
     return sorted({plugin.name for plugin in installed})
 
 
-def _pytest_runner(plugins: list[str]) -> Callable[[list[str], _Report], None]:
+def _pytest_runner(plugins: list[str]) -> Callable[[list[str], _Report, TestCode], None]:
     """Return a runner by pytest with `plugins`; the repository's settings may disable them."""
 
-    def run(names: list[str], report: _Report) -> None:
+    def run(names: list[str], report: _Report, codes: TestCode) -> None:
         import pytest  # type: ignore[import-not-found,unused-ignore]
 
         # One missing id would abort the whole run, so request files, not ids.
@@ -269,7 +275,7 @@ def _pytest_runner(plugins: list[str]) -> Callable[[list[str], _Report], None]:
         there = [path for path in files if os.path.exists(path)]
         if not there:
             return
-        recorder = _pytest_recorder(pytest, set(names), _speaking_of_xfail(there), report)
+        recorder = _pytest_recorder(pytest, set(names), _speaking_of_xfail(there), report, codes)
         options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
         options += ["--rootdir", os.getcwd()]
         pytest.main([*options, *there], plugins=[*plugins, recorder])
@@ -287,7 +293,9 @@ def _speaking_of_xfail(paths: Iterable[str]) -> set[str]:
     return found
 
 
-def _pytest_recorder(pytest: Any, wanted: set[str], may_fail: set[str], tell: _Report) -> Any:
+def _pytest_recorder(
+    pytest: Any, wanted: set[str], may_fail: set[str], tell: _Report, codes: TestCode
+) -> Any:
     """Return a plugin that deselects unwanted tests and reports each outcome."""
 
     def asked(test: str) -> bool:
@@ -295,10 +303,24 @@ def _pytest_recorder(pytest: Any, wanted: set[str], may_fail: set[str], tell: _R
         ends = [i for i in range(len(test)) if test[i] == "[" or test.startswith("::", i)]
         return test in wanted or any(test[:end] in wanted for end in ends)
 
+    def is_replaced(item: Any) -> bool:
+        """Return True if an item does not run what its file says."""
+        path, owner = item.nodeid.partition("::")[0], getattr(item, "cls", None)
+        case = getattr(item, "_instance", None) or getattr(item, "_testcase", None)
+        if isinstance(case, unittest.TestCase) and case_is_tampered(case, codes):
+            return True
+        function = getattr(item, "obj", None)
+        if function is not None and codes.is_replaced(item.nodeid, function):
+            return True
+        return codes.differs(
+            path, getattr(item, "module", None), owner, item.name.partition("[")[0]
+        )
+
     class Recorder:
         def __init__(self) -> None:
             self.outcome, self.text = "passed", ""
             self.expected: set[str] = set()
+            self.replaced = False
 
         @pytest.hookimpl(trylast=True)  # type: ignore[untyped-decorator,unused-ignore]
         def pytest_collection_modifyitems(self, items: list[Any]) -> None:
@@ -307,6 +329,8 @@ def _pytest_recorder(pytest: Any, wanted: set[str], may_fail: set[str], tell: _R
         def pytest_collection_finish(self, session: Any) -> None:
             # Only tests with the mark: any code under test may call pytest.xfail.
             for item in session.items:
+                owner = getattr(item, "cls", None)
+                codes.keep(item.nodeid, getattr(item, "obj", None), owner)
                 marked = item.get_closest_marker("xfail") is not None
                 if marked and item.nodeid.partition("::")[0] in may_fail:
                     self.expected.add(item.nodeid)
@@ -322,9 +346,17 @@ def _pytest_recorder(pytest: Any, wanted: set[str], may_fail: set[str], tell: _R
             if self.outcome in ("passed", "skipped"):
                 self.outcome, self.text = report.outcome, str(report.longrepr)
 
+        @pytest.hookimpl(tryfirst=True)  # type: ignore[untyped-decorator,unused-ignore]
+        def pytest_runtest_call(self, item: Any) -> None:
+            self.replaced = self.replaced or is_replaced(item)
+
+        @pytest.hookimpl(tryfirst=True)  # type: ignore[untyped-decorator,unused-ignore]
+        def pytest_runtest_teardown(self, item: Any) -> None:
+            self.replaced = self.replaced or is_replaced(item)
+
         def pytest_runtest_logfinish(self, nodeid: str, location: Any) -> None:
-            tell(nodeid, nodeid, self.outcome, self.text)
-            self.outcome, self.text = "passed", ""
+            tell(nodeid, nodeid, self.outcome, self.text, self.replaced)
+            self.outcome, self.text, self.replaced = "passed", "", False
 
     return Recorder()
 

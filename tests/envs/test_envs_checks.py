@@ -7,6 +7,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +17,17 @@ from nemocascade.envs.checks.schema import strict
 from nemocascade.envs.mathematics import Mathematics
 from nemocascade.envs.multiple_choice import MultipleChoice
 from nemocascade.envs.structured_output import StructuredOutput
-from nemocascade.sandbox.child import ChildError, ChildPool
+from nemocascade.recipe.envs import EnvConfig
+from nemocascade.sandbox.child import ChildError, ChildHostError, ChildPool
 from nemocascade.types import Message, Prompt, Verdict
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[ChildPool]:
+    """Children whose checks have a second of CPU time."""
+    pool = ChildPool(timeout_s=1.0)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +91,8 @@ def test_patterns_that_fail_are_errors() -> None:
     slow = ask(domain, answer, "a" * 64 + "!")
     assert time.monotonic() - start < 20
     assert slow.reward is None
-    assert "killed after 0.5 s" in str(slow.error)
+    assert "killed after 0.5 s of CPU time" in str(slow.error)
+    assert slow.fault == "row"
     broken = ask(domain, {**answer, "pattern": "("}, "a")
     assert broken.reward is None
     assert "unterminated" in str(broken.error)
@@ -111,14 +123,54 @@ def test_mathematics(children: ChildPool, expected: str, text: str, reward: floa
     assert verdict.reward == reward
 
 
-def test_algebra_without_end_is_an_error() -> None:
-    pool = ChildPool(timeout_s=1.0)
+@pytest.mark.parametrize(
+    ("expected", "text", "reward", "fault"),
+    [
+        ("1", r"\boxed{10^{10^{8}}}", 0.0, "answer"),
+        ("1", r"\boxed{9^{9^{9^{9^{9}}}}+1}", 0.0, "answer"),
+        ("10^{10^{8}}", r"\boxed{1}", None, "row"),
+        ("10^{10^{8}}", r"\boxed{10^{10^{8}}}", 1.0, None),
+        ("", r"\boxed{1}", None, "row"),
+        ("1/2", r"\boxed{0.5}", 1.0, None),
+    ],
+)
+def test_algebra_without_end_has_a_cause(
+    hasty: ChildPool, expected: str, text: str, reward: float | None, fault: str | None
+) -> None:
     start = time.monotonic()
-    verdict = ask(Mathematics(pool), {"expected": "1"}, r"\boxed{9^{9^{9^{9^{9}}}}+1}")
+    verdict = ask(Mathematics(hasty), {"expected": expected}, text)
     assert time.monotonic() - start < 30
-    assert verdict.reward is None or verdict.reward == 0.0
-    assert ask(Mathematics(pool), {"expected": "1/2"}, r"\boxed{0.5}").reward == 1.0
+    assert (verdict.reward, verdict.fault) == (reward, fault), verdict
+
+
+LOOP = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+LISTS = {"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "fault"),
+    [
+        (LISTS, "[" * 900 + "]" * 900, "answer"),
+        (LOOP, "[]", "row"),
+        ({"type": "string", "pattern": "^(a+)+$"}, '"' + "a" * 64 + '!"', "answer"),
+    ],
+)
+def test_schemas_without_end_have_a_cause(
+    hasty: ChildPool, schema: dict[str, Any], text: str, fault: str
+) -> None:
+    verdict = ask(StructuredOutput(hasty), {"schema": schema}, text)
+    assert (verdict.reward, verdict.fault) == (0.0 if fault == "answer" else None, fault), verdict
+
+
+def test_a_host_that_kills_a_check_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = ChildPool()
+    monkeypatch.setattr(pool, "_timeout_s", 0.2)
+    pool.call("time:sleep", 0)
+    (child,) = pool.process_ids()
+    os.kill(child, signal.SIGKILL)
+    verdict = ask(Mathematics(pool), {"expected": "1/2"}, r"\boxed{0.5}")
     pool.close()
+    assert (verdict.reward, verdict.fault) == (None, "host"), verdict
 
 
 PERSON = {
@@ -210,10 +262,51 @@ class TestChildren:
     def test_a_hang(self) -> None:
         pool = ChildPool(timeout_s=0.3)
         start = time.monotonic()
-        with pytest.raises(ChildError, match=r"killed after 0\.3 s"):
+        with pytest.raises(ChildHostError, match=r"killed after 1\.2 s of wall time"):
             pool.call("time:sleep", 1000)
         assert time.monotonic() - start < 10
         assert pool.call("math:sqrt", 9) == 3.0
+        pool.close()
+
+    def test_a_loop(self) -> None:
+        pool = ChildPool(timeout_s=0.3)
+        with pytest.raises(ChildError, match=r"killed after 0\.3 s of CPU time") as error:
+            pool.call("builtins:sum", [[0] * 2] * 10**5, [])
+        assert not isinstance(error.value, ChildHostError)
+        assert pool.call("math:sqrt", 9) == 3.0
+        pool.close()
+
+    def test_a_check_without_a_cpu_is_repeated_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first try sleeps; the second waits for the check beside it, and finishes."""
+        (tmp_path / "slow_once.py").write_text(
+            "import os, time\n"
+            "def first(path):\n"
+            "    if not os.path.exists(path):\n"
+            "        open(path, 'w').close()\n"
+            "        time.sleep(100)\n"
+            "    return time.monotonic()\n"
+            "def beside():\n"
+            "    time.sleep(1.5)\n"
+            "    return time.monotonic()\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        pool = ChildPool(2, timeout_s=0.5)
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(pool.call, "slow_once:first", str(tmp_path / "mark"))
+            time.sleep(1.0)
+            beside = threads.submit(pool.call, "slow_once:beside")
+            assert first.result() > beside.result()
+        pool.close()
+
+    def test_several_checks_run_at_once(self) -> None:
+        pool = ChildPool(EnvConfig().check_workers)
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda _: pool.call("time:sleep", 0), range(8)))
+            start = time.monotonic()
+            list(threads.map(lambda _: pool.call("time:sleep", 1), range(2)))
+            assert time.monotonic() - start < 1.9
         pool.close()
 
     def test_a_crash(self) -> None:

@@ -132,6 +132,11 @@ def test_a_pass_cannot_be_faked(code: Code, name: str) -> None:
     assert ask(code, CALLS, RIGHT_CALL).reward == 1.0
 
 
+def test_a_program_that_never_ends_is_the_answers_fault(code: Code) -> None:
+    verdict = ask(code, SCRIPT, "import time\nwhile True: time.sleep(1)")
+    assert (verdict.reward, verdict.fault) == (0.0, "answer")
+
+
 def test_a_worker_that_dies_is_an_error_and_no_zero(code: Code) -> None:
     ask(code, CALLS, RIGHT_CALL)
     (worker,) = code.sandbox.process_ids()
@@ -141,6 +146,7 @@ def test_a_worker_that_dies_is_an_error_and_no_zero(code: Code) -> None:
     kill.join()
     assert verdict.reward is None
     assert "SandboxError" in str(verdict.error)
+    assert verdict.fault == "host"
     assert ask(code, CALLS, RIGHT_CALL).reward == 1.0
 
 
@@ -158,6 +164,13 @@ def test_a_host_without_isolation_stops_the_run(monkeypatch: pytest.MonkeyPatch)
         ("```py\na\n```\n```\nb\n```", "b\n"),
         ("a", "a"),
         ("```python\na", "```python\na"),
+        ("```python\na\n```\nNo:\n```python\nb", "```python\na\n```\nNo:\n```python\nb"),
+        ("```python\na\n\nNo:\n```python\nb\n```", "b\n"),
+        ("```text\na\n```\nthen\n```python\nb\n```\ndone", "b\n"),
+        ("```python\na\n```\n```text\nb", "a\n"),
+        ("So: ```python\na\n```\nand ```b``` too", "a\n"),
+        ("```Python \r\na\r\n```\r\n", "a\r\n"),
+        ("```python\na```", "a"),
     ],
 )
 def test_the_last_block_is_the_program(text: str, source: str) -> None:

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 from helpers.sandbox import sandbox_or_skip
-from test_swe_repository import ATTACKS, FIXED, HIDDEN, SNAPSHOT, WRONG
+from test_swe_repository import (
+    ATTACKS,
+    FIND_TESTS,
+    FIXED,
+    HIDDEN,
+    HONEST_TESTS,
+    REPLACED,
+    SNAPSHOT,
+    WRONG,
+)
 
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.sandbox.pool import SandboxPool
@@ -92,6 +101,77 @@ def test_four():
     assert bad.reward == 0.0
     assert set(bad.details["not_passed"].values()) == {"failed"}
     assert protected.test_files(SNAPSHOT) == ["tests/test_calc.py"]
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_an_edit_cannot_replace_tests(sandbox: SandboxPool, name: str) -> None:
+    """The test that remains is the last of its class, as pytest runs them in the file's order."""
+    found = verdict(sandbox, {"pack/calc.py": REPLACED[name].encode()}, CASES)
+    assert (found.reward, found.error) == (0.0, None), found
+
+
+REPLACED_FUNCTIONS = {
+    "an item's function": "for o in gc.get_objects():\n"
+    "        if type(o).__name__ == 'Function' and 'check' in o.name: o.obj = nothing",
+    "a function's code": "for m in tests(): m.test_check.__code__ = (lambda: None).__code__",
+    "a helper": "for m in tests(): m.same = nothing",
+}
+
+
+@pytest.mark.parametrize("name", REPLACED_FUNCTIONS)
+def test_an_edit_cannot_replace_functions(sandbox: SandboxPool, name: str) -> None:
+    source = b"""from pack.calc import check, double
+
+def same(a, b):
+    assert type(a) is type(b) and a == b
+
+def test_double():
+    same(double(2), 4)
+
+def test_check():
+    same(check(2), 3)
+"""
+    names = tuple(f"{PATH}::{test}" for test in ("test_double", "test_check"))
+    tests = HiddenTests({PATH: source}, names, framework="pytest")
+    caller = "def double(x):\n    run()\n    return x * 2\ndef check(x): return x%s\n"
+    for right, reward in ((" + 1", 1.0), ("", 0.0)):
+        plain = caller.replace("    run()\n", "") % right
+        assert verdict(sandbox, {"pack/calc.py": plain.encode()}, tests).reward == reward
+    edit = f"{FIND_TESTS}    {REPLACED_FUNCTIONS[name]}\n{caller % ''}"
+    found = verdict(sandbox, {"pack/calc.py": edit.encode()}, tests)
+    assert found.reward == 0.0, found
+    assert "tampered" in found.details["not_passed"].values()
+
+
+def test_unusual_tests_that_are_honest_pass(sandbox: SandboxPool) -> None:
+    source = (
+        b"import pytest\n"
+        + HONEST_TESTS
+        + b"""
+
+@pytest.fixture
+def four():
+    return 4
+
+@pytest.mark.parametrize("x", [1, 2])
+def test_assertions_that_pytest_rewrites(x, four):
+    found = calc.double(x)
+    assert found in (2, 4) and found <= four, "a message"
+
+class TestPlain:
+    def setup_method(self):
+        self.x = 2
+    def test_it(self, four):
+        assert calc.double(self.x) == four
+"""
+    )
+    tests = HiddenTests({PATH: source}, (PATH,), framework="pytest")
+    for settings in (b"", b"[pytest]\naddopts = --assert=plain\n"):
+        files = {"pytest.ini": settings} if settings else {}
+        found = verdict(sandbox, {"pack/calc.py": FIXED}, tests, **files)
+        assert found.reward == 1.0, found
+    hook = {"pytest.ini": b"[pytest]\nenable_assertion_pass_hook = true\n"}
+    assert verdict(sandbox, {"pack/calc.py": FIXED}, tests, **hook).reward == 1.0
 
 
 SETTINGS = {

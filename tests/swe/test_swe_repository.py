@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from helpers.sandbox import sandbox_or_skip
@@ -14,6 +18,7 @@ from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.swe import repository
 from nemocascade.swe.repository import HiddenTests, judge, run_tests
+from nemocascade.swe.runner import show
 from nemocascade.swe.snapshots import read_snapshot
 from nemocascade.types import SandboxError, Verdict
 
@@ -257,6 +262,143 @@ def test_only_the_seal_keeps_out_a_nonce_that_was_found(sandbox: SandboxPool) ->
     edit = {"pack/calc.py": STOLEN_NONCE % ALL}
     assert verdict(sandbox, edit, sealed=False).reward == 1.0
     assert verdict(sandbox, edit, sealed=True).reward == 0.0
+
+
+FIND_TESTS = """
+import contextlib, gc, sys, unittest
+def tests():
+    for name in ("tests.test_calc", "test_calc"):
+        if name in sys.modules:
+            yield sys.modules[name]
+def nothing(*a, **k): return contextlib.nullcontext()
+def run():
+"""
+REMAINING = {
+    "code": "for m in tests(): m.CalcTest.test_check.__code__ = (lambda self: None).__code__",
+    "method": "for m in tests(): m.CalcTest.test_check = nothing",
+    "set-up": "for m in tests(): m.CalcTest.setUp = lambda self: "
+    "setattr(self, 'assertRaises', nothing)",
+    "methods of instances": "for o in gc.get_objects():\n"
+    "        if isinstance(o, unittest.TestCase): o.test_check = nothing",
+    "assertions of instances": "for o in gc.get_objects():\n"
+    "        if isinstance(o, unittest.TestCase): o.assertRaises = nothing",
+    "assertions of a class": "for m in tests(): m.CalcTest.assertRaises = nothing",
+    "a class beside its copy": "for m in tests():\n"
+    "        kind = m.CalcTest\n"
+    "        m.CalcTest = type('CalcTest', (unittest.TestCase,), dict(vars(kind)))\n"
+    "        kind.test_check = nothing",
+}
+"""Replaced parts of tests that have not run; the first test calls `run`."""
+RIGHT_CALLER = "def double(x):\n    run()\n    return x * 2\ndef check(x): return x\n"
+ALL_BUT_CHECK = "import sys\ndef double(x): return x * 2\ndef check(x): return x\n"
+BUILT = """
+import builtins
+real = builtins.__build_class__
+def build(function, name, *bases, **k):
+    made = real(function, name, *bases, **k)
+    if name == "CalcTest": made.test_check = lambda self: None
+    return made
+builtins.__build_class__ = build
+"""
+REPLACED = {
+    **{
+        f"{k} of what remains": f"{FIND_TESTS}    {v}\n{RIGHT_CALLER}" for k, v in REMAINING.items()
+    },
+    "a class when it is made": BUILT + ALL_BUT_CHECK,
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_an_edit_cannot_replace_tests(sandbox: SandboxPool, name: str) -> None:
+    """Not even those without a sealed comparison."""
+    found = verdict(sandbox, {"pack/calc.py": REPLACED[name].encode()}, sealed=True)
+    assert found.reward == 0.0, found
+    assert found.details["not_passed"][f"{CASE}.test_check"] == "tampered"
+    honest = verdict(sandbox, {"pack/calc.py": ALL_BUT_CHECK.encode()}, sealed=True)
+    assert honest.details["not_passed"] == {f"{CASE}.test_check": "failed"}
+
+
+HONEST_TESTS = b"""import functools, unittest
+from unittest import mock
+from pack import calc
+
+def double_of(x):
+    return calc.double(x)
+
+def wrapped(function):
+    @functools.wraps(function)
+    def inner(self):
+        return function(self)
+    return inner
+
+class Base:
+    def test_shared(self):
+        self.maxDiff = None
+        self.assertEqual(self.value(), 2)
+
+@mock.patch("pack.calc.check", lambda x: x)
+class A(Base, unittest.TestCase):
+    def value(self):
+        return double_of(1)
+    @wrapped
+    def test_wrapped(self):
+        self.assertEqual(double_of(2), 4)
+    def test_plain(self):
+        with mock.patch.object(type(self), "value", lambda self: 3):
+            self.assertEqual(self.value(), 3)
+
+class B(A):
+    def value(self):
+        return double_of(1)
+    test_alias = A.test_plain
+
+if True:
+    def test_function():
+        pass
+
+def make(n):
+    def test(self):
+        self.assertEqual(calc.double(n), 2 * n)
+    return test
+
+class Made(unittest.TestCase):
+    pass
+
+for n in range(3):
+    setattr(Made, f"test_{n}", make(n))
+"""
+
+
+def test_unusual_tests_that_are_honest_pass(sandbox: SandboxPool) -> None:
+    tests = HiddenTests({"tests/test_calc.py": HONEST_TESTS}, ("tests/test_calc.py",))
+    found = judge(sandbox, SNAPSHOT, SNAPSHOT | {"pack/calc.py": FIXED}, tests)
+    assert found.reward == 1.0, found
+
+
+@pytest.mark.parametrize(
+    ("value", "equal"),
+    [
+        (Decimal("1.0"), 1),
+        (Decimal("0.5"), 0.5),
+        (Fraction(3, 2), 1.5),
+        ({1: 2}.keys(), {1}),
+        ({1: 2}.items(), {(1, 2)}),
+        (MappingProxyType({1: 2}), {1: 2}),
+        (bytearray(b"a"), b"a"),
+        (Decimal("inf"), float("inf")),
+    ],
+)
+def test_sealed_values_that_equal_built_in_ones(value: object, equal: object) -> None:
+    assert value == equal
+    assert show(value) == show(equal)
+    assert show(Decimal("0.1")) != show(0.1)
+
+
+def test_tests_are_sealed_by_default_and_counted(sandbox: SandboxPool) -> None:
+    assert hidden(sealed=True) == replace(hidden(sealed=False), sealed=True)
+    assert HiddenTests({}, ()).sealed
+    assert verdict(sandbox, {"pack/calc.py": FIXED}, sealed=True).details["sealed"] == 1
+    assert verdict(sandbox, {"pack/calc.py": FIXED}).details["sealed"] == 0
 
 
 MALFORMED = [

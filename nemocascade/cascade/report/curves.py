@@ -29,6 +29,7 @@ MEASURES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Gate rate by domain", ("gated/*",), True),
     ("Even groups", ("groups_all_right", "groups_all_wrong"), True),
     ("Verifier errors", ("verifier_errors",), True),
+    ("Unfinished checks by cause", ("faults/answer", "faults/row", "faults/host"), True),
     ("Mismatch, train / rollout", ("mismatch_mean",), True),
     ("Learning rate", ("lr",), True),
     ("Tokens a second", ("tokens_per_s",), True),
@@ -37,15 +38,32 @@ MEASURES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
 LABELS = {
     "loss": "training",
     "heldout_loss": "held out",
+    "faults/answer": "the answer",
+    "faults/row": "the row",
+    "faults/host": "the host",
     "gated_low": "below",
     "gated_high": "above",
     "groups_all_right": "all right",
     "groups_all_wrong": "all wrong",
 }
+STYLES = {
+    **dict.fromkeys(("heldout_loss", "gated_high", "groups_all_wrong", "faults/row"), 1),
+    "faults/host": 2,
+}
 # Measures of held-out evaluations, which have few points.
 DOTS = ("heldout_loss", "heldout/")
 # Measures that are hidden if they never change: settings and other panels show them.
-QUIET = ("turns", "verifier_errors", "truncated", "lr", "gated_low", "gated_high")
+QUIET = (
+    "turns",
+    "verifier_errors",
+    "truncated",
+    "lr",
+    "gated_low",
+    "gated_high",
+    "faults/answer",
+    "faults/row",
+    "faults/host",
+)
 
 
 def panels(run: Run, stage: Stage) -> list[Panel]:
@@ -66,8 +84,7 @@ def _lines(run: Run, name: str, curves: Mapping[str, Curve]) -> Iterator[Line]:
     stem = name.removesuffix("*")
     if stem == name:
         if name in curves and not _is_quiet(name, curves[name]):
-            style = {"heldout_loss": 1, "gated_high": 1, "groups_all_wrong": 1}.get(name, 0)
-            yield Line(LABELS.get(name, ""), curves[name], style, dots=name in DOTS)
+            yield Line(LABELS.get(name, ""), curves[name], STYLES.get(name, 0), dots=name in DOTS)
         return
     found = sorted(
         n.removeprefix(stem) for n in curves if n.startswith(stem) and not _is_quiet(n, curves[n])

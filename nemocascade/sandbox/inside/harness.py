@@ -6,7 +6,9 @@ its answers, which are judged outside against values that never enter the sandbo
 
 from __future__ import annotations
 
+import atexit
 import base64
+import builtins
 import io
 import json
 import os
@@ -16,6 +18,9 @@ from typing import Any
 
 RESULT_FD = 3
 JOB_FD = 4
+_STREAMS = {f"/dev/{name}": number for number, name in enumerate(("stdin", "stdout", "stderr"))}
+_STREAMS |= {f"/dev/fd/{number}": number for number in range(3)}
+_builtin_open = open
 LOST_OUTPUT = 120
 """Exit status if the output cannot be flushed, the same as Python's."""
 
@@ -25,13 +30,16 @@ def run() -> int:
     with open(JOB_FD, encoding="utf-8") as file:
         job = json.load(file)
     _lay_out(job.pop("files"))
-    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8", errors="replace")
+    sys.stdin = io.TextIOWrapper(
+        io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8", errors="replace"
+    )
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8", errors="replace"
     )
     sys.stderr = io.TextIOWrapper(
         io.FileIO(2, "w", closefd=False), encoding="utf-8", errors="replace", write_through=True
     )
+    builtins.open = io.open = _open  # type: ignore[assignment,unused-ignore]
     status = 1
     try:
         status = _run_job(job)
@@ -40,6 +48,12 @@ def run() -> int:
     except BaseException:  # the program's own failure, shown as Python shows it
         _show_exception()
     return status if _finish() else LOST_OUTPUT
+
+
+def _open(file: Any, *arguments: Any, **options: Any) -> Any:
+    """Open a file. Names of the standard streams work without /proc, to which they link."""
+    number = _STREAMS.get(file) if isinstance(file, str) else None
+    return _builtin_open(file if number is None else os.dup(number), *arguments, **options)
 
 
 def _lay_out(files: dict[str, str]) -> None:
@@ -106,12 +120,16 @@ def _show_exception() -> None:
 
 
 def _finish() -> bool:
-    """Wait for threads, as an interpreter does at exit, and flush. Returns False on failure."""
+    """Wait for threads, run exit functions, and flush, as an interpreter does at exit.
+
+    Returns False if the output cannot be flushed.
+    """
     threading = sys.modules.get("threading")
     if threading is not None:
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()
+    atexit._run_exitfuncs()
     try:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -13,7 +13,7 @@ import errno
 _ALLOWED = """
 read:0:63 write:1:64 open:2:- openat:257:56 close:3:57 stat:4:- fstat:5:80
 lstat:6:- newfstatat:262:79 statx:332:291 poll:7:- ppoll:271:73 lseek:8:62
-mmap:9:222 mprotect:10:226 munmap:11:215 brk:12:214 mremap:25:216 madvise:28:233
+mmap:9:222 msync:26:227 mprotect:10:226 munmap:11:215 brk:12:214 mremap:25:216 madvise:28:233
 rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136
 rt_sigtimedwait:128:137 rt_sigsuspend:130:133 ioctl:16:29 pread64:17:67 pwrite64:18:68
 readv:19:65 writev:20:66 access:21:- faccessat:269:48 faccessat2:439:439 pipe:22:- pipe2:293:59
@@ -37,7 +37,8 @@ epoll_pwait:281:22 eventfd:284:- eventfd2:290:19 getrandom:318:278 rseq:334:293
 membarrier:324:283 getpriority:140:141 sendfile:40:71 copy_file_range:326:285 socketpair:53:199
 sendto:44:206 recvfrom:45:207 sendmsg:46:211 recvmsg:47:212 shutdown:48:210 setsockopt:54:208
 getsockopt:55:209 creat:85:- statfs:137:43 fstatfs:138:44 getcpu:309:168 restart_syscall:219:128
-setpgid:109:154
+setpgid:109:154 getxattr:191:8 lgetxattr:192:9 fgetxattr:193:10 listxattr:194:11
+llistxattr:195:12 flistxattr:196:13
 """
 _CLONE = {"x86_64": (56, 435), "aarch64": (220, 435)}
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}

@@ -10,11 +10,14 @@ from . import linux
 
 NOBODY = 65534
 SCRATCH = "/scratch"
+_EMPTY_FLAGS = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
-def enter(visible: Sequence[str]) -> None:
+def enter(visible: Sequence[str], hidden: Sequence[str]) -> None:
     """Continue as process 1 of new namespaces whose file system holds `visible`, read-only.
+
+    Folders of `hidden` below them are empty.
 
     The calling process stays outside as a guard: it waits, and the sandbox dies with it. Requires
     root, or a host that lets unprivileged users create user namespaces. Raises OSError.
@@ -27,7 +30,7 @@ def enter(visible: Sequence[str]) -> None:
     if child:
         _guard(child)
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-    _change_root(visible)
+    _change_root(visible, hidden)
 
 
 def become_nobody() -> None:
@@ -58,8 +61,7 @@ def hide_and_make_scratch(scratch_mib: int, entries: int) -> None:
     """Mount an empty scratch folder and hide /proc, in a program's own mount namespace."""
     size = f"size={scratch_mib}m,nr_inodes={entries},mode=0700"
     linux.mount("scratch", SCRATCH, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, size)
-    flags = linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV
-    linux.mount("hidden", "/proc", "tmpfs", flags, "size=0,nr_inodes=1,mode=0000")
+    linux.mount("hidden", "/proc", "tmpfs", _EMPTY_FLAGS, "size=0,nr_inodes=1,mode=0000")
 
 
 def _guard(child: int) -> None:
@@ -72,7 +74,7 @@ def _guard(child: int) -> None:
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
-def _change_root(visible: Sequence[str]) -> None:
+def _change_root(visible: Sequence[str], hidden: Sequence[str]) -> None:
     linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
     root = _mount_point(visible)
     linux.mount("root", root, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=1m,mode=0755")
@@ -83,10 +85,15 @@ def _change_root(visible: Sequence[str]) -> None:
         else:
             _bind(path, root + path)
             linux.make_read_only(root + path, recursive=True)
+    empty = "size=0,nr_inodes=1,mode=0555"
+    for path in hidden:
+        linux.mount("hidden", root + path, "tmpfs", _EMPTY_FLAGS, empty)
     for path in (*DEVICES, "/proc"):
         # Bind the outer /proc, since containers may forbid mounting a new one. Only trusted code
         # sees it; programs get an empty folder in its place.
         _bind(path, root + path)
+    # POSIX semaphores and shared memory are files there.
+    os.symlink(SCRATCH, f"{root}/dev/shm")
     os.mkdir(root + SCRATCH)
     os.mkdir(root + "/old")
     os.chdir(root)

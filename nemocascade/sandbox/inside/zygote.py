@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import gc
 import json
-import math
 import os
 import resource
 import select
@@ -22,13 +21,14 @@ import tempfile
 import time
 from typing import Any, NoReturn
 
-from . import harness, linux, seccomp, walls
+from . import accounting, harness, linux, seccomp, walls
 
 CHANNEL_FD = 200
 """File descriptor of the worker's socket, above those of a program."""
 FDS = 5
 """File descriptors passed with a program: stdin, stdout, stderr, results, job."""
-LONGEST_WAIT_MS = 1e6
+LOOK_S = 0.05
+"""Interval of reading a program's CPU time."""
 
 # Imported once here instead of in every program.
 PRELOADED = (
@@ -57,8 +57,9 @@ def main(settings_text: str) -> None:
         message, fds, _, _ = socket.recv_fds(channel, 64, FDS)
         if not message:
             return
-        if message == b"run" and len(fds) == FDS:
-            answer = _supervise(channel, fds, settings)
+        order, _, wall_s = message.partition(b" ")
+        if order == b"run" and len(fds) == FDS:
+            answer = _supervise(channel, fds, settings, float(wall_s))
             channel.send(json.dumps(answer).encode())
 
 
@@ -71,7 +72,7 @@ def _settle(settings: dict[str, Any]) -> None:
     site.setquit()
     sys.path += settings["packages"]
     if settings["walls"] == "namespaces":
-        walls.enter(settings["visible"])
+        walls.enter(settings["visible"], settings["hidden"])
     if settings["walls"] != "none":
         walls.become_nobody()
         seccomp.program(linux.MACHINE)
@@ -80,7 +81,9 @@ def _settle(settings: dict[str, Any]) -> None:
     gc.freeze()
 
 
-def _supervise(channel: socket.socket, fds: list[int], settings: dict[str, Any]) -> dict[str, Any]:
+def _supervise(
+    channel: socket.socket, fds: list[int], settings: dict[str, Any], wall_s: float
+) -> dict[str, Any]:
     """Run one program until it ends, exceeds its time limit, or is to be killed."""
     started = time.monotonic()
     if settings["walls"] == "none":
@@ -100,7 +103,7 @@ def _supervise(channel: socket.socket, fds: list[int], settings: dict[str, Any])
             shutil.rmtree(settings["scratch"], ignore_errors=True)
         return {"refused": text or "the child that builds a program's walls died"}
     program = int(text)
-    over_time = _wait(channel, program, started + settings["time_s"])
+    over_time, waited_s = _wait(channel, program, settings["time_s"], started + wall_s)
     _, status, usage = os.wait4(program, 0)
     if settings["walls"] == "none":
         _end_orphans()
@@ -108,34 +111,47 @@ def _supervise(channel: socket.socket, fds: list[int], settings: dict[str, Any])
     return {
         "status": os.waitstatus_to_exitcode(status),
         "over_time": over_time,
+        "waited_s": waited_s,
         "cpu_s": usage.ru_utime + usage.ru_stime,
         "wall_s": time.monotonic() - started,
     }
 
 
-def _wait(channel: socket.socket, program: int, deadline: float) -> bool:
-    """Wait for the program; kill it at the deadline or on demand. Returns True on timeout."""
+def _wait(
+    channel: socket.socket, program: int, time_s: float, deadline: float
+) -> tuple[str, float]:
+    """Wait for the program; kill it on demand, at the deadline, or over its CPU time.
+
+    Returns which limit it exceeded ("cpu", "wall" or ""), and for the wall-clock limit the seconds
+    that it waited for a CPU.
+    """
     watched = os.pidfd_open(program)
-    over_time = False
+    over_time, waited_s = "", 0.0
     try:
         poll = select.poll()
         poll.register(watched, select.POLLIN)
         poll.register(channel, select.POLLIN)
         while True:
-            left = max(0.0, deadline - time.monotonic())
-            ready = {fd for fd, _ in poll.poll(min(1000 * left + 1, LONGEST_WAIT_MS))}
+            ready = {fd for fd, _ in poll.poll(1000 * LOOK_S)}
             if watched in ready:
-                return over_time
+                return over_time, waited_s
             if channel.fileno() in ready:
                 order = channel.recv(64)
                 os.kill(program, signal.SIGKILL)
                 if not order:  # the trusted side has closed the socket
                     os._exit(0)
                 poll.unregister(channel)
-            elif time.monotonic() >= deadline:
-                over_time = True
-                os.kill(program, signal.SIGKILL)
-                deadline = math.inf
+            elif not over_time:
+                processes = accounting.descendants()
+                if sum(map(accounting.cpu_s, processes)) >= time_s:
+                    over_time = "cpu"
+                elif time.monotonic() >= deadline:
+                    over_time, waited_s = (
+                        "wall",
+                        max(map(accounting.waited_s, processes), default=0.0),
+                    )
+                if over_time:
+                    os.kill(program, signal.SIGKILL)
     finally:
         os.close(watched)
 
