@@ -162,6 +162,9 @@ class Activations:
         hidden = self.job.capacity * self.model.hidden_size * self.width
         return 2 * hidden if self.parallel.tp > 1 else hidden
 
+    def _mamba_moments(self, terms: Terms) -> list[float]:
+        return [sum(terms.values()) + 2 * max(terms.values())]
+
     def _attention_moments(self, terms: Terms) -> list[float]:
         everything = sum(terms.values())
         inputs, sums = terms["attention q k v"], terms["attention sums"]
