@@ -16,7 +16,8 @@ from typing import Any, Literal
 import tyro
 
 import nemocascade
-from nemocascade.recipe import CascadeRecipe, DataConfig, Recipe, load_any_recipe
+from nemocascade.recipe import CascadeRecipe, DataConfig, Recipe, RecipeError, load_any_recipe
+from nemocascade.recipe.rules import Count, Positive, Seed, number_problems
 
 USAGE = """usage: nemocascade COMMAND ...
 
@@ -42,13 +43,13 @@ class TokenizerSettings:
     """Train a sentencepiece tokenizer on the rendered conversations of `data.path`."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    vocab_size: int = 2048
+    vocab_size: Count = 2048
     """Number of ids, including the template's tags and one id for each byte."""
 
     output: str = "tokenizer.model"
     """File to write; must end in .model."""
 
-    seed: int = 1
+    seed: Seed = 1
     """Seed of synthetic rows."""
 
 
@@ -132,7 +133,7 @@ class ConvertSettings:
     """Model family of a written Hugging Face folder; auto = the family that the model came from or
     fits."""
 
-    shard_gib: float = 5.0
+    shard_gib: Positive = 5.0
     """Largest weights file of a written Hugging Face folder."""
 
 
@@ -315,7 +316,13 @@ def _execute[S](
     from nemocascade.runtime.errors import exit_cleanly
 
     parsed = tyro.cli(settings, args=arguments, prog=f"nemocascade {name}", config=config)
-    exit_cleanly(lambda: act(parsed))
+
+    def work() -> None:
+        if problems := number_problems(parsed):
+            raise RecipeError(problems)
+        act(parsed)
+
+    exit_cleanly(work)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

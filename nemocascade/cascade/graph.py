@@ -15,6 +15,7 @@ from nemocascade.recipe import (
     StageRecipe,
     TeacherConfig,
 )
+from nemocascade.recipe.rules import number_problems
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class StageGraph:
 def cascade_problems(cascade: CascadeRecipe, world_size: int) -> list[str]:
     """Every rule that the cascade or one of its stages breaks, each with a remedy."""
     graph = StageGraph(cascade)
-    if found := graph.problems() + cascade.alarm.problems():
+    if found := graph.problems() + number_problems(cascade.alarm, "alarm"):
         # Without a valid order the start of a stage is undefined.
         return found
     found = cascade.scores.problems(world_size, graph.model_of(graph.names[0]))

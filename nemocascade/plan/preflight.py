@@ -28,6 +28,7 @@ from nemocascade.plan.memory import GIB, available, every_rank
 from nemocascade.plan.parameters import stage_parameters
 from nemocascade.plan.search import nearest_fitting
 from nemocascade.recipe import ParallelConfig, StageRecipe
+from nemocascade.recipe.rules import Natural
 from nemocascade.runtime.world import world_size_of_environment
 
 
@@ -41,7 +42,7 @@ class PreflightSettings:
     recipe: tyro.conf.Positional[str]
     """Recipe script."""
 
-    ranks: int = 0
+    ranks: Natural = 0
     """World size; 0 = the launcher's, or 1 without one."""
 
     gpu: str = "h200"

@@ -8,6 +8,7 @@ from typing import Literal
 
 from nemocascade.recipe.mopd import MopdRecipe
 from nemocascade.recipe.rl import GrpoRecipe
+from nemocascade.recipe.rules import Positive
 from nemocascade.recipe.scores import ScoreConfig, repeated
 from nemocascade.recipe.sft import SftRecipe
 
@@ -45,16 +46,12 @@ class StageConfig[R: StageRecipe]:
 class AlarmConfig:
     """Alarm for a stage that lowers a domain's score."""
 
-    drop: float = 5.0
+    drop: Positive = 5.0
     """Points (hundredths of the mean reward) by which a domain's held-out score may lie below that
     of the stage's start artifact."""
 
     stop: bool = False
     """Stop the run at an alarm instead of only warning."""
-
-    def problems(self) -> list[str]:
-        """Rules that the settings break."""
-        return [] if self.drop > 0 else [f"alarm.drop({self.drop}) must be above 0 points"]
 
 
 @dataclass(frozen=True)

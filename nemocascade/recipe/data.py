@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nemocascade.recipe.rules import Count, Natural, Tokens
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -14,7 +16,7 @@ class TokenizerConfig:
     """A sentencepiece `.model` or a Hugging Face `tokenizer.json`. Empty: at the first start, train
     a sentencepiece model on the training files and store it in the run folder."""
 
-    train_vocab_size: int = 2048
+    train_vocab_size: Count = 2048
     """Vocabulary size of the sentencepiece model that is trained when `path` is empty."""
 
 
@@ -42,29 +44,29 @@ class DataConfig:
     heldout_path: tuple[str, ...] = ()
     """Files for the held-out loss. Empty: `heldout_rows` rows are split off the training set."""
 
-    heldout_rows: int = 64
+    heldout_rows: Natural = 64
     """Rows split off the training set for the held-out loss when `heldout_path` is empty."""
 
-    max_rows: int = 0
+    max_rows: Natural = 0
     """Read at most this many rows; 0 = all. Useful for trial runs."""
 
     thinking: bool = False
     """Render reasoning (`<think>`) for rows that have it."""
 
-    capacity: int = 262_144
+    capacity: Tokens = 262_144
     """Tokens in one packed sequence (micro-batch)."""
 
-    sequences_per_step: int = 64
+    sequences_per_step: Count = 64
     """Packed sequences in one optimizer step, over all data-parallel ranks."""
 
     over_long: Literal["truncate", "drop", "refuse"] = "truncate"
     """Treatment of documents longer than `capacity`. They are always counted."""
 
-    balance_group: int = 16
+    balance_group: Count = 16
     """Number of consecutive packed sequences with balanced work, so that ranks that run them side
     by side finish together. The order depends on the data only, not on the number of ranks."""
 
-    max_bad_rows: int = 0
+    max_bad_rows: Natural = 0
     """Number of unparsable rows that are skipped; one more is an error. 0 = none is skipped."""
 
     cache_dir: str = ""

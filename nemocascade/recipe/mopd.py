@@ -7,6 +7,7 @@ from typing import Literal
 
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.rl import PolicyRecipe, RolloutConfig
+from nemocascade.recipe.rules import NonNegative, Positive, Tokens
 from nemocascade.recipe.train import OptimizerConfig
 
 
@@ -24,10 +25,10 @@ class TeacherConfig:
 class MopdConfig:
     """The objective (Nemotron-Cascade 2, arXiv 2603.19220, Eq. 2-4), and offload of teachers."""
 
-    ratio_low: float = 0.5
+    ratio_low: NonNegative = 0.5
     """Mask tokens whose pi_train / pi_rollout is below this."""
 
-    ratio_high: float = 2.0
+    ratio_high: Positive = 2.0
     """Mask tokens whose pi_train / pi_rollout is above this."""
 
     keep: Literal["host", "disk"] = "host"
@@ -38,7 +39,7 @@ class MopdConfig:
     """Score the rollouts with verifiers and judges, for metrics only: the objective uses no reward.
     Off saves their time."""
 
-    capacity: int = 131_072
+    capacity: Tokens = 131_072
     """Tokens in one packed sequence (micro-batch) of training."""
 
 
@@ -94,9 +95,9 @@ class MopdRecipe(PolicyRecipe):
             f"teachers: {d} is no domain of this recipe: take it out, or add it to domains"
             for d in sorted(set(taught) - {d.domain for d in self.domains})
         ]
-        if not 0 <= self.mopd.ratio_low < self.mopd.ratio_high:
+        if not self.mopd.ratio_low < self.mopd.ratio_high:
             found.append(
-                f"mopd.ratio_low({self.mopd.ratio_low}) must lie in 0..ratio_high"
+                f"mopd.ratio_low({self.mopd.ratio_low}) must be below ratio_high"
                 f"({self.mopd.ratio_high})"
             )
         if self.rollout.dynamic_filtering:
