@@ -28,6 +28,7 @@ USAGE = """usage: nemocascade COMMAND ...
   plan RECIPE.py --gpus N --gpu NAME             memory and time of every layout
   preflight RECIPE.py [--ranks N]                every problem of a job before it starts
   submit RECIPE.py ... --nodes N                 Slurm jobs, one a stage
+  diff A B                                       settings that differ: runs, recipes or artifacts
   convert SOURCE TARGET                          Hugging Face folder <-> artifact
   replay RUN/rollouts                            score logged episodes with tools again
   import-swe ROWS FOLDER --repositories FOLDER   tasks of rows as SWE-Gym has them, from git clones
@@ -227,6 +228,18 @@ def _submit(arguments: list[str]) -> None:
     _execute("submit", SubmitSettings, act, own)
 
 
+def _diff(arguments: list[str]) -> None:
+    from nemocascade.cascade.comparison import DiffSettings, compare
+
+    def act(settings: DiffSettings) -> None:
+        found = compare(settings)
+        print("\n".join(found) or "no setting differs")
+        if found:
+            raise SystemExit(1)
+
+    _execute("diff", DiffSettings, act, arguments)
+
+
 def _overridden(script: str, arguments: list[str]) -> Recipe:
     """The recipe of a script, of any kind, with the command line's overrides."""
     from nemocascade.cascade.launch import parse_cascade
@@ -333,6 +346,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": _plan,
     "preflight": _preflight,
     "submit": _submit,
+    "diff": _diff,
     "convert": _convert,
     "tokenizer": _tokenizer,
     "replay": _replay,

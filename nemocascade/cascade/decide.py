@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from nemocascade.cascade.errors import CascadeError
 from nemocascade.cascade.graph import StageGraph
-from nemocascade.cascade.inputs import FileHashes, at_default, differences, key_of, stage_inputs
+from nemocascade.cascade.inputs import FileHashes, differences, key_of, stage_inputs
 from nemocascade.cascade.records import StageRecord, Teacher, done_scores, read_record
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import (
@@ -18,6 +18,7 @@ from nemocascade.megatron.checkpoint import (
     latest_checkpoint,
 )
 from nemocascade.recipe import CascadeRecipe, MopdRecipe, StageConfig, StageRecipe
+from nemocascade.recipe.changes import at_default
 from nemocascade.stages.scoring import Scores
 from nemocascade.types import Artifact
 

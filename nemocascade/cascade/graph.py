@@ -59,9 +59,10 @@ class StageGraph:
 
         tokenizer: tokenizer of the start artifact; a later SFT stage keeps it. teachers: artifact
         by domain; if None, the start artifact stands in for open teachers, for validation only.
+        Changes are accepted: the cascade compares inputs by content before it resumes a stage.
         """
         recipe, start = self.stage(name).recipe, self.start_of(name)
-        recipe = replace(recipe, run_dir=self.stage_dir(name), resume=True)
+        recipe = replace(recipe, run_dir=self.stage_dir(name), resume=True, accept_changes=True)
         if not start:
             return recipe
         recipe = replace(recipe, init_from=self.artifact_dir(start))

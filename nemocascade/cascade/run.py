@@ -35,6 +35,7 @@ from nemocascade.megatron.checkpoint import clean_leftovers, latest_checkpoint, 
 from nemocascade.recipe import CascadeRecipe, RecipeError
 from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.run_lock import RunLock
 from nemocascade.runtime.world import world_size_of_environment
 from nemocascade.stages.launch import run_stage
 from nemocascade.stages.scoring import read_scores, score_artifact, scoring_problems, settings_key
@@ -118,15 +119,19 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
 def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
     """Run the stages that are not up to date; returns the last main-line stage's artifact folder.
 
-    Raises RecipeError before anything starts, CascadeError if the run cannot continue, AlarmError
-    if an alarm stops it, and every error that a stage raises.
+    Raises RecipeError before anything starts, FolderInUseError if another job owns the run,
+    CascadeError if the run cannot continue, AlarmError if an alarm stops it, and every error that a
+    stage raises.
     """
     choice = choice or Choice()
     if problems := choice.problems(cascade) + _problems_here(cascade):
         raise RecipeError(problems)
     run = _Run(cascade, choice)
-    for name in choice.stages(cascade):
-        run.stage(name)
+    try:
+        for name in choice.stages(cascade):
+            run.stage(name)
+    finally:
+        run.lock.release()
     last = [s.name for s in cascade.stages if not s.side][-1]
     return Path(StageGraph(cascade).artifact_dir(choice.only or last))
 
@@ -138,6 +143,7 @@ class _Run:
         self.cascade, self.choice = cascade, choice
         self.graph = StageGraph(cascade)
         self.run_dir = Path(cascade.run_dir)
+        self.lock = RunLock(self.run_dir)
 
     def stage(self, name: str) -> None:
         """Decide, run and score one stage, and check its alarms."""
@@ -166,7 +172,7 @@ class _Run:
             )
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
-        return on_main_rank(self.run_dir, self.cascade.scores.engine, work)
+        return on_main_rank(self.lock, self.cascade.scores.engine, work)
 
     def _begin(self, name: str) -> Decision:
         """Decide, and prepare the stage's folder."""
@@ -174,6 +180,11 @@ class _Run:
             self.cascade, name, _file_hashes(self.cascade), again=self.choice.anew(name)
         )
         LOGGER.info(decision.text())
+        if decision.action != "keep":
+            # The stage owns its folder while it runs; another job may own it now.
+            other = RunLock(self._folder(name))
+            other.acquire()
+            other.release()
         if decision.retire:
             LOGGER.warning("%s: its folder lies in %s now", name, retire(self.run_dir, name))
         if decision.action != "keep":

@@ -30,6 +30,7 @@ from nemocascade.plan.search import nearest_fitting
 from nemocascade.recipe import ParallelConfig, StageRecipe
 from nemocascade.recipe.rules import Natural
 from nemocascade.runtime.world import world_size_of_environment
+from nemocascade.train.checkpointing import refused_changes
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ def check_start(recipe: Any, into: Preflight) -> None:
             checkpoint = latest_checkpoint(Path(recipe.run_dir) / "checkpoints")
             if checkpoint is not None:
                 found = f"checkpoint {checkpoint.name}"
+                problems = refused_changes(recipe)
             elif recipe.init_from:
                 found = f"artifact {read_artifact(Path(recipe.init_from)).digest[:12]}"
         except CheckpointError as error:

@@ -193,6 +193,10 @@ class PolicyRecipe(ABC):
     """Resume from the newest checkpoint in `run_dir`, if there is one. Off: a run folder with
     checkpoints is an error."""
 
+    accept_changes: bool = False
+    """Resume although settings changed that affect the training. The changes are listed in the log
+    and in the artifact's manifest."""
+
     init_from: str = ""
     """Artifact folder of the policy to start from: its shape, weights and tokenizer."""
 

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 Probability = Annotated[float, Range(0, 1, open_low=True)]
 Decay = Annotated[float, Range(0, 1, open_high=True)]
+LearningRate = Annotated[float, Range(0, 100)]
 Seconds = Annotated[float, Range(0, 30 * 86_400, open_low=True)]
 """A timeout: at most 30 days, which every clock and socket can count."""
 
@@ -78,10 +79,8 @@ def _broken(value: Any, path: str) -> Iterator[tuple[str, Any, str]]:
             here = f"{path}.{field.name}" if path else field.name
             found = list(_broken(inner, here))
             rule = rules.get(field.name)
-            if not found and rule is not None and isinstance(inner, int | float):
-                whole = getattr(_hints(type(value))[field.name], "__origin__", None) is int
-                problem = "must be a whole number" if whole and isinstance(inner, float) else ""
-                problem = problem or rule.problem(inner)
+            if not found and rule is not None:
+                problem = _problem(rule, get_args(_hints(type(value))[field.name])[0], inner)
                 found = [(here, inner, problem)] if problem else []
             yield from found
     elif isinstance(value, dict):
@@ -92,6 +91,14 @@ def _broken(value: Any, path: str) -> Iterator[tuple[str, Any, str]]:
             yield from _broken(inner, f"{path}.{number}")
     elif isinstance(value, float) and not math.isfinite(value):
         yield path, value, "must be a finite number"
+
+
+def _problem(rule: Range, kind: Any, value: Any) -> str:
+    if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+        return "must be a whole number"
+    if not isinstance(value, kind | int):
+        return "must be a number"
+    return "" if value is None else rule.problem(value)
 
 
 def _plain(value: float) -> str:

@@ -56,6 +56,10 @@ class SftRecipe:
     """Resume from the newest checkpoint in `run_dir`, if there is one. Off: a run folder with
     checkpoints is an error."""
 
+    accept_changes: bool = False
+    """Resume although settings changed that affect the training. The changes are listed in the log
+    and in the artifact's manifest."""
+
     init_from: str = ""
     """Artifact folder with the initial weights; empty = random weights from the seed."""
 

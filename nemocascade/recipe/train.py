@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nemocascade.recipe.rules import Decay, Natural, NonNegative, Positive, Range
+from nemocascade.recipe.rules import Decay, LearningRate, Natural, NonNegative, Positive, Range
 
 Accelerator = Literal["auto", "on", "off"]
 
@@ -14,10 +14,10 @@ Accelerator = Literal["auto", "on", "off"]
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    lr: NonNegative = 5e-5
+    lr: LearningRate = 5e-5
     """Peak learning rate."""
 
-    min_lr: NonNegative = 5e-6
+    min_lr: LearningRate = 5e-6
     """Learning rate at the end of the decay."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -26,7 +26,7 @@ class OptimizerConfig:
     warmup_steps: Natural = 200
     """Steps of linear warm-up."""
 
-    warmup_start_lr: NonNegative = 0.0
+    warmup_start_lr: LearningRate = 0.0
     """Learning rate at the start of the warm-up."""
 
     decay_steps: Natural = 40_000

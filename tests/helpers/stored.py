@@ -22,7 +22,9 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by key."""
-    index = index_from_json(json.loads((folder / "index.json").read_bytes()))
+    index = index_from_json(
+        json.loads((folder / "index.json").read_bytes()), {p.name for p in folder.iterdir()}
+    )
     tensors = {}
     with Reader(folder, index) as reader:
         for key, stored in index.items():

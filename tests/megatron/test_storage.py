@@ -103,7 +103,8 @@ def test_any_tiling_reads_any_other(
     written = [write_pieces(tmp_path, f"{i}.safetensors", p) for i, p in enumerate(ranks)]
     index, problems = merge_indices([w.index for w in written])
     assert problems == []
-    assert index_from_json(json.loads(json.dumps(index_to_json(index)))) == index
+    names = {w.name for w in written}
+    assert index_from_json(json.loads(json.dumps(index_to_json(index))), names) == index
     with Reader(tmp_path, index) as reader:
         for key, full in tensors.items():
             for box in random_tiling(rng, tuple(full.shape), 5):
@@ -167,6 +168,14 @@ def test_overlaps_and_gaps_are_found(tmp_path: Path) -> None:
     assert "overlap" in problems(left, Box((0, 1), (4, 3)))
 
 
+FIELDS: dict[str, Any] = {
+    "step": 1,
+    "optimizer_step": 1,
+    "precision": "fp32",
+    "model": {},
+    "model_sha256": "",
+    "layout": {},
+}
 FULL = {
     "model/a": torch.arange(24.0).reshape(6, 4),
     "model/b": torch.arange(5, dtype=torch.bfloat16),
@@ -183,9 +192,7 @@ def whole_pieces(tensors: dict[str, torch.Tensor]) -> list[Piece]:
 @pytest.fixture
 def folder(world: World, tmp_path: Path) -> Path:
     path = tmp_path / "step_00000001"
-    write_folder(
-        path, world, "checkpoint", whole_pieces(FULL), {"extra.json": b'{"x": 1}'}, {"step": 1}
-    )
+    write_folder(path, world, "checkpoint", whole_pieces(FULL), {"extra.json": b'{"x": 1}'}, FIELDS)
     return path
 
 
@@ -303,7 +310,7 @@ def test_a_failed_save_leaves_the_old_folder(folder: Path, world: World) -> None
 
 def test_replacing_a_folder(folder: Path, world: World) -> None:
     changed = {k: t + 1 for k, t in FULL.items()}
-    write_folder(folder, world, "checkpoint", whole_pieces(changed), {}, {"step": 2})
+    write_folder(folder, world, "checkpoint", whole_pieces(changed), {}, {**FIELDS, "step": 2})
     assert read_manifest(folder, "checkpoint")["step"] == 2
     assert not (folder / "extra.json").exists()
     for piece in read_back(folder, world, FULL):

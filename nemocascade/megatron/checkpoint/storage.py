@@ -16,18 +16,19 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import Box, first_overlap, whole
+from nemocascade.megatron.checkpoint.errors import CheckpointError, NonFiniteWeightsError
+from nemocascade.runtime.files import naming
 
 CHUNK_BYTES = 64 << 20
 DTYPE_NAMES = {
@@ -116,20 +117,23 @@ class Outgoing:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def chunks(self) -> Iterator[memoryview]:
-        """The tensor's bytes in row-major order, at most CHUNK_BYTES at a time."""
+    def chunks(self) -> Iterator[Tensor]:
+        """The tensor's values in row-major order on the CPU, at most CHUNK_BYTES at a time."""
         dtype = DTYPES[self.dtype]
         for box in whole(self.shape).split(CHUNK_BYTES // dtype.itemsize):
             # `contiguous()` keeps odd strides where a size is 1, and those have no view as bytes.
             part = torch.empty(box.size, dtype=dtype, device="cpu").copy_(self.read(box))
             if part.numel():
-                yield memoryview(part.reshape(-1).view(torch.uint8).numpy())
+                yield part.reshape(-1)
 
 
 def write_tensors(
     path: Path, tensors: Sequence[Outgoing], metadata: dict[str, str] | None = None
 ) -> tuple[str, int]:
-    """Write and fsync a safetensors file; returns its sha256 and its size in bytes."""
+    """Write and fsync a safetensors file; returns its sha256 and its size in bytes.
+
+    Raises NonFiniteWeightsError naming every tensor with a value that is NaN or infinite.
+    """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
     for tensor in tensors:
@@ -141,15 +145,35 @@ def write_tensors(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        head: list[Any] = [len(text).to_bytes(8, "little"), text]
-        for data in chain(head, (chunk for tensor in tensors for chunk in tensor.chunks())):
+    digest = hashlib.sha256()
+    bad: list[str] = []
+    with naming(path), path.open("wb") as file:
+
+        def write(data: Any) -> None:
             digest.update(data)
-            size += file.write(data)
+            file.write(data)
+
+        write(len(text).to_bytes(8, "little"))
+        write(text)
+        for tensor in tensors:
+            finite = True
+            for values in tensor.chunks():
+                finite = finite and _is_finite(values)
+                write(memoryview(values.view(torch.uint8).numpy()))
+            bad += [] if finite else [tensor.name.partition("@")[0]]
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest(), size
+    if bad:
+        raise NonFiniteWeightsError(path, [f"{n} holds NaN or infinite values" for n in bad])
+    return digest.hexdigest(), 8 + len(text) + end
+
+
+def _is_finite(values: Tensor) -> bool:
+    """True if no value is NaN or infinite: both pass through to the smallest or the largest."""
+    if not values.is_floating_point():
+        return True
+    low, high = torch.aminmax(values)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def write_pieces(folder: Path, name: str, pieces: Iterable[Piece]) -> WrittenFile:
@@ -253,20 +277,39 @@ def index_to_json(index: Index) -> dict[str, Any]:
     return {"files": files, "tensors": tensors}
 
 
-def index_from_json(value: dict[str, Any]) -> Index:
-    """Inverse of `index_to_json`."""
-    files = value["files"]
-    return {
-        key: StoredTensor(
-            tuple(entry["shape"]),
-            entry["dtype"],
-            tuple(
-                StoredPiece(files[p["file"]], p["name"], Box(tuple(p["offset"]), tuple(p["size"])))
-                for p in entry["pieces"]
-            ),
-        )
-        for key, entry in value["tensors"].items()
-    }
+def index_from_json(value: Any, known: Container[str]) -> Index:
+    """Inverse of `index_to_json`.
+
+    Raises ValueError if the value is no index, names a file that is not `known`, or has a tensor
+    whose pieces do not tile it.
+    """
+    try:
+        files = value["files"]
+        index = {
+            key: StoredTensor(
+                tuple(entry["shape"]),
+                entry["dtype"],
+                tuple(
+                    StoredPiece(files[p["file"]], str(p["name"]), _box(p)) for p in entry["pieces"]
+                ),
+            )
+            for key, entry in value["tensors"].items()
+        }
+        foreign = [file for file in files if file not in known]
+        problems = [p for key, entry in index.items() for p in _tiling_problems(key, entry)]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"it is no index of tensors: {error!r}") from error
+    problems += [
+        f"{entry.dtype!r} is no dtype" for entry in index.values() if entry.dtype not in DTYPES
+    ]
+    problems += [f"it names {file!r}, which is no file of this folder" for file in foreign]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return index
+
+
+def _box(piece: dict[str, Any]) -> Box:
+    return Box(tuple(map(int, piece["offset"])), tuple(map(int, piece["size"])))
 
 
 class Reader:
@@ -317,14 +360,25 @@ class Reader:
                 yield source, part
 
     def _read(self, source: StoredPiece, box: Box) -> Tensor:
-        file = self._open.get(source.file)
-        if file is None:
-            path = str(self.folder / source.file)
-            file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            self._open[source.file] = file
+        """Values of a box. Raises CheckpointError if the file's header is broken or lacks it."""
         found: Tensor
-        if not box.size:
-            found = file.get_tensor(source.name)
-        else:
-            found = file.get_slice(source.name)[box.slices()]
+        try:
+            file = self._open.get(source.file)
+            if file is None:
+                path = str(self.folder / source.file)
+                file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                self._open[source.file] = file
+            if not box.size:
+                found = file.get_tensor(source.name)
+            else:
+                found = file.get_slice(source.name)[box.slices()]
+        except (SafetensorError, OSError, IndexError) as error:
+            problem = f"{source.file}: tensor {source.name!r} cannot be read: {error}"
+            raise CheckpointError(self.folder, [problem]) from error
+        if found.shape != torch.Size(box.size):
+            problem = (
+                f"{source.file}: tensor {source.name!r} is smaller than the index says: "
+                f"{list(found.shape)} of {list(box.size)}"
+            )
+            raise CheckpointError(self.folder, [problem])
         return found

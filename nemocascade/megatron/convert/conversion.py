@@ -8,7 +8,6 @@ folder is bit-identical.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +23,11 @@ from nemocascade.megatron.artifact import (
 from nemocascade.megatron.checkpoint.boxes import whole
 from nemocascade.megatron.checkpoint.errors import CheckpointError
 from nemocascade.megatron.checkpoint.folder import (
-    INDEX,
     finish_folder,
     flush,
     fresh_folder,
     hash_problems,
+    read_index_json,
     read_manifest,
     write_durably,
 )
@@ -307,7 +306,7 @@ def _open_artifact(source: Path) -> tuple[Artifact, Index]:
     weights = [name for name in manifest["files"] if name.endswith(".safetensors")]
     if problems := hash_problems(source, manifest, weights):
         raise CheckpointError(source, problems)
-    return artifact, index_from_json(json.loads((source / INDEX).read_bytes()))
+    return artifact, index_from_json(read_index_json(source, manifest), manifest["files"])
 
 
 def _family(source: Path, shape: ModelConfig, origin: Mapping[str, Any], asked: str) -> Family:
