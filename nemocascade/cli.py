@@ -79,13 +79,14 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _score(arguments: list[str]) -> None:
+    from nemocascade.runtime.jsonl import json_text
     from nemocascade.runtime.world import is_main_process
     from nemocascade.stages.scoring import ScoreSettings, run_scoring
 
     def act(settings: ScoreSettings) -> None:
         found = run_scoring(settings)
         if is_main_process():
-            print(json.dumps(found.as_json(), ensure_ascii=False))
+            print(json_text(found.as_json()))
 
     # The settings are shared with recipes, where a boolean is given with its value.
     _execute("score", ScoreSettings, act, arguments, config=(tyro.conf.FlagConversionOff,))
@@ -168,16 +169,14 @@ def _plan(arguments: list[str]) -> None:
     from nemocascade.cascade.planning import plan_cascade
     from nemocascade.plan.summary import PlanSettings, plan_recipe
 
-    own, rest = _split(arguments)
-
-    def act(settings: PlanSettings) -> None:
+    def act(settings: PlanSettings, rest: list[str]) -> None:
         recipe = _overridden(settings.recipe, rest)
         if isinstance(recipe, CascadeRecipe):
             print(plan_cascade(recipe, settings))
         else:
             print(plan_recipe(recipe, settings))
 
-    _execute("plan", PlanSettings, act, own)
+    _execute_on_recipe("plan", PlanSettings, act, arguments)
 
 
 def _preflight(arguments: list[str]) -> None:
@@ -185,9 +184,7 @@ def _preflight(arguments: list[str]) -> None:
     from nemocascade.plan.findings import Preflight
     from nemocascade.plan.preflight import PreflightSettings, check_recipe
 
-    own, rest = _split(arguments)
-
-    def act(settings: PreflightSettings) -> None:
+    def act(settings: PreflightSettings, rest: list[str]) -> None:
         found = Preflight()
         with found.guarded("recipe"):
             recipe = _overridden(settings.recipe, rest)
@@ -199,7 +196,7 @@ def _preflight(arguments: list[str]) -> None:
         if found.problems:
             raise SystemExit(2)
 
-    _execute("preflight", PreflightSettings, act, own)
+    _execute_on_recipe("preflight", PreflightSettings, act, arguments)
 
 
 def _submit(arguments: list[str]) -> None:
@@ -317,6 +314,18 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
+def _execute_on_recipe[S](
+    name: str, settings: type[S], act: Callable[[S, list[str]], object], arguments: list[str]
+) -> None:
+    """Call `act` with a command's settings, and with the arguments that are not its own: they
+    override the recipe's settings."""
+    own, rest = _split(arguments)
+    parsed, others = tyro.cli(
+        settings, args=own, prog=f"nemocascade {name}", return_unknown_args=True
+    )
+    _act(parsed, lambda checked: act(checked, [*others, *rest]))
+
+
 def _execute[S](
     name: str,
     settings: type[S],
@@ -326,14 +335,18 @@ def _execute[S](
     config: tuple[Any, ...] = (),
 ) -> None:
     """Call `act` with the settings that the arguments give."""
+    parsed = tyro.cli(settings, args=arguments, prog=f"nemocascade {name}", config=config)
+    _act(parsed, act)
+
+
+def _act[S](settings: S, act: Callable[[S], object]) -> None:
+    """Call `act` with settings whose numbers are legal; errors of users end the program."""
     from nemocascade.runtime.errors import exit_cleanly
 
-    parsed = tyro.cli(settings, args=arguments, prog=f"nemocascade {name}", config=config)
-
     def work() -> None:
-        if problems := number_problems(parsed):
+        if problems := number_problems(settings):
             raise RecipeError(problems)
-        act(parsed)
+        act(settings)
 
     exit_cleanly(work)
 

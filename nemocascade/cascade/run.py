@@ -89,7 +89,8 @@ def _problems_here(cascade: CascadeRecipe) -> list[str]:
 
 def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
     """Text of the stages that would run, their inputs, the reasons, and their problems on the ranks
-    of this launch. Changes nothing but the cache of file hashes.
+    of this launch. Verifies the weights of kept stages. Changes nothing but the cache of file
+    hashes.
 
     Raises RecipeError if the stages have no valid order.
     """
@@ -100,7 +101,9 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
     pending: list[str] = []
     lines = []
     for name in choice.stages(cascade):
-        decision = decide(cascade, name, files, pending=pending, again=choice.anew(name))
+        decision = decide(
+            cascade, name, files, pending=pending, again=choice.anew(name), verify=True
+        )
         if decision.action != "keep":
             pending.append(name)
         stage = graph.stage(name)
@@ -202,7 +205,7 @@ class _Run:
         skip = partial(LOGGER.warning, "%s: a damaged line is skipped: %.60s", metrics)
         found = read_undamaged(metrics, skip) if metrics.exists() else ()
         lines = [row for _, row in found if "step" in row]
-        before = sum(v.get("step_time_s") or 0.0 for v in lines if v["step"] < first_step)
+        before = sum(v.get("step_time_s") or 0.0 for v in lines if v["step"] <= first_step)
         record = StageRecord(
             decision.key,
             decision.inputs,

@@ -107,6 +107,17 @@ def read_artifact(folder: Path) -> Artifact:
     return _artifact(folder, manifest)
 
 
+def verify_artifact(folder: Path) -> Artifact:
+    """Read the artifact of `folder` and check the hash of every file, weights too.
+
+    Raises CheckpointError as `read_artifact`.
+    """
+    artifact, manifest = read_artifact(folder), read_manifest(folder, KIND)
+    if problems := hash_problems(folder, manifest, manifest["files"]):
+        raise CheckpointError(folder, problems)
+    return artifact
+
+
 def artifact_model(artifact: Artifact) -> ModelConfig:
     """The model shape of an artifact. Raises CheckpointError if it has fields unknown here."""
     known = {f.name for f in dataclasses.fields(ModelConfig)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nemocascade.recipe.paths import InputPath, InputPaths, OutputPath
 from nemocascade.recipe.rules import Count, Natural, Tokens
 
 
@@ -12,7 +13,7 @@ from nemocascade.recipe.rules import Count, Natural, Tokens
 class TokenizerConfig:
     """Settings of the tokenizer."""
 
-    path: str = ""
+    path: InputPath = ""
     """A sentencepiece `.model` or a Hugging Face `tokenizer.json`. Empty: at the first start, train
     a sentencepiece model on the training files and store it in the run folder."""
 
@@ -24,7 +25,7 @@ class TokenizerConfig:
 class DataConfig:
     """Training documents and how they are packed."""
 
-    path: tuple[str, ...] = ()
+    path: InputPaths = ()
     """JSONL (`.jsonl`, `.jsonl.gz`) or Parquet files, or folders of them. `synthetic:NAME` makes
     rows from the seed instead of reading a file."""
 
@@ -41,7 +42,7 @@ class DataConfig:
     system_field: str = ""
     """`qa` rows: name of the field with the system turn; empty = none."""
 
-    heldout_path: tuple[str, ...] = ()
+    heldout_path: InputPaths = ()
     """Files for the held-out loss. Empty: `heldout_rows` rows are split off the training set."""
 
     heldout_rows: Natural = 64
@@ -69,5 +70,5 @@ class DataConfig:
     max_bad_rows: Natural = 0
     """Number of unparsable rows that are skipped; one more is an error. 0 = none is skipped."""
 
-    cache_dir: str = ""
+    cache_dir: OutputPath = ""
     """Folder of the tokenised documents. Empty: `RUN/cache`."""

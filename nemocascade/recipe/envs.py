@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from nemocascade.recipe.judge import JudgeConfig
+from nemocascade.recipe.paths import InputPaths
 from nemocascade.recipe.rules import Count, Natural, Range, Seconds, number_problems
 
 
@@ -41,7 +42,7 @@ class SandboxConfig:
     """Size limit of the program's writable folder, which is in memory. For a repository, at least
     twice its size."""
 
-    packages: tuple[str, ...] = ()
+    packages: InputPaths = ()
     """Folders, such as a site-packages, that programs may read and import from; for repositories
     that need more than the standard library."""
 

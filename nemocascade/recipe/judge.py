@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
+from nemocascade.recipe.paths import ArtifactPath, OutputPath, Url
 from nemocascade.recipe.rules import (
     Count,
     Natural,
@@ -33,7 +34,7 @@ class JudgeConfig:
     `artifact`: a model of this project that runs on the training ranks by weight swap. `rule`: a
     fixed rule for tests and the tiny recipes; it has no knowledge of language."""
 
-    url: str = ""
+    url: Url = ""
     """URL of the server, `http://host:port`. Proxies from the environment are not used."""
 
     model: str = ""
@@ -47,7 +48,7 @@ class JudgeConfig:
     api_key_env: str = ""
     """Environment variable that holds the server's key; empty = send none."""
 
-    artifact: str = ""
+    artifact: ArtifactPath = ""
     """Artifact folder of the judge; its tokenizer and shape must be the policy's."""
 
     thinking: bool = True
@@ -78,7 +79,7 @@ class JudgeConfig:
     """A server that has answered nothing for this many seconds counts as down: questions fail at
     once until it answers one."""
 
-    cache: str = ""
+    cache: OutputPath = ""
     """File that caches a server's answers by question, for restarts; empty = memory only."""
 
     def problems(self) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nemocascade.recipe.model import ModelConfig
+from nemocascade.recipe.paths import ArtifactPath, OutputPath
 from nemocascade.recipe.rl import PolicyRecipe, RolloutConfig
 from nemocascade.recipe.rules import NonNegative, Positive, Tokens
 from nemocascade.recipe.train import OptimizerConfig
@@ -16,7 +17,7 @@ class TeacherConfig:
     """The teacher of one domain."""
 
     domain: str = "math"
-    artifact: str = ""
+    artifact: ArtifactPath = ""
     """Artifact folder; tokenizer, vocabulary and shape must be the student's. Empty, in a cascade
     only: the artifact so far with the best held-out score of the domain."""
 
@@ -50,7 +51,7 @@ class MopdRecipe(PolicyRecipe):
     stage: str = "mopd"
     """Name of the stage, for its artifact and messages."""
 
-    run_dir: str = "runs/mopd"
+    run_dir: OutputPath = "runs/mopd"
     """Folder for everything the run writes."""
 
     teachers: tuple[TeacherConfig, ...] = ()

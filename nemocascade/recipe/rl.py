@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig
+from nemocascade.recipe.paths import ArtifactPath, InputPaths, OutputPath
 from nemocascade.recipe.rules import (
     Count,
     Fraction,
@@ -40,7 +41,7 @@ class DomainConfig:
     share: Positive = 1.0
     """Share of the prompts, relative to the shares of the other domains."""
 
-    path: tuple[str, ...] = ()
+    path: InputPaths = ()
     """JSONL files of released rows. Empty: tasks are generated from the seed."""
 
     difficulty: Natural = 0
@@ -49,7 +50,7 @@ class DomainConfig:
     tasks: Natural = 1024
     """Number of generated tasks, or the most that are read from `path`; there 0 = all."""
 
-    heldout_path: tuple[str, ...] = ()
+    heldout_path: InputPaths = ()
     """JSONL files of the held-out tasks. Empty: generated, and disjoint from the others."""
 
     drop_solved: Fraction = 0.0
@@ -186,7 +187,7 @@ class PolicyRecipe(ABC):
     seed: Seed = 1
     """Seed of the tasks, their order and all sampling."""
 
-    run_dir: str = "runs/grpo"
+    run_dir: OutputPath = "runs/grpo"
     """Folder for everything the run writes."""
 
     resume: bool = True
@@ -197,7 +198,7 @@ class PolicyRecipe(ABC):
     """Resume although settings changed that affect the training. The changes are listed in the log
     and in the artifact's manifest."""
 
-    init_from: str = ""
+    init_from: ArtifactPath = ""
     """Artifact folder of the policy to start from: its shape, weights and tokenizer."""
 
     stage: str = "grpo"

@@ -58,7 +58,7 @@ def number_problems(settings: Any, name: str = "") -> list[str]:
 def numeric_fields(kind: type) -> dict[str, Range | None]:
     """Rule of every numeric field of a settings class; None for a field without one."""
     found: dict[str, Range | None] = {}
-    for name, hint in _hints(kind).items():
+    for name, hint in hints_of(kind).items():
         rules = [rule for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, Range)]
         if rules or hint in (int, float, float | None, int | None):
             found[name] = rules[0] if rules else None
@@ -66,7 +66,8 @@ def numeric_fields(kind: type) -> dict[str, Range | None]:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def hints_of(kind: type) -> dict[str, Any]:
+    """Type of every field of a settings class, with its annotations."""
     return get_type_hints(kind, include_extras=True)
 
 
@@ -80,7 +81,7 @@ def _broken(value: Any, path: str) -> Iterator[tuple[str, Any, str]]:
             found = list(_broken(inner, here))
             rule = rules.get(field.name)
             if not found and rule is not None:
-                problem = _problem(rule, get_args(_hints(type(value))[field.name])[0], inner)
+                problem = _problem(rule, get_args(hints_of(type(value))[field.name])[0], inner)
                 found = [(here, inner, problem)] if problem else []
             yield from found
     elif isinstance(value, dict):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig
+from nemocascade.recipe.paths import InputPaths
 from nemocascade.recipe.rules import Count, Natural, Seed, Tokens, number_problems
 from nemocascade.recipe.train import EngineConfig
 
@@ -22,7 +23,7 @@ class ScoredDomain:
     difficulty: Natural = 0
     """Difficulty of generated tasks; 0 is the easiest."""
 
-    heldout_path: tuple[str, ...] = ()
+    heldout_path: InputPaths = ()
     """JSONL files of held-out tasks. Empty: generated, and disjoint from the training tasks."""
 
     tasks: Natural = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from nemocascade.recipe.data import DataConfig, TokenizerConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig
+from nemocascade.recipe.paths import ArtifactPath, OutputPath
 from nemocascade.recipe.rl import DomainConfig
 from nemocascade.recipe.rules import Count, Fraction, Natural, Seed, number_problems
 from nemocascade.recipe.train import (
@@ -49,7 +50,7 @@ class SftRecipe:
     seed: Seed = 1
     """Seed of the initial weights and of the data order."""
 
-    run_dir: str = "runs/sft"
+    run_dir: OutputPath = "runs/sft"
     """Folder for everything the run writes."""
 
     resume: bool = True
@@ -60,7 +61,7 @@ class SftRecipe:
     """Resume although settings changed that affect the training. The changes are listed in the log
     and in the artifact's manifest."""
 
-    init_from: str = ""
+    init_from: ArtifactPath = ""
     """Artifact folder with the initial weights; empty = random weights from the seed."""
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -26,6 +26,8 @@ from nemocascade.megatron.checkpoint import (
 from nemocascade.megatron.checkpoint.folder import MANIFEST
 from nemocascade.recipe import CheckpointConfig
 from nemocascade.recipe.changes import STARTED, as_json, changes_of_run
+from nemocascade.runtime.interrupt import EXIT_CODE as INTERRUPTED
+from nemocascade.runtime.interrupt import Interrupt
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
 from nemocascade.train.trainer import Trainer
@@ -47,10 +49,13 @@ create it before a time limit. The run renames it to `stop.done` once the checkp
 
 
 class Stopped(SystemExit):
-    """The run stopped on request, after a checkpoint. Exit code 75: try again (sysexits)."""
+    """The run stopped on request, after a checkpoint.
 
-    def __init__(self, step: int) -> None:
-        super().__init__(75)
+    Exit code 75 asks a scheduler to try again (sysexits); 130 follows Ctrl-C.
+    """
+
+    def __init__(self, step: int, code: int = 75) -> None:
+        super().__init__(code)
         self.step = step
 
 
@@ -91,6 +96,7 @@ class Checkpoints:
         self.resumed: dict[str, Any] | None = None
         """The stored recipe of the checkpoint that the run resumed from."""
         self.saved_step = self.first_step = -1
+        self.interrupt = Interrupt(speaks=world.is_main)
 
     def start(
         self, trainer: Trainer, source: Source, *, resume: bool, init_from: str = ""
@@ -121,6 +127,7 @@ class Checkpoints:
             load_artifact_weights(artifact, self.world, trainer.chunks, trainer.optimizer)
             self.parent = {"folder": init_from, "digest": artifact.digest}
             LOGGER.info("weights from %s (%s)", init_from, artifact.digest[:12])
+        self.interrupt.arm()
         return folder
 
     def save(self, trainer: Trainer, source: Source) -> Path | None:
@@ -148,16 +155,22 @@ class Checkpoints:
         return folder
 
     def stop_if_asked(self, trainer: Trainer, source: Source) -> None:
-        """After a step: if RUN/stop exists, save a checkpoint and raise Stopped on every rank."""
+        """After a step: if RUN/stop exists, or after Ctrl-C, save a checkpoint and raise Stopped on
+        every rank."""
         request = self.run_dir / STOP
-        if not self.world.broadcast_object(self.world.is_main and request.exists()):
+        interrupted, asked = self.world.broadcast_object((self.interrupt.asked, request.exists()))
+        if not (interrupted or asked):
             return
         self.save(trainer, source)
-        if self.world.is_main:
+        if asked and self.world.is_main:
             request.replace(request.with_name(f"{STOP}.done"))
-        LOGGER.info("stopped on request after step %d, which is saved", trainer.step_number)
+        LOGGER.info(
+            "stopped on request after step %d, which is saved: the same command resumes from it",
+            trainer.step_number,
+        )
+        self.interrupt.disarm()
         self.world.barrier()
-        raise Stopped(trainer.step_number)
+        raise Stopped(trainer.step_number, INTERRUPTED if interrupted else 75)
 
     def write_artifact(
         self,
@@ -174,6 +187,7 @@ class Checkpoints:
         the settings that trained its weights. recipe: a dataclass. data: description of the
         training data, JSON values only.
         """
+        self.interrupt.disarm()
         folder, settings = self.run_dir / "artifact", as_json(recipe)
         if trainer.step_number == self.first_step:
             if self.world.broadcast_object(self.world.is_main and _is_whole(folder)):

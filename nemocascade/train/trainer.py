@@ -89,6 +89,7 @@ class Trainer:
         self.chunks = wrap_ddp(world, self.config, self.modules, distributed=optimizer.distributed)
         self.optimizer = Optimizer(optimizer, self.chunks, world, self.config, accelerators)
         self.step_number = 0
+        """Number of steps done; messages and files name the one under way, counted from 1."""
 
     def train_step(
         self,
@@ -108,7 +109,7 @@ class Trainer:
         finite; the batches of the rank that saw it first are written to RUN/nonfinite.
         """
         watch = self.world.watch
-        watch.enter(f"step {self.step_number}: forward and backward")
+        watch.enter(f"step {self.step_number + 1}: forward and backward")
         self._zero_gradients()
         totals = self._totals(batches)
         weight_sum = max(float(totals[0]), 1e-20)
@@ -125,11 +126,11 @@ class Trainer:
             self.world, self.config, self.chunks, micro, lambda m: objective(batch_of(m))
         )
         loss = self._finite_loss(outputs, batches)
-        watch.enter(f"step {self.step_number}: optimizer")
+        watch.enter(f"step {self.step_number + 1}: optimizer")
         norm = self._update(loss, batches)
         load, bias = self._move_router_bias()
-        watch.enter(f"after step {self.step_number}")
         self.step_number += 1
+        watch.enter(f"after step {self.step_number}")
         return StepResult(
             loss=loss,
             grad_norm=norm,
@@ -152,10 +153,10 @@ class Trainer:
         try:
             return self.optimizer.step(self.optimizer.settings.lr_at(self.step_number))
         except NonFiniteGradientError as error:
-            folder = dump_batches(self.run_dir, self.step_number, self.world, batches)
+            folder = dump_batches(self.run_dir, self.step_number + 1, self.world, batches)
             raise NonFiniteError(
-                f"step {self.step_number}: the loss is {loss:.6g} but the {error}; no weight was "
-                f"changed. Every rank wrote its batches to {folder}"
+                f"step {self.step_number + 1}: the loss is {loss:.6g} but the {error}; no weight "
+                f"was changed. Every rank wrote its batches to {folder}"
             ) from error
 
     def skip_step(self) -> None:
@@ -190,7 +191,7 @@ class Trainer:
         mine = [float(o.loss.detach()) for o in outputs]
         bad = [i for i, x in enumerate(mine) if not math.isfinite(x)]
         if bad:
-            dump_batches(self.run_dir, self.step_number, self.world, [batches[i] for i in bad])
+            dump_batches(self.run_dir, self.step_number + 1, self.world, [batches[i] for i in bad])
         seen = self.world.all_gather_object([(i, mine[i]) for i in bad])
         ranks = {rank: found for rank, found in enumerate(seen) if found}
         where = "; ".join(
@@ -198,8 +199,8 @@ class Trainer:
             for rank, found in ranks.items()
         )
         raise NonFiniteError(
-            f"step {self.step_number}: the loss is {loss} ({where}); no weight was changed. The "
-            f"batches are in {self.run_dir / 'nonfinite'}"
+            f"step {self.step_number + 1}: the loss is {loss} ({where}); no weight was changed. "
+            f"The batches are in {self.run_dir / 'nonfinite'}"
         )
 
     def routers(self) -> list[MoEMixer]:

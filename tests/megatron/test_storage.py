@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import itertools
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -268,6 +271,79 @@ def test_unknown_versions_and_other_kinds_are_refusals(folder: Path, world: Worl
     assert "version 99, this program reads" in refusal(folder, world)
     rewrite_manifest(folder, lambda m: m.update(version=1, kind="artifact"))
     assert "kind 'artifact', not 'checkpoint'" in refusal(folder, world)
+
+
+def resign(folder: Path, name: str, data: bytes) -> None:
+    """Replace a file, and make the manifest right again, as an attacker would."""
+    (folder / name).write_bytes(data)
+    record = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    rewrite_manifest(folder, lambda m: m["files"].update({name: record}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda i: i["files"].__setitem__(0, "../other/rank_00000.safetensors"), "no file of this"),
+        (lambda i: i["files"].__setitem__(0, "/etc/passwd"), "no file of this folder"),
+        (lambda i: i.pop("files"), "no index of tensors"),
+        (lambda i: i["tensors"]["model/a"].update(shape="x"), "index.json: "),
+        (lambda i: i["tensors"]["model/a"].update(shape=[7, 4]), "24 of 28 elements"),
+        (lambda i: i["tensors"]["model/a"].update(dtype="F7"), "'F7' is no dtype"),
+        (lambda i: i["tensors"]["model/a"]["pieces"][0].update(file=5), "no index of tensors"),
+        (lambda i: i["tensors"].update({"model/a": None}), "no index of tensors"),
+        (lambda i: i["tensors"]["model/a"]["pieces"][0].update(name="gone"), "cannot be read"),
+    ],
+)
+def test_a_malformed_index_is_a_refusal(
+    folder: Path, world: World, change: Callable[[Any], object], said: str
+) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    change(index)
+    resign(folder, "index.json", json.dumps(index).encode())
+    assert said in refusal(folder, world)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"[" * 10_000, b"\xff", b"{}"])
+def test_what_is_no_index_is_a_refusal(folder: Path, world: World, data: bytes) -> None:
+    resign(folder, "index.json", data)
+    assert "index.json: " in refusal(folder, world)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff" * 64, (8).to_bytes(8, "little") + b'{"a": 1', b"\0" * 8]
+)
+def test_a_malformed_weights_file_is_a_refusal(folder: Path, world: World, data: bytes) -> None:
+    resign(folder, "rank_00000.safetensors", data)
+    assert "rank_00000.safetensors: tensor" in refusal(folder, world)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.pop("files"), "lists no files"),
+        (lambda m: m.update(files=[]), "lists no files"),
+        (lambda m: m["files"].update({"../x": {"sha256": "", "bytes": 0}}), "file '../x'"),
+        (lambda m: m["files"].update({"index.json": 3}), "wrong entry for the file 'index.json'"),
+        (lambda m: m.update(layout=7), "layout(7), which is of another type"),
+        (lambda m: m.pop("step"), "lacks 'step'"),
+    ],
+)
+def test_a_malformed_manifest_is_a_refusal(
+    folder: Path, world: World, change: Callable[[Any], object], said: str
+) -> None:
+    rewrite_manifest(folder, change)
+    assert said in refusal(folder, world)
+
+
+def test_a_full_disk_names_the_file(
+    folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("nemocascade.megatron.checkpoint.storage.os.fsync", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*rank_00000\.safetensors"):
+        write_folder(folder, world, "checkpoint", whole_pieces(FULL), {}, FIELDS)
 
 
 def test_every_differing_tensor_is_named(folder: Path, world: World) -> None:

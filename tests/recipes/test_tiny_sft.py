@@ -52,7 +52,7 @@ def test_a_run_leaves_its_folder(trained: tuple[Path, list[dict[str, float]]]) -
         assert (run_dir / name).exists(), name
     assert (run_dir / "checkpoints" / "step_00000006").is_dir()
     assert (run_dir / "artifact" / "manifest.json").exists()
-    assert [line["step"] for line in lines] == list(range(6))
+    assert [line["step"] for line in lines] == list(range(1, 7))
     assert set(NAMES) <= set(lines[0])
     assert json.loads((run_dir / "recipe.json").read_text())["data"]["capacity"] == 1024
 
@@ -73,7 +73,7 @@ def test_it_goes_on_from_its_checkpoint_on_another_layout(
 ) -> None:
     run_dir, before = trained
     lines = train(run_dir, "--steps", "8", "--parallel.tp", "2", ranks=2)
-    assert [line["step"] for line in lines] == list(range(8))
+    assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[:6] == before
     assert lines[7]["loss"] < before[3]["loss"]
 
