@@ -29,10 +29,12 @@ Url = Annotated[str, Names("url")]
 def named_paths(settings: Any, kind: str, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield the dotted name of a setting and its path, for every path of this kind that a tree of
     settings names. Data that is made from a seed (`synthetic:NAME`) is no path."""
+    kind_of: Any = type(settings)
+    hints = hints_of(kind_of)
     for field in fields(settings):
         value = getattr(settings, field.name)
         name = f"{prefix}{field.name}"
-        marks = getattr(hints_of(type(settings))[field.name], "__metadata__", ())
+        marks = getattr(hints[field.name], "__metadata__", ())
         if Names(kind) in marks:  # type: ignore[arg-type]
             values = value if isinstance(value, tuple) else (value,)
             yield from ((name, v) for v in values if v and not v.startswith("synthetic:"))

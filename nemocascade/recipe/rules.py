@@ -68,7 +68,8 @@ def numeric_fields(kind: type) -> dict[str, Range | None]:
 @functools.cache
 def hints_of(kind: type) -> dict[str, Any]:
     """Type of every field of a settings class, with its annotations."""
-    return get_type_hints(kind, include_extras=True)
+    parameters = {p.__name__: p for p in getattr(kind, "__type_params__", ())}
+    return get_type_hints(kind, localns=parameters, include_extras=True)
 
 
 def _broken(value: Any, path: str) -> Iterator[tuple[str, Any, str]]:

@@ -71,7 +71,8 @@ class Owner:
         if (self.host, self.namespace) != (seen_by.host, seen_by.namespace):
             return None
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.born_s) < 1.0
+            born_s: float = psutil.Process(self.pid).create_time()
+            return abs(born_s - self.born_s) < 1.0
         except psutil.NoSuchProcess:
             return False
         except psutil.AccessDenied:

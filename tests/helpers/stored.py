@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import Box
-from nemocascade.megatron.checkpoint.storage import (
-    DTYPE_NAMES,
-    Piece,
-    Reader,
-    index_from_json,
-)
+from nemocascade.megatron.checkpoint.index import DTYPE_NAMES, index_from_json
+from nemocascade.megatron.checkpoint.storage import Piece, Reader
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 

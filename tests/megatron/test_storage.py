@@ -26,16 +26,14 @@ from nemocascade.megatron.checkpoint.folder import (
     read_manifest,
     write_folder,
 )
-from nemocascade.megatron.checkpoint.storage import (
+from nemocascade.megatron.checkpoint.index import (
     DTYPE_NAMES,
     Index,
-    Piece,
-    Reader,
     index_from_json,
     index_to_json,
     merge_indices,
-    write_pieces,
 )
+from nemocascade.megatron.checkpoint.storage import Piece, Reader, write_pieces
 from nemocascade.megatron.checkpoint.weights import fill
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ParallelConfig
@@ -258,7 +256,7 @@ def test_all_broken_parts_are_named_at_once(folder: Path, world: World) -> None:
     assert "rank_00009.safetensors is foreign" in message
 
 
-def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the manifest and make its digest right again."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["digest"]

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from nemocascade.runtime import run_lock
 from nemocascade.runtime.run_lock import FolderInUseError, Owner, RunLock
 
 OWN = """
@@ -183,7 +182,7 @@ def test_without_links_there_is_one_owner_too(
     def no_link(*_: object) -> None:
         raise OSError(1, "no links here")
 
-    monkeypatch.setattr(run_lock.os, "link", no_link)
+    monkeypatch.setattr("nemocascade.runtime.run_lock.os.link", no_link)
     lock = lock_of(tmp_path)
     lock.acquire()
     with pytest.raises(FolderInUseError):

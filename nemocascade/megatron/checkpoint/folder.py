@@ -24,15 +24,13 @@ from typing import Any
 import torch.distributed as dist
 
 from nemocascade.megatron.checkpoint.errors import CheckpointError, NonFiniteWeightsError
-from nemocascade.megatron.checkpoint.storage import (
+from nemocascade.megatron.checkpoint.index import (
     Index,
-    Piece,
-    WrittenFile,
     index_from_json,
     index_to_json,
     merge_indices,
-    write_pieces,
 )
+from nemocascade.megatron.checkpoint.storage import Piece, WrittenFile, write_pieces
 from nemocascade.runtime.files import naming
 from nemocascade.runtime.world import World
 

@@ -31,15 +31,9 @@ from nemocascade.megatron.checkpoint.folder import (
     read_manifest,
     write_durably,
 )
+from nemocascade.megatron.checkpoint.index import DTYPES, Index, index_from_json
 from nemocascade.megatron.checkpoint.state import MODEL
-from nemocascade.megatron.checkpoint.storage import (
-    DTYPES,
-    Index,
-    Outgoing,
-    Reader,
-    index_from_json,
-    write_boxes,
-)
+from nemocascade.megatron.checkpoint.storage import Outgoing, Reader, write_boxes
 from nemocascade.megatron.checkpoint.weights import describe_shape
 from nemocascade.megatron.convert.config import (
     FAMILIES,
