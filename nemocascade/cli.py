@@ -16,7 +16,8 @@ from typing import Any, Literal
 import tyro
 
 import nemocascade
-from nemocascade.recipe import CascadeRecipe, DataConfig, Recipe, load_any_recipe
+from nemocascade.recipe import CascadeRecipe, DataConfig, Recipe, RecipeError, load_any_recipe
+from nemocascade.recipe.rules import Count, Positive, Seed, number_problems
 
 USAGE = """usage: nemocascade COMMAND ...
 
@@ -27,6 +28,7 @@ USAGE = """usage: nemocascade COMMAND ...
   plan RECIPE.py --gpus N --gpu NAME             memory and time of every layout
   preflight RECIPE.py [--ranks N]                every problem of a job before it starts
   submit RECIPE.py ... --nodes N                 Slurm jobs, one a stage
+  diff A B                                       settings that differ: runs, recipes or artifacts
   convert SOURCE TARGET                          Hugging Face folder <-> artifact
   replay RUN/rollouts                            score logged episodes with tools again
   import-swe ROWS FOLDER --repositories FOLDER   tasks of rows as SWE-Gym has them, from git clones
@@ -42,13 +44,13 @@ class TokenizerSettings:
     """Train a sentencepiece tokenizer on the rendered conversations of `data.path`."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    vocab_size: int = 2048
+    vocab_size: Count = 2048
     """Number of ids, including the template's tags and one id for each byte."""
 
     output: str = "tokenizer.model"
     """File to write; must end in .model."""
 
-    seed: int = 1
+    seed: Seed = 1
     """Seed of synthetic rows."""
 
 
@@ -77,13 +79,14 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _score(arguments: list[str]) -> None:
+    from nemocascade.runtime.jsonl import json_text
     from nemocascade.runtime.world import is_main_process
     from nemocascade.stages.scoring import ScoreSettings, run_scoring
 
     def act(settings: ScoreSettings) -> None:
         found = run_scoring(settings)
         if is_main_process():
-            print(json.dumps(found.as_json(), ensure_ascii=False))
+            print(json_text(found.as_json()))
 
     # The settings are shared with recipes, where a boolean is given with its value.
     _execute("score", ScoreSettings, act, arguments, config=(tyro.conf.FlagConversionOff,))
@@ -132,7 +135,7 @@ class ConvertSettings:
     """Model family of a written Hugging Face folder; auto = the family that the model came from or
     fits."""
 
-    shard_gib: float = 5.0
+    shard_gib: Positive = 5.0
     """Largest weights file of a written Hugging Face folder."""
 
 
@@ -166,16 +169,14 @@ def _plan(arguments: list[str]) -> None:
     from nemocascade.cascade.planning import plan_cascade
     from nemocascade.plan.summary import PlanSettings, plan_recipe
 
-    own, rest = _split(arguments)
-
-    def act(settings: PlanSettings) -> None:
+    def act(settings: PlanSettings, rest: list[str]) -> None:
         recipe = _overridden(settings.recipe, rest)
         if isinstance(recipe, CascadeRecipe):
             print(plan_cascade(recipe, settings))
         else:
             print(plan_recipe(recipe, settings))
 
-    _execute("plan", PlanSettings, act, own)
+    _execute_on_recipe("plan", PlanSettings, act, arguments)
 
 
 def _preflight(arguments: list[str]) -> None:
@@ -183,9 +184,7 @@ def _preflight(arguments: list[str]) -> None:
     from nemocascade.plan.findings import Preflight
     from nemocascade.plan.preflight import PreflightSettings, check_recipe
 
-    own, rest = _split(arguments)
-
-    def act(settings: PreflightSettings) -> None:
+    def act(settings: PreflightSettings, rest: list[str]) -> None:
         found = Preflight()
         with found.guarded("recipe"):
             recipe = _overridden(settings.recipe, rest)
@@ -197,7 +196,7 @@ def _preflight(arguments: list[str]) -> None:
         if found.problems:
             raise SystemExit(2)
 
-    _execute("preflight", PreflightSettings, act, own)
+    _execute_on_recipe("preflight", PreflightSettings, act, arguments)
 
 
 def _submit(arguments: list[str]) -> None:
@@ -224,6 +223,18 @@ def _submit(arguments: list[str]) -> None:
         submit_jobs(settings, jobs)
 
     _execute("submit", SubmitSettings, act, own)
+
+
+def _diff(arguments: list[str]) -> None:
+    from nemocascade.cascade.comparison import DiffSettings, compare
+
+    def act(settings: DiffSettings) -> None:
+        found = compare(settings)
+        print("\n".join(found) or "no setting differs")
+        if found:
+            raise SystemExit(1)
+
+    _execute("diff", DiffSettings, act, arguments)
 
 
 def _overridden(script: str, arguments: list[str]) -> Recipe:
@@ -303,6 +314,18 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
+def _execute_on_recipe[S](
+    name: str, settings: type[S], act: Callable[[S, list[str]], object], arguments: list[str]
+) -> None:
+    """Call `act` with a command's settings, and with the arguments that are not its own: they
+    override the recipe's settings."""
+    own, rest = _split(arguments)
+    parsed, others = tyro.cli(
+        settings, args=own, prog=f"nemocascade {name}", return_unknown_args=True
+    )
+    _act(parsed, lambda checked: act(checked, [*others, *rest]))
+
+
 def _execute[S](
     name: str,
     settings: type[S],
@@ -312,10 +335,20 @@ def _execute[S](
     config: tuple[Any, ...] = (),
 ) -> None:
     """Call `act` with the settings that the arguments give."""
+    parsed = tyro.cli(settings, args=arguments, prog=f"nemocascade {name}", config=config)
+    _act(parsed, act)
+
+
+def _act[S](settings: S, act: Callable[[S], object]) -> None:
+    """Call `act` with settings whose numbers are legal; errors of users end the program."""
     from nemocascade.runtime.errors import exit_cleanly
 
-    parsed = tyro.cli(settings, args=arguments, prog=f"nemocascade {name}", config=config)
-    exit_cleanly(lambda: act(parsed))
+    def work() -> None:
+        if problems := number_problems(settings):
+            raise RecipeError(problems)
+        act(settings)
+
+    exit_cleanly(work)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -326,6 +359,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": _plan,
     "preflight": _preflight,
     "submit": _submit,
+    "diff": _diff,
     "convert": _convert,
     "tokenizer": _tokenizer,
     "replay": _replay,

@@ -200,7 +200,7 @@ class Bench:
             # A step without a training signal records the time of its rollouts only.
             took += row.get("step_time_s", row["rollout_time_s"])
             if (score := row.get(f"heldout/{self.setting.domain}")) is not None:
-                steps.append(row["step"] + 1)
+                steps.append(row["step"])
                 scores.append(score)
                 tokens.append(spent)
                 seconds.append(took)

@@ -96,7 +96,7 @@ def measured(folder: Path, seconds: float) -> dict[str, Any]:
     for row in rows:
         for name, curve in curves.items():
             if (score := row.get(f"heldout/{name}")) is not None:
-                curve.append([row["step"] + 1, score])
+                curve.append([row["step"], score])
     # The win rate replaces the comparison with a fixed answer.
     if WIN_RATE in curves:
         curves = {WIN_RATE: curves[WIN_RATE]}

@@ -9,15 +9,16 @@ from typing import Any, Literal
 
 from nemocascade.cascade.errors import CascadeError
 from nemocascade.cascade.graph import StageGraph
-from nemocascade.cascade.inputs import FileHashes, at_default, differences, key_of, stage_inputs
+from nemocascade.cascade.inputs import FileHashes, differences, key_of, stage_inputs
 from nemocascade.cascade.records import StageRecord, Teacher, done_scores, read_record
-from nemocascade.megatron.artifact import read_artifact
+from nemocascade.megatron.artifact import read_artifact, verify_artifact
 from nemocascade.megatron.checkpoint import (
     CheckpointError,
     complete_checkpoints,
     latest_checkpoint,
 )
 from nemocascade.recipe import CascadeRecipe, MopdRecipe, StageConfig, StageRecipe
+from nemocascade.recipe.changes import at_default
 from nemocascade.stages.scoring import Scores
 from nemocascade.types import Artifact
 
@@ -68,11 +69,13 @@ def decide(
     *,
     pending: Collection[str] = (),
     again: bool = False,
+    verify: bool = False,
 ) -> Decision:
     """Decide if a stage is kept, run or resumed.
 
     pending: in a dry run, earlier stages that will have run by then. again: run the stage even if
-    nothing has changed.
+    nothing has changed. verify: check the hash of a kept artifact's weights; otherwise the stage
+    that reads them does.
 
     Raises CascadeError if a stage that it depends on has no artifact.
     """
@@ -95,7 +98,7 @@ def decide(
         {domain: _digest(t.artifact) for domain, t in teachers.items()},
         files,
     )
-    action, reasons, retire = _compare(recipe, inputs, again=again)
+    action, reasons, retire = _compare(recipe, inputs, again=again, verify=verify)
     return Decision(name, action, reasons, recipe, inputs, key_of(inputs), teachers, retire)
 
 
@@ -111,7 +114,7 @@ def _waits_for(
 
 
 def _compare(
-    recipe: StageRecipe, inputs: dict[str, Any], *, again: bool
+    recipe: StageRecipe, inputs: dict[str, Any], *, again: bool, verify: bool
 ) -> tuple[Action, tuple[str, ...], bool]:
     """The action, its reasons, and True if the folder must be retired."""
     folder = Path(recipe.run_dir)
@@ -128,15 +131,15 @@ def _compare(
         newest = latest_checkpoint(folder / "checkpoints")
         found = f"from {newest.name}" if newest else "from its start: no checkpoint was finished"
         return "resume", (f"it was stopped; it goes on {found}",), False
-    if problem := _damage(folder, record):
+    if problem := _damage(folder, record, verify=verify):
         return "run", (problem,), True
     return "keep", ("done, and nothing that it depends on has changed",), False
 
 
-def _damage(folder: Path, record: StageRecord) -> str:
+def _damage(folder: Path, record: StageRecord, *, verify: bool) -> str:
     """Reason why the artifact of a finished stage cannot be used; empty if it can."""
     try:
-        found = read_artifact(folder / "artifact")
+        found = (verify_artifact if verify else read_artifact)(folder / "artifact")
     except CheckpointError as error:
         return f"its artifact is damaged: {'; '.join(error.problems)}"
     if found.digest != record.artifact_digest:

@@ -15,6 +15,7 @@ from nemocascade.recipe import (
     StageRecipe,
     TeacherConfig,
 )
+from nemocascade.recipe.rules import number_problems
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ class StageGraph:
 
         tokenizer: tokenizer of the start artifact; a later SFT stage keeps it. teachers: artifact
         by domain; if None, the start artifact stands in for open teachers, for validation only.
+        Changes are accepted: the cascade compares inputs by content before it resumes a stage.
         """
         recipe, start = self.stage(name).recipe, self.start_of(name)
-        recipe = replace(recipe, run_dir=self.stage_dir(name), resume=True)
+        recipe = replace(recipe, run_dir=self.stage_dir(name), resume=True, accept_changes=True)
         if not start:
             return recipe
         recipe = replace(recipe, init_from=self.artifact_dir(start))
@@ -133,7 +135,7 @@ class StageGraph:
 def cascade_problems(cascade: CascadeRecipe, world_size: int) -> list[str]:
     """Every rule that the cascade or one of its stages breaks, each with a remedy."""
     graph = StageGraph(cascade)
-    if found := graph.problems() + cascade.alarm.problems():
+    if found := graph.problems() + number_problems(cascade.alarm, "alarm"):
         # Without a valid order the start of a stage is undefined.
         return found
     found = cascade.scores.problems(world_size, graph.model_of(graph.names[0]))

@@ -7,10 +7,9 @@ checkpoints and logs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,9 @@ from nemocascade.cascade.records import write_json
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint.folder import digest_of, file_sha256
 from nemocascade.recipe import MopdRecipe, ScoreConfig, SftRecipe, StageRecipe
-from nemocascade.recipe.judge import HOW as JUDGE_HOW
+from nemocascade.recipe.changes import HOW, changes_between
 
 VERSION = 1
-HOW = (
-    *("run_dir", "init_from", "resume", "parallel", "checkpoint", "log"),
-    *("engine.device", "engine.recompute", "engine.timeout_s", "engine.preflight"),
-    *("data.cache_dir", "envs.sandbox.workers", "envs.check_workers"),
-    *(f"envs.judge.{name}" for name in JUDGE_HOW),
-)
-"""Settings that do not change the artifact, up to the rounding of another layout."""
-
 Inputs = dict[str, Any]
 
 
@@ -114,40 +105,19 @@ class FileHashes:
         return str(self._known[name][1])
 
 
-def at_default(recipe: Any, prefix: str = "recipe") -> set[str]:
-    """Names, as in `Inputs`, of the settings that are at their defaults."""
-    found: set[str] = set()
-    for f in fields(recipe):
-        name, value = f"{prefix}.{f.name}", getattr(recipe, f.name)
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
-        if is_dataclass(value):
-            found |= at_default(value, name)
-        elif isinstance(value, tuple) and any(is_dataclass(v) for v in value):
-            found |= {n for i, v in enumerate(value) for n in at_default(v, f"{name}.{i}")}
-        elif value == default:
-            found.add(name)
-    return found
-
-
 def differences(old: Inputs, new: Inputs, unset: Collection[str] = ()) -> list[str]:
     """Readable changes between two sets of inputs, one a line.
 
-    unset: settings at their defaults. Such a setting is no change if the old inputs lack it: a
-    newer version has more settings, and their defaults behave as before. Settings in `HOW`, which
-    older versions may have recorded, are ignored too.
+    unset: settings at their defaults, see `changes_between`. Settings in `HOW`, which older
+    versions may have recorded, are ignored.
     """
     how = tuple(f"recipe.{name}." for name in HOW)
-    before = {name: value for name, value in _flat(old) if not f"{name}.".startswith(how)}
-    after = dict(_flat(new))
-    found = []
-    for name in sorted(before.keys() | after.keys()):
-        if name not in before and name in unset:
-            continue
-        a, b = before.get(name, "none"), after.get(name, "none")
-        if a != b:
-            short = name.removeprefix("recipe.")
-            found.append(f"{short}: {_short(a)} -> {_short(b)}")
-    return sorted(found)
+    found = changes_between(old, new, {f"recipe.{name}" for name in unset})
+    return sorted(
+        replace(c, name=c.name.removeprefix("recipe.")).text()
+        for c in found
+        if not f"{c.name}.".startswith(how)
+    )
 
 
 def _drop(values: dict[str, Any], path: list[str]) -> None:
@@ -158,20 +128,3 @@ def _drop(values: dict[str, Any], path: list[str]) -> None:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (p for p in sorted(folder.rglob("*")) if p.is_file())
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{name}" if prefix else name)
-    elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
-        for number, inner in enumerate(value):
-            yield from _flat(inner, f"{prefix}.{number}")
-    else:
-        yield prefix, value
-
-
-def _short(value: Any) -> str:
-    """The value, with a digest cut to its first 12 letters."""
-    text = str(value) if value != "" else "none"
-    return text[:12] if len(text) == hashlib.sha256().digest_size * 2 else text

@@ -6,16 +6,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemocascade.cascade.records import SCORES, read_cascade
+from nemocascade.cascade.errors import ReportError
+from nemocascade.cascade.records import CASCADE, SCORES, read_cascade
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import CheckpointError
+from nemocascade.recipe.cascade import STAGE_NAME
 from nemocascade.stages.scoring import Scores, read_scores
 from nemocascade.types import Artifact
 
 
 def report_text(run_dir: Path) -> str:
-    """Artifacts, scores, teachers and alarms of a run, as text."""
+    """Artifacts, scores, teachers and alarms of a run, as text.
+
+    Raises ReportError if cascade.json cannot be read, or names a stage that is no folder of the
+    run.
+    """
     found = read_cascade(run_dir)
+    names = [s.get("name") if isinstance(s, dict) else None for s in found["stages"]]
+    if wrong := [n for n in names if not (isinstance(n, str) and STAGE_NAME.fullmatch(n))]:
+        raise ReportError(
+            f"{run_dir / CASCADE} names the stage {wrong[0]!r}, which is no folder of this run: "
+            "start the cascade again to mend it"
+        )
     parts = [artifact_tree(run_dir, found), score_table(run_dir, found)]
     if found["teachers"]:
         parts.append("teachers:")

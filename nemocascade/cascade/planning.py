@@ -12,7 +12,13 @@ from nemocascade.plan.errors import PlanError
 from nemocascade.plan.findings import Preflight
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import job_of_recipe
-from nemocascade.plan.preflight import PreflightSettings, offline
+from nemocascade.plan.preflight import (
+    PreflightSettings,
+    check_artifacts,
+    check_files,
+    check_servers,
+    offline,
+)
 from nemocascade.plan.slurm import SlurmJob, job_of_script
 from nemocascade.plan.summary import PlanSettings, report_of
 from nemocascade.recipe import CascadeRecipe
@@ -37,6 +43,15 @@ def check_cascade(cascade: CascadeRecipe, settings: PreflightSettings, into: Pre
     into.add("cascade", problems, f"{len(cascade.stages)} stages, {ranks} ranks")
     if problems:
         return
+    parts = {"scores": cascade.scores, **{s.name: s.recipe for s in cascade.stages}}
+    for name, settings_of in parts.items():
+        # As the script says: teachers that the cascade chooses have no artifact yet.
+        checked = Preflight()
+        check_artifacts(settings_of, checked)
+        if name == "scores":
+            check_files(settings_of, checked)
+            check_servers(settings_of, checked)
+        into.findings += [replace(f, check=f"{name}: {f.check}") for f in checked.findings]
     for name in graph.names:
         recipe, model = graph.resolved(name), graph.model_of(name)
         job = None

@@ -22,6 +22,7 @@ from nemocascade.cascade.errors import ReportError
 from nemocascade.cascade.graph import StageGraph
 from nemocascade.megatron.checkpoint.folder import flush, write_durably
 from nemocascade.recipe import CascadeRecipe
+from nemocascade.runtime.jsonl import json_text
 from nemocascade.stages.scoring import Scores, read_scores, read_versioned
 
 VERSION = 1
@@ -85,7 +86,7 @@ def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    write_durably(partial, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write_durably(partial, (json_text(value, indent=1) + "\n").encode())
     partial.replace(path)
     flush(path.parent)
 

@@ -35,6 +35,7 @@ from nemocascade.megatron.checkpoint import clean_leftovers, latest_checkpoint, 
 from nemocascade.recipe import CascadeRecipe, RecipeError
 from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.run_lock import RunLock
 from nemocascade.runtime.world import world_size_of_environment
 from nemocascade.stages.launch import run_stage
 from nemocascade.stages.scoring import read_scores, score_artifact, scoring_problems, settings_key
@@ -88,7 +89,8 @@ def _problems_here(cascade: CascadeRecipe) -> list[str]:
 
 def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
     """Text of the stages that would run, their inputs, the reasons, and their problems on the ranks
-    of this launch. Changes nothing but the cache of file hashes.
+    of this launch. Verifies the weights of kept stages. Changes nothing but the cache of file
+    hashes.
 
     Raises RecipeError if the stages have no valid order.
     """
@@ -99,7 +101,9 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
     pending: list[str] = []
     lines = []
     for name in choice.stages(cascade):
-        decision = decide(cascade, name, files, pending=pending, again=choice.anew(name))
+        decision = decide(
+            cascade, name, files, pending=pending, again=choice.anew(name), verify=True
+        )
         if decision.action != "keep":
             pending.append(name)
         stage = graph.stage(name)
@@ -118,15 +122,19 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
 def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
     """Run the stages that are not up to date; returns the last main-line stage's artifact folder.
 
-    Raises RecipeError before anything starts, CascadeError if the run cannot continue, AlarmError
-    if an alarm stops it, and every error that a stage raises.
+    Raises RecipeError before anything starts, FolderInUseError if another job owns the run,
+    CascadeError if the run cannot continue, AlarmError if an alarm stops it, and every error that a
+    stage raises.
     """
     choice = choice or Choice()
     if problems := choice.problems(cascade) + _problems_here(cascade):
         raise RecipeError(problems)
     run = _Run(cascade, choice)
-    for name in choice.stages(cascade):
-        run.stage(name)
+    try:
+        for name in choice.stages(cascade):
+            run.stage(name)
+    finally:
+        run.lock.release()
     last = [s.name for s in cascade.stages if not s.side][-1]
     return Path(StageGraph(cascade).artifact_dir(choice.only or last))
 
@@ -138,6 +146,7 @@ class _Run:
         self.cascade, self.choice = cascade, choice
         self.graph = StageGraph(cascade)
         self.run_dir = Path(cascade.run_dir)
+        self.lock = RunLock(self.run_dir)
 
     def stage(self, name: str) -> None:
         """Decide, run and score one stage, and check its alarms."""
@@ -166,7 +175,7 @@ class _Run:
             )
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
-        return on_main_rank(self.run_dir, self.cascade.scores.engine, work)
+        return on_main_rank(self.lock, self.cascade.scores.engine, work)
 
     def _begin(self, name: str) -> Decision:
         """Decide, and prepare the stage's folder."""
@@ -174,6 +183,11 @@ class _Run:
             self.cascade, name, _file_hashes(self.cascade), again=self.choice.anew(name)
         )
         LOGGER.info(decision.text())
+        if decision.action != "keep":
+            # The stage owns its folder while it runs; another job may own it now.
+            other = RunLock(self._folder(name))
+            other.acquire()
+            other.release()
         if decision.retire:
             LOGGER.warning("%s: its folder lies in %s now", name, retire(self.run_dir, name))
         if decision.action != "keep":
@@ -191,7 +205,7 @@ class _Run:
         skip = partial(LOGGER.warning, "%s: a damaged line is skipped: %.60s", metrics)
         found = read_undamaged(metrics, skip) if metrics.exists() else ()
         lines = [row for _, row in found if "step" in row]
-        before = sum(v.get("step_time_s") or 0.0 for v in lines if v["step"] < first_step)
+        before = sum(v.get("step_time_s") or 0.0 for v in lines if v["step"] <= first_step)
         record = StageRecord(
             decision.key,
             decision.inputs,

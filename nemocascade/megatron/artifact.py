@@ -30,6 +30,7 @@ from nemocascade.megatron.checkpoint.weights import describe_model, fill, model_
 from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.optimizer import Optimizer
 from nemocascade.recipe import ModelConfig
+from nemocascade.recipe.rules import number_problems
 from nemocascade.runtime.world import World
 from nemocascade.types import Artifact
 
@@ -61,6 +62,9 @@ class Provenance:
     scores: dict[str, float]
     parent: str | None = None
     parent_digest: str | None = None
+    changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Settings that changed when the run resumed: by resume, `step` and `changes`, which has the
+    old and the new value by name."""
 
 
 def write_artifact(
@@ -103,6 +107,17 @@ def read_artifact(folder: Path) -> Artifact:
     return _artifact(folder, manifest)
 
 
+def verify_artifact(folder: Path) -> Artifact:
+    """Read the artifact of `folder` and check the hash of every file, weights too.
+
+    Raises CheckpointError as `read_artifact`.
+    """
+    artifact, manifest = read_artifact(folder), read_manifest(folder, KIND)
+    if problems := hash_problems(folder, manifest, manifest["files"]):
+        raise CheckpointError(folder, problems)
+    return artifact
+
+
 def artifact_model(artifact: Artifact) -> ModelConfig:
     """The model shape of an artifact. Raises CheckpointError if it has fields unknown here."""
     known = {f.name for f in dataclasses.fields(ModelConfig)}
@@ -110,9 +125,11 @@ def artifact_model(artifact: Artifact) -> ModelConfig:
         f"model.{name} is a setting this program does not know"
         for name in sorted(artifact.model.keys() - known)
     ]
+    shape = ModelConfig(**{n: v for n, v in artifact.model.items() if n in known})
+    problems = problems or number_problems(shape, "model")
     if problems:
         raise CheckpointError(artifact.folder, problems)
-    return ModelConfig(**artifact.model)
+    return shape
 
 
 def load_artifact_weights(
@@ -140,9 +157,6 @@ def load_artifact_weights(
 
 def _artifact(folder: Path, manifest: dict[str, Any]) -> Artifact:
     names = [f.name for f in dataclasses.fields(Artifact) if f.name != "folder"]
-    problems = [f"manifest.json lacks {name!r}" for name in names if name not in manifest]
-    if problems:
-        raise CheckpointError(folder, problems)
     return Artifact(folder=folder, **{name: manifest[name] for name in names})
 
 

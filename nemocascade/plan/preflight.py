@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import tyro
 
@@ -28,7 +30,10 @@ from nemocascade.plan.memory import GIB, available, every_rank
 from nemocascade.plan.parameters import stage_parameters
 from nemocascade.plan.search import nearest_fitting
 from nemocascade.recipe import ParallelConfig, StageRecipe
+from nemocascade.recipe.paths import named_paths
+from nemocascade.recipe.rules import Natural
 from nemocascade.runtime.world import world_size_of_environment
+from nemocascade.train.checkpointing import refused_changes
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class PreflightSettings:
     recipe: tyro.conf.Positional[str]
     """Recipe script."""
 
-    ranks: int = 0
+    ranks: Natural = 0
     """World size; 0 = the launcher's, or 1 without one."""
 
     gpu: str = "h200"
@@ -85,6 +90,8 @@ def offline(
     check_files(recipe, found)
     if not ahead:
         check_start(recipe, found)
+        check_artifacts(recipe, found)
+    check_servers(recipe, found)
     check_tokenizer(recipe, found)
     if job is not None:
         check_disk(job, recipe, found)
@@ -113,22 +120,63 @@ def check_settings(recipe: Any, world_size: int, into: Preflight) -> None:
 
 
 def check_files(recipe: Any, into: Preflight) -> None:
-    """Check that the data files exist and that the run folder can be written."""
-    with into.guarded("files"):
-        data = getattr(recipe, "data", None)
-        paths = [*data.path, *data.heldout_path] if data is not None else []
+    """Check that every file that the recipe names exists, and that its folders can be written."""
+    with into.guarded("data files"):
+        paths = list(named_paths(recipe, "input"))
         missing = [
-            f"data: {p} does not exist: mend --data.path"
-            for p in paths
-            if not p.startswith("synthetic:") and not Path(p).exists()
+            f"{name}: {path} does not exist: mend --{_option(name)}"
+            for name, path in paths
+            if not Path(path).exists()
         ]
         into.add("data files", missing, f"{len(paths)} named")
     with into.guarded("run folder"):
-        parent = _existing(recipe.run_dir)
+        problems = [
+            f"{parent} cannot be written: choose another --{_option(name)}"
+            for name, path in named_paths(recipe, "output")
+            if not os.access(parent := _existing(path), os.W_OK)
+        ]
+        into.add("run folder", problems, str(getattr(recipe, "run_dir", "")))
+
+
+def check_artifacts(recipe: Any, into: Preflight) -> None:
+    """Check that teachers and judges are readable artifacts. The start has its own check."""
+    with into.guarded("artifacts"):
+        paths = [(n, p) for n, p in named_paths(recipe, "artifact") if n != "init_from"]
         problems = []
-        if not os.access(parent, os.W_OK):
-            problems.append(f"{parent} cannot be written: choose another --run-dir")
-        into.add("run folder", problems, str(Path(recipe.run_dir)))
+        for name, path in paths:
+            try:
+                read_artifact(Path(path))
+            except CheckpointError as error:
+                problems.append(f"--{_option(name)}: {error}")
+        into.add("artifacts", problems, f"{len(paths)} named")
+
+
+def check_servers(recipe: Any, into: Preflight) -> None:
+    """Warn if nobody listens where a judge is asked: a server may start with the job."""
+    with into.guarded("servers"):
+        urls = list(named_paths(recipe, "url"))
+        warnings = [
+            f"{name}: nobody answers at {url} from this host ({reason}): start the server before "
+            f"the job, or mend --{_option(name)}"
+            for name, url in urls
+            if (reason := _unreachable(url))
+        ]
+        into.add("servers", [], f"{len(urls)} named", warnings)
+
+
+def _unreachable(url: str) -> str:
+    """Reason why no connection to the URL's host can be opened; empty if one can."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=3.0).close()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _existing(folder: str) -> Path:
@@ -167,6 +215,7 @@ def check_start(recipe: Any, into: Preflight) -> None:
             checkpoint = latest_checkpoint(Path(recipe.run_dir) / "checkpoints")
             if checkpoint is not None:
                 found = f"checkpoint {checkpoint.name}"
+                problems = refused_changes(recipe)
             elif recipe.init_from:
                 found = f"artifact {read_artifact(Path(recipe.init_from)).digest[:12]}"
         except CheckpointError as error:

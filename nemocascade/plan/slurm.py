@@ -15,10 +15,12 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from nemocascade.plan.errors import PlanError
+from nemocascade.recipe.rules import Count, Range, number_problems
 
 TEMPLATE = Path(__file__).with_name("template.sbatch")
 COPIED = ("nodes", "ranks_per_node", "time", "warning_s", "torchrun", "port")
@@ -37,8 +39,8 @@ class SubmitSettings:
     recipes: tyro.conf.Positional[tuple[str, ...]]
     """Recipe scripts, in order."""
 
-    nodes: int = 1
-    ranks_per_node: int = 8
+    nodes: Count = 1
+    ranks_per_node: Count = 8
     """Processes on each node, one for each GPU."""
 
     partition: str = ""
@@ -47,7 +49,7 @@ class SubmitSettings:
     time: str = "24:00:00"
     """Time limit of each job, as Slurm writes it."""
 
-    warning_s: int = 600
+    warning_s: Count = 600
     """Seconds before the time limit at which a checkpoint is requested; must exceed the time of a
     step and a save."""
 
@@ -72,7 +74,7 @@ class SubmitSettings:
     torchrun: str = "torchrun"
     """Command that starts torchrun on each node, for example a virtual environment's."""
 
-    port: int = 29500
+    port: Annotated[int, Range(1, 65_535)] = 29500
     template: str = ""
     """Script template to use instead of nemocascade/plan/template.sbatch."""
 
@@ -102,9 +104,7 @@ def check_submission(settings: SubmitSettings, arguments: Sequence[str]) -> None
     problems = []
     if not settings.recipes:
         problems.append("no recipe: name at least one script")
-    for name in ("nodes", "ranks_per_node", "warning_s"):
-        if getattr(settings, name) < 1:
-            problems.append(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least 1")
+    problems += number_problems(settings)
     problems += [f"{r} is no file" for r in settings.recipes if not Path(r).is_file()]
     if len(settings.recipes) > 1 and any(a.startswith("--run-dir") for a in arguments):
         problems.append("--run-dir with several recipes: they would share one folder")

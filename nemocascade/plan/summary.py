@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -21,6 +21,7 @@ from nemocascade.plan.search import (
     price,
 )
 from nemocascade.recipe import ModelConfig, StageRecipe
+from nemocascade.recipe.rules import Count, Natural, Range
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PlanSettings:
     recipe: tyro.conf.Positional[str]
     """Recipe script."""
 
-    gpus: int = 8
+    gpus: Count = 8
     """Number of ranks."""
 
     gpu: str = "h200"
@@ -39,28 +40,28 @@ class PlanSettings:
     model: str = ""
     """Model preset, for a recipe whose start artifact does not exist yet."""
 
-    best: int = 10
+    best: Count = 10
     """Number of layouts to print."""
 
-    document: int = 0
+    document: Natural = 0
     """Length of the documents that fill a pack; 0 = one document of the whole capacity."""
 
-    longest: int = 0
+    longest: Natural = 0
     """Tokens of the longest document: packs may be halved down to it; 0 = fixed capacity."""
 
-    imbalance: float = 1.5
+    imbalance: Annotated[float, Range(1)] = 1.5
     """Rows of the busiest rank's experts, relative to the mean."""
 
-    teachers: int = 0
+    teachers: Natural = 0
     """Number of teacher models kept on the device."""
 
-    rollout_sequences: int = 0
+    rollout_sequences: Natural = 0
     """Concurrent rollout sequences on the training ranks, over the world; 0 = the recipe's own."""
 
-    rollout_length: int = 0
+    rollout_length: Natural = 0
     """Length of the rollout sequences in tokens."""
 
-    margin: float = 0.08
+    margin: Annotated[float, Range(0, 1, open_high=True)] = 0.08
     """Share of the device's memory to leave free."""
 
     fla: bool = True

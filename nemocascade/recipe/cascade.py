@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nemocascade.recipe.mopd import MopdRecipe
+from nemocascade.recipe.paths import OutputPath
 from nemocascade.recipe.rl import GrpoRecipe
+from nemocascade.recipe.rules import Positive
 from nemocascade.recipe.scores import ScoreConfig, repeated
 from nemocascade.recipe.sft import SftRecipe
 
 StageRecipe = SftRecipe | GrpoRecipe | MopdRecipe
+STAGE_NAME = re.compile(r"[A-Za-z]\w*", flags=re.ASCII)
+"""Legal names of stages, which are names of folders too."""
 StageKind = Literal["sft", "grpo", "mopd"]
 
 
@@ -45,16 +49,12 @@ class StageConfig[R: StageRecipe]:
 class AlarmConfig:
     """Alarm for a stage that lowers a domain's score."""
 
-    drop: float = 5.0
+    drop: Positive = 5.0
     """Points (hundredths of the mean reward) by which a domain's held-out score may lie below that
     of the stage's start artifact."""
 
     stop: bool = False
     """Stop the run at an alarm instead of only warning."""
-
-    def problems(self) -> list[str]:
-        """Rules that the settings break."""
-        return [] if self.drop > 0 else [f"alarm.drop({self.drop}) must be above 0 points"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TeacherChoice:
 class CascadeRecipe:
     """Post-training stages, one after the other (Nemotron-Cascade 2, arXiv 2603.19220)."""
 
-    run_dir: str = "runs/cascade"
+    run_dir: OutputPath = "runs/cascade"
     """Run folder, for everything that the run writes."""
 
     stages: tuple[StageConfig[StageRecipe], ...] = ()
@@ -92,6 +92,6 @@ class CascadeRecipe:
         found += [
             f"stages: the name {n!r} must be letters, digits and _, as a folder's"
             for n in names
-            if not re.fullmatch(r"[A-Za-z]\w*", n, flags=re.ASCII)
+            if not STAGE_NAME.fullmatch(n)
         ]
         return found

@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nemocascade.recipe.paths import InputPath, InputPaths, OutputPath
+from nemocascade.recipe.rules import Count, Natural, Tokens
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Settings of the tokenizer."""
 
-    path: str = ""
+    path: InputPath = ""
     """A sentencepiece `.model` or a Hugging Face `tokenizer.json`. Empty: at the first start, train
     a sentencepiece model on the training files and store it in the run folder."""
 
-    train_vocab_size: int = 2048
+    train_vocab_size: Count = 2048
     """Vocabulary size of the sentencepiece model that is trained when `path` is empty."""
 
 
@@ -22,7 +25,7 @@ class TokenizerConfig:
 class DataConfig:
     """Training documents and how they are packed."""
 
-    path: tuple[str, ...] = ()
+    path: InputPaths = ()
     """JSONL (`.jsonl`, `.jsonl.gz`) or Parquet files, or folders of them. `synthetic:NAME` makes
     rows from the seed instead of reading a file."""
 
@@ -39,33 +42,33 @@ class DataConfig:
     system_field: str = ""
     """`qa` rows: name of the field with the system turn; empty = none."""
 
-    heldout_path: tuple[str, ...] = ()
+    heldout_path: InputPaths = ()
     """Files for the held-out loss. Empty: `heldout_rows` rows are split off the training set."""
 
-    heldout_rows: int = 64
+    heldout_rows: Natural = 64
     """Rows split off the training set for the held-out loss when `heldout_path` is empty."""
 
-    max_rows: int = 0
+    max_rows: Natural = 0
     """Read at most this many rows; 0 = all. Useful for trial runs."""
 
     thinking: bool = False
     """Render reasoning (`<think>`) for rows that have it."""
 
-    capacity: int = 262_144
+    capacity: Tokens = 262_144
     """Tokens in one packed sequence (micro-batch)."""
 
-    sequences_per_step: int = 64
+    sequences_per_step: Count = 64
     """Packed sequences in one optimizer step, over all data-parallel ranks."""
 
     over_long: Literal["truncate", "drop", "refuse"] = "truncate"
     """Treatment of documents longer than `capacity`. They are always counted."""
 
-    balance_group: int = 16
+    balance_group: Count = 16
     """Number of consecutive packed sequences with balanced work, so that ranks that run them side
     by side finish together. The order depends on the data only, not on the number of ranks."""
 
-    max_bad_rows: int = 0
+    max_bad_rows: Natural = 0
     """Number of unparsable rows that are skipped; one more is an error. 0 = none is skipped."""
 
-    cache_dir: str = ""
+    cache_dir: OutputPath = ""
     """Folder of the tokenised documents. Empty: `RUN/cache`."""

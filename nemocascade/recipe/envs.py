@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from nemocascade.recipe.judge import JudgeConfig
+from nemocascade.recipe.paths import InputPaths
+from nemocascade.recipe.rules import Count, Natural, Range, Seconds, number_problems
 
 
 @dataclass(frozen=True)
@@ -20,28 +22,28 @@ class SandboxConfig:
     """If isolation is unavailable, run programs as ordinary processes of this user with resource
     limits only. They can then read and delete whatever the user can."""
 
-    workers: int = 0
+    workers: Natural = 0
     """Number of concurrent programs; 0 = one per core that this process may use."""
 
-    time_s: float = 10.0
+    time_s: Seconds = 10.0
     """Limit in seconds of the CPU time of a program's processes together. The wall-clock limit is
     twice as long; a program that waited for a CPU for most of it is repeated without others."""
 
-    memory_mib: int = 512
+    memory_mib: Count = 512
     """Address space limit of each process. A program's total memory is at most this times
     `processes`, plus the scratch folder."""
 
-    processes: int = 16
+    processes: Count = 16
     """Largest number of concurrent processes and threads; a pool of 8 processes needs 13."""
 
-    output_kib: int = 1024
+    output_kib: Count = 1024
     """Limit on the output to each of standard output and standard error."""
 
-    scratch_mib: int = 16
+    scratch_mib: Count = 16
     """Size limit of the program's writable folder, which is in memory. For a repository, at least
     twice its size."""
 
-    packages: tuple[str, ...] = ()
+    packages: InputPaths = ()
     """Folders, such as a site-packages, that programs may read and import from; for repositories
     that need more than the standard library."""
 
@@ -52,17 +54,10 @@ class SandboxConfig:
 
     def problems(self) -> list[str]:
         """Every rule that these settings break."""
-        names = ("time_s", "memory_mib", "processes", "output_kib", "scratch_mib")
-        found = [
-            f"sandbox.{name}({getattr(self, name)}) must be above 0"
-            for name in names
-            if getattr(self, name) <= 0
-        ]
-        if self.workers < 0:
-            found.append(f"sandbox.workers({self.workers}) must not be negative")
+        found = number_problems(self, "envs.sandbox")
         if 0 < self.memory_mib < 64:
             found.append(
-                f"sandbox.memory_mib({self.memory_mib}) is less than a Python process needs: "
+                f"envs.sandbox.memory_mib({self.memory_mib}) is less than a Python process needs: "
                 "at least 64"
             )
         return found
@@ -72,56 +67,39 @@ class SandboxConfig:
 class AgentConfig:
     """Limits of an agent's tools in one episode."""
 
-    result_chars: int = 16_000
+    result_chars: Count = 16_000
     """Characters in one tool result; longer results are truncated and say by how much."""
 
-    search_matches: int = 100
+    search_matches: Count = 100
     """Lines shown by one search."""
 
-    calls: int = 1000
+    calls: Count = 1000
     """Number of executed calls; a further call ends the episode."""
 
-    test_runs: int = 50
+    test_runs: Count = 50
     """Number of runs of the repository's tests."""
 
-    tests_time_s: float = 1800.0
+    tests_time_s: Annotated[float, Range(1, 30 * 86_400)] = 1800.0
     """Total wall-clock seconds of the test runs; once they are used up, no further run starts. Each
     run has the sandbox's `time_s`."""
 
-    changed_files: int = 64
+    changed_files: Count = 64
     """Number of files that edits may change or create."""
 
-    file_kib: int = 1024
+    file_kib: Count = 1024
     """Largest size of an edited file."""
-
-    def problems(self) -> list[str]:
-        """Every rule that these settings break."""
-        return [
-            f"envs.agent.{f.name}({getattr(self, f.name)}) must be at least 1"
-            for f in fields(self)
-            if getattr(self, f.name) < 1
-        ]
 
 
 @dataclass(frozen=True)
 class AgentlessConfig:
     """Content of the prompt for repair without an agent."""
 
-    prompt_chars: int = 80_000
+    prompt_chars: Count = 80_000
     """Characters in a prompt, which should fit `rollout.max_prompt_tokens`: source code has at
     least three characters per token. Files to repair come first and are truncated if too long."""
 
-    retrieved: int = 5
+    retrieved: Natural = 5
     """Further files, the best by BM25 (Nemotron-Cascade 2, arXiv 2603.19220)."""
-
-    def problems(self) -> list[str]:
-        """Every rule that these settings break."""
-        found = []
-        if self.prompt_chars < 1:
-            found.append(f"envs.agentless.prompt_chars({self.prompt_chars}) must be at least 1")
-        if self.retrieved < 0:
-            found.append(f"envs.agentless.retrieved({self.retrieved}) must not be negative")
-        return found
 
 
 @dataclass(frozen=True)
@@ -135,15 +113,15 @@ class EnvConfig:
     """Check of instructions to answer in English. `letters` checks the alphabet only; use it for
     answers of a few words, on which langdetect guesses."""
 
-    check_workers: int = 4
+    check_workers: Count = 4
     """Child processes for checks that may not terminate: algebra, schemas, regular expressions.
     They start on demand, and each runs one check at a time."""
 
-    check_timeout_s: float = 5.0
+    check_timeout_s: Seconds = 5.0
     """CPU time limit of such a check in seconds; it is then killed. The answer is wrong if the
     check finishes without it; otherwise the row has no verdict."""
 
-    check_memory_mib: int = 2048
+    check_memory_mib: Count = 2048
     """Address space limit of such a child process."""
 
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
@@ -153,10 +131,5 @@ class EnvConfig:
 
     def problems(self) -> list[str]:
         """Every rule that these settings break."""
-        found = [
-            f"envs.{name}({getattr(self, name)}) must be above 0"
-            for name in ("check_workers", "check_timeout_s", "check_memory_mib")
-            if getattr(self, name) <= 0
-        ]
-        parts = (self.sandbox, self.agent, self.agentless, self.judge)
-        return found + [problem for part in parts for problem in part.problems()]
+        found = number_problems(self, "envs") + self.sandbox.problems() + self.judge.problems()
+        return list(dict.fromkeys(found))

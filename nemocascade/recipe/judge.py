@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
+
+from nemocascade.recipe.paths import ArtifactPath, OutputPath, Url
+from nemocascade.recipe.rules import (
+    Count,
+    Natural,
+    NonNegative,
+    Probability,
+    Range,
+    Seconds,
+    Tokens,
+    number_problems,
+)
 
 HOW = (
     *("url", "api_key_env", "concurrency", "timeout_s", "retries"),
@@ -22,7 +34,7 @@ class JudgeConfig:
     `artifact`: a model of this project that runs on the training ranks by weight swap. `rule`: a
     fixed rule for tests and the tiny recipes; it has no knowledge of language."""
 
-    url: str = ""
+    url: Url = ""
     """URL of the server, `http://host:port`. Proxies from the environment are not used."""
 
     model: str = ""
@@ -36,63 +48,49 @@ class JudgeConfig:
     api_key_env: str = ""
     """Environment variable that holds the server's key; empty = send none."""
 
-    artifact: str = ""
+    artifact: ArtifactPath = ""
     """Artifact folder of the judge; its tokenizer and shape must be the policy's."""
 
     thinking: bool = True
     """For an `artifact`: the question opens a reasoning block. A server uses its own template."""
 
-    temperature: float = 0.6
-    top_p: float = 0.95
-    max_tokens: int = 16_384
+    temperature: NonNegative = 0.6
+    top_p: Probability = 0.95
+    max_tokens: Tokens = 16_384
     """Largest number of tokens in an answer, including its reasoning."""
 
-    concurrency: int = 64
+    concurrency: Count = 64
     """Concurrent requests to a server from each data-parallel rank."""
 
-    timeout_s: float = 600.0
+    timeout_s: Seconds = 600.0
     """Timeout of one request in seconds."""
 
-    retries: int = 4
+    retries: Natural = 4
     """Number of retries after a failure, with doubling back-off. Retries while nobody listens, or
     after the statuses 429, 502, 503 and 504, do not count."""
 
-    backoff_s: float = 1.0
+    backoff_s: Annotated[float, Range(0, 86_400)] = 1.0
     """Back-off before the first retry, in seconds."""
 
-    deadline_s: float = 7200.0
+    deadline_s: Seconds = 7200.0
     """Deadline of a question in seconds, including its time in the queue; then it is an error."""
 
-    silence_s: float = 1800.0
+    silence_s: Seconds = 1800.0
     """A server that has answered nothing for this many seconds counts as down: questions fail at
     once until it answers one."""
 
-    cache: str = ""
+    cache: OutputPath = ""
     """File that caches a server's answers by question, for restarts; empty = memory only."""
 
     def problems(self) -> list[str]:
         """Every rule that these settings break."""
-        found = []
+        found = number_problems(self, "envs.judge")
         if self.kind == "server" and not _is_url(self.url):
-            found.append(f"judge.url({self.url!r}) must be http://host:port of the server")
+            found.append(f"envs.judge.url({self.url!r}) must be http://host:port of the server")
         if self.kind == "server" and not self.model:
-            found.append("judge.model is empty: name the model as the server does")
+            found.append("envs.judge.model is empty: name the model as the server does")
         if self.kind == "artifact" and not self.artifact:
-            found.append("judge.artifact is empty: name the artifact folder of the judge")
-        if not self.temperature >= 0:
-            found.append(f"judge.temperature({self.temperature}) must be at least 0")
-        if not 0 < self.top_p <= 1:
-            found.append(f"judge.top_p({self.top_p}) must lie in (0, 1]")
-        found += [
-            f"judge.{name}({getattr(self, name)}) must be above 0"
-            for name in ("max_tokens", "concurrency", "timeout_s", "deadline_s", "silence_s")
-            if not getattr(self, name) > 0
-        ]
-        found += [
-            f"judge.{name}({getattr(self, name)}) must not be negative"
-            for name in ("retries", "backoff_s")
-            if getattr(self, name) < 0
-        ]
+            found.append("envs.judge.artifact is empty: name the artifact folder of the judge")
         return found
 
 

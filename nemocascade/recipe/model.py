@@ -5,6 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nemocascade.recipe.rules import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Probability,
+    number_problems,
+)
+
 LAYER_SYMBOLS = {"M": "Mamba-2", "*": "attention", "E": "MoE", "-": "MLP"}
 
 
@@ -15,55 +24,55 @@ class ModelConfig:
     pattern: str = "M*E"
     """One symbol per layer: M Mamba-2, * attention, E mixture of experts, - dense MLP."""
 
-    hidden_size: int = 128
-    vocab_size: int = 2048
+    hidden_size: Count = 128
+    vocab_size: Count = 2048
     """Rows of the embedding and of the LM head; at least the tokenizer's size."""
 
     tie_embeddings: bool = False
     """Share the embedding's weights with the LM head."""
 
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
 
-    num_heads: int = 4
+    num_heads: Count = 4
     """Number of query heads of attention."""
 
-    num_kv_heads: int = 2
-    head_dim: int = 32
+    num_kv_heads: Count = 2
+    head_dim: Count = 32
     rope: bool = False
     """Rotary position embedding within each document. Off: attention has no position embedding."""
 
-    rope_base: float = 10_000.0
-    rope_percent: float = 1.0
+    rope_base: Positive = 10_000.0
+    rope_percent: Probability = 1.0
     """Fraction of the head dimension that is rotated."""
 
     qk_norm: bool = False
     """RMSNorm on each query and key head before the rotation (Qwen3)."""
 
-    mamba_heads: int = 8
-    mamba_head_dim: int = 32
+    mamba_heads: Count = 8
+    mamba_head_dim: Count = 32
     """The inner width is mamba_heads x mamba_head_dim; it need not be twice hidden_size."""
 
-    mamba_state: int = 32
-    mamba_groups: int = 2
-    mamba_conv: int = 4
+    mamba_state: Count = 32
+    mamba_groups: Count = 2
+    mamba_conv: Count = 4
     """Width of the causal convolution in tokens."""
 
-    mamba_chunk: int = 128
+    mamba_chunk: Count = 128
     """Tokens in a chunk of the scan, as in the family's checkpoints; FLOPs are counted by it."""
 
-    mamba_dt_min: float = 0.0
+    mamba_dt_min: NonNegative = 0.0
     """Lower bound of the scan's time step, softplus(dt + dt_bias)."""
 
-    num_experts: int = 8
-    experts_per_token: int = 2
-    expert_width: int = 128
-    shared_expert_width: int = 256
+    num_experts: Count = 8
+    experts_per_token: Count = 2
+    expert_width: Count = 128
+    shared_expert_width: Natural = 256
     """Width of the expert that every token passes through; 0 = none."""
 
     activation: Literal["relu2", "swiglu"] = "relu2"
     """Activation of experts and MLP. relu2 is `relu(x)^2`, not gated."""
 
-    mlp_width: int = 512
+    mlp_width: Count = 512
     """Width of the dense MLP layers (`-`)."""
 
     router_score: Literal["sigmoid", "softmax"] = "sigmoid"
@@ -73,14 +82,14 @@ class ModelConfig:
     router_normalize: bool = True
     """Divide the weights of the selected experts by their sum."""
 
-    router_scale: float = 2.5
+    router_scale: Positive = 2.5
     """Factor on the weights of the selected experts, applied last."""
 
-    router_groups: int = 1
-    router_top_groups: int = 1
+    router_groups: Count = 1
+    router_top_groups: Count = 1
     """Group-limited routing: experts form `router_groups` groups, and a token uses this many."""
 
-    init_std: float = 0.02
+    init_std: NonNegative = 0.02
     """Standard deviation of the normal initialisation of linears; projections back into the
     residual stream are divided by sqrt(layers)."""
 
@@ -99,7 +108,7 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Every rule that this shape breaks, each with its remedy."""
-        found = []
+        found = number_problems(self, "model")
         if not self.pattern:
             found.append("model.pattern is empty: give at least one layer, for example M*E")
         for symbol in sorted(set(self.pattern) - set(LAYER_SYMBOLS)):
@@ -111,11 +120,8 @@ class ModelConfig:
             ("router_groups", "num_experts", "expert groups are equal"),
         ):
             a, b = getattr(self, small), getattr(self, big)
-            if a < 1 or b % a:
+            if a > 0 and b % a:
                 found.append(f"model.{big}({b}) is no multiple of model.{small}({a}): {why}")
-        for name in ("hidden_size", "vocab_size", "head_dim", "mamba_state", "mamba_conv"):
-            if getattr(self, name) < 1:
-                found.append(f"model.{name}({getattr(self, name)}) must be at least 1")
         if "E" in self.pattern and not 1 <= self.experts_per_token <= self.num_experts:
             found.append(
                 f"model.experts_per_token({self.experts_per_token}) must lie in "

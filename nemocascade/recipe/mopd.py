@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nemocascade.recipe.model import ModelConfig
+from nemocascade.recipe.paths import ArtifactPath, OutputPath
 from nemocascade.recipe.rl import PolicyRecipe, RolloutConfig
+from nemocascade.recipe.rules import NonNegative, Positive, Tokens
 from nemocascade.recipe.train import OptimizerConfig
 
 
@@ -15,7 +17,7 @@ class TeacherConfig:
     """The teacher of one domain."""
 
     domain: str = "math"
-    artifact: str = ""
+    artifact: ArtifactPath = ""
     """Artifact folder; tokenizer, vocabulary and shape must be the student's. Empty, in a cascade
     only: the artifact so far with the best held-out score of the domain."""
 
@@ -24,10 +26,10 @@ class TeacherConfig:
 class MopdConfig:
     """The objective (Nemotron-Cascade 2, arXiv 2603.19220, Eq. 2-4), and offload of teachers."""
 
-    ratio_low: float = 0.5
+    ratio_low: NonNegative = 0.5
     """Mask tokens whose pi_train / pi_rollout is below this."""
 
-    ratio_high: float = 2.0
+    ratio_high: Positive = 2.0
     """Mask tokens whose pi_train / pi_rollout is above this."""
 
     keep: Literal["host", "disk"] = "host"
@@ -38,7 +40,7 @@ class MopdConfig:
     """Score the rollouts with verifiers and judges, for metrics only: the objective uses no reward.
     Off saves their time."""
 
-    capacity: int = 131_072
+    capacity: Tokens = 131_072
     """Tokens in one packed sequence (micro-batch) of training."""
 
 
@@ -49,7 +51,7 @@ class MopdRecipe(PolicyRecipe):
     stage: str = "mopd"
     """Name of the stage, for its artifact and messages."""
 
-    run_dir: str = "runs/mopd"
+    run_dir: OutputPath = "runs/mopd"
     """Folder for everything the run writes."""
 
     teachers: tuple[TeacherConfig, ...] = ()
@@ -94,9 +96,9 @@ class MopdRecipe(PolicyRecipe):
             f"teachers: {d} is no domain of this recipe: take it out, or add it to domains"
             for d in sorted(set(taught) - {d.domain for d in self.domains})
         ]
-        if not 0 <= self.mopd.ratio_low < self.mopd.ratio_high:
+        if not self.mopd.ratio_low < self.mopd.ratio_high:
             found.append(
-                f"mopd.ratio_low({self.mopd.ratio_low}) must lie in 0..ratio_high"
+                f"mopd.ratio_low({self.mopd.ratio_low}) must be below ratio_high"
                 f"({self.mopd.ratio_high})"
             )
         if self.rollout.dynamic_filtering:

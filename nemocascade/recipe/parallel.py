@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemocascade.recipe.model import ModelConfig
+from nemocascade.recipe.rules import Count, number_problems
 
 
 @dataclass(frozen=True)
@@ -15,23 +16,23 @@ class ParallelConfig:
     (expert dp).
     """
 
-    tp: int = 1
+    tp: Count = 1
     """Tensor parallel: every linear, and the sequence between linears, is sharded over this many
     ranks."""
 
-    pp: int = 1
+    pp: Count = 1
     """Pipeline parallel: layers are sharded over this many ranks."""
 
-    vpp: int = 1
+    vpp: Count = 1
     """Model chunks on each pipeline rank (interleaved schedule); 1 = plain 1F1B."""
 
-    ep: int = 1
+    ep: Count = 1
     """Expert parallel: experts are distributed over this many ranks."""
 
-    etp: int = 1
+    etp: Count = 1
     """Expert tensor parallel: every expert is sharded over this many ranks."""
 
-    cp: int = 1
+    cp: Count = 1
     """Context parallel. Only 1 is supported."""
 
     pipeline_layout: str = ""
@@ -55,10 +56,7 @@ class ParallelConfig:
         self, model: ModelConfig, world_size: int, *, capacity: int, sequences_per_step: int
     ) -> list[str]:
         """Every rule that these sizes break for this model and world, each with its remedy."""
-        found = []
-        for name in ("tp", "pp", "vpp", "ep", "etp", "cp"):
-            if getattr(self, name) < 1:
-                found.append(f"parallel.{name}({getattr(self, name)}) must be at least 1")
+        found = number_problems(self, "parallel")
         if found:
             return found
         if self.cp > 1:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig
+from nemocascade.recipe.paths import ArtifactPath, InputPaths, OutputPath
+from nemocascade.recipe.rules import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Probability,
+    Range,
+    Seed,
+    Tokens,
+    number_problems,
+)
 from nemocascade.recipe.train import (
     CheckpointConfig,
     EngineConfig,
@@ -26,69 +38,58 @@ class DomainConfig:
     domain: str = "multiple_choice"
     """Name of the environment that scores the domain's rollouts."""
 
-    share: float = 1.0
+    share: Positive = 1.0
     """Share of the prompts, relative to the shares of the other domains."""
 
-    path: tuple[str, ...] = ()
+    path: InputPaths = ()
     """JSONL files of released rows. Empty: tasks are generated from the seed."""
 
-    difficulty: int = 0
+    difficulty: Natural = 0
     """Difficulty of generated tasks; 0 is the easiest."""
 
-    tasks: int = 1024
+    tasks: Natural = 1024
     """Number of generated tasks, or the most that are read from `path`; there 0 = all."""
 
-    heldout_path: tuple[str, ...] = ()
+    heldout_path: InputPaths = ()
     """JSONL files of the held-out tasks. Empty: generated, and disjoint from the others."""
 
-    drop_solved: float = 0.0
+    drop_solved: Fraction = 0.0
     """Fraction of the tasks from `path` with a `pass_rate` of 1 that is dropped, since they give no
     training signal. The task's text decides which ones."""
 
-    drop_unsolved: float = 0.0
+    drop_unsolved: Fraction = 0.0
     """Fraction of the tasks from `path` with a `pass_rate` of 0 that is dropped."""
-
-    def problems(self) -> list[str]:
-        """Every rule that these settings break."""
-        return [
-            f"domains: {name}({share}) of {self.domain} must lie in 0..1"
-            for name, share in (
-                ("drop_solved", self.drop_solved),
-                ("drop_unsolved", self.drop_unsolved),
-            )
-            if not 0 <= share <= 1
-        ]
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
     """Generation of rollouts, and selection of those that train."""
 
-    prompts_per_step: int = 128
-    rollouts_per_prompt: int = 16
-    max_prompt_tokens: int = 32_768
+    prompts_per_step: Count = 128
+    rollouts_per_prompt: Count = 16
+    max_prompt_tokens: Tokens = 32_768
     """Largest number of prompt tokens; longer prompts are dropped and counted."""
 
-    max_response_tokens: int = 49_152
+    max_response_tokens: Tokens = 49_152
     """Largest number of tokens after the prompt; longer responses are truncated."""
 
-    max_turns: int = 8
+    max_turns: Count = 8
     """Largest number of policy turns in one episode with tools."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: Positive = 1.0
+    top_p: Probability = 1.0
+    top_k: Natural = 0
     thinking: bool = True
     """Open a reasoning block at the end of the prompt."""
 
-    slots: int = 64
+    slots: Count = 64
     """Concurrent sequences on a data-parallel rank."""
 
-    prefill_tokens: int = 0
+    prefill_tokens: Natural = 0
     """Prefill prompts together, up to this many tokens; 0 = each alone, which makes a prompt's
     states bit-identical whatever other prompts there are."""
 
-    prefill_chunk: int = 8192
+    prefill_chunk: Natural = 8192
     """Chunked prefill: a longer prompt or tool result is prefilled in chunks of this many tokens,
     so that activation memory does not grow with the prompt. Changing it changes log-probabilities
     by rounding. 0 = no chunks."""
@@ -96,66 +97,38 @@ class RolloutConfig:
     dynamic_filtering: bool = True
     """Drop groups whose rewards are all equal, and draw other prompts to replace them."""
 
-    max_draws: int = 4
+    max_draws: Count = 4
     """Draw at most this many times `prompts_per_step` prompts for a step; a step that finds fewer
     informative groups trains on those."""
 
-    min_best_reward: float | None = None
+    min_best_reward: Annotated[float | None, Range()] = None
     """Mask the loss of prompts with no rollout whose reward is above this. They are counted and not
     replaced. None masks none."""
 
     overlong_filter: bool = False
     """Mask truncated responses in the loss; their rewards still count in the group's statistics."""
 
-    overlong_penalty: float = 0.0
+    overlong_penalty: NonNegative = 0.0
     """Penalty on the reward of a truncated response. A response that ends within the last
     `overlong_buffer` tokens gets a proportional part (DAPO, arXiv 2503.14476, Eq. 13)."""
 
-    overlong_buffer: int = 0
+    overlong_buffer: Natural = 0
     """Tokens before the limit over which the penalty grows."""
 
-    mismatch_mean_alarm: float = 0.02
+    mismatch_mean_alarm: NonNegative = 0.02
     """Warn if the mean |log pi_train - log pi_rollout| of a step is above this."""
 
-    mismatch_max_alarm: float = 1.0
+    mismatch_max_alarm: NonNegative = 1.0
     """Warn if the largest |log pi_train - log pi_rollout| of a step is above this."""
 
-    samples: int = 4
+    samples: Natural = 4
     """Groups per step whose best and worst rollout are written as readable text to
     RUN/rollouts."""
 
     def problems(self) -> list[str]:
         """Every rule that these settings break."""
-        found = [
-            f"rollout.{name}({getattr(self, name)}) must be at least 1"
-            for name in (
-                "prompts_per_step",
-                "rollouts_per_prompt",
-                "max_prompt_tokens",
-                "max_response_tokens",
-                "max_turns",
-                "slots",
-                "max_draws",
-            )
-            if getattr(self, name) < 1
-        ]
-        found += [
-            f"rollout.{name}({getattr(self, name)}) must be at least 0"
-            for name in ("prefill_tokens", "prefill_chunk")
-            if getattr(self, name) < 0
-        ]
-        if not self.temperature > 0:
-            found.append(
-                f"rollout.temperature({self.temperature}) must be above 0: a greedy rollout has no "
-                "policy gradient"
-            )
-        if not 0 < self.top_p <= 1:
-            found.append(f"rollout.top_p({self.top_p}) must lie in (0, 1]")
-        if self.min_best_reward is not None and not math.isfinite(self.min_best_reward):
-            found.append(
-                f"rollout.min_best_reward({self.min_best_reward}) must be a number or None"
-            )
-        if not 0 <= self.overlong_buffer < max(1, self.max_response_tokens):
+        found = []
+        if not self.overlong_buffer < max(1, self.max_response_tokens):
             found.append(
                 f"rollout.overlong_buffer({self.overlong_buffer}) must lie in "
                 f"0..max_response_tokens({self.max_response_tokens})"
@@ -171,7 +144,7 @@ class GrpoConfig:
     """Normalisation of the loss: by all trained tokens of the step, by those of a prompt's group
     with equal weight per group, or by those of a sequence with equal weight per sequence."""
 
-    std_epsilon: float = 1e-6
+    std_epsilon: Positive = 1e-6
     """Added to the standard deviation of a group's rewards."""
 
     scale_by_std: bool = True
@@ -183,10 +156,10 @@ class GrpoConfig:
     leave_one_out: bool = False
     """Subtract the mean of the group's other rewards instead of the mean of all."""
 
-    kl_coef: float = 0.0
+    kl_coef: NonNegative = 0.0
     """Weight of the k3 estimate of KL(pi || pi_start); 0 = no reference policy is stored."""
 
-    capacity: int = 65_536
+    capacity: Tokens = 65_536
     """Tokens in one packed sequence (micro-batch) of training."""
 
 
@@ -194,13 +167,13 @@ class GrpoConfig:
 class RlEvalConfig:
     """Held-out rewards of greedy responses."""
 
-    every: int = 0
+    every: Natural = 0
     """Steps between evaluations; 0 = before the first step and after the last."""
 
-    prompts: int = 256
+    prompts: Natural = 256
     """Held-out tasks of each domain; 0 = no evaluation."""
 
-    max_response_tokens: int = 0
+    max_response_tokens: Natural = 0
     """Largest number of tokens in a response; 0 = as in training."""
 
 
@@ -208,20 +181,24 @@ class RlEvalConfig:
 class PolicyRecipe(ABC):
     """Settings shared by stages that train on rollouts of their own policy: GRPO and MOPD."""
 
-    steps: int = 100
+    steps: Count = 100
     """Optimizer steps, each on fresh rollouts."""
 
-    seed: int = 1
+    seed: Seed = 1
     """Seed of the tasks, their order and all sampling."""
 
-    run_dir: str = "runs/grpo"
+    run_dir: OutputPath = "runs/grpo"
     """Folder for everything the run writes."""
 
     resume: bool = True
     """Resume from the newest checkpoint in `run_dir`, if there is one. Off: a run folder with
     checkpoints is an error."""
 
-    init_from: str = ""
+    accept_changes: bool = False
+    """Resume although settings changed that affect the training. The changes are listed in the log
+    and in the artifact's manifest."""
+
+    init_from: ArtifactPath = ""
     """Artifact folder of the policy to start from: its shape, weights and tokenizer."""
 
     stage: str = "grpo"
@@ -254,9 +231,8 @@ class PolicyRecipe(ABC):
 
         model: the shape of `init_from`, if it has been read already.
         """
-        found = self.optimizer.problems() + self.rollout.problems() + self.envs.problems()
-        if self.steps < 1:
-            found.append(f"steps({self.steps}) must be at least 1")
+        found = number_problems(self) + self.optimizer.problems() + self.rollout.problems()
+        found += self.envs.problems()
         if not self.init_from:
             found.append("init_from is empty: name the artifact folder of the stage before")
         if not self.domains:
@@ -265,11 +241,6 @@ class PolicyRecipe(ABC):
         found += [
             f"domains names {n} twice" for n in sorted({n for n in names if names.count(n) > 1})
         ]
-        found += [
-            f"domains.{i}.share({d.share}) must be above 0"
-            for i, d in enumerate(self.domains)
-            if not d.share > 0
-        ]
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.capacity < longest:
             found.append(
@@ -277,7 +248,6 @@ class PolicyRecipe(ABC):
                 f"max_prompt_tokens({self.rollout.max_prompt_tokens}) + "
                 f"max_response_tokens({self.rollout.max_response_tokens}) = {longest}"
             )
-        found += [problem for domain in self.domains for problem in domain.problems()]
         if model is not None and not found:
             dp = max(1, self.parallel.data_parallel(world_size))
             found += self.parallel.problems(
@@ -286,7 +256,7 @@ class PolicyRecipe(ABC):
                 capacity=self.capacity,
                 sequences_per_step=dp * self.parallel.pp,
             )
-        return found
+        return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig
+from nemocascade.recipe.paths import InputPaths
+from nemocascade.recipe.rules import Count, Natural, Seed, Tokens, number_problems
 from nemocascade.recipe.train import EngineConfig
 
 
@@ -18,16 +20,16 @@ class ScoredDomain:
     domain: str = "math"
     """Name of the environment that scores the domain's answers."""
 
-    difficulty: int = 0
+    difficulty: Natural = 0
     """Difficulty of generated tasks; 0 is the easiest."""
 
-    heldout_path: tuple[str, ...] = ()
+    heldout_path: InputPaths = ()
     """JSONL files of held-out tasks. Empty: generated, and disjoint from the training tasks."""
 
-    tasks: int = 0
+    tasks: Natural = 0
     """Number of held-out tasks; 0 = `scores.tasks`."""
 
-    max_response_tokens: int = 0
+    max_response_tokens: Natural = 0
     """Largest number of tokens in a response; 0 = `scores.max_response_tokens`."""
 
 
@@ -37,28 +39,28 @@ class ScoreConfig:
 
     domains: tuple[ScoredDomain, ...] = ()
 
-    tasks: int = 256
+    tasks: Count = 256
     """Number of held-out tasks in each domain."""
 
-    seed: int = 1
+    seed: Seed = 1
     """Seed of generated tasks."""
 
-    max_prompt_tokens: int = 32_768
+    max_prompt_tokens: Tokens = 32_768
     """Largest number of prompt tokens; longer prompts are dropped and counted."""
 
-    max_response_tokens: int = 49_152
+    max_response_tokens: Tokens = 49_152
     """Largest number of tokens in a response; a truncated response is scored as it is."""
 
-    max_turns: int = 8
+    max_turns: Count = 8
     """Largest number of policy turns in one episode with tools."""
 
     thinking: bool = True
     """Open a reasoning block at the end of the prompt."""
 
-    slots: int = 64
+    slots: Count = 64
     """Concurrent sequences on a data-parallel rank."""
 
-    samples: int = 2
+    samples: Natural = 2
     """Responses of each domain that are stored as readable text."""
 
     envs: EnvConfig = field(default_factory=EnvConfig)
@@ -69,19 +71,9 @@ class ScoreConfig:
 
     def problems(self, world_size: int, model: ModelConfig | None = None) -> list[str]:
         """Every rule that these settings break, each with a remedy. model: the artifacts' shape."""
-        found = [
-            f"scores.{name}({getattr(self, name)}) must be at least 1"
-            for name in ("tasks", "max_prompt_tokens", "max_response_tokens", "max_turns", "slots")
-            if getattr(self, name) < 1
-        ]
+        found = number_problems(self, "scores")
         names = [d.domain for d in self.domains]
         found += [f"scores.domains names {n} twice" for n in repeated(names)]
-        found += [
-            f"scores.domains: {name}({getattr(d, name)}) of {d.domain} must not be negative"
-            for d in self.domains
-            for name in ("tasks", "max_response_tokens")
-            if getattr(d, name) < 0
-        ]
         found += [f"scores.{p}" for p in self.envs.problems()]
         if model is not None and not found:
             p = self.parallel
@@ -89,7 +81,7 @@ class ScoreConfig:
             # Generation packs nothing, so any valid capacity will do.
             broken = p.problems(model, world_size, capacity=p.tp, sequences_per_step=dp * p.pp)
             found += [f"scores: {problem}" for problem in broken]
-        return found
+        return list(dict.fromkeys(found))
 
 
 def repeated(names: Sequence[str]) -> list[str]:

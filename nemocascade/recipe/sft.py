@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from nemocascade.recipe.data import DataConfig, TokenizerConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig
+from nemocascade.recipe.paths import ArtifactPath, OutputPath
 from nemocascade.recipe.rl import DomainConfig
+from nemocascade.recipe.rules import Count, Fraction, Natural, Seed, number_problems
 from nemocascade.recipe.train import (
     CheckpointConfig,
     EngineConfig,
@@ -25,13 +27,13 @@ class DemonstrationConfig:
     domains: tuple[DomainConfig, ...] = ()
     """Domains, with `tasks` rows of each. Empty: no row is generated, only `data.path` is used."""
 
-    heldout: int = 32
+    heldout: Natural = 32
     """Number of held-out rows in each domain."""
 
-    thinking: float = 0.5
+    thinking: Fraction = 0.5
     """Fraction of the rows with reasoning before the answer."""
 
-    careless: float = 0.0
+    careless: Fraction = 0.0
     """Fraction of the rows whose solution has a habit that may cost the reward, in domains that
     define one: a code fence around JSON, a letter without its box. This leaves RL something to
     improve: samples are sometimes right where greedy answers are not. Held-out rows have the same
@@ -42,20 +44,24 @@ class DemonstrationConfig:
 class SftRecipe:
     """Supervised fine-tuning on packed sequences (Nemotron-Cascade 2, arXiv 2603.19220)."""
 
-    steps: int = 33_000
+    steps: Count = 33_000
     """Optimizer steps."""
 
-    seed: int = 1
+    seed: Seed = 1
     """Seed of the initial weights and of the data order."""
 
-    run_dir: str = "runs/sft"
+    run_dir: OutputPath = "runs/sft"
     """Folder for everything the run writes."""
 
     resume: bool = True
     """Resume from the newest checkpoint in `run_dir`, if there is one. Off: a run folder with
     checkpoints is an error."""
 
-    init_from: str = ""
+    accept_changes: bool = False
+    """Resume although settings changed that affect the training. The changes are listed in the log
+    and in the artifact's manifest."""
+
+    init_from: ArtifactPath = ""
     """Artifact folder with the initial weights; empty = random weights from the seed."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -72,18 +78,9 @@ class SftRecipe:
 
     def problems(self, world_size: int) -> list[str]:
         """Every rule that this recipe breaks with `world_size` ranks, each with a remedy."""
-        found = self.model.problems() + self.optimizer.problems()
-        if self.steps < 1:
-            found.append(f"steps({self.steps}) must be at least 1")
-        for name in ("thinking", "careless"):
-            if not 0 <= getattr(self.demonstrations, name) <= 1:
-                share = getattr(self.demonstrations, name)
-                found.append(f"demonstrations.{name}({share}) is a share: it must lie in 0..1")
+        found = number_problems(self) + self.model.problems() + self.optimizer.problems()
         if not self.data.path and not self.demonstrations.domains:
             found.append("data.path is empty: name JSONL or Parquet files, or synthetic:arithmetic")
-        for name in ("capacity", "sequences_per_step", "balance_group"):
-            if getattr(self.data, name) < 1:
-                found.append(f"data.{name}({getattr(self.data, name)}) must be at least 1")
         if not found:
             found += self.parallel.problems(
                 self.model,
@@ -91,4 +88,4 @@ class SftRecipe:
                 capacity=self.data.capacity,
                 sequences_per_step=self.data.sequences_per_step,
             )
-        return found
+        return list(dict.fromkeys(found))

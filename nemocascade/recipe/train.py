@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from nemocascade.recipe.rules import Decay, LearningRate, Natural, NonNegative, Positive, Range
 
 Accelerator = Literal["auto", "on", "off"]
 
@@ -12,31 +14,31 @@ Accelerator = Literal["auto", "on", "off"]
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    lr: float = 5e-5
+    lr: LearningRate = 5e-5
     """Peak learning rate."""
 
-    min_lr: float = 5e-6
+    min_lr: LearningRate = 5e-6
     """Learning rate at the end of the decay."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay from `lr` to `min_lr`; constant keeps `lr`."""
 
-    warmup_steps: int = 200
+    warmup_steps: Natural = 200
     """Steps of linear warm-up."""
 
-    warmup_start_lr: float = 0.0
+    warmup_start_lr: LearningRate = 0.0
     """Learning rate at the start of the warm-up."""
 
-    decay_steps: int = 40_000
+    decay_steps: Natural = 40_000
     """Step at which `min_lr` is reached; may be beyond the last step."""
 
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    beta1: Decay = 0.9
+    beta2: Decay = 0.98
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
     """Weight decay of matrices; biases, norms and other vectors have none."""
 
-    clip_grad: float = 1.0
+    clip_grad: NonNegative = 1.0
     """Largest global gradient norm; 0 = no clipping."""
 
     distributed: bool = True
@@ -60,19 +62,13 @@ class OptimizerConfig:
     def problems(self) -> list[str]:
         """Every rule that these settings break."""
         found = []
-        if not 0 <= self.min_lr <= self.lr:
-            found.append(f"optimizer.min_lr({self.min_lr}) must lie in 0..lr({self.lr})")
+        if not self.min_lr <= self.lr:
+            found.append(f"optimizer.min_lr({self.min_lr}) must not be above lr({self.lr})")
         if self.schedule != "constant" and self.decay_steps < self.warmup_steps:
             found.append(
                 f"optimizer.decay_steps({self.decay_steps}) ends before "
                 f"warmup_steps({self.warmup_steps}): raise it or lower the warm-up"
             )
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"optimizer.{name}({getattr(self, name)}) must lie in [0, 1)")
-        for name in ("clip_grad", "weight_decay", "eps", "warmup_steps"):
-            if getattr(self, name) < 0:
-                found.append(f"optimizer.{name}({getattr(self, name)}) must not be negative")
         return found
 
 
@@ -83,11 +79,11 @@ class MoeTrainingConfig:
     load_balance: Literal["none", "sequence", "global"] = "sequence"
     """Load-balance loss: over each document, over all tokens of a micro-batch, or none."""
 
-    load_balance_coef: float = 1e-4
-    z_loss_coef: float = 0.0
+    load_balance_coef: NonNegative = 1e-4
+    z_loss_coef: NonNegative = 0.0
     """Weight of the mean squared logsumexp of the router's logits."""
 
-    bias_update_rate: float = 1e-3
+    bias_update_rate: NonNegative = 1e-3
     """Step size of an expert's selection bias, which counteracts its load; 0 = frozen."""
 
     freeze_router: bool = False
@@ -114,7 +110,7 @@ class EngineConfig:
     fla: Accelerator = "auto"
     """Triton scan and convolution of fla-core for Mamba-2 on GPUs, if it is installed."""
 
-    timeout_s: float = 1800.0
+    timeout_s: Annotated[float, Range(1, 30 * 86_400)] = 1800.0
     """Timeout of a collective in seconds. The watchdog names a rank that is silent or stalled for
     four fifths of it."""
 
@@ -126,10 +122,10 @@ class EngineConfig:
 class CheckpointConfig:
     """Schedule and retention of checkpoints."""
 
-    every: int = 500
+    every: Natural = 500
     """Steps between checkpoints; 0 = only at the end."""
 
-    keep: int = 2
+    keep: Natural = 2
     """Number of newest checkpoints to keep; 0 = all."""
 
 
@@ -137,7 +133,7 @@ class CheckpointConfig:
 class EvalConfig:
     """Held-out loss during training."""
 
-    every: int = 500
+    every: Natural = 500
     """Steps between held-out evaluations; 0 = only at the end."""
 
 
@@ -145,7 +141,7 @@ class EvalConfig:
 class LogConfig:
     """Settings of the logged metrics."""
 
-    every: int = 1
+    every: Natural = 1
     """Steps between lines of metrics.jsonl and TensorBoard."""
 
     tensorboard: bool = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 from nemocascade.envs.base import demonstration
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.recipe import RecipeError, SftRecipe
+from nemocascade.runtime.jsonl import json_text
 from nemocascade.runtime.world import World, main_first
 from nemocascade.types import Message, Prompt
 
@@ -31,10 +31,7 @@ def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for path, is_heldout in ((train, False), (heldout, True)):
-            lines = (
-                json.dumps(row, ensure_ascii=False)
-                for row in demonstration_rows(recipe, heldout=is_heldout)
-            )
+            lines = (json_text(row) for row in demonstration_rows(recipe, heldout=is_heldout))
             text = "".join(f"{line}\n" for line in lines)
             # An unchanged file keeps its modification time, so the tokenised cache stays valid.
             if not path.exists() or path.read_text(encoding="utf-8") != text:

@@ -21,6 +21,7 @@ from nemocascade.rl.trajectories import extremes, logged
 from nemocascade.rl.win_rate import over_start
 from nemocascade.rollout.engine import Sampling
 from nemocascade.rollout.live import LiveEngine
+from nemocascade.runtime.jsonl import json_text
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
 from nemocascade.train.checkpointing import Checkpoints
@@ -106,28 +107,34 @@ class PolicyRun:
         return values
 
     def watch_mismatch(self, step: int, metrics: dict[str, float]) -> None:
-        """Warn if training and rollout log-probabilities of the same tokens differ too much."""
+        """Warn if training and rollout log-probabilities of the same tokens differ too much.
+
+        step: counted from 0.
+        """
         limits = self.recipe.rollout
         mean, largest = metrics["mismatch_mean"], metrics["mismatch_max"]
         if mean > limits.mismatch_mean_alarm or largest > limits.mismatch_max_alarm:
             LOGGER.warning(
                 "step %d: |log pi_train - log pi_rollout| has mean %.3g and largest %.3g: the "
                 "rollouts are not of the policy that is trained",
-                step,
+                step + 1,
                 mean,
                 largest,
             )
 
     def keep_samples(self, step: int, groups: Sequence[Group]) -> None:
-        """Write the best and worst rollout of some groups of the step as text to RUN/rollouts."""
+        """Write the best and worst rollout of some groups of the step as text to RUN/rollouts.
+
+        step: counted from 0; the file and its lines count from 1.
+        """
         count = self.recipe.rollout.samples
         if not self.world.is_main or not count:
             return
         folder = Path(self.recipe.run_dir) / "rollouts"
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [logged(step, g, number) for g in groups[:count] for number in extremes(g)]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (folder / f"step_{step:08d}.jsonl").write_text(text, encoding="utf-8")
+        lines = [logged(step + 1, g, number) for g in groups[:count] for number in extremes(g)]
+        text = "".join(json_text(line) + "\n" for line in lines)
+        (folder / f"step_{step + 1:08d}.jsonl").write_text(text, encoding="utf-8")
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""

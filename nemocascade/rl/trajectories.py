@@ -28,7 +28,7 @@ def extremes(group: Group) -> list[int]:
 
 
 def logged(step: int, group: Group, number: int = 0) -> dict[str, Any]:
-    """One rollout of a group as JSON values.
+    """One rollout of a group as JSON values. step: counted from 1.
 
     An episode with tool calls is logged turn by turn with its verifier's data, so that it can be
     replayed. Episodes whose verifier data is not JSON are logged as text only: these are domains

@@ -1,4 +1,4 @@
-"""The common reader of JSONL files, plain or gzipped.
+"""The common reader of JSONL files, plain or gzipped, and the writer of their lines.
 
 Strict readers raise at the first damaged line. `read_undamaged` skips damaged lines and reports
 them. It is for files that a run appends to, whose last line a crash may have truncated.
@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """The value as readable JSON that UTF-8 can encode: half a surrogate pair is escaped, and
+    comes back when the text is read."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:

@@ -33,6 +33,7 @@ from types import FrameType
 from typing import Any
 
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.run_lock import release_locks
 
 EXIT_CODE = 4
 GRACE_S = 20.0
@@ -109,6 +110,7 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._thread: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
+        self._before: Any = signal.SIG_DFL
         self._meetings = 0
 
     def start(self) -> None:
@@ -119,7 +121,7 @@ class Watchdog:
         os.set_blocking(write, False)
         self._wake = (read, write)
         # C code of the handler writes to the pipe even while the main thread waits in a collective.
-        signal.signal(signal.SIGTERM, _leave)
+        self._before = signal.signal(signal.SIGTERM, _leave)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -135,7 +137,7 @@ class Watchdog:
             os.write(self._wake[1], b"\0")
         self._thread.join(timeout=2 * self.interval + 5)
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, self._before)
         self._thread = None
         with contextlib.suppress(Exception):
             self._tell()
@@ -328,6 +330,7 @@ class Watchdog:
             time.sleep(2 * self.interval)
         for handler in LOGGER.handlers:
             handler.flush()
+        release_locks()
         os._exit(code)
 
     def _log(self, lines: list[str]) -> None:

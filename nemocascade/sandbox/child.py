@@ -99,6 +99,8 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
+            # Ctrl-C in the terminal is for the run, which lets its verdicts finish.
+            start_new_session=True,
         )
         self.alive = True
         self._buffer = b""

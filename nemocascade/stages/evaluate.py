@@ -58,7 +58,7 @@ def run_eval(settings: EvalSettings) -> tuple[float, int]:
         # Preflight predicts the memory of training, which evaluation does not need.
         engine=replace(settings.engine, preflight=False),
     )
-    with stage_world(recipe) as (world, accelerators):
+    with stage_world(recipe, trains=False) as (world, accelerators):
         tokenizer = open_tokenizer(recipe, world)
         scored = replace(recipe, data=replace(recipe.data, heldout_path=(), heldout_rows=0))
         data = open_stage_data(scored, world, tokenizer)

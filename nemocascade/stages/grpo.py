@@ -57,7 +57,7 @@ def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> 
             trainer.skip_step()
             LOGGER.warning(
                 "step %d: no group of %d can teach anything; %d verdicts failed",
-                step,
+                step + 1,
                 gathered.drawn,
                 values["verifier_errors"],
             )

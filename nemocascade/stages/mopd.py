@@ -96,7 +96,7 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
             run.watch_mismatch(step, result.metrics)
         else:
             trainer.skip_step()
-            LOGGER.warning("step %d: all %d groups were filtered", step, len(groups))
+            LOGGER.warning("step %d: all %d groups were filtered", step + 1, len(groups))
         books.after_step(step, values, groups)
     return books.close()
 

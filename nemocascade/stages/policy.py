@@ -151,7 +151,7 @@ def _assemble(
         threads=verifier_threads(recipe.envs.judge),
     )
     heldout = _heldout_tasks(recipe, environments, tokenizer)
-    checkpoints = Checkpoints(Path(recipe.run_dir), recipe.checkpoint, world)
+    checkpoints = Checkpoints(Path(recipe.run_dir), recipe.checkpoint, world, recipe)
     checkpoints.start(policy.trainer, stream, resume=recipe.resume, init_from=recipe.init_from)
     return PolicyRun(
         recipe=recipe,

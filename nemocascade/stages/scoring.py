@@ -26,6 +26,7 @@ from nemocascade.recipe import (
     ScoredDomain,
 )
 from nemocascade.recipe.judge import HOW as JUDGE_HOW
+from nemocascade.recipe.rules import Natural
 from nemocascade.rl.collector import Collector, Group
 from nemocascade.rl.tasks import Task, encode_prompts, read_tasks
 from nemocascade.rl.verification import verifier_threads
@@ -81,7 +82,7 @@ class ScoreSettings:
     domains: tuple[str, ...] = DOMAINS
     """Names of the domains."""
 
-    difficulty: int = 0
+    difficulty: Natural = 0
     """Difficulty of generated tasks; 0 is the easiest."""
 
     work_dir: str = "runs/score"

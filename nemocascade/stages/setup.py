@@ -22,21 +22,30 @@ from nemocascade.plan.preflight import problems_before
 from nemocascade.recipe import DataConfig, EngineConfig, ParallelConfig, RecipeError, SftRecipe
 from nemocascade.recipe.rl import PolicyRecipe
 from nemocascade.runtime.logging import LOGGER, start_logging
+from nemocascade.runtime.run_lock import RunLock
 from nemocascade.runtime.watchdog import Watchdog, job_store
 from nemocascade.runtime.world import World, main_first, world_size_of_environment
+from nemocascade.train.checkpointing import refused_changes
 
 
 @contextmanager
-def stage_world(recipe: SftRecipe | PolicyRecipe) -> Iterator[tuple[World, Accelerators]]:
-    """Check the recipe, join the process groups, and leave them at the end.
+def stage_world(
+    recipe: SftRecipe | PolicyRecipe, *, trains: bool = True
+) -> Iterator[tuple[World, Accelerators]]:
+    """Check the recipe, join the process groups, own the run folder, and leave all at the end.
 
-    Raises RecipeError with every invalid setting, before any process group exists.
+    trains: False for a job that only reads, which does not own its folder.
+
+    Raises RecipeError with every invalid setting, before any process group exists, and
+    FolderInUseError, before anything is written, if another job owns the run folder.
     """
     size = world_size_of_environment()
     check = problems_before(recipe, size) if recipe.engine.preflight else recipe.problems(size)
-    if check:
+    if check := check + refused_changes(recipe):
         raise RecipeError(check)
-    with watched_world(Path(recipe.run_dir), recipe.parallel, recipe.engine) as joined:
+    run_dir = Path(recipe.run_dir)
+    lock = RunLock(run_dir) if trains else None
+    with watched_world(run_dir, recipe.parallel, recipe.engine, lock) as joined:
         world, detected = joined
         LOGGER.info(world.describe())
         LOGGER.info("accelerators:\n%s", detected.table())
@@ -53,9 +62,12 @@ def stage_world(recipe: SftRecipe | PolicyRecipe) -> Iterator[tuple[World, Accel
 
 @contextmanager
 def watched_world(
-    run_dir: Path, parallel: ParallelConfig, engine: EngineConfig
+    run_dir: Path, parallel: ParallelConfig, engine: EngineConfig, lock: RunLock | None = None
 ) -> Iterator[tuple[World, Detection]]:
-    """Join the process groups under a watchdog, with the log in RUN/log.txt, and leave them."""
+    """Join the process groups under a watchdog, with the log in RUN/log.txt, and leave them.
+
+    lock: of the run folder, acquired by the main rank and released at the end.
+    """
     world = start_world(parallel, engine)
     watch = Watchdog(
         world.rank,
@@ -67,7 +79,11 @@ def watched_world(
     )
     world = replace(world, watch=watch)
     try:
+        if lock is not None:
+            main_first(world, lock.acquire, lambda: None)
         start_logging(run_dir, is_main=world.is_main)
+        if lock is not None and lock.note:
+            LOGGER.warning(lock.note)
         watch.start()
         detected = detect(engine, world.device)
         watch.enter("set-up")
@@ -78,23 +94,34 @@ def watched_world(
     finally:
         watch.close()
         world.close()
+        if lock is not None:
+            lock.release()
 
 
-def on_main_rank(run_dir: Path, engine: EngineConfig, work: Callable[[], Any]) -> Any:
+def on_main_rank(lock: RunLock, engine: EngineConfig, work: Callable[[], Any]) -> Any:
     """Run `work()` on the main rank and return its result on every rank.
 
-    It runs in a world of its own between stages. The log goes to RUN/log.txt. A failure fails all
-    ranks.
+    It runs in a world of its own between stages. lock: of the run folder, acquired by the first
+    call and held afterwards. The log goes to RUN/log.txt. A failure fails all ranks.
     """
-    if world_size_of_environment() == 1:
-        start_logging(run_dir, is_main=True)
+
+    def locked() -> Any:
+        lock.acquire()
+        start_logging(lock.folder, is_main=True)
+        if lock.note:
+            LOGGER.warning(lock.note)
+            lock.note = ""
         return work()
+
+    if world_size_of_environment() == 1:
+        return locked()
     # Long timeout: the others wait while the main rank hashes data sets.
     world = start_world(ParallelConfig(), replace(engine, timeout_s=max(86_400, engine.timeout_s)))
     try:
-        start_logging(run_dir, is_main=world.is_main)
+        if not world.is_main:
+            start_logging(lock.folder, is_main=False)
         results: list[Any] = []
-        main_first(world, lambda: results.append(work()), lambda: None)
+        main_first(world, lambda: results.append(locked()), lambda: None)
         return world.broadcast_object(results[0] if results else None)
     finally:
         world.close()

@@ -35,6 +35,7 @@ def run_sft(recipe: SftRecipe) -> Path:
     run_dir = Path(recipe.run_dir)
     with stage_world(recipe) as (world, accelerators):
         write_recipe(recipe, world)
+        settings = recipe
         if recipe.demonstrations.domains:
             recipe = with_demonstrations(recipe, world)
         tokenizer = open_tokenizer(recipe, world)
@@ -66,7 +67,7 @@ def run_sft(recipe: SftRecipe) -> Path:
         heldout = None
         if data.heldout is not None:
             heldout = heldout_loader(recipe.data, world, tokenizer, data.heldout)
-        checkpoints = Checkpoints(run_dir, recipe.checkpoint, world)
+        checkpoints = Checkpoints(run_dir, recipe.checkpoint, world, settings)
         checkpoints.start(trainer, loader, resume=recipe.resume, init_from=recipe.init_from)
         heldout_loss = _train(recipe, world, trainer, loader, heldout, checkpoints)
         loader.close()

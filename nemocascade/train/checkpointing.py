@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +19,15 @@ from nemocascade.megatron.checkpoint import (
     complete_checkpoints,
     latest_checkpoint,
     load_checkpoint,
+    read_extra,
     remove,
     save_checkpoint,
 )
+from nemocascade.megatron.checkpoint.folder import MANIFEST
 from nemocascade.recipe import CheckpointConfig
+from nemocascade.recipe.changes import STARTED, as_json, changes_of_run
+from nemocascade.runtime.interrupt import EXIT_CODE as INTERRUPTED
+from nemocascade.runtime.interrupt import Interrupt
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
 from nemocascade.train.trainer import Trainer
@@ -45,24 +49,54 @@ create it before a time limit. The run renames it to `stop.done` once the checkp
 
 
 class Stopped(SystemExit):
-    """The run stopped on request, after a checkpoint. Exit code 75: try again (sysexits)."""
+    """The run stopped on request, after a checkpoint.
 
-    def __init__(self, step: int) -> None:
-        super().__init__(75)
+    Exit code 75 asks a scheduler to try again (sysexits); 130 follows Ctrl-C.
+    """
+
+    def __init__(self, step: int, code: int = 75) -> None:
+        super().__init__(code)
         self.step = step
+
+
+def refused_changes(recipe: Any) -> list[str]:
+    """Settings that differ from those of the newest checkpoint in the recipe's run folder and need
+    `--accept-changes`; empty without a checkpoint. Needs no process group."""
+    try:
+        newest = latest_checkpoint(Path(recipe.run_dir) / "checkpoints")
+        stored = read_extra(newest).get("recipe") if newest else None
+    except CheckpointError:
+        return []  # the resume names what is wrong
+    if newest is None or stored is None or recipe.accept_changes:
+        return []
+    return [
+        f"{change.text()} since {newest.name}: to train on with it, set --accept-changes True; "
+        "for another run, choose another --run-dir"
+        for change in changes_of_run(stored, recipe)
+        if not change.is_free
+    ]
 
 
 class Checkpoints:
     """Checkpoints of a run, in RUN/checkpoints, and its artifact. All ranks call every method."""
 
-    def __init__(self, run_dir: Path, settings: CheckpointConfig, world: World) -> None:
+    def __init__(
+        self, run_dir: Path, settings: CheckpointConfig, world: World, recipe: Any = None
+    ) -> None:
+        """recipe: settings that checkpoints store, a dataclass; a resume is compared with them."""
         self.run_dir = run_dir
+        self.recipe = recipe
         self.root = run_dir / "checkpoints"
         self.settings = settings
         self.world = world
         self.parent: dict[str, str] | None = None
         """Folder and digest of the artifact that the weights started from."""
-        self.saved_step = -1
+        self.changes: list[dict[str, Any]] = []
+        """Settings that changed when the run resumed, see `Provenance`."""
+        self.resumed: dict[str, Any] | None = None
+        """The stored recipe of the checkpoint that the run resumed from."""
+        self.saved_step = self.first_step = -1
+        self.interrupt = Interrupt(speaks=world.is_main)
 
     def start(
         self, trainer: Trainer, source: Source, *, resume: bool, init_from: str = ""
@@ -80,16 +114,20 @@ class Checkpoints:
         folder = self._find(resume=resume)
         if folder is not None:
             extra = load_checkpoint(folder, self.world, trainer.chunks, trainer.optimizer)
-            trainer.step_number = self.saved_step = extra["step"]
+            if missing := {"step", "data", "parent"} - extra.keys():
+                raise CheckpointError(folder, [f"extra.json lacks {', '.join(sorted(missing))}"])
+            trainer.step_number = self.saved_step = self.first_step = extra["step"]
             source.load_state_dict(extra["data"])
             self.parent = extra["parent"]
             self._check_parent(folder, init_from)
             LOGGER.info("resumed from %s, step %d", folder, self.saved_step)
+            self._note_changes(extra)
         elif init_from:
             artifact = read_artifact(Path(init_from))
             load_artifact_weights(artifact, self.world, trainer.chunks, trainer.optimizer)
             self.parent = {"folder": init_from, "digest": artifact.digest}
             LOGGER.info("weights from %s (%s)", init_from, artifact.digest[:12])
+        self.interrupt.arm()
         return folder
 
     def save(self, trainer: Trainer, source: Source) -> Path | None:
@@ -101,7 +139,13 @@ class Checkpoints:
         if step == self.saved_step:
             return None
         self.world.watch.enter(f"checkpoint of step {step}")
-        extra = {"step": step, "data": source.state_dict(), "parent": self.parent}
+        extra = {
+            "step": step,
+            "data": source.state_dict(),
+            "parent": self.parent,
+            "recipe": self._stored_recipe(),
+            "changes": self.changes,
+        }
         folder = save_checkpoint(
             self.root, step, self.world, trainer.chunks, trainer.optimizer, extra
         )
@@ -111,16 +155,22 @@ class Checkpoints:
         return folder
 
     def stop_if_asked(self, trainer: Trainer, source: Source) -> None:
-        """After a step: if RUN/stop exists, save a checkpoint and raise Stopped on every rank."""
+        """After a step: if RUN/stop exists, or after Ctrl-C, save a checkpoint and raise Stopped on
+        every rank."""
         request = self.run_dir / STOP
-        if not self.world.broadcast_object(self.world.is_main and request.exists()):
+        interrupted, asked = self.world.broadcast_object((self.interrupt.asked, request.exists()))
+        if not (interrupted or asked):
             return
         self.save(trainer, source)
-        if self.world.is_main:
+        if asked and self.world.is_main:
             request.replace(request.with_name(f"{STOP}.done"))
-        LOGGER.info("stopped on request after step %d, which is saved", trainer.step_number)
+        LOGGER.info(
+            "stopped on request after step %d, which is saved: the same command resumes from it",
+            trainer.step_number,
+        )
+        self.interrupt.disarm()
         self.world.barrier()
-        raise Stopped(trainer.step_number)
+        raise Stopped(trainer.step_number, INTERRUPTED if interrupted else 75)
 
     def write_artifact(
         self,
@@ -133,19 +183,30 @@ class Checkpoints:
     ) -> Path:
         """Write RUN/artifact from the trainer's weights and return the folder.
 
-        recipe: a dataclass. data: description of the training data, JSON values only.
+        A run that resumed and trained no step keeps the artifact it has, and a new artifact names
+        the settings that trained its weights. recipe: a dataclass. data: description of the
+        training data, JSON values only.
         """
+        self.interrupt.disarm()
+        folder, settings = self.run_dir / "artifact", as_json(recipe)
+        if trainer.step_number == self.first_step:
+            if self.world.broadcast_object(self.world.is_main and _is_whole(folder)):
+                LOGGER.info("%s is finished and stays as it is; --steps trains further", folder)
+                return folder
+            settings = self.resumed or settings
+        settings.pop("kind", None)
         provenance = Provenance(
             stage=stage,
             step=trainer.step_number,
-            recipe=json.loads(json.dumps(dataclasses.asdict(recipe))),
+            recipe=settings,
             data=data,
             scores=scores,
             parent=self.parent["folder"] if self.parent else None,
             parent_digest=self.parent["digest"] if self.parent else None,
+            changes=self.changes,
         )
         artifact = write_artifact(
-            self.run_dir / "artifact",
+            folder,
             self.world,
             trainer.chunks,
             provenance,
@@ -170,10 +231,38 @@ class Checkpoints:
                     f"{found.name} exists and resume is off: set --resume True, choose another "
                     "--run-dir, or remove the folder"
                 )
+            if found is None and (self.run_dir / "artifact" / MANIFEST).is_file():
+                problems.append(
+                    f"{self.run_dir / 'artifact'} is finished, but no checkpoint is left to resume "
+                    "from, and an artifact is never overwritten: choose another --run-dir"
+                )
         found, problems = self.world.broadcast_object((found, problems))
         if problems:
             raise CheckpointError(self.root, problems)
         return found
+
+    def _stored_recipe(self) -> dict[str, Any] | None:
+        """The settings without the run's folder, which may move."""
+        if self.recipe is None:
+            return None
+        return {name: v for name, v in as_json(self.recipe).items() if name not in STARTED}
+
+    def _note_changes(self, extra: dict[str, Any]) -> None:
+        """Log what changed since the checkpoint, and add it to the run's history."""
+        self.changes, self.resumed = extra.get("changes", []), extra.get("recipe")
+        if self.recipe is None or self.resumed is None:
+            return
+        found = changes_of_run(self.resumed, self.recipe)
+        for change in found:
+            LOGGER.log(
+                logging.INFO if change.is_free else logging.WARNING,
+                "changed after step %d: %s",
+                self.saved_step,
+                change.text(),
+            )
+        if found:
+            values = {change.name: [change.old, change.new] for change in found}
+            self.changes = [*self.changes, {"step": self.saved_step, "changes": values}]
 
     def _check_parent(self, folder: Path, init_from: str) -> None:
         """Check that `init_from` is still the run's parent; it may have been deleted since."""
@@ -200,3 +289,11 @@ class Checkpoints:
         kept = [p for p in complete_checkpoints(self.root) if p <= newest]
         for folder in kept[: -self.settings.keep]:
             remove(folder)
+
+
+def _is_whole(artifact: Path) -> bool:
+    try:
+        read_artifact(artifact)
+    except CheckpointError:
+        return False
+    return True

@@ -22,7 +22,10 @@ class NonFiniteError(UserError, RuntimeError):
 
 
 def dump_batches(run_dir: Path, step: int, world: World, batches: Sequence[PackedBatch]) -> Path:
-    """Write batches to RUN/nonfinite/step_N_rank_R_I.safetensors with their ids in the header."""
+    """Write batches to RUN/nonfinite/step_N_rank_R_I.safetensors with their ids in the header.
+
+    step: counted from 1.
+    """
     folder = run_dir / "nonfinite"
     folder.mkdir(parents=True, exist_ok=True)
     for index, batch in enumerate(batches):

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
+from nemocascade.runtime.files import naming
 from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
@@ -79,14 +80,15 @@ def step_values(result: StepResult, lr: float, step_time_s: float, world: World)
 class MetricsWriter:
     """Writes one record per step on the main rank; does nothing on other ranks.
 
-    When a run resumes, lines of metrics.jsonl past `first_step` are dropped, so that each step
-    appears once.
+    When a run resumes, lines of metrics.jsonl after the first `first_step` steps are dropped, so
+    that each step appears once.
     """
 
     def __init__(
         self, run_dir: Path, *, is_main: bool, first_step: int, steps: int, tensorboard: bool
     ) -> None:
         self.steps = steps
+        self.path = run_dir / "metrics.jsonl"
         self.file: TextIO | None = None
         self.board: Any = None
         self.started = time.monotonic()
@@ -94,24 +96,24 @@ class MetricsWriter:
         self.live = is_main and sys.stderr.isatty()
         if not is_main:
             return
-        path = run_dir / "metrics.jsonl"
-        _keep_steps_before(path, first_step)
-        self.file = path.open("a", encoding="utf-8")
+        _keep_steps_until(self.path, first_step)
+        self.file = self.path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Record `values` of `step`, counted from 0."""
+        """Record `values` of `step`, counted from 0; files and messages count from 1."""
         if self.file is None:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps({"step": step + 1, **values}) + "\n")
+            self.file.flush()
         if self.board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, step)
+                    self.board.add_scalar(name, value, step + 1)
         self._show(step, values)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
@@ -143,7 +145,7 @@ class MetricsWriter:
             self.board.close()
 
 
-def _keep_steps_before(path: Path, first_step: int) -> None:
+def _keep_steps_until(path: Path, last: int) -> None:
     if not path.exists():
         return
 
@@ -154,6 +156,7 @@ def _keep_steps_before(path: Path, first_step: int) -> None:
     for line, row in read_undamaged(path, warn):
         if "step" not in row:
             warn(line)
-        elif row["step"] < first_step:
+        elif row["step"] <= last:
             kept.append(line)
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    with naming(path):
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -93,6 +93,7 @@ class Trainer:
         self.chunks = wrap_ddp(world, self.config, self.modules, distributed=optimizer.distributed)
         self.optimizer = Optimizer(optimizer, self.chunks, world, self.config, accelerators)
         self.step_number = 0
+        """Number of steps done; messages and files name the one under way, counted from 1."""
 
     def train_step(
         self,
@@ -112,7 +113,7 @@ class Trainer:
         finite; the batches of the rank that saw it first are written to RUN/nonfinite.
         """
         watch = self.world.watch
-        watch.enter(f"step {self.step_number}: forward and backward")
+        watch.enter(f"step {self.step_number + 1}: forward and backward")
         self._zero_gradients()
         totals = self._totals(batches)
         weight_sum = max(float(totals[0]), 1e-20)
@@ -136,11 +137,11 @@ class Trainer:
         )
         self._check_loss(float(loss), outputs, batches)
         measured = outputs_on_host(outputs) if measure else []
-        watch.enter(f"step {self.step_number}: optimizer")
+        watch.enter(f"step {self.step_number + 1}: optimizer")
         norm = self._update(float(loss), squares.tolist(), batches)
         self._start_routers(routing)
-        watch.enter(f"after step {self.step_number}")
         self.step_number += 1
+        watch.enter(f"after step {self.step_number}")
         load, bias = table
         has_bias = self.config.shape.router_bias
         return StepResult(
@@ -170,10 +171,10 @@ class Trainer:
         try:
             return self.optimizer.step(self.optimizer.settings.lr_at(self.step_number), squares)
         except NonFiniteGradientError as error:
-            folder = dump_batches(self.run_dir, self.step_number, self.world, batches)
+            folder = dump_batches(self.run_dir, self.step_number + 1, self.world, batches)
             raise NonFiniteError(
-                f"step {self.step_number}: the loss is {loss:.6g} but the {error}; no weight was "
-                f"changed. Every rank wrote its batches to {folder}"
+                f"step {self.step_number + 1}: the loss is {loss:.6g} but the {error}; no weight "
+                f"was changed. Every rank wrote its batches to {folder}"
             ) from error
 
     def skip_step(self) -> None:
@@ -210,7 +211,7 @@ class Trainer:
         mine = [float(o.loss.detach()) for o in outputs]
         bad = [i for i, x in enumerate(mine) if not math.isfinite(x)]
         if bad:
-            dump_batches(self.run_dir, self.step_number, self.world, [batches[i] for i in bad])
+            dump_batches(self.run_dir, self.step_number + 1, self.world, [batches[i] for i in bad])
         seen = self.world.all_gather_object([(i, mine[i]) for i in bad])
         ranks = {rank: found for rank, found in enumerate(seen) if found}
         where = "; ".join(
@@ -218,8 +219,8 @@ class Trainer:
             for rank, found in ranks.items()
         )
         raise NonFiniteError(
-            f"step {self.step_number}: the loss is {loss} ({where}); no weight was changed. The "
-            f"batches are in {self.run_dir / 'nonfinite'}"
+            f"step {self.step_number + 1}: the loss is {loss} ({where}); no weight was changed. "
+            f"The batches are in {self.run_dir / 'nonfinite'}"
         )
 
     def routers(self) -> list[MoEMixer]:

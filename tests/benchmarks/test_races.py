@@ -62,9 +62,9 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 
 def test_a_stage_is_measured_from_its_start(tmp_path: Path) -> None:
     rows: list[dict[str, float]] = [
-        {"step": 0, "reward": 0.1},
-        {"step": 1, "reward": 0.3, "heldout/code": 0.5, "heldout/math": 0.2},
-        {"step": 2, "reward": 0.4, "heldout/code": 0.75, "heldout/math": 0.1},
+        {"step": 1, "reward": 0.1},
+        {"step": 2, "reward": 0.3, "heldout/code": 0.5, "heldout/math": 0.2},
+        {"step": 3, "reward": 0.4, "heldout/code": 0.75, "heldout/math": 0.1},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     start = {"heldout/code": 0.25, "heldout/math": 0.2}
@@ -77,7 +77,7 @@ def test_a_stage_is_measured_from_its_start(tmp_path: Path) -> None:
 
 def test_a_comparison_is_measured_by_its_win_rate(tmp_path: Path) -> None:
     scores = {"heldout/preference": 0.9, "heldout/preference_over_start": 1.0}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "reward": 2.0, **scores}))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 2.0, **scores}))
     start = {"heldout/preference": 0.0, "heldout/preference_over_start": 0.5}
     (tmp_path / "heldout_start.json").write_text(json.dumps(start))
     assert measured(tmp_path, 1.0)["gain"] == {"preference_over_start": 0.5}

@@ -154,7 +154,7 @@ def test_what_a_model_writes_stays_text(tmp_path: Path) -> None:
             samples[1] |= {"reward": None, "error": HOSTILE}
         found["scores"][HOSTILE] = {"score": 0.5, "tasks": 4, "errors": 0}
         path.write_text(json.dumps(found))
-    rollout = run / "stages" / "if_rl" / "rollouts" / "step_00000000.jsonl"
+    rollout = run / "stages" / "if_rl" / "rollouts" / "step_00000001.jsonl"
     row = json.loads(rollout.read_text().splitlines()[0])
     rollout.write_text(json.dumps(row | {"response": HOSTILE, "domain": HOSTILE}) + "\n")
     cascade = json.loads((run / "cascade.json").read_text())

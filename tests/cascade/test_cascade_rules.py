@@ -12,7 +12,7 @@ import pytest
 from nemocascade.cascade.decide import choose_teachers
 from nemocascade.cascade.errors import CascadeError
 from nemocascade.cascade.graph import StageGraph, cascade_problems
-from nemocascade.cascade.inputs import FileHashes, at_default, differences, key_of, stage_inputs
+from nemocascade.cascade.inputs import FileHashes, differences, key_of, stage_inputs
 from nemocascade.cascade.launch import parse_cascade
 from nemocascade.cascade.records import find_alarms
 from nemocascade.cascade.run import Choice
@@ -37,6 +37,7 @@ from nemocascade.recipe import (
     TokenizerConfig,
     tiny,
 )
+from nemocascade.recipe.changes import at_default
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages.scoring import DomainScore, Scores
 
@@ -234,9 +235,9 @@ def test_the_key_holds_what_makes_the_artifact(tmp_path: Path) -> None:
         assert key_of(stage_inputs(other, "parent", {}, files)) == key_of(base)
     changed = stage_inputs(replace(recipe, steps=7), "other", {"math": "t"}, files)
     assert differences(base, changed) == [
-        "start: parent -> other",
-        "steps: 100 -> 7",
-        "teachers.math: none -> t",
+        "start parent -> other",
+        "steps 100 -> 7",
+        "teachers.math none -> t",
     ]
     # A judge that moved to another host, as with every job of a cluster, judges alike.
     judges = [JudgeConfig(kind="server", url=f"http://host{i}:8000", model="m") for i in (1, 2)]
@@ -254,11 +255,11 @@ def test_the_key_holds_what_makes_the_artifact(tmp_path: Path) -> None:
     assert differences(first, second) == []
     other = replace(moved, envs=replace(moved.envs, judge=replace(judges[0], model="n")))
     assert differences(first, stage_inputs(other, "parent", {}, files)) == [
-        "envs.judge.model: m -> n"
+        "envs.judge.model m -> n"
     ]
     rows.write_text("two\n")
     [line] = differences(base, stage_inputs(recipe, "parent", {}, FileHashes(tmp_path / "f.json")))
-    assert line.startswith(f"files.{rows}: ")
+    assert line.startswith(f"files.{rows} ")
 
 
 def test_settings_that_a_newer_program_adds_change_nothing_at_their_defaults(
@@ -276,8 +277,8 @@ def test_settings_that_a_newer_program_adds_change_nothing_at_their_defaults(
     del old["recipe"]["domains"][0]["tasks"]
     old["recipe"]["domains"][0]["share"] = 0.5
     assert differences(old, new, at_default(recipe)) == [
-        "domains.0.share: 0.5 -> 1.0",
-        "domains.0.tasks: none -> 9",
+        "domains.0.share 0.5 -> 1.0",
+        "domains.0.tasks none -> 9",
     ]
 
 

@@ -85,7 +85,7 @@ def test_what_has_not_changed_is_not_run_again(found: dict[str, Any]) -> None:
 def test_what_has_changed_runs_and_says_why(found: dict[str, Any]) -> None:
     kept = dict.fromkeys(STAGES[:4], "keep")
     assert actions(found["change"]) == {**kept, "last": "run"}
-    assert "  - changed: seed: 3 -> 11" in found["change"]
+    assert "  - changed: seed 3 -> 11" in found["change"]
     first, changed = found["first"], found["changed"]
     assert {n for n in STAGES if first[n] != changed[n]} == {"last"}
     # What lay there is not lost.
@@ -100,7 +100,7 @@ def test_a_change_upstream_reaches_what_depends_on_it(found: dict[str, Any]) -> 
         "mopd": "run",
         "last": "run",
     }
-    assert "changed: steps: 2 -> 3" in found["upstream"]
+    assert "changed: steps 2 -> 3" in found["upstream"]
     # From a later stage on, what is before it is taken as it lies.
     assert actions(found["from"]) == {"mopd": "keep", "last": "keep"}
     assert actions(found["again"]) == {"teacher": "run"}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +21,11 @@ from nemocascade.megatron.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from nemocascade.megatron.checkpoint.errors import NonFiniteWeightsError
 from nemocascade.megatron.world import start_world
-from nemocascade.recipe import CheckpointConfig, EngineConfig, ParallelConfig
+from nemocascade.recipe import CheckpointConfig, EngineConfig, ParallelConfig, SftRecipe
 from nemocascade.runtime.world import World
-from nemocascade.train.checkpointing import Checkpoints
+from nemocascade.train.checkpointing import Checkpoints, refused_changes
 from nemocascade.train.trainer import Trainer
 
 
@@ -146,3 +150,96 @@ def test_weights_alone_leave_the_rest(tmp_path: Path, world: World, trainer: Tra
     assert torch.equal(torch.get_rng_state(), before)
     for a, b in zip(trainer.modules[0].parameters(), other.modules[0].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_weight_that_is_not_finite_is_saved(
+    tmp_path: Path, world: World, trainer: Trainer, value: float
+) -> None:
+    """The last good checkpoint and artifact stay, and the parameter is named."""
+    checkpoints = saved(tmp_path, world, trainer, [2], keep=1)
+    write_artifact(tmp_path / "artifact", world, trainer.chunks, Provenance("s", 2, {}, {}, {}))
+    before = (tmp_path / "artifact" / "manifest.json").read_bytes()
+    name, parameter = next(iter(trainer.modules[0].named_parameters()))
+    with torch.no_grad():
+        parameter.view(-1)[-1] = value
+    trainer.step_number = 3
+    with pytest.raises(NonFiniteWeightsError, match=f"{name} holds NaN or infinite") as caught:
+        checkpoints.save(trainer, loader())
+    assert caught.value.exit_code == 3
+    with pytest.raises(NonFiniteWeightsError, match=f"{name} holds NaN or infinite"):
+        write_artifact(tmp_path / "artifact", world, trainer.chunks, Provenance("s", 3, {}, {}, {}))
+    assert names(tmp_path) == ["latest", "step_00000002"]
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints/step_00000002"
+    assert (tmp_path / "artifact" / "manifest.json").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["artifact", "checkpoints"]
+
+
+RECIPE = SftRecipe(checkpoint=CheckpointConfig(keep=0))
+
+
+def with_lr(run_dir: Path, lr: float, **changes: Any) -> SftRecipe:
+    recipe = replace(RECIPE, run_dir=str(run_dir), **changes)
+    return replace(recipe, optimizer=replace(recipe.optimizer, lr=lr))
+
+
+def resumed(world: World, trainer: Trainer, recipe: SftRecipe) -> Checkpoints:
+    checkpoints = Checkpoints(Path(recipe.run_dir), recipe.checkpoint, world, recipe)
+    checkpoints.start(trainer, loader(), resume=True)
+    return checkpoints
+
+
+def artifact_of(checkpoints: Checkpoints, trainer: Trainer) -> dict[str, Any]:
+    tokenizer: Any = SimpleNamespace(path=str(checkpoints.run_dir / "t.json"))
+    (checkpoints.run_dir / "t.json").write_text("{}")
+    folder = checkpoints.write_artifact(trainer, checkpoints.recipe, "sft", tokenizer, {}, {})
+    return dict(json.loads((folder / "manifest.json").read_text()))
+
+
+def test_changed_settings_are_named_and_need_consent(
+    tmp_path: Path, world: World, trainer: Trainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = resumed(world, trainer, with_lr(tmp_path, 0.003))
+    trainer.step_number = 2
+    first.save(trainer, loader())
+    assert refused_changes(with_lr(tmp_path, 0.003, steps=9, checkpoint=CheckpointConfig())) == []
+    changed = with_lr(tmp_path, 0.1)
+    [problem] = refused_changes(changed)
+    assert "optimizer.lr 0.003 -> 0.1 since step_00000002" in problem
+    assert "--accept-changes True" in problem
+    accepted = replace(changed, accept_changes=True)
+    assert refused_changes(accepted) == []
+    second = resumed(world, trainer, accepted)
+    trainer.step_number = 4
+    second.save(trainer, loader())
+    # The change is part of the run from now on.
+    assert refused_changes(changed) == []
+    manifest = artifact_of(second, trainer)
+    assert manifest["changes"] == [{"step": 2, "changes": {"optimizer.lr": [0.003, 0.1]}}]
+    assert manifest["recipe"]["optimizer"]["lr"] == 0.1
+    assert refused_changes(replace(changed, run_dir=str(tmp_path / "new"))) == []
+
+
+def test_an_artifact_names_the_settings_that_trained_it(
+    tmp_path: Path, world: World, trainer: Trainer
+) -> None:
+    first = resumed(world, trainer, with_lr(tmp_path, 0.003))
+    trainer.step_number = 2
+    first.save(trainer, loader())
+    # Stopped between the last checkpoint and the artifact, and resumed with another rate.
+    late = resumed(world, trainer, with_lr(tmp_path, 0.1, accept_changes=True))
+    manifest = artifact_of(late, trainer)
+    assert manifest["recipe"]["optimizer"]["lr"] == 0.003
+    # A finished artifact is never written again.
+    again = resumed(world, trainer, with_lr(tmp_path, 0.2, accept_changes=True))
+    assert artifact_of(again, trainer) == manifest
+    (tmp_path / "artifact" / "index.json").unlink()
+    assert artifact_of(again, trainer)["files"] == manifest["files"]
+
+
+def test_an_artifact_without_checkpoints_is_not_overwritten(
+    tmp_path: Path, world: World, trainer: Trainer
+) -> None:
+    write_artifact(tmp_path / "artifact", world, trainer.chunks, Provenance("s", 2, {}, {}, {}))
+    with pytest.raises(CheckpointError, match="an artifact is never overwritten"):
+        resumed(world, trainer, with_lr(tmp_path, 0.003))

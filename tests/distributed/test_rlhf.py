@@ -219,7 +219,7 @@ def test_a_stopped_run_goes_on_as_it_would_have(runs: dict[str, Any]) -> None:
 def test_a_server_that_fails_stops_nothing_and_scores_nothing(runs: dict[str, Any]) -> None:
     for name in ("judge_unanswered", "judge_unparsed"):
         assert 0 < sum(line[name] for line in runs["server"]) < 2, name
-    text = (Path(runs["folder"]) / "server/rollouts/step_00000000.jsonl").read_text()
+    text = (Path(runs["folder"]) / "server/rollouts/step_00000001.jsonl").read_text()
     for sample in map(json.loads, text.splitlines()):
         pairs = sample["details"].get("pairs", 0)
         assert pairs + sample["details"]["unanswered"] == 2

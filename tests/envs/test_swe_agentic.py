@@ -351,9 +351,6 @@ def test_the_time_of_all_test_runs_is_bounded(domain: SweAgentic) -> None:
     answers = session.step([run, ToolCall("edit", slow), run, run, ToolCall("list", {})])
     assert [m.content.startswith("error: ") for m in answers] == [False, False, False, True, False]
     assert "0.5 s are allowed for all runs together" in answers[3].content
-    assert AgentConfig(tests_time_s=0).problems() == [
-        "envs.agent.tests_time_s(0) must be at least 1"
-    ]
 
 
 def test_what_tools_answer_can_be_encoded(domain: SweAgentic) -> None:
@@ -495,7 +492,6 @@ def test_tasks_are_dropped_by_their_pass_rate(tmp_path: Path) -> None:
     assert 5 <= found.count(0.0) <= 40
     assert kept(settings) == kept(settings)
     assert len(kept(DomainConfig("swe_agentic", path=(str(path),)))) == 800
-    assert DomainConfig(drop_solved=2.0).problems()
 
 
 def test_short_tasks_are_made_as_they_say() -> None:

@@ -123,7 +123,7 @@ def _metrics(
     for step in range(written):
         done = step / steps
         wave = dice.gauss(0, 1)
-        row: dict[str, Any] = {"step": step, "grad_norm": 0.4 + 2 * math.exp(-4 * done)}
+        row: dict[str, Any] = {"step": step + 1, "grad_norm": 0.4 + 2 * math.exp(-4 * done)}
         row |= {"lr": 5e-4, "tokens": 8192, "trained_tokens": 3000, "mfu": None}
         row |= {"tokens_per_s": 8192 / step_time_s, "step_time_s": step_time_s}
         row |= {"moe_max_load": 1.3 + 0.05 * wave, "moe_max_load_by_layer": [1.2, 1.4]}
@@ -159,7 +159,7 @@ def _metrics(
 
 def _rollouts(folder: Path, domains: tuple[str, ...], steps: int, dice: random.Random) -> None:
     (folder / "rollouts").mkdir()
-    for step in range(steps):
+    for step in range(1, steps + 1):
         rows = [
             _task(domains[n % len(domains)], dice.randrange(90), dice.random() < step / steps)
             | {"step": step, "domain": domains[n % len(domains)], "task": f"{step}-{n}"}

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import Box
-from nemocascade.megatron.checkpoint.storage import (
-    DTYPE_NAMES,
-    Piece,
-    Reader,
-    index_from_json,
-)
+from nemocascade.megatron.checkpoint.index import DTYPE_NAMES, index_from_json
+from nemocascade.megatron.checkpoint.storage import Piece, Reader
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by key."""
-    index = index_from_json(json.loads((folder / "index.json").read_bytes()))
+    index = index_from_json(
+        json.loads((folder / "index.json").read_bytes()), {p.name for p in folder.iterdir()}
+    )
     tensors = {}
     with Reader(folder, index) as reader:
         for key, stored in index.items():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import itertools
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,16 +26,14 @@ from nemocascade.megatron.checkpoint.folder import (
     read_manifest,
     write_folder,
 )
-from nemocascade.megatron.checkpoint.storage import (
+from nemocascade.megatron.checkpoint.index import (
     DTYPE_NAMES,
     Index,
-    Piece,
-    Reader,
     index_from_json,
     index_to_json,
     merge_indices,
-    write_pieces,
 )
+from nemocascade.megatron.checkpoint.storage import Piece, Reader, write_pieces
 from nemocascade.megatron.checkpoint.weights import fill
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ParallelConfig
@@ -103,7 +104,8 @@ def test_any_tiling_reads_any_other(
     written = [write_pieces(tmp_path, f"{i}.safetensors", p) for i, p in enumerate(ranks)]
     index, problems = merge_indices([w.index for w in written])
     assert problems == []
-    assert index_from_json(json.loads(json.dumps(index_to_json(index)))) == index
+    names = {w.name for w in written}
+    assert index_from_json(json.loads(json.dumps(index_to_json(index))), names) == index
     with Reader(tmp_path, index) as reader:
         for key, full in tensors.items():
             for box in random_tiling(rng, tuple(full.shape), 5):
@@ -167,6 +169,14 @@ def test_overlaps_and_gaps_are_found(tmp_path: Path) -> None:
     assert "overlap" in problems(left, Box((0, 1), (4, 3)))
 
 
+FIELDS: dict[str, Any] = {
+    "step": 1,
+    "optimizer_step": 1,
+    "precision": "fp32",
+    "model": {},
+    "model_sha256": "",
+    "layout": {},
+}
 FULL = {
     "model/a": torch.arange(24.0).reshape(6, 4),
     "model/b": torch.arange(5, dtype=torch.bfloat16),
@@ -183,9 +193,7 @@ def whole_pieces(tensors: dict[str, torch.Tensor]) -> list[Piece]:
 @pytest.fixture
 def folder(world: World, tmp_path: Path) -> Path:
     path = tmp_path / "step_00000001"
-    write_folder(
-        path, world, "checkpoint", whole_pieces(FULL), {"extra.json": b'{"x": 1}'}, {"step": 1}
-    )
+    write_folder(path, world, "checkpoint", whole_pieces(FULL), {"extra.json": b'{"x": 1}'}, FIELDS)
     return path
 
 
@@ -248,7 +256,7 @@ def test_all_broken_parts_are_named_at_once(folder: Path, world: World) -> None:
     assert "rank_00009.safetensors is foreign" in message
 
 
-def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the manifest and make its digest right again."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["digest"]
@@ -261,6 +269,79 @@ def test_unknown_versions_and_other_kinds_are_refusals(folder: Path, world: Worl
     assert "version 99, this program reads" in refusal(folder, world)
     rewrite_manifest(folder, lambda m: m.update(version=1, kind="artifact"))
     assert "kind 'artifact', not 'checkpoint'" in refusal(folder, world)
+
+
+def resign(folder: Path, name: str, data: bytes) -> None:
+    """Replace a file, and make the manifest right again, as an attacker would."""
+    (folder / name).write_bytes(data)
+    record = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    rewrite_manifest(folder, lambda m: m["files"].update({name: record}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda i: i["files"].__setitem__(0, "../other/rank_00000.safetensors"), "no file of this"),
+        (lambda i: i["files"].__setitem__(0, "/etc/passwd"), "no file of this folder"),
+        (lambda i: i.pop("files"), "no index of tensors"),
+        (lambda i: i["tensors"]["model/a"].update(shape="x"), "index.json: "),
+        (lambda i: i["tensors"]["model/a"].update(shape=[7, 4]), "24 of 28 elements"),
+        (lambda i: i["tensors"]["model/a"].update(dtype="F7"), "'F7' is no dtype"),
+        (lambda i: i["tensors"]["model/a"]["pieces"][0].update(file=5), "no index of tensors"),
+        (lambda i: i["tensors"].update({"model/a": None}), "no index of tensors"),
+        (lambda i: i["tensors"]["model/a"]["pieces"][0].update(name="gone"), "cannot be read"),
+    ],
+)
+def test_a_malformed_index_is_a_refusal(
+    folder: Path, world: World, change: Callable[[Any], object], said: str
+) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    change(index)
+    resign(folder, "index.json", json.dumps(index).encode())
+    assert said in refusal(folder, world)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"[" * 10_000, b"\xff", b"{}"])
+def test_what_is_no_index_is_a_refusal(folder: Path, world: World, data: bytes) -> None:
+    resign(folder, "index.json", data)
+    assert "index.json: " in refusal(folder, world)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff" * 64, (8).to_bytes(8, "little") + b'{"a": 1', b"\0" * 8]
+)
+def test_a_malformed_weights_file_is_a_refusal(folder: Path, world: World, data: bytes) -> None:
+    resign(folder, "rank_00000.safetensors", data)
+    assert "rank_00000.safetensors: tensor" in refusal(folder, world)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.pop("files"), "lists no files"),
+        (lambda m: m.update(files=[]), "lists no files"),
+        (lambda m: m["files"].update({"../x": {"sha256": "", "bytes": 0}}), "file '../x'"),
+        (lambda m: m["files"].update({"index.json": 3}), "wrong entry for the file 'index.json'"),
+        (lambda m: m.update(layout=7), "layout(7), which is of another type"),
+        (lambda m: m.pop("step"), "lacks 'step'"),
+    ],
+)
+def test_a_malformed_manifest_is_a_refusal(
+    folder: Path, world: World, change: Callable[[Any], object], said: str
+) -> None:
+    rewrite_manifest(folder, change)
+    assert said in refusal(folder, world)
+
+
+def test_a_full_disk_names_the_file(
+    folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("nemocascade.megatron.checkpoint.storage.os.fsync", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*rank_00000\.safetensors"):
+        write_folder(folder, world, "checkpoint", whole_pieces(FULL), {}, FIELDS)
 
 
 def test_every_differing_tensor_is_named(folder: Path, world: World) -> None:
@@ -303,7 +384,7 @@ def test_a_failed_save_leaves_the_old_folder(folder: Path, world: World) -> None
 
 def test_replacing_a_folder(folder: Path, world: World) -> None:
     changed = {k: t + 1 for k, t in FULL.items()}
-    write_folder(folder, world, "checkpoint", whole_pieces(changed), {}, {"step": 2})
+    write_folder(folder, world, "checkpoint", whole_pieces(changed), {}, {**FIELDS, "step": 2})
     assert read_manifest(folder, "checkpoint")["step"] == 2
     assert not (folder / "extra.json").exists()
     for piece in read_back(folder, world, FULL):

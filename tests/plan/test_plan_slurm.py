@@ -95,7 +95,12 @@ def test_all_wrong_settings_are_named() -> None:
     wrong = replace(SETTINGS, recipes=(TINY, "no.py"), nodes=0, warning_s=0)
     with pytest.raises(PlanError) as caught:
         check_submission(wrong, ["--run-dir", "x"])
-    for part in ("--nodes 0", "--warning-s 0", "no.py is no file", "share one folder"):
+    for part in (
+        "nodes(0) must be",
+        "warning_s(0) must be",
+        "no.py is no file",
+        "share one folder",
+    ):
         assert part in str(caught.value)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemocascade import recipe as recipes
+from nemocascade.cli import main
 from nemocascade.megatron.world import start_world
 from nemocascade.plan.devices import check_device, online
 from nemocascade.plan.findings import Preflight
@@ -18,6 +20,7 @@ from nemocascade.plan.job import job_of_recipe
 from nemocascade.plan.preflight import (
     PreflightSettings,
     check_recipe,
+    check_start,
     offline,
     problems_before,
 )
@@ -32,6 +35,9 @@ from nemocascade.recipe import (
     load_recipe,
     nemotron3_nano_30b,
 )
+from nemocascade.recipe.changes import as_json
+from nemocascade.recipe.paths import Names
+from nemocascade.recipe.rules import hints_of
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TINY = str(RECIPES / "tiny" / "sft.py")
@@ -134,3 +140,58 @@ def test_devices_are_timed() -> None:
         assert online(world, job).problems == []
     finally:
         world.close()
+
+
+def test_every_path_and_server_of_an_rl_recipe_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe's settings follow the command's own, with or without `--`."""
+    recipe = str(RECIPES / "tiny" / "if_rl.py")
+    here = {"path": tmp_path / "rows.jsonl", "heldout-path": tmp_path / "gone.jsonl"}
+    here["path"].write_text("{}\n")
+    domain = [a for name, path in here.items() for a in (f"--domains.0.{name}", str(path))]
+    judge = ["--envs.judge.kind", "server", "--envs.judge.model", "m"]
+    judge += ["--envs.judge.url", "http://127.0.0.1:9", "--envs.judge.artifact", "no/artifact"]
+    packages = ["--envs.sandbox.packages", "no/packages"]
+    own = ["nemocascade", "preflight", recipe, "--gpu", "cpu", "--no-dry-run", "--json"]
+    for between in ([], ["--"]):
+        monkeypatch.setattr("sys.argv", [*own, *between, *domain, *judge, *packages])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert caught.value.code == 2
+        found = json.loads(capsys.readouterr().out)["findings"]
+        problems = "\n".join(f["problem"] for f in found)
+        assert f"domains.0.heldout_path: {here['heldout-path']} does not exist" in problems
+        assert "envs.sandbox.packages: no/packages does not exist" in problems
+        assert "--envs.judge.artifact: no/artifact: 1 problem(s)" in problems
+        assert str(here["path"]) not in problems
+        warnings = "\n".join(f["warning"] for f in found)
+        assert "envs.judge.url: nobody answers at http://127.0.0.1:9" in warnings
+
+
+def test_every_setting_that_names_a_path_is_marked() -> None:
+    def unmarked(kind: type) -> list[str]:
+        found = []
+        for f in fields(kind):
+            marks = getattr(hints_of(kind)[f.name], "__metadata__", ())
+            said = f.name.endswith(("path", "dir", "from", "artifact", "url", "cache", "packages"))
+            if said != any(isinstance(m, Names) for m in marks):
+                found.append(f"{kind.__name__}.{f.name}")
+        return found
+
+    kinds = [k for k in vars(recipes).values() if isinstance(k, type) and is_dataclass(k)]
+    assert len(kinds) > 20
+    assert [name for kind in kinds for name in unmarked(kind)] == []
+
+
+def test_changed_settings_are_found_before_the_job(tmp_path: Path) -> None:
+    recipe = replace(load_recipe(Path(TINY), SftRecipe), run_dir=str(tmp_path))
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    (folder / "extra.json").write_text(json.dumps({"recipe": as_json(recipe)}))
+    changed = replace(recipe, optimizer=replace(recipe.optimizer, lr=0.1))
+    for one, count in ((recipe, 0), (changed, 1), (replace(changed, accept_changes=True), 0)):
+        found = Preflight()
+        check_start(one, found)
+        assert len(found.problems) == count

@@ -60,7 +60,7 @@ def test_world_size_rule_names_value_and_remedy() -> None:
 def test_a_share_lies_between_none_and_all(name: str, share: float) -> None:
     shares: dict[str, Any] = {name: share}
     (problem,) = recipe(demonstrations=DemonstrationConfig(**shares)).problems(1)
-    assert problem == f"demonstrations.{name}({share}) is a share: it must lie in 0..1"
+    assert problem == f"demonstrations.{name}({share}) must lie in 0..1"
 
 
 def test_all_problems_at_once() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,7 +54,7 @@ def test_a_run_leaves_its_folder(trained: tuple[Path, list[dict[str, float]]]) -
         assert (run_dir / name).exists(), name
     assert (run_dir / "checkpoints" / "step_00000006").is_dir()
     assert (run_dir / "artifact" / "manifest.json").exists()
-    assert [line["step"] for line in lines] == list(range(6))
+    assert [line["step"] for line in lines] == list(range(1, 7))
     assert set(NAMES) <= set(lines[0])
     assert json.loads((run_dir / "recipe.json").read_text())["data"]["capacity"] == 1024
 
@@ -73,7 +75,7 @@ def test_it_goes_on_from_its_checkpoint_on_another_layout(
 ) -> None:
     run_dir, before = trained
     lines = train(run_dir, "--steps", "8", "--parallel.tp", "2", ranks=2)
-    assert [line["step"] for line in lines] == list(range(8))
+    assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[:6] == before
     assert lines[7]["loss"] < before[3]["loss"]
 
@@ -118,3 +120,50 @@ def test_gsm8k_held_out_loss_falls(tmp_path: Path) -> None:
     assert len(heldout) == 3
     assert heldout == sorted(heldout, reverse=True)
     assert heldout[-1] < heldout[0] - 0.2
+
+
+def test_a_second_job_is_refused_and_ctrl_c_saves(
+    trained: tuple[Path, list[dict[str, float]]], tmp_path: Path
+) -> None:
+    tokenizer = ("--tokenizer.path", str(trained[0] / "tokenizer.model"))
+    small = (
+        "--data.capacity",
+        "256",
+        "--data.sequences-per-step",
+        "1",
+        "--data.balance-group",
+        "1",
+    )
+    command = ("recipes/tiny/sft.py", *small, *tokenizer, "--steps", "100000", "--run-dir")
+    first = subprocess.Popen(
+        [sys.executable, *command, str(tmp_path / "run")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 200
+        while not (metrics.is_file() and metrics.stat().st_size):
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.json")}
+        second = run(*command, str(tmp_path / "run"))
+        assert second.returncode == 2
+        assert f"is in use by process {first.pid} on " in second.stderr.splitlines()[-1]
+        assert kept == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.json")}
+        first.send_signal(signal.SIGINT)
+        _, said = first.communicate(timeout=100)
+    finally:
+        first.kill()
+        first.wait()
+    assert first.returncode == 130
+    step = len(metrics.read_text().splitlines())
+    assert f"stopped on request after step {step}, which is saved" in said
+    assert (tmp_path / "run/checkpoints/latest").read_text() == f"step_{step:08d}\n"
+    assert not (tmp_path / "run/lock").exists()
+    changed = run(*command, str(tmp_path / "run"), "--optimizer.lr", "0.1")
+    assert changed.returncode == 2
+    assert f"optimizer.lr 0.003 -> 0.1 since step_{step:08d}" in changed.stderr

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 from pathlib import Path
 
 import pytest
 
-from nemocascade.runtime.jsonl import parse_line, read_lines, read_objects, read_undamaged
+from nemocascade.runtime.jsonl import (
+    json_text,
+    parse_line,
+    read_lines,
+    read_objects,
+    read_undamaged,
+)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
@@ -66,3 +73,10 @@ def test_values_beyond_strict_json() -> None:
     assert parse_line(b'{"a": 1, "a": 2}') == {"a": 2}
     assert parse_line(rb'"\ud800"') == "\ud800"
     assert parse_line(b"1" * 4000) == int("1" * 4000)
+
+
+def test_half_a_surrogate_pair_is_written_escaped_and_comes_back() -> None:
+    value = {"\ud83d": ["\udfff é", "\\ud83d", "\U0001f600"]}
+    text = json_text(value)
+    assert text.encode() == b'{"\\ud83d": ["\\udfff \xc3\xa9", "\\\\ud83d", "\xf0\x9f\x98\x80"]}'
+    assert json.loads(text) == value

@@ -210,9 +210,9 @@ def test_metrics_hold_each_step_once_after_a_crash(tmp_path: Path) -> None:
         one.write(step, {"loss": step})
     one.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')
+        file.write('{"step": 4, "lo')
     two = writer(2)
     two.write(2, {"loss": 9})
     two.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert lines == ['{"step": 0, "loss": 0}', '{"step": 1, "loss": 1}', '{"step": 2, "loss": 9}']
+    assert lines == ['{"step": 1, "loss": 0}', '{"step": 2, "loss": 1}', '{"step": 3, "loss": 9}']

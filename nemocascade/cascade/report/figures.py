@@ -161,7 +161,6 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
     for line in panel.lines:
         color, dash = style_of(line.style)
         steps, values = thinned(line.curve)
-        steps = [step + 1 for step in steps]
         if line.dots or len(steps) == 1:
             # Dots lie over the curve, outlined in the page's colour so that they stand out.
             ax.plot(steps, values, "o", ms=4, color=color, mec=PAPER, mew=0.8, clip_on=False)

@@ -10,7 +10,7 @@ from nemocascade.cascade.records import Alarm, Teacher
 from nemocascade.stages.scoring import DomainScore
 
 Curve = Sequence[tuple[int, float]]
-"""(step from 0, value) pairs with rising steps and finite values."""
+"""(step from 1, value) pairs with rising steps and finite values."""
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,7 @@ def cost_rows(run: Run) -> list[dict[str, Any]]:
 
 def _steps(stage: Stage) -> str:
     """Number of steps done, and of how many."""
-    done = 1 + max((curve[-1][0] for curve in stage.curves.values() if curve), default=-1)
+    done = max((curve[-1][0] for curve in stage.curves.values() if curve), default=0)
     wanted = stage.recipe.get("steps")
     if not done and wanted is None:
         return ""

@@ -5,6 +5,7 @@ from nemocascade.megatron.checkpoint.checkpoints import (
     complete_checkpoints,
     latest_checkpoint,
     load_checkpoint,
+    read_extra,
     save_checkpoint,
 )
 from nemocascade.megatron.checkpoint.errors import CheckpointError
@@ -17,6 +18,7 @@ __all__ = [
     "complete_checkpoints",
     "latest_checkpoint",
     "load_checkpoint",
+    "read_extra",
     "remove",
     "save_checkpoint",
 ]

@@ -128,8 +128,15 @@ def load_checkpoint(
                     folder.name,
                     manifest["layout"],
                 )
-    extra = json.loads((folder / EXTRA).read_bytes()) if world.is_main else None
-    return dict(world.broadcast_object(extra))
+    return dict(world.broadcast_object(read_extra(folder) if world.is_main else None))
+
+
+def read_extra(folder: Path) -> dict[str, Any]:
+    """The `extra` of a checkpoint; needs no process group. Raises CheckpointError if unreadable."""
+    try:
+        return dict(json.loads((folder / EXTRA).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(folder, [f"{EXTRA} cannot be read: {error}"]) from error
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
@@ -147,6 +154,8 @@ def latest_checkpoint(root: Path) -> Path | None:
         name = (root / POINTER).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return complete[-1] if complete else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(root, [f"{POINTER} cannot be read: {error}"]) from error
     if root / name not in complete:
         have = ", ".join(p.name for p in complete) or "none"
         raise CheckpointError(

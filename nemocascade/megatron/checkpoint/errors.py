@@ -18,3 +18,9 @@ class FolderError(UserError, RuntimeError):
 
 class CheckpointError(FolderError):
     """A checkpoint or artifact that cannot be written or read."""
+
+
+class NonFiniteWeightsError(CheckpointError):
+    """Weights or optimizer state that are NaN or infinite, which no folder may hold."""
+
+    exit_code = 3

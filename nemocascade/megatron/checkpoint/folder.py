@@ -23,16 +23,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemocascade.megatron.checkpoint.errors import CheckpointError
-from nemocascade.megatron.checkpoint.storage import (
+from nemocascade.megatron.checkpoint.errors import CheckpointError, NonFiniteWeightsError
+from nemocascade.megatron.checkpoint.index import (
     Index,
-    Piece,
-    WrittenFile,
     index_from_json,
     index_to_json,
     merge_indices,
-    write_pieces,
 )
+from nemocascade.megatron.checkpoint.storage import Piece, WrittenFile, write_pieces
+from nemocascade.runtime.files import naming
 from nemocascade.runtime.world import World
 
 FORMAT = "nemocascade"
@@ -40,6 +39,27 @@ VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.json"
 TEMPORARY = ".tmp-"
+MODEL_FIELDS: dict[str, Any] = {
+    "model": dict,
+    "model_sha256": str,
+    "precision": str,
+    "layout": dict,
+}
+FIELDS: dict[str, dict[str, Any]] = {
+    "checkpoint": {"step": int, "optimizer_step": int, **MODEL_FIELDS},
+    "artifact": {
+        "stage": str,
+        "step": int,
+        "recipe": dict,
+        "data": dict,
+        "scores": dict,
+        "parent": str | None,
+        "parent_digest": str | None,
+        "tokenizer": str | None,
+        **MODEL_FIELDS,
+    },
+}
+"""Type of each field of a kind's manifest."""
 
 
 def flush(path: Path) -> None:
@@ -53,7 +73,7 @@ def flush(path: Path) -> None:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file and fsync it."""
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -106,12 +126,17 @@ def fresh_folder(final: Path) -> Path:
     return temporary
 
 
-def agree(world: World, where: object, problems: Iterable[str]) -> None:
-    """Raise CheckpointError on every rank if any rank has a problem; each is named once."""
+def agree(
+    world: World,
+    where: object,
+    problems: Iterable[str],
+    error: type[CheckpointError] = CheckpointError,
+) -> None:
+    """Raise `error` on every rank if any rank has a problem; each is named once."""
     ranks = world.all_gather_object(list(problems))
     found = list(dict.fromkeys(p for mine in ranks for p in mine))
     if found:
-        raise CheckpointError(where, found)
+        raise error(where, found)
 
 
 def write_folder(
@@ -128,7 +153,7 @@ def write_folder(
     files, and fields: entries of the manifest; both from rank 0. An existing folder is replaced.
 
     Raises CheckpointError on every rank, and leaves `final` as it was, if a rank cannot write or
-    the pieces of all ranks do not tile their tensors.
+    the pieces of all ranks do not tile their tensors; NonFiniteWeightsError if one is not finite.
     """
     temporary = final.with_name(TEMPORARY + final.name)
     problems = []
@@ -139,11 +164,20 @@ def write_folder(
             problems.append(f"rank 0 cannot make {temporary}: {error}")
     agree(world, final, problems)
     report: WrittenFile | str
+    bad: list[str] = []
     try:
         name = f"rank_{world.rank:05d}.safetensors"
         report = write_pieces(temporary, name, [p for p in pieces if p.is_main])
     except OSError as error:
         report = f"rank {world.rank} cannot write its file: {error}"
+    except NonFiniteWeightsError as error:
+        report, bad = "", error.problems
+    try:
+        agree(world, final, bad, NonFiniteWeightsError)
+    except NonFiniteWeightsError:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     reports: list[Any] | None = [None] * world.size if world.is_main else None
     dist.gather_object(report, reports)
     digest, problems = "", []
@@ -213,7 +247,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         raise CheckpointError(
             folder, [f"{MANIFEST} is missing: this is no complete {kind}"]
         ) from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(folder, [f"{MANIFEST} cannot be read: {error!r}"]) from error
     found = (manifest.get("format"), manifest.get("version"))
     if found != (FORMAT, VERSION):
@@ -229,9 +263,49 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         problems.append(f"{MANIFEST} is of kind {manifest.get('kind')!r}, not {kind!r}")
     if digest_of(manifest) != claimed:
         problems.append(f"{MANIFEST} was altered: its digest does not match its content")
+    problems = problems or _malformed(manifest, kind)
     if problems:
         raise CheckpointError(folder, problems)
     return {**manifest, "digest": claimed}
+
+
+def _malformed(manifest: dict[str, Any], kind: str) -> list[str]:
+    """Fields that are missing or of another type, and entries that describe no file of the
+    folder."""
+    problems = [
+        f"{MANIFEST} lacks {name!r}"
+        if name not in manifest
+        else f"{MANIFEST} has {name}({manifest[name]!r}), which is of another type"
+        for name, types in FIELDS[kind].items()
+        if not isinstance(manifest.get(name, ...), types)
+    ]
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return [*problems, f"{MANIFEST} lists no files"]
+    if manifest.get("tokenizer") not in (None, *files):
+        problems.append(f"{MANIFEST} names a tokenizer that is no file of the folder")
+    return problems + [
+        f"{MANIFEST} has a wrong entry for the file {name!r}"
+        for name, record in files.items()
+        if Path(name).name != name
+        or name == ".."
+        or not isinstance(record, dict)
+        or not isinstance(record.get("sha256"), str)
+        or not isinstance(record.get("bytes"), int)
+    ]
+
+
+def read_index_json(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Read and check the index of a folder; returns it as JSON values.
+
+    Raises CheckpointError if it is malformed or names a file that the manifest does not list.
+    """
+    try:
+        value: dict[str, Any] = json.loads((folder / INDEX).read_bytes())
+        index_from_json(value, manifest["files"])
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(folder, [f"{INDEX}: {error}"]) from error
+    return value
 
 
 def listing_problems(folder: Path, manifest: dict[str, Any]) -> list[str]:
@@ -285,5 +359,11 @@ def read_folder(folder: Path, world: World, kind: str) -> tuple[dict[str, Any], 
         by_size = sorted(manifest["files"], key=lambda n: (-manifest["files"][n]["bytes"], n))
         problems += hash_problems(folder, manifest, by_size[world.rank :: world.size])
     agree(world, folder, problems)
-    index = json.loads((folder / INDEX).read_bytes()) if world.is_main else None
-    return manifest, index_from_json(world.broadcast_object(index))
+    index = None
+    if world.is_main:
+        try:
+            index = read_index_json(folder, manifest)
+        except CheckpointError as error:
+            problems = error.problems
+    agree(world, folder, problems)
+    return manifest, index_from_json(world.broadcast_object(index), manifest["files"])

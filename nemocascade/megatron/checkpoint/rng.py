@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import whole
-from nemocascade.megatron.checkpoint.storage import Index, Piece, Reader
+from nemocascade.megatron.checkpoint.index import Index
+from nemocascade.megatron.checkpoint.storage import Piece, Reader
 from nemocascade.runtime.world import World
 
 PREFIX = "rng/"

@@ -19,28 +19,25 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemocascade.megatron.checkpoint.boxes import Box, first_overlap, whole
+from nemocascade.megatron.checkpoint.boxes import Box, whole
+from nemocascade.megatron.checkpoint.errors import CheckpointError, NonFiniteWeightsError
+from nemocascade.megatron.checkpoint.index import (
+    DTYPE_NAMES,
+    DTYPES,
+    Index,
+    StoredPiece,
+    StoredTensor,
+)
+from nemocascade.runtime.files import naming
 
 CHUNK_BYTES = 64 << 20
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,27 +67,6 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class StoredPiece:
-    """Position of a stored piece: tensor `name` of `file` is `box` of the global tensor."""
-
-    file: str
-    name: str
-    box: Box
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A global tensor of a checkpoint. dtype: its safetensors name."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    pieces: tuple[StoredPiece, ...]
-
-
-Index = dict[str, StoredTensor]
-
-
-@dataclass(frozen=True)
 class WrittenFile:
     """A file of one rank: its name, hash and size, and its part of the index."""
 
@@ -116,20 +92,23 @@ class Outgoing:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def chunks(self) -> Iterator[memoryview]:
-        """The tensor's bytes in row-major order, at most CHUNK_BYTES at a time."""
+    def chunks(self) -> Iterator[Tensor]:
+        """The tensor's values in row-major order on the CPU, at most CHUNK_BYTES at a time."""
         dtype = DTYPES[self.dtype]
         for box in whole(self.shape).split(CHUNK_BYTES // dtype.itemsize):
             # `contiguous()` keeps odd strides where a size is 1, and those have no view as bytes.
             part = torch.empty(box.size, dtype=dtype, device="cpu").copy_(self.read(box))
             if part.numel():
-                yield memoryview(part.reshape(-1).view(torch.uint8).numpy())
+                yield part.reshape(-1)
 
 
 def write_tensors(
     path: Path, tensors: Sequence[Outgoing], metadata: dict[str, str] | None = None
 ) -> tuple[str, int]:
-    """Write and fsync a safetensors file; returns its sha256 and its size in bytes."""
+    """Write and fsync a safetensors file; returns its sha256 and its size in bytes.
+
+    Raises NonFiniteWeightsError naming every tensor with a value that is NaN or infinite.
+    """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
     for tensor in tensors:
@@ -141,15 +120,35 @@ def write_tensors(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        head: list[Any] = [len(text).to_bytes(8, "little"), text]
-        for data in chain(head, (chunk for tensor in tensors for chunk in tensor.chunks())):
+    digest = hashlib.sha256()
+    bad: list[str] = []
+    with naming(path), path.open("wb") as file:
+
+        def write(data: Any) -> None:
             digest.update(data)
-            size += file.write(data)
+            file.write(data)
+
+        write(len(text).to_bytes(8, "little"))
+        write(text)
+        for tensor in tensors:
+            finite = True
+            for values in tensor.chunks():
+                finite = finite and _is_finite(values)
+                write(memoryview(values.view(torch.uint8).numpy()))
+            bad += [] if finite else [tensor.name.partition("@")[0]]
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest(), size
+    if bad:
+        raise NonFiniteWeightsError(path, [f"{n} holds NaN or infinite values" for n in bad])
+    return digest.hexdigest(), 8 + len(text) + end
+
+
+def _is_finite(values: Tensor) -> bool:
+    """True if no value is NaN or infinite: both pass through to the smallest or the largest."""
+    if not values.is_floating_point():
+        return True
+    low, high = torch.aminmax(values)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def write_pieces(folder: Path, name: str, pieces: Iterable[Piece]) -> WrittenFile:
@@ -190,83 +189,6 @@ def write_boxes(
 def _reader_of(tensor: Tensor) -> Callable[[Box], Tensor]:
     detached = tensor.detach()
     return lambda box: detached[box.slices()]
-
-
-def merge_indices(parts: Sequence[Index]) -> tuple[Index, list[str]]:
-    """Merge all ranks' parts; returns the index and every reason why it is not a tiling."""
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-    pieces: dict[str, list[StoredPiece]] = {}
-    problems = []
-    for part in parts:
-        for key, entry in part.items():
-            seen = shapes.setdefault(key, (entry.shape, entry.dtype))
-            if seen != (entry.shape, entry.dtype):
-                problems.append(
-                    f"{key}: ranks disagree on its shape and dtype: {list(seen[0])} {seen[1]} "
-                    f"and {list(entry.shape)} {entry.dtype}"
-                )
-            pieces.setdefault(key, []).extend(entry.pieces)
-    index = {
-        key: StoredTensor(*shapes[key], tuple(sorted(found, key=lambda p: p.box.offset)))
-        for key, found in sorted(pieces.items())
-    }
-    for key, entry in index.items():
-        problems += _tiling_problems(key, entry)
-    return index, problems
-
-
-def _tiling_problems(key: str, entry: StoredTensor) -> list[str]:
-    everything = whole(entry.shape)
-    boxes = [p.box for p in entry.pieces]
-    outside = [b for b in boxes if b.intersect(everything) != b]
-    if outside:
-        return [f"{key}: a piece at {outside[0]} lies outside its shape {list(entry.shape)}"]
-    overlap = first_overlap(boxes)
-    if overlap is not None:
-        return [f"{key}: two pieces overlap: {overlap[0]} and {overlap[1]}"]
-    covered = sum(b.volume for b in boxes)
-    if covered != everything.volume:
-        return [f"{key}: its pieces hold {covered} of {everything.volume} elements"]
-    return []
-
-
-def index_to_json(index: Index) -> dict[str, Any]:
-    """The index as JSON. Tensor names follow from keys and offsets; file names are listed once."""
-    files = sorted({p.file for entry in index.values() for p in entry.pieces})
-    number = {file: i for i, file in enumerate(files)}
-    tensors = {
-        key: {
-            "shape": list(entry.shape),
-            "dtype": entry.dtype,
-            "pieces": [
-                {
-                    "file": number[p.file],
-                    "name": p.name,
-                    "offset": list(p.box.offset),
-                    "size": list(p.box.size),
-                }
-                for p in entry.pieces
-            ],
-        }
-        for key, entry in index.items()
-    }
-    return {"files": files, "tensors": tensors}
-
-
-def index_from_json(value: dict[str, Any]) -> Index:
-    """Inverse of `index_to_json`."""
-    files = value["files"]
-    return {
-        key: StoredTensor(
-            tuple(entry["shape"]),
-            entry["dtype"],
-            tuple(
-                StoredPiece(files[p["file"]], p["name"], Box(tuple(p["offset"]), tuple(p["size"])))
-                for p in entry["pieces"]
-            ),
-        )
-        for key, entry in value["tensors"].items()
-    }
 
 
 class Reader:
@@ -317,14 +239,25 @@ class Reader:
                 yield source, part
 
     def _read(self, source: StoredPiece, box: Box) -> Tensor:
-        file = self._open.get(source.file)
-        if file is None:
-            path = str(self.folder / source.file)
-            file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            self._open[source.file] = file
+        """Values of a box. Raises CheckpointError if the file's header is broken or lacks it."""
         found: Tensor
-        if not box.size:
-            found = file.get_tensor(source.name)
-        else:
-            found = file.get_slice(source.name)[box.slices()]
+        try:
+            file = self._open.get(source.file)
+            if file is None:
+                path = str(self.folder / source.file)
+                file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                self._open[source.file] = file
+            if not box.size:
+                found = file.get_tensor(source.name)
+            else:
+                found = file.get_slice(source.name)[box.slices()]
+        except (SafetensorError, OSError, IndexError) as error:
+            problem = f"{source.file}: tensor {source.name!r} cannot be read: {error}"
+            raise CheckpointError(self.folder, [problem]) from error
+        if found.shape != torch.Size(box.size):
+            problem = (
+                f"{source.file}: tensor {source.name!r} is smaller than the index says: "
+                f"{list(found.shape)} of {list(box.size)}"
+            )
+            raise CheckpointError(self.folder, [problem])
         return found

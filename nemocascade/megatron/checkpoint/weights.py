@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from nemocascade.megatron.checkpoint.folder import agree, digest_of
+from nemocascade.megatron.checkpoint.index import Index
 from nemocascade.megatron.checkpoint.state import unwrap
-from nemocascade.megatron.checkpoint.storage import Index, Piece, Reader
+from nemocascade.megatron.checkpoint.storage import Piece, Reader
 from nemocascade.recipe import ModelConfig, ParallelConfig
 from nemocascade.runtime.world import World
 

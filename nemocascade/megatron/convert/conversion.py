@@ -8,7 +8,6 @@ folder is bit-identical.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,23 +23,17 @@ from nemocascade.megatron.artifact import (
 from nemocascade.megatron.checkpoint.boxes import whole
 from nemocascade.megatron.checkpoint.errors import CheckpointError
 from nemocascade.megatron.checkpoint.folder import (
-    INDEX,
     finish_folder,
     flush,
     fresh_folder,
     hash_problems,
+    read_index_json,
     read_manifest,
     write_durably,
 )
+from nemocascade.megatron.checkpoint.index import DTYPES, Index, index_from_json
 from nemocascade.megatron.checkpoint.state import MODEL
-from nemocascade.megatron.checkpoint.storage import (
-    DTYPES,
-    Index,
-    Outgoing,
-    Reader,
-    index_from_json,
-    write_boxes,
-)
+from nemocascade.megatron.checkpoint.storage import Outgoing, Reader, write_boxes
 from nemocascade.megatron.checkpoint.weights import describe_shape
 from nemocascade.megatron.convert.config import (
     FAMILIES,
@@ -307,7 +300,7 @@ def _open_artifact(source: Path) -> tuple[Artifact, Index]:
     weights = [name for name in manifest["files"] if name.endswith(".safetensors")]
     if problems := hash_problems(source, manifest, weights):
         raise CheckpointError(source, problems)
-    return artifact, index_from_json(json.loads((source / INDEX).read_bytes()))
+    return artifact, index_from_json(read_index_json(source, manifest), manifest["files"])
 
 
 def _family(source: Path, shape: ModelConfig, origin: Mapping[str, Any], asked: str) -> Family:

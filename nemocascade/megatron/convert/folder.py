@@ -10,14 +10,8 @@ from typing import Any
 from nemocascade.megatron.checkpoint.boxes import whole
 from nemocascade.megatron.checkpoint.errors import FolderError
 from nemocascade.megatron.checkpoint.folder import write_durably
-from nemocascade.megatron.checkpoint.storage import (
-    DTYPES,
-    Index,
-    Outgoing,
-    StoredPiece,
-    StoredTensor,
-    write_tensors,
-)
+from nemocascade.megatron.checkpoint.index import DTYPES, Index, StoredPiece, StoredTensor
+from nemocascade.megatron.checkpoint.storage import Outgoing, write_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import Box, whole
-from nemocascade.megatron.checkpoint.storage import (
-    CHUNK_BYTES,
-    DTYPES,
-    Index,
-    Outgoing,
-    Piece,
-    Reader,
-)
+from nemocascade.megatron.checkpoint.index import DTYPES, Index
+from nemocascade.megatron.checkpoint.storage import CHUNK_BYTES, Outgoing, Piece, Reader
 from nemocascade.megatron.convert.names import NameMap, Shape
 
 

@@ -1,0 +1,140 @@
+"""Index of the global tensors in a folder: shape, dtype, and the position of each stored piece."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemocascade.megatron.checkpoint.boxes import Box, first_overlap, whole
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """Position of a stored piece: tensor `name` of `file` is `box` of the global tensor."""
+
+    file: str
+    name: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A global tensor of a checkpoint. dtype: its safetensors name."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[StoredPiece, ...]
+
+
+Index = dict[str, StoredTensor]
+
+
+def merge_indices(parts: Sequence[Index]) -> tuple[Index, list[str]]:
+    """Merge all ranks' parts; returns the index and every reason why it is not a tiling."""
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    pieces: dict[str, list[StoredPiece]] = {}
+    problems = []
+    for part in parts:
+        for key, entry in part.items():
+            seen = shapes.setdefault(key, (entry.shape, entry.dtype))
+            if seen != (entry.shape, entry.dtype):
+                problems.append(
+                    f"{key}: ranks disagree on its shape and dtype: {list(seen[0])} {seen[1]} "
+                    f"and {list(entry.shape)} {entry.dtype}"
+                )
+            pieces.setdefault(key, []).extend(entry.pieces)
+    index = {
+        key: StoredTensor(*shapes[key], tuple(sorted(found, key=lambda p: p.box.offset)))
+        for key, found in sorted(pieces.items())
+    }
+    for key, entry in index.items():
+        problems += _tiling_problems(key, entry)
+    return index, problems
+
+
+def _tiling_problems(key: str, entry: StoredTensor) -> list[str]:
+    everything = whole(entry.shape)
+    boxes = [p.box for p in entry.pieces]
+    outside = [b for b in boxes if b.intersect(everything) != b]
+    if outside:
+        return [f"{key}: a piece at {outside[0]} lies outside its shape {list(entry.shape)}"]
+    overlap = first_overlap(boxes)
+    if overlap is not None:
+        return [f"{key}: two pieces overlap: {overlap[0]} and {overlap[1]}"]
+    covered = sum(b.volume for b in boxes)
+    if covered != everything.volume:
+        return [f"{key}: its pieces hold {covered} of {everything.volume} elements"]
+    return []
+
+
+def index_to_json(index: Index) -> dict[str, Any]:
+    """The index as JSON. Tensor names follow from keys and offsets; file names are listed once."""
+    files = sorted({p.file for entry in index.values() for p in entry.pieces})
+    number = {file: i for i, file in enumerate(files)}
+    tensors = {
+        key: {
+            "shape": list(entry.shape),
+            "dtype": entry.dtype,
+            "pieces": [
+                {
+                    "file": number[p.file],
+                    "name": p.name,
+                    "offset": list(p.box.offset),
+                    "size": list(p.box.size),
+                }
+                for p in entry.pieces
+            ],
+        }
+        for key, entry in index.items()
+    }
+    return {"files": files, "tensors": tensors}
+
+
+def index_from_json(value: Any, known: Container[str]) -> Index:
+    """Inverse of `index_to_json`.
+
+    Raises ValueError if the value is no index, names a file that is not `known`, or has a tensor
+    whose pieces do not tile it.
+    """
+    try:
+        files = value["files"]
+        index = {
+            key: StoredTensor(
+                tuple(entry["shape"]),
+                entry["dtype"],
+                tuple(
+                    StoredPiece(files[p["file"]], str(p["name"]), _box(p)) for p in entry["pieces"]
+                ),
+            )
+            for key, entry in value["tensors"].items()
+        }
+        foreign = [file for file in files if file not in known]
+        problems = [p for key, entry in index.items() for p in _tiling_problems(key, entry)]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"it is no index of tensors: {error!r}") from error
+    problems += [
+        f"{entry.dtype!r} is no dtype" for entry in index.values() if entry.dtype not in DTYPES
+    ]
+    problems += [f"it names {file!r}, which is no file of this folder" for file in foreign]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return index
+
+
+def _box(piece: dict[str, Any]) -> Box:
+    return Box(tuple(map(int, piece["offset"])), tuple(map(int, piece["size"])))

@@ -1,0 +1,22 @@
+"""Errors of file systems that name the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Context manager that adds the path to an OSError without one.
+
+    The system names a file that cannot be opened, but not one that cannot be written further, for
+    example on a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

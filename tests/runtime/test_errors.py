@@ -1,0 +1,143 @@
+"""Ends of a program: user errors, full disks, Ctrl-C, and what a terminal is shown."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemocascade.recipe import UserError
+from nemocascade.runtime import errors
+from nemocascade.runtime.errors import exit_cleanly
+from nemocascade.runtime.files import naming
+from nemocascade.runtime.interrupt import AGAIN_S, Interrupt
+from nemocascade.runtime.logging import LOGGER, printable, start_logging
+from nemocascade.runtime.world import MainRankError
+
+
+def fails_with(error: BaseException) -> int:
+    def work() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        exit_cleanly(work)
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(errors, "GRACE_S", 0.0)
+
+
+def test_a_user_error_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails_with(UserError("steps(0): set \x1b[31m--steps 1")) == 2
+    assert capsys.readouterr().err == "error: steps(0): set \\x1b[31m--steps 1\n"
+
+
+def test_ctrl_c_says_how_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails_with(KeyboardInterrupt()) == 130
+    assert "the same command resumes" in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, naming("/run/rank_0.safetensors"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert fails_with(caught.value) == 2
+    assert "error: /run/rank_0.safetensors: No space left on device" in capsys.readouterr().err
+    with pytest.raises(PermissionError):
+        exit_cleanly(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "shown"), [("0", "0", True), ("8", "0", True), ("9", "1", False)]
+)
+def test_each_node_shows_an_error_once(
+    rank: str,
+    local: str,
+    shown: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "error.json"
+    for name, value in (
+        ("RANK", rank),
+        ("LOCAL_RANK", local),
+        ("TORCHELASTIC_ERROR_FILE", str(file)),
+    ):
+        monkeypatch.setenv(name, value)
+    assert fails_with(UserError("the reason")) == 2
+    assert ("the reason" in capsys.readouterr().err) == shown
+    assert json.loads(file.read_text())["message"]["extraInfo"]["py_callstack"] == (
+        "error: the reason"
+    )
+    assert fails_with(MainRankError("its reason")) == 2
+    assert capsys.readouterr().err == ""
+    assert json.loads(file.read_text())["message"]["message"] == "its reason"
+
+
+def test_torchrun_shows_the_message(tmp_path: Path) -> None:
+    """The last rank alone fails, and no rank prints anything."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os, time\n"
+        "from nemocascade.recipe import UserError\n"
+        "from nemocascade.runtime.errors import exit_cleanly\n"
+        "def work():\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise UserError('rank 1 has no disk')\n"
+        "    time.sleep(60)\n"
+        "exit_cleanly(work)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "error: rank 1 has no disk" in done.stderr
+
+
+def test_the_log_obeys_no_escape_sequence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_logging(tmp_path, is_main=True)
+    try:
+        LOGGER.warning("row %s", "\x1b[2Jgone \ud83d \u202eevil\x9b1m\ttab\nnext \N{SNOWMAN}")
+    finally:
+        for handler in LOGGER.handlers[:]:
+            LOGGER.removeHandler(handler)
+            handler.close()
+        LOGGER.propagate = True
+        LOGGER.setLevel(logging.NOTSET)
+    said = "row \\x1b[2Jgone \\ud83d \\u202eevil\\x9b1m\ttab\nnext \N{SNOWMAN}\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").endswith(said)
+
+
+def test_printable_keeps_what_languages_need() -> None:
+    text = "äöü 漢字 \N{ZERO WIDTH JOINER} 👩\u200d🔬\t\n"
+    assert printable(text) == text
+
+
+def test_the_first_ctrl_c_asks_and_a_later_one_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt = Interrupt(speaks=False)
+    clock = iter([100.0, 100.5, 100.0 + AGAIN_S + 1])
+    monkeypatch.setattr("nemocascade.runtime.interrupt.time.monotonic", lambda: next(clock))
+    interrupt.arm()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.asked
+        signal.raise_signal(signal.SIGINT)  # as torchrun passes it on
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        interrupt.disarm()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
