@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from nemocascade_kernels.common.transfer import to_device
 from torch import Tensor
 
+from nemocascade.megatron.generation import to_device
 from nemocascade.rollout.engine import Completion, Finish, Request, Sampling
 from nemocascade.rollout.sampling import request_keys
 
