@@ -10,6 +10,9 @@ namespace {
 
 static_assert(kMostChoices == kLanes && kMostGroups == kLanes);
 
+// Bytes of dynamic shared memory that a kernel may have unless an attribute allows it more.
+constexpr size_t kSharedWithoutAttribute = 48 << 10;
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Tokens of a block: as few as kMostBlocks allows, so that even small batches fill the device.
@@ -62,9 +65,16 @@ cudaError_t launch_route(const RouteArguments& arguments, cudaStream_t stream) {
                                arguments.tokens, block_tokens,      settings};
   dispatch(arguments.bfloat16, arguments.softmax, experts,
            [&](auto scalar, auto items, auto softmax) {
-             launch(choose_kernel<decltype(scalar), items.value, softmax.value>, blocks, kThreads,
-                    shared, stream, choose);
+             const auto kernel = choose_kernel<decltype(scalar), items.value, softmax.value>;
+             if (shared > kSharedWithoutAttribute) {
+               cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared));
+             }
+             launch(kernel, blocks, kThreads, shared, stream, choose);
            });
+  // The kernels below would index with what this one has not written.
+  const cudaError_t chosen = cudaGetLastError();
+  if (chosen != cudaSuccess) return chosen;
   launch(scan_kernel, static_cast<unsigned>(ceil_div(experts + 1, kScanExperts)),
          kScanExperts * kScanParts, 0, stream, arguments.loads, sorted.counts, sorted.offsets,
          static_cast<int>(blocks), experts);

@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(ChooseArguments argume
     rank_tile(ids, ranks, warp_loads, seen, tokens * top_k, experts,
               arguments.ranks + tile * top_k);
   }
-  __syncthreads();
+  // No barrier: only thread e % kThreads reads and writes seen[e].
   int32_t* loads = arguments.loads + static_cast<int64_t>(blockIdx.x) * (experts + 1);
   for (int e = threadIdx.x; e <= experts; e += kThreads) {
     loads[e] = seen[e];

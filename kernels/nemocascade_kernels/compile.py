@@ -121,8 +121,8 @@ def _constant(value: Any) -> Any:
     return _named(value["function"]) if isinstance(value, dict) else value
 
 
-def compile_kernel(op: str, kernel: AotKernel, arch: int) -> Report:
-    """Compile one kernel for sm_<arch> and read the assembler's report."""
+def compiled(op: str, kernel: AotKernel, arch: int) -> Any:
+    """Triton's result for one kernel and sm_<arch>; `asm["ptx"]` is its PTX."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -144,9 +144,14 @@ def compile_kernel(op: str, kernel: AotKernel, arch: int) -> Report:
         kernel.kernel, signature, constexprs=dict(kernel.constants), attrs=attributes
     )
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, **kernel.options}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, spilled = assembler_report(compiled.asm["ptx"], arch)
-    shared, matrix = int(compiled.metadata.shared), matrix_instruction(compiled.asm["ptx"])
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_kernel(op: str, kernel: AotKernel, arch: int) -> Report:
+    """Compile one kernel for sm_<arch> and read the assembler's report."""
+    result = compiled(op, kernel, arch)
+    registers, spilled = assembler_report(result.asm["ptx"], arch)
+    shared, matrix = int(result.metadata.shared), matrix_instruction(result.asm["ptx"])
     faults = []
     if spilled:
         faults.append(f"SPILLS {spilled} B")

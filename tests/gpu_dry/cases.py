@@ -15,11 +15,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import device as dry
-import kernel_calls
 import torch
 import torch.distributed as dist
-import triton_driver
+from gpu_dry import device as dry
+from gpu_dry import kernel_calls, triton_driver
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemocascade.megatron import model as model_module

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import device as dry
 import torch
+from gpu_dry import device as dry
 
 
 def counts(call: Callable[[], object]) -> dict[str, int]:

@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 def play(names: Sequence[str], jobs: int = 2, *, explain: bool = False) -> dict[str, Any]:
     """Run the cases `names`; their outcomes, or the traceback of a case that failed."""
-    import suite
+    from gpu_dry import suite
 
     groups: dict[tuple[str, ...], list[str]] = {}
     for name in names:
@@ -71,7 +71,7 @@ def environment(packages: Sequence[str] = ()) -> dict[str, str]:
         command = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
         subprocess.run([*command, "-o", str(partial), str(source)], check=True)
         partial.replace(stub)
-    paths = [REPOSITORY, REPOSITORY / "kernels", HERE]
+    paths = [REPOSITORY, REPOSITORY / "kernels", HERE.parent]
     paths += [HERE / "packages" / name for name in packages]
     before = os.environ.get("PYTHONPATH")
     return {
@@ -89,7 +89,7 @@ def environment(packages: Sequence[str] = ()) -> dict[str, str]:
 
 def work(folder: Path, jobs: int, names: Sequence[str]) -> None:
     """Play cases in forks of this process, `jobs` at a time; write their outcomes to `folder`."""
-    import suite
+    from gpu_dry import suite
 
     # They compile functions at import, for which torch.cuda must be what it is.
     importlib.import_module("fla.modules.causal_conv1d")
@@ -111,7 +111,7 @@ def work(folder: Path, jobs: int, names: Sequence[str]) -> None:
 
 
 def _play_here(case: Any, path: Path) -> None:
-    import cases
+    from gpu_dry import cases
 
     try:
         outcome: Any = cases.run_case(case, explain=bool(os.environ.get("GPU_DRY_EXPLAIN")))
@@ -198,7 +198,7 @@ def write_budgets(cases: Mapping[str, Budget]) -> None:
 
 def launches(outcomes: Mapping[str, Any]) -> str:
     """The recorded launches of all architectures: an entry a line."""
-    import suite
+    from gpu_dry import suite
 
     merged: dict[str, dict[str, Any]] = {}
     for name, outcome in outcomes.items():
@@ -252,7 +252,7 @@ def main() -> int:
     parser.add_argument("--explain", action="store_true", help="print every count with its place")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    import suite
+    from gpu_dry import suite
 
     started = time.monotonic()
     names = [name for name in suite.CASES if fnmatch.fnmatch(name, options.only)]
@@ -291,7 +291,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(HERE), str(REPOSITORY), str(REPOSITORY / "kernels")]
+    sys.path[:1] = [str(HERE.parent), str(REPOSITORY), str(REPOSITORY / "kernels")]
     if sys.argv[1:2] == ["--worker"]:
         work(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
     else:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from cases import NANO_TOKENS, Case
+from gpu_dry.cases import NANO_TOKENS, Case
 
 from nemocascade.megatron.config import Accelerators
 from nemocascade.recipe import (

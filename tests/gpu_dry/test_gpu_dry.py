@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_dry import run as dry
+from gpu_dry import suite
+from gpu_dry.cases import Outcome
+from gpu_dry.device import Place
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-import run as dry  # noqa: E402
-import suite  # noqa: E402
-
 QUICK = [name for name, case in suite.CASES.items() if case.quick]
 
 
@@ -95,9 +95,6 @@ def test_a_wait_inside_a_graph_is_a_fault(device: dict[str, Any]) -> None:
 
 def test_a_newcomer_is_named_with_its_line() -> None:
     """The comparison itself, on counts made by hand."""
-    from cases import Outcome
-    from device import Place
-
     here, there = Place("nemocascade/x.py::f", 12), Place("nemocascade/y.py::g", 7)
     before = Outcome({"step": Counter({("sync", "item", here): 1})}, 10, 20, [], Counter())
     budget = dry.budget_of(before)

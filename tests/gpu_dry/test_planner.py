@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import run as dry
-import suite
+from gpu_dry import run as dry
+from gpu_dry import suite
 
 from nemocascade.plan.gpus import GPUS
 from nemocascade.plan.job import Job

@@ -7,15 +7,18 @@ accesses) and recorded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import tempfile
+from pathlib import Path
 from typing import Any
 
-import device as dry
 import torch
+from gpu_dry import device as dry
+from gpu_dry.races import unordered
 from nemocascade_kernels.compile import assembler_report, matrix_instruction
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -118,10 +121,28 @@ def _examine(compiled: Any) -> None:
         )
         if spilled:
             dry.RECORD.fault(f"{entry['kernel']}: {spilled} bytes of registers are spilled")
+        for race in _races(ptx):
+            dry.RECORD.fault(f"{entry['kernel']}: {race}")
         op = entry["kernel"].split(".")[1]
         entry["op"] = CALL[0] if op == "common" else op
         entry["matrix"] = matrix_instruction(ptx)
         LAUNCHED[key] = {"label": CALL[1], **entry}
+
+
+def _races(ptx: str) -> list[str]:
+    """`unordered`, whose results are kept beside Triton's cache: it takes a second a kernel."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(ptx.encode())
+    for name in ("races", "accesses", "linear", "ptx"):
+        digest.update((here / f"{name}.py").read_bytes())
+    path = Path(os.environ["TRITON_CACHE_DIR"]).with_name("races") / digest.hexdigest()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(unordered(ptx)))
+        partial.replace(path)
+    found: list[str] = json.loads(path.read_text())
+    return found
 
 
 def entry_of(src: Any, metadata: Any) -> Entry:

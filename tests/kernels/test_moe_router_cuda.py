@@ -6,6 +6,8 @@ On a GPU the tests of test_moe_router.py run the kernels themselves (backend "cu
 from __future__ import annotations
 
 import ctypes
+import faulthandler
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from nemocascade_kernels import Routing, moe_route
-from nemocascade_kernels.moe_router.cuda import MOST_EXPERTS
+from nemocascade_kernels.moe_router import cuda
 from nemocascade_kernels.testing import poison, random_normal
 from torch import Tensor
 
@@ -64,7 +66,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     ]  # fmt: skip
     subprocess.run(command, check=True)
     found = ctypes.CDLL(str(path))
-    found.scratch.restype = ctypes.c_int64
+    found.scratch.restype = found.choose_bytes.restype = ctypes.c_int64
     found.scratch.argtypes = (ctypes.c_int64, ctypes.c_int32)
     pointer = ctypes.c_void_p
     found.route_gradient.argtypes = (
@@ -96,8 +98,10 @@ def emulate(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     given: Tensor | None = None,
+    seed: int = 0,
     **options: Any,
 ) -> Routing:
+    """Run the source on the CPU; `seed` determines the order of threads and blocks."""
     like = logits if logits is not None else given
     assert like is not None
     tokens, top_k = like.shape[0], options["top_k"]
@@ -125,7 +129,10 @@ def emulate(
         settings=settings_of(num_experts, options),
         **{name: address(tensor) for name, tensor in outputs.items()},
     )
-    library.route(ctypes.byref(arguments))
+    library.set_seed(seed)
+    code = library.route(ctypes.byref(arguments))
+    if code:
+        raise RuntimeError(f"CUDA error {code}")
     return Routing(**outputs)
 
 
@@ -135,11 +142,12 @@ def gradient(
     out = torch.empty_like(logits)
     poison(out)
     settings = settings_of(logits.shape[1], options)
-    library.route_gradient(
+    code = library.route_gradient(
         address(grad), address(logits), logits.dtype == torch.bfloat16,
         options.get("score") == "softmax", address(experts), address(out), logits.shape[0],
         ctypes.addressof(settings),
     )  # fmt: skip
+    assert code == 0
     return out
 
 
@@ -231,6 +239,66 @@ def test_emulated_blocks_of_several_tiles(library: ctypes.CDLL) -> None:
     assert torch.equal(ours.order.long(), torch.argsort(experts.view(-1), stable=True))
 
 
+def is_sorted(library: ctypes.CDLL, tokens: int, experts: int, top_k: int, seed: int = 0) -> bool:
+    """Sort random experts, and compare with torch."""
+    generator = torch.Generator().manual_seed(9)
+    given = torch.randint(0, experts, (tokens, top_k), generator=generator)
+    ours = emulate(library, None, experts, given=given, top_k=top_k, seed=seed)
+    order = torch.argsort(given.view(-1), stable=True)
+    counts = torch.bincount(given.view(-1), minlength=experts)
+    return torch.equal(ours.order.long(), order) and torch.equal(ours.counts.long(), counts)
+
+
+def test_a_missing_barrier_shows(library: ctypes.CDLL) -> None:
+    """Without one barrier, whichever it is, some order of the threads gives a wrong result."""
+
+    def is_correct(line: int, tokens: int, experts: int, top_k: int, seed: int) -> bool:
+        # In a child process: a wrong position may be written anywhere.
+        child = os.fork()
+        if child == 0:
+            faulthandler.disable()
+            library.skip_barrier(line)
+            os._exit(not is_sorted(library, tokens, experts, top_k, seed))
+        return os.waitpid(child, 0)[1] == 0
+
+    source = (ROOT / "csrc/moe_router/router_kernels.cuh").read_text().splitlines()
+    barriers = {n: text.strip() for n, text in enumerate(source, 1) if "__sync" in text}
+    small, several_tiles = (100, 9, 4), (64 * 512 + 1, 5, 1)
+    assert all(is_correct(0, *small, seed) for seed in range(8))
+    unseen = [
+        text
+        for line, text in barriers.items()
+        if all(is_correct(line, *small, seed) for seed in range(4))
+        and is_correct(line, *several_tiles, 0)
+    ]
+    # __match_any_sync follows both: here it waits for the lanes too, though it orders no memory.
+    assert unseen == ["__syncwarp();", "__syncwarp();"]
+    assert len(barriers) == 8
+
+
+def test_shared_memory_is_allowed_for_all_sizes(library: ctypes.CDLL) -> None:
+    sizes = {
+        (experts, top_k): library.choose_bytes(experts, top_k)
+        for experts in range(1, cuda.MOST_SORTED + 1)
+        for top_k in range(1, cuda.MOST_CHOICES + 1)
+    }
+    assert max(sizes.values()) <= 64 << 10, "the least that any GPU since Volta allows a block"
+    beyond = [size for size, count in sizes.items() if count > 48 << 10]
+    assert min(top_k for experts, top_k in beyond if experts == 1024) == 24
+    assert all(experts > cuda.MOST_EXPERTS for experts, _ in beyond)
+    for experts, top_k in [(1024, 23), (1024, 24), (1024, 32), min(beyond), max(beyond)]:
+        assert is_sorted(library, 70, experts, top_k)
+    with pytest.raises(RuntimeError, match="CUDA error 1"):
+        is_sorted(library, 70, 8000, 1)  # more than the device allows: an error, not a launch
+
+
+def test_sizes_beyond_the_kernels_are_refused_together() -> None:
+    experts = torch.zeros(3, 33, dtype=torch.int32)
+    rule = "experts=1025, at most 1024, top_k=33, at most 32: use backend='triton'"
+    with pytest.raises(ValueError, match=rule):
+        cuda.sort_slots(experts, 1025)
+
+
 def test_compiles_for_hopper_without_spills(tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
@@ -249,6 +317,12 @@ def test_compiles_for_hopper_without_spills(tmp_path: Path) -> None:
     assert set(re.findall(r"(\d+) bytes (?:stack|spill)", result.stderr)) == {"0"}
 
 
-def test_the_largest_instantiation_is_what_python_says() -> None:
+def test_the_largest_sizes_are_what_python_says() -> None:
     header = (ROOT / "csrc/moe_router/router_cuda.h").read_text()
-    assert f"constexpr int kMostExperts = {MOST_EXPERTS};" in header
+    for name, most in (
+        ("Experts", cuda.MOST_EXPERTS),
+        ("Sorted", cuda.MOST_SORTED),
+        ("Choices", cuda.MOST_CHOICES),
+        ("Groups", cuda.MOST_GROUPS),
+    ):
+        assert f"constexpr int kMost{name} = {most};" in header

@@ -107,10 +107,12 @@ def fused_kernel(
         if GRADIENT:
             write_zeros(row_ptr, vocabulary, PADDED, BLOCK, VECTOR)
     else:
+        # Every warp loads the target's logit, and the row is overwritten below: the load precedes
+        # the reductions, whose barriers then order it before the stores.
+        column, target_logit = load_target(row_ptr, target_ptr, row, vocabulary, scale)
         top, total, weighted = reduce_row(
             row_ptr, vocabulary, scale * LOG2E, ENTROPY, PADDED, BLOCK, VECTOR
         )
-        column, target_logit = load_target(row_ptr, target_ptr, row, vocabulary, scale)
         log_total = tl.log(total)
         lse = top * LN2 + log_total
         logprob = tl.where(column >= 0, target_logit - lse, float("nan"))

@@ -8,8 +8,8 @@ from torch import Tensor
 from nemocascade_kernels import native
 from nemocascade_kernels.common.routing import RouterSettings
 
-#: Sizes of the largest instantiation.
-MOST_EXPERTS, MOST_CHOICES, MOST_GROUPS = 512, 32, 32
+#: Sizes of the largest instantiation; a sort of given experts may have more of them than a choice.
+MOST_EXPERTS, MOST_SORTED, MOST_CHOICES, MOST_GROUPS = 512, 1024, 32, 32
 
 
 def _route(
@@ -20,11 +20,17 @@ def _route(
     num_experts: int,
     settings: RouterSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if settings.top_k > MOST_CHOICES or settings.num_groups > MOST_GROUPS:
-        raise ValueError(
-            f"the CUDA router takes top_k <= {MOST_CHOICES} and num_groups <= {MOST_GROUPS}, and "
-            f"got {settings.top_k} and {settings.num_groups}: use backend='triton'"
+    faults = [
+        f"{name}={value}, at most {most}"
+        for name, value, most in (
+            ("experts", num_experts, MOST_SORTED if logits is None else MOST_EXPERTS),
+            ("top_k", settings.top_k, MOST_CHOICES),
+            ("num_groups", settings.num_groups, MOST_GROUPS),
         )
+        if value > most
+    ]
+    if faults:
+        raise ValueError(f"the CUDA router does not take {', '.join(faults)}: use backend='triton'")
     like = logits if logits is not None else given
     assert like is not None
     tokens, top_k = like.shape[0], settings.top_k

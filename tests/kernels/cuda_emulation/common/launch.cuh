@@ -1,6 +1,10 @@
 // CUDA on the CPU, for tests: every thread of a block is a fiber, blocks run one after the other.
-// Takes the place of csrc/common/launch.cuh and of the CUDA headers. Warp operations wait until all
-// 32 lanes have come, so a kernel in which lanes miss each other hangs the scheduler, which aborts.
+// It replaces csrc/common/launch.cuh and the CUDA headers. Warp operations wait for all 32 lanes, so
+// a kernel in which lanes miss each other hangs the scheduler, which aborts.
+//
+// Fibers and blocks run in an order that follows from a seed, and some warps rest at random while
+// others go ahead. A kernel that lacks a barrier then gives wrong results for some seeds. Tests can
+// make the barriers of one source line do nothing.
 #pragma once
 
 #include <ucontext.h>
@@ -15,6 +19,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <utility>
 #include <vector>
 
@@ -53,7 +59,9 @@ inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline int at_barrier = 0, barrier_turn = 0, alive = 0;
 inline bool moved = false;
-alignas(16) inline char shared_memory[228 << 10];
+alignas(16) inline char shared_memory[kMostShared];
+inline std::mt19937 random;
+inline int skipped_line = 0;
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 
@@ -110,6 +118,13 @@ T reduce(T value, F combine) {
   return result;
 }
 
+inline std::vector<unsigned> shuffled(unsigned count) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), random);
+  return order;
+}
+
 inline void run_block(unsigned threads) {
   std::memset(shared_memory, 0xa5, sizeof(shared_memory));
   fibers = std::vector<Fiber>(threads);
@@ -124,14 +139,19 @@ inline void run_block(unsigned threads) {
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, start, 0);
   }
+  std::vector<unsigned> order = shuffled(threads);
   while (alive > 0) {
+    // All must have had their turn before nothing moving means that nothing can.
+    const uint64_t awake = moved ? random() : ~uint64_t{0};
     moved = false;
-    for (Fiber& fiber : fibers) {
-      if (fiber.finished) continue;
+    if (random() % 4 == 0) order = shuffled(threads);
+    for (const unsigned thread : order) {
+      Fiber& fiber = fibers[thread];
+      if (fiber.finished || (awake >> (thread / 32) & 1) == 0) continue;
       current = &fiber;
       swapcontext(&scheduler, &fiber.context);
     }
-    if (!moved) {
+    if (!moved && awake == ~uint64_t{0}) {
       std::fprintf(stderr, "emulation: threads wait for each other for ever\n");
       std::abort();
     }
@@ -146,13 +166,18 @@ inline void run_block(unsigned threads) {
 using std::max;
 using std::min;
 
-inline void __syncwarp() { emulation::exchange(0); }
-inline void __syncthreads() {
+inline void sync_warp(int line) {
+  if (line != emulation::skipped_line) emulation::exchange(0);
+}
+inline void sync_threads(int line) {
+  if (line == emulation::skipped_line) return;
   const int turn = emulation::barrier_turn;
   ++emulation::at_barrier;
   emulation::finish_barrier();
   while (emulation::barrier_turn == turn) emulation::yield();
 }
+#define __syncwarp() sync_warp(__LINE__)
+#define __syncthreads() sync_threads(__LINE__)
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
   return emulation::unpack<T>(emulation::exchange(emulation::pack(value))[lane % 32]);
@@ -198,12 +223,14 @@ T* dynamic_shared() {
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared,
             cudaStream_t, Arguments... arguments) {
-  if (shared > 48 << 10) {
-    std::fprintf(stderr, "emulation: %zu B of shared memory need an attribute\n", shared);
-    std::abort();
+  const auto allowed = emulation::allowed_shared.find(reinterpret_cast<const void*>(kernel));
+  if (shared > (allowed == emulation::allowed_shared.end() ? emulation::kShared
+                                                           : allowed->second)) {
+    emulation::record(cudaErrorInvalidValue);
+    return;
   }
   emulation::body = [=] { kernel(arguments...); };
-  for (unsigned block = 0; block < blocks; ++block) {
+  for (const unsigned block : emulation::shuffled(blocks)) {
     emulation::block_index.x = block;
     emulation::run_block(threads);
   }

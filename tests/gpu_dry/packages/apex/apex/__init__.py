@@ -2,7 +2,7 @@
 
 import sys
 
-from stand_ins import stand_in
+from gpu_dry.stand_ins import stand_in
 
 __version__ = "2.9.0"
 stand_in(sys.modules[__name__])
