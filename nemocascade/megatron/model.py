@@ -56,6 +56,9 @@ class CascadeStack(HybridStack):
                 x = layer(x, packed_seq_params=packed)
         if self.post_process:
             x = self.final_norm(x)
+        elif not self.layers:
+            # The schedule frees a stage's output, so it may not be the stage's input, or a view.
+            x = x.clone()
         return x
 
 

@@ -119,6 +119,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "recompute": {"parallel": {"ep": 2}, "engine": {"recompute": True}},
         "plain optimizer": {"parallel": {"ep": 2}, "optimizer": {"distributed": False}},
+        "empty chunks": {"parallel": {"pp": 2, "vpp": 2, "pipeline_layout": "|MEM*||EME*"}},
         "DP2, tied": {"parallel": {}, **TIED},
         "PP2, tied": {"parallel": {"pp": 2}, **TIED},
         "TP2, bf16": {"parallel": {"tp": 2}, **BF16},
@@ -160,9 +161,9 @@ def test_layout_equals_one_process(
     assert max(loss, norm) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["recompute", "plain optimizer"])
+@pytest.mark.parametrize("name", ["recompute", "plain optimizer", "empty chunks"])
 def test_variant_equals_the_default(name: str, results: dict[str, list[list[float]]]) -> None:
-    """Recomputing, and not sharding the optimizer, change nothing but memory."""
+    """Recomputing, not sharding the optimizer, and chunks without layers do not change training."""
     assert max(worst(results[name], results["one"])) <= TOLERANCE
 
 

@@ -6,8 +6,7 @@ already sorted by expert, so no dense [T, E] tensor is made, and the counts of e
 receiver the experts of its rows. The host must know the message sizes, which costs one
 synchronisation a layer, and none in its recomputation.
 
-Shape letters: T tokens, S routed slots of this rank, R rows that arrive, K experts a token, L
-experts of a rank, N ranks of the joint group.
+Shape letters: T tokens, R rows that arrive, K experts a token, H hidden size.
 """
 
 from __future__ import annotations
