@@ -183,6 +183,7 @@ def _preflight(arguments: list[str]) -> None:
     from nemocascade.cascade.planning import check_cascade
     from nemocascade.plan.findings import Preflight
     from nemocascade.plan.preflight import PreflightSettings, check_recipe
+    from nemocascade.runtime.logging import printable
 
     def act(settings: PreflightSettings, rest: list[str]) -> None:
         found = Preflight()
@@ -192,7 +193,7 @@ def _preflight(arguments: list[str]) -> None:
                 check_cascade(recipe, settings, found)
             else:
                 check_recipe(recipe, settings, found)
-        print(found.as_json() if settings.json else found.text())
+        print(found.as_json() if settings.json else printable(found.text()))
         if found.problems:
             raise SystemExit(2)
 
@@ -227,10 +228,11 @@ def _submit(arguments: list[str]) -> None:
 
 def _diff(arguments: list[str]) -> None:
     from nemocascade.cascade.comparison import DiffSettings, compare
+    from nemocascade.runtime.logging import printable
 
     def act(settings: DiffSettings) -> None:
         found = compare(settings)
-        print("\n".join(found) or "no setting differs")
+        print(printable("\n".join(found)) or "no setting differs")
         if found:
             raise SystemExit(1)
 
@@ -251,6 +253,7 @@ def _overridden(script: str, arguments: list[str]) -> Recipe:
 def _replay(arguments: list[str]) -> None:
     from nemocascade.rl.trajectories import ReplaySettings, replay, settings_of_run
     from nemocascade.runtime.errors import exit_cleanly
+    from nemocascade.runtime.logging import printable
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--path", *arguments]
@@ -264,7 +267,7 @@ def _replay(arguments: list[str]) -> None:
         for episode in found:
             verdict = episode.verdict
             note = "" if episode.same else f"  DIFFERS, it was {episode.logged}"
-            print(f"{episode.where}: {verdict.error or verdict.reward}{note}")
+            print(printable(f"{episode.where}: {verdict.error or verdict.reward}{note}"))
         if different := sum(not episode.same for episode in found):
             raise SystemExit(f"{different} of {len(found)} episodes have another verdict")
 
@@ -273,6 +276,7 @@ def _replay(arguments: list[str]) -> None:
 
 def _import_swe(arguments: list[str]) -> None:
     from nemocascade.data.errors import DataError
+    from nemocascade.runtime.logging import printable
     from nemocascade.swe.importing import ImportSettings, import_rows
 
     def act(settings: ImportSettings) -> None:
@@ -280,7 +284,7 @@ def _import_swe(arguments: list[str]) -> None:
             found = import_rows(settings)
         except ValueError as error:
             raise DataError(str(error)) from error
-        print(found.text())
+        print(printable(found.text()))
         if found.failed:
             raise SystemExit(1)
 
@@ -290,6 +294,7 @@ def _import_swe(arguments: list[str]) -> None:
 def _check_tasks(arguments: list[str]) -> None:
     from nemocascade.data.errors import DataError
     from nemocascade.envs.swe_checking import CheckSettings, check_tasks, summary
+    from nemocascade.runtime.logging import printable
     from nemocascade.types import SandboxUnavailable
 
     def act(settings: CheckSettings) -> None:
@@ -298,7 +303,7 @@ def _check_tasks(arguments: list[str]) -> None:
             for task in check_tasks(settings):
                 found.append(task)
                 if task.faults:
-                    print(f"{task.name}: {'; '.join(task.faults)}", flush=True)
+                    print(printable(f"{task.name}: {'; '.join(task.faults)}"), flush=True)
         except (ValueError, SandboxUnavailable) as error:
             raise DataError(str(error)) from error
         print(summary(found))

@@ -12,6 +12,7 @@ from nemocascade.cascade.report import write_report
 from nemocascade.cascade.run import Choice, dry_run, run_cascade
 from nemocascade.recipe import CascadeRecipe, StageConfig, StageRecipe
 from nemocascade.runtime.errors import exit_cleanly
+from nemocascade.runtime.logging import printable
 from nemocascade.runtime.world import is_main_process
 
 
@@ -91,7 +92,7 @@ def launch(cascade: CascadeRecipe, arguments: Sequence[str] | None = None) -> Pa
 
 def run_report(run_dir: Path) -> Path:
     """Print the artifact tree and the scores of a run, and write its report."""
-    print(report_text(run_dir))
+    print(printable(report_text(run_dir)))
     page = write_report(run_dir)
     print(f"report: {page}")
     return page

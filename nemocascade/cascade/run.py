@@ -183,11 +183,10 @@ class _Run:
             self.cascade, name, _file_hashes(self.cascade), again=self.choice.anew(name)
         )
         LOGGER.info(decision.text())
-        if decision.action != "keep":
-            # The stage owns its folder while it runs; another job may own it now.
-            other = RunLock(self._folder(name))
-            other.acquire()
-            other.release()
+        # The stage owns its folder while it runs; another job may own it now.
+        other = RunLock(self._folder(name))
+        other.acquire()
+        other.release()
         if decision.retire:
             LOGGER.warning("%s: its folder lies in %s now", name, retire(self.run_dir, name))
         if decision.action != "keep":

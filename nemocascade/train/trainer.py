@@ -24,6 +24,7 @@ from nemocascade.recipe import (
     ModelConfig,
     MoeTrainingConfig,
     OptimizerConfig,
+    UserError,
 )
 from nemocascade.runtime.world import World
 from nemocascade.train.dump import NonFiniteError, dump_batches
@@ -37,6 +38,11 @@ from nemocascade.train.evaluation import (
 from nemocascade.train.flops import batch_flops
 from nemocascade.train.objectives import Objective, nll_objective
 from nemocascade.types import PackedBatch
+
+
+class NothingToTrainError(UserError, RuntimeError):
+    """No token of a step has a weight, so only auxiliary losses would move the model."""
+
 
 Measure = Callable[[World, Sequence[Any], Sequence[PackedBatch]], dict[str, float]]
 """Computes metrics of a step from the outputs of `run_schedule` and this rank's batches, like
@@ -109,14 +115,20 @@ class Trainer:
         temperature: of the trained policy. measure: computes metrics from the outputs of the
         training pass; every rank calls it.
 
-        Raises NonFiniteError, before any weight changes, if the loss or the gradient is not
-        finite; the batches of the rank that saw it first are written to RUN/nonfinite.
+        Raises NothingToTrainError if no token has a weight, and NonFiniteError if the loss or the
+        gradient is not finite; both before any weight changes. The batches of the rank that saw a
+        non-finite value first are written to RUN/nonfinite.
         """
         watch = self.world.watch
         watch.enter(f"step {self.step_number + 1}: forward and backward")
         self._zero_gradients()
         totals = self._totals(batches)
-        weight_sum = max(float(totals[0]), 1e-20)
+        weight_sum = float(totals[0])
+        if not weight_sum > 0:
+            raise NothingToTrainError(
+                f"step {self.step_number + 1}: none of its {int(totals[1])} tokens trains, for "
+                "every label is masked or truncated: look at the rows, or raise --data.capacity"
+            )
         batches = [replace(b, token_weight=b.token_weight / weight_sum) for b in batches]
         aux_scale = 1.0 / max(1.0, float(totals[3]))
         entropy = measure is not None

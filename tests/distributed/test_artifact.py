@@ -18,6 +18,7 @@ from nemocascade.megatron.artifact import (
     artifact_model,
     load_artifact_weights,
     read_artifact,
+    verify_artifact,
     write_artifact,
 )
 from nemocascade.megatron.checkpoint import CheckpointError
@@ -72,6 +73,17 @@ def test_it_says_what_made_it(artifact: Artifact) -> None:
     assert again.tokenizer_path is not None
     assert again.tokenizer_path.name == "tokenizer.model"
     assert again.tokenizer_path.read_bytes() == b"pieces"
+
+
+def test_weights_of_the_same_size_are_verified_by_their_hash(artifact: Artifact) -> None:
+    assert verify_artifact(artifact.folder) == artifact
+    path = artifact.folder / "rank_00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert read_artifact(artifact.folder) == artifact
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors was altered"):
+        verify_artifact(artifact.folder)
 
 
 def test_a_tokenizer_json_brings_its_companions(

@@ -26,7 +26,7 @@ from nemocascade.train import trainer as trainer_module
 from nemocascade.train.dump import NonFiniteError
 from nemocascade.train.evaluation import on_host, policy_metrics
 from nemocascade.train.metrics import MetricsWriter, is_due, load_imbalance
-from nemocascade.train.trainer import Trainer
+from nemocascade.train.trainer import NothingToTrainError, Trainer
 from nemocascade.types import Document, PackedBatch, pack_documents
 
 ENGINE = EngineConfig(precision="fp32")
@@ -112,6 +112,16 @@ def test_nan_stops_before_the_optimizer_and_keeps_the_batch(world: World, tmp_pa
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
     (dumped,) = (tmp_path / "nonfinite").iterdir()
     assert torch.equal(load_file(dumped)["tokens"], batch().tokens)
+
+
+def test_a_step_without_a_trained_token_stops(world: World, tmp_path: Path) -> None:
+    """Auxiliary losses alone must not move the weights."""
+    t = trainer(world, tmp_path)
+    before = weights(t)
+    masked = replace(batch(), token_weight=torch.zeros_like(batch().token_weight))
+    with pytest.raises(NothingToTrainError, match=r"step 1: none of its .* tokens trains"):
+        t.train_step([masked])
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(t), strict=True))
 
 
 def test_infinite_gradient_stops_too(world: World, tmp_path: Path) -> None:
