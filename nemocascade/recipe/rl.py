@@ -30,7 +30,12 @@ class DomainConfig:
     """Share of the prompts, relative to the shares of the other domains."""
 
     path: tuple[str, ...] = ()
-    """JSONL files of released rows. Empty: tasks are generated from the seed."""
+    """Files of released rows, or folders of them, of the kinds that `data.path` reads. Empty: tasks
+    are generated from the seed."""
+
+    max_bad_rows: int = 0
+    """Number of rows that are skipped because they cannot be read, or because no domain that reads
+    the file claims them; one more is an error. It holds for `path` and for `heldout_path`."""
 
     difficulty: int = 0
     """Difficulty of generated tasks; 0 is the easiest."""
@@ -39,7 +44,7 @@ class DomainConfig:
     """Number of generated tasks, or the most that are read from `path`; there 0 = all."""
 
     heldout_path: tuple[str, ...] = ()
-    """JSONL files of the held-out tasks. Empty: generated, and disjoint from the others."""
+    """Files of the held-out tasks. Empty: generated, and disjoint from the others."""
 
     drop_solved: float = 0.0
     """Fraction of the tasks from `path` with a `pass_rate` of 1 that is dropped, since they give no
@@ -57,7 +62,9 @@ class DomainConfig:
                 ("drop_unsolved", self.drop_unsolved),
             )
             if not 0 <= share <= 1
-        ]
+        ] + [f"domains: max_bad_rows({self.max_bad_rows}) of {self.domain} must be at least 0"] * (
+            self.max_bad_rows < 0
+        )
 
 
 @dataclass(frozen=True)
@@ -120,9 +127,14 @@ class RolloutConfig:
     mismatch_max_alarm: float = 1.0
     """Warn if the largest |log pi_train - log pi_rollout| of a step is above this."""
 
+    max_idle_steps: int = 10
+    """Stop the stage after this many steps in a row without a verdict, or without a group whose
+    rewards differ: nothing is learnt from them. 0 = never. Distillation uses no rewards and does
+    not stop."""
+
     samples: int = 4
-    """Groups per step whose best and worst rollout are written as readable text to
-    RUN/rollouts."""
+    """Groups per step whose best and worst rollout, and first without a verdict, are written as
+    readable text to RUN/rollouts. One of them is a group that did not train, if there is one."""
 
     def problems(self) -> list[str]:
         """Every rule that these settings break."""
@@ -141,7 +153,7 @@ class RolloutConfig:
         ]
         found += [
             f"rollout.{name}({getattr(self, name)}) must be at least 0"
-            for name in ("prefill_tokens", "prefill_chunk")
+            for name in ("prefill_tokens", "prefill_chunk", "max_idle_steps")
             if getattr(self, name) < 0
         ]
         if not self.temperature > 0:

@@ -1,23 +1,20 @@
-"""The common reader of JSONL files, plain or gzipped.
+"""Readers of the JSON Lines files that a run writes; data files have `row_files`.
 
-Strict readers raise at the first damaged line. `read_undamaged` skips damaged lines and reports
+`read_objects` raises at the first damaged line. `read_undamaged` skips damaged lines and reports
 them. It is for files that a run appends to, whose last line a crash may have truncated.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".jsonl", ".jsonl.gz")
-
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, raw line with its end) for every non-blank line."""
-    with gzip.open(path) if str(path).endswith(".gz") else Path(path).open("rb") as stream:
+    with Path(path).open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 yield number, line
