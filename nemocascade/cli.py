@@ -275,8 +275,8 @@ def _replay(arguments: list[str]) -> None:
 
 
 def _import_swe(arguments: list[str]) -> None:
-    from nemocascade.data.errors import DataError
     from nemocascade.runtime.logging import printable
+    from nemocascade.runtime.row_errors import DataError
     from nemocascade.swe.importing import ImportSettings, import_rows
 
     def act(settings: ImportSettings) -> None:
@@ -292,9 +292,9 @@ def _import_swe(arguments: list[str]) -> None:
 
 
 def _check_tasks(arguments: list[str]) -> None:
-    from nemocascade.data.errors import DataError
     from nemocascade.envs.swe_checking import CheckSettings, check_tasks, summary
     from nemocascade.runtime.logging import printable
+    from nemocascade.runtime.row_errors import DataError
     from nemocascade.types import SandboxUnavailable
 
     def act(settings: CheckSettings) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -203,8 +203,23 @@ class Environment(Protocol):
         Held-out tasks are disjoint from the others for any seeds.
         """
 
-    def read(self, path: str | Path) -> Iterable[Prompt]:
-        """Read the tasks of a JSONL file of released rows. Raises ValueError naming the row."""
+    def claims(self, row: Row) -> bool:
+        """Return True if a released row belongs to this domain."""
+
+    def read(
+        self, path: str | Path, bad: Callable[[str, str], object], others: Collection[Environment]
+    ) -> Iterable[Prompt]:
+        """Read the tasks of a file or folder of released rows.
+
+        bad: called with `file:row` and the reason for each row that cannot be read. others: further
+        domains that read the path.
+        """
+
+    def forms(self, prompt: Prompt) -> Collection[str]:
+        """Return the ways in which the verifier treats the task, by name."""
+
+    def dummy(self, prompt: Prompt) -> Sequence[Message] | None:
+        """Return an answer that makes the verifier run in full; None if a judge decides."""
 
     def session(self, prompt: Prompt) -> ToolSession | None:
         """Fresh tools for one episode; None if the domain has no tools."""

@@ -27,7 +27,7 @@ from nemocascade.data.cache_files import (
     write_files,
 )
 from nemocascade.data.chat_template import TEMPLATE_VERSION
-from nemocascade.data.errors import BadRows
+from nemocascade.data.formats import row_fields
 from nemocascade.data.readers import find_sources, read_pieces
 from nemocascade.data.tokenization import (
     TRAINED_BIT,
@@ -37,9 +37,11 @@ from nemocascade.data.tokenization import (
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.data import DataConfig
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.row_errors import BadRows
+from nemocascade.runtime.row_files import report_skipped
 from nemocascade.types import Document
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 PARALLEL_BYTES = 32 << 20
 """Smaller inputs are tokenised in the calling process: starting workers would take longer."""
 
@@ -141,6 +143,9 @@ def build_cache(
     Raises DataError for unreadable data, for no documents, and for more bad rows than
     `config.max_bad_rows`.
     """
+    for name in paths:
+        if not name.startswith(synthetic.PREFIX):
+            report_skipped(name, row_fields(config))
     key = cache_key(config, paths, tokenizer, seed=seed, heldout=heldout)
     path = _folder_of(Path(folder), key)
     if path.exists():
@@ -154,7 +159,13 @@ def build_cache(
         if times > 1:
             LOGGER.warning("%s is read %d times: data.path names it so often", name, times)
     formats = source_formats(sources, config, seed=seed, heldout=heldout)
-    pieces = read_pieces(sources, max_rows=config.max_rows, seed=seed, heldout=heldout)
+    pieces = read_pieces(
+        sources,
+        max_rows=config.max_rows,
+        seed=seed,
+        heldout=heldout,
+        columns=row_fields(config),
+    )
     if workers is None:
         size = sum(s.get("bytes", 0) for s in key["sources"])
         workers = len(os.sched_getaffinity(0)) if size >= PARALLEL_BYTES else 1

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemocascade.data.errors import BadRows, DataError
 from nemocascade.data.tokenization import TokenizedPiece
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.row_errors import BadRows, DataError
 
 BLOCK_BYTES = 256 << 20
 READ_BYTES = 4 << 20

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Tool, ToolCall
 
 TEMPLATE_VERSION = 1

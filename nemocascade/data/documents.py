@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemocascade.data.cache import TokenCache, build_cache, open_cache
-from nemocascade.data.errors import DataError
 from nemocascade.data.readers import find_sources
 from nemocascade.data.synthetic import PREFIX
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.data import DataConfig
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Document
 
 
@@ -58,6 +58,14 @@ class DocumentSet:
         for i in np.flatnonzero(self.lengths[numbers] > limit):
             counts[i] = int(self.document(int(numbers[i]), limit).trained.sum())
         return counts
+
+    def untrained(self, config: DataConfig) -> NDArray[np.int64]:
+        """[n] int64, the documents that truncation to `config.capacity` leaves nothing to train."""
+        if config.over_long != "truncate":
+            return np.empty(0, np.int64)
+        long = np.flatnonzero(self.lengths > config.capacity)
+        found: NDArray[np.int64] = long[self.trained_tokens(long, config.capacity) == 0]
+        return found
 
 
 @dataclass(frozen=True)
@@ -118,11 +126,19 @@ def _stage_data(config: DataConfig, get: Callable[..., TokenCache]) -> StageData
     if not config.path:
         raise DataError("data.path is empty: name files, folders, or synthetic:arithmetic")
     train = get(paths=config.path)
-    if not config.heldout_path:
-        return StageData(*split_heldout(train, config.heldout_rows))
-    _check_disjoint(config.path, config.heldout_path)
-    heldout = get(paths=config.heldout_path, heldout=True)
-    return StageData(_all_of(train), _all_of(heldout))
+    if config.heldout_path:
+        _check_disjoint(config.path, config.heldout_path)
+        heldout = get(paths=config.heldout_path, heldout=True)
+        found = StageData(_all_of(train), _all_of(heldout))
+    else:
+        found = StageData(*split_heldout(train, config.heldout_rows))
+    for name, documents in (("training", found.train), ("held-out", found.heldout)):
+        if documents is not None and len(documents.untrained(config)) == len(documents):
+            raise DataError(
+                f"nothing to train: all {len(documents)} {name} documents are truncated to "
+                f"data.capacity ({config.capacity}) before their first trained token: raise it"
+            )
+    return found
 
 
 def _all_of(cache: TokenCache) -> DocumentSet:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 
 from nemocascade.data.documents import DocumentSet
-from nemocascade.data.errors import SHOWN_BAD_ROWS, DataError
 from nemocascade.data.packing import PackingPlan, WorkModel, plan_packing
 from nemocascade.recipe.data import DataConfig
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.row_errors import SHOWN_BAD_ROWS, DataError
 from nemocascade.types import PackedBatch, pack_documents
 
 
@@ -17,6 +19,8 @@ def plan_epoch(
     documents: DocumentSet, config: DataConfig, work: WorkModel, *, seed: int, epoch: int
 ) -> PackingPlan:
     """Pack every document once. The plan depends only on the arguments, so all ranks agree.
+
+    Documents that truncation leaves without a trained token are dropped.
 
     Raises DataError if documents are longer than `config.capacity` and `config.over_long` is
     "refuse", or if no document is left.
@@ -29,10 +33,19 @@ def plan_epoch(
             f"{len(too_long)} documents are longer than data.capacity ({config.capacity}): raise "
             "it, or set data.over_long to truncate or drop\n  " + "\n  ".join(shown)
         )
+    untrained = documents.untrained(config)
+    if len(untrained):
+        LOGGER.info(
+            "%d documents have no trained token among their first %d and are dropped, first: %s",
+            len(untrained),
+            config.capacity,
+            documents.source(int(untrained[0])),
+        )
+    kept = np.delete(np.arange(len(documents)), untrained)
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     try:
         plan = plan_packing(
-            lengths,
+            lengths[kept],
             config.capacity,
             group=config.balance_group,
             work=work,
@@ -44,9 +57,16 @@ def plan_epoch(
     if not len(plan):
         raise DataError(
             f"all {len(documents)} documents are longer than data.capacity ({config.capacity}) and "
-            "dropped: raise it, or set data.over_long to truncate"
+            "dropped, or not trained before it: raise it, or set data.over_long to truncate"
         )
-    return plan
+    if not len(untrained):
+        return plan
+    return replace(
+        plan,
+        documents=kept[plan.documents],
+        truncated=kept[plan.truncated],
+        dropped=np.sort(np.concatenate([kept[plan.dropped], untrained])),
+    )
 
 
 def pack_sequence(

@@ -16,8 +16,8 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemocascade.data.chat_template import TOOLS_INTRO, TOOLS_USAGE, Conversation, Segment
-from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Tool
 
 # Private-use characters, unlikely to occur in text; the first that does not occur is the mark.

@@ -15,10 +15,10 @@ from typing import Any
 
 from nemocascade.data.documents import DocumentSet
 from nemocascade.data.epoch import pack_sequence, plan_epoch
-from nemocascade.data.errors import DataError
 from nemocascade.data.packing import PackingPlan, WorkModel
 from nemocascade.recipe.data import DataConfig
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import PackedBatch, pack_documents
 
 
@@ -38,7 +38,7 @@ class Position:
     """Documents truncated to their first `capacity` tokens."""
 
     dropped: int = 0
-    """Documents dropped because they were too long."""
+    """Documents dropped because they were too long, or trained only past `capacity`."""
 
 
 @dataclass(frozen=True)

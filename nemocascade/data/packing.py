@@ -118,7 +118,8 @@ class PackingPlan:
     """Documents, ascending, truncated to their first `capacity` tokens."""
 
     dropped: Int64Array
-    """Documents, ascending, dropped because they were longer than `capacity`."""
+    """Documents, ascending, dropped because they were longer than `capacity`, or because nothing of
+    their first `capacity` tokens is trained."""
 
     def __len__(self) -> int:
         return self.fills.size

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nemocascade.data.errors import DataError
+from nemocascade.runtime.row_errors import DataError
 
 PREFIX = "synthetic:"
 VERSION = 1

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemocascade.data.chat_template import Conversation, encode, render
-from nemocascade.data.errors import BadRows, DataError, RowError
-from nemocascade.data.formats import Format, detect_format, parse_row
-from nemocascade.data.readers import RowPiece, read_pieces
+from nemocascade.data.formats import Format, detect_format, parse_row, row_fields
+from nemocascade.data.readers import read_pieces
 from nemocascade.data.tokenizer import Tokenizer, load_tokenizer
 from nemocascade.recipe.data import DataConfig
+from nemocascade.runtime.row_errors import BadRows, DataError, RowError
+from nemocascade.runtime.row_files import RowPiece
 
 TRAINED_BIT = np.uint32(1 << 31)
 
@@ -141,7 +142,7 @@ def source_formats(
         return [config.format] * len(sources)
     formats: list[Format] = []
     for name in sources:
-        pieces = read_pieces([name], seed=seed, heldout=heldout)
+        pieces = read_pieces([name], seed=seed, heldout=heldout, columns=row_fields(config))
         rows = (row for piece in pieces for row in piece.rows())
         formats.append(_first_format(rows, name, config))
     return formats
@@ -157,7 +158,14 @@ def read_conversations(
 ) -> Iterator[tuple[str, Conversation]]:
     """Yield (`file:line`, conversation) of all sources in order; bad rows are counted in `bad`."""
     formats = source_formats(sources, config, seed=seed, heldout=heldout)
-    for piece in read_pieces(sources, max_rows=config.max_rows, seed=seed, heldout=heldout):
+    pieces = read_pieces(
+        sources,
+        max_rows=config.max_rows,
+        seed=seed,
+        heldout=heldout,
+        columns=row_fields(config),
+    )
+    for piece in pieces:
         for number, row in piece.rows():
             place = f"{sources[piece.source]}:{number}"
             try:
@@ -172,13 +180,14 @@ def read_conversations(
 
 
 def _first_format(rows: Iterator[tuple[int, Any]], name: str, config: DataConfig) -> Format:
-    reason = "the file is empty"
+    reason = ""
     for number, row in rows:
         if isinstance(row, dict):
             try:
                 return detect_format(row, config)
             except RowError as error:
                 raise DataError(f"{name}:{number}: {error}") from None
-        if number == 1:
-            reason = str(row) if isinstance(row, RowError) else "rows must be objects"
+        if not reason:
+            said = str(row) if isinstance(row, RowError) else "rows must be objects"
+            reason = f"row {number}: {said}"
     raise DataError(f"{name}: no row can be read ({reason}); take it out of data.path")

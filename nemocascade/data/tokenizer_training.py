@@ -11,12 +11,13 @@ from pathlib import Path
 import sentencepiece
 
 from nemocascade.data.chat_template import render
-from nemocascade.data.errors import BadRows, TokenizerError
+from nemocascade.data.errors import TokenizerError
 from nemocascade.data.readers import find_sources
 from nemocascade.data.tokenization import read_conversations
 from nemocascade.data.tokenizer import CONTROL_TAGS, Tokenizer, load_tokenizer
 from nemocascade.recipe.data import DataConfig
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.row_errors import BadRows
 
 MAX_CHARACTERS = 200_000_000
 SMALLEST_VOCABULARY = 4 + len(CONTROL_TAGS) + 256

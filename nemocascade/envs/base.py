@@ -7,28 +7,31 @@ import json
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from nemocascade.runtime.jsonl import read_objects
+from nemocascade.envs.prompt_rows import pass_rate_of, turns_of
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.row_errors import DataError, RowError, refuse_row
+from nemocascade.runtime.row_files import find_files, read_rows, report_skipped
+from nemocascade.runtime.turns import kind_of
 from nemocascade.sandbox.child import ChildError, ChildHostError, ChildPool
 from nemocascade.types import (
-    ROLES,
+    Environment,
     Message,
     Prompt,
-    Role,
     Row,
     SandboxError,
-    Tool,
     ToolSession,
     Verdict,
 )
 
 HELDOUT_SHARE = 4
 """One task in this many is held out, decided by the hash of its text."""
+_FAULTS = (ValueError, LookupError, TypeError, AttributeError, OSError, ChildError)
+"""Errors that a broken row causes where it is parsed."""
 TRIES = 2000
 """A difficulty is exhausted after this many consecutive tasks that were seen before."""
 _BOX = re.compile(r"\\boxed\s*\{")
@@ -61,7 +64,11 @@ class Domain(ABC):
 
     @abstractmethod
     def parse(self, row: Row) -> Mapping[str, Any]:
-        """Return a released row's `answer`. Raises ValueError, KeyError or TypeError if broken."""
+        """Return a released row's `answer`.
+
+        Raises ValueError, LookupError or TypeError if it is broken, or if no verifier of this
+        installation knows what it asks for.
+        """
 
     def prepare(self, row: Row, folder: Path) -> Row:
         """Return a claimed row with a `prompt`, built from its other fields if it has none.
@@ -121,51 +128,77 @@ class Domain(ABC):
         """
         return task_id(prompt)
 
-    def read(self, path: str | Path) -> Iterator[Prompt]:
-        """Yield this domain's tasks from a JSONL file (`.jsonl` or `.jsonl.gz`) of released rows.
+    def read(
+        self,
+        path: str | Path,
+        bad: Callable[[str, str], object] = refuse_row,
+        others: Collection[Environment] = (),
+    ) -> Iterator[Prompt]:
+        """Yield this domain's tasks from released rows: a data file, or a folder of them.
 
-        A file may mix domains; rows of other domains are counted and logged. Raises ValueError
-        naming `file:line` for a broken row, and if no row belongs to this domain.
+        bad: called with `file:row` and the reason for a row that cannot be read; by default it
+        raises DataError. others: further domains that read the path. Their rows are counted and
+        logged. A row that no domain claims is bad.
+
+        Raises DataError for a damaged file, and if no row belongs to this domain.
         """
-        others = found = 0
-        for where, row in read_objects(path):
-            if not self.claims(row):
-                others += 1
+        theirs = found = rows = 0
+        for where, folder, row in self._rows(Path(path)):
+            rows += 1
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                if not isinstance(row, Mapping):
+                    raise RowError(f"a row must be an object, it is {kind_of(row)}")
+                if not self.claims(row):
+                    if not any(other.claims(row) for other in others):
+                        raise RowError(f"it is no row of {self.domain}: fields {sorted(row)}")
+                    theirs += 1
+                    continue
+                prompt = self._prompt(self.prepare(row, folder), where)
+            except _FAULTS as error:
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                bad(where, f"{kind}{error}")
                 continue
             found += 1
-            yield self._task(row, Path(path).parent, where)
+            yield prompt
         if not found:
-            raise ValueError(f"{path}: none of its {others} rows is of {self.domain}")
-        if others:
-            LOGGER.info("%s: %d rows of other domains than %s", path, others, self.domain)
+            raise DataError(
+                f"{path}: none of its {rows} rows is of {self.domain}: name other files"
+            )
+        if theirs:
+            LOGGER.info("%s: %d rows of other domains than %s", path, theirs, self.domain)
 
-    def _task(self, row: Row, folder: Path, where: str) -> Prompt:
-        """Build the task of a row. Raises ValueError naming `where` for a broken row."""
-        try:
-            return self._prompt(self.prepare(row, folder), where)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+    def _rows(self, path: Path) -> Iterator[tuple[str, Path, Any]]:
+        """Yield (`file:row`, folder that names in the row are relative to, row or its error)."""
+        report_skipped(path)
+        for file in find_files(path):
+            for where, row in read_rows(file):
+                yield where, Path(file).parent, row
 
     def _prompt(self, row: Row, where: str) -> Prompt:
-        params = row.get("responses_create_params") or {}
-        turns = params.get("input") or row.get("prompt")
-        if isinstance(turns, str):
-            turns = [{"role": "user", "content": turns}]
-        if not turns:
-            raise ValueError("'responses_create_params.input' and 'prompt' are both empty")
-        messages = tuple(_message(turn) for turn in turns)
-        if messages[-1].role not in ("user", "tool"):
-            raise ValueError(f"the prompt ends with a turn of {messages[-1].role}, not of the user")
+        messages, tools = turns_of(row)
         prompt = Prompt(
             id="",
             domain=self.domain,
             messages=messages,
             answer=dict(self.parse(row)),
-            tools=tuple(_tool(tool) for tool in params.get("tools") or ()),
+            tools=tools,
             source=where,
-            pass_rate=_pass_rate(row),
+            pass_rate=pass_rate_of(row),
         )
         return replace(prompt, id=task_id(prompt))
+
+    def forms(self, prompt: Prompt) -> Collection[str]:
+        """Return the ways in which the verifier treats this task, by name."""
+        return ("",)
+
+    def dummy(self, prompt: Prompt) -> Sequence[Message] | None:
+        """Return an answer that makes the verifier run in full, to try it before training.
+
+        None if a judge decides: its server gets a first question of its own.
+        """
+        return (Message("assistant", "A dummy answer."),)
 
     def session(self, prompt: Prompt) -> ToolSession | None:
         """Return None: by default, a domain has no tools."""
@@ -236,12 +269,13 @@ class CheckedDomain(Domain):
 
 def task_id(prompt: Prompt) -> str:
     """First 16 bytes, in hex, of the hash of everything the model sees."""
-    seen = (
+    seen: list[Any] = [
         prompt.domain,
         [(m.role, m.content) for m in prompt.messages],
         [(t.name, t.description, dict(t.parameters)) for t in prompt.tools],
-    )
-    return digest(json.dumps(seen))
+    ]
+    calls = [[(c.name, dict(c.arguments)) for c in m.tool_calls] for m in prompt.messages]
+    return digest(json.dumps(seen + ([calls] if any(calls) else [])))
 
 
 def digest(text: str) -> str:
@@ -310,27 +344,3 @@ def last_boxed(text: str) -> str | None:
         if depth == 0:
             return text[start : brace.start()].strip()
     return None
-
-
-def _pass_rate(row: Row) -> float | None:
-    rate = row.get("pass_rate")
-    if rate is not None and not 0 <= float(rate) <= 1:
-        raise ValueError(f"'pass_rate' is {rate}, a share of tries lies in 0..1")
-    return None if rate is None else float(rate)
-
-
-def _message(turn: Row) -> Message:
-    role = "system" if turn["role"] == "developer" else turn["role"]
-    if role not in ROLES:
-        raise ValueError(f"unknown role {role!r}, known are {', '.join(ROLES)}")
-    content = turn["content"]
-    if not isinstance(content, str):
-        content = "".join(part["text"] for part in content)
-    return Message(cast(Role, role), content)
-
-
-def _tool(tool: Row) -> Tool:
-    function = tool.get("function") or tool
-    return Tool(
-        function["name"], function.get("description") or "", dict(function.get("parameters") or {})
-    )

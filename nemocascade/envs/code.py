@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from nemocascade.envs.base import final_text
 from nemocascade.envs.sandboxed import SandboxedDomain
+from nemocascade.runtime.strict_json import parse_field
+from nemocascade.runtime.turns import kind_of
 from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.types import Message, Outcome, Program, Prompt, Row, Verdict
 
@@ -41,14 +42,20 @@ class Code(SandboxedDomain):
         A call's input is a list of arguments, or text with one JSON argument per line.
         """
         tests = row["verifier_metadata"]["unit_tests"]
-        tests = json.loads(tests) if isinstance(tests, str) else tests
+        tests = parse_field(tests, "unit_tests") if isinstance(tests, str) else tests
         inputs, outputs = list(tests["inputs"]), list(tests["outputs"])
         if not inputs or len(inputs) != len(outputs):
             raise ValueError(f"{len(inputs)} inputs have {len(outputs)} outputs")
         function = tests.get("fn_name") or ""
+        if not isinstance(function, str):
+            raise ValueError(f"fn_name must be a text, it is {kind_of(function)}")
         if function:
             inputs = [_arguments(given) for given in inputs]
-            outputs = [json.loads(out) if isinstance(out, str) else out for out in outputs]
+            outputs = [parse_field(o, "outputs") if isinstance(o, str) else o for o in outputs]
+        elif others := [text for text in (*inputs, *outputs) if not isinstance(text, str)]:
+            raise ValueError(
+                f"without fn_name, inputs and outputs are texts; one is {kind_of(others[0])}"
+            )
         return {"function": function, "inputs": inputs, "outputs": outputs}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
@@ -62,6 +69,13 @@ class Code(SandboxedDomain):
         stopped = reason.partition(":")[0] in ("time", "output")
         right = passed == wanted and not reason
         return Verdict(float(right), details=details, fault="answer" if stopped else None)
+
+    def forms(self, prompt: Prompt) -> Collection[str]:
+        return ("calls" if prompt.answer["function"] else "standard input",)
+
+    def dummy(self, prompt: Prompt) -> Sequence[Message]:
+        name = prompt.answer["function"] or "dummy"
+        return (Message("assistant", f"def {name}(*values):\n    return None"),)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make a task. 0: one operation on x. 1: two. 2: a choice, or a loop over a list. 3: I/O.
@@ -171,7 +185,7 @@ def _reason(outcome: Outcome) -> str:
 
 def _arguments(given: Any) -> list[Any]:
     if isinstance(given, str):
-        return [json.loads(line) for line in given.splitlines() if line.strip()]
+        return [parse_field(line, "inputs") for line in given.splitlines() if line.strip()]
     if not isinstance(given, list):
         raise ValueError(f"the input of a call must be a list or lines of JSON, it is {given!r}")
     return given

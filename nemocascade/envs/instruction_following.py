@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 from nemocascade.envs import ifeval
@@ -12,6 +13,8 @@ from nemocascade.envs.instruction_tasks import make_task
 from nemocascade.sandbox.child import ChildPool
 from nemocascade.types import Message, Prompt, Row, Verdict
 
+_TRIED = "1"
+"""Answer on which the arguments of an instruction are tried; it has no letter to detect."""
 Grading = Literal["binary", "fraction"]
 
 _PLAIN = "This is a plain text. It has two sentences.\n\nIt has a second paragraph, too."
@@ -51,6 +54,8 @@ class InstructionFollowing(CheckedDomain):
         ]
         if len(kinds) != len(arguments) or not kinds:
             raise ValueError(f"{len(kinds)} instructions have {len(arguments)} sets of kwargs")
+        for kind, given in zip(kinds, arguments, strict=True):
+            self._try(kind, given)
         return {"kinds": kinds, "kwargs": arguments}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
@@ -71,6 +76,28 @@ class InstructionFollowing(CheckedDomain):
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make `difficulty` + 1 instructions about one word; from 1 on, some shape the text."""
         return make_task(rng, difficulty, self.domain)
+
+    def forms(self, prompt: Prompt) -> Collection[str]:
+        """Return the kinds of the instructions."""
+        return tuple(prompt.answer["kinds"])
+
+    def _try(self, kind: str, arguments: dict[str, Any]) -> None:
+        """Raise ValueError if no checker knows the kind, or the checker rejects the arguments."""
+        if kind in ifeval.KINDS:
+            try:
+                ifeval.follows(kind, arguments, _TRIED, self._language_check)
+            except Exception as error:
+                raise ValueError(f"{kind}: {error}") from error
+        elif kind not in self._further_kinds:
+            further = "IFBench has none either" if self._further_kinds else "IFBench is missing"
+            raise ValueError(
+                f"unknown instruction {kind!r}: IFEval has no checker for it, and {further}"
+            )
+
+    @cached_property
+    def _further_kinds(self) -> frozenset[str]:
+        """Kinds of IFBench; empty if it is not installed."""
+        return frozenset(self._children.call("nemocascade.envs.checks.ifbench:kinds"))
 
     def _follows(self, kind: str, arguments: dict[str, Any], text: str) -> bool:
         if kind not in ifeval.KINDS:

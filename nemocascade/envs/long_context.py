@@ -97,6 +97,9 @@ class LongContext(GradedDomain):
             )
         return {"expected": expected, "exact": grading == "exact", "question": row.get("question")}
 
+    def dummy(self, prompt: Prompt) -> Sequence[Message] | None:
+        return super().dummy(prompt) if prompt.answer["exact"] else None
+
     def examine(self, prompt: Prompt, response: Sequence[Message]) -> Verdict | Question:
         text, expected = final_text(response), prompt.answer["expected"]
         found = answer_of(text)

@@ -8,6 +8,7 @@ from typing import Any
 
 from nemocascade.envs.base import CheckedDomain, final_text, last_boxed
 from nemocascade.envs.words import NAMES, NOUNS
+from nemocascade.runtime.turns import kind_of
 from nemocascade.types import Message, Prompt, Row, Verdict
 
 LONGEST_ANSWER = 2000
@@ -23,7 +24,14 @@ class Mathematics(CheckedDomain):
         return "expected_answer" in row and "options" not in row
 
     def parse(self, row: Row) -> Mapping[str, Any]:
-        return {"expected": str(row["expected_answer"])}
+        expected = row["expected_answer"]
+        if isinstance(expected, bool) or not isinstance(expected, str | int | float):
+            raise ValueError(
+                f"expected_answer must be a text or a number, it is {kind_of(expected)}"
+            )
+        if not str(expected).strip():
+            raise ValueError("expected_answer is empty")
+        return {"expected": str(expected)}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         found, expected = last_boxed(final_text(response)), prompt.answer["expected"]
@@ -38,6 +46,9 @@ class Mathematics(CheckedDomain):
             control=[expected, "0"],
         )
         return Verdict(float(right), details=details)
+
+    def dummy(self, prompt: Prompt) -> Sequence[Message]:
+        return (Message("assistant", r"\boxed{dummy}"),)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make a task. 0: sums of digits. 1: below 100. 2: in words. 3: products, fractions."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nemocascade.envs.base import CheckedDomain, final_text, last_boxed
@@ -37,6 +37,8 @@ class MultipleChoice(CheckedDomain):
             raise ValueError(f"expected_answer {letter!r} is none of the options {sorted(options)}")
         template = row.get("template_metadata") or {}
         pattern = row.get("answer_regex") or template.get("output_regex")
+        if pattern:
+            self._children.call("nemocascade.envs.checks.pattern:last_match", pattern, "")
         return {"letter": letter, "options": options, "pattern": pattern}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
@@ -51,6 +53,9 @@ class MultipleChoice(CheckedDomain):
             float(chosen == prompt.answer["letter"]),
             details={"found": found, "chosen": chosen, "expected": prompt.answer["letter"]},
         )
+
+    def forms(self, prompt: Prompt) -> Collection[str]:
+        return ("pattern" if prompt.answer.get("pattern") else "box",)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make a task. 0: a word of a category. 1: a sum. 2 and up: two operations."""

@@ -11,6 +11,8 @@ from nemocascade.envs.base import Domain, failed, final_text
 from nemocascade.envs.preference_rewards import Pair, all_pairs, break_tie, group_rewards
 from nemocascade.envs.words import COLORS, NAMES, NOUNS, SOME_NOUNS
 from nemocascade.judges.prompts import Comparison, compare_question, parse_comparison
+from nemocascade.judges.rule import knows_language
+from nemocascade.runtime.turns import kind_of
 from nemocascade.types import Answer, Judge, Message, Prompt, Question, Row, Verdict
 
 TRUTHS = (
@@ -77,7 +79,15 @@ class Preference(Domain):
 
     def parse(self, row: Row) -> Mapping[str, Any]:
         """Parse `baseline`, the optional text that held-out answers are compared with."""
-        return {"baseline": row.get("baseline")}
+        baseline = row.get("baseline")
+        if not isinstance(baseline, str | None):
+            raise ValueError(f"baseline must be a text, it is {kind_of(baseline)}")
+        if not knows_language(self.judge):
+            raise ValueError(
+                "a rule cannot compare answers to rows from files: set envs.judge.kind to server "
+                "or artifact"
+            )
+        return {"baseline": baseline}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         return self._absolute([(prompt, response)])[0]
@@ -105,6 +115,9 @@ class Preference(Domain):
                 raise
             return [[failed(error)] * len(responses) for _, responses in groups]
         return found
+
+    def dummy(self, prompt: Prompt) -> None:
+        """Return None: the judge decides."""
 
     def begin_group(
         self, prompt: Prompt, written: Mapping[int, Sequence[Message]], new: int

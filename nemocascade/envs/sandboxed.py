@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemocascade.envs.base import Domain
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.sandbox.pool import SandboxPool
-from nemocascade.swe.rows import folder_rows
+from nemocascade.swe.rows import folder_rows, is_task_folder
 from nemocascade.types import Message, Prompt, Verdict
 
 
@@ -62,11 +63,10 @@ class SandboxedDomain(Domain):
 class RepairDomain(SandboxedDomain):
     """A domain of software repair, which can also read folders of tasks."""
 
-    def read(self, path: str | Path) -> Iterator[Prompt]:
-        """Read the tasks of a JSONL file or of a folder of task folders, see `swe.rows`."""
-        folder = Path(path)
-        if not folder.is_dir():
-            yield from super().read(path)
+    def _rows(self, path: Path) -> Iterator[tuple[str, Path, Any]]:
+        """Yield the rows of data files, or of a folder of task folders, see `swe.rows`."""
+        if not path.is_dir() or not is_task_folder(path):
+            yield from super()._rows(path)
             return
-        for where, row in folder_rows(folder):
-            yield self._task(row, folder, where)
+        for where, row in folder_rows(path):
+            yield where, path, row

@@ -9,6 +9,8 @@ from typing import Any
 
 from nemocascade.envs.base import CheckedDomain, final_text
 from nemocascade.envs.words import COLORS, NAMES, NOUNS
+from nemocascade.runtime.strict_json import parse_field
+from nemocascade.runtime.turns import kind_of
 from nemocascade.types import Message, Prompt, Row, Verdict
 
 _KEYS = (
@@ -34,9 +36,13 @@ class StructuredOutput(CheckedDomain):
         kind = row.get("schema_type", "json")
         if kind != "json":
             raise ValueError(f"schema_type {kind!r}: only json can be verified")
-        schema = json.loads(row["schema_str"]) if "schema_str" in row else row["schema"]
+        schema = row.get("schema")
+        if isinstance(row.get("schema_str"), str):
+            schema = parse_field(row["schema_str"], "schema_str")
         if not isinstance(schema, dict):
-            raise ValueError(f"a schema must be an object, this is {type(schema).__name__}")
+            raise ValueError(f"a schema must be an object, this is {kind_of(schema)}")
+        if fault := self._children.call("nemocascade.envs.checks.schema:fault", schema):
+            raise ValueError(f"no validator accepts the schema: {fault}")
         return {"schema": schema}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
@@ -48,6 +54,9 @@ class StructuredOutput(CheckedDomain):
             control=[schema, "null"],
         )
         return Verdict(float(problem is None), details={"problem": problem})
+
+    def dummy(self, prompt: Prompt) -> Sequence[Message]:
+        return (Message("assistant", "{}"),)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make a task. 0: one or two fields. 1: three, with choices. 2: a list. 3: JSON schema."""

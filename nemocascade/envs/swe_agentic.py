@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,13 @@ class SweAgentic(RepairDomain):
     def session(self, prompt: Prompt) -> ToolSession:
         """Return a fresh copy of the repository for one episode."""
         return RepositorySession(prompt.answer, self._limits, lambda: self.sandbox)
+
+    def forms(self, prompt: Prompt) -> Collection[str]:
+        return (prompt.answer["framework"],)
+
+    def dummy(self, prompt: Prompt) -> Sequence[Message]:
+        edit = ToolCall("edit", {"path": "dummy_answer.txt", "old": "", "new": "dummy"})
+        return (Message("assistant", "", tool_calls=(edit,)),)
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         session = RepositorySession(prompt.answer, self._limits, None)

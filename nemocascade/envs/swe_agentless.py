@@ -15,7 +15,7 @@ from nemocascade.envs.swe_bugs import make_bug
 from nemocascade.judges.prompts import grade_question
 from nemocascade.judges.rule import knows_language
 from nemocascade.recipe.envs import AgentlessConfig, SandboxConfig
-from nemocascade.swe.edits import FORM, EditError, apply_edits, edit_text, parse_edits
+from nemocascade.swe.edits import FORM, Edit, EditError, apply_edits, edit_text, parse_edits
 from nemocascade.swe.prompt_files import SEPARATOR, FileIndex, folder_index, shown_files
 from nemocascade.swe.repository import HiddenTests, judge
 from nemocascade.swe.rows import issue_of, snapshot_of
@@ -157,6 +157,15 @@ class SweAgentless(RepairDomain, GradedDomain):
         snapshot = snapshot_of(answer)
         changed = {path: new for path, new in repaired.items() if texts.get(path) != new}
         return judge(self.sandbox, snapshot, with_texts(snapshot, changed), tests)
+
+    def forms(self, prompt: Prompt) -> Collection[str]:
+        tests: HiddenTests | None = prompt.answer["tests"]
+        return ("judge" if tests is None else tests.framework,)
+
+    def dummy(self, prompt: Prompt) -> Sequence[Message] | None:
+        if prompt.answer["tests"] is None:
+            return None
+        return (Message("assistant", edit_text(Edit("dummy_answer.txt", (), ("dummy",)))),)
 
     def split_key(self, prompt: Prompt) -> str:
         """Hash the issue and its repair: other files in a prompt do not make another task."""

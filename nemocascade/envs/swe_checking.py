@@ -11,11 +11,12 @@ from typing import Any
 import tyro
 
 from nemocascade.recipe.envs import EnvConfig
+from nemocascade.runtime.row_errors import DataError
+from nemocascade.runtime.row_files import find_files, read_rows, report_skipped
 from nemocascade.sandbox.pool import SandboxPool
-from nemocascade.swe.importing import read_rows
 from nemocascade.swe.patches import PatchError, apply_patch
 from nemocascade.swe.repository import HiddenTests, judge, run_tests
-from nemocascade.swe.rows import folder_rows
+from nemocascade.swe.rows import folder_rows, is_task_folder
 from nemocascade.swe.snapshots import Files
 from nemocascade.swe.tasks import task_of
 from nemocascade.types import Row, SandboxError, SandboxUnavailable
@@ -51,17 +52,22 @@ def check_tasks(settings: CheckSettings) -> Iterator[Checked]:
     Raises ValueError for a path without tasks, and SandboxUnavailable if tests cannot be isolated.
     """
     path = Path(settings.path)
-    folder = path if path.is_dir() else path.parent
-    rows = list(folder_rows(path)) if path.is_dir() else read_rows(path)
-    tasks = [(where, row) for where, row in rows if "problem_statement" in row or "issue" in row]
+    if path.is_dir() and is_task_folder(path):
+        rows = [(where, path, row) for where, row in folder_rows(path)]
+    else:
+        report_skipped(path)
+        rows = [
+            (where, Path(f).parent, row) for f in find_files(path) for where, row in read_rows(f)
+        ]
+    tasks = [task for task in rows if not isinstance(task[2], dict) or _is_task(task[2])]
     if not tasks:
-        raise ValueError(f"{path}: none of its {len(rows)} rows is a repair task")
+        raise DataError(f"{path}: none of its {len(rows)} rows is a repair task")
     if problems := settings.envs.problems():
         raise ValueError("; ".join(problems))
     sandbox = SandboxPool(settings.envs.sandbox)
     try:
         with ThreadPoolExecutor(sandbox.size, thread_name_prefix="check") as pool:
-            yield from pool.map(lambda task: _checked(sandbox, task[0], task[1], folder), tasks)
+            yield from pool.map(lambda task: _checked(sandbox, *task), tasks)
     finally:
         sandbox.close()
 
@@ -77,8 +83,14 @@ def summary(checked: Sequence[Checked]) -> str:
     return text
 
 
-def _checked(sandbox: SandboxPool, where: str, row: Row, folder: Path) -> Checked:
+def _is_task(row: Row) -> bool:
+    return "problem_statement" in row or "issue" in row
+
+
+def _checked(sandbox: SandboxPool, where: str, folder: Path, row: Any) -> Checked:
     """Check one task. Exceptions become faults, except a sandbox that is unavailable."""
+    if not isinstance(row, Mapping):
+        return Checked(where, (str(row),), tested=False, patched=False)
     name = str(row.get("instance_id") or where)
     tested, patch = bool(row.get("tests")), str(row.get("patch") or "")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from nemocascade.envs.words import (
     NAMES,
     NOUNS,
 )
+from nemocascade.runtime.strict_json import parse_field
+from nemocascade.runtime.turns import parse_tools
 from nemocascade.types import Message, Prompt, Row, Tool, ToolCall, ToolSession, Verdict
 
 MAX_CALLS = 64
@@ -74,8 +75,8 @@ class ToolCalling(Domain):
             {"name": call["name"], "arguments": _arguments(call["arguments"])}
             for call in row["ground_truth"]
         ]
-        declared = (row.get("responses_create_params") or {}).get("tools") or []
-        names = [(tool.get("function") or tool)["name"] for tool in declared] or sorted(_KNOWN)
+        declared = parse_tools((row.get("responses_create_params") or {}).get("tools"))
+        names = [tool.name for tool in declared] or sorted(_KNOWN)
         unknown = sorted({*names, *(call["name"] for call in calls)} - set(_KNOWN))
         if unknown:
             raise ValueError(
@@ -169,7 +170,7 @@ def _true_state(answer: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _arguments(value: Any) -> dict[str, Any]:
-    loaded = json.loads(value) if isinstance(value, str) else value
+    loaded = parse_field(value, "arguments") if isinstance(value, str) else value
     if not isinstance(loaded, dict):
         raise ValueError(f"arguments must be an object, they are {value!r}")
     return loaded

@@ -26,12 +26,13 @@ class DataConfig:
     """Training documents and how they are packed."""
 
     path: InputPaths = ()
-    """JSONL (`.jsonl`, `.jsonl.gz`) or Parquet files, or folders of them. `synthetic:NAME` makes
-    rows from the seed instead of reading a file."""
+    """JSON Lines (`.jsonl`) or JSON arrays (`.json`), also with `.gz` or `.zst`, Parquet files, or
+    folders of them. `synthetic:NAME` makes rows from the seed instead of reading a file."""
 
-    format: Literal["auto", "messages", "qa", "nemotron"] = "auto"
+    format: Literal["auto", "messages", "qa", "nemotron", "sharegpt"] = "auto"
     """`messages`: a list of chat turns. `qa`: a question and an answer field. `nemotron`: the
-    released Nemotron-Cascade rows. `auto` detects the format from each file's first row."""
+    released Nemotron-Cascade rows. `sharegpt`: `conversations` of `from` and `value`. `auto`
+    detects the format from each file's first row."""
 
     question_field: str = "question"
     """`qa` rows: name of the field with the user's turn."""

@@ -42,7 +42,12 @@ class DomainConfig:
     """Share of the prompts, relative to the shares of the other domains."""
 
     path: InputPaths = ()
-    """JSONL files of released rows. Empty: tasks are generated from the seed."""
+    """Files of released rows, or folders of them, of the kinds that `data.path` reads. Empty: tasks
+    are generated from the seed."""
+
+    max_bad_rows: Natural = 0
+    """Number of rows that are skipped because they cannot be read, or because no domain that reads
+    the file claims them; one more is an error. It holds for `path` and for `heldout_path`."""
 
     difficulty: Natural = 0
     """Difficulty of generated tasks; 0 is the easiest."""
@@ -51,7 +56,7 @@ class DomainConfig:
     """Number of generated tasks, or the most that are read from `path`; there 0 = all."""
 
     heldout_path: InputPaths = ()
-    """JSONL files of the held-out tasks. Empty: generated, and disjoint from the others."""
+    """Files of the held-out tasks. Empty: generated, and disjoint from the others."""
 
     drop_solved: Fraction = 0.0
     """Fraction of the tasks from `path` with a `pass_rate` of 1 that is dropped, since they give no
@@ -121,9 +126,14 @@ class RolloutConfig:
     mismatch_max_alarm: NonNegative = 1.0
     """Warn if the largest |log pi_train - log pi_rollout| of a step is above this."""
 
+    max_idle_steps: Natural = 10
+    """Stop the stage after this many steps in a row without a verdict, or without a group whose
+    rewards differ: nothing is learnt from them. 0 = never. Distillation uses no rewards and does
+    not stop."""
+
     samples: Natural = 4
-    """Groups per step whose best and worst rollout are written as readable text to
-    RUN/rollouts."""
+    """Groups per step whose best and worst rollout, and first without a verdict, are written as
+    readable text to RUN/rollouts. One of them is a group that did not train, if there is one."""
 
     def problems(self) -> list[str]:
         """Every rule that these settings break."""

@@ -192,7 +192,9 @@ def gather(collector: Collector, stream: TaskStream, settings: RolloutConfig) ->
             return Gathered(trained, len(tried), tuple(tried), len(kept) - len(trained))
         groups = collector.roll_out(stream.take(count), settings.rollouts_per_prompt)
         tried += groups
-        kept += [g for g in groups if not settings.dynamic_filtering or _teaches(g, settings)]
+        kept += [
+            g for g in groups if not settings.dynamic_filtering or is_informative_group(g, settings)
+        ]
 
 
 def advantages_of(groups: Sequence[Group], rollout: RolloutConfig, grpo: GrpoConfig) -> list[Group]:
@@ -213,6 +215,7 @@ def _masked(group: Group, settings: RolloutConfig) -> bool:
     return not any(reward > settings.min_best_reward for reward in rewards)
 
 
-def _teaches(group: Group, settings: RolloutConfig) -> bool:
+def is_informative_group(group: Group, settings: RolloutConfig) -> bool:
+    """True if the group's rewards differ."""
     rewards, valid = group.rewards(settings)
     return bool(is_informative(rewards[None], valid[None])[0])

@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 from nemocascade.data.chat_template import Conversation, encode, render_prompt
-from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.rl import DomainConfig, RolloutConfig
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.row_errors import BadRows, DataError
 from nemocascade.types import Environment, Prompt
 
 
@@ -26,14 +26,24 @@ class Task:
 
 
 def read_tasks(
-    domain: DomainConfig, environment: Environment, *, seed: int, heldout: bool, count: int
+    domain: DomainConfig,
+    environments: Mapping[str, Environment],
+    *,
+    seed: int,
+    heldout: bool,
+    count: int,
+    domains: Sequence[DomainConfig] = (),
 ) -> list[Prompt]:
     """The prompts of one domain: read from its files, or made from the seed if it has none.
 
-    count: number of tasks to make, or the most to read; 0 reads all rows. Raises DataError if
-    there is no task.
+    count: number of tasks to make, or the most to read; 0 reads all rows. domains: all domains of
+    the stage, which may read the same files.
+
+    Raises DataError if there is no task, for a file that cannot be read, and for more bad rows
+    than `domain.max_bad_rows`.
     """
-    paths = domain.heldout_path if heldout else domain.path
+    environment = environments[domain.domain]
+    paths = _paths(domain, heldout)
     if not paths:
         if domain.path and heldout:
             # Task files have no held-out split.
@@ -42,13 +52,32 @@ def read_tasks(
             seed=seed, count=count, difficulty=domain.difficulty, heldout=heldout
         )
         return list(made)
-    rows: Iterator[Prompt] = (prompt for path in paths for prompt in environment.read(path))
+    bad = BadRows(domain.max_bad_rows, setting=f"max_bad_rows of domain {domain.domain}")
+    rows: Iterator[Prompt] = (
+        prompt
+        for path in paths
+        for prompt in environment.read(
+            path,
+            bad.skip,
+            [
+                environments[d.domain]
+                for d in domains
+                if d.domain != domain.domain and path in _paths(d, heldout)
+            ],
+        )
+    )
     if not heldout and (domain.drop_solved or domain.drop_unsolved):
         rows = _filtered(rows, domain)
     found = list(islice(rows, count or None))
     if not found:
         raise DataError(f"{domain.domain}: {', '.join(paths)} holds no task: name other files")
+    if bad.count:
+        LOGGER.warning("%s: %s", domain.domain, bad.summary())
     return found
+
+
+def _paths(domain: DomainConfig, heldout: bool) -> tuple[str, ...]:
+    return domain.heldout_path if heldout else domain.path
 
 
 def _filtered(prompts: Iterable[Prompt], domain: DomainConfig) -> Iterator[Prompt]:
@@ -120,7 +149,12 @@ class TaskStream:
         self.prompts = {}
         for domain in domains:
             found = read_tasks(
-                domain, environments[domain.domain], seed=seed, heldout=False, count=domain.tasks
+                domain,
+                environments,
+                seed=seed,
+                heldout=False,
+                count=domain.tasks,
+                domains=domains,
             )
             self.prompts[domain.domain] = encode_prompts(found, tokenizer, rollout)
             if not self.prompts[domain.domain]:

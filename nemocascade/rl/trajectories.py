@@ -8,23 +8,37 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from nemocascade.data.errors import DataError
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.recipe import EnvConfig
 from nemocascade.recipe.judge import JudgeConfig
-from nemocascade.rl.collector import Group
+from nemocascade.rl.collector import Gathered, Group
 from nemocascade.runtime.jsonl import read_objects
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Prompt, ToolCall, Verdict
 
 
 def extremes(group: Group) -> list[int]:
-    """Numbers of a group's best and worst rollout; only the first if all rewards are equal."""
+    """Numbers of a group's best and worst rollout, and of the first one without a verdict.
+
+    Only the first of equal ones.
+    """
     rewards = {i: r.verdict.reward for i, r in enumerate(group.rollouts)}
     scored = {i: reward for i, reward in rewards.items() if reward is not None}
-    if not scored:
-        return [0]
-    best, worst = (choose(scored, key=lambda i: scored[i]) for choose in (max, min))
-    return list(dict.fromkeys((best, worst)))
+    failed = [i for i in rewards if i not in scored][:1]
+    found = [choose(scored, key=lambda i: scored[i]) for choose in (max, min) if scored]
+    return list(dict.fromkeys((*found, *failed)))
+
+
+def sampled(gathered: Gathered, count: int) -> list[Group]:
+    """Up to `count` groups of a step to log.
+
+    Those that train come first, but one place is kept for another, one with errors if there is one.
+    """
+    training = {group.task.number for group in gathered.groups}
+    trained = [group for group in gathered.tried if group.task.number in training]
+    others = [group for group in gathered.tried if group.task.number not in training]
+    others.sort(key=lambda g: all(r.verdict.error is None for r in g.rollouts))
+    return [*trained[: max(1, count - bool(others))], *others][:count]
 
 
 def logged(step: int, group: Group, number: int = 0) -> dict[str, Any]:

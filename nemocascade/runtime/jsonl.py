@@ -1,20 +1,17 @@
-"""The common reader of JSONL files, plain or gzipped, and the writer of their lines.
+"""Readers of the JSON Lines files that a run writes, and the writer of their lines; data files have
+`row_files`.
 
-Strict readers raise at the first damaged line. `read_undamaged` skips damaged lines and reports
+`read_objects` raises at the first damaged line. `read_undamaged` skips damaged lines and reports
 them. It is for files that a run appends to, whose last line a crash may have truncated.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-SUFFIXES = (".jsonl", ".jsonl.gz")
-
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -28,7 +25,7 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, raw line with its end) for every non-blank line."""
-    with gzip.open(path) if str(path).endswith(".gz") else Path(path).open("rb") as stream:
+    with Path(path).open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 yield number, line

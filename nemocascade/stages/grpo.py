@@ -61,5 +61,5 @@ def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> 
                 gathered.drawn,
                 values["verifier_errors"],
             )
-        books.after_step(step, values, groups)
+        books.after_step(step, values, gathered)
     return books.close()

@@ -75,7 +75,8 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
             )
         )
         rolled_out = time.perf_counter()
-        values = run.rollout_values(Gathered(groups, len(groups), groups), rolled_out - started)
+        gathered = Gathered(groups, len(groups), groups)
+        values = run.rollout_values(gathered, rolled_out - started)
         sequences = teachers.in_turn(student_sequences(groups, recipe))
         if sequences:
             batches = teachers.batches(sequences)
@@ -97,7 +98,7 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
         else:
             trainer.skip_step()
             LOGGER.warning("step %d: all %d groups were filtered", step + 1, len(groups))
-        books.after_step(step, values, groups)
+        books.after_step(step, values, gathered)
     return books.close()
 
 

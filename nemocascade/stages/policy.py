@@ -11,14 +11,15 @@ from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokeniz
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.megatron.artifact import artifact_model, read_artifact
 from nemocascade.megatron.config import Accelerators
-from nemocascade.recipe import ModelConfig, PolicyRecipe, RecipeError
+from nemocascade.recipe import ModelConfig, MopdRecipe, PolicyRecipe, RecipeError
 from nemocascade.rl.collector import Collector
 from nemocascade.rl.policy import PolicyRun, greedy_sampling
 from nemocascade.rl.tasks import Task, TaskStream, encode_prompts, read_tasks
+from nemocascade.rl.trial import try_verifiers
 from nemocascade.rl.verification import verifier_threads
 from nemocascade.rl.win_rate import start_answers
 from nemocascade.rollout.live import LiveEngine
-from nemocascade.runtime.world import World, world_size_of_environment
+from nemocascade.runtime.world import World, main_first, world_size_of_environment
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import stage_world, write_recipe
 from nemocascade.train.checkpointing import Checkpoints
@@ -151,6 +152,11 @@ def _assemble(
         threads=verifier_threads(recipe.envs.judge),
     )
     heldout = _heldout_tasks(recipe, environments, tokenizer)
+    if not isinstance(recipe, MopdRecipe) or recipe.mopd.score_rollouts:
+        world.watch.enter("trial of the verifiers")
+        prompts = [prompt for found in stream.prompts.values() for prompt, _ in found]
+        prompts += [task.prompt for task in heldout]
+        main_first(world, lambda: try_verifiers(prompts, environments), lambda: None)
     checkpoints = Checkpoints(Path(recipe.run_dir), recipe.checkpoint, world, recipe)
     checkpoints.start(policy.trainer, stream, resume=recipe.resume, init_from=recipe.init_from)
     return PolicyRun(
@@ -180,10 +186,11 @@ def _heldout_tasks(
     for domain in recipe.domains:
         prompts = read_tasks(
             domain,
-            environments[domain.domain],
+            environments,
             seed=recipe.seed,
             heldout=True,
             count=recipe.eval.prompts,
+            domains=recipe.domains,
         )
         for prompt, ids in encode_prompts(prompts, tokenizer, recipe.rollout):
             tasks.append(Task(prompt, ids, len(tasks)))

@@ -10,7 +10,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from nemocascade.data.errors import DataError
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.megatron.artifact import artifact_model, load_artifact_weights, read_artifact
@@ -32,6 +31,7 @@ from nemocascade.rl.tasks import Task, encode_prompts, read_tasks
 from nemocascade.rl.verification import verifier_threads
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.world import World, world_size_of_environment
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import watched_world
@@ -230,13 +230,12 @@ def _answer(
         tasks: list[Task] = []
         for domain in domains:
             prompts = read_tasks(
-                DomainConfig(
-                    domain.domain, difficulty=domain.difficulty, heldout_path=domain.heldout_path
-                ),
-                environments[domain.domain],
+                _as_domain(domain),
+                environments,
                 seed=config.seed,
                 heldout=True,
                 count=domain.tasks or config.tasks,
+                domains=tuple(map(_as_domain, config.domains)),
             )
             encoded = encode_prompts(prompts, tokenizer, rollout)
             if not encoded:
@@ -250,6 +249,12 @@ def _answer(
         for group in collector.roll_out(tasks, 1, greedy):
             found[group.task.prompt.domain].append(group)
     return found
+
+
+def _as_domain(domain: ScoredDomain) -> DomainConfig:
+    return DomainConfig(
+        domain.domain, difficulty=domain.difficulty, heldout_path=domain.heldout_path
+    )
 
 
 def _score_of(groups: Sequence[Group]) -> DomainScore:

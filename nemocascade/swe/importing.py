@@ -17,7 +17,8 @@ from pathlib import Path
 
 import tyro
 
-from nemocascade.runtime.jsonl import read_objects
+from nemocascade.runtime.row_errors import RowError
+from nemocascade.runtime.row_files import find_files, read_rows, report_skipped
 from nemocascade.swe.clones import find_clone, write_snapshot
 from nemocascade.swe.patches import apply_patch, parse_patch
 from nemocascade.swe.protected import check_tests
@@ -36,7 +37,7 @@ class ImportSettings:
     patch, test_patch, FAIL_TO_PASS, PASS_TO_PASS. Nothing is downloaded."""
 
     rows: tyro.conf.Positional[str]
-    """File of rows: .jsonl, .jsonl.gz or .parquet."""
+    """File or folder of rows: JSON Lines, a JSON array or Parquet."""
 
     target: tyro.conf.Positional[str]
     """Folder to write. Tasks that it already has are not changed."""
@@ -66,13 +67,17 @@ class Imported:
 
 
 def import_rows(settings: ImportSettings) -> Imported:
-    """Make a task of every row. Raises ValueError if the file of rows cannot be read."""
-    rows = read_rows(Path(settings.rows))
+    """Make a task of every row. Raises DataError if the file of rows cannot be read."""
+    report_skipped(settings.rows)
+    rows = [found for file in find_files(settings.rows) for found in read_rows(file)]
     target, clones = Path(settings.target), Path(settings.repositories)
     (target / SNAPSHOTS).mkdir(parents=True, exist_ok=True)
     found = Imported()
     names: set[str] = set()
     for where, row in rows:
+        if not isinstance(row, dict):
+            found.failed[where] = str(row) if isinstance(row, RowError) else "not an object"
+            continue
         name = str(row.get("instance_id") or where)
         try:
             _check(row, names)
@@ -85,32 +90,6 @@ def import_rows(settings: ImportSettings) -> Imported:
         except (ValueError, OSError) as error:
             found.failed[f"{where} {name}" if name != where else where] = str(error)
     return found
-
-
-def read_rows(path: Path) -> list[tuple[str, Row]]:
-    """Return the rows of a file, each with `file:number`. Raises ValueError for a broken row."""
-    if not path.is_file():
-        raise ValueError(f"{path} is no file: name one with rows")
-    found: list[tuple[str, Row]]
-    if path.suffix == ".parquet":
-        found = [(f"{path.name}:{n}", row) for n, row in enumerate(_parquet(path), start=1)]
-    else:
-        found = list(read_objects(path))
-    if not found:
-        raise ValueError(f"{path} holds no row")
-    return found
-
-
-def _parquet(path: Path) -> list[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError(f"{path}: pyarrow is missing, install it or give JSONL") from error
-    try:
-        return list(parquet.read_table(path).to_pylist())
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not Parquet ({error})") from error
 
 
 def _check(row: Row, names: set[str]) -> None:

@@ -17,12 +17,14 @@ file is not among those runs as it is in the snapshot.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from nemocascade.runtime.row_errors import DataError, RowError
+from nemocascade.runtime.row_files import is_data_file
+from nemocascade.runtime.strict_json import parse_field, parse_json
 from nemocascade.swe.protected import check_tests
 from nemocascade.swe.repository import HiddenTests
 from nemocascade.swe.snapshots import Files, check_path, read_snapshot, snapshot_paths
@@ -32,22 +34,53 @@ ROW, SNAPSHOT, TESTS = "row.json", "repository", "tests"
 """Content of each task's folder in a folder of tasks."""
 
 
-def folder_rows(folder: Path) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a folder of task folders with their names. Raises ValueError for none."""
+def folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (path below the folder, row) of a folder of task folders.
+
+    An unreadable row is a RowError. Raises DataError for none.
+    """
     found = sorted(folder.glob(f"*/{ROW}"))
     if not found:
-        raise ValueError(
+        raise DataError(
             f"{folder} holds no */{ROW}: a task is a folder with {ROW}, {SNAPSHOT}/ and {TESTS}/"
         )
     for path in found:
         try:
-            row = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from error
+            row = parse_json(path.read_bytes())
+        except (RowError, OSError) as error:
+            yield str(path.relative_to(folder)), RowError(str(error))
+            continue
+        if not isinstance(row, dict):
+            yield str(path.relative_to(folder)), row
+            continue
         base: dict[str, Any] = {"repository": f"{path.parent.name}/{SNAPSHOT}"}
         if (path.parent / TESTS).is_dir():
             base["tests"] = {"files": f"{path.parent.name}/{TESTS}"}
         yield str(path.relative_to(folder)), {**base, **row}
+
+
+def is_task_folder(folder: Path) -> bool:
+    """Return True if a folder has task folders in it, or no data file."""
+    files = (file for file in folder.rglob("*") if file.name != ROW)
+    return any(folder.glob(f"*/{ROW}")) or not any(map(is_data_file, files))
+
+
+def inner_folder(folder: Path, name: str, field: str) -> Path:
+    """Return the folder that a row names. Raises ValueError if it is missing or outside `folder`.
+
+    Links are followed first: rows come from downloads, and what they name may enter a prompt.
+    """
+    outer = folder.resolve()
+    try:
+        root = (outer / name).resolve()
+        there = root.is_dir()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{field!r}: {name[:80]!r} is no path ({error})") from error
+    if not root.is_relative_to(outer) or root == outer:
+        raise ValueError(f"{field!r}: {name[:80]!r} is not inside of {outer}, the rows' own folder")
+    if not there:
+        raise ValueError(f"{field!r}: there is no folder {root}")
+    return root
 
 
 def issue_of(row: Row) -> str:
@@ -67,9 +100,7 @@ def answer_of(row: Row, folder: Path) -> dict[str, Any]:
     where = row.get("repository")
     if not isinstance(where, str) or not where:
         raise ValueError("'repository' must name the folder with the snapshot")
-    root = (folder / where).resolve()
-    if not root.is_dir():
-        raise ValueError(f"'repository': there is no folder {root}")
+    root = inner_folder(folder, where, "repository")
     tests = row.get("tests") or {}
     answer = {
         "repository": str(root),
@@ -138,12 +169,7 @@ def _names(row: Row, tests: Row, key: str) -> list[str]:
     places = ((tests, key), (tests, key.lower()), (row, key), (row, key.lower()))
     found: Any = next((v for where, name in places if (v := where.get(name)) is not None), [])
     if isinstance(found, str):
-        try:
-            found = json.loads(found)
-        except ValueError as error:
-            raise ValueError(
-                f"{key}({found[:80]!r}) is no JSON ({error}): give a list of test ids"
-            ) from error
+        found = parse_field(found, f"{key}({found[:80]!r}), a list of test ids")
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{key}({str(found)[:80]}) must be a list of test ids, or its JSON text")
     return found
@@ -156,9 +182,7 @@ def _is_of_pytest(name: str) -> bool:
 def _test_files(files: Any, folder: Path) -> dict[str, Any]:
     """Return file contents as JSON values, by path."""
     if isinstance(files, str):
-        root = (folder / files).resolve()
-        if not root.is_dir():
-            raise ValueError(f"'tests.files': there is no folder {root}")
+        root = inner_folder(folder, files, "tests.files")
         return {path: _content(data) for path, data in read_snapshot(root).items()}
     if not isinstance(files, Mapping) or not files:
         raise ValueError("'tests.files' must be a folder, or an object of paths and texts")

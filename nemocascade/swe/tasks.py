@@ -12,7 +12,7 @@ from nemocascade.swe.edits import checked_path
 from nemocascade.swe.patches import parse_patch
 from nemocascade.swe.protected import check_tests
 from nemocascade.swe.repository import HiddenTests
-from nemocascade.swe.rows import answer_of, hidden_of, snapshot_of, test_settings_of
+from nemocascade.swe.rows import answer_of, hidden_of, inner_folder, snapshot_of, test_settings_of
 from nemocascade.swe.snapshots import Files
 from nemocascade.types import Row
 
@@ -57,7 +57,7 @@ def task_of(row: Row, folder: Path) -> RepairTask:
     named = row.get("repository", row.get("files"))
     where: dict[str, Any]
     if isinstance(named, str):
-        where = {"repository": str((folder / named).resolve())}
+        where = {"repository": str(inner_folder(folder, named, "repository"))}
     else:
         where = {"files": row_files(named or {})}
     if not texts_at(where):

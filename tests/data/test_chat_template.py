@@ -8,9 +8,9 @@ import pytest
 from helpers.data import huggingface_tokenizer, sentencepiece_tokenizer, text_of
 
 from nemocascade.data.chat_template import Conversation, Segment, encode, render, render_prompt
-from nemocascade.data.errors import DataError
 from nemocascade.data.jinja_template import CHAT_TEMPLATE, JinjaTemplate, openai_form
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Tool, ToolCall
 
 TOKENIZERS = pytest.mark.parametrize(

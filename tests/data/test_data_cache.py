@@ -33,11 +33,11 @@ from nemocascade.data.cache import TokenCache, build_cache, open_cache
 from nemocascade.data.cache_files import CacheDamagedError
 from nemocascade.data.chat_template import encode, render
 from nemocascade.data.documents import build_data, open_data, split_heldout
-from nemocascade.data.errors import BadRows, DataError
 from nemocascade.data.formats import parse_row
 from nemocascade.data.tokenization import read_conversations
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.recipe.data import DataConfig
+from nemocascade.runtime.row_errors import BadRows, DataError
 
 CONFIG = DataConfig()
 
@@ -292,9 +292,9 @@ def test_bad_rows_are_named_and_refused_even_from_a_cache(
     ("rows", "fmt", "complaint"),
     [
         ([], "auto", r"no row can be read \(the file is empty\)"),
-        (["{"], "auto", r"no row can be read \(not JSON"),
-        ([[1]], "auto", r"no row can be read \(rows must be objects\)"),
-        ([], "qa", "no documents in"),
+        (["{"], "auto", r"no row can be read \(row 1: not JSON"),
+        (["", [1]], "auto", r"no row can be read \(row 2: rows must be objects\)"),
+        ([], "qa", r"rows\.jsonl: no row can be read \(the file is empty\)"),
         ([{"prompt": "a"}], "auto", r"rows.jsonl:1: no known format"),
     ],
 )

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from nemocascade.data.chat_template import Conversation
-from nemocascade.data.errors import RowError
 from nemocascade.data.formats import Format, detect_format, parse_row
 from nemocascade.recipe.data import DataConfig
+from nemocascade.runtime.row_errors import RowError
 from nemocascade.types import Message, Tool, ToolCall
 
 CONFIG = DataConfig()
 USER = {"role": "user", "content": "Hi"}
-REPLY = {"role": "assistant", "content": "Hello"}
+HUMAN = {"from": "human", "value": "Hi"}
+REPLY: dict[str, Any] = {"role": "assistant", "content": "Hello"}
 
 
 def _parse(row: Any, fmt: Format = "messages", config: DataConfig = CONFIG) -> Conversation:
@@ -89,6 +90,74 @@ def test_tools_in_their_forms() -> None:
     assert _parse({"messages": [USER, REPLY], "tools": None}).tools == ()
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"a": "\\ud83d"}', "half a surrogate pair"),
+        ('{"\\ud83d": 1}', "half a surrogate pair"),
+        ('{"a": ' + "[" * 200 + "]" * 200 + "}", "nested deeper than 128"),
+        ('{"a": ' + "[" * 100_000, "nested deeper than 128"),
+        ('{"a": NaN}', "the value NaN is no JSON"),
+        ('{"a": -Infinity}', "the value -Infinity is no JSON"),
+        ('{"a": 1e999}', "beyond float64"),
+        ('{"a": ' + "9" * 100_000 + "}", "not JSON .Exceeds the limit"),
+        ('{"a": 1, "a": 2}', "the key 'a' stands twice"),
+    ],
+)
+def test_json_in_texts_is_as_strict_as_rows(text: str, reason: str) -> None:
+    """In arguments, calls, tools and schemas, whose values are rendered into the document."""
+    calls = [{"name": "f", "arguments": text}]
+    function = [{"name": "f", "parameters": text}]
+    nested = f'[{{"name": "f", "arguments": {text}}}]'
+    for row in (
+        {"messages": [USER, {**REPLY, "tool_calls": calls}]},
+        {"messages": [USER, {**REPLY, "tool_calls": nested}]},
+        {"messages": [USER, REPLY], "tools": function},
+        {"messages": [USER, REPLY], "tools": nested.replace("arguments", "parameters")},
+        {"conversations": [HUMAN, {"from": "function_call", "value": nested}]},
+    ):
+        with pytest.raises(RowError, match=reason):
+            _parse(row, "sharegpt" if "conversations" in row else "messages")
+
+
+def test_sharegpt_turns() -> None:
+    call = {"name": "f", "arguments": {"x": 1}}
+    row = {
+        "system": "Be brief.",
+        "conversations": [
+            HUMAN,
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "<think>so</think>Two.", "weight": 1},
+        ],
+        "tools": json.dumps([{"name": "f", "parameters": {}}]),
+    }
+    wanted = (
+        Message("system", "Be brief."),
+        Message("user", "Hi"),
+        Message("assistant", "", tool_calls=(ToolCall("f", {"x": 1}),)),
+        Message("tool", "2"),
+        Message("assistant", "Two.", "so"),
+    )
+    assert detect_format(row, CONFIG) == "sharegpt"
+    assert _parse(row, "sharegpt") == Conversation(wanted, (Tool("f", "", {}),))
+    text = {**row, "conversations": json.dumps(row["conversations"])}
+    assert _parse(text, "sharegpt").messages == wanted
+    named = {"conversations": [USER, {"from": "gpt", "value": "Hello"}]}
+    assert _parse(named, "sharegpt").messages == (Message("user", "Hi"), Message(**REPLY))
+    for said, reason in (("bot", "unknown role 'bot'"), ([], "unknown role"), (None, "role None")):
+        with pytest.raises(RowError, match=rf"message 0: .*{reason}"):
+            _parse({"conversations": [{"from": said, "value": "x"}]}, "sharegpt")
+
+
+def test_messages_may_be_text_and_a_developer_is_the_system() -> None:
+    turns = [{"role": "developer", "content": "Be brief."}, USER, REPLY]
+    wanted = (Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello"))
+    for form in (turns, json.dumps(turns)):
+        assert detect_format({"messages": form}, CONFIG) == "messages"
+        assert _parse({"messages": form}).messages == wanted
+
+
 def test_weight_zero_keeps_a_turn_out_of_the_loss() -> None:
     assert _assistant({"content": "a", "weight": 1}).trained
     row = {"messages": [USER, {**REPLY, "weight": 0}, USER, REPLY]}
@@ -99,7 +168,8 @@ def test_weight_zero_keeps_a_turn_out_of_the_loss() -> None:
     ("messages", "reason"),
     [
         ([], "no messages"),
-        ("Hi", "'messages' must be a list, it is str"),
+        ("Hi", "'messages': not JSON"),
+        ('{"role": "user"}', "'messages' must be a list, it is dict"),
         ([USER], "no assistant turn"),
         ([USER, {**REPLY, "weight": 0}], "no assistant turn to train on"),
         ([USER, {"role": "bot", "content": "x"}], "message 1: unknown role 'bot'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,12 @@ from helpers.data import (
 
 from nemocascade.data import loader as loader_module
 from nemocascade.data.cache import build_cache
-from nemocascade.data.documents import DocumentSet
-from nemocascade.data.epoch import pack_sequence
-from nemocascade.data.errors import DataError
+from nemocascade.data.documents import DocumentSet, build_data
+from nemocascade.data.epoch import pack_sequence, plan_epoch
 from nemocascade.data.loader import HeldoutLoader, PackedLoader
 from nemocascade.data.packing import WorkModel
 from nemocascade.recipe.data import DataConfig
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import PackedBatch
 
 CONFIG = DataConfig(capacity=512, sequences_per_step=8, balance_group=4)
@@ -288,6 +289,43 @@ def test_the_heldout_pass_sees_every_document_once(
     again = [b.document_ids for batches in ranks[0] for b in batches]
     assert again == [b.document_ids for step in steps for b in step[0]]
     assert padding < size * multiple * len(steps)
+
+
+def test_documents_that_truncation_leaves_untrained_are_dropped_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = {"question": "word " * 300, "answer": "no"}
+    cut = {"question": "Hi?", "answer": "yes " * 300}
+    path = write_jsonl(tmp_path / "rows.jsonl", [cut, long, *qa_rows(1) * 4, long, cut])
+    config = replace(CONFIG, capacity=128, path=(str(path),), heldout_rows=0)
+    found = build_data(config, sentencepiece_tokenizer(), tmp_path).train
+    with caplog.at_level(logging.INFO, logger="nemocascade"):
+        plan = plan_epoch(found, config, WorkModel(), seed=1, epoch=0)
+    said = "2 documents have no trained token among their first 128 and are dropped, first: "
+    assert f"{said}{path}:2" in caplog.text
+    assert plan.dropped.tolist() == [1, 6]
+    assert {0, 7} <= set(plan.truncated)
+    assert sorted(plan.documents.tolist()) == [n for n in range(8) if n not in (1, 6)]
+    for index in range(len(plan)):
+        packed = pack_sequence(found, plan, index, pad_id=PAD)
+        for number in packed.document_ids:
+            assert found.trained_tokens(np.array([number]), 128) > 0
+    dropping = replace(config, over_long="drop")
+    assert {1, 6} <= set(plan_epoch(found, dropping, WorkModel(), seed=1, epoch=0).dropped)
+
+
+@pytest.mark.parametrize("field", ["path", "heldout_path"])
+def test_data_that_is_all_untrained_is_refused_when_it_is_built(tmp_path: Path, field: str) -> None:
+    long = write_jsonl(tmp_path / "long.jsonl", [{"question": "word " * 300, "answer": "no"}] * 3)
+    short = write_jsonl(tmp_path / "short.jsonl", qa_rows(8))
+    heldout = (str(long),) if field == "heldout_path" else ()
+    train = long if field == "path" else short
+    config = replace(CONFIG, capacity=64, path=(str(train),), heldout_path=heldout, heldout_rows=0)
+    name = "training" if field == "path" else "held-out"
+    with pytest.raises(DataError, match=rf"nothing to train: all 3 {name} documents .*\(64\)"):
+        build_data(config, sentencepiece_tokenizer(), tmp_path)
+    if field == "heldout_path":
+        build_data(replace(config, over_long="drop"), sentencepiece_tokenizer(), tmp_path)
 
 
 @needs_gsm8k

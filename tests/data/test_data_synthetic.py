@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from nemocascade.data.errors import DataError
 from nemocascade.data.formats import parse_row
 from nemocascade.data.synthetic import synthetic_rows
 from nemocascade.recipe.data import DataConfig
+from nemocascade.runtime.row_errors import DataError
 
 NAME = "synthetic:arithmetic"
 SIGNS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}

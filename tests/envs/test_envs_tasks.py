@@ -5,27 +5,35 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.data import text_of
+from helpers.graded import WrittenJudge
 
 from nemocascade.data.chat_template import render
 from nemocascade.data.formats import parse_row
 from nemocascade.envs.base import Domain, demonstration, final_text, is_heldout, last_boxed
+from nemocascade.envs.preference import Preference
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.recipe import DemonstrationConfig, DomainConfig, SftRecipe
 from nemocascade.recipe.data import DataConfig
 from nemocascade.recipe.envs import EnvConfig, SandboxConfig
 from nemocascade.rl.demonstrations import demonstration_rows, sft_row
-from nemocascade.types import Message, Prompt, SandboxUnavailable, Verdict
+from nemocascade.rl.trial import try_verifiers
+from nemocascade.runtime.row_errors import BadRows, DataError
+from nemocascade.sandbox.child import ChildPool
+from nemocascade.sandbox.pool import SandboxPool
+from nemocascade.types import Message, Prompt, SandboxUnavailable, ToolCall, Verdict
 
 LEVELS = range(5)
 PROGRAMS = ("code", "swe_agentless", "swe_agentic")
 # Demonstrations of preference are of mixed quality on purpose; test_preference.py looks at them.
+# Domains whose verdicts come from a child process or the sandbox.
+CHILDREN = ("structured_output", "math", *PROGRAMS)
 VERIFIED = tuple(name for name in DOMAINS if name != "preference")
 
 
@@ -256,16 +264,18 @@ def row_of(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", DOMAINS)
 def test_released_rows(environments: dict[str, Domain], tmp_path: Path, name: str) -> None:
-    """A file may mix domains: each reads its own rows and no other claims them."""
+    """A file may mix domains that all read it: no row has two, and none is left over."""
     path = tmp_path / "rows.jsonl.gz"
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "f.py").write_text("def f(x):\n    return x + 2\n")
     with gzip.open(path, "wt") as file:
         for other in DOMAINS:
             file.write(json.dumps(row_of(other)) + "\n\n")
-    (prompt,) = environments[name].read(path)
+    others = [environment for other, environment in environments.items() if other != name]
+    domain = Preference(WrittenJudge()) if name == "preference" else environments[name]
+    (prompt,) = domain.read(path, others=others)
     assert prompt.messages == (Message("system", "Be brief."), Message("user", "Do it."))
-    assert prompt.source == f"rows.jsonl.gz:{2 * DOMAINS.index(name) + 1}"
+    assert prompt.source == f"{path}:{2 * DOMAINS.index(name) + 1}"
     assert len(prompt.id) == 32
     with pytest.raises(ValueError, match="no demonstration"):
         demonstration(prompt, thinking=False)
@@ -279,8 +289,30 @@ def test_released_rows(environments: dict[str, Domain], tmp_path: Path, name: st
         ("multiple_choice", {"expected_answer": "C"}, r"'C' is none of the options \['A', 'B'\]"),
         ("multiple_choice", {"responses_create_params": {"input": []}}, "both empty"),
         ("instruction_following", {"kwargs": [{}]}, "2 instructions have 1 sets"),
-        ("structured_output", {"schema_str": "{"}, "JSONDecodeError"),
+        ("structured_output", {"schema_str": "{"}, "schema_str: not JSON"),
+        ("structured_output", {"schema_str": '{"a": 1, "a": 2}'}, "the key 'a' stands twice"),
         ("structured_output", {"schema_type": "xml"}, "only json"),
+        ("structured_output", {"schema_str": '{"type": "obj"}'}, "no validator accepts .*'obj'"),
+        ("structured_output", {"schema_str": '{"$ref": "#/$defs/a"}'}, "'#/.defs/a' leads nowhere"),
+        ("structured_output", {"schema_str": '{"$ref": "http://x/y"}'}, "'http://x/y' leads nowh"),
+        ("instruction_following", {"instruction_id_list": ["a:b", "c:d"]}, "instruction 'a:b'"),
+        ("instruction_following", {"kwargs": [{"num_words": 3}, {}]}, "num_words"),
+        ("multiple_choice", {"answer_regex": "("}, "missing \\)"),
+        ("math", {"expected_answer": None}, "expected_answer must be .*, it is missing or null"),
+        ("math", {"expected_answer": " "}, "expected_answer is empty"),
+        ("math", {"options": [{"A": "4"}]}, r"it is no row of math: fields \['agent_ref'"),
+        ("math", {"responses_create_params": {}, "prompt": [{"content": "x"}]}, "role None"),
+        ("math", {"responses_create_params": {"input": [{"role": "user"}]}}, "turn 0 .* is empty"),
+        ("math", {"responses_create_params": {"input": {"role": "user"}}}, "turns, it is dict"),
+        ("math", {"responses_create_params": {"input": [3]}}, "turn 0 .* must be an object"),
+        ("math", {"responses_create_params": 3}, "AttributeError"),
+        ("code", {"verifier_metadata": 3}, "TypeError"),
+        ("code", {"verifier_metadata": {"unit_tests": '{"inputs": [NaN]}'}}, "the value NaN"),
+        (
+            "code",
+            {"verifier_metadata": {"unit_tests": {"inputs": [1], "outputs": ["1"]}}},
+            "inputs and outputs are texts; one is int",
+        ),
         (
             "tool_calling",
             {"ground_truth": [{"name": "crm_add", "arguments": "{}"}]},
@@ -299,8 +331,11 @@ def test_a_broken_row_is_named(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(row_of(name))}\n{json.dumps({**row_of(name), **change})}\n")
-    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{reason}"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:2: .*{reason}"):
         list(environments[name].read(path))
+    bad = BadRows(1)
+    assert len(list(environments[name].read(path, bad.skip))) == 1
+    assert bad.count == 1
 
 
 def test_a_file_without_a_row_of_the_domain(
@@ -308,7 +343,9 @@ def test_a_file_without_a_row_of_the_domain(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row_of("math")))
-    with pytest.raises(ValueError, match="none of its 1 rows is of code"):
+    with pytest.raises(DataError, match="none of its 1 rows is of code"):
+        list(environments["code"].read(path, others=[environments["math"]]))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: it is no row of code: fields \["):
         list(environments["code"].read(path))
     path.write_text("{")
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: not JSON"):
@@ -342,6 +379,81 @@ def test_sft_rows_mix_domains_and_hold_out(environments: dict[str, Domain]) -> N
         for p in environments["math"].prompts(seed=7, count=256, heldout=True)
     }
     assert not heldout & {row["messages"][0]["content"] for row in rows}
+
+
+def test_a_verifier_that_fails_is_found_by_a_dummy_answer(
+    environments: dict[str, Domain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each form of tasks: code that is called, and code that reads its input."""
+    prompts = [
+        prompt
+        for name, domain in environments.items()
+        for level in (0, 3)
+        for prompt in domain.prompts(seed=1, count=12, difficulty=level)
+    ]
+    try_verifiers(prompts, environments)
+    seen: list[str] = []
+
+    def fail(prompt: Prompt, response: Sequence[Message]) -> Verdict:
+        seen.append(prompt.answer["function"])
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(environments["code"], "check", fail)
+    with pytest.raises(DataError, match=r"code \(code:1:1\): ZeroDivisionError: a fault"):
+        try_verifiers(prompts, environments)
+    assert [bool(name) for name in seen] == [True, False]
+
+
+def test_a_dummy_answer_runs_the_verifier_in_full(
+    environments: dict[str, Domain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs run, and checks in children are made; a judge is not asked."""
+    prompts = {n: next(iter(d.prompts(seed=1, count=1))) for n, d in environments.items()}
+    try_verifiers(prompts.values(), environments)
+
+    def fail(*_: object) -> None:
+        raise OSError("no process")
+
+    monkeypatch.setattr(SandboxPool, "run", fail)
+    monkeypatch.setattr(ChildPool, "call", fail)
+    for name, prompt in prompts.items():
+        if name not in CHILDREN:
+            try_verifiers([prompt], environments)
+            continue
+        with pytest.raises(DataError, match=f"{name} .*no process"):
+            try_verifiers([prompt], environments)
+
+
+def test_rows_of_unusual_forms_are_tried(environments: dict[str, Domain]) -> None:
+    pattern: dict[str, Any] = {"letter": "A", "options": {"A": "x"}, "pattern": r"(\w)"}
+    boxed = {**pattern, "pattern": None}
+    prompts = [Prompt(str(i), "multiple_choice", (), a) for i, a in enumerate((pattern, boxed))]
+    assert [list(environments["multiple_choice"].forms(p)) for p in prompts] == [
+        ["pattern"],
+        ["box"],
+    ]
+
+
+def test_earlier_calls_of_a_prompt_are_kept(
+    environments: dict[str, Domain], tmp_path: Path
+) -> None:
+    call = {"function": {"name": "f", "arguments": '{"x": 1}'}}
+    turns = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Do it."}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+    ]
+    rows = [{"prompt": turns, "expected_answer": "4"}, {"prompt": turns, "expected_answer": 4}]
+    rows[1] = json.loads(json.dumps(rows[1]).replace("1}", "3}"))
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    first, second = environments["math"].read(path)
+    assert first.messages == (
+        Message("user", "Do it."),
+        Message("assistant", "", tool_calls=(ToolCall("f", {"x": 1}),)),
+        Message("tool", "2"),
+    )
+    assert first.id != second.id
 
 
 def test_settings_out_of_range() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.graded import WrittenJudge
 
 from nemocascade.envs.preference import Preference, against
 from nemocascade.envs.preference_rewards import (
@@ -21,6 +22,7 @@ from nemocascade.envs.preference_rewards import (
 )
 from nemocascade.judges.prompts import UNPARSED, Comparison, comparison_text
 from nemocascade.judges.rule import RuleJudge, quality, words_f1
+from nemocascade.runtime.row_errors import BadRows, DataError
 from nemocascade.types import Answer, Message, Prompt, Question
 
 
@@ -294,7 +296,13 @@ def test_released_rows(tmp_path: Path) -> None:
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    found = list(Preference(RuleJudge()).read(path))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: a rule cannot compare .*envs\.judge\.kind"):
+        list(Preference(RuleJudge()).read(path))
+    bad = BadRows(2)
+    found = list(Preference(WrittenJudge()).read(path, bad.skip))
+    assert [f"{path}:{n}: it is no row of preference" for n in (3, 4)] == [
+        text.partition(": fields")[0] for text in bad.examples
+    ]
     assert [p.answer["baseline"] for p in found] == [None, "Something one can do."]
     assert found[0].messages[0].content == "What is a skill?"
 

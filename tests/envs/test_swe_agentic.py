@@ -27,7 +27,7 @@ from nemocascade.swe.repository import run_tests
 from nemocascade.swe.rows import snapshot_of
 from nemocascade.swe.shipped import repositories, vary
 from nemocascade.swe.workspace import TOOLS, ToolError, Workspace, cut
-from nemocascade.types import Message, Prompt, ToolCall
+from nemocascade.types import Environment, Message, Prompt, ToolCall
 
 domain = pytest.fixture(scope="module")(agentic_domain)
 
@@ -443,11 +443,24 @@ def test_rows_of_a_folder_and_of_a_file(domain: SweAgentic, tmp_path: Path) -> N
         ({"tests": {"files": "none"}}, "there is no folder"),
         ({"tests": {"files": {"t.py": ""}, "framework": "nose"}}, "'nose'"),
         ({"pass_rate": 3}, "'pass_rate' is 3"),
+        ({"repository": "../secret"}, "'../secret' is not inside of"),
+        ({"repository": "/etc"}, "'/etc' is not inside of"),
+        ({"repository": "out"}, "'out' is not inside of"),
+        ({"repository": "."}, "'.' is not inside of"),
+        ({"repository": "x" * 300}, "is no path"),
+        ({"repository": "a\0b"}, "is no path"),
+        ({"tests": {"files": "r/../../secret"}}, "'tests.files': 'r/../../secret' is not inside"),
+        ({"tests": {"files": "out/inner"}}, "'tests.files': 'out/inner' is not inside"),
     ],
 )
 def test_a_broken_row_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    (tmp_path / "r").mkdir()
+    secret = tmp_path / "secret" / "inner"
+    secret.mkdir(parents=True)
+    (secret / "key.py").write_text("KEY = 1")
+    tmp_path = tmp_path / "rows"
+    (tmp_path / "r").mkdir(parents=True)
     (tmp_path / "r" / "a.py").touch()
+    (tmp_path / "out").symlink_to(secret.parent)
     row = {
         "problem_statement": "x",
         "repository": "r",
@@ -485,7 +498,8 @@ def test_tasks_are_dropped_by_their_pass_rate(tmp_path: Path) -> None:
     settings = DomainConfig("swe_agentic", path=(str(path),), drop_solved=1.0, drop_unsolved=0.9)
 
     def kept(config: DomainConfig) -> list[Prompt]:
-        return read_tasks(config, SweAgentic(), seed=1, heldout=False, count=0)
+        domains: dict[str, Environment] = {"swe_agentic": SweAgentic()}
+        return read_tasks(config, domains, seed=1, heldout=False, count=0)
 
     found = [p.pass_rate for p in kept(settings)]
     assert [found.count(rate) for rate in (1.0, 0.5, None)] == [0, 200, 200]

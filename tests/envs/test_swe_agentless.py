@@ -325,7 +325,7 @@ def test_a_folder_is_read_without_following_links(domain: SweAgentless, tmp_path
         ({"repository": {}}, "nothing to edit"),
         ({"repository": {"../cart.py": "x"}}, "no path inside of the repository"),
         ({"repository": {"cart.py": 3}}, "cart.py: the content is int, not text"),
-        ({"repository": "nowhere"}, "nowhere holds no file"),
+        ({"repository": "nowhere"}, "there is no folder .*nowhere"),
         ({"golden_files": ["card.py"]}, "the golden file 'card.py' is not in the repository"),
         ({"golden_files": []}, "'golden_files' and 'patch' are both missing"),
         ({"golden_files": [], "patch": "fix"}, "no unified diff"),
@@ -333,7 +333,7 @@ def test_a_folder_is_read_without_following_links(domain: SweAgentless, tmp_path
         ({"tests": {"files": {"t.py": "x"}}}, "names no test"),
         ({"tests": {**ROW["tests"], "files": {}}}, "tests that an edit could change"),
         ({"tests": {**ROW["tests"], "framework": "nose"}}, r"framework\('nose'\) must be"),
-        ({"tests": {**ROW["tests"], "FAIL_TO_PASS": "["}}, "is no JSON"),
+        ({"tests": {**ROW["tests"], "FAIL_TO_PASS": "["}}, "not JSON"),
     ],
 )
 def test_broken_rows_are_named(tmp_path: Path, change: dict[str, Any], fault: str) -> None:

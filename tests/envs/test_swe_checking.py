@@ -71,8 +71,8 @@ def test_tasks_that_can_decide_are_right(tmp_path: Path) -> None:
     found = check(tmp_path, {**ROW, "instance_id": "a"}, other, untested, unpatched)
     assert found == [
         Checked("a", ()),
-        Checked("rows.jsonl:3", (), tested=False),
-        Checked("rows.jsonl:4", (), patched=False),
+        Checked(f"{tmp_path}/rows.jsonl:3", (), tested=False),
+        Checked(f"{tmp_path}/rows.jsonl:4", (), patched=False),
     ]
     text = "3 tasks: 3 right, 0 wrong; 1 have no tests; 1 have no patch"
     assert summary(found).startswith(text)

@@ -15,7 +15,6 @@ from helpers.data import sentencepiece_tokenizer
 from helpers.swe import SANDBOX, agentic_domain, task, turn
 
 from nemocascade.data.chat_template import Conversation, encode, render, render_prompt
-from nemocascade.data.errors import DataError
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_agentless import SweAgentless
 from nemocascade.recipe import EnvConfig, GrpoConfig, GrpoRecipe, RolloutConfig
@@ -29,6 +28,7 @@ from nemocascade.rl.tasks import Task
 from nemocascade.rl.trajectories import ReplaySettings, extremes, logged, replay, settings_of_run
 from nemocascade.rl.verification import Rollout
 from nemocascade.rollout.engine import Completion, Request
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Prompt, ToolCall, Verdict
 
 domain = pytest.fixture(scope="module")(agentic_domain)
@@ -204,7 +204,7 @@ def test_the_best_and_the_worst_of_a_group_are_logged(domain: SweAgentic) -> Non
     rollouts = [
         replace(rollout, verdict=Verdict(r, None if r is not None else "x")) for r in rewards
     ]
-    assert extremes(Group(Task(prompt, (), 0), tuple(rollouts))) == [2, 3]
+    assert extremes(Group(Task(prompt, (), 0), tuple(rollouts))) == [2, 3, 1]
     assert extremes(Group(Task(prompt, (), 0), tuple(rollouts[3:]))) == [0]
     assert extremes(Group(Task(prompt, (), 0), (rollouts[1],))) == [0]
 

@@ -13,11 +13,11 @@ import pytest
 import tokenizers
 
 from nemocascade.data.chat_template import Segment
-from nemocascade.data.errors import BadRows, RowError
 from nemocascade.data.readers import read_pieces
 from nemocascade.data.synthetic import synthetic_rows
 from nemocascade.data.tokenizer import CONTROL_TAGS, Tokenizer, load_tokenizer
 from nemocascade.data.tokenizer_training import train_sentencepiece
+from nemocascade.runtime.row_errors import BadRows, RowError
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 GSM8K_TRAIN = SHARED_DATA / "gsm8k_train.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import subprocess
@@ -10,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from nemocascade import cli
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_agentless import SweAgentless
-from nemocascade.swe.importing import Imported, ImportSettings, import_rows, read_rows
+from nemocascade.runtime.row_errors import DataError
+from nemocascade.swe.importing import Imported, ImportSettings, import_rows
 from nemocascade.swe.rows import folder_rows
 
 OLD_TEST = "from cart import total\n\n\ndef test_none():\n    assert total([]) == 1\n"
@@ -217,30 +221,33 @@ def test_nothing_is_fetched(
     where = ["clone", "-q", "--bare", "--filter=blob:none", f"file://{source}", str(partial)]
     git(tmp_path, *where)
     found = run(row, folder=tmp_path / "partial")
-    assert list(found.failed) == ["rows.jsonl.gz:1 shop__cart-1"]
+    assert list(found.failed) == [f"{tmp_path}/rows.jsonl.gz:1 shop__cart-1"]
     assert not list((tmp_path / "out" / "snapshots").iterdir())
 
 
-def test_parquet_is_read(tmp_path: Path, row: dict[str, Any]) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+def test_rows_of_a_folder_with_other_columns_are_read(
+    run: Callable[..., Imported], tmp_path: Path, row: dict[str, Any]
+) -> None:
+    folder, out = tmp_path / "rows", tmp_path / "out"
+    folder.mkdir()
+    column = {**row, "created_at": datetime.datetime(2024, 1, 1), "instance_id": "b"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([column]), folder / "b.parquet")
+    (folder / "a.jsonl").write_text(f"{json.dumps(row)}\n{{\n3\n")
+    (folder / "c.jsonl").write_text(json.dumps({**row, "tests": "\ud800"}))
+    found = import_rows(ImportSettings(str(folder), str(out), str(tmp_path / "clones")))
+    assert found.made == ["shop__cart-1", "b"]
+    assert {where: reason[:20] for where, reason in found.failed.items()} == {
+        f"{folder}/a.jsonl:2": "not JSON (Expecting ",
+        f"{folder}/a.jsonl:3": "not an object",
+        f"{folder}/c.jsonl:1": "half a surrogate pai",
+    }
 
-    path = tmp_path / "rows.parquet"
-    parquet.write_table(pyarrow.Table.from_pylist([row]), path)
-    assert read_rows(path) == [("rows.parquet:1", row)]
 
-
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [("", "holds no row"), ("{", r"rows\.jsonl:1: not JSON"), ("\n3\n", r"jsonl:2: a row must be")],
-)
-def test_files_that_cannot_be_read_are_refused(tmp_path: Path, text: str, fault: str) -> None:
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=fault):
-        read_rows(path)
-    with pytest.raises(ValueError, match="is no file"):
-        read_rows(tmp_path / "none.jsonl")
+    path.touch()
+    with pytest.raises(DataError, match=f"{path}: no row can be read"):
+        import_rows(ImportSettings(str(path), str(tmp_path / "out"), str(tmp_path / "clones")))
 
 
 @pytest.mark.parametrize(("repo", "code"), [("shop/cart", None), ("shop/none", 1)])
@@ -267,4 +274,4 @@ def test_the_command_ends_with_1_where_a_row_failed(
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
-    assert "none.jsonl is no file" in capsys.readouterr().err
+    assert "none.jsonl: no such file" in capsys.readouterr().err

@@ -29,6 +29,11 @@ def registry() -> dict[str, Any]:
     return {}
 
 
+def kinds() -> list[str]:
+    """Return the ids of all kinds."""
+    return sorted(registry())
+
+
 def follows(kind: str, arguments: dict[str, Any], text: str) -> bool:
     """Return True if `text` follows an instruction. Raises LookupError for an unknown kind."""
     kinds = registry()

@@ -1,0 +1,44 @@
+"""Trial of the verifiers on dummy answers, so that a broken one shows before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.row_errors import DataError
+from nemocascade.types import Environment, Prompt, SandboxUnavailable
+
+
+def try_verifiers(prompts: Iterable[Prompt], environments: Mapping[str, Environment]) -> None:
+    """Score a dummy answer to one task of each form of each domain.
+
+    Tasks that a judge decides are left out: its server gets a first question of its own.
+    Raises DataError for a verifier that fails.
+    """
+    seen: set[tuple[str, str]] = set()
+    problems = []
+    for prompt in prompts:
+        environment = environments[prompt.domain]
+        forms = {(prompt.domain, form) for form in environment.forms(prompt)}
+        if forms <= seen:
+            continue
+        seen |= forms
+        if error := _error(environment, prompt):
+            problems.append(f"{prompt.domain} ({prompt.source}): {error}")
+    if problems:
+        raise DataError(
+            "verifiers fail on a dummy answer, so they would fail on every answer: mend the "
+            "verifier, or take these rows out\n  " + "\n  ".join(problems)
+        )
+    LOGGER.info("verifiers: tried on dummy answers to %d forms of tasks", len(seen))
+
+
+def _error(environment: Environment, prompt: Prompt) -> str | None:
+    """Return why the verifier fails; None if it does not, or a judge decides."""
+    answer = environment.dummy(prompt)
+    if answer is None:
+        return None
+    try:
+        return environment.score(prompt, answer).error
+    except SandboxUnavailable as error:
+        return str(error)
