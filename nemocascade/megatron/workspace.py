@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from nemocascade_kernels import logits_bytes
-from nemocascade_kernels.mamba2.ssd import LARGEST_CHUNK
+from nemocascade_kernels.mamba2 import fla as fla_scan
+from nemocascade_kernels.mamba2 import ssd
+from nemocascade_kernels.mamba2.arguments import Sizes
 
 from nemocascade.recipe import ModelConfig
+
+SCAN_CHUNK = ssd.LARGEST_CHUNK
+"""Tokens between two states that the scan in torch keeps for backward on a GPU."""
 
 
 def head_bytes(model: ModelConfig, tokens: int, element_size: int, *, tp: int, on_gpu: bool) -> int:
@@ -14,6 +21,24 @@ def head_bytes(model: ModelConfig, tokens: int, element_size: int, *, tp: int, o
     return logits_bytes(tokens, -(-model.vocab_size // tp), element_size, device=device, ranks=tp)
 
 
-def scan_chunk(model: ModelConfig, *, fla: bool) -> int:
-    """Tokens between two states that a GPU's scan keeps for backward."""
-    return model.mamba_chunk if fla else LARGEST_CHUNK
+def mixer_sizes(model: ModelConfig, tp: int) -> Sizes:
+    """Sizes of a Mamba-2 mixer on one of `tp` ranks."""
+    groups = max(1, model.mamba_groups // tp)
+    return Sizes(
+        heads=max(groups, model.mamba_heads // tp),
+        head_dim=model.mamba_head_dim,
+        groups=groups,
+        state=model.mamba_state,
+        dt_limit=(model.mamba_dt_min, math.inf),
+        eps=model.norm_eps,
+    )
+
+
+def scan_bytes(model: ModelConfig, tokens: int, element_size: int, *, tp: int, fla: bool) -> int:
+    """Temporary bytes of a Mamba-2 mixer's backward on a GPU, on one of `tp` ranks."""
+    sizes = mixer_sizes(model, tp)
+    if fla:
+        return fla_scan.workspace_bytes(tokens, sizes, element_size)
+    # Beside its blocks, the gradient of the projection's output: that of the states is larger.
+    gradient = tokens * (sizes.inner + sizes.channels + sizes.heads)
+    return ssd.workspace_bytes(tokens, sizes.inner) + gradient * element_size

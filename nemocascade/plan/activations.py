@@ -9,7 +9,7 @@ saved-tensor hooks.
 from __future__ import annotations
 
 from nemocascade.megatron.layers.attention_core import SHORT_DOCUMENT
-from nemocascade.megatron.workspace import head_bytes, scan_chunk
+from nemocascade.megatron.workspace import SCAN_CHUNK, head_bytes, scan_bytes
 from nemocascade.plan.job import Job
 from nemocascade.recipe import ParallelConfig
 
@@ -46,19 +46,14 @@ class Activations:
             "Mamba projection": tokens * m.mamba_in_proj / tp * self.width,
             "Mamba output": tokens * inner * self.width,
         }
-        if self.job.on_gpu:
+        if self.job.on_gpu and self.job.fla:
+            terms["Mamba scan"] = tokens * inner * self.width
+        elif self.job.on_gpu:
             # On a CPU the C++ scan recomputes the states.
-            chunk = scan_chunk(m, fla=self.job.fla)
-            per_document = -(-self.job.document_length // chunk) - 1
+            per_document = -(-self.job.document_length // SCAN_CHUNK) - 1
             # Chunks of a document that are followed by another chunk of it.
             states = per_document * self.job.capacity / self.job.document_length
             terms["Mamba states"] = states * inner * m.mamba_state * 4
-        if self.job.on_gpu and self.job.fla:
-            channels = inner + 2 * m.mamba_groups * m.mamba_state / tp
-            terms["Mamba convolution"] = tokens * channels * self.width
-            # Five float32 tensors of the gated norm, and the scan's own output.
-            terms["Mamba gate"] = tokens * inner * (5 * 4 + self.width)
-            terms["Mamba time steps"] = tokens * m.mamba_heads / tp * 4 * 3
         return terms
 
     def _attention(self) -> Terms:
@@ -163,7 +158,12 @@ class Activations:
         return 2 * hidden if self.parallel.tp > 1 else hidden
 
     def _mamba_moments(self, terms: Terms) -> list[float]:
-        return [sum(terms.values()) + 2 * max(terms.values())]
+        everything = sum(terms.values()) + terms["Mamba output"]
+        if not self.job.on_gpu:
+            return [everything + terms["Mamba projection"]]
+        job = self.job
+        scratch = scan_bytes(self.model, job.capacity, self.width, tp=self.parallel.tp, fla=job.fla)
+        return [everything + scratch]
 
     def _attention_moments(self, terms: Terms) -> list[float]:
         everything = sum(terms.values())

@@ -65,7 +65,7 @@ class PlanSettings:
     """Share of the device's memory to leave free."""
 
     fla: bool = True
-    """Plan for fla-core's Mamba scan, which saves more for backward than the project's own."""
+    """Plan for fla-core's Mamba scan, which keeps less for backward than the one in torch."""
 
     json: bool = False
     """Print one JSON object."""

@@ -16,6 +16,7 @@ from nemocascade.megatron.artifact import artifact_model, load_artifact_weights,
 from nemocascade.megatron.checkpoint.folder import digest_of
 from nemocascade.megatron.config import make_config
 from nemocascade.megatron.model import build_model
+from nemocascade.megatron.warm_up import warm_up
 from nemocascade.recipe import (
     DomainConfig,
     MoeTrainingConfig,
@@ -151,7 +152,9 @@ def score_artifact(
         tokenizer = load_tokenizer(str(artifact.tokenizer_path))
         check_vocabulary(tokenizer, model.vocab_size)
         settled = make_config(model, world.parallel, config.engine, MoeTrainingConfig(), seed=0)
-        chunks = build_model(world, settled, detected.accelerators)
+        rows = max(config.max_prompt_tokens, RolloutConfig.prefill_tokens)
+        usable = warm_up(detected.accelerators, model, config.engine, world, rows)
+        chunks = build_model(world, settled, usable)
         load_artifact_weights(artifact, world, chunks)
         engine = LiveEngine(
             world,

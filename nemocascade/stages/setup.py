@@ -16,8 +16,9 @@ from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokeniz
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.megatron.accelerators import Detection, detect
 from nemocascade.megatron.config import Accelerators
+from nemocascade.megatron.warm_up import warm_up
 from nemocascade.megatron.world import start_world
-from nemocascade.plan.devices import check_together
+from nemocascade.plan.devices import check_together, job_here
 from nemocascade.plan.preflight import problems_before
 from nemocascade.recipe import DataConfig, EngineConfig, ParallelConfig, RecipeError, SftRecipe
 from nemocascade.recipe.rl import PolicyRecipe
@@ -52,12 +53,16 @@ def stage_world(
         if recipe.engine.preflight:
             # Devices and collectives are timed; every rank gets every problem.
             world.watch.enter("preflight")
-            found = check_together(recipe, world)
-            LOGGER.info(found.text())
-            if found.problems:
-                raise RecipeError(found.problems)
-            world.watch.enter("set-up")
-        yield world, detected.accelerators
+            checked = check_together(recipe, world)
+            LOGGER.info(checked.text())
+            if checked.problems:
+                raise RecipeError(checked.problems)
+        job = job_here(recipe, world.size)
+        found = detected.accelerators
+        if job is not None:
+            found = warm_up(found, job.model, recipe.engine, world, job.capacity)
+        world.watch.enter("set-up")
+        yield world, found
 
 
 @contextmanager

@@ -50,6 +50,7 @@ FLOORS = {
         "checkpoint",
         "artifact",
         "convert accelerators",
+        "warm_up",
     ],
     "rollout": [
         "engine",
@@ -69,7 +70,7 @@ FLOORS = {
 }
 KERNEL_LIBRARIES = {"torch", "triton", "nemocascade_kernels"}
 # Optional packages, imported inside functions of these files alone.
-KERNEL_OPTIONS = {"mamba2/fla.py": {"fla"}}
+KERNEL_OPTIONS = {"mamba2/fla_check.py": {"fla"}}
 
 
 def room_of(module: str) -> str | None:

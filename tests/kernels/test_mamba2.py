@@ -20,6 +20,7 @@ from helpers.layers import (
 from helpers.mamba2 import NAMES, Shape
 from nemocascade_kernels import MambaWeights, PackedSeq, mamba2, step_mamba
 from nemocascade_kernels.backends import BackendRefusedError
+from nemocascade_kernels.mamba2 import ssd
 from nemocascade_kernels.mamba2.op import OP
 from nemocascade_kernels.testing import PoisonedMemory
 from torch import Tensor
@@ -76,6 +77,31 @@ def test_equals_the_recurrence(
     exact = exact_of(shape, LENGTHS, dtype == torch.bfloat16)
     assert_near(ours, exact, tolerance, NAMES)
     assert [t.dtype for t in ours] == [dtype] * len(NAMES)
+
+
+@pytest.mark.parametrize("widest", [2, 128])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+def test_segments_equal_the_recurrence(
+    widest: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several chunks a step, as on a GPU."""
+    monkeypatch.setitem(ssd._SEGMENT, "cpu", widest)
+    lengths, shape = (1, 300, 37, 420), Shape(4, 8, 2, 8)
+    packed = pack(lengths)
+    inputs = shape.inputs(packed.total, dtype)
+    # Decays from one that lasts through a segment to one that clears a chunk.
+    inputs[4] = torch.tensor([-1e-4, -0.1, -2.0, -200.0]).to(dtype)
+    upstream = shape.upstream(packed.total)
+    ours = of(inputs, upstream, packed, shape, "torch")
+    exact = of([t.double() for t in inputs], upstream, packed, shape, "reference")
+    assert_near(ours, exact, tolerance, NAMES)
+
+
+def test_documents_in_segments_are_isolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ssd._SEGMENT, "cpu", 4)
+    packed = pack((300, 5, 200))
+    rows = SMALL.inputs(packed.total, torch.float32)[:1]
+    assert_isolated(of_rows(SMALL, "torch", torch.float32), rows, packed)
 
 
 @COMPILED_AND_TORCH

@@ -1,103 +1,114 @@
-"""fla-core's kernels in `mamba2`: their agreement with ours (on a GPU), and the split of calls."""
+"""fla-core's kernels in `mamba2`: our arguments against a double, and their results on a GPU."""
 
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from helpers.layers import LENGTHS, assert_near, pack, value_and_gradients
+from helpers.fla import FlaDouble
+from helpers.layers import assert_isolated, assert_near, pack, value_and_gradients
 from helpers.mamba2 import NAMES, Shape
 from nemocascade_kernels import PackedSeq, mamba2
-from nemocascade_kernels.mamba2 import fla, reference
+from nemocascade_kernels.mamba2 import fla, fla_check, fla_kernels
 from nemocascade_kernels.mamba2.arguments import Inputs, Sizes, States
+from nemocascade_kernels.mamba2.op import Mixer
 from torch import Tensor
 
 SHAPE = Shape(6, 5, 3, 7)
 SIZES = Sizes(6, 5, 3, 7, SHAPE.dt_limit, 1e-5)
-
-
-def test_calls_stay_below_two_to_the_31() -> None:
-    rows, heads, width = 262_144, 64, 128  # exactly 2^31 elements
-    cut = fla.parts(rows, heads, width)
-    assert len(cut) == 2
-    assert [i for part in cut for i in range(part.start, part.stop)] == list(range(heads))
-    assert all(rows * (part.stop - part.start) * width < 2**31 for part in cut)
-    assert fla.parts(8192, heads, width) == [slice(0, heads)]
-    with pytest.raises(ValueError, match="use fewer rows, or another backend than fla"):
-        fla.parts(2**20, 1, 2**11)
-
-
-class FlaDouble:
-    """Takes what fla-core's functions take, and computes their definitions with our reference.
-
-    rounded: multiplies numbers of TF32's precision, as the kernels do.
-    """
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.rounded = False
-
-    def chunk_simple_gla(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, scale: float, cu_seqlens: Tensor
-    ) -> tuple[Tensor, None]:
-        """`o_t = q_t S_t`, `S_t = exp(g_t) S_{t-1} + k_t v_t^T`, per head."""
-        self.calls.append("scan")
-        assert scale == 1.0
-        assert cu_seqlens.dtype == torch.int64
-        q, k, v, g = (t[0].to(torch.float64) for t in (q, k, v, g))
-        if self.rounded:
-            q, k, v = (t + (t.half().double() - t).detach() for t in (q, k, v))
-        out = []
-        for rows in PackedSeq.from_cu_seqlens(cu_seqlens).documents():
-            state = v.new_zeros(v.shape[1], v.shape[2], k.shape[2])
-            for t in range(rows.start, rows.stop):
-                state = g[t].exp()[:, None, None] * state + v[t, :, :, None] * k[t, :, None, :]
-                out.append((state * q[t, :, None, :]).sum(2))
-        return torch.stack(out)[None].to(v.dtype), None
-
-    def causal_conv1d(
-        self, x: Tensor, weight: Tensor, bias: Tensor, *, activation: str, cu_seqlens: Tensor
-    ) -> tuple[Tensor, None]:
-        self.calls.append("convolution")
-        assert activation == "silu"
-        before = x.new_zeros(weight.shape[1] - 1, x.shape[2])
-        rows = PackedSeq.from_cu_seqlens(cu_seqlens).documents()
-        out = [reference.convolution(x[0, here], weight, bias, before) for here in rows]
-        return torch.cat(out)[None], None
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> FlaDouble:
     found = FlaDouble()
-    ops: Any = ModuleType("fla.ops.simple_gla")
-    ops.chunk_simple_gla = lambda q, *a, **k: (
-        found.chunk_simple_gla(q, *a, **k)[0].to(q.dtype),
-        None,
-    )
-    conv: Any = ModuleType("fla.modules.causal_conv1d")
-    conv.causal_conv1d = found.causal_conv1d
-    for module in (ModuleType("fla"), ModuleType("fla.ops"), ModuleType("fla.modules"), ops, conv):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    found.install(monkeypatch)
     return found
 
 
+def mix(*tensors: Tensor, packed: PackedSeq, sizes: Sizes = SIZES) -> Tensor:
+    out: Tensor = Mixer.apply(fla, packed, sizes, *tensors)
+    return out
+
+
+def of_nano(heads: int, groups: int) -> Sizes:
+    return Sizes(heads, 64, groups, 128, (0.0, float("inf")), 1e-5)
+
+
+def test_parts_are_equal_and_bound_memory() -> None:
+    rows = 262_144
+    cut = fla.parts(rows, of_nano(64, 8))
+    assert [(p.heads, p.groups, p.opens) for p in cut[:2]] == [
+        (slice(0, 16), slice(0, 2), True),
+        (slice(16, 32), slice(2, 4), True),
+    ]
+    assert [i for p in cut for i in range(p.heads.start, p.heads.stop)] == list(range(64))
+    assert len(fla.parts(8192, of_nano(64, 8))) == 1
+    # A group's heads may be split: the parts after the first add to the gradients of B and C.
+    split = fla.parts(rows, of_nano(64, 1))
+    assert [p.opens for p in split] == [True, False, False, False]
+    assert {p.groups for p in split} == {slice(0, 1)}
+    # Eighteen heads of six groups: whole groups only.
+    assert [p.heads for p in fla.parts(rows, of_nano(18, 6))][:2] == [slice(0, 9), slice(9, 18)]
+    with pytest.raises(ValueError, match="use fewer rows, or another backend than fla"):
+        fla.parts(2**25, of_nano(64, 8))
+
+
+@pytest.mark.parametrize("most", [None, 7 * 2, 7])
 def test_arguments_to_fla_mean_our_mixer(
-    double: FlaDouble, monkeypatch: pytest.MonkeyPatch
+    double: FlaDouble, monkeypatch: pytest.MonkeyPatch, most: int | None
 ) -> None:
-    packed = pack(LENGTHS)
-    # So small that every call is cut in several.
-    monkeypatch.setattr(fla, "_LIMIT", packed.total * 7 * 2 + 1)
+    """At once, in parts of whole groups, and in parts of a group; with gates in several blocks."""
+    packed = pack((1, 70, 64))
+    if most is not None:
+        monkeypatch.setattr(fla, "_PART_ELEMENTS", packed.total * most)
+        monkeypatch.setattr(fla, "_LIMIT", packed.total * 7)
+        monkeypatch.setattr(fla, "_GATE_ELEMENTS", 100 * SIZES.inner)
     inputs, upstream = SHAPE.inputs(packed.total), SHAPE.upstream(packed.total)
-    theirs = value_and_gradients(
-        lambda *i: fla.forward(Inputs(*i), packed, SIZES), inputs, upstream
-    )
+    theirs = value_and_gradients(lambda *i: mix(*i, packed=packed), inputs, upstream)
     ours = value_and_gradients(lambda *i: SHAPE.run(list(i), packed, "torch"), inputs, upstream)
     # Steps and decays are float32 there.
     assert_near(theirs, ours, 1e-5, NAMES)
-    assert double.calls == ["convolution"] * 6 + ["scan"] * 3
+    assert {6: 1, 2: 3, 1: 6}[double.heads[0]] == double.calls["gradients"]
+
+
+def test_documents_are_isolated(double: FlaDouble) -> None:
+    packed = pack((3, 66))
+    rows, *rest = SHAPE.inputs(packed.total, torch.float32)
+    assert_isolated(lambda z, packed: mix(z, *rest, packed=packed), [rows], packed)
+
+
+def test_only_y_is_kept_for_backward(double: FlaDouble) -> None:
+    packed = pack((100, 30))
+    inputs = [t.requires_grad_() for t in SHAPE.inputs(packed.total, torch.bfloat16)]
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = mix(*inputs, packed=packed)
+    own = [t for t in kept if not any(t is i for i in inputs)]
+    assert [(tuple(t.shape), t.dtype) for t in own] == [((130, 6, 5), torch.bfloat16)]
+    assert out.dtype == torch.bfloat16
+
+
+def test_tables_are_made_once_on_the_host() -> None:
+    packed = pack((1, 64, 65, 200))
+    t = fla_kernels.tables(packed)
+    assert t.cu_seqlens.tolist() == [0, 1, 65, 130, 330]
+    assert t.offsets.tolist() == [0, 1, 2, 4, 8]
+    assert t.indices.tolist() == [[0, 0], [1, 0], [2, 0], [2, 1], [3, 0], [3, 1], [3, 2], [3, 3]]
+    assert fla_kernels.tables(packed) is t
+    # Triton compiles other code for addresses that 16 does not divide.
+    starts = [x.storage_offset() * x.element_size() for x in (t.cu_seqlens, t.offsets, t.indices)]
+    assert [start % 16 for start in starts] == [0, 0, 0]
+    assert all(x.is_contiguous() for x in (t.cu_seqlens, t.offsets, t.indices))
+    with pytest.raises(ValueError, match=r"65536 chunks of 64 rows.*at most 65535"):
+        fla_kernels.tables(pack((1,) * 65_536))
 
 
 @pytest.mark.parametrize("continues", [False, True])
@@ -116,18 +127,49 @@ def test_states_beside_fla(double: FlaDouble, continues: bool) -> None:
     )  # fmt: skip
     assert final is not None
     out, state = fla.forward_with_states(inputs, packed, SIZES, initial)
-    assert_near([out, state], [expected, final[1]], 1e-6, ["out", "ssm"])
-    assert "scan" in double.calls
+    # Steps and decays are float32 there.
+    assert_near([out, state], [expected, final[1]], 1e-5, ["out", "ssm"])
+    assert double.calls["outputs"]
 
 
-def test_self_check_refuses_a_wrong_kernel(double: FlaDouble) -> None:
+def test_a_version_without_an_argument_is_refused(double: FlaDouble) -> None:
+    fla_check.check_version()
+    module: Any = sys.modules["fla.ops.common.chunk_h"]
+    module.chunk_fwd_kernel_h.arg_names.remove("split_offsets")
+    module = sys.modules["fla.ops.common.chunk_o"]
+    del module.chunk_bwd_dv
+    with pytest.raises(
+        RuntimeError,
+        match=r"no split_offsets of fla\.ops\.common\.chunk_h\.chunk_fwd_kernel_h, "
+        r"fla\.ops\.common\.chunk_o\.chunk_bwd_dv: install fla-core 0\.6 or newer",
+    ):
+        fla_check.check_version()
+
+
+def test_a_wrong_kernel_is_refused(double: FlaDouble) -> None:
     double.rounded = True
-    fla.self_check(torch.device("cpu"))
-    right = double.causal_conv1d
-    conv: Any = sys.modules["fla.modules.causal_conv1d"]
-    conv.causal_conv1d = lambda x, *a, **k: (right(x.roll(1, 1), *a, **k)[0], None)
+
+    def check() -> None:
+        fla_check.check_shape(CPU, SIZES, window=4, rows=150, dtype=torch.float32)
+
+    check()
+    right = double.causal_conv1d_fwd
+    module: Any = sys.modules["fla.modules.causal_conv1d"]
+    module.causal_conv1d_fwd = lambda x, **k: right(x=x.roll(1, 1), **k)
     with pytest.raises(RuntimeError, match="its output differs from torch's"):
-        fla.self_check(torch.device("cpu"))
+        check()
+
+
+def test_every_shape_of_a_run_is_checked() -> None:
+    whole = of_nano(64, 8)
+    assert fla_check.shapes(whole, 8192) == [whole]
+    assert fla_check.shapes(whole, 262_144) == [whole, of_nano(16, 2)]
+    assert fla_check.shapes(of_nano(64, 1), 262_144) == [of_nano(64, 1), of_nano(16, 1)]
+
+
+def test_the_installed_fla_core_has_every_argument() -> None:
+    pytest.importorskip("fla")
+    fla_check.check_version()
 
 
 @pytest.mark.gpu

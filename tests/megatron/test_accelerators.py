@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from nemocascade_kernels.mamba2 import fla
+from nemocascade_kernels.mamba2 import fla_check
 
 from nemocascade.megatron import accelerators
 from nemocascade.megatron.accelerators import (
@@ -64,9 +64,9 @@ class Machine:
         here = Finding("here", "yes", "", "")
         for name in ("_device", "_bf16", "_triton"):
             patch.setattr(accelerators, name, lambda _device: here)
-        patch.setattr(fla, "self_check", self._check_fla)
+        patch.setattr(fla_check, "check_version", self._check_fla)
 
-    def _check_fla(self, device: torch.device) -> None:
+    def _check_fla(self) -> None:
         self.imported.append("fla")
         if "fla" in self.broken:
             raise self.broken["fla"]

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from nemocascade_kernels.common.transfer import to_device
+
 V = TypeVar("V")
 
 
@@ -45,6 +47,7 @@ class PackedSeq:
         """
         if device is None:
             device = cu_seqlens.device if isinstance(cu_seqlens, Tensor) else "cpu"
+        device = torch.device(device)
         cu = torch.as_tensor(cu_seqlens).to("cpu", torch.int64)
         if cu.dim() != 1 or cu.numel() < 2 or int(cu[0]) != 0:
             raise ValueError(
@@ -68,7 +71,7 @@ class PackedSeq:
         return cls(
             starts=cu[:-1].clone(),
             lengths=lengths,
-            cu_seqlens=cu.to(device=device, dtype=torch.int32),
+            cu_seqlens=to_device([cu.to(torch.int32)], device)[0],
             total=total,
             max_length=int(lengths.max()),
         )
@@ -108,7 +111,9 @@ class PackedSeq:
 
     def positions(self) -> Tensor:
         """Each row's position within its document, from 0: [T] int64 on the device."""
-        return self.cached("positions", lambda: self.positions_on_host().to(self.device))
+        return self.cached(
+            "positions", lambda: to_device([self.positions_on_host()], self.device)[0]
+        )
 
     def check_rows(self, rows: int, what: str) -> None:
         """Raise ValueError unless `rows` is the number of rows of this pack."""

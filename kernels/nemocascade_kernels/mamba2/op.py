@@ -91,7 +91,7 @@ def mamba2(
     module: Any = OP.module(chosen)
     if initial is None and not return_final_state:
         if hasattr(module, "backward"):
-            y: Tensor = _Mamba2.apply(module, packed, sizes, *inputs)
+            y: Tensor = Mixer.apply(module, packed, sizes, *inputs)
         else:
             y = module.forward(inputs, packed, sizes)
         return y, None
@@ -106,7 +106,7 @@ def mamba2(
     return y, final if return_final_state else None
 
 
-class _Mamba2(torch.autograd.Function):
+class Mixer(torch.autograd.Function):
     """Autograd for implementations with their own gradients; they may save more than the inputs."""
 
     @staticmethod

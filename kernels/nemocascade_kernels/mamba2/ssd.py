@@ -28,19 +28,31 @@ of a block, s rows of a chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nemocascade_kernels.common.documents import PackedSeq
 from nemocascade_kernels.mamba2.arguments import Sizes
-from nemocascade_kernels.mamba2.chunks import ChunkBlock, ChunkRun
+from nemocascade_kernels.mamba2.chunks import ChunkBlock, ChunkRun, ChunkTable, chunk_table
+from nemocascade_kernels.mamba2.segments import carry_gradients, carry_states, segment_decays
 
 LARGEST_CHUNK = 32
 # Bound of |l - m|: exp(600) = 1e260 leaves 1e48 for the inputs' magnitude.
 _EXPONENT = 600.0
+# Chunks of a segment: the recurrence within it is one matrix product a head. On a CPU a step for
+# each chunk takes less time.
+_SEGMENT = {"cpu": 1, "cuda": 128}
 # Double-precision elements of one [c, s, h, p] intermediate. On a CPU a block's tensors should
 # stay in the caches; on a GPU they only bound memory.
-_BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**25}
+_BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 3 * 2**25}
+
+
+def workspace_bytes(rows: int, inner: int) -> int:
+    """Largest temporary memory of a block's backward on a GPU; inner: h p."""
+    # Eleven double-precision intermediates.
+    return 11 * 8 * min(_BLOCK_ELEMENTS["cuda"], rows * inner)
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,8 @@ class Decays:
     e and split = dt / e: float64.
     opened: exp(l_i). kept: exp(l_last - l_i). added: kept dt. passed: exp(l_last). In the states'
     dtype.
+    reach: what is left of a state that enters the segment. mixing: what is left in chunk i of the
+    sum of chunk j <= i, [segments, g r, w, w], or None for segments of one chunk.
     """
 
     dt: Tensor
@@ -61,10 +75,16 @@ class Decays:
     kept: Tensor
     added: Tensor
     passed: Tensor
+    reach: Tensor
+    mixing: Tensor | None
 
-    def of(self, chunks: slice) -> Decays:
-        """The decays of the given chunks."""
-        return Decays(**{name: value[chunks] for name, value in vars(self).items()})
+    def of(self, block: ChunkBlock) -> Decays:
+        """The decays of a block of the run."""
+        if block.count == self.dt.shape[0]:
+            return self
+        found = {name: value[block.here] for name, value in vars(self).items() if name != "mixing"}
+        mixing = None if self.mixing is None else self.mixing[block.segments]
+        return Decays(**found, mixing=mixing)
 
 
 @dataclass(frozen=True)
@@ -81,14 +101,14 @@ class Mixed:
     """Results of a block: y without D x, [c, g, s, r, p], and the values that backward needs.
 
     scores: tril(C B^T) [c g, s, s]; u and within = scores u: [c g, s, r p]; all float64.
-    entering: the entering states [c g, n, r p] and their products with C [c g, s, r p], or None.
+    read: the products of C with the entering states, [c g, s, r p], or None.
     """
 
     y: Tensor
     scores: Tensor
     u: Tensor
     within: Tensor
-    entering: tuple[Tensor, Tensor] | None
+    read: Tensor | None
 
 
 class Layout:
@@ -108,6 +128,12 @@ class Layout:
         """Number of rows that are computed at once."""
         limit = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS["cuda"])
         return max(1, limit // (self.heads * self.head_dim))
+
+    def chunks(self, packed: PackedSeq) -> ChunkTable:
+        """The pack's chunks."""
+        device = packed.device
+        widest = _SEGMENT.get(device.type, _SEGMENT["cuda"])
+        return chunk_table(packed, LARGEST_CHUNK, self.block_slots(device), widest=widest)
 
     def state_shape(self, chunks: int) -> tuple[int, ...]:
         return chunks, self.groups, self.state, self.ratio, self.head_dim
@@ -159,6 +185,12 @@ class Layout:
         sums = step.clamp_(-bound, bound).cumsum_(2)
         last = sums[:, :, -1:]
         e, kept = (sums - 0.5 * last).exp_(), (last - sums).exp_()
+        passed = last.exp().to(self.dtype)
+        reach, mixing = passed, None
+        if run.width > 1:
+            since = last.reshape(-1, run.width, self.heads).cumsum(1)
+            reach = since.exp().to(self.dtype).view(passed.shape)
+            mixing = segment_decays(since).to(self.dtype)
         return Decays(
             dt=d,
             bounded=bounded,
@@ -167,8 +199,20 @@ class Layout:
             opened=sums.exp().to(self.dtype),
             kept=kept.to(self.dtype),
             added=(kept * d).to(self.dtype),
-            passed=last.exp().to(self.dtype),
+            passed=passed,
+            reach=reach,
+            mixing=mixing,
         )
+
+
+def grow_states(lay: Layout, block: ChunkBlock, f: Decays, m: Chunks, states: Tensor) -> None:
+    """Write the states after a block's body chunks to `states`."""
+    if block.body is None:
+        return
+    added = lay.matrices(m.x * f.added)
+    grown = states[block.body].view(-1, lay.state, lay.width)
+    torch.bmm(m.B.transpose(1, 2), added, out=grown)
+    carry_states(block, f.reach, f.mixing, states)
 
 
 def mix(lay: Layout, block: ChunkBlock, f: Decays, m: Chunks, states: Tensor) -> Mixed:
@@ -179,22 +223,19 @@ def mix(lay: Layout, block: ChunkBlock, f: Decays, m: Chunks, states: Tensor) ->
     y = (within.view(m.x.shape) * f.e).to(lay.dtype)
     if block.enter is None:
         return Mixed(y, scores, u, within, None)
-    entering = lay.matrices(states.index_select(0, block.enter))
-    read = torch.bmm(m.C, entering)
+    read = torch.bmm(m.C, lay.matrices(states.index_select(0, block.enter)))
     y.addcmul_(read.view(m.x.shape), f.opened)
-    return Mixed(y, scores, u, within, (entering, read))
+    return Mixed(y, scores, u, within, read)
 
 
-def carry_states(lay: Layout, block: ChunkBlock, f: Decays, m: Chunks, states: Tensor) -> None:
-    """Write the states after a block's body chunks to `states`."""
-    if block.body is None:
-        return
-    added = lay.matrices(m.x * f.added)
-    grown = states[block.body].view(-1, lay.state, lay.width)
-    torch.bmm(m.B.transpose(1, 2), added, out=grown)
-    for carry in block.carries:
-        now, before = carry.slices
-        states[now].addcmul_(states[before], f.passed[carry.within(block)])
+class InnerGradients(NamedTuple):
+    """Gradients by the products within chunks: of dt x [c, g, s, r, p], of B and C [c g, s, n], and
+    of the log decays [c, g, s, r, 1] float64."""
+
+    xd: Tensor
+    B: Tensor
+    C: Tensor
+    log: Tensor
 
 
 @dataclass(frozen=True)
@@ -210,21 +251,12 @@ class ChunkGradients:
     D: Tensor
 
 
-def mix_backward(
-    lay: Layout,
-    block: ChunkBlock,
-    f: Decays,
-    m: Chunks,
-    mixed: Mixed,
-    A: Tensor,
-    D: Tensor,
-    dy: Tensor,
-    d_states: Tensor,
-) -> ChunkGradients:
-    """Gradients of a block, given dy [c, g, s, r, p] with zeros in padding.
+def inner_backward(
+    lay: Layout, block: ChunkBlock, f: Decays, m: Chunks, mixed: Mixed, dy: Tensor
+) -> InnerGradients:
+    """Gradients of a block by the products within chunks. dy: [c, g, s, r, p], zero in padding.
 
-    Blocks are processed in reverse order. d_states: gradients of the states after body chunks; they
-    are written for the chunks before the block and read for the block's own.
+    Overwrites `mixed.within`.
 
     The gradient of an exponent is the inner product of a factor with its own gradient. y does not
     depend on m = l_last / 2, which is a constant here. So `d l_i` has one term for each factor:
@@ -235,30 +267,51 @@ def mix_backward(
     d_scores = torch.bmm(d_mixed, mixed.u.transpose(1, 2)).tril_().to(lay.dtype)
     d_c, d_b = torch.bmm(d_scores, m.B), torch.bmm(d_scores.transpose(1, 2), m.C)
     d_u = torch.bmm(mixed.scores.transpose(1, 2), d_mixed)
-    d_log = lay.head_sum((d_mixed * mixed.within).addcmul_(d_u, mixed.u, value=-1), block)
-    d_xd = d_u.view(dy.shape).div_(f.e).to(lay.dtype)
-    if block.enter is not None and mixed.entering is not None:
-        entering, read = mixed.entering
+    d_log = lay.head_sum(mixed.within.mul_(d_mixed).addcmul_(d_u, mixed.u, value=-1), block)
+    return InnerGradients(d_u.view(dy.shape).div_(f.e).to(lay.dtype), d_b, d_c, d_log)
+
+
+def mix_backward(
+    lay: Layout,
+    block: ChunkBlock,
+    f: Decays,
+    m: Chunks,
+    inner: InnerGradients,
+    read: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    dy: Tensor,
+    states: Tensor,
+    d_states: Tensor,
+) -> ChunkGradients:
+    """Gradients of a block. inner: from `inner_backward`; read: from `mix`, as are the states.
+
+    Blocks are processed in reverse order. d_states: gradients of the states after body chunks; they
+    are written for the chunks before the block and read for the block's own.
+    """
+    d_xd, d_b, d_c, d_log = inner
+    if block.enter is not None and read is not None:
+        entering = states.index_select(0, block.enter)
         opened = lay.matrices(dy * f.opened)
-        d_c.baddbmm_(opened, entering.transpose(1, 2))
+        d_c.baddbmm_(opened, lay.matrices(entering).transpose(1, 2))
         d_entering = torch.bmm(m.C.transpose(1, 2), opened)
         d_states.index_copy_(0, block.enter, d_entering.view(lay.state_shape(block.count)))
+        del d_entering
         d_log += lay.head_sum(opened.mul_(read), block)
+        del opened
     if block.body is not None:
-        for carry in reversed(block.carries):
-            now, before = carry.slices
-            d_states[before].addcmul_(d_states[now], f.passed[carry.within(block)])
+        carry_gradients(block, f.passed, f.mixing, d_states)
         d_grown = lay.matrices(d_states[block.body])
         added = lay.matrices(m.x * f.added)
         d_b.baddbmm_(added, d_grown.transpose(1, 2))
         d_added = torch.bmm(m.B, d_grown)
         d_xd.addcmul_(d_added.view(dy.shape), f.kept)
         kept = lay.head_sum(added.mul_(d_added), block).double()
+        del added, d_added
         d_log -= kept
         d_log[:, :, -1] += kept.sum(2)
-        if mixed.entering is not None:
-            entering = mixed.entering[0].view(lay.state_shape(block.count))
-            passed = (entering * d_states[block.body]).sum((2, 4)).unsqueeze(-1)
+        if block.enter is not None:
+            passed = entering.mul_(d_states[block.body]).sum((2, 4)).unsqueeze(-1)
             d_log[:, :, -1] += passed * f.passed[:, :, 0]
     d_dt = (d_xd * m.x).sum(-1, keepdim=True).double()
     d_step = d_log.flip(2).cumsum(2).flip(2).masked_fill_(f.bounded, 0)

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from nemocascade_kernels.common.documents import PackedSeq
 from nemocascade_kernels.mamba2.arguments import Inputs, Sizes, States
-from nemocascade_kernels.mamba2.chunks import ChunkBlock, ChunkTable, chunk_table
+from nemocascade_kernels.mamba2.chunks import ChunkBlock
+from nemocascade_kernels.mamba2.gate import Gate, time_step_slope
 from nemocascade_kernels.mamba2.ssd import (
-    LARGEST_CHUNK,
     Chunks,
     Decays,
     Layout,
-    carry_states,
+    grow_states,
+    inner_backward,
     mix,
     mix_backward,
     scatter,
@@ -52,10 +53,10 @@ def backward(
     """Gradients of the inputs, in their dtypes. kept: the states from `forward`."""
     core = _Blocks(i, s)
     grads = _Gradients.like(core, kept[0])
-    for run in reversed(_table(core.lay, packed).runs):
+    for run in reversed(core.lay.chunks(packed).runs):
         decays = core.lay.decays(core.dt, core.A, run)
         for block in reversed(run.blocks):
-            _backward_block(core, block, decays.of(block.here), kept[0], d_out, grads)
+            _backward_block(core, block, decays.of(block), kept[0], d_out, grads)
     sums = (grads.taps.t(), grads.bias, grads.dt_bias, grads.A, grads.D, grads.weight)
     return grads.zxbcdt, *(g.to(t.dtype) for g, t in zip(sums, i[1:], strict=True))
 
@@ -99,20 +100,16 @@ def _scan(
     read: returns the convolution's output of a block's slots, [c, s, W] or [c * s, W].
     write: gets y of a block's slots, [c * s, h p].
     """
-    table = _table(lay, packed)
+    table = lay.chunks(packed)
     states = dt.new_empty(lay.state_shape(table.num_body), dtype=lay.dtype)
     for run in table.runs:
         decays = lay.decays(dt, A, run)
         for block in run.blocks:
-            f, m = decays.of(block.here), _chunks(lay, s, read(block), block)
-            carry_states(lay, block, f, m, states)
+            f, m = decays.of(block), _chunks(lay, s, read(block), block)
+            grow_states(lay, block, f, m, states)
             y = mix(lay, block, f, m, states).y.addcmul_(m.x, lay.per_head(D))
             write(lay.to_rows(y, block), block)
     return states
-
-
-def _table(lay: Layout, packed: PackedSeq) -> ChunkTable:
-    return chunk_table(packed, LARGEST_CHUNK, lay.block_slots(packed.device))
 
 
 def _chunks(lay: Layout, s: Sizes, mixed: Tensor, block: ChunkBlock) -> Chunks:
@@ -157,35 +154,10 @@ class _Blocks:
             out.addcmul_(windows[:, k : k + size], self.taps[k])
         return out
 
-    def gate(self, y: Tensor, block: ChunkBlock) -> _Gate:
+    def gate(self, y: Tensor, block: ChunkBlock) -> Gate:
         """Apply the gated norm to `y` [c * s, h p]."""
         z = self.z.index_select(0, block.rows).to(self.dtype)
-        return _Gate(y, z, self.weight, self.sizes.groups, self.sizes.eps)
-
-
-class _Gate:
-    """The gated norm of a block's rows, with the values for its backward."""
-
-    def __init__(self, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> None:
-        self.y, self.z, self.weight = y, z, weight
-        self.silu = F.silu(z)
-        u = (y * self.silu).view(y.shape[0], groups, -1)
-        square = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square_()
-        self.scale = square.div_(u.shape[-1]).add_(eps).rsqrt_()
-        self.normed = u.mul_(self.scale)
-
-    def out(self) -> Tensor:
-        """Output [c * s, h p]."""
-        return self.normed.view(self.y.shape) * self.weight
-
-    def backward(self, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of y and z [c * s, h p], and of the weight [h p]."""
-        d_weight = (d_out * self.normed.view(d_out.shape)).sum(0)
-        d_normed = (d_out * self.weight).view(self.normed.shape)
-        along = (d_normed * self.normed).mean(-1, keepdim=True)
-        d_u = d_normed.addcmul_(self.normed, along, value=-1).mul_(self.scale).view(d_out.shape)
-        d_z: Tensor = torch.ops.aten.silu_backward(d_u * self.y, self.z)
-        return d_u.mul_(self.silu), d_z, d_weight
+        return Gate(y, z, self.weight, self.sizes.groups, self.sizes.eps)
 
 
 @dataclass(frozen=True)
@@ -213,9 +185,6 @@ class _Gradients:
         def zeros(t: Tensor) -> Tensor:
             return torch.zeros_like(t, dtype=torch.float64)
 
-        low, high = core.sizes.dt_limit
-        free = F.softplus(core.raw_dt)
-        slope = core.raw_dt.sigmoid().masked_fill_((free < low) | (free > high), 0)
         return cls(
             zxbcdt=torch.empty_like(core.zxbcdt, memory_format=torch.contiguous_format),
             taps=zeros(torch.stack(core.taps)),
@@ -224,7 +193,7 @@ class _Gradients:
             A=zeros(core.A),
             D=zeros(core.D),
             weight=zeros(core.weight),
-            dt_slope=slope,
+            dt_slope=time_step_slope(core.raw_dt, core.sizes.dt_limit),
             states=torch.empty_like(entering),
             tails=entering.new_empty(entering.shape[0], core.before, core.sizes.channels),
         )
@@ -244,7 +213,12 @@ def _backward_block(
     if block.pad_slots is not None:
         rows.index_fill_(0, block.pad_slots, 0)
     dy, d_z, d_weight = core.gate(lay.to_rows(y, block), block).backward(rows)
-    d = mix_backward(lay, block, f, m, mixed, core.A, core.D, lay.by_head(dy, block), grads.states)
+    del y, rows
+    dy = lay.by_head(dy, block)
+    inner, read = inner_backward(lay, block, f, m, mixed, dy), mixed.read
+    # Freed before the states' gradients take its place.
+    del mixed
+    d = mix_backward(lay, block, f, m, inner, read, core.A, core.D, dy, entering, grads.states)
     d_activated = torch.cat([lay.to_rows(v, block) for v in (d.x, d.B, d.C)], dim=1)
     d_xbc = _convolution_backward(core, block, windows, pre, d_activated, grads)
     d_raw = lay.to_rows(d.dt, block) * grads.dt_slope.index_select(0, block.rows)
@@ -272,13 +246,14 @@ def _convolution_backward(
     # The last tap writes the chunk's own rows and the others add; the rows before it start at zero.
     d_windows[:, : core.before] = 0
     torch.mul(d_pre, core.taps[core.before], out=d_windows[:, core.before :])
-    product = torch.empty_like(d_pre)
+    product, d_taps = torch.empty_like(d_pre), []
     for k in range(core.before + 1):
         covered = slice(k, k + block.size)
         if k < core.before:
             d_windows[:, covered].addcmul_(d_pre, core.taps[k])
         torch.mul(windows[:, covered], d_pre, out=product)
-        grads.taps[k].add_(product.sum((0, 1)))
+        d_taps.append(product.sum((0, 1)))
+    grads.taps.add_(torch.stack(d_taps))
     grads.bias.add_(d_pre.sum((0, 1)))
     if block.enter is not None:
         grads.tails.index_copy_(0, block.enter, d_windows[:, : core.before])
