@@ -158,12 +158,14 @@ class Activations:
         return 2 * hidden if self.parallel.tp > 1 else hidden
 
     def _mamba_moments(self, terms: Terms) -> list[float]:
-        everything = sum(terms.values()) + terms["Mamba output"]
+        # The gradient of the mixer's output has taken the place of the output itself.
+        everything, gradient = sum(terms.values()), terms["Mamba projection"]
         if not self.job.on_gpu:
-            return [everything + terms["Mamba projection"]]
-        job = self.job
-        scratch = scan_bytes(self.model, job.capacity, self.width, tp=self.parallel.tp, fla=job.fla)
-        return [everything + scratch]
+            return [everything + gradient]
+        job, tp = self.job, self.parallel.tp
+        scratch = scan_bytes(self.model, job.capacity, self.width, tp=tp, fla=job.fla)
+        # In torch the workspace holds the projection's gradient.
+        return [everything + scratch + (gradient if job.fla else 0.0)]
 
     def _attention_moments(self, terms: Terms) -> list[float]:
         everything = sum(terms.values())
