@@ -12,6 +12,8 @@ from nemocascade.recipe.judge import HOW as JUDGE_HOW
 HOW = (
     *("run_dir", "init_from", "resume", "accept_changes", "parallel", "checkpoint", "log"),
     *("engine.device", "engine.recompute", "engine.timeout_s", "engine.preflight"),
+    *("engine.transformer_engine", "engine.apex", "engine.fla", "mopd.keep"),
+    *("rollout.slots", "rollout.prefill_tokens", "rollout.prefill_chunk"),
     *("data.cache_dir", "envs.sandbox.workers", "envs.check_workers"),
     *(f"envs.judge.{name}" for name in JUDGE_HOW),
 )
@@ -19,7 +21,7 @@ HOW = (
 
 FREE = (
     *HOW,
-    *("steps", "eval", "rollout.samples"),
+    *("steps", "eval", "rollout.samples", "rollout.max_idle_steps", "mopd.score_rollouts"),
     *("rollout.mismatch_mean_alarm", "rollout.mismatch_max_alarm"),
 )
 """Settings that may change when a run resumes: those of `HOW`, the length of the run, and what is

@@ -51,5 +51,5 @@ def test_a_run_stops_on_request_and_goes_on(
     assert run_sft(recipe) == tmp_path / "artifact"
     assert not (tmp_path / "stop.done").exists()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     assert "preflight:" in (tmp_path / "log.txt").read_text()
