@@ -23,7 +23,6 @@ FREE = (
     *HOW,
     *("steps", "eval", "rollout.samples", "rollout.max_idle_steps", "mopd.score_rollouts"),
     *("rollout.mismatch_mean_alarm", "rollout.mismatch_max_alarm"),
-    *("mopd.keep", "mopd.score_rollouts"),
 )
 """Settings that may change when a run resumes: those of `HOW`, the length of the run, and what is
 only measured."""
