@@ -240,6 +240,6 @@ class Evaluation:
         if re.fullmatch(r"0[fFdD][0-9a-fA-F]+", word):
             return number(int(word[2:], 16))
         if re.fullmatch(r"-?\d\w*", word):
-            return number(int(word, 0))
+            return number(int(word.rstrip("U"), 0))
         # A register without a value holds the same in no two threads; names are those of constants.
         return unknown("name", word, uniform=re.fullmatch(r"%[a-z]+\d+", word) is None)

@@ -165,6 +165,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le,
     "gt": operator.gt, "ge": operator.ge,
 }  # fmt: skip
+_ONE_INPUT = ("neg", "mov", "cvt", "not")
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "neg": operator.neg, "mov": operator.pos,
     "cvt": operator.pos, "and": operator.and_, "or": operator.or_, "xor": operator.xor,
@@ -185,6 +186,8 @@ def _exact(name: tuple[str, ...], inputs: Sequence[Value]) -> Value | None:
     elif operation in ("mul", "mad") and name[1] in ("lo", "wide"):
         found = numbers[0] * numbers[1] + (numbers[2] if operation == "mad" else 0)
         kind = "s64" if name[1] == "wide" else kind
+    elif operation in _ONE_INPUT and len(numbers) != 1:  # it packs several numbers
+        return None
     elif operation in _OPERATIONS and kind != "pred" and len(name) <= 3:
         if operation == "bfe" and kind[0] == "s":
             return None
