@@ -48,8 +48,8 @@ def stage_world(recipe: SftRecipe | PolicyRecipe) -> Iterator[tuple[World, Accel
             LOGGER.info(checked.text())
             if checked.problems:
                 raise RecipeError(checked.problems)
-        job = job_here(recipe, world.size)
         found = detected.accelerators
+        job = job_here(recipe, world.size) if found.fla else None
         if job is not None:
             found = warm_up(found, job.model, recipe.engine, world, job.capacity)
         world.watch.enter("set-up")

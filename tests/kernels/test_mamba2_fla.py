@@ -138,9 +138,11 @@ def test_a_version_without_an_argument_is_refused(double: FlaDouble) -> None:
     module.chunk_fwd_kernel_h.arg_names.remove("split_offsets")
     module = sys.modules["fla.ops.common.chunk_o"]
     del module.chunk_bwd_dv
+    del sys.modules["fla.modules.causal_conv1d"]
     with pytest.raises(
         RuntimeError,
-        match=r"no split_offsets of fla\.ops\.common\.chunk_h\.chunk_fwd_kernel_h, "
+        match=r"no fla\.modules\.causal_conv1d, "
+        r"split_offsets of fla\.ops\.common\.chunk_h\.chunk_fwd_kernel_h, "
         r"fla\.ops\.common\.chunk_o\.chunk_bwd_dv: install fla-core 0\.6 or newer",
     ):
         fla_check.check_version()

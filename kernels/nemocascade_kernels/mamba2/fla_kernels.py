@@ -53,13 +53,19 @@ NEEDED = {
 
 
 def missing_arguments() -> list[str]:
-    """Functions, kernels and arguments that the installed fla-core lacks.
+    """Modules, functions, kernels and arguments that the installed fla-core lacks.
 
-    Raises ImportError if one of its modules cannot be imported.
+    Raises ImportError if one of its modules needs a package that is not installed.
     """
     missing = []
     for module, functions in NEEDED.items():
-        found = importlib.import_module(module)
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("fla."):
+                raise
+            missing.append(module)
+            continue
         for name, arguments in functions.items():
             function = getattr(found, name, None)
             if function is None:
