@@ -25,11 +25,10 @@ from nemocascade_kernels.mamba2.ssd import (
     Decays,
     Layout,
     grow_states,
-    inner_backward,
     mix,
-    mix_backward,
     scatter,
 )
+from nemocascade_kernels.mamba2.ssd_backward import inner_backward, mix_backward
 from nemocascade_kernels.mamba2.states import forward_by_scan
 
 
