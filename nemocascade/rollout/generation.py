@@ -95,7 +95,8 @@ class Generation:
         )
         if not self._in_step:
             return mine
-        flags = torch.tensor(mine, dtype=torch.int32, device=self.world.device)
+        # Reduced by gloo on the host, which knows them: nothing waits for the device.
+        flags = torch.tensor(mine, dtype=torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.world.groups.tp_ep)
         prefills, decodes, unfinished = (bool(f) for f in flags.tolist())
         return prefills, decodes, unfinished
