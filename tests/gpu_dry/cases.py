@@ -51,8 +51,9 @@ class Case:
     """One run of the dry run.
 
     stage: sft, grpo, mopd, rollout, or kernels, which runs no model. rank, world: of the rank that
-    is played. tokens: capacity of a micro-batch; of a prompt for a rollout. strings: the rollout
-    has stop strings. once: play the first step only, of one micro-batch. architecture: that of the
+    is played. tokens: capacity of a micro-batch; of a prompt for a rollout. requests: texts of a
+    rollout in 8 slots; more of them need steps of several sizes. strings: the rollout has stop
+    strings. once: play the first step only, of one micro-batch. architecture: that of the
     device, for kernels. quick: part of the quick tests. packages: optional packages that can be
     imported, as stand-ins.
     """
@@ -66,6 +67,7 @@ class Case:
     tokens: int = 512
     engine: EngineConfig = field(default_factory=EngineConfig)
     accelerators: Accelerators = field(default_factory=Accelerators)
+    requests: int = 8
     strings: bool = False
     once: bool = False
     architecture: int = 90
@@ -79,7 +81,7 @@ class Outcome:
 
     parts: counts by part of the run. live: bytes between two steps, or before the first prompt.
     peak: bytes at most. at_peak: number of live storages then, by place and bytes. kernels:
-    entries of `nemocascade_kernels.compile`.
+    entries of `nemocascade_kernels.compile`. graphs: bytes of the pools of CUDA graphs, at most.
     """
 
     parts: dict[str, Counts]
@@ -88,6 +90,7 @@ class Outcome:
     faults: list[str]
     at_peak: Counter[tuple[dry.Place, int]]
     kernels: list[dict[str, Any]] = field(default_factory=list)
+    graphs: int = 0
 
 
 def run_case(case: Case, *, explain: bool = False) -> Outcome:
@@ -223,7 +226,7 @@ def _rollout(case: Case, world: World, trainer: Trainer) -> Outcome:
     taken, live = [], dry.MEMORY.live
     for length in (4, 4, 5):
         dry.RECORD.taken()
-        requests = [Request(i, tuple(range(2, 2 + case.tokens))) for i in range(8)]
+        requests = [Request(i, tuple(range(2, 2 + case.tokens))) for i in range(case.requests)]
         sampling = Sampling(
             max_tokens=length,
             stop_tokens=((0,),),
@@ -232,10 +235,16 @@ def _rollout(case: Case, world: World, trainer: Trainer) -> Outcome:
         done = list(engine.run(requests, sampling))
         assert len(done) == len(requests)
         taken.append(dry.RECORD.taken())
-    prompts, step = _difference(taken[1], taken[2])
-    decode = Counter({key: count * (4 - 1) for key, count in step.items()})
-    parts = {"prefill": prompts - decode + step, "decode step": step}
-    return Outcome(parts, live, dry.MEMORY.peak, dry.RECORD.faults, dry.MEMORY.at_peak())
+    if case.requests > engine.limits.slots:
+        parts = {"rollout": taken[1]}
+    else:
+        prompts, step = _difference(taken[1], taken[2])
+        decode = Counter({key: count * (4 - 1) for key, count in step.items()})
+        parts = {"prefill": prompts - decode + step, "decode step": step}
+    memory = dry.MEMORY
+    return Outcome(
+        parts, live, memory.peak, dry.RECORD.faults, memory.at_peak(), graphs=memory.graphs
+    )
 
 
 def _rows_of_owner(case: Case) -> int:

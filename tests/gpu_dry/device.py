@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import sys
 import types
 import weakref
@@ -115,12 +116,13 @@ class Record:
 class Memory:
     """Bytes of live fake storages, rounded as the caching allocator does.
 
-    Graph captures allocate from a pool of their own, which keeps its largest size for good.
-    live, peak: bytes, pools included. explain: keep what is live at the peak, which takes time.
+    Graph captures allocate from a pool, which keeps its largest size while one of its graphs lives.
+    live, peak: bytes, pools included. graphs: bytes of all pools, at most. explain: keep what is
+    live at the peak, which takes time.
     """
 
     def __init__(self) -> None:
-        self.live = self.peak = 0
+        self.live = self.peak = self.graphs = 0
         self._at_peak: Counter[tuple[Place, int]] = Counter()
         self._sizes: dict[int, tuple[int, Place, int | None]] = {}
         self._pools: dict[int, list[int]] = {}
@@ -144,6 +146,7 @@ class Memory:
             used[0] += size
             self.live += max(0, used[0] - used[1])
             used[1] = max(used)
+            self.graphs = max(self.graphs, sum(most for _, most in self._pools.values()))
         if self.live > self.peak:
             self.peak = self.live
             self._is_at_peak = True
@@ -160,8 +163,12 @@ class Memory:
         size, _, pool = self._sizes.pop(key, (0, _NOWHERE, None))
         if pool is None:
             self.live -= size
-        else:
+        elif pool in self._pools:
             self._pools[pool][0] -= size
+
+    def release(self, pool: int) -> None:
+        """Free a pool whose graphs are gone."""
+        self.live -= self._pools.pop(pool, [0, 0])[1]
 
     def reset_peak(self) -> None:
         self.peak = self.live
@@ -463,10 +470,26 @@ class _Event:
 
 
 class _Graph:
-    """Stands for torch.cuda.CUDAGraph."""
+    """Stands for torch.cuda.CUDAGraph. owners: living graphs of each pool."""
+
+    owners: ClassVar[Counter[int]] = Counter()
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        self._pool = id(self)
 
     def pool(self) -> int:
-        return id(self)
+        return self._pool
+
+    def captured_in(self, pool: int) -> None:
+        self._pool = pool
+        self.owners[pool] += 1
+        weakref.finalize(self, self._left, pool)
+
+    @classmethod
+    def _left(cls, pool: int) -> None:
+        cls.owners[pool] -= 1
+        if not cls.owners[pool]:
+            MEMORY.release(pool)
 
     def replay(self) -> None:
         RECORD.add("launch", "graph replay")
@@ -477,11 +500,15 @@ class _Graph:
 
 @contextlib.contextmanager
 def _capture(graph: _Graph, pool: Any = None, **_kwargs: Any) -> Iterator[None]:
-    MEMORY.pool = graph.pool() if pool is None else hash(pool)
+    graph.captured_in(graph.pool() if pool is None else hash(pool))
+    MEMORY.pool = graph.pool()
     try:
         yield
     finally:
         MEMORY.pool = None
+
+
+_HANDLES = itertools.count(1)
 
 
 def _memory_stats(*_device: Any) -> dict[str, int]:
@@ -512,7 +539,7 @@ def _install_cuda() -> None:
         "Event": _Event,
         "CUDAGraph": _Graph,
         "graph": _capture,
-        "graph_pool_handle": lambda: (0, 1),
+        "graph_pool_handle": lambda: (0, next(_HANDLES)),
         "synchronize": lambda *_: RECORD.add("sync", "cuda.synchronize"),
         "empty_cache": nothing,
         "mem_get_info": lambda *_: (PROPERTIES.total_memory - MEMORY.live, PROPERTIES.total_memory),

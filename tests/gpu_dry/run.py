@@ -32,6 +32,7 @@ BUILD = REPOSITORY / "build" / "gpu_dry"
 BUDGETS = HERE / "budgets.json"
 LAUNCHES = REPOSITORY / "kernels" / "nemocascade_kernels" / "launches.json"
 PACKAGES = ("torch", "triton", "megatron-core", "fla-core")
+BYTES = {"live_bytes": "live", "peak_bytes": "peak", "graph_bytes": "graphs"}
 KINDS = ("sync", "copy", "collective", "launch", "operator")
 
 Budget = dict[str, Any]
@@ -130,7 +131,7 @@ def budget_of(outcome: Any) -> Budget:
         for (kind, name, where), count in counts.items():
             named[kind][label(kind, name, where)] += count
         parts[part] = {kind: dict(sorted(c.items())) for kind, c in named.items() if c}
-    return {"live_bytes": outcome.live, "peak_bytes": outcome.peak, "parts": parts}
+    return {name: getattr(outcome, field) for name, field in BYTES.items()} | {"parts": parts}
 
 
 def label(kind: str, name: str, where: Any) -> str:
@@ -147,9 +148,10 @@ def differences(case: str, outcome: Any, budget: Budget | None) -> Iterator[str]
     if budget is None:
         yield f"{case}: it has no budget"
         return
-    for name, value in (("live_bytes", outcome.live), ("peak_bytes", outcome.peak)):
-        if value != budget[name]:
-            yield f"{case}: {name} {value:,}, the budget is {budget[name]:,}"
+    for name, field in BYTES.items():
+        value = getattr(outcome, field)
+        if value != (known := budget.get(name, 0)):
+            yield f"{case}: {name} {value:,}, the budget is {known:,}"
     now = budget_of(outcome)["parts"]
     for part in sorted({*now, *budget["parts"]}):
         for kind in KINDS:
@@ -188,10 +190,8 @@ def write_budgets(cases: Mapping[str, Budget]) -> None:
         for part, kinds in budget["parts"].items():
             rows = [f"     {json.dumps(kind)}: {json.dumps(c)}" for kind, c in kinds.items()]
             parts.append(f"    {json.dumps(part)}: {{\n" + ",\n".join(rows) + "}")
-        lines.append(
-            f'  {json.dumps(name)}: {{"live_bytes": {budget["live_bytes"]}, "peak_bytes": '
-            f'{budget["peak_bytes"]}, "parts": {{\n' + ",\n".join(parts) + "}}"
-        )
+        sizes = "".join(f'"{field}": {budget.get(field, 0)}, ' for field in BYTES)
+        lines.append(f'  {json.dumps(name)}: {{{sizes}"parts": {{\n' + ",\n".join(parts) + "}}")
     text = ",\n".join(lines)
     BUDGETS.write_text(f'{{"versions": {json.dumps(versions())},\n "cases": {{\n{text}\n}}}}\n')
 

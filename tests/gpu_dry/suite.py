@@ -94,6 +94,8 @@ def _nano_layers() -> Iterator[Case]:
             )
     shape = replace(nemotron3_nano_30b(), pattern="M*E")
     yield Case("nano-rollout", "rollout", shape, tokens=2048, accelerators=FLA)
+    # Decode steps of 8 rows, then of 4: two graphs in one pool.
+    yield Case("nano-rollout-sizes", "rollout", shape, tokens=2048, requests=12, accelerators=FLA)
 
 
 def _kernels() -> Iterator[Case]:
