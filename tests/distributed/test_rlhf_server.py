@@ -30,6 +30,7 @@ def stages(folder: str, judges: dict[str, dict[str, Any]]) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from nemocascade.recipe import RecipeError, RlEvalConfig
+    from nemocascade.rl.learning_signal import NothingLearntError
     from nemocascade.runtime.world import MainRankError
     from nemocascade.stages.grpo import run_grpo
 
@@ -54,6 +55,14 @@ def stages(folder: str, judges: dict[str, dict[str, Any]]) -> dict[str, Any]:
             artifact = str(run_grpo(made))
         except (RecipeError, MainRankError) as error:
             found[name] = {"error": str(error)}
+            continue
+        except NothingLearntError as error:
+            lines = Path(f"{folder}/{name}/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            found[name] = {
+                "error": str(error),
+                "lines": [json.loads(line) for line in lines],
+                "artifact": Path(f"{folder}/{name}/artifact").exists(),
+            }
             continue
         text = Path(f"{folder}/{name}/metrics.jsonl").read_text(encoding="utf-8")
         ours, theirs = weights(artifact), weights(policy)
@@ -139,13 +148,14 @@ def test_verdicts_may_take_longer_than_a_collective(runs: dict[str, Any]) -> Non
 
 
 def test_a_step_without_any_verdict_trains_nothing(runs: dict[str, Any]) -> None:
-    """Not even the optimizer's momentum moves a weight; and the run goes on."""
+    """The step is skipped, and the stage ends without an artifact."""
     (line,) = runs["failing"]["lines"]
     assert line["verifier_errors"] == 12
     assert line["judge_unanswered"] == 1
     assert line["reward"] is None
     assert "grad_norm" not in line
-    assert runs["failing"]["same"]
+    assert "had no verdict" in runs["failing"]["error"]
+    assert not runs["failing"]["artifact"]
 
 
 def test_a_server_that_refuses_is_found_before_anything_is_written(runs: dict[str, Any]) -> None:
