@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gpu_dry import device as dry
-from gpu_dry import kernel_calls, triton_driver
+from gpu_dry import kernel_calls, played, triton_driver
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemocascade.megatron import model as model_module
@@ -99,7 +99,7 @@ def run_case(case: Case, *, explain: bool = False) -> Outcome:
     if case.stage == "kernels":
         return _kernels(case)
     axes: dict[str, str] = {}
-    with dry.dry_run(lambda name: axes.get(name, name)):
+    with played.dry_run(lambda name: axes.get(name, name)):
         triton_driver.install()
         world = _join(case)
         axes.update(_axes(world))
@@ -112,7 +112,7 @@ def run_case(case: Case, *, explain: bool = False) -> Outcome:
 def _kernels(case: Case) -> Outcome:
     """Call every public kernel on `case.architecture`; a call that waits for the device fails."""
     dry.PROPERTIES.major, dry.PROPERTIES.minor = divmod(case.architecture, 10)
-    with dry.dry_run() as mode:
+    with played.dry_run() as mode:
         triton_driver.install()
         mode.strict = True
         for op, label, call in kernel_calls.calls():
@@ -153,7 +153,7 @@ def _trainer(case: Case, world: World, folder: Path) -> Trainer:
         """Build without values, which a fake device would drop."""
         with torch.device("meta"):
             chunks = build(*args)
-        return [dry.to_device(chunk) for chunk in chunks]
+        return [played.to_device(chunk) for chunk in chunks]
 
     monkey: Any = trainer_module
     monkey.build_model = on_device

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from gpu_dry import device as dry
+from gpu_dry import played
 
 
 def counts(call: Callable[[], object]) -> dict[str, int]:
@@ -20,7 +21,7 @@ def counts(call: Callable[[], object]) -> dict[str, int]:
 
 
 def main() -> dict[str, Any]:
-    with dry.dry_run():
+    with played.dry_run():
         x = torch.ones(4, 4, device="cuda")
         mask = torch.ones(4, dtype=torch.bool, device="cuda")
         sent = torch.tensor([3, 1, 2], device="cuda")
