@@ -63,6 +63,8 @@ def _pools() -> dict[str, int]:
                 torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
             kept.append(graph)
         grown[name] = dry.MEMORY.live - before
+        del graph, kept
+        grown[f"{name}, freed"] = dry.MEMORY.live - before
     return grown
 
 
