@@ -28,10 +28,10 @@ from nemocascade.data.cache_files import (
 )
 from nemocascade.data.chat_template import TEMPLATE_VERSION
 from nemocascade.data.formats import row_fields
-from nemocascade.data.readers import find_sources, read_pieces
+from nemocascade.data.readers import find_sources
 from nemocascade.data.tokenization import (
     TRAINED_BIT,
-    source_formats,
+    read_sources,
     tokenize_pieces,
 )
 from nemocascade.data.tokenizer import Tokenizer
@@ -158,14 +158,7 @@ def build_cache(
     for name, times in Counter(sources).items():
         if times > 1:
             LOGGER.warning("%s is read %d times: data.path names it so often", name, times)
-    formats = source_formats(sources, config, seed=seed, heldout=heldout)
-    pieces = read_pieces(
-        sources,
-        max_rows=config.max_rows,
-        seed=seed,
-        heldout=heldout,
-        columns=row_fields(config),
-    )
+    formats, pieces = read_sources(sources, config, seed=seed, heldout=heldout)
     if workers is None:
         size = sum(s.get("bytes", 0) for s in key["sources"])
         workers = len(os.sched_getaffinity(0)) if size >= PARALLEL_BYTES else 1

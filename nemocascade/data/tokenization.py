@@ -148,6 +148,20 @@ def source_formats(
     return formats
 
 
+def read_sources(
+    sources: Sequence[str], config: DataConfig, *, seed: int = 0, heldout: bool = False
+) -> tuple[list[Format], Iterator[RowPiece]]:
+    """Formats of the sources, as `source_formats`, and the pieces of their rows, in order."""
+    pieces = read_pieces(
+        sources,
+        max_rows=config.max_rows,
+        seed=seed,
+        heldout=heldout,
+        columns=row_fields(config),
+    )
+    return source_formats(sources, config, seed=seed, heldout=heldout), pieces
+
+
 def read_conversations(
     sources: Sequence[str],
     config: DataConfig,
@@ -157,14 +171,7 @@ def read_conversations(
     heldout: bool = False,
 ) -> Iterator[tuple[str, Conversation]]:
     """Yield (`file:line`, conversation) of all sources in order; bad rows are counted in `bad`."""
-    formats = source_formats(sources, config, seed=seed, heldout=heldout)
-    pieces = read_pieces(
-        sources,
-        max_rows=config.max_rows,
-        seed=seed,
-        heldout=heldout,
-        columns=row_fields(config),
-    )
+    formats, pieces = read_sources(sources, config, seed=seed, heldout=heldout)
     for piece in pieces:
         for number, row in piece.rows():
             place = f"{sources[piece.source]}:{number}"

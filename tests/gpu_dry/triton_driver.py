@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from gpu_dry import device as dry
 from gpu_dry.races import unordered
-from nemocascade_kernels.compile import assembler_report, matrix_instruction
+from nemocascade_kernels.compile import (
+    SHARED_MEMORY_LIMIT,
+    assembler_report,
+    matrix_instruction,
+)
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-#: Bytes of shared memory that one block may have, by architecture.
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
-
 
 PACKAGE = "nemocascade_kernels"
 Entry = dict[str, Any]
@@ -63,7 +63,7 @@ class _Utils:
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
-            "max_shared_mem": SHARED_LIMIT[architecture()],
+            "max_shared_mem": SHARED_MEMORY_LIMIT[architecture()],
             "multiprocessor_count": dry.MULTIPROCESSORS,
             "max_num_regs": dry.REGISTERS,
             "warpSize": 32,
