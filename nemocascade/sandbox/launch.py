@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -52,14 +53,31 @@ def _bwrap() -> str | None:
     return None if found is None else os.path.abspath(found)
 
 
-def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
+def installed(modules: Sequence[str]) -> dict[str, str]:
+    """Return the folder of each installed module. Raises ValueError for one that is missing."""
+    found = {}
+    for name in modules:
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"programs shall import {name}, which is not installed: install it")
+        found[name] = os.path.realpath(spec.submodule_search_locations[0])
+    return found
+
+
+def start(
+    walls: Walls, config: SandboxConfig, scratch: str | None, modules: Mapping[str, str]
+) -> Worker:
     """Start a worker. Raises WallsError if the host does not permit the isolation backend.
 
-    scratch: the folder that programs write to without isolation.
+    scratch: the folder that programs write to without isolation. modules: the folder of each
+    further module that programs may import, see `installed`.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # The libraries of a wheel are in a folder beside the module.
+    folders = [path for folder in modules.values() for path in (folder, f"{folder}.libs")]
+    folders = [path for path in folders if os.path.isdir(path)]
     packages = [os.path.realpath(path) for path in config.packages]
-    shown = visible(packages)
+    shown = visible([*packages, *folders])
     folder = scratch or _SCRATCH
     settings = {
         "walls": walls,
@@ -70,10 +88,11 @@ def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
         "processes": config.processes,
         "scratch_mib": config.scratch_mib,
         "scratch_entries": config.scratch_entries,
-        "packages": packages,
+        "packages": list(dict.fromkeys([*packages, *map(os.path.dirname, modules.values())])),
+        "modules": list(modules),
     }
     code = _INSIDE if walls == "bubblewrap" else str(_HERE)
-    hidden = hidden_packages(shown, packages)
+    hidden = hidden_packages(shown, [*packages, *folders])
     settings["hidden"] = hidden
     python = [_python(), "-s", "-P", "-S", "-B", "-c", _START, code, json.dumps(settings)]
     command = _bubblewrap(shown, hidden) + python if walls == "bubblewrap" else python
@@ -92,6 +111,9 @@ def start(walls: Walls, config: SandboxConfig, scratch: str | None) -> Worker:
                 "LANG": "C.UTF-8",
                 "PYTHONUTF8": "1",
                 "PYTHONHASHSEED": "0",
+                # A thread for each core of the host would exceed `processes`.
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
             },
             cwd="/",
             start_new_session=True,

@@ -1,4 +1,4 @@
-"""Trusted side of the sandbox: a pool of workers that run programs."""
+"""Trusted side of the sandbox: a pool of workers that run programs and sessions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import selectors
 import signal
 import socket
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,6 +21,8 @@ from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.sandbox import launch
 from nemocascade.sandbox.fair_slots import FairSlots
+from nemocascade.sandbox.pipes import Fd, pipe
+from nemocascade.sandbox.session import SandboxSession
 from nemocascade.types import Outcome, Program, SandboxError, SandboxUnavailable, Status
 
 WALL_FACTOR = 2.0
@@ -39,19 +42,27 @@ class _StarvedError(SandboxError):
 class SandboxPool:
     """A pool of workers. `run` blocks; threads share the pool.
 
-    Raises SandboxUnavailable at once if the host forbids isolation and `allow_unsafe` is off.
+    modules: installed modules that programs may import, besides the standard library.
+
+    Raises ValueError for a module that is not installed, and SandboxUnavailable at once if the host
+    forbids isolation and `allow_unsafe` is off.
     """
 
-    def __init__(self, config: SandboxConfig | None = None) -> None:
+    def __init__(self, config: SandboxConfig | None = None, *, modules: Sequence[str] = ()) -> None:
         self.config = config or SandboxConfig()
         if problems := self.config.problems():
             raise ValueError("; ".join(problems))
         if missing := [path for path in self.config.packages if not os.path.isdir(path)]:
             raise ValueError(f"sandbox.packages: {', '.join(missing)} is no folder here")
+        self._modules = launch.installed(modules)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.walls, first = self._choose()
         self.size = self.config.workers or len(os.sched_getaffinity(0))
         self._slots = FairSlots[launch.Worker | None]([*([None] * (self.size - 1)), first])
+        self._lock = threading.Lock()
+        self._sessions: set[SandboxSession] = set()
+        self._spare: list[launch.Worker] = []
+        """Workers of ended sessions: they hold nothing of these, and start the next one at once."""
 
     def run(self, program: Program) -> Outcome:
         """Run one program; threads are served in the order of their calls.
@@ -67,12 +78,47 @@ class SandboxPool:
         except _StarvedError:
             return self._run(program, self.size, ALONE_FACTOR * time_s)
 
+    def session(self, cells: int) -> SandboxSession:
+        """Open a session of at most `cells` cells, in a worker of its own. Its caller closes it.
+
+        `time_s` and `output_kib` are limits of each cell. Raises SandboxError if none can be
+        started.
+        """
+        try:
+            with self._lock:
+                worker = self._spare.pop() if self._spare else None
+            worker = worker or self._start(self.walls)
+        except (launch.WallsError, OSError) as error:
+            raise SandboxError(f"no worker could be started: {error}") from error
+        try:
+            opened = SandboxSession(worker, self.config, cells, self._slots, self._take_back)
+        except BaseException:
+            worker.kill()
+            raise
+        with self._lock:
+            self._sessions.add(opened)
+        return opened
+
     def process_ids(self) -> list[int]:
         """Process ids of the idle workers."""
-        return [w.pid for w in self._slots.idle() if w is not None]
+        with self._lock:
+            return [w.pid for w in (*self._slots.idle(), *self._spare) if w is not None]
+
+    @property
+    def sessions(self) -> int:
+        """Number of open sessions."""
+        with self._lock:
+            return len(self._sessions)
 
     def close(self) -> None:
-        """End all workers; a later run starts new ones."""
+        """End all workers and sessions; a later run starts new ones."""
+        with self._lock:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.close()
+        with self._lock:
+            while self._spare:
+                self._spare.pop().kill()
         with self._slots.take(self.size) as workers:
             for i, worker in enumerate(workers):
                 if worker is not None:
@@ -82,12 +128,18 @@ class SandboxPool:
             self._folder.cleanup()
             self._folder = None
 
+    def _take_back(self, session: SandboxSession, worker: launch.Worker | None) -> None:
+        with self._lock:
+            self._sessions.discard(session)
+            if worker is not None:
+                self._spare.append(worker)
+
     def _run(self, program: Program, slots: int, wall_s: float) -> Outcome:
         with self._slots.take(slots) as workers:
             try:
                 worker = workers[0]
                 if worker is None:
-                    worker = workers[0] = launch.start(self.walls, self.config, self._scratch())
+                    worker = workers[0] = self._start(self.walls)
                 return _run(worker, program, self.config, wall_s)
             except _StarvedError:
                 raise
@@ -110,7 +162,7 @@ class SandboxPool:
             reason = launch.missing(kind)
             if reason is None:
                 try:
-                    return kind, _proven(launch.start(kind, self.config, None), self.config)
+                    return kind, _proven(self._start(kind), self.config)
                 except launch.WallsError as error:
                     reason = str(error)
             reasons.append(f"{kind}: {reason}")
@@ -128,14 +180,13 @@ class SandboxPool:
             RuntimeWarning,
             stacklevel=3,
         )
-        return "none", launch.start("none", self.config, self._scratch("none"))
+        return "none", self._start("none")
 
-    def _scratch(self, walls: launch.Walls | None = None) -> str | None:
-        if (walls or self.walls) != "none":
-            return None
-        if self._folder is None:
+    def _start(self, walls: launch.Walls) -> launch.Worker:
+        if walls == "none" and self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="nemocascade-")
-        return self._folder.name
+        scratch = None if self._folder is None else self._folder.name
+        return launch.start(walls, self.config, scratch, self._modules)
 
 
 # Self-test of an isolation backend, run inside; it ends with "held" if the isolation holds, and if
@@ -194,15 +245,17 @@ def _run(worker: launch.Worker, program: Program, config: SandboxConfig, wall_s:
         "source": program.source,
         "function": program.function,
         "calls": program.calls,
+        "preamble": program.preamble,
+        "any_exit": program.any_exit,
         "files": {path: base64.b64encode(data).decode() for path, data in program.files.items()},
     }
     with contextlib.ExitStack() as stack:
         # The pool writes stdin and the job; it reads stdout, stderr and results.
-        stdin_r, stdin_w = _pipe(stack)
-        out_r, out_w = _pipe(stack)
-        err_r, err_w = _pipe(stack)
-        result_r, result_w = _pipe(stack)
-        job_r, job_w = _pipe(stack)
+        stdin_r, stdin_w = pipe(stack)
+        out_r, out_w = pipe(stack)
+        err_r, err_w = pipe(stack)
+        result_r, result_w = pipe(stack)
+        job_r, job_w = pipe(stack)
         theirs = [stdin_r, out_w, err_w, result_w, job_r]
         try:
             socket.send_fds(worker.channel, [b"run %g" % wall_s], [fd.number for fd in theirs])
@@ -257,37 +310,14 @@ def _check_room(files: Mapping[str, bytes], config: SandboxConfig) -> None:
         )
 
 
-class _Fd:
-    """A file descriptor that is closed once."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self._open = True
-
-    def fileno(self) -> int:
-        return self.number
-
-    def close(self) -> None:
-        if self._open:
-            self._open = False
-            os.close(self.number)
-
-
-def _pipe(stack: contextlib.ExitStack) -> tuple[_Fd, _Fd]:
-    ends = tuple(_Fd(number) for number in os.pipe())
-    for end in ends:
-        stack.callback(end.close)
-    return ends[0], ends[1]
-
-
 class _Exchange:
     """Feeds and drains a program's pipes until its worker answers."""
 
     def __init__(
         self,
         channel: socket.socket,
-        write: dict[_Fd, bytes],
-        read: dict[_Fd, bytearray],
+        write: dict[Fd, bytes],
+        read: dict[Fd, bytearray],
         limit: int,
     ) -> None:
         self._channel = channel

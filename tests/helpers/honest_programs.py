@@ -56,6 +56,32 @@ HONEST: dict[str, tuple[str, str, str]] = {
         "",
         "7\n",
     ),
+    "a python of its own": (
+        "import subprocess, sys\n"
+        "p = subprocess.run([sys.executable, '-c', 'print(input() * 2)'], input='ab', text=True, "
+        "capture_output=True)\nprint(p.returncode, p.stdout + p.stderr, end='')",
+        "",
+        "0 abab\n",
+    ),
+    "a command of the shell": (
+        'import subprocess\nprint(subprocess.check_output(\'echo b a | tr " " "\\n" | sort\', '
+        "shell=True, text=True).split())",
+        "",
+        "['a', 'b']\n",
+    ),
+    "spawned processes": (
+        "import multiprocessing as m\nif __name__ == '__main__':\n"
+        "    with m.get_context('spawn').Pool(2) as p: print(p.map(abs, [-1, 2]))",
+        "",
+        "[1, 2]\n",
+    ),
+    "shared memory": (
+        "from multiprocessing.shared_memory import SharedMemory\n"
+        "a = SharedMemory(create=True, size=64); b = SharedMemory(a.name)\n"
+        "a.buf[0] = 7; print(b.buf[0]); b.close(); a.close(); a.unlink()",
+        "",
+        "7\n",
+    ),
     "a flushed map": (
         "import mmap\nf = open('m', 'w+b'); f.truncate(4096)\n"
         "m = mmap.mmap(f.fileno(), 4096); m[:2] = b'ab'; m.flush(); m.close()\n"

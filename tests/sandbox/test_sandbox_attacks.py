@@ -249,10 +249,52 @@ print(libc.syscall({number}, 0x10000011, 0, 0, 0, 0), ctypes.get_errno())
     assert attack(sandbox, source).stdout == "-1 1\n"
 
 
-def test_other_programs_cannot_be_started(sandbox: SandboxPool) -> None:
-    refused(sandbox, "import os\nos.execv('/usr/bin/env', ['env'])", "PermissionError")
-    source = "import os\nprint(os.system('echo hello') != 0)"
-    assert attack(sandbox, source).stdout == "True\n"
+STARTED = {
+    "socket": ("import socket\nsocket.socket()", "PermissionError"),
+    "user": ("import os\nos.setuid(0)", "PermissionError"),
+    "files": ("print(open('/etc/passwd').read())", "FileNotFoundError"),
+    "write": ("open('/usr/x', 'w')", "Read-only file system"),
+    "namespaces": ("import os\nos.unshare(os.CLONE_NEWUSER)", "PermissionError"),
+    "memory": ("x = bytearray(1 << 40)", "MemoryError"),
+}
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_a_program_that_is_started_has_the_same_walls(sandbox: SandboxPool, name: str) -> None:
+    source, error = STARTED[name]
+    outcome = attack(
+        sandbox,
+        "import subprocess, sys\n"
+        f"p = subprocess.run([sys.executable, '-c', {source!r}], capture_output=True, text=True)\n"
+        "print(p.returncode != 0, p.stdout, p.stderr.splitlines()[-1])",
+    )
+    assert outcome.stdout.startswith("True  "), outcome.stdout
+    assert error in outcome.stdout
+
+
+def test_a_program_that_is_started_gets_no_rights_and_no_secrets(sandbox: SandboxPool) -> None:
+    """Neither by set-uid programs nor in its environment or its descriptors."""
+    source = "import os\nos.execv('/usr/bin/env', ['env'])"
+    names = {line.partition("=")[0] for line in attack(sandbox, source).stdout.splitlines()}
+    known = {"PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "LANG", "PYTHONUTF8", "PYTHONHASHSEED"}
+    assert names <= known | {"LC_CTYPE", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
+    source = (
+        "import subprocess\nprint(subprocess.run(['/bin/su', '-c', 'id'], input=b'').returncode)"
+    )
+    assert attack(sandbox, source).stdout != "0\n"
+    source = """
+import subprocess, sys
+code = "import os\\nfor n in range(3, 300):\\n  try: os.fstat(n); print(n)\\n  except OSError: pass"
+print(subprocess.check_output([sys.executable, '-c', code], close_fds=False).split())
+"""
+    assert attack(sandbox, source).stdout == "[]\n"
+
+
+def test_started_programs_end_with_their_program(hurried: SandboxPool) -> None:
+    source = "import subprocess\nsubprocess.Popen(['sleep', '600'])\nprint('left')"
+    assert attack(hurried, source).stdout == "left\n"
+    source = "import subprocess\nsubprocess.run(['sh', '-c', 'while :; do :; done'])"
+    assert attack(hurried, source).status == "time"
 
 
 @pytest.mark.parametrize("target", ["0", "-1", "os.getppid()", "1", "2"])

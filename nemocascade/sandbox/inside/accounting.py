@@ -26,6 +26,14 @@ def descendants() -> list[str]:
     return found
 
 
+def usage() -> tuple[float, float]:
+    """CPU seconds of all processes below the calling one together, and the longest that one of them
+    has waited for a CPU."""
+    processes = descendants()
+    waits = max(map(waited_s, processes), default=0.0)
+    return sum(map(cpu_s, processes)), waits
+
+
 def cpu_s(process: str) -> float:
     """CPU seconds of a process and of its children that have ended and were waited for."""
     fields = _read(f"/proc/{process}/stat").rpartition(")")[2].split()

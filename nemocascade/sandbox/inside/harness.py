@@ -1,4 +1,5 @@
-"""Execution of a program in a forked child: as a script, or by calls of its function.
+"""Execution of a program in a forked child: as a script, by calls of its function, or as the cells
+of a session, which share one namespace.
 
 Nothing here is trusted: the program shares this interpreter and may change it. It can affect only
 its answers, which are judged outside against values that never enter the sandbox.
@@ -6,13 +7,18 @@ its answers, which are judged outside against values that never enter the sandbo
 
 from __future__ import annotations
 
+import ast
 import atexit
 import base64
 import builtins
+import contextlib
 import io
 import json
+import linecache
 import os
+import signal
 import sys
+import traceback
 import types
 from typing import Any
 
@@ -23,6 +29,8 @@ _STREAMS |= {f"/dev/fd/{number}": number for number in range(3)}
 _builtin_open = open
 LOST_OUTPUT = 120
 """Exit status if the output cannot be flushed, the same as Python's."""
+INTERRUPTED = "TimeoutError: the time limit of a call was reached, variables are kept"
+"""Shown as the error of a cell that was interrupted at its time limit."""
 
 
 def run() -> int:
@@ -30,6 +38,38 @@ def run() -> int:
     with open(JOB_FD, encoding="utf-8") as file:
         job = json.load(file)
     _lay_out(job.pop("files"))
+    _open_streams()
+    status = 1
+    try:
+        status = _run_job(job)
+    except SystemExit as end:
+        status = 0 if job["any_exit"] else _exit_status(end)
+    except BaseException:  # the program's own failure, shown as Python shows it
+        traceback.print_exc()
+    return status if _finish() or job["any_exit"] else LOST_OUTPUT
+
+
+def serve() -> int:
+    """Run the cells of a session until the job pipe closes. Returns the exit status.
+
+    A line of the job pipe is a JSON list of a cell's number and source. The number on a line of the
+    result pipe says that the cell has ended; its output has been written before.
+    """
+    _open_streams()
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    sys.argv = ["session.py"]
+    with open(JOB_FD, encoding="utf-8") as cells, open(RESULT_FD, "w", encoding="utf-8") as ends:
+        for line in cells:
+            number, source = json.loads(line)
+            _run_cell(f"<cell {number}>", source, module.__dict__)
+            ends.write(f"{number}\n")
+            ends.flush()
+    return 0
+
+
+def _open_streams() -> None:
+    """Open the standard streams, as an interpreter does at its start."""
     sys.stdin = io.TextIOWrapper(
         io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8", errors="replace"
     )
@@ -40,14 +80,6 @@ def run() -> int:
         io.FileIO(2, "w", closefd=False), encoding="utf-8", errors="replace", write_through=True
     )
     builtins.open = io.open = _open  # type: ignore[assignment,unused-ignore]
-    status = 1
-    try:
-        status = _run_job(job)
-    except SystemExit as end:
-        status = _exit_status(end)
-    except BaseException:  # the program's own failure, shown as Python shows it
-        _show_exception()
-    return status if _finish() else LOST_OUTPUT
 
 
 def _open(file: Any, *arguments: Any, **options: Any) -> Any:
@@ -69,7 +101,9 @@ def _run_job(job: dict[str, Any]) -> int:
     module = types.ModuleType(name)
     sys.modules[name] = module
     sys.argv = ["program.py"]
-    exec(compile(job["source"], "program.py", "exec"), module.__dict__)
+    for source, path in ((job["preamble"], "preamble.py"), (job["source"], "program.py")):
+        # Without this file's own flags: its future imports are not the program's.
+        exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
     if not job["function"]:
         return 0
     function = _find(module, job["function"])
@@ -79,6 +113,43 @@ def _run_job(job: dict[str, Any]) -> int:
             results.write(json.dumps(value) + "\n")
             results.flush()
     return 0
+
+
+def _run_cell(name: str, source: str, scope: dict[str, Any]) -> None:
+    """Run a cell and show the value of its last expression, or its error, with the cell's lines."""
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    # The supervisor interrupts a cell at its time limit, but nothing else.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        tree = ast.parse(source, name)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, name, "exec", dont_inherit=True), scope)
+        if isinstance(last, ast.Expr):
+            shown = ast.Expression(last.value)
+            value = eval(compile(shown, name, "eval", dont_inherit=True), scope)
+            if value is not None:
+                print(repr(value))
+    except BaseException as error:  # the cell's own failure
+        _show_cell_error(error, name)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # the cell closed or replaced it
+                stream.flush()
+
+
+def _show_cell_error(error: BaseException, name: str) -> None:
+    """Print the traceback from the cell's first line on, after the cell's output."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename != name:
+        trace = trace.tb_next
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    with contextlib.suppress(Exception):
+        if isinstance(error, KeyboardInterrupt):
+            print(INTERRUPTED, file=sys.stderr)
+        else:
+            traceback.print_exception(type(error), error, trace)
 
 
 def _find(module: types.ModuleType, name: str) -> Any:
@@ -111,12 +182,6 @@ def _exit_status(end: SystemExit) -> int:
         return end.code & 0xFF
     print(end.code, file=sys.stderr)
     return 1
-
-
-def _show_exception() -> None:
-    import traceback
-
-    traceback.print_exc()
 
 
 def _finish() -> bool:

@@ -1,8 +1,9 @@
 """Seccomp filter with a list of allowed system calls: others fail with EPERM (clone3: ENOSYS).
 
-Allowed are the calls of a Python program without network and other programs: files, memory,
-threads, its own processes, clocks, pipes and socket pairs. Not allowed: sockets, execve, ptrace,
-mount, namespaces, prctl, System V shared memory, memfd, io_uring, bpf, keys.
+Allowed are the calls of a Python program without network: files, memory, threads, its own
+processes, clocks, pipes and socket pairs; behind walls also execve, for what it starts has the same
+walls, rights and filter. Not allowed: sockets, ptrace, mount, namespaces, prctl, System V shared
+memory, memfd, io_uring, bpf, keys.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ getsockopt:55:209 creat:85:- statfs:137:43 fstatfs:138:44 getcpu:309:168 restart
 setpgid:109:154 getxattr:191:8 lgetxattr:192:9 fgetxattr:193:10 listxattr:194:11
 llistxattr:195:12 flistxattr:196:13
 """
+_EXECVE = {"x86_64": 59, "aarch64": 221}
 _CLONE = {"x86_64": (56, 435), "aarch64": (220, 435)}
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _NEW_NAMESPACES = 0x7E020000
@@ -58,10 +60,13 @@ def numbers(machine: str) -> list[int]:
     return [int(row[column]) for row in rows if row[column] != "-"]
 
 
-def program(machine: str) -> list[tuple[int, int, int, int]]:
-    """Return the filter as classic BPF: (code, jump if true, jump if false, k). Raises KeyError."""
+def program(machine: str, *, executes: bool) -> list[tuple[int, int, int, int]]:
+    """Return the filter as classic BPF: (code, jump if true, jump if false, k). Raises KeyError.
+
+    executes: allow execve.
+    """
     clone, clone3 = _CLONE[machine]
-    allowed = numbers(machine)
+    allowed = numbers(machine) + ([_EXECVE[machine]] if executes else [])
     refuse = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
     head = [
         (_LOAD, 0, 0, _ARCH),

@@ -1,4 +1,4 @@
-"""A worker: an isolated interpreter that forks a child for each program.
+"""A worker: an isolated interpreter that forks a child for each program or session.
 
 Forking a warm interpreter takes about a millisecond, starting one twenty. The worker holds no data
 of any program. Sources, inputs and outputs go through pipes between the trusted side and the child,
@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import json
+import math
 import os
 import resource
 import select
@@ -19,6 +20,8 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 from . import accounting, harness, linux, seccomp, walls
@@ -29,6 +32,16 @@ FDS = 5
 """File descriptors passed with a program: stdin, stdout, stderr, results, job."""
 LOOK_S = 0.05
 """Interval of reading a program's CPU time."""
+IDLE_LOOK_S = 1.0
+"""The same for a session without a running cell."""
+PATIENCE = 4.0
+"""Most waits for a CPU that a cell's wall-clock limit leaves out, in units of that limit."""
+GRACE_S = 1.0
+"""A cell that goes on for this long after it was interrupted ends its session."""
+
+Watch = Callable[[int], tuple[str, float]]
+"""Waits for a program. Returns which limit it exceeded ("cpu", "wall" or ""), and for the
+wall-clock limit the seconds that it waited for a CPU."""
 
 # Imported once here instead of in every program.
 PRELOADED = (
@@ -57,34 +70,42 @@ def main(settings_text: str) -> None:
         message, fds, _, _ = socket.recv_fds(channel, 64, FDS)
         if not message:
             return
-        order, _, wall_s = message.partition(b" ")
+        order, _, value = message.partition(b" ")
+        # Other orders are for a session that has just ended by itself.
         if order == b"run" and len(fds) == FDS:
-            answer = _supervise(channel, fds, settings, float(wall_s))
-            channel.send(json.dumps(answer).encode())
+            watch = partial(_wait, channel, settings, deadline=time.monotonic() + float(value))
+        elif order == b"serve" and len(fds) == FDS:
+            watch = partial(_attend, channel, settings)
+        else:
+            continue
+        cells = int(value) if order == b"serve" else 0
+        answer = _supervise(fds, {**settings, "cells": cells}, watch)
+        channel.send(json.dumps(answer).encode())
 
 
 def _settle(settings: dict[str, Any]) -> None:
-    for name in PRELOADED:
+    sys.path += settings["packages"]
+    for name in (*PRELOADED, *settings["modules"]):
         __import__(name)
     import site
 
     # Interactive interpreters have `exit` and `quit`; -S disables them.
     site.setquit()
-    sys.path += settings["packages"]
     if settings["walls"] == "namespaces":
         walls.enter(settings["visible"], settings["hidden"])
     if settings["walls"] != "none":
         walls.become_nobody()
-        seccomp.program(linux.MACHINE)
+        seccomp.program(linux.MACHINE, executes=True)
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
     gc.collect()
     gc.freeze()
 
 
-def _supervise(
-    channel: socket.socket, fds: list[int], settings: dict[str, Any], wall_s: float
-) -> dict[str, Any]:
-    """Run one program until it ends, exceeds its time limit, or is to be killed."""
+def _supervise(fds: list[int], settings: dict[str, Any], watch: Watch) -> dict[str, Any]:
+    """Run one program until it ends, exceeds its time limit, or is to be killed.
+
+    settings: `cells` is the largest number of cells of a session; 0 for a program.
+    """
     started = time.monotonic()
     if settings["walls"] == "none":
         # No mount namespace removes the program's folder when it ends.
@@ -103,7 +124,7 @@ def _supervise(
             shutil.rmtree(settings["scratch"], ignore_errors=True)
         return {"refused": text or "the child that builds a program's walls died"}
     program = int(text)
-    over_time, waited_s = _wait(channel, program, settings["time_s"], started + wall_s)
+    over_time, waited_s = watch(program)
     _, status, usage = os.wait4(program, 0)
     if settings["walls"] == "none":
         _end_orphans()
@@ -118,7 +139,7 @@ def _supervise(
 
 
 def _wait(
-    channel: socket.socket, program: int, time_s: float, deadline: float
+    channel: socket.socket, settings: dict[str, Any], program: int, deadline: float
 ) -> tuple[str, float]:
     """Wait for the program; kill it on demand, at the deadline, or over its CPU time.
 
@@ -142,16 +163,61 @@ def _wait(
                     os._exit(0)
                 poll.unregister(channel)
             elif not over_time:
-                processes = accounting.descendants()
-                if sum(map(accounting.cpu_s, processes)) >= time_s:
+                used_s, waits_s = accounting.usage()
+                if used_s >= settings["time_s"]:
                     over_time = "cpu"
                 elif time.monotonic() >= deadline:
-                    over_time, waited_s = (
-                        "wall",
-                        max(map(accounting.waited_s, processes), default=0.0),
-                    )
+                    over_time, waited_s = "wall", waits_s
                 if over_time:
                     os.kill(program, signal.SIGKILL)
+    finally:
+        os.close(watched)
+
+
+def _attend(channel: socket.socket, settings: dict[str, Any], program: int) -> tuple[str, float]:
+    """Wait for a session's program while it runs cells, one at a time. Returns as `_wait`.
+
+    The order `cell W` starts the limits of a cell: CPU time, and W seconds of wall-clock time
+    without its waits for a CPU. `rest` ends them; the CPU time is limited between cells too. A cell
+    over a limit is interrupted, and if it goes on, the session is killed. `kill` ends the session.
+    """
+    watched = os.pidfd_open(program)
+    over, kill_at = ("", 0.0), math.inf
+    started, wall_s = 0.0, math.inf
+    before = (0.0, 0.0)
+    try:
+        poll = select.poll()
+        poll.register(watched, select.POLLIN)
+        poll.register(channel, select.POLLIN)
+        while True:
+            look_s = IDLE_LOOK_S if wall_s == math.inf else LOOK_S
+            ready = {fd for fd, _ in poll.poll(1000 * look_s)}
+            if watched in ready:
+                return over
+            now = time.monotonic()
+            if channel.fileno() in ready:
+                order, _, value = channel.recv(64).partition(b" ")
+                if order in (b"cell", b"rest"):
+                    wall_s = float(value or "inf")
+                    over, kill_at, started, before = ("", 0.0), math.inf, now, accounting.usage()
+                    continue
+                os.kill(program, signal.SIGKILL)
+                if not order:  # the trusted side has closed the socket
+                    os._exit(0)
+            elif now >= kill_at:
+                os.kill(program, signal.SIGKILL)
+            elif not over[0]:
+                used_s, waits_s = accounting.usage()
+                waits_s = waits_s - before[1] if math.isfinite(waits_s) else math.inf
+                if used_s - before[0] >= settings["time_s"]:
+                    over = "cpu", 0.0
+                elif now - started - min(waits_s, PATIENCE * wall_s) >= wall_s:
+                    over = "wall", waits_s
+                if over[0]:
+                    # A cell that got no CPU is not at fault: it is not told that it was slow.
+                    is_slow = wall_s < math.inf and over[1] < PATIENCE * wall_s
+                    os.kill(program, signal.SIGINT if is_slow else signal.SIGKILL)
+                    kill_at = now + GRACE_S
     finally:
         os.close(watched)
 
@@ -195,12 +261,12 @@ def _become_program(fds: list[int], settings: dict[str, Any]) -> NoReturn:
         os.setsid()
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD, CHANNEL_FD + 10) for fd in fds]
         for number, fd in enumerate(high):
-            os.dup2(fd, number)
+            os.dup2(fd, number, inheritable=number <= 2)
         os.closerange(FDS, 1 << 16)
         os.chdir(settings["scratch"])
         _set_limits(settings)
         _give_up_rights(settings["walls"])
-        status = harness.run()
+        status = harness.serve() if settings["cells"] else harness.run()
     except BaseException as error:
         os.write(2, f"sandbox: {type(error).__name__}: {error}\n".encode())
     finally:
@@ -208,7 +274,7 @@ def _become_program(fds: list[int], settings: dict[str, Any]) -> NoReturn:
 
 
 def _set_limits(settings: dict[str, Any]) -> None:
-    cpu = int(settings["time_s"]) + 1
+    cpu = int(settings["time_s"] * max(1, settings["cells"])) + 1
     limits = {
         resource.RLIMIT_AS: settings["memory_mib"] << 20,
         resource.RLIMIT_CPU: cpu,
@@ -230,7 +296,8 @@ def _give_up_rights(kind: str) -> None:
         linux.drop_capabilities()
     linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
     try:
-        linux.set_seccomp_filter(seccomp.program(linux.MACHINE))
+        # Without walls, other programs of the host would run with the user's files.
+        linux.set_seccomp_filter(seccomp.program(linux.MACHINE, executes=kind != "none"))
     except (OSError, KeyError):
         # Without isolation, the filter is optional.
         if kind != "none":
