@@ -55,8 +55,10 @@ INLINE Token evaluate(const Objective& objective, int64_t r, float logprob) {
     case Kind::kGrpoKl: {
       const float difference = objective.b[r] - logprob, excess = std::expm1(difference);
       const float kl = objective.x * (excess - difference);
+      // y is 1 if the penalty has an importance weight, whose gradient is added; else 0.
+      const float kl_slope = objective.y != 0.0f ? -difference : -excess;
       return {weight * (kl - objective.a[r] * logprob),
-              weight * (-objective.x * excess - objective.a[r])};
+              weight * (objective.x * kl_slope - objective.a[r])};
     }
     case Kind::kMopd: {
       const MopdTerms terms =

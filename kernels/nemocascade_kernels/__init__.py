@@ -5,6 +5,11 @@ kernels/README.md holds the table of ops, their shapes and their measured number
 
 from nemocascade_kernels.common.documents import PackedSeq
 from nemocascade_kernels.common.linear_head.chunks import logits_bytes
+from nemocascade_kernels.common.linear_head.truncation import (
+    Truncation,
+    kept_log_mass,
+    kept_tokens,
+)
 from nemocascade_kernels.common.routing import RouterSettings, Routing
 from nemocascade_kernels.decode_step.op import (
     Steps,
@@ -52,9 +57,12 @@ __all__ = [
     "RouterSettings",
     "Routing",
     "Steps",
+    "Truncation",
     "__version__",
     "decode_steps",
     "grouped_gemm",
+    "kept_log_mass",
+    "kept_tokens",
     "linear_logprob",
     "linear_policy_loss",
     "load_balance_loss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from helpers.heads import (
     skip_unless_served,
 )
 from nemocascade_kernels import (
+    Grpo,
     Mopd,
     Nll,
     Objective,
@@ -197,6 +199,64 @@ def test_losses_are_those_of_the_paper() -> None:
         expected -= w * (ratio if 0.5 <= ratio <= 2.0 else 0.0) * (teacher - lp) * lp
     loss = linear_policy_loss(head.hidden, head.weight, head.target, mopd).loss
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # d = ref - logprob is 0.5, -2 and 3. Each pair: the penalty's value, and its slope.
+        ({}, [(0.1487, -0.5), (1.1353, 2.0), (16.0855, -3.0)]),
+        ({"kl_importance": "none"}, [(0.1487, -0.6487), (1.1353, 0.8647), (16.0855, -19.0855)]),
+        # pi / pi_rollout is 2 everywhere.
+        (
+            {"kl_importance": "rollout"},
+            [(0.2974, -1.0), (2.2707, 4.0), (32.1711, -6.0)],
+        ),
+        ({"kl_input_clamp": 2.5}, [(0.1487, -0.5), (1.1353, 2.0), (8.6825, 0.0)]),
+        ({"kl_output_clamp": 10.0}, [(0.1487, -0.5), (1.1353, 2.0), (10.0, 0.0)]),
+        (
+            {"kl_importance": "none", "kl_input_clamp": 1.0},
+            [(0.1487, -0.6487), (0.3679, 0.0), (0.7183, 0.0)],
+        ),
+    ],
+    ids=str,
+)
+def test_the_penalty_has_the_gradients_of_nemo_rl(
+    backend: str, settings: dict[str, Any], expected: list[tuple[float, float]]
+) -> None:
+    """Values and slopes by hand: `calculate_kl` of NeMo-RL, with and without its weights."""
+    skip_unless_served(OP, backend, torch.float32)
+    device = device_for(backend)
+    head = make_head(3, 17, 131, device=device)
+    logprob = linear_logprob(head.hidden, head.weight, head.target).logprob.detach()
+    reference = logprob + torch.tensor([0.5, -2.0, 3.0], device=device)
+    for row, (value, slope) in enumerate(expected):
+        weight = torch.zeros(3, device=device)
+        weight[row] = 1.0
+        advantage = torch.zeros(3, device=device)
+        objective = Grpo(
+            weight, advantage, reference, 1.0, rollout_logprob=logprob - math.log(2), **settings
+        )
+        out = linear_policy_loss(
+            head.hidden.requires_grad_(), head.weight, head.target, objective, backend=backend
+        )
+        assert out.loss.item() == pytest.approx(value, abs=2e-4)
+        (found,) = torch.autograd.grad(out.loss, head.hidden)
+        nll = linear_policy_loss(
+            head.hidden, head.weight, head.target, Nll(weight), backend=backend
+        ).loss
+        (unit,) = torch.autograd.grad(nll, head.hidden)
+        # The loss is a function of the log-probability alone: its gradient is slope times that.
+        torch.testing.assert_close(found, -slope * unit, rtol=1e-3, atol=1e-5)
+
+
+def test_a_penalty_without_its_constants_is_refused() -> None:
+    row = torch.ones(2)
+    with pytest.raises(ValueError, match="needs ref_logprob"):
+        Grpo(row, row, kl_coef=0.1)
+    with pytest.raises(ValueError, match="needs rollout_logprob"):
+        Grpo(row, row, row, 0.1, "rollout")
 
 
 @dataclass(frozen=True)

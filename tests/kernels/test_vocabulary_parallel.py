@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from helpers.heads import device_for, evaluate, make_head, make_objective
-from helpers.shard_ranks import SHAPE, run_rank
+from helpers.shard_ranks import SHAPE, run_rank, truncation_for
 from nemocascade_kernels import linear_logprob
 from nemocascade_kernels.linear_policy_loss.op import OP
 from nemocascade_kernels.testing import assert_same_bits, random_normal, rms_error
@@ -51,6 +51,13 @@ def test_two_ranks_equal_one(case: int, ranks: list[list[dict[str, Tensor]]]) ->
         "row_hidden_grad": hidden.grad,
         "row_weight_grad": weight.grad,
     }
+    cut = evaluate(head, objective, backend, temperature=0.8, truncation=truncation_for(dtype))
+    expected |= {f"cut_{name}": value for name, value in cut._asdict().items()}
+    outside = cut.logprob == -torch.inf
+    assert 0 < int(outside.sum()) < int((objective.token_weight != 0).sum())
+    assert torch.equal(first["cut_logprob"] == -torch.inf, outside)
+    for results in (expected, first, second):
+        results["cut_logprob"] = results["cut_logprob"].nan_to_num(neginf=0.0)
     tolerance = 1e-5 if dtype == torch.float32 else 0.01
     for name, value in expected.items():
         if name.endswith("weight_grad"):

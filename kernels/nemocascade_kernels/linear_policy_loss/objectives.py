@@ -18,7 +18,7 @@ of triton.py and native.py, which saves one read of the logits.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -76,41 +76,74 @@ class Nll(Objective):
         return -self.token_weight * logprob
 
 
+KlImportance = Literal["policy", "rollout", "none"]
+"""Importance weight of the KL estimate; see `Grpo`."""
+
+
 @dataclass(frozen=True)
 class Grpo(Objective):
     """Strictly on-policy GRPO (Nemotron-Cascade 2, Eq. 1), with an optional penalty.
 
-    `f = w (-A log pi + kl_coef k3)`, `k3 = exp(d) - d - 1` with `d = log pi_ref - log pi`: the
+    `f = w (-A log pi + kl_coef u k3)`, `k3 = exp(d) - d - 1` with `d = log pi_ref - log pi`: the
     unbiased, never negative estimate of KL(pi || pi_ref) (Schulman, "Approximating KL divergence").
     One gradient step a rollout batch: the ratio of Eq. 1 is 1, and its gradient is that of log pi.
 
     advantage: [T] float32. ref_logprob: [T] float32, needed if kl_coef is not 0.
+    kl_importance: the weight u. The tokens are samples of pi, so the gradient of the KL is that of
+        u k3 with the gradient of u (arXiv 2506.09477). `policy`: `u = pi / sg[pi]`, which is 1, and
+        d/dlogpi (u k3) = -d. `rollout`: `u = pi / pi_rollout`, which needs rollout_logprob [T]
+        float32. `none`: `u = 1` without a gradient: 1 - exp(d).
+    kl_input_clamp: clamp d to this absolute value; a clamped token has no gradient of the penalty.
+    kl_output_clamp: upper bound of u k3, without a gradient beyond. None: no clamp.
     """
 
     advantage: Tensor
     ref_logprob: Tensor | None = None
     kl_coef: float = 0.0
+    kl_importance: KlImportance = "policy"
+    rollout_logprob: Tensor | None = None
+    kl_input_clamp: float | None = None
+    kl_output_clamp: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kl_coef != 0 and self.ref_logprob is None:
+        if self.kl_coef == 0:
+            return
+        if self.ref_logprob is None:
             raise ValueError(f"kl_coef={self.kl_coef} needs ref_logprob: give it, or set kl_coef=0")
+        if self.kl_importance == "rollout" and self.rollout_logprob is None:
+            raise ValueError("kl_importance='rollout' needs rollout_logprob: give it")
 
     def token_loss(self, logprob: Tensor) -> Tensor:
         loss = -self.advantage * logprob
         if self.kl_coef != 0:
-            loss = loss + self.kl_coef * self._k3(logprob)
+            loss = loss + self.kl_coef * self._penalty(logprob)
         return self.token_weight * loss
 
     def metrics(self, logprob: Tensor) -> dict[str, Tensor]:
         found = {"advantage": self.advantage}
         if self.ref_logprob is not None:
-            found["kl"] = self._k3(logprob)
+            found["kl"] = _k3(self.ref_logprob - logprob)
         return found
 
-    def _k3(self, logprob: Tensor) -> Tensor:
+    def _penalty(self, logprob: Tensor) -> Tensor:
+        """`u k3` with its clamps, [R]."""
         assert self.ref_logprob is not None
-        difference = self.ref_logprob - logprob
-        return torch.expm1(difference) - difference
+        difference = given = self.ref_logprob - logprob
+        if self.kl_input_clamp is not None:
+            difference = given.clamp(-self.kl_input_clamp, self.kl_input_clamp)
+        penalty = _k3(difference)
+        if self.kl_importance != "none":
+            base = self.rollout_logprob if self.kl_importance == "rollout" else logprob.detach()
+            assert base is not None
+            weight = torch.exp(logprob - base)
+            penalty = torch.where(difference == given, weight, weight.detach()) * penalty
+        if self.kl_output_clamp is not None:
+            penalty = penalty.clamp(max=self.kl_output_clamp)
+        return penalty
+
+
+def _k3(difference: Tensor) -> Tensor:
+    return torch.expm1(difference) - difference
 
 
 @dataclass(frozen=True)
@@ -170,7 +203,13 @@ def fused_row(objective: Objective) -> FusedRow | None:
     if type(objective) is Grpo and objective.kl_coef == 0:
         return FusedRow("grpo", objective.advantage)
     if type(objective) is Grpo:
-        return FusedRow("grpo_kl", objective.advantage, objective.ref_logprob, objective.kl_coef)
+        clamps = (objective.kl_input_clamp, objective.kl_output_clamp)
+        if objective.kl_importance == "rollout" or clamps != (None, None):
+            return None
+        weighted = float(objective.kl_importance == "policy")
+        return FusedRow(
+            "grpo_kl", objective.advantage, objective.ref_logprob, objective.kl_coef, weighted
+        )
     if type(objective) is Mopd:
         teacher, rollout = objective.teacher_logprob, objective.rollout_logprob
         return FusedRow("mopd", teacher, rollout, objective.ratio_low, objective.ratio_high)

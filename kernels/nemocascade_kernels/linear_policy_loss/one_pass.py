@@ -19,6 +19,7 @@ from nemocascade_kernels.common.linear_head.chunks import (
     sum_over_shards,
 )
 from nemocascade_kernels.common.linear_head.statistics import Gathering, RowResult, finish
+from nemocascade_kernels.common.linear_head.truncation import Truncation, truncate_
 from nemocascade_kernels.linear_policy_loss.objectives import Objective, fused_row
 
 
@@ -42,6 +43,7 @@ class OnePass(NamedTuple):
     reduce_hidden_grad: bool
     main_grad: Tensor | None
     grad_scale: float
+    truncation: Truncation | None
 
 
 class PassResult(NamedTuple):
@@ -59,6 +61,7 @@ class _Chunk(NamedTuple):
     hidden: Tensor
     logits: Tensor
     gathering: Gathering | None  # None if the chunk's rows are complete
+    kept: Tensor | None  # [R] bool: targets of the truncated policy; None: it is not truncated
 
 
 class _HiddenGradient(NamedTuple):
@@ -143,12 +146,28 @@ class _Walk:
         logits = self.buffers[self.turn % len(self.buffers)][: piece.stop - piece.start]
         self.turn += 1
         torch.mm(hidden, self.weight.t(), out=logits)
+        kept = self.truncate(piece, logits)
         if self.fused:
-            self.fused_rows(piece, logits)
-            return _Chunk(piece, hidden, logits, None)
+            self.fused_rows(piece, logits, kept)
+            return _Chunk(piece, hidden, logits, None, kept)
         target = self.target[piece]
         found = settings.kernels.statistics(logits, target, settings.scale, settings.entropy)
-        return _Chunk(piece, hidden, logits, Gathering(found, settings.group))
+        return _Chunk(piece, hidden, logits, Gathering(found, settings.group), kept)
+
+    def truncate(self, piece: slice, logits: Tensor) -> Tensor | None:
+        """Truncate the distributions of a chunk. Returns [R] bool: the target is kept, or it is
+        outside of the vocabulary and makes NaN; None without truncation."""
+        settings = self.settings
+        if settings.truncation is None:
+            return None
+        target = self.target[piece]
+        kept = truncate_(logits, target, settings.scale, settings.truncation, settings.group)
+        if look_ahead(settings.group):
+            held = kept.int()
+            dist.all_reduce(held, op=dist.ReduceOp.MAX, group=settings.group)
+            kept = held.bool()
+        ids = target + settings.first_id
+        return kept | (ids < 0) | (ids >= settings.vocabulary)
 
     def finish(self, chunk: _Chunk) -> None:
         """Apply the objective to a chunk, and overwrite its logits with gradients."""
@@ -158,24 +177,27 @@ class _Walk:
             ids = target + settings.first_id
             valid = (ids >= 0) & (ids < settings.vocabulary)
             result = finish(chunk.gathering.wait(), valid, settings.entropy)
-            slope = self.apply_objective(piece, result)
+            slope = self.apply_objective(piece, result, chunk.kept)
             if self.needs_grad:
                 settings.kernels.gradient_(chunk.logits, target, settings.scale, result.lse, slope)
         if self.needs_grad:
             self.add_gradients(piece, chunk.logits, chunk.hidden)
 
-    def fused_rows(self, piece: slice, logits: Tensor) -> None:
+    def fused_rows(self, piece: slice, logits: Tensor, kept: Tensor | None) -> None:
         """Compute statistics, objective and gradient of a chunk at once."""
         settings = self.settings
         filled = settings.rows.filled
         if filled is None:
             filled = torch.full((), settings.rows.size, device=logits.device)
         objective = self.objective.at(piece)
+        weight = objective.token_weight
+        if kept is not None:
+            weight = torch.where(kept, weight, 0.0)
         found = settings.kernels.fused_rows(
             logits,
             self.target[piece],
             settings.scale,
-            objective.token_weight,
+            weight,
             fused_row(objective),
             settings.grad_scale,
             filled,
@@ -184,16 +206,23 @@ class _Walk:
             self.needs_grad,
         )
         self.loss[piece], self.logprob[piece], self.entropy[piece] = found.unbind()
+        if kept is not None:
+            self.mark_outside(piece, kept)
 
-    def apply_objective(self, piece: slice, result: RowResult) -> Tensor:
+    def apply_objective(self, piece: slice, result: RowResult, kept: Tensor | None) -> Tensor:
         """Record loss and log-probability of a chunk; return `grad_scale * df / dlogprob`, [R]."""
         settings = self.settings
         objective = self.objective.at(piece)
+        given = result.logprob
+        if kept is not None:
+            given = torch.where(kept, given, 0.0)
         with torch.enable_grad():
-            logprob = result.logprob.detach().requires_grad_()
+            logprob = given.detach().requires_grad_()
             loss = objective.token_loss(logprob)
             (slope,) = torch.autograd.grad(loss.sum(), logprob)
-        recorded = [loss.detach(), result.logprob, slope * settings.grad_scale]
+        recorded = [loss.detach(), given, slope * settings.grad_scale]
+        if kept is not None:
+            recorded = [torch.where(kept, values, 0.0) for values in recorded]
         if result.entropy is not None:
             recorded.append(result.entropy)
         active = settings.rows.active(piece)
@@ -202,7 +231,15 @@ class _Walk:
         self.loss[piece], self.logprob[piece] = recorded[0], recorded[1]
         if result.entropy is not None:
             self.entropy[piece] = recorded[3]
+        if kept is not None:
+            self.mark_outside(piece, kept)
         return recorded[2]
+
+    def mark_outside(self, piece: slice, kept: Tensor) -> None:
+        """Set the log-probability of targets that are not kept to -inf, in slots that count."""
+        active = self.settings.rows.active(piece)
+        outside = ~kept if active is None else active & ~kept
+        self.logprob[piece].masked_fill_(outside, -torch.inf)
 
     def add_gradients(self, piece: slice, dlogits: Tensor, hidden: Tensor) -> None:
         """Add the two matrix products of a chunk's backward."""

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from nemocascade_kernels import backends
 from nemocascade_kernels.common.linear_head.checks import check_head, check_targets
 from nemocascade_kernels.common.linear_head.chunks import Rows, look_ahead, trained_rows
+from nemocascade_kernels.common.linear_head.truncation import Truncation, check_truncation
 from nemocascade_kernels.common.main_grad import checked_main_grad, placeholder_gradient
 from nemocascade_kernels.linear_policy_loss import reference
 from nemocascade_kernels.linear_policy_loss.objectives import Objective
@@ -31,10 +32,13 @@ class PolicyLoss:
     """Result of `linear_policy_loss`.
 
     loss: scalar float32; `loss.backward()` returns the gradients, only once.
-    logprob: [T] float32, no gradient; 0 where token_weight is 0.
+    logprob: [T] float32, no gradient; 0 where token_weight is 0, and -inf where the target is not
+        in the truncated distribution.
     entropy: [T] float32, no gradient, 0 where token_weight is 0; None if not requested.
     metrics: scalars float32 on the device. `tokens` is the number of trained tokens; the others are
-        means over them: `logprob`, `entropy` (if requested), and the objective's own.
+        means over them: `logprob`, `entropy` (if requested), and the objective's own. With a
+        truncation, `outside` is the fraction of targets that are not kept; they count 0 in the
+        other means.
     """
 
     loss: Tensor
@@ -50,6 +54,7 @@ def linear_policy_loss(
     objective: Objective,
     *,
     temperature: float = 1.0,
+    truncation: Truncation | None = None,
     tp_group: dist.ProcessGroup | None = None,
     return_entropy: bool = False,
     active_rows: int | None = None,
@@ -72,6 +77,8 @@ def linear_policy_loss(
     target: [T] int64, ids of the full vocabulary.
     objective: `Nll`, `Grpo`, `Mopd` or another `Objective`; its fields are [T] float32.
     temperature: divides the logits; > 0.
+    truncation: pi is the distribution after top-k and top-p, renormalised. Tokens that are not kept
+        have probability 0 and no gradient; a row whose target is one of them does not train.
     active_rows: upper bound on the number of rows whose token_weight is not 0. On a GPU this number
         is not read back, so without the bound the products run over all T slots. A bound that is
         too low makes the loss NaN (on a CPU: ValueError).
@@ -92,6 +99,8 @@ def linear_policy_loss(
     loss becomes NaN. A second backward raises RuntimeError.
     """
     check_head(hidden, weight, target, temperature)
+    if truncation is not None:
+        check_truncation(truncation)
     objective.check(hidden.shape[0], hidden.device)
     if not grad_scale > 0:
         raise ValueError(f"grad_scale must be > 0, and is {grad_scale}")
@@ -110,9 +119,10 @@ def linear_policy_loss(
                 "accumulate_main_grad: use another"
             )
         loss, logprob, entropy = reference.linear_policy_loss(
-            hidden, weight, target, objective, temperature
+            hidden, weight, target, objective, temperature, truncation
         )
-        return _output(loss, logprob, entropy if return_entropy else None, objective, rows)
+        found = entropy if return_entropy else None
+        return _output(loss, logprob, found, objective, rows, truncation)
     settings = OnePass(
         kernels=OP.module(chosen),
         objective=objective,
@@ -125,6 +135,7 @@ def linear_policy_loss(
         reduce_hidden_grad=reduce_hidden_grad,
         main_grad=main_grad,
         grad_scale=grad_scale,
+        truncation=truncation,
     )
     # Within apply the grad mode is off, and needs_input_grad does not reflect the previous mode.
     if not torch.is_grad_enabled():
@@ -132,7 +143,7 @@ def linear_policy_loss(
     loss, logprob, found_entropy = _LinearPolicyLoss.apply(
         hidden.contiguous(), weight, target, settings
     )
-    return _output(loss, logprob, found_entropy, objective, rows)
+    return _output(loss, logprob, found_entropy, objective, rows, truncation)
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
@@ -195,15 +206,26 @@ def _factor(loss_grad: Tensor, settings: OnePass) -> Tensor | None:
 
 
 def _output(
-    loss: Tensor, logprob: Tensor, entropy: Tensor | None, objective: Objective, rows: Rows
+    loss: Tensor,
+    logprob: Tensor,
+    entropy: Tensor | None,
+    objective: Objective,
+    rows: Rows,
+    truncation: Truncation | None,
 ) -> PolicyLoss:
     """Make the result, with the means over the trained tokens."""
     with torch.no_grad():
         chosen = slice(0, rows.size) if rows.index is None else rows.index
         at_rows = logprob[chosen]
+        outside = None if truncation is None else at_rows == -torch.inf
+        if outside is not None:
+            at_rows = torch.where(outside, 0.0, at_rows)
         values = {"logprob": at_rows, **objective.at(chosen).metrics(at_rows)}
         if entropy is not None:
             values["entropy"] = entropy[chosen]
+        if outside is not None:
+            values = {name: torch.where(outside, 0.0, value) for name, value in values.items()}
+            values["outside"] = outside.to(at_rows.dtype)
         stacked = torch.stack(list(values.values()))
         active = rows.active(slice(0, rows.size))
         if active is None:

@@ -50,12 +50,13 @@ def grpo_row(logprob, weight, advantage, unused_b, unused_x, unused_y):
 
 
 @triton.jit
-def grpo_kl_row(logprob, weight, advantage, ref_logprob, kl_coef, unused_y):
-    """See objectives.Grpo."""
+def grpo_kl_row(logprob, weight, advantage, ref_logprob, kl_coef, weighted):
+    """See objectives.Grpo; weighted: 1 if kl_importance is `policy`, 0 if it is `none`."""
     difference = ref_logprob - logprob
     ratio = tl.exp(difference)
     loss = weight * (kl_coef * (ratio - difference - 1) - advantage * logprob)
-    return loss, weight * (kl_coef * (1 - ratio) - advantage)
+    kl_slope = tl.where(weighted != 0, -difference, 1 - ratio)
+    return loss, weight * (kl_coef * kl_slope - advantage)
 
 
 @triton.jit
