@@ -26,9 +26,9 @@ from nemocascade.data.cache_files import (
     read_manifest,
     write_files,
 )
-from nemocascade.data.chat_template import TEMPLATE_VERSION
+from nemocascade.data.chat_template import SEGMENTS_VERSION
 from nemocascade.data.formats import row_fields
-from nemocascade.data.readers import find_sources
+from nemocascade.data.readers import find_sources, sources_without_thinking
 from nemocascade.data.tokenization import (
     TRAINED_BIT,
     read_sources,
@@ -103,7 +103,9 @@ def cache_key(
     Files count by path, size and modification time, synthetic rows by `seed` and `heldout`.
     """
     sources: list[dict[str, Any]] = []
-    for name in find_sources(paths):
+    names = find_sources(paths)
+    silent = sources_without_thinking(names, config) if config.thinking else ()
+    for name in names:
         if name.startswith(synthetic.PREFIX):
             sources.append({"name": name, "seed": seed, "heldout": heldout})
         else:
@@ -112,13 +114,15 @@ def cache_key(
             sources.append({"path": absolute, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns})
     return {
         "version": CACHE_VERSION,
-        "template": TEMPLATE_VERSION,
+        "template": tokenizer.template.digest,
+        "segments": SEGMENTS_VERSION,
         "synthetic": synthetic.VERSION,
         "tokenizer": tokenizer.fingerprint,
         "sources": sources,
         "format": config.format,
         "fields": [config.question_field, config.answer_field, config.system_field],
         "thinking": config.thinking,
+        "without_thinking": sorted(silent),
         "max_rows": config.max_rows,
     }
 
@@ -162,7 +166,12 @@ def build_cache(
     if workers is None:
         size = sum(s.get("bytes", 0) for s in key["sources"])
         workers = len(os.sched_getaffinity(0)) if size >= PARALLEL_BYTES else 1
-    tokenized = tokenize_pieces(pieces, formats, config, tokenizer, workers=workers)
+    silent = key["without_thinking"]
+    for source in silent:
+        LOGGER.info(
+            "%s: rendered without reasoning, as data.non_thinking_path says", sources[source]
+        )
+    tokenized = tokenize_pieces(pieces, formats, config, tokenizer, silent=silent, workers=workers)
     write_files(path, key, sources, tokenized, BadRows(config.max_bad_rows))
     cache = _open(path, config, hashes=False)
     LOGGER.info(

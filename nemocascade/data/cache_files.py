@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemocascade.data.tokenization import TokenizedPiece
+from nemocascade.runtime.files import naming
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import BadRows, DataError
 
@@ -54,12 +55,13 @@ def read_manifest(path: Path, *, hashes: bool) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_bytes())
-        expected = {name: manifest["files"][name] for name in COLUMNS}
+        files = {name: manifest["files"][name] for name in COLUMNS}
+        expected = {name: {"bytes": f["bytes"], "sha256": f["sha256"]} for name, f in files.items()}
         missing = {"sources", "bad_rows", "bad_examples", "documents_with_reasoning"} - {*manifest}
         if missing:
             raise KeyError(*missing)
         found = {name: (path / name).stat().st_size for name in COLUMNS}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CacheDamagedError(f"{path}: not a complete token cache ({error!r})") from error
     for name, size in found.items():
         if size != expected[name]["bytes"]:
@@ -95,7 +97,8 @@ def write_files(
     try:
         manifest = {"key": key, "sources": list(sources)}
         manifest |= _write_columns(building, sources, pieces, bad)
-        with (building / "manifest.json").open("w") as stream:
+        stored = building / "manifest.json"
+        with naming(stored), stored.open("w") as stream:
             json.dump(manifest, stream, indent=1)
             stream.flush()
             os.fsync(stream.fileno())
@@ -152,13 +155,15 @@ class _Column:
         self._dtype = dtype
 
     def append(self, values: NDArray[Any]) -> None:
-        self._stream.write(np.ascontiguousarray(values, dtype=self._dtype).tobytes())
+        with naming(self._path):
+            self._stream.write(np.ascontiguousarray(values, dtype=self._dtype).tobytes())
 
     def close(self) -> dict[str, Any]:
         """Sync the file to disk and return its entry in the manifest."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
+        with naming(self._path):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
         return {"bytes": self._path.stat().st_size, "sha256": _block_hashes(self._path)}
 
 

@@ -1,142 +1,108 @@
-"""Chat templates in jinja: the tokenizers' own, and ours for export.
-
-Templates are downloaded code, so they run in jinja2's sandbox: they cannot reach attributes that
-lead out of it and cannot change their arguments.
-"""
+"""Jinja chat templates: rendering, marks, and conversations in OpenAI's form."""
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nemocascade.data.chat_template import TOOLS_INTRO, TOOLS_USAGE, Conversation, Segment
-from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.data.jinja_sandbox import MAX_SOURCE, Rendering, Sandbox
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Tool
 
-# Private-use characters, unlikely to occur in text; the first that does not occur is the mark.
-_MARKS = [chr(code) for code in range(0xE000, 0xE040)]
-
 
 class JinjaTemplate:
-    """A compiled chat template."""
+    """A compiled chat template.
 
-    def __init__(self, source: str) -> None:
-        """Compile `source`, such as `tokenizer.chat_template`. Raises DataError if invalid."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda f: datetime.datetime.now().strftime(f)
+    tokens: the template's variables for special tokens, such as `bos_token`.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        """Compile `source`. Raises DataError if it is invalid or too long."""
+        if len(source) > MAX_SOURCE:
+            raise DataError(
+                f"the chat template has {len(source)} characters, at most {MAX_SOURCE} are read"
+            )
+        self._environment = Sandbox()
+        self._tokens = dict(tokens)
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            self._template = self._environment.from_string(source)
+        # Deeply nested source exceeds the recursion limit.
+        except (jinja2.TemplateError, RecursionError) as error:
             raise DataError(f"the chat template is broken: {error}") from None
 
     def render(
         self,
-        conversation: Conversation,
-        *,
-        thinking: bool,
-        generation_prompt: bool = False,
-        tokenizer: Tokenizer | None = None,
-    ) -> str:
-        """Render to one string, in which special tokens cannot be told from a user's text.
-
-        tokenizer: provides the template's `bos_token` and `eos_token`.
-        Raises DataError with the template's own message.
-        """
-        messages, tools = openai_form(conversation)
-        return self._render(
-            messages,
-            tools,
-            thinking=thinking,
-            generation_prompt=generation_prompt,
-            tokenizer=tokenizer,
-        )
-
-    def segments(
-        self,
-        conversation: Conversation,
-        tokenizer: Tokenizer,
-        *,
-        thinking: bool,
-        generation_prompt: bool = False,
-    ) -> list[Segment]:
-        """Render to segments that tell the template's special tokens from a user's text.
-
-        Special tokens in the conversation's own text are split by a mark before rendering, so those
-        in the result are the template's. No segment is trained.
-        """
-        rows = openai_form(conversation)
-        everything = json.dumps(rows, ensure_ascii=False)
-        mark = next((m for m in _MARKS if m not in everything), None)
-        if mark is None:
-            raise DataError(f"the text uses all of {_MARKS[0]!r}..{_MARKS[-1]!r}")
-        names = sorted(tokenizer.special_tokens, key=len, reverse=True)
-        special = "|".join(re.escape(n) for n in names if n)
-        overlapping = re.compile(f"(?=(?:{special}))(.)", re.DOTALL)
-        messages, tools = (
-            _map_strings(row, lambda text: overlapping.sub(rf"\1{mark}", text)) for row in rows
-        )
-        text = self._render(
-            messages,
-            tools,
-            thinking=thinking,
-            generation_prompt=generation_prompt,
-            tokenizer=tokenizer,
-        )
-        parts = re.split(f"({special})", text)
-        return [Segment(p.replace(mark, ""), control=i % 2 == 1) for i, p in enumerate(parts) if p]
-
-    def _render(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]],
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
         *,
         thinking: bool,
         generation_prompt: bool,
-        tokenizer: Tokenizer | None,
+        mark: str = "",
     ) -> str:
-        specials = tokenizer.special_tokens.items() if tokenizer else ()
-        names: dict[int | None, str] = {i: t for t, i in specials}
-        try:
-            return self._template.render(
-                messages=messages,
-                tools=tools or None,
-                add_generation_prompt=generation_prompt,
-                enable_thinking=thinking,
-                bos_token=names.get(tokenizer.bos_id, "") if tokenizer else "",
-                eos_token=names.get(tokenizer.eos_id, "") if tokenizer else "",
-            )
-        # A template is third-party code and can raise anything.
-        except Exception as error:
-            raise DataError(
-                f"the chat template cannot render this conversation: {error!r}"
-            ) from None
+        """Render to one string.
+
+        mark: a character; each message's text is then preceded by it and the message's index, see
+            `split_messages`.
+        Raises DataError with the template's own message.
+        """
+        found = {id(message): i for i, message in enumerate(messages)} if mark else {}
+        with self._environment.running(Rendering(mark, found)):
+            try:
+                return self._template.render(
+                    messages=messages,
+                    tools=tools or None,
+                    documents=None,
+                    add_generation_prompt=generation_prompt,
+                    enable_thinking=thinking,
+                    **self._tokens,
+                )
+            # A template is third-party code and can raise anything.
+            except Exception as error:
+                reason = error if isinstance(error, jinja2.TemplateError) else repr(error)
+                raise DataError(
+                    f"the chat template cannot render this conversation: {reason}"
+                ) from None
+
+
+def split_messages(text: str, mark: str) -> list[tuple[int | None, str]]:
+    """Split a text rendered with `mark` into (index of the message, its text), in order.
+
+    The index is None for text outside of every message.
+    """
+    parts = re.split(rf"{mark}(\d+):(\d*);", text)
+    pieces: list[tuple[int | None, str]] = [(None, parts[0])]
+    # Loops over messages that are open, outermost first, each with its current message.
+    open_loops: list[tuple[str, int]] = []
+    for loop, index, part in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        if loop in (known := [name for name, _ in open_loops]):
+            del open_loops[known.index(loop) :]
+        if index:
+            open_loops.append((loop, int(index)))
+        pieces.append((open_loops[-1][1] if open_loops else None, part))
+    merged: list[tuple[int | None, str]] = []
+    for owner, part in pieces:
+        if merged and merged[-1][0] == owner:
+            merged[-1] = (owner, merged[-1][1] + part)
+        elif part:
+            merged.append((owner, part))
+    return merged
 
 
 def openai_form(
-    conversation: Conversation,
+    messages: Sequence[Message], tools: Sequence[Tool]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return messages and tools in OpenAI's form, which templates expect."""
-    return (
-        [_message(m) for m in conversation.messages],
-        [_tool(t) for t in conversation.tools],
-    )
+    return [_message(m) for m in messages], [_tool(t) for t in tools]
 
 
 def _message(message: Message) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning:
-        turn["reasoning_content"] = message.reasoning
+        # Templates read it under one of two names.
+        turn |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
     if message.tool_calls:
         turn["tool_calls"] = [
             {"type": "function", "function": {"name": c.name, "arguments": dict(c.arguments)}}
@@ -146,104 +112,28 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _tool(tool: Tool) -> dict[str, Any]:
-    function = {
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": dict(tool.parameters),
-    }
-    return {"type": "function", "function": function}
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    return {"type": "function", "function": function | {"parameters": dict(tool.parameters)}}
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to every string in `value`, including keys."""
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of any of `texts`; the first in order wins."""
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
+def starts_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches the first character of each text, also where texts overlap."""
+    return re.compile(f"(?=(?:{any_of(texts).pattern}))(.)", re.DOTALL)
+
+
+def guarded(value: Any, starts: re.Pattern[str], mark: str) -> Any:
+    """Break every special token in the strings of `value`, keys included, by a mark."""
     if isinstance(value, str):
-        return change(value)
+        return starts.sub(rf"\1{mark}", value)
     if isinstance(value, list):
-        return [_map_strings(item, change) for item in value]
+        return [guarded(item, starts, mark) for item in value]
     if isinstance(value, dict):
-        return {change(key): _map_strings(item, change) for key, item in value.items()}
+        return {guarded(k, starts, mark): guarded(v, starts, mark) for k, v in value.items()}
     return value
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """Replace jinja2's `tojson`, which escapes for HTML and so would change the text."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-_SOURCE = """
-{%- macro plain(value) -%}
-{{- value if value is string else value | tojson -}}
-{%- endmacro -%}
-{%- macro lines(fields, skipped=()) -%}
-{%- for key, value in fields | items if key not in skipped -%}
-{{- '<' ~ key ~ '>' ~ plain(value) ~ '</' ~ key ~ '>\\n' -}}
-{%- endfor -%}
-{%- endmacro -%}
-{%- set thinking = enable_thinking if enable_thinking is defined else true -%}
-{%- set ns = namespace(last_user=-1) -%}
-{%- for message in messages -%}
-{%- if message.role == 'user' -%}{%- set ns.last_user = loop.index0 -%}{%- endif -%}
-{%- endfor -%}
-{%- set first = messages[0] if messages else {} -%}
-{%- set system = first.content if first.role == 'system' else '' -%}
-{{- '<|im_start|>system\\n' ~ system -}}
-{%- if tools -%}
-{{- '\\n\\n' if system else '' -}}
-{{- TOOLS_INTRO ~ '<tools>\\n' -}}
-{%- for tool in tools -%}
-{%- set function = tool.function if tool.function is defined else tool -%}
-{%- set schema = function.parameters or {} -%}
-{{- '<function>\\n<name>' ~ function.name ~ '</name>\\n' -}}
-{{- '<description>' ~ function.description ~ '</description>\\n' if function.description else '' -}}
-{{- '<parameters>\\n' -}}
-{%- for name, fields in (schema.properties or {}) | items -%}
-{{- '<parameter>\\n<name>' ~ name ~ '</name>\\n' -}}
-{{- lines(fields if fields is mapping else {}) ~ '</parameter>\\n' -}}
-{%- endfor -%}
-{{- lines(schema, ('properties', 'type')) ~ '</parameters>\\n</function>\\n' -}}
-{%- endfor -%}
-{{- '</tools>' ~ TOOLS_USAGE -}}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- for message in messages -%}
-{%- set content = message.content or '' -%}
-{%- if message.role == 'user' -%}
-{{- '<|im_start|>user\\n' ~ content ~ '<|im_end|>\\n' -}}
-{%- elif message.role == 'tool' -%}
-{{- '<|im_start|>user\\n' if loop.first or loop.previtem.role != 'tool' else '' -}}
-{{- '<tool_response>\\n' ~ content ~ '\\n</tool_response>\\n' -}}
-{{- '<|im_end|>\\n' if loop.last or loop.nextitem.role != 'tool' else '' -}}
-{%- elif message.role == 'assistant' -%}
-{%- set reasons = thinking and loop.index0 > ns.last_user and message.reasoning_content -%}
-{{- '<|im_start|>assistant\\n<think>' -}}
-{{- '\\n' ~ message.reasoning_content ~ '\\n</think>\\n' if reasons else '</think>' -}}
-{{- content -}}
-{%- if message.tool_calls -%}
-{{- '' if content.endswith('\\n') or (reasons and not content) else '\\n' -}}
-{%- for call in message.tool_calls -%}
-{%- set function = call.function if call.function is defined else call -%}
-{{- '<tool_call>\\n<function=' ~ function.name ~ '>\\n' -}}
-{%- for name, value in function.arguments | items -%}
-{{- '<parameter=' ~ name ~ '>\\n' ~ plain(value) ~ '\\n</parameter>\\n' -}}
-{%- endfor -%}
-{{- '</function>\\n</tool_call>\\n' -}}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n<think>' ~ ('\\n' if thinking else '</think>') -}}
-{%- endif -%}
-"""
-
-CHAT_TEMPLATE = (
-    _SOURCE.replace("TOOLS_INTRO", json.dumps(TOOLS_INTRO))
-    .replace("TOOLS_USAGE", json.dumps(TOOLS_USAGE))
-    .lstrip("\n")
-)
-"""The jinja form of `chat_template`, exported as a model's `chat_template.jinja`."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 from nemocascade.data import synthetic
+from nemocascade.recipe.data import DataConfig
 from nemocascade.runtime import row_files
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.row_files import RowPiece, find_files, gather
 
 
@@ -20,6 +23,26 @@ def find_sources(paths: Sequence[str]) -> list[str]:
         for name in paths
         for source in ([name] if name.startswith(synthetic.PREFIX) else find_files(name))
     ]
+
+
+def sources_without_thinking(sources: Sequence[str], config: DataConfig) -> frozenset[int]:
+    """Return the indices of the sources that `data.non_thinking_path` names.
+
+    Raises DataError for a path of it that neither `data.path` nor `data.heldout_path` reads.
+    """
+    if not config.non_thinking_path:
+        return frozenset()
+    known = {Path(p).resolve() for p in find_sources((*config.path, *config.heldout_path))}
+    silent: set[Path] = set()
+    for name in config.non_thinking_path:
+        files = {Path(p).resolve() for p in find_files(name)}
+        if strangers := sorted(map(str, files - known)):
+            raise DataError(
+                f"data.non_thinking_path names {name}, but data.path does not read "
+                f"{', '.join(strangers)}: take it out, or add it to data.path"
+            )
+        silent |= files
+    return frozenset(i for i, name in enumerate(sources) if Path(name).resolve() in silent)
 
 
 def read_pieces(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemocascade.data.chat_template import Conversation, encode, render
+from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.data.formats import Format, detect_format, parse_row, row_fields
 from nemocascade.data.readers import read_pieces
 from nemocascade.data.tokenizer import Tokenizer, load_tokenizer
@@ -47,9 +47,17 @@ class TokenizedPiece:
 class PieceTokenizer:
     """Tokenises pieces. It holds everything that the result depends on."""
 
-    def __init__(self, formats: Sequence[Format], config: DataConfig, tokenizer: Tokenizer) -> None:
-        """formats: the format of each source."""
+    def __init__(
+        self,
+        formats: Sequence[Format],
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        silent: Collection[int] = (),
+    ) -> None:
+        """formats: the format of each source. silent: sources that are rendered without reasoning
+        although `config.thinking` is on."""
         self._formats = formats
+        self._silent = silent
         self._config = config
         self._tokenizer = tokenizer
 
@@ -57,17 +65,18 @@ class PieceTokenizer:
         words: list[NDArray[np.uint32]] = []
         trained_counts, numbers, bad = [], [], []
         reasoned = 0
+        thinking = self._config.thinking and piece.source not in self._silent
         for number, row in piece.rows():
             try:
                 if isinstance(row, RowError):
                     raise row
                 conversation = parse_row(row, self._formats[piece.source], self._config)
-            except RowError as error:
+                segments = self._tokenizer.template.render(conversation, thinking=thinking)
+            # A DataError is the template's: it refuses the conversation.
+            except (RowError, DataError) as error:
                 bad.append((number, str(error)))
                 continue
-            ids, trained = encode(
-                render(conversation, thinking=self._config.thinking), self._tokenizer
-            )
+            ids, trained = encode(segments, self._tokenizer)
             flags = np.array(trained, dtype=np.bool_)
             words.append(np.array(ids, dtype=np.uint32) | flags * TRAINED_BIT)
             trained_counts.append(int(flags.sum()))
@@ -90,18 +99,22 @@ def tokenize_pieces(
     config: DataConfig,
     tokenizer: Tokenizer,
     *,
+    silent: Collection[int] = (),
     workers: int = 1,
 ) -> Iterator[TokenizedPiece]:
-    """Tokenise `pieces` in order, in `workers` processes if more than one."""
+    """Tokenise `pieces` in order, in `workers` processes if more than one.
+
+    silent: see `PieceTokenizer`.
+    """
     if workers <= 1:
-        yield from map(PieceTokenizer(formats, config, tokenizer), pieces)
+        yield from map(PieceTokenizer(formats, config, tokenizer, silent), pieces)
         return
     pool = ProcessPoolExecutor(
         workers,
         # A fork of a process that has threads of torch or NCCL can hang.
         mp_context=get_context("spawn"),
         initializer=_start_worker,
-        initargs=(formats, config, tokenizer.path),
+        initargs=(formats, config, tokenizer.path, silent),
     )
     with pool:
         under_way: deque[Future[TokenizedPiece]] = deque()
@@ -121,9 +134,11 @@ _tokenize: Callable[[RowPiece], TokenizedPiece] | None = None
 """The worker process's tokenizer; a pool's initialiser can only leave it in a global."""
 
 
-def _start_worker(formats: Sequence[Format], config: DataConfig, tokenizer: str) -> None:
+def _start_worker(
+    formats: Sequence[Format], config: DataConfig, tokenizer: str, silent: Collection[int]
+) -> None:
     global _tokenize
-    _tokenize = PieceTokenizer(formats, config, load_tokenizer(tokenizer))
+    _tokenize = PieceTokenizer(formats, config, load_tokenizer(tokenizer), silent)
 
 
 def _work(piece: RowPiece) -> TokenizedPiece:

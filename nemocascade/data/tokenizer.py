@@ -14,8 +14,19 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from nemocascade.data.chat_template import ChatTemplate
 from nemocascade.data.errors import TokenizerError
+from nemocascade.data.own_template import OWN_TEMPLATE
+from nemocascade.data.tokenizer_files import (
+    TOKEN_NAMES,
+    jinja_source,
+    read_settings,
+    token_text,
+    without_prefix,
+)
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.row_errors import DataError
+from nemocascade.types import Artifact
 
 CONTROL_TAGS = (
     "<|im_start|>",
@@ -27,7 +38,7 @@ CONTROL_TAGS = (
     "<tool_response>",
     "</tool_response>",
 )
-"""Tags of the chat template; each is one token in a tokenizer trained here."""
+"""Tags of the project's chat template; each is one token in a tokenizer trained here."""
 
 REQUIRED_TAGS = CONTROL_TAGS[:2]
 
@@ -65,23 +76,45 @@ class Tokenizer(ABC):
     pad_id: int
     """Padding of a packed batch; its loss weight is 0, so any id will do."""
 
+    end_ids: tuple[int, ...]
+    """Tokens that end an assistant turn by the chat template, where generation stops."""
+
     end_of_turn_id: int
-    """Id of `<|im_end|>`, where generation stops."""
+    """The first of `end_ids`: it ends a turn without calls."""
 
     chat_template: str | None
-    """Jinja source that came with the tokenizer, if any."""
+    """Jinja source of `chat_template.jinja` or `tokenizer_config.json` beside the file, if any."""
+
+    template: ChatTemplate
+    """The tokenizer's own template; without one, the project's."""
+
+    config: dict[str, Any]
+    """Content of `tokenizer_config.json` beside the file, or empty."""
 
     def __init__(self, path: Path, data: bytes, specials: Mapping[str, int]) -> None:
         self.path = str(path)
         self.fingerprint = hashlib.sha256(data).hexdigest()
         self.special_tokens = dict(sorted(specials.items(), key=lambda item: item[1]))
+        self.config = read_settings(path.with_name("tokenizer_config.json"))
+        self.chat_template = jinja_source(path, self.config)
         missing = [tag for tag in REQUIRED_TAGS if tag not in specials]
-        if missing:
+        if missing and self.chat_template is None:
             raise TokenizerError(
-                f"{path}: no token {' and '.join(missing)}; turns are closed by them, so use a "
-                "tokenizer with ChatML tokens or train one with `nemocascade tokenizer train`"
+                f"{path}: no chat template, and no token {' and '.join(missing)}, by which the "
+                "project's template closes turns: add chat_template.jinja, use a tokenizer with "
+                "ChatML tokens, or train one with `nemocascade tokenizer`"
             )
-        self.end_of_turn_id = specials["<|im_end|>"]
+        tokens = {name: token_text(self.config.get(name)) for name in TOKEN_NAMES}
+        try:
+            self.template = ChatTemplate(
+                OWN_TEMPLATE if self.chat_template is None else self.chat_template,
+                specials,
+                {name: text for name, text in tokens.items() if text},
+            )
+        except DataError as error:
+            raise TokenizerError(f"{path}: {error}") from None
+        self.end_ids = tuple(specials[end] for end in self.template.ends)
+        self.end_of_turn_id = self.end_ids[0]
         self._short_text = functools.lru_cache(maxsize=4096)(self._without_special)
         self._special_ids = frozenset(specials.values())
         self._names = {i: t for t, i in self.special_tokens.items()}
@@ -165,7 +198,6 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = _valid(self._model.eos_id())
         pad = _valid(self._model.pad_id())
         self.pad_id = self.end_of_turn_id if pad is None else pad
-        self.chat_template = None
 
     def _encode_text(self, text: str) -> list[int]:
         return self._model.encode(text) if text else []
@@ -180,7 +212,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         data = path.read_bytes()
         try:
-            spec = _without_prefix(json.loads(data))
+            spec = without_prefix(json.loads(data))
             self._model = tokenizers.Tokenizer.from_str(json.dumps(spec))
         # The tokenizers library raises a bare Exception for anything it cannot read.
         except Exception as error:
@@ -195,19 +227,19 @@ class HuggingFaceTokenizer(Tokenizer):
         specials = {t.content: i for i, t in added.items() if t.special and t.content != unknown}
         specials |= {tag: vocabulary[tag] for tag in CONTROL_TAGS if tag in vocabulary}
         super().__init__(path, data, specials)
-        config = _tokenizer_config(path)
-        self.bos_id = vocabulary.get(_token_text(config.get("bos_token")))
-        self.eos_id = vocabulary.get(_token_text(config.get("eos_token")))
-        self.pad_id = vocabulary.get(_token_text(config.get("pad_token")), self.end_of_turn_id)
-        template = path.with_name("chat_template.jinja")
-        inline = config.get("chat_template")
-        if isinstance(inline, list):
-            # A list holds several named templates; "default" is the one for chat.
-            inline = {t["name"]: t["template"] for t in inline}.get("default")
-        self.chat_template = template.read_text() if template.is_file() else inline
+        ids = {name: vocabulary.get(token_text(self.config.get(name))) for name in TOKEN_NAMES}
+        self.bos_id, self.eos_id = ids["bos_token"], ids["eos_token"]
+        pad = ids["pad_token"]
+        self.pad_id = self.end_of_turn_id if pad is None else pad
 
     def _encode_text(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids if text else []
+        if not text:
+            return []
+        try:
+            return list(self._model.encode(text, add_special_tokens=False).ids)
+        # For example, a character outside of the vocabulary where it has no unknown token.
+        except Exception as error:
+            raise TokenizerError(f"{self.path}: cannot encode {text[:80]!r}: {error}") from None
 
     def _decode_text(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=False) if ids else ""
@@ -218,8 +250,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     A warning is logged if decoding does not return the encoded text unchanged.
 
-    Raises TokenizerError if the file is absent, broken, of another kind, or without the tokens
-    `<|im_start|>` and `<|im_end|>`.
+    Raises TokenizerError if the file is absent, broken or of another kind, if its chat template
+    cannot be used, or if it has none and no tokens `<|im_start|>` and `<|im_end|>`.
     """
     file = Path(path)
     if file.is_dir():
@@ -233,11 +265,41 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     kinds = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
     if file.suffix not in kinds:
         raise TokenizerError(f"{file}: a tokenizer is a sentencepiece .model or a tokenizer.json")
-    tokenizer = kinds[file.suffix](file)
-    back = tokenizer.decode(tokenizer.encode(_PROBE))
+    try:
+        tokenizer = kinds[file.suffix](file)
+        back = tokenizer.decode(tokenizer.encode(_PROBE))
+    except TokenizerError:
+        raise
+    # The libraries accept some files with which they then fail on any text, in many ways.
+    except Exception as error:
+        raise TokenizerError(f"{file}: it cannot be used as a tokenizer: {error}") from error
     if back != _PROBE:
         LOGGER.warning("%s changes text: %r comes back as %r", file, _PROBE, back)
     return tokenizer
+
+
+def load_artifact_tokenizer(artifact: Artifact) -> Tokenizer:
+    """Read an artifact's tokenizer. A warning is logged if the artifact was trained on the text of
+    another chat template. Raises TokenizerError as `load_tokenizer`."""
+    tokenizer = load_tokenizer(str(artifact.tokenizer_path))
+    check_template(artifact, tokenizer)
+    return tokenizer
+
+
+def check_template(artifact: Artifact, tokenizer: Tokenizer) -> None:
+    """Log a warning if `artifact` was trained on the text of another template than `tokenizer`'s.
+
+    A model that was only imported is taken to know the template that came with it.
+    """
+    if artifact.stage != "convert" and artifact.template != tokenizer.template.digest:
+        LOGGER.warning(
+            "%s was trained with another chat template (%s) than the one of %s (%s): its prompts "
+            "look different from those it was trained on",
+            artifact.folder,
+            (artifact.template or "not recorded")[:12],
+            tokenizer.path,
+            tokenizer.template.digest[:12],
+        )
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -251,48 +313,3 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def _valid(token: int) -> int | None:
     return token if token >= 0 else None
-
-
-def _tokenizer_config(path: Path) -> dict[str, Any]:
-    file = path.with_name("tokenizer_config.json")
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise TokenizerError(f"{file}: not JSON ({error})") from None
-    return config if isinstance(config, dict) else {}
-
-
-def _token_text(value: object) -> str:
-    """Return a token's text; tokenizer_config.json has it as a string or as `content`."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else ""
-
-
-def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
-    """Remove the settings that add a space before every text.
-
-    Documents are tokenised in segments between special tokens, and a space before each segment
-    would be text that nobody wrote.
-    """
-    parts = {key: _part(spec.get(key)) for key in ("normalizer", "pre_tokenizer", "decoder")}
-    return {**spec, **parts}
-
-
-def _part(part: Any) -> Any:
-    if not isinstance(part, dict):
-        return part
-    prefix = part.get("type") == "Prepend"
-    if prefix or (part.get("type") == "Strip" and part.get("content") == " "):
-        return None
-    part = dict(part)
-    if part.get("type") == "Metaspace":
-        part["prepend_scheme"] = "never"
-    if part.get("type") == "ByteLevel":
-        part["add_prefix_space"] = False
-    for key in ("normalizers", "pretokenizers", "decoders"):
-        if key in part:
-            part[key] = [kept for kept in map(_part, part[key]) if kept is not None]
-    return part

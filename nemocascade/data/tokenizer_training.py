@@ -10,12 +10,14 @@ from pathlib import Path
 
 import sentencepiece
 
-from nemocascade.data.chat_template import render
+from nemocascade.data.chat_template import ChatTemplate
 from nemocascade.data.errors import TokenizerError
+from nemocascade.data.own_template import OWN_TEMPLATE
 from nemocascade.data.readers import find_sources
 from nemocascade.data.tokenization import read_conversations
 from nemocascade.data.tokenizer import CONTROL_TAGS, Tokenizer, load_tokenizer
 from nemocascade.recipe.data import DataConfig
+from nemocascade.runtime.files import naming
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import BadRows
 
@@ -80,7 +82,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, output: str | Pat
         model = _train(sentences, largest)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as stream:
+    with naming(partial), partial.open("wb") as stream:
         stream.write(model)
         stream.flush()
         os.fsync(stream.fileno())
@@ -115,8 +117,9 @@ def _train(sentences: list[str], vocab_size: int) -> bytes:
 
 def _texts(config: DataConfig, seed: int, bad: BadRows) -> Iterator[str]:
     """Yield the text between the template's tags, which are pieces already."""
+    template = ChatTemplate(OWN_TEMPLATE, CONTROL_TAGS)
     for _, conversation in read_conversations(find_sources(config.path), config, bad, seed=seed):
-        for segment in render(conversation, thinking=config.thinking):
+        for segment in template.render(conversation, thinking=config.thinking):
             if not segment.control and segment.text:
                 yield segment.text
 

@@ -1,14 +1,13 @@
-"""The rendered chat template against handwritten text; masks, injection, jinja."""
+"""The project's chat template against handwritten text; masks and injection."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
-from helpers.data import huggingface_tokenizer, sentencepiece_tokenizer, text_of
+from helpers.data import huggingface_tokenizer, own_template, sentencepiece_tokenizer, text_of
 
-from nemocascade.data.chat_template import Conversation, Segment, encode, render, render_prompt
-from nemocascade.data.jinja_template import CHAT_TEMPLATE, JinjaTemplate, openai_form
+from nemocascade.data.chat_template import Conversation, Segment, encode
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Tool, ToolCall
@@ -17,6 +16,7 @@ TOKENIZERS = pytest.mark.parametrize(
     "tokenizer", [sentencepiece_tokenizer, huggingface_tokenizer], ids=["sentencepiece", "hf"]
 )
 
+OWN = own_template()
 SIMPLE = Conversation((Message("user", "Hi"), Message("assistant", "Hello", "A greeting.")))
 MANY = Conversation(
     (
@@ -72,7 +72,7 @@ ALL = [SIMPLE, MANY, TOOL_USE, AWKWARD]
 
 
 def _text(conversation: Conversation, *, thinking: bool) -> str:
-    return text_of(render(conversation, thinking=thinking))
+    return text_of(OWN.render(conversation, thinking=thinking))
 
 
 def test_thinking() -> None:
@@ -100,7 +100,7 @@ def test_reasoning_before_the_last_user_turn_is_dropped() -> None:
     assert _text(MANY, thinking=True) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\nOne?<|im_end|>\n"
-        "<|im_start|>assistant\n<think></think>1<|im_end|>\n"
+        "<|im_start|>assistant\n<think></think>\n1<|im_end|>\n"
         "<|im_start|>user\nTwo?<|im_end|>\n"
         "<|im_start|>assistant\n<think>\nsecond\n</think>\n2<|im_end|>\n"
     )
@@ -139,14 +139,17 @@ def test_tools_calls_and_results() -> None:
     )
 
 
-@pytest.mark.parametrize(("thinking", "opening"), [(True, "<think>\n"), (False, "<think></think>")])
-def test_prompts_end_where_generation_starts(thinking: bool, opening: str) -> None:
+@pytest.mark.parametrize(
+    ("thinking", "opening", "line"),
+    [(True, "<think>\n", "\n"), (False, "<think></think>", "")],
+)
+def test_prompts_end_where_generation_starts(thinking: bool, opening: str, line: str) -> None:
     asked = Conversation(MANY.messages[:4])
-    prompt = render_prompt(asked, thinking=thinking)
+    prompt = OWN.render_prompt(asked, thinking=thinking)
     assert text_of(prompt) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\nOne?<|im_end|>\n"
-        "<|im_start|>assistant\n<think></think>1<|im_end|>\n"
+        f"<|im_start|>assistant\n<think></think>{line}1<|im_end|>\n"
         f"<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n{opening}"
     )
     assert not any(s.trained for s in prompt)
@@ -155,7 +158,7 @@ def test_prompts_end_where_generation_starts(thinking: bool, opening: str) -> No
 @pytest.mark.parametrize("messages", [(), MANY.messages, MANY.messages[:1]])
 def test_a_prompt_needs_something_to_answer(messages: tuple[Message, ...]) -> None:
     with pytest.raises(DataError, match="must end with a user turn"):
-        render_prompt(Conversation(messages), thinking=True)
+        OWN.render_prompt(Conversation(messages), thinking=True)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -165,8 +168,8 @@ def test_a_prompt_is_the_beginning_of_its_training_text(
 ) -> None:
     reasons = thinking and bool(conversation.messages[-1].reasoning)
     asked = Conversation(conversation.messages[:-1], conversation.tools)
-    prompt = text_of(render_prompt(asked, thinking=reasons))
-    assert _text(conversation, thinking=thinking).startswith(prompt)
+    prompt = text_of(OWN.render_prompt(asked, thinking=reasons))
+    assert _text(conversation, thinking=reasons).startswith(prompt)
 
 
 def _trained(segments: list[Segment]) -> str:
@@ -184,10 +187,12 @@ def _merged(segments: list[Segment]) -> list[Segment]:
 
 
 def test_only_what_the_assistant_writes_trains() -> None:
-    assert _trained(render(SIMPLE, thinking=True)) == "A greeting.\n</think>\nHello<|im_end|>"
-    assert _trained(render(SIMPLE, thinking=False)) == "Hello<|im_end|>"
-    assert _trained(render(MANY, thinking=True)) == "1<|im_end|>|second\n</think>\n2<|im_end|>"
-    calls = _trained(render(TOOL_USE, thinking=True))
+    assert _trained(OWN.render(SIMPLE, thinking=True)) == "A greeting.\n</think>\nHello<|im_end|>"
+    assert _trained(OWN.render(SIMPLE, thinking=False)) == "Hello<|im_end|>"
+    assert (
+        _trained(OWN.render(MANY, thinking=True)) == "\n1<|im_end|>|second\n</think>\n2<|im_end|>"
+    )
+    calls = _trained(OWN.render(TOOL_USE, thinking=True))
     assert calls.startswith("ask for it\n</think>\nLooking.\n<tool_call>\n<function=weather>")
     assert "</tool_call>\n<|im_end|>|once more" in calls
     for words in ("sunny", "noon", "rain\n", "Paris?", "Help."):
@@ -197,7 +202,7 @@ def test_only_what_the_assistant_writes_trains() -> None:
 def test_a_turn_can_be_kept_out_of_the_loss() -> None:
     first = Message("assistant", "1", "first", trained=False)
     kept = Conversation((*MANY.messages[:2], first, *MANY.messages[3:]))
-    assert _trained(render(kept, thinking=True)) == "second\n</think>\n2<|im_end|>"
+    assert _trained(OWN.render(kept, thinking=True)) == "second\n</think>\n2<|im_end|>"
 
 
 @TOKENIZERS
@@ -206,7 +211,7 @@ def test_a_turn_can_be_kept_out_of_the_loss() -> None:
 def test_tokens_give_back_the_text_and_the_mask(
     tokenizer: Callable[[], Tokenizer], conversation: Conversation, thinking: bool
 ) -> None:
-    segments = render(conversation, thinking=thinking)
+    segments = OWN.render(conversation, thinking=thinking)
     ids, trained = encode(segments, tokenizer())
     assert tokenizer().decode(ids) == text_of(segments)
     assert len(ids) == len(trained)
@@ -242,7 +247,7 @@ def test_text_cannot_become_control_tokens(tokenizer: Callable[[], Tokenizer]) -
     specials = set(tokenizer().special_tokens.values())
 
     def control(c: Conversation) -> list[int]:
-        return [i for i in encode(render(c, thinking=True), tokenizer())[0] if i in specials]
+        return [i for i in encode(OWN.render(c, thinking=True), tokenizer())[0] if i in specials]
 
     assert control(conversation) == control(harmless)
 
@@ -251,80 +256,10 @@ def test_text_cannot_become_control_tokens(tokenizer: Callable[[], Tokenizer]) -
 def test_training_tokens_begin_with_the_tokens_of_the_prompt(
     tokenizer: Callable[[], Tokenizer],
 ) -> None:
-    prompt, _ = encode(render_prompt(Conversation(MANY.messages[:4]), thinking=True), tokenizer())
-    whole, trained = encode(render(MANY, thinking=True), tokenizer())
+    prompt, _ = encode(
+        OWN.render_prompt(Conversation(MANY.messages[:4]), thinking=True), tokenizer()
+    )
+    whole, trained = encode(OWN.render(MANY, thinking=True), tokenizer())
     assert whole[: len(prompt)] == prompt
     assert trained[len(prompt)]
     assert not trained[len(prompt) - 1]
-
-
-@pytest.mark.parametrize("thinking", [True, False])
-@pytest.mark.parametrize("conversation", ALL)
-def test_our_jinja_source_renders_the_same(conversation: Conversation, thinking: bool) -> None:
-    template = JinjaTemplate(CHAT_TEMPLATE)
-    assert template.render(conversation, thinking=thinking) == _text(
-        conversation, thinking=thinking
-    )
-    asked = Conversation(conversation.messages[:-1], conversation.tools)
-    assert template.render(asked, thinking=thinking, generation_prompt=True) == text_of(
-        render_prompt(asked, thinking=thinking)
-    )
-
-
-@pytest.mark.parametrize("thinking", [True, False])
-@pytest.mark.parametrize("conversation", ALL)
-def test_transformers_renders_our_jinja_source_the_same(
-    conversation: Conversation, thinking: bool
-) -> None:
-    """And gives the same tokens, where no text looks like a special token."""
-    transformers = pytest.importorskip("transformers")
-    ours = huggingface_tokenizer()
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=ours.path)
-    messages, tools = openai_form(conversation)
-    settings = {"chat_template": CHAT_TEMPLATE, "enable_thinking": thinking}
-    text = theirs.apply_chat_template(messages, tools=tools or None, tokenize=False, **settings)
-    segments = render(conversation, thinking=thinking)
-    assert text == text_of(segments)
-    if conversation is not AWKWARD:
-        ids = theirs.encode(text, add_special_tokens=False)
-        assert ids == encode(segments, ours)[0]
-
-
-@TOKENIZERS
-@pytest.mark.parametrize("conversation", ALL)
-def test_a_jinja_template_is_safe_from_injection_too(
-    tokenizer: Callable[[], Tokenizer], conversation: Conversation
-) -> None:
-    template = JinjaTemplate(CHAT_TEMPLATE)
-    segments = template.segments(conversation, tokenizer(), thinking=True)
-    expected = render(conversation, thinking=True)
-    assert text_of(segments) == text_of(expected)
-    assert not any(s.trained for s in segments)
-    specials = tokenizer().special_tokens
-    assert [s.text for s in segments if s.control] == [
-        s.text for s in expected if s.control and s.text in specials
-    ]
-
-
-@pytest.mark.parametrize(
-    ("source", "complaint"),
-    [
-        ("{% if %}", "is broken"),
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages.append(1) }}", "cannot render"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot render"),
-        ("{{ undefined_thing.field }}", "cannot render"),
-        ("{% for i in range(10 ** 9) %}{% endfor %}", "cannot render"),
-    ],
-)
-def test_templates_run_in_a_sandbox(source: str, complaint: str) -> None:
-    with pytest.raises(DataError, match=complaint):
-        JinjaTemplate(source).render(SIMPLE, thinking=True)
-
-
-def test_a_tokenizers_own_template_is_used() -> None:
-    tokenizer = huggingface_tokenizer()
-    assert tokenizer.chat_template is not None
-    assert JinjaTemplate(tokenizer.chat_template).render(SIMPLE, thinking=True) == "Hi"
-    tokens = JinjaTemplate("{{ bos_token }}/{{ eos_token }}")
-    assert tokens.render(SIMPLE, thinking=True, tokenizer=tokenizer) == "/<|im_end|>"

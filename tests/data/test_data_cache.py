@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -31,7 +32,7 @@ from nemocascade.data import cache as cache_module
 from nemocascade.data import cache_files
 from nemocascade.data.cache import TokenCache, build_cache, open_cache
 from nemocascade.data.cache_files import CacheDamagedError
-from nemocascade.data.chat_template import encode, render
+from nemocascade.data.chat_template import encode
 from nemocascade.data.documents import build_data, open_data, split_heldout
 from nemocascade.data.formats import parse_row
 from nemocascade.data.tokenization import read_conversations
@@ -59,8 +60,9 @@ def test_documents_are_the_rendered_rows(tmp_path: Path, rows_file: Path) -> Non
     cache = _build(tmp_path, rows_file)
     assert len(cache) == 60
     for i, row in enumerate(qa_rows(60)):
-        segments = render(parse_row(row, "qa", CONFIG), thinking=False)
-        ids, trained = encode(segments, sentencepiece_tokenizer())
+        tokenizer = sentencepiece_tokenizer()
+        segments = tokenizer.template.render(parse_row(row, "qa", CONFIG), thinking=False)
+        ids, trained = encode(segments, tokenizer)
         document = cache.document(i)
         assert document.tokens.tolist() == ids
         assert document.trained.tolist() == trained
@@ -161,6 +163,15 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a file": lambda folder: (folder / "trained.bin").unlink(),
     "the manifest": lambda folder: (folder / "manifest.json").write_text("{"),
     "the manifest's counts": lambda folder: _edit_manifest(folder, "bad_rows"),
+    "the manifest's levels": lambda folder: (folder / "manifest.json").write_text("[" * 3000),
+    "the manifest's entries": lambda folder: (folder / "manifest.json").write_text(
+        json.dumps(
+            {
+                **json.loads((folder / "manifest.json").read_text()),
+                "files": dict.fromkeys(cache_files.COLUMNS, 5),
+            }
+        )
+    ),
     "the manifest's files": lambda folder: (folder / "manifest.json").write_text('{"files": {}}'),
 }
 
@@ -206,6 +217,42 @@ def test_reasoning_that_is_left_out_is_reported(
         assert ("reasoning of 20 documents is left out" in caplog.text) != thinking
 
 
+def test_sources_are_rendered_without_reasoning_by_name(tmp_path: Path) -> None:
+    """One source thinks, one does not; the same rows, in worker processes too."""
+    turns = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4", "reasoning_content": "two and two"},
+    ]
+    for name in ("chat", "agents/swe"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"messages": turns}] * 3)
+    paths = (str(tmp_path / "chat.jsonl"), str(tmp_path / "agents"))
+    config = replace(CONFIG, path=paths, thinking=True)
+    silent = replace(config, non_thinking_path=(str(tmp_path / "agents"),))
+    tokenizer = sentencepiece_tokenizer()
+
+    def documents(config: DataConfig, **more: Any) -> list[str]:
+        cache = build_cache(tmp_path / "cache", config, paths, tokenizer, **more)
+        return [tokenizer.decode(cache.document(i).tokens.tolist()) for i in range(6)]
+
+    assert all("two and two" in text for text in documents(config))
+    found = documents(silent)
+    assert ["two and two" in text for text in found] == [True] * 3 + [False] * 3
+    assert all("<think></think>" in text for text in found[3:])
+    # Thinking is off for all: the names change nothing.
+    off = replace(silent, thinking=False)
+    assert not any("two and two" in text for text in documents(off))
+
+
+def test_a_source_without_reasoning_must_be_read(tmp_path: Path, rows_file: Path) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", qa_rows(3))
+    config = replace(CONFIG, path=(str(rows_file),), thinking=True, non_thinking_path=(str(other),))
+    with pytest.raises(DataError, match=r"non_thinking_path names .*other\.jsonl, but data\.path"):
+        _build(tmp_path, rows_file, config)
+    heldout = replace(config, heldout_path=(str(other),))
+    assert len(_build(tmp_path, rows_file, heldout)) == 60
+
+
 def test_an_absent_cache_cannot_be_opened(tmp_path: Path, rows_file: Path) -> None:
     with pytest.raises(CacheDamagedError, match="not a complete token cache"):
         _open(tmp_path, rows_file)
@@ -248,6 +295,21 @@ def test_a_killed_build_leaves_no_cache_and_its_rest_is_removed(
     assert len(_build(tmp_path, rows_file)) == 60
     assert "left by a build that was killed" in caplog.text
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_full_disk_names_the_file(
+    tmp_path: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("nemocascade.data.cache_files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        _build(tmp_path, rows_file)
+    assert Path(caught.value.filename).name == "tokens.bin"
+    with pytest.raises(OSError, match="No space left") as caught:
+        train_tokenizer(DataConfig(path=(str(rows_file),)), 400, tmp_path / "small.model")
+    assert Path(caught.value.filename).name.startswith("small.model")
 
 
 def test_a_faster_builder_wins(

@@ -260,6 +260,14 @@ def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
         list(read_pieces([str(path)]))
 
 
+def test_a_parquet_file_with_damaged_names_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["a"]}), path)
+    path.write_bytes(path.read_bytes().replace(b"question", b"\xffuestion"))
+    with pytest.raises(DataError, match=f"{path}: cannot be read"):
+        list(read_pieces([str(path)]))
+
+
 def test_what_a_parquet_row_lacks_is_absent(tmp_path: Path) -> None:
     """One column type holds the fields of all rows."""
     rows = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,14 @@ from helpers.data import (
 )
 
 from nemocascade.data.errors import TokenizerError
+from nemocascade.data.own_template import OWN_TEMPLATE
+from nemocascade.data.sentencepiece_json import sentencepiece_to_json
 from nemocascade.data.tokenizer import (
     CONTROL_TAGS,
+    REQUIRED_TAGS,
     Tokenizer,
     check_vocabulary,
+    load_artifact_tokenizer,
     load_tokenizer,
 )
 from nemocascade.data.tokenizer_training import (
@@ -33,6 +38,7 @@ from nemocascade.data.tokenizer_training import (
     train_tokenizer,
 )
 from nemocascade.recipe.data import DataConfig
+from nemocascade.types import Artifact
 
 TOKENIZERS = pytest.mark.parametrize(
     "tokenizer", [sentencepiece_tokenizer, huggingface_tokenizer], ids=["sentencepiece", "hf"]
@@ -188,15 +194,55 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
 def test_a_tokenizer_without_chat_tokens_is_refused(tmp_path: Path) -> None:
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<|im_end|>": 1}, "a"))
     model.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(TokenizerError, match=r"no token <\|im_start\|>; turns"):
+    with pytest.raises(TokenizerError, match=r"no token <\|im_start\|>, by which"):
         load_tokenizer(tmp_path)
 
 
-def test_a_broken_tokenizer_config_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("tokenizer_config.json", b"{", "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", b"[" * 3000, "tokenizer_config.json: not JSON"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template must be a text"),
+        (
+            "tokenizer_config.json",
+            b'{"chat_template": [{"name": "default", "template": [1]}]}',
+            "chat_template must be a text",
+        ),
+        ("tokenizer_config.json", b'{"chat_template": "\\ud83d"}', "holds half a character"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja: not UTF-8"),
+    ],
+)
+def test_a_broken_file_beside_a_tokenizer_is_named(
+    tmp_path: Path, name: str, content: bytes, complaint: str
+) -> None:
     (tmp_path / "tokenizer.json").write_bytes(Path(huggingface_tokenizer().path).read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"tokenizer_config.json: not JSON"):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TokenizerError, match=complaint):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("templates", ["[5, null]", '[{"template": "a"}]', "[]", "null"])
+def test_templates_without_a_default_are_none(tmp_path: Path, templates: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(Path(huggingface_tokenizer().path).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"chat_template": {templates}}}')
+    assert load_tokenizer(tmp_path).chat_template is None
+
+
+def test_characters_outside_of_a_vocabulary_are_named(tmp_path: Path) -> None:
+    tags = {tag: number for number, tag in enumerate(REQUIRED_TAGS)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(tags, "[UNK]"))
+    model.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="cannot encode"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("tag", [b"</s>", b"<|im_end|>"])
+def test_a_sentencepiece_model_with_damaged_pieces_is_named(tmp_path: Path, tag: bytes) -> None:
+    data = Path(sentencepiece_tokenizer().path).read_bytes()
+    (tmp_path / "damaged.model").write_bytes(data.replace(tag, b"\xff" + tag[1:]))
+    with pytest.raises(TokenizerError, match=r"damaged.model: it cannot be used"):
+        load_tokenizer(tmp_path / "damaged.model")
 
 
 def test_training_is_deterministic_and_bounded(
@@ -236,3 +282,51 @@ def test_gsm8k_tokenizer_compresses_text_it_has_not_seen(tmp_path: Path) -> None
     ids = t.encode(text)
     assert t.decode(ids) == text
     assert len(text) / len(ids) > 2.2
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("form", ["identity", "nmt_nfkc"])
+def test_a_sentencepiece_model_has_the_same_ids_as_json(
+    kind: str, form: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words()),
+        model_prefix=str(path.with_suffix("")),
+        model_type=kind,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name=form,
+        user_defined_symbols=list(CONTROL_TAGS),
+        minloglevel=2,
+    )
+    ours = load_tokenizer(path)
+    theirs = tokenizers.Tokenizer.from_str(sentencepiece_to_json(path, ["<|im_end|>", "</s>"]))
+    for text in (*TEXTS, *words()[:50], "aaaaaaaa aaa", "a<think>b <|im_end|>", "\u2581 x"):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ids == ours.encode(text, allow_special=True)
+        assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids)
+    assert theirs.decode(theirs.encode("a</think>b<|im_end|></s>").ids) == "a</think>b"
+
+
+def test_an_artifact_trained_on_another_template_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = sentencepiece_tokenizer()
+    (tmp_path / "tokenizer.model").write_bytes(Path(tokenizer.path).read_bytes())
+    made = Artifact(tmp_path, "", "sft", 1, {}, "fp32", {}, {}, None, None, {}, "tokenizer.model")
+
+    def said(**fields: str | None) -> str:
+        caplog.clear()
+        assert load_artifact_tokenizer(replace(made, **fields)).vocab_size  # type: ignore[arg-type]
+        return caplog.text
+
+    assert said(template=tokenizer.template.digest) == ""
+    assert said(stage="convert") == ""
+    assert "another chat template (not recorded)" in said()
+    assert "another chat template (0123) than" in said(template="0123")
+    # The template of the training text lies beside the tokenizer and is used.
+    (tmp_path / "chat_template.jinja").write_text(OWN_TEMPLATE.replace("These functions", "They"))
+    assert "another chat template" in said(template=tokenizer.template.digest)
+    assert said(template=load_tokenizer(tmp_path).template.digest) == ""

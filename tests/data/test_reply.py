@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from helpers.data import text_of
+from helpers.data import own_template, text_of
 
-from nemocascade.data.chat_template import Conversation, render
-from nemocascade.data.reply import parse_reply
+from nemocascade.data.chat_template import Conversation
 from nemocascade.types import Message, ToolCall
 
 USER = Message("user", "go")
+parse = own_template().parse
 MESSAGES = [
     Message("assistant", "plain"),
     Message("assistant", "two\n\nlines", "first this\nthen that"),
@@ -21,18 +21,18 @@ MESSAGES = [
 @pytest.mark.parametrize("message", MESSAGES)
 def test_it_inverts_the_template(message: Message) -> None:
     """From the generation prompt to the end of the turn."""
-    text = text_of(render(Conversation((USER, message)), thinking=True))
+    text = text_of(own_template().render(Conversation((USER, message)), thinking=True))
     opening = "<think>\n" if message.reasoning else "<think></think>"
     written = text.rpartition(f"<|im_start|>assistant\n{opening}")[2]
-    reply = parse_reply(written, thinking=bool(message.reasoning))
+    reply = parse(written, thinking=bool(message.reasoning))
     assert reply.message == message
     assert reply.faults == ()
 
 
 def test_reasoning_that_never_ends_has_no_answer() -> None:
-    reply = parse_reply("so then \\boxed{4} and", thinking=True)
+    reply = parse("so then \\boxed{4} and", thinking=True)
     assert reply.message == Message("assistant", "", "so then \\boxed{4} and")
-    assert parse_reply("a</think>", thinking=True).message.content == ""
+    assert parse("a</think>", thinking=True).message.content == ""
 
 
 CALL = "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>"
@@ -51,7 +51,7 @@ CALL = "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n
 )
 def test_malformed_calls_are_faults(text: str, fault: str) -> None:
     """They are not executed, stay in the content, and raise nothing."""
-    reply = parse_reply(f"look {text}<|im_end|>\n", thinking=False)
+    reply = parse(f"look {text}<|im_end|>\n", thinking=False)
     assert reply.message.tool_calls == ()
     assert reply.message.content.startswith("look <tool_call>")
     assert len(reply.faults) == 1
@@ -59,11 +59,11 @@ def test_malformed_calls_are_faults(text: str, fault: str) -> None:
 
 
 def test_a_right_call_beside_a_wrong_one_is_kept() -> None:
-    reply = parse_reply(f"{CALL}\n<tool_call>\nf\n</tool_call>\n<|im_end|>", thinking=False)
+    reply = parse(f"{CALL}\n<tool_call>\nf\n</tool_call>\n<|im_end|>", thinking=False)
     assert reply.message.tool_calls == (ToolCall("f", {"x": "1"}),)
     assert len(reply.faults) == 1
 
 
 def test_nothing_after_the_end_of_the_turn_counts() -> None:
-    reply = parse_reply("4<|im_end|>\n<|im_start|>user\nno", thinking=False)
+    reply = parse("4<|im_end|>\n<|im_start|>user\nno", thinking=False)
     assert reply.message.content == "4"

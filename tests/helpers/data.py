@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import tokenizers
 
-from nemocascade.data.chat_template import Segment
+from nemocascade.data.chat_template import ChatTemplate, Segment
+from nemocascade.data.own_template import OWN_TEMPLATE
 from nemocascade.data.readers import read_pieces
 from nemocascade.data.synthetic import synthetic_rows
 from nemocascade.data.tokenizer import CONTROL_TAGS, Tokenizer, load_tokenizer
@@ -67,10 +68,15 @@ def huggingface_tokenizer() -> Tokenizer:
     config = {
         "eos_token": {"content": "<|im_end|>"},
         "pad_token": "<|endoftext|>",
-        "chat_template": "{{ messages[0].content }}",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return load_tokenizer(folder)
+
+
+@functools.cache
+def own_template() -> ChatTemplate:
+    """The project's template."""
+    return ChatTemplate(OWN_TEMPLATE, CONTROL_TAGS)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any] | str]) -> Path:
