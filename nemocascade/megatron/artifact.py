@@ -4,6 +4,7 @@
     artifact/index.json                  file and position of each box of each weight
     artifact/rank_00000.safetensors ...  weights and persistent buffers, in the run's precision
     artifact/tokenizer.model             or tokenizer.json, copied in
+    artifact/chat_template.jinja         the chat template of the training text
 
 The storage is that of checkpoints, without optimizer, generators and data position. Any parallel
 layout reads it.
@@ -12,6 +13,7 @@ layout reads it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,17 +32,18 @@ from nemocascade.megatron.checkpoint.weights import describe_model, fill, model_
 from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.optimizer import Optimizer
 from nemocascade.recipe import ModelConfig
-from nemocascade.recipe.rules import number_problems
+from nemocascade.runtime.stored_records import record_of
 from nemocascade.runtime.world import World
 from nemocascade.types import Artifact
 
 KIND = "artifact"
 ORIGIN = "huggingface.json"
+TEMPLATE = "chat_template.jinja"
 # Files beside a tokenizer that are copied with it from artifact to artifact. ORIGIN: the settings
 # of a converted folder.
 TOKENIZER_COMPANIONS = (
     "tokenizer_config.json",
-    "chat_template.jinja",
+    TEMPLATE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -62,6 +65,7 @@ class Provenance:
     scores: dict[str, float]
     parent: str | None = None
     parent_digest: str | None = None
+    context_length: int = 0
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """Settings that changed when the run resumed: by resume, `step` and `changes`, which has the
     old and the new value by name."""
@@ -74,18 +78,22 @@ def write_artifact(
     provenance: Provenance,
     *,
     tokenizer: Path | None = None,
+    template: str | None = None,
 ) -> Artifact:
     """Write the weights of `chunks` and their provenance to `folder`; every rank calls it.
 
-    An existing folder is replaced. tokenizer: a file, copied in with the companions of a
-    `tokenizer.json`.
+    An existing folder is replaced. tokenizer: a file, copied in with its companions. template:
+    jinja source of the chat template that rendered the training text, written beside it.
 
     Raises CheckpointError on every rank if it cannot be written.
     """
     documents = _tokenizer_files(tokenizer) if world.is_main and tokenizer is not None else {}
+    if world.is_main and template is not None:
+        documents[TEMPLATE] = template.encode()
     fields = {
         **describe_model(world, chunks),
         **vars(provenance),
+        "template": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "tokenizer": None if tokenizer is None else _tokenizer_name(tokenizer),
     }
     pieces = model_pieces(model_parts(chunks, world))
@@ -119,15 +127,18 @@ def verify_artifact(folder: Path) -> Artifact:
 
 
 def artifact_model(artifact: Artifact) -> ModelConfig:
-    """The model shape of an artifact. Raises CheckpointError if it has fields unknown here."""
+    """The model shape of an artifact. Raises CheckpointError if it has fields unknown here, or is
+    no model."""
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     problems = [
         f"model.{name} is a setting this program does not know"
         for name in sorted(artifact.model.keys() - known)
     ]
-    shape = ModelConfig(**{n: v for n, v in artifact.model.items() if n in known})
-    problems = problems or number_problems(shape, "model")
-    if problems:
+    try:
+        shape = record_of(ModelConfig, {n: v for n, v in artifact.model.items() if n in known})
+    except ValueError as error:
+        raise CheckpointError(artifact.folder, [*problems, str(error)]) from None
+    if problems := problems or shape.problems():
         raise CheckpointError(artifact.folder, problems)
     return shape
 
@@ -156,8 +167,10 @@ def load_artifact_weights(
 
 
 def _artifact(folder: Path, manifest: dict[str, Any]) -> Artifact:
-    names = [f.name for f in dataclasses.fields(Artifact) if f.name != "folder"]
-    return Artifact(folder=folder, **{name: manifest[name] for name in names})
+    fields = [f for f in dataclasses.fields(Artifact) if f.name != "folder"]
+    # Artifacts of older versions lack the fields that have a default.
+    later = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return Artifact(folder=folder, **{f.name: {**later, **manifest}[f.name] for f in fields})
 
 
 def _tokenizer_name(path: Path) -> str:

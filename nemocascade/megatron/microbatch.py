@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from nemocascade_kernels import PackedSeq
+from nemocascade_kernels import PackedSeq, Truncation
 from torch import Tensor
 
 from nemocascade.megatron.replay import RouteRecorder, RouteReplay
@@ -58,7 +58,7 @@ class Microbatch(PackedSeq):
     replay: choices of experts for the routers to use; None: they choose.
     recorder: records the routers' choices; None: not recorded.
     first_pass: that of the called layer, if backward recomputes it; otherwise None.
-    temperature: of the trained policy. entropy: measure the policy's entropy.
+    temperature, truncation: of the trained policy. entropy: measure the policy's entropy.
     """
 
     batch: PackedBatch | None = None
@@ -68,6 +68,7 @@ class Microbatch(PackedSeq):
     recorder: RouteRecorder | None = None
     first_pass: FirstPass | None = None
     temperature: float = 1.0
+    truncation: Truncation | None = None
     entropy: bool = False
 
     @classmethod
@@ -80,6 +81,7 @@ class Microbatch(PackedSeq):
         replay: RouteReplay | None = None,
         recorder: RouteRecorder | None = None,
         temperature: float = 1.0,
+        truncation: Truncation | None = None,
         entropy: bool = False,
     ) -> Microbatch:
         """Make the description of `batch`, whose tensors are on the host, and move it to `device`.
@@ -106,6 +108,7 @@ class Microbatch(PackedSeq):
             replay=replay,
             recorder=recorder,
             temperature=temperature,
+            truncation=truncation,
             entropy=entropy,
         )
 

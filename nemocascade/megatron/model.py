@@ -89,6 +89,7 @@ class CascadeModel(HybridModel):
             batch.targets,
             objective,
             temperature=packed.temperature,
+            truncation=packed.truncation,
             tp_group=tp_group,
             return_entropy=packed.entropy,
             active_rows=packed.trained_rows,

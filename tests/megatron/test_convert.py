@@ -16,7 +16,6 @@ from helpers.transformers_weights import (
     nemotron_h,
     qwen3_moe,
     randomise,
-    set_shortest_step,
 )
 from safetensors.torch import load_file, save_file
 from test_model_against_transformers import (
@@ -44,6 +43,7 @@ from nemocascade.megatron.convert import (
     export_huggingface,
     import_huggingface,
 )
+from nemocascade.megatron.convert.config import config_of_model
 from nemocascade.megatron.convert.names import Family, Style, name_map
 from nemocascade.megatron.model import CascadeModel, build_model
 from nemocascade.megatron.world import start_world
@@ -168,7 +168,6 @@ def test_transformers_reads_what_we_write(case: str, world: World, tmp_path: Pat
     export_huggingface(tmp_path / "artifact", tmp_path / "hf")
     theirs = getattr(transformers, family).from_pretrained(tmp_path / "hf", dtype=torch.float32)
     theirs.eval()
-    set_shortest_step(theirs, shape.mamba_dt_min)
     batch = packed_batch(shape, seed=6)
     to_ours = from_nemotron_h if family == NEMOTRON else from_qwen3_moe
     expected = read_with_transformers(theirs, shape, batch, to_ours)
@@ -274,6 +273,48 @@ def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
         import_huggingface(source, tmp_path / "artifact")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": 5}, r"architectures\(5\) .* of another type"),
+        ({"architectures": [["x"]]}, "architectures"),
+        ({"layers_block_type": [5, {}]}, "layers_block_type"),
+        ({"layers_block_type": None, "hybrid_override_pattern": 5}, "hybrid_override_pattern"),
+        ({"time_step_limit": [0]}, "time_step_limit"),
+        ({"time_step_limit": [[], "x"]}, "time_step_limit"),
+        ({"time_step_limit": [{}, {}]}, "time_step_limit"),
+        ({"hidden_size": "128"}, "hidden_size"),
+        ({"hidden_size": 10**30}, "must fit in 64 bits"),
+        ({"norm_topk_prob": "yes"}, "router_normalize cannot be 'yes'"),
+        ({"layer_norm_epsilon": [1]}, "norm_eps cannot be"),
+        ({"n_routed_experts": 2**40}, "at most 131072 together"),
+        ({"num_attention_heads": 2**40, "num_key_value_heads": 2**40}, "at most 131072 together"),
+        ({"architectures": [QWEN], "num_hidden_layers": 2**40}, r"num_hidden_layers\(1099"),
+        ({"architectures": [QWEN], "rope_scaling": 5}, "rope_scaling"),
+        ({"architectures": [QWEN], "mlp_only_layers": ["a"]}, "mlp_only_layers"),
+        ({"architectures": [QWEN], "decoder_sparse_step": "a"}, "decoder_sparse_step"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type_or_size_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    family, shape = SHAPES["nemotron, tiny"]
+    (tmp_path / "config.json").write_text(json.dumps(config_of_model(shape, family)))
+    change_config(tmp_path, **changes)
+    with pytest.raises(ConversionError, match=message):
+        import_huggingface(tmp_path, tmp_path / "artifact")
+
+
+@pytest.mark.parametrize("content", ["[" * 3000, '{"weight_map": 5}', '{"weight_map": {"a": [1]}}'])
+def test_a_broken_index_of_weights_is_refused(content: str, tmp_path: Path) -> None:
+    family, shape = SHAPES["nemotron, tiny"]
+    (tmp_path / "config.json").write_text(json.dumps(config_of_model(shape, family)))
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ConversionError, match=r"model.safetensors.index.json"):
+        import_huggingface(tmp_path, tmp_path / "artifact")
+
+
 def test_rounding_must_be_asked_for(tmp_path: Path) -> None:
     _, shape = SHAPES["nemotron, tiny"]
     source = save(their_model(NEMOTRON, shape).to(torch.bfloat16), tmp_path / "hf")
@@ -300,11 +341,34 @@ def test_a_head_that_is_not_tied_is_refused(tmp_path: Path) -> None:
         import_huggingface(source, tmp_path / "artifact")
 
 
+def with_header(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """A safetensors file with a changed header; `change` may return another one."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    found = change(header)
+    text = found if isinstance(found, bytes) else json.dumps(found or header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def spoil(header: dict[str, Any], **changes: Any) -> None:
+    header["lm_head.weight"].update(changes)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda data: data[:-4], "has .* bytes, its header says"),
         (lambda data: b"\xff" * 8 + data[8:], "longer than the file"),
+        (lambda data: with_header(data, lambda h: [h]), "its header is no JSON object"),
+        (lambda data: with_header(data, lambda h: b"[" * 3000), "cannot be read"),
+        (lambda data: with_header(data, lambda h: h.update(a=5)), "describes no tensor as 'a'"),
+        (lambda data: with_header(data, lambda h: spoil(h, shape="ab")), "describes no tensor"),
+        (lambda data: with_header(data, lambda h: spoil(h, shape=[-1, 2])), "describes no tensor"),
+        (lambda data: with_header(data, lambda h: spoil(h, shape=[1.5])), "describes no tensor"),
+        (lambda data: with_header(data, lambda h: spoil(h, shape=[10**30])), "describes no tensor"),
+        (lambda data: with_header(data, lambda h: spoil(h, dtype=[1])), "describes no tensor"),
+        (lambda data: with_header(data, lambda h: spoil(h, data_offsets=[0])), "no tensor"),
+        (lambda data: with_header(data, lambda h: spoil(h, dtype="U8")), "describes no tensor"),
     ],
 )
 def test_damaged_files_are_refused(

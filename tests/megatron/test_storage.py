@@ -290,6 +290,12 @@ def resign(folder: Path, name: str, data: bytes) -> None:
         (lambda i: i["tensors"]["model/a"]["pieces"][0].update(file=5), "no index of tensors"),
         (lambda i: i["tensors"].update({"model/a": None}), "no index of tensors"),
         (lambda i: i["tensors"]["model/a"]["pieces"][0].update(name="gone"), "cannot be read"),
+        (lambda i: i["tensors"]["model/a"].update(shape=[6.0, 4]), "no index of tensors"),
+        (lambda i: i["tensors"]["model/a"].update(shape=[True, 24]), "no index of tensors"),
+        (lambda i: i["tensors"]["model/a"].update(shape=[-6, -4]), "no index of tensors"),
+        (lambda i: i["tensors"]["model/a"].update(shape=[2**64]), "no index of tensors"),
+        (lambda i: i["tensors"]["model/a"].update(dtype=[]), "'[]' is no dtype"),
+        (lambda i: i["tensors"]["model/a"]["pieces"][0].update(size="64"), "no index of tensors"),
     ],
 )
 def test_a_malformed_index_is_a_refusal(
@@ -322,6 +328,10 @@ def test_a_malformed_weights_file_is_a_refusal(folder: Path, world: World, data:
         (lambda m: m.update(files=[]), "lists no files"),
         (lambda m: m["files"].update({"../x": {"sha256": "", "bytes": 0}}), "file '../x'"),
         (lambda m: m["files"].update({"index.json": 3}), "wrong entry for the file 'index.json'"),
+        (lambda m: m["files"].update({"x" * 300: {"sha256": "", "bytes": 0}}), "file 'xxx"),
+        (lambda m: m["files"].update({"": {"sha256": "", "bytes": 0}}), "file ''"),
+        (lambda m: m["files"].update({"\0": {"sha256": "", "bytes": 0}}), r"file '\x00'"),
+        (lambda m: m["files"].update({"\ud83d": {"sha256": "", "bytes": 0}}), r"file '\ud83d'"),
         (lambda m: m.update(layout=7), "layout(7), which is of another type"),
         (lambda m: m.pop("step"), "lacks 'step'"),
     ],
@@ -331,6 +341,12 @@ def test_a_malformed_manifest_is_a_refusal(
 ) -> None:
     rewrite_manifest(folder, change)
     assert said in refusal(folder, world)
+
+
+def test_a_manifest_with_nan_is_altered(folder: Path, world: World) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 1', '"step": NaN'))
+    assert "was altered" in refusal(folder, world)
 
 
 def test_a_full_disk_names_the_file(

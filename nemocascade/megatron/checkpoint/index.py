@@ -115,8 +115,8 @@ def index_from_json(value: Any, known: Container[str]) -> Index:
         files = value["files"]
         index = {
             key: StoredTensor(
-                tuple(entry["shape"]),
-                entry["dtype"],
+                _sizes(entry["shape"]),
+                str(entry["dtype"]),
                 tuple(
                     StoredPiece(files[p["file"]], str(p["name"]), _box(p)) for p in entry["pieces"]
                 ),
@@ -125,7 +125,7 @@ def index_from_json(value: Any, known: Container[str]) -> Index:
         }
         foreign = [file for file in files if file not in known]
         problems = [p for key, entry in index.items() for p in _tiling_problems(key, entry)]
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"it is no index of tensors: {error!r}") from error
     problems += [
         f"{entry.dtype!r} is no dtype" for entry in index.values() if entry.dtype not in DTYPES
@@ -137,4 +137,10 @@ def index_from_json(value: Any, known: Container[str]) -> Index:
 
 
 def _box(piece: dict[str, Any]) -> Box:
-    return Box(tuple(map(int, piece["offset"])), tuple(map(int, piece["size"])))
+    return Box(_sizes(piece["offset"]), _sizes(piece["size"]))
+
+
+def _sizes(value: list[Any]) -> tuple[int, ...]:
+    if wrong := [n for n in value if type(n) is not int or not 0 <= n < 2**63]:
+        raise ValueError(f"{str(wrong[0])[:80]!r} is no size of a tensor")
+    return tuple(value)

@@ -9,7 +9,7 @@ folder is bit-identical.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,9 +56,10 @@ from nemocascade.megatron.convert.folder import (
     split_shards,
     write_weights,
 )
-from nemocascade.megatron.convert.names import Family, NameMap, Style, name_map
+from nemocascade.megatron.convert.names import Family, NameMap, Style, default_style, name_map
 from nemocascade.megatron.convert.stream import differences, equal_tensors, outgoing
 from nemocascade.recipe import ModelConfig, ParallelConfig
+from nemocascade.runtime.stored_records import record_of
 from nemocascade.types import Artifact
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -73,6 +74,15 @@ _VOLATILE = ("auto_map", "torch_dtype", "dtype", "transformers_version", "_name_
 
 
 @dataclass(frozen=True)
+class Serving:
+    """Files of an exported folder, by name, and settings of its config.json, which the tokenizer
+    and the training determine."""
+
+    files: Mapping[str, bytes]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Conversion:
     """Result of a conversion. tensors, num_bytes: written. rounded: tensors that lost bits.
     left_behind: files of the source that were not copied."""
@@ -84,6 +94,23 @@ class Conversion:
     num_bytes: int
     rounded: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OriginDtypes:
+    """Dtypes of a folder: that of most bytes, and those of the other tensors by name."""
+
+    main: str
+    others: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The content of `huggingface.json`. config: the folder's config.json."""
+
+    config: dict[str, Any]
+    style: Style
+    dtypes: OriginDtypes
 
 
 def import_huggingface(source: Path, target: Path, *, precision: Precision = "auto") -> Conversion:
@@ -129,6 +156,8 @@ def import_huggingface(source: Path, target: Path, *, precision: Precision = "au
         "parent": None,
         "parent_digest": None,
         "tokenizer": tokenizer,
+        "template": None,
+        "context_length": int(config.get("max_position_embeddings") or 0),
     }
     with Reader(source, index) as reader:
         for copy in names.copies:
@@ -154,12 +183,15 @@ def export_huggingface(
     precision: Precision = "auto",
     family: Family | Literal["auto"] = "auto",
     shard_bytes: int = SHARD_BYTES,
+    serving: Serving | None = None,
 ) -> Conversion:
     """Write the Hugging Face folder `target` from the artifact `source`, of any layout.
 
     precision: dtype of the folder's weights; "auto" rounds nothing: an imported artifact gets its
     folder's dtypes back, others keep their own. family: "auto" is the one the artifact was
     imported from, or the only one that can express the model. shard_bytes: size of a weights file.
+    serving: files and settings of the tokenizer. The folder of an artifact that was imported and
+    not trained gets only those that it lacks.
 
     Raises ConversionError if `target` exists, if the family cannot express the model, or listing
     every tensor that is missing, unknown or of another shape; CheckpointError if the artifact is
@@ -167,7 +199,7 @@ def export_huggingface(
     """
     artifact, index = _open_artifact(source)
     shape = artifact_model(artifact)
-    origin = read_json(source / ORIGIN) if (source / ORIGIN).is_file() else {}
+    origin = _read_origin(source)
     chosen_family = _family(source, shape, origin, family)
     names = name_map(chosen_family, shape, _style_of_origin(chosen_family, shape, origin))
     problems = differences(index, names.ours, MODEL)
@@ -183,7 +215,12 @@ def export_huggingface(
     )
     files = _tokenizer_files(source)
     files.pop(ORIGIN, None)
-    files[CONFIG] = json_bytes(_config(shape, chosen_family, origin, dtypes))
+    trained = artifact.stage != STAGE
+    settings = _config(shape, chosen_family, origin, dtypes, trained)
+    given = Serving({}, {}) if serving is None else serving
+    files = {**files, **given.files} if trained else {**given.files, **files}
+    settings = {**settings, **given.settings} if trained else {**given.settings, **settings}
+    files[CONFIG] = json_bytes(settings)
     temporary = fresh_folder(target)
     with Reader(source, index) as reader:
         tensors = outgoing(names, reader, dtypes, to_ours=False, source_prefix=MODEL)
@@ -195,6 +232,23 @@ def export_huggingface(
     flush(target.parent)
     size = sum(t.num_bytes for t in tensors)
     return Conversion(target, chosen_family, chosen, len(tensors), size, tuple(rounded))
+
+
+def _read_origin(source: Path) -> Origin | None:
+    """Settings of the folder that an artifact was imported from; None for other artifacts.
+
+    Raises ConversionError if they are damaged.
+    """
+    if not (source / ORIGIN).is_file():
+        return None
+    try:
+        origin = record_of(Origin, read_json(source / ORIGIN))
+        model_of_config(origin.config)
+        if unknown := {origin.dtypes.main, *origin.dtypes.others.values()} - DTYPES.keys():
+            raise ValueError(f"{min(unknown)[:80]!r} is no dtype")
+    except ValueError as error:
+        raise ConversionError(source, [f"{ORIGIN} is damaged: {error}"]) from None
+    return origin
 
 
 def _style_of(family: Family, index: Index, shape: ModelConfig) -> Style:
@@ -209,14 +263,10 @@ def _style_of(family: Family, index: Index, shape: ModelConfig) -> Style:
     )
 
 
-def _style_of_origin(family: Family, shape: ModelConfig, origin: Mapping[str, Any]) -> Style:
-    if origin and family_of(origin["config"]) == family:
-        return Style(**origin["style"])
-    nemotron = family == "NemotronHForCausalLM"
-    # transformers does not tie NemotronH's embeddings by itself: it needs the head in the file.
-    return Style(
-        prefix="backbone." if nemotron else "model.", stored_head=nemotron and shape.tie_embeddings
-    )
+def _style_of_origin(family: Family, shape: ModelConfig, origin: Origin | None) -> Style:
+    if origin and family_of(origin.config) == family:
+        return origin.style
+    return default_style(family, shape)
 
 
 def _precision_of_folder(source: Path, index: Index, precision: Precision) -> str:
@@ -232,15 +282,15 @@ def _their_dtypes(
     names: NameMap,
     stored: Index,
     artifact: Artifact,
-    origin: Mapping[str, Any],
+    origin: Origin | None,
     precision: Precision,
 ) -> dict[str, str]:
     if precision != "auto":
         fixed = {name for name in names.theirs if name.endswith(".e_score_correction_bias")}
         return {n: "F32" if n in fixed else _DTYPE_OF[precision] for n in names.theirs}
     if artifact.stage == STAGE and origin:
-        other = origin["dtypes"]["others"]
-        return {n: other.get(n, origin["dtypes"]["main"]) for n in names.theirs}
+        other, main = origin.dtypes.others, origin.dtypes.main
+        return {n: other.get(n, main) for n in names.theirs}
     made_of = {move.theirs: move.ours for move in names.moves}
     return {name: stored[made_of[name]].dtype for name in names.theirs}
 
@@ -257,15 +307,8 @@ def _documents(
     tokenizer = next((source / name for name in TOKENIZERS if (source / name).is_file()), None)
     files = _tokenizer_files(source)
     main = main_dtype(index)
-    origin = {
-        "config": config,
-        "style": vars(style),
-        "dtypes": {
-            "main": main,
-            "others": {n: e.dtype for n, e in sorted(index.items()) if e.dtype != main},
-        },
-    }
-    files[ORIGIN] = json_bytes(origin)
+    others = {n: e.dtype for n, e in sorted(index.items()) if e.dtype != main}
+    files[ORIGIN] = json_bytes(asdict(Origin(config, style, OriginDtypes(main, others))))
     return None if tokenizer is None else tokenizer.name, files
 
 
@@ -303,7 +346,7 @@ def _open_artifact(source: Path) -> tuple[Artifact, Index]:
     return artifact, index_from_json(read_index_json(source, manifest), manifest["files"])
 
 
-def _family(source: Path, shape: ModelConfig, origin: Mapping[str, Any], asked: str) -> Family:
+def _family(source: Path, shape: ModelConfig, origin: Origin | None, asked: str) -> Family:
     try:
         able = families_of_model(shape)
         if asked != "auto":
@@ -313,22 +356,26 @@ def _family(source: Path, shape: ModelConfig, origin: Mapping[str, Any], asked: 
             return asked
     except ConfigError as error:
         raise ConversionError(source, error.problems) from None
-    known = family_of(origin["config"]) if origin else able[0]
+    known = family_of(origin.config) if origin else able[0]
     return known if known in able else able[0]
 
 
 def _config(
-    shape: ModelConfig, family: Family, origin: Mapping[str, Any], dtypes: Mapping[str, str]
+    shape: ModelConfig,
+    family: Family,
+    origin: Origin | None,
+    dtypes: Mapping[str, str],
+    trained: bool,
 ) -> dict[str, Any]:
     """The folder's own config.json if it describes the same model, otherwise a new one."""
     made = config_of_model(shape, family)
     found = list(dtypes.values())
     main = _PRECISION_OF.get(max(sorted(set(found)), key=found.count), "fp32")
     made["dtype"] = _CONFIG_DTYPES[main]
-    if not origin or family_of(origin["config"]) != family:
+    if not origin or family_of(origin.config) != family:
         return made
-    theirs = {k: v for k, v in origin["config"].items() if k not in _VOLATILE}
-    if model_of_config(theirs) == shape:
+    theirs = {k: v for k, v in origin.config.items() if k not in _VOLATILE}
+    if model_of_config(theirs) == shape and not trained:
         return {**theirs, "dtype": made["dtype"]}
-    # The shape was changed in training: the model's settings override the folder's.
+    # The model's settings, as it was trained, override the folder's.
     return {**theirs, **made}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConversionError(path.parent, [f"{path.name} is missing"]) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(path.parent, [f"{path.name} is no JSON: {error}"]) from None
     if not isinstance(value, dict):
         raise ConversionError(path.parent, [f"{path.name} holds no JSON object"])
@@ -45,7 +46,9 @@ def read_index(folder: Path) -> Index:
     """
     listed: dict[str, str] | None = None
     if (folder / WEIGHTS_INDEX).exists():
-        listed = dict(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}))
+        listed = read_json(folder / WEIGHTS_INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
+            raise ConversionError(folder, [f"{WEIGHTS_INDEX} has no weight_map of files by name"])
         files = sorted(set(listed.values()))
     elif (folder / WEIGHTS).exists():
         files = [WEIGHTS]
@@ -59,7 +62,7 @@ def read_index(folder: Path) -> Index:
             continue
         try:
             header = _read_header(folder / file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{file} cannot be read: {error}")
             continue
         for name, entry in header.items():
@@ -89,11 +92,25 @@ def _read_header(path: Path) -> dict[str, Any]:
         if length > size - 8:
             raise ValueError(f"its header of {length} bytes is longer than the file")
         header: dict[str, Any] = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
     header.pop("__metadata__", None)
+    if wrong := [name for name, entry in header.items() if not _is_entry(entry)]:
+        raise ValueError(f"its header describes no tensor as {wrong[0][:80]!r}")
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:
         raise ValueError(f"it has {size} bytes, its header says {8 + length + end}")
     return header
+
+
+def _is_entry(entry: Any) -> bool:
+    """True for a tensor whose bytes are those of its shape."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            sized = all(type(n) is int and n >= 0 for n in shape) and 0 <= begin <= end
+            known = dtype in DTYPES
+            return sized and (not known or math.prod(shape) * DTYPES[dtype].itemsize == end - begin)
+    return False
 
 
 def _listing_problems(listed: dict[str, str], index: Index) -> list[str]:

@@ -122,6 +122,15 @@ class NameMap:
             self.moves.append(Move("lm_head.weight", whole(size), embedding, whole(size)))
 
 
+def default_style(family: Family, shape: ModelConfig) -> Style:
+    """The style of a new folder."""
+    nemotron = family == "NemotronHForCausalLM"
+    # transformers does not tie NemotronH's embeddings by itself: it needs the head in the file.
+    return Style(
+        prefix="backbone." if nemotron else "model.", stored_head=nemotron and shape.tie_embeddings
+    )
+
+
 def name_map(family: Family, shape: ModelConfig, style: Style) -> NameMap:
     """The tensors of a model of `shape`, which `family` must be able to express."""
     names = NameMap()

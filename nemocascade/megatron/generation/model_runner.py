@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from nemocascade_kernels import decode_steps
+from nemocascade_kernels import Truncation, decode_steps, kept_log_mass, kept_tokens
 from nemocascade_kernels.common.transfer import to_device
 from torch import Tensor
 
@@ -235,10 +235,23 @@ class ModelRunner:
         *,
         temperature: float,
         limit: int,
-        allowed: Tensor | None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        truncated_logprobs: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Sample with `nemocascade_kernels.step_draw`: tokens [n] and log-probabilities [n]."""
-        return self._draws.draw(logits.float(), u, temperature, limit, allowed)
+        """Sample with `nemocascade_kernels.step_draw`: tokens [n] and log-probabilities [n].
+
+        truncated_logprobs: of the distribution that top_k and top_p leave, renormalised.
+        """
+        logits = logits.float()
+        if not top_k and top_p >= 1:
+            return self._draws.draw(logits, u, temperature, limit, None)
+        scale = 1.0 / temperature
+        kept = kept_tokens(logits, scale, Truncation(top_k, top_p, limit))
+        tokens, logprobs = self._draws.draw(logits, u, temperature, limit, kept)
+        if truncated_logprobs:
+            logprobs = logprobs - kept_log_mass(logits, scale, kept)
+        return tokens, logprobs
 
     def _each_layer(self) -> list[SlotLayer]:
         return [layer for layers in self._layers for layer in layers]
