@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemocascade.envs.prompt_rows import pass_rate_of, turns_of
+from nemocascade.envs.prompt_rows import flattened, pass_rate_of, turns_of
+from nemocascade.envs.row_forms import RowFields, RowForm
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import DataError, RowError, refuse_row
 from nemocascade.runtime.row_files import find_files, read_rows, report_skipped
@@ -30,12 +31,14 @@ from nemocascade.types import (
 
 HELDOUT_SHARE = 4
 """One task in this many is held out, decided by the hash of its text."""
-_FAULTS = (ValueError, LookupError, TypeError, AttributeError, OSError, ChildError)
-"""Errors that a broken row causes where it is parsed."""
+_NOT_OF_A_ROW = (SandboxError, MemoryError)
+"""Errors of the host; any other error where a row is parsed is the row's."""
 TRIES = 2000
 """A difficulty is exhausted after this many consecutive tasks that were seen before."""
-_BOX = re.compile(r"\\boxed\s*\{")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_CUT = re.compile(r"\n|(?<!\\)\$|\\[\])]")
+"""End of a box that is never closed: that of its line or of its formula."""
 
 
 class Domain(ABC):
@@ -43,6 +46,8 @@ class Domain(ABC):
 
     domain: str
     by_group = False
+    row_forms: tuple[RowForm, ...] = ()
+    """Forms of released rows, beside `row_forms.EVERY_ROW`. Other fields cannot be read."""
 
     @property
     def collective(self) -> bool:
@@ -143,6 +148,7 @@ class Domain(ABC):
         Raises DataError for a damaged file, and if no row belongs to this domain.
         """
         theirs = found = rows = 0
+        fields = RowFields(self.domain, self.row_forms)
         for where, folder, row in self._rows(Path(path)):
             rows += 1
             try:
@@ -150,18 +156,23 @@ class Domain(ABC):
                     raise row
                 if not isinstance(row, Mapping):
                     raise RowError(f"a row must be an object, it is {kind_of(row)}")
+                row = flattened(row)
                 if not self.claims(row):
                     if not any(other.claims(row) for other in others):
                         raise RowError(f"it is no row of {self.domain}: fields {sorted(row)}")
                     theirs += 1
                     continue
-                prompt = self._prompt(self.prepare(row, folder), where)
-            except _FAULTS as error:
+                prepared = self.prepare(fields.declared(row), folder)
+                prompt = self._prompt(fields.prepared(prepared), where)
+            except _NOT_OF_A_ROW:
+                raise
+            except Exception as error:  # a row comes from a download: any error is its own
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
                 bad(where, f"{kind}{error}")
                 continue
             found += 1
             yield prompt
+        fields.report(Path(path))
         if not found:
             raise DataError(
                 f"{path}: none of its {rows} rows is of {self.domain}: name other files"
@@ -334,13 +345,16 @@ def opens_box(text: str) -> bool:
 def last_boxed(text: str) -> str | None:
     r"""Content of the last `\boxed{...}`, with balanced braces; None without one.
 
-    The last opening decides: if it is never closed, there is no answer. Escaped braces, as in
-    `\{1, 2\}`, are text.
+    The last opening decides: if it is never closed, its content ends with the line or the formula.
+    Escaped braces, as in `\{1, 2\}`, are text.
     """
-    start = max((box.end() for box in _BOX.finditer(text)), default=len(text))
+    start = max((box.end() for box in _BOX.finditer(text)), default=None)
+    if start is None:
+        return None
     depth = 1
     for brace in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
             return text[start : brace.start()].strip()
-    return None
+    cut = _CUT.search(text, start)
+    return text[start : None if cut is None else cut.start()].strip()

@@ -2,46 +2,87 @@
 
 from __future__ import annotations
 
-import math
+import json
 import random
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nemocascade.envs.base import final_text
+from nemocascade.envs.code_blocks import programs_of
+from nemocascade.envs.code_outputs import same_output, same_value
+from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.sandboxed import SandboxedDomain
+from nemocascade.recipe.envs import CodeConfig, SandboxConfig
 from nemocascade.runtime.strict_json import parse_field
 from nemocascade.runtime.turns import kind_of
-from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.types import Message, Outcome, Program, Prompt, Row, Verdict
 
-TOLERANCE = 1e-6
-"""Relative and absolute tolerance of numbers with a point or exponent; integers are exact."""
+_STAR = (
+    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random"),
+    *("statistics", "itertools", "functools", "operator", "io", "sys", "json"),
+)
+"""Modules whose names LiveCodeBench imports before a program, and then the modules themselves."""
+_LONGEST_INTEGER = 50_000
+"""Digits of an integer that LiveCodeBench converts to text and back."""
 
-_FENCE = "```"
-_PYTHON = ("", "python", "py", "python3")
-"""Languages of fences around a program."""
-_INTEGER = re.compile(r"[+-]?\d+")
+# The last source that compiles and does more than state values, which sample output does too.
+_CHOOSE = """
+import ast, json, sys
+best = -1
+for number, source in enumerate(json.load(sys.stdin)):
+    try:
+        tree = ast.parse(source)
+        compile(source, "program.py", "exec", dont_inherit=True)
+    except Exception:
+        continue
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) or isinstance(node, ast.stmt) and type(node) is not ast.Expr:
+            best = number
+            break
+print(best)
+"""
 
 
 class Code(SandboxedDomain):
     """Strict binary reward. Programs run in the sandbox; outputs are compared outside of it.
 
     Two styles of tests: text on standard input and output, and function calls. Expected values
-    never enter the sandbox, so a program that rewrites its harness gains nothing.
+    never enter the sandbox, so a program that rewrites its harness gains nothing. An exit by
+    `sys.exit` after the right output does not matter, whatever its status.
     """
 
     domain = "code"
+    row_forms = (
+        RowForm(
+            "unit tests (NeMo Gym)",
+            read={
+                "unit_tests.inputs": "standard inputs, or arguments of calls",
+                "unit_tests.outputs": "what each input must give",
+                "unit_tests.fn_name": "function to call; without it, programs",
+            },
+            refused=dict.fromkeys(
+                ("checker", "generated_checker", "special_judge"),
+                "a program that judges outputs cannot be run",
+            ),
+        ),
+    )
+
+    def __init__(
+        self, sandbox: SandboxConfig | None = None, settings: CodeConfig | None = None
+    ) -> None:
+        self.settings = settings or CodeConfig()
+        super().__init__(sandbox, modules=("numpy",) if self.settings.numpy else ())
 
     def claims(self, row: Row) -> bool:
-        return "unit_tests" in (row.get("verifier_metadata") or {})
+        return "unit_tests" in row
 
     def parse(self, row: Row) -> Mapping[str, Any]:
         """Parse `unit_tests`: `inputs`, `outputs`, and `fn_name` for calls.
 
         A call's input is a list of arguments, or text with one JSON argument per line.
         """
-        tests = row["verifier_metadata"]["unit_tests"]
+        tests = row["unit_tests"]
         tests = parse_field(tests, "unit_tests") if isinstance(tests, str) else tests
         inputs, outputs = list(tests["inputs"]), list(tests["outputs"])
         if not inputs or len(inputs) != len(outputs):
@@ -59,16 +100,47 @@ class Code(SandboxedDomain):
         return {"function": function, "inputs": inputs, "outputs": outputs}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        source = program_of(final_text(response))
+        source = self._program(final_text(response))
         if not source.strip():
             return Verdict(0.0, details={"reason": "no program"})
         tests = prompt.answer
-        passed, reason = (_calls if tests["function"] else _scripts)(self.sandbox, source, tests)
+        passed, reason = (self._calls if tests["function"] else self._scripts)(source, tests)
         wanted = len(tests["outputs"])
         details = {"passed": passed, "tests": wanted, "reason": reason}
         stopped = reason.partition(":")[0] in ("time", "output")
         right = passed == wanted and not reason
         return Verdict(float(right), details=details, fault="answer" if stopped else None)
+
+    def _program(self, text: str) -> str:
+        """Return the program of an answer. Only the sandbox compiles text of unknown origin."""
+        candidates = programs_of(text)
+        if len(candidates) == 1:
+            return candidates[0]
+        said = self.sandbox.run(Program(_CHOOSE, stdin=json.dumps(candidates))).stdout.strip()
+        return candidates[int(said) if said.isdecimal() else -1]
+
+    def _calls(self, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
+        """Run all calls in one process; return the tests passed and what stopped the rest."""
+        wanted = tests["outputs"]
+        program = Program(source, function=tests["function"], calls=tuple(tests["inputs"]))
+        outcome = self._run(program)
+        pairs = zip(wanted, outcome.results[: len(wanted)], strict=False)
+        passed = sum(same_value(e, g, self.settings.decimals) for e, g in pairs)
+        complete = passed == len(wanted) and outcome.status in ("ok", "failed")
+        return passed, "" if complete else _reason(outcome)
+
+    def _scripts(self, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
+        """Run one process per test, up to the first failure."""
+        pairs = zip(tests["inputs"], tests["outputs"], strict=True)
+        for passed, (given, wanted) in enumerate(pairs):
+            outcome = self._run(Program(source, stdin=given, any_exit=True))
+            right = same_output(wanted, outcome.stdout, self.settings.decimals)
+            if outcome.status != "ok" or not right:
+                return passed, _reason(outcome)
+        return len(tests["outputs"]), ""
+
+    def _run(self, program: Program) -> Outcome:
+        return self.sandbox.run(replace(program, preamble=_preamble(self.settings)))
 
     def forms(self, prompt: Prompt) -> Collection[str]:
         return ("calls" if prompt.answer["function"] else "standard input",)
@@ -111,69 +183,16 @@ class Code(SandboxedDomain):
         return self._made(ask, answer, source, f"{text}: {expression}", careless)
 
 
-def program_of(text: str) -> str:
-    """Return the last fenced block of Python, or the whole text if there is none.
-
-    The last opening decides: if that block is never closed, the whole text counts, fences included.
-    """
-    program: str | None = None
-    lines: list[str] | None = None  # those of the open block
-    is_python = False
-    for line in text.split("\n"):
-        before, fence, after = line.partition(_FENCE)
-        language = after.strip("` \t\r").lower()
-        opens = bool(fence) and _FENCE not in after
-        if opens and (lines is None or (language and not before.strip())):
-            lines, is_python = [], language in _PYTHON
-            program = None if is_python else program
-        elif lines is not None and fence and not language:
-            if is_python:
-                program = "\n".join([*lines, before])
-            lines = None
-        elif lines is not None:
-            lines.append(line)
-    return text if program is None else program
-
-
-def same_output(expected: str, got: str) -> bool:
-    """Return True if two outputs have the same words in the same lines, numbers by value."""
-    ours, theirs = expected.strip().splitlines(), got.strip().splitlines()
-    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
-
-
-def same_value(expected: Any, got: Any) -> bool:
-    """Return True if JSON types and values agree, floats within the tolerance."""
-    if isinstance(expected, bool) or isinstance(got, bool):
-        return expected is got
-    if isinstance(expected, int) and isinstance(got, int):
-        return expected == got
-    if isinstance(expected, int | float) and isinstance(got, int | float):
-        return _close(expected, got)
-    if isinstance(expected, list) and isinstance(got, list):
-        return len(expected) == len(got) and all(map(same_value, expected, got))
-    if isinstance(expected, dict) and isinstance(got, dict):
-        return expected.keys() == got.keys() and all(
-            same_value(value, got[key]) for key, value in expected.items()
-        )
-    return type(expected) is type(got) and bool(expected == got)
-
-
-def _calls(sandbox: SandboxPool, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
-    """Run all calls in one process; return the tests passed and what stopped the rest."""
-    outcome = sandbox.run(Program(source, function=tests["function"], calls=tuple(tests["inputs"])))
-    results = outcome.results[: len(tests["outputs"])]
-    passed = sum(same_value(e, g) for e, g in zip(tests["outputs"], results, strict=False))
-    complete = passed == len(tests["outputs"]) and outcome.status == "ok"
-    return passed, "" if complete else _reason(outcome)
-
-
-def _scripts(sandbox: SandboxPool, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
-    """Run one process per test, up to the first failure."""
-    for passed, (given, wanted) in enumerate(zip(tests["inputs"], tests["outputs"], strict=True)):
-        outcome = sandbox.run(Program(source, stdin=given))
-        if outcome.status != "ok" or not same_output(wanted, outcome.stdout):
-            return passed, _reason(outcome)
-    return len(tests["outputs"]), ""
+def _preamble(settings: CodeConfig) -> str:
+    """Return the source that runs before a program, in its namespace."""
+    lines = []
+    if settings.preamble == "livecodebench":
+        lines += [f"from {name} import *" for name in (*_STAR, "builtins", "typing")]
+        lines += [f"import {name}" for name in _STAR]
+        lines.append(f"sys.set_int_max_str_digits({_LONGEST_INTEGER})")
+    if settings.recursion_limit:
+        lines.append(f"__import__('sys').setrecursionlimit({settings.recursion_limit})")
+    return "\n".join(lines)
 
 
 def _reason(outcome: Outcome) -> str:
@@ -189,29 +208,6 @@ def _arguments(given: Any) -> list[Any]:
     if not isinstance(given, list):
         raise ValueError(f"the input of a call must be a list or lines of JSON, it is {given!r}")
     return given
-
-
-def _same_line(expected: str, got: str) -> bool:
-    ours, theirs = expected.split(), got.split()
-    return len(ours) == len(theirs) and all(map(_same_word, ours, theirs))
-
-
-def _same_word(expected: str, got: str) -> bool:
-    if expected == got:
-        return True
-    if _INTEGER.fullmatch(expected) and _INTEGER.fullmatch(got):
-        return expected.lstrip("+") == got.lstrip("+")
-    try:
-        return _close(float(expected), float(got))
-    except ValueError:
-        return False
-
-
-def _close(a: float, b: float) -> bool:
-    try:
-        return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-    except OverflowError:  # an integer too large for a float
-        return False
 
 
 _READ = {"x": "x = int(input())", "xs": "xs = list(map(int, input().split()))"}

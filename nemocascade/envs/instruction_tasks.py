@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemocascade.envs import ifeval
+from nemocascade.envs.instructions.ifeval import CONSTRAINED_RESPONSES
+from nemocascade.envs.instructions.registry import Options, follows
 from nemocascade.envs.words import COLORS
 from nemocascade.envs.words import SOME_NOUNS as NOUNS
 from nemocascade.types import Message, Prompt
 
 TRIES = 200
+_OPTIONS = Options("letters", "rule")
 
 
 @dataclass
@@ -60,7 +62,7 @@ def make_task(rng: random.Random, difficulty: int, domain: str) -> Prompt:
             ask.edit(text)
         answer = text.render()
         if all(
-            ifeval.follows(kind, ask.kwargs, answer, "letters")
+            follows(kind, ask.kwargs, answer, _OPTIONS)
             for kind, ask in zip(chosen, asks, strict=True)
         ):
             break
@@ -252,8 +254,8 @@ def _json_format(rng: random.Random) -> _Ask:
 
 
 def _constrained(rng: random.Random) -> _Ask:
-    answer = rng.choice(ifeval.CONSTRAINED_RESPONSES)
-    options = " ".join(ifeval.CONSTRAINED_RESPONSES)
+    answer = rng.choice(CONSTRAINED_RESPONSES)
+    options = " ".join(CONSTRAINED_RESPONSES)
     return _setting(f"Answer one of: {options}", {}, shape=lambda body: answer)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from nemocascade.envs.base import final_text, last_boxed, opens_box
 from nemocascade.envs.document_tasks import make_task
 from nemocascade.envs.graded import GradedDomain
+from nemocascade.envs.row_forms import RowForm
 from nemocascade.judges.prompts import grade_question
 from nemocascade.judges.rule import knows_language
 from nemocascade.types import Message, Prompt, Question, Row, Verdict
@@ -48,6 +49,24 @@ class LongContext(GradedDomain):
     """
 
     domain = "long_context"
+    row_forms = (
+        RowForm(
+            "documents and a question",
+            read={
+                "question": "asked behind the documents; also shown to a judge",
+                "documents": "list of texts, or of objects with `text` and perhaps `title`",
+                "context": "one text instead of `documents`",
+                "answer": "the right answer, or a list of right answers",
+            },
+        ),
+        RowForm(
+            "a prompt and a reference",
+            read={
+                "ground_truth": "the right answer, or a list; precedes `answer`",
+                "metadata.grading": "`exact` or `judge`; the reference's length is the default",
+            },
+        ),
+    )
 
     def claims(self, row: Row) -> bool:
         plain = "question" in row and ("documents" in row or "context" in row)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemocascade.envs.base import CheckedDomain, final_text, last_boxed
+from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.words import NAMES, NOUNS
 from nemocascade.runtime.turns import kind_of
 from nemocascade.types import Message, Prompt, Row, Verdict
@@ -19,6 +20,13 @@ class Mathematics(CheckedDomain):
     """1 if the last box equals the expected answer, else 0. Algebra runs in a killable child."""
 
     domain = "math"
+    row_forms = (
+        RowForm(
+            "an expected answer (NeMo Gym)",
+            read={"expected_answer": "a text or a number, compared with the last box"},
+            ignored={"question": "the prompt has it", "solution": "only the answer is compared"},
+        ),
+    )
 
     def claims(self, row: Row) -> bool:
         return "expected_answer" in row and "options" not in row
@@ -51,7 +59,15 @@ class Mathematics(CheckedDomain):
         return (Message("assistant", r"\boxed{dummy}"),)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """Make a task. 0: sums of digits. 1: below 100. 2: in words. 3: products, fractions."""
+        """Make a task. 0: sums of digits. 1: below 100. 2: in words. 3: products, fractions.
+
+        4: products for the Python tool. 5: differences of a product of large numbers, in two calls
+        of which the second needs the first one's variable.
+        """
+        if difficulty >= len(_LEVELS):
+            question, answer, cells = _for_tool(rng, difficulty)
+            known = {"expected": answer, "cells": cells}
+            return self._made(question, known, f"\\boxed{{{answer}}}", f"it is {answer}.")
         question, reasoning, answer = _LEVELS[min(max(difficulty, 0), len(_LEVELS) - 1)](rng)
         return self._made(question, {"expected": answer}, f"\\boxed{{{answer}}}", reasoning)
 
@@ -94,6 +110,17 @@ def _products(rng: random.Random) -> tuple[str, str, str]:
     if rng.random() < 0.5:
         return f"What is {a} * {b} + {c}?", f"{a} * {b} = {a * b}.", str(a * b + c)
     return f"Write {a}/{b} + {c}/{b} as a fraction.", "Add.", f"\\frac{{{a + c}}}{{{b}}}"
+
+
+def _for_tool(rng: random.Random, difficulty: int) -> tuple[str, str, tuple[str, ...]]:
+    """Return a question, its answer, and programs of which the last prints the answer."""
+    if difficulty == len(_LEVELS):
+        # All products have four digits, which a tiny model learns to copy within minutes.
+        a, b = rng.randint(32, 99), rng.randint(32, 99)
+        return f"What is {a} * {b}?", str(a * b), (f"print({a} * {b})",)
+    a, b, c = rng.randint(1000, 9999), rng.randint(1000, 9999), rng.randint(1000, 9999)
+    question = f"Let x be {a} * {b}. What is x - {c}?"
+    return question, str(a * b - c), (f"x = {a} * {b}", f"print(x - {c})")
 
 
 _LEVELS = (_small, _large, _words, _products)

@@ -1,61 +1,85 @@
-r"""Multiple choice: the last `\boxed{X}`, or the row's own pattern."""
+r"""Multiple choice: the answer is in the last box, or where the row says."""
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from nemocascade.envs.base import CheckedDomain, final_text, last_boxed
+from nemocascade.envs.base import CheckedDomain, final_text
+from nemocascade.envs.choices import GRADING_MODES, chosen_by, chosen_in
+from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.words import CATEGORIES
 from nemocascade.types import Message, Prompt, Row, Verdict
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _KINDS = ("animal", "cloth", "color", "tool")
-_DECORATION = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{\s*")
+_LAST_MATCH = "nemocascade.envs.checks.pattern:last_match"
 
 
 class MultipleChoice(CheckedDomain):
-    r"""1 if the letter in the last box is right, else 0.
+    r"""1 if the chosen option is right, else 0.
 
-    A row may have its own pattern (`answer_regex`, or `template_metadata.output_regex`), whose
-    rightmost match holds the answer. It runs in a killable child.
+    A row may have its own patterns (`answer_regex`, or `template_metadata.output_regex`: one or a
+    list). The rightmost match of the first that finds an option holds the answer. They run in a
+    killable child, in any case of letters. Otherwise the row's `grading_mode` says where the answer
+    is; it is NeMo-Gym's, and so is its default, the letter in the last `\boxed{}`.
     """
 
     domain = "multiple_choice"
+    row_forms = (
+        RowForm(
+            "multiple choice (NeMo Gym)",
+            read={
+                "options": "list of objects, letter to text; null texts are left out",
+                "expected_answer": "the right letter",
+                "answer_regex": "pattern whose last match holds the answer, or a list of them",
+                "template_metadata.output_regex": "such patterns, if there is no `answer_regex`",
+                "grading_mode": "where the answer is, without a pattern: one of NeMo Gym's modes",
+            },
+            ignored={"template_metadata.*": "how the prompt was made"},
+        ),
+    )
 
     def claims(self, row: Row) -> bool:
         return "options" in row and "expected_answer" in row
 
     def parse(self, row: Row) -> Mapping[str, Any]:
         options = {
-            letter.upper(): text for option in row["options"] for letter, text in option.items()
+            letter.upper(): str(text)
+            for option in row["options"]
+            for letter, text in option.items()
+            if text is not None
         }
         letter = row["expected_answer"].strip().upper()
         if letter not in options:
             raise ValueError(f"expected_answer {letter!r} is none of the options {sorted(options)}")
         template = row.get("template_metadata") or {}
-        pattern = row.get("answer_regex") or template.get("output_regex")
-        if pattern:
-            self._children.call("nemocascade.envs.checks.pattern:last_match", pattern, "")
-        return {"letter": letter, "options": options, "pattern": pattern}
+        patterns = row.get("answer_regex") or template.get("output_regex") or []
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        for pattern in patterns:
+            self._children.call(_LAST_MATCH, pattern, "")
+        mode = row.get("grading_mode") or GRADING_MODES[0]
+        if mode not in GRADING_MODES:
+            raise ValueError(f"grading_mode {mode!r} is none of {', '.join(GRADING_MODES)}")
+        return {"letter": letter, "options": options, "patterns": patterns, "mode": mode}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        text, pattern = final_text(response), prompt.answer.get("pattern")
-        if pattern:
-            found = self._children.call("nemocascade.envs.checks.pattern:last_match", pattern, text)
-        else:
-            found = last_boxed(text)
-        options = prompt.answer["options"]
-        chosen = _letter(found, options)
+        text, answer = final_text(response), prompt.answer
+        found = chosen = None
+        for pattern in answer["patterns"]:
+            found = self.run_check(_LAST_MATCH, pattern, text, control=[pattern, ""])
+            if chosen := chosen_in(found or "", answer["options"]):
+                break
+        if chosen is None:
+            found, chosen = chosen_by(answer["mode"], text, answer["options"])
         return Verdict(
-            float(chosen == prompt.answer["letter"]),
-            details={"found": found, "chosen": chosen, "expected": prompt.answer["letter"]},
+            float(chosen == answer["letter"]),
+            details={"found": found, "chosen": chosen, "expected": answer["letter"]},
         )
 
     def forms(self, prompt: Prompt) -> Collection[str]:
-        return ("pattern" if prompt.answer.get("pattern") else "box",)
+        return ("pattern" if prompt.answer["patterns"] else prompt.answer["mode"],)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make a task. 0: a word of a category. 1: a sum. 2 and up: two operations."""
@@ -67,31 +91,9 @@ class MultipleChoice(CheckedDomain):
         options = dict(zip(LETTERS, texts, strict=False))
         letter = LETTERS[texts.index(right)]
         shown = "\n".join(f"{k} {v}" for k, v in options.items())
-        answer = {"letter": letter, "options": options, "pattern": None}
+        answer = {"letter": letter, "options": options, "patterns": [], "mode": "lenient_boxed"}
         right = f"\\boxed{{{letter}}}"
         return self._made(f"{question}\n{shown}", answer, right, reasoning, f"it is {letter}")
-
-
-def _letter(found: str | None, options: Mapping[str, str]) -> str | None:
-    """Return the chosen option, given by its letter, perhaps decorated, or by its text."""
-    if found is None:
-        return None
-    found = _undecorated(found.strip())
-    bare = re.sub(r"[^A-Za-z0-9]", "", found)
-    if len(bare) == 1 and bare.upper() in options:
-        return bare.upper()
-    same = [k for k, v in options.items() if " ".join(v.split()) == " ".join(found.split())]
-    return same[0] if len(same) == 1 else None
-
-
-def _undecorated(text: str) -> str:
-    r"""Remove all of `\text{...}` and its like around a text."""
-    start, end = 0, len(text)
-    while text[end - 1 : end] == "}" and (opening := _DECORATION.match(text, start, end)):
-        start, end = opening.end(), end - 1
-        while end > start and text[end - 1].isspace():
-            end -= 1
-    return text[start:end]
 
 
 def _kinds(rng: random.Random) -> tuple[str, str, str, list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemocascade.envs.base import Domain, failed, final_text
 from nemocascade.envs.preference_rewards import Pair, all_pairs, break_tie, group_rewards
+from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.words import COLORS, NAMES, NOUNS, SOME_NOUNS
 from nemocascade.judges.prompts import Comparison, compare_question, parse_comparison
 from nemocascade.judges.rule import knows_language
@@ -60,6 +61,12 @@ class Preference(Domain):
 
     domain = "preference"
     by_group = True
+    row_forms = (
+        RowForm(
+            "a prompt alone",
+            read={"baseline": "text with which held-out answers are compared"},
+        ),
+    )
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge

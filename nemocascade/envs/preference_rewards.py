@@ -6,13 +6,13 @@
     R_i =        R_base(i) + 0.5 w_think(i) + 0.5 w_answer(i) + conciseness bonuses
 
 The shortest reasoning and the shortest answer each get a bonus of 0.5 if their R_base is at or
-above the group's 80th percentile. Choices where the paper is silent: the percentile is interpolated
-linearly, and lengths that are all equal weigh 0. Empty reasoning or answers are never the shortest.
-Of several equally short ones, each that qualifies gets the bonus, so a reward does not depend on
-the order of the rollouts.
+above the group's 80th percentile. As in NeMo-Gym, that is the base of the response at rank G / 5,
+rounded down, of G responses: the third of 16, and the best of fewer than ten. One response gets
+each bonus, the first of several equally short ones. Empty reasoning or answers are never the
+shortest. Lengths that are all equal weigh 0.
 
 A pair without an answer is excluded for both responses. A response without any answered pair has
-no reward and is excluded from the group's lengths and percentile.
+no reward and is excluded from the group's lengths and ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from nemocascade.judges.prompts import UNPARSED_RANKING, Comparison
 
 LENGTH_WEIGHT = 0.5
 BONUS = 0.5
-PERCENTILE = 80
+TOP = 5
+"""One response in this many is in the group's 80th percentile."""
 
 Pair = tuple[int, int]
 
@@ -83,17 +84,16 @@ def group_rewards(
     rewards: list[PreferenceReward | None] = [None] * len(scores)
     if not there:
         return rewards
-    bar = percentile(list(base.values()), PERCENTILE)
+    bar = sorted(base.values(), reverse=True)[max(0, len(base) // TOP - 1)]
     think, answer = (
         dict(zip(there, length_terms([lengths[i] for i in there]), strict=True))
         for lengths in (think_lengths, answer_lengths)
     )
     bonus = dict.fromkeys(there, 0.0)
     for lengths in (think_lengths, answer_lengths):
-        shortest = min((lengths[i] for i in there if lengths[i] > 0), default=0)
-        for i in there:
-            if 0 < lengths[i] == shortest and base[i] >= bar:
-                bonus[i] += BONUS
+        shortest = min((i for i in there if lengths[i] > 0), key=lengths.__getitem__, default=None)
+        if shortest is not None and base[shortest] >= bar:
+            bonus[shortest] += BONUS
     for i in there:
         rewards[i] = PreferenceReward(
             base=base[i],
@@ -113,12 +113,3 @@ def length_terms(lengths: Sequence[int]) -> list[float]:
     raw = [1 - (length - low) / (high - low) for length in lengths]
     mean = sum(raw) / len(raw)
     return [w - mean for w in raw]
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """Linearly interpolated percentile; exact where it falls on one of the values."""
-    ordered = sorted(values)
-    low, rest = divmod(percent * (len(ordered) - 1), 100)
-    if rest == 0:
-        return ordered[low]
-    return ordered[low] + (ordered[low + 1] - ordered[low]) * rest / 100

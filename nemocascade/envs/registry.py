@@ -12,6 +12,7 @@ from nemocascade.envs.long_context import LongContext
 from nemocascade.envs.mathematics import Mathematics
 from nemocascade.envs.multiple_choice import MultipleChoice
 from nemocascade.envs.preference import Preference
+from nemocascade.envs.python_tool import PythonTool, ToolIntegrated
 from nemocascade.envs.structured_output import StructuredOutput
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_agentless import SweAgentless
@@ -57,19 +58,28 @@ def make_environments(
     )
     domains: list[Domain] = [
         InstructionFollowing(
-            children, grading=config.if_grading, language_check=config.if_language_check
+            children,
+            grading=config.if_grading,
+            language_check=config.if_language_check,
+            tokenizer=config.if_tokenizer,
         ),
         MultipleChoice(children),
-        ToolCalling(),
+        ToolCalling(config.tool_calling),
         StructuredOutput(children),
         Mathematics(children),
-        Code(config.sandbox),
+        Code(config.sandbox, config.code),
         Preference(judge),
         LongContext(judge),
         SweAgentless(config.sandbox, judge, config.agentless),
         SweAgentic(config.sandbox, config.agent),
     ]
-    return {domain.domain: domain for domain in domains}
+    tool = PythonTool(config.python_tool, config.sandbox)
+    return {
+        domain.domain: ToolIntegrated(domain, tool)
+        if domain.domain in config.python_tool.domains
+        else domain
+        for domain in domains
+    }
 
 
 def close_environments(environments: Mapping[str, Domain]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemocascade.envs.base import Domain
+from nemocascade.envs.row_forms import RowForm
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.swe.rows import folder_rows, is_task_folder
@@ -15,10 +16,14 @@ from nemocascade.types import Message, Prompt, Verdict
 
 
 class SandboxedDomain(Domain):
-    """A domain with a sandbox, started by the first verdict that needs it."""
+    """A domain with a sandbox, started by the first verdict that needs it.
 
-    def __init__(self, config: SandboxConfig | None = None) -> None:
+    modules: installed modules that its programs may import, besides the standard library.
+    """
+
+    def __init__(self, config: SandboxConfig | None = None, *, modules: Sequence[str] = ()) -> None:
         self._config = config or SandboxConfig()
+        self._modules = tuple(modules)
         self._lock = threading.Lock()
         self._sandbox: SandboxPool | None = None
 
@@ -27,7 +32,7 @@ class SandboxedDomain(Domain):
         """Pool that runs the programs. Raises SandboxUnavailable if it cannot start."""
         with self._lock:
             if self._sandbox is None:
-                self._sandbox = SandboxPool(self._config)
+                self._sandbox = SandboxPool(self._config, modules=self._modules)
             return self._sandbox
 
     def runs_programs(self, prompt: Prompt) -> bool:
@@ -62,6 +67,42 @@ class SandboxedDomain(Domain):
 
 class RepairDomain(SandboxedDomain):
     """A domain of software repair, which can also read folders of tasks."""
+
+    row_forms: tuple[RowForm, ...] = (
+        RowForm(
+            "an issue and a repository (SWE-Gym, R2E-Gym)",
+            read={
+                "problem_statement": "the issue",
+                "issue": "the issue, if there is no `problem_statement`",
+                "repository": "folder with the files before the repair, beside the rows",
+                "files": "the files themselves, texts by path, for `swe_agentless`",
+                "docker_image": "an image, which is not run: `import-swe` reads such rows",
+                "base_commit": "a commit of a clone: `import-swe` reads rows without `repository`",
+                "tests.files": "the hidden tests: a folder, or texts by path",
+                "tests.framework": "`pytest` or `unittest`; by default, the tests' names decide",
+                "tests.sealed": "false lets the repository's code see the tests",
+                **{
+                    place + name: text
+                    for place in ("", "tests.")
+                    for name, text in {
+                        "FAIL_TO_PASS": "tests that a repair must make pass",
+                        "PASS_TO_PASS": "tests that must still pass",
+                        "fail_to_pass": "the same as `FAIL_TO_PASS`",
+                        "pass_to_pass": "the same as `PASS_TO_PASS`",
+                    }.items()
+                },
+            },
+            ignored={
+                "instance_id": "a name of the row",
+                **dict.fromkeys(
+                    ("repo", "version", "environment_setup_commit"),
+                    "where the files in `repository` come from",
+                ),
+                "hints_text": "not shown",
+                "test_patch": "`tests.files` are the tests with it",
+            },
+        ),
+    )
 
     def _rows(self, path: Path) -> Iterator[tuple[str, Path, Any]]:
         """Yield the rows of data files, or of a folder of task folders, see `swe.rows`."""

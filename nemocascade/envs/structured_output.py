@@ -1,17 +1,19 @@
-"""Structured output: the answer must be JSON that satisfies the schema made strict."""
+"""Structured output: the answer, or the call it makes, must satisfy the schema made strict."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nemocascade.envs.base import CheckedDomain, final_text
+from nemocascade.envs.prompt_rows import turns_of
+from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.words import COLORS, NAMES, NOUNS
 from nemocascade.runtime.strict_json import parse_field
 from nemocascade.runtime.turns import kind_of
-from nemocascade.types import Message, Prompt, Row, Verdict
+from nemocascade.types import Message, Prompt, Row, ToolCall, Verdict
 
 _KEYS = (
     *("name", "age", "size", "color", "price", "count", "title", "owner", "city", "open"),
@@ -23,18 +25,41 @@ _ASKS = ("Write", "Give", "Make", "Return")
 class StructuredOutput(CheckedDomain):
     """1 if the final message is only JSON and satisfies the strict schema, else 0.
 
+    In rows with `response_mode: tool_call`, the arguments must satisfy it instead: those of the one
+    call that the answer makes, of the tool `tool_name`, or their field `tool_payload_key`.
+
     Strict: all properties are required and no other is allowed. Remote references are errors. The
     validator runs in a killable child, because a schema may contain regular expressions.
     """
 
     domain = "structured_output"
+    row_forms = (
+        RowForm(
+            "JSON by a schema (NeMo Gym)",
+            read={
+                "schema_str": "the schema as JSON text; precedes `schema`",
+                "schema": "the schema as an object",
+                "schema_type": "must be `json`, unless a call is graded",
+                "response_mode": "`text`, or `tool_call`: the arguments of a call are graded",
+                "tool_name": "the tool that must be called",
+                "tool_payload_key": "the argument that must satisfy the schema; by default all",
+            },
+            ignored={
+                "schema_fields_count": "a class of rows, for statistics",
+                "schema_repr": "how the prompt shows the schema",
+            },
+        ),
+    )
 
     def claims(self, row: Row) -> bool:
         return "schema_str" in row or "schema" in row
 
     def parse(self, row: Row) -> Mapping[str, Any]:
-        kind = row.get("schema_type", "json")
-        if kind != "json":
+        mode = row.get("response_mode") or "text"
+        if mode not in ("text", "tool_call"):
+            raise ValueError(f"response_mode {mode!r} must be text or tool_call")
+        kind = row.get("schema_type") or "json"
+        if kind != "json" and mode == "text":
             raise ValueError(f"schema_type {kind!r}: only json can be verified")
         schema = row.get("schema")
         if isinstance(row.get("schema_str"), str):
@@ -43,10 +68,13 @@ class StructuredOutput(CheckedDomain):
             raise ValueError(f"a schema must be an object, this is {kind_of(schema)}")
         if fault := self._children.call("nemocascade.envs.checks.schema:fault", schema):
             raise ValueError(f"no validator accepts the schema: {fault}")
-        return {"schema": schema}
+        return {"schema": schema, **(_call_of(row) if mode == "tool_call" else {})}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         schema = prompt.answer["schema"]
+        if "tools" in prompt.answer:
+            problem = self._call_problem(prompt.answer, response)
+            return Verdict(float(problem is None), details={"problem": problem})
         problem = self.run_check(
             "nemocascade.envs.checks.schema:problem",
             schema,
@@ -55,8 +83,31 @@ class StructuredOutput(CheckedDomain):
         )
         return Verdict(float(problem is None), details={"problem": problem})
 
+    def forms(self, prompt: Prompt) -> Collection[str]:
+        return ("tool call" if "tools" in prompt.answer else "text",)
+
     def dummy(self, prompt: Prompt) -> Sequence[Message]:
-        return (Message("assistant", "{}"),)
+        if "tools" not in prompt.answer:
+            return (Message("assistant", "{}"),)
+        key = prompt.answer["key"]
+        call = ToolCall(next(iter(prompt.answer["tools"])), {} if key is None else {key: "{}"})
+        return (Message("assistant", "", tool_calls=(call,)),)
+
+    def _call_problem(self, answer: Mapping[str, Any], response: Sequence[Message]) -> str | None:
+        """Return what is wrong with the calls of a response; None if nothing is."""
+        calls = [call for message in response for call in message.tool_calls]
+        if len(calls) != 1:
+            return f"{len(calls)} calls, there must be one"
+        name = calls[0].name
+        if name not in answer["tools"]:
+            return f"a call of {name}, it must be of {' or '.join(answer['tools'])}"
+        given = (answer["schema"], dict(calls[0].arguments), answer["tools"][name], answer["key"])
+        found: str | None = self.run_check(
+            "nemocascade.envs.checks.schema:call_problem",
+            *given,
+            control=[given[0], {}, given[2], None],
+        )
+        return found
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make a task. 0: one or two fields. 1: three, with choices. 2: a list. 3: JSON schema."""
@@ -77,6 +128,18 @@ class StructuredOutput(CheckedDomain):
         text, reasoning = json.dumps(value), f"keys: {', '.join(keys)}."
         ask = f"{rng.choice(_ASKS)} JSON: {shown}"
         return self._made(ask, {"schema": schema}, text, reasoning, f"```json\n{text}\n```")
+
+
+def _call_of(row: Row) -> dict[str, Any]:
+    """Return `tools`, the parameters of the callable tools by name, and `key`, perhaps None."""
+    _, declared = turns_of(row)
+    name, key = row.get("tool_name") or None, row.get("tool_payload_key") or None
+    tools = {t.name: dict(t.parameters) for t in declared if name in (None, t.name)}
+    if not tools:
+        raise ValueError(
+            f"tool_name({name!r}) is none of the declared tools {[t.name for t in declared]}"
+        )
+    return {"tools": tools, "key": key}
 
 
 def _integer(rng: random.Random) -> tuple[str, dict[str, Any], Any]:

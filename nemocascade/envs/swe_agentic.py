@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.sandboxed import RepairDomain
 from nemocascade.envs.swe_made import make_task
 from nemocascade.recipe.envs import AgentConfig, SandboxConfig
@@ -116,6 +117,14 @@ class SweAgentic(RepairDomain):
     """
 
     domain = "swe_agentic"
+    row_forms = (
+        *RepairDomain.row_forms,
+        RowForm(
+            "fields of `swe_agentless`",
+            read={},
+            ignored=dict.fromkeys(("patch", "golden_files"), "the agent finds the repair itself"),
+        ),
+    )
 
     def __init__(
         self, config: SandboxConfig | None = None, limits: AgentConfig | None = None

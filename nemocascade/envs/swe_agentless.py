@@ -10,6 +10,7 @@ from typing import Any
 
 from nemocascade.envs.base import digest, final_text
 from nemocascade.envs.graded import GradedDomain
+from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.sandboxed import RepairDomain
 from nemocascade.envs.swe_bugs import make_bug
 from nemocascade.judges.prompts import grade_question
@@ -50,6 +51,18 @@ class SweAgentless(RepairDomain, GradedDomain):
     """
 
     domain = "swe_agentless"
+    row_forms = (
+        *RepairDomain.row_forms,
+        RowForm(
+            "files to repair",
+            read={
+                "repository": "also the files themselves: texts by path, or a list of objects",
+                "files": "the same as `repository`",
+                "golden_files": "paths of the files to repair, shown first",
+                "patch": "a right repair; names the files to repair, and is a judge's reference",
+            },
+        ),
+    )
 
     def __init__(
         self,
@@ -67,7 +80,7 @@ class SweAgentless(RepairDomain, GradedDomain):
 
     def claims(self, row: Row) -> bool:
         """Claim rows that name the files to repair; `swe_agentic` may claim them too."""
-        golden = "golden_files" in row or "patch" in row
+        golden = any(name in row for name in ("golden_files", "patch", "docker_image"))
         return ("problem_statement" in row or "issue" in row) and golden
 
     def prepare(self, row: Row, folder: Path) -> Row:

@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from nemocascade.envs.prompt_rows import flattened
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.row_files import find_files, read_rows, report_skipped
@@ -59,6 +60,7 @@ def check_tasks(settings: CheckSettings) -> Iterator[Checked]:
         rows = [
             (where, Path(f).parent, row) for f in find_files(path) for where, row in read_rows(f)
         ]
+    rows = [(where, folder, _flattened(row)) for where, folder, row in rows]
     tasks = [task for task in rows if not isinstance(task[2], dict) or _is_task(task[2])]
     if not tasks:
         raise DataError(f"{path}: none of its {len(rows)} rows is a repair task")
@@ -81,6 +83,13 @@ def summary(checked: Sequence[Checked]) -> str:
     if unpatched := sum(not c.patched for c in checked):
         text += f"; {unpatched} have no patch, so nothing shows that they can be solved"
     return text
+
+
+def _flattened(row: Any) -> Any:
+    try:
+        return flattened(row) if isinstance(row, dict) else row
+    except ValueError as error:
+        return error
 
 
 def _is_task(row: Row) -> bool:

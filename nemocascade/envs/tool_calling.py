@@ -1,14 +1,22 @@
-"""Tool calling: compares the office after the predicted calls with that after the true ones."""
+"""Tool calling: compares an application after the predicted calls with that after the true ones."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nemocascade.envs.applications import (
+    MAX_CALLS,
+    Application,
+    ApplicationSession,
+    CallError,
+)
 from nemocascade.envs.base import Domain
-from nemocascade.envs.office import EMPTY, Office, OfficeError, tools
+from nemocascade.envs.office import EMPTY, Office
+from nemocascade.envs.prompt_rows import turns_of
+from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.words import (
     COLORS,
     FEW_COLORS,
@@ -17,97 +25,132 @@ from nemocascade.envs.words import (
     NAMES,
     NOUNS,
 )
+from nemocascade.envs.workplace import Workplace
+from nemocascade.envs.workplace.invented import check_invented, made_tables
+from nemocascade.envs.workplace.tables import read_tables
+from nemocascade.recipe.envs import ToolCallingConfig
 from nemocascade.runtime.strict_json import parse_field
-from nemocascade.runtime.turns import parse_tools
 from nemocascade.types import Message, Prompt, Row, Tool, ToolCall, ToolSession, Verdict
 
-MAX_CALLS = 64
-"""Maximum executed calls of one episode; an answer with more scores 0."""
-_KNOWN = {tool.name: tool for tool in tools()}
-
-
-class OfficeSession:
-    """The office of one episode. It executes only calls of `allowed` tools."""
-
-    def __init__(self, office: Office, allowed: frozenset[str]) -> None:
-        self.office = office
-        self._allowed = allowed
-        self._calls = 0
-
-    @property
-    def done(self) -> bool:
-        """Return False: no call ends an episode in the office."""
-        return False
-
-    def close(self) -> None:
-        """Do nothing: the office is in memory only."""
-
-    def step(self, calls: Sequence[ToolCall]) -> list[Message]:
-        """Execute `calls` in order; a call that cannot be executed is answered with the reason."""
-        return [Message("tool", self._answer(call)) for call in calls]
-
-    def _answer(self, call: ToolCall) -> str:
-        self._calls += 1
-        try:
-            if self._calls > MAX_CALLS:
-                raise OfficeError(f"more than {MAX_CALLS} calls")
-            if call.name not in self._allowed:
-                raise OfficeError(f"unknown tool {call.name}")
-            return self.office.call(call.name, call.arguments)
-        except OfficeError as error:
-            return f"error: {error}"
+_OFFICE = {tool.name: tool for tool in Office.tools()}
+_WORKPLACE = {tool.name: tool for tool in Workplace.tools()}
+WORKPLACE = "workplace_assistant"
+"""`environment_name` of NeMo Gym's rows."""
+_OTHER_DATA = (
+    "the row is about another workplace than the invented one: set "
+    "envs.tool_calling.workplace_data to csv_data of NeMo Gym's workplace_assistant"
+)
 
 
 class ToolCalling(Domain):
     """1 if the end states are equal, else 0. A call that fails changes and costs nothing.
 
-    Predicted and true calls run on fresh offices with the same initial state, so the verdict
-    depends on the response alone. Tools that were not declared to the model cannot be called.
+    Predicted and true calls run on fresh applications with the same initial state, so the verdict
+    depends on the response alone. A row is about the office, whose state it holds, or about NeMo
+    Gym's workplace, whose state is in the files of `workplace_data`, else invented. Tools of the
+    office that were not declared to the model cannot be called; the workplace, as published,
+    executes all of its tools.
     """
 
     domain = "tool_calling"
+    row_forms = (
+        RowForm(
+            "calls of office tools",
+            read={
+                "ground_truth": "list of the true calls, each with `name` and `arguments`",
+                "office": "the tables before the first call; empty ones by default",
+                "environment_name": "`workplace_assistant`: the tools and tables of NeMo Gym's",
+            },
+        ),
+    )
+
+    def __init__(self, config: ToolCallingConfig | None = None) -> None:
+        """Raises DataError if the files of `workplace_data` cannot be read."""
+        folder = (config or ToolCallingConfig()).workplace_data
+        self._published = Workplace(read_tables(folder)) if folder else None
 
     def claims(self, row: Row) -> bool:
-        return isinstance(row.get("ground_truth"), list)
+        truth = row.get("ground_truth")
+        return isinstance(truth, list) or (
+            isinstance(truth, str) and row.get("environment_name") == WORKPLACE
+        )
 
     def parse(self, row: Row) -> Mapping[str, Any]:
+        truth = row["ground_truth"]
         calls = [
             {"name": call["name"], "arguments": _arguments(call["arguments"])}
-            for call in row["ground_truth"]
+            for call in (parse_field(truth, "ground_truth") if isinstance(truth, str) else truth)
         ]
-        declared = parse_tools((row.get("responses_create_params") or {}).get("tools"))
-        names = [tool.name for tool in declared] or sorted(_KNOWN)
-        unknown = sorted({*names, *(call["name"] for call in calls)} - set(_KNOWN))
-        if unknown:
+        messages, declared = turns_of(row)
+        shown = [tool.name for tool in declared]
+        named = {*shown, *(call["name"] for call in calls)}
+        if row.get("environment_name") == WORKPLACE or (named and named <= set(_WORKPLACE)):
+            known, answer = _WORKPLACE, {"workplace": True, "calls": calls}
+        else:
+            known, answer = _OFFICE, {"office": row.get("office") or dict(EMPTY), "calls": calls}
+        if unknown := sorted(named - set(known)):
             raise ValueError(
-                f"the office has no tools {unknown}: rows of another office need its database; "
-                f"known are {sorted(_KNOWN)}"
+                f"there are no tools {unknown}: known are those of the office, {sorted(_OFFICE)}, "
+                f"and those of the workplace, {sorted(_WORKPLACE)}"
             )
-        answer = {"office": row.get("office") or dict(EMPTY), "calls": calls, "allowed": names}
-        _true_state(answer)
+        allowed = sorted(known) if known is _WORKPLACE else shown or sorted(known)
+        answer["allowed"] = allowed
+        if known is _WORKPLACE and self._published is None:
+            try:
+                check_invented("\n".join(m.content for m in messages), calls)
+            except CallError as error:
+                raise ValueError(f"{error}: {_OTHER_DATA}") from error
+        self._true_end(answer)
         return answer
 
     def session(self, prompt: Prompt) -> ToolSession:
-        """Return a fresh office for one episode."""
-        return _session(prompt.answer)
+        """Return a fresh application for one episode."""
+        return self._session(prompt.answer)
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        wanted = _true_state(prompt.answer)
+        wanted = self._true_end(prompt.answer)
         calls = [call for message in response for call in message.tool_calls]
         if len(calls) > MAX_CALLS:
             return Verdict(0.0, details={"calls": len(calls), "limit": MAX_CALLS})
         end = response[-1].content if response else ""
         if end.rfind("<tool_call>") > end.rfind("</tool_call>"):
             return Verdict(0.0, details={"calls": len(calls), "reason": "the last call is open"})
-        session = _session(prompt.answer)
+        session = self._session(prompt.answer)
         answers = session.step(calls)
         failed = [m.content for m in answers if m.content.startswith("error: ")]
-        state = session.office.state()
-        different = sorted(table for table in wanted if wanted[table] != state[table])
+        different = session.application.differences(wanted)
         return Verdict(
             float(not different),
             details={"calls": len(calls), "failed": failed, "different": different},
         )
+
+    def forms(self, prompt: Prompt) -> Collection[str]:
+        return ("office" if "office" in prompt.answer else "workplace",)
+
+    def _application(self, answer: Mapping[str, Any]) -> Application:
+        """Return the task's application in its initial state."""
+        if "office" in answer:
+            return Office(answer["office"])
+        return self._published.copy() if self._published else Workplace(made_tables())
+
+    def _session(self, answer: Mapping[str, Any]) -> ApplicationSession:
+        return ApplicationSession(self._application(answer), frozenset(answer["allowed"]))
+
+    def _true_end(self, answer: Mapping[str, Any]) -> Application:
+        """Return the application after the true calls.
+
+        Raises CallError if one cannot be executed. In files of the workplace such a call is
+        skipped, as published.
+        """
+        application = self._application(answer)
+        skips = "workplace" in answer and self._published is not None
+        for call in answer["calls"]:
+            try:
+                application.call(call["name"], call["arguments"])
+            except CallError:
+                if not skips:
+                    raise
+        return application
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make a task. 0: a call of one argument. 1: two arguments. 2: two calls. 3: tool schemas.
@@ -132,13 +175,13 @@ class ToolCalling(Domain):
             "allowed": shown,
         }
         request = Message("user", " Then ".join(job.request for job in jobs))
-        compact = Message("system", "\n".join(_compact(_KNOWN[name]) for name in shown))
+        compact = Message("system", "\n".join(_compact(_OFFICE[name]) for name in shown))
         declared = difficulty >= 3
         return Prompt(
             id="",
             domain=self.domain,
             messages=(request,) if declared else (compact, request),
-            tools=tuple(_KNOWN[name] for name in shown) if declared else (),
+            tools=tuple(_OFFICE[name] for name in shown) if declared else (),
             answer=answer,
             demonstration=_turns(answer, calls),
             # A declared tool that the request does not need; the failure goes unnoticed.
@@ -151,22 +194,10 @@ def _turns(answer: Mapping[str, Any], calls: Sequence[ToolCall]) -> tuple[Messag
     reasoning = "\n".join(f"call {c.name}: {', '.join(c.arguments.values())}" for c in calls)
     return (
         Message("assistant", "", reasoning, tuple(calls)),
-        *_session(answer).step(calls),
+        *ApplicationSession(Office(answer["office"]), frozenset(answer["allowed"])).step(calls),
         # Every turn of a thinking model starts with reasoning, even the last.
         Message("assistant", "Done.", "all is done."),
     )
-
-
-def _session(answer: Mapping[str, Any]) -> OfficeSession:
-    return OfficeSession(Office(answer["office"]), frozenset(answer["allowed"]))
-
-
-def _true_state(answer: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the end state of the true calls. Raises ValueError if one cannot be executed."""
-    office = Office(answer["office"])
-    for call in answer["calls"]:
-        office.call(call["name"], call["arguments"])
-    return office.state()
 
 
 def _arguments(value: Any) -> dict[str, Any]:

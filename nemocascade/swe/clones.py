@@ -17,6 +17,7 @@ from pathlib import Path
 from nemocascade.swe.snapshots import MOST_MIB, misfit
 
 _COMMIT = re.compile(r"[0-9a-f]{7,64}")
+_REVISION = re.compile(rf"{_COMMIT.pattern}\^?")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _FILE = b"100"
 """Prefix of the modes of files; links and submodules have other modes."""
@@ -36,19 +37,39 @@ class _Entry:
 
 
 def find_clone(root: Path, repository: str) -> Path:
-    """Return the git folder of `owner/name` below `root`. Raises CloneError without one."""
-    owner, _, name = repository.partition("/")
-    if not _is_name(owner) or not _is_name(name):
-        raise CloneError(f"repo({repository!r}) must be owner/name")
-    for path in (f"{owner}__{name}", f"{owner}/{name}"):
-        for folder in (root / path, root / f"{path}.git"):
-            for git in (folder / ".git", folder):
-                if git.is_file() or (git / "HEAD").is_file():
-                    return git
+    """Return the git folder of `owner/name`, or of a `name` of any owner, below `root`.
+
+    Raises CloneError without one, and for a name of several owners.
+    """
+    owner, _, name = repository.rpartition("/")
+    if not _is_name(name) or not _is_name(owner or "any"):
+        raise CloneError(f"repo({repository!r}) must be owner/name, or a name")
+    if owner:
+        folders = [root / f"{owner}__{name}", root / owner / name]
+    else:
+        folders = sorted({f.with_name(f.name.removesuffix(".git")) for f in _of_any(root, name)})
+    found = [git for git in map(_git_folder, folders) if git is not None]
+    if found and (owner or len(found) == 1):
+        return found[0]
+    if found:
+        raise CloneError(f"{root} has {len(found)} clones of {name}: keep that of the right owner")
+    place = f"{owner or 'OWNER'}__{name}"
     raise CloneError(
         f"{root} has no clone of {repository}: make one, git clone --bare "
-        f"https://github.com/{repository} {root / f'{owner}__{name}'}"
+        f"https://github.com/{owner or 'OWNER'}/{name} {root / place}"
     )
+
+
+def commit_at(clone: Path, revision: str) -> str:
+    """Return the hash of a commit that is given by its hash, or as `HASH^`, the one before."""
+    if not _REVISION.fullmatch(revision):
+        raise CloneError(f"base_commit({revision!r}) must be the hash of a commit")
+    if not revision.endswith("^"):
+        return revision
+    try:
+        return _git(clone, "rev-parse", "--verify", f"{revision}^{{commit}}").decode().strip()
+    except CloneError as error:
+        raise CloneError(f"{clone} has no commit {revision}, fetch it ({error})") from error
 
 
 def write_snapshot(clone: Path, commit: str, target: Path) -> int:
@@ -76,6 +97,22 @@ def write_snapshot(clone: Path, commit: str, target: Path) -> int:
         path.write_bytes(stream.read(entry.size))
         stream.readline()  # the line break after the contents
     return left_out
+
+
+def _of_any(root: Path, name: str) -> list[Path]:
+    """Return the folders of a name, in any case, of all owners."""
+    folders = [*root.glob("*"), *root.glob("*/*")]
+    names = (name.lower(), f"{name.lower()}.git")
+    return [f for f in folders if f.name.lower().rpartition("__")[2] in names]
+
+
+def _git_folder(folder: Path) -> Path | None:
+    """Return the git folder of a clone at `folder` or `folder.git`; None without one."""
+    for place in (folder, folder.with_name(f"{folder.name}.git")):
+        for git in (place / ".git", place):
+            if git.is_file() or (git / "HEAD").is_file():
+                return git
+    return None
 
 
 def _entries(clone: Path, commit: str) -> tuple[list[_Entry], int]:

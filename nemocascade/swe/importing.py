@@ -1,8 +1,8 @@
-"""`nemocascade import-swe`: converts rows in the form of SWE-Gym to folders of tasks.
+"""`nemocascade import-swe`: converts rows in the form of SWE-Gym or R2E-Gym to folders of tasks.
 
-A row names a repository and a commit, and has two patches: the repair and the hidden tests. Each
-row becomes a folder with `row.json` and `tests/`, as `swe.rows` reads them. Snapshots are beside
-these folders; rows of the same commit share one.
+A row names a repository and a commit, and has two patches, the repair and the hidden tests; rows of
+R2E-Gym are converted first, see `swe.r2e`. Each row becomes a folder with `row.json` and `tests/`,
+as `swe.rows` reads them. Snapshots are beside these folders; rows of the same commit share one.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ import tyro
 
 from nemocascade.runtime.row_errors import RowError
 from nemocascade.runtime.row_files import find_files, read_rows, report_skipped
-from nemocascade.swe.clones import find_clone, write_snapshot
+from nemocascade.swe.clones import commit_at, find_clone, write_snapshot
 from nemocascade.swe.patches import apply_patch, parse_patch
 from nemocascade.swe.protected import check_tests
+from nemocascade.swe.r2e import converted, is_r2e
 from nemocascade.swe.rows import ROW, TESTS, Row, issue_of, test_settings_of
-from nemocascade.swe.snapshots import Files, snapshot_paths
+from nemocascade.swe.snapshots import Files, check_path, snapshot_paths
 from nemocascade.swe.tasks import patched_files
 
 SNAPSHOTS = "snapshots"
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_NEEDED = ("instance_id", "repo", "base_commit", "patch", "test_patch")
+_NEEDED = ("instance_id", "repo", "base_commit", "patch")
 
 
 @dataclass(frozen=True)
 class ImportSettings:
     """Make tasks from rows in SWE-Gym's form: instance_id, repo, base_commit, problem_statement,
-    patch, test_patch, FAIL_TO_PASS, PASS_TO_PASS. Nothing is downloaded."""
+    patch, test_patch, FAIL_TO_PASS, PASS_TO_PASS; or in R2E-Gym's: repo_name, commit_hash,
+    parsed_commit_content, execution_result_content, expected_output_json, problem_statement.
+    Nothing is downloaded, and no image is needed."""
 
     rows: tyro.conf.Positional[str]
     """File or folder of rows: JSON Lines, a JSON array or Parquet."""
@@ -43,7 +46,8 @@ class ImportSettings:
     """Folder to write. Tasks that it already has are not changed."""
 
     repositories: str
-    """Folder with git clones, bare or not: owner__name or owner/name."""
+    """Folder with git clones, bare or not: owner__name or owner/name. Rows of R2E-Gym give the name
+    only, and take the clone of any owner."""
 
 
 @dataclass
@@ -80,6 +84,9 @@ def import_rows(settings: ImportSettings) -> Imported:
             continue
         name = str(row.get("instance_id") or where)
         try:
+            if is_r2e(row):
+                row = converted(row)
+                name = row["instance_id"]
             _check(row, names)
             names.add(name)
             if (target / name).exists():
@@ -87,14 +94,15 @@ def import_rows(settings: ImportSettings) -> Imported:
                 continue
             _import(row, target, clones, found)
             found.made.append(name)
-        except (ValueError, OSError) as error:
-            found.failed[f"{where} {name}" if name != where else where] = str(error)
+        except Exception as error:  # a row comes from a download: any error is its own
+            kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+            found.failed[f"{where} {name}" if name != where else where] = f"{kind}{error}"
     return found
 
 
 def _check(row: Row, names: set[str]) -> None:
     """Raise ValueError for a row with missing fields or a duplicate name."""
-    for key in _NEEDED:
+    for key in (*_NEEDED, *(() if row.get("test_files") else ("test_patch",))):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise ValueError(f"{key!r} must be a text that is not empty")
     issue_of(row)
@@ -113,7 +121,7 @@ def _import(row: Row, target: Path, clones: Path, found: Imported) -> None:
     settings = test_settings_of(row, {})
     snapshot = _snapshot(row, target, clones, found)
     tests = _tests(row, settings, target / snapshot)
-    kept = {key: value for key, value in row.items() if key != "test_patch"}
+    kept = {key: value for key, value in row.items() if key not in ("test_patch", "test_files")}
     kept |= {
         "FAIL_TO_PASS": settings["fail_to_pass"],
         "PASS_TO_PASS": settings["pass_to_pass"],
@@ -131,8 +139,8 @@ def _import(row: Row, target: Path, clones: Path, found: Imported) -> None:
 
 def _snapshot(row: Row, target: Path, clones: Path, found: Imported) -> str:
     """Return the folder of a row's repository, relative to `target`; write it if it is new."""
-    commit = row["base_commit"].strip().lower()
     clone = find_clone(clones, row["repo"])
+    commit = commit_at(clone, row["base_commit"].strip().lower())
     name = f"{SNAPSHOTS}/{row['repo'].replace('/', '__')}@{commit}"
     if not (target / name).is_dir():
         with _new_folder(target, name) as folder:
@@ -143,14 +151,16 @@ def _snapshot(row: Row, target: Path, clones: Path, found: Imported) -> str:
 
 
 def _tests(row: Row, settings: Row, snapshot: Path) -> Files:
-    """Return the test files: those of `test_patch`, and those of the other tests that must pass.
+    """Return the test files: those of `test_patch` or `test_files`, and those of the other tests
+    that must pass.
 
     Without the latter, a repair could change them.
     """
-    patched = parse_patch(row["test_patch"])
-    olds = {file.old for file in patched if file.old is not None}
+    patch = row.get("test_patch") or ""
+    olds = {file.old for file in parse_patch(patch) if file.old is not None} if patch else set()
     before = {p: (snapshot / p).read_bytes() for p in olds if (snapshot / p).is_file()}
-    after = apply_patch(before, row["test_patch"])
+    after = apply_patch(before, patch) if patch else {}
+    after |= {check_path(p): text.encode() for p, text in row.get("test_files", {}).items()}
     names = (*settings["fail_to_pass"], *settings["pass_to_pass"])
     # A file that the patch deletes or renames has no tests any more.
     there = {*snapshot_paths(snapshot)} - olds | {*after}

@@ -84,7 +84,18 @@ class FilePatch:
 
 def parse_patch(text: str) -> tuple[FilePatch, ...]:
     """Parse the files of a patch, in order. Raises PatchError for any fault and for no files."""
-    lines, found = _Lines(text), []
+    try:
+        text.encode()
+        return _files(_Lines(text))
+    except PatchError:
+        raise
+    # Half a surrogate pair, a path that leads outside, or a number of thousands of digits.
+    except ValueError as error:
+        raise PatchError(f"the patch cannot be read: {error}") from error
+
+
+def _files(lines: _Lines) -> tuple[FilePatch, ...]:
+    found = []
     while not lines.at_end:
         if lines.peek().startswith(_GIT) or lines.at_names:
             found.append(_file(lines))

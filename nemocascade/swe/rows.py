@@ -91,12 +91,24 @@ def issue_of(row: Row) -> str:
     return issue
 
 
+def check_imported(row: Row) -> None:
+    """Raise ValueError for a row as published, whose repository is in an image or on a server."""
+    if row.get("repository") or row.get("files"):
+        return
+    if named := [name for name in ("docker_image", "base_commit") if row.get(name)]:
+        raise ValueError(
+            f"{named[0]}({row[named[0]]!r}) says where the repository is, but images are not run "
+            "and nothing is downloaded: make tasks of the rows with nemocascade import-swe"
+        )
+
+
 def answer_of(row: Row, folder: Path) -> dict[str, Any]:
     """Return the verifier's answer of a row as JSON. folder: names in the row are relative to it.
 
     Raises ValueError for missing or malformed fields, for a snapshot that could not be read later,
     and for tests that are in no file.
     """
+    check_imported(row)
     where = row.get("repository")
     if not isinstance(where, str) or not where:
         raise ValueError("'repository' must name the folder with the snapshot")

@@ -12,7 +12,14 @@ from nemocascade.swe.edits import checked_path
 from nemocascade.swe.patches import parse_patch
 from nemocascade.swe.protected import check_tests
 from nemocascade.swe.repository import HiddenTests
-from nemocascade.swe.rows import answer_of, hidden_of, inner_folder, snapshot_of, test_settings_of
+from nemocascade.swe.rows import (
+    answer_of,
+    check_imported,
+    hidden_of,
+    inner_folder,
+    snapshot_of,
+    test_settings_of,
+)
 from nemocascade.swe.snapshots import Files
 from nemocascade.types import Row
 
@@ -54,6 +61,7 @@ def task_of(row: Row, folder: Path) -> RepairTask:
     The repository is `files` (path to text), or `repository`: such an object, or the name of a
     folder. Raises ValueError for malformed fields, and for tests that are in no file.
     """
+    check_imported(row)
     named = row.get("repository", row.get("files"))
     where: dict[str, Any]
     if isinstance(named, str):

@@ -43,61 +43,134 @@ def ask(domain: Any, answer: dict[str, Any], text: str) -> Verdict:
     return verdict
 
 
-OPTIONS = {"A": "red", "B": "dark blue", "C": "12"}
+OPTIONS = {"A": "red", "B": "dark blue", "C": "12", "D": "E. coli", "E": "green tea"}
+
+
+def choice(mode: str = "strict_single_letter_boxed", *patterns: str) -> dict[str, Any]:
+    return {"letter": "B", "options": OPTIONS, "patterns": list(patterns), "mode": mode}
 
 
 @pytest.mark.parametrize(
-    ("text", "chosen"),
+    ("text", "strict", "lenient"),
     [
-        (r"\boxed{A} no, \boxed{B}", "B"),
-        (r"\boxed{\text{B}}", "B"),
-        (r"\boxed{\textbf{(B)}}", "B"),
-        (r"\boxed{ b. }", "B"),
-        (r"\boxed{dark  blue}", "B"),
-        (r"\boxed{12}", "C"),
-        (r"\boxed{D}", None),
-        (r"\boxed{AB}", None),
-        (r"\boxed{}", None),
-        ("B", None),
-        ("", None),
+        (r"\boxed{A} no, \boxed{B}", "B", "B"),
+        (r"\boxed{A} no, \boxed{B", "B", "B"),
+        (r"\boxed{\text{B}}", "B", "B"),
+        (r"\boxed{\textbf{(B)}}", "B", "B"),
+        (r"\boxed{ b. }", "B", "B"),
+        (r"\boxed{B: dark blue}", "B", "B"),
+        (r"\boxed{B) any text}", "B", "B"),
+        (r"\boxed{B. dark blue}", "B", "B"),
+        (r"\boxed{B - dark blue}", "B", "B"),
+        (r"\boxed{(B) dark blue}", "B", "B"),
+        (r"\boxed{\text{B: dark blue}}", "B", "B"),
+        (r"\boxed{\text{B}: \text{dark blue}}", "B", "B"),
+        (r"\boxed{\mathbf{(B)}\ 42}", "B", "B"),
+        (r"\boxed{B dark blue}", "B", "B"),
+        (r"\boxed{**B**}", "B", "B"),
+        (r"\boxed{Option B}", "B", "B"),
+        (r"\boxed{dark  blue}", None, "B"),
+        (r"\boxed{\text{It is Dark Blue.}}", None, "B"),
+        (r"\boxed{12}", None, "C"),
+        (r"\boxed{E. coli}", None, "D"),
+        (r"\boxed{E. none}", "E", "E"),
+        (r"\boxed{a dog}", None, None),
+        (r"\boxed{A dog}", None, None),
+        (r"\boxed{red or dark blue}", None, None),
+        (r"\boxed{A, B}", None, None),
+        (r"\boxed{A) B)}", None, None),
+        (r"\boxed{Z}", None, None),
+        (r"\boxed{AB}", None, None),
+        (r"\boxed{B2}", None, None),
+        (r"\boxed{}", None, None),
+        ("B", None, None),
+        ("", None, None),
     ],
 )
-def test_the_last_boxed_letter(children: ChildPool, text: str, chosen: str | None) -> None:
-    answer = {"letter": "B", "options": OPTIONS, "pattern": None}
-    verdict = ask(MultipleChoice(children), answer, text)
-    assert verdict.details["chosen"] == chosen
-    assert verdict.reward == float(chosen == "B")
+def test_the_last_boxed_option(
+    children: ChildPool, text: str, strict: str | None, lenient: str | None
+) -> None:
+    for mode, chosen in (("strict_single_letter_boxed", strict), ("lenient_boxed", lenient)):
+        verdict = ask(MultipleChoice(children), choice(mode), text)
+        assert verdict.details["chosen"] == chosen
+        assert verdict.reward == float(chosen == "B")
 
 
 @pytest.mark.parametrize(
-    ("pattern", "text", "reward"),
+    ("text", "colon", "markdown"),
     [
-        (r"Answer:\s*([A-D])", "Answer: A ... Answer: B", 1.0),
-        (r"Answer:\s*([A-D])", "Answer: B ... Answer: A", 0.0),
-        (r"Answer:\s*([A-D])", r"\boxed{B}", 0.0),
-        (r"[A-C](?=!)", "A B! C", 1.0),
+        ("Answer: B", "B", "B"),
+        ("Answer: A\nNo.\nANSWER : b", "B", "B"),
+        ("**Answer:** B", "B", "B"),
+        ("Answer:\n\nB) dark blue", "B", "B"),
+        (r"Answer: \text{B}", "B", "B"),
+        ("Answer: dark blue", "B", "B"),
+        ("Answer: B because A is red", None, "B"),
+        ("Answer: it must be B", None, "B"),
+        ("Answer: B\nAnswer: unknown", None, "B"),
+        ("Answer: A or B", None, None),
+        ("Answer: \u0628", "B", "B"),
+        (r"\boxed{B}", None, None),
     ],
 )
-def test_a_pattern_of_the_row(children: ChildPool, pattern: str, text: str, reward: float) -> None:
-    answer = {"letter": "B", "options": OPTIONS, "pattern": pattern}
+def test_the_option_after_answer(
+    children: ChildPool, text: str, colon: str | None, markdown: str | None
+) -> None:
+    for mode, chosen in (("lenient_answer_colon", colon), ("lenient_answer_colon_md", markdown)):
+        assert ask(MultipleChoice(children), choice(mode), text).details["chosen"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("patterns", "text", "reward"),
+    [
+        ([r"Answer:\s*([A-E])"], "Answer: A ... Answer: B", 1.0),
+        ([r"Answer:\s*([A-E])"], "Answer: B ... Answer: A", 0.0),
+        ([r"Answer:\s*([A-E])"], "ANSWER: b", 1.0),
+        ([r"Answer:\s*([A-E])"], r"It is \boxed{B}", 1.0),
+        ([r"Answer:\s*([A-E])"], r"\boxed{B}. Answer: A", 0.0),
+        ([r"Answer:\s*(.+)"], "Answer: Dark blue", 1.0),
+        ([r"[A-E](?=!)"], "A B! C", 1.0),
+        ([r"Reply: (\w)", r"Antwort: (\w)"], "Antwort: B", 1.0),
+        ([r"Reply: (\w)", r"Antwort: (\w)"], "Antwort: B. Reply: A", 0.0),
+        ([r"is (A)\b|is (B)\b"], "it is B", 1.0),
+    ],
+)
+def test_patterns_of_the_row(
+    children: ChildPool, patterns: list[str], text: str, reward: float
+) -> None:
+    answer = choice("strict_single_letter_boxed", *patterns)
     assert ask(MultipleChoice(children), answer, text).reward == reward
 
 
-def test_patterns_that_fail_are_errors() -> None:
-    pool = ChildPool(timeout_s=0.5)
-    domain = MultipleChoice(pool)
-    answer = {"letter": "B", "options": OPTIONS, "pattern": "(a+)+$"}
-    start = time.monotonic()
-    slow = ask(domain, answer, "a" * 64 + "!")
-    assert time.monotonic() - start < 20
-    assert slow.reward is None
-    assert "killed after 0.5 s of CPU time" in str(slow.error)
-    assert slow.fault == "row"
-    broken = ask(domain, {**answer, "pattern": "("}, "a")
-    assert broken.reward is None
+def test_choices_of_released_rows(children: ChildPool) -> None:
+    """Options as columns of one table are null where they belong to another entry."""
+    domain = MultipleChoice(children)
+    options = [{"a": 12, "B": None}, {"a": None, "B": "blue"}]
+    row: dict[str, Any] = {"options": options, "expected_answer": "b", "grading_mode": None}
+    parsed = {"letter": "B", "options": {"A": "12", "B": "blue"}, "patterns": []}
+    assert domain.parse(row) == {**parsed, "mode": "strict_single_letter_boxed"}
+    template = {"output_regex": ["x", "y"]}
+    found = domain.parse({**row, "grading_mode": "lenient_boxed", "template_metadata": template})
+    assert (found["mode"], found["patterns"]) == ("lenient_boxed", ["x", "y"])
+    with pytest.raises(ValueError, match="'C' is none of the options"):
+        domain.parse({**row, "options": [*options, {"C": None}], "expected_answer": "C"})
+    with pytest.raises(ValueError, match="grading_mode 'boxed' is none of strict_single"):
+        domain.parse({**row, "grading_mode": "boxed"})
+    with pytest.raises(ChildError, match="unterminated"):
+        domain.parse({**row, "answer_regex": ["x", "("]})
+
+
+def test_a_pattern_has_a_time_limit(hasty: ChildPool) -> None:
+    """An answer that a pattern cannot be matched with is wrong, a broken pattern is the row's."""
+    domain = MultipleChoice(hasty)
+    slow = ask(domain, choice("strict_single_letter_boxed", "(a+)+$"), "a" * 64 + "!")
+    assert (slow.reward, slow.fault) == (0.0, "answer")
+    assert "killed after 1 s of CPU time" in slow.details["reason"]
+    broken = ask(domain, choice("strict_single_letter_boxed", "("), "a")
+    assert (broken.reward, broken.fault) == (None, "row")
     assert "unterminated" in str(broken.error)
-    assert ask(domain, {**answer, "pattern": "B"}, "B").reward == 1.0, "the pool goes on"
-    pool.close()
+    good = ask(domain, choice("strict_single_letter_boxed", "B"), "B")
+    assert good.reward == 1.0, "the pool goes on"
 
 
 @pytest.mark.parametrize(

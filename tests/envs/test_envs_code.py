@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from nemocascade.envs.code import Code, program_of, same_output, same_value
-from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.envs.code import Code
+from nemocascade.envs.code_blocks import programs_of
+from nemocascade.envs.code_outputs import same_output, same_value
+from nemocascade.recipe.envs import CodeConfig, SandboxConfig
 from nemocascade.sandbox import launch
 from nemocascade.types import Message, Prompt, SandboxUnavailable, Verdict
 
@@ -57,7 +59,7 @@ def ask(code: Code, tests: dict[str, Any], source: str) -> Verdict:
         (CALLS, "", 0.0, None),
         (SCRIPT, RIGHT_SCRIPT, 1.0, 3),
         (SCRIPT, "print(int(input()) + 2)", 0.0, 1),
-        (SCRIPT, f"{RIGHT_SCRIPT}\nexit(1)", 0.0, 0),
+        (SCRIPT, f"{RIGHT_SCRIPT}\nexit(1)", 1.0, 3),
         (SCRIPT, "while True: pass", 0.0, 0),
     ],
 )
@@ -157,76 +159,200 @@ def test_a_host_without_isolation_stops_the_run(monkeypatch: pytest.MonkeyPatch)
         ask(Code(SandboxConfig()), CALLS, RIGHT_CALL)
 
 
+BODY = 'def f(x):\n    """\n    ```python\n    f(1)\n    ```\n    """\n    return x'
+
+
 @pytest.mark.parametrize(
     ("text", "source"),
     [
-        ("```python\na\n```", "a\n"),
-        ("```py\na\n```\n```\nb\n```", "b\n"),
+        ("```python\na\n```", "a"),
         ("a", "a"),
-        ("```python\na", "```python\na"),
-        ("```python\na\n```\nNo:\n```python\nb", "```python\na\n```\nNo:\n```python\nb"),
-        ("```python\na\n\nNo:\n```python\nb\n```", "b\n"),
-        ("```text\na\n```\nthen\n```python\nb\n```\ndone", "b\n"),
-        ("```python\na\n```\n```text\nb", "a\n"),
-        ("So: ```python\na\n```\nand ```b``` too", "a\n"),
-        ("```Python \r\na\r\n```\r\n", "a\r\n"),
+        ("```python\na", "a"),
+        ("```python\na\n```\nNo:\n```python\nb", "b"),
+        ("```python\na\n\nNo:\n```python\nb\n```", "b"),
+        ("```text\na\n```\nthen\n```python\nb\n```\ndone", "b"),
+        ("```python\na\n```\n```text\nb", "a"),
+        ("```python\na\n```\nIt prints\n```\n8\n```", "a"),
+        ('```json\n{"a": 1}\n```\n```python\na\n```', "a"),
+        ("So: ```python\na\n```\nand ```b``` too", "a"),
         ("```python\na```", "a"),
+        ("```python\na\n```\nI used a ```python block.", "a"),
+        ("```python\r\na\r\nb\r\n```\r\n", "a\nb"),
+        ("```Python \na\n```", "a"),
+        ("``` PY\na\n```", "a"),
+        ("```python3.11\na\n```\n```cpp\nb\n```", "a"),
+        ("```python {cmd=true}\na\n```\n```\nb\n```", "a"),
+        ("```{.python .numberLines}\na\n```\n```\nb\n```", "a"),
+        ("```python:main.py\na\n```\n```\nb\n```", "a"),
+        ("```python\na\n```\n```python-repl\n>>> b\n```", "a"),
+        ("~~~python\na\n```\n~~~", "a\n```"),
+        ("1. So:\n   ```python\n   a:\n       b\n   ```\n", "a:\n    b"),
+        ("- ```python\n  a\n\n  b\n  ```", "a\n\nb"),
+        ("```python\n    a\n    b\n```", "a\nb"),
+        ("````python\n```\na\n````", "```\na"),
+        ("````markdown\nUse\n```python\na\n```\n````", "a"),
+        ("~~~text\n```py\na\n```\n~~~", "a"),
+        (f"```python\n{BODY}\n```", BODY),
+        ("```python\n```", ""),
     ],
 )
-def test_the_last_block_is_the_program(text: str, source: str) -> None:
-    assert program_of(text) == source
+def test_the_last_block_of_python_is_the_program(text: str, source: str) -> None:
+    assert programs_of(text) == [source]
 
 
 @pytest.mark.parametrize(
-    ("expected", "got", "same"),
+    ("text", "sources"),
     [
-        ("1 2\n3\n", "1  2 \n3", True),
-        ("1 2\n3", "1 2 3", False),
-        ("1.0", "1.0000001", True),
-        ("1.0", "1.001", False),
-        ("1", "+1", True),
-        ("100000000", "100000001", False),
-        ("1", "1.0", True),
-        ("yes", "Yes", False),
-        ("nan", "nan", True),
-        ("1e3", "1000", True),
-        ("", "\n", True),
-        ("9" * 5000, "8" * 5000, False),
+        ("```\na\n```\n```\nb\n```", ["a", "b"]),
+        ("```\na\n```\n```json\n{}\n```", ["{}", "a"]),
+        ("```cpp\na\n```\n```\n\n```", ["a"]),
     ],
 )
-def test_same_output(expected: str, got: str, same: bool) -> None:
-    assert same_output(expected, got) == same
+def test_without_python_every_block_is_a_candidate(text: str, sources: list[str]) -> None:
+    assert programs_of(text) == sources
 
 
 @pytest.mark.parametrize(
-    ("expected", "got", "same"),
+    "text",
     [
-        (1, 1, True),
-        (1, True, False),
-        (True, True, True),
-        (False, 0, False),
-        (1, 1.0, True),
-        (0.1, 0.1 + 1e-9, True),
-        (10**400, 1.0, False),
-        (10**20, 10**20 + 1, False),
-        ("a", "a", True),
-        ("1", 1, False),
-        ([1, [2.0]], [1, [2]], True),
-        ([1], [1, 2], False),
-        ({"a": 1}, {"a": 1.0}, True),
-        ({"a": 1}, {"b": 1}, False),
-        (None, None, True),
-        (None, False, False),
-        (float("nan"), float("nan"), False),
+        f"```\n{RIGHT_SCRIPT}\n```\nOn 1 it prints\n```\n3\n```\nand on 2 it prints\n```\n5 5\n```",
+        f"```\nprint(\n```\n```\n{RIGHT_SCRIPT}\n```\n```\nyes\n```",
+        f"```solution\n{RIGHT_SCRIPT}\n```\n```json\n{{}}\n```\n```\n3\n```",
     ],
 )
-def test_same_value(expected: Any, got: Any, same: bool) -> None:
-    assert same_value(expected, got) == same
+def test_the_last_candidate_that_is_a_program_runs(code: Code, text: str) -> None:
+    assert ask(code, SCRIPT, text).reward == 1.0
+
+
+def test_candidates_that_no_parser_stands_are_no_error(code: Code) -> None:
+    """The sandbox compiles them, so that the trainer's process does not."""
+    deep = "(" * 10**5
+    verdict = ask(code, SCRIPT, f"```\n{RIGHT_SCRIPT}\n```\n```\n{deep}\n```")
+    assert (verdict.reward, verdict.error) == (1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "exact", "tolerance"),
+    [
+        ("1 2\n3\n", "1  2 \n3", True, True),
+        ("1 2\n3", "1 2 3", False, False),
+        ("1.0", "1.0000001", False, True),
+        ("1.0", "1.001", False, False),
+        ("1", "1.0000001", False, False),
+        ("123456789", "123456790.0", False, False),
+        ("123456789", "123456789.0", True, True),
+        ("123456789.5", "123456790", False, True),
+        ("0.30", ".3", True, True),
+        ("1", "+1", True, True),
+        ("100000000", "100000001", False, False),
+        ("1", "1.0", True, True),
+        ("yes", "Yes", False, False),
+        ("nan", "nan", True, True),
+        ("sNaN", "1", False, False),
+        ("1e3", "1000", True, True),
+        ("1e999999999", "2e999999999", False, True),
+        ("", "\n", True, True),
+        ("9" * 5000, "8" * 5000, False, False),
+        ("9" * 5000, "9" * 5000 + ".0", True, True),
+    ],
+)
+def test_same_output(expected: str, got: str, exact: bool, tolerance: bool) -> None:
+    assert same_output(expected, got, "exact") == exact
+    assert same_output(expected, got, "tolerance") == tolerance
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "exact", "tolerance"),
+    [
+        (1, 1, True, True),
+        (1, True, True, True),
+        (False, 0, True, True),
+        (True, False, False, False),
+        (1, 1.0, True, True),
+        (123456789, 123456790.0, False, False),
+        (0.1, 0.1 + 1e-9, False, True),
+        ([0.1], [0.1 + 1e-9], False, True),
+        (1, 1 + 1e-9, False, False),
+        (1.5, 10**400, False, False),
+        (10**400, 1.0, False, False),
+        (10**20, 10**20 + 1, False, False),
+        ("a", "a", True, True),
+        ("1", 1, False, False),
+        ([1, [2.0]], [1, [2]], True, True),
+        ([1], [1, 2], False, False),
+        ({"a": 1}, {"a": 1.0}, True, True),
+        ({"a": 1}, {"b": 1}, False, False),
+        (None, None, True, True),
+        (None, False, False, False),
+        (float("nan"), float("nan"), False, False),
+    ],
+)
+def test_same_value(expected: Any, got: Any, exact: bool, tolerance: bool) -> None:
+    assert same_value(expected, got, "exact") == exact
+    assert same_value(expected, got, "tolerance") == tolerance
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Code]:
+    """The code domain set as LiveCodeBench is."""
+    made = Code(
+        SandboxConfig(time_s=5.0, workers=1, memory_mib=4096),
+        CodeConfig(preamble="livecodebench", recursion_limit=50_000, numpy=True, decimals="exact"),
+    )
+    try:
+        assert made.sandbox.size == 1
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    yield made
+    made.close()
+
+
+LIVE = {
+    "names of its imports": "print(2 * int(input()) + comb(4, 4) + len(Counter()))",
+    "the modules themselves": "print(2 * int(input()) + math.gcd(2, 3) + 0 * random.random())",
+    "its own future imports": "from __future__ import annotations\nprint(2 * int(input()) + 1)",
+    "types in a signature": "def f(x: List[int]) -> int:\n    return x[0]\n"
+    "print(2 * f([int(input())]) + 1)",
+    "deep recursion": "def f(x):\n    return x and 1 + f(x - 1)\n"
+    "print(2 * int(input()) + f(40000) // 40000)",
+    "numpy": "import numpy as np\nprint(2 * int(input()) + int(np.linalg.norm([1, 0])))",
+    "much memory": "import mmap\nx = mmap.mmap(-1, 2 << 30)\nprint(2 * int(input()) + 1)",
+    "long integers": "print(len(str(10 ** 9000)) - 9000 + 2 * int(input()))",
+}
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_what_livecodebench_gives_a_program(bench: Code, code: Code, name: str) -> None:
+    assert ask(bench, SCRIPT, LIVE[name]).reward == 1.0
+    plain = 1.0 if name == "its own future imports" else 0.0
+    assert ask(code, SCRIPT, LIVE[name]).reward == plain
+
+
+def test_programs_do_not_inherit_the_harness_flags(code: Code) -> None:
+    """`from __future__ import annotations` of this project would make them texts."""
+    source = "def f(x: int) -> int:\n    return 2 * x + 1 if f.__annotations__['x'] is int else 0"
+    assert ask(code, CALLS, source).reward == 1.0
+
+
+def test_numpy_alone_is_visible(bench: Code) -> None:
+    source = "import importlib.util\nprint(importlib.util.find_spec('torch'))"
+    assert ask(bench, {**SCRIPT, "outputs": ["None"] * 3}, source).reward == 1.0
+
+
+@pytest.mark.parametrize("end", ["exit(1)", "import sys\nsys.exit('done')", "raise SystemExit(3)"])
+def test_an_exit_after_the_right_output_does_not_matter(code: Code, end: str) -> None:
+    assert ask(code, SCRIPT, f"{RIGHT_SCRIPT}\n{end}").reward == 1.0
+    assert ask(code, SCRIPT, f"print(4)\n{end}").reward == 0.0
+
+
+@pytest.mark.parametrize("end", ["1 / 0", "import os\nos._exit(1)", "import os\nos.abort()"])
+def test_a_crash_after_the_right_output_does(code: Code, end: str) -> None:
+    assert ask(code, SCRIPT, f"import sys\n{RIGHT_SCRIPT}\nsys.stdout.flush()\n{end}").reward == 0.0
 
 
 def test_rows_with_calls() -> None:
     def parse(**tests: Any) -> Any:
-        return Code().parse({"verifier_metadata": {"unit_tests": tests}})
+        return Code().parse({"unit_tests": tests})
 
     parsed = parse(fn_name="f", inputs=["1\n[2, 3]", [4, 5]], outputs=["7", 9])
     assert parsed == {"function": "f", "inputs": [[1, [2, 3]], [4, 5]], "outputs": [7, 9]}

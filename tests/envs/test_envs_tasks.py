@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.data import text_of
+from helpers.data import own_template, text_of
 from helpers.graded import WrittenJudge
 
-from nemocascade.data.chat_template import render
 from nemocascade.data.formats import parse_row
 from nemocascade.envs.base import Domain, demonstration, final_text, is_heldout, last_boxed
 from nemocascade.envs.preference import Preference
@@ -194,11 +193,17 @@ def test_the_final_message(response: list[Message], text: str) -> None:
     [
         (r"\boxed{1} then \boxed{2}", "2"),
         (r"\boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-        (r"\boxed{1} and \boxed{2", None),
-        (r"\boxed{1} and \boxed{", None),
+        (r"\boxed{1} and \boxed{2", "2"),
+        (r"\boxed{1} and $\boxed{\frac{2}{3}$ is it", r"\frac{2}{3}"),
+        (r"\boxed{1} and \[\boxed{2\] is it", "2"),
+        (r"\boxed{1} and $\boxed{\$2$ is it", r"\$2"),
+        ("\\boxed{1} and \\boxed{2\nis it", "2"),
+        (r"\boxed{1} and \boxed{", ""),
         (r"\boxed{1} and \boxed{}", ""),
         (r"\boxed{1} and \boxed {2}", "2"),
-        (r"\boxed{1} and \boxed{\{2\}", None),
+        (r"\boxed{1} and \boxed{\{2\}", r"\{2\}"),
+        ("\\boxed{1\n2}", "1\n2"),
+        (r"\boxed{1} and \fbox{2}", "2"),
         (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
         (r"\boxed{\boxed{1}}", "1"),
         (r"\boxed{ }", ""),
@@ -306,7 +311,9 @@ def test_released_rows(environments: dict[str, Domain], tmp_path: Path, name: st
         ("math", {"responses_create_params": {"input": {"role": "user"}}}, "turns, it is dict"),
         ("math", {"responses_create_params": {"input": [3]}}, "turn 0 .* must be an object"),
         ("math", {"responses_create_params": 3}, "AttributeError"),
-        ("code", {"verifier_metadata": 3}, "TypeError"),
+        ("code", {"verifier_metadata": 3}, "verifier_metadata must be an object, it is int"),
+        ("code", {"unit_tests": {}}, r"\['unit_tests'\] have one value in the row and another"),
+        ("math", {"pass_rate": 10**400}, "'pass_rate' is 1000"),
         ("code", {"verifier_metadata": {"unit_tests": '{"inputs": [NaN]}'}}, "the value NaN"),
         (
             "code",
@@ -338,6 +345,16 @@ def test_a_broken_row_is_named(
     assert bad.count == 1
 
 
+@pytest.mark.parametrize("rate", [10**400, -(10**400), 1.5, "2", float("1e308")])
+def test_a_pass_rate_is_a_share(
+    environments: dict[str, Domain], tmp_path: Path, rate: float | str
+) -> None:
+    row = {"prompt": "1 + 1?", "expected_answer": "2", "pass_rate": rate}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: 'pass_rate' is .*, a share of tries lies"):
+        list(environments["math"].read(tmp_path / "rows.jsonl"))
+
+
 def test_a_file_without_a_row_of_the_domain(
     environments: dict[str, Domain], tmp_path: Path
 ) -> None:
@@ -361,7 +378,7 @@ def test_demonstrations_become_sft_rows(environments: dict[str, Domain], name: s
             conversation = parse_row(row, "messages", DataConfig())
             assert conversation.messages[: len(prompt.messages)] == prompt.messages
             assert conversation.tools == prompt.tools
-            text = text_of(render(conversation, thinking=True))
+            text = text_of(own_template().render(conversation, thinking=True))
             assert ("<think>\n" in text) == thinking
 
 
@@ -425,12 +442,13 @@ def test_a_dummy_answer_runs_the_verifier_in_full(
 
 
 def test_rows_of_unusual_forms_are_tried(environments: dict[str, Domain]) -> None:
-    pattern: dict[str, Any] = {"letter": "A", "options": {"A": "x"}, "pattern": r"(\w)"}
-    boxed = {**pattern, "pattern": None}
+    pattern: dict[str, Any] = {"letter": "A", "options": {"A": "x"}, "patterns": [r"(\w)"]}
+    pattern |= {"mode": "lenient_boxed"}
+    boxed = {**pattern, "patterns": []}
     prompts = [Prompt(str(i), "multiple_choice", (), a) for i, a in enumerate((pattern, boxed))]
     assert [list(environments["multiple_choice"].forms(p)) for p in prompts] == [
         ["pattern"],
-        ["box"],
+        ["lenient_boxed"],
     ]
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from nemocascade.envs.office import EMPTY, Office, OfficeError, tools
-from nemocascade.envs.tool_calling import MAX_CALLS, ToolCalling
+from nemocascade.envs.applications import MAX_CALLS, CallError
+from nemocascade.envs.office import EMPTY, Office
+from nemocascade.envs.tool_calling import ToolCalling
 from nemocascade.types import Message, Prompt, ToolCall
 
 START: dict[str, list[dict[str, Any]]] = {
@@ -94,7 +95,7 @@ def test_a_tool_that_deletes(tool: str, arguments: dict[str, Any], table: str) -
     office = Office(START)
     office.call(tool, arguments)
     assert office.state()[table] == []
-    with pytest.raises(OfficeError, match=f"no entry in {table}"):
+    with pytest.raises(CallError, match=f"no entry in {table}"):
         office.call(tool, arguments)
 
 
@@ -107,10 +108,10 @@ def test_a_tool_that_reads(tool: str, arguments: dict[str, Any], shown: str) -> 
 
 
 def test_every_tool_is_tried_and_declares_itself() -> None:
-    names = {tool.name for tool in tools()}
+    names = {tool.name for tool in Office.tools()}
     assert names == {row[0] for row in [*CHANGES, *DELETIONS, *READERS]}
     assert len(names) >= 20
-    for tool in tools():
+    for tool in Office.tools():
         assert tool.description
         assert set(tool.parameters["required"]) <= set(tool.parameters["properties"])
 
@@ -136,7 +137,7 @@ def test_a_call_that_cannot_be_executed_changes_nothing(
 ) -> None:
     office = Office(START)
     before = office.state()
-    with pytest.raises(OfficeError):
+    with pytest.raises(CallError):
         office.call(tool, arguments)
     assert office.state() == before
 
@@ -152,7 +153,7 @@ def prompt(calls: list[ToolCall], allowed: list[str] | None = None) -> Prompt:
     answer = {
         "office": START,
         "calls": [{"name": c.name, "arguments": dict(c.arguments)} for c in calls],
-        "allowed": allowed or [tool.name for tool in tools()],
+        "allowed": allowed or [tool.name for tool in Office.tools()],
     }
     return Prompt("x", "tool_calling", (Message("user", "go"),), answer)
 

@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from nemocascade.data.reply import parse_reply
-from nemocascade.envs import code, ifeval, long_context, multiple_choice
+from nemocascade.envs import choices, code_blocks, code_outputs, long_context
 from nemocascade.envs.base import final_text, last_boxed
+from nemocascade.envs.instructions import registry
+from nemocascade.envs.instructions.registry import Options
+from nemocascade.envs.instructions.texts import ruled_sentences
 from nemocascade.envs.tool_calling import ToolCalling
 from nemocascade.judges.prompts import (
     compare_question,
@@ -75,6 +78,9 @@ UNITS = {
     "fences": "```\n",
     "fences of Python": "```python\n",
     "spaced fences": "``` ",
+    "tilde fences": "~~~a\n",
+    "fences of both kinds": "~~~a\n```b\n",
+    "indented fences": "    ```a\n",
     "less": "<",
     "greater": ">",
     "less and greater": "<>",
@@ -176,47 +182,42 @@ def reports(text: str) -> None:
         return
 
 
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "keywords:existence": {"keywords": ["a", "ab"]},
-    "keywords:frequency": {"keyword": "ab", "frequency": 2, "relation": "at least"},
-    "keywords:forbidden_words": {"forbidden_words": ["ab", "..."]},
-    "keywords:letter_frequency": {"letter": "a", "let_frequency": 1, "let_relation": "at least"},
-    "length_constraints:number_sentences": {"num_sentences": 2, "relation": "at least"},
-    "length_constraints:number_paragraphs": {"num_paragraphs": 2},
-    "length_constraints:number_words": {"num_words": 2, "relation": "at least"},
-    "length_constraints:nth_paragraph_first_word": {
-        "num_paragraphs": 1,
-        "nth_paragraph": 1,
-        "first_word": "a",
-    },
-    "detectable_content:number_placeholders": {"num_placeholders": 1},
-    "detectable_content:postscript": {"postscript_marker": "P.P.S"},
-    "detectable_format:number_bullet_lists": {"num_bullets": 1},
-    "detectable_format:constrained_response": {},
-    "detectable_format:number_highlighted_sections": {"num_highlights": 1},
-    "detectable_format:multiple_sections": {"section_spliter": "a", "num_sections": 1},
-    "detectable_format:json_format": {},
-    "detectable_format:title": {},
-    "combination:two_responses": {},
-    "combination:repeat_prompt": {"prompt_to_repeat": "a"},
-    "startend:end_checker": {"end_phrase": "a"},
-    "change_case:capital_word_frequency": {"capital_frequency": 1, "capital_relation": "at least"},
-    "change_case:english_capital": {},
-    "change_case:english_lowercase": {},
-    "punctuation:no_comma": {},
-    "startend:quotation": {},
+QUICK = Options("letters", "rule")
+VALUES: dict[Any, Any] = {str: "a", int: 2, float: 2.0, list[str]: ["a", "ab"]}
+GIVEN: dict[str, Any] = {
+    "keyword": "ab",
+    "forbidden_words": ["ab", "-"],
+    "postscript_marker": "P.P.S",
+    "phrase": "a big word",
+    "num_paragraphs": 1,
+    "nth_paragraph": 1,
+    "n": 1,
+    "m": 1,
 }
+"""Arguments that reach far; others have the value of their type."""
+
+
+def given(kind: str) -> dict[str, Any]:
+    takes = registry.arguments_of(kind).items()
+    return {name: GIVEN.get(name, VALUES.get(type_, "at least")) for name, (type_, _) in takes}
+
+
+ARGUMENTS = {kind: given(kind) for kind in registry.KINDS if not registry.needed(kind, QUICK)}
 QUESTION = (Message("user", "q"),)
 PARSERS: dict[str, Callable[[str], object]] = {
     "final text": lambda t: final_text(turn(t)),
-    "reply": lambda t: parse_reply(t, thinking=False),
-    "thinking reply": lambda t: parse_reply(t, thinking=True),
+    "reply": lambda t: parse_reply(t, reasoning="closed", ends=("<|im_end|>",)),
+    "thinking reply": lambda t: parse_reply(t, reasoning="open", ends=("<|im_end|>",)),
     "box": last_boxed,
-    "choice": lambda t: multiple_choice._letter(last_boxed(t) or t, {"A": "a", "B": "b"}),
+    **{
+        f"choice by {mode}": lambda t, mode=mode: choices.chosen_by(mode, t, {"A": "a", "B": t})  # type: ignore[misc]
+        for mode in choices.GRADING_MODES
+    },
+    "choice": lambda t: choices.chosen_in(t, {"A": "a", "B": "b"}),
     "answer": lambda t: long_context.normalised(long_context.answer_of(t)),
-    "program": code.program_of,
-    "output": lambda t: code.same_output(t, t + "0"),
-    "results": lambda t: code.same_value(_parse(t.encode(errors="replace")), [[1]]),
+    "program": code_blocks.programs_of,
+    "output": lambda t: code_outputs.same_output(t, t + "0"),
+    "results": lambda t: code_outputs.same_value(list(_parse(t.encode(errors="replace"))), [[1]]),
     "edits": edit,
     "patch": patch,
     "workspace": workspace,
@@ -226,8 +227,9 @@ PARSERS: dict[str, Callable[[str], object]] = {
     "grade": parse_grade,
     "question": lambda t: (grade_question(QUESTION, t), compare_question(QUESTION, t, t)),
     "rule judge": lambda t: (words_f1(t, "a b"), quality(t, ["a"], ["b"])),
+    "sentences": ruled_sentences,
     **{
-        kind: lambda t, kind=kind, given=given: ifeval.follows(kind, given, t, "letters")  # type: ignore[misc]
+        kind: lambda t, kind=kind, given=given: registry.follows(kind, given, t, QUICK)  # type: ignore[misc]
         for kind, given in ARGUMENTS.items()
     },
 }
@@ -260,16 +262,19 @@ def text_of(frame: str, unit: str, size: int) -> str:
 
 
 def test_every_kind_of_instruction_is_tried() -> None:
-    slow = {kind for kind in ifeval.KINDS if ifeval.needs_langdetect(kind, "letters")}
-    assert set(ARGUMENTS) | slow == set(ifeval.KINDS)
+    assert len(ARGUMENTS) > 100
+    for kind, given in ARGUMENTS.items():
+        assert registry.is_quick(kind, registry.checked_arguments(kind, given), QUICK), kind
 
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_time_is_linear(name: str) -> None:
     parser = PARSERS[name]
+    # Instructions know nothing of fences, boxes and calls.
+    frames = ("alone", "then a letter", "in an object") if name in ARGUMENTS else FRAMES
     slow = {
         f"{unit}, {frame}": round(found, 1)
-        for frame in FRAMES
+        for frame in frames
         for unit in UNITS
         if (found := ratio(parser, lambda n, f=frame, u=unit: text_of(f, u, n))) >= LINEAR  # type: ignore[misc]
     }

@@ -18,7 +18,6 @@ from nemocascade.envs.preference_rewards import (
     break_tie,
     group_rewards,
     length_terms,
-    percentile,
 )
 from nemocascade.judges.prompts import UNPARSED, Comparison, comparison_text
 from nemocascade.judges.rule import RuleJudge, quality, words_f1
@@ -66,8 +65,8 @@ def test_the_worked_example() -> None:
 
     base: 0: (4 + 4.5) / 2 = 4.25; 1: (2 + 3) / 2 = 2.5; 2: (1.5 + 3) / 2 = 2.25.
     think 10, 30, 20: w 1, 0, 0.5 less 0.5, times 0.5. answer 8, 4, 12: w 0.5, 1, 0 likewise.
-    80th percentile: 2.5 + 0.6 (4.25 - 2.5) = 3.55: response 0, the shortest reasoning, is above it;
-    response 1, the shortest answer, is not.
+    80th percentile of three: the best. Response 0, the shortest reasoning, is at it; response 1,
+    the shortest answer, is not.
     """
     comparisons = {(0, 1): Comparison(4, 2, 2), (0, 2): Comparison(3, 3, 2), (1, 2): UNPARSED}
     found = group_rewards(comparisons, [10, 30, 20], [8, 4, 12])
@@ -102,32 +101,35 @@ def test_lengths() -> None:
     assert sum(length_terms([3, 90, 14, 15])) == pytest.approx(0)
 
 
-def test_the_percentile_is_exact_on_a_value() -> None:
-    assert percentile([0.1 * i for i in range(16)], 80) == 0.1 * 12
-    assert percentile([5.0], 80) == 5.0
-    assert percentile([1.0, 2.0], 80) == pytest.approx(1.8)
+@pytest.mark.parametrize(
+    ("count", "rank"),
+    [(2, 1), (4, 1), (5, 1), (9, 1), (10, 2), (14, 2), (15, 3), (16, 3), (19, 3), (64, 12)],
+)
+def test_the_bar_of_the_bonus_is_the_rank_of_nemo_gym(count: int, rank: int) -> None:
+    """Rank 1 is the best base. Responses are in the order of their bases, the best first."""
+    comparisons = {(i, j): Comparison(5 - i / 64, 5 - j / 64, 3.5) for i, j in all_pairs(count)}
+    for shortest, bonus in ((rank - 1, 0.5), (rank, 0.0)):
+        lengths = [9] * count
+        lengths[shortest] = 1
+        found = group_rewards(comparisons, [0] * count, lengths)
+        expected = [0.0] * count
+        expected[shortest] = bonus
+        assert [r.bonus for r in found if r] == expected
 
 
-def test_a_bonus_goes_to_all_that_are_equally_short_and_none_for_silence() -> None:
+def test_a_bonus_goes_to_the_first_of_the_equally_short_and_none_for_silence() -> None:
     same = {pair: Comparison(3, 3, 3.5) for pair in all_pairs(4)}
-    found = group_rewards(same, [0, 0, 0, 0], [5, 5, 9, 0])
-    assert [r.bonus for r in found if r] == [0.5, 0.5, 0.0, 0.0]
+    found = group_rewards(same, [0, 0, 0, 0], [0, 5, 5, 9])
+    assert [r.bonus for r in found if r] == [0.0, 0.5, 0.0, 0.0]
     found = group_rewards(same, [4, 4, 4, 4], [5, 5, 5, 5])
-    assert [r.total for r in found if r] == [4.0] * 4
+    assert [r.total for r in found if r] == [4.0, 3.0, 3.0, 3.0]
 
 
-def test_a_reward_does_not_depend_on_the_order_of_the_rollouts() -> None:
-    lengths, scores = [5, 9, 5, 7], [2.0, 4.0, 4.0, 1.0]
-
-    def rewards(order: list[int]) -> list[float]:
-        comparisons = {
-            (i, j): Comparison(scores[order[i]], scores[order[j]], 3.5) for i, j in all_pairs(4)
-        }
-        mine = [lengths[k] for k in order]
-        return [r.total for r in group_rewards(comparisons, mine, mine) if r]
-
-    forward = rewards([0, 1, 2, 3])
-    assert rewards([3, 1, 0, 2]) == pytest.approx([forward[k] for k in (3, 1, 0, 2)])
+def test_a_bonus_below_the_bar_goes_to_no_other() -> None:
+    """The first of two equally short answers is below the bar, the second above it."""
+    comparisons = {(0, 1): Comparison(1, 5, 6), (0, 2): Comparison(1, 2, 5)}
+    found = group_rewards({**comparisons, (1, 2): Comparison(5, 2, 1)}, [0] * 3, [4, 4, 9])
+    assert [r.bonus for r in found if r] == [0.0, 0.0, 0.0]
 
 
 def test_a_pair_without_an_answer_counts_for_neither() -> None:

@@ -16,7 +16,7 @@ import pytest
 from helpers.data import sentencepiece_tokenizer
 from helpers.swe import agentic_domain, task, turn
 
-from nemocascade.data.chat_template import Conversation, encode, render
+from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.envs import swe_agentic
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_made import make_task
@@ -56,14 +56,14 @@ def test_demonstrations_pass_and_what_is_not_repaired_does_not(
 def test_the_easiest_tasks_are_short_and_many() -> None:
     """Half are a file of two lines, half a bug of a repository that ships with the project."""
     tokens: dict[int, list[int]] = {2: [], 3: []}
-    count = 2000
+    count, tokenizer = 2000, sentencepiece_tokenizer()
     for prompt in SweAgentic().prompts(seed=3, count=count):
         turns = len([m for m in prompt.demonstration if m.role == "assistant"])
         short = len(prompt.answer["files"]) == 1
         assert turns == (2 if short else 3)
         whole = Conversation((*prompt.messages, *prompt.demonstration), prompt.tools)
         if len(tokens[turns]) < 20:
-            ids, _ = encode(render(whole, thinking=True), sentencepiece_tokenizer())
+            ids, _ = encode(tokenizer.template.render(whole, thinking=True), tokenizer)
             tokens[turns].append(len(ids))
         count -= short
     assert 800 < count < 1200

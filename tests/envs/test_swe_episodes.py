@@ -14,7 +14,7 @@ import torch
 from helpers.data import sentencepiece_tokenizer
 from helpers.swe import SANDBOX, agentic_domain, task, turn
 
-from nemocascade.data.chat_template import Conversation, encode, render, render_prompt
+from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_agentless import SweAgentless
 from nemocascade.recipe import EnvConfig, GrpoConfig, GrpoRecipe, RolloutConfig
@@ -42,7 +42,10 @@ def play(
     tokenizer = sentencepiece_tokenizer()
     settings = RolloutConfig(thinking=False, max_turns=len(turns))
     start, _ = encode(
-        render_prompt(Conversation(prompt.messages, prompt.tools), thinking=False), tokenizer
+        tokenizer.template.render_prompt(
+            Conversation(prompt.messages, prompt.tools), thinking=False
+        ),
+        tokenizer,
     )
     request = Request(7, tuple(start))
     episodes = Episodes(
@@ -53,7 +56,7 @@ def play(
     finish = "stop"
     for number, message in enumerate(turns, start=1):
         whole = Conversation((*prompt.messages, Message("assistant", "", "", message.tool_calls)))
-        said, trained = encode(render(whole, thinking=False), tokenizer)
+        said, trained = encode(tokenizer.template.render(whole, thinking=False), tokenizer)
         said = [i for i, t in zip(said, trained, strict=True) if t]
         ids, written = ids + said, written + [True] * len(said)
         completion = Completion(
@@ -150,6 +153,8 @@ def test_a_logged_episode_is_replayed(domain: SweAgentic, tmp_path: Path) -> Non
     assert [r.verdict.reward for r in found] == [1.0, 0.0, 1.0]
     assert all(r.same for r in found)
     lines[1]["reward"] = 1.0
+    # A truncated rollout's own reward is compared.
+    lines[2] |= {"reward": 0.0, "details": {"reward_before_stop_penalty": 1.0}}
     changed = tmp_path / "changed.jsonl"
     changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [r.same for r in replay(ReplaySettings(path=str(changed)))] == [True, False, True]

@@ -151,6 +151,8 @@ def _metrics(
                 row[f"reverse_kl/{domain}"] = gap * (1 + 0.15 * index)
                 row[f"importance/{domain}"] = 1 + 0.001 * dice.gauss(0, 1)
                 row[f"gated/{domain}"] = 0.004 * gap
+        elif folder.name == "code_rl":
+            row |= {"curriculum/code": done, "curriculum_pass_rate/code": 0.5 + 0.1 * done}
         elif folder.name.startswith("rlhf"):
             row["kl"] = 0.02 * done + 0.001 * abs(wave)
         lines.append(json.dumps(row) + "\n")

@@ -80,7 +80,7 @@ def make_head(
     )
 
 
-OBJECTIVES = ("nll", "grpo", "grpo_kl", "mopd")
+OBJECTIVES = ("nll", "grpo", "grpo_kl", "grpo_kl_none", "grpo_kl_rollout", "mopd")
 
 
 def make_objective(
@@ -100,6 +100,12 @@ def make_objective(
         return Grpo(weight, normal(1))
     if kind == "grpo_kl":
         return Grpo(weight, normal(1), normal(2, 0.5, -5.0), 0.03)
+    if kind == "grpo_kl_none":
+        return Grpo(weight, normal(1), normal(2, 0.5, -5.0), 0.3, "none")
+    if kind == "grpo_kl_rollout":
+        # Both clamps hold for some tokens.
+        rollout = normal(5, 0.5, -6.0)
+        return Grpo(weight, normal(1), normal(2, 0.5, -5.0), 0.3, "rollout", rollout, 2.0, 1.5)
     # Ratios on both sides of the gate: log-probabilities here lie around -6.
     return Mopd(weight, normal(3, 1.0, -5.0), normal(4, 3.0, -6.0))
 

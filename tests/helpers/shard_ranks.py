@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from nemocascade_kernels import Mopd, linear_logprob, linear_policy_loss
+from nemocascade_kernels import Mopd, Truncation, linear_logprob, linear_policy_loss
 from nemocascade_kernels.common.linear_head import chunks
 from nemocascade_kernels.testing import random_normal
 from torch import Tensor
@@ -59,4 +59,14 @@ def _run(rank: int, world: int, backend: str, dtype: torch.dtype) -> dict[str, T
         hidden, weight, head.target, objective, tp_group=group, temperature=0.8,
         reduce_hidden_grad=False, backend=backend,
     ).loss.backward()  # fmt: skip
+    cut = evaluate(
+        head, objective, backend, tp_group=group, temperature=0.8, truncation=truncation_for(dtype)
+    )
+    found |= {f"cut_{name}": value for name, value in cut._asdict().items()}
     return found | {"partial_hidden_grad": hidden.grad}
+
+
+def truncation_for(dtype: torch.dtype) -> Truncation:
+    """Tokens from both shards. In bfloat16 ids alone decide: a product of another shape rounds
+    otherwise."""
+    return Truncation(60, 0.9, 250) if dtype == torch.float32 else Truncation(vocabulary=200)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
 from helpers.sandbox import sandbox_or_skip
 from nemocascade.envs.swe_agentic import SweAgentic
@@ -26,3 +29,11 @@ def task(difficulty: int = 0, seed: int = 1) -> Prompt:
 
 def turn(*calls: tuple[str, dict[str, str]]) -> Message:
     return Message("assistant", "", tool_calls=tuple(ToolCall(n, a) for n, a in calls))
+
+
+def copy_pytest(folder: Path) -> None:
+    """Fill a new folder with pytest and what it imports, for a sandbox's `packages`."""
+    installed = Path(sysconfig.get_paths()["purelib"])
+    for name in ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments"):
+        shutil.copytree(installed / name, folder / name)
+    shutil.copy(installed / "py.py", folder)

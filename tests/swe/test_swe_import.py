@@ -8,16 +8,21 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.sandbox import sandbox_or_skip
+from helpers.swe import SANDBOX, copy_pytest
 
 from nemocascade import cli
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_agentless import SweAgentless
+from nemocascade.envs.swe_checking import CheckSettings, check_tasks
+from nemocascade.recipe.envs import EnvConfig
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.swe.importing import Imported, ImportSettings, import_rows
 from nemocascade.swe.rows import folder_rows
@@ -275,3 +280,115 @@ def test_the_command_ends_with_1_where_a_row_failed(
         cli.main()
     assert caught.value.code == 2
     assert "none.jsonl: no such file" in capsys.readouterr().err
+
+
+def r2e_row(clones: Path, **change: Any) -> dict[str, Any]:
+    """A row in R2E-Gym's form: the commit that repairs the cart, and two files of tests."""
+    commit = git(clones / "shop__cart", "rev-parse", "HEAD")
+    lines = [
+        *(("context", "def total(xs):"), ("deleted", "    return sum(xs) + 1")),
+        ("added", "    return sum(xs)"),
+    ]
+    hunk = {
+        "descriptor": {
+            "old_range": {"start": 1, "length": 2},
+            "new_range": {"start": 1, "length": 2},
+            "section": "",
+        },
+        "line_group": {"all_lines": [{"type": t, "content": c} for t, c in lines]},
+    }
+    names = {"minus_file": {"path": "a/cart.py"}, "plus_file": {"path": "b/cart.py"}}
+    diffs = [
+        {"header": {"file": {"path": "cart.py"}}, "hunks": [hunk], **names},
+        {"header": {"file": {"path": "tests/test_cart.py"}}, "hunks": [hunk]},
+        {"header": {"file": {"path": "notes.txt"}}, "hunks": []},
+    ]
+    log = (
+        "=== short test summary info ===\nPASSED r2e_tests/test_2.py::test_kind\n"
+        "\x1b[31mFAILED\x1b[0m r2e_tests/test_1.py::TestTotal::test_sums[1.5-x] - assert 2.5\n"
+        "FAILED r2e_tests/test_2.py::test_later - assert False\n"
+    )
+    run = {
+        "test_file_names": ["test_1.py", "test_2.py"],
+        "test_file_codes": [
+            "import pytest\nfrom cart import total\n\n\nclass TestTotal:\n"
+            '    @pytest.mark.parametrize(("a", "b"), [(1.5, "x")])\n'
+            "    def test_sums(self, a, b):\n        assert total([a]) == a\n",
+            "def test_kind():\n    pass\n\n\ndef test_later():\n    assert False\n",
+        ],
+        "old_commit_res_stdout": log,
+    }
+    results = {"TestTotal.test_sums[1.5-x]": "PASSED", "test_kind": "PASSED"}
+    return {
+        "repo_name": "cart",
+        "docker_image": f"someone/cart_final:{commit}",
+        "commit_hash": commit,
+        "parsed_commit_content": json.dumps(
+            {"file_diffs": diffs, "old_commit_hash": f"{commit}^", "new_commit_hash": commit}
+        ),
+        "execution_result_content": json.dumps(run),
+        "expected_output_json": json.dumps({**results, "\x1b[1mtest_later\x1b[0m": "FAILED"}),
+        "prompt": "Write an issue about this repair: return sum(xs)",
+        "problem_statement": "[ISSUE]\nThe total of a cart is wrong.\n[/ISSUE]",
+        **change,
+    }
+
+
+def test_a_row_of_r2e_gym_becomes_a_task_without_its_image(
+    run: Callable[..., Imported], clones: Path, tmp_path: Path
+) -> None:
+    row = r2e_row(clones)
+    path = tmp_path / "raw.jsonl"
+    path.write_text(json.dumps(row))
+    for domain in (SweAgentic(), SweAgentless()):
+        with pytest.raises(DataError, match=r"docker_image.*images are not run.*import-swe"):
+            list(domain.read(path))
+    found = run(row)
+    name = f"cart__{row['commit_hash'][:12]}"
+    assert (found.made, found.failed) == ([name], {})
+    for domain in (SweAgentic(), SweAgentless()):
+        (prompt,) = domain.read(tmp_path / "out")
+        assert "The total of a cart is wrong." in prompt.messages[-1].content
+        assert "[ISSUE]" not in prompt.messages[-1].content
+        assert "Write an issue" not in prompt.messages[-1].content
+    (made,) = [row for _, row in folder_rows(tmp_path / "out")]
+    assert made["FAIL_TO_PASS"] == ["r2e_tests/test_1.py::TestTotal::test_sums[1.5-x]"]
+    assert made["PASS_TO_PASS"] == ["r2e_tests/test_2.py::test_kind"]
+    assert made["golden_files"] == ["cart.py"]
+    copy_pytest(tmp_path / "packages")
+    sandbox = replace(SANDBOX, packages=(str(tmp_path / "packages"),))
+    sandbox_or_skip(sandbox).close()
+    (checked,) = check_tasks(CheckSettings(str(tmp_path / "out"), EnvConfig(sandbox=sandbox)))
+    assert (checked.faults, checked.tested, checked.patched) == ((), True, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"repo_name": "kart"}, "has no clone of kart: make one"),
+        ({"repo_name": "a/b/c"}, "must be the name of a folder"),
+        ({"repo_name": "a b"}, "must be the name of a folder"),
+        ({"parsed_commit_content": "{"}, "parsed_commit_content: not JSON"),
+        ({"parsed_commit_content": "{}"}, "KeyError: 'file_diffs'"),
+        ({"execution_result_content": "{}"}, "0 test_file_names have 0 test_file_codes"),
+        ({"expected_output_json": '{"test_lost": "PASSED"}'}, "'test_lost' is defined in 0 of"),
+        ({"expected_output_json": '{"test_kind": "PASSED"}'}, "FAIL_TO_PASS' names no test"),
+        ({"expected_output_json": "[]"}, "expected_output_json must be an object, it is list"),
+    ],
+)
+def test_rows_of_r2e_gym_are_refused_one_by_one(
+    run: Callable[..., Imported], clones: Path, change: dict[str, Any], reason: str
+) -> None:
+    good = r2e_row(clones)
+    found = run({**good, "commit_hash": "f" * 40, **change}, good)
+    assert len(found.made) == 1
+    (told,) = found.failed.values()
+    assert reason in told
+    assert found.text().endswith("1 tasks made, 0 were there already, 1 rows cannot be imported")
+
+
+def test_a_name_of_two_owners_is_refused(run: Callable[..., Imported], clones: Path) -> None:
+    (clones / "other").mkdir()
+    git(clones, "clone", "-q", "--bare", "shop__cart", "other/Cart.git")
+    found = run(r2e_row(clones))
+    assert "has 2 clones of cart" in next(iter(found.failed.values()))

@@ -98,10 +98,13 @@ def test_prose_and_a_mail_around_a_patch_are_not_read() -> None:
         (ONE.replace("/a.py", "/../a.py"), "no path inside of the repository"),
         ("--- /dev/null\n+++ /dev/null\n", "names no file"),
         ("diff --git a/a b/b\ncopy from a\ncopy to b\n", "a copy of a file"),
+        (ONE.replace("+three", "+\ud83d"), "the patch cannot be read"),
+        (ONE.replace("2,3", "1" * 5000), "the patch cannot be read"),
+        (ONE.replace("a.py", "a\0.py"), "the patch cannot be read"),
     ],
 )
 def test_patches_that_cannot_be_read_are_refused(patch: str, fault: str) -> None:
-    with pytest.raises(ValueError, match=fault):
+    with pytest.raises(PatchError, match=fault):
         parse_patch(patch)
 
 

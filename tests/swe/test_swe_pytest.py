@@ -5,13 +5,12 @@ Requires a sandbox in which programs can import pytest.
 
 from __future__ import annotations
 
-import shutil
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers.sandbox import sandbox_or_skip
+from helpers.swe import copy_pytest
 from test_swe_repository import (
     ATTACKS,
     FIND_TESTS,
@@ -48,9 +47,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds pytest, and a plugin installed beside it."""
     # Below a folder that only this user may read.
     folder = tmp_path_factory.mktemp("shown") / "packages"
-    for name in ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments"):
-        shutil.copytree(Path(sysconfig.get_paths()["purelib"]) / name, folder / name)
-    shutil.copy(Path(sysconfig.get_paths()["purelib"]) / "py.py", folder)
+    copy_pytest(folder)
     (folder / "seven.py").write_text(
         "import pytest\n\n@pytest.fixture\ndef seven():\n    return 7\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -14,6 +15,15 @@ from referencing.jsonschema import DRAFT202012
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("anyOf", "oneOf", "prefixItems")
+_KINDS = {
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    dict: "object",
+    list: "array",
+    type(None): "null",
+}
 _SINGLE = ("items", "contains", "additionalProperties", "additionalItems", "then", "else")
 
 
@@ -45,15 +55,80 @@ def problem(schema: dict[str, Any], text: str) -> str | None:
 
     Raises for a schema that is itself broken or refers to another document. Nothing is fetched.
     """
-    wanted = strict(schema)
-    validator = validator_for(wanted, default=jsonschema.Draft202012Validator)
-    validator.check_schema(wanted)
+    validator = _validator(schema)
     try:
         value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
+    return _violation(validator, value)
+
+
+def call_problem(
+    schema: dict[str, Any], arguments: dict[str, Any], declared: dict[str, Any], key: str | None
+) -> str | None:
+    """Return why a call's arguments, or the one named `key`, violate the strict schema.
+
+    declared: schema of the tool's parameters, by which texts become values. Raises as `problem`.
+    """
+    validator = _validator(schema)
+    types = declared.get("properties") or {}
+    values = {name: typed(value, types.get(name)) for name, value in arguments.items()}
+    if key is not None and key not in values:
+        return f"the call has no argument {key!r}"
+    return _violation(validator, values if key is None else values[key])
+
+
+def typed(value: Any, schema: Any) -> Any:
+    """Return a call's argument as a value of its schema; other values than texts are unchanged.
+
+    A text that the schema does not clearly want as text is read as JSON, else as a Python literal.
+    The value is kept if its type is allowed, or if it is a list or an object and no text is.
+    """
+    if not isinstance(value, str):
+        return value
+    allowed = _types(schema)
+    if allowed == {"string"} or value in _list(schema, "enum"):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = json.loads(json.dumps(read(value.strip())), parse_constant=_refuse)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        kinds = {_KINDS[type(found)]}
+        if "integer" in kinds or (isinstance(found, float) and found.is_integer()):
+            kinds |= {"integer", "number"}
+        nested = isinstance(found, list | dict) and "string" not in allowed
+        if not allowed or kinds & allowed or nested:
+            return found
+    return value
+
+
+def _types(schema: Any) -> set[str]:
+    """Return the types that a schema allows; empty if it does not say."""
+    kinds = schema.get("type") if isinstance(schema, dict) else None
+    if isinstance(kinds, str):
+        return {kinds}
+    if kinds is not None:
+        return {kind for kind in _list(schema, "type") if isinstance(kind, str)}
+    parts = [_types(part) for key in ("anyOf", "oneOf") for part in _list(schema, key)]
+    return set().union(*parts) if all(parts) else set()
+
+
+def _list(schema: Any, key: str) -> list[Any]:
+    found = schema.get(key) if isinstance(schema, dict) else None
+    return found if isinstance(found, list) else []
+
+
+def _validator(schema: dict[str, Any]) -> Any:
+    wanted = strict(schema)
+    kind = validator_for(wanted, default=jsonschema.Draft202012Validator)
+    kind.check_schema(wanted)
     # An empty registry cannot fetch: a remote reference is an error.
-    found = next(validator(wanted, registry=Registry()).iter_errors(value), None)
+    return kind(wanted, registry=Registry())
+
+
+def _violation(validator: Any, value: Any) -> str | None:
+    found = next(validator.iter_errors(value), None)
     return None if found is None else f"{found.json_path}: {found.message}"[:300]
 
 

@@ -1,0 +1,1 @@
+"""Instruction kinds of IFEval, verifiable-instructions and IFBench in one registry."""
