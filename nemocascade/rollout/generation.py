@@ -13,7 +13,7 @@ from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.rollout.engine import Completion, Counts, Finish, Request, Respond, Sampling
 from nemocascade.rollout.prefill_queue import PrefillQueue
 from nemocascade.rollout.replies import Replies
-from nemocascade.rollout.sampling import allowed_tokens, uniforms
+from nemocascade.rollout.sampling import uniforms
 from nemocascade.rollout.slots import BatchLimits, Rows, SlotTable, Text
 from nemocascade.rollout.stops import Decode, Stops
 from nemocascade.runtime.world import World
@@ -176,13 +176,17 @@ class Generation:
     def _drawn(self, rows: Rows, logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens [n] and their log-probabilities [n], on every rank of the data-parallel group."""
         if logits is not None:
-            greedy = self.sampling.temperature == 0
+            s = self.sampling
+            greedy = s.temperature == 0
             tokens, logprobs = self.model.draw(
                 logits,
                 None if greedy else uniforms(rows.keys, rows.positions),
-                temperature=self.sampling.temperature or 1.0,
+                temperature=s.temperature or 1.0,
                 limit=self.vocabulary,
-                allowed=allowed_tokens(logits, self.sampling, self.vocabulary),
+                # The most probable token is always kept.
+                top_k=0 if greedy else s.top_k,
+                top_p=1.0 if greedy else s.top_p,
+                truncated_logprobs=s.truncated_logprobs,
             )
         if self.world.parallel.pp == 1:
             return tokens, logprobs

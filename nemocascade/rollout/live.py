@@ -86,6 +86,13 @@ class LiveEngine:
         self.counts = generation.counts
         return generation.completions()
 
-    def release(self) -> None:
-        """Free the memory of the slots until the next run."""
+    def weights_changed(self) -> None:
+        """Implements `Engine.weights_changed`: nothing to do, the weights are read in place."""
+
+    def metrics(self) -> dict[str, float]:
+        """Implements `Engine.metrics`."""
+        return {}
+
+    def close(self) -> None:
+        """Implements `Engine.close`: free the memory of the slots until the next run."""
         self._model = None

@@ -86,6 +86,25 @@ def test_logprobs_are_of_the_untruncated_distribution(
         assert not c.logprob[:start].any()
 
 
+def test_logprobs_of_the_truncated_distribution(world: World, chunks: list[CascadeModel]) -> None:
+    """Those of the softmax over the tokens that top-k and top-p leave."""
+    engine = LiveEngine(world, chunks, slots=4)
+    sampling = Sampling(0.7, 20, 0.8, truncated_logprobs=True, max_tokens=12)
+    for c in engine.run(make_requests(4, 2), sampling):
+        start = len(c.request.prompt)
+        logits = full_logits(chunks, c.tokens)[start - 1 : -1] / 0.7
+        for row, token, found in zip(
+            logits, c.tokens[start:].tolist(), c.logprob[start:], strict=True
+        ):
+            ranked, order = row.softmax(0).sort(descending=True)
+            ranked = ranked[:20] / ranked[:20].sum()
+            count = int((ranked.cumsum(0) - ranked < 0.8).sum())
+            kept = order[:count].tolist()
+            assert token in kept
+            expected = float(row[token] - row[kept].logsumexp(0))
+            assert float(found) == pytest.approx(expected, abs=1e-4)
+
+
 def test_tokens_do_not_depend_on_the_batch(world: World, chunks: list[CascadeModel]) -> None:
     """Other numbers of slots, other orders, other company: the same bits."""
     requests = make_requests(6, 3)

@@ -1,0 +1,73 @@
+"""The engine that a recipe names, on a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemocascade.megatron.convert import LiveTensors
+from nemocascade.megatron.model import CascadeModel
+from nemocascade.recipe.rl import RolloutConfig
+from nemocascade.rollout.engine import Engine, Sampling
+from nemocascade.rollout.live import LiveEngine
+from nemocascade.rollout.server import ServerEngine
+from nemocascade.rollout.stops import Decode
+from nemocascade.rollout.transfer import BroadcastTransfer, FolderTransfer, Transfer
+from nemocascade.rollout.weight_updates import Logprobs, WeightUpdates
+from nemocascade.runtime.world import World
+
+
+def open_engine(
+    world: World,
+    chunks: Sequence[CascadeModel],
+    settings: RolloutConfig,
+    *,
+    run_dir: Path,
+    decode: Decode,
+    vocabulary: int,
+    logprobs: Logprobs,
+    precision: str,
+) -> Engine:
+    """The engine of `settings` on the chunks of `build_model`; every rank calls it.
+
+    decode: token ids to text. vocabulary: ids from here on are never drawn. logprobs: of the
+    trainer, for the probe of servers. precision: of the model, `fp32` or `bf16`.
+    """
+    if settings.engine == "live":
+        return LiveEngine(
+            world,
+            chunks,
+            slots=settings.slots,
+            prefill_tokens=settings.prefill_tokens,
+            prefill_chunk=settings.prefill_chunk,
+            decode=decode,
+            vocabulary=vocabulary,
+            record_routing=settings.replay_routing,
+        )
+    server, tensors = settings.server, LiveTensors(world, chunks)
+    shape = chunks[0].config.shape
+    transfer: Transfer
+    if server.weights == "disk":
+        folder = Path(server.weights_folder or run_dir / "server_weights")
+        transfer = FolderTransfer(world, server, tensors, folder)
+    else:
+        transfer = BroadcastTransfer(world, server, tensors)
+    updates = WeightUpdates(
+        world,
+        server,
+        transfer,
+        logprobs,
+        sampling=Sampling(temperature=settings.temperature),
+        vocabulary=vocabulary,
+        model_vocabulary=shape.vocab_size,
+        longest=settings.max_prompt_tokens + settings.max_response_tokens,
+        alarm=server.alarm(precision),
+    )
+    return ServerEngine(
+        server,
+        vocabulary=vocabulary,
+        model_vocabulary=shape.vocab_size,
+        world=world,
+        updates=updates,
+        routing=shape if settings.replay_routing else None,
+    )

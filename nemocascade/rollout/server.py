@@ -1,0 +1,307 @@
+"""An engine on inference servers, which get the weights after every optimizer step.
+
+Token ids go in and out, so that what trains is what was sampled. A turn that a server cuts off, or
+that fails, is asked for again from the last good token, on another server where there is one; after
+`retries` the rollout is dropped, and its finish is `abort`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from threading import Event
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from nemocascade.recipe import ModelConfig
+from nemocascade.recipe.server import RolloutServerConfig
+from nemocascade.rollout.completions import (
+    PATH,
+    Answer,
+    BadReplyError,
+    drawn_ids,
+    read_answer,
+    request_body,
+)
+from nemocascade.rollout.engine import Completion, Request, Respond, Sampling
+from nemocascade.rollout.servers import Server, ServerError, ServerPool
+from nemocascade.rollout.weight_updates import WeightUpdates
+from nemocascade.runtime.http import HttpError, backoff
+from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.world import World
+
+_FIRST_WAIT_S = 0.2
+_SHARE_S = 0.5
+"""Longest time between two exchanges of finished rollouts in a data-parallel group."""
+
+
+class TextCodec(Protocol):
+    """Converts text to token ids and back, as a tokenizer does."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class ServerEngine:
+    """An `Engine` on the servers that the settings name.
+
+    world: the first rank of each data-parallel group sends the requests and shares the completions
+    with the group; None means a single process. updates: brings the weights of the live model to
+    the servers; None for servers whose weights never change. vocabulary: ids from here on are
+    refused; model_vocabulary: of the model, if it is larger, see `drawn_ids`. routing: the shape of
+    a model whose experts completions carry, for router replay. trains: False accepts answers
+    without log-probabilities. codec: for servers that exchange text alone, where nothing trains.
+    """
+
+    def __init__(
+        self,
+        settings: RolloutServerConfig,
+        *,
+        vocabulary: int,
+        model_vocabulary: int = 0,
+        world: World | None = None,
+        updates: WeightUpdates | None = None,
+        routing: ModelConfig | None = None,
+        trains: bool = True,
+        codec: TextCodec | None = None,
+    ) -> None:
+        self.settings, self.world, self.updates = settings, world, updates
+        self.vocabulary, self.routing = vocabulary, routing
+        self.drawn = drawn_ids(vocabulary, model_vocabulary)
+        self.trains, self.codec = trains, codec
+        self.pool = ServerPool(settings, rank=0 if world is None else world.dp_rank)
+        self._outdated = updates is not None
+        self._found = False
+
+    def run(
+        self, requests: Sequence[Request], sampling: Sampling, respond: Respond | None = None
+    ) -> Iterator[Completion]:
+        """Implements `Engine.run`. With `updates`, all ranks call it at the same time.
+
+        Raises ValueError for settings that no server supports, ServerError if no server can be
+        used.
+        """
+        if any(len(s) > 1 for s in sampling.stop_tokens):
+            raise ValueError(
+                "servers stop at single tokens or at strings, not at sequences of tokens: use "
+                "stop_strings"
+            )
+        if self.updates is not None and self._outdated:
+            self.updates.update(self.pool)
+            self._outdated = False
+        elif self.updates is None and not self._found:
+            self.pool.use(self.pool.wait_for_first(lambda _: None))
+            self._found = True
+        if self.world is not None:
+            self.world.watch.enter("rollout: generation")
+        group = None if self.world is None else self.world.groups.mp
+        if group is None or group.size() == 1:
+            return self._completions(requests, sampling, respond)
+        return self._shared(group, requests, sampling, respond)
+
+    def weights_changed(self) -> None:
+        """Implements `Engine.weights_changed`: the next run updates the servers first."""
+        self._outdated = self.updates is not None
+
+    def metrics(self) -> dict[str, float]:
+        """Implements `Engine.metrics`: failures by kind, and the last weight update."""
+        found = {f"server_{name}": float(n) for name, n in sorted(self.pool.counts.items())}
+        if self.updates is not None:
+            found |= {f"update_{name}": value for name, value in self.updates.seconds.items()}
+            found |= {"update_probe": self.updates.probe}
+        return found
+
+    def close(self) -> None:
+        """Cut off all requests and free what the updates hold."""
+        if self.updates is not None:
+            self.updates.close()
+        self.pool.close()
+
+    def _shared(
+        self,
+        group: dist.ProcessGroup,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        respond: Respond | None,
+    ) -> Iterator[Completion]:
+        """Completions of the first rank, broadcast to its data-parallel group as they finish."""
+        first, source = group.rank() == 0, dist.get_global_rank(group, 0)
+        own = self._completions(requests, sampling, respond) if first else iter(())
+        done = False
+        while not done:
+            found: list[Completion] = []
+            failure = ""
+            until = time.monotonic() + _SHARE_S
+            while first and not done and time.monotonic() < until:
+                try:
+                    completion = next(own, None)
+                except Exception as error:
+                    failure, done = f"{type(error).__name__}: {error}", True
+                    break
+                done = completion is None
+                found += [] if completion is None else [completion]
+            box = [(found, done, failure)]
+            dist.broadcast_object_list(box, src=source, group=group)
+            found, done, failure = box[0]
+            if failure:
+                raise ServerError(f"the first rank of the group failed: {failure}")
+            yield from found
+
+    def _completions(
+        self, requests: Sequence[Request], sampling: Sampling, respond: Respond | None
+    ) -> Iterator[Completion]:
+        pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="server")
+        stop = Event()
+        asked = {pool.submit(self._complete, r, sampling, respond, stop) for r in requests}
+        finished = 0
+        try:
+            while asked:
+                done, asked = wait(asked, timeout=10.0, return_when=FIRST_COMPLETED)
+                finished += len(done)
+                if self.world is not None:
+                    self.world.watch.progress(f"{finished} of {len(requests)} texts done")
+                for future in _in_order(done):
+                    yield future.result()
+        finally:
+            # Nobody waits for what is left: it is cut off, so that no server works in vain.
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            # `wait` would also wait for those that were cancelled before they began.
+            while asked := {future for future in asked if not future.done()}:
+                self.pool.cancel()
+                wait(asked, timeout=0.2)
+
+    def _complete(
+        self, request: Request, sampling: Sampling, respond: Respond | None, stop: Event
+    ) -> Completion:
+        """Generate one rollout with its environment turns; every policy turn is one request.
+
+        stop: nobody waits for it any more.
+        """
+        tokens, written = list(request.prompt), [False] * len(request.prompt)
+        logprobs = [0.0] * len(request.prompt)
+        limit, turns = len(tokens) + sampling.max_tokens, 0
+        while True:
+            answer = self._turn(request, tokens, limit - len(tokens), sampling, stop)
+            turns += 1
+            tokens += answer.ids
+            written += [True] * len(answer.ids)
+            logprobs += answer.logprobs
+            completion = Completion(
+                request=request,
+                tokens=torch.tensor(tokens),
+                written=torch.tensor(written),
+                logprob=torch.tensor(logprobs, dtype=torch.float32),
+                finish=answer.finish,
+                turns=turns,
+                routing=answer.experts,
+            )
+            added = None
+            if respond is not None and answer.finish == "stop" and len(tokens) < limit:
+                added = respond(completion)
+            if added is None:
+                return completion
+            if len(tokens) + len(added) >= limit:
+                return replace(completion, finish="length")
+            tokens += added
+            written += [False] * len(added)
+            logprobs += [0.0] * len(added)
+
+    def _turn(
+        self, request: Request, tokens: list[int], room: int, sampling: Sampling, stop: Event
+    ) -> Answer:
+        """One turn, from as many answers as it takes; its finish is `abort` if it was given up."""
+        ids: list[int] = []
+        logprobs: list[float] = []
+        tried: set[Server] = set()
+        for attempt in range(self.settings.retries + 1):
+            if stop.is_set():
+                break
+            server = self.pool.take(tried, may_rest=self.updates is None)
+            tried.add(server)
+            so_far = [*tokens, *ids]
+            body = request_body(
+                self.settings.model,
+                so_far,
+                room - len(ids),
+                sampling,
+                number=request.id,
+                drawn=self.drawn,
+                text=None if self.codec is None else self.codec.decode(so_far),
+            )
+            failure, asked_s, gone = "", None, False
+            try:
+                reply = server.post(PATH, body, self.settings.timeout_s)
+                answer = read_answer(
+                    reply,
+                    so_far,
+                    room - len(ids),
+                    sampling,
+                    self.vocabulary,
+                    trains=self.trains,
+                    encode=None if self.codec is None else self.codec.encode,
+                )
+                answer = self._checked(answer, len(so_far) + len(answer.ids))
+            except HttpError as error:
+                failure, asked_s = str(error), error.wait_s
+                gone = error.kind in ("unreachable", "connection")
+                self.pool.count(error.kind)
+                if error.final:
+                    self.pool.give_back(server)
+                    raise _final(server, error) from None
+            except BadReplyError as error:
+                failure = str(error)
+                self.pool.count("nonsense")
+            self.pool.give_back(server, failure, gone=gone)
+            if not failure:
+                ids += answer.ids
+                logprobs += answer.logprobs
+                if answer.finish != "abort":
+                    return Answer(ids, logprobs, answer.finish, answer.experts)
+                self.pool.count("aborted")
+                if len(ids) >= room:
+                    return Answer(ids, logprobs, "length", answer.experts)
+                continue
+            LOGGER.debug("request %d on %s: %s", request.id, server.url, failure)
+            if attempt < self.settings.retries and not gone:
+                stop.wait(backoff(attempt, _FIRST_WAIT_S, asked_s))
+        self.pool.count("dropped")
+        return Answer(ids, logprobs, "abort")
+
+    def _checked(self, answer: Answer, length: int) -> Answer:
+        """The answer with the experts of all tokens but the last, if they are wanted."""
+        shape = self.routing
+        if shape is None or answer.finish == "abort":
+            return replace(answer, experts=None)
+        if answer.experts is None:
+            raise ServerError(
+                "rollout.replay_routing needs the experts of every token, and the servers return "
+                "none: start them with --enable-return-routed-experts, or turn it off"
+            )
+        experts = answer.experts[: length - 1]
+        wanted = [length - 1, shape.pattern.count("E"), shape.experts_per_token]
+        if list(experts.shape) != wanted:
+            raise BadReplyError(f"routed_experts have shape {list(experts.shape)}, not {wanted}")
+        if (
+            experts.numel()
+            and not 0 <= int(experts.min()) <= int(experts.max()) < shape.num_experts
+        ):
+            raise BadReplyError(f"routed_experts name experts outside 0..{shape.num_experts - 1}")
+        return replace(answer, experts=experts)
+
+
+def _final(server: Server, error: HttpError) -> Exception:
+    """The error for a request that no retry can mend."""
+    if error.kind == "closed":
+        return ServerError("the requests were cut off, because the engine was closed")
+    return ServerError(f"the rollout server {server.url} refuses the request: {error}")
+
+
+def _in_order(done: set[Future[Completion]]) -> list[Future[Completion]]:
+    """Finished rollouts in the order of their requests; those that failed come first."""
+    return sorted(done, key=lambda f: -1 if f.exception() else f.result().request.id)
