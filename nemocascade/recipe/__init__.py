@@ -8,8 +8,18 @@ from nemocascade.recipe.cascade import (
     TeacherChoice,
 )
 from nemocascade.recipe.data import DataConfig, TokenizerConfig
-from nemocascade.recipe.envs import AgentConfig, AgentlessConfig, EnvConfig, SandboxConfig
+from nemocascade.recipe.domains import DomainConfig
+from nemocascade.recipe.envs import (
+    AgentConfig,
+    AgentlessConfig,
+    CodeConfig,
+    EnvConfig,
+    PythonToolConfig,
+    SandboxConfig,
+    ToolCallingConfig,
+)
 from nemocascade.recipe.errors import RecipeError, UserError
+from nemocascade.recipe.grpo import GrpoConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.recipe.loading import Recipe, load_any_recipe, load_recipe
 from nemocascade.recipe.model import (
@@ -23,14 +33,13 @@ from nemocascade.recipe.mopd import MopdConfig, MopdRecipe, TeacherConfig
 from nemocascade.recipe.parallel import ParallelConfig
 from nemocascade.recipe.presets import nemotron3_nano_30b_stage, tiny_stage
 from nemocascade.recipe.rl import (
-    DomainConfig,
-    GrpoConfig,
     GrpoRecipe,
     PolicyRecipe,
     RlEvalConfig,
     RolloutConfig,
 )
 from nemocascade.recipe.scores import ScoreConfig, ScoredDomain
+from nemocascade.recipe.server import RolloutServerConfig
 from nemocascade.recipe.sft import DemonstrationConfig, SftRecipe
 from nemocascade.recipe.train import (
     CheckpointConfig,
@@ -48,6 +57,7 @@ __all__ = [
     "AlarmConfig",
     "CascadeRecipe",
     "CheckpointConfig",
+    "CodeConfig",
     "DataConfig",
     "DemonstrationConfig",
     "DomainConfig",
@@ -65,10 +75,12 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PolicyRecipe",
+    "PythonToolConfig",
     "Recipe",
     "RecipeError",
     "RlEvalConfig",
     "RolloutConfig",
+    "RolloutServerConfig",
     "SandboxConfig",
     "ScoreConfig",
     "ScoredDomain",
@@ -78,6 +90,7 @@ __all__ = [
     "TeacherChoice",
     "TeacherConfig",
     "TokenizerConfig",
+    "ToolCallingConfig",
     "UserError",
     "load_any_recipe",
     "load_recipe",

@@ -14,7 +14,7 @@ from nemocascade.recipe.scores import ScoreConfig, repeated
 from nemocascade.recipe.sft import SftRecipe
 
 StageRecipe = SftRecipe | GrpoRecipe | MopdRecipe
-STAGE_NAME = re.compile(r"[A-Za-z]\w*", flags=re.ASCII)
+STAGE_NAME = re.compile(r"[A-Za-z]\w{0,99}", flags=re.ASCII)
 """Legal names of stages, which are names of folders too."""
 StageKind = Literal["sft", "grpo", "mopd"]
 
@@ -90,7 +90,7 @@ class CascadeRecipe:
         names = [s.name for s in self.stages]
         found = [f"stages: {n!r} stands twice: rename one" for n in repeated(names)]
         found += [
-            f"stages: the name {n!r} must be letters, digits and _, as a folder's"
+            f"stages: the name {n!r} must be up to 100 letters, digits and _, as a folder's"
             for n in names
             if not STAGE_NAME.fullmatch(n)
         ]

@@ -8,14 +8,17 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from nemocascade.recipe.judge import HOW as JUDGE_HOW
+from nemocascade.recipe.server import HOW as SERVER_HOW
 
 HOW = (
-    *("run_dir", "init_from", "resume", "accept_changes", "parallel", "checkpoint", "log"),
+    *("run_dir", "init_from", "base_model", "resume", "accept_changes"),
+    *("parallel", "checkpoint", "log"),
     *("engine.device", "engine.recompute", "engine.timeout_s", "engine.preflight"),
     *("engine.transformer_engine", "engine.apex", "engine.fla", "mopd.keep"),
     *("rollout.slots", "rollout.prefill_tokens", "rollout.prefill_chunk"),
     *("data.cache_dir", "envs.sandbox.workers", "envs.check_workers"),
     *(f"envs.judge.{name}" for name in JUDGE_HOW),
+    *(f"rollout.server.{name}" for name in SERVER_HOW),
 )
 """Settings that do not change the artifact, up to the rounding of another layout."""
 

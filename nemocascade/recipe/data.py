@@ -55,6 +55,10 @@ class DataConfig:
     thinking: bool = False
     """Render reasoning (`<think>`) for rows that have it."""
 
+    non_thinking_path: InputPaths = ()
+    """Files of `path` and `heldout_path`, or folders of them, whose rows are rendered without
+    reasoning although `thinking` is on, such as trajectories of agents that act without it."""
+
     capacity: Tokens = 262_144
     """Tokens in one packed sequence (micro-batch)."""
 

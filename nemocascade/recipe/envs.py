@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from nemocascade.recipe.judge import JudgeConfig
-from nemocascade.recipe.paths import InputPaths
+from nemocascade.recipe.paths import InputPath, InputPaths
 from nemocascade.recipe.rules import Count, Natural, Range, Seconds, number_problems
 
 
@@ -103,15 +103,87 @@ class AgentlessConfig:
 
 
 @dataclass(frozen=True)
+class CodeConfig:
+    """Programs of the code domain. Their limits of time and memory are the sandbox's."""
+
+    preamble: Literal["none", "livecodebench"] = "none"
+    """Imports before a program: none, or those of LiveCodeBench."""
+
+    recursion_limit: Natural = 0
+    """Python's recursion limit; 0 = its default of 1000. LiveCodeBench sets 50000."""
+
+    numpy: bool = False
+    """Let programs import numpy, as installed beside this package."""
+
+    decimals: Literal["exact", "tolerance"] = "tolerance"
+    """Comparison of numbers: by value, as LiveCodeBench does, or within a relative and absolute
+    tolerance of 1e-6 where the expected number is written as a float."""
+
+
+@dataclass(frozen=True)
+class ToolCallingConfig:
+    """Applications of the tool-calling tasks."""
+
+    workplace_data: InputPath = ""
+    """Folder with the CSV files of NeMo Gym's workplace assistant (its `csv_data`), or with files
+    of the same names and columns. Released rows are about these tables. Empty: invented tables, for
+    rows that were written about them."""
+
+
+@dataclass(frozen=True)
+class PythonToolConfig:
+    """Tool-integrated reasoning: tasks offer a Python interpreter that keeps its state during an
+    episode. Its processes have the limits of `sandbox`, and its `packages`."""
+
+    domains: tuple[Literal["math", "code"], ...] = ()
+    """Domains whose tasks offer the tool, `math` and `code`. Each call is followed by a further
+    turn, so raise `max_turns` too."""
+
+    calls: Count = 100
+    """Executed calls of an episode (Nemotron-Cascade 2, arXiv 2603.19220, appendix A); a further
+    call is answered with an error."""
+
+    time_s: Seconds = 10.0
+    """Limit in seconds of the CPU time of a call; the wall-clock limit is twice as long. A call at
+    its limit is interrupted; if it goes on, the interpreter is killed and its state is lost."""
+
+    result_chars: Count = 8000
+    """Characters in the answer to a call; longer answers are cut in the middle and say by how
+    much."""
+
+    prompt: str = "You can run Python code with the tool."
+    """Text at the end of the system prompt; empty = none."""
+
+    declare: bool = True
+    """Declare the tool as the chat template declares tools. Off: only the prompt names it, for
+    models with a small context."""
+
+    def problems(self, name: str = "envs.python_tool") -> list[str]:
+        """Every rule that these settings break. name: of these settings, for messages."""
+        known = ("math", "code")
+        return [
+            f"{name}.domains names {d!r}: the tool is for {' and '.join(known)}"
+            for d in self.domains
+            if d not in known
+        ]
+
+
+@dataclass(frozen=True)
 class EnvConfig:
     """Settings of the verifiers."""
 
     if_grading: Literal["binary", "fraction"] = "binary"
-    """Reward of instruction following: 1 if all instructions hold, or the fraction that holds."""
+    """Reward of instruction following: 1 if all instructions hold, or the fraction that holds. A
+    row's `grading_mode` precedes it."""
 
     if_language_check: Literal["langdetect", "letters"] = "langdetect"
     """Check of instructions to answer in English. `letters` checks the alphabet only; use it for
     answers of a few words, on which langdetect guesses."""
+
+    if_tokenizer: Literal["punkt", "rule"] = "punkt"
+    """Splitter of sentences and words. `punkt` is nltk's, as in IFEval and IFBench; where nltk or
+    its data are missing, `rule` replaces it, with a warning. `rule` needs no library, and differs
+    in some answers."""
 
     check_workers: Count = 4
     """Child processes for checks that may not terminate: algebra, schemas, regular expressions.
@@ -124,12 +196,16 @@ class EnvConfig:
     check_memory_mib: Count = 2048
     """Address space limit of such a child process."""
 
+    tool_calling: ToolCallingConfig = field(default_factory=ToolCallingConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    code: CodeConfig = field(default_factory=CodeConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
     agentless: AgentlessConfig = field(default_factory=AgentlessConfig)
+    python_tool: PythonToolConfig = field(default_factory=PythonToolConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def problems(self) -> list[str]:
         """Every rule that these settings break."""
         found = number_problems(self, "envs") + self.sandbox.problems() + self.judge.problems()
+        found += self.python_tool.problems()
         return list(dict.fromkeys(found))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
-from nemocascade.recipe.paths import ArtifactPath, OutputPath, Url
+from nemocascade.recipe.paths import ArtifactPath, OutputPath, Url, Urls, is_url
 from nemocascade.recipe.rules import (
     Count,
     Natural,
@@ -19,7 +18,7 @@ from nemocascade.recipe.rules import (
 )
 
 HOW = (
-    *("url", "api_key_env", "concurrency", "timeout_s", "retries"),
+    *("url", "urls", "announce", "servers", "api_key_env", "concurrency", "timeout_s", "retries"),
     *("backoff_s", "deadline_s", "silence_s", "cache"),
 )
 """Fields that affect how a judge is reached, but not its questions and answers."""
@@ -36,6 +35,15 @@ class JudgeConfig:
 
     url: Url = ""
     """URL of the server, `http://host:port`. Proxies from the environment are not used."""
+
+    urls: Urls = ()
+    """URLs of further servers of the same model. A question goes to the least loaded one."""
+
+    announce: OutputPath = ""
+    """Folder in which servers of the judge announce themselves (`nemocascade-vllm` writes it)."""
+
+    servers: Natural = 0
+    """Number of announced servers that the first question waits for; 0 = one."""
 
     model: str = ""
     """Name of the model on the server."""
@@ -85,20 +93,16 @@ class JudgeConfig:
     def problems(self) -> list[str]:
         """Every rule that these settings break."""
         found = number_problems(self, "envs.judge")
-        if self.kind == "server" and not _is_url(self.url):
-            found.append(f"envs.judge.url({self.url!r}) must be http://host:port of the server")
+        if self.kind == "server":
+            named = self.urls if self.url == "" and (self.urls or self.announce) else (self.url,)
+            found += [
+                f"envs.judge.url({url!r}) must be http://host:port of a server: start one for "
+                f"{self.model or 'the judge'} and name it"
+                for url in dict.fromkeys((*named, *self.urls))
+                if not is_url(url)
+            ]
         if self.kind == "server" and not self.model:
             found.append("envs.judge.model is empty: name the model as the server does")
         if self.kind == "artifact" and not self.artifact:
             found.append("envs.judge.artifact is empty: name the artifact folder of the judge")
         return found
-
-
-def _is_url(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        # The port is parsed here, and may raise ValueError.
-        named = bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-    return named and parts.scheme in ("http", "https") and text.isascii() and text.isprintable()

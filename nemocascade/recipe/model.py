@@ -14,6 +14,8 @@ from nemocascade.recipe.rules import (
     number_problems,
 )
 
+MOST_PARTS = 1 << 17
+"""Most layers, experts and key/value heads together: programs name each of them."""
 LAYER_SYMBOLS = {"M": "Mamba-2", "*": "attention", "E": "MoE", "-": "MLP"}
 
 
@@ -127,6 +129,14 @@ class ModelConfig:
                 f"model.experts_per_token({self.experts_per_token}) must lie in "
                 f"1..num_experts({self.num_experts})"
             )
+        parts = {
+            "layers": self.num_layers,
+            "experts": self.pattern.count("E") * self.num_experts,
+            "key/value heads": self.pattern.count("*") * self.num_kv_heads,
+        }
+        if sum(parts.values()) > MOST_PARTS:
+            said = ", ".join(f"{count} {name}" for name, count in parts.items())
+            found.append(f"the model has {said} in all layers: at most {MOST_PARTS} together")
         if not 1 <= self.router_top_groups <= self.router_groups:
             found.append(
                 f"model.router_top_groups({self.router_top_groups}) must lie in "
@@ -163,6 +173,8 @@ def nemotron3_nano_30b() -> ModelConfig:
         experts_per_token=6,
         expert_width=1856,
         shared_expert_width=3712,
+        # No layer has it; published files name it, and an artifact made of them must agree.
+        mlp_width=1856,
     )
 
 

@@ -106,6 +106,19 @@ class MopdRecipe(PolicyRecipe):
                 "rollout.dynamic_filtering drops groups by their rewards, which distillation does "
                 "not use: set it to False"
             )
+        if self.rollout.truncates:
+            found.append(
+                "rollout.truncated_logprobs compares a truncated student with whole teachers: set "
+                "it to False, or rollout.top_p to 1 and top_k to 0"
+            )
+        if not self.mopd.score_rollouts:
+            found += [
+                f"domains.{number}.curriculum(adaptive) follows the rewards, which "
+                "mopd.score_rollouts(False) does not make: set it to True, or the curriculum to "
+                "easy_to_hard"
+                for number, domain in enumerate(self.domains)
+                if domain.curriculum == "adaptive"
+            ]
         if self.rollout.min_best_reward is not None:
             found.append(
                 "rollout.min_best_reward masks prompts by their rewards, which distillation does "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from nemocascade.recipe.rules import hints_of
 
@@ -24,6 +27,37 @@ InputPaths = Annotated[tuple[str, ...], Names("input")]
 ArtifactPath = Annotated[str, Names("artifact")]
 OutputPath = Annotated[str, Names("output")]
 Url = Annotated[str, Names("url")]
+Urls = Annotated[tuple[str, ...], Names("url")]
+
+
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Most bytes of a name and of a path that file systems allow."""
+
+
+def is_file_name(name: str) -> bool:
+    """Return True if `name` can be an entry of a folder: no path, and no name that no file has."""
+    plain = Path(name).name == name and name not in ("", ".", "..")
+    return plain and 0 < _size(name) <= LONGEST_NAME
+
+
+def path_problems(settings: Any, prefix: str = "") -> list[str]:
+    """Every path in a tree of settings that no file system can have."""
+    return [
+        f"{name}({path[:80]!r}) is no path: a name may have {LONGEST_NAME} bytes, a path "
+        f"{LONGEST_PATH}, and no character may be NUL"
+        for kind in ("input", "artifact", "output")
+        for name, path in named_paths(settings, kind, prefix)
+        if not 0 < _size(path) <= LONGEST_PATH
+        or any(_size(part) > LONGEST_NAME for part in Path(path).parts)
+    ]
+
+
+def _size(path: str) -> int:
+    """Bytes of a path; 0 if no file system can have it."""
+    try:
+        return 0 if "\0" in path else len(os.fsencode(path))
+    except UnicodeEncodeError:
+        return 0
 
 
 def named_paths(settings: Any, kind: str, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -44,3 +78,14 @@ def named_paths(settings: Any, kind: str, prefix: str = "") -> Iterator[tuple[st
             for number, inner in enumerate(value):
                 if is_dataclass(inner):
                     yield from named_paths(inner, kind, f"{name}.{number}.")
+
+
+def is_url(text: str) -> bool:
+    """True for `http://host:port` and the like."""
+    try:
+        parts = urlsplit(text)
+        # The port is parsed here, and may raise ValueError.
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return named and parts.scheme in ("http", "https") and text.isascii() and text.isprintable()

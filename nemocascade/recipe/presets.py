@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nemocascade.recipe.parallel import ParallelConfig
-from nemocascade.recipe.rl import PolicyRecipe
+from nemocascade.recipe.rl import GrpoRecipe, PolicyRecipe
 from nemocascade.recipe.train import CheckpointConfig, EngineConfig, OptimizerConfig
 
 
@@ -13,16 +13,20 @@ def nemotron3_nano_30b_stage[R: PolicyRecipe](kind: type[R]) -> R:
     """An RL or MOPD stage of Nemotron-3-Nano-30B-A3B (Nemotron-Cascade 2, arXiv 2603.19220).
 
     The optimizer, the frozen router and the batch of 128 prompts are defaults of `kind`, which are
-    the paper's. On 128 GPUs, tp 8 leaves dp 16, and ep 8 uses the same ranks.
+    the paper's, or the published Nano recipe's where the paper says nothing. Advantages leave one
+    out as in that recipe. On 128 GPUs, tp 8 leaves dp 16, and ep 8 uses the same ranks.
     """
     recipe = kind()
-    return replace(
+    recipe = replace(
         recipe,
         rollout=replace(recipe.rollout, slots=128),
         parallel=ParallelConfig(tp=8, ep=8),
         engine=EngineConfig(recompute=True),
         checkpoint=CheckpointConfig(every=5),
     )
+    if isinstance(recipe, GrpoRecipe):
+        recipe = replace(recipe, grpo=replace(recipe.grpo, leave_one_out=True))
+    return recipe
 
 
 def tiny_stage[R: PolicyRecipe](kind: type[R]) -> R:

@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from nemocascade.recipe.domains import DomainConfig
 from nemocascade.recipe.envs import EnvConfig
+from nemocascade.recipe.grpo import GrpoConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig
-from nemocascade.recipe.paths import ArtifactPath, InputPaths, OutputPath
+from nemocascade.recipe.paths import ArtifactPath, OutputPath, path_problems
 from nemocascade.recipe.rules import (
     Count,
-    Fraction,
     Natural,
     NonNegative,
     Positive,
@@ -22,6 +23,7 @@ from nemocascade.recipe.rules import (
     Tokens,
     number_problems,
 )
+from nemocascade.recipe.server import RolloutServerConfig, sampling_problems
 from nemocascade.recipe.train import (
     CheckpointConfig,
     EngineConfig,
@@ -29,41 +31,6 @@ from nemocascade.recipe.train import (
     MoeTrainingConfig,
     OptimizerConfig,
 )
-
-
-@dataclass(frozen=True)
-class DomainConfig:
-    """One domain of a stage's prompts."""
-
-    domain: str = "multiple_choice"
-    """Name of the environment that scores the domain's rollouts."""
-
-    share: Positive = 1.0
-    """Share of the prompts, relative to the shares of the other domains."""
-
-    path: InputPaths = ()
-    """Files of released rows, or folders of them, of the kinds that `data.path` reads. Empty: tasks
-    are generated from the seed."""
-
-    max_bad_rows: Natural = 0
-    """Number of rows that are skipped because they cannot be read, or because no domain that reads
-    the file claims them; one more is an error. It holds for `path` and for `heldout_path`."""
-
-    difficulty: Natural = 0
-    """Difficulty of generated tasks; 0 is the easiest."""
-
-    tasks: Natural = 1024
-    """Number of generated tasks, or the most that are read from `path`; there 0 = all."""
-
-    heldout_path: InputPaths = ()
-    """Files of the held-out tasks. Empty: generated, and disjoint from the others."""
-
-    drop_solved: Fraction = 0.0
-    """Fraction of the tasks from `path` with a `pass_rate` of 1 that is dropped, since they give no
-    training signal. The task's text decides which ones."""
-
-    drop_unsolved: Fraction = 0.0
-    """Fraction of the tasks from `path` with a `pass_rate` of 0 that is dropped."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +51,12 @@ class RolloutConfig:
     temperature: Positive = 1.0
     top_p: Probability = 1.0
     top_k: Natural = 0
+    truncated_logprobs: bool = True
+    """With top_p or top_k: the log-probabilities of rollout and training are those of the truncated
+    distribution, renormalised, which the tokens were sampled from. A token that training does not
+    keep does not train, and counts in the metric `outside`. Off: those of the whole distribution.
+    """
+
     thinking: bool = True
     """Open a reasoning block at the end of the prompt."""
 
@@ -113,6 +86,11 @@ class RolloutConfig:
     overlong_filter: bool = False
     """Mask truncated responses in the loss; their rewards still count in the group's statistics."""
 
+    stop_properly_penalty_coef: Annotated[float | None, Range(0, 1)] = None
+    """Multiply the reward of a truncated response by this, before groups are filtered and compared
+    (NeMo-RL's name): 0 = a truncated response scores 0. None = its reward stands. Held-out rewards
+    are as the verifier gives them."""
+
     overlong_penalty: NonNegative = 0.0
     """Penalty on the reward of a truncated response. A response that ends within the last
     `overlong_buffer` tokens gets a proportional part (DAPO, arXiv 2503.14476, Eq. 13)."""
@@ -126,6 +104,16 @@ class RolloutConfig:
     mismatch_max_alarm: NonNegative = 1.0
     """Warn if the largest |log pi_train - log pi_rollout| of a step is above this."""
 
+    engine: Literal["live", "server"] = "live"
+    """Generator of rollouts: `live` the training ranks on their own weights, `server` inference
+    servers, which get the weights after every optimizer step."""
+
+    server: RolloutServerConfig = field(default_factory=RolloutServerConfig)
+
+    replay_routing: bool = False
+    """Router replay: training uses the experts that the rollout chose for each token, so that
+    rounding does not select others. For `server` it needs servers that return them."""
+
     max_idle_steps: Natural = 10
     """Stop the stage after this many steps in a row without a verdict, or without a group whose
     rewards differ: nothing is learnt from them. 0 = never. Distillation uses no rewards and does
@@ -135,6 +123,11 @@ class RolloutConfig:
     """Groups per step whose best and worst rollout, and first without a verdict, are written as
     readable text to RUN/rollouts. One of them is a group that did not train, if there is one."""
 
+    @property
+    def truncates(self) -> bool:
+        """True if log-probabilities are those of a truncated distribution."""
+        return self.truncated_logprobs and (self.top_p < 1 or self.top_k > 0)
+
     def problems(self) -> list[str]:
         """Every rule that these settings break."""
         found = []
@@ -143,34 +136,15 @@ class RolloutConfig:
                 f"rollout.overlong_buffer({self.overlong_buffer}) must lie in "
                 f"0..max_response_tokens({self.max_response_tokens})"
             )
+        if self.engine == "server":
+            found += self.server.problems()
+            found += sampling_problems(
+                self.server,
+                self.temperature,
+                truncates=self.top_p < 1 or self.top_k > 0,
+                truncated_logprobs=self.truncated_logprobs,
+            )
         return found
-
-
-@dataclass(frozen=True)
-class GrpoConfig:
-    """Advantages and loss (Nemotron-Cascade 2, arXiv 2603.19220, Eq. 1)."""
-
-    normalize: Literal["batch", "group", "sequence"] = "batch"
-    """Normalisation of the loss: by all trained tokens of the step, by those of a prompt's group
-    with equal weight per group, or by those of a sequence with equal weight per sequence."""
-
-    std_epsilon: Positive = 1e-6
-    """Added to the standard deviation of a group's rewards."""
-
-    scale_by_std: bool = True
-    """Divide a group's advantages by the standard deviation of its rewards."""
-
-    unbiased_std: bool = False
-    """Divide by G - 1 instead of G in the variance."""
-
-    leave_one_out: bool = False
-    """Subtract the mean of the group's other rewards instead of the mean of all."""
-
-    kl_coef: NonNegative = 0.0
-    """Weight of the k3 estimate of KL(pi || pi_start); 0 = no reference policy is stored."""
-
-    capacity: Tokens = 65_536
-    """Tokens in one packed sequence (micro-batch) of training."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +193,13 @@ class PolicyRecipe(ABC):
     envs: EnvConfig = field(default_factory=EnvConfig)
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
-            lr=3e-6, min_lr=3e-6, schedule="constant", warmup_steps=0, beta2=0.95, weight_decay=0.0
+            lr=3e-6,
+            min_lr=3e-6,
+            schedule="constant",
+            warmup_steps=10,
+            warmup_start_lr=3e-7,
+            beta2=0.95,
+            weight_decay=0.0,
         )
     )
     moe: MoeTrainingConfig = field(
@@ -241,7 +221,8 @@ class PolicyRecipe(ABC):
 
         model: the shape of `init_from`, if it has been read already.
         """
-        found = number_problems(self) + self.optimizer.problems() + self.rollout.problems()
+        found = number_problems(self) + path_problems(self)
+        found += self.optimizer.problems() + self.rollout.problems()
         found += self.envs.problems()
         if not self.init_from:
             found.append("init_from is empty: name the artifact folder of the stage before")
@@ -251,6 +232,8 @@ class PolicyRecipe(ABC):
         found += [
             f"domains names {n} twice" for n in sorted({n for n in names if names.count(n) > 1})
         ]
+        for number, domain in enumerate(self.domains):
+            found += domain.curriculum_problems(f"domains.{number}")
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.capacity < longest:
             found.append(
@@ -285,5 +268,10 @@ class GrpoRecipe(PolicyRecipe):
             found.append(
                 f"rollout.rollouts_per_prompt({self.rollout.rollouts_per_prompt}) must be at least "
                 "2: an advantage compares the answers to one prompt"
+            )
+        if self.grpo.kl_coef and self.rollout.truncates:
+            found.append(
+                f"grpo.kl_coef({self.grpo.kl_coef}) compares whole distributions: set "
+                "rollout.truncated_logprobs to False, or rollout.top_p to 1 and top_k to 0"
             )
         return found

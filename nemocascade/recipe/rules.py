@@ -32,6 +32,8 @@ class Range:
         return f"must lie in {left}{_plain(self.low)}, {_plain(self.high)}{right}"
 
 
+LARGEST = 2**63 - 1
+"""Largest whole number of a setting."""
 Natural = Annotated[int, Range(0)]
 Count = Annotated[int, Range(1)]
 Tokens = Annotated[int, Range(1, 2**31 - 1)]
@@ -93,6 +95,8 @@ def _broken(value: Any, path: str) -> Iterator[tuple[str, Any, str]]:
             yield from _broken(inner, f"{path}.{number}")
     elif isinstance(value, float) and not math.isfinite(value):
         yield path, value, "must be a finite number"
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        yield path, value, "must fit in 64 bits"
 
 
 def _problem(rule: Range, kind: Any, value: Any) -> str:

@@ -4,13 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated, NamedTuple
 
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig
-from nemocascade.recipe.paths import InputPaths
-from nemocascade.recipe.rules import Count, Natural, Seed, Tokens, number_problems
+from nemocascade.recipe.paths import InputPaths, path_problems
+from nemocascade.recipe.rules import (
+    Count,
+    Natural,
+    Range,
+    Seed,
+    Tokens,
+    number_problems,
+)
 from nemocascade.recipe.train import EngineConfig
+
+EVALUATION = {
+    "math": (1.0, 1.0),
+    "instruction_following": (0.6, 0.95),
+    "preference": (0.6, 0.95),
+}
+"""Temperature and top-p of the evaluation of Nemotron-Cascade 2 (arXiv 2603.19220, appendix A)."""
+OTHERS = (1.0, 0.95)
+"""The same for code and STEM, and for domains whose settings the paper does not state."""
+
+
+class AnswerSampling(NamedTuple):
+    """How the held-out tasks of a domain are answered. samples: of each task. Temperature 0 is
+    greedy."""
+
+    max_tokens: int
+    samples: int
+    temperature: float
+    top_p: float
+    thinking: bool
 
 
 @dataclass(frozen=True)
@@ -26,16 +54,32 @@ class ScoredDomain:
     heldout_path: InputPaths = ()
     """JSONL files of held-out tasks. Empty: generated, and disjoint from the training tasks."""
 
+    max_bad_rows: Natural = 0
+    """Number of rows of `heldout_path` that are skipped because they cannot be read; one more is an
+    error."""
+
     tasks: Natural = 0
     """Number of held-out tasks; 0 = `scores.tasks`."""
 
     max_response_tokens: Natural = 0
     """Largest number of tokens in a response; 0 = `scores.max_response_tokens`."""
 
+    thinking: bool = True
+    """Open a reasoning block at the end of the prompt, if `scores.thinking` does."""
+
+    samples: Natural = 0
+    """Samples of each task; 0 = `scores.samples`."""
+
+    temperature: Annotated[float | None, Range(0)] = None
+    """Sampling temperature; None = `scores.temperature`."""
+
+    top_p: Annotated[float | None, Range(0, 1, open_low=True)] = None
+    """Top-p of sampling; None = `scores.top_p`."""
+
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Mean reward of greedy answers to held-out tasks, by domain."""
+    """Mean reward of the answers to held-out tasks, by domain."""
 
     domains: tuple[ScoredDomain, ...] = ()
 
@@ -60,8 +104,20 @@ class ScoreConfig:
     slots: Count = 64
     """Concurrent sequences on a data-parallel rank."""
 
-    samples: Natural = 2
-    """Responses of each domain that are stored as readable text."""
+    samples: Count = 1
+    """Samples of each task, k. 1 without a temperature is one greedy answer. Scores are avg@k with
+    its standard error, and pass@k. The paper reports avg@64 for AIME and HMMT, avg@8 for code,
+    GPQA and IFBench."""
+
+    temperature: Annotated[float | None, Range(0)] = None
+    """Sampling temperature; 0 is greedy. None: greedy for one sample, and for more the paper's
+    evaluation: 0.6 for instruction following and preference, 1 for other domains."""
+
+    top_p: Annotated[float | None, Range(0, 1, open_low=True)] = None
+    """Top-p of sampling. None: the paper's evaluation: 1 for math, 0.95 for other domains."""
+
+    stored_answers: Natural = 2
+    """Tasks of each domain whose first answer is stored as readable text."""
 
     envs: EnvConfig = field(default_factory=EnvConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -69,11 +125,33 @@ class ScoreConfig:
 
     engine: EngineConfig = field(default_factory=EngineConfig)
 
+    def sampling_of(self, domain: ScoredDomain) -> AnswerSampling:
+        """How the tasks of a domain are answered, with every default filled in."""
+        samples = domain.samples or self.samples
+        temperature, top_p = EVALUATION.get(domain.domain, OTHERS)
+        greedy = None if samples > 1 else 0.0
+        temperature = _first(domain.temperature, self.temperature, greedy, temperature)
+        return AnswerSampling(
+            domain.max_response_tokens or self.max_response_tokens,
+            samples,
+            temperature,
+            # Greedy answers do not depend on it, and are generated together.
+            _first(domain.top_p, self.top_p, top_p) if temperature else 1.0,
+            self.thinking and domain.thinking,
+        )
+
     def problems(self, world_size: int, model: ModelConfig | None = None) -> list[str]:
         """Every rule that these settings break, each with a remedy. model: the artifacts' shape."""
-        found = number_problems(self, "scores")
+        found = number_problems(self, "scores") + path_problems(self, "scores.")
         names = [d.domain for d in self.domains]
         found += [f"scores.domains names {n} twice" for n in repeated(names)]
+        for domain in self.domains:
+            how = self.sampling_of(domain)
+            if how.samples > 1 and how.temperature == 0:
+                found.append(
+                    f"scores.samples({how.samples}) of {domain.domain} are all equal at "
+                    "temperature 0: set scores.temperature above 0, or one sample"
+                )
         found += [f"scores.{p}" for p in self.envs.problems()]
         if model is not None and not found:
             p = self.parallel
@@ -82,6 +160,11 @@ class ScoreConfig:
             broken = p.problems(model, world_size, capacity=p.tp, sequences_per_step=dp * p.pp)
             found += [f"scores: {problem}" for problem in broken]
         return list(dict.fromkeys(found))
+
+
+def _first(*values: float | None) -> float:
+    """The first value that is set."""
+    return next(v for v in values if v is not None)
 
 
 def repeated(names: Sequence[str]) -> list[str]:

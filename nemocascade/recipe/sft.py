@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nemocascade.recipe.data import DataConfig, TokenizerConfig
+from nemocascade.recipe.domains import DomainConfig
+from nemocascade.recipe.envs import PythonToolConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig
-from nemocascade.recipe.paths import ArtifactPath, OutputPath
-from nemocascade.recipe.rl import DomainConfig
+from nemocascade.recipe.paths import ArtifactPath, OutputPath, path_problems
 from nemocascade.recipe.rules import Count, Fraction, Natural, Seed, number_problems
 from nemocascade.recipe.train import (
     CheckpointConfig,
@@ -39,6 +40,10 @@ class DemonstrationConfig:
     improve: samples are sometimes right where greedy answers are not. Held-out rows have the same
     fraction."""
 
+    python_tool: PythonToolConfig = field(default_factory=PythonToolConfig)
+    """The Python tool of the rows, as in `envs.python_tool` of RL. Rows of `math` from difficulty 4
+    on call it."""
+
 
 @dataclass(frozen=True)
 class SftRecipe:
@@ -62,7 +67,12 @@ class SftRecipe:
     and in the artifact's manifest."""
 
     init_from: ArtifactPath = ""
-    """Artifact folder with the initial weights; empty = random weights from the seed."""
+    """Artifact folder with the initial weights and, unless `tokenizer.path` names one, the
+    tokenizer; empty = random weights from the seed."""
+
+    base_model: str = ""
+    """Name of the published model that the stage trains. A recipe that names one must name its
+    weights in `init_from`; empty = the stage may start from random weights."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -78,9 +88,23 @@ class SftRecipe:
 
     def problems(self, world_size: int) -> list[str]:
         """Every rule that this recipe breaks with `world_size` ranks, each with a remedy."""
-        found = number_problems(self) + self.model.problems() + self.optimizer.problems()
+        found = number_problems(self) + path_problems(self)
+        found += self.model.problems() + self.optimizer.problems()
+        if self.base_model and not self.init_from:
+            found.append(
+                f"init_from is empty, and random weights are not base_model({self.base_model}): "
+                "convert its folder (nemocascade convert FOLDER ARTIFACT) and pass --init-from "
+                "ARTIFACT; --base-model '' starts from random weights"
+            )
+        found += self.demonstrations.python_tool.problems("demonstrations.python_tool")
         if not self.data.path and not self.demonstrations.domains:
             found.append("data.path is empty: name JSONL or Parquet files, or synthetic:arithmetic")
+        found += [
+            f"demonstrations.domains.{number}.curriculum({domain.curriculum}) orders the tasks of "
+            "RL stages: SFT rows are shuffled, so set it to none"
+            for number, domain in enumerate(self.demonstrations.domains)
+            if domain.curriculum != "none"
+        ]
         if not found:
             found += self.parallel.problems(
                 self.model,

@@ -6,13 +6,22 @@ SFT runs with tp 8 x pp 2, which leaves dp 16. The other stages and the scores u
 leaves dp 32. ep 8 uses the same ranks.
 
 As in the paper, the MOPD teacher for math is the SFT checkpoint, and the teacher for preference is
-an RLHF side stage. The other domains use the artifact with the best held-out score. The paper does
-not publish its share of preference prompts; here it is one in six. An alarm reports a stage that
-loses more than 5 points in a domain. Held-out rows for preference need a `baseline`, a text that
-answers are compared with.
+an RLHF side stage. The other domains use the artifact with the best held-out score. An alarm
+reports a stage that loses more than 5 points in a domain. Held-out rows for preference need a
+`baseline`, a text that answers are compared with.
+
+SFT starts from the converted base model, and each judge runs on a server of its own. A stage's
+settings carry its name:
 
     nemocascade plan recipes/nemotron3_nano_30b/cascade.py --gpus 256 --gpu h200
-    nemocascade preflight recipes/nemotron3_nano_30b/cascade.py --ranks 256
+    nemocascade preflight recipes/nemotron3_nano_30b/cascade.py --ranks 256 \\
+        --stages.sft.init-from runs/nemotron3_nano_30b/base \\
+        --stages.rlhf-teacher.envs.judge.url http://GENRM:8000 \\
+        --stages.mopd.envs.judge.url http://GENRM:8000 \\
+        --stages.rlhf.envs.judge.url http://GENRM:8000 \\
+        --stages.long-context-rl.envs.judge.url http://INSTRUCT:8000 \\
+        --stages.swe-agentless-rl.envs.judge.url http://GPTOSS:8000 \\
+        --scores.envs.judge.url http://INSTRUCT:8000
     nemocascade submit recipes/nemotron3_nano_30b/cascade.py --nodes 32 --dry-run
 """
 
@@ -22,7 +31,6 @@ from pathlib import Path
 from nemocascade.cascade.launch import launch
 from nemocascade.recipe import (
     CascadeRecipe,
-    DomainConfig,
     GrpoRecipe,
     MopdRecipe,
     ParallelConfig,
@@ -44,16 +52,6 @@ def policy[R: PolicyRecipe](kind: type[R], name: str) -> R:
     return replace(load_recipe(HERE / f"{name}.py", kind), eval=RlEvalConfig(prompts=0))
 
 
-def sft() -> SftRecipe:
-    """SFT on the released rows. Every later artifact carries its tokenizer."""
-    recipe = load_recipe(HERE / "sft.py", SftRecipe)
-    return replace(
-        recipe,
-        data=replace(recipe.data, path=("data/sft.jsonl",)),
-        tokenizer=replace(recipe.tokenizer, path="data/tokenizer.json"),
-    )
-
-
 DOMAINS = (
     "instruction_following",
     "multiple_choice",
@@ -69,32 +67,22 @@ DOMAINS = (
 
 # These domains have longer answers than the default, as in training.
 LIMITS = {"code": 120_832, "swe_agentless": 98_304, "swe_agentic": 229_376}
-MOPD, RLHF = policy(MopdRecipe, "mopd"), policy(GrpoRecipe, "rlhf")
+RLHF = policy(GrpoRecipe, "rlhf")
 LONG_CONTEXT = policy(GrpoRecipe, "long_context_rl")
-AGENTIC = policy(GrpoRecipe, "swe_agentic_rl")
+MOPD = policy(MopdRecipe, "mopd")
+CODE, AGENTIC = policy(GrpoRecipe, "code_rl"), policy(GrpoRecipe, "swe_agentic_rl")
 
 RECIPE = CascadeRecipe(
     run_dir="runs/nemotron3_nano_30b/cascade",
     stages=(
-        StageConfig("sft", sft()),
+        StageConfig("sft", load_recipe(HERE / "sft.py", SftRecipe)),
         StageConfig("if_rl", policy(GrpoRecipe, "if_rl")),
         StageConfig("multi_domain_rl", policy(GrpoRecipe, "multi_domain_rl")),
         StageConfig("rlhf_teacher", RLHF, start="sft", side=True),
-        StageConfig(
-            "mopd",
-            replace(
-                MOPD,
-                teachers=(),
-                envs=RLHF.envs,
-                domains=(
-                    *MOPD.domains,
-                    DomainConfig("preference", share=0.20, path=RLHF.domains[0].path, tasks=0),
-                ),
-            ),
-        ),
+        StageConfig("mopd", replace(MOPD, teachers=())),
         StageConfig("rlhf", RLHF),
         StageConfig("long_context_rl", LONG_CONTEXT),
-        StageConfig("code_rl", policy(GrpoRecipe, "code_rl")),
+        StageConfig("code_rl", CODE),
         StageConfig("swe_agentless_rl", policy(GrpoRecipe, "swe_agentless_rl")),
         StageConfig("swe_agentic_rl", AGENTIC),
     ),
@@ -104,13 +92,20 @@ RECIPE = CascadeRecipe(
                 name,
                 heldout_path=(f"data/heldout/{name}.jsonl",),
                 max_response_tokens=LIMITS.get(name, 0),
+                # As in its stage.
+                thinking=name != "swe_agentic",
             )
             for name in DOMAINS
         ),
         max_turns=200,
         # The sandbox of the agentic stage tests repositories. The judge of the long-context stage
-        # grades answers over documents.
-        envs=replace(AGENTIC.envs, judge=LONG_CONTEXT.envs.judge),
+        # grades answers over documents. Programs run as in the code stage.
+        envs=replace(
+            AGENTIC.envs,
+            judge=LONG_CONTEXT.envs.judge,
+            code=CODE.envs.code,
+            tool_calling=MOPD.envs.tool_calling,
+        ),
         parallel=ParallelConfig(tp=8, ep=8),
     ),
     teachers=TeacherChoice(pinned={"math": "sft", "preference": "rlhf_teacher"}),

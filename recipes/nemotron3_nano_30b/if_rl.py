@@ -9,17 +9,20 @@ the same ranks. Data: the released rows of the stage.
 
 from dataclasses import replace
 
-from nemocascade.recipe import DomainConfig, GrpoConfig, GrpoRecipe, nemotron3_nano_30b_stage
+from nemocascade.recipe import DomainConfig, GrpoRecipe, nemotron3_nano_30b_stage
 from nemocascade.stages.launch import launch
 
-# Rollout settings are the defaults: a truncated answer scores 0 and stays in the loss.
+BASE = nemotron3_nano_30b_stage(GrpoRecipe)
+
 RECIPE = replace(
-    nemotron3_nano_30b_stage(GrpoRecipe),
+    BASE,
     steps=180,
     stage="if_rl",
     run_dir="runs/nemotron3_nano_30b/if_rl",
     domains=(DomainConfig(domain="instruction_following", path=("data/if_rl.jsonl",), tasks=0),),
-    grpo=GrpoConfig(capacity=81_920),
+    # A truncated answer scores 0 and stays in the loss.
+    rollout=replace(BASE.rollout, stop_properly_penalty_coef=0.0),
+    grpo=replace(BASE.grpo, capacity=81_920),
 )
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 GRPO on questions over at least five documents, with inputs of up to 32K tokens, graded by a judge.
 128 prompts x 16 rollouts per step, 30 steps, strictly on-policy, AdamW (0.9, 0.95), learning rate
 3e-6, no KL. On 128 GPUs, tp 8 leaves dp 16, and ep 8 uses the same ranks. Data: rows with
-`documents`, `question` and `answer`. The judge is your model on an OpenAI-compatible server.
+`documents`, `question` and `answer`. The judge runs on an OpenAI-compatible server.
 
-    torchrun ... recipes/nemotron3_nano_30b/long_context_rl.py --init-from A --envs.judge.url URL
+    vllm serve Qwen/Qwen3-235B-A22B-Instruct-2507 --tensor-parallel-size 8
+    torchrun ... recipes/nemotron3_nano_30b/long_context_rl.py --init-from ARTIFACT \\
+        --envs.judge.url http://HOST:8000
 """
 
 from dataclasses import replace
@@ -13,7 +15,6 @@ from dataclasses import replace
 from nemocascade.recipe import (
     DomainConfig,
     EnvConfig,
-    GrpoConfig,
     GrpoRecipe,
     JudgeConfig,
     nemotron3_nano_30b_stage,
@@ -31,8 +32,8 @@ RECIPE = replace(
     # Groups with equal grades have zero advantage with or without filtering. Overlong filtering is
     # off, as in the paper's text; its table says otherwise.
     rollout=replace(BASE.rollout, dynamic_filtering=False),
-    grpo=GrpoConfig(capacity=81_920),
-    envs=EnvConfig(judge=JudgeConfig(kind="server", url="http://localhost:8000", model="judge")),
+    grpo=replace(BASE.grpo, capacity=81_920),
+    envs=EnvConfig(judge=JudgeConfig(kind="server", model="Qwen/Qwen3-235B-A22B-Instruct-2507")),
 )
 
 if __name__ == "__main__":

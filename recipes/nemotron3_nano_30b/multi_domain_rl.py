@@ -9,7 +9,12 @@ On 128 GPUs, tp 8 leaves dp 16, and ep 8 uses the same ranks. Data: the released
 
 from dataclasses import replace
 
-from nemocascade.recipe import DomainConfig, GrpoConfig, GrpoRecipe, nemotron3_nano_30b_stage
+from nemocascade.recipe import (
+    DomainConfig,
+    GrpoRecipe,
+    ToolCallingConfig,
+    nemotron3_nano_30b_stage,
+)
 from nemocascade.stages.launch import launch
 
 BASE = nemotron3_nano_30b_stage(GrpoRecipe)
@@ -28,8 +33,10 @@ RECIPE = replace(
             domain="structured_output", share=0.15, path=("data/structured_output.jsonl",), tasks=0
         ),
     ),
+    # The released rows are about these tables: csv_data of NeMo Gym's workplace_assistant.
+    envs=replace(BASE.envs, tool_calling=ToolCallingConfig("data/workplace_assistant")),
     rollout=replace(BASE.rollout, overlong_filter=True),
-    grpo=GrpoConfig(capacity=81_920),
+    grpo=replace(BASE.grpo, capacity=81_920),
 )
 
 if __name__ == "__main__":

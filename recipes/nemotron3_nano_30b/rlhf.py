@@ -19,7 +19,6 @@ from dataclasses import replace
 from nemocascade.recipe import (
     DomainConfig,
     EnvConfig,
-    GrpoConfig,
     GrpoRecipe,
     JudgeConfig,
     nemotron3_nano_30b_stage,
@@ -44,11 +43,10 @@ RECIPE = replace(
     # Rewards from comparisons are rarely all equal. Truncated answers stay in the loss, as in the
     # paper's text; its table says otherwise.
     rollout=replace(BASE.rollout, max_response_tokens=16_384, dynamic_filtering=False),
-    grpo=GrpoConfig(kl_coef=0.03, capacity=49_152),
+    grpo=replace(BASE.grpo, kl_coef=0.03, capacity=49_152),
     envs=EnvConfig(
         judge=JudgeConfig(
             kind="server",
-            url="http://localhost:8000",
             model="nvidia/Qwen3-Nemotron-235B-A22B-GenRM",
             form="response_roles",
         )

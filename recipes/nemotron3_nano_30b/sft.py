@@ -3,9 +3,12 @@
 The settings are the defaults of `SftRecipe`: 64 sequences per step, packed to 256K tokens, AdamW
 (0.9, 0.98), weight decay 0.1, sequence-level load balance 1e-4. The learning rate decays from 5e-5
 to 5e-6 by cosine over 40,000 steps after 200 of warm-up; 33,000 steps are run. On 256 GPUs, tp 8 x
-pp 2 leaves dp 16, and ep 8 uses the same ranks.
+pp 2 leaves dp 16, and ep 8 uses the same ranks. Data: the released rows, in a folder.
 
-    torchrun ... recipes/nemotron3_nano_30b/sft.py --data.path DATA --tokenizer.path tokenizer.json
+The stage starts from the published base model, whose tokenizer it keeps:
+
+    nemocascade convert NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16 runs/nemotron3_nano_30b/base
+    torchrun ... recipes/nemotron3_nano_30b/sft.py --init-from runs/nemotron3_nano_30b/base
 """
 
 from nemocascade.recipe import (
@@ -19,8 +22,12 @@ from nemocascade.stages.launch import launch
 
 RECIPE = SftRecipe(
     run_dir="runs/nemotron3_nano_30b/sft",
+    base_model="nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16",
     model=nemotron3_nano_30b(),
-    data=DataConfig(thinking=True),
+    # Agents are trained to act without reasoning; repairs without an agent have it.
+    data=DataConfig(
+        path=("data/sft",), thinking=True, non_thinking_path=("data/sft/swe_agentic.jsonl",)
+    ),
     parallel=ParallelConfig(tp=8, pp=2, ep=8),
     engine=EngineConfig(recompute=True),
 )

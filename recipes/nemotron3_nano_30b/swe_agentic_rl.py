@@ -1,15 +1,18 @@
-"""Agentic SWE RL of Nemotron-3-Nano-30B-A3B, following Nemotron-Cascade 2 (arXiv 2603.19220).
+r"""Agentic SWE RL of Nemotron-3-Nano-30B-A3B, following Nemotron-Cascade 2 (arXiv 2603.19220).
 
 GRPO on episodes in which an agent repairs a repository. 16 prompts x 64 rollouts per step, at most
 200 turns in a context of 262,144 tokens, temperature 0.8, learning rate 3e-6 -> 0 after 10 steps of
 warm-up. The reward is 1 if all hidden tests pass, else 0. Prompts that were always solved are
-dropped, and 90 % of those never solved: rows need their `pass_rate`. The number of steps and top-p
-are not published; here they are the defaults, 100 and 1. On 128 GPUs: tp 8 and pp 2, as in SFT on
-sequences of that length.
+dropped, and 90 % of those never solved: rows need their `pass_rate`, of 16 rollouts of the policy
+that the stage starts from. The number of steps and top-p are not published; here they are the
+defaults, 100 and 1. On 128 GPUs: tp 8 and pp 2, as in SFT on sequences of that length.
 
 Tests run on the hosts of each replica's first ranks. Packages that the repositories import must be
 installed there: name them in `--envs.sandbox.packages`.
 
+    torchrun ... --no-python nemocascade pass-rates data/swe_agentic/rows.jsonl \
+        --recipe recipes/nemotron3_nano_30b/swe_agentic_rl.py --artifact ARTIFACT --samples 16 \
+        --output data/swe_agentic/tasks.jsonl
     torchrun ... recipes/nemotron3_nano_30b/swe_agentic_rl.py --init-from ARTIFACT
 """
 
@@ -18,7 +21,6 @@ from dataclasses import replace
 from nemocascade.recipe import (
     DomainConfig,
     EnvConfig,
-    GrpoConfig,
     GrpoRecipe,
     ParallelConfig,
     SandboxConfig,
@@ -51,16 +53,16 @@ RECIPE = replace(
         slots=64,
         dynamic_filtering=False,
         samples=16,
+        # As in SFT on agents' trajectories, and in the paper's evaluation.
+        thinking=False,
     ),
     envs=EnvConfig(
         sandbox=SandboxConfig(
             time_s=600.0, memory_mib=8192, processes=64, output_kib=4096, scratch_mib=2048
         ),
     ),
-    grpo=GrpoConfig(capacity=262_144),
-    optimizer=replace(
-        BASE.optimizer, min_lr=0.0, schedule="linear", warmup_steps=10, decay_steps=BASE.steps
-    ),
+    grpo=replace(BASE.grpo, capacity=262_144),
+    optimizer=replace(BASE.optimizer, min_lr=0.0, schedule="linear", decay_steps=BASE.steps),
     parallel=ParallelConfig(tp=8, pp=2, ep=8),
 )
 

@@ -121,7 +121,7 @@ RECIPE = CascadeRecipe(
         max_response_tokens=96,
         thinking=False,
         slots=128,
-        envs=EnvConfig(if_language_check="letters", check_timeout_s=30.0),
+        envs=EnvConfig(if_language_check="letters", if_tokenizer="rule", check_timeout_s=30.0),
         engine=EngineConfig(precision="fp32"),
     ),
     # With 128 tasks the error of a score is about 4 points, for the agent with 64 about 6.

@@ -17,9 +17,15 @@ RECIPE = replace(
     stage="if_rl",
     run_dir="runs/tiny/if_rl",
     domains=(DomainConfig(domain="instruction_following", difficulty=1, tasks=800),),
-    rollout=replace(BASE.rollout, max_prompt_tokens=96, max_response_tokens=48),
+    # Otherwise the policy learns to write until it is cut off.
+    rollout=replace(
+        BASE.rollout,
+        max_prompt_tokens=96,
+        max_response_tokens=48,
+        stop_properly_penalty_coef=0.0,
+    ),
     grpo=GrpoConfig(capacity=2048),
-    envs=EnvConfig(if_language_check="letters"),
+    envs=EnvConfig(if_language_check="letters", if_tokenizer="rule"),
 )
 
 if __name__ == "__main__":

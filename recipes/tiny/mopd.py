@@ -53,7 +53,7 @@ RECIPE = replace(
         max_draws=4,
     ),
     mopd=MopdConfig(capacity=2048),
-    envs=EnvConfig(if_language_check="letters"),
+    envs=EnvConfig(if_language_check="letters", if_tokenizer="rule"),
     optimizer=replace(BASE.optimizer, warmup_start_lr=5e-5),
     eval=RlEvalConfig(prompts=128),
 )

@@ -15,10 +15,16 @@ import pytest
 from nemocascade.recipe import (
     DataConfig,
     DemonstrationConfig,
+    DomainConfig,
+    GrpoConfig,
+    GrpoRecipe,
     ModelConfig,
+    MopdRecipe,
     OptimizerConfig,
     ParallelConfig,
+    RolloutConfig,
     SftRecipe,
+    TeacherConfig,
     nemotron3_nano_30b,
     tiny,
 )
@@ -123,6 +129,26 @@ def test_shape_rules(change: dict[str, object]) -> None:
 def test_layout_cuts_the_pattern() -> None:
     assert ParallelConfig(pp=2, vpp=2).layout("MEM*EME*") == "ME|M*|EM|E*"
     assert ParallelConfig(pp=2, pipeline_layout="M|E").layout("ME") == "M|E"
+
+
+def test_truncated_policies_are_not_compared_with_whole_ones() -> None:
+    """Neither by the KL penalty nor with a teacher."""
+    sampled = RolloutConfig(top_p=0.9)
+    penalty = GrpoConfig(kl_coef=0.03, capacity=81_920)
+    grpo = GrpoRecipe(init_from="a", rollout=sampled, grpo=penalty)
+    mopd = MopdRecipe(
+        init_from="a",
+        domains=(DomainConfig("math"),),
+        teachers=(TeacherConfig("math", "t"),),
+        rollout=replace(sampled, dynamic_filtering=False),
+    )
+    for broken, part in ((grpo, "grpo.kl_coef(0.03)"), (mopd, "rollout.truncated_logprobs")):
+        [problem] = broken.problems(1)
+        assert problem.startswith(part)
+        assert "rollout.top_p" in problem
+        rollout = replace(broken.rollout, truncated_logprobs=False)
+        assert replace(broken, rollout=rollout).problems(1) == []
+    assert replace(grpo, grpo=GrpoConfig(capacity=81_920)).problems(1) == []
 
 
 def test_cosine_schedule_is_the_papers() -> None:

@@ -24,6 +24,7 @@ from nemocascade.recipe import (
     ScoredDomain,
     SftRecipe,
 )
+from nemocascade.recipe.paths import is_file_name
 from nemocascade.recipe.rules import number_problems, numeric_fields
 from nemocascade.rl.trajectories import ReplaySettings
 from nemocascade.stages.evaluate import EvalSettings
@@ -103,6 +104,8 @@ def test_every_number_has_a_rule_that_its_default_keeps(settings: Any) -> None:
         ({"optimizer.eps": 0.0}, "optimizer.eps(0.0) must be above 0"),
         ({"optimizer.beta1": 1.0}, "optimizer.beta1(1.0) must lie in [0, 1)"),
         ({"data.capacity": 2**31}, "data.capacity(2147483648) must lie in 1..2147483647"),
+        ({"steps": 2**63}, "steps(9223372036854775808) must fit in 64 bits"),
+        ({"optimizer.lr": -(2**63)}, "optimizer.lr(-9223372036854775808) must fit in 64 bits"),
     ],
     ids=str,
 )
@@ -110,3 +113,29 @@ def test_a_rule_names_path_value_and_range(change: dict[str, float], problem: st
     [(name, value)] = change.items()
     broken = dict(changed(RECIPES["sft"], value))[name]
     assert number_problems(broken) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *[("a.json", True), ("x" * 255, True), ("é" * 127, True), ("..a", True)],
+        *[("", False), (".", False), ("..", False), ("a/b", False), ("/a", False), ("a/", False)],
+        *[("x" * 256, False), ("é" * 128, False), ("a\0", False), ("\ud83d", False)],
+    ],
+    ids=repr,
+)
+def test_names_of_files(name: str, expected: bool) -> None:
+    assert is_file_name(name) is expected
+
+
+@pytest.mark.parametrize("path", ["x" * 256, "a/" * 2048, "a\0b", "\ud83d", "a/" + "é" * 128])
+@pytest.mark.parametrize("kind", RECIPES)
+def test_a_path_that_no_file_system_has_is_refused(kind: str, path: str) -> None:
+    recipe = RECIPES[kind]
+    if kind == "scores":
+        name = "scores.domains.0.heldout_path"
+        recipe = replace(recipe, domains=(ScoredDomain(heldout_path=(path,)),))
+    else:
+        name, recipe = "run_dir", replace(recipe, run_dir=path)
+    assert [p for p in recipe.problems(1) if p.startswith(f"{name}(") and "is no path" in p]
+    assert not [p for p in RECIPES[kind].problems(1) if "is no path" in p]

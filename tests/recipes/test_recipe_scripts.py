@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import runpy
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ KINDS: dict[str, type[object]] = {
     "domains_sft": SftRecipe,
     "mopd": MopdRecipe,
     "sft": SftRecipe,
+    "tool_math_sft": SftRecipe,
 }
 SCRIPTS = sorted(RECIPES.glob("*/*.py"))
 LARGE = sorted((RECIPES / "nemotron3_nano_30b").glob("*.py"))
@@ -97,6 +100,50 @@ def default_of(kind: Any, name: str | None) -> Any:
 @pytest.mark.parametrize("script", LARGE, ids=name_of)
 def test_no_large_script_restates_a_setting(script: Path) -> None:
     assert list(restated(script)) == []
+
+
+@pytest.fixture
+def recipe_table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """tools/recipe_table.py, with the paper's settings."""
+    monkeypatch.syspath_prepend(str(RECIPES.parent / "tools"))
+    return importlib.import_module("recipe_table")
+
+
+def test_the_large_recipes_are_the_papers(recipe_table: ModuleType) -> None:
+    """Every published setting has our value, or a reason why ours differs."""
+    assert list(recipe_table.differences()) == []
+    covered = {fact.script for fact in recipe_table.FACTS}
+    assert covered == {path.stem for path in LARGE} - {"cascade"}
+
+
+def test_the_table_of_the_recipes_is_up_to_date(recipe_table: ModuleType) -> None:
+    text = recipe_table.PAGE.read_text(encoding="utf-8")
+    assert recipe_table.page() == text, "python tools/recipe_table.py writes it anew"
+    assert text.count("\n| `") > len(recipe_table.FACTS)
+
+
+def test_a_setting_that_differs_needs_a_reason(
+    recipe_table: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = next(f for f in recipe_table.FACTS if (f.script, f.setting) == ("code_rl", "steps"))
+    wrong = (steps._replace(value=23), steps._replace(why="no reason is needed"))
+    monkeypatch.setattr(recipe_table, "FACTS", wrong)
+    assert list(recipe_table.differences()) == [
+        "code_rl.steps is 22, Table 9 says 23",
+        "code_rl.steps is 22 as in Table 9: drop the reason",
+    ]
+
+
+def test_the_cascade_has_the_settings_of_its_stages() -> None:
+    """A published setting holds in the cascade too, but for what the cascade itself decides."""
+    cascade = load_recipe(RECIPES / "nemotron3_nano_30b" / "cascade.py", CascadeRecipe)
+    for stage in cascade.stages:
+        script = {"rlhf_teacher": "rlhf"}.get(stage.name, stage.name)
+        alone: Any = load_any_recipe(RECIPES / "nemotron3_nano_30b" / f"{script}.py")
+        own: dict[str, Any] = {"eval": stage.recipe.eval}
+        if isinstance(stage.recipe, MopdRecipe):
+            own["teachers"] = ()
+        assert stage.recipe == replace(alone, **own)
 
 
 def test_restated_settings_are_found(tmp_path: Path) -> None:

@@ -59,6 +59,19 @@ def test_a_run_leaves_its_folder(trained: tuple[Path, list[dict[str, float]]]) -
     assert json.loads((run_dir / "recipe.json").read_text())["data"]["capacity"] == 1024
 
 
+def test_a_start_brings_its_tokenizer(
+    trained: tuple[Path, list[dict[str, float]]], tmp_path: Path
+) -> None:
+    """No other tokenizer is trained, whose ids would mean other words to the weights."""
+    first, lines = trained
+    found = train(tmp_path / "run", "--steps", "1", "--init-from", str(first / "artifact"))
+    assert not (tmp_path / "run" / "tokenizer.model").exists()
+    ours = (tmp_path / "run" / "artifact" / "tokenizer.model").read_bytes()
+    assert ours == (first / "artifact" / "tokenizer.model").read_bytes()
+    # The weights know some of the data already.
+    assert found[0]["loss"] < lines[0]["loss"] - 0.1
+
+
 def test_it_learns(trained: tuple[Path, list[dict[str, float]]]) -> None:
     _, lines = trained
     assert lines[5]["loss"] < lines[0]["loss"] - 0.3
