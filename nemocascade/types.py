@@ -266,6 +266,8 @@ class Program:
     function, calls: call this function (or method of `Solution`) with each list of arguments;
         without a function the source runs as a script.
     files: content by relative path, written to the program's folder before it starts.
+    preamble: source that runs before, in the same namespace.
+    any_exit: an exit by `sys.exit` is status 0, whatever its own, and lost output is no failure.
     """
 
     source: str
@@ -273,6 +275,8 @@ class Program:
     function: str = ""
     calls: tuple[Sequence[Any], ...] = ()
     files: Mapping[str, bytes] = field(default_factory=dict)
+    preamble: str = ""
+    any_exit: bool = False
 
 
 @dataclass(frozen=True)
@@ -338,6 +342,8 @@ class PackedBatch:
     document_ids:  ids of the documents in the data set, in the order of the pack.
     advantage, ref_logprob, teacher_logprob, rollout_logprob: [C] float32 or None, the constants
         of GRPO's and MOPD's objectives.
+    routing:       for each document [n or n - 1, L, K] integers, the experts that training replays
+        in L MoE layers with K experts a token, or None; () for no document.
     """
 
     tokens: Tensor
@@ -351,6 +357,7 @@ class PackedBatch:
     ref_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
     rollout_logprob: Tensor | None = None
+    routing: tuple[Tensor | None, ...] = ()
 
     @property
     def capacity(self) -> int:
@@ -458,6 +465,9 @@ class Artifact:
     parent, parent_digest: the artifact it started from, None for random weights.
     scores: held-out scores by name.
     tokenizer: file name in the folder, or None.
+    template: sha256 of the chat template of the training text, None if it is not known.
+    context_length: longest training sequence of this stage and those before it, in tokens; for an
+        imported model, what its config.json says. 0 if it is not known.
     """
 
     folder: Path
@@ -472,6 +482,8 @@ class Artifact:
     parent_digest: str | None
     scores: dict[str, float]
     tokenizer: str | None
+    template: str | None = None
+    context_length: int = 0
 
     @property
     def tokenizer_path(self) -> Path | None:

@@ -5,30 +5,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemocascade.recipe.rl import GrpoConfig, RolloutConfig
+from nemocascade.recipe.grpo import GrpoConfig
+from nemocascade.recipe.rl import RolloutConfig
 
 
 def group_advantages(rewards: Tensor, valid: Tensor, settings: GrpoConfig) -> Tensor:
     """`A_i = (r_i - mean(r)) / (std(r) + epsilon)` over a prompt's rollouts (arXiv 2603.19220).
 
     rewards: [P, G] float. valid: [P, G] bool, False where the verifier failed; the reward there is
-    ignored. Mean and standard deviation are over a group's valid rewards.
+    ignored. Mean and standard deviation are over a group's valid rewards, or with `leave_one_out`
+    over the others of them. Where the deviation is 0 the advantage is not divided.
 
     Returns [P, G] float64: 0 where not valid, and 0 for the whole group if its valid rewards are
     all equal or fewer than two.
     """
     rewards = torch.where(valid, rewards.double(), 0.0)
-    count = valid.sum(1, keepdim=True).double()
-    mean = rewards.sum(1, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(valid, rewards - mean, 0.0)
-    # r_i minus the mean of the others = (r_i - mean) n / (n - 1)
-    others = count / (count - 1).clamp(min=1)
-    advantage = centred * others if settings.leave_one_out else centred
+    mean, deviation = _group_statistics(rewards, valid, settings)
+    advantage = torch.where(valid, rewards - mean, 0.0)
     if settings.scale_by_std:
-        freedom = count - 1 if settings.unbiased_std else count
-        variance = centred.square().sum(1, keepdim=True) / freedom.clamp(min=1)
-        advantage = advantage / (variance.sqrt() + settings.std_epsilon)
+        scaled = advantage / (deviation + settings.std_epsilon)
+        advantage = torch.where(deviation > 0, scaled, advantage)
     return torch.where(is_informative(rewards, valid)[:, None], advantage, 0.0)
+
+
+def _group_statistics(
+    rewards: Tensor, valid: Tensor, settings: GrpoConfig
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation that each reward is compared with: [P, 1] float64, or [P, G] with
+    `leave_one_out`. rewards: [P, G] float64, 0 where not valid.
+
+    The deviation of equal rewards is exactly 0.
+    """
+    # [P, 1 or G, G]: the rewards that a reward is compared with.
+    peers = valid[:, None]
+    if settings.leave_one_out:
+        peers = peers & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    each = rewards[:, None].expand(peers.shape)
+    count = peers.sum(2).double()
+    mean = torch.where(peers, each, 0.0).sum(2) / count.clamp(min=1)
+    centred = torch.where(peers, each - mean[..., None], 0.0)
+    freedom = (count - 1 if settings.unbiased_std else count).clamp(min=1)
+    deviation = (centred.square().sum(2) / freedom).sqrt()
+    low = torch.where(peers, each, torch.inf).amin(2)
+    high = torch.where(peers, each, -torch.inf).amax(2)
+    return mean, torch.where(high > low, deviation, 0.0)
 
 
 def is_informative(rewards: Tensor, valid: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from nemocascade.data.chat_template import Conversation, encode, render_prompt
-from nemocascade.data.reply import parse_reply
+from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.verification import shows
@@ -88,20 +87,22 @@ class ArtifactJudge:
             temperature=s.temperature,
             top_p=s.top_p,
             max_tokens=s.max_tokens,
-            stop_tokens=((self.tokenizer.end_of_turn_id,),),
+            stop_tokens=tuple((end,) for end in self.tokenizer.end_ids),
             seed=self.seed,
         )
 
     def _prompt(self, question: Question) -> tuple[int, ...]:
         conversation = Conversation(question.messages, ())
-        segments = render_prompt(conversation, thinking=self.settings.thinking)
+        template = self.tokenizer.template
+        segments = template.render_prompt(conversation, thinking=self.settings.thinking)
         ids, _ = encode(segments, self.tokenizer)
         return tuple(ids)
 
     def _read(self, ids: list[int]) -> str:
         """Decode the text after the reasoning; empty if the reasoning was not closed."""
         text = self.tokenizer.decode(ids)
-        return parse_reply(text, thinking=self.settings.thinking).message.content
+        reply = self.tokenizer.template.parse(text, thinking=self.settings.thinking)
+        return reply.message.content
 
 
 def _number(prompt: tuple[int, ...]) -> int:

@@ -40,7 +40,7 @@ class Bookkeeper:
         recipe, run = self.recipe, self.run
         last = step + 1 == recipe.steps
         run.keep_samples(step, sampled(gathered, recipe.rollout.samples))
-        values = values | self.signal.observe(step, gathered)
+        values = values | self.signal.observe(step, gathered) | run.stream.metrics(step)
         try:
             self.signal.check()
         except NothingLearntError:

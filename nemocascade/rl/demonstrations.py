@@ -10,7 +10,8 @@ from typing import Any
 
 from nemocascade.envs.base import demonstration
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
-from nemocascade.recipe import RecipeError, SftRecipe
+from nemocascade.recipe import EnvConfig, RecipeError, SftRecipe
+from nemocascade.runtime.files import write_text
 from nemocascade.runtime.jsonl import json_text
 from nemocascade.runtime.world import World, main_first
 from nemocascade.types import Message, Prompt
@@ -35,7 +36,7 @@ def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
             text = "".join(f"{line}\n" for line in lines)
             # An unchanged file keeps its modification time, so the tokenised cache stays valid.
             if not path.exists() or path.read_text(encoding="utf-8") != text:
-                path.write_text(text, encoding="utf-8")
+                write_text(path, text)
 
     main_first(world, write, lambda: None)
     data = replace(
@@ -50,7 +51,7 @@ def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
 def demonstration_rows(recipe: SftRecipe, *, heldout: bool) -> Iterator[dict[str, Any]]:
     """Rows of all domains in random order, some with reasoning and some without."""
     settings = recipe.demonstrations
-    environments = make_environments()
+    environments = make_environments(EnvConfig(python_tool=settings.python_tool))
     try:
         prompts = [
             prompt

@@ -9,15 +9,16 @@ from threading import Lock
 
 import torch
 
-from nemocascade.data.chat_template import encode, render_results
-from nemocascade.data.reply import Reply, parse_reply
+from nemocascade.data.chat_template import Conversation, encode
+from nemocascade.data.reply import Reply
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.envs.base import failed
 from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.rl.tasks import Task
 from nemocascade.rollout.engine import Completion
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.watchdog import Watchdog
-from nemocascade.types import Environment, Message, ToolSession
+from nemocascade.types import Environment, Message, SandboxUnavailable, ToolSession, Verdict
 
 
 class Episodes:
@@ -26,7 +27,7 @@ class Episodes:
     The task's tools answer a turn with calls. The episode ends with a turn without calls, at turn
     number `max_turns`, or when the session reports that it is done. A call that cannot be parsed
     is answered with the error. A tool failure ends its own episode only; the verifier decides the
-    outcome.
+    outcome, unless the host caused the failure: then the episode has no reward.
 
     watch: receives progress for every finished call, so that slow tools do not count as a stall.
     """
@@ -44,17 +45,23 @@ class Episodes:
         self._watch = watch or Watchdog()
         self._sessions: dict[int, ToolSession | None] = {}
         self._results: dict[int, list[list[Message]]] = {}
+        self._failures: dict[int, Verdict] = {}
         self._lock = Lock()
 
     def respond(self, completion: Completion) -> list[int] | None:
         """Tokens of the environment's turn and the next generation prompt; None ends the episode.
 
-        Runs in a worker thread, at most once at a time for each episode.
+        Runs in a worker thread, at most once at a time for each episode. Raises SandboxUnavailable:
+        without isolation every later call would fail too.
         """
         number = completion.request.id
         try:
             return self._answer(number, completion)
+        except SandboxUnavailable:
+            raise
         except Exception as error:
+            with self._lock:
+                self._failures[number] = failed(error)
             LOGGER.warning(
                 "%s: its tools failed, the episode ends: %s: %s",
                 self.tasks[number].prompt.source,
@@ -81,8 +88,14 @@ class Episodes:
             self._results.setdefault(number, []).append(results)
         if session.done:
             return None
-        ids, _ = encode(render_results(results, thinking=self.settings.thinking), self.tokenizer)
-        return ids
+        prompt = self.tasks[number].prompt
+        segments = self.tokenizer.template.render_results(
+            Conversation(prompt.messages, prompt.tools),
+            reply.message,
+            results,
+            thinking=self.settings.thinking,
+        )
+        return encode(segments, self.tokenizer)[0]
 
     def close(self, number: int) -> None:
         """Close the tools of a finished episode, given its request id."""
@@ -96,6 +109,11 @@ class Episodes:
         for number in list(self._sessions):
             self.close(number)
 
+    def host_failure(self, number: int) -> Verdict | None:
+        """The verdict on an episode whose tools failed because of the host; None for others."""
+        found = self._failures.get(number)
+        return found if found is not None and found.fault == "host" else None
+
     def response(self, completion: Completion) -> list[Message]:
         """All turns after the prompt: the policy's turns and the tool results between them."""
         results = self._results.get(completion.request.id, [])
@@ -107,7 +125,8 @@ class Episodes:
         return messages
 
     def _parse(self, ids: list[int]) -> Reply:
-        return parse_reply(self.tokenizer.decode(ids), thinking=self.settings.thinking)
+        text = self.tokenizer.decode(ids)
+        return self.tokenizer.template.parse(text, thinking=self.settings.thinking)
 
     def _session(self, number: int) -> ToolSession | None:
         with self._lock:

@@ -19,8 +19,8 @@ from nemocascade.rl.rollout_metrics import faults_text, rollout_values
 from nemocascade.rl.tasks import Task, TaskStream
 from nemocascade.rl.trajectories import extremes, logged
 from nemocascade.rl.win_rate import over_start
-from nemocascade.rollout.engine import Sampling
-from nemocascade.rollout.live import LiveEngine
+from nemocascade.rollout.engine import Engine, Sampling
+from nemocascade.runtime.files import write_text
 from nemocascade.runtime.jsonl import json_text
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
@@ -43,7 +43,7 @@ class PolicyRun:
     world: World
     trainer: Trainer
     tokenizer: Tokenizer
-    engine: LiveEngine
+    engine: Engine
     environments: dict[str, Environment]
     collector: Collector
     stream: TaskStream
@@ -92,7 +92,7 @@ class PolicyRun:
         """Write the scores before the first step to RUN/heldout_start.json."""
         if self.world.is_main:
             path = Path(self.recipe.run_dir) / "heldout_start.json"
-            path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(scores, indent=1) + "\n")
 
     def log_scores(self, when: str, scores: dict[str, float]) -> None:
         """Log the scores."""
@@ -101,7 +101,7 @@ class PolicyRun:
 
     def rollout_values(self, gathered: Gathered, seconds: float) -> dict[str, Any]:
         """Rollout statistics of a step for metrics.jsonl; warns of verifiers that fail often."""
-        values = rollout_values(gathered, seconds, self.environments)
+        values = rollout_values(gathered, seconds, self.environments) | self.engine.metrics()
         if text := faults_text(self.trainer.step_number, gathered, values):
             LOGGER.warning("%s", text)
         return values
@@ -122,6 +122,25 @@ class PolicyRun:
                 largest,
             )
 
+    def free_mismatch(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """`mismatch_mean_free`: mean |log pi_train - log pi_rollout| without router replay, on the
+        first micro-batch of every rank; {} if nothing is replayed. It costs one forward pass.
+
+        batches: this rank's. Every rank calls it.
+        """
+        if not self.recipe.rollout.replay_routing:
+            return {}
+        parallel = self.world.parallel
+        first = list(batches[: parallel.pp if parallel.vpp > 1 else 1])
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch, found in zip(first, logprobs_of(self, first), strict=True):
+            trained = batch.token_weight != 0
+            assert batch.rollout_logprob is not None
+            difference = (found - batch.rollout_logprob)[trained].abs().double()
+            sums += torch.tensor([difference.sum(), trained.sum()])
+        total, count = self.world.sum_over_data_parallel(sums).tolist()
+        return {"mismatch_mean_free": total / max(1.0, count)}
+
     def keep_samples(self, step: int, groups: Sequence[Group]) -> None:
         """Write the best and worst rollout of some groups of the step as text to RUN/rollouts.
 
@@ -134,7 +153,7 @@ class PolicyRun:
         folder.mkdir(parents=True, exist_ok=True)
         lines = [logged(step + 1, g, number) for g in groups[:count] for number in extremes(g)]
         text = "".join(json_text(line) + "\n" for line in lines)
-        (folder / f"step_{step + 1:08d}.jsonl").write_text(text, encoding="utf-8")
+        write_text(folder / f"step_{step + 1:08d}.jsonl", text)
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
@@ -205,6 +224,29 @@ def logprobs_of(run: PolicyRun, batches: Sequence[PackedBatch]) -> list[torch.Te
     )
 
 
+def sequence_logprobs(
+    recipe: PolicyRecipe, trainer: Trainer, pad_id: int, tokens: torch.Tensor, prompt: int
+) -> torch.Tensor:
+    """Log-probabilities of a sequence's tokens after the first `prompt`, [n - prompt] float32 on
+    the host, by the training forward at the rollouts' temperature. Every rank passes the same.
+
+    tokens: [n] int64, at most `recipe.capacity`.
+    """
+    count = tokens.numel()
+    written = torch.arange(count) >= prompt
+    sequence = TrainingSequence(tokens, written, torch.zeros(count), weight=1.0)
+    batch = pack_sequences([sequence], recipe.capacity, pad_id)
+    parallel = trainer.world.parallel
+    found = token_logprobs(
+        trainer.world,
+        trainer.config,
+        trainer.chunks,
+        [batch] * (parallel.pp if parallel.vpp > 1 else 1),
+        temperature=recipe.rollout.temperature,
+    )
+    return found[0][prompt - 1 : count - 1]
+
+
 def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[TrainingSequence]:
     """Training sequences with their advantages and token weights.
 
@@ -232,6 +274,7 @@ def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[Trai
             weight=weight,
             advantage=advantage,
             domain=groups[number].task.prompt.domain,
+            routing=rollout.routing,
         )
         for (number, rollout, advantage), weight in zip(chosen, weights.tolist(), strict=True)
     ]

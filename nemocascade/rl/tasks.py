@@ -1,4 +1,7 @@
-"""The prompts of a stage, in an order that depends on the seed but not on the number of ranks."""
+"""The prompts of a stage, in an order that depends on the seed, but not on the number of ranks.
+
+With a curriculum the order depends on the steps and the rewards as well.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from nemocascade.data.chat_template import Conversation, encode, render_prompt
+from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.data.tokenizer import Tokenizer
-from nemocascade.recipe.rl import DomainConfig, RolloutConfig
+from nemocascade.recipe import DomainConfig, RolloutConfig
+from nemocascade.rl.curriculum import Curriculum, Encoded, by_level
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import BadRows, DataError
-from nemocascade.types import Environment, Prompt
+from nemocascade.types import Environment, Prompt, Verdict
 
 
 @dataclass(frozen=True)
@@ -110,19 +114,44 @@ def _filtered(prompts: Iterable[Prompt], domain: DomainConfig) -> Iterator[Promp
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: Tokenizer, rollout: RolloutConfig
 ) -> list[tuple[Prompt, tuple[int, ...]]]:
-    """Prompts with their ids; prompts longer than `max_prompt_tokens` are dropped and counted."""
-    kept = []
+    """Prompts with their ids. Dropped and counted: prompts that the chat template refuses, and
+    prompts longer than `max_prompt_tokens`.
+
+    Raises DataError if all are refused, or if calls of the prompts' tools could not be parsed.
+    """
+    template = tokenizer.template
+    if any(prompt.tools for prompt in prompts) and not template.reads_calls:
+        raise DataError(
+            f"{tokenizer.path}: tool calls in the form of its chat template cannot be parsed: use "
+            "a template with <tool_call> blocks, or domains without tools"
+        )
+    kept, refused, reason = [], 0, ""
     for prompt in prompts:
         conversation = Conversation(prompt.messages, prompt.tools)
-        segments = render_prompt(conversation, thinking=rollout.thinking)
+        try:
+            segments = template.render_prompt(conversation, thinking=rollout.thinking)
+        except DataError as error:
+            refused += 1
+            reason = reason or f"{prompt.source}: {error}"
+            continue
         ids, _ = encode(segments, tokenizer)
         if len(ids) <= rollout.max_prompt_tokens:
             kept.append((prompt, tuple(ids)))
-    if len(kept) < len(prompts):
+    if refused and refused == len(prompts):
+        raise DataError(f"{prompts[0].domain}: no prompt can be rendered: {reason}")
+    if refused:
+        LOGGER.warning(
+            "%s: %d of %d prompts cannot be rendered and are dropped, the first: %s",
+            prompts[0].domain,
+            refused,
+            len(prompts),
+            reason,
+        )
+    if len(kept) + refused < len(prompts):
         LOGGER.warning(
             "%s: %d of %d prompts are longer than rollout.max_prompt_tokens(%d) and are dropped",
             prompts[0].domain,
-            len(prompts) - len(kept),
+            len(prompts) - refused - len(kept),
             len(prompts),
             rollout.max_prompt_tokens,
         )
@@ -132,7 +161,10 @@ def encode_prompts(
 class TaskStream:
     """An endless task sequence: domains mixed by their shares, each domain shuffled every epoch.
 
-    Task number n is a function of the settings alone, so the position is one number.
+    Task number n of a domain without a curriculum is a function of the settings alone, so the
+    position is one number. steps: length of the stage, for curricula.
+
+    Raises DataError for a domain without a task, and for one whose curriculum has no difficulties.
     """
 
     def __init__(
@@ -143,24 +175,45 @@ class TaskStream:
         rollout: RolloutConfig,
         *,
         seed: int,
+        steps: int = 1,
     ) -> None:
         self.seed = seed
         self.shares = {d.domain: d.share for d in domains}
-        self.prompts = {}
+        self.prompts: dict[str, Encoded] = {}
+        self.curricula: dict[str, Curriculum] = {}
         for domain in domains:
-            found = read_tasks(
-                domain,
-                environments,
-                seed=seed,
-                heldout=False,
-                count=domain.tasks,
-                domains=domains,
-            )
-            self.prompts[domain.domain] = encode_prompts(found, tokenizer, rollout)
-            if not self.prompts[domain.domain]:
+
+            def read(wanted: DomainConfig) -> Encoded:
+                found = read_tasks(
+                    wanted,
+                    environments,
+                    seed=seed,
+                    heldout=False,
+                    count=wanted.tasks,
+                    domains=domains,
+                )
+                return encode_prompts(found, tokenizer, rollout)
+
+            graded = by_level(domain, read)
+            self.prompts[domain.domain] = [encoded for encoded, _ in graded]
+            if not graded:
                 raise DataError(
                     f"{domain.domain} has no prompt of at most "
                     f"rollout.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
+                )
+            if domain.curriculum == "adaptive" and environments[domain.domain].by_group:
+                raise DataError(
+                    f"{domain.domain}: its rewards compare the answers of a group, so there is no "
+                    "pass rate for curriculum(adaptive): set it to easy_to_hard or none"
+                )
+            if domain.curriculum != "none":
+                self.curricula[domain.domain] = Curriculum(
+                    domain,
+                    [difficulty for _, difficulty in graded],
+                    rollout,
+                    share=domain.share / sum(self.shares.values()),
+                    seed=seed,
+                    steps=steps,
                 )
         self._drawn = dict.fromkeys(self.shares, 0)
         self._order: dict[str, tuple[int, list[int]]] = {}
@@ -170,24 +223,51 @@ class TaskStream:
         """Number of tasks taken so far."""
         return sum(self._drawn.values())
 
-    def take(self, count: int) -> list[Task]:
-        """The next `count` tasks."""
-        return [self._next() for _ in range(count)]
+    def take(self, count: int, step: int = 0) -> list[Task]:
+        """The next `count` tasks. step: the stage's step that takes them, counted from 0."""
+        return [self._next(step) for _ in range(count)]
+
+    def observe(self, results: Iterable[tuple[Prompt, Sequence[Verdict]]]) -> None:
+        """Tell the curricula the verdicts on the rollouts of tasks, in the order of the tasks."""
+        for prompt, verdicts in results:
+            if prompt.domain in self.curricula:
+                rewards = [v.reward for v in verdicts if v.reward is not None]
+                self.curricula[prompt.domain].observe(rewards)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """State of the curricula after `step`, counted from 0; empty without one."""
+        return {
+            name: value
+            for curriculum in self.curricula.values()
+            for name, value in curriculum.metrics(step).items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, for a checkpoint."""
-        return {"drawn": dict(self._drawn)}
+        """The position, for a checkpoint, and the state of the curricula if there are any."""
+        state: dict[str, Any] = {"drawn": dict(self._drawn)}
+        if self.curricula:
+            state["curricula"] = {name: c.state_dict() for name, c in self.curricula.items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a position. Raises DataError if it is of other domains."""
+        """Restore a position. A curriculum that the state does not have starts anew.
+
+        Raises DataError if the state is of other domains.
+        """
         if state["drawn"].keys() != self._drawn.keys():
             raise DataError(
                 f"the checkpoint has drawn from {sorted(state['drawn'])}, this recipe names "
                 f"{sorted(self._drawn)}: set --domains as they were, or choose another --run-dir"
             )
         self._drawn = dict(state["drawn"])
+        stored = state.get("curricula", {})
+        for name, curriculum in self.curricula.items():
+            if name in stored:
+                curriculum.load_state_dict(stored[name])
+            else:
+                LOGGER.info("%s: the checkpoint has no curriculum, it starts here", name)
 
-    def _next(self) -> Task:
+    def _next(self, step: int) -> Task:
         number = self.position
         total = sum(self.shares.values())
         # The domain with the largest deficit against its share.
@@ -195,8 +275,12 @@ class TaskStream:
             self.shares, key=lambda d: self.shares[d] / total * (number + 1) - self._drawn[d]
         )
         prompts = self.prompts[domain]
-        epoch, index = divmod(self._drawn[domain], len(prompts))
-        prompt, ids = prompts[self._shuffled(domain, epoch)[index]]
+        if domain in self.curricula:
+            chosen = self.curricula[domain].draw(self._drawn[domain], step)
+        else:
+            epoch, index = divmod(self._drawn[domain], len(prompts))
+            chosen = self._shuffled(domain, epoch)[index]
+        prompt, ids = prompts[chosen]
         self._drawn[domain] += 1
         return Task(prompt, ids, number)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.recipe import EnvConfig
 from nemocascade.recipe.judge import JudgeConfig
-from nemocascade.rl.collector import Gathered, Group
+from nemocascade.rl.collector import UNTRUNCATED_REWARD, Gathered, Group
 from nemocascade.runtime.jsonl import read_objects
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Prompt, ToolCall, Verdict
@@ -115,7 +115,7 @@ def _filled[T](default: T, said: Mapping[str, Any]) -> T:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A logged episode with its logged reward and its new verdict. where: `file:line`."""
+    """A logged episode: its verifier's logged reward, and its new verdict. where: `file:line`."""
 
     where: str
     logged: float | None
@@ -150,7 +150,8 @@ def replay(settings: ReplaySettings) -> list[Replayed]:
                 raise DataError(f"{where}: {row['domain']!r} is no domain")
             environment = environments[row["domain"]]
             verdict = environment.score(_prompt(row), [_message(t) for t in row["turns"]])
-            found.append(Replayed(where, row["reward"], verdict))
+            verified = row.get("details", {}).get(UNTRUNCATED_REWARD, row["reward"])
+            found.append(Replayed(where, verified, verdict))
         return found
     finally:
         close_environments(environments)

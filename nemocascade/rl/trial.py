@@ -1,4 +1,4 @@
-"""Trial of the verifiers on dummy answers, so that a broken one shows before any training."""
+"""Trial of verifiers and tools on dummy answers, so that a broken one shows before any training."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def try_verifiers(prompts: Iterable[Prompt], environments: Mapping[str, Environm
 
 
 def _error(environment: Environment, prompt: Prompt) -> str | None:
-    """Return why the verifier fails; None if it does not, or a judge decides."""
+    """Return why the tools or the verifier fail; None if they do not, or a judge decides."""
     answer = environment.dummy(prompt)
-    if answer is None:
-        return None
     try:
-        return environment.score(prompt, answer).error
+        if (session := environment.session(prompt)) is not None:
+            session.close()
+        return None if answer is None else environment.score(prompt, answer).error
     except SandboxUnavailable as error:
         return str(error)

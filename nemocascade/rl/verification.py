@@ -7,7 +7,7 @@ ranks, waits until generation has finished.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -31,11 +31,15 @@ _LOOK_S = 1.0
 """Interval in seconds for polling a judge's activity while waiting for verdicts."""
 
 NOT_SCORED = Verdict(None, "not scored")
+DROPPED = Verdict(None, "the rollout server gave this text up", fault="host")
 
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """One scored rollout. Tensors are those of its `Completion`: [n], including the prompt."""
+    """One scored rollout. Tensors are those of its `Completion`: [n], including the prompt.
+
+    dropped: a server gave the text up, so it is neither compared with others nor trained.
+    """
 
     tokens: Tensor
     written: Tensor
@@ -46,6 +50,8 @@ class Rollout:
     text: str
     verdict: Verdict
     response: tuple[Message, ...] = ()
+    dropped: bool = False
+    routing: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -53,10 +59,16 @@ class Rollout:
         return int(self.written.sum())
 
 
+OnVerdict = Callable[[Task, Rollout], object]
+"""Takes a scored rollout of a task."""
+
+
 class Verification:
     """Scores the rollouts of one generation on this rank in a thread pool.
 
     tasks: by request id; `copies` requests share one task. scored: False skips verification.
+    compared: False scores each rollout by itself, also in domains with verdicts by group.
+    on_verdict: called with every rollout once it has its verdict, from the thread that scored it.
     """
 
     def __init__(
@@ -68,10 +80,14 @@ class Verification:
         *,
         copies: int,
         scored: bool,
+        compared: bool,
         threads: int,
+        on_verdict: OnVerdict = lambda task, rollout: None,
     ) -> None:
+        self.on_verdict = on_verdict
         self.episodes, self.environments, self.tokenizer = episodes, environments, tokenizer
         self.tasks, self.copies, self.scored = tasks, copies, scored
+        self.compared = compared
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
         self._futures: list[Future[None]] = []
         self._rollouts: dict[int, Rollout] = {}
@@ -104,23 +120,35 @@ class Verification:
         environment = self.environments[task.prompt.domain]
         response = self.episodes.response(completion)
         later = environment.collective or not self.scored
+        by_group = environment.by_group and self.compared
         rollout = self._read(completion, response)
-        if not later and not environment.by_group:
-            rollout = replace(rollout, verdict=environment.score(task.prompt, response))
+        if rollout.dropped:
+            rollout = replace(rollout, verdict=DROPPED)
+        elif not later and not by_group:
+            verdict = self.episodes.host_failure(number) or environment.score(task.prompt, response)
+            rollout = replace(rollout, verdict=verdict)
         with self._lock:
             self._rollouts[number] = rollout
             first = task.number * self.copies
             group = [self._rollouts.get(n) for n in range(first, first + self.copies)]
-        if not environment.by_group or later:
+        if later:
             return
-        written = {i: r.response for i, r in enumerate(group) if r is not None}
-        if len(written) < self.copies:
-            environment.begin_group(task.prompt, written, number - first)
+        if not by_group:
+            self.on_verdict(task, rollout)
+            return
+        written = {i: r.response for i, r in enumerate(group) if r is not None and not r.dropped}
+        if None in group:
+            if not rollout.dropped:
+                environment.begin_group(task.prompt, written, number - first)
             return
         (verdicts,) = environment.score_groups([(task.prompt, list(written.values()))])
         with self._lock:
-            for n, verdict in enumerate(verdicts, start=first):
+            for i, verdict in zip(written, verdicts, strict=True):
+                n = first + i
                 self._rollouts[n] = replace(self._rollouts[n], verdict=verdict)
+            scored = [self._rollouts[n] for n in range(first, first + self.copies)]
+        for member in scored:
+            self.on_verdict(task, member)
 
     def _read(self, completion: Completion, response: Sequence[Message]) -> Rollout:
         return Rollout(
@@ -133,6 +161,8 @@ class Verification:
             text=self.tokenizer.decode(completion.response),
             verdict=NOT_SCORED,
             response=tuple(response),
+            dropped=completion.finish == "abort",
+            routing=completion.routing,
         )
 
 

@@ -40,7 +40,9 @@ def start_answers(
     swap = WeightSwap(trainer.world, trainer.chunks)
     swap.load(START, start)
     with swap.using(START):
+        collector.engine.weights_changed()
         groups = collector.roll_out(compared, 1, greedy, scored=False)
+    collector.engine.weights_changed()
     swap.close()
     return {group.task.number: final_text(group.rollouts[0].response) for group in groups}
 

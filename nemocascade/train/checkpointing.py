@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,8 +90,8 @@ class Checkpoints:
         self.root = run_dir / "checkpoints"
         self.settings = settings
         self.world = world
-        self.parent: dict[str, str] | None = None
-        """Folder and digest of the artifact that the weights started from."""
+        self.parent: dict[str, Any] | None = None
+        """Folder, digest and context length of the artifact that the weights started from."""
         self.changes: list[dict[str, Any]] = []
         """Settings that changed when the run resumed, see `Provenance`."""
         self.resumed: dict[str, Any] | None = None
@@ -125,7 +126,11 @@ class Checkpoints:
         elif init_from:
             artifact = read_artifact(Path(init_from))
             load_artifact_weights(artifact, self.world, trainer.chunks, trainer.optimizer)
-            self.parent = {"folder": init_from, "digest": artifact.digest}
+            self.parent = {
+                "folder": init_from,
+                "digest": artifact.digest,
+                "context_length": artifact.context_length,
+            }
             LOGGER.info("weights from %s (%s)", init_from, artifact.digest[:12])
         self.interrupt.arm()
         return folder
@@ -203,6 +208,9 @@ class Checkpoints:
             scores=scores,
             parent=self.parent["folder"] if self.parent else None,
             parent_digest=self.parent["digest"] if self.parent else None,
+            context_length=max(
+                _longest_sequence(settings), (self.parent or {}).get("context_length", 0)
+            ),
             changes=self.changes,
         )
         artifact = write_artifact(
@@ -211,6 +219,7 @@ class Checkpoints:
             trainer.chunks,
             provenance,
             tokenizer=Path(tokenizer.path),
+            template=tokenizer.template.source,
         )
         LOGGER.info("artifact %s (%s)", artifact.folder, artifact.digest[:12])
         return artifact.folder
@@ -297,3 +306,10 @@ def _is_whole(artifact: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def _longest_sequence(recipe: Mapping[str, Any]) -> int:
+    """Tokens of the longest sequence that a stage trains, from its recipe."""
+    if rollout := recipe.get("rollout"):
+        return int(rollout["max_prompt_tokens"]) + int(rollout["max_response_tokens"])
+    return int(recipe.get("data", {}).get("capacity", 0))

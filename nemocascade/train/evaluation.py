@@ -80,9 +80,11 @@ def policy_metrics(
                 sums[name] = sums.get(name, 0.0) + float(value) * tokens
         trained = batch.token_weight != 0
         if batch.rollout_logprob is not None and bool(trained.any()):
-            gap = (out.logprob.cpu() - batch.rollout_logprob)[trained].abs()
+            # A token that training does not keep has probability 0, and does not train.
+            kept = trained & (out.logprob.cpu() != -torch.inf)
+            gap = (out.logprob.cpu() - batch.rollout_logprob)[kept].abs()
             sums["mismatch_mean"] = sums.get("mismatch_mean", 0.0) + float(gap.sum())
-            largest = max(largest, float(gap.max()))
+            largest = max(largest, float(gap.max()) if gap.numel() else 0.0)
     total: dict[str, float] = {}
     for found, _ in (gathered := world.all_gather_object((sums, largest))):
         for name, value in found.items():

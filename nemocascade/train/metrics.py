@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
-from nemocascade.runtime.files import naming
+from nemocascade.runtime.files import naming, write_text
 from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
@@ -158,5 +158,4 @@ def _keep_steps_until(path: Path, last: int) -> None:
             warn(line)
         elif row["step"] <= last:
             kept.append(line)
-    with naming(path):
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(f"{line}\n" for line in kept))

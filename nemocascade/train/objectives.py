@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nemocascade_kernels import Grpo, Mopd, Nll
+from nemocascade_kernels import Grpo, Mopd, Nll, Truncation
 
+from nemocascade.recipe.grpo import GrpoConfig
+from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.types import PackedBatch
 
 Objective = Callable[[PackedBatch], Any]
@@ -18,16 +20,25 @@ def nll_objective(batch: PackedBatch) -> Nll:
     return Nll(batch.token_weight)
 
 
-def grpo_objective(kl_coef: float) -> Objective:
+def grpo_objective(settings: GrpoConfig) -> Objective:
     """Eq. 1 of Nemotron-Cascade 2 (arXiv 2603.19220), plus k3 to the reference if `kl_coef` is set.
 
-    Raises ValueError for a batch without advantages, or without the reference that k3 needs.
+    Raises ValueError for a batch without advantages, or without what the penalty needs.
     """
 
     def objective(batch: PackedBatch) -> Grpo:
         if batch.advantage is None:
             raise ValueError("a GRPO batch must have advantages: fill PackedBatch.advantage")
-        return Grpo(batch.token_weight, batch.advantage, batch.ref_logprob, kl_coef)
+        return Grpo(
+            batch.token_weight,
+            batch.advantage,
+            batch.ref_logprob,
+            settings.kl_coef,
+            settings.kl_importance,
+            batch.rollout_logprob if settings.kl_importance == "rollout" else None,
+            settings.kl_input_clamp,
+            settings.kl_output_clamp,
+        )
 
     return objective
 
@@ -53,3 +64,13 @@ def mopd_objective(ratio_low: float, ratio_high: float) -> Objective:
         )
 
     return objective
+
+
+def truncation_of(settings: RolloutConfig, vocabulary: int) -> Truncation | None:
+    """Truncation of the trained policy, that of its rollouts; None if it is not truncated.
+
+    vocabulary: size of the tokenizer; later ids are never sampled.
+    """
+    if not settings.truncates:
+        return None
+    return Truncation(settings.top_k, settings.top_p, vocabulary)

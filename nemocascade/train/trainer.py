@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from nemocascade_kernels import Truncation
 from torch import Tensor
 
 from nemocascade.megatron.config import Accelerators, CascadeConfig, make_config
@@ -17,7 +18,7 @@ from nemocascade.megatron.layers.moe import MoEMixer, Router
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel, build_model
 from nemocascade.megatron.optimizer import NonFiniteGradientError, Optimizer, wrap_ddp
-from nemocascade.megatron.replay import moe_index
+from nemocascade.megatron.replay import RouteReplay, lay_choices, moe_index
 from nemocascade.megatron.schedule import run_schedule
 from nemocascade.recipe import (
     EngineConfig,
@@ -107,13 +108,14 @@ class Trainer:
         objective: Objective = nll_objective,
         *,
         temperature: float = 1.0,
+        truncation: Truncation | None = None,
         measure: Measure | None = None,
     ) -> StepResult:
         """Run one optimizer step over this rank's micro-batches of the step.
 
         Token weights are divided by their sum over all ranks, so that the loss is a weighted mean.
-        temperature: of the trained policy. measure: computes metrics from the outputs of the
-        training pass; every rank calls it.
+        temperature, truncation: of the trained policy. measure: computes metrics from the outputs
+        of the training pass; every rank calls it.
 
         Raises NothingToTrainError if no token has a weight, and NonFiniteError if the loss or the
         gradient is not finite; both before any weight changes. The batches of the rank that saw a
@@ -134,7 +136,13 @@ class Trainer:
         entropy = measure is not None
         micro = [
             Microbatch.from_batch(
-                b, self.world.device, aux_scale, temperature=temperature, entropy=entropy
+                b,
+                self.world.device,
+                aux_scale,
+                replay=self._replay(b),
+                temperature=temperature,
+                truncation=truncation,
+                entropy=entropy,
             )
             for b in batches
         ]
@@ -213,6 +221,14 @@ class Trainer:
                 dtype=torch.float64,
             )
         return self.world.sum_over_data_parallel(local)
+
+    def _replay(self, batch: PackedBatch) -> RouteReplay | None:
+        """The recorded experts of a batch, for its training pass; None if it has none."""
+        if not any(choices is not None for choices in batch.routing):
+            return None
+        shape = self.config.shape
+        choices = lay_choices(shape, batch.routing, batch.cu_seqlens)
+        return RouteReplay.from_choices(shape, choices, batch.num_tokens, self.world.device)
 
     def _check_loss(
         self, loss: float, outputs: Sequence[Any], batches: Sequence[PackedBatch]

@@ -8,7 +8,8 @@ import statistics
 import pytest
 import torch
 
-from nemocascade.recipe.rl import GrpoConfig, RolloutConfig
+from nemocascade.recipe.grpo import GrpoConfig
+from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.rl.advantages import (
     group_advantages,
     is_informative,
@@ -24,7 +25,8 @@ def all_valid(rewards: torch.Tensor) -> torch.Tensor:
 def test_advantages_are_those_of_the_paper() -> None:
     rows = [[1.0, 0.0, 0.0, 1.0], [0.25, 0.5, 0.75, 0.1]]
     rewards = torch.tensor(rows, dtype=torch.float64)
-    found = group_advantages(rewards, all_valid(rewards), GrpoConfig(std_epsilon=0.0))
+    settings = GrpoConfig(std_epsilon=0.0, unbiased_std=False)
+    found = group_advantages(rewards, all_valid(rewards), settings)
     for row, values in zip(rows, found.tolist(), strict=True):
         mean, deviation = statistics.fmean(row), statistics.pstdev(row)
         assert values == pytest.approx([(r - mean) / deviation for r in row], rel=1e-12)
@@ -34,15 +36,38 @@ def test_settings_change_the_mean_and_the_deviation() -> None:
     row = [1.0, 0.0, 0.0, 0.5]
     rewards = torch.tensor([row])
     mean = statistics.fmean(row)
-    sample = group_advantages(
-        rewards, all_valid(rewards), GrpoConfig(std_epsilon=0.0, unbiased_std=True)
-    )
+    sample = group_advantages(rewards, all_valid(rewards), GrpoConfig(std_epsilon=0.0))
     assert sample[0].tolist() == pytest.approx([(r - mean) / statistics.stdev(row) for r in row])
     others = [(sum(row) - r) / 3 for r in row]
     out = group_advantages(
         rewards, all_valid(rewards), GrpoConfig(leave_one_out=True, scale_by_std=False)
     )
     assert out[0].tolist() == pytest.approx([r - o for r, o in zip(row, others, strict=True)])
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_left_out_rewards_are_divided_by_the_deviation_of_the_others(unbiased: bool) -> None:
+    """The rule of NeMo-RL's `use_leave_one_out_baseline` with `normalize_rewards`, by hand."""
+    rows = [[1.0, 0.25, 0.0, 0.5], [0.1, 0.1, 0.1, 0.7], [1.0, 0.0, 0.0, 0.0]]
+    rewards = torch.tensor(rows, dtype=torch.float64)
+    settings = GrpoConfig(leave_one_out=True, unbiased_std=unbiased)
+    found = group_advantages(rewards, all_valid(rewards), settings)
+    deviation = statistics.stdev if unbiased else statistics.pstdev
+    for row, values in zip(rows, found.tolist(), strict=True):
+        for number, value in enumerate(values):
+            others = row[:number] + row[number + 1 :]
+            # 0.1 + 0.1 + 0.1 rounds: equal rewards have no deviation all the same.
+            spread = deviation(others) + 1e-6 if len(set(others)) > 1 else 1.0
+            assert value == pytest.approx((row[number] - statistics.fmean(others)) / spread)
+    # A lone success stands undivided; its failures are divided.
+    assert found[2].tolist()[0] == 1.0
+
+
+def test_left_out_of_two_rewards_is_their_difference() -> None:
+    rewards = torch.tensor([[0.75, 0.0, 0.5]])
+    valid = torch.tensor([[True, False, True]])
+    found = group_advantages(rewards, valid, GrpoConfig(leave_one_out=True))
+    assert found.tolist() == [[0.25, 0.0, -0.25]]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1e-9, 1e9])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ from helpers.policy import (
     CAPACITY,
     ENGINE,
     TEMPERATURE,
+    VOCABULARY,
     gradients,
     plain_logprobs,
     rollout,
     sft_batch,
     small_trainer,
 )
+from nemocascade_kernels import Truncation
 from torch import Tensor
 
 from nemocascade.megatron.world import start_world
@@ -27,13 +30,15 @@ from nemocascade.recipe import (
     ParallelConfig,
     RolloutConfig,
 )
-from nemocascade.rl.batches import lay_out, pack_sequences
+from nemocascade.rl.batches import TrainingSequence, lay_out, pack_sequences
 from nemocascade.rl.collector import Group, advantages_of
 from nemocascade.rl.policy import training_sequences
 from nemocascade.rl.tasks import Task
+from nemocascade.rollout.engine import Request, Sampling
+from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.world import World
 from nemocascade.train.evaluation import policy_metrics, token_logprobs
-from nemocascade.train.objectives import grpo_objective
+from nemocascade.train.objectives import grpo_objective, truncation_of
 from nemocascade.train.trainer import Trainer
 from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import PackedBatch, Prompt
@@ -76,7 +81,7 @@ def recipe(**grpo: object) -> GrpoRecipe:
 def plain_loss(
     trainer: Trainer, swap: WeightSwap, found: list[Group], settings: GrpoConfig
 ) -> Tensor:
-    """Eq. 1 as it is printed: a loop over groups, rollouts and tokens."""
+    """Eq. 1 with the KL's penalty: a loop over groups, rollouts and tokens."""
     terms: list[tuple[int, Tensor]] = []
     with torch.no_grad(), swap.using("start"):
         references = {
@@ -85,11 +90,13 @@ def plain_loss(
     for number, group in enumerate(found):
         valid = [r for r in group.rollouts if r.verdict.reward is not None]
         rewards = torch.tensor([r.verdict.reward for r in valid], dtype=torch.float64)
-        advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + settings.std_epsilon)
+        advantage = (rewards - rewards.mean()) / (rewards.std() + settings.std_epsilon)
         for r, a in zip(valid, advantage.tolist(), strict=True):
             logprob = plain_logprobs(trainer, r.tokens)
             gap = references[id(r)] - logprob
-            token = a * logprob - settings.kl_coef * (gap.exp() - gap - 1)
+            # The gradient of the weight makes that of the penalty -gap.
+            weight = (logprob - logprob.detach()).exp()
+            token = a * logprob - settings.kl_coef * weight * (gap.exp() - gap - 1)
             terms.append((number, token[r.written[1:]]))
     if settings.normalize == "batch":
         return -torch.cat([t for _, t in terms]).mean()
@@ -115,7 +122,7 @@ def test_loss_and_gradients_are_those_of_the_paper(trainer: Trainer, normalize: 
 
     result = trainer.train_step(
         batches(trainer, swap, found, settings),
-        grpo_objective(KL),
+        grpo_objective(settings.grpo),
         temperature=TEMPERATURE,
         measure=policy_metrics,
     )
@@ -150,8 +157,59 @@ def test_what_does_not_train_is_left_out() -> None:
     kept = training_sequences(advantages_of(groups(), settings.rollout, settings.grpo), settings)
     assert len(kept) == 6 - 1 - 2
     rewards = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
-    expected = (rewards - rewards.mean()) / rewards.std(correction=0)
+    expected = (rewards - rewards.mean()) / rewards.std()
     assert [s.advantage for s in kept[:2]] == pytest.approx(expected[1:].tolist(), rel=1e-4)
+
+
+def test_training_has_the_truncated_distribution_of_the_rollouts(
+    world: World, trainer: Trainer
+) -> None:
+    """Their log-probabilities agree, and no sampled token is outside of what training keeps."""
+    settings = RolloutConfig(temperature=TEMPERATURE, top_p=0.7, top_k=30)
+    size = VOCABULARY - 6
+    engine = LiveEngine(world, trainer.modules, slots=4, vocabulary=size)
+    sampling = Sampling(
+        TEMPERATURE, settings.top_k, settings.top_p, truncated_logprobs=True, max_tokens=20
+    )
+    sequences = [
+        TrainingSequence(c.tokens, c.written, c.logprob, weight=1.0, advantage=(-1.0) ** n)
+        for n, c in enumerate(engine.run([Request(i, (1, 2, 3 + i)) for i in range(6)], sampling))
+    ]
+    packed = [pack_sequences(sequences[n : n + 3], CAPACITY, 0) for n in (0, 3)]
+
+    def mismatch(truncation: Truncation | None) -> dict[str, float]:
+        result = trainer.train_step(
+            packed,
+            grpo_objective(GrpoConfig()),
+            temperature=TEMPERATURE,
+            truncation=truncation,
+            measure=policy_metrics,
+        )
+        return result.metrics
+
+    found = mismatch(truncation_of(settings, size))
+    assert found["mismatch_max"] < 1e-4
+    assert found["outside"] == 0
+    # The step has moved the policy, and whole distributions are others anyway.
+    whole = mismatch(truncation_of(replace(settings, truncated_logprobs=False), size))
+    assert whole["mismatch_mean"] > 0.1
+    assert "outside" not in whole
+
+
+def test_a_token_that_training_does_not_keep_is_counted(trainer: Trainer) -> None:
+    """Random tokens are rarely the most probable: they do not train, and spoil no metric."""
+    sequences = training_sequences(
+        advantages_of(groups(), recipe().rollout, recipe().grpo), recipe()
+    )
+    result = trainer.train_step(
+        [pack_sequences([s], CAPACITY, 0) for s in sequences],
+        grpo_objective(GrpoConfig()),
+        truncation=Truncation(top_k=8),
+        measure=policy_metrics,
+    )
+    assert 0.5 < result.metrics["outside"] < 1
+    assert all(math.isfinite(value) for value in result.metrics.values())
+    assert math.isfinite(result.loss)
 
 
 def test_rows_carry_the_constants_of_the_token_they_predict() -> None:

@@ -29,13 +29,13 @@ REWARDS: list[list[float | None]] = [
 ]
 
 
-def rollout(reward: float | None) -> Rollout:
+def rollout(reward: float | None, *, truncated: bool = False) -> Rollout:
     return Rollout(
         tokens=torch.arange(6),
         written=torch.arange(6) >= 2,
         logprob=torch.zeros(6),
         prompt_tokens=2,
-        truncated=False,
+        truncated=truncated,
         turns=1,
         text="",
         verdict=Verdict(reward) if reward is not None else Verdict(None, "killed"),
@@ -47,26 +47,43 @@ class Stream:
 
     def __init__(self) -> None:
         self.taken = 0
+        self.observed: list[tuple[int, list[float | None]]] = []
 
-    def take(self, count: int) -> list[Task]:
+    def take(self, count: int, step: int) -> list[Task]:
+        assert step == 4
         self.taken += count
         numbers = range(self.taken - count, self.taken)
         return [Task(Prompt(str(n), "d", (), {}), (1, 2), n) for n in numbers]
 
+    def observe(self, results: Sequence[tuple[Prompt, Sequence[Verdict]]]) -> None:
+        self.observed += [(int(p.id), [v.reward for v in verdicts]) for p, verdicts in results]
+
 
 class Written:
-    """A collector whose rewards are `REWARDS`."""
+    """A collector whose rewards are `REWARDS`. truncated: whether each group's first rollout is."""
+
+    def __init__(self, *, truncated: bool = False) -> None:
+        self.truncated = truncated
 
     def roll_out(self, tasks: Sequence[Task], copies: int) -> list[Group]:
         assert copies == 2
-        return [Group(task, tuple(map(rollout, REWARDS[task.number]))) for task in tasks]
+        return [
+            Group(task, (rollout(first, truncated=self.truncated), rollout(second)))
+            for task in tasks
+            for first, second in [REWARDS[task.number]]
+        ]
 
 
 def gathered(**settings: Any) -> tuple[Any, RolloutConfig]:
+    written = Written(truncated=settings.pop("truncated", False))
     rollouts = RolloutConfig(
         prompts_per_step=settings.pop("prompts", 7), rollouts_per_prompt=2, **settings
     )
-    return gather(cast(Collector, Written()), cast(TaskStream, Stream()), rollouts), rollouts
+    stream = Stream()
+    found = gather(cast(Collector, written), cast(TaskStream, stream), rollouts, step=4)
+    # A curriculum learns of every group, also of those that do not train.
+    assert [number for number, _ in stream.observed] == [g.task.number for g in found.tried]
+    return found, rollouts
 
 
 def numbers(groups: Sequence[Group]) -> list[int]:
@@ -114,3 +131,25 @@ def test_settings_that_cannot_be() -> None:
     assert any("min_best_reward" in problem for problem in broken.problems(1))
     distilled = MopdRecipe(rollout=RolloutConfig(min_best_reward=0.5, dynamic_filtering=False))
     assert any("min_best_reward" in problem for problem in distilled.problems(1))
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "kept", "reward", "informative"),
+    [(None, 1.0, 0.5, [0, 1, 5, 6]), (0.5, 0.5, 0.25, [0, 1, 6]), (0.0, 0.0, 0.0, [0, 5])],
+)
+def test_a_truncated_response_scores_less_before_groups_are_filtered(
+    coefficient: float | None, kept: float, reward: float, informative: list[int]
+) -> None:
+    """The first response of each group is truncated. Errors stay errors."""
+    settings: dict[str, Any] = {"truncated": True, "stop_properly_penalty_coef": coefficient}
+    found, rollouts = gathered(dynamic_filtering=True, max_draws=1, **settings)
+    assert numbers(found.groups) == informative
+    firsts = [group.rollouts[0].verdict for group in found.tried]
+    assert [v.reward for v in firsts[:2]] == [0.0, reward]
+    assert firsts[6].reward == kept
+    assert [v.reward is None for v in firsts] == [row[0] is None for row in REWARDS]
+    assert [g.rollouts[1].verdict.reward for g in found.tried] == [row[1] for row in REWARDS]
+    if coefficient is not None:
+        assert firsts[6].details == {"reward_before_stop_penalty": 1.0}
+    advantages = advantages_of(found.groups, rollouts, GrpoRecipe().grpo)
+    assert all(bool((g.advantage != 0).all()) for g in advantages if g.advantage is not None)
