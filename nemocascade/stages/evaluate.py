@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nemocascade.data.tokenizer import check_template
 from nemocascade.megatron.artifact import artifact_model, load_artifact_weights, read_artifact
 from nemocascade.megatron.config import make_config
 from nemocascade.megatron.model import build_model
@@ -60,6 +61,7 @@ def run_eval(settings: EvalSettings) -> tuple[float, int]:
     )
     with stage_world(recipe, trains=False) as (world, accelerators):
         tokenizer = open_tokenizer(recipe, world)
+        check_template(artifact, tokenizer)
         scored = replace(recipe, data=replace(recipe.data, heldout_path=(), heldout_rows=0))
         data = open_stage_data(scored, world, tokenizer)
         config = make_config(

@@ -13,7 +13,7 @@ from nemocascade.runtime.logging import LOGGER
 from nemocascade.stages.policy import policy_run
 from nemocascade.train.evaluation import policy_metrics
 from nemocascade.train.metrics import step_values
-from nemocascade.train.objectives import grpo_objective
+from nemocascade.train.objectives import grpo_objective, truncation_of
 from nemocascade.train.weight_swap import WeightSwap
 
 
@@ -34,22 +34,27 @@ def run_grpo(recipe: GrpoRecipe) -> Path:
 
 def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> dict[str, float]:
     """Run the training loop; returns the last held-out scores."""
-    trainer, objective = run.trainer, grpo_objective(recipe.grpo.kl_coef)
+    trainer, objective = run.trainer, grpo_objective(recipe.grpo)
+    truncation = truncation_of(recipe.rollout, run.tokenizer.vocab_size)
     books = Bookkeeper(run)
     for step in range(books.first, recipe.steps):
         started = time.perf_counter()
-        gathered = gather(run.collector, run.stream, recipe.rollout)
+        gathered = gather(run.collector, run.stream, recipe.rollout, step)
         rolled_out = time.perf_counter()
         groups = advantages_of(gathered.groups, recipe.rollout, recipe.grpo)
         values = run.rollout_values(gathered, rolled_out - started)
         sequences = training_sequences(groups, recipe)
         if sequences:
+            batches = training_batches(run, sequences, reference)
+            values |= run.free_mismatch(batches)
             result = trainer.train_step(
-                training_batches(run, sequences, reference),
+                batches,
                 objective,
                 temperature=recipe.rollout.temperature,
+                truncation=truncation,
                 measure=policy_metrics,
             )
+            run.engine.weights_changed()
             seconds = time.perf_counter() - started
             values |= step_values(result, recipe.optimizer.lr_at(step), seconds, run.world)
             run.watch_mismatch(step, result.metrics)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.data.tokenizer import Tokenizer, check_template
 from nemocascade.envs.registry import judge_problems, judge_refusal
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.recipe import RecipeError
@@ -77,4 +77,5 @@ def judge_on_ranks(
     if settings.kind != "artifact":
         return None
     artifact = open_judge(settings, policy)
+    check_template(artifact, tokenizer)
     return ArtifactJudge(settings, artifact, world, chunks, engine, tokenizer, seed=seed)

@@ -16,7 +16,7 @@ from nemocascade.recipe import RecipeError
 from nemocascade.recipe.mopd import MopdRecipe
 from nemocascade.rl.batches import TrainingSequence
 from nemocascade.rl.bookkeeping import Bookkeeper
-from nemocascade.rl.collector import Gathered, Group
+from nemocascade.rl.collector import Gathered, Group, verdicts_of
 from nemocascade.rl.policy import PolicyRun
 from nemocascade.rl.teachers import Teachers
 from nemocascade.runtime.logging import LOGGER
@@ -68,18 +68,20 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
     for step in range(books.first, recipe.steps):
         started = time.perf_counter()
         teachers.read_ahead()
-        tasks = run.stream.take(rollout.prompts_per_step)
+        tasks = run.stream.take(rollout.prompts_per_step, step)
         groups = tuple(
             run.collector.roll_out(
                 tasks, rollout.rollouts_per_prompt, scored=recipe.mopd.score_rollouts
             )
         )
+        run.stream.observe(verdicts_of(groups))
         rolled_out = time.perf_counter()
         gathered = Gathered(groups, len(groups), groups)
         values = run.rollout_values(gathered, rolled_out - started)
         sequences = teachers.in_turn(student_sequences(groups, recipe))
         if sequences:
             batches = teachers.batches(sequences)
+            values |= run.free_mismatch(batches)
             values["teacher_time_s"] = time.perf_counter() - rolled_out
             result = trainer.train_step(
                 batches,
@@ -92,6 +94,7 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
                     ratio_high=recipe.mopd.ratio_high,
                 ),
             )
+            run.engine.weights_changed()
             seconds = time.perf_counter() - started
             values |= step_values(result, recipe.optimizer.lr_at(step), seconds, run.world)
             run.watch_mismatch(step, result.metrics)
@@ -106,7 +109,7 @@ def student_sequences(groups: Sequence[Group], recipe: MopdRecipe) -> list[Train
     """Training sequences of all rollouts, with token weight 1 / |V(y)|: Eq. 4 averages by sequence.
 
     Rewards are not used, so a rollout whose verifier failed trains like the others. Excluded: empty
-    rollouts, and truncated ones under overlong filtering.
+    rollouts, those that a server gave up, and truncated ones under overlong filtering.
     """
     return [
         TrainingSequence(
@@ -115,8 +118,10 @@ def student_sequences(groups: Sequence[Group], recipe: MopdRecipe) -> list[Train
             logprob=rollout.logprob,
             weight=1.0 / rollout.length,
             domain=group.task.prompt.domain,
+            routing=rollout.routing,
         )
         for group in groups
         for rollout in group.rollouts
-        if rollout.length and not (rollout.truncated and recipe.rollout.overlong_filter)
+        if rollout.length and not rollout.dropped
+        if not (rollout.truncated and recipe.rollout.overlong_filter)
     ]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_artifact_tokenizer
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.megatron.artifact import artifact_model, read_artifact
 from nemocascade.megatron.config import Accelerators
 from nemocascade.recipe import ModelConfig, MopdRecipe, PolicyRecipe, RecipeError
 from nemocascade.rl.collector import Collector
-from nemocascade.rl.policy import PolicyRun, greedy_sampling
+from nemocascade.rl.policy import PolicyRun, greedy_sampling, sequence_logprobs
 from nemocascade.rl.tasks import Task, TaskStream, encode_prompts, read_tasks
 from nemocascade.rl.trial import try_verifiers
 from nemocascade.rl.verification import verifier_threads
 from nemocascade.rl.win_rate import start_answers
+from nemocascade.rollout.engine import Engine
+from nemocascade.rollout.factory import open_engine
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.world import World, main_first, world_size_of_environment
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
@@ -42,7 +45,7 @@ def policy_run[R: PolicyRecipe](
     with stage_world(recipe) as (world, accelerators):
         probe_judge(recipe.envs.judge, world)
         write_recipe(recipe, world)
-        tokenizer = load_tokenizer(str(parent.tokenizer_path))
+        tokenizer = load_artifact_tokenizer(parent)
         check_vocabulary(tokenizer, model.vocab_size)
         policy = _open_policy(recipe, model, world, accelerators, tokenizer)
         judge = judge_on_ranks(
@@ -50,7 +53,7 @@ def policy_run[R: PolicyRecipe](
             parent,
             world,
             policy.trainer.chunks,
-            policy.engine,
+            _judge_engine(recipe, world, policy),
             tokenizer,
             seed=recipe.seed,
         )
@@ -63,6 +66,7 @@ def policy_run[R: PolicyRecipe](
             raise
         finally:
             close_environments(every)
+            policy.engine.close()
 
 
 def _checked_start(recipe: PolicyRecipe) -> tuple[Artifact, ModelConfig]:
@@ -91,7 +95,7 @@ class _Policy:
     """A policy for training and sampling."""
 
     trainer: Trainer
-    engine: LiveEngine
+    engine: Engine
     tokenizer: Tokenizer
 
 
@@ -116,16 +120,31 @@ def _open_policy(
         seed=recipe.seed,
         run_dir=Path(recipe.run_dir),
     )
-    engine = LiveEngine(
+    engine = open_engine(
         world,
         trainer.modules,
-        slots=recipe.rollout.slots,
-        prefill_tokens=recipe.rollout.prefill_tokens,
-        prefill_chunk=recipe.rollout.prefill_chunk,
+        recipe.rollout,
+        run_dir=Path(recipe.run_dir),
         decode=tokenizer.decode,
         vocabulary=tokenizer.vocab_size,
+        logprobs=functools.partial(sequence_logprobs, recipe, trainer, tokenizer.pad_id),
+        precision=recipe.engine.precision,
     )
     return _Policy(trainer, engine, tokenizer)
+
+
+def _judge_engine(recipe: PolicyRecipe, world: World, policy: _Policy) -> Engine:
+    """The engine of a judge that runs on the training ranks: one that reads their weights."""
+    if isinstance(policy.engine, LiveEngine):
+        return policy.engine
+    return LiveEngine(
+        world,
+        policy.trainer.modules,
+        slots=recipe.rollout.slots,
+        prefill_chunk=recipe.rollout.prefill_chunk,
+        decode=policy.tokenizer.decode,
+        vocabulary=policy.tokenizer.vocab_size,
+    )
 
 
 def _assemble(
@@ -141,7 +160,14 @@ def _assemble(
     """
     tokenizer = policy.tokenizer
     environments = {d.domain: every[d.domain] for d in recipe.domains}
-    stream = TaskStream(recipe.domains, environments, tokenizer, recipe.rollout, seed=recipe.seed)
+    stream = TaskStream(
+        recipe.domains,
+        environments,
+        tokenizer,
+        recipe.rollout,
+        seed=recipe.seed,
+        steps=recipe.steps,
+    )
     collector = Collector(
         world,
         policy.engine,

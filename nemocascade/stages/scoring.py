@@ -1,4 +1,4 @@
-"""Held-out scores of an artifact: mean reward of greedy answers, by domain, on any layout."""
+"""Held-out scores of an artifact: mean reward of its answers, by domain, on any layout."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from nemocascade.data.tokenizer import Tokenizer, load_artifact_tokenizer
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
-from nemocascade.megatron.artifact import artifact_model, load_artifact_weights, read_artifact
+from nemocascade.megatron.artifact import artifact_model, read_artifact
 from nemocascade.megatron.checkpoint.folder import digest_of
-from nemocascade.megatron.config import make_config
-from nemocascade.megatron.model import build_model
-from nemocascade.megatron.warm_up import warm_up
 from nemocascade.recipe import (
     DomainConfig,
-    MoeTrainingConfig,
     RecipeError,
     RolloutConfig,
     ScoreConfig,
@@ -30,27 +26,21 @@ from nemocascade.recipe.rules import Natural
 from nemocascade.rl.collector import Collector, Group
 from nemocascade.rl.tasks import Task, encode_prompts, read_tasks
 from nemocascade.rl.verification import verifier_threads
-from nemocascade.rollout.live import LiveEngine
+from nemocascade.rollout.engine import Engine
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import DataError
+from nemocascade.runtime.stored_records import record_of
 from nemocascade.runtime.world import World, world_size_of_environment
+from nemocascade.stages.domain_score import DomainScore, domain_score
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
-from nemocascade.stages.setup import watched_world
+from nemocascade.stages.setup import open_frozen, watched_world
 from nemocascade.types import Environment
 
 VERSION = 1
+MOST_TASKS = 1 << 32
+"""Distance of the domains' task numbers."""
 # Fields that affect how scores are computed, but not their values.
 _HOW = ("parallel", "slots")
-
-
-@dataclass(frozen=True)
-class DomainScore:
-    """Score of one domain. score: mean reward, None if every verifier failed. tasks: number of
-    answered tasks. errors: number of failed verdicts, which are excluded from the mean."""
-
-    score: float | None
-    tasks: int
-    errors: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """Mean reward of an artifact's greedy answers to held-out tasks, by domain."""
+    """Mean reward of an artifact's answers to held-out tasks, by domain. Default: a greedy answer.
+    `--samples K`: avg@k with its standard error, and pass@k."""
 
     artifact: str = ""
     """Artifact folder."""
@@ -86,6 +77,9 @@ class ScoreSettings:
     difficulty: Natural = 0
     """Difficulty of generated tasks; 0 is the easiest."""
 
+    samples: Natural = 0
+    """Samples of each task; 0 = `scores.samples`."""
+
     work_dir: str = "runs/score"
     """Folder for the log."""
 
@@ -94,8 +88,13 @@ class ScoreSettings:
 
 def run_scoring(settings: ScoreSettings) -> Scores:
     """Score the artifact of the settings. Raises as `score_artifact`."""
-    domains = tuple(ScoredDomain(d, difficulty=settings.difficulty) for d in settings.domains)
-    config = replace(settings.scores, domains=settings.scores.domains or domains)
+    named = tuple(ScoredDomain(d, difficulty=settings.difficulty) for d in settings.domains)
+    scores = settings.scores
+    config = replace(
+        scores,
+        domains=scores.domains or named,
+        samples=settings.samples or scores.samples,
+    )
     return score_artifact(Path(settings.artifact), config, Path(settings.work_dir))
 
 
@@ -109,27 +108,27 @@ def settings_key(config: ScoreConfig, files: Mapping[str, str]) -> str:
 
 
 def read_versioned(path: Path, version: int) -> dict[str, Any] | None:
-    """The fields of a versioned JSON file; None if it is missing or of another version."""
+    """The fields of a versioned JSON file; None if it is missing, damaged or of another version."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and found.pop("version", None) == version else None
 
 
 def read_scores(path: Path) -> Scores | None:
-    """The content of a scores.json; None if it is missing or of another version."""
+    """The content of a scores.json; None if it is missing, damaged or of another version."""
     found = read_versioned(path, VERSION)
-    if found is None:
+    try:
+        return None if found is None else record_of(Scores, found)
+    except ValueError:
         return None
-    scores = {name: DomainScore(**value) for name, value in found.pop("scores").items()}
-    return Scores(scores=scores, **found)
 
 
 def score_artifact(
     folder: Path, config: ScoreConfig, work_dir: Path, *, settings: str = ""
 ) -> Scores:
-    """Answer every domain's held-out tasks greedily and score the answers; every rank calls it.
+    """Answer every domain's held-out tasks and score the answers; every rank calls it.
 
     settings: stored with the scores, see `settings_key`.
 
@@ -149,23 +148,17 @@ def score_artifact(
         raise RecipeError(problems)
     with watched_world(work_dir, config.parallel, config.engine) as (world, detected):
         probe_judge(config.envs.judge, world)
-        tokenizer = load_tokenizer(str(artifact.tokenizer_path))
-        check_vocabulary(tokenizer, model.vocab_size)
-        settled = make_config(model, world.parallel, config.engine, MoeTrainingConfig(), seed=0)
-        rows = max(config.max_prompt_tokens, RolloutConfig.prefill_tokens)
-        usable = warm_up(detected.accelerators, model, config.engine, world, rows)
-        chunks = build_model(world, settled, usable)
-        load_artifact_weights(artifact, world, chunks)
-        engine = LiveEngine(
+        tokenizer = load_artifact_tokenizer(artifact)
+        engine = open_frozen(
+            artifact,
             world,
-            chunks,
-            slots=config.slots,
-            prefill_chunk=RolloutConfig.prefill_chunk,
-            decode=tokenizer.decode,
-            vocabulary=tokenizer.vocab_size,
+            detected,
+            tokenizer,
+            config.engine,
+            RolloutConfig(slots=config.slots, max_prompt_tokens=config.max_prompt_tokens),
         )
         judge = judge_on_ranks(
-            config.envs.judge, artifact, world, chunks, engine, tokenizer, seed=config.seed
+            config.envs.judge, artifact, world, engine.chunks, engine, tokenizer, seed=config.seed
         )
         environments = make_environments(config.envs, judge=judge)
         try:
@@ -178,8 +171,13 @@ def score_artifact(
     found = Scores(
         digest=artifact.digest,
         settings=settings,
-        scores={name: _score_of(answered) for name, answered in groups.items()},
-        samples={name: _samples(answered[: config.samples]) for name, answered in groups.items()},
+        scores={
+            name: domain_score([[r.verdict.reward for r in g.rollouts] for g in answered])
+            for name, answered in groups.items()
+        },
+        samples={
+            name: _samples(answered[: config.stored_answers]) for name, answered in groups.items()
+        },
         seconds=time.perf_counter() - started,
     )
     _report(found)
@@ -201,35 +199,32 @@ def scoring_problems(config: ScoreConfig) -> list[str]:
 
 def _answer(
     world: World,
-    engine: LiveEngine,
+    engine: Engine,
     tokenizer: Tokenizer,
     environments: Mapping[str, Environment],
     config: ScoreConfig,
 ) -> dict[str, list[Group]]:
-    """Answer every domain's tasks; domains with the same limit are generated together."""
-    rollout = RolloutConfig(
-        rollouts_per_prompt=1,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_response_tokens=config.max_response_tokens,
-        max_turns=config.max_turns,
-        thinking=config.thinking,
-        slots=config.slots,
-    )
-    collector = Collector(
-        world,
-        engine,
-        tokenizer,
-        environments,
-        rollout,
-        seed=config.seed,
-        threads=verifier_threads(config.envs.judge),
-    )
+    """Answer every domain's tasks; domains with the same sampling are generated together."""
     found: dict[str, list[Group]] = {d.domain: [] for d in config.domains}
-
-    def limit(domain: ScoredDomain) -> int:
-        return domain.max_response_tokens or config.max_response_tokens
-
-    for most, domains in groupby(sorted(config.domains, key=limit), key=limit):
+    ordered = sorted(config.domains, key=config.sampling_of)
+    for how, domains in groupby(ordered, key=config.sampling_of):
+        rollout = RolloutConfig(
+            rollouts_per_prompt=1,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_response_tokens=config.max_response_tokens,
+            max_turns=config.max_turns,
+            thinking=how.thinking,
+            slots=config.slots,
+        )
+        collector = Collector(
+            world,
+            engine,
+            tokenizer,
+            environments,
+            rollout,
+            seed=config.seed,
+            threads=verifier_threads(config.envs.judge),
+        )
         tasks: list[Task] = []
         for domain in domains:
             prompts = read_tasks(
@@ -246,25 +241,27 @@ def _answer(
                     f"{domain.domain}: no held-out task has a prompt of at most "
                     f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
                 )
-            first = len(tasks)
+            # The numbers decide the samples, so they do not depend on what else is scored.
+            first = DOMAINS.index(domain.domain) * MOST_TASKS
             tasks += [Task(prompt, ids, first + i) for i, (prompt, ids) in enumerate(encoded)]
-        greedy = replace(collector.sampling(), temperature=0.0, max_tokens=most)
-        for group in collector.roll_out(tasks, 1, greedy):
+        sampling = replace(
+            collector.sampling(),
+            temperature=how.temperature,
+            top_p=how.top_p,
+            max_tokens=how.max_tokens,
+        )
+        for group in collector.roll_out(tasks, how.samples, sampling, compared=False):
             found[group.task.prompt.domain].append(group)
     return found
 
 
 def _as_domain(domain: ScoredDomain) -> DomainConfig:
     return DomainConfig(
-        domain.domain, difficulty=domain.difficulty, heldout_path=domain.heldout_path
+        domain.domain,
+        difficulty=domain.difficulty,
+        heldout_path=domain.heldout_path,
+        max_bad_rows=domain.max_bad_rows,
     )
-
-
-def _score_of(groups: Sequence[Group]) -> DomainScore:
-    rewards = [g.rollouts[0].verdict.reward for g in groups]
-    valid = [r for r in rewards if r is not None]
-    mean = sum(valid) / len(valid) if valid else None
-    return DomainScore(mean, len(rewards), len(rewards) - len(valid))
 
 
 def _samples(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -281,16 +278,13 @@ def _samples(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def _report(found: Scores) -> None:
     """Log the scores and the number of failed verdicts."""
-    shown = ", ".join(
-        f"{name} {'-' if s.score is None else format(s.score, '.3f')}"
-        for name, s in found.scores.items()
-    )
+    shown = ", ".join(f"{name} {s}" for name, s in found.scores.items())
     LOGGER.info("held out: %s (%.1f s)", shown, found.seconds)
     for name, score in found.scores.items():
         if score.errors:
             LOGGER.warning(
                 "held out: %d of %d verdicts of %s failed and are not counted",
                 score.errors,
-                score.tasks,
+                score.tasks * score.samples,
                 name,
             )

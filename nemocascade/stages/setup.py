@@ -15,18 +15,31 @@ from nemocascade.data.loader import HeldoutLoader
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.megatron.accelerators import Detection, detect
-from nemocascade.megatron.config import Accelerators
+from nemocascade.megatron.artifact import artifact_model, load_artifact_weights, read_artifact
+from nemocascade.megatron.config import Accelerators, make_config
+from nemocascade.megatron.model import build_model
 from nemocascade.megatron.warm_up import warm_up
 from nemocascade.megatron.world import start_world
 from nemocascade.plan.devices import check_together, job_here
 from nemocascade.plan.preflight import problems_before
-from nemocascade.recipe import DataConfig, EngineConfig, ParallelConfig, RecipeError, SftRecipe
+from nemocascade.recipe import (
+    DataConfig,
+    EngineConfig,
+    MoeTrainingConfig,
+    ParallelConfig,
+    RecipeError,
+    RolloutConfig,
+    SftRecipe,
+)
 from nemocascade.recipe.rl import PolicyRecipe
+from nemocascade.rollout.live import LiveEngine
+from nemocascade.runtime.files import write_text
 from nemocascade.runtime.logging import LOGGER, start_logging
 from nemocascade.runtime.run_lock import RunLock
 from nemocascade.runtime.watchdog import Watchdog, job_store
 from nemocascade.runtime.world import World, main_first, world_size_of_environment
 from nemocascade.train.checkpointing import refused_changes
+from nemocascade.types import Artifact
 
 
 @contextmanager
@@ -132,15 +145,48 @@ def on_main_rank(lock: RunLock, engine: EngineConfig, work: Callable[[], Any]) -
         world.close()
 
 
-def open_tokenizer(recipe: SftRecipe, world: World) -> Tokenizer:
-    """The recipe's tokenizer; if none is named, one is trained on its data at the first start.
+def open_frozen(
+    artifact: Artifact,
+    world: World,
+    detected: Detection,
+    tokenizer: Tokenizer,
+    engine: EngineConfig,
+    rollout: RolloutConfig,
+) -> LiveEngine:
+    """An engine on the weights of an artifact that is not trained.
 
     Raises an error if the tokenizer has more ids than the model has embeddings.
     """
-    path = recipe.tokenizer.path or str(Path(recipe.run_dir) / "tokenizer.model")
+    model = artifact_model(artifact)
+    check_vocabulary(tokenizer, model.vocab_size)
+    config = make_config(model, world.parallel, engine, MoeTrainingConfig(), seed=0)
+    rows = max(rollout.max_prompt_tokens, rollout.prefill_tokens)
+    usable = warm_up(detected.accelerators, model, engine, world, rows)
+    chunks = build_model(world, config, usable)
+    load_artifact_weights(artifact, world, chunks)
+    return LiveEngine(
+        world,
+        chunks,
+        slots=rollout.slots,
+        prefill_tokens=rollout.prefill_tokens,
+        prefill_chunk=rollout.prefill_chunk,
+        decode=tokenizer.decode,
+        vocabulary=tokenizer.vocab_size,
+    )
+
+
+def open_tokenizer(recipe: SftRecipe, world: World) -> Tokenizer:
+    """The recipe's tokenizer, otherwise that of the artifact it starts from; without an artifact,
+    one is trained on its data at the first start.
+
+    Raises RecipeError if the artifact has none, and an error if the tokenizer has more ids than the
+    model has embeddings.
+    """
+    named = recipe.tokenizer.path or _start_tokenizer(recipe)
+    path = named or str(Path(recipe.run_dir) / "tokenizer.model")
 
     def prepare() -> Tokenizer:
-        if not recipe.tokenizer.path and not Path(path).exists():
+        if not named and not Path(path).exists():
             LOGGER.info("training a tokenizer of %d ids", recipe.tokenizer.train_vocab_size)
             return train_tokenizer(
                 recipe.data, recipe.tokenizer.train_vocab_size, path, seed=recipe.seed
@@ -150,6 +196,18 @@ def open_tokenizer(recipe: SftRecipe, world: World) -> Tokenizer:
     tokenizer: Tokenizer = main_first(world, prepare, lambda: load_tokenizer(path))
     check_vocabulary(tokenizer, recipe.model.vocab_size)
     return tokenizer
+
+
+def _start_tokenizer(recipe: SftRecipe) -> str:
+    """Path of the tokenizer of the start artifact; empty without an artifact."""
+    if not recipe.init_from:
+        return ""
+    path = read_artifact(Path(recipe.init_from)).tokenizer_path
+    if path is None:
+        raise RecipeError(
+            [f"init_from({recipe.init_from}) holds no tokenizer: name one with --tokenizer.path"]
+        )
+    return str(path)
 
 
 def open_stage_data(recipe: SftRecipe, world: World, tokenizer: Tokenizer) -> StageData:
@@ -183,5 +241,5 @@ def heldout_loader(
 def write_recipe(recipe: Any, world: World) -> None:
     """Write the resolved recipe to RUN/recipe.json."""
     if world.is_main:
-        path = Path(recipe.run_dir) / "recipe.json"
-        path.write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(asdict(recipe), indent=2) + "\n"
+        write_text(Path(recipe.run_dir) / "recipe.json", text)

@@ -9,6 +9,8 @@ from typing import Any
 from nemocascade.data.documents import StageData
 from nemocascade.data.loader import HeldoutLoader, PackedLoader
 from nemocascade.data.packing import WorkModel
+from nemocascade.data.tokenizer import check_template
+from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.parameters import count_parameters
 from nemocascade.recipe import SftRecipe
 from nemocascade.rl.demonstrations import with_demonstrations
@@ -68,6 +70,8 @@ def run_sft(recipe: SftRecipe) -> Path:
         if data.heldout is not None:
             heldout = heldout_loader(recipe.data, world, tokenizer, data.heldout)
         checkpoints = Checkpoints(run_dir, recipe.checkpoint, world, settings)
+        if recipe.init_from:
+            check_template(read_artifact(Path(recipe.init_from)), tokenizer)
         checkpoints.start(trainer, loader, resume=recipe.resume, init_from=recipe.init_from)
         heldout_loss = _train(recipe, world, trainer, loader, heldout, checkpoints)
         loader.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -190,7 +191,8 @@ def resumed(world: World, trainer: Trainer, recipe: SftRecipe) -> Checkpoints:
 
 
 def artifact_of(checkpoints: Checkpoints, trainer: Trainer) -> dict[str, Any]:
-    tokenizer: Any = SimpleNamespace(path=str(checkpoints.run_dir / "t.json"))
+    template = SimpleNamespace(source="{{ messages }}")
+    tokenizer: Any = SimpleNamespace(path=str(checkpoints.run_dir / "t.json"), template=template)
     (checkpoints.run_dir / "t.json").write_text("{}")
     folder = checkpoints.write_artifact(trainer, checkpoints.recipe, "sft", tokenizer, {}, {})
     return dict(json.loads((folder / "manifest.json").read_text()))
@@ -235,6 +237,30 @@ def test_an_artifact_names_the_settings_that_trained_it(
     assert artifact_of(again, trainer) == manifest
     (tmp_path / "artifact" / "index.json").unlink()
     assert artifact_of(again, trainer)["files"] == manifest["files"]
+
+
+def test_an_artifact_knows_its_template_and_context(
+    tmp_path: Path, world: World, trainer: Trainer
+) -> None:
+    """The longest sequence of the stages so far, whichever was it."""
+    recipe = replace(RECIPE, data=replace(RECIPE.data, capacity=500))
+    for length, expected in ((0, 500), (900, 900)):
+        parent, run_dir = tmp_path / f"parent{length}", tmp_path / f"run{length}"
+        made = Provenance("s", 2, {}, {}, {}, context_length=length)
+        write_artifact(parent, world, trainer.chunks, made)
+        run_dir.mkdir()
+        checkpoints = Checkpoints(run_dir, recipe.checkpoint, world, recipe)
+        checkpoints.start(trainer, loader(), resume=True, init_from=str(parent))
+        trainer.step_number += 1
+        manifest = artifact_of(checkpoints, trainer)
+        assert manifest["context_length"] == expected
+        source = (run_dir / "artifact" / "chat_template.jinja").read_bytes()
+        assert source == b"{{ messages }}"
+        assert manifest["template"] == hashlib.sha256(source).hexdigest()
+        # Older artifacts have neither.
+        for name in ("template", "context_length"):
+            del manifest[name]
+        (parent / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_an_artifact_without_checkpoints_is_not_overwritten(

@@ -1,4 +1,7 @@
-"""A GRPO stage on every parallel layout, and resumed: rollouts, rewards and updates agree."""
+"""A GRPO stage on every parallel layout, and resumed: rollouts, rewards and updates agree.
+
+Its curriculum adapts to the rewards. Pass rates of rows are sampled from the same artifact.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,33 @@ import pytest
 from helpers.ranks import run_ranks
 from helpers.start_policy import start_policy
 
-LAYOUTS = {"TP2": {"tp": 2}, "DP2": {}, "EP2": {"ep": 2}, "PP2": {"pp": 2}}
+REPLAY = ", replay"
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2": {"tp": 2},
+    "DP2": {},
+    "EP2": {"ep": 2},
+    "PP2": {"pp": 2},
+    f"EP2{REPLAY}": {"ep": 2},
+}
 STEPS = 2
 COMPARED = ("loss", "grad_norm", "entropy", "logprob")
-EXACT = ("reward", "response_tokens", "groups", "groups_drawn", "trained_tokens")
+EXACT = (
+    *("reward", "response_tokens", "groups", "groups_drawn", "trained_tokens"),
+    *("curriculum/instruction_following", "curriculum_pass_rate/instruction_following"),
+)
+RATED = {"TP2": {"tp": 2}, "DP2": {}}
 
 Lines = list[dict[str, Any]]
 
 
-def grpo(artifact: str, folder: str, parallel: dict[str, Any], steps: int = STEPS) -> Lines:
+def grpo(
+    artifact: str,
+    folder: str,
+    parallel: dict[str, Any],
+    steps: int = STEPS,
+    *,
+    replay: bool = False,
+) -> Lines:
     """metrics.jsonl of a stage. Answers are junk, and some junk keeps to "no commas"."""
     from nemocascade.recipe import (
         CheckpointConfig,
@@ -39,7 +60,15 @@ def grpo(artifact: str, folder: str, parallel: dict[str, Any], steps: int = STEP
             steps=steps,
             run_dir=folder,
             init_from=artifact,
-            domains=(DomainConfig(domain="instruction_following", tasks=64),),
+            domains=(
+                DomainConfig(
+                    domain="instruction_following",
+                    tasks=64,
+                    difficulty=1,
+                    curriculum="adaptive",
+                    target_pass_rate=0.1,
+                ),
+            ),
             rollout=RolloutConfig(
                 prompts_per_step=6,
                 rollouts_per_prompt=4,
@@ -48,6 +77,7 @@ def grpo(artifact: str, folder: str, parallel: dict[str, Any], steps: int = STEP
                 thinking=False,
                 slots=8,
                 max_draws=3,
+                replay_routing=replay,
             ),
             grpo=GrpoConfig(capacity=256, kl_coef=0.1),
             envs=EnvConfig(if_language_check="letters"),
@@ -62,20 +92,60 @@ def grpo(artifact: str, folder: str, parallel: dict[str, Any], steps: int = STEP
     return [json.loads(line) for line in text.splitlines()]
 
 
+def pass_rates(artifact: str, folder: str, parallel: dict[str, Any]) -> Lines:
+    """Rows with their pass rates. Some junk keeps to "no commas"."""
+    from nemocascade.recipe import EngineConfig, ParallelConfig, RolloutConfig
+    from nemocascade.recipe.pass_rates import PassRateSettings
+    from nemocascade.stages.pass_rates import run_pass_rates
+
+    rows = Path(folder).parent / "rows.jsonl"
+    lines = [
+        {
+            "prompt": f"say {word}",
+            "instruction_id_list": ["punctuation:no_comma"],
+            "kwargs": [{}],
+        }
+        for word in ("one", "two", "three", "four", "five", "six", "seven")
+    ]
+    if not rows.exists():
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = Path(f"{folder}.jsonl")
+    found = run_pass_rates(
+        PassRateSettings(
+            rows=str(rows),
+            output=str(output),
+            artifact=artifact,
+            samples=3,
+            rollout=RolloutConfig(
+                prompts_per_step=5, max_response_tokens=24, thinking=False, slots=4
+            ),
+            parallel=ParallelConfig(**parallel),
+            engine=EngineConfig(precision="fp32"),
+        )
+    )
+    assert found["rows"] == len(lines)
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
 def alone(folder: str) -> dict[str, Any]:
     """One process: a run, and the same run stopped after its first step."""
     artifact = start_policy(f"{folder}/sft")
     whole = grpo(artifact, f"{folder}/whole", {})
     grpo(artifact, f"{folder}/parts", {}, steps=1)
     parts = grpo(artifact, f"{folder}/parts", {})
-    return {"artifact": artifact, "whole": whole, "parts": parts}
+    rated = pass_rates(artifact, f"{folder}/rated", {})
+    return {"artifact": artifact, "whole": whole, "parts": parts, "rated": rated}
 
 
 def together(artifact: str, folder: str) -> dict[str, Lines]:
     """Two ranks, layout by layout."""
-    return {
-        name: grpo(artifact, f"{folder}/{name}", parallel) for name, parallel in LAYOUTS.items()
+    found = {
+        name: grpo(artifact, f"{folder}/{name}", parallel, replay=name.endswith(REPLAY))
+        for name, parallel in LAYOUTS.items()
     }
+    for name, parallel in RATED.items():
+        found[f"rated {name}"] = pass_rates(artifact, f"{folder}/rated_{name}", parallel)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +173,24 @@ def test_layout_equals_one_process(name: str, runs: dict[str, Any]) -> None:
     """The same rollouts and rewards, and the same update within rounding."""
     assert len(runs[name]) == STEPS
     for ours, theirs in zip(runs[name], runs["whole"], strict=True):
+        assert ("mismatch_mean_free" in ours) == name.endswith(REPLAY)
+        assert ours.get("mismatch_mean_free", 0.0) <= 1e-4
         for key in EXACT:
             assert ours[key] == theirs[key], (key, ours["step"])
         for key in COMPARED:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), (key, ours["step"])
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_pass_rates_do_not_depend_on_the_layout(name: str, runs: dict[str, Any]) -> None:
+    assert runs[f"rated {name}"] == runs["rated"]
+    assert {line["pass_rate_samples"] for line in runs["rated"]} == {3}
+    assert len({line["pass_rate"] for line in runs["rated"]}) > 1
+
+
+def test_the_curriculum_follows_the_rewards(runs: dict[str, Any]) -> None:
+    targets = [line["curriculum/instruction_following"] for line in runs["whole"]]
+    assert 0 < targets[0] < targets[1]
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(runs: dict[str, Any]) -> None:
