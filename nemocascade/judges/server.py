@@ -1,4 +1,4 @@
-"""A judge behind a server with OpenAI's chat completions API: vLLM, SGLang, or another.
+"""A judge behind servers with OpenAI's chat completions API: vLLM, SGLang, or another.
 
 **Bounded time.** A request has the timeout `timeout_s`, a question the deadline `deadline_s` from
 asking. While the server is unreachable, busy or starting, retries continue without counting against
@@ -15,22 +15,36 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
 from nemocascade.judges.cache import AnswerCache
 from nemocascade.judges.prompts import compare_question, reward_model_turns
 from nemocascade.recipe.judge import JudgeConfig
-from nemocascade.runtime.http import BUSY, HttpClient, HttpError, backoff, key_problem, read_key
+from nemocascade.runtime.http import (
+    BUSY,
+    HttpClient,
+    HttpError,
+    announced_servers,
+    backoff,
+    base_url,
+    key_problem,
+    read_key,
+)
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.types import Answer, Message, Question
 
 PATH = "/v1/chat/completions"
 _PROBE_S = 60.0
+_REST_S = 30.0
+"""Time after a failure for which a server is asked only if all others have failed too."""
+_LOOK_S = 1.0
 _LOG_EVERY_S = 30.0
 _SHOWN = 300
 
@@ -52,9 +66,7 @@ class ServerJudge:
         if problems:
             raise ValueError("; ".join(problems))
         self.settings = settings
-        self.url = settings.url.rstrip("/").removesuffix(PATH).removesuffix("/v1") + PATH
-        key = read_key(settings.api_key_env)
-        self._http = HttpClient(key=key, connections=settings.concurrency)
+        self._servers = _Servers(settings)
         self.counts: Counter[str] = Counter()
         self._cache = AnswerCache(settings.cache)
         self._lock = Lock()
@@ -104,7 +116,7 @@ class ServerJudge:
         if self._closing.is_set():
             return
         self._closing.set()
-        self._http.close()
+        self._servers.close()
         self._pool.shutdown(wait=True, cancel_futures=False)
         if self.counts:
             LOGGER.info("judge: %s", self.summary())
@@ -219,7 +231,8 @@ class ServerJudge:
         with self._probing:
             if self._is_down():
                 if self._probe_failed_s >= asked_s:
-                    reason = f"{self.url} has answered nothing for {self.settings.silence_s:g} s"
+                    named = ", ".join(self._servers.urls)
+                    reason = f"{named} has answered nothing for {self.settings.silence_s:g} s"
                     raise HttpError("down", reason, final=True)
                 try:
                     return self._once(body, end)
@@ -238,7 +251,7 @@ class ServerJudge:
             if not self._silent:
                 self._last_answer_s, self._silent = time.monotonic(), True
         try:
-            reply = self._http.post(self.url, body, timeout_s)
+            reply = self._servers.post(body, timeout_s)
         except HttpError as error:
             if 0 < error.status < 500 and error.status != 429:
                 self._heard()
@@ -274,6 +287,72 @@ class ServerJudge:
                 return
             self._logged_s = now
         LOGGER.warning(f"judge: {text}", *values)
+
+
+class _Server:
+    """One server. load: requests in flight. failed_s: time of its last failure."""
+
+    def __init__(self, url: str, key: str, connections: int) -> None:
+        self.url = base_url(url.rstrip("/").removesuffix(PATH)) + PATH
+        self.http = HttpClient(key=key, connections=connections)
+        self.load, self.failed_s = 0, -math.inf
+
+
+class _Servers:
+    """The servers of a judge: those that are named, and those that announce themselves."""
+
+    def __init__(self, settings: JudgeConfig) -> None:
+        self.settings = settings
+        self._lock = Lock()
+        self._known: dict[str, _Server] = {}
+        self._looked_s = -math.inf
+        key = read_key(settings.api_key_env)
+        for url in dict.fromkeys((settings.url, *settings.urls)):
+            if url:
+                self._known[url] = _Server(url, key, settings.concurrency)
+
+    @property
+    def urls(self) -> list[str]:
+        """Addresses of all known servers, or the folder in which none has announced itself."""
+        return [s.url for s in self._known.values()] or [self.settings.announce]
+
+    def post(self, body: bytes, timeout_s: float) -> bytes:
+        """Ask the least loaded server; one that has just failed comes last. Raises HttpError."""
+        with self._lock:
+            self._look()
+            now = time.monotonic()
+            server = min(self._known.values(), key=lambda s: (now - s.failed_s < _REST_S, s.load))
+            server.load += 1
+        try:
+            return server.http.post(server.url, body, timeout_s)
+        except HttpError as error:
+            if not error.final:
+                server.failed_s = time.monotonic()
+            raise
+        finally:
+            with self._lock:
+                server.load -= 1
+
+    def close(self) -> None:
+        """Cut off all requests."""
+        for server in self._known.values():
+            server.http.close()
+
+    def _look(self) -> None:
+        """Add servers that have announced themselves since.
+
+        Raises HttpError, as for a server that starts, before there are as many as wanted.
+        """
+        settings, now = self.settings, time.monotonic()
+        if settings.announce and now - self._looked_s > _LOOK_S:
+            self._looked_s = now
+            for url, key in announced_servers(Path(settings.announce)).items():
+                if url not in self._known:
+                    self._known[url] = _Server(url, key, settings.concurrency)
+        wanted = max(1, settings.servers)
+        if len(self._known) < wanted:
+            reason = f"{len(self._known)} of {wanted} judges are announced in {settings.announce}"
+            raise HttpError("unreachable", reason)
 
 
 def server_problems(settings: JudgeConfig) -> list[str]:

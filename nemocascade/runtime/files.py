@@ -20,3 +20,9 @@ def naming(path: str | Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8. An OSError names it, also on a full disk."""
+    with naming(path):
+        path.write_text(text, encoding="utf-8")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import json
 import os
 import random
 import re
@@ -18,9 +19,12 @@ import ssl
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
+
+from nemocascade.recipe.paths import is_url
 
 MAX_BYTES = 16 << 20
 LONGEST_WAIT_S = 60.0
@@ -54,7 +58,7 @@ class HttpError(Exception):
 
 
 class HttpClient:
-    """Posts JSON over at most `connections` kept-alive connections. Thread-safe.
+    """Sends JSON over at most `connections` kept-alive connections. Thread-safe.
 
     key: the server's key, sent as a bearer token and never logged. max_bytes: limit on a reply;
     longer ones are an error. Raises ValueError for a key that is invalid in a header.
@@ -87,10 +91,18 @@ class HttpClient:
 
         Raises HttpError.
         """
+        return self._ask("POST", url, body, timeout_s)
+
+    def get(self, url: str, timeout_s: float) -> bytes:
+        """`post` for a request without a body, by GET."""
+        return self._ask("GET", url, b"", timeout_s)
+
+    def _ask(self, method: str, url: str, body: bytes, timeout_s: float) -> bytes:
         with self._lock:
             if self._is_closed.is_set():
                 raise HttpError("closed", "no further request is sent", final=True)
-            future = asyncio.run_coroutine_threadsafe(self._post(url, body, timeout_s), self._loop)
+            sent = self._send(method, url, body, timeout_s)
+            future = asyncio.run_coroutine_threadsafe(sent, self._loop)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -117,23 +129,27 @@ class HttpClient:
             if self._is_closed.is_set():
                 return
             self._is_closed.set()
-        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
+        self.cancel()
+        asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def cancel(self) -> None:
+        """Cancel running requests, which raise HttpError of kind `closed`."""
+        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
 
     async def _cancel_all(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._client.aclose()
 
-    async def _post(self, url: str, body: bytes, timeout_s: float) -> bytes:
+    async def _send(self, method: str, url: str, body: bytes, timeout_s: float) -> bytes:
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._client.stream("POST", url, content=body) as reply,
+                self._client.stream(method, url, content=body or None) as reply,
             ):
                 found = bytearray()
                 self._check_size(int(reply.headers.get("Content-Length", 0)))
@@ -158,6 +174,28 @@ def backoff(attempt: int, first_s: float, asked_s: float | None = None) -> float
     jitter, and is at least what the server asked for."""
     wait = min(first_s * 2.0 ** min(attempt, 30), LONGEST_WAIT_S)
     return max(wait * random.uniform(0.5, 1.0), asked_s or 0.0)
+
+
+def base_url(url: str) -> str:
+    """A server's URL without the version of its API and a final slash."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def announced_servers(folder: Path) -> dict[str, str]:
+    """Key of every server that has announced itself in `folder`, by URL.
+
+    A file is JSON with `url` and `key`; files that are not, or not yet whole, are left out.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            url, key = fields["url"], fields.get("key", "")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue
+        if isinstance(url, str) and isinstance(key, str) and is_url(url) and not key_problem(key):
+            found[base_url(url)] = key
+    return found
 
 
 def read_key(variable: str) -> str:

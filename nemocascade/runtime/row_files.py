@@ -187,7 +187,8 @@ def _naming(path: str) -> Iterator[None]:
     """Turn errors of a damaged file into a DataError that names it."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+    # Parquet's metadata holds texts of its own.
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 

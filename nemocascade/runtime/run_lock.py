@@ -25,7 +25,7 @@ import socket
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 
@@ -34,6 +34,7 @@ import psutil
 from nemocascade.recipe import UserError
 from nemocascade.runtime.files import naming
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.stored_records import record_of
 
 NAME = "lock"
 INTERVAL_S = 5.0
@@ -257,9 +258,12 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
 def _owner_of(path: Path) -> Owner | None:
     """The owner that a lock file names; None if it is gone or names none."""
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        owner = record_of(Owner, found)
+    except (OSError, ValueError, RecursionError):
         return None
+    # A missing field would be filled in with this process's own.
+    return owner if owner.pid > 0 and len(found) == len(fields(Owner)) else None
 
 
 def _heartbeat(path: Path) -> tuple[int, int] | None:

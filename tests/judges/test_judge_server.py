@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from nemocascade.judges.server import ServerJudge
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.runtime.http import MAX_BYTES
 from nemocascade.types import Answer, Message, Question
+from nemocascade_vllm.serve import announce, announcement
 
 GOOD = comparison_text(4, 2, 2)
 PROMPT = (Message("user", "Which animal barks?"),)
@@ -94,8 +96,8 @@ class Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-@pytest.fixture
-def server() -> Iterator[Any]:
+@contextmanager
+def loopback_server() -> Iterator[Any]:
     found: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     found.daemon_threads = True
     found.seen, found.lock, found.over = [], threading.Lock(), threading.Event()
@@ -107,6 +109,12 @@ def server() -> Iterator[Any]:
     found.over.set()
     found.shutdown()
     found.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    with loopback_server() as found:
+        yield found
 
 
 @pytest.fixture
@@ -463,6 +471,40 @@ def test_nobody_listens(judges: Any) -> None:
     judge = judges(f"http://127.0.0.1:{port}", silence_s=0.3)
     (answer,) = judge.ask([question()])
     assert "ConnectionRefusedError" in answer.error
+
+
+def test_questions_go_to_the_least_loaded_of_several_servers(judges: Any, server: Any) -> None:
+    with loopback_server() as other:
+        judge = judges(server.url, urls=(other.url, server.url), concurrency=4)
+        found = judge.ask([question(i) for i in range(40)])
+        assert [a.error for a in found] == [None] * 40
+        assert len(server.seen) + len(other.seen) == 40
+        assert min(len(server.seen), len(other.seen)) >= 10
+        # One that fails is asked last.
+        other.behave = lambda handler, number: handler.send_error(500)
+        before = len(other.seen)
+        found = judge.ask([question(i) for i in range(100, 140)])
+        assert [a.error for a in found] == [None] * 40
+        assert len(other.seen) - before <= 4
+        assert judge.counts["status_500"] <= 4
+
+
+def test_judges_announce_themselves(judges: Any, server: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "judges"
+    judge = judges("", announce=str(folder), servers=2, deadline_s=60.0)
+    asked: Any = []
+    thread = threading.Thread(target=lambda: asked.append(judge.ask([question()])))
+    thread.start()
+    with loopback_server() as other:
+        for one, key in ((server, "first"), (other, "second")):
+            time.sleep(0.2)
+            assert not asked
+            announce(announcement(folder, one.url), one.url, key)
+        thread.join(30)
+        assert asked[0][0].error is None
+        assert judge.counts["unreachable"] >= 1
+    silent = judges("", announce=str(tmp_path / "none"), silence_s=0.2, deadline_s=0.5)
+    assert "0 of 1 judges are announced" in silent.ask([question()])[0].error
 
 
 def closed_while_asking(

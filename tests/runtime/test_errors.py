@@ -16,7 +16,7 @@ import pytest
 from nemocascade.recipe import UserError
 from nemocascade.runtime import errors
 from nemocascade.runtime.errors import exit_cleanly
-from nemocascade.runtime.files import naming
+from nemocascade.runtime.files import naming, write_text
 from nemocascade.runtime.interrupt import AGAIN_S, Interrupt
 from nemocascade.runtime.logging import LOGGER, printable, start_logging
 from nemocascade.runtime.world import MainRankError
@@ -30,6 +30,12 @@ def fails_with(error: BaseException) -> int:
         exit_cleanly(work)
     assert isinstance(caught.value.code, int)
     return caught.value.code
+
+
+def test_a_text_on_a_full_disk_names_its_file() -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_text(Path("/dev/full"), "text")
+    assert caught.value.filename == "/dev/full"
 
 
 @pytest.fixture(autouse=True)

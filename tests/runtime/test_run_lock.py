@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from nemocascade.runtime import run_lock as lock_module
 from nemocascade.runtime.run_lock import FolderInUseError, Owner, RunLock
 
 OWN = """
@@ -69,6 +70,19 @@ def test_the_second_job_is_refused_by_name_and_touches_nothing(owned: RunLock) -
     owned.acquire()  # its own job again
     owned.release()
     assert list(owned.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes", [{"pid": "1"}, {"pid": -1}, {"host": None}, {"job": 5}])
+def test_a_damaged_lock_names_no_owner(tmp_path: Path, changes: dict[str, Any]) -> None:
+    forge(tmp_path, **changes)
+    assert lock_module._owner_of(tmp_path / "lock") is None
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "[" * 3000, "{"])
+def test_a_lock_without_an_owner_is_not_this_process(tmp_path: Path, content: str) -> None:
+    """Fields that the file lacks are not those of the reader."""
+    (tmp_path / "lock").write_text(content)
+    assert lock_module._owner_of(tmp_path / "lock") is None
 
 
 def test_a_killed_owner_on_this_host_is_replaced_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""Records stored as JSON, read back as dataclasses: the type of every field is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def record_of[T](kind: type[T], value: object) -> T:
+    """Return a JSON value as the dataclass `kind`, with the dataclasses inside of it.
+
+    Raises ValueError that names the first field which is missing, unknown or of another type.
+    """
+    made: T = _value(kind, value, kind.__name__)
+    return made
+
+
+def _value(hint: Any, value: object, where: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        (inner,) = (a for a in arguments if a is not NoneType)
+        return _value(inner, value, where)
+    if origin is Literal:
+        if value in arguments:
+            return value
+    elif is_dataclass(hint):
+        if isinstance(value, dict):
+            return _record(hint, value, where)
+    elif origin in (dict, Mapping):
+        if isinstance(value, dict):
+            return {k: _value(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    elif origin is list:
+        if isinstance(value, list):
+            return [_value(arguments[0], v, f"{where}.{i}") for i, v in enumerate(value)]
+    elif isinstance(value, bool) == (hint is bool) and isinstance(
+        value, int | float if hint is float else hint
+    ):
+        return value
+    raise ValueError(f"{where} cannot be {str(value)[:80]!r}")
+
+
+def _record(kind: Any, value: dict[str, Any], where: str) -> Any:
+    hints, known = get_type_hints(kind), {f.name: f for f in fields(kind)}
+    needed = {
+        f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING
+    }
+    if wrong := sorted(needed - value.keys()) or sorted(value.keys() - known.keys()):
+        raise ValueError(f"{where} lacks, or does not know, {wrong[0][:80]!r}")
+    return kind(**{k: _value(hints[k], v, f"{where}.{k}") for k, v in value.items()})
