@@ -226,7 +226,7 @@ def check_start(recipe: Any, into: Preflight) -> None:
 def check_tokenizer(recipe: Any, into: Preflight) -> None:
     """Check that the tokenizer is readable and that its ids fit the embedding."""
     settings = getattr(recipe, "tokenizer", None)
-    if settings is None:
+    if settings is None or (recipe.init_from and not settings.path):
         into.add("tokenizer", [], "comes with the artifact")
         return
     if not settings.path:

@@ -13,14 +13,15 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from nemocascade.plan.errors import PlanError
-from nemocascade.recipe.rules import Count, Range, number_problems
+from nemocascade.recipe.rules import Count, Natural, Range, number_problems
+from nemocascade.runtime.files import write_text
 
 TEMPLATE = Path(__file__).with_name("template.sbatch")
 COPIED = ("nodes", "ranks_per_node", "time", "warning_s", "torchrun", "port")
@@ -75,6 +76,32 @@ class SubmitSettings:
     """Command that starts torchrun on each node, for example a virtual environment's."""
 
     port: Annotated[int, Range(1, 65_535)] = 29500
+    servers: Natural = 0
+    """Rollout servers, each on a node of its own that the job gets besides `nodes` (a heterogeneous
+    job). Stages that generate rollouts use them, and other stages have no such nodes."""
+
+    server_gpus: Count = 8
+    """GPUs of a server, over which its model is tensor-parallel."""
+
+    server_model: str = ""
+    """Hugging Face folder that the servers start from: the shape, and weights that the stage
+    replaces."""
+
+    server_options: str = ""
+    """Additional options of `vllm serve`."""
+
+    judge_nodes: Natural = 0
+    """Servers of the judge, each on a node of its own, as `servers`."""
+
+    judge_model: str = ""
+    """Model of the judge, as vLLM names it: a folder or a hub name."""
+
+    judge_options: str = ""
+    """Additional options of `vllm serve` for the judge."""
+
+    serve: str = "nemocascade-vllm"
+    """Command that starts a server, for example that of an environment with vLLM."""
+
     template: str = ""
     """Script template to use instead of nemocascade/plan/template.sbatch."""
 
@@ -87,11 +114,16 @@ class SubmitSettings:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """Job of one stage: recipe script, run folder and arguments of the recipe."""
+    """Job of one stage: recipe script, run folder and arguments of the recipe.
+
+    settings: prefix of the stage's settings among the arguments, such as `stages.if_rl.`; None for
+    a stage without rollouts.
+    """
 
     recipe: Path
     run_dir: Path
     arguments: tuple[str, ...]
+    settings: str | None = None
 
     @property
     def name(self) -> str:
@@ -108,18 +140,27 @@ def check_submission(settings: SubmitSettings, arguments: Sequence[str]) -> None
     problems += [f"{r} is no file" for r in settings.recipes if not Path(r).is_file()]
     if len(settings.recipes) > 1 and any(a.startswith("--run-dir") for a in arguments):
         problems.append("--run-dir with several recipes: they would share one folder")
+    for kind, count, model in (
+        ("server", settings.servers, settings.server_model),
+        ("judge", settings.judge_nodes, settings.judge_model),
+    ):
+        if count and not model:
+            problems.append(f"{kind}_model is empty: name the model that the {kind} nodes serve")
     if problems:
         raise PlanError("; ".join(problems))
 
 
-def job_of_script(script: Path, run_dir: str, arguments: Sequence[str]) -> SlurmJob:
-    """The job of a recipe script. run_dir: the recipe's own, unless the arguments override it."""
+def job_of_script(
+    script: Path, run_dir: str, arguments: Sequence[str], *, rollouts: bool = False
+) -> SlurmJob:
+    """The job of a recipe script. run_dir: the recipe's own, unless the arguments override it.
+    rollouts: its stage generates rollouts."""
     for index, argument in enumerate(arguments):
         if argument == "--run-dir" and index + 1 < len(arguments):
             run_dir = arguments[index + 1]
         elif argument.startswith("--run-dir="):
             run_dir = argument.partition("=")[2]
-    return SlurmJob(script, Path.cwd() / run_dir, tuple(arguments))
+    return SlurmJob(script, Path.cwd() / run_dir, tuple(arguments), "" if rollouts else None)
 
 
 def job_script(settings: SubmitSettings, job: SlurmJob) -> str:
@@ -130,19 +171,90 @@ def job_script(settings: SubmitSettings, job: SlurmJob) -> str:
         if settings.container_mounts:
             container += f"--container-mounts={shlex.quote(settings.container_mounts)} "
     template = Path(settings.template or TEMPLATE).read_text(encoding="utf-8")
+    nodes = _server_nodes(settings, job)
     return template.format(
         job_name=f"nemocascade-{job.run_dir.name}",
         **{name: getattr(settings, name) for name in COPIED},
         log=job.run_dir / "slurm-%j.txt",
-        options="".join(f"#SBATCH {o}\n" for o in _options(settings)),
+        options="".join(f"#SBATCH {o}\n" for o in _options(settings))
+        + "".join(n.options(settings) for n in nodes),
         recipe=shlex.quote(str(job.recipe)),
         run_dir=shlex.quote(str(job.run_dir)),
         again=STOPPED,
         environment=f". {shlex.quote(settings.environment)}" if settings.environment else "",
         srun_options=f"{settings.srun_options} " if settings.srun_options else "",
         container=container,
-        arguments=shlex.join(job.arguments),
+        group="--het-group=0 " if nodes else "",
+        servers="".join(n.start(settings, i) for i, n in enumerate(nodes, start=1)),
+        arguments=" ".join([shlex.join(job.arguments), *(n.arguments(job) for n in nodes)]).strip(),
     )
+
+
+@dataclass(frozen=True)
+class _ServerNodes:
+    """Nodes of a heterogeneous job, each with one server. folder: of their announcements, in the
+    run folder. used_by: settings of the recipe that use the servers; {} is the folder."""
+
+    count: int
+    folder: str
+    model: str
+    name: str
+    more: str
+    used_by: tuple[str, ...]
+
+    def options(self, settings: SubmitSettings) -> str:
+        """Lines that ask Slurm for the nodes."""
+        own = replace(settings, ranks_per_node=settings.server_gpus)
+        named = [f"--nodes={self.count}", "--ntasks-per-node=1", *_options(own)]
+        return "#SBATCH hetjob\n" + "".join(f"#SBATCH {o}\n" for o in named)
+
+    def start(self, settings: SubmitSettings, group: int) -> str:
+        """Lines that start the servers."""
+        parallel = f" --tensor-parallel-size {settings.server_gpus}" if settings.gpus else ""
+        more = f" {self.more}" if self.more else ""
+        return (
+            f'rm -f "$run_dir"/{self.folder}/*.json\n'
+            f"srun --het-group={group} {settings.serve} {shlex.quote(self.model)} "
+            f'--announce "$run_dir/{self.folder}" --name {self.name}{parallel}{more} \\\n'
+            f'  > "$run_dir/{self.folder}.txt" 2>&1 &\nservers="$servers $!"\n'
+        )
+
+    def arguments(self, job: SlurmJob) -> str:
+        """Arguments of the recipe that point it at the servers."""
+        return " ".join(
+            f"--{job.settings}{setting}".format(f'"$run_dir/{self.folder}"', self.count)
+            for setting in self.used_by
+        )
+
+
+def _server_nodes(settings: SubmitSettings, job: SlurmJob) -> list[_ServerNodes]:
+    found = []
+    used: tuple[str, ...]
+    if settings.servers and job.settings is not None:
+        used = ("engine server", "server.announce {0}", "server.servers {1}")
+        found.append(
+            _ServerNodes(
+                settings.servers,
+                "servers",
+                settings.server_model,
+                "policy",
+                settings.server_options,
+                tuple(f"rollout.{setting}" for setting in used),
+            )
+        )
+    if settings.judge_nodes and job.settings is not None:
+        used = ("kind server", "announce {0}", "servers {1}", "model judge")
+        found.append(
+            _ServerNodes(
+                settings.judge_nodes,
+                "judges",
+                settings.judge_model,
+                "judge",
+                f"--with-tokenizer {settings.judge_options}".strip(),
+                tuple(f"envs.judge.{setting}" for setting in used),
+            )
+        )
+    return found
 
 
 def _options(settings: SubmitSettings) -> list[str]:
@@ -178,7 +290,7 @@ def submit_jobs(settings: SubmitSettings, jobs: Sequence[SlurmJob]) -> list[str]
             ids.append(before)
             continue
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(script, encoding="utf-8")
+        write_text(path, script)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             waiting = f"; jobs {', '.join(ids)} stay in the queue" if ids else ""

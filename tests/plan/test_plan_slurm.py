@@ -51,7 +51,43 @@ def test_the_script_says_what_was_asked_for() -> None:
     text = "\n".join(lines)
     assert "--nnodes=4 --nproc-per-node=8" in text
     assert f"{TINY} --steps 7 &" in text
-    assert "{" not in text.replace("${SLURM_RESTART_COUNT:-0}", "")
+    shell = ("${SLURM_RESTART_COUNT:-0}", "${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}")
+    for expected in shell:
+        assert expected in text
+        text = text.replace(expected, "")
+    assert "{" not in text
+
+
+def test_servers_are_nodes_of_their_own(tmp_path: Path) -> None:
+    settings = replace(
+        SETTINGS,
+        servers=4,
+        server_gpus=2,
+        server_model="a folder",
+        judge_nodes=1,
+        judge_model="lab/judge",
+        judge_options="--max-model-len 9",
+    )
+    job = job_of_script(Path(TINY), str(tmp_path), ("--steps", "7"), rollouts=True)
+    text = job_script(settings, job)
+    first, *components = text.split("#SBATCH hetjob\n")
+    assert "#SBATCH --gpus-per-node=8" in first
+    assert [c.splitlines()[0] for c in components] == ["#SBATCH --nodes=4", "#SBATCH --nodes=1"]
+    assert all("#SBATCH --gpus-per-node=2" in c for c in components)
+    script = tmp_path / "job.sbatch"
+    script.write_text(text)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "--het-group=1 nemocascade-vllm 'a folder' --announce \"$run_dir/servers\"" in text
+    assert "--het-group=2 nemocascade-vllm lab/judge" in text
+    assert "--with-tokenizer --max-model-len 9" in text
+    assert (
+        '--steps 7 --rollout.engine server --rollout.server.announce "$run_dir/servers" '
+        "--rollout.server.servers 4 --envs.judge.kind server "
+        '--envs.judge.announce "$run_dir/judges" --envs.judge.servers 1 --envs.judge.model judge &'
+    ) in text
+    assert "hetjob" not in job_script(settings, replace(job, settings=None))
+    with pytest.raises(PlanError, match="server_model is empty"):
+        check_submission(replace(settings, server_model=""), [])
 
 
 def test_scripts_are_valid_shell(tmp_path: Path) -> None:

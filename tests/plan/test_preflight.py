@@ -6,11 +6,11 @@ import json
 import shutil
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nemocascade import recipe as recipes
+from nemocascade.cascade.graph import cascade_problems
 from nemocascade.cli import main
 from nemocascade.megatron.world import start_world
 from nemocascade.plan.devices import check_device, online
@@ -21,6 +21,7 @@ from nemocascade.plan.preflight import (
     PreflightSettings,
     check_recipe,
     check_start,
+    check_tokenizer,
     offline,
     problems_before,
 )
@@ -29,7 +30,9 @@ from nemocascade.recipe import (
     CheckpointConfig,
     EngineConfig,
     ParallelConfig,
+    Recipe,
     SftRecipe,
+    StageRecipe,
     TokenizerConfig,
     load_any_recipe,
     load_recipe,
@@ -50,6 +53,32 @@ LARGE = [
 ]
 
 
+LARGE_SCRIPTS = sorted((RECIPES / NANO).glob("*.py"))
+GENRM = "nvidia/Qwen3-Nemotron-235B-A22B-GenRM"
+JUDGES = {
+    "rlhf": [GENRM],
+    "mopd": [GENRM],
+    "long_context_rl": ["Qwen/Qwen3-235B-A22B-Instruct-2507"],
+    "swe_agentless_rl": ["openai/gpt-oss-120b"],
+    "cascade": [GENRM, "Qwen/Qwen3-235B-A22B-Instruct-2507", "openai/gpt-oss-120b"],
+}
+
+
+def problems_of(recipe: Recipe) -> list[str]:
+    """Broken rules on 256 ranks, as `preflight`, `--dry-run` and a start name them."""
+    if isinstance(recipe, CascadeRecipe):
+        return cascade_problems(recipe, 256)
+    return recipe.problems(256)
+
+
+def with_start(recipe: StageRecipe) -> StageRecipe:
+    """The recipe with a start, and a server for its judge."""
+    if isinstance(recipe, SftRecipe):
+        return replace(recipe, init_from="base")
+    judge = replace(recipe.envs.judge, url="http://host:8000")
+    return replace(recipe, init_from="before", envs=replace(recipe.envs, judge=judge))
+
+
 def test_the_tiny_recipe_passes(tmp_path: Path) -> None:
     recipe = replace(load_recipe(Path(TINY), SftRecipe), run_dir=str(tmp_path / "run"))
     found = Preflight()
@@ -66,12 +95,12 @@ def test_the_30b_recipes_pass_as_256_ranks(path: Path, tmp_path: Path) -> None:
     """Every rank's model is built, and no problem is left but the data that is not here."""
     recipe = load_any_recipe(path)
     assert not isinstance(recipe, CascadeRecipe)
-    changes: dict[str, Any] = {"run_dir": str(tmp_path / "run")}
+    recipe = replace(
+        with_start(recipe), run_dir=str(tmp_path / "run"), checkpoint=CheckpointConfig(keep=1)
+    )
     if isinstance(recipe, SftRecipe):
-        changes["data"] = replace(recipe.data, path=("synthetic:arithmetic",))
-    else:
-        changes["init_from"] = str(tmp_path / "written by the stage before")
-    recipe = replace(recipe, checkpoint=CheckpointConfig(keep=1), **changes)
+        data = replace(recipe.data, path=("synthetic:arithmetic",), non_thinking_path=())
+        recipe = replace(recipe, data=data)
     job = job_of_recipe(recipe, find_gpu("h200"), 256, preset=NANO)
     found = offline(recipe, job, 256, dry_run=True, ahead=True)
     room = shutil.disk_usage(tmp_path).free > 2**40
@@ -91,7 +120,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         run_dir=str(tmp_path / "run"),
         init_from=str(bad),
         data=replace(recipe.data, path=(str(tmp_path / "nowhere.jsonl"),), capacity=2049),
-        tokenizer=TokenizerConfig(train_vocab_size=4096),
+        tokenizer=TokenizerConfig(path=str(tmp_path / "nowhere.model")),
         parallel=ParallelConfig(tp=2, ep=3),
     )
     job = job_of_recipe(recipe, find_gpu("cpu"), 2)
@@ -102,10 +131,44 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         "ep(3)",
         "nowhere.jsonl does not exist",
         "manifest.json is missing",
-        "tokenizer.train_vocab_size(4096)",
+        "nowhere.model does not exist",
     ):
         assert part in text
     assert "FAIL" in found.text()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_found() -> None:
+    recipe = load_recipe(Path(TINY), SftRecipe)
+    found = Preflight()
+    check_tokenizer(replace(recipe, tokenizer=TokenizerConfig(train_vocab_size=4096)), found)
+    [problem] = found.problems
+    assert problem.startswith("tokenizer.train_vocab_size(4096) is above model.vocab_size(2048)")
+
+
+@pytest.mark.parametrize("path", LARGE_SCRIPTS, ids=lambda p: p.stem)
+def test_a_recipe_of_a_published_model_names_its_start_and_its_judge(path: Path) -> None:
+    """The script as it stands trains no random weights, and asks no placeholder."""
+    recipe = load_any_recipe(path)
+    problems = "\n".join(problems_of(recipe))
+    if path.stem in ("sft", "cascade"):
+        assert (
+            "init_from is empty, and random weights are not base_model(nvidia/NVIDIA-Nemotron-3-"
+            "Nano-30B-A3B-Base-BF16): convert its folder (nemocascade convert FOLDER ARTIFACT) "
+            "and pass --init-from ARTIFACT"
+        ) in problems
+    elif path.stem != "mopd":
+        assert "init_from is empty: name the artifact" in problems
+    for judge in JUDGES.get(path.stem, ()):
+        wanted = f"envs.judge.url('') must be http://host:port of a server: start one for {judge}"
+        assert wanted in problems
+    if not isinstance(recipe, CascadeRecipe):
+        assert with_start(recipe).problems(256) == []
+
+
+def test_a_recipe_without_a_published_model_may_start_at_random() -> None:
+    sft = load_recipe(RECIPES / NANO / "sft.py", SftRecipe)
+    assert replace(sft, base_model="").problems(256) == []
+    assert load_recipe(Path(TINY), SftRecipe).problems(1) == []
 
 
 def test_too_little_memory_and_disk_are_foreseen(
@@ -174,7 +237,9 @@ def test_every_setting_that_names_a_path_is_marked() -> None:
         found = []
         for f in fields(kind):
             marks = getattr(hints_of(kind)[f.name], "__metadata__", ())
-            said = f.name.endswith(("path", "dir", "from", "artifact", "url", "cache", "packages"))
+            said = f.name.endswith(
+                ("path", "dir", "from", "artifact", "url", "urls", "cache", "packages", "folder")
+            ) or f.name in ("announce", "workplace_data")
             if said != any(isinstance(m, Names) for m in marks):
                 found.append(f"{kind.__name__}.{f.name}")
         return found
