@@ -16,22 +16,31 @@ from typing import Any, Literal
 import tyro
 
 import nemocascade
-from nemocascade.recipe import CascadeRecipe, DataConfig, Recipe, RecipeError, load_any_recipe
+from nemocascade.recipe import (
+    CascadeRecipe,
+    DataConfig,
+    PolicyRecipe,
+    Recipe,
+    RecipeError,
+    load_any_recipe,
+)
 from nemocascade.recipe.rules import Count, Positive, Seed, number_problems
 
 USAGE = """usage: nemocascade COMMAND ...
 
   run RECIPE.py [--field value ...]              run a recipe script: a stage, or a cascade
   eval --artifact DIR --data.path FILE ...       held-out loss of an artifact
-  score --artifact DIR --domains NAME ...        mean reward of its answers to held-out tasks
+  score --artifact DIR --domains NAME ...        mean reward of its answers to held-out tasks;
+                                                 --samples K: avg@k and pass@k
   report RUN                                     artifacts, scores and teachers of a cascade
   plan RECIPE.py --gpus N --gpu NAME             memory and time of every layout
   preflight RECIPE.py [--ranks N]                every problem of a job before it starts
   submit RECIPE.py ... --nodes N                 Slurm jobs, one a stage
   diff A B                                       settings that differ: runs, recipes or artifacts
   convert SOURCE TARGET                          Hugging Face folder <-> artifact
+  pass-rates ROWS --output ROWS2 ...             how often a policy solves each row
   replay RUN/rollouts                            score logged episodes with tools again
-  import-swe ROWS FOLDER --repositories FOLDER   tasks of rows as SWE-Gym has them, from git clones
+  import-swe ROWS FOLDER --repositories FOLDER   tasks of SWE-Gym or R2E-Gym rows, from git clones
   check-tasks PATH                               whether the tests of repair tasks can decide
   tokenizer --data.path FILE ... --output FILE   train a sentencepiece tokenizer
 
@@ -92,6 +101,30 @@ def _score(arguments: list[str]) -> None:
     _execute("score", ScoreSettings, act, arguments, config=(tyro.conf.FlagConversionOff,))
 
 
+def _pass_rates(arguments: list[str]) -> None:
+    from nemocascade.recipe.pass_rates import PassRateSettings, settings_of_stage
+    from nemocascade.runtime.errors import exit_cleanly
+    from nemocascade.runtime.jsonl import json_text
+    from nemocascade.runtime.world import is_main_process
+    from nemocascade.stages.pass_rates import run_pass_rates
+
+    def act(settings: PassRateSettings) -> None:
+        found = run_pass_rates(settings)
+        if is_main_process():
+            print(json_text(found))
+
+    # The recipe's settings are the defaults of the command's.
+    script = _value_of("--recipe", arguments)
+    settings = tyro.cli(
+        PassRateSettings,
+        default=exit_cleanly(lambda: settings_of_stage(script)),
+        args=arguments,
+        prog="nemocascade pass-rates",
+        config=(tyro.conf.FlagConversionOff,),
+    )
+    _act(settings, act)
+
+
 def _report(arguments: list[str]) -> None:
     usage = "usage: nemocascade report RUN"
     if arguments[:1] in (["-h"], ["--help"]):
@@ -140,7 +173,9 @@ class ConvertSettings:
 
 
 def _convert(arguments: list[str]) -> None:
-    from nemocascade.megatron.convert import export_huggingface, import_huggingface
+    from nemocascade.data.serving import serving_of
+    from nemocascade.megatron.artifact import read_artifact
+    from nemocascade.megatron.convert import Serving, export_huggingface, import_huggingface
 
     def act(settings: ConvertSettings) -> None:
         source, target = Path(settings.source), Path(settings.target)
@@ -151,6 +186,7 @@ def _convert(arguments: list[str]) -> None:
                 precision=settings.precision,
                 family=settings.family,
                 shard_bytes=int(settings.shard_gib * 2**30),
+                serving=Serving(*serving_of(read_artifact(source))),
             )
         else:
             report = import_huggingface(source, target, precision=settings.precision)
@@ -220,7 +256,8 @@ def _submit(arguments: list[str]) -> None:
             if isinstance(recipe, CascadeRecipe):
                 jobs += jobs_of_cascade(script, recipe, rest)
             else:
-                jobs.append(job_of_script(script, recipe.run_dir, rest))
+                rollouts = isinstance(recipe, PolicyRecipe)
+                jobs.append(job_of_script(script, recipe.run_dir, rest, rollouts=rollouts))
         submit_jobs(settings, jobs)
 
     _execute("submit", SubmitSettings, act, own)
@@ -313,6 +350,16 @@ def _check_tasks(arguments: list[str]) -> None:
     _execute("check-tasks", CheckSettings, act, arguments)
 
 
+def _value_of(name: str, arguments: list[str]) -> str:
+    """Value of an option, given as `--name value` or `--name=value`; empty without it."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == name:
+            return following
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return ""
+
+
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """A command's own arguments, and those after `--`, which belong to the recipe."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
@@ -360,6 +407,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "eval": _eval,
     "score": _score,
+    "pass-rates": _pass_rates,
     "report": _report,
     "plan": _plan,
     "preflight": _preflight,

@@ -45,8 +45,7 @@ def _described(path: Path) -> Mapping[str, Any]:
         return {**manifest["recipe"], "model": manifest["model"], "artifact": facts}
     for name in ("recipe.json", "cascade.json"):
         if (path / name).is_file():
-            found = _read(path / name)
-            return dict(found.get("settings", {})) if name == "cascade.json" else found
+            return _read(path / name, "settings" if name == "cascade.json" else "")
     if path.suffix == ".json" and path.is_file():
         return _read(path)
     if path.is_file():
@@ -59,9 +58,11 @@ def _described(path: Path) -> Mapping[str, Any]:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, entry: str = "") -> dict[str, Any]:
+    """The settings in a JSON file, or in an entry of it."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(found.get(entry, {})) if entry else found
     except (ValueError, TypeError, RecursionError) as error:
         raise RecipeError([f"{path} holds no settings: {error}"]) from error
 

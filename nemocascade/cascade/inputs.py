@@ -79,9 +79,10 @@ class FileHashes:
     def __init__(self, memory: Path) -> None:
         self.memory = memory
         try:
-            self._known: dict[str, Any] = json.loads(memory.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            self._known = {}
+            known = json.loads(memory.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError, RecursionError):
+            known = {}
+        self._known: dict[str, Any] = known if isinstance(known, dict) else {}
 
     def of(self, paths: list[str]) -> dict[str, str]:
         """Hash by path: `missing` for a path that does not exist, the digest for an artifact."""
@@ -99,10 +100,13 @@ class FileHashes:
         status = path.stat()
         state = [status.st_size, status.st_mtime_ns]
         name = str(path.absolute())
-        if name not in self._known or self._known[name][0] != state:
-            self._known[name] = [state, file_sha256(path)]
-            write_json(self.memory, self._known)
-        return str(self._known[name][1])
+        match self._known.get(name):
+            case [known, str(digest)] if known == state:
+                return digest
+        digest = file_sha256(path)
+        self._known[name] = [state, digest]
+        write_json(self.memory, self._known)
+        return digest
 
 
 def differences(old: Inputs, new: Inputs, unset: Collection[str] = ()) -> list[str]:

@@ -3,58 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemocascade.cascade.errors import ReportError
-from nemocascade.cascade.records import CASCADE, SCORES, read_cascade
+from nemocascade.cascade.records import (
+    CASCADE,
+    SCORES,
+    Alarm,
+    ListedStage,
+    Teacher,
+    read_cascade,
+)
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import CheckpointError
 from nemocascade.recipe.cascade import STAGE_NAME
+from nemocascade.runtime.stored_records import record_of
+from nemocascade.stages.domain_score import DomainScore
 from nemocascade.stages.scoring import Scores, read_scores
 from nemocascade.types import Artifact
 
 
-def report_text(run_dir: Path) -> str:
-    """Artifacts, scores, teachers and alarms of a run, as text.
+@dataclass(frozen=True)
+class Listed:
+    """Contents of cascade.json. teachers: by domain."""
 
-    Raises ReportError if cascade.json cannot be read, or names a stage that is no folder of the
+    stages: list[ListedStage]
+    teachers: dict[str, Teacher]
+    alarms: list[Alarm]
+
+
+def listed_in(run_dir: Path) -> Listed:
+    """Read a run's cascade.json.
+
+    Raises ReportError if it cannot be read, is damaged, or names a stage that is no folder of the
     run.
     """
     found = read_cascade(run_dir)
-    names = [s.get("name") if isinstance(s, dict) else None for s in found["stages"]]
-    if wrong := [n for n in names if not (isinstance(n, str) and STAGE_NAME.fullmatch(n))]:
+    try:
+        run = record_of(Listed, {name: found[name] for name in ("stages", "teachers", "alarms")})
+    except ValueError as error:
+        raise ReportError(
+            f"{run_dir / CASCADE} is damaged ({error}): start the cascade again to mend it"
+        ) from None
+    if wrong := [s.name for s in run.stages if not STAGE_NAME.fullmatch(s.name)]:
         raise ReportError(
             f"{run_dir / CASCADE} names the stage {wrong[0]!r}, which is no folder of this run: "
             "start the cascade again to mend it"
         )
-    parts = [artifact_tree(run_dir, found), score_table(run_dir, found)]
-    if found["teachers"]:
+    return run
+
+
+def report_text(run_dir: Path) -> str:
+    """Artifacts, scores, teachers and alarms of a run, as text. Raises as `listed_in`."""
+    run = listed_in(run_dir)
+    parts = [artifact_tree(run_dir, run), score_table(run_dir, run)]
+    if run.teachers:
         parts.append("teachers:")
-    for domain, t in sorted(found["teachers"].items()):
-        score = "" if t["score"] is None else f", {100 * t['score']:.1f}"
-        pinned = ", pinned" if t["pinned"] else ""
-        parts[-1] += f"\n  {domain}: {t['stage'] or t['artifact']}{score}{pinned}"
+    for domain, t in sorted(run.teachers.items()):
+        score = "" if t.score is None else f", {100 * t.score:.1f}"
+        pinned = ", pinned" if t.pinned else ""
+        parts[-1] += f"\n  {domain}: {t.stage or t.artifact}{score}{pinned}"
     alarms = [
-        f"  {a['stage']}: {a['domain']} {100 * a['before']:.1f} -> {100 * a['after']:.1f}, "
-        f"{a['drop']:.1f} points below {a['from_stage']}"
-        for a in found["alarms"]
+        f"  {a.stage}: {a.domain} {100 * a.before:.1f} -> {100 * a.after:.1f}, "
+        f"{a.drop:.1f} points below {a.from_stage}"
+        for a in run.alarms
     ]
     return "\n\n".join([*parts, "\n".join(["alarms:", *(alarms or ["  none"])])])
 
 
-def artifact_tree(run_dir: Path, cascade: Mapping[str, Any]) -> str:
+def artifact_tree(run_dir: Path, run: Listed) -> str:
     """Tree of the artifacts, each below the parent that its manifest names.
 
     Parents are matched by digest: a stage whose parent has been replaced since is listed apart."""
-    stages = {s["name"]: s for s in cascade["stages"]}
+    stages = {s.name: s for s in run.stages}
     artifacts: dict[str, Artifact] = {}
     lost = []
     for name in stages:
         try:
             artifacts[name] = read_artifact(_folder(run_dir, name) / "artifact")
         except CheckpointError:
-            lost.append(f"{name}: {stages[name]['status']}, without an artifact")
+            lost.append(f"{name}: {stages[name].status}, without an artifact")
     by_digest = {a.digest: name for name, a in artifacts.items()}
     below: dict[str, list[str]] = {}
     for name, artifact in artifacts.items():
@@ -73,10 +102,10 @@ def _branch(
     name: str,
     below: Mapping[str, Sequence[str]],
     artifacts: Mapping[str, Artifact],
-    stages: Mapping[str, Any],
+    stages: Mapping[str, ListedStage],
 ) -> list[str]:
     artifact = artifacts[name]
-    side = ", side branch" if stages[name]["side"] else ""
+    side = ", side branch" if stages[name].side else ""
     lines = [f"{name}  {artifact.digest[:12]}  {artifact.step} steps{side}"]
     children = below.get(name, [])
     for child in children:
@@ -87,20 +116,23 @@ def _branch(
     return lines
 
 
-def score_table(run_dir: Path, cascade: Mapping[str, Any]) -> str:
-    """Held-out scores in hundredths: stages in rows, domains in columns, * marks the teacher."""
+def score_table(run_dir: Path, run: Listed) -> str:
+    """Held-out scores in hundredths: stages in rows, domains in columns, * marks the teacher.
+
+    Scores of several samples have their standard error.
+    """
     rows: dict[str, Scores] = {}
-    for stage in cascade["stages"]:
-        scores = read_scores(_folder(run_dir, stage["name"]) / SCORES)
-        if scores is not None and scores.digest == stage["artifact_digest"]:
-            rows[stage["name"]] = scores
+    for stage in run.stages:
+        scores = read_scores(_folder(run_dir, stage.name) / SCORES)
+        if scores is not None and scores.digest == stage.artifact_digest:
+            rows[stage.name] = scores
     domains = sorted({domain for scores in rows.values() for domain in scores.scores})
     if not rows:
         return "no stage has scores yet"
-    teachers = {(t["stage"], domain) for domain, t in cascade["teachers"].items()}
+    teachers = {(t.stage, domain) for domain, t in run.teachers.items()}
     table = [["stage", *domains]]
     for name, scores in rows.items():
-        cells = [_cell(scores.of(d), taught=(name, d) in teachers) for d in domains]
+        cells = [_cell(scores.scores.get(d), taught=(name, d) in teachers) for d in domains]
         table.append([name, *cells])
     first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
     lines = [
@@ -111,8 +143,10 @@ def score_table(run_dir: Path, cascade: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *note])
 
 
-def _cell(score: float | None, *, taught: bool) -> str:
-    text = "-" if score is None else f"{100 * score:.1f}"
+def _cell(found: DomainScore | None, *, taught: bool) -> str:
+    text = "-" if found is None or found.score is None else f"{100 * found.score:.1f}"
+    if found is not None and found.samples > 1 and found.standard_error is not None:
+        text += f"±{100 * found.standard_error:.1f}"
     return f"{text}*" if taught else text
 
 

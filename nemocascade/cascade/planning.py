@@ -21,7 +21,7 @@ from nemocascade.plan.preflight import (
 )
 from nemocascade.plan.slurm import SlurmJob, job_of_script
 from nemocascade.plan.summary import PlanSettings, report_of
-from nemocascade.recipe import CascadeRecipe
+from nemocascade.recipe import CascadeRecipe, PolicyRecipe
 
 
 def plan_cascade(cascade: CascadeRecipe, settings: PlanSettings) -> str:
@@ -77,6 +77,11 @@ def jobs_of_cascade(
     whole = job_of_script(script, cascade.run_dir, arguments)
     # A stage polls its own folder for the stop file.
     return [
-        SlurmJob(script, whole.run_dir / "stages" / name, ("--only", name, *whole.arguments))
-        for name in StageGraph(cascade).names
+        SlurmJob(
+            script,
+            whole.run_dir / "stages" / stage.name,
+            ("--only", stage.name, *whole.arguments),
+            f"stages.{stage.name}." if isinstance(stage.recipe, PolicyRecipe) else None,
+        )
+        for stage in cascade.stages
     ]

@@ -23,6 +23,7 @@ from nemocascade.cascade.graph import StageGraph
 from nemocascade.megatron.checkpoint.folder import flush, write_durably
 from nemocascade.recipe import CascadeRecipe
 from nemocascade.runtime.jsonl import json_text
+from nemocascade.runtime.stored_records import record_of
 from nemocascade.stages.scoring import Scores, read_scores, read_versioned
 
 VERSION = 1
@@ -63,6 +64,23 @@ class StageRecord:
 
 
 @dataclass(frozen=True)
+class ListedStage:
+    """A stage in cascade.json; see `StageConfig` and `StageRecord`. run_dir: its folder, below that
+    of the cascade."""
+
+    name: str
+    kind: str
+    start: str
+    side: bool
+    status: str
+    run_dir: str
+    artifact_digest: str = ""
+    seconds: float = 0.0
+    tokens: int = 0
+    key: str = ""
+
+
+@dataclass(frozen=True)
 class Alarm:
     """A drop of a domain's score in a stage. before, after: held-out scores of the stage's start
     artifact and of its own. drop: their difference in points, hundredths."""
@@ -97,12 +115,12 @@ def write_record(folder: Path, record: StageRecord) -> None:
 
 
 def read_record(folder: Path) -> StageRecord | None:
-    """The record in a stage's folder; None if it is missing or of another version."""
+    """The record in a stage's folder; None if it is missing, damaged or of another version."""
     found = read_versioned(folder / STAGE, VERSION)
-    if found is None:
+    try:
+        return None if found is None else record_of(StageRecord, found)
+    except ValueError:
         return None
-    teachers = {d: Teacher(**value) for d, value in found.pop("teachers").items()}
-    return StageRecord(teachers=teachers, **found)
 
 
 def retire(run_dir: Path, name: str) -> Path:
@@ -154,24 +172,24 @@ def write_cascade(recipe: CascadeRecipe) -> list[Alarm]:
         folder = Path(graph.stage_dir(stage.name))
         record = read_record(folder) or StageRecord("", {}, "pending")
         stages.append(
-            {
-                "name": stage.name,
-                "kind": stage.kind,
-                "start": graph.start_of(stage.name),
-                "side": stage.side,
-                "status": record.status,
-                "run_dir": f"stages/{stage.name}",
-                "artifact_digest": record.artifact_digest,
-                "seconds": record.seconds,
-                "tokens": record.tokens,
-                "key": record.key,
-            }
+            ListedStage(
+                name=stage.name,
+                kind=stage.kind,
+                start=graph.start_of(stage.name),
+                side=stage.side,
+                status=record.status,
+                run_dir=f"stages/{stage.name}",
+                artifact_digest=record.artifact_digest,
+                seconds=record.seconds,
+                tokens=record.tokens,
+                key=record.key,
+            )
         )
         teachers |= {domain: asdict(t) for domain, t in record.teachers.items()}
     alarms = find_alarms(recipe, done_scores(recipe))
     value = {
         "version": VERSION,
-        "stages": stages,
+        "stages": [asdict(stage) for stage in stages],
         "teachers": teachers,
         "alarms": [asdict(a) for a in alarms],
         "settings": asdict(recipe),
@@ -188,7 +206,7 @@ def read_cascade(run_dir: Path) -> dict[str, Any]:
         raise ReportError(f"{path} does not exist: name the run folder of a cascade")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(
             f"{path} is no JSON ({error}): start the cascade again to mend it"
         ) from None

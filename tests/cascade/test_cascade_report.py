@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.cascade_run import ALARM, DOMAINS, STAGES, digest, make_run
 
+from nemocascade.cascade.comparison import DiffSettings, compare
+from nemocascade.cascade.lineage import listed_in, report_text, score_table
+from nemocascade.cascade.records import read_record
 from nemocascade.cascade.report import ReportError, figures, view, words, write_report
 from nemocascade.cascade.report.read import read_run, shortened
+from nemocascade.recipe import RecipeError
+from nemocascade.stages.domain_score import domain_score
+from nemocascade.stages.scoring import read_scores
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 HOSTILE = (
@@ -103,6 +111,9 @@ def test_the_whole_run_is_in_the_report(finished: Path) -> None:
     ):
         assert any(label.startswith(measure) and "mopd" in label for label in labels), measure
     assert any(label.startswith("KL to the start") and "rlhf" in label for label in labels)
+    curricula = [label for label in labels if label.startswith("Curriculum's ")]
+    assert len(curricula) == 2
+    assert all("code_rl" in label for label in curricula)
     assert (finished / "report" / "index.html").stat().st_size < 8e6
 
 
@@ -143,6 +154,28 @@ def test_the_same_folder_gives_the_same_report(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in (run / "report").glob("*.png")} == pictures
 
 
+def test_scores_of_samples_show_their_errors_and_passes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "sampled", stages=1)
+    path = run / "stages" / "sft" / "scores.json"
+    found = json.loads(path.read_text()) | {"version": 1, "settings": ""}
+    score = domain_score([[1.0, 0.0, 1.0, 1.0], [0.0] * 4, [1.0] * 4])
+    found["scores"] = {"math": asdict(score), "code": found["scores"]["code"]}
+    path.write_text(json.dumps(found))
+    cells = {d: row[0] for d, row in view.score_rows(read_run(run))}
+    sampled, single = cells["math"], cells["code"]
+    assert sampled is not None
+    assert single is not None
+    assert sampled.text == "58.3"
+    assert sampled.note == "3 tasks, avg@4, pass@2 0.667, pass@4 0.667, standard error 30.0"
+    assert "avg@" not in single.note
+    check_page(write_report(run))
+    table = score_table(run, listed_in(run))
+    row = table.splitlines()[1].split()
+    assert row[0] == "sft"
+    assert row[2] == "58.3±30.0"
+    assert "±" not in row[1]
+
+
 def test_what_a_model_writes_stays_text(tmp_path: Path) -> None:
     run = make_run(tmp_path / "hostile", stages=2)
     for name in ("sft", "if_rl"):
@@ -152,7 +185,8 @@ def test_what_a_model_writes_stays_text(tmp_path: Path) -> None:
             samples[0]["prompt"][0] = {"role": HOSTILE, "content": HOSTILE}
             samples[0]["response"] = HOSTILE
             samples[1] |= {"reward": None, "error": HOSTILE}
-        found["scores"][HOSTILE] = {"score": 0.5, "tasks": 4, "errors": 0}
+        found["scores"][HOSTILE] = {"score": 0.5, "tasks": 4, "errors": 0, "samples": 2}
+        found["scores"][HOSTILE]["pass_at"] = {HOSTILE: 0.5, "2": "x", "4": None}
         path.write_text(json.dumps(found))
     rollout = run / "stages" / "if_rl" / "rollouts" / "step_00000001.jsonl"
     row = json.loads(rollout.read_text().splitlines()[0])
@@ -234,6 +268,60 @@ def test_a_folder_without_a_cascade_is_refused(
         write_report(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ({"stages": None}, "Listed.stages cannot be 'None'"),
+        ({"stages": 5}, "Listed.stages cannot be '5'"),
+        ({"stages": [{"name": "sft"}]}, "Listed.stages.0 lacks, or does not know, 'kind'"),
+        ({"teachers": {"math": "sft"}}, "Listed.teachers.math cannot be 'sft'"),
+        ({"teachers": {"math": {"stage": "sft"}}}, "Listed.teachers.math lacks"),
+        ({"teachers": 0.5}, "Listed.teachers cannot be '0.5'"),
+        ({"alarms": [{"domain": "math"}]}, "Listed.alarms.0 lacks"),
+        ({"alarms": {"a": 1}}, "Listed.alarms cannot be"),
+    ],
+    ids=str,
+)
+def test_a_damaged_cascade_is_named(tmp_path: Path, damage: dict[str, Any], named: str) -> None:
+    run = make_run(tmp_path / "run", stages=2)
+    cascade = json.loads((run / "cascade.json").read_text())
+    assert "without an artifact" in report_text(run)
+    (run / "cascade.json").write_text(json.dumps({**cascade, **damage}))
+    read_run(run)
+    with pytest.raises(ReportError, match=rf"cascade.json is damaged \({named}"):
+        report_text(run)
+
+
+def test_settings_of_a_cascade_that_are_none_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", stages=1)
+    (run / "cascade.json").write_text('{"version": 1, "settings": 5}')
+    with pytest.raises(RecipeError, match=r"cascade.json holds no settings"):
+        compare(DiffSettings(str(run), str(run)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 3000, b"\xff", b'{"version": 1}', b'{"version": 1, "scores": {"math": null}}', b"5"],
+)
+def test_damaged_records_and_scores_are_none(tmp_path: Path, content: bytes) -> None:
+    for name in ("stage.json", "scores.json"):
+        (tmp_path / name).write_bytes(content)
+    assert read_record(tmp_path) is None
+    assert read_scores(tmp_path / "scores.json") is None
+
+
+def test_numbers_beyond_floats_are_no_numbers(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", stages=1)
+    folder = run / "stages" / "sft"
+    (folder / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {10**400}, "tokens": 3}}\n')
+    (folder / "recipe.json").write_text('{"domains": 5}')
+    found = read_run(run)
+    assert found.stages[0].curves == {"tokens": [(1, 3.0)]}
+    assert "values of loss that are not finite, left out" in [f.what for f in found.faults]
+    (folder / "recipe.json").write_text("[" * 3000)
+    assert "damaged, left out" in [f.what for f in read_run(run).faults]
+
+
 def test_a_stage_cannot_name_a_folder_elsewhere(tmp_path: Path) -> None:
     make_run(tmp_path / "other", stages=1)
     run = make_run(tmp_path / "run", stages=1)
@@ -243,6 +331,11 @@ def test_a_stage_cannot_name_a_folder_elsewhere(tmp_path: Path) -> None:
     found = read_run(run)
     assert not found.stages[0].scores
     assert len(found.faults) == 1
+    cascade["stages"][0]["name"] = "a" * 300
+    (run / "cascade.json").write_text(json.dumps(cascade))
+    assert len(read_run(run).faults) == 1
+    with pytest.raises(ReportError, match="which is no folder of this run"):
+        report_text(run)
 
 
 def test_long_texts_and_long_curves_are_bounded() -> None:

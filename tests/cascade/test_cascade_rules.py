@@ -39,7 +39,8 @@ from nemocascade.recipe import (
 )
 from nemocascade.recipe.changes import at_default
 from nemocascade.recipe.judge import JudgeConfig
-from nemocascade.stages.scoring import DomainScore, Scores
+from nemocascade.stages.domain_score import DomainScore
+from nemocascade.stages.scoring import Scores
 
 ROLLOUT = RolloutConfig(
     max_prompt_tokens=96, max_response_tokens=32, dynamic_filtering=False, rollouts_per_prompt=4
@@ -114,7 +115,7 @@ def test_names_are_unique_folders() -> None:
     stages = (StageConfig("sft", SFT), StageConfig("sft", RL), StageConfig("a/b", RL))
     found = "\n".join(cascade_problems(cascade(stages=stages), 1))
     assert "'sft' stands twice" in found
-    assert "'a/b' must be letters" in found
+    assert "'a/b' must be up to 100 letters" in found
     assert cascade_problems(cascade(stages=()), 1) == ["stages is empty: name at least one"]
 
 

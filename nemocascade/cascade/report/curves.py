@@ -14,6 +14,8 @@ MEASURES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("Reward", ("reward",), False),
     ("Reward by domain", ("reward/*",), False),
     ("Held-out score", ("heldout/*",), False),
+    ("Curriculum's target, 0 easiest to 1", ("curriculum/*",), True),
+    ("Curriculum's running pass rate", ("curriculum_pass_rate/*",), True),
     ("Response tokens", ("response_tokens",), True),
     ("Truncated, share", ("truncated",), True),
     ("Turns", ("turns",), True),

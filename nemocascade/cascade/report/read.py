@@ -13,8 +13,9 @@ from typing import Any, get_type_hints
 
 from nemocascade.cascade.records import CASCADE, SCORES, Alarm, Teacher, read_cascade
 from nemocascade.cascade.report.record import Curve, Fault, Run, Sample, Stage
+from nemocascade.recipe.paths import is_file_name
 from nemocascade.runtime.jsonl import read_undamaged
-from nemocascade.stages.scoring import DomainScore
+from nemocascade.stages.domain_score import DomainScore
 
 LONGEST_TEXT = 4_000
 """Most characters of a prompt's turn or of a response; longer texts are cut in the middle."""
@@ -67,7 +68,7 @@ def _stage(root: Path, entry: Mapping[str, Any], faults: Faults) -> Stage:
     stage = _made(Stage, entry, digest=str(entry.get("artifact_digest") or ""))
     name, done = stage.name, stage.status == "done"
     folder = root / "stages" / name
-    if Path(name).name != name or name in ("", "..") or not folder.is_dir():
+    if not is_file_name(name) or not folder.is_dir():
         if done:
             faults.add(root / "stages", f"the folder of the finished stage {name!r} is missing")
         return stage
@@ -87,15 +88,30 @@ def _stage(root: Path, entry: Mapping[str, Any], faults: Faults) -> Stage:
         seconds=stage.seconds or total("step_time_s") or stage.seconds,
         tokens=stage.tokens or total("tokens") or stage.tokens,
         recipe=recipe,
-        domains=tuple(str(d["domain"]) for d in trained if "domain" in _mapping(d)),
+        domains=tuple(
+            str(d["domain"])
+            for d in (trained if isinstance(trained, list) else [])
+            if "domain" in _mapping(d)
+        ),
         curves=curves,
-        scores=_made_by_name(DomainScore, _mapping(scores.get("scores"))),
+        scores={
+            str(domain): _score(entry)
+            for domain, entry in _mapping(scores.get("scores")).items()
+            if isinstance(entry, Mapping)
+        },
         samples=[
             _sample(entry, str(domain))
             for domain, entries in _mapping(scores.get("samples")).items()
             for entry in list(_mappings(entries, folder / SCORES, "a sample", faults))[:SAMPLES]
         ],
         rollouts=_rollouts(folder / "rollouts", faults),
+    )
+
+
+def _score(entry: Mapping[str, Any]) -> DomainScore:
+    passes = {str(n): _number(value) for n, value in _mapping(entry.get("pass_at")).items()}
+    return _made(
+        DomainScore, entry, pass_at={n: value for n, value in passes.items() if value is not None}
     )
 
 
@@ -156,8 +172,8 @@ def _metrics(path: Path, faults: Faults, *, wanted: bool) -> dict[str, Curve]:
         for name, value in row.items():
             if name == "step" or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if math.isfinite(value):
-                curves.setdefault(name, []).append((step, float(value)))
+            if (number := _number(value)) is not None:
+                curves.setdefault(name, []).append((step, number))
             else:
                 faults.add(path, f"values of {name} that are not finite, left out")
     return dict(curves)
@@ -177,7 +193,7 @@ def _document(path: Path, faults: Faults, *, wanted: bool) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_bytes().decode("utf-8", errors="replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         faults.add(path, "damaged, left out")
@@ -218,6 +234,10 @@ def _made_by_name[T](kind: type[T], entries: Mapping[str, Any]) -> dict[str, T]:
 
 def _number(found: Any) -> float | None:
     """`found` if it is a finite number, else None."""
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+    if isinstance(found, bool) or not isinstance(found, int | float):
         return None
-    return float(found)
+    try:
+        number = float(found)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemocascade.cascade.records import Alarm, Teacher
-from nemocascade.stages.scoring import DomainScore
+from nemocascade.stages.domain_score import DomainScore
 
 Curve = Sequence[tuple[int, float]]
 """(step from 1, value) pairs with rising steps and finite values."""

@@ -15,13 +15,16 @@ from matplotlib.ticker import MaxNLocator
 from nemocascade.cascade.report import figures, words
 from nemocascade.cascade.report.figures import ACCENT, ALARM, BAND, INK, MUTED, PAPER
 from nemocascade.cascade.report.record import Run, Stage
-from nemocascade.stages.scoring import DomainScore
+from nemocascade.stages.domain_score import DomainScore
 
 HEAT = LinearSegmentedColormap.from_list("heat", [PAPER, "#6aaad5"])
 
 
 def standard_error(score: DomainScore) -> float | None:
-    """Upper bound of the standard error of a mean of rewards in 0..1: sqrt(p (1 - p) / n)."""
+    """Standard error of a score over its tasks. If it was not measured, its upper bound for rewards
+    in 0..1: sqrt(p (1 - p) / n)."""
+    if score.standard_error is not None:
+        return score.standard_error
     counted = score.tasks - score.errors
     if score.score is None or not 0 <= score.score <= 1 or counted < 1:
         return None

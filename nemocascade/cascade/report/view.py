@@ -10,7 +10,7 @@ from typing import Any
 from nemocascade.cascade.report import words
 from nemocascade.cascade.report.record import Curve, Run, Sample, Stage
 from nemocascade.cascade.report.scores import ordered, scale, standard_error, trains
-from nemocascade.stages.scoring import DomainScore
+from nemocascade.stages.domain_score import DomainScore
 
 Answers = list[tuple[str, Sample]]
 """(stage name, answer) pairs of one task."""
@@ -99,7 +99,7 @@ def _cell(run: Run, domain: str, stage: Stage, alarm: bool) -> Cell | None:
 
 def _note(found: DomainScore, points: bool) -> str:
     """Tooltip of a score: number of tasks, verifier errors and standard error."""
-    parts = [f"{found.tasks:,} tasks"]
+    parts = [f"{found.tasks:,} tasks", *([found.passes] if found.passes else [])]
     if found.errors:
         parts.append(f"{found.errors:,} without a verdict, not counted")
     error = standard_error(found)

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from nemocascade.cascade.report import curves, figures, scores, view, words
 from nemocascade.cascade.report.read import read_run
 from nemocascade.cascade.report.record import Run
+from nemocascade.runtime.files import write_text
 
 HERE = Path(__file__).resolve().parent
 
@@ -44,7 +45,7 @@ def write_report(run_dir: Path) -> Path:
         )
     target = folder / "index.html"
     unfinished = folder / "index.html.partial"
-    unfinished.write_text(text, encoding="utf-8")
+    write_text(unfinished, text)
     os.replace(unfinished, target)
     return target
 
