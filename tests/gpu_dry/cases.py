@@ -26,6 +26,7 @@ from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import (
     EngineConfig,
+    GrpoConfig,
     ModelConfig,
     MoeTrainingConfig,
     OptimizerConfig,
@@ -192,7 +193,7 @@ def batch_of(case: Case) -> PackedBatch:
 
 OBJECTIVES: dict[str, Callable[[], Any]] = {
     "sft": lambda: nll_objective,
-    "grpo": lambda: grpo_objective(0.01),
+    "grpo": lambda: grpo_objective(GrpoConfig(kl_coef=0.01)),
     "mopd": lambda: mopd_objective(0.5, 2.0),
 }
 
