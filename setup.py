@@ -155,7 +155,7 @@ setup(
     version=VERSION,
     package_dir={"nemocascade_kernels": "kernels/nemocascade_kernels"},
     packages=[
-        *find_packages(include=["nemocascade", "nemocascade.*"]),
+        *find_packages(include=["nemocascade", "nemocascade.*", "nemocascade_vllm"]),
         *find_packages("kernels", include=["nemocascade_kernels", "nemocascade_kernels.*"]),
     ],
     package_data={

@@ -54,11 +54,14 @@ FLOORS = {
     ],
     "rollout": [
         "engine",
-        "sampling stops replies openai",
+        "sampling stops replies completions servers",
         "slots",
         "prefill_queue",
-        "generation",
-        "live",
+        "generation server_calls",
+        "live transfer",
+        "weight_updates",
+        "server",
+        "factory",
     ],
     "train": [
         "dump flops objectives weight_swap",
