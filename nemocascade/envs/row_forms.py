@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemocascade.envs.prompt_rows import METADATA
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.types import Row
 
-METADATA = "verifier_metadata"
-"""Field that may hold any field of a row, as in NeMo Gym."""
 _ABSENT: tuple[Any, ...] = (None, "", [], {})
 _Tree = dict[str, "_Tree"]
 

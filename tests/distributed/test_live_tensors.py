@@ -28,7 +28,7 @@ def stream_each(layouts: dict[str, dict[str, Any]], folder: str) -> dict[str, li
 def stream(parallel: dict[str, Any], folder: Path) -> list[str]:
     from dataclasses import replace
 
-    from helpers.rollout import EVEN, make_model
+    from helpers.rollout import EVEN, QWEN3, make_model
 
     from nemocascade.megatron.world import start_world
     from nemocascade.recipe import EngineConfig, ParallelConfig
@@ -37,13 +37,7 @@ def stream(parallel: dict[str, Any], folder: Path) -> list[str]:
     qwen = replace(
         EVEN,
         pattern="*E*E",
-        activation="swiglu",
-        rope=True,
-        qk_norm=True,
-        router_score="softmax",
-        router_bias=False,
-        router_scale=1.0,
-        shared_expert_width=0,
+        **QWEN3,
     )
     found = []
     for name, shape in {"nemotron": EVEN, "qwen": qwen}.items():

@@ -37,6 +37,17 @@ ODD = replace(
 # With sizes that every layout of two ranks divides.
 EVEN = replace(tiny(), vocab_size=256, hidden_size=64, pattern="MEM*")
 
+# What makes a shape one of Qwen3-MoE, with a pattern of `*E` pairs.
+QWEN3: dict[str, Any] = {
+    "activation": "swiglu",
+    "rope": True,
+    "qk_norm": True,
+    "router_score": "softmax",
+    "router_bias": False,
+    "router_scale": 1.0,
+    "shared_expert_width": 0,
+}
+
 
 def make_model(world: World, shape: ModelConfig, seed: int = 1) -> list[CascadeModel]:
     """Chunks of `shape` with weights that spread the logits, in float32."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.rollout import EVEN, draw_tokens, full_logits, make_model
+from helpers.rollout import EVEN, QWEN3, draw_tokens, full_logits, make_model
 from helpers.vllm_server import missing, vllm_server
 from torch import Tensor
 
@@ -42,13 +42,7 @@ SHAPES: dict[str, ModelConfig] = {
     "qwen3-moe": replace(
         BASE,
         pattern="*E*E",
-        activation="swiglu",
-        rope=True,
-        qk_norm=True,
-        router_score="softmax",
-        router_bias=False,
-        router_scale=1.0,
-        shared_expert_width=0,
+        **QWEN3,
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
