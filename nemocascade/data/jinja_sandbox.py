@@ -75,10 +75,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
+            # The optimiser computes constants while it compiles, where no limit holds.
+            optimized=False,
             extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         self._runs = threading.local()
         self.filters["tojson"] = _to_json
+        self.filters["format"] = _formatted
         self.filters = {name: self._limited(f) for name, f in self.filters.items()}
         self.globals["raise_exception"] = _raise
         self.globals["strftime_now"] = lambda f: datetime.datetime.now().strftime(f)
@@ -155,6 +158,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return self.spend(function(*args, **kwargs))
 
         return limited
+
+
+def _formatted(value: str, *args: Any, **kwargs: Any) -> str:
+    """Format as `%` does, unless a width is huge."""
+    _check_widths(value)
+    return value % (kwargs or args)
 
 
 class _Instrument(NodeTransformer):

@@ -28,10 +28,14 @@ class Office(Application):
     """One office; offices are compared by `state`."""
 
     def __init__(self, tables: Mapping[str, list[Row]] = EMPTY) -> None:
-        """`tables`: the initial state, copied. Raises ValueError for an unknown table."""
+        """`tables`: the initial state, copied. Raises ValueError for an unknown table, and for one
+        that is no list of objects."""
         unknown = sorted(set(tables) - set(EMPTY))
         if unknown:
             raise ValueError(f"unknown tables {unknown}, known are {sorted(EMPTY)}")
+        for name, rows in tables.items():
+            if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+                raise ValueError(f"the office's table {name!r} must be a list of objects")
         self._tables = {name: copy.deepcopy(tables.get(name, [])) for name in EMPTY}
 
     def state(self) -> dict[str, list[str]]:

@@ -337,6 +337,7 @@ def test_results_are_the_suffix_after_the_turn(name: str) -> None:
         ("{{ undefined_thing.field }}", "cannot render"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "cannot render"),
         ("{{ ' ' * 10 ** 9 }}", "characters"),
+        ("{{ '%1000000000d' | format(1) }}", "wider than"),
         ("{{ 'ab' * 90000 * 90000 }}", "characters"),
         ("{{ 'a' | center(999999999) }}", "passes"),
         ("{{ 'a'.ljust(999999999) }}", "passes"),

@@ -314,6 +314,7 @@ def test_released_rows(environments: dict[str, Domain], tmp_path: Path, name: st
         ("code", {"verifier_metadata": 3}, "verifier_metadata must be an object, it is int"),
         ("code", {"unit_tests": {}}, r"\['unit_tests'\] have one value in the row and another"),
         ("math", {"pass_rate": 10**400}, "'pass_rate' is 1000"),
+        ("tool_calling", {"office": {"mail": None}}, "'mail' must be a list of objects"),
         ("code", {"verifier_metadata": {"unit_tests": '{"inputs": [NaN]}'}}, "the value NaN"),
         (
             "code",
