@@ -1,4 +1,4 @@
-"""What a vLLM server needs to serve rollouts of NemoCascade: weight transfer, and a launcher.
+"""Weight transfer and launcher of a vLLM server that generates rollouts for NemoCascade.
 
 Installed beside vLLM (`pip install ./nemocascade_vllm`), it registers itself as a plugin: the
 weight transfer `nemocascade`, by NCCL or gloo, and on CPUs the experts without a gate that

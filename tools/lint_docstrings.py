@@ -10,7 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-FOLDERS = ("nemocascade", "kernels", "recipes", "benchmarks", "tests", "tools", "setup.py")
+FOLDERS = (
+    *("nemocascade", "nemocascade_vllm", "kernels", "recipes", "benchmarks", "tests", "tools"),
+    "setup.py",
+)
 # Repositories that agents repair keep a style of their own.
 EXCLUDED = Path("nemocascade/swe/repositories")
 WORDS = {"Of", "As", "What", "Whether", "So", "Out", "Likewise"}

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import socket
+from typing import Any
+
+from nemocascade.types import SandboxError
 
 
 class Fd:
@@ -28,3 +33,15 @@ def pipe(stack: contextlib.ExitStack) -> tuple[Fd, Fd]:
     for end in ends:
         stack.callback(end.close)
     return ends[0], ends[1]
+
+
+def receive_answer(channel: socket.socket, what: str) -> dict[str, Any]:
+    """The worker's answer on its channel, which is ready. Raises SandboxError if the worker died
+    while it ran `what`."""
+    try:
+        data = channel.recv(1 << 16)
+    except OSError:
+        data = b""
+    if not data:
+        raise SandboxError(f"a worker died while it ran {what}")
+    return dict(json.loads(data))

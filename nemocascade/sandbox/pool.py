@@ -21,7 +21,7 @@ from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.sandbox import launch
 from nemocascade.sandbox.fair_slots import FairSlots
-from nemocascade.sandbox.pipes import Fd, pipe
+from nemocascade.sandbox.pipes import Fd, pipe, receive_answer
 from nemocascade.sandbox.session import SandboxSession
 from nemocascade.types import Outcome, Program, SandboxError, SandboxUnavailable, Status
 
@@ -343,20 +343,11 @@ class _Exchange:
                     raise SandboxError("a worker did not answer in time and was killed")
                 for key, _ in events:
                     if key.fileobj is self._channel:
-                        answer = self._answer()
+                        answer = receive_answer(self._channel, "a program")
                         selector.unregister(self._channel)
                     elif not self._move(key.fileobj):
                         selector.unregister(key.fileobj)
         return answer
-
-    def _answer(self) -> dict[str, Any]:
-        try:
-            data = self._channel.recv(_CHUNK)
-        except OSError:
-            data = b""
-        if not data:
-            raise SandboxError("a worker died while it ran a program")
-        return dict(json.loads(data))
 
     def _move(self, fd: Any) -> bool:
         """Transfer some bytes; return False when the pipe is finished."""

@@ -17,7 +17,7 @@ from typing import Any
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.sandbox import launch
 from nemocascade.sandbox.fair_slots import FairSlots
-from nemocascade.sandbox.pipes import Fd, pipe
+from nemocascade.sandbox.pipes import Fd, pipe, receive_answer
 from nemocascade.types import SandboxError, Status
 
 WALL_FACTOR = 2.0
@@ -208,14 +208,9 @@ class _CellExchange:
                             return None
 
     def _answer(self) -> dict[str, Any]:
-        try:
-            data = self._channel.recv(_CHUNK)
-        except OSError:
-            data = b""
-        if not data:
-            raise SandboxError("a worker died while it ran a cell")
+        found = receive_answer(self._channel, "a cell")
         self._drain()
-        return dict(json.loads(data))
+        return found
 
     def _drain(self) -> None:
         """Read what has been written so far, up to the limit."""
