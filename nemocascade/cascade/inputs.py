@@ -18,6 +18,7 @@ from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint.folder import digest_of, file_sha256
 from nemocascade.recipe import MopdRecipe, ScoreConfig, SftRecipe, StageRecipe
 from nemocascade.recipe.changes import HOW, changes_between
+from nemocascade.recipe.paths import named_paths
 
 VERSION = 1
 Inputs = dict[str, Any]
@@ -52,17 +53,15 @@ def key_of(inputs: Inputs) -> str:
 
 
 def recipe_files(recipe: StageRecipe) -> list[str]:
-    """Files and external artifacts that a stage reads, besides its start artifact."""
-    found: list[str] = []
+    """Files and external artifacts that a stage reads, besides its start artifact and teachers."""
+    found = {path for _, path in named_paths(recipe, "input")}
     if isinstance(recipe, SftRecipe):
-        found += [*recipe.data.path, *recipe.data.heldout_path]
         # The digest of the start artifact already covers its tokenizer.
-        if not recipe.init_from:
-            found.append(recipe.tokenizer.path)
+        if recipe.init_from:
+            found.discard(recipe.tokenizer.path)
     else:
-        found += [path for d in recipe.domains for path in (*d.path, *d.heldout_path)]
-        found.append(recipe.envs.judge.artifact)
-    return sorted({f for f in found if f and not f.startswith("synthetic:")})
+        found.add(recipe.envs.judge.artifact)
+    return sorted(found - {""})
 
 
 def score_files(config: ScoreConfig) -> list[str]:

@@ -48,6 +48,8 @@ class Domain(ABC):
     by_group = False
     row_forms: tuple[RowForm, ...] = ()
     """Forms of released rows, beside `row_forms.EVERY_ROW`. Other fields cannot be read."""
+    answered_tools: Collection[str] | None = None
+    """Names of the tools that a released row may declare; None allows any."""
 
     @property
     def collective(self) -> bool:
@@ -189,6 +191,14 @@ class Domain(ABC):
 
     def _prompt(self, row: Row, where: str) -> Prompt:
         messages, tools = turns_of(row)
+        if self.answered_tools is not None:
+            unanswered = [tool.name for tool in tools if tool.name not in self.answered_tools]
+            if unanswered:
+                raise RowError(
+                    f"the row declares {', '.join(unanswered)}, and nothing answers calls of it: "
+                    f"add {self.domain} to envs.python_tool.domains for the Python tool, or leave "
+                    "other tools out of the row"
+                )
         prompt = Prompt(
             id="",
             domain=self.domain,

@@ -53,6 +53,7 @@ class Code(SandboxedDomain):
     """
 
     domain = "code"
+    answered_tools = ()
     row_forms = (
         RowForm(
             "unit tests (NeMo Gym)",

@@ -20,6 +20,7 @@ class Mathematics(CheckedDomain):
     """1 if the last box equals the expected answer, else 0. Algebra runs in a killable child."""
 
     domain = "math"
+    answered_tools = ()
     row_forms = (
         RowForm(
             "an expected answer (NeMo Gym)",

@@ -27,6 +27,7 @@ class MultipleChoice(CheckedDomain):
     """
 
     domain = "multiple_choice"
+    answered_tools = ()
     row_forms = (
         RowForm(
             "multiple choice (NeMo Gym)",

@@ -130,6 +130,7 @@ class ToolIntegrated(Domain):
     def __init__(self, inner: Domain, tool: PythonTool) -> None:
         self.domain = inner.domain
         self._inner, self._tool = inner, tool
+        inner.answered_tools = (TOOL.name,)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         return self._inner.make(rng, difficulty)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nemocascade.envs.base import CheckedDomain, final_text
+from nemocascade.envs.checks.formats import KINDS as FORMATS
 from nemocascade.envs.prompt_rows import turns_of
 from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.words import COLORS, NAMES, NOUNS
@@ -23,7 +24,7 @@ _ASKS = ("Write", "Give", "Make", "Return")
 
 
 class StructuredOutput(CheckedDomain):
-    """1 if the final message is only JSON and satisfies the strict schema, else 0.
+    """1 if the final message is only JSON, or of the row's kind, and satisfies the strict schema.
 
     In rows with `response_mode: tool_call`, the arguments must satisfy it instead: those of the one
     call that the answer makes, of the tool `tool_name`, or their field `tool_payload_key`.
@@ -35,11 +36,11 @@ class StructuredOutput(CheckedDomain):
     domain = "structured_output"
     row_forms = (
         RowForm(
-            "JSON by a schema (NeMo Gym)",
+            "A text by a schema (NeMo Gym)",
             read={
                 "schema_str": "the schema as JSON text; precedes `schema`",
                 "schema": "the schema as an object",
-                "schema_type": "must be `json`, unless a call is graded",
+                "schema_type": "what the text is: `json` (default), `yaml`, `xml`, `toml` or `csv`",
                 "response_mode": "`text`, or `tool_call`: the arguments of a call are graded",
                 "tool_name": "the tool that must be called",
                 "tool_payload_key": "the argument that must satisfy the schema; by default all",
@@ -59,8 +60,8 @@ class StructuredOutput(CheckedDomain):
         if mode not in ("text", "tool_call"):
             raise ValueError(f"response_mode {mode!r} must be text or tool_call")
         kind = row.get("schema_type") or "json"
-        if kind != "json" and mode == "text":
-            raise ValueError(f"schema_type {kind!r}: only json can be verified")
+        if mode == "text" and kind not in ("json", *FORMATS):
+            raise ValueError(f"schema_type {kind!r} must be one of json, {', '.join(FORMATS)}")
         schema = row.get("schema")
         if isinstance(row.get("schema_str"), str):
             schema = parse_field(row["schema_str"], "schema_str")
@@ -68,7 +69,7 @@ class StructuredOutput(CheckedDomain):
             raise ValueError(f"a schema must be an object, this is {kind_of(schema)}")
         if fault := self._children.call("nemocascade.envs.checks.schema:fault", schema):
             raise ValueError(f"no validator accepts the schema: {fault}")
-        return {"schema": schema, **(_call_of(row) if mode == "tool_call" else {})}
+        return {"schema": schema, **(_call_of(row) if mode == "tool_call" else {"kind": kind})}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         schema = prompt.answer["schema"]
@@ -79,12 +80,13 @@ class StructuredOutput(CheckedDomain):
             "nemocascade.envs.checks.schema:problem",
             schema,
             final_text(response),
+            prompt.answer.get("kind", "json"),
             control=[schema, "null"],
         )
         return Verdict(float(problem is None), details={"problem": problem})
 
     def forms(self, prompt: Prompt) -> Collection[str]:
-        return ("tool call" if "tools" in prompt.answer else "text",)
+        return ("tool call" if "tools" in prompt.answer else prompt.answer.get("kind", "json"),)
 
     def dummy(self, prompt: Prompt) -> Sequence[Message]:
         if "tools" not in prompt.answer:

@@ -201,7 +201,7 @@ def live_tensors(chunks: Sequence[Any]) -> list[Tensor]:
 
 
 def model_problems(named: str, other: Artifact, whose: str, policy: Artifact) -> list[str]:
-    """Reasons why `other` cannot run in the model of `policy`: another shape or tokenizer.
+    """Reasons why `other` cannot run in the model of `policy`: shape, tokenizer or template differ.
 
     named: start of each message, such as "judge.artifact is FOLDER". whose: "the student's", for
     example.
@@ -221,6 +221,11 @@ def model_problems(named: str, other: Artifact, whose: str, policy: Artifact) ->
         problems.append(
             f"{named}, whose tokenizer is not {whose}, {policy.folder}: ids would mean other "
             "texts; name an artifact with the same tokenizer"
+        )
+    if None not in (other.template, policy.template) and other.template != policy.template:
+        problems.append(
+            f"{named}, whose chat template is not {whose}, {policy.folder}: it was trained on "
+            "other texts; name an artifact with the same tokenizer.template"
         )
     return problems
 

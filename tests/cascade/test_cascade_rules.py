@@ -12,7 +12,7 @@ import pytest
 from nemocascade.cascade.decide import choose_teachers
 from nemocascade.cascade.errors import CascadeError
 from nemocascade.cascade.graph import StageGraph, cascade_problems
-from nemocascade.cascade.inputs import FileHashes, differences, key_of, stage_inputs
+from nemocascade.cascade.inputs import FileHashes, differences, key_of, recipe_files, stage_inputs
 from nemocascade.cascade.launch import parse_cascade
 from nemocascade.cascade.records import find_alarms
 from nemocascade.cascade.run import Choice
@@ -20,7 +20,9 @@ from nemocascade.recipe import (
     AlarmConfig,
     CascadeRecipe,
     DataConfig,
+    DemonstrationConfig,
     DomainConfig,
+    EnvConfig,
     GrpoConfig,
     GrpoRecipe,
     LogConfig,
@@ -38,6 +40,7 @@ from nemocascade.recipe import (
     tiny,
 )
 from nemocascade.recipe.changes import at_default
+from nemocascade.recipe.envs import SandboxConfig, ToolCallingConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages.domain_score import DomainScore
 from nemocascade.stages.scoring import Scores
@@ -261,6 +264,20 @@ def test_the_key_holds_what_makes_the_artifact(tmp_path: Path) -> None:
     rows.write_text("two\n")
     [line] = differences(base, stage_inputs(recipe, "parent", {}, FileHashes(tmp_path / "f.json")))
     assert line.startswith(f"files.{rows} ")
+
+
+def test_every_file_that_a_recipe_names_is_part_of_the_key() -> None:
+    envs = EnvConfig(
+        sandbox=SandboxConfig(packages=("packages",)),
+        tool_calling=ToolCallingConfig(workplace_data="tables"),
+        judge=JudgeConfig(kind="artifact", artifact="judge"),
+    )
+    assert recipe_files(replace(RL, envs=envs)) == ["judge", "packages", "tables"]
+    made = DemonstrationConfig(domains=(DomainConfig("math", heldout_path=("h",)),))
+    data = DataConfig(path=("a", "synthetic:arithmetic"), non_thinking_path=("a",))
+    sft = SftRecipe(data=data, demonstrations=made, tokenizer=TokenizerConfig(path="t.model"))
+    assert recipe_files(sft) == ["a", "h", "t.model"]
+    assert recipe_files(replace(sft, init_from="start")) == ["a", "h"]
 
 
 def test_settings_that_a_newer_program_adds_change_nothing_at_their_defaults(

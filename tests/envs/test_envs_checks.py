@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -280,6 +281,79 @@ def test_structured_output(children: ChildPool, text: str, reward: float) -> Non
     verdict = ask(StructuredOutput(children), {"schema": PERSON}, text)
     assert verdict.error is None
     assert verdict.reward == reward
+
+
+BOX = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "integer"},
+        "title": {"type": "string"},
+        "open": {"type": "boolean"},
+        "sizes": {"type": "array", "items": {"type": "number"}},
+    },
+}
+BOXES = {"type": "object", "properties": {"box": BOX}}
+TABLE = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {
+            "id": {"type": "integer"},
+            "price": {"type": ["null", "number"]},
+            "title": {"type": "string"},
+        },
+    },
+}
+LAUGHS = "\n".join(
+    ["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}*a{n - 1}]" for n in range(1, 12))]
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "schema", "text", "reward"),
+    [
+        ("yaml", BOX, "id: 1\ntitle: a\nopen: yes\nsizes: [1.5, 2]\n", 1.0),
+        ("yaml", BOX, '{"id": 1, "title": "a", "open": true, "sizes": []}', 1.0),
+        ("yaml", BOX, "id: '1'\ntitle: a\nopen: yes\nsizes: []\n", 0.0),
+        ("yaml", BOX, "id: 1\ntitle: a\nopen: yes\nsizes: []\nmore: 1\n", 0.0),
+        ("yaml", BOX, "```yaml\nid: 1\n```", 0.0),
+        ("yaml", {"type": "object", "patternProperties": {"^a": {}}}, "1: 2\n", 0.0),
+        ("yaml", {}, "!!python/object/apply:os.getcwd []\n", 0.0),
+        ("yaml", {}, "&a [*a]\n", 0.0),
+        ("yaml", BOX, "[" * 100_000, 0.0),
+        ("toml", BOX, 'id = 1\ntitle = "a"\nopen = true\nsizes = [1, 2.5]\n', 1.0),
+        ("toml", BOX, 'id = 1\nid = 2\ntitle = "a"\nopen = true\nsizes = []\n', 0.0),
+        (
+            "xml",
+            BOXES,
+            "<box><id>1</id><title/><open>true</open><sizes><n>1</n><n>2.5</n></sizes></box>",
+            1.0,
+        ),
+        ("xml", BOXES, "<box><id>1</id><title>a</title><open>0</open><sizes>3</sizes></box>", 1.0),
+        ("xml", BOXES, "<box><id>x</id><title>a</title><open>0</open><sizes>3</sizes></box>", 0.0),
+        ("xml", BOXES, "<box><id/><title>a</title><open>0</open><sizes>3</sizes></box>", 0.0),
+        ("xml", BOXES, "<box><id>1</id>", 0.0),
+        ("xml", {}, '<!DOCTYPE a [<!ENTITY b SYSTEM "/etc/passwd">]><a>&b;</a>', 0.0),
+        ("csv", TABLE, 'id,price,title\n1,2.5,"a, b"\n2,,\n', 1.0),
+        ("csv", TABLE, "id,price,title\none,2.5,a\n", 0.0),
+        ("csv", TABLE, "id,price,title\n1,2.5,a,b\n", 0.0),
+        ("csv", TABLE, "id,price\n1,2.5\n", 0.0),
+        ("csv", TABLE, 'id,price,title\n1,2.5,"a', 0.0),
+    ],
+)
+def test_structured_output_of_other_kinds(
+    children: ChildPool, kind: str, schema: dict[str, Any], text: str, reward: float
+) -> None:
+    row = {"schema_str": json.dumps(schema), "schema_type": kind}
+    domain = StructuredOutput(children)
+    verdict = ask(domain, dict(domain.parse(row)), text)
+    assert verdict.error is None
+    assert verdict.reward == reward
+
+
+def test_yaml_that_grows_without_end_is_a_wrong_answer(hasty: ChildPool) -> None:
+    verdict = ask(StructuredOutput(hasty), {"schema": BOX, "kind": "yaml"}, LAUGHS)
+    assert (verdict.reward, verdict.fault) == (0.0, "answer"), verdict
 
 
 def test_schemas_are_made_strict_where_objects_are_described() -> None:

@@ -296,7 +296,7 @@ def test_released_rows(environments: dict[str, Domain], tmp_path: Path, name: st
         ("instruction_following", {"kwargs": [{}]}, "2 instructions have 1 sets"),
         ("structured_output", {"schema_str": "{"}, "schema_str: not JSON"),
         ("structured_output", {"schema_str": '{"a": 1, "a": 2}'}, "the key 'a' stands twice"),
-        ("structured_output", {"schema_type": "xml"}, "only json"),
+        ("structured_output", {"schema_type": "ini"}, "'ini' must be one of json, yaml"),
         ("structured_output", {"schema_str": '{"type": "obj"}'}, "no validator accepts .*'obj'"),
         ("structured_output", {"schema_str": '{"$ref": "#/$defs/a"}'}, "'#/.defs/a' leads nowhere"),
         ("structured_output", {"schema_str": '{"$ref": "http://x/y"}'}, "'http://x/y' leads nowh"),

@@ -16,6 +16,7 @@ from helpers.sandbox import sandbox_or_skip
 
 from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.envs.base import Domain
+from nemocascade.envs.mathematics import Mathematics
 from nemocascade.envs.python_tool import TOOL, PythonSession, ToolIntegrated
 from nemocascade.envs.registry import close_environments, make_environments
 from nemocascade.recipe import (
@@ -35,6 +36,7 @@ from nemocascade.rollout.engine import Completion, Request
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.watchdog import Watchdog
 from nemocascade.sandbox import launch
+from nemocascade.sandbox.child import ChildPool
 from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.sandbox.session import SandboxSession
 from nemocascade.types import Message, Prompt, SandboxError, SandboxUnavailable, ToolCall
@@ -211,6 +213,13 @@ def test_rows_with_and_without_the_tool(domains: dict[str, Domain], tmp_path: Pa
     assert first.tools == second.tools == (TOOL,)
     assert first.messages[0].content == f"Be brief.\n\n{LIMITS.prompt}"
     assert [m.role for m in second.messages] == ["system", "user"]
+    # Without the tool, its calls would stay without an answer.
+    with pytest.raises(DataError, match=rf"rows.jsonl:1: .*{TOOL.name}.*add math to envs.python_"):
+        list(Mathematics(ChildPool()).read(path))
+    declared["name"] = "search"
+    path.write_text(json.dumps(rows[0]))
+    with pytest.raises(DataError, match=r"declares search, and nothing answers"):
+        list(domains["math"].read(path))
 
 
 def test_code_is_verified_as_without_the_tool(domains: dict[str, Domain]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import resource
 from collections.abc import Iterator
 from dataclasses import replace
@@ -253,11 +254,15 @@ def _resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def artifact(trainer: Trainer, folder: Path, tokenizer: str = "one") -> Artifact:
+def artifact(
+    trainer: Trainer, folder: Path, tokenizer: str = "one", template: str = "chat"
+) -> Artifact:
     file = folder.with_suffix(".json")
     file.write_text(json.dumps({"tokenizer": tokenizer}))
     provenance = Provenance("x", 0, {}, {}, {})
-    return write_artifact(folder, trainer.world, trainer.chunks, provenance, tokenizer=file)
+    return write_artifact(
+        folder, trainer.world, trainer.chunks, provenance, tokenizer=file, template=template
+    )
 
 
 def test_a_teacher_that_does_not_fit_is_refused(
@@ -266,6 +271,7 @@ def test_a_teacher_that_does_not_fit_is_refused(
     """Both faults at once, by name, before anything starts."""
     artifact(trainer, tmp_path / "student")
     artifact(trainer, tmp_path / "words", tokenizer="two")
+    artifact(trainer, tmp_path / "chat", template="another")
     wide = Trainer(
         world,
         replace(trainer.config.shape, expert_width=64),
@@ -279,8 +285,11 @@ def test_a_teacher_that_does_not_fit_is_refused(
     artifact(wide, tmp_path / "wide")
     settings = MopdRecipe(
         init_from=str(tmp_path / "student"),
-        domains=tuple(DomainConfig(domain=d) for d in ("math", "code", "multiple_choice")),
+        domains=tuple(
+            DomainConfig(domain=d) for d in ("math", "code", "multiple_choice", "preference")
+        ),
         teachers=(
+            TeacherConfig("preference", str(tmp_path / "chat")),
             TeacherConfig("math", str(tmp_path / "words")),
             TeacherConfig("code", str(tmp_path / "wide")),
             TeacherConfig("multiple_choice", str(tmp_path / "student")),
@@ -291,6 +300,7 @@ def test_a_teacher_that_does_not_fit_is_refused(
     text = str(caught.value)
     assert "math is taught by" in text
     assert "tokenizer is not the student's" in text
+    assert re.search("preference is taught by .*chat template is not the student's", text)
     assert "expert_width 64 is not 128" in text
     assert "multiple_choice" not in text
 

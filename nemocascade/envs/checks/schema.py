@@ -1,4 +1,4 @@
-"""Validation of JSON text against a JSON Schema made strict."""
+"""Validation of texts against a JSON Schema made strict."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from jsonschema.validators import validator_for
 from referencing import Registry, Resource
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
+
+from nemocascade.envs.checks import formats
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("anyOf", "oneOf", "prefixItems")
@@ -50,17 +52,23 @@ def strict(schema: Any) -> Any:
     return made
 
 
-def problem(schema: dict[str, Any], text: str) -> str | None:
-    """Return why `text` is not JSON or violates the strict schema; None if it is valid.
+def problem(schema: dict[str, Any], text: str, kind: str = "json") -> str | None:
+    """Return why `text` is not of its kind or violates the strict schema; None if it is valid.
 
-    Raises for a schema that is itself broken or refers to another document. Nothing is fetched.
+    kind: `json`, or one of `formats.KINDS`. Raises for a schema that is itself broken or refers to
+    another document. Nothing is fetched.
     """
     validator = _validator(schema)
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        if kind == "json":
+            value = json.loads(text, parse_constant=_refuse)
+        else:
+            value = formats.value_of(kind, text, schema)
+        # YAML has keys of other types, and CSV puts surplus cells under None.
+        odd = any(not isinstance(key, str) for part in _parts(value) for key in part)
     except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    return _violation(validator, value)
+        return f"not {kind.upper()}: {error}"[:300]
+    return "a key is no text" if odd else _violation(validator, value)
 
 
 def call_problem(
@@ -161,8 +169,8 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
     """Yield every object inside of a JSON value."""
     if isinstance(value, dict):
         yield value
-    for inner in value.values() if isinstance(value, dict) else value:
-        if isinstance(inner, dict | list):
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from _parts(inner)
 
 
