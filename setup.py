@@ -25,7 +25,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -157,6 +157,8 @@ setup(
     packages=[
         *find_packages(include=["nemocascade", "nemocascade.*", "nemocascade_vllm"]),
         *find_packages("kernels", include=["nemocascade_kernels", "nemocascade_kernels.*"]),
+        # Data, and never imported; setuptools wants folders of modules to be named.
+        *find_namespace_packages(include=["nemocascade.swe.repositories*"]),
     ],
     package_data={
         "*": ["py.typed", "*.sbatch", "*.jinja", "*.css"],

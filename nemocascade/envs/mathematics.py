@@ -3,6 +3,7 @@ r"""Mathematics: the last `\boxed{...}` against the expected answer, by `math-ve
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from nemocascade.types import Message, Prompt, Row, Verdict
 
 LONGEST_ANSWER = 2000
 """Maximum characters of an answer; a longer box is not an answer and is not parsed."""
+_LIST_OF_TEXTS = re.compile(r'\s*\[\s*"')
 
 
 class Mathematics(CheckedDomain):
@@ -40,6 +42,11 @@ class Mathematics(CheckedDomain):
             )
         if not str(expected).strip():
             raise ValueError("expected_answer is empty")
+        if _LIST_OF_TEXTS.match(str(expected)):
+            raise ValueError(
+                "expected_answer is a list of texts, as in rows about walks on graphs: it is no "
+                "formula, and math cannot compare it"
+            )
         return {"expected": str(expected)}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:

@@ -294,6 +294,7 @@ def test_released_rows(environments: dict[str, Domain], tmp_path: Path, name: st
         ("multiple_choice", {"expected_answer": "C"}, r"'C' is none of the options \['A', 'B'\]"),
         ("multiple_choice", {"responses_create_params": {"input": []}}, "both empty"),
         ("instruction_following", {"kwargs": [{}]}, "2 instructions have 1 sets"),
+        ("math", {"expected_answer": '["7f3a", "91bc"]'}, "a list of texts"),
         ("structured_output", {"schema_str": "{"}, "schema_str: not JSON"),
         ("structured_output", {"schema_str": '{"a": 1, "a": 2}'}, "the key 'a' stands twice"),
         ("structured_output", {"schema_type": "ini"}, "'ini' must be one of json, yaml"),
