@@ -145,7 +145,7 @@ class Judge(Protocol):
     """Answers questions about responses. Thread-safe unless collective.
 
     collective: the judge generates on the training ranks. Every rank must ask at the same time,
-    outside generation, and gets all answers.
+    outside generation, each its own questions, or none.
     """
 
     collective: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -97,31 +97,26 @@ class Preference(Domain):
         return {"baseline": baseline}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
-        return self._absolute([(prompt, response)])[0]
+        ((verdict,),) = self.score_groups([(prompt, [response])])
+        return verdict
 
     def score_groups(
         self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
     ) -> list[list[Verdict]]:
         """Return the verdicts on all responses to each prompt; groups of one get the absolute one.
 
-        All questions are put to the judge at once.
+        All questions are put to the judge at once. A collective one is called even without any.
         """
-        single = [k for k, (_, responses) in enumerate(groups) if len(responses) == 1]
-        several = [k for k, (_, responses) in enumerate(groups) if len(responses) != 1]
-        found: list[list[Verdict]] = [[] for _ in groups]
+        plans: list[_Plan] = []
         try:
-            absolute = self._absolute([(groups[k][0], groups[k][1][0]) for k in single])
-            for k, verdict in zip(single, absolute, strict=True):
-                found[k] = [verdict]
-            for k, verdicts in zip(
-                several, self._compare([groups[k] for k in several]), strict=True
-            ):
-                found[k] = verdicts
+            plans = [_plan(prompt, responses) for prompt, responses in groups]
+            asked = [question for questions, _ in plans for question in questions]
+            answers = iter(self._ask(asked))
+            return [decide([next(answers) for _ in questions]) for questions, decide in plans]
         except Exception as error:  # any failure of a verifier is reported, never scored as zero
-            if self.collective:  # the other ranks are answering the same questions
+            if self.collective:  # the other ranks are answering questions too
                 raise
             return [[failed(error)] * len(responses) for _, responses in groups]
-        return found
 
     def dummy(self, prompt: Prompt) -> None:
         """Return None: the judge decides."""
@@ -139,34 +134,7 @@ class Preference(Domain):
         self.judge.close()
 
     def _ask(self, questions: Sequence[Question]) -> list[Answer]:
-        return self.judge.ask(questions) if questions else []
-
-    def _absolute(self, items: Sequence[tuple[Prompt, Sequence[Message]]]) -> list[Verdict]:
-        duels = [
-            _Duel(prompt, final_text(response), baseline)
-            if (baseline := prompt.answer.get("baseline")) is not None
-            else None
-            for prompt, response in items
-        ]
-        asked = [duel.questions() if duel else [] for duel in duels]
-        answers = iter(self._ask([q for questions in asked for q in questions]))
-        return [
-            _won(duel, [next(answers) for _ in questions])
-            for duel, questions in zip(duels, asked, strict=True)
-        ]
-
-    def _compare(
-        self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]
-    ) -> list[list[Verdict]]:
-        questions = []
-        for prompt, responses in groups:
-            texts = dict(enumerate(map(final_text, responses)))
-            questions += [_question(prompt, texts, pair) for pair in all_pairs(len(texts))]
-        answers = iter(self._ask(questions))
-        return [
-            _group_verdicts(responses, {pair: next(answers) for pair in all_pairs(len(responses))})
-            for _, responses in groups
-        ]
+        return self.judge.ask(questions) if questions or self.collective else []
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make a request about `difficulty` + 1 things.
@@ -213,6 +181,21 @@ def _question(prompt: Prompt, texts: Mapping[int, str], pair: Pair) -> Question:
     first, second = pair[::-1] if _is_turned(pair) else pair
     facts = prompt.answer.get("facts")
     return compare_question(prompt.messages, texts[first], texts[second], facts=facts)
+
+
+_Plan = tuple[list[Question], Callable[[list[Answer]], list[Verdict]]]
+"""Questions about the responses to a prompt, and the verdicts that follow from their answers."""
+
+
+def _plan(prompt: Prompt, responses: Sequence[Sequence[Message]]) -> _Plan:
+    if len(responses) == 1:
+        baseline = prompt.answer.get("baseline")
+        duel = _Duel(prompt, final_text(responses[0]), baseline) if baseline is not None else None
+        return duel.questions() if duel else [], lambda answers: [_won(duel, answers)]
+    texts, pairs = dict(enumerate(map(final_text, responses))), all_pairs(len(responses))
+    return [_question(prompt, texts, pair) for pair in pairs], lambda answers: _group_verdicts(
+        responses, dict(zip(pairs, answers, strict=True))
+    )
 
 
 def _group_verdicts(

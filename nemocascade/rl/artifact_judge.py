@@ -8,13 +8,15 @@ then restored bit for bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.judge import JudgeConfig
-from nemocascade.rl.verification import shows
+from nemocascade.rl.exchange import send_objects
 from nemocascade.rollout.engine import Engine, Request, Sampling
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
@@ -56,25 +58,50 @@ class ArtifactJudge:
         """Does nothing: the ranks are busy with the policy until all questions are known."""
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answer each question, in order. Every rank passes the same and gets all answers."""
-        if not questions:
-            return []
-        prompts = [self._prompt(question) for question in questions]
-        numbers = [_number(prompt) for prompt in prompts]
-        # Repeated questions are deduplicated.
-        different = dict(zip(numbers, prompts, strict=True))
+        """Answer each question, in order. Every rank asks at the same time, each its own questions.
+
+        Equal questions of all ranks are answered once, by the data-parallel ranks in turn. Prompts
+        go as token ids to the ranks that answer them, and the texts come back.
+        """
         world = self.world
-        mine = sorted(different)[world.dp_rank :: world.dp_size]
-        requests = [Request(number, different[number]) for number in mine]
+        asked = [self._prompt(question) for question in questions]
+        mine = [_number(prompt) for prompt in asked]
+        prompts = dict(zip(mine, asked, strict=True))
+        numbers, askers, lengths = _gathered(world, prompts)
+        # Of equal questions, the first rank that asks one sends it.
+        first = {number: k for k, number in reversed(list(enumerate(numbers)))}
+        order = sorted(first)
+        if not order:
+            return []
+        replicas = world.replicas()
+        owners = [askers[first[number]] for number in order]
+        answering = [replicas[k % len(replicas)] for k in range(len(order))]
+        arrived = world.deliver(
+            owners,
+            [4 * lengths[first[number]] for number in order],
+            answering,
+            lambda k: torch.tensor(prompts[order[k]], dtype=torch.int32).view(torch.uint8),
+        )
+        requests = [
+            Request(number, _ids(arrived[k]) if k in arrived else prompts[number])
+            for k, number in enumerate(order)
+            if world.rank in answering[k]
+        ]
         texts: dict[int, str] = {}
         with self.swap.using(WEIGHTS):
             for completion in self.engine.run(requests, self._sampling()):
                 texts[completion.request.id] = self._read(completion.response)
-        everything: dict[int, str] = {}
-        world.watch.meet()
-        for part in world.all_gather_object(texts if shows(world) else {}):
-            everything |= part
-        return [Answer(everything[number]) for number in numbers]
+        wanted: dict[int, set[int]] = {number: set() for number in order}
+        for number, asker in zip(numbers, askers, strict=True):
+            wanted[number].add(asker)
+        back = send_objects(
+            world,
+            [ranks[0] for ranks in answering],
+            {k: texts[number] for k, number in enumerate(order) if number in texts},
+            [sorted(wanted[number]) for number in order],
+        )
+        known = {order[k]: text for k, text in back.items()}
+        return [Answer(known[number]) for number in mine]
 
     def close(self) -> None:
         """Drop the judge's weights."""
@@ -103,6 +130,27 @@ class ArtifactJudge:
         text = self.tokenizer.decode(ids)
         reply = self.tokenizer.template.parse(text, thinking=self.settings.thinking)
         return reply.message.content
+
+
+def _gathered(
+    world: World, prompts: Mapping[int, tuple[int, ...]]
+) -> tuple[list[int], list[int], list[int]]:
+    """The number, the rank and the prompt length of every rank's questions, in rank order."""
+    world.watch.meet()
+    counts = torch.zeros(world.size, dtype=torch.int64)
+    counts[world.rank] = len(prompts)
+    counts = world.sum_over_ranks(counts)
+    start = int(counts[: world.rank].sum())
+    table = torch.zeros(2, int(counts.sum()), dtype=torch.int64)
+    if prompts:
+        mine = [[*prompts], [len(prompt) for prompt in prompts.values()]]
+        table[:, start : start + len(prompts)] = torch.tensor(mine)
+    numbers, lengths = world.sum_over_ranks(table).tolist()
+    return numbers, torch.arange(world.size).repeat_interleave(counts).tolist(), lengths
+
+
+def _ids(data: torch.Tensor) -> tuple[int, ...]:
+    return tuple(data.view(torch.int32).tolist())
 
 
 def _number(prompt: tuple[int, ...]) -> int:

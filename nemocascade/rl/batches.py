@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from nemocascade.data.packing import WorkModel, plan_packing
+from nemocascade.recipe import ParallelConfig
+from nemocascade.rl.rollouts import Rollout, TokenSequence
 from nemocascade.types import Document, PackedBatch, pack_documents
 
 
@@ -31,8 +33,33 @@ class TrainingSequence:
     routing: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class PlannedSequence:
+    """A training sequence as every rank knows it, before its tokens are on the rank that trains it.
+
+    weight, advantage, domain: see `TrainingSequence`.
+    """
+
+    rollout: Rollout
+    weight: float
+    advantage: float = 0.0
+    domain: str = ""
+
+    def filled(self, sequence: TokenSequence) -> TrainingSequence:
+        """The training sequence, with its tokens."""
+        return TrainingSequence(
+            tokens=sequence.tokens,
+            written=sequence.written,
+            logprob=sequence.logprob,
+            weight=self.weight,
+            advantage=self.advantage,
+            domain=self.domain,
+            routing=sequence.routing,
+        )
+
+
 def lay_out(
-    sequences: Sequence[TrainingSequence],
+    lengths: Sequence[int],
     capacity: int,
     *,
     ranks: int,
@@ -41,10 +68,10 @@ def lay_out(
 ) -> list[list[list[int]]]:
     """Sequence indices by rank, then by micro-batch.
 
-    The packing depends on the sequences alone. ranks: number of data-parallel ranks. All get the
-    same number of micro-batches, a multiple of `multiple`; some may be empty.
+    The packing depends on the lengths alone. lengths: tokens of each sequence. ranks: number of
+    data-parallel ranks. All get the same number of micro-batches, a multiple of `multiple`; some
+    may be empty.
     """
-    lengths = [s.tokens.numel() for s in sequences]
     plan = plan_packing(
         lengths,
         capacity,
@@ -57,6 +84,32 @@ def lay_out(
     rounds = max(1, -(-len(bins) // (ranks * multiple))) * multiple
     bins += [[] for _ in range(rounds * ranks - len(bins))]
     return [bins[rank::ranks] for rank in range(ranks)]
+
+
+def fit_capacity(
+    lengths: Sequence[int], capacity: int, *, ranks: int, multiple: int = 1, grain: int = 1
+) -> int:
+    """The smallest capacity at which `lay_out` needs no more rounds than at `capacity`.
+
+    It is `capacity` or a multiple of `grain` below. Packs of one size waste the rest of the last
+    round: 98 packs on 64 ranks leave a quarter of two rounds empty.
+    """
+
+    def rounds(size: int) -> int:
+        return len(lay_out(lengths, size, ranks=ranks, multiple=multiple)[0])
+
+    if not lengths:
+        return capacity
+    most = rounds(capacity)
+    least = max(*lengths, -(-sum(lengths) // (ranks * most)))
+    sizes = range(-(-least // grain) * grain, capacity, grain)
+    return next((size for size in sizes if rounds(size) <= most), capacity)
+
+
+def capacity_grain(capacity: int, parallel: ParallelConfig) -> int:
+    """Multiples of this are valid capacities below `capacity`: at most 128 shapes, for tensor
+    parallelism in equal parts."""
+    return parallel.tp * -(-capacity // (128 * parallel.tp))
 
 
 def pack_sequences(

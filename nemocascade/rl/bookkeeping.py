@@ -21,6 +21,7 @@ class Bookkeeper:
             run.recipe.rollout,
             by_reward=isinstance(run.recipe, GrpoRecipe),
             is_main=run.world.is_main,
+            transcripts=run.transcripts,
         )
         self.first = run.trainer.step_number
         self.writer = run.metrics_writer(self.first)

@@ -1,7 +1,8 @@
 """Collects scored rollouts: generation and verification run concurrently.
 
-Tasks are sharded over the data-parallel ranks and the results are gathered. Every rank then has all
-rollouts of a step, in the order of the tasks, on any parallel layout.
+Tasks are sharded over the data-parallel ranks and the outcomes are shared. Every rank then has the
+outcomes of all rollouts of a step, in the order of the tasks, on any parallel layout. Tokens and
+texts stay on the rank that verified them, see `exchange`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from nemocascade.recipe.grpo import GrpoConfig
 from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.rl.advantages import group_advantages, is_informative, overlong_penalty
 from nemocascade.rl.episodes import Episodes
+from nemocascade.rl.exchange import share_outcomes
+from nemocascade.rl.rollouts import Rollout
 from nemocascade.rl.tasks import Task, TaskStream
 from nemocascade.rl.verification import (
     THREADS,
     OnVerdict,
-    Rollout,
     Verification,
-    score_after,
+    score_apart,
     shows,
 )
 from nemocascade.rollout.engine import Engine, Request, Sampling
@@ -93,7 +95,7 @@ class Collector:
         self.threads = threads
         self.on_verdict: OnVerdict = lambda task, rollout: None
         """Called with every rollout as soon as it has its verdict, from a thread of the rank that
-        verified it. After a collective verifier the main rank calls it."""
+        verified it, or from its main thread after a collective verifier."""
 
     def sampling(self) -> Sampling:
         """Sampling settings of the recipe; generation stops at the template's end of turn."""
@@ -117,7 +119,8 @@ class Collector:
         scored: bool = True,
         compared: bool = True,
     ) -> list[Group]:
-        """Generate and score `copies` rollouts of each task, in order; the same list on every rank.
+        """Generate and score `copies` rollouts of each task, in order; the same outcomes on every
+        rank.
 
         Sampling depends on the seed, the task's number and the copy, not on the ranks.
         scored: False skips verification. compared: False scores each rollout by itself, also in
@@ -126,17 +129,11 @@ class Collector:
         world = self.world
         mine = tasks[world.dp_rank :: world.dp_size]
         by_id = {task.number * copies + copy: task for task in mine for copy in range(copies)}
-        everything: dict[int, Rollout] = {}
+        numbers = [task.number * copies + copy for task in tasks for copy in range(copies)]
         found = self._generate(by_id, copies, sampling or self.sampling(), scored, compared)
         world.watch.enter("rollout: exchange")
-        # Ranks may finish further apart than the timeout of a collective.
-        world.watch.meet()
-        for part in world.all_gather_object(found):
-            everything |= part
-        groups = [
-            Group(task, tuple(everything[task.number * copies + copy] for copy in range(copies)))
-            for task in tasks
-        ]
+        outcomes = iter(share_outcomes(world, numbers, found))
+        groups = [Group(task, tuple(itertools.islice(outcomes, copies))) for task in tasks]
         return self._score_collectively(groups, compared) if scored else groups
 
     def _generate(
@@ -163,7 +160,8 @@ class Collector:
             threads=self.threads,
             on_verdict=self.on_verdict,
         )
-        requests = [Request(number, task.ids) for number, task in by_id.items()]
+        prompts = {task.number: tuple(task.ids.tolist()) for task in by_id.values()}
+        requests = [Request(number, prompts[task.number]) for number, task in by_id.items()]
         try:
             for completion in self.engine.run(requests, sampling, episodes.respond):
                 episodes.close(completion.request.id)
@@ -186,21 +184,28 @@ class Collector:
             if not environment.collective or not chosen:
                 continue
             self.world.watch.enter("rollout: judge")
-            whole = [[r.response for r in groups[k].rollouts if not r.dropped] for k in chosen]
-            responses = [
-                (groups[k].task.prompt, found) for k, found in zip(chosen, whole, strict=True)
+            asked = [
+                (k, i) for k in chosen for i, r in enumerate(groups[k].rollouts) if not r.dropped
             ]
-            if not compared:
-                responses = [(prompt, [r]) for prompt, group in responses for r in group]
-            verdicts = itertools.chain(*score_after(self.world, environment, responses))
+            parts = [[(k, i)] for k, i in asked]
+            if compared:
+                parts = [list(part) for _, part in itertools.groupby(asked, key=lambda a: a[0])]
+            found = score_apart(
+                self.world,
+                environment,
+                [
+                    (task.number, task.prompt, [groups[k].rollouts[i] for k, i in part])
+                    for part in parts
+                    for task in [groups[part[0][0]].task]
+                ],
+            )
+            judged = dict(zip(asked, itertools.chain(*found), strict=True))
             for k in chosen:
-                rollouts = tuple(
-                    r if r.dropped else replace(r, verdict=next(verdicts))
-                    for r in groups[k].rollouts
-                )
+                rollouts = tuple(judged.get((k, i), r) for i, r in enumerate(groups[k].rollouts))
                 scored[k] = replace(groups[k], rollouts=rollouts)
-                for rollout in rollouts if self.world.is_main else ():
-                    self.on_verdict(groups[k].task, rollout)
+                for rollout in rollouts:
+                    if rollout.transcript is not None:
+                        self.on_verdict(groups[k].task, rollout)
         return scored
 
 

@@ -19,9 +19,9 @@ from dataclasses import replace
 from typing import Any
 
 from nemocascade.recipe import DomainConfig, RolloutConfig
+from nemocascade.rl.prompts import EncodedPrompts
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import DataError
-from nemocascade.types import Prompt
 
 GAIN = 0.3
 """Movement of an adaptive target in a step of `prompts_per_step` prompts, for each unit by which
@@ -30,10 +30,6 @@ WINDOW = 4
 """Steps of `prompts_per_step` prompts over which the running pass rate averages."""
 LEVELS = 8
 """Rows are grouped by their pass rate in this many equal steps from 0 to 1."""
-
-
-Encoded = list[tuple[Prompt, tuple[int, ...]]]
-"""Prompts with their token ids."""
 
 
 class Curriculum:
@@ -137,33 +133,21 @@ class Curriculum:
 
 
 def by_level(
-    domain: DomainConfig, read: Callable[[DomainConfig], Encoded]
-) -> list[tuple[tuple[Prompt, tuple[int, ...]], float]]:
-    """The prompts of a domain with their difficulty in 0..1; 0 for all without a curriculum.
+    domain: DomainConfig, read: Callable[[DomainConfig], EncodedPrompts]
+) -> tuple[EncodedPrompts, list[float]]:
+    """The prompts of a domain, and the difficulty of each in 0..1; 0 for all without a curriculum.
 
     Rows without a `pass_rate` count as half solved, and are counted in the log. Raises DataError if
     no row has one.
     """
     if domain.curriculum == "none":
-        return [(encoded, 0.0) for encoded in read(domain)]
+        found = read(domain)
+        return found, [0.0] * len(found)
     if not domain.path:
-        levels = range(domain.easiest_difficulty, domain.difficulty + 1)
-        parts = [
-            replace(
-                domain,
-                difficulty=level,
-                tasks=(domain.tasks + len(levels) - 1 - k) // len(levels),
-            )
-            for k, level in enumerate(levels)
-        ]
-        return [
-            (encoded, k / (len(levels) - 1))
-            for k, part in enumerate(parts)
-            for encoded in read(part)
-        ]
+        return _made_by_level(domain, read)
     found = read(domain)
-    unknown = sum(prompt.pass_rate is None for prompt, _ in found)
-    if found and unknown == len(found):
+    unknown = sum(prompt.pass_rate is None for prompt in found.prompts)
+    if len(found) and unknown == len(found):
         raise DataError(
             f"{domain.domain}: curriculum({domain.curriculum}) needs the rows' pass_rate, and no "
             "row has one: make them with `nemocascade pass-rates`, or set it to none"
@@ -175,8 +159,19 @@ def by_level(
             unknown,
             len(found),
         )
-    rates = [0.5 if prompt.pass_rate is None else prompt.pass_rate for prompt, _ in found]
-    return [
-        (encoded, 1 - round(rate * LEVELS) / LEVELS)
-        for encoded, rate in zip(found, rates, strict=True)
-    ]
+    rates = [0.5 if p.pass_rate is None else p.pass_rate for p in found.prompts]
+    return found, [1 - round(rate * LEVELS) / LEVELS for rate in rates]
+
+
+def _made_by_level(
+    domain: DomainConfig, read: Callable[[DomainConfig], EncodedPrompts]
+) -> tuple[EncodedPrompts, list[float]]:
+    """Generated tasks of every level of difficulty, in equal shares."""
+    levels = range(domain.easiest_difficulty, domain.difficulty + 1)
+    found, difficulty = EncodedPrompts(), list[float]()
+    for k, level in enumerate(levels):
+        tasks = (domain.tasks + len(levels) - 1 - k) // len(levels)
+        part = read(replace(domain, difficulty=level, tasks=tasks))
+        found.extend(part)
+        difficulty += [k / (len(levels) - 1)] * len(part)
+    return found, difficulty

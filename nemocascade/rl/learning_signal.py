@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemocascade.recipe import UserError
 from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.rl.collector import Gathered, is_informative_group
-from nemocascade.rl.verification import NOT_SCORED
+from nemocascade.rl.rollouts import Rollout, Transcript
 from nemocascade.runtime.logging import LOGGER
 
 MOST_KINDS = 20
 """Errors of further kinds are counted in the metrics only."""
 _SHOWN = 300
-_VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\d+(?:\.\d+)?")
 
 
 class NothingLearntError(UserError, RuntimeError):
@@ -26,22 +24,32 @@ class LearningSignal:
     """Watches the verdicts and groups of each step.
 
     by_reward: the stage trains on rewards, so that steps without a signal end it. is_main: log.
+    transcripts: the texts of some rollouts, on the main rank.
     """
 
-    def __init__(self, settings: RolloutConfig, *, by_reward: bool, is_main: bool) -> None:
+    def __init__(
+        self,
+        settings: RolloutConfig,
+        *,
+        by_reward: bool,
+        is_main: bool,
+        transcripts: Callable[[Sequence[Rollout]], list[Transcript]],
+    ) -> None:
+        self._transcripts = transcripts
         self.settings, self.by_reward, self.is_main = settings, by_reward, is_main
         self._steps = self._silent = self._idle = 0
         self._ever_verdict = self._ever_informative = False
-        self._kinds: set[tuple[str, str]] = set()
+        self._kinds: set[int] = set()
         self._error = ""
 
     def observe(self, step: int, gathered: Gathered) -> dict[str, Any]:
-        """Log the counts of a step and the first error of each kind; returns metrics.
+        """Log the counts of a step and the first error of each kind; returns metrics. Every rank
+        calls it.
 
         step: counted from 0; messages count from 1.
         """
         rollouts = [r for group in gathered.tried for r in group.rollouts]
-        scored = [r for r in rollouts if r.verdict != NOT_SCORED]
+        scored = [r for r in rollouts if r.is_scored]
         verdicts = [r.verdict.reward for r in scored if r.verdict.reward is not None]
         informative = sum(is_informative_group(g, self.settings) for g in gathered.groups)
         self._find_errors(step, gathered)
@@ -96,28 +104,27 @@ class LearningSignal:
         return NothingLearntError(
             f"{steps} steps in a row had no verdict (rollout.max_idle_steps is "
             f"{self.settings.max_idle_steps}), so nothing is learnt: the first verifier failed "
-            f"with {self._error}; mend the verifier, the judge or the rows"
+            f"with {self._error or 'what the log says'}; mend the verifier, the judge or the rows"
         )
 
     def _find_errors(self, step: int, gathered: Gathered) -> None:
+        new = []
         for group in gathered.tried:
-            prompt = group.task.prompt
             for rollout in group.rollouts:
-                error = rollout.verdict.error
-                if error is None or rollout.verdict == NOT_SCORED:
-                    continue
-                kind = (prompt.domain, _VARIABLE.sub("*", error))
-                if kind in self._kinds or len(self._kinds) >= MOST_KINDS:
-                    continue
-                self._kinds.add(kind)
-                shown = error.encode(errors="backslashreplace").decode()[:_SHOWN]
-                self._error = self._error or f"{shown} ({prompt.source})"
-                LOGGER.log(
-                    logging.WARNING if self.is_main else logging.DEBUG,
-                    "step %d: a verifier of %s fails on %s: %s; the answer: %a",
-                    step + 1,
-                    prompt.domain,
-                    prompt.source,
-                    shown,
-                    rollout.text[:_SHOWN],
-                )
+                kind = rollout.error_kind
+                if kind and kind not in self._kinds and len(self._kinds) < MOST_KINDS:
+                    self._kinds.add(kind)
+                    new.append((group.task.prompt, rollout))
+        texts = self._transcripts([rollout for _, rollout in new])
+        for (prompt, _), text in zip(new, texts, strict=False):
+            error = text.verdict.error or ""
+            shown = error.encode(errors="backslashreplace").decode()[:_SHOWN]
+            self._error = self._error or f"{shown} ({prompt.source})"
+            LOGGER.warning(
+                "step %d: a verifier of %s fails on %s: %s; the answer: %a",
+                step + 1,
+                prompt.domain,
+                prompt.source,
+                shown,
+                text.text[:_SHOWN],
+            )

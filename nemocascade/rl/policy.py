@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import torch
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.rl import GrpoRecipe, PolicyRecipe
 from nemocascade.rl.advantages import token_weights
-from nemocascade.rl.batches import TrainingSequence, lay_out, pack_sequences
+from nemocascade.rl.batches import PlannedSequence, TrainingSequence, lay_out, pack_sequences
 from nemocascade.rl.collector import Collector, Gathered, Group
-from nemocascade.rl.rollout_metrics import faults_text, rollout_values
+from nemocascade.rl.exchange import send_sequences, send_transcripts
+from nemocascade.rl.rollout_metrics import fault_examples, faults_text, rollout_values
+from nemocascade.rl.rollouts import Rollout, Transcript
 from nemocascade.rl.tasks import Task, TaskStream
 from nemocascade.rl.trajectories import extremes, logged
 from nemocascade.rl.win_rate import over_start
@@ -102,9 +104,17 @@ class PolicyRun:
     def rollout_values(self, gathered: Gathered, seconds: float) -> dict[str, Any]:
         """Rollout statistics of a step for metrics.jsonl; warns of verifiers that fail often."""
         values = rollout_values(gathered, seconds, self.environments) | self.engine.metrics()
-        if text := faults_text(self.trainer.step_number, gathered, values):
+        examples = fault_examples(gathered, values)
+        texts = self.transcripts([rollout for _, rollout in examples.values()])
+        if text := faults_text(self.trainer.step_number, examples, values, texts):
             LOGGER.warning("%s", text)
         return values
+
+    def transcripts(self, rollouts: Sequence[Rollout]) -> list[Transcript]:
+        """The texts of some rollouts, in order, on the main rank; [] on the others. Every rank
+        calls it with the same rollouts."""
+        found = send_transcripts(self.world, rollouts, [[0]] * len(rollouts))
+        return list(found.values())
 
     def watch_mismatch(self, step: int, metrics: dict[str, float]) -> None:
         """Warn if training and rollout log-probabilities of the same tokens differ too much.
@@ -130,8 +140,7 @@ class PolicyRun:
         """
         if not self.recipe.rollout.replay_routing:
             return {}
-        parallel = self.world.parallel
-        first = list(batches[: parallel.pp if parallel.vpp > 1 else 1])
+        first = list(batches[: microbatch_multiple(self.world)])
         sums = torch.zeros(2, dtype=torch.float64)
         for batch, found in zip(first, logprobs_of(self, first), strict=True):
             trained = batch.token_weight != 0
@@ -147,11 +156,16 @@ class PolicyRun:
         step: counted from 0; the file and its lines count from 1.
         """
         count = self.recipe.rollout.samples
+        chosen = [(g, number) for g in groups[:count] for number in extremes(g)]
+        texts = self.transcripts([g.rollouts[number] for g, number in chosen])
         if not self.world.is_main or not count:
             return
         folder = Path(self.recipe.run_dir) / "rollouts"
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [logged(step + 1, g, number) for g in groups[:count] for number in extremes(g)]
+        lines = [
+            logged(step + 1, g, number, text)
+            for (g, number), text in zip(chosen, texts, strict=True)
+        ]
         text = "".join(json_text(line) + "\n" for line in lines)
         write_text(folder / f"step_{step + 1:08d}.jsonl", text)
 
@@ -176,7 +190,7 @@ class PolicyRun:
 
 
 def training_batches(
-    run: PolicyRun, sequences: Sequence[TrainingSequence], reference: WeightSwap | None
+    run: PolicyRun, sequences: Sequence[PlannedSequence], reference: WeightSwap | None
 ) -> list[PackedBatch]:
     """This rank's micro-batches of a step, with reference log-probabilities if `reference` is
     given."""
@@ -188,29 +202,40 @@ def training_batches(
     return [replace(b, ref_logprob=r) for b, r in zip(batches, found, strict=True)]
 
 
-def my_batches(
-    run: PolicyRun, sequences: Sequence[TrainingSequence], *, first: int = 0
-) -> list[PackedBatch]:
-    """This rank's micro-batches of a step; every rank gets the same number.
+def my_batches(run: PolicyRun, planned: Sequence[PlannedSequence]) -> list[PackedBatch]:
+    """This rank's micro-batches of a step; every rank gets the same number. The sequences come from
+    the ranks that hold them, and their numbers become the `document_ids`."""
+    layout = layout_of(run, planned, run.recipe.capacity)
+    sequences = send_sequences(run.world, planned, [layout])
+    return packed_bins(run, sequences, layout[run.world.dp_rank], run.recipe.capacity)
 
-    first: number of the first sequence. The sequence numbers become the `document_ids`.
-    """
-    world, capacity = run.world, run.recipe.capacity
-    layout = lay_out(
-        sequences,
+
+def layout_of(
+    run: PolicyRun, planned: Sequence[PlannedSequence], capacity: int
+) -> list[list[list[int]]]:
+    """Numbers of the sequences by data-parallel rank and micro-batch, see `lay_out`."""
+    return lay_out(
+        [p.rollout.tokens for p in planned],
         capacity,
-        ranks=world.dp_size,
-        multiple=world.parallel.pp if world.parallel.vpp > 1 else 1,
+        ranks=run.world.dp_size,
+        multiple=microbatch_multiple(run.world),
     )
-    return [
-        pack_sequences(
-            [sequences[i] for i in bin_],
-            capacity,
-            run.tokenizer.pad_id,
-            [first + i for i in bin_],
-        )
-        for bin_ in layout[world.dp_rank]
-    ]
+
+
+def microbatch_multiple(world: World) -> int:
+    """The pipeline schedule needs a multiple of this many micro-batches on each rank."""
+    return world.parallel.pp if world.parallel.vpp > 1 else 1
+
+
+def packed_bins(
+    run: PolicyRun,
+    sequences: Mapping[int, TrainingSequence],
+    bins: Sequence[Sequence[int]],
+    capacity: int,
+) -> list[PackedBatch]:
+    """A micro-batch of each bin of sequence numbers, which become the `document_ids`."""
+    pad = run.tokenizer.pad_id
+    return [pack_sequences([sequences[i] for i in b], capacity, pad, b) for b in bins]
 
 
 def logprobs_of(run: PolicyRun, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
@@ -236,18 +261,17 @@ def sequence_logprobs(
     written = torch.arange(count) >= prompt
     sequence = TrainingSequence(tokens, written, torch.zeros(count), weight=1.0)
     batch = pack_sequences([sequence], recipe.capacity, pad_id)
-    parallel = trainer.world.parallel
     found = token_logprobs(
         trainer.world,
         trainer.config,
         trainer.chunks,
-        [batch] * (parallel.pp if parallel.vpp > 1 else 1),
+        [batch] * microbatch_multiple(trainer.world),
         temperature=recipe.rollout.temperature,
     )
     return found[0][prompt - 1 : count - 1]
 
 
-def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[TrainingSequence]:
+def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[PlannedSequence]:
     """Training sequences with their advantages and token weights.
 
     Excluded: rollouts whose verifier failed, and truncated ones under overlong filtering.
@@ -267,15 +291,7 @@ def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[Trai
         recipe.grpo,
     )
     return [
-        TrainingSequence(
-            tokens=rollout.tokens,
-            written=rollout.written,
-            logprob=rollout.logprob,
-            weight=weight,
-            advantage=advantage,
-            domain=groups[number].task.prompt.domain,
-            routing=rollout.routing,
-        )
+        PlannedSequence(rollout, weight, advantage, groups[number].task.prompt.domain)
         for (number, rollout, advantage), weight in zip(chosen, weights.tolist(), strict=True)
     ]
 

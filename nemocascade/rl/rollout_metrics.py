@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 
 from nemocascade.rl.collector import Gathered, Group
-from nemocascade.rl.verification import NOT_SCORED, Rollout
+from nemocascade.rl.rollouts import Rollout, Transcript
 from nemocascade.types import Environment, Fault
 
 FAULTS: tuple[Fault, ...] = get_args(Fault)
@@ -34,9 +34,7 @@ def rollout_values(
         "response_tokens_max": float(lengths.max()),
         "truncated": _mean([float(r.truncated) for r in rollouts]),
         "turns": _mean([float(r.turns) for r in rollouts]),
-        "verifier_errors": sum(
-            r.verdict.reward is None and r.verdict != NOT_SCORED for r in rollouts
-        ),
+        "verifier_errors": sum(r.verdict.reward is None and r.is_scored for r in rollouts),
         "groups": len(gathered.groups),
         "groups_drawn": gathered.drawn,
         "groups_masked": gathered.masked,
@@ -56,25 +54,43 @@ def fault_shares(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
     Errors of an unknown cause, such as a judge's, count as the host's.
     """
-    verdicts = [r.verdict for r in rollouts if r.verdict != NOT_SCORED]
+    verdicts = [r.verdict for r in rollouts if r.is_scored]
     faults = [v.fault or ("host" if v.reward is None else None) for v in verdicts]
     return {f"faults/{name}": faults.count(name) / len(faults) for name in FAULTS if faults}
 
 
-def faults_text(step: int, gathered: Gathered, values: Mapping[str, Any]) -> str:
-    """Return a warning about every cause above `FAULT_ALARM`, with an example; empty for none."""
-    found = []
+def fault_examples(
+    gathered: Gathered, values: Mapping[str, Any]
+) -> dict[Fault, tuple[str, Rollout]]:
+    """The first rollout whose check could not finish, and the origin of its task, for every cause
+    above `FAULT_ALARM`. values: from `rollout_values`."""
     rollouts = [(g.task.prompt.source, r) for g in gathered.tried for r in g.rollouts]
-    for name in FAULTS:
-        share = values.get(f"faults/{name}", 0.0)
-        if share > FAULT_ALARM:
-            examples = (
-                f"{source}: {r.verdict.error or r.verdict.details}"
-                for source, r in rollouts
-                if (r.verdict.fault or "host") == name and r.verdict != NOT_SCORED
-                if r.verdict.fault or r.verdict.reward is None
-            )
-            found.append(f"{share:.0%} because of the {name} ({next(examples)[:200]})")
+    return {
+        name: next(
+            (source, r)
+            for source, r in rollouts
+            if (r.verdict.fault or "host") == name and r.is_scored
+            if r.verdict.fault or r.verdict.reward is None
+        )
+        for name in FAULTS
+        if values.get(f"faults/{name}", 0.0) > FAULT_ALARM
+    }
+
+
+def faults_text(
+    step: int,
+    examples: Mapping[Fault, tuple[str, Rollout]],
+    values: Mapping[str, Any],
+    transcripts: Sequence[Transcript],
+) -> str:
+    """Return a warning about every cause with an example; empty for none.
+
+    examples: from `fault_examples`. transcripts: theirs, in order; [] on other ranks than the main.
+    """
+    found = []
+    for (name, (source, _)), text in zip(examples.items(), transcripts, strict=False):
+        example = f"{source}: {text.verdict.error or text.verdict.details}"
+        found.append(f"{values[f'faults/{name}']:.0%} because of the {name} ({example[:200]})")
     if not found:
         return ""
     return f"step {step}: checks of answers could not finish: {'; '.join(found)}"

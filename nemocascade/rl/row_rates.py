@@ -16,8 +16,8 @@ from threading import Lock
 from typing import Any
 
 from nemocascade.rl.collector import Collector
+from nemocascade.rl.rollouts import Rollout
 from nemocascade.rl.tasks import Task
-from nemocascade.rl.verification import Rollout
 from nemocascade.runtime.files import naming
 from nemocascade.runtime.jsonl import json_text, read_undamaged
 from nemocascade.runtime.logging import LOGGER

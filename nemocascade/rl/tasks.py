@@ -14,18 +14,19 @@ from typing import Any
 from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe import DomainConfig, RolloutConfig
-from nemocascade.rl.curriculum import Curriculum, Encoded, by_level
+from nemocascade.rl.curriculum import Curriculum, by_level
+from nemocascade.rl.prompts import EncodedPrompts, TokenIds
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import BadRows, DataError
 from nemocascade.types import Environment, Prompt, Verdict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
-    """A prompt with its token ids and its number in the stage's order."""
+    """A prompt with its token ids, [n] int32, and its number in the stage's order."""
 
     prompt: Prompt
-    ids: tuple[int, ...]
+    ids: TokenIds
     number: int
 
 
@@ -113,7 +114,7 @@ def _filtered(prompts: Iterable[Prompt], domain: DomainConfig) -> Iterator[Promp
 
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: Tokenizer, rollout: RolloutConfig
-) -> list[tuple[Prompt, tuple[int, ...]]]:
+) -> EncodedPrompts:
     """Prompts with their ids. Dropped and counted: prompts that the chat template refuses, and
     prompts longer than `max_prompt_tokens`.
 
@@ -125,7 +126,7 @@ def encode_prompts(
             f"{tokenizer.path}: tool calls in the form of its chat template cannot be parsed: use "
             "a template with <tool_call> blocks, or domains without tools"
         )
-    kept, refused, reason = [], 0, ""
+    kept, refused, reason = EncodedPrompts(), 0, ""
     for prompt in prompts:
         conversation = Conversation(prompt.messages, prompt.tools)
         try:
@@ -136,7 +137,7 @@ def encode_prompts(
             continue
         ids, _ = encode(segments, tokenizer)
         if len(ids) <= rollout.max_prompt_tokens:
-            kept.append((prompt, tuple(ids)))
+            kept.append(prompt, ids)
     if refused and refused == len(prompts):
         raise DataError(f"{prompts[0].domain}: no prompt can be rendered: {reason}")
     if refused:
@@ -179,11 +180,11 @@ class TaskStream:
     ) -> None:
         self.seed = seed
         self.shares = {d.domain: d.share for d in domains}
-        self.prompts: dict[str, Encoded] = {}
+        self.prompts: dict[str, EncodedPrompts] = {}
         self.curricula: dict[str, Curriculum] = {}
         for domain in domains:
 
-            def read(wanted: DomainConfig) -> Encoded:
+            def read(wanted: DomainConfig) -> EncodedPrompts:
                 found = read_tasks(
                     wanted,
                     environments,
@@ -194,9 +195,9 @@ class TaskStream:
                 )
                 return encode_prompts(found, tokenizer, rollout)
 
-            graded = by_level(domain, read)
-            self.prompts[domain.domain] = [encoded for encoded, _ in graded]
-            if not graded:
+            prompts, difficulty = by_level(domain, read)
+            self.prompts[domain.domain] = prompts
+            if not len(prompts):
                 raise DataError(
                     f"{domain.domain} has no prompt of at most "
                     f"rollout.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
@@ -209,7 +210,7 @@ class TaskStream:
             if domain.curriculum != "none":
                 self.curricula[domain.domain] = Curriculum(
                     domain,
-                    [difficulty for _, difficulty in graded],
+                    difficulty,
                     rollout,
                     share=domain.share / sum(self.shares.values()),
                     seed=seed,

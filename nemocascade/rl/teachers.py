@@ -6,14 +6,22 @@ scores the step's tokens of its own domains. The student's weights are then rest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from nemocascade.rl.batches import TrainingSequence
-from nemocascade.rl.policy import PolicyRun, logprobs_of, my_batches
+from nemocascade.rl.batches import PlannedSequence, capacity_grain, fit_capacity
+from nemocascade.rl.exchange import send_sequences
+from nemocascade.rl.policy import (
+    PolicyRun,
+    layout_of,
+    logprobs_of,
+    microbatch_multiple,
+    packed_bins,
+)
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Artifact, PackedBatch
@@ -45,35 +53,120 @@ class Teachers:
         """Prefetch the first teacher in the background, if its weights are offloaded to a file."""
         self.swap.read_ahead(self.names[0])
 
-    def in_turn(self, sequences: Sequence[TrainingSequence]) -> list[TrainingSequence]:
-        """Sort the sequences by teacher; the sort is stable."""
-        order = {name: i for i, name in enumerate(self.names)}
-        return sorted(sequences, key=lambda s: order[self.by_domain[s.domain]])
+    def batches(
+        self, planned: Sequence[PlannedSequence]
+    ) -> tuple[list[PackedBatch], dict[str, float]]:
+        """This rank's micro-batches of training with teacher log-probabilities, and the fraction of
+        their rows that hold tokens, `fill`, beside that of the teachers' own, `teacher_fill`.
 
-    def batches(self, sequences: Sequence[TrainingSequence]) -> list[PackedBatch]:
-        """This rank's micro-batches with teacher log-probabilities.
-
-        sequences: sorted by `in_turn`. A batch holds sequences of one teacher, and its
-        `document_ids` are their indices. Data-parallel ranks have equally many batches of each
-        teacher.
+        Training packs all sequences at once. Each teacher packs its own, on all data-parallel
+        ranks, and its log-probabilities go by sequence to the batches of training. The
+        `document_ids` are numbers of `planned`.
         """
-        parts: list[tuple[str, list[PackedBatch]]] = []
-        first = 0
+        run, mine = self.run, self.run.world.dp_rank
+        training = self._fitted(list(range(len(planned))), planned)
+        taught: dict[str, _Packing] = {}
         for name in self.names:
-            mine = [s for s in sequences if self.by_domain[s.domain] == name]
-            if mine:
-                parts.append((name, my_batches(self.run, mine, first=first)))
-            first += len(mine)
-        done: list[PackedBatch] = []
+            numbers = [i for i, p in enumerate(planned) if self.by_domain[p.domain] == name]
+            if numbers:
+                taught[name] = self._fitted(numbers, planned)
+        every = [training, *taught.values()]
+        sequences = send_sequences(run.world, planned, [packing.layout for packing in every])
+        found: dict[int, torch.Tensor] = {}
         with self.swap.away() as place:
-            for number, (name, batches) in enumerate(parts):
+            for number, (name, packing) in enumerate(taught.items()):
                 place(name)
-                if number + 1 < len(parts):
-                    self.swap.read_ahead(parts[number + 1][0])
-                found: list[torch.Tensor] = logprobs_of(self.run, batches)
-                done += [replace(b, teacher_logprob=t) for b, t in zip(batches, found, strict=True)]
-        return done
+                if number + 1 < len(taught):
+                    self.swap.read_ahead([*taught][number + 1])
+                batches = packed_bins(run, sequences, packing.layout[mine], packing.capacity)
+                for batch, rows in zip(batches, logprobs_of(run, batches), strict=True):
+                    found |= _by_document(batch, rows)
+        self._send(found, planned, training, taught.values())
+        batches = packed_bins(run, sequences, training.layout[mine], training.capacity)
+        fills = {"fill": training.fill, "teacher_fill": _fill(taught.values())}
+        return [_taught(batch, found) for batch in batches], fills
+
+    def _fitted(self, numbers: Sequence[int], planned: Sequence[PlannedSequence]) -> _Packing:
+        """A packing of some sequences, with the smallest capacity for its number of rounds."""
+        run = self.run
+        chosen = [planned[i] for i in numbers]
+        lengths = [p.rollout.tokens for p in chosen]
+        capacity = fit_capacity(
+            lengths,
+            run.recipe.capacity,
+            ranks=run.world.dp_size,
+            multiple=microbatch_multiple(run.world),
+            grain=capacity_grain(run.recipe.capacity, run.world.parallel),
+        )
+        layout = [
+            [[numbers[i] for i in bin_] for bin_ in bins]
+            for bins in layout_of(run, chosen, capacity)
+        ]
+        return _Packing(layout, capacity, sum(lengths))
+
+    def _send(
+        self,
+        found: dict[int, torch.Tensor],
+        planned: Sequence[PlannedSequence],
+        training: _Packing,
+        taught: Iterable[_Packing],
+    ) -> None:
+        """Add the log-probabilities of the sequences that this rank trains and did not score."""
+        world = self.run.world
+        replicas = world.replicas()
+        scored = {i: ranks for p in taught for i, ranks in p.ranks(replicas).items()}
+        trained = training.ranks(replicas)
+        order = sorted(trained)
+        arrived = world.deliver(
+            [scored[i][0] for i in order],
+            [4 * planned[i].rollout.tokens for i in order],
+            [set(trained[i]) - set(scored[i]) for i in order],
+            lambda k: found[order[k]].contiguous().view(torch.uint8),
+        )
+        found |= {order[k]: data.view(torch.float32) for k, data in arrived.items()}
 
     def close(self) -> None:
         """Drop the teachers' weights."""
         self.swap.close()
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """A layout from `lay_out`, the capacity of its batches, and the number of its tokens."""
+
+    layout: list[list[list[int]]]
+    capacity: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of all batches."""
+        return self.capacity * sum(map(len, self.layout))
+
+    @property
+    def fill(self) -> float:
+        """Fraction of the rows that hold tokens."""
+        return self.tokens / self.rows
+
+    def ranks(self, replicas: Sequence[list[int]]) -> dict[int, list[int]]:
+        """The ranks that each sequence is on."""
+        placed = zip(replicas, self.layout, strict=True)
+        return {i: ranks for ranks, bins in placed for bin_ in bins for i in bin_}
+
+
+def _fill(packings: Collection[_Packing]) -> float:
+    return sum(p.tokens for p in packings) / sum(p.rows for p in packings)
+
+
+def _by_document(batch: PackedBatch, rows: torch.Tensor) -> dict[int, torch.Tensor]:
+    """The rows [C] of each document of a batch, by its id."""
+    bounds = itertools.pairwise(batch.cu_seqlens.tolist())
+    return {i: rows[a:b] for i, (a, b) in zip(batch.document_ids, bounds, strict=False)}
+
+
+def _taught(batch: PackedBatch, found: Mapping[int, torch.Tensor]) -> PackedBatch:
+    """The batch with the teachers' log-probabilities of its documents."""
+    teacher = torch.zeros(batch.capacity)
+    for i, rows in _by_document(batch, teacher).items():
+        rows.copy_(found[i])
+    return replace(batch, teacher_logprob=teacher)

@@ -12,6 +12,7 @@ from nemocascade.envs.registry import DOMAINS, close_environments, make_environm
 from nemocascade.recipe import EnvConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.collector import UNTRUNCATED_REWARD, Gathered, Group
+from nemocascade.rl.rollouts import Transcript
 from nemocascade.runtime.jsonl import read_objects
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Prompt, ToolCall, Verdict
@@ -41,30 +42,32 @@ def sampled(gathered: Gathered, count: int) -> list[Group]:
     return [*trained[: max(1, count - bool(others))], *others][:count]
 
 
-def logged(step: int, group: Group, number: int = 0) -> dict[str, Any]:
-    """One rollout of a group as JSON values. step: counted from 1.
+def logged(step: int, group: Group, number: int, transcript: Transcript) -> dict[str, Any]:
+    """Rollout `number` of a group as JSON values. step: counted from 1. transcript: the rollout's.
 
     An episode with tool calls is logged turn by turn with its verifier's data, so that it can be
     replayed. Episodes whose verifier data is not JSON are logged as text only: these are domains
     without tools, whose answers may still look like calls.
     """
     rollout, prompt = group.rollouts[number], group.task.prompt
+    details = transcript.verdict.details
+    added = {name: v for name, v in rollout.verdict.details.items() if name not in details}
     line: dict[str, Any] = {
         "step": step,
         "rollout": number,
         "domain": prompt.domain,
         "task": prompt.id,
         "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
-        "response": rollout.text,
+        "response": transcript.text,
         "truncated": rollout.truncated,
         "reward": rollout.verdict.reward,
-        "error": rollout.verdict.error,
-        "details": dict(rollout.verdict.details),
+        "error": transcript.verdict.error,
+        "details": {**details, **added},
         "rewards_of_group": [r.verdict.reward for r in group.rollouts],
     }
-    called = any(m.tool_calls or m.role == "tool" for m in rollout.response)
+    called = any(m.tool_calls or m.role == "tool" for m in transcript.response)
     if called and _is_json(prompt.answer):
-        line |= {"turns": [_turn(m) for m in rollout.response], "answer": dict(prompt.answer)}
+        line |= {"turns": [_turn(m) for m in transcript.response], "answer": dict(prompt.answer)}
     return line
 
 

@@ -7,17 +7,17 @@ ranks, waits until generation has finished.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
-
-from torch import Tensor
 
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.episodes import Episodes
+from nemocascade.rl.exchange import send_objects, send_transcripts, share_outcomes
+from nemocascade.rl.rollouts import DROPPED, NOT_SCORED, Rollout, TokenSequence, whole_rollout
 from nemocascade.rl.tasks import Task
 from nemocascade.rollout.engine import Completion
 from nemocascade.runtime.watchdog import Watchdog
@@ -29,35 +29,6 @@ THREADS = 8
 
 _LOOK_S = 1.0
 """Interval in seconds for polling a judge's activity while waiting for verdicts."""
-
-NOT_SCORED = Verdict(None, "not scored")
-DROPPED = Verdict(None, "the rollout server gave this text up", fault="host")
-
-
-@dataclass(frozen=True, eq=False)
-class Rollout:
-    """One scored rollout. Tensors are those of its `Completion`: [n], including the prompt.
-
-    dropped: a server gave the text up, so it is neither compared with others nor trained.
-    """
-
-    tokens: Tensor
-    written: Tensor
-    logprob: Tensor
-    prompt_tokens: int
-    truncated: bool
-    turns: int
-    text: str
-    verdict: Verdict
-    response: tuple[Message, ...] = ()
-    dropped: bool = False
-    routing: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Number of tokens that the policy generated."""
-        return int(self.written.sum())
-
 
 OnVerdict = Callable[[Task, Rollout], object]
 """Takes a scored rollout of a task."""
@@ -121,12 +92,12 @@ class Verification:
         response = self.episodes.response(completion)
         later = environment.collective or not self.scored
         by_group = environment.by_group and self.compared
-        rollout = self._read(completion, response)
-        if rollout.dropped:
-            rollout = replace(rollout, verdict=DROPPED)
+        verdict = NOT_SCORED
+        if completion.finish == "abort":
+            verdict = DROPPED
         elif not later and not by_group:
             verdict = self.episodes.host_failure(number) or environment.score(task.prompt, response)
-            rollout = replace(rollout, verdict=verdict)
+        rollout = self._read(completion, response, verdict)
         with self._lock:
             self._rollouts[number] = rollout
             first = task.number * self.copies
@@ -145,24 +116,25 @@ class Verification:
         with self._lock:
             for i, verdict in zip(written, verdicts, strict=True):
                 n = first + i
-                self._rollouts[n] = replace(self._rollouts[n], verdict=verdict)
+                self._rollouts[n] = self._rollouts[n].scored(verdict, task.prompt.domain)
             scored = [self._rollouts[n] for n in range(first, first + self.copies)]
         for member in scored:
             self.on_verdict(task, member)
 
-    def _read(self, completion: Completion, response: Sequence[Message]) -> Rollout:
-        return Rollout(
-            tokens=completion.tokens,
-            written=completion.written,
-            logprob=completion.logprob,
-            prompt_tokens=len(completion.request.prompt),
-            truncated=completion.finish == "length",
-            turns=completion.turns,
+    def _read(
+        self, completion: Completion, response: Sequence[Message], verdict: Verdict
+    ) -> Rollout:
+        return whole_rollout(
+            TokenSequence(
+                completion.tokens, completion.written, completion.logprob, completion.routing
+            ),
+            verdict,
+            domain=self.tasks[completion.request.id].prompt.domain,
             text=self.tokenizer.decode(completion.response),
-            verdict=NOT_SCORED,
             response=tuple(response),
+            turns=completion.turns,
+            truncated=completion.finish == "length",
             dropped=completion.finish == "abort",
-            routing=completion.routing,
         )
 
 
@@ -176,30 +148,47 @@ def shows(world: World) -> bool:
     return world.tp_rank == 0 and world.is_first_stage
 
 
-def score_after(
+def score_apart(
+    world: World,
+    environment: Environment,
+    groups: Sequence[tuple[int, Prompt, Sequence[Rollout]]],
+) -> list[list[Rollout]]:
+    """The rollouts of groups with their verdicts, outside generation; every rank calls it.
+
+    groups: number, prompt and outcomes of each. The first rank of the data-parallel rank `number`,
+    modulo their count, judges a group; its prompt matters on that rank only.
+    """
+    judges = [ranks[0] for ranks in world.replicas()]
+    rollouts = [r for _, _, group in groups for r in group]
+    at = [judges[number % len(judges)] for number, _, group in groups for _ in group]
+    texts = send_transcripts(world, rollouts, [[rank] for rank in at])
+    asked: list[tuple[Prompt, Sequence[Sequence[Message]]]] = []
+    places = iter(range(len(rollouts)))
+    for _, prompt, group in groups:
+        mine = [texts[k].response for k in itertools.islice(places, len(group)) if k in texts]
+        if mine:
+            asked.append((prompt, mine))
+    verdicts = iter(itertools.chain(*_scored(world, environment, asked)))
+    made = {k: next(verdicts) for k in texts}
+    back = send_objects(world, at, made, [[r.owner] for r in rollouts])
+    own = {k: r.scored(back[k], environment.domain) for k, r in enumerate(rollouts) if k in back}
+    outcomes = iter(share_outcomes(world, range(len(rollouts)), own))
+    return [list(itertools.islice(outcomes, len(group))) for _, _, group in groups]
+
+
+def _scored(
     world: World,
     environment: Environment,
     groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]],
 ) -> list[list[Verdict]]:
-    """Verdicts on groups that every rank knows, outside generation; the same on every rank.
-
-    Every rank calls it. Groups are sharded over data-parallel ranks unless the verifier is
-    collective.
-    """
+    """Verdicts on this rank's groups. A collective verifier runs on every rank, and generates in
+    the main thread."""
     if environment.collective:
         return environment.score_groups(groups)
-    mine: dict[int, list[Verdict]] = {}
-    if shows(world):
-        numbers = range(world.dp_rank, len(groups), world.dp_size)
-        with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
-            found = pool.submit(environment.score_groups, [groups[n] for n in numbers])
-            _wait_for([found], [environment], world.watch, "calls of a verifier")
-        mine = dict(zip(numbers, found.result(), strict=True))
-    everything: dict[int, list[Verdict]] = {}
-    world.watch.meet()
-    for part in world.all_gather_object(mine):
-        everything |= part
-    return [everything[n] for n in range(len(groups))]
+    with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
+        found = pool.submit(environment.score_groups, groups)
+        _wait_for([found], [environment], world.watch, "calls of a verifier")
+    return found.result()
 
 
 def _wait_for(

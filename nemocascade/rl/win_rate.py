@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from nemocascade.envs.base import final_text
 from nemocascade.envs.preference import against
 from nemocascade.rl.collector import Collector, Group
+from nemocascade.rl.exchange import send_transcripts
 from nemocascade.rl.tasks import Task
-from nemocascade.rl.verification import score_after
+from nemocascade.rl.verification import score_apart
 from nemocascade.rollout.engine import Sampling
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.train.trainer import Trainer
@@ -30,7 +31,8 @@ def start_answers(
     tasks: Sequence[Task],
     greedy: Sampling,
 ) -> dict[int, str]:
-    """The start policy's final messages, by task number, for tasks with pairwise verdicts.
+    """The start policy's final messages, by task number, for tasks with pairwise verdicts; each on
+    the rank that judges the task in `score_apart`.
 
     A resumed run recomputes them: greedy answers of the same weights are the same.
     """
@@ -44,7 +46,10 @@ def start_answers(
         groups = collector.roll_out(compared, 1, greedy, scored=False)
     collector.engine.weights_changed()
     swap.close()
-    return {group.task.number: final_text(group.rollouts[0].response) for group in groups}
+    replicas = collector.world.replicas()
+    judges = [[replicas[group.task.number % len(replicas)][0]] for group in groups]
+    texts = send_transcripts(collector.world, [group.rollouts[0] for group in groups], judges)
+    return {groups[k].task.number: final_text(text.response) for k, text in texts.items()}
 
 
 def over_start(
@@ -56,19 +61,20 @@ def over_start(
     """
     found: dict[str, float] = {}
     for name, environment in sorted(collector.environments.items()):
-        mine = [g for g in groups if g.task.prompt.domain == name and g.task.number in answers]
-        if not mine:
+        mine = [g for g in groups if g.task.prompt.domain == name]
+        if not mine or not environment.by_group:
             continue
         collector.world.watch.enter("held out: win rate")
-        verdicts = score_after(
+        compared = score_apart(
             collector.world,
             environment,
             [
-                (against(g.task.prompt, answers[g.task.number]), [g.rollouts[0].response])
+                (number, against(g.task.prompt, answers.get(number, "")), g.rollouts)
                 for g in mine
+                for number in [g.task.number]
             ],
         )
-        rewards = [v.reward for (v,) in verdicts if v.reward is not None]
+        rewards = [r.verdict.reward for (r,) in compared if r.verdict.reward is not None]
         if len(rewards) < len(mine):
             LOGGER.warning(
                 "%s: %d of %d answers could not be compared with the start's, they don't count",

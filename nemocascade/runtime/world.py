@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,10 @@ class LauncherError(UserError, RuntimeError):
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """Number of processes, as srun and MPI launchers tell it. A batch script or a shell of salloc has
 none: SLURM_NTASKS, which they have, counts the tasks of the allocation."""
+
+
+SEND_WINDOW = 64 << 20
+"""Most bytes of packed messages that wait for their receivers at a time, on a rank."""
 
 
 def world_size_of_environment() -> int:
@@ -97,6 +101,15 @@ class World:
         return int(dist.get_rank(self.groups.pp))
 
     @property
+    def replica_rank(self) -> int:
+        """Index of this rank among the tensor- and pipeline-parallel ranks of its replica."""
+        return int(dist.get_rank(self.groups.mp))
+
+    @property
+    def replica_size(self) -> int:
+        return int(dist.get_world_size(self.groups.mp))
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
@@ -140,6 +153,58 @@ class World:
         """
         dist.all_reduce(value, group=self.groups.dp)
         return value
+
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum `value`, on the host, in place over all ranks."""
+        dist.all_reduce(value)
+        return value
+
+    def replicas(self) -> list[list[int]]:
+        """The ranks of each data-parallel rank, which train alike. Every rank calls it."""
+        table = torch.zeros(self.size, dtype=torch.int64)
+        table[self.rank] = self.dp_rank
+        found: list[list[int]] = [[] for _ in range(self.dp_size)]
+        for rank, number in enumerate(self.sum_over_ranks(table).tolist()):
+            found[number].append(rank)
+        return found
+
+    def deliver(
+        self,
+        owners: Sequence[int],
+        sizes: Sequence[int],
+        receivers: Sequence[Collection[int]],
+        pack: Callable[[int], torch.Tensor],
+    ) -> dict[int, torch.Tensor]:
+        """Send message k, of `sizes[k]` bytes, from rank `owners[k]` to the ranks `receivers[k]`.
+
+        Every rank passes the same, and its own `pack`: it returns message k, [sizes[k]] uint8 on
+        the host, and is called for the messages that this rank sends. Returns the messages from
+        other ranks to this one, by number. At most `SEND_WINDOW` bytes, or one message, are packed
+        at a time.
+        """
+        found = {
+            k: torch.empty(sizes[k], dtype=torch.uint8)
+            for k, owner in enumerate(owners)
+            if owner != self.rank and self.rank in receivers[k]
+        }
+        # All receives are posted before the first send, so that no rank waits for another's turn.
+        arriving = [dist.irecv(t, src=owners[k], tag=k) for k, t in found.items() if t.numel()]
+        leaving: list[Any] = []
+        packed = 0
+        for k, owner in enumerate(owners):
+            others = [rank for rank in receivers[k] if rank != self.rank]
+            if owner != self.rank or not others or not sizes[k]:
+                continue
+            if leaving and packed + sizes[k] > SEND_WINDOW:
+                for work in leaving:
+                    work.wait()
+                leaving, packed = [], 0
+            message = pack(k)
+            leaving += [dist.isend(message, dst=rank, tag=k) for rank in others]
+            packed += sizes[k]
+        for work in (*leaving, *arriving):
+            work.wait()
+        return found
 
     def close(self) -> None:
         """Leave all process groups, so that another layout may start in this process."""

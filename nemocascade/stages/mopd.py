@@ -14,7 +14,7 @@ from pathlib import Path
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.recipe import RecipeError
 from nemocascade.recipe.mopd import MopdRecipe
-from nemocascade.rl.batches import TrainingSequence
+from nemocascade.rl.batches import PlannedSequence
 from nemocascade.rl.bookkeeping import Bookkeeper
 from nemocascade.rl.collector import Gathered, Group, verdicts_of
 from nemocascade.rl.policy import PolicyRun
@@ -78,9 +78,10 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
         rolled_out = time.perf_counter()
         gathered = Gathered(groups, len(groups), groups)
         values = run.rollout_values(gathered, rolled_out - started)
-        sequences = teachers.in_turn(student_sequences(groups, recipe))
+        sequences = student_sequences(groups, recipe)
         if sequences:
-            batches = teachers.batches(sequences)
+            batches, packing = teachers.batches(sequences)
+            values |= packing
             values |= run.free_mismatch(batches)
             values["teacher_time_s"] = time.perf_counter() - rolled_out
             result = trainer.train_step(
@@ -105,21 +106,14 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
     return books.close()
 
 
-def student_sequences(groups: Sequence[Group], recipe: MopdRecipe) -> list[TrainingSequence]:
+def student_sequences(groups: Sequence[Group], recipe: MopdRecipe) -> list[PlannedSequence]:
     """Training sequences of all rollouts, with token weight 1 / |V(y)|: Eq. 4 averages by sequence.
 
     Rewards are not used, so a rollout whose verifier failed trains like the others. Excluded: empty
     rollouts, those that a server gave up, and truncated ones under overlong filtering.
     """
     return [
-        TrainingSequence(
-            tokens=rollout.tokens,
-            written=rollout.written,
-            logprob=rollout.logprob,
-            weight=1.0 / rollout.length,
-            domain=group.task.prompt.domain,
-            routing=rollout.routing,
-        )
+        PlannedSequence(rollout, 1.0 / rollout.length, domain=group.task.prompt.domain)
         for group in groups
         for rollout in group.rollouts
         if rollout.length and not rollout.dropped

@@ -180,7 +180,7 @@ def _assemble(
     heldout = _heldout_tasks(recipe, environments, tokenizer)
     if not isinstance(recipe, MopdRecipe) or recipe.mopd.score_rollouts:
         world.watch.enter("trial of the verifiers")
-        prompts = [prompt for found in stream.prompts.values() for prompt, _ in found]
+        prompts = [prompt for found in stream.prompts.values() for prompt in found.prompts]
         prompts += [task.prompt for task in heldout]
         main_first(world, lambda: try_verifiers(prompts, environments), lambda: None)
     checkpoints = Checkpoints(Path(recipe.run_dir), recipe.checkpoint, world, recipe)

@@ -24,6 +24,7 @@ from nemocascade.recipe import (
 from nemocascade.recipe.judge import HOW as JUDGE_HOW
 from nemocascade.recipe.rules import Natural
 from nemocascade.rl.collector import Collector, Group
+from nemocascade.rl.exchange import send_transcripts
 from nemocascade.rl.tasks import Task, encode_prompts, read_tasks
 from nemocascade.rl.verification import verifier_threads
 from nemocascade.rollout.engine import Engine
@@ -45,7 +46,7 @@ _HOW = ("parallel", "slots")
 
 @dataclass(frozen=True)
 class Scores:
-    """An artifact's scores by domain, with some answers as text."""
+    """An artifact's scores by domain, with some answers as text on the main rank."""
 
     digest: str
     settings: str
@@ -166,6 +167,10 @@ def score_artifact(
                 d.domain: environments[d.domain] for d in config.domains
             }
             groups = _answer(world, engine, tokenizer, chosen, config)
+            samples = {
+                name: _samples(world, answered[: config.stored_answers])
+                for name, answered in groups.items()
+            }
         finally:
             close_environments(environments)
     found = Scores(
@@ -175,9 +180,7 @@ def score_artifact(
             name: domain_score([[r.verdict.reward for r in g.rollouts] for g in answered])
             for name, answered in groups.items()
         },
-        samples={
-            name: _samples(answered[: config.stored_answers]) for name, answered in groups.items()
-        },
+        samples=samples,
         seconds=time.perf_counter() - started,
     )
     _report(found)
@@ -264,15 +267,17 @@ def _as_domain(domain: ScoredDomain) -> DomainConfig:
     )
 
 
-def _samples(groups: Sequence[Group]) -> list[dict[str, Any]]:
+def _samples(world: World, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """The first answer to each task as JSON values, on the main rank; [] on the others."""
+    texts = send_transcripts(world, [g.rollouts[0] for g in groups], [[0]] * len(groups))
     return [
         {
             "prompt": [{"role": m.role, "content": m.content} for m in g.task.prompt.messages],
-            "response": g.rollouts[0].text,
-            "reward": g.rollouts[0].verdict.reward,
-            "error": g.rollouts[0].verdict.error,
+            "response": text.text,
+            "reward": text.verdict.reward,
+            "error": text.verdict.error,
         }
-        for g in groups
+        for g, text in zip(groups, texts.values(), strict=False)
     ]
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.data import sentencepiece_tokenizer
@@ -242,7 +243,7 @@ class Played:
             ),
             self.tokenizer,
         )
-        self.tasks = {0: Task(prompt, tuple(self.ids), 0)}
+        self.tasks = {0: Task(prompt, np.array(self.ids, np.int32), 0)}
         settings = RolloutConfig(thinking=False, max_turns=max_turns)
         self.episodes = Episodes(self.tokenizer, {"math": domain}, settings, self.tasks)
         self.verification = Verification(

@@ -9,9 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.data import sentencepiece_tokenizer
+from helpers.policy import filled
 from helpers.swe import SANDBOX, agentic_domain, task, turn
 
 from nemocascade.data.chat_template import Conversation, encode
@@ -24,12 +26,14 @@ from nemocascade.rl.batches import pack_sequences
 from nemocascade.rl.collector import Group, advantages_of
 from nemocascade.rl.episodes import Episodes
 from nemocascade.rl.policy import training_sequences
+from nemocascade.rl.rollouts import Rollout, TokenSequence, whole_rollout
 from nemocascade.rl.tasks import Task
 from nemocascade.rl.trajectories import ReplaySettings, extremes, logged, replay, settings_of_run
-from nemocascade.rl.verification import Rollout
 from nemocascade.rollout.engine import Completion, Request
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Prompt, ToolCall, Verdict
+
+NO_IDS = np.zeros(0, np.int32)
 
 domain = pytest.fixture(scope="module")(agentic_domain)
 
@@ -48,9 +52,7 @@ def play(
         tokenizer,
     )
     request = Request(7, tuple(start))
-    episodes = Episodes(
-        tokenizer, {prompt.domain: domain}, settings, {7: Task(prompt, request.prompt, 7)}
-    )
+    episodes = Episodes(tokenizer, {prompt.domain: domain}, settings, {7: Task(prompt, NO_IDS, 7)})
     ids, written = list(start), [False] * len(start)
     completion = None
     finish = "stop"
@@ -76,16 +78,14 @@ def play(
         ids, written = ids + answer, written + [False] * len(answer)
     assert completion is not None
     response = episodes.response(completion)
-    rollout = Rollout(
-        completion.tokens,
-        completion.written,
-        completion.logprob,
-        len(start),
-        finish == "length",
-        completion.turns,
-        tokenizer.decode(completion.response),
+    rollout = whole_rollout(
+        TokenSequence(completion.tokens, completion.written, completion.logprob),
         domain.score(prompt, response),
-        tuple(response),
+        domain=prompt.domain,
+        text=tokenizer.decode(completion.response),
+        response=tuple(response),
+        turns=completion.turns,
+        truncated=finish == "length",
     )
     episodes.close_all()
     return rollout, [not w for w in written]
@@ -96,10 +96,10 @@ def test_tokens_of_the_environment_never_train(domain: SweAgentic) -> None:
     said = [m for m in prompt.demonstration if m.role == "assistant"]
     rollout, given = play(prompt, said, domain)
     assert (rollout.verdict.reward, rollout.turns) == (1.0, 3)
-    group = Group(Task(prompt, (), 0), (rollout, rollout_with(rollout, 0.0)))
+    group = Group(Task(prompt, NO_IDS, 0), (rollout, rollout_with(rollout, 0.0)))
     recipe = GrpoRecipe(grpo=GrpoConfig(capacity=2048))
     (group,) = advantages_of([group], recipe.rollout, recipe.grpo)
-    (sequence, _) = training_sequences([group], recipe)
+    (sequence, _) = filled(training_sequences([group], recipe))
     batch = pack_sequences([sequence], 2048, 0)
     length, advantage = len(given), batch.advantage
     assert advantage is not None
@@ -141,7 +141,8 @@ def test_a_logged_episode_is_replayed(domain: SweAgentic, tmp_path: Path) -> Non
         prompt = task(difficulty)
         said = [m for m in prompt.demonstration if m.role == "assistant"]
         rollout, _ = play(prompt, said if solve else said[:-1], domain)
-        lines.append(logged(5, Group(Task(prompt, (), 0), (rollout,))))
+        assert rollout.transcript is not None
+        lines.append(logged(5, Group(Task(prompt, NO_IDS, 0), (rollout,)), 0, rollout.transcript))
     assert [line["reward"] for line in lines] == [1.0, 0.0, 1.0]
     calls = [t["calls"][0]["name"] for t in lines[0]["turns"] if "calls" in t]
     assert calls == [c.name for m in task(0).demonstration for c in m.tool_calls[:1]]
@@ -160,8 +161,9 @@ def test_a_logged_episode_is_replayed(domain: SweAgentic, tmp_path: Path) -> Non
     assert [r.same for r in replay(ReplaySettings(path=str(changed)))] == [True, False, True]
     # A domain without tools may be answered with calls too.
     bug = next(iter(SweAgentless().prompts(seed=1, count=1)))
-    strange = replace(rollout, response=(turn(("list", {})),))
-    line = logged(5, Group(Task(bug, (), 0), (strange,)))
+    assert rollout.transcript is not None
+    strange = replace(rollout.transcript, response=(turn(("list", {})),))
+    line = logged(5, Group(Task(bug, NO_IDS, 0), (rollout,)), 0, strange)
     assert "turns" not in json.loads(json.dumps(line))
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="none of its 0"):
@@ -209,9 +211,9 @@ def test_the_best_and_the_worst_of_a_group_are_logged(domain: SweAgentic) -> Non
     rollouts = [
         replace(rollout, verdict=Verdict(r, None if r is not None else "x")) for r in rewards
     ]
-    assert extremes(Group(Task(prompt, (), 0), tuple(rollouts))) == [2, 3, 1]
-    assert extremes(Group(Task(prompt, (), 0), tuple(rollouts[3:]))) == [0]
-    assert extremes(Group(Task(prompt, (), 0), (rollouts[1],))) == [0]
+    assert extremes(Group(Task(prompt, NO_IDS, 0), tuple(rollouts))) == [2, 3, 1]
+    assert extremes(Group(Task(prompt, NO_IDS, 0), tuple(rollouts[3:]))) == [0]
+    assert extremes(Group(Task(prompt, NO_IDS, 0), (rollouts[1],))) == [0]
 
 
 def test_a_replay_has_the_settings_of_its_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.recipe import EngineConfig, MoeTrainingConfig, OptimizerConfig, tiny
-from nemocascade.rl.verification import Rollout
+from nemocascade.rl.batches import PlannedSequence, TrainingSequence
+from nemocascade.rl.rollouts import Rollout, TokenSequence, whole_rollout
 from nemocascade.runtime.world import World
 from nemocascade.train.trainer import Trainer
 from nemocascade.types import Document, PackedBatch, Verdict, pack_documents
@@ -41,16 +43,26 @@ def rollout(
     length = int(torch.randint(12, 40, (), generator=generator))
     written = torch.arange(length) >= 5
     written[8:10] = False
-    return Rollout(
-        tokens=torch.randint(VOCABULARY, (length,), generator=generator),
-        written=written,
-        logprob=torch.zeros(length),
-        prompt_tokens=5,
-        truncated=truncated,
-        turns=2,
+    tokens = torch.randint(VOCABULARY, (length,), generator=generator)
+    return whole_rollout(
+        TokenSequence(tokens, written, torch.zeros(length)),
+        Verdict(reward) if reward is not None else Verdict(None, "killed"),
+        domain="d",
         text="",
-        verdict=Verdict(reward) if reward is not None else Verdict(None, "killed"),
+        turns=2,
+        truncated=truncated,
     )
+
+
+def sequence_of(rollout: Rollout) -> TokenSequence:
+    """The tokens of a rollout of this process."""
+    assert rollout.sequence is not None
+    return rollout.sequence
+
+
+def filled(planned: Sequence[PlannedSequence]) -> list[TrainingSequence]:
+    """Training sequences of rollouts of this process."""
+    return [p.filled(sequence_of(p.rollout)) for p in planned]
 
 
 def gradients(trainer: Trainer) -> list[Tensor]:

@@ -28,7 +28,7 @@ from nemocascade.recipe import (
 )
 from nemocascade.rl.tasks import Task, TaskStream
 from nemocascade.runtime.row_errors import DataError
-from nemocascade.types import Environment, Verdict
+from nemocascade.types import Environment, Prompt, Verdict
 
 ROLLOUT = RolloutConfig(prompts_per_step=16, rollouts_per_prompt=8)
 MADE = DomainConfig("math", difficulty=3, tasks=200)
@@ -70,6 +70,15 @@ def play(found: TaskStream, first: int, last: int, ability: float = 0.4) -> list
         found.observe((t.prompt, verdicts(t, ability)) for t in tasks)
         steps.append(tasks)
     return steps
+
+
+def plain(tasks: list[Task]) -> list[tuple[Prompt, list[int], int]]:
+    """Tasks as values that can be compared."""
+    return [(task.prompt, task.ids.tolist(), task.number) for task in tasks]
+
+
+def played(found: TaskStream, first: int, last: int) -> list[Any]:
+    return [plain(tasks) for tasks in play(found, first, last)]
 
 
 def verdicts(task: Task, ability: float) -> list[Verdict]:
@@ -186,9 +195,9 @@ def test_a_resumed_stream_goes_on_with_the_same_tasks(
     state = json.loads(json.dumps(whole.state_dict()))
     parts = stream(environments, *domains)
     parts.load_state_dict(state)
-    assert play(parts, 7, 15) == play(whole, 7, 15)
+    assert played(parts, 7, 15) == played(whole, 7, 15)
     assert parts.state_dict() == whole.state_dict()
-    assert play(stream(environments, *domains, seed=4), 0, 1) != play(
+    assert played(stream(environments, *domains, seed=4), 0, 1) != played(
         stream(environments, *domains), 0, 1
     )
 
@@ -203,7 +212,7 @@ def test_a_state_without_a_curriculum_starts_one(environments: dict[str, Environ
     assert found.metrics(19)["curriculum/math"] == 1.0
     back = stream(environments, MADE)
     back.load_state_dict(found.state_dict())
-    assert back.take(5) == old.take(5)
+    assert plain(back.take(5)) == plain(old.take(5))
 
 
 def test_rows_without_a_pass_rate(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.policy import (
@@ -14,9 +15,11 @@ from helpers.policy import (
     ENGINE,
     TEMPERATURE,
     VOCABULARY,
+    filled,
     gradients,
     plain_logprobs,
     rollout,
+    sequence_of,
     sft_batch,
     small_trainer,
 )
@@ -61,7 +64,7 @@ def trainer(world: World, tmp_path: Path) -> Trainer:
 def groups() -> list[Group]:
     generator = torch.Generator().manual_seed(4)
     rewards: list[list[float | None]] = [[1.0, 0.0, 0.5], [0.0, 1.0, None]]
-    tasks = [Task(Prompt(str(i), "d", (), {}), (1,), i) for i in range(2)]
+    tasks = [Task(Prompt(str(i), "d", (), {}), np.ones(1, np.int32), i) for i in range(2)]
     return [
         Group(
             task,
@@ -85,19 +88,21 @@ def plain_loss(
     terms: list[tuple[int, Tensor]] = []
     with torch.no_grad(), swap.using("start"):
         references = {
-            id(r): plain_logprobs(trainer, r.tokens) for group in found for r in group.rollouts
+            id(r): plain_logprobs(trainer, sequence_of(r).tokens)
+            for group in found
+            for r in group.rollouts
         }
     for number, group in enumerate(found):
         valid = [r for r in group.rollouts if r.verdict.reward is not None]
         rewards = torch.tensor([r.verdict.reward for r in valid], dtype=torch.float64)
         advantage = (rewards - rewards.mean()) / (rewards.std() + settings.std_epsilon)
         for r, a in zip(valid, advantage.tolist(), strict=True):
-            logprob = plain_logprobs(trainer, r.tokens)
+            logprob = plain_logprobs(trainer, sequence_of(r).tokens)
             gap = references[id(r)] - logprob
             # The gradient of the weight makes that of the penalty -gap.
             weight = (logprob - logprob.detach()).exp()
             token = a * logprob - settings.kl_coef * weight * (gap.exp() - gap - 1)
-            terms.append((number, token[r.written[1:]]))
+            terms.append((number, token[sequence_of(r).written[1:]]))
     if settings.normalize == "batch":
         return -torch.cat([t for _, t in terms]).mean()
     if settings.normalize == "sequence":
@@ -140,8 +145,8 @@ def batches(
     trainer: Trainer, swap: WeightSwap, found: list[Group], settings: GrpoRecipe
 ) -> list[PackedBatch]:
     scored = advantages_of(found, settings.rollout, settings.grpo)
-    sequences = training_sequences(scored, settings)
-    layout = lay_out(sequences, CAPACITY, ranks=1)[0]
+    sequences = filled(training_sequences(scored, settings))
+    layout = lay_out([s.tokens.numel() for s in sequences], CAPACITY, ranks=1)[0]
     assert len(layout) > 1, "the case should need several micro-batches"
     packed = [pack_sequences([sequences[i] for i in chosen], CAPACITY, 0) for chosen in layout]
     with swap.using("start"):
@@ -198,8 +203,8 @@ def test_training_has_the_truncated_distribution_of_the_rollouts(
 
 def test_a_token_that_training_does_not_keep_is_counted(trainer: Trainer) -> None:
     """Random tokens are rarely the most probable: they do not train, and spoil no metric."""
-    sequences = training_sequences(
-        advantages_of(groups(), recipe().rollout, recipe().grpo), recipe()
+    sequences = filled(
+        training_sequences(advantages_of(groups(), recipe().rollout, recipe().grpo), recipe())
     )
     result = trainer.train_step(
         [pack_sequences([s], CAPACITY, 0) for s in sequences],
@@ -214,10 +219,9 @@ def test_a_token_that_training_does_not_keep_is_counted(trainer: Trainer) -> Non
 
 def test_rows_carry_the_constants_of_the_token_they_predict() -> None:
     settings = recipe()
-    sequences = training_sequences(
-        advantages_of(groups(), settings.rollout, settings.grpo), settings
+    (s, *_) = filled(
+        training_sequences(advantages_of(groups(), settings.rollout, settings.grpo), settings)
     )
-    (s,) = sequences[:1]
     s = replace(s, logprob=torch.arange(len(s.tokens)).float())
     batch = pack_sequences([s], CAPACITY, 0)
     batch.validate()
@@ -236,7 +240,8 @@ def test_every_sequence_stands_in_one_micro_batch(ranks: int, multiple: int) -> 
     sequences = training_sequences(
         advantages_of(groups(), settings.rollout, settings.grpo), settings
     )
-    layout = lay_out(sequences, CAPACITY, ranks=ranks, multiple=multiple)
+    lengths = [s.rollout.tokens for s in sequences]
+    layout = lay_out(lengths, CAPACITY, ranks=ranks, multiple=multiple)
     assert len(layout) == ranks
     assert len({len(mine) for mine in layout}) == 1
     assert len(layout[0]) % multiple == 0

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from nemocascade.recipe import RolloutConfig
 from nemocascade.rl.collector import Gathered, Group
 from nemocascade.rl.learning_signal import LearningSignal, NothingLearntError
+from nemocascade.rl.rollouts import (
+    NOT_SCORED,
+    Rollout,
+    TokenSequence,
+    Transcript,
+    whole_rollout,
+)
 from nemocascade.rl.tasks import Task
 from nemocascade.rl.trajectories import sampled
-from nemocascade.rl.verification import NOT_SCORED, Rollout
 from nemocascade.types import Prompt, Verdict
 
 Verdicts = Sequence[float | str | None]
@@ -28,17 +34,21 @@ def group(number: int, verdicts: Verdicts) -> Group:
         Verdict(None, v) if isinstance(v, str) else NOT_SCORED if v is None else Verdict(v)
         for v in verdicts
     ]
-    rollout = Rollout(
-        tokens=torch.arange(6),
-        written=torch.arange(6) >= 2,
-        logprob=torch.zeros(6),
-        prompt_tokens=2,
-        truncated=False,
-        turns=1,
-        text=f"answer {number} \ud83d",
-        verdict=NOT_SCORED,
+    rollouts = tuple(
+        whole_rollout(
+            TokenSequence(torch.arange(6), torch.arange(6) >= 2, torch.zeros(6)),
+            verdict,
+            domain="math",
+            text=f"answer {number} \ud83d",
+        )
+        for verdict in made
     )
-    return Group(Task(prompt, (1, 2), number), tuple(replace(rollout, verdict=v) for v in made))
+    return Group(Task(prompt, np.arange(2, dtype=np.int32), number), rollouts)
+
+
+def texts(rollouts: Sequence[Rollout]) -> list[Transcript]:
+    """The texts of rollouts of this process."""
+    return [r.transcript for r in rollouts if r.transcript is not None]
 
 
 def step(*rows: Verdicts, trained: Sequence[int] = ()) -> Gathered:
@@ -48,7 +58,7 @@ def step(*rows: Verdicts, trained: Sequence[int] = ()) -> Gathered:
 
 def watch(*steps: Gathered, by_reward: bool = True, **settings: Any) -> LearningSignal:
     config = RolloutConfig(**settings)
-    signal = LearningSignal(config, by_reward=by_reward, is_main=True)
+    signal = LearningSignal(config, by_reward=by_reward, is_main=True, transcripts=texts)
     for number, gathered in enumerate(steps):
         signal.observe(number, gathered)
         signal.check()
@@ -76,7 +86,7 @@ def test_the_first_error_of_each_kind_is_logged_with_its_row_and_answer(
 def test_counts_are_logged_each_step(caplog: pytest.LogCaptureFixture) -> None:
     mixed = step([0.0, 1.0], ["x", 0.5], [None, 0.5], trained=[0, 1])
     with caplog.at_level(logging.INFO, logger="nemocascade"):
-        signal = LearningSignal(RolloutConfig(), by_reward=True, is_main=True)
+        signal = LearningSignal(RolloutConfig(), by_reward=True, is_main=True, transcripts=texts)
         assert signal.observe(4, mixed) == {"groups_informative": 1}
     said = "step 5: 3 groups drawn, 1 informative, 1 of 5 verdicts failed, reward 0.500"
     assert said in caplog.text

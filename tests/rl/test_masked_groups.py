@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +14,8 @@ from nemocascade.recipe import GrpoRecipe, MopdRecipe, RolloutConfig
 from nemocascade.rl.collector import Collector, Group, advantages_of, gather
 from nemocascade.rl.policy import training_sequences
 from nemocascade.rl.rollout_metrics import rollout_values
+from nemocascade.rl.rollouts import Rollout, TokenSequence, whole_rollout
 from nemocascade.rl.tasks import Task, TaskStream
-from nemocascade.rl.verification import Rollout
 from nemocascade.sandbox.child import ChildPool
 from nemocascade.types import Prompt, Verdict
 
@@ -30,15 +31,12 @@ REWARDS: list[list[float | None]] = [
 
 
 def rollout(reward: float | None, *, truncated: bool = False) -> Rollout:
-    return Rollout(
-        tokens=torch.arange(6),
-        written=torch.arange(6) >= 2,
-        logprob=torch.zeros(6),
-        prompt_tokens=2,
-        truncated=truncated,
-        turns=1,
+    return whole_rollout(
+        TokenSequence(torch.arange(6), torch.arange(6) >= 2, torch.zeros(6)),
+        Verdict(reward) if reward is not None else Verdict(None, "killed"),
+        domain="d",
         text="",
-        verdict=Verdict(reward) if reward is not None else Verdict(None, "killed"),
+        truncated=truncated,
     )
 
 
@@ -53,7 +51,7 @@ class Stream:
         assert step == 4
         self.taken += count
         numbers = range(self.taken - count, self.taken)
-        return [Task(Prompt(str(n), "d", (), {}), (1, 2), n) for n in numbers]
+        return [Task(Prompt(str(n), "d", (), {}), np.arange(2, dtype=np.int32), n) for n in numbers]
 
     def observe(self, results: Sequence[tuple[Prompt, Sequence[Verdict]]]) -> None:
         self.observed += [(int(p.id), [v.reward for v in verdicts]) for p, verdicts in results]

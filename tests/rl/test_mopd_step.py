@@ -10,15 +10,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.policy import (
     CAPACITY,
     ENGINE,
     TEMPERATURE,
+    filled,
     gradients,
     plain_logprobs,
     rollout,
+    sequence_of,
     sft_batch,
     small_trainer,
 )
@@ -82,13 +85,15 @@ def groups(trainer: Trainer) -> list[Group]:
         rollouts = []
         for reward in (1.0, None):
             r = rollout(generator, reward, truncated=reward == 1.0)
+            known = sequence_of(r)
             with torch.no_grad():
-                logprob = plain_logprobs(trainer, r.tokens)
+                logprob = plain_logprobs(trainer, known.tokens)
             noise = torch.randn(logprob.shape, generator=generator) * 0.7
             shifted = torch.cat([torch.zeros(1), logprob + noise])
-            rollouts.append(replace(r, logprob=torch.where(r.written, shifted, 0.0)))
+            shifted = torch.where(known.written, shifted, 0.0)
+            rollouts.append(replace(r, sequence=replace(known, logprob=shifted)))
         prompt = Prompt(str(number), domain, (), {})
-        found.append(Group(Task(prompt, (1,), number), tuple(rollouts)))
+        found.append(Group(Task(prompt, np.ones(1, np.int32), number), tuple(rollouts)))
     return found
 
 
@@ -97,17 +102,19 @@ def plain_loss(trainer: Trainer, swap: WeightSwap, found: list[Group]) -> Tensor
     teachers: dict[int, Tensor] = {}
     for group in found:
         with torch.no_grad(), swap.using(group.task.prompt.domain):
-            teachers |= {id(r): plain_logprobs(trainer, r.tokens) for r in group.rollouts}
+            teachers |= {
+                id(r): plain_logprobs(trainer, sequence_of(r).tokens) for r in group.rollouts
+            }
     losses = []
     for group in found:
         for r in group.rollouts:
             teacher = teachers[id(r)]
-            logprob = plain_logprobs(trainer, r.tokens)
+            logprob = plain_logprobs(trainer, sequence_of(r).tokens)
             advantage = (teacher - logprob).detach()
-            ratio = torch.exp(logprob.detach() - r.logprob[1:])
+            ratio = torch.exp(logprob.detach() - sequence_of(r).logprob[1:])
             inside = (ratio >= LOW) & (ratio <= HIGH)
             weight = torch.where(inside, ratio, torch.zeros_like(ratio))
-            losses.append((weight * advantage * logprob)[r.written[1:]].mean())
+            losses.append((weight * advantage * logprob)[sequence_of(r).written[1:]].mean())
     return -torch.stack(losses).mean()
 
 
@@ -117,7 +124,7 @@ def batches(
     done = []
     for domain in ("math", "code"):
         mine = [(i, s) for i, s in enumerate(sequences) if s.domain == domain]
-        layout = lay_out([s for _, s in mine], CAPACITY, ranks=1)[0]
+        layout = lay_out([s.tokens.numel() for _, s in mine], CAPACITY, ranks=1)[0]
         packed = [
             pack_sequences([mine[i][1] for i in chosen], CAPACITY, 0, [mine[i][0] for i in chosen])
             for chosen in layout
@@ -154,7 +161,7 @@ def test_loss_and_gradients_are_those_of_the_paper(trainer: Trainer) -> None:
     expected.backward()
     wanted = gradients(trainer)
 
-    sequences = student_sequences(found, recipe())
+    sequences = filled(student_sequences(found, recipe()))
     assert len(sequences) == 4, "a rollout without a verdict trains too"
     result = trainer.train_step(
         batches(trainer, swap, sequences),
@@ -177,15 +184,15 @@ def test_metrics_are_those_of_each_domain(trainer: Trainer) -> None:
         gaps, gates = [], []
         for r in group.rollouts:
             with torch.no_grad():
-                own = plain_logprobs(trainer, r.tokens)
+                own = plain_logprobs(trainer, sequence_of(r).tokens)
                 with swap.using(group.task.prompt.domain):
-                    teacher = plain_logprobs(trainer, r.tokens)
-            ratio = torch.exp(own - r.logprob[1:])
-            gaps.append((own - teacher)[r.written[1:]])
-            gates.append(((ratio < LOW) | (ratio > HIGH))[r.written[1:]])
+                    teacher = plain_logprobs(trainer, sequence_of(r).tokens)
+            ratio = torch.exp(own - sequence_of(r).logprob[1:])
+            gaps.append((own - teacher)[sequence_of(r).written[1:]])
+            gates.append(((ratio < LOW) | (ratio > HIGH))[sequence_of(r).written[1:]])
         expected[f"reverse_kl/{group.task.prompt.domain}"] = float(torch.cat(gaps).mean())
         expected[f"gated/{group.task.prompt.domain}"] = float(torch.cat(gates).float().mean())
-    sequences = student_sequences(found, recipe())
+    sequences = filled(student_sequences(found, recipe()))
     result = trainer.train_step(
         batches(trainer, swap, sequences),
         mopd_objective(LOW, HIGH),
