@@ -42,6 +42,7 @@ def start_answers(
     with swap.using(START):
         collector.engine.weights_changed()
         groups = collector.roll_out(compared, 1, greedy, scored=False)
+    collector.engine.release()
     collector.engine.weights_changed()
     swap.close()
     return {group.task.number: final_text(group.rollouts[0].response) for group in groups}
