@@ -141,7 +141,7 @@ class Optimizer:
         accelerators: Accelerators,
     ) -> None:
         self.settings = settings
-        self._device = world.device
+        self._chunks, self._device = list(chunks), world.device
         megatron = MegatronOptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -166,6 +166,23 @@ class Optimizer:
     def parts(self) -> list[Any]:
         """Megatron's optimizers, the dense one and the expert one where it exists."""
         return list(getattr(self.inner, "chained_optimizers", [self.inner]))
+
+    def state_tensors(self) -> list[Tensor]:
+        """Moments and trained copies of the weights on this rank, without the weights themselves
+        and without scalars."""
+        weights = {p.untyped_storage().data_ptr() for c in self._chunks for p in c.parameters()}
+        tensors = []
+        for part in self.parts:
+            # A part without parameters on this rank has no optimizer.
+            inner = getattr(part, "optimizer", None)
+            if inner is not None:
+                tensors += [p for group in inner.param_groups for p in group["params"]]
+                tensors += [t for state in inner.state.values() for t in state.values()]
+        return [
+            t
+            for t in tensors
+            if isinstance(t, Tensor) and t.dim() and t.untyped_storage().data_ptr() not in weights
+        ]
 
     @torch.no_grad()
     def prepare(self) -> Tensor:

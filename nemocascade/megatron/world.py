@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemocascade.megatron import cpu
+from nemocascade.megatron.groups import all_groups, own_groups
 from nemocascade.megatron.upstream import hide_notes
 from nemocascade.recipe import EngineConfig, ParallelConfig, RecipeError
 from nemocascade.runtime.world import World
@@ -93,3 +97,38 @@ def start_world(parallel: ParallelConfig, engine: EngineConfig) -> World:
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         leave_engine=parallel_state.destroy_model_parallel,
     )
+
+
+def generation_world(world: World, parallel: ParallelConfig, engine: EngineConfig) -> World:
+    """The same ranks in the layout `parallel`, in which rollouts are generated.
+
+    `world` itself if that is its layout. Groups of the same ranks are shared with it; the others
+    are made, so every rank calls it. The view has no context parallelism: those ranks count as data
+    parallel. `World.close` of `world` destroys all groups.
+    """
+    if parallel == world.parallel:
+        return world
+    held = {
+        tuple(dist.get_process_group_ranks(group)): group
+        for field in fields(ProcessGroupCollection)
+        if isinstance(group := getattr(world.groups, field.name, None), dist.ProcessGroup)
+    }
+    known = set(all_groups(world.size, world.parallel))
+    timeout = datetime.timedelta(seconds=engine.timeout_s)
+    made: dict[tuple[int, ...], Any] = {}
+    for ranks in all_groups(world.size, parallel):
+        # Every rank takes part in making a group, also those outside of it.
+        if ranks not in known:
+            made[ranks] = dist.new_group(list(ranks), timeout=timeout)
+
+    def group_of(ranks: Sequence[int]) -> Any:
+        key = tuple(ranks)
+        return held[key] if key in known else made[key]
+
+    groups = own_groups(world.rank, world.size, parallel, group_of)
+    return replace(world, parallel=parallel, groups=groups)
+
+
+def shares_weights(world: World, rollout_world: World) -> bool:
+    """True if both layouts hold the same weights on every rank, so that none need a copy."""
+    return rollout_world.parallel == replace(world.parallel, cp=1)

@@ -30,7 +30,7 @@ from nemocascade.recipe.model import (
     tiny_policy,
 )
 from nemocascade.recipe.mopd import MopdConfig, MopdRecipe, TeacherConfig
-from nemocascade.recipe.parallel import ParallelConfig
+from nemocascade.recipe.parallel import ParallelConfig, RolloutParallelConfig
 from nemocascade.recipe.presets import nemotron3_nano_30b_stage, tiny_stage
 from nemocascade.recipe.rl import (
     GrpoRecipe,
@@ -80,6 +80,7 @@ __all__ = [
     "RecipeError",
     "RlEvalConfig",
     "RolloutConfig",
+    "RolloutParallelConfig",
     "RolloutServerConfig",
     "SandboxConfig",
     "ScoreConfig",

@@ -16,6 +16,7 @@ HOW = (
     *("engine.device", "engine.recompute", "engine.timeout_s", "engine.preflight"),
     *("engine.transformer_engine", "engine.apex", "engine.fla", "mopd.keep"),
     *("rollout.slots", "rollout.prefill_tokens", "rollout.prefill_chunk"),
+    *("rollout.parallel", "rollout.offload"),
     *("data.cache_dir", "envs.sandbox.workers", "envs.check_workers"),
     *(f"envs.judge.{name}" for name in JUDGE_HOW),
     *(f"rollout.server.{name}" for name in SERVER_HOW),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemocascade.recipe.model import ModelConfig
-from nemocascade.recipe.rules import Count, number_problems
+from nemocascade.recipe.rules import Count, Natural, number_problems
 
 
 @dataclass(frozen=True)
@@ -163,3 +163,47 @@ class ParallelConfig:
                 "--parallel.pipeline-layout or change --parallel.pp"
             )
         return found
+
+
+@dataclass(frozen=True)
+class RolloutParallelConfig:
+    """Parallel layout of the model replicas that generate rollouts. By default it is that of
+    training, whose weights are read in place. A layout of its own gets a copy of the weights before
+    the rollouts of a step, in memory that is freed before training. Its experts are not sharded by
+    width (etp 1), and context-parallel ranks generate like data-parallel ones."""
+
+    tp: Natural = 0
+    """Tensor parallel in generation; 0 = as in training."""
+
+    pp: Natural = 0
+    """Pipeline parallel in generation; 0 = as in training."""
+
+    ep: Natural = 0
+    """Expert parallel in generation; 0 = as in training."""
+
+    def layout(self, training: ParallelConfig) -> ParallelConfig:
+        """The layout of generation, given that of training."""
+        same = replace(training, cp=1)
+        tp, pp, ep = self.tp or training.tp, self.pp or training.pp, self.ep or training.ep
+        if not (self.tp or self.pp or self.ep) or (
+            (tp, pp, ep, 1) == (training.tp, training.pp, training.ep, training.etp)
+        ):
+            return same
+        cuts = training.pipeline_layout if pp == training.pp and training.vpp == 1 else ""
+        return ParallelConfig(tp=tp, pp=pp, ep=ep, pipeline_layout=cuts)
+
+    def problems(self, training: ParallelConfig, model: ModelConfig, world_size: int) -> list[str]:
+        """Every rule that the layout breaks for this model and world, each with its remedy."""
+        own = self.layout(training)
+        if own == replace(training, cp=1):
+            return []
+        # Generation packs nothing, so any valid capacity will do.
+        sequences = max(1, own.data_parallel(world_size)) * own.pp
+        found = own.problems(model, world_size, capacity=own.tp, sequences_per_step=sequences)
+        return [
+            "rollout.parallel: "
+            + problem.replace("--parallel.pipeline-layout or change ", "").replace(
+                "--parallel.", "--rollout.parallel."
+            )
+            for problem in found
+        ]

@@ -10,7 +10,7 @@ from nemocascade.recipe.domains import DomainConfig
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.recipe.grpo import GrpoConfig
 from nemocascade.recipe.model import ModelConfig
-from nemocascade.recipe.parallel import ParallelConfig
+from nemocascade.recipe.parallel import ParallelConfig, RolloutParallelConfig
 from nemocascade.recipe.paths import ArtifactPath, OutputPath, path_problems
 from nemocascade.recipe.rules import (
     Count,
@@ -61,7 +61,13 @@ class RolloutConfig:
     """Open a reasoning block at the end of the prompt."""
 
     slots: Count = 64
-    """Concurrent sequences on a data-parallel rank."""
+    """Concurrent sequences on a data-parallel rank of the generation layout."""
+
+    parallel: RolloutParallelConfig = field(default_factory=RolloutParallelConfig)
+
+    offload: bool = False
+    """While rollouts are generated, keep the optimizer's state in host memory and free the gradient
+    buffers."""
 
     prefill_tokens: Natural = 0
     """Prefill prompts together, up to this many tokens; 0 = each alone, which makes a prompt's
@@ -138,6 +144,17 @@ class RolloutConfig:
             )
         if self.engine == "server":
             found += self.server.problems()
+            if self.parallel != RolloutParallelConfig():
+                p = self.parallel
+                found.append(
+                    f"rollout.parallel(tp {p.tp}, pp {p.pp}, ep {p.ep}) is the layout of the live "
+                    "engine: leave it at 0 for servers, or set --rollout.engine live"
+                )
+            if self.offload:
+                found.append(
+                    "rollout.offload(True) makes memory for the live engine: set it to False for "
+                    "servers, or set --rollout.engine live"
+                )
             found += sampling_problems(
                 self.server,
                 self.temperature,
@@ -249,6 +266,7 @@ class PolicyRecipe(ABC):
                 capacity=self.capacity,
                 sequences_per_step=dp * self.parallel.pp,
             )
+            found += self.rollout.parallel.problems(self.parallel, model, world_size)
         return list(dict.fromkeys(found))
 
 

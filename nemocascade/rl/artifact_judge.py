@@ -30,8 +30,9 @@ WEIGHTS = "judge"
 class ArtifactJudge:
     """Answers questions by generation on all training ranks at the same time.
 
-    artifact: the result of `open_judge`. chunks: the policy's model. engine: generates on those
-    chunks. An answer depends on the seed and the question only, not on the other questions.
+    artifact: the result of `open_judge`. world: in the generation layout. swap: of the policy's
+    model. engine: generates with its weights. An answer depends on the seed and the question only,
+    not on the other questions.
     """
 
     collective = True
@@ -42,7 +43,7 @@ class ArtifactJudge:
         settings: JudgeConfig,
         artifact: Artifact,
         world: World,
-        chunks: Sequence[Any],
+        swap: WeightSwap,
         engine: Engine,
         tokenizer: Tokenizer,
         *,
@@ -50,7 +51,7 @@ class ArtifactJudge:
     ) -> None:
         self.settings, self.world = settings, world
         self.engine, self.tokenizer, self.seed = engine, tokenizer, seed
-        self.swap = WeightSwap(world, chunks)
+        self.swap = swap
         self.swap.load(WEIGHTS, artifact)
         LOGGER.info("judge: %s (%s)", artifact.folder, artifact.digest[:12])
 
@@ -89,8 +90,11 @@ class ArtifactJudge:
         ]
         texts: dict[int, str] = {}
         with self.swap.using(WEIGHTS):
+            self.engine.weights_changed()
             for completion in self.engine.run(requests, self._sampling()):
                 texts[completion.request.id] = self._read(completion.response)
+        self.engine.release()
+        self.engine.weights_changed()
         wanted: dict[int, set[int]] = {number: set() for number in order}
         for number, asker in zip(numbers, askers, strict=True):
             wanted[number].add(asker)

@@ -88,7 +88,9 @@ class PolicyRun:
         if errors:
             LOGGER.warning("held out: %d verifiers failed, their answers are not counted", errors)
         scores = {f"heldout/{name}": sum(r) / len(r) for name, r in sorted(found.items())}
-        return scores | over_start(self.collector, groups, self.start_answers)
+        scores |= over_start(self.collector, groups, self.start_answers)
+        self.engine.release()
+        return scores
 
     def keep_start_scores(self, scores: dict[str, float]) -> None:
         """Write the scores before the first step to RUN/heldout_start.json."""

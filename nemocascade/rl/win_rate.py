@@ -44,6 +44,7 @@ def start_answers(
     with swap.using(START):
         collector.engine.weights_changed()
         groups = collector.roll_out(compared, 1, greedy, scored=False)
+    collector.engine.release()
     collector.engine.weights_changed()
     swap.close()
     replicas = collector.world.replicas()

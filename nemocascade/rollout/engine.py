@@ -125,6 +125,10 @@ class Engine(Protocol):
     def metrics(self) -> dict[str, float]:
         """Counts and times of the engine for metrics.jsonl, by name; {} if there is none."""
 
+    def release(self) -> None:
+        """Free the memory that only generation uses, before the ranks train; the next run allocates
+        it again. Every rank calls it; safe to call twice."""
+
     def close(self) -> None:
         """Free what the engine holds outside of the model."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemocascade.megatron.convert import LiveTensors
 from nemocascade.megatron.model import CascadeModel
+from nemocascade.megatron.replica import Replica, TrainingMemory
 from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.rollout.engine import Engine, Sampling
 from nemocascade.rollout.live import LiveEngine
@@ -27,22 +28,30 @@ def open_engine(
     vocabulary: int,
     logprobs: Logprobs,
     precision: str,
+    rollout_world: World | None = None,
+    replica: Replica | None = None,
+    training: TrainingMemory | None = None,
 ) -> Engine:
     """The engine of `settings` on the chunks of `build_model`; every rank calls it.
 
     decode: token ids to text. vocabulary: ids from here on are never drawn. logprobs: of the
-    trainer, for the probe of servers. precision: of the model, `fp32` or `bf16`.
+    trainer, for the probe of servers. precision: of the model, `fp32` or `bf16`. rollout_world: in
+    the generation layout; None is that of training. replica: the copy of the weights in another
+    layout. training: memory that is offloaded if the settings say so.
     """
+    rollout_world = rollout_world or world
     if settings.engine == "live":
         return LiveEngine(
-            world,
-            chunks,
+            rollout_world,
+            chunks if replica is None else replica.chunks,
             slots=settings.slots,
             prefill_tokens=settings.prefill_tokens,
             prefill_chunk=settings.prefill_chunk,
             decode=decode,
             vocabulary=vocabulary,
             record_routing=settings.replay_routing,
+            replica=replica,
+            training=training if settings.offload else None,
         )
     server, tensors = settings.server, LiveTensors(world, chunks)
     shape = chunks[0].config.shape
@@ -67,7 +76,7 @@ def open_engine(
         server,
         vocabulary=vocabulary,
         model_vocabulary=shape.vocab_size,
-        world=world,
+        world=rollout_world,
         updates=updates,
         routing=shape if settings.replay_routing else None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,22 @@ from nemocascade.runtime.world import World
 
 # Shortest interval between progress reports to the watchdog.
 TELL_S = 1.0
+
+
+class _Pass(NamedTuple):
+    """What the ranks that share experts do next: the largest value of each.
+
+    is_prefill, is_decode: a prefill can run, a sequence decodes. is_unfinished: anything is left to
+    do. rows: number of decoding sequences. longest: cached tokens of one, and the next. context:
+    tokens that the caches hold.
+    """
+
+    is_prefill: int
+    is_decode: int
+    is_unfinished: int
+    rows: int
+    longest: int
+    context: int
 
 
 class Generation:
@@ -58,19 +75,23 @@ class Generation:
         """Generate until every request has finished."""
         self.world.watch.enter("rollout: generation")
         self.model.refresh()
+        if self._in_step:
+            # Their caches grow alike, and their largest steps are of one size.
+            sizes = self._largest((self.model.longest, self.model.most_rows))
+            self.model.longest, self.model.most_rows = sizes
         with self.replies, self.model.graphs():
             while True:
                 self._take_replies()
-                prefills, decodes, unfinished = self._agree()
-                if prefills:
+                pass_ = self._agree()
+                if pass_.is_prefill:
                     self._prefill()
-                elif decodes:
-                    self._step()
+                elif pass_.is_decode:
+                    self._step(pass_)
                 self.ended += len(self.finished)
                 self._tell()
                 yield from self.finished
                 self.finished.clear()
-                if not unfinished:
+                if not pass_.is_unfinished:
                     return
 
     def _tell(self) -> None:
@@ -85,26 +106,35 @@ class Generation:
             f"{self.counts.prefill_tokens} tokens read and {self.counts.generated} written"
         )
 
-    def _agree(self) -> tuple[bool, bool, bool]:
-        """Three flags: a prefill can run, a sequence decodes, anything is unfinished. Each is True
-        if it holds on this rank or on a rank that shares experts with it."""
-        mine = (
+    def _agree(self) -> _Pass:
+        """The next pass of this rank and of the ranks that share experts with it."""
+        mine = _Pass(
             self.prefills.ready,
             bool(self.running),
             bool(self.table.texts or self.prefills.ready),
+            len(self.running),
+            max((t.cached for t in self.running), default=0) + 1,
+            self.model.context,
         )
         if not self._in_step:
             return mine
-        # Reduced by gloo on the host, which knows them: nothing waits for the device.
-        flags = torch.tensor(mine, dtype=torch.int32)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.world.groups.tp_ep)
-        prefills, decodes, unfinished = (bool(f) for f in flags.tolist())
-        return prefills, decodes, unfinished
+        pass_ = _Pass(*self._largest(mine))
+        self.model.allocate(pass_.context)
+        return pass_
+
+    def _largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each value over the ranks that share experts.
+
+        Reduced by gloo on the host, which knows them: nothing waits for the device.
+        """
+        found = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.world.groups.tp_ep)
+        return list(map(int, found))
 
     @property
     def _in_step(self) -> bool:
         """True if ranks must run the same passes: experts are sharded over data-parallel ranks."""
-        return bool(self.world.groups.tp_ep.size() > self.world.parallel.tp)
+        return bool(self.world.parallel.tp % self.world.groups.tp_ep.size())
 
     def _prefill(self) -> None:
         """Start requests from a stored prompt state, run a prefill pass, and draw first tokens."""
@@ -127,13 +157,14 @@ class Generation:
         self.rows = None
         self._draw(self.table.rows(texts), logits)
 
-    def _step(self) -> None:
+    def _step(self, pass_: _Pass) -> None:
         """Decode the last token of every running sequence and draw the next one."""
         if self.rows is None:
             self.rows = self.table.rows(self.running)
         rows = self.rows
-        longest = max((t.cached for t in rows.texts), default=0) + 1
-        logits = self.model.decode(rows.tokens, rows.slots, rows.positions, longest)
+        logits = self.model.decode(
+            rows.tokens, rows.slots, rows.positions, pass_.longest, pass_.rows
+        )
         self.counts.steps += 1
         self.counts.rows += len(rows.texts)
         for text in rows.texts:

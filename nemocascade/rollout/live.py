@@ -1,4 +1,5 @@
-"""The engine on the live training weights: continuous batching over slots.
+"""The engine on the live training weights, or on their copy in a generation layout: continuous
+batching over slots.
 
 A decode step processes one token of every sequence. A slot is reused as soon as its sequence has
 finished. A prompt is prefilled once for all its requests, and environment turns are prefilled from
@@ -13,6 +14,9 @@ On a CPU, logits are batch-invariant unless `prefill_tokens` is set: prompts are
 and `nemocascade_kernels.decode_step` is batch-invariant. On a GPU the number of slots fixes the
 shapes of a step, and these may affect rounding.
 
+**Copy.** With a layout of its own, the weights are copied before the first run after a change, and
+the memory of the copy exists until `release`.
+
 **Ranks.** The ranks of one data-parallel group run the same requests and make the same decisions;
 the last pipeline stage draws and broadcasts. If experts are sharded over several data-parallel
 ranks, these agree on the kind of each pass. A rank that has finished takes part with zero rows.
@@ -22,8 +26,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.megatron.model import CascadeModel
+from nemocascade.megatron.replica import Replica, TrainingMemory
 from nemocascade.rollout.engine import Completion, Counts, Request, Respond, Sampling
 from nemocascade.rollout.generation import Generation
 from nemocascade.rollout.slots import BatchLimits
@@ -34,6 +41,9 @@ from nemocascade.runtime.world import World
 class LiveEngine:
     """An `Engine` on the chunks of `build_model`, whose weights it reads in place.
 
+    world: in the layout of the chunks. replica: what the chunks belong to, if they are a copy of
+    the training weights; all ranks then call `run` at the same time. training: memory that is
+    offloaded from the first run until `release`; None offloads nothing.
     slots, prefill_tokens, prefill_chunk: see `BatchLimits`. decode: token ids to text, needed for
     stop strings. vocabulary: ids from here on are never drawn; 0 excludes none. record_routing:
     completions carry the experts of their tokens, for router replay.
@@ -52,8 +62,12 @@ class LiveEngine:
         decode: Decode | None = None,
         vocabulary: int = 0,
         record_routing: bool = False,
+        replica: Replica | None = None,
+        training: TrainingMemory | None = None,
     ) -> None:
         self.world, self.chunks = world, list(chunks)
+        self.replica, self.training = replica, training
+        self._is_outdated = True
         self.limits = BatchLimits(slots, prefill_tokens, prefill_chunk)
         self.decode = decode
         self.record_routing = record_routing
@@ -68,6 +82,7 @@ class LiveEngine:
         ranks that share experts call it at the same time and consume it to its end."""
         if len({r.id for r in requests}) < len(requests):
             raise ValueError("two requests have one id: their random numbers would be the same")
+        self._prepare()
         if self._model is None:
             # One extra slot stores the state of a prompt until all its requests have started.
             self._model = ModelRunner(
@@ -86,13 +101,37 @@ class LiveEngine:
         self.counts = generation.counts
         return generation.completions()
 
+    def _prepare(self) -> None:
+        """Offload training's memory and copy the weights, where that has not been done yet."""
+        if self.training is not None:
+            self.world.watch.enter("rollout: offload")
+            self.training.offload()
+        if self.replica is not None and self._is_outdated:
+            self.world.watch.enter("rollout: weights")
+            self.replica.load()
+        self._is_outdated = False
+
     def weights_changed(self) -> None:
-        """Implements `Engine.weights_changed`: nothing to do, the weights are read in place."""
+        """Implements `Engine.weights_changed`: the next run copies them, unless they are read in
+        place."""
+        self._is_outdated = True
 
     def metrics(self) -> dict[str, float]:
         """Implements `Engine.metrics`."""
         return {}
 
-    def close(self) -> None:
-        """Implements `Engine.close`: free the memory of the slots until the next run."""
+    def release(self) -> None:
+        """Implements `Engine.release`: free the slots and the copy, restore training's memory."""
         self._model = None
+        if self.replica is not None:
+            self.replica.free()
+            self._is_outdated = True
+        if self.world.device.type == "cuda":
+            # Training allocates blocks of other sizes.
+            torch.cuda.empty_cache()
+        if self.training is not None:
+            self.training.restore()
+
+    def close(self) -> None:
+        """Implements `Engine.close`."""
+        self.release()

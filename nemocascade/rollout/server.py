@@ -104,6 +104,9 @@ class ServerEngine:
             return self._completions(requests, sampling, respond)
         return self._shared(group, requests, sampling, respond)
 
+    def release(self) -> None:
+        """Implements `Engine.release`: nothing to do, the servers have their own memory."""
+
     def weights_changed(self) -> None:
         """Implements `Engine.weights_changed`: the next run updates the servers first."""
         self._outdated = self.updates is not None

@@ -40,6 +40,7 @@ def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> 
     for step in range(books.first, recipe.steps):
         started = time.perf_counter()
         gathered = gather(run.collector, run.stream, recipe.rollout, step)
+        run.engine.release()
         rolled_out = time.perf_counter()
         groups = advantages_of(gathered.groups, recipe.rollout, recipe.grpo)
         values = run.rollout_values(gathered, rolled_out - started)

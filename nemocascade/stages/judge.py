@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nemocascade.data.tokenizer import Tokenizer, check_template
 from nemocascade.envs.registry import judge_problems, judge_refusal
@@ -14,7 +12,7 @@ from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.artifact_judge import ArtifactJudge
 from nemocascade.rollout.engine import Engine
 from nemocascade.runtime.world import World, main_first
-from nemocascade.train.weight_swap import model_problems
+from nemocascade.train.weight_swap import WeightSwap, model_problems
 from nemocascade.types import Artifact
 
 
@@ -67,15 +65,18 @@ def judge_on_ranks(
     settings: JudgeConfig,
     policy: Artifact,
     world: World,
-    chunks: Sequence[Any],
+    swap: WeightSwap,
     engine: Engine,
     tokenizer: Tokenizer,
     *,
     seed: int,
 ) -> ArtifactJudge | None:
-    """The judge that runs on the training ranks; None if the settings name another kind."""
+    """The judge that runs on the training ranks; None if the settings name another kind.
+
+    world: in the layout of the engine. swap: of the model whose weights the engine uses.
+    """
     if settings.kind != "artifact":
         return None
     artifact = open_judge(settings, policy)
     check_template(artifact, tokenizer)
-    return ArtifactJudge(settings, artifact, world, chunks, engine, tokenizer, seed=seed)
+    return ArtifactJudge(settings, artifact, world, swap, engine, tokenizer, seed=seed)

@@ -74,6 +74,7 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
                 tasks, rollout.rollouts_per_prompt, scored=recipe.mopd.score_rollouts
             )
         )
+        run.engine.release()
         run.stream.observe(verdicts_of(groups))
         rolled_out = time.perf_counter()
         gathered = Gathered(groups, len(groups), groups)

@@ -42,6 +42,7 @@ from nemocascade.runtime.run_lock import RunLock
 from nemocascade.runtime.world import World, main_first, world_size_of_environment
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import open_frozen, watched_world
+from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Artifact, Environment
 
 WAIT_S = 10.0
@@ -68,7 +69,7 @@ def run_pass_rates(settings: PassRateSettings) -> dict[str, Any]:
             raise RecipeError(problems)
         check_judge(settings.envs.judge, artifact)
     folder = Path(f"{settings.output}.progress")
-    parallel = settings.parallel if artifact else ParallelConfig()
+    parallel = _layout(settings) if artifact else ParallelConfig()
     with watched_world(folder, parallel, settings.engine, RunLock(folder)) as (world, detected):
         probe_judge(settings.envs.judge, world)
         tokenizer = (
@@ -93,10 +94,15 @@ def run_pass_rates(settings: PassRateSettings) -> dict[str, Any]:
             close_environments(every)
 
 
+def _layout(settings: PassRateSettings) -> ParallelConfig:
+    """The layout of an artifact's policy, which is not trained."""
+    return settings.rollout.parallel.layout(settings.parallel)
+
+
 def _artifact_problems(settings: PassRateSettings, artifact: Artifact) -> list[str]:
     if artifact.tokenizer_path is None:
         return [f"artifact({settings.artifact}) holds no tokenizer: use another artifact"]
-    p, size = settings.parallel, world_size_of_environment()
+    p, size = _layout(settings), world_size_of_environment()
     sequences = max(1, p.data_parallel(size)) * p.pp
     model = artifact_model(artifact)
     # Generation packs nothing, so any valid capacity will do.
@@ -132,7 +138,7 @@ def _open_policy(
         settings.envs.judge,
         artifact,
         world,
-        engine.chunks,
+        WeightSwap(world, engine.chunks),
         engine,
         tokenizer,
         seed=settings.seed,

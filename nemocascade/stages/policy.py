@@ -12,6 +12,8 @@ from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_artifac
 from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
 from nemocascade.megatron.artifact import artifact_model, read_artifact
 from nemocascade.megatron.config import Accelerators
+from nemocascade.megatron.replica import Replica, TrainingMemory
+from nemocascade.megatron.world import generation_world, shares_weights
 from nemocascade.recipe import ModelConfig, MopdRecipe, PolicyRecipe, RecipeError
 from nemocascade.rl.collector import Collector
 from nemocascade.rl.policy import PolicyRun, greedy_sampling, sequence_logprobs
@@ -27,6 +29,7 @@ from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import stage_world, write_recipe
 from nemocascade.train.checkpointing import Checkpoints
 from nemocascade.train.trainer import Trainer
+from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Artifact, Environment
 
 
@@ -51,9 +54,9 @@ def policy_run[R: PolicyRecipe](
         judge = judge_on_ranks(
             recipe.envs.judge,
             parent,
-            world,
-            policy.trainer.chunks,
-            _judge_engine(recipe, world, policy),
+            policy.rollout_world,
+            WeightSwap(world, policy.trainer.chunks),
+            _judge_engine(recipe, policy),
             tokenizer,
             seed=recipe.seed,
         )
@@ -92,8 +95,10 @@ def _checked_start(recipe: PolicyRecipe) -> tuple[Artifact, ModelConfig]:
 
 @dataclass(frozen=True)
 class _Policy:
-    """A policy for training and sampling."""
+    """A policy for training and sampling. rollout_world: the ranks in the generation layout, whose
+    data-parallel ranks share the requests."""
 
+    rollout_world: World
     trainer: Trainer
     engine: Engine
     tokenizer: Tokenizer
@@ -120,6 +125,10 @@ def _open_policy(
         seed=recipe.seed,
         run_dir=Path(recipe.run_dir),
     )
+    layout = recipe.rollout.parallel.layout(recipe.parallel)
+    rollout_world, replica = generation_world(world, layout, recipe.engine), None
+    if not shares_weights(world, rollout_world):
+        replica = Replica(world, trainer.modules, rollout_world, model, recipe.engine, accelerators)
     engine = open_engine(
         world,
         trainer.modules,
@@ -129,16 +138,19 @@ def _open_policy(
         vocabulary=tokenizer.vocab_size,
         logprobs=functools.partial(sequence_logprobs, recipe, trainer, tokenizer.pad_id),
         precision=recipe.engine.precision,
+        rollout_world=rollout_world,
+        replica=replica,
+        training=TrainingMemory(trainer.chunks, trainer.optimizer, world.device),
     )
-    return _Policy(trainer, engine, tokenizer)
+    return _Policy(rollout_world, trainer, engine, tokenizer)
 
 
-def _judge_engine(recipe: PolicyRecipe, world: World, policy: _Policy) -> Engine:
+def _judge_engine(recipe: PolicyRecipe, policy: _Policy) -> Engine:
     """The engine of a judge that runs on the training ranks: one that reads their weights."""
     if isinstance(policy.engine, LiveEngine):
         return policy.engine
     return LiveEngine(
-        world,
+        policy.rollout_world,
         policy.trainer.modules,
         slots=recipe.rollout.slots,
         prefill_chunk=recipe.rollout.prefill_chunk,
@@ -169,7 +181,7 @@ def _assemble(
         steps=recipe.steps,
     )
     collector = Collector(
-        world,
+        policy.rollout_world,
         policy.engine,
         tokenizer,
         environments,

@@ -35,6 +35,7 @@ from nemocascade.runtime.world import World, world_size_of_environment
 from nemocascade.stages.domain_score import DomainScore, domain_score
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import open_frozen, watched_world
+from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Environment
 
 VERSION = 1
@@ -159,7 +160,13 @@ def score_artifact(
             RolloutConfig(slots=config.slots, max_prompt_tokens=config.max_prompt_tokens),
         )
         judge = judge_on_ranks(
-            config.envs.judge, artifact, world, engine.chunks, engine, tokenizer, seed=config.seed
+            config.envs.judge,
+            artifact,
+            world,
+            WeightSwap(world, engine.chunks),
+            engine,
+            tokenizer,
+            seed=config.seed,
         )
         environments = make_environments(config.envs, judge=judge)
         try:

@@ -42,13 +42,13 @@ ALLOWED = {
 # those of its own entry only. An entry is a file or a folder.
 FLOORS = {
     "megatron": [
-        "upstream cpu init replay workspace",
+        "upstream cpu init replay workspace groups",
         "world config microbatch",
         "layers",
         "model schedule",
         "optimizer parameters fake generation",
         "checkpoint",
-        "artifact",
+        "artifact replica",
         "convert accelerators",
         "warm_up",
     ],

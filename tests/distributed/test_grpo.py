@@ -20,7 +20,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "EP2": {"ep": 2},
     "PP2": {"pp": 2},
     f"EP2{REPLAY}": {"ep": 2},
+    "EP2, rollouts TP2": {"ep": 2},
 }
+ROLLOUTS = {"EP2, rollouts TP2": {"tp": 2, "ep": 1}}
+"""Layouts of generation; training's memory is offloaded meanwhile."""
 STEPS = 2
 COMPARED = ("loss", "grad_norm", "entropy", "logprob")
 EXACT = (
@@ -39,6 +42,7 @@ def grpo(
     steps: int = STEPS,
     *,
     replay: bool = False,
+    rollouts: dict[str, int] | None = None,
 ) -> Lines:
     """metrics.jsonl of a stage. Answers are junk, and some junk keeps to "no commas"."""
     from nemocascade.recipe import (
@@ -51,6 +55,7 @@ def grpo(
         ParallelConfig,
         RlEvalConfig,
         RolloutConfig,
+        RolloutParallelConfig,
     )
     from nemocascade.recipe.envs import EnvConfig
     from nemocascade.stages.grpo import run_grpo
@@ -78,6 +83,8 @@ def grpo(
                 slots=8,
                 max_draws=3,
                 replay_routing=replay,
+                parallel=RolloutParallelConfig(**(rollouts or {})),
+                offload=rollouts is not None,
             ),
             grpo=GrpoConfig(capacity=256, kl_coef=0.1),
             envs=EnvConfig(if_language_check="letters"),
@@ -140,7 +147,13 @@ def alone(folder: str) -> dict[str, Any]:
 def together(artifact: str, folder: str) -> dict[str, Lines]:
     """Two ranks, layout by layout."""
     found = {
-        name: grpo(artifact, f"{folder}/{name}", parallel, replay=name.endswith(REPLAY))
+        name: grpo(
+            artifact,
+            f"{folder}/{name}",
+            parallel,
+            replay=name.endswith(REPLAY),
+            rollouts=ROLLOUTS.get(name),
+        )
         for name, parallel in LAYOUTS.items()
     }
     for name, parallel in RATED.items():

@@ -13,11 +13,8 @@ from helpers.fake_megatron import OnMeta, fake_megatron_world
 
 from nemocascade.megatron.checkpoint.state import _main_parameters, _stepping
 from nemocascade.megatron.config import Accelerators, make_config
-from nemocascade.megatron.fake import (
-    build_on_meta,
-    fake_world,
-    group_ranks,
-)
+from nemocascade.megatron.fake import build_on_meta, fake_world
+from nemocascade.megatron.groups import group_ranks
 from nemocascade.megatron.model import build_model
 from nemocascade.megatron.optimizer import Optimizer, wrap_ddp
 from nemocascade.plan.gpus import GPUS, find_gpu

@@ -60,6 +60,11 @@ class ModelPart:
         """Number of additional leading axes of the global tensor."""
         return len(self.box.offset) - len(self.local.offset)
 
+    def view(self, box: Box) -> Tensor:
+        """The elements of `box`, which lies in `self.box`, as a view where that is possible."""
+        held = self.owner.detach()[self.local.slices()].reshape(self.box.size)
+        return held[box.relative_to(self.box.offset).slices()]
+
 
 def unwrap(chunk: Any) -> Any:
     """The CascadeModel in a DDP wrapper, or the chunk itself."""
@@ -88,7 +93,7 @@ def model_pieces(parts: Sequence[ModelPart]) -> list[Piece]:
             MODEL + p.key,
             p.global_shape,
             p.box,
-            p.owner.detach()[p.local.slices()].reshape(p.box.size),
+            p.view(p.box),
             p.replica,
         )
         for p in parts

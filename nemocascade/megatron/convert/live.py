@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import Box
-from nemocascade.megatron.checkpoint.state import ModelPart, model_parts, unwrap
+from nemocascade.megatron.checkpoint.resharding import exchange
+from nemocascade.megatron.checkpoint.state import model_parts, unwrap
 from nemocascade.megatron.convert.config import families_of_model
 from nemocascade.megatron.convert.names import NameMap, default_style, name_map
 from nemocascade.megatron.convert.stream import translate
@@ -101,8 +101,8 @@ class LiveTensors:
         """Assemble the tensors of a bucket on their owners."""
         rank, device = self.world.rank, self.world.device
         found: dict[int, Tensor] = {}
-        arriving: list[tuple[Tensor, Tensor]] = []
-        messages: list[dist.P2POp] = []
+        sent: list[tuple[Tensor, int]] = []
+        received: list[tuple[Tensor, int]] = []
         for number in bucket:
             spec = self.specs[number]
             if spec.owner == rank:
@@ -113,24 +113,15 @@ class LiveTensors:
                     if copy.source == rank:
                         place.copy_(self._values(copy).view(copy.target.size))
                     else:
-                        box = torch.empty(copy.target.size, dtype=spec.dtype, device=device)
-                        arriving.append((place, box))
-                        messages.append(dist.P2POp(dist.irecv, box, copy.source))
+                        received.append((place, copy.source))
                 elif copy.source == rank:
-                    values = self._values(copy).to(spec.dtype).contiguous()
-                    messages.append(dist.P2POp(dist.isend, values, spec.owner))
-        if messages:
-            for work in dist.batch_isend_irecv(messages):
-                work.wait()
-        for place, box in arriving:
-            place.copy_(box)
+                    sent.append((self._values(copy).to(spec.dtype), spec.owner))
+        exchange(sent, received)
         return [(self.specs[number], tensor) for number, tensor in found.items()]
 
     def _values(self, copy: _Copy) -> Tensor:
         """The elements of a copy, of which this rank holds the source: a view where it can be."""
-        part: ModelPart = self.parts[copy.number]
-        held = part.owner.detach()[part.local.slices()].reshape(part.box.size)
-        return held[copy.part.relative_to(part.box.offset).slices()]
+        return self.parts[copy.number].view(copy.part)
 
 
 def _plan(

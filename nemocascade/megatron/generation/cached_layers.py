@@ -85,9 +85,9 @@ class MambaSlotLayer(SlotLayer):
         return conv, ssm
 
     def step(self, hidden: Tensor, step: DecodeStep) -> Tensor:
-        zxbcdt = self.linear(self.in_proj, self.normed(hidden))
+        zxbcdt = self.project_in(self.in_proj, self.normed(hidden))
         y = self.steps.mamba(zxbcdt, self.conv, self.ssm, step.slots, self.weights)
-        return self.linear(self.out_proj, y, hidden)
+        return self.project_out(self.out_proj, y, hidden)
 
 
 class AttentionSlotLayer(SlotLayer):
@@ -172,12 +172,12 @@ class AttentionSlotLayer(SlotLayer):
         rotary = None
         if mixer.rope_dim:
             rotary = rotary_at(step.positions, mixer.rope_dim, mixer.rope_base)
-        qkv = self.linear(mixer.linear_qkv, self.normed(hidden))
+        qkv = self.project_in(mixer.linear_qkv, self.normed(hidden))
         q, k, v = mixer.heads(qkv.unsqueeze(1), rotary)
         mixed = self.steps.attention(
             q, k, v, self.keys, self.values, step.slots, step.positions, step.longest
         )
-        return self.linear(mixer.linear_proj, mixed.flatten(1), hidden)
+        return self.project_out(mixer.linear_proj, mixed.flatten(1), hidden)
 
 
 def slot_layer(block: ResidualBlock, slots: int) -> SlotLayer:

@@ -5,6 +5,10 @@ are padded to a power of two with the spare slot, and the length that attention 
 up. A graph is captured at the first step of each pair of these sizes. Code that moves a cache must
 `clear` the graphs.
 
+**Ranks.** A graph contains the collectives of its step. Ranks that exchange rows must use graphs of
+one size and capture them at the same time: they pass the same number of rows, the same length and
+the same largest number, and clear their graphs together.
+
 **Memory.** All graphs allocate from one pool. That is safe in any order of replays, because they
 never run at the same time and none reads what another left in the pool: inputs and logits are in
 buffers outside it, shared by all graphs. A smaller graph fits into what a larger one has freed, so
@@ -26,22 +30,33 @@ LEAST_LENGTH = 512
 """Attention may read this many tokens times a power of two."""
 
 StepCall = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""A decode step without host synchronisation: tokens, slots, positions [n], longest -> [n, V]."""
+"""A decode step without host synchronisation: tokens, slots, positions [n], longest -> [n, V], or
+another output with a number of rows in proportion to n."""
 
 
 class DecodeGraphs:
     """The captured steps of one model.
 
-    call: a step. most_rows: maximum rows of a step. spare: the slot of padding rows.
+    call: a step. most_rows: maximum rows of a step. spare: the slot of padding rows. multiple:
+    the padded number of rows is one of this, such as the number of ranks that share them.
     """
 
-    def __init__(self, call: StepCall, *, most_rows: int, spare: int, device: torch.device) -> None:
-        self._call, self._most_rows = call, most_rows
+    def __init__(
+        self,
+        call: StepCall,
+        *,
+        most_rows: int,
+        spare: int,
+        device: torch.device,
+        multiple: int = 1,
+    ) -> None:
+        self._call, self._multiple = call, multiple
+        self._most_rows = most_rows = -(-most_rows // multiple) * multiple
         self._fillers = (0, spare, 0)
         self._inputs = [
             torch.zeros(most_rows, dtype=torch.int64, device=device) for _ in self._fillers
         ]
-        self._logits: Tensor | None = None
+        self._output: Tensor | None = None
         self._pool: Any = None
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
@@ -57,28 +72,43 @@ class DecodeGraphs:
         return LEAST_LENGTH * _power_of_two(-(-longest // LEAST_LENGTH))
 
     def step(
-        self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int, largest: int = 0
+        self,
+        tokens: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        longest: int,
+        largest: int = 0,
+        rows: int = 0,
     ) -> Tensor:
-        """Logits [n, V], valid until the next step. Caches must hold `rounded_length`.
+        """The output of the padded rows, [N, V] for n rows, valid until the next step. Caches must
+        hold `rounded_length`.
 
-        largest: maximum rows of this run's steps; 0 is that of all runs.
+        largest: maximum rows of this run's steps; 0 is that of all runs. rows: least number of
+        rows, for ranks that agree on one.
         """
-        rows, length = tokens.numel(), self.rounded_length(longest)
-        key = self._rounded_rows(rows), length
+        real, length = tokens.numel(), self.rounded_length(longest)
+        key = self.rounded_rows(max(real, rows)), length
         if key not in self._graphs:
-            self._add(self._rounded_rows(largest or self._most_rows), length)
+            self._add(self.rounded_rows(largest or self._most_rows), length)
             self._add(*key)
         for static, value, filler in zip(
             self._inputs, (tokens, slots, positions), self._fillers, strict=True
         ):
-            static[:rows] = value
-            static[rows : key[0]] = filler
+            static[:real] = value
+            static[real : key[0]] = filler
         self._graphs[key].replay()
-        assert self._logits is not None
-        return self._logits[:rows]
+        assert self._output is not None
+        return self._output[: self._share(key[0])]
 
-    def _rounded_rows(self, rows: int) -> int:
-        return min(_power_of_two(rows), self._most_rows)
+    def rounded_rows(self, rows: int) -> int:
+        """The number of rows of the graph for `rows`."""
+        rounded = -(-_power_of_two(rows) // self._multiple) * self._multiple
+        return min(rounded, self._most_rows)
+
+    def _share(self, rows: int) -> int:
+        """Rows of the output of a step of `rows`."""
+        assert self._output is not None
+        return rows * self._output.shape[0] // self._most_rows
 
     def _add(self, rows: int, longest: int) -> None:
         """Capture a step if there is no graph of its size."""
@@ -88,13 +118,14 @@ class DecodeGraphs:
         # Steps before and in the capture may change the states of the spare slot only.
         for static, filler in zip((tokens, slots, positions), self._fillers, strict=True):
             static.fill_(filler)
-        if self._logits is None:
+        if self._output is None:
             example = self._call(tokens, slots, positions, longest)
-            self._logits = example.new_empty(self._most_rows, example.shape[1])
-        logits = self._logits[:rows]
+            most = self._most_rows * example.shape[0] // rows
+            self._output = example.new_empty(most, example.shape[1])
+        output = self._output[: self._share(rows)]
 
         def step() -> None:
-            logits.copy_(self._call(tokens, slots, positions, longest))
+            output.copy_(self._call(tokens, slots, positions, longest))
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

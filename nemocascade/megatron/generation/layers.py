@@ -5,6 +5,9 @@ A slot holds the caches of one sequence: convolution and state-space states, key
 the slot of each sequence that continues it, and a decode step then takes one token a row. A chunk
 that continues a slot is prefilled from the slot's states, packed like a prompt.
 
+Tensor-parallel ranks share the rows of a step between layers, as training's sequence parallelism
+does. All exchanges of a step have fixed sizes (`rows`).
+
 Slot S, the last of S + 1, is the spare slot of a batch's padding rows.
 Shape letters: n rows of a step, S slots, H hidden size, tp tensor-parallel ranks, D documents.
 """
@@ -15,12 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nemocascade_kernels import RouterSettings, Steps, decode_steps
+from nemocascade_kernels import RouterSettings, Steps, decode_steps, make_routing, moe_experts
 from torch import Tensor
 
+from nemocascade.megatron.generation.rows import gather_rows, reduce_scatter_rows
 from nemocascade.megatron.generation.slot_assignment import SlotAssignment
 from nemocascade.megatron.layers.block import ResidualBlock
-from nemocascade.megatron.layers.mlp import MLP
+from nemocascade.megatron.layers.mlp import MLP, activate
 from nemocascade.megatron.layers.moe import MoEMixer
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.replay import RouteRecorder
@@ -58,15 +62,14 @@ class DecodeStep:
 class SlotLayer:
     """A layer of the stack with its caches of all slots. The base class caches nothing.
 
-    Where no tensor is sharded (`whole`), a step calls `decode_steps` on the weights. Otherwise it
-    calls the training modules, which communicate.
+    A step calls `decode_steps` on this rank's weights.
     """
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         self.block = block
         self.mixer: Any = block.mixer
         self.slots = slots
-        self.whole = self.mixer.tp_group.size() == 1
+        self.tp_group = self.mixer.tp_group
 
     def refresh(self) -> None:
         """Reload the weights; called before they are first used."""
@@ -90,48 +93,57 @@ class SlotLayer:
 
     def step(self, hidden: Tensor, step: DecodeStep) -> Tensor:
         """Decode one token of each row. hidden: [n/tp, H]."""
-        mixed: Tensor = self.mixer(self.normed(hidden).unsqueeze(1), step)
-        return hidden + mixed.squeeze(1)
+        raise NotImplementedError
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Apply the layer's norm to [n/tp, H]."""
         return self.steps.norm(hidden, self.norm_weight, self.norm_eps)
 
-    def linear(self, linear: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return `residual + linear(x)` for rows [n, ...], or for this rank's part of them."""
-        if self.whole:
+    def project_in(self, linear: Any, x: Tensor) -> Tensor:
+        """Apply a linear with sharded outputs: [n/tp, H] -> [n, ...]."""
+        return self.steps.linear(gather_rows(x, self.tp_group), linear.weight, None)
+
+    def project_out(self, linear: Any, x: Tensor, residual: Tensor) -> Tensor:
+        """Apply a linear with sharded inputs: `residual + linear(x)`, [n, ...] -> [n/tp, H]."""
+        if self.tp_group.size() == 1:
             return self.steps.linear(x, linear.weight, residual)
-        y: Tensor = linear(x.unsqueeze(1))[0].squeeze(1)
-        return y if residual is None else residual + y
+        return residual + reduce_scatter_rows(
+            self.steps.linear(x, linear.weight, None), self.tp_group
+        )
+
+    def add_mlp(self, mlp: MLP, x: Tensor, residual: Tensor) -> Tensor:
+        """Return `residual + mlp(x)`, [n/tp, H]."""
+        up = activate(self.project_in(mlp.linear_fc1, x), mlp.activation)
+        return self.project_out(mlp.linear_fc2, up, residual)
 
 
 class MlpSlotLayer(SlotLayer):
     """A dense MLP; an unsharded one on a CPU runs as a single expert."""
 
-    def __init__(self, block: ResidualBlock, slots: int) -> None:
-        super().__init__(block, slots)
-        self.whole &= self.mixer.linear_fc1.weight.is_cpu
-
     def refresh(self) -> None:
         super().refresh()
-        self.expert = SingleExpert(self.mixer, self.steps)
+        self.expert = single_expert(self.mixer, self.steps)
 
     def step(self, hidden: Tensor, step: DecodeStep) -> Tensor:
-        if not self.whole:
-            return super().step(hidden, step)
+        if self.expert is None:
+            return self.add_mlp(self.mixer, self.normed(hidden), hidden)
         return hidden + self.expert(self.normed(hidden))
 
 
 class MoeSlotLayer(SlotLayer):
-    """A mixture of experts. Where a CPU holds all of them, the decode operators run; on a GPU the
-    training layer's grouped GEMMs are faster."""
+    """A mixture of experts. On a CPU the decode operators run; on a GPU the training layer's
+    grouped GEMMs are faster.
+
+    Ranks that share experts gather the rows of all of them, and each runs its own experts. A step
+    has few rows, so this costs less than a dispatch, whose sizes the host must read.
+    """
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)
         mixer, shape = self.mixer, self.mixer.config.shape
-        self.whole &= mixer.experts.ep_size * mixer.experts.etp_size == 1
-        self.whole &= mixer.router.weight.is_cpu
-        self.swiglu = shape.activation == "swiglu"
+        self.group = mixer.experts.groups.tp_ep
+        self.on_cpu = mixer.router.weight.is_cpu
+        self.activation = shape.activation
         self.settings = RouterSettings(
             top_k=shape.experts_per_token,
             score=shape.router_score,
@@ -150,22 +162,56 @@ class MoeSlotLayer(SlotLayer):
         self.bias = mixer.router.expert_bias if mixer.config.shape.router_bias else None
         self.up, self.down = mixer.experts.linear_fc1, mixer.experts.linear_fc2
         self.shared: SingleExpert | None = None
-        if mixer.shared_experts is not None and self.whole:
-            self.shared = SingleExpert(mixer.shared_experts, self.steps)
+        if mixer.shared_experts is not None:
+            self.shared = single_expert(mixer.shared_experts, self.steps)
 
     def step(self, hidden: Tensor, step: DecodeStep) -> Tensor:
-        if not self.whole:
-            return super().step(hidden, step)
         x = self.normed(hidden)
+        hidden = hidden + self._routed(x, step)
+        if self.shared is not None:
+            return hidden + self.shared(x)
+        if self.mixer.shared_experts is not None:
+            return self.add_mlp(self.mixer.shared_experts, x, hidden)
+        return hidden
+
+    def _routed(self, x: Tensor, step: DecodeStep) -> Tensor:
+        """The sum over the chosen experts of this rank's rows, [n/tp, H]."""
+        rows, activation = self.mixer.rows(x.shape[0]), self.activation
+        if self.on_cpu:
+            chosen, weights = self._choose(x, rows, step)
+            if self.group.size() == 1:
+                return self._experts(x, chosen, weights)
+        else:
+            routing = self.mixer.route(self.mixer.router(x), step, rows)
+            if self.group.size() == 1:
+                return moe_experts(x, routing, self.up, self.down, activation=activation)
+            chosen, weights = routing.experts, routing.weights
+        experts = self.mixer.experts
+        x, chosen, weights = (gather_rows(t, self.group) for t in (x, chosen, weights))
+        local = chosen - experts.ep_rank * experts.num_local
+        is_mine = (local >= 0) & (local < experts.num_local)
+        local = torch.where(is_mine, local, experts.num_local)
+        partial = self._experts(x, local, torch.where(is_mine, weights, 0.0))
+        # Summed over the ranks in float32, as one rank sums its experts.
+        return reduce_scatter_rows(partial.float(), self.group).to(x.dtype)
+
+    def _choose(self, x: Tensor, rows: slice, step: DecodeStep) -> tuple[Tensor, Tensor]:
+        """The experts of this rank's `rows`, [n/tp, K] int32, and their weights, on a CPU."""
         logits = self.router_steps.linear(x.float(), self.router_weight, None)
-        real = x.shape[0] if step.real is None else step.real
+        real = rows.stop if step.real is None else step.real
+        real = min(max(real - rows.start, 0), x.shape[0])
         chosen, weights = self.router_steps.route(logits, self.bias, real, self.settings)
         if step.recorder is not None:
-            step.recorder.keep(self.mixer.layer_number, slice(0, x.shape[0]), chosen)
-        hidden = hidden + self.steps.experts(x, chosen, weights, self.up, self.down, self.swiglu)
-        if self.shared is not None:
-            hidden += self.shared(x)
-        return hidden
+            step.recorder.keep(self.mixer.layer_number, rows, chosen)
+        return chosen, weights
+
+    def _experts(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Apply this rank's experts; the number of them means no expert."""
+        if self.on_cpu:
+            swiglu = self.activation == "swiglu"
+            return self.steps.experts(x, chosen, weights, self.up, self.down, swiglu)
+        routing = make_routing(chosen, weights, self.up.shape[0])
+        return moe_experts(x, routing, self.up, self.down, activation=self.activation)
 
 
 class SingleExpert:
@@ -183,3 +229,10 @@ class SingleExpert:
             self._chosen = torch.zeros(self._rows, 1, dtype=torch.int32, device=x.device)
             self._weights = torch.ones(self._rows, 1, device=x.device)
         return self.steps.experts(x, self._chosen, self._weights, self.up, self.down, self.swiglu)
+
+
+def single_expert(mlp: MLP, steps: Steps) -> SingleExpert | None:
+    """The MLP as a single expert if it is unsharded and on a CPU; None otherwise."""
+    if mlp.tp_group.size() == 1 and mlp.linear_fc1.weight.is_cpu:
+        return SingleExpert(mlp, steps)
+    return None

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from nemocascade_kernels import Truncation, decode_steps, kept_log_mass, kept_tokens
 from nemocascade_kernels.common.transfer import to_device
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 from nemocascade.megatron.generation.cached_layers import slot_layer
 from nemocascade.megatron.generation.decode_graph import DecodeGraphs
 from nemocascade.megatron.generation.layers import DecodeStep, SlotLayer
+from nemocascade.megatron.generation.rows import gather_rows, reduce_scatter_rows
 from nemocascade.megatron.generation.slot_assignment import SlotAssignment
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel
@@ -70,16 +70,28 @@ class ModelRunner:
         ]
         self.record_routing, self.choices = record_routing, None
         self._graphs: DecodeGraphs | None = None
-        if not record_routing and world.device.type == "cuda" and self._is_alone:
-            self._graphs = DecodeGraphs(
-                self._captured_step, most_rows=slots, spare=slots, device=world.device
-            )
+        # Interleaved chunks send within a step, which a graph does not contain.
+        if not record_routing and world.device.type == "cuda" and len(chunks) == 1:
+            self._graphs = self._new_graphs()
 
-    @property
-    def _is_alone(self) -> bool:
-        """True if no other rank takes part in a step."""
-        parallel = self.world.parallel
-        return parallel.tp * parallel.pp * parallel.ep * parallel.etp == 1
+    def _new_graphs(self) -> DecodeGraphs:
+        """Graphs of this rank's part of a step."""
+        tp = self.world.parallel.tp
+        rows = self._padded(self.slots)
+        self._inbox = torch.zeros(
+            rows // tp,
+            self.config.hidden_size,
+            dtype=self.config.params_dtype,
+            device=self.world.device,
+        )
+        """Hidden states [n/tp, H] from the stage before, read by the graphs."""
+        return DecodeGraphs(
+            self._captured_step,
+            most_rows=rows,
+            spare=self.slots,
+            device=self.world.device,
+            multiple=tp,
+        )
 
     def refresh(self) -> None:
         """Reload the weights, which may have changed since the last call."""
@@ -118,9 +130,14 @@ class ModelRunner:
         """
         if context > self.context:
             ahead = max(self.context + self.context // 2, LEAST_CONTEXT)
-            self.context = max(context, min(ahead, self.longest or ahead))
+            self.allocate(max(context, min(ahead, self.longest or ahead)))
+
+    def allocate(self, context: int) -> None:
+        """Allocate caches for sequences of `context` tokens, and no more."""
+        if context > self.context:
+            self.context = context
             for layer in self._each_layer():
-                layer.reserve(self.context)
+                layer.reserve(context)
             self._drop_graphs()
 
     @torch.no_grad()
@@ -182,43 +199,64 @@ class ModelRunner:
 
     @torch.no_grad()
     def decode(
-        self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int, rows: int = 0
     ) -> Tensor | None:
         """Decode one token of each row.
 
         tokens, slots, positions: [n] int64 on the device: the token, the row's slot, its
-        number of cached tokens. longest: at least the largest position + 1.
+        number of cached tokens. longest: at least the largest position + 1. rows: the largest n of
+        the ranks that share experts; they pass the same `longest`, and have the same `context`.
         Returns logits [n, V] on the last stage, None on the others.
         """
-        if self._graphs is not None:
-            self.reserve(self._graphs.rounded_length(longest))
-            return self._graphs.step(tokens, slots, positions, longest, self.most_rows)
-        self.reserve(longest)
         real = tokens.numel()
-        spare = self._padded(real) - real
+        if self._graphs is not None:
+            return self._replayed(tokens, slots, positions, longest, rows)
+        self.reserve(longest)
+        spare = self._padded(max(real, rows)) - real
         if spare:
             tokens, positions = (
                 torch.nn.functional.pad(t, (0, spare)) for t in (tokens, positions)
             )
             slots = torch.nn.functional.pad(slots, (0, spare), value=self.slots)
         recorder = self._recorder(tokens.numel())
-        logits = self._step(
-            tokens, DecodeStep(slots, positions, longest, real, self.slots, recorder)
-        )
-        self._record_choices(recorder)
-        return None if logits is None else logits[:real]
-
-    def _step(self, tokens: Tensor, step: DecodeStep) -> Tensor | None:
+        step = DecodeStep(slots, positions, longest, real, self.slots, recorder)
         hidden = self._through(tokens, lambda layer, hidden: layer.step(hidden, step))
-        return None if hidden is None else self._logits(hidden, None)
+        self._record_choices(recorder)
+        return None if hidden is None else self._logits(hidden, None)[:real]
+
+    def _replayed(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int, rows: int
+    ) -> Tensor | None:
+        """Implements `decode` by a graph; stages exchange hidden states outside of it."""
+        assert self._graphs is not None
+        real, [chunk] = tokens.numel(), self.chunks
+        self.reserve(self._graphs.rounded_length(longest))
+        if not chunk.pre_process:
+            count = self._graphs.rounded_rows(max(real, rows)) // self.world.parallel.tp
+            self._receive(self._inbox[:count])
+        out = self._graphs.step(tokens, slots, positions, longest, self.most_rows, rows)
+        if chunk.post_process:
+            return out[:real]
+        self._send(out)
+        return None
 
     def _captured_step(
         self, tokens: Tensor, slots: Tensor, positions: Tensor, longest: int
     ) -> Tensor:
-        """A step for a graph, in which the host does not know the number of real rows."""
-        logits = self._step(tokens, DecodeStep(slots, positions, longest, None, self.slots))
-        assert logits is not None
-        return logits
+        """This rank's part of a step for a graph, in which the host does not know the number of
+        real rows."""
+        step, [chunk], [layers] = (
+            DecodeStep(slots, positions, longest, None, self.slots),
+            self.chunks,
+            self._layers,
+        )
+        if chunk.pre_process:
+            hidden = self._embed(chunk, tokens)
+        else:
+            hidden = self._inbox[: tokens.numel() // self.world.parallel.tp]
+        for layer in layers:
+            hidden = layer.step(hidden, step)
+        return self._logits(hidden, None) if chunk.post_process else hidden
 
     @torch.no_grad()
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
@@ -276,12 +314,18 @@ class ModelRunner:
         them back to the first.
         """
         hidden: Tensor | None = None
-        tp = self.world.parallel.tp
+        rows = tokens.numel() // self.world.parallel.tp
         for chunk, layers in zip(self.chunks, self._layers, strict=True):
             if chunk.pre_process:
                 hidden = self._embed(chunk, tokens)
             elif self.world.parallel.pp > 1:
-                hidden = self._receive(tokens.numel() // tp)
+                hidden = torch.empty(
+                    rows,
+                    self.config.hidden_size,
+                    dtype=self.config.params_dtype,
+                    device=self.world.device,
+                )
+                self._receive(hidden)
             assert hidden is not None
             for layer in layers:
                 hidden = apply(layer, hidden)
@@ -291,38 +335,34 @@ class ModelRunner:
         return None
 
     def _embed(self, chunk: CascadeModel, tokens: Tensor) -> Tensor:
-        """Embeddings [T/tp, H]."""
-        if self.world.parallel.tp > 1:
-            return chunk.embed(tokens).squeeze(1)
-        return torch.nn.functional.embedding(tokens, chunk.embedding.word_embeddings.weight)
+        """Embeddings [T/tp, H] of tokens [T]."""
+        weight, group = chunk.embedding.word_embeddings.weight, self.world.groups.tp
+        if group.size() == 1:
+            return torch.nn.functional.embedding(tokens, weight)
+        local = tokens.long() - group.rank() * weight.shape[0]
+        is_mine = (local >= 0) & (local < weight.shape[0])
+        found = torch.nn.functional.embedding(torch.where(is_mine, local, 0), weight)
+        return reduce_scatter_rows(torch.where(is_mine[:, None], found, 0.0), group)
 
     def _send(self, hidden: Tensor) -> None:
         group, pp = self.world.groups.pp, self.world.parallel.pp
         to = dist.get_global_rank(group, (self.world.pp_rank + 1) % pp)
         dist.send(hidden.contiguous(), to, group=group)
 
-    def _receive(self, rows: int) -> Tensor:
+    def _receive(self, hidden: Tensor) -> None:
+        """Receive hidden states from the stage before into `hidden`."""
         group, pp = self.world.groups.pp, self.world.parallel.pp
-        hidden = torch.empty(
-            rows,
-            self.config.hidden_size,
-            dtype=self.config.params_dtype,
-            device=self.world.device,
-        )
         dist.recv(hidden, dist.get_global_rank(group, (self.world.pp_rank - 1) % pp), group=group)
-        return hidden
 
     def _logits(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
         """Logits [n, V] of the chosen rows, bit-identical on all tensor-parallel ranks."""
         tp = self.world.groups.tp
-        if self.world.parallel.tp > 1:
-            hidden = gather_from_sequence_parallel_region(hidden, group=tp)
+        hidden = gather_rows(hidden, tp)
         if rows is not None:
             hidden = hidden[rows]
         normed = self._steps.norm(hidden, self._norm_weight, self._norm_eps)
         mine = self._steps.linear(normed, self._head, None)
-        if self.world.parallel.tp == 1:
+        if tp.size() == 1:
             return mine
-        shards = [torch.empty_like(mine) for _ in range(tp.size())]
-        dist.all_gather(shards, mine, group=tp)
-        return torch.cat(shards, dim=1)
+        shards = gather_rows(mine, tp).view(tp.size(), *mine.shape)
+        return shards.transpose(0, 1).flatten(1)

@@ -214,11 +214,11 @@ class MoEMixer(MegatronModule):
     def forward(self, hidden_states: Tensor, packed: Microbatch) -> Tensor:
         """Apply the mixer to [T, 1, H], this rank's part of the sequence; same shape."""
         x = hidden_states.flatten(0, 1)
-        rows = self._rows(x.shape[0])
+        rows = self.rows(x.shape[0])
         logits = self.router(x)
         # The choices of the forward pass, if this is its recomputation in backward.
         earlier = None if packed.first_pass is None else packed.first_pass.experts
-        routing = self._route(logits, packed, rows, earlier)
+        routing = self.route(logits, packed, rows, earlier)
         y: Tensor = self.experts(x, routing, packed.first_pass)
         if self.training and torch.is_grad_enabled():
             y = self._with_losses(y, logits, routing, packed, rows)
@@ -229,10 +229,11 @@ class MoEMixer(MegatronModule):
             y = y + self.shared_experts(hidden_states, packed)
         return y
 
-    def _route(
-        self, logits: Tensor, packed: Microbatch, rows: slice, earlier: Tensor | None
+    def route(
+        self, logits: Tensor, packed: Microbatch, rows: slice, earlier: Tensor | None = None
     ) -> Routing:
-        """Route by the router's choice, a replayed one, or `earlier`, that of the forward pass."""
+        """Route this rank's `rows` of the packed sequence, by the router's choice, a replayed one,
+        or `earlier`, that of the forward pass. logits: [T, E]."""
         mask, layer, replay = packed.token_mask(rows), self.layer_number, packed.replay
         if earlier is not None:
             # Recomputed scores may round differently, and the bias may have changed.
@@ -251,7 +252,7 @@ class MoEMixer(MegatronModule):
             packed.recorder.keep(layer, rows, routing.experts)
         return routing
 
-    def _rows(self, count: int) -> slice:
+    def rows(self, count: int) -> slice:
         """The rows of the packed sequence on this rank under sequence parallelism."""
         if not self.config.sequence_parallel:
             return slice(0, count)
