@@ -74,6 +74,8 @@ def _run(arguments: list[str]) -> None:
     if not script.is_file():
         raise SystemExit(f"nemocascade run: {script} is no file: name a recipe script")
     sys.argv = arguments
+    # Modules beside the script, as Python itself runs it.
+    sys.path.insert(0, str(script.parent.resolve()))
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -7,6 +7,7 @@ checkpoints and logs.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -55,6 +56,8 @@ def key_of(inputs: Inputs) -> str:
 def recipe_files(recipe: StageRecipe) -> list[str]:
     """Files and external artifacts that a stage reads, besides its start artifact and teachers."""
     found = {path for _, path in named_paths(recipe, "input")}
+    settings = recipe.demonstrations if isinstance(recipe, SftRecipe) else recipe.envs
+    found.update(map(_module_file, settings.modules))
     if isinstance(recipe, SftRecipe):
         # The digest of the start artifact already covers its tokenizer.
         if recipe.init_from:
@@ -64,9 +67,21 @@ def recipe_files(recipe: StageRecipe) -> list[str]:
     return sorted(found - {""})
 
 
+def _module_file(name: str) -> str:
+    """The file of a module of `envs.modules`; its name where it cannot be found."""
+    if name.endswith(".py"):
+        return name
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
+    return name if found is None or found.origin is None else found.origin
+
+
 def score_files(config: ScoreConfig) -> list[str]:
-    """Files with held-out tasks."""
-    return sorted({path for d in config.domains for path in d.heldout_path})
+    """Files that scores depend on: held-out tasks, and what the verifiers read."""
+    found = {path for _, path in named_paths(config, "input")}
+    return sorted(found.union(map(_module_file, config.envs.modules)))
 
 
 class FileHashes:

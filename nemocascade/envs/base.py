@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from nemocascade.envs.prompt_rows import flattened, pass_rate_of, turns_of
 from nemocascade.envs.row_forms import RowFields, RowForm
+from nemocascade.recipe.envs import EnvConfig
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import DataError, RowError, refuse_row
 from nemocascade.runtime.row_files import find_files, read_rows, report_skipped
@@ -21,6 +22,7 @@ from nemocascade.runtime.turns import kind_of
 from nemocascade.sandbox.child import ChildError, ChildHostError, ChildPool
 from nemocascade.types import (
     Environment,
+    Judge,
     Message,
     Prompt,
     Row,
@@ -35,6 +37,7 @@ _NOT_OF_A_ROW = (SandboxError, MemoryError)
 """Errors of the host; any other error where a row is parsed is the row's."""
 TRIES = 2000
 """A difficulty is exhausted after this many consecutive tasks that were seen before."""
+_MARKED: set[type] = set()
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _CUT = re.compile(r"\n|(?<!\\)\$|\\[\])]")
@@ -50,6 +53,15 @@ class Domain(ABC):
     """Forms of released rows, beside `row_forms.EVERY_ROW`. Other fields cannot be read."""
     answered_tools: Collection[str] | None = None
     """Names of the tools that a released row may declare; None allows any."""
+
+    @classmethod
+    def from_settings(cls, config: EnvConfig, judge: Judge, children: ChildPool) -> Self:
+        """Make an environment that a user's module defines; by default without arguments.
+
+        config: all settings of verifiers. judge: the run's judge. children: processes for checks
+        that may not terminate, as `CheckedDomain` runs them.
+        """
+        return cls()
 
     @property
     def collective(self) -> bool:
@@ -94,7 +106,7 @@ class Domain(ABC):
         """Yield `count` distinct tasks, the same for the same arguments.
 
         The split depends on the problem of a task alone, so no task is in both splits, whatever
-        the seeds. Raises ValueError if there are fewer than `count`.
+        the seeds. Raises DataError if there are fewer than `count`.
         """
         rng = random.Random(f"{self.domain}/{seed}/{difficulty}/{heldout}")
         seen: set[str] = set()
@@ -104,10 +116,12 @@ class Domain(ABC):
             task = task_id(prompt)
             tries += 1
             if tries > TRIES:
-                raise ValueError(
-                    f"{self.domain} has about {len(seen)} tasks of difficulty {difficulty} on "
-                    f"this side of the split, {count} were asked for: ask for fewer, or raise "
-                    "the difficulty"
+                side = "held-out" if heldout else "training"
+                setting = "eval.prompts or scores.tasks" if heldout else "the domain's tasks"
+                raise DataError(
+                    f"{self.domain} has about {len(seen)} {side} tasks of difficulty "
+                    f"{difficulty}, {count} were asked for: lower {setting}, or raise the "
+                    "difficulty"
                 )
             if task in seen or is_heldout(self.split_key(prompt)) != heldout:
                 continue
@@ -252,6 +266,17 @@ class Domain(ABC):
     def close(self) -> None:
         """Release resources; a no-op by default."""
         return
+
+
+def environment[T: type[Domain]](kind: T) -> T:
+    """Mark a class as a domain that `envs.modules` offers to recipes by its name `domain`."""
+    _MARKED.add(kind)
+    return kind
+
+
+def is_environment(kind: type) -> bool:
+    """Return True for a class that is marked with `environment`."""
+    return kind in _MARKED
 
 
 class AnswerFault(Exception):  # noqa: N818 - it is a verdict on an answer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 
 from nemocascade.envs.base import Domain
@@ -11,6 +11,7 @@ from nemocascade.envs.instruction_following import InstructionFollowing
 from nemocascade.envs.long_context import LongContext
 from nemocascade.envs.mathematics import Mathematics
 from nemocascade.envs.multiple_choice import MultipleChoice
+from nemocascade.envs.own_domains import own_domains
 from nemocascade.envs.preference import Preference
 from nemocascade.envs.python_tool import PythonTool, ToolIntegrated
 from nemocascade.envs.structured_output import StructuredOutput
@@ -19,6 +20,7 @@ from nemocascade.envs.swe_agentless import SweAgentless
 from nemocascade.envs.tool_calling import ToolCalling
 from nemocascade.judges.rule import RuleJudge
 from nemocascade.judges.server import ServerJudge, server_problems
+from nemocascade.recipe import RecipeError
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.sandbox.child import ChildPool
@@ -44,7 +46,8 @@ def make_environments(
     """Make one environment per domain, sharing a pool of check processes; none starts before use.
 
     judge: shared by the domains that need one; None makes the judge of the settings. Raises
-    ValueError naming every setting that is out of range. `close_environments` ends the processes.
+    ValueError naming every setting that is out of range, and RecipeError for a module of
+    `envs.modules` that offers none. `close_environments` ends the processes.
     """
     config = config or EnvConfig()
     if problems := config.problems():
@@ -73,6 +76,8 @@ def make_environments(
         SweAgentless(config.sandbox, judge, config.agentless),
         SweAgentic(config.sandbox, config.agent),
     ]
+    for own in own_domains(config.modules, DOMAINS).values():
+        domains.append(own.from_settings(config, judge, children))
     tool = PythonTool(config.python_tool, config.sandbox)
     return {
         domain.domain: ToolIntegrated(domain, tool)
@@ -80,6 +85,28 @@ def make_environments(
         else domain
         for domain in domains
     }
+
+
+def known_domains(modules: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of all domains: those of this package, of `modules` and of entry points.
+
+    Raises RecipeError as `own_domains`.
+    """
+    return (*DOMAINS, *own_domains(modules, DOMAINS))
+
+
+def domain_problems(named: str, names: Iterable[str], modules: Sequence[str]) -> list[str]:
+    """Return what is wrong with names of domains. named: start of each message."""
+    try:
+        known = known_domains(modules)
+    except RecipeError as error:
+        return error.problems
+    return [
+        f"{named} names {name!r}, known are {', '.join(known)}: "
+        "name one of them, or its module in envs.modules"
+        for name in dict.fromkeys(names)
+        if name not in known
+    ]
 
 
 def close_environments(environments: Mapping[str, Domain]) -> None:

@@ -172,6 +172,10 @@ class PythonToolConfig:
 class EnvConfig:
     """Settings of the verifiers."""
 
+    modules: tuple[str, ...] = ()
+    """Modules with domains of your own, see docs/your_domain.md: dotted names, such as
+    `my_package.my_domain`, or paths of `.py` files."""
+
     if_grading: Literal["binary", "fraction"] = "binary"
     """Reward of instruction following: 1 if all instructions hold, or the fraction that holds. A
     row's `grading_mode` precedes it."""

@@ -40,6 +40,9 @@ class DemonstrationConfig:
     improve: samples are sometimes right where greedy answers are not. Held-out rows have the same
     fraction."""
 
+    modules: tuple[str, ...] = ()
+    """Modules with domains of your own, as in `envs.modules` of RL."""
+
     python_tool: PythonToolConfig = field(default_factory=PythonToolConfig)
     """The Python tool of the rows, as in `envs.python_tool` of RL. Rows of `math` from difficulty 4
     on call it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemocascade.envs.base import demonstration
-from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
+from nemocascade.envs.registry import close_environments, domain_problems, make_environments
 from nemocascade.recipe import EnvConfig, RecipeError, SftRecipe
 from nemocascade.runtime.files import write_text
 from nemocascade.runtime.jsonl import json_text
@@ -21,11 +21,12 @@ def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
     """Add the rows of `recipe.demonstrations` to its data, as files in RUN/demonstrations.
 
     Training rows contain no held-out task of this or a later stage. Raises RecipeError for an
-    unknown domain.
+    unknown domain, and for a module that offers none.
     """
-    unknown = sorted({d.domain for d in recipe.demonstrations.domains} - set(DOMAINS))
-    if unknown:
-        raise RecipeError([f"demonstrations.domains: {unknown} are none of {', '.join(DOMAINS)}"])
+    settings = recipe.demonstrations
+    names = [d.domain for d in settings.domains]
+    if problems := domain_problems("demonstrations.domains", names, settings.modules):
+        raise RecipeError(problems)
     folder = Path(recipe.run_dir) / "demonstrations"
     train, heldout = folder / "train.jsonl", folder / "heldout.jsonl"
 
@@ -51,7 +52,9 @@ def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
 def demonstration_rows(recipe: SftRecipe, *, heldout: bool) -> Iterator[dict[str, Any]]:
     """Rows of all domains in random order, some with reasoning and some without."""
     settings = recipe.demonstrations
-    environments = make_environments(EnvConfig(python_tool=settings.python_tool))
+    environments = make_environments(
+        EnvConfig(modules=settings.modules, python_tool=settings.python_tool)
+    )
     try:
         prompts = [
             prompt

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
+from nemocascade.envs.registry import close_environments, make_environments
 from nemocascade.recipe import EnvConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.collector import UNTRUNCATED_REWARD, Gathered, Group
@@ -149,7 +149,7 @@ def replay(settings: ReplaySettings) -> list[Replayed]:
     try:
         found = []
         for where, row in chosen:
-            if row["domain"] not in DOMAINS:
+            if row["domain"] not in environments:
                 raise DataError(f"{where}: {row['domain']!r} is no domain")
             environment = environments[row["domain"]]
             verdict = environment.score(_prompt(row), [_message(t) for t in row["turns"]])

@@ -9,8 +9,8 @@ from typing import Any
 
 from nemocascade.data.tokenizer import Tokenizer, load_artifact_tokenizer, load_tokenizer
 from nemocascade.envs.registry import (
-    DOMAINS,
     close_environments,
+    domain_problems,
     judge_problems,
     make_environments,
 )
@@ -57,8 +57,7 @@ def run_pass_rates(settings: PassRateSettings) -> dict[str, Any]:
     and ServerError if the server fails.
     """
     problems = settings.problems() + judge_problems(settings.envs.judge)
-    if unknown := sorted(set(settings.domains) - set(DOMAINS)):
-        problems.append(f"domains names {unknown}, known are {', '.join(DOMAINS)}")
+    problems += domain_problems("domains", settings.domains, settings.envs.modules)
     if fault := key_problem(read_key(settings.api_key_env)):
         problems.append(f"the key in api_key_env({settings.api_key_env}) {fault}")
     if problems:
@@ -78,7 +77,7 @@ def run_pass_rates(settings: PassRateSettings) -> dict[str, Any]:
         engine, judge = _open_policy(settings, artifact, world, detected, tokenizer)
         every = make_environments(settings.envs, judge=judge)
         try:
-            chosen: dict[str, Environment] = {n: every[n] for n in settings.domains or DOMAINS}
+            chosen: dict[str, Environment] = {n: every[n] for n in settings.domains or every}
             key = settings.key(
                 artifact.digest if artifact else settings.model,
                 tokenizer.fingerprint,

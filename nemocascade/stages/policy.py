@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_artifact_tokenizer
-from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
+from nemocascade.envs.registry import close_environments, domain_problems, make_environments
 from nemocascade.megatron.artifact import artifact_model, read_artifact
 from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.replica import Replica, TrainingMemory
@@ -79,8 +79,7 @@ def _checked_start(recipe: PolicyRecipe) -> tuple[Artifact, ModelConfig]:
     read.
     """
     problems = recipe.problems(world_size_of_environment())
-    unknown = sorted({d.domain for d in recipe.domains} - set(DOMAINS))
-    problems += [f"domains names {n!r}, known are {', '.join(DOMAINS)}" for n in unknown]
+    problems += domain_problems("domains", (d.domain for d in recipe.domains), recipe.envs.modules)
     if problems:
         raise RecipeError(problems)
     parent = read_artifact(Path(recipe.init_from))

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from nemocascade.data.tokenizer import Tokenizer, load_artifact_tokenizer
-from nemocascade.envs.registry import DOMAINS, close_environments, make_environments
+from nemocascade.envs.registry import (
+    DOMAINS,
+    close_environments,
+    domain_problems,
+    known_domains,
+    make_environments,
+)
 from nemocascade.megatron.artifact import artifact_model, read_artifact
 from nemocascade.megatron.checkpoint.folder import digest_of
 from nemocascade.recipe import (
@@ -197,11 +203,8 @@ def score_artifact(
 def scoring_problems(config: ScoreConfig) -> list[str]:
     """Every rule that the settings break, as far as can be checked without a model."""
     problems = config.problems(world_size_of_environment())
-    problems += [
-        f"scores.domains names {d.domain!r}, known are {', '.join(DOMAINS)}"
-        for d in config.domains
-        if d.domain not in DOMAINS
-    ]
+    names = [d.domain for d in config.domains]
+    problems += domain_problems("scores.domains", names, config.envs.modules)
     if not config.domains:
         problems.append("scores.domains is empty: name at least one domain")
     return problems
@@ -216,6 +219,7 @@ def _answer(
 ) -> dict[str, list[Group]]:
     """Answer every domain's tasks; domains with the same sampling are generated together."""
     found: dict[str, list[Group]] = {d.domain: [] for d in config.domains}
+    known = known_domains(config.envs.modules)
     ordered = sorted(config.domains, key=config.sampling_of)
     for how, domains in groupby(ordered, key=config.sampling_of):
         rollout = RolloutConfig(
@@ -252,7 +256,7 @@ def _answer(
                     f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
                 )
             # The numbers decide the samples, so they do not depend on what else is scored.
-            first = DOMAINS.index(domain.domain) * MOST_TASKS
+            first = known.index(domain.domain) * MOST_TASKS
             tasks += [Task(prompt, ids, first + i) for i, (prompt, ids) in enumerate(encoded)]
         sampling = replace(
             collector.sampling(),
