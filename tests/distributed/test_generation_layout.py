@@ -128,7 +128,7 @@ def run_case(
         restored = trainer.optimizer.state_tensors()
         if len(state) != len(restored) or not all(map(torch.equal, state, restored)):
             faults.append("the optimizer's state has changed")
-        texts = {}
+        texts: dict[int, Any] = {}
         for part in world.all_gather_object(
             {c.request.id: [c.tokens.tolist(), c.logprob.tolist()] for c in done}
         ):
@@ -177,7 +177,8 @@ def batches_of(world: Any, requests: Any, texts: Any) -> list[Any]:
 
     sequences = sequences_of(requests, texts)
     multiple = world.parallel.pp if world.parallel.vpp > 1 else 1
-    bins = lay_out(sequences, 64, ranks=world.dp_size, multiple=multiple)[world.dp_rank]
+    lengths = [s.tokens.numel() for s in sequences]
+    bins = lay_out(lengths, 64, ranks=world.dp_size, multiple=multiple)[world.dp_rank]
     return [pack_sequences([sequences[i] for i in b], 64, 0, list(b)) for b in bins]
 
 
