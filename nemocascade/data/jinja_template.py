@@ -29,8 +29,8 @@ class JinjaTemplate:
         self._tokens = dict(tokens)
         try:
             self._template = self._environment.from_string(source)
-        # Deeply nested source exceeds the recursion limit.
-        except (jinja2.TemplateError, RecursionError) as error:
+        # Deeply nested source exceeds the limits of Python's compiler, to which jinja hands it.
+        except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             raise DataError(f"the chat template is broken: {error}") from None
 
     def render(

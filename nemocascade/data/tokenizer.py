@@ -226,6 +226,13 @@ class HuggingFaceTokenizer(Tokenizer):
         unknown = getattr(self._model.model, "unk_token", None)
         specials = {t.content: i for i, t in added.items() if t.special and t.content != unknown}
         specials |= {tag: vocabulary[tag] for tag in CONTROL_TAGS if tag in vocabulary}
+        taken = {i: t for t, i in specials.items()}
+        for token, i in vocabulary.items():
+            if taken.get(i, token) != token and token not in added:
+                raise TokenizerError(
+                    f"{path}: {token!r} has id {i}, which is that of {taken[i]!r}: text would "
+                    "become a control token; give each its own id"
+                )
         super().__init__(path, data, specials)
         ids = {name: vocabulary.get(token_text(self.config.get(name))) for name in TOKEN_NAMES}
         self.bos_id, self.eos_id = ids["bos_token"], ids["eos_token"]

@@ -137,6 +137,8 @@ def _call_of(row: Row) -> dict[str, Any]:
     _, declared = turns_of(row)
     name, key = row.get("tool_name") or None, row.get("tool_payload_key") or None
     tools = {t.name: dict(t.parameters) for t in declared if name in (None, t.name)}
+    if not isinstance(key, str | None):
+        raise ValueError(f"tool_payload_key must be a text, it is {kind_of(key)}")
     if not tools:
         raise ValueError(
             f"tool_name({name!r}) is none of the declared tools {[t.name for t in declared]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
@@ -38,6 +39,8 @@ def _value(hint: Any, value: object, where: str) -> Any:
     elif origin is list:
         if isinstance(value, list):
             return [_value(arguments[0], v, f"{where}.{i}") for i, v in enumerate(value)]
+    elif hint is float and isinstance(value, int) and abs(value) > sys.float_info.max:
+        pass  # arithmetic would fail
     elif isinstance(value, bool) == (hint is bool) and isinstance(
         value, int | float if hint is float else hint
     ):

@@ -229,6 +229,15 @@ def test_templates_without_a_default_are_none(tmp_path: Path, templates: str) ->
     assert load_tokenizer(tmp_path).chat_template is None
 
 
+def test_text_that_would_become_a_control_token_is_refused(tmp_path: Path) -> None:
+    spec = json.loads(Path(huggingface_tokenizer().path).read_bytes())
+    vocabulary = spec["model"]["vocab"]
+    vocabulary["a"] = vocabulary["<|im_end|>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(TokenizerError, match=r"'a' has id \d+, .* of '<\|im_end\|>': text would"):
+        load_tokenizer(tmp_path)
+
+
 def test_characters_outside_of_a_vocabulary_are_named(tmp_path: Path) -> None:
     tags = {tag: number for number, tag in enumerate(REQUIRED_TAGS)}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(tags, "[UNK]"))

@@ -331,6 +331,7 @@ def test_results_are_the_suffix_after_the_turn(name: str) -> None:
     ("source", "complaint"),
     [
         ("{% if %}", "is broken"),
+        pytest.param("{{ f" + "(1)" * 300 + " }}", "is broken", id="calls of calls"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages.append(1) }}", "cannot render"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot render"),

@@ -451,6 +451,7 @@ def test_texts_of_a_call_become_values(text: Any, schema: Any, value: Any) -> No
         ({"response_mode": "audio"}, "response_mode 'audio' must be text or tool_call"),
         ({"tool_name": "nobody"}, r"tool_name\('nobody'\) is none of the declared tools"),
         ({"schema_str": "[]"}, "a schema must be an object"),
+        ({"tool_payload_key": {"a": 1}}, "tool_payload_key must be a text, it is dict"),
     ],
 )
 def test_rows_of_calls_that_cannot_be_verified(

@@ -303,6 +303,7 @@ def test_a_reply_is_json_or_nothing(server: FakeServer) -> None:
     choice: dict[str, Any] = whole["choices"][0]
     header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (10000000000000, 9, 9), }"
     huge = b"\x93NUMPY\x01\x00v\x00" + header.ljust(117) + b"\n"
+    torn = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '|u1', 'shape".ljust(117) + b"\n"
     changes: list[dict[str, Any]] = [
         {"token_ids": [1.5e300]}, {"token_ids": "ab"}, {"token_ids": {}}, {"token_ids": [-1]},
         {"token_ids": [9]}, {"token_ids": []}, {"token_ids": [1] * 5}, {"finish_reason": []},
@@ -312,6 +313,7 @@ def test_a_reply_is_json_or_nothing(server: FakeServer) -> None:
         {"logprobs": {"token_logprobs": [10**400]}},
         {"routed_experts": base64.b64encode(b"PK\x05\x06" + bytes(18)).decode()},
         {"routed_experts": base64.b64encode(huge).decode()},
+        {"routed_experts": base64.b64encode(torn).decode()},
     ]  # fmt: skip
     broken = [b"", b"[", b"[]", b"null", b'{"choices": []}', b"[" * 100_000, b"\xff"]
     broken += [

@@ -54,6 +54,7 @@ def test_a_record_comes_back() -> None:
         ({"texts": "t"}, "Outer.texts"),
         ({"texts": ["t", None]}, "Outer.texts.1"),
         ({"rates": {"a": "1"}}, "Outer.rates.a"),
+        ({"rates": {"a": 10**400}}, "Outer.rates.a"),
         ({"more": 1}, "Outer lacks, or does not know, 'more'"),
     ],
     ids=str,
