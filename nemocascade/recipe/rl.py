@@ -85,6 +85,11 @@ class RolloutConfig:
     """Draw at most this many times `prompts_per_step` prompts for a step; a step that finds fewer
     informative groups trains on those."""
 
+    draw_margin: NonNegative = 1.0
+    """Dynamic filtering draws ahead: it starts as many prompts as give enough informative groups by
+    the running share of these, with this many standard deviations to spare. 0 = just as many as are
+    expected to give enough. It affects the time of a step, not what trains."""
+
     min_best_reward: Annotated[float | None, Range()] = None
     """Mask the loss of prompts with no rollout whose reward is above this. They are counted and not
     replaced. None masks none."""

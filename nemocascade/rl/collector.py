@@ -1,6 +1,6 @@
 """Collects scored rollouts: generation and verification run concurrently.
 
-Tasks are sharded over the data-parallel ranks and the outcomes are shared. Every rank then has the
+The replicas take the rollouts from a queue, and the outcomes are shared. Every rank then has the
 outcomes of all rollouts of a step, in the order of the tasks, on any parallel layout. Tokens and
 texts stay on the rank that verified them, see `exchange`.
 """
@@ -18,10 +18,11 @@ from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.grpo import GrpoConfig
 from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.rl.advantages import group_advantages, is_informative, overlong_penalty
+from nemocascade.rl.drawing import Drawing
 from nemocascade.rl.episodes import Episodes
 from nemocascade.rl.exchange import share_outcomes
 from nemocascade.rl.rollouts import Rollout
-from nemocascade.rl.tasks import Task, TaskStream
+from nemocascade.rl.tasks import Task
 from nemocascade.rl.verification import (
     THREADS,
     OnVerdict,
@@ -29,7 +30,8 @@ from nemocascade.rl.verification import (
     score_apart,
     shows,
 )
-from nemocascade.rollout.engine import Engine, Request, Sampling
+from nemocascade.rl.work_queue import GroupRequest, Queues, WorkQueue
+from nemocascade.rollout.engine import Engine, Sampling
 from nemocascade.runtime.world import World
 from nemocascade.types import Environment, Prompt, Verdict
 
@@ -48,29 +50,24 @@ class Group:
     def rewards(self, settings: RolloutConfig) -> tuple[Tensor, Tensor]:
         """Rewards minus the overlong penalty, float64, and their validity, bool; both [G]."""
         valid = torch.tensor([r.verdict.reward is not None for r in self.rollouts])
-        rewards = torch.tensor(
-            [
-                (r.verdict.reward or 0.0) - overlong_penalty(r.length, settings)
-                for r in self.rollouts
-            ],
-            dtype=torch.float64,
-        )
-        return rewards, valid
+        rewards = [_penalized(r, settings) for r in self.rollouts]
+        return torch.tensor(rewards, dtype=torch.float64), valid
 
 
 @dataclass(frozen=True)
 class Gathered:
     """The groups collected for a step.
 
-    groups: those that train. drawn: number of tasks that were drawn. tried: the groups of all
-    drawn tasks. masked: number of groups that do not train because no reward is above
-    `min_best_reward`.
+    groups: those that train. drawn: number of tasks up to the last that decides. tried: the groups
+    of all these. masked: number of groups that do not train because no reward is above
+    `min_best_reward`. ahead: number of tasks that were started beyond these, in vain.
     """
 
     groups: tuple[Group, ...]
     drawn: int
     tried: tuple[Group, ...]
     masked: int = 0
+    ahead: int = 0
 
 
 class Collector:
@@ -93,6 +90,7 @@ class Collector:
         self.world, self.engine, self.tokenizer = world, engine, tokenizer
         self.environments, self.settings, self.seed = environments, settings, seed
         self.threads = threads
+        self.queues = Queues(world)
         self.on_verdict: OnVerdict = lambda task, rollout: None
         """Called with every rollout as soon as it has its verdict, from a thread of the rank that
         verified it, or from its main thread after a collective verifier."""
@@ -126,26 +124,71 @@ class Collector:
         scored: False skips verification. compared: False scores each rollout by itself, also in
         domains whose verdicts compare the rollouts of a group.
         """
-        world = self.world
-        mine = tasks[world.dp_rank :: world.dp_size]
-        by_id = {task.number * copies + copy: task for task in mine for copy in range(copies)}
-        numbers = [task.number * copies + copy for task in tasks for copy in range(copies)]
-        found = self._generate(by_id, copies, sampling or self.sampling(), scored, compared)
-        world.watch.enter("rollout: exchange")
-        outcomes = iter(share_outcomes(world, numbers, found))
-        groups = [Group(task, tuple(itertools.islice(outcomes, copies))) for task in tasks]
-        return self._score_collectively(groups, compared) if scored else groups
+        wanted = self.requests(tasks, copies, sampling, compared=scored and compared)
+        groups = self.generate(wanted, scored=scored, compared=compared)
+        return self.score_collectively(groups, compared) if scored else groups
 
-    def _generate(
+    def requests(
         self,
-        by_id: Mapping[int, Task],
+        tasks: Sequence[Task],
         copies: int,
-        sampling: Sampling,
-        scored: bool,
-        compared: bool,
-    ) -> dict[int, Rollout]:
+        sampling: Sampling | None = None,
+        *,
+        compared: bool = True,
+    ) -> list[GroupRequest]:
+        """Requests for `copies` rollouts of each task; their ids follow from the task's number.
+
+        compared: verdicts may compare the rollouts of a task, as its domain says.
+        """
+        sampling = sampling or self.sampling()
+        found = []
+        for task in tasks:
+            environment = self.environments[task.prompt.domain]
+            is_whole = compared and environment.by_group and not environment.collective
+            ids = range(task.number * copies, (task.number + 1) * copies)
+            found.append(GroupRequest(task, ids, sampling, is_whole))
+        return found
+
+    def generate(
+        self,
+        wanted: Sequence[GroupRequest],
+        drawing: Drawing | None = None,
+        *,
+        scored: bool = True,
+        compared: bool = True,
+    ) -> list[Group]:
+        """Generate groups in one pass, and score them except for collective verdicts, see
+        `roll_out`; the same list on every rank.
+
+        drawing: `wanted` are its candidates, and only the groups that it needs are returned.
+        """
+        world = self.world
+        queue = self.queues.open(wanted, drawing)
+        found = self._generate(queue, scored, compared)
+        world.watch.enter("rollout: exchange")
+        numbers = [number for group in wanted for number in group.ids]
+        outcomes = share_outcomes(world, numbers, found, partial=drawing is not None)
+        groups = [
+            Group(group.task, tuple(outcomes[number] for number in group.ids))
+            for group in wanted
+            if all(number in outcomes for number in group.ids)
+        ]
+        if drawing is not None:
+            # Other ranks than the one that takes requests have not read the last verdicts.
+            groups = groups[: _first_informative(groups, drawing.wanted, self.settings)]
+        lengths = {g.task.prompt.id: _mean_length(g) for g in groups}
+        self.queues.close(queue, len(groups), lengths)
+        return groups
+
+    def _generate(self, queue: WorkQueue, scored: bool, compared: bool) -> dict[int, Rollout]:
         """Rollouts of this replica by request id, on its verifying rank. Verification overlaps
         with generation unless the verifiers need all ranks."""
+        by_id = {number: group.task for group in queue.groups for number in group.ids}
+
+        def on_scored(number: int, rollout: Rollout) -> None:
+            self.on_verdict(by_id[number], rollout)
+            queue.report(number, decisive_reward(rollout, self.settings))
+
         episodes = Episodes(
             self.tokenizer, self.environments, self.settings, by_id, self.world.watch
         )
@@ -154,21 +197,22 @@ class Collector:
             self.environments,
             self.tokenizer,
             by_id,
-            copies=copies,
+            groups={number: group.ids for group in queue.groups for number in group.ids},
             scored=scored,
             compared=compared,
             threads=self.threads,
-            on_verdict=self.on_verdict,
+            on_scored=on_scored,
+            is_needed=queue.is_needed,
         )
-        prompts = {task.number: tuple(task.ids.tolist()) for task in by_id.values()}
-        requests = [Request(number, prompts[task.number]) for number, task in by_id.items()]
+        queue.verification = verification
         try:
-            for completion in self.engine.run(requests, sampling, episodes.respond):
+            for completion in self.engine.run(queue, self.sampling(), episodes.respond):
                 episodes.close(completion.request.id)
                 if shows(self.world):
                     verification.add(completion)
             self.world.watch.enter("rollout: verdicts")
-            return verification.rollouts(self.world.watch)
+            found = verification.rollouts(self.world.watch)
+            return {n: rollout for n, rollout in found.items() if queue.is_needed(n)}
         except BaseException:
             verification.give_up()
             raise
@@ -176,7 +220,7 @@ class Collector:
             verification.close()
             episodes.close_all()
 
-    def _score_collectively(self, groups: Sequence[Group], compared: bool) -> list[Group]:
+    def score_collectively(self, groups: Sequence[Group], compared: bool) -> list[Group]:
         """Add the verdicts of collective verifiers, which run on all ranks at once."""
         scored = list(groups)
         for name, environment in self.environments.items():
@@ -209,34 +253,6 @@ class Collector:
         return scored
 
 
-def gather(
-    collector: Collector, stream: TaskStream, settings: RolloutConfig, step: int = 0
-) -> Gathered:
-    """Collect the groups that a step trains on, and tell the stream their verdicts.
-
-    With dynamic filtering, groups whose rewards are all equal are dropped and replaced by new
-    tasks, up to `max_draws * prompts_per_step` tasks in total. Groups masked by `min_best_reward`
-    are not replaced. step: counted from 0.
-    """
-    wanted, most = settings.prompts_per_step, settings.max_draws * settings.prompts_per_step
-    kept: list[Group] = []
-    tried: list[Group] = []
-    while True:
-        count = min(wanted - len(kept), most - len(tried))
-        if not settings.dynamic_filtering and tried:
-            count = 0
-        if count <= 0:
-            trained = tuple(g for g in kept if not _masked(g, settings))
-            return Gathered(trained, len(tried), tuple(tried), len(kept) - len(trained))
-        groups = collector.roll_out(stream.take(count, step), settings.rollouts_per_prompt)
-        groups = [_with_stop_penalty(group, settings) for group in groups]
-        stream.observe(verdicts_of(groups))
-        tried += groups
-        kept += [
-            g for g in groups if not settings.dynamic_filtering or is_informative_group(g, settings)
-        ]
-
-
 def verdicts_of(groups: Sequence[Group]) -> list[tuple[Prompt, list[Verdict]]]:
     """The prompt and the verdicts of each group, in order."""
     return [(g.task.prompt, [r.verdict for r in g.rollouts]) for g in groups]
@@ -252,30 +268,43 @@ def advantages_of(groups: Sequence[Group], rollout: RolloutConfig, grpo: GrpoCon
     return found
 
 
-def _with_stop_penalty(group: Group, settings: RolloutConfig) -> Group:
-    """Scale the rewards of truncated rollouts; their own ones are kept in the verdicts' details."""
-    coefficient = settings.stop_properly_penalty_coef
-    if coefficient is None:
-        return group
-    rollouts = []
-    for rollout in group.rollouts:
-        verdict = rollout.verdict
-        if rollout.truncated and verdict.reward is not None:
-            details = {**verdict.details, UNTRUNCATED_REWARD: verdict.reward}
-            verdict = replace(verdict, reward=coefficient * verdict.reward, details=details)
-        rollouts.append(replace(rollout, verdict=verdict))
-    return replace(group, rollouts=tuple(rollouts))
+def with_stop_penalty(rollout: Rollout, settings: RolloutConfig) -> Rollout:
+    """Scale the reward of a truncated rollout; its own one is kept in the verdict's details."""
+    coefficient, verdict = settings.stop_properly_penalty_coef, rollout.verdict
+    if coefficient is None or not rollout.truncated or verdict.reward is None:
+        return rollout
+    details = {**verdict.details, UNTRUNCATED_REWARD: verdict.reward}
+    verdict = replace(verdict, reward=coefficient * verdict.reward, details=details)
+    return replace(rollout, verdict=verdict)
 
 
-def _masked(group: Group, settings: RolloutConfig) -> bool:
-    """True if no reward of the group is above `min_best_reward`."""
-    if settings.min_best_reward is None:
-        return False
-    rewards = [r.verdict.reward for r in group.rollouts if r.verdict.reward is not None]
-    return not any(reward > settings.min_best_reward for reward in rewards)
+def decisive_reward(rollout: Rollout, settings: RolloutConfig) -> float | None:
+    """The reward that a scored rollout has in its group, see `Group.rewards`; None without one."""
+    if rollout.verdict.reward is None:
+        return None
+    return _penalized(with_stop_penalty(rollout, settings), settings)
 
 
 def is_informative_group(group: Group, settings: RolloutConfig) -> bool:
     """True if the group's rewards differ."""
     rewards, valid = group.rewards(settings)
     return bool(is_informative(rewards[None], valid[None])[0])
+
+
+def _first_informative(groups: Sequence[Group], wanted: int, settings: RolloutConfig) -> int:
+    """Number of groups up to the `wanted`-th whose rewards differ; all if there are fewer."""
+    found = 0
+    for count, group in enumerate(groups, 1):
+        found += len({decisive_reward(r, settings) for r in group.rollouts} - {None}) > 1
+        if found == wanted:
+            return count
+    return len(groups)
+
+
+def _penalized(rollout: Rollout, settings: RolloutConfig) -> float:
+    """The reward minus the overlong penalty; without a reward, minus the penalty alone."""
+    return (rollout.verdict.reward or 0.0) - overlong_penalty(rollout.length, settings)
+
+
+def _mean_length(group: Group) -> float:
+    return sum(rollout.length for rollout in group.rollouts) / len(group.rollouts)

@@ -74,7 +74,7 @@ class Episodes:
         session = self._session(number)
         if session is None or completion.turns >= self.settings.max_turns:
             return None
-        reply = self._parse(completion.last_turn())
+        reply = self._parse(number, completion.last_turn())
         calls = reply.message.tool_calls
         if not calls and not reply.faults:
             return None
@@ -93,7 +93,7 @@ class Episodes:
             Conversation(prompt.messages, prompt.tools),
             reply.message,
             results,
-            thinking=self.settings.thinking,
+            thinking=self._thinking(number),
         )
         return encode(segments, self.tokenizer)[0]
 
@@ -119,14 +119,18 @@ class Episodes:
         results = self._results.get(completion.request.id, [])
         messages: list[Message] = []
         for turn, ids in enumerate(_turns(completion)):
-            messages.append(self._parse(ids).message)
+            messages.append(self._parse(completion.request.id, ids).message)
             if turn < len(results):
                 messages += results[turn]
         return messages
 
-    def _parse(self, ids: list[int]) -> Reply:
+    def _parse(self, number: int, ids: list[int]) -> Reply:
         text = self.tokenizer.decode(ids)
-        return self.tokenizer.template.parse(text, thinking=self.settings.thinking)
+        return self.tokenizer.template.parse(text, thinking=self._thinking(number))
+
+    def _thinking(self, number: int) -> bool:
+        thinking = self.tasks[number].thinking
+        return self.settings.thinking if thinking is None else thinking
 
     def _session(self, number: int) -> ToolSession | None:
         with self._lock:

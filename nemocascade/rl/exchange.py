@@ -40,13 +40,13 @@ _FAULT_SHIFT = 4
 
 
 def share_outcomes(
-    world: World, numbers: Sequence[int], found: Mapping[int, Rollout]
-) -> list[Rollout]:
-    """The outcomes of the rollouts `numbers`, in order, the same on every rank.
+    world: World, numbers: Sequence[int], found: Mapping[int, Rollout], *, partial: bool = False
+) -> dict[int, Rollout]:
+    """The outcomes of the rollouts `numbers`, by number, the same on every rank.
 
     found: this rank's rollouts, by number. It stays their owner and keeps their sequences and
     transcripts. Every rank calls it with the same numbers. Raises RuntimeError if a rollout is on
-    no rank.
+    no rank, unless `partial`.
     """
     table = np.zeros((len(numbers), OUTCOME_BYTES // 8), dtype=np.int64)
     for row, number in enumerate(numbers):
@@ -56,15 +56,16 @@ def share_outcomes(
     world.watch.meet()
     # Each row has one writer, so the sum of the bits is exact.
     world.sum_over_ranks(torch.from_numpy(table))
-    if missing := [n for n, owner in zip(numbers, table[:, 0], strict=True) if not owner]:
+    known = {n: row for n, row in zip(numbers, table, strict=True) if row[0]}
+    if len(known) < len(numbers) and not partial:
+        missing = [n for n in numbers if n not in known]
         raise RuntimeError(f"no rank has the rollouts {missing[:5]}")
-    outcomes = map(_outcome, table)
-    return [
-        replace(outcome, sequence=mine.sequence, transcript=mine.transcript)
+    return {
+        number: replace(_outcome(row), sequence=mine.sequence, transcript=mine.transcript)
         if (mine := found.get(number)) is not None
-        else outcome
-        for number, outcome in zip(numbers, outcomes, strict=True)
-    ]
+        else _outcome(row)
+        for number, row in known.items()
+    }
 
 
 def _row(rollout: Rollout, rank: int) -> list[int]:

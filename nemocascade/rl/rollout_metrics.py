@@ -38,6 +38,7 @@ def rollout_values(
         "groups": len(gathered.groups),
         "groups_drawn": gathered.drawn,
         "groups_masked": gathered.masked,
+        "groups_ahead": gathered.ahead,
     }
     absolute = [g for g in gathered.tried if not environments[g.task.prompt.domain].by_group]
     if absolute:

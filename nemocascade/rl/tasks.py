@@ -23,11 +23,15 @@ from nemocascade.types import Environment, Prompt, Verdict
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A prompt with its token ids, [n] int32, and its number in the stage's order."""
+    """A prompt with its token ids, [n] int32, and its number in the stage's order.
+
+    thinking: the prompt's end opens a reasoning block; None: as the rollout settings say.
+    """
 
     prompt: Prompt
     ids: TokenIds
     number: int
+    thinking: bool | None = None
 
 
 def read_tasks(
@@ -228,6 +232,13 @@ class TaskStream:
         """The next `count` tasks. step: the stage's step that takes them, counted from 0."""
         return [self._next(step) for _ in range(count)]
 
+    def peek(self, count: int, step: int = 0) -> list[Task]:
+        """The tasks that `take` would return; none is taken."""
+        state = self.state_dict()
+        found = self.take(count, step)
+        self._restore(state)
+        return found
+
     def observe(self, results: Iterable[tuple[Prompt, Sequence[Verdict]]]) -> None:
         """Tell the curricula the verdicts on the rollouts of tasks, in the order of the tasks."""
         for prompt, verdicts in results:
@@ -260,13 +271,15 @@ class TaskStream:
                 f"the checkpoint has drawn from {sorted(state['drawn'])}, this recipe names "
                 f"{sorted(self._drawn)}: set --domains as they were, or choose another --run-dir"
             )
+        for name in self.curricula.keys() - state.get("curricula", {}).keys():
+            LOGGER.info("%s: the checkpoint has no curriculum, it starts here", name)
+        self._restore(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         self._drawn = dict(state["drawn"])
-        stored = state.get("curricula", {})
-        for name, curriculum in self.curricula.items():
-            if name in stored:
-                curriculum.load_state_dict(stored[name])
-            else:
-                LOGGER.info("%s: the checkpoint has no curriculum, it starts here", name)
+        for name, stored in state.get("curricula", {}).items():
+            if name in self.curricula:
+                self.curricula[name].load_state_dict(stored)
 
     def _next(self, step: int) -> Task:
         number = self.position

@@ -32,14 +32,17 @@ _LOOK_S = 1.0
 
 OnVerdict = Callable[[Task, Rollout], object]
 """Takes a scored rollout of a task."""
+OnScored = Callable[[int, Rollout], object]
+"""Takes a scored rollout, with the id of its request."""
 
 
 class Verification:
     """Scores the rollouts of one generation on this rank in a thread pool.
 
-    tasks: by request id; `copies` requests share one task. scored: False skips verification.
-    compared: False scores each rollout by itself, also in domains with verdicts by group.
-    on_verdict: called with every rollout once it has its verdict, from the thread that scored it.
+    tasks: by request id. groups: ids of the requests of the same task, by request id. scored: False
+    skips verification. compared: False scores each rollout by itself, also in domains with verdicts
+    by group. on_scored: called with every rollout once it has its verdict, from the thread that
+    scored it. is_needed: False for a request whose rollout is not scored, because it was cancelled.
     """
 
     def __init__(
@@ -49,25 +52,45 @@ class Verification:
         tokenizer: Tokenizer,
         tasks: Mapping[int, Task],
         *,
-        copies: int,
+        groups: Mapping[int, range],
         scored: bool,
         compared: bool,
         threads: int,
-        on_verdict: OnVerdict = lambda task, rollout: None,
+        on_scored: OnScored = lambda number, rollout: None,
+        is_needed: Callable[[int], bool] = lambda number: True,
     ) -> None:
-        self.on_verdict = on_verdict
+        self.on_scored, self.is_needed = on_scored, is_needed
         self.episodes, self.environments, self.tokenizer = episodes, environments, tokenizer
-        self.tasks, self.copies, self.scored = tasks, copies, scored
+        self.tasks, self.groups, self.scored = tasks, groups, scored
         self.compared = compared
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
         self._futures: list[Future[None]] = []
         self._rollouts: dict[int, Rollout] = {}
         self._lock = Lock()
         self._wait = True
+        self._failure: BaseException | None = None
+        self._ended = 0
+
+    @property
+    def pending(self) -> int:
+        """Number of completions that are not scored yet."""
+        return len(self._futures) - self._ended
+
+    @property
+    def activity(self) -> int:
+        """Counts what the judges do, see `Environment.activity`."""
+        return sum(environment.activity for environment in self.environments.values())
+
+    def check(self) -> None:
+        """Raise the error of a verifier that has failed."""
+        if self._failure is not None:
+            raise self._failure
 
     def add(self, completion: Completion) -> None:
         """Submit a completion for scoring; returns at once."""
-        self._futures.append(self._pool.submit(self._finish, completion))
+        future = self._pool.submit(self._finish, completion)
+        self._futures.append(future)
+        future.add_done_callback(self._end)
 
     def rollouts(self, watch: Watchdog) -> dict[int, Rollout]:
         """Wait for all verdicts and return the rollouts by request id."""
@@ -84,9 +107,17 @@ class Verification:
         """Stop the threads once their current work is done."""
         self._pool.shutdown(wait=self._wait, cancel_futures=True)
 
+    def _end(self, future: Future[None]) -> None:
+        with self._lock:
+            self._ended += 1
+            if not future.cancelled():
+                self._failure = self._failure or future.exception()
+
     def _finish(self, completion: Completion) -> None:
         """Parse a response and score it, or score its group if it completes that group."""
         number = completion.request.id
+        if not self.is_needed(number):
+            return
         task = self.tasks[number]
         environment = self.environments[task.prompt.domain]
         response = self.episodes.response(completion)
@@ -100,26 +131,26 @@ class Verification:
         rollout = self._read(completion, response, verdict)
         with self._lock:
             self._rollouts[number] = rollout
-            first = task.number * self.copies
-            group = [self._rollouts.get(n) for n in range(first, first + self.copies)]
+            ids = self.groups[number]
+            group = [self._rollouts.get(n) for n in ids]
         if later:
             return
         if not by_group:
-            self.on_verdict(task, rollout)
+            self.on_scored(number, rollout)
             return
         written = {i: r.response for i, r in enumerate(group) if r is not None and not r.dropped}
         if None in group:
             if not rollout.dropped:
-                environment.begin_group(task.prompt, written, number - first)
+                environment.begin_group(task.prompt, written, ids.index(number))
             return
         (verdicts,) = environment.score_groups([(task.prompt, list(written.values()))])
         with self._lock:
             for i, verdict in zip(written, verdicts, strict=True):
-                n = first + i
+                n = ids[i]
                 self._rollouts[n] = self._rollouts[n].scored(verdict, task.prompt.domain)
-            scored = [self._rollouts[n] for n in range(first, first + self.copies)]
-        for member in scored:
-            self.on_verdict(task, member)
+            scored = [(n, self._rollouts[n]) for n in ids]
+        for n, member in scored:
+            self.on_scored(n, member)
 
     def _read(
         self, completion: Completion, response: Sequence[Message], verdict: Verdict
@@ -172,7 +203,7 @@ def score_apart(
     made = {k: next(verdicts) for k in texts}
     back = send_objects(world, at, made, [[r.owner] for r in rollouts])
     own = {k: r.scored(back[k], environment.domain) for k, r in enumerate(rollouts) if k in back}
-    outcomes = iter(share_outcomes(world, range(len(rollouts)), own))
+    outcomes = iter(share_outcomes(world, range(len(rollouts)), own).values())
     return [list(itertools.islice(outcomes, len(group))) for _, _, group in groups]
 
 

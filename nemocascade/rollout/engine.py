@@ -1,10 +1,10 @@
-"""The interface of engines: `Sampling`, `Request`, `Completion`, `Engine`."""
+"""The interface of engines: `Sampling`, `Request`, `Work`, `Completion`, `Engine`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ class Sampling:
         if faults:
             raise ValueError("sampling: " + "; ".join(faults))
 
+    @property
+    def rule(self) -> Sampling:
+        """The settings that are equal for sequences whose tokens are drawn together."""
+        return replace(self, max_tokens=1, seed=0)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -59,14 +64,72 @@ class Request:
 
     id: unique among the requests of a run; with the seed it decides the random numbers.
     prompt: token ids, at least one. Consecutive requests with the same prompt share its prefill.
+    sampling: how it is continued; None: by the settings of the run.
     """
 
     id: int
     prompt: tuple[int, ...]
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError(f"request {self.id} has an empty prompt: it needs at least one token")
+
+
+class Supply(NamedTuple):
+    """What `Work.poll` returns.
+
+    taken: ids of requests to start, in order. cancelled: ids of requests, taken before, that nobody
+    needs any longer. is_open: False once there is nothing left to take or to cancel.
+    """
+
+    taken: Sequence[int] = ()
+    cancelled: Sequence[int] = ()
+    is_open: bool = False
+
+
+class Work(Protocol):
+    """Requests that an engine takes as its slots become free, and that may be cancelled."""
+
+    @property
+    def requests(self) -> Mapping[int, Request]:
+        """Every request that may be taken, by id; the same on every rank."""
+
+    @property
+    def is_ordered(self) -> bool:
+        """True if what is taken, and when, follows from the requests alone. Prompts may then be
+        prefilled together without making results depend on timing."""
+
+    def poll(self, room: int, busy: int) -> Supply:
+        """Requests for `room` free slots. The first rank of a replica calls it, and never waits.
+
+        busy: number of requests that were taken and have not finished. Some more than `room` may be
+        returned, which then wait for a slot.
+        """
+
+    def idle(self) -> None:
+        """Called by the first rank of a replica each time that nothing is left to generate."""
+
+
+class Listed:
+    """`Work` that is a list of requests, all of which are taken at once.
+
+    Raises ValueError if two requests have one id.
+    """
+
+    is_ordered = True
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests: dict[int, Request] = {r.id: r for r in requests}
+        if len(self.requests) < len(requests):
+            raise ValueError("two requests have one id: their random numbers would be the same")
+
+    def poll(self, room: int, busy: int) -> Supply:
+        """Implements `Work.poll`."""
+        return Supply(tuple(self.requests))
+
+    def idle(self) -> None:
+        """Implements `Work.idle`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +166,11 @@ class Completion:
         return ids
 
 
+def as_work(requests: Sequence[Request] | Work) -> Work:
+    """The requests as `Work`."""
+    return Listed(requests) if isinstance(requests, Sequence) else requests
+
+
 Respond = Callable[[Completion], Sequence[int] | None]
 """Maps a stopped rollout to the environment's next tokens, or to None if the episode has ended. It
 may be slow: it runs in a worker thread of one rank, and the result is broadcast."""
@@ -112,9 +180,9 @@ class Engine(Protocol):
     """Generates rollouts."""
 
     def run(
-        self, requests: Sequence[Request], sampling: Sampling, respond: Respond | None = None
+        self, requests: Sequence[Request] | Work, sampling: Sampling, respond: Respond | None = None
     ) -> Iterator[Completion]:
-        """Yield each request's completion as soon as it has finished.
+        """Yield the completion of each request that is not cancelled, as soon as it has finished.
 
         respond: called at each stop, unless the rollout has reached max_tokens.
         """

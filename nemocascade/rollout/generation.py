@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemocascade.megatron.generation.model_runner import ModelRunner
-from nemocascade.rollout.engine import Completion, Counts, Finish, Request, Respond, Sampling
+from nemocascade.rollout.engine import Completion, Counts, Finish, Respond, Sampling, Work
+from nemocascade.rollout.intake import Intake
 from nemocascade.rollout.prefill_queue import PrefillQueue
 from nemocascade.rollout.replies import Replies
 from nemocascade.rollout.sampling import uniforms
-from nemocascade.rollout.slots import BatchLimits, Rows, SlotTable, Text
+from nemocascade.rollout.slots import BatchLimits, Part, Rows, SlotTable, Text
 from nemocascade.rollout.stops import Decode, Stops
 from nemocascade.runtime.world import World
 
@@ -46,7 +47,7 @@ class Generation:
         self,
         world: World,
         model: ModelRunner,
-        requests: Sequence[Request],
+        work: Work,
         sampling: Sampling,
         respond: Respond | None,
         *,
@@ -56,18 +57,25 @@ class Generation:
     ) -> None:
         self.world, self.model, self.sampling = world, model, sampling
         self.vocabulary, self.counts = vocabulary, Counts()
-        longest = max((len(r.prompt) for r in requests), default=1) + sampling.max_tokens
-        model.longest = longest
+        requests = work.requests.values()
+        lengths = (len(r.prompt) + (r.sampling or sampling).max_tokens for r in requests)
+        model.longest = max(lengths, default=1 + sampling.max_tokens)
         model.most_rows = min(limits.slots, len(requests))
-        self.table = SlotTable(limits.slots, longest, world.device)
-        self.stops = Stops(sampling, model.vocabulary, decode)
+        self.table = SlotTable(limits.slots, model.longest, world.device)
+        rules = {s.rule for s in {sampling, *(r.sampling or sampling for r in requests)}}
+        self.stops = {rule: Stops(rule, model.vocabulary, decode) for rule in rules}
         self.replies = Replies(world, respond)
-        self.prefills = PrefillQueue(model, self.table, requests, sampling, self.counts, limits)
+        self.intake = Intake(world, work)
+        self.prefills = PrefillQueue(
+            model, self.table, sampling, self.counts, limits, together=work.is_ordered
+        )
         self.running: list[Text] = []
         self.rows: Rows | None = None
         """The decode batch; None: to be rebuilt, because a sequence has started or stopped."""
         self.finished: list[Completion] = []
-        self.requests, self.ended = len(requests), 0
+        self.cancelled: set[int] = set()
+        """Ids of requests that are still to be dropped."""
+        self.ended = 0
         self._told = (0, 0, 0)
         self._told_at = 0.0
 
@@ -82,11 +90,15 @@ class Generation:
         with self.replies, self.model.graphs():
             while True:
                 self._take_replies()
+                self._take_requests()
                 pass_ = self._agree()
+                self.world.watch.waits("")
                 if pass_.is_prefill:
                     self._prefill()
                 elif pass_.is_decode:
                     self._step(pass_)
+                elif self.intake.is_open and not self.table.texts:
+                    self.intake.wait()
                 self.ended += len(self.finished)
                 self._tell()
                 yield from self.finished
@@ -102,7 +114,7 @@ class Generation:
             return
         self._told, self._told_at = done, now
         self.world.watch.progress(
-            f"{self.ended} of {self.requests} texts done, {len(self.table.texts)} under way, "
+            f"{self.ended} of {self.intake.taken} texts done, {len(self.table.texts)} under way, "
             f"{self.counts.prefill_tokens} tokens read and {self.counts.generated} written"
         )
 
@@ -111,7 +123,7 @@ class Generation:
         mine = _Pass(
             self.prefills.ready,
             bool(self.running),
-            bool(self.table.texts or self.prefills.ready),
+            bool(self.table.texts or self.prefills.ready or self.intake.is_open),
             len(self.running),
             max((t.cached for t in self.running), default=0) + 1,
             self.model.context,
@@ -190,35 +202,36 @@ class Generation:
             experts = found[:, 2:].to(choices.dtype).unflatten(1, choices.shape[1:])
             self.table.record_step_routing(rows, experts)
         self.counts.generated += len(rows.texts)
-        self._stop(rows.texts, tokens)
+        self._stop(rows, tokens)
 
-    def _stop(self, texts: list[Text], tokens: Tensor) -> None:
+    def _stop(self, rows: Rows, tokens: Tensor) -> None:
         """Pause sequences that their last tokens [n] complete."""
-        ends, doubts = self.stops.certain(tokens), self.stops.doubtful(tokens)
-        doubtful = [False] * len(texts) if doubts is None else doubts.tolist()
-        for text, end, doubt in zip(texts, ends.tolist(), doubtful, strict=True):
-            stopped = end or (doubt and self.stops.reached(self.table.last_turn(text)))
-            if stopped or text.length >= text.limit:
-                self._pause(text, stopped)
-        if any(text.pausing for text in texts):
+        for part in rows.parts:
+            places = part.places
+            texts = rows.texts if places is None else [rows.texts[n] for n in places]
+            last = tokens if places is None else tokens[places]
+            stops = self.stops[part.rule]
+            ends, doubts = stops.certain(last), stops.doubtful(last)
+            doubtful = [False] * len(texts) if doubts is None else doubts.tolist()
+            for text, end, doubt in zip(texts, ends.tolist(), doubtful, strict=True):
+                stopped = end or (doubt and stops.reached(self.table.last_turn(text)))
+                if stopped or text.length >= text.limit:
+                    self._pause(text, stopped)
+        if any(text.pausing for text in rows.texts):
             self.running = [text for text in self.running if not text.pausing]
             self.rows = None
 
     def _drawn(self, rows: Rows, logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens [n] and their log-probabilities [n], on every rank of the data-parallel group."""
         if logits is not None:
-            s = self.sampling
-            greedy = s.temperature == 0
-            tokens, logprobs = self.model.draw(
-                logits,
-                None if greedy else uniforms(rows.keys, rows.positions),
-                temperature=s.temperature or 1.0,
-                limit=self.vocabulary,
-                # The most probable token is always kept.
-                top_k=0 if greedy else s.top_k,
-                top_p=1.0 if greedy else s.top_p,
-                truncated_logprobs=s.truncated_logprobs,
-            )
+            found = [self._drawn_part(rows, logits, part) for part in rows.parts]
+            tokens, logprobs = found[0]
+            if len(found) > 1:
+                order = torch.cat([part.rows for part in rows.parts if part.rows is not None])
+                tokens, logprobs = (
+                    torch.empty_like(torch.cat(each)).index_copy_(0, order, torch.cat(each))
+                    for each in zip(*found, strict=True)
+                )
         if self.world.parallel.pp == 1:
             return tokens, logprobs
         both = torch.empty(2, len(rows.texts), dtype=torch.float64, device=self.world.device)
@@ -228,6 +241,23 @@ class Generation:
         last = dist.get_global_rank(group, self.world.parallel.pp - 1)
         dist.broadcast(both, src=last, group=group)
         return both[0].long(), both[1].float()
+
+    def _drawn_part(self, rows: Rows, logits: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        """Tokens [m] and their log-probabilities [m] of the rows of one sampling rule."""
+        s, keys, positions = part.rule, rows.keys, rows.positions
+        if part.rows is not None:
+            logits, keys, positions = logits[part.rows], keys[part.rows], positions[part.rows]
+        greedy = s.temperature == 0
+        return self.model.draw(
+            logits,
+            None if greedy else uniforms(keys, positions),
+            temperature=s.temperature or 1.0,
+            limit=self.vocabulary,
+            # The most probable token is always kept.
+            top_k=0 if greedy else s.top_k,
+            top_p=1.0 if greedy else s.top_p,
+            truncated_logprobs=s.truncated_logprobs,
+        )
 
     def _pause(self, text: Text, stopped: bool) -> None:
         """Finish a sequence that stopped or is full, or ask the environment for the next turn."""
@@ -242,12 +272,40 @@ class Generation:
         self.finished.append(self.table.completion(text, finish))
         self.table.release(text)
 
+    def _take_requests(self) -> None:
+        """Queue the requests that this replica takes next, and drop those that are cancelled."""
+        waiting, busy = self.prefills.waiting, len(self.table.texts)
+        requests, cancelled = self.intake.poll(
+            len(self.table.free) - waiting,
+            busy + waiting,
+            idle=not (self.running or self.prefills.ready),
+            finished=self.ended,
+        )
+        self.prefills.append(requests)
+        self.cancelled |= cancelled
+        if not self.cancelled:
+            return
+        self.prefills.cancel(self.cancelled)
+        left = [t for t in self.table.texts.values() if t.request.id in self.cancelled]
+        # The others wait for a reply of the environment, or for a prefill that they share.
+        dropped = [t for t in left if not (t.pausing or self.prefills.is_filling(t))]
+        for text in dropped:
+            # Excludes it from decode steps.
+            text.pausing = True
+            self.table.release(text)
+        if dropped:
+            self.running = [text for text in self.running if not text.pausing]
+            self.rows = None
+        self.cancelled = {text.request.id for text in left} - {t.request.id for t in dropped}
+
     def _take_replies(self) -> None:
         """Continue or finish the sequences that their environments have answered."""
         idle = not (self.running or self.prefills.ready)
         for slot, tokens in self.replies.take(idle and not self._in_step):
             text = self.table.texts[slot]
-            if tokens is None:
+            if text.request.id in self.cancelled:
+                self.table.release(text)
+            elif tokens is None:
                 self._finish(text, "stop")
             elif text.length + len(tokens) >= text.limit:
                 self._finish(text, "length")

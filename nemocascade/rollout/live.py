@@ -31,7 +31,7 @@ import torch
 from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.replica import Replica, TrainingMemory
-from nemocascade.rollout.engine import Completion, Counts, Request, Respond, Sampling
+from nemocascade.rollout.engine import Completion, Counts, Request, Respond, Sampling, Work, as_work
 from nemocascade.rollout.generation import Generation
 from nemocascade.rollout.slots import BatchLimits
 from nemocascade.rollout.stops import Decode
@@ -76,12 +76,11 @@ class LiveEngine:
         self._model: ModelRunner | None = None
 
     def run(
-        self, requests: Sequence[Request], sampling: Sampling, respond: Respond | None = None
+        self, requests: Sequence[Request] | Work, sampling: Sampling, respond: Respond | None = None
     ) -> Iterator[Completion]:
         """Implements `Engine.run`. Every rank of a data-parallel group passes the same requests;
         ranks that share experts call it at the same time and consume it to its end."""
-        if len({r.id for r in requests}) < len(requests):
-            raise ValueError("two requests have one id: their random numbers would be the same")
+        work = as_work(requests)
         self._prepare()
         if self._model is None:
             # One extra slot stores the state of a prompt until all its requests have started.
@@ -91,7 +90,7 @@ class LiveEngine:
         generation = Generation(
             self.world,
             self._model,
-            requests,
+            work,
             sampling,
             respond,
             limits=self.limits,

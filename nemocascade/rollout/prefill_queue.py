@@ -7,7 +7,7 @@ shared by several requests is prefilled in one slot, and its state is copied to 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,6 +47,11 @@ class Prefill:
         """The sequence in whose slot the prefill runs."""
         return self.texts[0]
 
+    @property
+    def is_turn(self) -> bool:
+        """True for an environment turn, False for a prompt."""
+        return bool(self.text.given)
+
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
@@ -74,27 +79,59 @@ stage."""
 class PrefillQueue:
     """Waiting and running prefills.
 
-    The slot after the last one of `limits` stores the state of a shared prompt. The other arguments
-    are those of the run.
+    The slot after the last one of `limits` stores the state of a shared prompt. together: prompts
+    may be prefilled together. The other arguments are those of the run.
     """
 
     def __init__(
         self,
         model: ModelRunner,
         table: SlotTable,
-        requests: Sequence[Request],
         sampling: Sampling,
         counts: Counts,
         limits: BatchLimits,
+        *,
+        together: bool,
     ) -> None:
         self.model, self.table, self.sampling, self.counts = model, table, sampling, counts
         self.limits, self.spare = limits, limits.slots
+        self._most = limits.prefill_tokens if together else 0
         self._queue: list[Prefill] = []
         self._groups: deque[Group] = deque()
+
+    def append(self, requests: Sequence[Request]) -> None:
+        """Queue requests that wait for a slot."""
         for request in requests:
             if not self._groups or self._groups[-1].prompt != request.prompt:
                 self._groups.append(Group(request.prompt, deque()))
             self._groups[-1].requests.append(request)
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests without a slot."""
+        return sum(len(group.requests) for group in self._groups)
+
+    def cancel(self, ids: Collection[int]) -> set[int]:
+        """Drop requests and environment turns of these ids. Returns the ids of the requests.
+
+        The prefill of a prompt is not interrupted, since other sequences may share it.
+        """
+        dropped: set[int] = set()
+        for group in list(self._groups):
+            found = {r.id for r in group.requests if r.id in ids}
+            dropped |= found
+            group.requests = deque(r for r in group.requests if r.id not in found)
+            if found and not group.requests:
+                self._groups.remove(group)
+                # The spare slot belongs to the next group from here on.
+                for prefill in self._queue:
+                    prefill.keep = None if prefill.keep is group else prefill.keep
+        self._queue = [p for p in self._queue if not (p.is_turn and p.text.request.id in ids)]
+        return dropped
+
+    def is_filling(self, text: Text) -> bool:
+        """True while a prefill of the sequence is queued or running."""
+        return any(text is t for prefill in self._queue for t in prefill.texts)
 
     @property
     def ready(self) -> bool:
@@ -150,7 +187,7 @@ class PrefillQueue:
         def fits(left: int) -> bool:
             nonlocal used
             size = min(left, self.limits.prefill_chunk or left)
-            if used and used + size > self.limits.prefill_tokens:
+            if used and used + size > self._most:
                 return False
             used += size
             return True

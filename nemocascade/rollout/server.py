@@ -7,9 +7,10 @@ that fails, is asked for again from the last good token, on another server where
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 from threading import Event
 from typing import Protocol
@@ -27,7 +28,8 @@ from nemocascade.rollout.completions import (
     read_answer,
     request_body,
 )
-from nemocascade.rollout.engine import Completion, Request, Respond, Sampling
+from nemocascade.rollout.engine import Completion, Request, Respond, Sampling, Work, as_work
+from nemocascade.rollout.flight import Flight, request_name
 from nemocascade.rollout.servers import Server, ServerError, ServerPool
 from nemocascade.rollout.weight_updates import WeightUpdates
 from nemocascade.runtime.http import HttpError, backoff
@@ -37,6 +39,9 @@ from nemocascade.runtime.world import World
 _FIRST_WAIT_S = 0.2
 _SHARE_S = 0.5
 """Longest time between two exchanges of finished rollouts in a data-parallel group."""
+_POLL_S = 0.1
+_IDLE_S = 0.01
+"""Intervals for polling the work: with requests in flight, and without."""
 
 
 class TextCodec(Protocol):
@@ -79,14 +84,16 @@ class ServerEngine:
         self._found = False
 
     def run(
-        self, requests: Sequence[Request], sampling: Sampling, respond: Respond | None = None
+        self, requests: Sequence[Request] | Work, sampling: Sampling, respond: Respond | None = None
     ) -> Iterator[Completion]:
         """Implements `Engine.run`. With `updates`, all ranks call it at the same time.
 
         Raises ValueError for settings that no server supports, ServerError if no server can be
         used.
         """
-        if any(len(s) > 1 for s in sampling.stop_tokens):
+        work = as_work(requests)
+        used = {sampling, *(r.sampling or sampling for r in work.requests.values())}
+        if any(len(stop) > 1 for s in used for stop in s.stop_tokens):
             raise ValueError(
                 "servers stop at single tokens or at strings, not at sequences of tokens: use "
                 "stop_strings"
@@ -101,8 +108,8 @@ class ServerEngine:
             self.world.watch.enter("rollout: generation")
         group = None if self.world is None else self.world.groups.mp
         if group is None or group.size() == 1:
-            return self._completions(requests, sampling, respond)
-        return self._shared(group, requests, sampling, respond)
+            return (c for c in self._completions(work, sampling, respond) if c is not None)
+        return self._shared(group, work, sampling, respond)
 
     def release(self) -> None:
         """Implements `Engine.release`: nothing to do, the servers have their own memory."""
@@ -128,13 +135,13 @@ class ServerEngine:
     def _shared(
         self,
         group: dist.ProcessGroup,
-        requests: Sequence[Request],
+        work: Work,
         sampling: Sampling,
         respond: Respond | None,
     ) -> Iterator[Completion]:
         """Completions of the first rank, broadcast to its data-parallel group as they finish."""
         first, source = group.rank() == 0, dist.get_global_rank(group, 0)
-        own = self._completions(requests, sampling, respond) if first else iter(())
+        own = self._completions(work, sampling, respond)
         done = False
         while not done:
             found: list[Completion] = []
@@ -142,12 +149,13 @@ class ServerEngine:
             until = time.monotonic() + _SHARE_S
             while first and not done and time.monotonic() < until:
                 try:
-                    completion = next(own, None)
+                    completion = next(own)
+                except StopIteration:
+                    done = True
                 except Exception as error:
                     failure, done = f"{type(error).__name__}: {error}", True
-                    break
-                done = completion is None
-                found += [] if completion is None else [completion]
+                else:
+                    found += [] if completion is None else [completion]
             box = [(found, done, failure)]
             dist.broadcast_object_list(box, src=source, group=group)
             found, done, failure = box[0]
@@ -156,28 +164,37 @@ class ServerEngine:
             yield from found
 
     def _completions(
-        self, requests: Sequence[Request], sampling: Sampling, respond: Respond | None
-    ) -> Iterator[Completion]:
-        pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="server")
-        stop = Event()
-        asked = {pool.submit(self._complete, r, sampling, respond, stop) for r in requests}
-        finished = 0
+        self, work: Work, sampling: Sampling, respond: Respond | None
+    ) -> Iterator[Completion | None]:
+        """Completions as they finish, and None each time that there is none for a while."""
+        flight = Flight(self.pool, self.settings.concurrency)
+        finished, taken, is_open = 0, 0, True
         try:
-            while asked:
-                done, asked = wait(asked, timeout=10.0, return_when=FIRST_COMPLETED)
-                finished += len(done)
+            while flight.asked or is_open:
+                if is_open:
+                    busy = len(flight.asked)
+                    supply = work.poll(self.settings.concurrency - busy, busy)
+                    is_open, taken = supply.is_open, taken + len(supply.taken)
+                    for request in (work.requests[i] for i in supply.taken):
+                        how = request.sampling or sampling
+                        complete = functools.partial(self._complete, request, how, respond)
+                        flight.ask(request.id, complete)
+                    flight.cancel(set(supply.cancelled))
+                    if not flight.asked:
+                        work.idle()
+                        time.sleep(_IDLE_S)
+                        yield None
+                        continue
+                wait_s = _POLL_S if is_open else _SHARE_S
+                done, _ = wait(flight.asked, wait_s, return_when=FIRST_COMPLETED)
+                found = flight.take(done)
+                finished += len(found)
                 if self.world is not None:
-                    self.world.watch.progress(f"{finished} of {len(requests)} texts done")
-                for future in _in_order(done):
-                    yield future.result()
+                    self.world.watch.progress(f"{finished} of {taken} texts done")
+                yield from found
+                yield None
         finally:
-            # Nobody waits for what is left: it is cut off, so that no server works in vain.
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            # `wait` would also wait for those that were cancelled before they began.
-            while asked := {future for future in asked if not future.done()}:
-                self.pool.cancel()
-                wait(asked, timeout=0.2)
+            flight.close()
 
     def _complete(
         self, request: Request, sampling: Sampling, respond: Respond | None, stop: Event
@@ -239,7 +256,7 @@ class ServerEngine:
             )
             failure, asked_s, gone = "", None, False
             try:
-                reply = server.post(PATH, body, self.settings.timeout_s)
+                reply = server.post(PATH, body, self.settings.timeout_s, request_name(request.id))
                 answer = read_answer(
                     reply,
                     so_far,
@@ -303,8 +320,3 @@ def _final(server: Server, error: HttpError) -> Exception:
     if error.kind == "closed":
         return ServerError("the requests were cut off, because the engine was closed")
     return ServerError(f"the rollout server {server.url} refuses the request: {error}")
-
-
-def _in_order(done: set[Future[Completion]]) -> list[Future[Completion]]:
-    """Finished rollouts in the order of their requests; those that failed come first."""
-    return sorted(done, key=lambda f: -1 if f.exception() else f.result().request.id)

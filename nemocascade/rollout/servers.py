@@ -45,9 +45,9 @@ class Server:
         self.load, self.asked, self.strikes = 0, 0, 0
         self.lost, self.lost_at = "", 0.0
 
-    def post(self, path: str, body: bytes, timeout_s: float) -> bytes:
-        """The body of a 2xx reply. Raises HttpError."""
-        return self.http.post(self.url + path, body, timeout_s)
+    def post(self, path: str, body: bytes, timeout_s: float, name: str = "") -> bytes:
+        """The body of a 2xx reply. name: for `ServerPool.cancel`. Raises HttpError."""
+        return self.http.post(self.url + path, body, timeout_s, name)
 
     def call(self, path: str, fields: dict[str, Any] | None, timeout_s: float) -> None:
         """Post JSON whose reply does not matter. Raises HttpError."""
@@ -192,12 +192,12 @@ class ServerPool:
             )
         return ""
 
-    def cancel(self) -> None:
-        """Cut off the requests in flight."""
+    def cancel(self, names: Collection[str] | None = None) -> None:
+        """Cut off the requests in flight. names: only these."""
         with self._lock:
             servers = list(self._servers.values())
         for server in servers:
-            server.http.cancel()
+            server.http.cancel(names)
 
     def close(self) -> None:
         """Cut off all requests, and send no more."""

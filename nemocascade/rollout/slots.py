@@ -42,14 +42,14 @@ class BatchLimits:
             )
 
 
-@dataclass
+@dataclass(eq=False)
 class Text:
     """The sequence of a request: its prompt and all following tokens.
 
     cached: tokens in the slot's KV cache. length: tokens of the sequence. A running sequence has
     one token more than `cached`; with more, it needs a prefill. limit: largest allowed length.
-    given: spans [start, end) after the prompt that an environment wrote. pausing: excluded from
-    decode steps.
+    rule: how its tokens are drawn, see `Sampling.rule`. given: spans [start, end) after the prompt
+    that an environment wrote. pausing: excluded from decode steps.
     """
 
     request: Request
@@ -57,6 +57,7 @@ class Text:
     cached: int
     length: int
     limit: int
+    rule: Sampling
     given: list[tuple[int, int]] = field(default_factory=list)
     pausing: bool = False
 
@@ -66,16 +67,27 @@ class Text:
         return self.given[-1][1] if self.given else len(self.request.prompt)
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The rows that are drawn by one sampling rule. places: their numbers; rows: the same [m] int64
+    on the device. None in both is all rows."""
+
+    rule: Sampling
+    places: list[int] | None = None
+    rows: Tensor | None = None
+
+
 @dataclass(eq=False)
 class Rows:
     """Rows of sequences that draw a token, [n] int64 each.
 
     texts: the sequence of each row. slots_on_host, positions_on_host: its slot, and the position of
     a token. On the device: slots, positions; tokens, those at `positions`, if they are known; keys,
-    of the random numbers.
+    of the random numbers. parts: the rows of each sampling rule.
     """
 
     texts: list[Text]
+    parts: list[Part]
     slots_on_host: Tensor
     positions_on_host: Tensor
     slots: Tensor
@@ -107,16 +119,15 @@ class SlotTable:
         self.free = list(range(slots - 1, -1, -1))
 
     def admit(self, requests: list[Request], sampling: Sampling) -> list[Text]:
-        """Assign a slot to each request and write its prompt there."""
-        ids = torch.tensor([r.id for r in requests], dtype=torch.int64)
-        keys = request_keys(sampling.seed, ids)
+        """Assign a slot to each request and write its prompt there. sampling: of the run."""
         texts = []
-        for request, key in zip(requests, keys, strict=True):
+        for request in requests:
             slot, length = self.free.pop(), len(request.prompt)
-            self.keys[slot] = key
+            how = request.sampling or sampling
+            self.keys[slot] = request_keys(how.seed, torch.tensor([request.id]))
             self.history[slot, :length] = torch.tensor(request.prompt)
             self.logprob[slot] = 0
-            text = Text(request, slot, 0, length, length + sampling.max_tokens)
+            text = Text(request, slot, 0, length, length + how.max_tokens, how.rule)
             self.texts[slot] = text
             texts.append(text)
         return texts
@@ -125,8 +136,19 @@ class SlotTable:
         """The rows of `texts`, each at the position after its cached tokens."""
         slots = torch.tensor([t.slot for t in texts], dtype=torch.int64)
         positions = torch.tensor([t.cached for t in texts], dtype=torch.int64)
-        known = (slots, positions, self.history[slots, positions], self.keys[slots])
-        return Rows(texts, slots, positions, *to_device(known, self.device))
+        known = [slots, positions, self.history[slots, positions], self.keys[slots]]
+        by_rule: dict[Sampling, list[int]] = {}
+        for row, text in enumerate(texts):
+            by_rule.setdefault(text.rule, []).append(row)
+        several = len(by_rule) > 1
+        if several:
+            known += [torch.tensor(places, dtype=torch.int64) for places in by_rule.values()]
+        moved = to_device(known, self.device)
+        parts = [
+            Part(rule, places, moved[4 + n]) if several else Part(rule)
+            for n, (rule, places) in enumerate(by_rule.items())
+        ]
+        return Rows(texts, parts, slots, positions, *moved[:4])
 
     def append(self, rows: Rows, tokens: Tensor, logprob: Tensor) -> None:
         """Append the tokens [n] int64 that were drawn at the rows' positions."""

@@ -18,6 +18,7 @@ import re
 import ssl
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,22 +87,22 @@ class HttpClient:
         self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
         self._thread.start()
 
-    def post(self, url: str, body: bytes, timeout_s: float) -> bytes:
+    def post(self, url: str, body: bytes, timeout_s: float, name: str = "") -> bytes:
         """Make one attempt within `timeout_s` and return the body of a 2xx reply.
 
-        Raises HttpError.
+        name: for `cancel`. Raises HttpError.
         """
-        return self._ask("POST", url, body, timeout_s)
+        return self._ask("POST", url, body, timeout_s, name)
 
     def get(self, url: str, timeout_s: float) -> bytes:
         """`post` for a request without a body, by GET."""
         return self._ask("GET", url, b"", timeout_s)
 
-    def _ask(self, method: str, url: str, body: bytes, timeout_s: float) -> bytes:
+    def _ask(self, method: str, url: str, body: bytes, timeout_s: float, name: str = "") -> bytes:
         with self._lock:
             if self._is_closed.is_set():
                 raise HttpError("closed", "no further request is sent", final=True)
-            sent = self._send(method, url, body, timeout_s)
+            sent = self._send(method, url, body, timeout_s, name)
             future = asyncio.run_coroutine_threadsafe(sent, self._loop)
         try:
             return future.result()
@@ -135,17 +136,22 @@ class HttpClient:
         self._thread.join()
         self._loop.close()
 
-    def cancel(self) -> None:
-        """Cancel running requests, which raise HttpError of kind `closed`."""
-        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
+    def cancel(self, names: Collection[str] | None = None) -> None:
+        """Cancel running requests, which raise HttpError of kind `closed`. names: only these."""
+        asyncio.run_coroutine_threadsafe(self._cancel_all(names), self._loop).result()
 
-    async def _cancel_all(self) -> None:
+    async def _cancel_all(self, names: Collection[str] | None) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        if names is not None:
+            tasks = {task for task in tasks if task.get_name() in names}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _send(self, method: str, url: str, body: bytes, timeout_s: float) -> bytes:
+    async def _send(self, method: str, url: str, body: bytes, timeout_s: float, name: str) -> bytes:
+        task = asyncio.current_task()
+        if name and task is not None:
+            task.set_name(name)
         try:
             async with (
                 asyncio.timeout(timeout_s),

@@ -112,6 +112,7 @@ class Watchdog:
         self._wake: tuple[int, int] | None = None
         self._before: Any = signal.SIG_DFL
         self._meetings = 0
+        self._waits_for = ""
 
     def start(self) -> None:
         """Start watching. Call it in the main thread."""
@@ -147,7 +148,7 @@ class Watchdog:
     def enter(self, phase: str) -> None:
         """Record that the main thread enters `phase`, which reports will name."""
         with self._lock:
-            self._own.phase, self._own.progress = phase, ""
+            self._own.phase, self._own.progress, self._waits_for = phase, "", ""
             self._entered = self._moved = self._waiting_since = time.monotonic()
 
     def progress(self, progress: str) -> None:
@@ -156,8 +157,14 @@ class Watchdog:
         Cheap. Report only completed work, or a stalled rank is never found.
         """
         with self._lock:
-            self._own.progress = progress
+            self._own.progress, self._waits_for = progress, ""
             self._moved = self._waiting_since = time.monotonic()
+
+    def waits(self, what: str) -> None:
+        """Record that the main thread waits for `what` of other ranks, outside a collective, until
+        the next phase or progress; empty if it does not wait. A rank that waits is not a suspect.
+        """
+        self._waits_for = what
 
     def meet(self) -> None:
         """Wait, without a timeout, until every rank has called this as often as this one."""
@@ -245,7 +252,7 @@ class Watchdog:
             if not own.failed:
                 frame = sys._current_frames().get(self._main or 0)
                 frames = _frames(traceback.walk_stack(frame) if frame else ())
-                collective = _collective(frames)
+                collective = self._waits_for or _collective(frames)
                 if not collective or collective != own.collective:
                     self._waiting_since = time.monotonic()
                 own.stack, own.collective = _summary(frames), collective

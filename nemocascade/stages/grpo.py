@@ -7,7 +7,9 @@ from pathlib import Path
 
 from nemocascade.recipe.rl import GrpoRecipe
 from nemocascade.rl.bookkeeping import Bookkeeper
-from nemocascade.rl.collector import advantages_of, gather
+from nemocascade.rl.collector import advantages_of
+from nemocascade.rl.drawing import InformativeShare
+from nemocascade.rl.gathering import gather
 from nemocascade.rl.policy import REFERENCE, PolicyRun, training_batches, training_sequences
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.stages.policy import policy_run
@@ -36,10 +38,10 @@ def _train(recipe: GrpoRecipe, run: PolicyRun, reference: WeightSwap | None) -> 
     """Run the training loop; returns the last held-out scores."""
     trainer, objective = run.trainer, grpo_objective(recipe.grpo)
     truncation = truncation_of(recipe.rollout, run.tokenizer.vocab_size)
-    books = Bookkeeper(run)
+    books, share = Bookkeeper(run), InformativeShare()
     for step in range(books.first, recipe.steps):
         started = time.perf_counter()
-        gathered = gather(run.collector, run.stream, recipe.rollout, step)
+        gathered = gather(run.collector, run.stream, recipe.rollout, step, share)
         run.engine.release()
         rolled_out = time.perf_counter()
         groups = advantages_of(gathered.groups, recipe.rollout, recipe.grpo)

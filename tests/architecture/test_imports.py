@@ -54,10 +54,10 @@ FLOORS = {
     ],
     "rollout": [
         "engine",
-        "sampling stops replies completions servers",
+        "sampling stops replies intake completions servers",
         "slots",
         "prefill_queue",
-        "generation server_calls",
+        "generation server_calls flight",
         "live transfer",
         "weight_updates",
         "server",

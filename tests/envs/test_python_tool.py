@@ -251,7 +251,7 @@ class Played:
             {"math": domain},
             self.tokenizer,
             self.tasks,
-            copies=1,
+            groups={0: range(1)},
             scored=True,
             compared=True,
             threads=1,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 
 from nemocascade.envs.multiple_choice import MultipleChoice
 from nemocascade.recipe import GrpoRecipe, MopdRecipe, RolloutConfig
-from nemocascade.rl.collector import Collector, Group, advantages_of, gather
+from nemocascade.rl.collector import Collector, Group, advantages_of
+from nemocascade.rl.gathering import gather
 from nemocascade.rl.policy import training_sequences
 from nemocascade.rl.rollout_metrics import rollout_values
 from nemocascade.rl.rollouts import Rollout, TokenSequence, whole_rollout
@@ -47,18 +49,25 @@ class Stream:
         self.taken = 0
         self.observed: list[tuple[int, list[float | None]]] = []
 
-    def take(self, count: int, step: int) -> list[Task]:
+    def peek(self, count: int, step: int) -> list[Task]:
         assert step == 4
-        self.taken += count
-        numbers = range(self.taken - count, self.taken)
+        numbers = range(self.taken, self.taken + count)
         return [Task(Prompt(str(n), "d", (), {}), np.arange(2, dtype=np.int32), n) for n in numbers]
+
+    def take(self, count: int, step: int) -> list[Task]:
+        found = self.peek(count, step)
+        self.taken += count
+        return found
 
     def observe(self, results: Sequence[tuple[Prompt, Sequence[Verdict]]]) -> None:
         self.observed += [(int(p.id), [v.reward for v in verdicts]) for p, verdicts in results]
 
 
 class Written:
-    """A collector whose rewards are `REWARDS`. truncated: whether each group's first rollout is."""
+    """A collector whose rewards are `REWARDS`. truncated: whether each group's first rollout is.
+    Its verdicts are collective, so a step draws in rounds."""
+
+    environments: ClassVar = {"d": SimpleNamespace(collective=True)}
 
     def __init__(self, *, truncated: bool = False) -> None:
         self.truncated = truncated
@@ -68,7 +77,7 @@ class Written:
         return [
             Group(task, (rollout(first, truncated=self.truncated), rollout(second)))
             for task in tasks
-            for first, second in [REWARDS[task.number]]
+            for first, second in [REWARDS[task.number % len(REWARDS)]]
         ]
 
 

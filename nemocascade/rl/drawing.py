@@ -1,0 +1,125 @@
+"""Dynamic filtering as a stream: which candidates of a step start, which train, which are needless.
+
+A step draws a numbered sequence of candidate tasks. The groups that train are the first `wanted`
+informative ones in the order of their numbers, so they do not depend on timing. Verdicts only
+decide how many candidates start before it is known which are needed.
+
+**Drawing ahead.** Each candidate has a probability to be informative: 1 once two of its rewards
+differ, 0 once all are equal. Before that, with k equal rewards of G, it is
+
+    p a_k / (p a_k + 1 - p),    a_k = 2 (G - k) / ((k + 1) (G - 1)),    a_0 = 1,
+
+where p is the running share of informative groups, and a_k the probability that the first k rewards
+of an informative group are equal if each success rate is equally likely. As many candidates start
+as make the expected number of informative ones, less `margin` standard deviations, reach `wanted`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+DECAY = 0.75
+"""Weight of the groups of a step in the running share, compared with the next step's."""
+
+
+@dataclass
+class InformativeShare:
+    """Running share of informative groups. found, tried: weighted numbers of groups.
+
+    It begins as 6 of 8 groups, which the first step's groups soon outweigh.
+    """
+
+    found: float = 6.0
+    tried: float = 8.0
+
+    def observe(self, found: int, tried: int) -> None:
+        """Take a step's groups into account."""
+        self.found = DECAY * self.found + found
+        self.tried = DECAY * self.tried + tried
+
+
+@dataclass
+class Candidate:
+    """The verdicts on one candidate. done: their number. first: the first reward."""
+
+    done: int = 0
+    first: float | None = None
+    is_informative: bool = False
+
+
+@dataclass
+class Drawing:
+    """The candidates of one step, and what their verdicts decide.
+
+    wanted: number of informative groups. most: number of candidates. copies: rollouts of each.
+    share: of informative groups so far. margin: standard deviations to spare. streams: False for
+    verdicts that come after all rollouts; the number of candidates is then fixed for a round.
+    """
+
+    wanted: int
+    most: int
+    copies: int
+    share: InformativeShare
+    margin: float
+    candidates: list[Candidate] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.candidates = [Candidate() for _ in range(self.most)]
+        self._undecided = 0
+
+    def report(self, index: int, reward: float | None) -> None:
+        """Take a verdict into account. reward: as groups compare it; None without one."""
+        candidate = self.candidates[index]
+        candidate.done += 1
+        if reward is None:
+            return
+        if candidate.first is None:
+            candidate.first = reward
+        candidate.is_informative |= reward != candidate.first
+
+    @property
+    def limit(self) -> int:
+        """Number of candidates that may start, counted from the first."""
+        p = self._share()
+        mean = variance = 0.0
+        for index, candidate in enumerate(self.candidates):
+            chance = self._chance(candidate, p)
+            mean, variance = mean + chance, variance + chance * (1 - chance)
+            if mean - self.margin * math.sqrt(variance) >= self.wanted:
+                return min(index + 1, self.cutoff)
+        return min(self.most, self.cutoff)
+
+    @property
+    def cutoff(self) -> int:
+        """Candidates from this number on cannot train: enough before them are informative."""
+        found = 0
+        for index, candidate in enumerate(self.candidates):
+            found += candidate.is_informative
+            if found == self.wanted:
+                return index + 1
+        return self.most
+
+    @property
+    def needed(self) -> int | None:
+        """Number of candidates up to the last that trains; None while that is not known."""
+        cutoff = self.cutoff
+        finished = all(c.done == self.copies for c in self.candidates[:cutoff])
+        return cutoff if finished else None
+
+    def _share(self) -> float:
+        finished = [c for c in self.candidates if c.done == self.copies]
+        found = self.share.found + sum(c.is_informative for c in finished)
+        return max(found, 0.5) / (max(self.share.tried, 0.5) + len(finished))
+
+    def _chance(self, candidate: Candidate, p: float) -> float:
+        """Probability that a candidate is informative."""
+        done, copies = candidate.done, self.copies
+        if candidate.is_informative:
+            return 1.0
+        if done >= copies:
+            return 0.0
+        if not done:
+            return p
+        equal = p * 2 * (copies - done) / ((done + 1) * (copies - 1))
+        return equal / (equal + 1 - p) if equal else 0.0

@@ -1,0 +1,68 @@
+"""The requests that a replica takes from `Work`: polled by its first rank, broadcast to the others.
+
+Ranks of a replica must start and cancel the same requests before the same pass. So all of them poll
+after the same passes, and the first rank's answer holds for all.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch.distributed as dist
+
+from nemocascade.rollout.engine import Request, Supply, Work
+from nemocascade.runtime.world import World
+
+# Most passes between two polls of a replica of several ranks: a broadcast costs as much as a pass.
+PASSES = 16
+# Pause of a replica that has nothing to generate.
+WAIT_S = 0.01
+
+
+class Intake:
+    """Takes requests of `work` for one replica.
+
+    taken: number of requests so far. is_open: more may follow, or be cancelled.
+    """
+
+    def __init__(self, world: World, work: Work) -> None:
+        self.world, self.work = world, work
+        self.taken, self.is_open = 0, True
+        self._group = world.groups.mp
+        self._polls = self._group.rank() == 0
+        self._passes = self._finished = 0
+
+    def poll(
+        self, room: int, busy: int, *, idle: bool, finished: int
+    ) -> tuple[list[Request], set[int]]:
+        """Requests to start, and ids that are cancelled; the same on every rank of the replica.
+
+        room: free slots that no request waits for. busy, idle: see `Work`. finished: number of
+        requests that have ended so far.
+        """
+        self._passes += 1
+        is_freed = room > 0 and finished != self._finished
+        is_due = self._group.size() == 1 or idle or is_freed or self._passes >= PASSES
+        if not (self.is_open and is_due):
+            return [], set()
+        self._passes, self._finished = 0, finished
+        supply = self._supply(room, busy)
+        self.is_open = supply.is_open
+        self.taken += len(supply.taken)
+        return [self.work.requests[i] for i in supply.taken], set(supply.cancelled)
+
+    def wait(self) -> None:
+        """Pause, because there is nothing to generate until another rank or a verdict decides."""
+        if self._polls:
+            self.work.idle()
+        else:
+            self.world.watch.waits("a replica's next requests")
+        time.sleep(WAIT_S)
+
+    def _supply(self, room: int, busy: int) -> Supply:
+        supply = self.work.poll(room, busy) if self._polls else Supply()
+        if self._group.size() == 1:
+            return supply
+        box = [supply]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)
+        return box[0]
