@@ -228,7 +228,7 @@ class HuggingFaceTokenizer(Tokenizer):
         specials |= {tag: vocabulary[tag] for tag in CONTROL_TAGS if tag in vocabulary}
         taken = {i: t for t, i in specials.items()}
         for token, i in vocabulary.items():
-            if taken.get(i, token) != token and token not in added:
+            if taken.get(i, token) != token:
                 raise TokenizerError(
                     f"{path}: {token!r} has id {i}, which is that of {taken[i]!r}: text would "
                     "become a control token; give each its own id"
