@@ -332,7 +332,7 @@ def test_the_reference_differentiates_states() -> None:
 def test_gradients_with_states(
     backend: str | None, dtype: torch.dtype, tolerance: float, documents: tuple[int, ...] | None
 ) -> None:
-    """Of the inputs and of the initial states, by the output and the final states."""
+    """Gradients of the inputs and initial states equal those of the recurrence."""
     shape, packed = Shape(4, 5, 2, 3, 4, (0.05, 0.9)), pack((2, 67, 1, 33, 1))
     count = packed.num_documents if documents is None else len(documents)
     conv = draw(count, shape.window - 1, shape.channels).double()

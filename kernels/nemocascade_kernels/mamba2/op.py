@@ -151,20 +151,21 @@ def mamba2_final_state(
     sizes = Sizes(heads, head_dim, groups, state, dt_limit, 0.0)
     high = torch.promote_types(zxbcdt.dtype, torch.float32)
 
-    def run(zxbcdt: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        inputs = Inputs(zxbcdt, *tensors[:4], D=A, norm_weight=conv_bias)
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        zxbcdt, weight, bias, dt_bias, A, *before = tensors
         initial = None
-        if len(tensors) > 4:
-            zeros = torch.zeros(
-                packed.num_documents, heads, head_dim, state, dtype=high, device=zxbcdt.device
-            )
-            initial = States(tensors[4], zeros)
+        if before:
+            shape = packed.num_documents, heads, head_dim, state
+            initial = States(before[0], zxbcdt.new_zeros(shape, dtype=high))
+        # D and the norm's weight belong to the output.
+        inputs = Inputs(zxbcdt, weight, bias, dt_bias, A, D=A, norm_weight=bias)
         return final_states(inputs, packed, sizes, initial)
 
     tensors = [zxbcdt, conv_weight, conv_bias, dt_bias, A]
     if initial_conv is not None:
         tensors.append(initial_conv)
-    return _recomputed(run, *tensors)
+    states, decays = _recomputed(run, *tensors)
+    return states, decays
 
 
 def _needs_gradient(tensors: Sequence[Tensor]) -> bool:
