@@ -12,7 +12,7 @@ from nemocascade.recipe.rules import Count, Natural, number_problems
 class ParallelConfig:
     """Sizes of the parallel axes. The data-parallel size follows from the world size.
 
-    Dense layers use tp x pp x dp ranks; routed experts use the same ranks as etp x ep x pp x
+    Dense layers use tp x cp x pp x dp ranks; routed experts use the same ranks as etp x ep x pp x
     (expert dp).
     """
 
@@ -33,7 +33,8 @@ class ParallelConfig:
     """Expert tensor parallel: every expert is sharded over this many ranks."""
 
     cp: Count = 1
-    """Context parallel. Only 1 is supported."""
+    """Context parallel: the tokens of every packed sequence are sharded over this many ranks.
+    Generation uses these ranks as further data-parallel ones."""
 
     pipeline_layout: str = ""
     """The layer pattern split into pp x vpp chunks by `|`, for example `ME|M*|EM|E*`. Empty: equal
@@ -53,19 +54,19 @@ class ParallelConfig:
         return "|".join(cuts + [""] * (pieces - len(cuts)))
 
     def problems(
-        self, model: ModelConfig, world_size: int, *, capacity: int, sequences_per_step: int
+        self, model: ModelConfig, world_size: int, *, capacity: int | None, sequences_per_step: int
     ) -> list[str]:
-        """Every rule that these sizes break for this model and world, each with its remedy."""
+        """Every rule that these sizes break for this model and world, each with its remedy.
+
+        capacity: of a packed sequence; None: the job only generates, and packs nothing.
+        """
         found = number_problems(self, "parallel")
         if found:
             return found
-        if self.cp > 1:
-            found.append(
-                f"cp({self.cp}): context parallelism is not supported: set --parallel.cp 1 "
-                "and split long sequences with --parallel.tp"
-            )
         found += self._world_problems(world_size, sequences_per_step)
-        found += self._width_problems(model, capacity)
+        found += self._width_problems(model)
+        if capacity is not None:
+            found += self._capacity_problems(model, capacity)
         found += self._depth_problems(model)
         return found
 
@@ -76,7 +77,7 @@ class ParallelConfig:
             found.append(
                 f"tp({self.tp}) x pp({self.pp}) x cp({self.cp}) = {dense} does not divide the "
                 f"world of {world_size} ranks: start a multiple of {dense} ranks or lower "
-                "--parallel.tp or --parallel.pp"
+                "--parallel.tp, --parallel.pp or --parallel.cp"
             )
         if world_size % expert:
             found.append(
@@ -102,10 +103,30 @@ class ParallelConfig:
             )
         return found
 
-    def _width_problems(self, model: ModelConfig, capacity: int) -> list[str]:
+    def _capacity_problems(self, model: ModelConfig, capacity: int) -> list[str]:
+        """Rules of the rows that a rank holds: two segments, each sharded over tp."""
+        if self.cp == 1:
+            step, product = self.tp, f"tp({self.tp})"
+        else:
+            step = 2 * self.cp * self.tp
+            product = f"2 x cp({self.cp}) x tp({self.tp}) = {step}"
+        if capacity % step:
+            return [
+                f"data.capacity({capacity}) is no multiple of {product}: set the capacity to "
+                f"{-(-capacity // step) * step}, or lower --parallel.tp or --parallel.cp"
+            ]
+        segment = capacity // (2 * self.cp)
+        if self.cp > 1 and "M" in model.pattern and segment < model.mamba_conv:
+            return [
+                f"data.capacity({capacity}) / (2 x cp({self.cp})) = {segment} tokens, but a "
+                "segment must hold the convolution's window of "
+                f"model.mamba_conv({model.mamba_conv}): lower --parallel.cp or raise the capacity"
+            ]
+        return []
+
+    def _width_problems(self, model: ModelConfig) -> list[str]:
         found = []
         rules: list[tuple[str, int, str, int]] = [
-            ("data.capacity", capacity, "tp", self.tp),
             ("model.vocab_size", model.vocab_size, "tp", self.tp),
         ]
         if "*" in model.pattern:

@@ -156,8 +156,7 @@ class ScoreConfig:
         if model is not None and not found:
             p = self.parallel
             dp = max(1, p.data_parallel(world_size))
-            # Generation packs nothing, so any valid capacity will do.
-            broken = p.problems(model, world_size, capacity=p.tp, sequences_per_step=dp * p.pp)
+            broken = p.problems(model, world_size, capacity=None, sequences_per_step=dp * p.pp)
             found += [f"scores: {problem}" for problem in broken]
         return list(dict.fromkeys(found))
 

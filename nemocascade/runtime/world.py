@@ -64,6 +64,7 @@ class Groups(Protocol):
     cp: Any
     ep: Any
     dp_cp: Any
+    tp_cp: Any
     tp_ep: Any
     tp_dp_cp: Any
     expt_tp: Any
@@ -93,21 +94,16 @@ class World:
         return int(dist.get_world_size(self.groups.dp))
 
     @property
+    def cp_rank(self) -> int:
+        return int(dist.get_rank(self.groups.cp))
+
+    @property
     def tp_rank(self) -> int:
         return int(dist.get_rank(self.groups.tp))
 
     @property
     def pp_rank(self) -> int:
         return int(dist.get_rank(self.groups.pp))
-
-    @property
-    def replica_rank(self) -> int:
-        """Index of this rank among the tensor- and pipeline-parallel ranks of its replica."""
-        return int(dist.get_rank(self.groups.mp))
-
-    @property
-    def replica_size(self) -> int:
-        return int(dist.get_world_size(self.groups.mp))
 
     @property
     def is_first_stage(self) -> bool:
@@ -126,7 +122,8 @@ class World:
         """One line with the size of every axis."""
         p = self.parallel
         return (
-            f"world {self.size}: tp {p.tp} x pp {p.pp} (vpp {p.vpp}) x dp {self.dp_size}, "
+            f"world {self.size}: tp {p.tp} x cp {p.cp} x pp {p.pp} (vpp {p.vpp}) x dp "
+            f"{self.dp_size}, "
             f"experts etp {p.etp} x ep {p.ep}, {self.device.type}"
         )
 
@@ -147,11 +144,13 @@ class World:
         return values
 
     def sum_over_data_parallel(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum `value`, on the host or the device, in place over the data-parallel ranks.
+        """Sum `value`, on the host or the device, in place over the data-parallel and
+        context-parallel ranks, which hold different rows.
 
         The ranks exchange a host tensor without waiting for their devices.
         """
-        dist.all_reduce(value, group=self.groups.dp)
+        groups = self.groups
+        dist.all_reduce(value, group=groups.dp if self.parallel.cp == 1 else groups.dp_cp)
         return value
 
     def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:

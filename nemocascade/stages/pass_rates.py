@@ -104,8 +104,7 @@ def _artifact_problems(settings: PassRateSettings, artifact: Artifact) -> list[s
     p, size = _layout(settings), world_size_of_environment()
     sequences = max(1, p.data_parallel(size)) * p.pp
     model = artifact_model(artifact)
-    # Generation packs nothing, so any valid capacity will do.
-    return p.problems(model, size, capacity=p.tp, sequences_per_step=sequences)
+    return p.problems(model, size, capacity=None, sequences_per_step=sequences)
 
 
 def _open_policy(

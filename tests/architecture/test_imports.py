@@ -42,7 +42,7 @@ ALLOWED = {
 # those of its own entry only. An entry is a file or a folder.
 FLOORS = {
     "megatron": [
-        "upstream cpu init replay workspace groups",
+        "upstream cpu init replay workspace groups context",
         "world config microbatch",
         "layers",
         "model schedule",

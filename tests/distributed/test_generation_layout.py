@@ -266,8 +266,8 @@ def expected(folder: str) -> dict[str, Any]:
 def run_cases(cases: dict[str, Any], folder: str) -> dict[str, Any]:
     """The cases of some ranks; every other one offloads training's memory."""
     return {
-        name: run_case(*case[:3], folder=folder, offload=number % 2 == 0)
-        for number, (name, case) in enumerate(cases.items())
+        name: run_case(shape, training, generation, folder, offload=number % 2 == 0)
+        for number, (name, (shape, training, generation)) in enumerate(cases.items())
     }
 
 

@@ -91,7 +91,9 @@ def test_all_problems_at_once() -> None:
     ("parallel", "world", "part"),
     [
         (ParallelConfig(vpp=2), 1, "vpp(2)"),
-        (ParallelConfig(cp=2), 2, "cp(2)"),
+        (ParallelConfig(cp=3), 3, "is no multiple of 2 x cp(3) x tp(1) = 6: set the capacity to"),
+        (ParallelConfig(cp=2), 3, "cp(2) = 2 does not divide the world of 3"),
+        (ParallelConfig(cp=512), 512, "/ (2 x cp(512)) = 2 tokens"),
         (ParallelConfig(pp=3), 3, "8 layers"),
         (ParallelConfig(ep=3), 3, "num_experts(8)"),
         (ParallelConfig(etp=3), 3, "expert_width(128)"),
@@ -106,6 +108,18 @@ def test_all_problems_at_once() -> None:
 def test_one_rule(parallel: ParallelConfig, world: int, part: str) -> None:
     problems = recipe(parallel=parallel).problems(world)
     assert any(part in p for p in problems), problems
+
+
+def test_a_million_tokens_on_eight_context_parallel_ranks() -> None:
+    parallel = ParallelConfig(tp=2, ep=8, cp=8)
+    big = recipe(
+        model=nemotron3_nano_30b(),
+        parallel=parallel,
+        data=DataConfig(path=("x",), capacity=2**20, sequences_per_step=8),
+    )
+    assert big.problems(128) == []
+    (problem,) = replace(big, data=replace(big.data, capacity=2**20 + 16)).problems(128)
+    assert "= 32: set the capacity to 1048608" in problem
 
 
 @pytest.mark.parametrize(
