@@ -12,6 +12,7 @@ from __future__ import annotations
 from nemocascade.megatron.layers.attention_core import SHORT_DOCUMENT
 from nemocascade.megatron.workspace import SCAN_CHUNK, head_bytes, scan_bytes
 from nemocascade.plan.job import Job
+from nemocascade.plan.segments import crossed_segments
 from nemocascade.recipe import ParallelConfig
 
 Terms = dict[str, float]
@@ -26,6 +27,7 @@ class Activations:
         self.tokens = job.tokens
         self.rows = self.tokens / job.parallel.tp
         self.stream = self.rows * job.model.hidden_size * self.width
+        self.cut = crossed_segments(job.capacity, job.document_length, job.parallel.cp)
 
     def layer(self, symbol: str) -> Terms:
         """Bytes that a layer keeps; with recomputation, only its input and the routing."""
@@ -48,9 +50,14 @@ class Activations:
             "Mamba projection": tokens * m.mamba_in_proj / tp * self.width,
             "Mamba output": tokens * inner * self.width,
         }
-        if self.parallel.cp > 1:
-            # The state of each of the pack's segments.
-            terms["Mamba borders"] = 2 * self.parallel.cp * inner * m.mamba_state * 4
+        if self.cut.exchanges:
+            # States of all segments, and their sums. Rows of documents that go on are copied.
+            states = 2 * self.parallel.cp + self.cut.folded + self.cut.entering
+            terms["Mamba borders"] = states * inner * m.mamba_state * 4
+            terms["Mamba borders"] += self.cut.left * m.mamba_in_proj / tp * self.width
+        if self.cut.entering:
+            # A mixer with initial states runs again in backward, and keeps only its inputs.
+            return terms
         if self.job.on_gpu and self.job.fla:
             terms["Mamba scan"] = tokens * inner * self.width
         elif self.job.on_gpu:
@@ -66,13 +73,15 @@ class Activations:
         heads = m.num_heads / tp
         kv = max(m.num_kv_heads / tp, 1.0)
         query = tokens * heads * m.head_dim * self.width
-        # Keys and values of the whole pack, gathered over the context-parallel ranks.
-        both = 2 * self.job.capacity * kv * m.head_dim * self.width
+        both = 2 * self.cut.keys * kv * m.head_dim * self.width
         terms = {
             "attention q k v": query + both,
             "attention output": query,
             "attention sums": tokens * heads * 4,
         }
+        if self.cut.exchanges:
+            # The outputs of the two segments are concatenated.
+            terms["attention output"] += query
         turned = m.qk_norm or m.rope
         if m.qk_norm:
             # Inputs of the norms; their outputs are counted as q and k above.
@@ -169,7 +178,12 @@ class Activations:
         if not self.job.on_gpu:
             return [everything + gradient]
         job, tp = self.job, self.parallel.tp
-        scratch = scan_bytes(self.model, job.tokens, self.width, tp=tp, fla=job.fla)
+        scratch: float = scan_bytes(self.model, job.tokens, self.width, tp=tp, fla=job.fla)
+        if self.cut.entering:
+            # The convolution in float32, its output, two gradients of that, and y's.
+            scratch += self.tokens * self.model.mamba_channels / tp * (2 * 4 + 3 * self.width)
+            gradient = terms["Mamba output"]
+            return [everything + gradient + scratch]
         # In torch the workspace holds the projection's gradient.
         return [everything + scratch + (gradient if job.fla else 0.0)]
 
@@ -180,6 +194,9 @@ class Activations:
         query *= self.model.head_dim * self.width
         # Gradients of the output and of q, k, v; then those of the projection.
         core = everything + query + inputs + sums
+        if self.cut.exchanges:
+            # Gradients of the whole pack's keys and values, before their sum over the ranks.
+            core += (inputs - query) * self.job.capacity / self.cut.keys
         projection = everything - terms["attention output"] + inputs + self._whole()
         return [core, projection]
 

@@ -95,8 +95,7 @@ def _rollout(job: Job, layers: str) -> float:
     m, tp = job.model, job.parallel.tp
     width = 2 if job.engine.precision == "bf16" else 4
     token = 2 * max(m.num_kv_heads / tp, 1.0) * m.head_dim * width
-    channels = m.mamba_inner + 2 * m.mamba_groups * m.mamba_state
-    state = (m.mamba_inner * m.mamba_state * 4 + channels * (m.mamba_conv - 1) * width) / tp
+    state = (m.mamba_inner * m.mamba_state * 4 + m.mamba_channels * (m.mamba_conv - 1) * width) / tp
     each = layers.count("*") * token * job.rollout.length + layers.count("M") * state
     # Two more slots: one for padding rows, one for a prompt that is shared by its continuations.
     return (sequences + 2) * each if sequences else 0.0

@@ -139,7 +139,7 @@ def _layer(
         add(f"{prefix}linear_fc2.weight", width // tp * hidden)
 
     if symbol == "M":
-        channels = model.mamba_inner + 2 * model.mamba_groups * model.mamba_state
+        channels = model.mamba_channels
         for part in ("A_log", "dt_bias", "D"):
             add(part, model.mamba_heads // tp, float32=True)
         add("in_proj.weight", model.mamba_in_proj // tp * hidden)

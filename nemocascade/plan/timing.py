@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from nemocascade.plan.job import Job
 from nemocascade.plan.parameters import Place, stage_chunks
+from nemocascade.plan.segments import crossed_segments
 from nemocascade.train.flops import layer_flops
 
 # Assumed share of the matrix ceiling that a layer's products reach: nearly all for large dense
@@ -22,6 +23,10 @@ from nemocascade.train.flops import layer_flops
 _EFFICIENCY = {"M": 0.55, "*": 0.7, "E": 0.6, "-": 0.85, "head": 0.85}
 # Elements that a layer's pointwise operators move for each row of hidden states, in units of H.
 _TRAFFIC = {"M": 24.0, "*": 14.0, "E": 20.0, "-": 12.0}
+# Elements that a mixer moves more in each pass, for each channel of the convolution: for a row of a
+# rank whose segments continue a document, and for one of a document that goes on in another
+# segment. Torch's operators, counted by hand: the convolution is in float32 there.
+_ENTERING_TRAFFIC, _LEAVING_TRAFFIC = 80.0, 70.0
 _OVERLAP = 0.8
 
 
@@ -81,6 +86,7 @@ class StepModel:
         p = job.parallel
         self.width = 2 if job.engine.precision == "bf16" else 4
         self.stream = job.tokens * job.model.hidden_size * self.width
+        self.cut = crossed_segments(job.capacity, job.document_length, p.cp)
         self.tensor_speed = self._speed(p.tp)
         self.context_speed = self._speed(p.tp * p.cp)
         self.expert_speed = self._speed(p.etp * p.ep)
@@ -97,19 +103,25 @@ class StepModel:
         length = job.document_length
         # Causal attention too: a rank's first and last segment balance each other.
         flops = layer_flops(job.model, symbol, length) * job.tokens / length / p.tp
-        if symbol == "M" and p.cp > 1:
-            # What the state that enters a segment adds to its rows.
-            flops += 2.0 * job.tokens * job.model.mamba_inner * job.model.mamba_state / p.tp
         slow = job.imbalance if symbol == "E" and p.ep > 1 else 1.0
         rate = job.gpu.matmul_tflops * 1e12 * _EFFICIENCY[symbol]
-        traffic = _TRAFFIC[symbol] * self.stream / p.tp / (job.gpu.memory_gb_s * 1e9)
-        compute = passes * (max(flops * slow / rate, 0.0) + traffic)
+        moved = _TRAFFIC[symbol] * self.stream / p.tp
+        if symbol == "M":
+            moved += self._border_traffic()
+        compute = passes * (flops * slow / rate + moved / (job.gpu.memory_gb_s * 1e9))
         gathers = self.stream * (p.tp - 1) / p.tp / self.tensor_speed
         shared = symbol != "E" or job.model.shared_expert_width > 0
         # A gather and a scatter in each pass, and one more gather for the weight gradient.
         tensor = gathers * (2 * passes + 1) if p.tp > 1 and shared else 0.0
-        context = self._exchange(symbol, passes) if p.cp > 1 else 0.0
+        context = self._exchange(symbol, passes) if self.cut.exchanges else 0.0
         return _Cost(compute, tensor, context, self._dispatch(passes) if symbol == "E" else 0.0)
+
+    def _border_traffic(self) -> float:
+        """Bytes that a Mamba-2 mixer moves in a pass for documents that cross segments."""
+        m, cut = self.job.model, self.cut
+        elements = _ENTERING_TRAFFIC * self.job.tokens if cut.entering else 0.0
+        elements += _LEAVING_TRAFFIC * cut.left
+        return elements * m.mamba_channels / self.job.parallel.tp * self.width
 
     def _exchange(self, symbol: str, passes: float) -> float:
         """Seconds in which a context-parallel rank gathers what its rows need of other ranks."""
@@ -119,8 +131,7 @@ class StepModel:
             gathered = 2.0 * self.job.capacity * keys * self.width
         elif symbol == "M":
             # Of each segment: its float32 state, and the last rows of the convolution's input.
-            channels = m.mamba_inner + 2 * m.mamba_groups * m.mamba_state
-            halo = (m.mamba_conv - 1) * channels * self.width
+            halo = (m.mamba_conv - 1) * m.mamba_channels * self.width
             gathered = 2.0 * p.cp * (m.mamba_inner * m.mamba_state * 4 + halo) / p.tp
         else:
             return 0.0

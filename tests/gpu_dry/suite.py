@@ -28,6 +28,7 @@ STAGES = ("sft", "grpo", "mopd")
 LAYOUTS = {
     "tp2": (ParallelConfig(tp=2), 2, 0),
     "ep2": (ParallelConfig(ep=2), 2, 0),
+    "cp2": (ParallelConfig(cp=2), 2, 0),
     "tp2_ep2": (ParallelConfig(tp=2, ep=2), 4, 0),
     "pp2_first": (ParallelConfig(pp=2), 2, 0),
     "pp2_last": (ParallelConfig(pp=2), 2, 1),
@@ -98,6 +99,26 @@ def _nano_layers() -> Iterator[Case]:
     yield Case("nano-rollout-sizes", "rollout", shape, tokens=2048, requests=12, accelerators=FLA)
 
 
+def _nano_context() -> Iterator[Case]:
+    """One layer of each kind at the 30B model's widths, a pack of 256K tokens over 8 ranks: by
+    context and by tensor parallelism."""
+    for symbol, kind in (("M", "mamba"), ("*", "attention"), ("E", "moe")):
+        shape = replace(nemotron3_nano_30b(), pattern=symbol)
+        for cp, tp in ((8, 1), (1, 8), (2, 1)):
+            for recompute in (False, True):
+                yield Case(
+                    f"nano-{kind}-" + (f"cp{cp}" if cp > 1 else f"tp{tp}") + "-recompute" * recompute,
+                    "sft",
+                    shape,
+                    ParallelConfig(tp=tp, cp=cp, ep=cp * tp if symbol == "E" else 1),
+                    world=cp * tp,
+                    rank=cp * tp - 1,
+                    tokens=NANO_TOKENS,
+                    accelerators=FLA,
+                    engine=EngineConfig(recompute=recompute),
+                )
+
+
 def _kernels() -> Iterator[Case]:
     for architecture in (80, 90, 100):
         yield Case(f"kernels-sm_{architecture}", "kernels", TINY, architecture=architecture)
@@ -128,5 +149,5 @@ def _recipes() -> Iterator[Case]:
             )
 
 
-_PARTS = (_tiny, _packages, _rollouts, _nano_layers, _recipes, _kernels)
+_PARTS = (_tiny, _packages, _rollouts, _nano_layers, _nano_context, _recipes, _kernels)
 CASES = {case.name: case for part in _PARTS for case in part()}
