@@ -200,7 +200,8 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
 
 def _training(case: Case, world: World, trainer: Trainer) -> Outcome:
     dry.Host.integer = _rows_of_owner(case)
-    batch, objective = batch_of(case).shard(world.cp_rank, case.parallel.cp), OBJECTIVES[case.stage]()
+    objective = OBJECTIVES[case.stage]()
+    batch = batch_of(case).shard(world.cp_rank, case.parallel.cp)
     measure = None if case.stage == "sft" else policy_metrics
     taken = []
     for count in (1,) if case.once else (1, 1, 2):

@@ -100,23 +100,39 @@ def _nano_layers() -> Iterator[Case]:
 
 
 def _nano_context() -> Iterator[Case]:
-    """One layer of each kind at the 30B model's widths, a pack of 256K tokens over 8 ranks: by
-    context and by tensor parallelism."""
+    """A pack of 256K tokens over context-parallel ranks: a layer of each kind, and the whole model,
+    which runs over tensor-parallel ranks as well. Both segments of rank 5 of 8 continue a document
+    and leave one."""
+    shape = nemotron3_nano_30b()
     for symbol, kind in (("M", "mamba"), ("*", "attention"), ("E", "moe")):
-        shape = replace(nemotron3_nano_30b(), pattern=symbol)
-        for cp, tp in ((8, 1), (1, 8), (2, 1)):
-            for recompute in (False, True):
-                yield Case(
-                    f"nano-{kind}-" + (f"cp{cp}" if cp > 1 else f"tp{tp}") + "-recompute" * recompute,
-                    "sft",
-                    shape,
-                    ParallelConfig(tp=tp, cp=cp, ep=cp * tp if symbol == "E" else 1),
-                    world=cp * tp,
-                    rank=cp * tp - 1,
-                    tokens=NANO_TOKENS,
-                    accelerators=FLA,
-                    engine=EngineConfig(recompute=recompute),
-                )
+        parallel = ParallelConfig(cp=8, ep=8 if symbol == "E" else 1)
+        yield Case(
+            f"nano-{kind}-cp8",
+            "sft",
+            replace(shape, pattern=symbol),
+            parallel,
+            world=8,
+            rank=5,
+            tokens=NANO_TOKENS,
+            accelerators=FLA,
+        )
+    for name, parallel in (
+        ("cp2", ParallelConfig(cp=2, ep=8)),
+        ("cp8", ParallelConfig(cp=8, ep=8)),
+        ("tp8", ParallelConfig(tp=8, ep=8)),
+    ):
+        yield Case(
+            f"nano-sft-{name}",
+            "sft",
+            shape,
+            parallel,
+            world=8,
+            rank=5,
+            tokens=NANO_TOKENS,
+            accelerators=FLA,
+            engine=EngineConfig(recompute=True),
+            once=True,
+        )
 
 
 def _kernels() -> Iterator[Case]:
