@@ -331,19 +331,21 @@ class PackedBatch:
 
     Row t holds the state s_t after reading `tokens[t]` and the action y_t = `targets[t]`, which
     belongs to the same document. Padding at the end forms a document of its own, made of `pad_id`,
-    with weight 0.
+    with weight 0. Under context parallelism a batch holds R of the pack's C rows, see `shard`;
+    otherwise R = C.
 
-    tokens:        [C] int64, input ids.
-    targets:       [C] int64, the next id within the document; 0 in a document's last row.
-    positions:     [C] int64, position within the document, from 0.
-    token_weight:  [C] float32, mask and normaliser of the loss; 0 = the row does not train.
+    tokens:        [R] int64, input ids.
+    targets:       [R] int64, the next id within the document; 0 in a document's last row.
+    positions:     [R] int64, position within the document, from 0.
+    token_weight:  [R] float32, mask and normaliser of the loss; 0 = the row does not train.
     cu_seqlens:    [D+1] int32, starts of the documents and C at the end (padding included).
     num_tokens:    number of tokens in documents; the rest of C is padding.
     document_ids:  ids of the documents in the data set, in the order of the pack.
-    advantage, ref_logprob, teacher_logprob, rollout_logprob: [C] float32 or None, the constants
+    advantage, ref_logprob, teacher_logprob, rollout_logprob: [R] float32 or None, the constants
         of GRPO's and MOPD's objectives.
     routing:       for each document [n or n - 1, L, K] integers, the experts that training replays
         in L MoE layers with K experts a token, or None; () for no document.
+    cp_rank, cp_size: the context-parallel rank whose rows these are, and the number of ranks.
     """
 
     tokens: Tensor
@@ -358,10 +360,58 @@ class PackedBatch:
     teacher_logprob: Tensor | None = None
     rollout_logprob: Tensor | None = None
     routing: tuple[Tensor | None, ...] = ()
+    cp_rank: int = 0
+    cp_size: int = 1
 
     @property
     def capacity(self) -> int:
-        return self.tokens.numel()
+        """C, the rows of the whole pack."""
+        return self.tokens.numel() * self.cp_size
+
+    @property
+    def segments(self) -> list[slice]:
+        """The rows of the pack that this batch holds, ascending."""
+        if self.cp_size == 1:
+            return [slice(0, self.capacity)]
+        size = self.capacity // (2 * self.cp_size)
+        numbers = (self.cp_rank, 2 * self.cp_size - 1 - self.cp_rank)
+        return [slice(n * size, (n + 1) * size) for n in numbers]
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Number of document tokens among this batch's rows; the rows after them are padding."""
+        return sum(min(max(self.num_tokens - s.start, 0), s.stop - s.start) for s in self.segments)
+
+    def own_cu_seqlens(self) -> Tensor:
+        """`cu_seqlens` among this batch's rows, [D+1] int64: a document may have none there."""
+        bounds = self.cu_seqlens.long()
+        parts = [(bounds - s.start).clamp(0, s.stop - s.start) for s in self.segments]
+        return torch.stack(parts).sum(0)
+
+    def shard(self, rank: int, size: int) -> PackedBatch:
+        """The rows of context-parallel rank `rank` of `size`.
+
+        The pack is cut into 2 size equal segments; a rank holds number `rank` and number
+        2 size - 1 - rank, so that causal attention takes equally long on every rank. Documents
+        (`cu_seqlens`, `num_tokens`, `document_ids`, `routing`) stay those of the whole pack.
+
+        Raises ValueError if this batch is a shard, or its capacity no multiple of 2 size.
+        """
+        if size == 1:
+            return self
+        if self.cp_size > 1 or self.capacity % (2 * size):
+            raise ValueError(
+                f"a pack of {self.capacity} rows on {self.cp_size} ranks cannot be cut into "
+                f"2 x {size} segments: use a whole pack and a multiple of {2 * size} rows"
+            )
+        cut = replace(self, tokens=self.tokens[: self.capacity // size], cp_rank=rank, cp_size=size)
+        rows = torch.cat([torch.arange(s.start, s.stop) for s in cut.segments])
+        own: dict[str, Any] = {
+            f.name: value.index_select(0, rows)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor) and f.name != "cu_seqlens"
+        }
+        return replace(cut, **own)
 
     @property
     def num_documents(self) -> int:
@@ -369,7 +419,7 @@ class PackedBatch:
         return self.cu_seqlens.numel() - 1 - int(self.num_tokens < self.capacity)
 
     def num_trained(self) -> int:
-        """Number of rows that train."""
+        """Number of this batch's rows that train."""
         return int((self.token_weight != 0).sum())
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -396,13 +446,16 @@ class PackedBatch:
         for f in fields(self):
             value = getattr(self, f.name)
             counted = isinstance(value, Tensor) and f.name != "cu_seqlens"
-            if counted and value.shape != (self.capacity,):
-                problems.append(f"{f.name} has shape {tuple(value.shape)}, not [{self.capacity}]")
+            if counted and value.shape != self.tokens.shape:
+                rows = self.tokens.numel()
+                problems.append(f"{f.name} has shape {tuple(value.shape)}, not [{rows}]")
         if not problems:
-            last = self.cu_seqlens[1:].long() - 1
-            if bool((self.token_weight[last] != 0).any()):
+            ends = set(cu[1:])
+            trained = (self.token_weight != 0).nonzero().flatten()
+            places = torch.cat([torch.arange(s.start, s.stop) for s in self.segments])
+            if ends & set((places[trained] + 1).tolist()):
                 problems.append("a document's last row has no target, so its weight must be 0")
-            if bool((self.token_weight[self.num_tokens :] != 0).any()):
+            if bool((self.token_weight[self.num_own_tokens :] != 0).any()):
                 problems.append("padding must have weight 0")
         if problems:
             raise ValueError("broken PackedBatch: " + "; ".join(problems))

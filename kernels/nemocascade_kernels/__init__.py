@@ -26,7 +26,7 @@ from nemocascade_kernels.decode_step.weights import MambaWeights
 from nemocascade_kernels.linear_logprob.op import LinearLogprob, linear_logprob
 from nemocascade_kernels.linear_policy_loss.objectives import Grpo, Mopd, Nll, Objective
 from nemocascade_kernels.linear_policy_loss.op import PolicyLoss, linear_policy_loss
-from nemocascade_kernels.mamba2.op import mamba2
+from nemocascade_kernels.mamba2.op import mamba2, mamba2_final_state
 from nemocascade_kernels.moe_experts.op import (
     grouped_gemm,
     moe_experts,
@@ -69,6 +69,7 @@ __all__ = [
     "logits_bytes",
     "make_routing",
     "mamba2",
+    "mamba2_final_state",
     "moe_experts",
     "moe_permute",
     "moe_route",

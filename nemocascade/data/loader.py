@@ -2,6 +2,7 @@
 
 The packed sequences of all epochs form one stream. Each optimizer step takes the next
 `sequences_per_step` of it; rank r of R data-parallel ranks takes every R-th one, from the r-th on.
+Context-parallel ranks each take their rows of the same ones.
 The stream, and so the data of each step, does not depend on R. Neighbours in the stream run at
 the same time, and the planner has made their work equal.
 """
@@ -76,11 +77,13 @@ class PackedLoader:
         seed: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        cp_rank: int = 0,
+        cp_size: int = 1,
         pad_id: int = 0,
         work: WorkModel | None = None,
         prefetch: bool = True,
     ) -> None:
-        """Set up the loader of rank `dp_rank`.
+        """Set up the loader of data-parallel rank `dp_rank` and context-parallel rank `cp_rank`.
 
         work: cost model of a packed sequence, used to balance ranks; None = `WorkModel()`.
         prefetch: build the next step's batches in a thread while this step trains. The batches do
@@ -97,6 +100,7 @@ class PackedLoader:
         self._config = config
         self._seed = seed
         self._rank, self._size = dp_rank, dp_size
+        self._context = cp_rank, cp_size
         self._pad_id = pad_id
         self._work = work or WorkModel()
         self._plans: dict[int, PackingPlan] = {}
@@ -190,9 +194,8 @@ class PackedLoader:
         for i in range(config.sequences_per_step):
             plan = self._plan(now.epoch)
             if i % self._size == self._rank:
-                batches.append(
-                    pack_sequence(self._documents, plan, now.sequence, pad_id=self._pad_id)
-                )
+                whole = pack_sequence(self._documents, plan, now.sequence, pad_id=self._pad_id)
+                batches.append(whole.shard(*self._context))
             now = self._after(now, plan)
         now = replace(now, step=start.step + 1)
         tokens = now.tokens - start.tokens
@@ -239,10 +242,12 @@ class HeldoutLoader:
         *,
         dp_rank: int = 0,
         dp_size: int = 1,
+        cp_rank: int = 0,
+        cp_size: int = 1,
         pad_id: int = 0,
         microbatch_multiple: int = 1,
     ) -> None:
-        """Set up the loader of rank `dp_rank`.
+        """Set up the loader of data-parallel rank `dp_rank` and context-parallel rank `cp_rank`.
 
         microbatch_multiple: the pipeline schedule needs a multiple of this many micro-batches.
 
@@ -252,6 +257,7 @@ class HeldoutLoader:
         self._documents = documents
         self._config = config
         self._rank, self._size = dp_rank, dp_size
+        self._context = cp_rank, cp_size
         self._pad_id = pad_id
         self._multiple = microbatch_multiple
         self._plan = plan_epoch(documents, config, WorkModel(), seed=0, epoch=0)
@@ -271,5 +277,7 @@ class HeldoutLoader:
 
     def _batch(self, index: int | None) -> PackedBatch:
         if index is None:
-            return pack_documents([], self._config.capacity, pad_id=self._pad_id)
-        return pack_sequence(self._documents, self._plan, index, pad_id=self._pad_id)
+            whole = pack_documents([], self._config.capacity, pad_id=self._pad_id)
+        else:
+            whole = pack_sequence(self._documents, self._plan, index, pad_id=self._pad_id)
+        return whole.shard(*self._context)

@@ -8,6 +8,7 @@ import torch
 from nemocascade_kernels import PackedSeq, Truncation
 from torch import Tensor
 
+from nemocascade.megatron.context import ContextShard
 from nemocascade.megatron.replay import RouteRecorder, RouteReplay
 from nemocascade.types import PackedBatch
 
@@ -53,6 +54,8 @@ class Microbatch(PackedSeq):
     """The documents of a packed batch, and the routers' settings for it.
 
     batch: the packed batch; its tensors are on the device.
+    shard: under context parallelism, the documents among this rank's rows; otherwise None. Then
+        `starts`, `lengths` and `cu_seqlens` describe these rows.
     trained_rows: number of rows whose loss counts, known on the host.
     aux_scale: factor on the routers' auxiliary losses, 1 / (documents of the whole step).
     replay: choices of experts for the routers to use; None: they choose.
@@ -62,6 +65,7 @@ class Microbatch(PackedSeq):
     """
 
     batch: PackedBatch | None = None
+    shard: ContextShard | None = None
     aux_scale: float = 1.0
     trained_rows: int = 0
     replay: RouteReplay | None = None
@@ -89,20 +93,25 @@ class Microbatch(PackedSeq):
         Raises ValueError if `replay` or `recorder` is for another number of tokens.
         """
         for name, routes in (("replay", replay), ("recorder", recorder)):
-            if routes is not None and routes.choices.shape[0] != batch.capacity:
+            if routes is not None and routes.choices.shape[0] != batch.tokens.numel():
                 raise ValueError(
                     f"{name} holds {routes.choices.shape[0]} tokens and the packed batch "
-                    f"{batch.capacity}: make it for the batch's capacity"
+                    f"{batch.tokens.numel()}: make it for the batch's rows"
                 )
-        seq = PackedSeq.from_cu_seqlens(batch.cu_seqlens)
         moved = batch.to(device)
+        shard = None if batch.cp_size == 1 else ContextShard(batch, device)
+        if shard is None:
+            seq = replace(PackedSeq.from_cu_seqlens(batch.cu_seqlens), cu_seqlens=moved.cu_seqlens)
+        else:
+            seq = PackedSeq.from_cu_seqlens(shard.cu_seqlens(), device)
         return cls(
             starts=seq.starts,
             lengths=seq.lengths,
-            cu_seqlens=moved.cu_seqlens,
+            cu_seqlens=seq.cu_seqlens,
             total=seq.total,
             max_length=seq.max_length,
             batch=moved,
+            shard=shard,
             aux_scale=aux_scale,
             trained_rows=batch.num_trained(),
             replay=replay,
@@ -116,10 +125,14 @@ class Microbatch(PackedSeq):
         """A copy for both passes of one layer call: forward, and its recomputation."""
         return replace(self, first_pass=FirstPass())
 
+    def document_bounds(self) -> Tensor:
+        """Bounds of the pack's documents among this rank's rows, [D + 1] int32 on the device."""
+        return self.cu_seqlens if self.shard is None else self.shard.document_bounds
+
     def token_mask(self, rows: slice) -> Tensor | None:
         """Mask [rows] bool, False for padding; None if `rows` hold no padding."""
         assert self.batch is not None
-        real = self.batch.num_tokens
+        real = self.batch.num_own_tokens
         if rows.stop <= real:
             return None
         index = torch.arange(rows.start, rows.stop, device=self.device)

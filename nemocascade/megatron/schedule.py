@@ -33,7 +33,16 @@ def run_schedule(
     the same capacity. The gradient is that of the sum of their losses.
 
     Returns linear_policy_loss's output for each micro-batch on the last stage, [] on the others.
+    Raises ValueError if a micro-batch holds other rows than those of this context-parallel rank.
     """
+    own = world.cp_rank, world.parallel.cp
+    for packed in microbatches:
+        rows = (0, 1) if packed.shard is None else (packed.shard.rank, packed.shard.size)
+        if rows != own:
+            raise ValueError(
+                f"the micro-batch holds the rows of context-parallel rank {rows[0]} of {rows[1]}, "
+                f"and this is rank {own[0]} of {own[1]}: cut it with PackedBatch.shard"
+            )
     schedule = get_forward_backward_func(
         pp_size=world.parallel.pp,
         vp_size=world.parallel.vpp if world.parallel.vpp > 1 else None,
@@ -53,7 +62,8 @@ def run_schedule(
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=list(chunks) if len(chunks) > 1 else chunks[0],
             num_microbatches=len(microbatches),
-            seq_length=microbatches[0].total,
+            # Megatron divides it by the context-parallel size.
+            seq_length=microbatches[0].total * world.parallel.cp,
             micro_batch_size=1,
             forward_only=forward_only,
         )

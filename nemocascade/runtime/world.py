@@ -60,6 +60,7 @@ class Groups(Protocol):
     cp: Any
     ep: Any
     dp_cp: Any
+    tp_cp: Any
     tp_ep: Any
     tp_dp_cp: Any
     expt_tp: Any
@@ -89,6 +90,20 @@ class World:
         return int(dist.get_world_size(self.groups.dp))
 
     @property
+    def cp_rank(self) -> int:
+        return int(dist.get_rank(self.groups.cp))
+
+    @property
+    def replica_rank(self) -> int:
+        """Index among the `num_replicas` copies of the model: data-parallel and context-parallel
+        ranks. Each generates rollouts of its own."""
+        return self.dp_rank * self.parallel.cp + self.cp_rank
+
+    @property
+    def num_replicas(self) -> int:
+        return self.dp_size * self.parallel.cp
+
+    @property
     def tp_rank(self) -> int:
         return int(dist.get_rank(self.groups.tp))
 
@@ -113,7 +128,8 @@ class World:
         """One line with the size of every axis."""
         p = self.parallel
         return (
-            f"world {self.size}: tp {p.tp} x pp {p.pp} (vpp {p.vpp}) x dp {self.dp_size}, "
+            f"world {self.size}: tp {p.tp} x cp {p.cp} x pp {p.pp} (vpp {p.vpp}) x dp "
+            f"{self.dp_size}, "
             f"experts etp {p.etp} x ep {p.ep}, {self.device.type}"
         )
 
@@ -134,11 +150,13 @@ class World:
         return values
 
     def sum_over_data_parallel(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum `value`, on the host or the device, in place over the data-parallel ranks.
+        """Sum `value`, on the host or the device, in place over the data-parallel and
+        context-parallel ranks, which hold different rows.
 
         The ranks exchange a host tensor without waiting for their devices.
         """
-        dist.all_reduce(value, group=self.groups.dp)
+        groups = self.groups
+        dist.all_reduce(value, group=groups.dp if self.parallel.cp == 1 else groups.dp_cp)
         return value
 
     def close(self) -> None:

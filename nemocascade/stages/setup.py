@@ -233,6 +233,8 @@ def heldout_loader(
         data,
         dp_rank=world.dp_rank,
         dp_size=world.dp_size,
+        cp_rank=world.cp_rank,
+        cp_size=world.parallel.cp,
         pad_id=tokenizer.pad_id,
         microbatch_multiple=world.parallel.pp if world.parallel.vpp > 1 else 1,
     )

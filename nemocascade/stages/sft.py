@@ -58,6 +58,8 @@ def run_sft(recipe: SftRecipe) -> Path:
             seed=recipe.seed,
             dp_rank=world.dp_rank,
             dp_size=world.dp_size,
+            cp_rank=world.cp_rank,
+            cp_size=world.parallel.cp,
             pad_id=tokenizer.pad_id,
             # Packs of equal work let ranks finish together.
             work=WorkModel.of_transformer(

@@ -25,8 +25,8 @@ def batch_of(packed: Microbatch) -> PackedBatch:
 
 
 def sum_of_losses(world: World, outputs: Sequence[Any]) -> torch.Tensor:
-    """The losses' sum over micro-batches and data-parallel ranks: scalar float64 on the device of
-    every rank. outputs: from `run_schedule`."""
+    """The losses' sum over micro-batches, data-parallel and context-parallel ranks: scalar float64
+    on the device of every rank. outputs: from `run_schedule`."""
     value = torch.zeros((), dtype=torch.float64, device=world.device)
     if outputs:
         value = torch.stack([o.loss.detach().double().reshape(()) for o in outputs]).sum()
@@ -114,7 +114,7 @@ def domain_means(
     first_of_shards = world.tp_rank == 0
     for out, batch in zip(outputs if first_of_shards else [], batches, strict=False):
         found = rows(out.logprob.float().cpu(), batch)
-        bounds = batch.cu_seqlens.tolist()
+        bounds = batch.own_cu_seqlens().tolist()
         for number, start, end in zip(batch.document_ids, bounds[:-1], bounds[1:], strict=False):
             trained = batch.token_weight[start:end] != 0
             for name, values in found.items():

@@ -62,8 +62,12 @@ def step_flops(model: ModelConfig, lengths: Iterable[int], trained_tokens: int) 
 
 
 def batch_flops(model: ModelConfig, batch: PackedBatch) -> float:
-    """FLOPs of a training step on one packed batch; padding is not work."""
-    lengths = batch.cu_seqlens.diff()[: batch.num_documents].tolist()
+    """FLOPs of a training step on one packed batch; padding is not work.
+
+    The first context-parallel rank counts the layers of the whole pack, so that the ranks' sum is
+    that of the pack.
+    """
+    lengths = batch.cu_seqlens.diff()[: batch.num_documents].tolist() if not batch.cp_rank else []
     return step_flops(model, lengths, batch.num_trained())
 
 

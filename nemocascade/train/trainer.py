@@ -206,16 +206,18 @@ class Trainer:
         return heldout_loss(self.world, self.config, self.chunks, steps)
 
     def _totals(self, batches: Sequence[PackedBatch]) -> Tensor:
-        """[5] float64 over data-parallel ranks: weight, tokens, trained rows, documents, FLOPs."""
+        """[5] float64 over all ranks with different rows: weight, tokens, trained rows, documents,
+        FLOPs."""
         local = torch.zeros(5, dtype=torch.float64)
         for batch in batches:
             weight = batch.token_weight
             local += torch.tensor(
                 [
                     float(weight.double().sum()),
-                    batch.num_tokens,
+                    batch.num_own_tokens,
                     batch.num_trained(),
-                    batch.num_documents,
+                    # Documents of a pack are counted once.
+                    0 if batch.cp_rank else batch.num_documents,
                     batch_flops(self.config.shape, batch),
                 ],
                 dtype=torch.float64,
@@ -227,8 +229,9 @@ class Trainer:
         if not any(choices is not None for choices in batch.routing):
             return None
         shape = self.config.shape
-        choices = lay_choices(shape, batch.routing, batch.cu_seqlens)
-        return RouteReplay.from_choices(shape, choices, batch.num_tokens, self.world.device)
+        whole = lay_choices(shape, batch.routing, batch.cu_seqlens)
+        choices = torch.cat([whole[rows] for rows in batch.segments])
+        return RouteReplay.from_choices(shape, choices, batch.num_own_tokens, self.world.device)
 
     def _check_loss(
         self, loss: float, outputs: Sequence[Any], batches: Sequence[PackedBatch]

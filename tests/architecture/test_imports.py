@@ -42,7 +42,7 @@ ALLOWED = {
 # those of its own entry only. An entry is a file or a folder.
 FLOORS = {
     "megatron": [
-        "upstream cpu init replay workspace",
+        "upstream cpu init replay workspace context",
         "world config microbatch",
         "layers",
         "model schedule",

@@ -24,6 +24,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2 EP2": (4, {"pp": 2, "ep": 2}),
     "EP2 ETP2": (4, {"ep": 2, "etp": 2}),
     "TP2 ETP2": (2, {"tp": 2, "etp": 2}),
+    "CP2": (2, {"cp": 2}),
+    "CP4": (4, {"cp": 4}),
+    "CP2 TP2": (4, {"cp": 2, "tp": 2}),
+    "CP2 EP2": (2, {"cp": 2, "ep": 2}),
+    "CP2 PP2": (4, {"cp": 2, "pp": 2}),
+    "CP2 DP2": (4, {"cp": 2}),
 }
 STEPS = 10
 TOLERANCE = 1e-5
@@ -75,7 +81,10 @@ def train(
         seed=3,
         run_dir=Path("/nonexistent"),
     )
-    batches = random_batches(4, shape.vocab_size)[world.dp_rank :: world.dp_size]
+    batches = [
+        batch.shard(world.cp_rank, world.parallel.cp)
+        for batch in random_batches(4, shape.vocab_size)[world.dp_rank :: world.dp_size]
+    ]
     results = [trainer.train_step(batches) for _ in range(STEPS)]
     world.barrier()
     return [[r.loss, r.grad_norm] for r in results]

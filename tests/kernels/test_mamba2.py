@@ -18,7 +18,7 @@ from helpers.layers import (
     value_and_gradients,
 )
 from helpers.mamba2 import NAMES, Shape
-from nemocascade_kernels import MambaWeights, PackedSeq, mamba2, step_mamba
+from nemocascade_kernels import MambaWeights, PackedSeq, mamba2, mamba2_final_state, step_mamba
 from nemocascade_kernels.backends import BackendRefusedError
 from nemocascade_kernels.mamba2 import ssd
 from nemocascade_kernels.mamba2.op import OP
@@ -324,12 +324,77 @@ def test_the_reference_differentiates_states() -> None:
     assert_near(value_and_gradients(halves, inputs, upstream), whole, 1e-12, NAMES)
 
 
-@COMPILED_AND_TORCH
-def test_states_have_no_gradient(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [("torch", torch.float64, 1e-13), (None, torch.float32, 1e-5)],
+)
+@pytest.mark.parametrize("documents", [None, (1, 3)])
+def test_gradients_with_states(
+    backend: str | None, dtype: torch.dtype, tolerance: float, documents: tuple[int, ...] | None
+) -> None:
+    """Gradients of the inputs and initial states equal those of the recurrence."""
+    shape, packed = Shape(4, 5, 2, 3, 4, (0.05, 0.9)), pack((2, 67, 1, 33, 1))
+    count = packed.num_documents if documents is None else len(documents)
+    conv = draw(count, shape.window - 1, shape.channels).double()
+    ssm = draw(count, shape.heads, shape.head_dim, shape.state).double()
+    inputs = [*shape.inputs(packed.total), conv, ssm]
+    weight = draw(packed.num_documents, shape.heads, shape.head_dim, shape.state, seed=4)
+
+    def run(backend: str | None, *tensors: Tensor) -> Tensor:
+        out, final = mamba2(
+            *tensors[:7], packed, **shape.settings,
+            initial_state=(tensors[7], tensors[8]), state_documents=documents,
+            return_final_state=True, backend=backend,
+        )  # fmt: skip
+        assert final is not None
+        return torch.cat([out.flatten(), (final[1] * weight.to(out.dtype)).flatten()])
+
+    upstream = draw(packed.total * shape.inner + weight.numel(), seed=9)
+    expected = value_and_gradients(functools.partial(run, "reference"), inputs, upstream)
+    own = [t.to(dtype) for t in inputs]
+    found = value_and_gradients(functools.partial(run, backend), own, upstream)
+    assert_near(found, expected, tolerance, [*NAMES, "conv", "ssm"])
+
+
+def test_only_native_has_no_gradient_with_states() -> None:
     inputs = SMALL.inputs(3, torch.float32)
     inputs[0].requires_grad_()
     with pytest.raises(ValueError, match=r"no gradient in backend .*torch\.no_grad"):
-        mamba2(*inputs, pack((3,)), **SMALL.settings, return_final_state=True, backend=backend)
+        mamba2(*inputs, pack((3,)), **SMALL.settings, return_final_state=True, backend="native")
+
+
+def test_a_final_state_without_an_output() -> None:
+    """`mamba2_final_state` and an initial state give the final state of `mamba2`."""
+    shape, packed = Shape(4, 5, 2, 3, 4, (0.05, 0.9)), pack((2, 67, 1, 33))
+    conv = draw(4, shape.window - 1, shape.channels).double()
+    ssm = draw(4, shape.heads, shape.head_dim, shape.state).double()
+    inputs = [*shape.inputs(packed.total), conv, ssm]
+
+    def whole(*tensors: Tensor) -> Tensor:
+        _, final = mamba2(
+            *tensors[:7], packed, **shape.settings,
+            initial_state=(tensors[7], tensors[8]), return_final_state=True, backend="reference",
+        )  # fmt: skip
+        assert final is not None
+        return final[1]
+
+    def alone(*tensors: Tensor) -> Tensor:
+        state, decay = mamba2_final_state(
+            *tensors[:5], packed, **shape.settings, initial_conv=tensors[7]
+        )
+        unused = (tensors[5].sum() + tensors[6].sum()) * 0
+        return state + decay[:, :, None, None] * tensors[8] + unused
+
+    upstream = draw(*ssm.shape, seed=9)
+    expected = value_and_gradients(
+        lambda *t: whole(*t) + (t[5].sum() + t[6].sum()) * 0, inputs, upstream
+    )
+    found = value_and_gradients(alone, inputs, upstream)
+    kept = [k for k in range(len(found)) if k not in (6, 7)]
+    names = [*NAMES, "conv", "ssm"]
+    assert_near(
+        [found[k] for k in kept], [expected[k] for k in kept], 1e-13, [names[k] for k in kept]
+    )
 
 
 def test_which_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None:

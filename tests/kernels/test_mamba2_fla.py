@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.fla import FlaDouble
-from helpers.layers import assert_isolated, assert_near, pack, value_and_gradients
+from helpers.layers import assert_isolated, assert_near, draw, pack, value_and_gradients
 from helpers.mamba2 import NAMES, Shape
 from nemocascade_kernels import PackedSeq, mamba2
 from nemocascade_kernels.mamba2 import fla, fla_check, fla_kernels
+from nemocascade_kernels.mamba2 import torch as torch_scan
 from nemocascade_kernels.mamba2.arguments import Inputs, Sizes, States
 from nemocascade_kernels.mamba2.op import Mixer
 from nemocascade_kernels.testing import without_interpreter
@@ -132,6 +133,21 @@ def test_states_beside_fla(double: FlaDouble, continues: bool) -> None:
     out, state = fla.forward_with_states(inputs, packed, SIZES, initial)
     # Steps and decays are float32 there.
     assert_near([out, state], [expected, final[1]], 1e-5, ["out", "ssm"])
+    assert double.calls["outputs"]
+
+
+def test_the_scan_alone_has_its_gradients(double: FlaDouble) -> None:
+    """`scan_backward`, by fla's kernels in parts of the heads, and by torch's operators."""
+    packed = pack((1, 2, 40, 33))
+    mixed = draw(packed.total, SHAPE.channels).double()
+    dt = draw(packed.total, SHAPE.heads, seed=1).double().exp()
+    A, D = -draw(SHAPE.heads).double().exp(), draw(SHAPE.heads, seed=2).double()
+    d_y = draw(packed.total, SHAPE.heads, SHAPE.head_dim, seed=3).double()
+    found = []
+    for module in (fla, torch_scan):
+        y, kept = module.scan_forward(mixed, dt, A, D, packed, SIZES)
+        found.append([y, *module.scan_backward(d_y, mixed, dt, A, D, kept, packed, SIZES)])
+    assert_near(*found, 1e-5, ["y", "mixed", "dt", "A", "D"])
     assert double.calls["outputs"]
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemocascade.megatron.generation.chunked_prefill import _lower_right, chunked_prefill_attention
+from nemocascade.megatron.generation.chunked_prefill import chunked_prefill_attention
+from nemocascade.megatron.layers.attention_core import lower_right_attention
 
 SIZES = {
     "one token": (1, 40, 6, 2, 20),
@@ -65,4 +66,4 @@ def test_the_way_of_a_gpu_in_float32(case: str) -> None:
     q, k, v, old_k, old_v = draw(*SIZES[case])
     keys, values = (torch.cat([old.transpose(0, 1), new]) for old, new in ((old_k, k), (old_v, v)))
     expected = written_out(q, k, v, old_k, old_v)
-    assert float((_lower_right(q, keys, values) - expected).abs().max()) < 5e-6
+    assert float((lower_right_attention(q, keys, values) - expected).abs().max()) < 5e-6

@@ -91,10 +91,12 @@ class PackedSeq:
         value: V = self._cache[key]
         return value
 
-    def documents(self) -> list[slice]:
-        """The rows of each document."""
-        ends = (self.starts + self.lengths).tolist()
-        return [slice(a, b) for a, b in zip(self.starts.tolist(), ends, strict=True)]
+    def documents(self, chosen: Sequence[int] | None = None) -> list[slice]:
+        """The rows of each document, or of the chosen ones."""
+        starts, lengths = self.starts, self.lengths
+        if chosen is not None:
+            starts, lengths = starts[list(chosen)], lengths[list(chosen)]
+        return [slice(a, a + n) for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
 
     def document_of(self) -> Tensor:
         """The document of each row, [T] int64 on the host."""

@@ -6,9 +6,11 @@ W = h p + 2 g n its channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -42,6 +44,11 @@ class States(NamedTuple):
 
     conv: Tensor
     ssm: Tensor
+
+    def spread(self, documents: Sequence[int], count: int) -> States:
+        """States of `count` documents: these for `documents`, zeros for the others."""
+        place = torch.tensor(documents, device=self.ssm.device)
+        return States(*(t.new_zeros(count, *t.shape[1:]).index_copy(0, place, t) for t in self))
 
 
 @dataclass(frozen=True)

@@ -142,20 +142,63 @@ def backward(
 
 
 def forward_with_states(
-    i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None
+    i: Inputs,
+    packed: PackedSeq,
+    s: Sizes,
+    initial: States | None,
+    documents: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, h p] in zxbcdt's dtype, and the state after each document [D, h, p, n]."""
-    return forward_by_scan(i, packed, s, initial, lambda: forward(i, packed, s)[0], scan)
+    return forward_by_scan(i, packed, s, initial, lambda: forward(i, packed, s)[0], scan, documents)
 
 
 def scan(mixed: Tensor, dt: Tensor, A: Tensor, D: Tensor, packed: PackedSeq, s: Sizes) -> Tensor:
     """Run only the state-space scan, each document from a zero state; see `torch.scan`."""
-    x, B, C = (r.contiguous() for r in _kinds(mixed, s))
+    return scan_forward(mixed, dt, A, D, packed, s)[0]
+
+
+def scan_forward(
+    mixed: Tensor, dt: Tensor, A: Tensor, D: Tensor, packed: PackedSeq, s: Sizes
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`scan`, which keeps nothing for `scan_backward`."""
     y = mixed.new_empty(packed.total, s.heads, s.head_dim)
+    for part, scanned in _scans(mixed, dt, A, D, packed, s):
+        scanned.forward(y[:, part.heads])
+    return y, ()
+
+
+def scan_backward(
+    d_y: Tensor,
+    mixed: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    D: Tensor,
+    kept: tuple[Tensor, ...],
+    packed: PackedSeq,
+    s: Sizes,
+) -> tuple[Tensor, ...]:
+    """Gradients of mixed, dt, A and D, in their dtypes."""
+    del kept
+    d_mixed, d_dt = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (mixed, dt)
+    )
+    d_A, d_D = torch.zeros_like(A), torch.zeros_like(D)
+    d_x, d_B, d_C = _kinds(d_mixed, s)
+    for part, scanned in _scans(mixed, dt, A, D, packed, s):
+        heads, columns = part.heads, part.columns(s)
+        d = scanned.backward(d_y.flatten(1)[:, columns], d_B, d_C)
+        d_x[:, columns], d_dt[:, heads], d_A[heads], d_D[heads] = d
+    return d_mixed, d_dt, d_A, d_D
+
+
+def _scans(
+    mixed: Tensor, dt: Tensor, A: Tensor, D: Tensor, packed: PackedSeq, s: Sizes
+) -> Iterator[tuple[Part, _Scan]]:
+    """The scans of all parts of the heads."""
+    x, B, C = (r.contiguous() for r in _kinds(mixed, s))
     for part in parts(packed.total, s):
         own = x[:, part.columns(s)].contiguous()
-        _Scan(s, part, tables(packed), own, B, C, dt.float(), A, D).forward(y[:, part.heads])
-    return y
+        yield part, _Scan(s, part, tables(packed), own, B, C, dt.float(), A, D)
 
 
 class _Scan:

@@ -24,9 +24,15 @@ def forward(i: Inputs, packed: PackedSeq, s: Sizes) -> tuple[Tensor, tuple[Tenso
 
 
 def forward_with_states(
-    i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None
+    i: Inputs,
+    packed: PackedSeq,
+    s: Sizes,
+    initial: States | None,
+    documents: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, h p] in zxbcdt's dtype, and states after each document [D, h, p, n] float32."""
+    if initial is not None and documents is not None:
+        initial = initial.spread(documents, packed.num_documents)
     conv, ssm = (None, None) if initial is None else (t.float().contiguous() for t in initial)
     final = torch.empty(packed.num_documents, s.heads, s.head_dim, s.state)
     return _run(i, packed, s, (conv, ssm, final)), final

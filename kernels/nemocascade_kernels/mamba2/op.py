@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nemocascade_kernels.backends import Op, takes
 from nemocascade_kernels.common.documents import PackedSeq
 from nemocascade_kernels.common.transfer import to_device
 from nemocascade_kernels.mamba2.arguments import Inputs, Sizes, States
+from nemocascade_kernels.mamba2.states import ScanFunction, continued, final_states
 
 #: The convolution reads no further back than the previous chunk of 32 rows.
 LARGEST_WINDOW = 33
@@ -43,6 +47,7 @@ def mamba2(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     eps: float = 1e-5,
     initial_state: tuple[Tensor, Tensor] | None = None,
+    state_documents: Sequence[int] | None = None,
     return_final_state: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, States | None]:
@@ -68,6 +73,8 @@ def mamba2(
         eps: of the norm.
         initial_state: initial states of the documents: the convolution's last inputs
             [D, K - 1, W], and S [D, h, p, n]. Zeros, or None, for new documents.
+        state_documents: the documents of `initial_state`, ascending; D is their number there, and
+            the others are new. None: all.
         return_final_state: return the states after each document.
         backend: require an implementation; see `nemocascade_kernels.backends`.
 
@@ -76,8 +83,8 @@ def mamba2(
         or None.
 
     Raises:
-        ValueError: a shape is wrong; the message names all that are. Or a gradient is needed with
-            states: only the reference has one.
+        ValueError: a shape is wrong; the message names all that are. Or `backend` requires the
+            native one, and a gradient is needed with states: without it, torch's then runs.
         BackendRefusedError: the required implementation is unavailable for the call.
     """
     packed = cu_seqlens
@@ -86,24 +93,131 @@ def mamba2(
     sizes = Sizes(heads, head_dim, groups, state, dt_limit, eps)
     inputs = Inputs(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight)
     initial = None if initial_state is None else States(*initial_state)
-    _check(inputs, packed, sizes, initial)
+    documents = None if state_documents is None else tuple(state_documents)
+    _check(inputs, packed, sizes, initial, documents)
+    tensors = (*inputs, *(initial or ()))
     chosen = OP.chosen(zxbcdt, backend=backend)
     module: Any = OP.module(chosen)
     if initial is None and not return_final_state:
-        if hasattr(module, "backward"):
-            y: Tensor = Mixer.apply(module, packed, sizes, *inputs)
-        else:
-            y = module.forward(inputs, packed, sizes)
-        return y, None
-    tensors = (*inputs, *(initial or ()))
-    if chosen != "reference" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _without_states(module, inputs, packed, sizes), None
+    if chosen == "reference" or not _needs_gradient(tensors):
+        y, ssm = module.forward_with_states(inputs, packed, sizes, initial, documents)
+    elif backend == "native":
         raise ValueError(
-            f"mamba2 with states has no gradient in backend {chosen!r}: call it under "
-            "torch.no_grad(), or with backend='reference'"
+            "mamba2 with states has no gradient in backend 'native': call it under "
+            "torch.no_grad(), or without a backend"
         )
-    y, ssm = module.forward_with_states(inputs, packed, sizes, initial)
-    final = States(_last_inputs(inputs, packed, sizes, initial), ssm)
-    return y, final if return_final_state else None
+    else:
+        module = OP.module("torch") if chosen == "native" else module
+        y, ssm = _with_gradient(
+            module, inputs, packed, sizes, initial, documents, final=return_final_state
+        )
+    if not return_final_state:
+        return y, None
+    if initial is not None and documents is not None:
+        initial = initial.spread(documents, packed.num_documents)
+    return y, States(_last_inputs(inputs, packed, sizes, initial), ssm)
+
+
+def mamba2_final_state(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    cu_seqlens: Tensor | PackedSeq,
+    *,
+    heads: int,
+    head_dim: int,
+    groups: int,
+    state: int,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    initial_conv: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The state S that `mamba2` has after each document, from a zero state, and its decay.
+
+    It takes one product a document, much less than `mamba2`. With an initial state S0, the state is
+    `decay S0 + S`. Arguments are those of `mamba2`.
+
+    Args:
+        initial_conv: [D, K - 1, W], the convolution's inputs before each document; None: zeros.
+
+    Returns:
+        S [D, h, p, n] and decay [D, h], float32 (float64 for float64 inputs), with gradients.
+    """
+    packed = cu_seqlens
+    if not isinstance(packed, PackedSeq):
+        packed = PackedSeq.from_cu_seqlens(packed, zxbcdt.device)
+    sizes = Sizes(heads, head_dim, groups, state, dt_limit, 0.0)
+    high = torch.promote_types(zxbcdt.dtype, torch.float32)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        zxbcdt, weight, bias, dt_bias, A, *before = tensors
+        initial = None
+        if before:
+            shape = packed.num_documents, heads, head_dim, state
+            initial = States(before[0], zxbcdt.new_zeros(shape, dtype=high))
+        # D and the norm's weight belong to the output.
+        inputs = Inputs(zxbcdt, weight, bias, dt_bias, A, D=A, norm_weight=bias)
+        return final_states(inputs, packed, sizes, initial)
+
+    tensors = [zxbcdt, conv_weight, conv_bias, dt_bias, A]
+    if initial_conv is not None:
+        tensors.append(initial_conv)
+    states, decays = _recomputed(run, *tensors)
+    return states, decays
+
+
+def _needs_gradient(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _recomputed(function: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) -> Any:
+    """Call `function`; backward computes it again, and keeps only its inputs until then."""
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def _without_states(module: Any, inputs: Inputs, packed: PackedSeq, sizes: Sizes) -> Tensor:
+    if hasattr(module, "backward"):
+        out: Tensor = Mixer.apply(module, packed, sizes, *inputs)
+    else:
+        out = module.forward(inputs, packed, sizes)
+    return out
+
+
+def _with_gradient(
+    module: Any,
+    inputs: Inputs,
+    packed: PackedSeq,
+    sizes: Sizes,
+    initial: States | None,
+    documents: tuple[int, ...] | None,
+    *,
+    final: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output and, if `final`, the states after the documents, with gradients of all tensors."""
+
+    def scan(
+        mixed: Tensor, dt: Tensor, A: Tensor, D: Tensor, packed: PackedSeq, s: Sizes
+    ) -> Tensor:
+        y: Tensor = ScanFunction.apply(module, packed, s, mixed, dt, A, D)
+        return y
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        own = Inputs(*tensors[: len(inputs)])
+        states = None if initial is None else States(*tensors[len(inputs) :])
+        if states is None:
+            y = _without_states(module, own, packed, sizes)
+        else:
+            y = continued(own, packed, sizes, states, scan, documents)
+        if not final:
+            return y, y.new_empty(0)
+        if states is not None and documents is not None:
+            states = states.spread(documents, packed.num_documents)
+        return y, final_states(own, packed, sizes, states)[0]
+
+    y, ssm = _recomputed(run, *inputs, *(initial or ()))
+    return y, ssm
 
 
 class Mixer(torch.autograd.Function):
@@ -150,7 +264,13 @@ def _last_inputs(i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None)
     return torch.where(outside, initial.conv.to(last.dtype).gather(1, index), last)
 
 
-def _check(i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None) -> None:
+def _check(
+    i: Inputs,
+    packed: PackedSeq,
+    s: Sizes,
+    initial: States | None,
+    documents: tuple[int, ...] | None,
+) -> None:
     if i.zxbcdt.dim() != 2 or i.conv_weight.dim() != 2:
         raise ValueError("mamba2: zxbcdt and conv_weight must be matrices")
     if s.groups < 1 or s.heads % s.groups:
@@ -172,7 +292,7 @@ def _check(i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None) -> No
         "norm_weight": (i.norm_weight, (s.inner,)),
     }
     if initial is not None:
-        count = packed.num_documents
+        count = packed.num_documents if documents is None else len(documents)
         expected["initial_state[0]"] = (initial.conv, (count, i.window - 1, s.channels))
         expected["initial_state[1]"] = (initial.ssm, (count, s.heads, s.head_dim, s.state))
     wrong = [
@@ -180,6 +300,13 @@ def _check(i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None) -> No
         for name, (tensor, shape) in expected.items()
         if tensor.shape != shape
     ]
+    if documents is not None and any(
+        not a < b for a, b in itertools.pairwise((-1, *documents, packed.num_documents))
+    ):
+        wrong.append(
+            f"state_documents is {list(documents)[:4]}, not ascending indices of "
+            f"{packed.num_documents} documents"
+        )
     if i.window > LARGEST_WINDOW:
         wrong.append(
             f"a convolution over {i.window} rows reaches beyond a chunk of 32: use at most "

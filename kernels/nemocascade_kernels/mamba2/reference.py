@@ -64,9 +64,15 @@ def forward(i: Inputs, packed: PackedSeq, s: Sizes) -> Tensor:
 
 
 def forward_with_states(
-    i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None
+    i: Inputs,
+    packed: PackedSeq,
+    s: Sizes,
+    initial: States | None,
+    documents: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, h p] in zxbcdt's dtype, and the state after each document [D, h, p, n]."""
+    if initial is not None and documents is not None:
+        initial = initial.spread(documents, packed.num_documents)
     dtype = i.zxbcdt.dtype
     high = torch.promote_types(dtype, torch.float32)
     i = Inputs(*(tensor.to(high) for tensor in i))

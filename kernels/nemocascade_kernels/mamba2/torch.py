@@ -61,10 +61,14 @@ def backward(
 
 
 def forward_with_states(
-    i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None
+    i: Inputs,
+    packed: PackedSeq,
+    s: Sizes,
+    initial: States | None,
+    documents: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, h p] in zxbcdt's dtype, and the state after each document [D, h, p, n]."""
-    return forward_by_scan(i, packed, s, initial, lambda: forward(i, packed, s)[0], scan)
+    return forward_by_scan(i, packed, s, initial, lambda: forward(i, packed, s)[0], scan, documents)
 
 
 def scan(mixed: Tensor, dt: Tensor, A: Tensor, D: Tensor, packed: PackedSeq, s: Sizes) -> Tensor:
@@ -72,7 +76,14 @@ def scan(mixed: Tensor, dt: Tensor, A: Tensor, D: Tensor, packed: PackedSeq, s: 
 
     mixed: [T, W], the convolution's output; dt: [T, h] after softplus. Returns [T, h, p].
     """
-    y = mixed.new_empty(mixed.shape[0], s.inner)
+    return scan_forward(mixed, dt, A, D, packed, s)[0]
+
+
+def scan_forward(
+    mixed: Tensor, dt: Tensor, A: Tensor, D: Tensor, packed: PackedSeq, s: Sizes
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`scan`, and the states after body chunks, for `scan_backward`."""
+    y = mixed.new_empty(mixed.shape[0], s.heads, s.head_dim)
 
     def read(block: ChunkBlock) -> Tensor:
         return mixed.index_select(0, block.rows)
@@ -80,8 +91,41 @@ def scan(mixed: Tensor, dt: Tensor, A: Tensor, D: Tensor, packed: PackedSeq, s: 
     def write(rows: Tensor, block: ChunkBlock) -> None:
         scatter(y, rows, block)
 
-    _scan(Layout(s, mixed.dtype), s, packed, dt, A, D, read, write)
-    return y.unflatten(1, (s.heads, s.head_dim))
+    states = _scan(Layout(s, mixed.dtype), s, packed, dt, A, D, read, write)
+    return y, (states,)
+
+
+def scan_backward(
+    d_y: Tensor,
+    mixed: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    D: Tensor,
+    kept: tuple[Tensor, ...],
+    packed: PackedSeq,
+    s: Sizes,
+) -> tuple[Tensor, ...]:
+    """Gradients of mixed, dt, A and D, in their dtypes. kept: from `scan_forward`."""
+    (states,), lay = kept, Layout(s, mixed.dtype)
+    d_mixed, d_dt, d_states = (torch.empty_like(t) for t in (mixed, dt, states))
+    d_A, d_D = (torch.zeros_like(t, dtype=torch.float64) for t in (A, D))
+    for run in reversed(lay.chunks(packed).runs):
+        decays = lay.decays(dt, A, run)
+        for block in reversed(run.blocks):
+            f, rows = decays.of(block), d_y.flatten(1).index_select(0, block.rows).to(lay.dtype)
+            if block.pad_slots is not None:
+                rows.index_fill_(0, block.pad_slots, 0)
+            dy = lay.by_head(rows, block)
+            m = _chunks(lay, s, mixed.index_select(0, block.rows), block)
+            result = mix(lay, block, f, m, states)
+            inner = inner_backward(lay, block, f, m, result, dy)
+            d = mix_backward(lay, block, f, m, inner, result.read, A, D, dy, states, d_states)
+            columns = torch.cat([lay.to_rows(v, block) for v in (d.x, d.B, d.C)], dim=1)
+            scatter(d_mixed, columns, block)
+            scatter(d_dt, lay.to_rows(d.dt, block), block)
+            d_A += d.A
+            d_D += d.D
+    return d_mixed, d_dt, d_A.to(A.dtype), d_D.to(D.dtype)
 
 
 def _scan(

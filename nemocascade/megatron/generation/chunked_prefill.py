@@ -11,11 +11,9 @@ d head dimension.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
-from nemocascade.megatron.layers.attention_core import variable_length
+from nemocascade.megatron.layers.attention_core import lower_right_attention, variable_length
 
 
 def chunked_prefill_attention(
@@ -32,7 +30,7 @@ def chunked_prefill_attention(
         torch.cat([cached.transpose(0, 1), own]) for cached, own in ((k_cache, k), (v_cache, v))
     )
     if q.dtype == torch.float32:
-        return _lower_right(q, keys, values)
+        return lower_right_attention(q, keys, values)
     sizes = q.shape[0], keys.shape[0]
     # Made on the device: a copy from the host would make it wait.
     cu_q, cu_k = (
@@ -66,13 +64,3 @@ def _with_log_sum(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Ten
         q[None], k[None], v[None], 0.0, causal
     )
     return out[0], log_sum[0].float()
-
-
-def _lower_right(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention with a lower-right causal mask, on a GPU in float32. k, v: [m + n, g, d]."""
-    ratio = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(ratio, 1) for t in (k, v))
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    mask = causal_lower_right(q.shape[2], k.shape[2])
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out[0].transpose(0, 1)

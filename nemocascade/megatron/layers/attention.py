@@ -14,13 +14,16 @@ from nemocascade_kernels import PackedSeq
 from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
+from nemocascade.megatron.context import gather_keys
 from nemocascade.megatron.layers.attention_core import (
     TransformerEngineAttention,
+    continued_attention,
     packed_attention,
 )
 from nemocascade.megatron.layers.linear import column_linear, row_linear
 from nemocascade.megatron.layers.norm import RMSNorm
 from nemocascade.megatron.layers.rope import rotary_tables, rotate
+from nemocascade.megatron.microbatch import Microbatch
 
 
 class Attention(MegatronModule):
@@ -29,7 +32,10 @@ class Attention(MegatronModule):
 
     With fewer key/value heads than TP ranks, the ranks that share a key/value head gather its
     projection and each takes its own query heads, as in Megatron; the weights stay sharded.
-    use_te: Transformer Engine computes the attention of CUDA tensors.
+    Under context parallelism queries stay on their rank and keys and values are gathered, which
+    grouped queries make small. A pack whose documents lie within segments exchanges nothing.
+    use_te: Transformer Engine computes the attention of CUDA tensors, except that over gathered
+    keys.
     Raises ValueError if the heads cannot be sharded this way.
     """
 
@@ -57,6 +63,7 @@ class Attention(MegatronModule):
                 f"tp({tp}) does not divide the {width} rows of the query, key and value "
                 "projection: choose a TP that does"
             )
+        self.cp_group = pg_collection.cp
         self.ratio = shape.num_heads // shape.num_kv_heads
         self.kv_heads = max(1, shape.num_kv_heads // tp)
         # Ranks that share one key/value head.
@@ -104,6 +111,16 @@ class Attention(MegatronModule):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeq) -> Tensor:
         """Causal attention within documents; see `packed_attention`."""
+        shard = packed.shard if isinstance(packed, Microbatch) else None
+        if shard is not None and shard.exchanges:
+            gathered = gather_keys(k, v, shard, self.cp_group)
+            queries = q.split(shard.segment)
+            return torch.cat(
+                [
+                    continued_attention(own, *pair, keys)
+                    for own, pair, keys in zip(queries, gathered, shard.keys, strict=True)
+                ]
+            )
         if self.te_attention is None or not q.is_cuda or q.dtype == torch.float32:
             return packed_attention(q, k, v, packed)
         out: Tensor = self.te_attention(q, k, v, packed)

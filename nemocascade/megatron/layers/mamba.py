@@ -9,6 +9,7 @@ shards heads and groups; each rank computes whole groups.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
-from nemocascade_kernels import PackedSeq, mamba2
+from nemocascade_kernels import PackedSeq, mamba2, mamba2_final_state
 from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
+from nemocascade.megatron.context import ContextShard, GatherRanks, Part, tie
 from nemocascade.megatron.init import Fill, generator_for, sharded_init
 from nemocascade.megatron.layers.linear import column_linear, row_linear, tp_shard
+from nemocascade.megatron.microbatch import Microbatch
 
 States = tuple[Tensor, Tensor]
 
@@ -121,6 +124,7 @@ class MambaMixer(MegatronModule):
                 f"tp({tp}) does not divide model.mamba_groups({shape.mamba_groups}): each rank "
                 "computes whole groups, so choose a TP that divides the groups"
             )
+        self.cp_group = pg_collection.cp
         self.heads, self.groups = shape.mamba_heads // tp, shape.mamba_groups // tp
         self.head_dim, self.state = shape.mamba_head_dim, shape.mamba_state
         self.inner = self.heads * self.head_dim
@@ -172,7 +176,13 @@ class MambaMixer(MegatronModule):
 
     def forward(self, hidden: Tensor, packed: PackedSeq) -> Tensor:
         """Apply the mixer to [T, 1, H], or [T / tp, 1, H] if sequence-parallel; same shape."""
-        mixed, _ = self.mix(self.in_proj(hidden)[0].squeeze(1), packed)
+        zxbcdt, shard = self.in_proj(hidden)[0].squeeze(1), None
+        if isinstance(packed, Microbatch):
+            shard = packed.shard
+        if shard is not None and shard.exchanges:
+            mixed = self.mix_shard(zxbcdt, packed, shard)
+        else:
+            mixed, _ = self.mix(zxbcdt, packed)
         out: Tensor = self.out_proj(mixed.unsqueeze(1))[0]
         return out
 
@@ -182,6 +192,7 @@ class MambaMixer(MegatronModule):
         packed: PackedSeq,
         initial_state: States | None = None,
         *,
+        state_documents: Sequence[int] | None = None,
         return_final_state: bool = False,
     ) -> tuple[Tensor, States | None]:
         """Input of out_proj, [T, inner], from the output of in_proj; states as in `mamba2`."""
@@ -194,16 +205,94 @@ class MambaMixer(MegatronModule):
             self.D,
             self.norm.weight,
             packed,
-            heads=self.heads,
-            head_dim=self.head_dim,
-            groups=self.groups,
-            state=self.state,
-            dt_limit=self.dt_limit,
+            **self._sizes(),
             eps=self.eps,
             initial_state=initial_state,
+            state_documents=state_documents,
             return_final_state=return_final_state,
             backend=self.backend,
         )
+
+    def _sizes(self) -> dict[str, Any]:
+        """Arguments of `mamba2` and `mamba2_final_state`."""
+        return {
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "groups": self.groups,
+            "state": self.state,
+            "dt_limit": self.dt_limit,
+        }
+
+    def mix_shard(self, zxbcdt: Tensor, packed: PackedSeq, shard: ContextShard) -> Tensor:
+        """`mix` of one context-parallel rank's rows [R, ...].
+
+        The recurrence is linear in the state that enters a segment. So every segment's last
+        document is scanned from zero at first, for the state it leaves; these are gathered and
+        folded in order, and the scan starts from the result.
+        """
+        halos, tails = self._halos(zxbcdt, shard)
+        left = tie(self._left(zxbcdt, shard, halos), tails)
+        gathered: Tensor = GatherRanks.apply(left, self.cp_group)
+        entering = [p for p in shard.parts if p.before]
+        initial = None
+        if entering:
+            conv = torch.stack([halos[p.number] for p in entering])
+            ssm = torch.stack([self._fold(gathered, shard, p) for p in entering])
+            initial = conv, ssm
+        mixed, _ = self.mix(
+            zxbcdt, packed, initial, state_documents=[p.first for p in entering] or None
+        )
+        return tie(mixed, gathered)
+
+    def _halos(self, zxbcdt: Tensor, shard: ContextShard) -> tuple[dict[int, Tensor], Tensor]:
+        """The convolution's inputs before each of the rank's segments that continues a document,
+        [K - 1, W] by segment, and those that all ranks gave, [c, 2, K - 1, W]."""
+        width = self.conv1d.weight.shape[2] - 1
+        xbc = zxbcdt[:, self.inner : self.inner + self.channels]
+        tails = torch.stack([xbc[p.rows.stop - width : p.rows.stop] for p in shard.parts])
+        gathered: Tensor = GatherRanks.apply(tails, self.cp_group)
+        halos = {}
+        for part in shard.parts:
+            if part.before:
+                rank, which = shard.place(part.number - 1)
+                own = min(width, part.before)
+                rows = gathered[rank, which, width - own :]
+                halos[part.number] = torch.nn.functional.pad(rows, (0, 0, width - own, 0))
+        return halos, gathered
+
+    def _left(self, zxbcdt: Tensor, shard: ContextShard, halos: dict[int, Tensor]) -> Tensor:
+        """The states that the rank's two segments leave from zero, and their decays,
+        [2, h, p n + 1]; zeros where the next segment starts a document."""
+        high = torch.promote_types(zxbcdt.dtype, torch.float32)
+        none = zxbcdt.new_zeros(self.heads, self.head_dim * self.state + 1, dtype=high)
+        if shard.leaving is None:
+            return torch.stack([none, none])
+        leaving = [p for p in shard.parts if p.continues]
+        zeros = zxbcdt.new_zeros(self.conv1d.weight.shape[2] - 1, self.channels)
+        # A document that fills the segment and started before it has inputs before its rows here.
+        conv = [halos.get(p.number, zeros) if len(p.bounds) == 2 else zeros for p in leaving]
+        states, decays = mamba2_final_state(
+            torch.cat([zxbcdt[p.last_rows] for p in leaving]),
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            -self.A_log.float().exp(),
+            shard.leaving,
+            **self._sizes(),
+            initial_conv=torch.stack(conv),
+        )
+        found = iter(torch.cat([states.flatten(2), decays[:, :, None]], dim=2))
+        return torch.stack([next(found) if p.continues else none for p in shard.parts])
+
+    def _fold(self, gathered: Tensor, shard: ContextShard, part: Part) -> Tensor:
+        """The state that enters the part's first document [h, p, n], from `_left` of all ranks."""
+        state: Tensor | None = None
+        for number in range(shard.first_segment(part), part.number):
+            left: Tensor = gathered[shard.place(number)]
+            own = left[:, :-1]
+            state = own if state is None else own + left[:, -1:] * state
+        assert state is not None
+        return state.view(self.heads, self.head_dim, self.state)
 
     def sharded_state_dict(
         self,

@@ -197,7 +197,7 @@ class MoEMixer(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.tp_cp_group = pg_collection.tp, pg_collection.tp_cp
         name = f"layers.{layer_number - 1}.mixer"
         self.router = Router(config, f"{name}.router")
         self.experts = Experts(config, f"{name}.experts", pg_collection)
@@ -252,7 +252,7 @@ class MoEMixer(MegatronModule):
         return routing
 
     def _rows(self, count: int) -> slice:
-        """The rows of the packed sequence on this rank under sequence parallelism."""
+        """This rank's part of the batch's rows under sequence parallelism."""
         if not self.config.sequence_parallel:
             return slice(0, count)
         first = self.tp_group.rank() * count
@@ -266,6 +266,8 @@ class MoEMixer(MegatronModule):
         if training.freeze_router:
             return y
         group = self.tp_group if self.config.sequence_parallel else None
+        if packed.shard is not None:
+            group = self.tp_cp_group
         if training.load_balance != "none" and training.load_balance_coef:
             loss = load_balance_loss(
                 logits,

@@ -54,14 +54,14 @@ def load_balance_loss(
     score, normalised over the experts. Equal load gives 1. `over="global"` takes all tokens of the
     micro-batch as one document, times the number of documents. Padding is excluded.
 
-    logits: [T, E] float32. routing: of these rows, which are `rows` of the packed sequence. group:
+    logits: [T, E] float32. routing: of these rows, which are `rows` of this rank's batch. group:
     ranks that hold the other rows; loads are summed over them, and each rank's result covers its
     own rows, so that the sum over the ranks is the loss.
     """
     batch = packed.batch
     assert batch is not None
     documents = batch.num_documents
-    mine = (packed.cu_seqlens[: documents + 1] - rows.start).clamp(0, rows.stop - rows.start)
+    mine = (packed.document_bounds()[: documents + 1] - rows.start).clamp(0, rows.stop - rows.start)
 
     def reduce(counts: Tensor) -> Tensor:
         dist.all_reduce(counts, group=group)

@@ -9,12 +9,16 @@ from nemocascade_kernels import PackedSeq
 from nemocascade_kernels.common.transfer import to_device
 from torch import Tensor
 
+from nemocascade.megatron.microbatch import Microbatch
+
 
 def rotary_tables(packed: PackedSeq, dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin of `position * base^(-2 i / dim)`, i < dim / 2: both [T, dim / 2] float32."""
 
     def make() -> tuple[Tensor, Tensor]:
-        tables = rotary_at(packed.positions_on_host(), dim, base)
+        shard = packed.shard if isinstance(packed, Microbatch) else None
+        positions = packed.positions_on_host() if shard is None else shard.positions
+        tables = rotary_at(positions, dim, base)
         cos, sin = to_device(tables, packed.device)
         return cos, sin
 
