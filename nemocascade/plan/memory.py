@@ -68,9 +68,7 @@ def stage_memory(job: Job, place: Place) -> Memory:
         activations += flying * sum(kept.embedding().values())
     if job.parallel.pp > 1:
         activations += 2 * kept.stream
-    moments = [
-        (activations, kept.backward_peak(symbol) - size) for symbol, size in each.items()
-    ]
+    moments = [(activations, kept.backward_peak(symbol) - size) for symbol, size in each.items()]
     if last:
         # The backward of a micro-batch directly follows its loss: only one is in flight.
         moments.append((activations + sum(kept.head().values()), kept.head_peak()))

@@ -116,8 +116,7 @@ def nearest_fitting(job: Job) -> PricedLayout | None:
     def distance(found: Job) -> float:
         mine, other = job.parallel, found.parallel
         axes = sum(
-            abs(math.log2(getattr(other, name) / max(1, getattr(mine, name))))
-            for name in AXES
+            abs(math.log2(getattr(other, name) / max(1, getattr(mine, name)))) for name in AXES
         )
         again = 0.5 if found.engine.recompute != job.engine.recompute else 0.0
         return axes + again
