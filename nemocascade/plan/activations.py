@@ -1,7 +1,8 @@
 """Activation bytes of a micro-batch between forward and backward, by kind of layer.
 
 A layer keeps the tensors that its operators save for backward. Shape letters: T tokens of the
-micro-batch, R its rows on a rank between layers (T / tp), H hidden size, b bytes of an activation.
+micro-batch on a context-parallel rank, R its rows on a rank between layers (T / tp), H hidden size,
+b bytes of an activation.
 The terms follow `nemocascade/megatron/layers`; a test counts them on a CPU with autograd's
 saved-tensor hooks.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 from nemocascade.megatron.layers.attention_core import SHORT_DOCUMENT
 from nemocascade.megatron.workspace import SCAN_CHUNK, head_bytes, scan_bytes
 from nemocascade.plan.job import Job
+from nemocascade.plan.segments import crossed_segments
 from nemocascade.recipe import ParallelConfig
 
 Terms = dict[str, float]
@@ -22,8 +24,10 @@ class Activations:
     def __init__(self, job: Job) -> None:
         self.job, self.model, self.parallel = job, job.model, job.parallel
         self.width = 2 if job.engine.precision == "bf16" else 4
-        self.rows = job.capacity / job.parallel.tp
+        self.tokens = job.tokens
+        self.rows = self.tokens / job.parallel.tp
         self.stream = self.rows * job.model.hidden_size * self.width
+        self.cut = crossed_segments(job.capacity, job.document_length, job.parallel.cp)
 
     def layer(self, symbol: str) -> Terms:
         """Bytes that a layer keeps; with recomputation, only its input and the routing."""
@@ -40,33 +44,44 @@ class Activations:
         return norm | mixer
 
     def _mamba(self) -> Terms:
-        m, tp, tokens = self.model, self.parallel.tp, self.job.capacity
+        m, tp, tokens = self.model, self.parallel.tp, self.tokens
         inner = m.mamba_inner / tp
         terms = {
             "Mamba projection": tokens * m.mamba_in_proj / tp * self.width,
             "Mamba output": tokens * inner * self.width,
         }
+        if self.cut.exchanges:
+            # States of all segments, and their sums. Rows of documents that go on are copied.
+            states = 2 * self.parallel.cp + self.cut.folded + self.cut.entering
+            terms["Mamba borders"] = states * inner * m.mamba_state * 4
+            terms["Mamba borders"] += self.cut.left * m.mamba_in_proj / tp * self.width
+        if self.cut.entering:
+            # A mixer with initial states runs again in backward, and keeps only its inputs.
+            return terms
         if self.job.on_gpu and self.job.fla:
             terms["Mamba scan"] = tokens * inner * self.width
         elif self.job.on_gpu:
             # On a CPU the C++ scan recomputes the states.
             per_document = -(-self.job.document_length // SCAN_CHUNK) - 1
             # Chunks of a document that are followed by another chunk of it.
-            states = per_document * self.job.capacity / self.job.document_length
+            states = per_document * tokens / self.job.document_length
             terms["Mamba states"] = states * inner * m.mamba_state * 4
         return terms
 
     def _attention(self) -> Terms:
-        m, tokens, tp = self.model, self.job.capacity, self.parallel.tp
+        m, tokens, tp = self.model, self.tokens, self.parallel.tp
         heads = m.num_heads / tp
         kv = max(m.num_kv_heads / tp, 1.0)
         query = tokens * heads * m.head_dim * self.width
-        both = 2 * tokens * kv * m.head_dim * self.width
+        both = 2 * self.cut.keys * kv * m.head_dim * self.width
         terms = {
             "attention q k v": query + both,
             "attention output": query,
             "attention sums": tokens * heads * 4,
         }
+        if self.cut.exchanges:
+            # The outputs of the two segments are concatenated.
+            terms["attention output"] += query
         turned = m.qk_norm or m.rope
         if m.qk_norm:
             # Inputs of the norms; their outputs are counted as q and k above.
@@ -85,7 +100,7 @@ class Activations:
         return terms
 
     def _mlp(self, width: int, name: str) -> Terms:
-        tokens = self.job.capacity * width / self.parallel.tp * self.width
+        tokens = self.tokens * width / self.parallel.tp * self.width
         return {name: tokens * (4 if self.model.activation == "swiglu" else 2)}
 
     def _moe(self) -> Terms:
@@ -122,17 +137,17 @@ class Activations:
 
     def embedding(self) -> Terms:
         """Bytes of the first stage: the token ids."""
-        return {"token ids": self.job.capacity * 8.0}
+        return {"token ids": self.tokens * 8.0}
 
     def head(self) -> Terms:
         """Bytes of the last stage: the final norm's input, and the gradient of the full hidden
         states, which the loss computes in its forward pass."""
-        whole = self.job.capacity * self.model.hidden_size * self.width
+        whole = self.tokens * self.model.hidden_size * self.width
         return {"final norm": self.stream + 4 * self.rows, "LM head gradient": whole}
 
     def head_peak(self) -> float:
         """Peak bytes of the loss: gathered hidden states and the current chunks of logits."""
-        tp, tokens = self.parallel.tp, self.job.capacity
+        tp, tokens = self.parallel.tp, self.tokens
         gathered = tokens * self.model.hidden_size * self.width if tp > 1 else 0.0
         logits = head_bytes(self.model, tokens, self.width, tp=tp, on_gpu=self.job.on_gpu)
         return gathered + self.stream + logits
@@ -154,7 +169,7 @@ class Activations:
 
     def _whole(self) -> float:
         """Bytes of a gathered sequence and of its gradient, in backward of a parallel linear."""
-        hidden = self.job.capacity * self.model.hidden_size * self.width
+        hidden = self.tokens * self.model.hidden_size * self.width
         return 2 * hidden if self.parallel.tp > 1 else hidden
 
     def _mamba_moments(self, terms: Terms) -> list[float]:
@@ -163,17 +178,25 @@ class Activations:
         if not self.job.on_gpu:
             return [everything + gradient]
         job, tp = self.job, self.parallel.tp
-        scratch = scan_bytes(self.model, job.capacity, self.width, tp=tp, fla=job.fla)
+        scratch: float = scan_bytes(self.model, job.tokens, self.width, tp=tp, fla=job.fla)
+        if self.cut.entering:
+            # The convolution in float32, its output, two gradients of that, and y's.
+            scratch += self.tokens * self.model.mamba_channels / tp * (2 * 4 + 3 * self.width)
+            gradient = terms["Mamba output"]
+            return [everything + gradient + scratch]
         # In torch the workspace holds the projection's gradient.
         return [everything + scratch + (gradient if job.fla else 0.0)]
 
     def _attention_moments(self, terms: Terms) -> list[float]:
         everything = sum(terms.values())
         inputs, sums = terms["attention q k v"], terms["attention sums"]
-        query = self.job.capacity * self.model.num_heads / self.parallel.tp
+        query = self.tokens * self.model.num_heads / self.parallel.tp
         query *= self.model.head_dim * self.width
         # Gradients of the output and of q, k, v; then those of the projection.
         core = everything + query + inputs + sums
+        if self.cut.exchanges:
+            # Gradients of the whole pack's keys and values, before their sum over the ranks.
+            core += (inputs - query) * self.job.capacity / self.cut.keys
         projection = everything - terms["attention output"] + inputs + self._whole()
         return [core, projection]
 

@@ -104,6 +104,7 @@ def check_axes(world: World, job: Job, into: Preflight) -> None:
     """Time an all-reduce on every parallel axis with more than one rank."""
     axes = {
         "tp": world.groups.tp,
+        "cp": world.groups.cp,
         "pp": world.groups.pp,
         "dp": world.groups.dp,
         "ep": world.groups.ep,

@@ -68,6 +68,16 @@ class Job:
         return min(self.document or self.capacity, self.capacity)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one context-parallel rank."""
+        return self.capacity // self.parallel.cp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same dense weights: dp x cp. Each generates rollouts of its own."""
+        return max(1, self.world_size // (self.parallel.tp * self.parallel.pp))
+
+    @property
     def microbatches(self) -> int:
         """Micro-batches of one data-parallel rank in a step."""
         return self.sequences_per_step // max(1, self.parallel.data_parallel(self.world_size))
@@ -85,10 +95,11 @@ class Job:
         """Parameters, gradients and optimizer state of the rank at `place`."""
         return state_bytes(
             self.model,
-            self.parallel,
+            # It depends on dp x cp only, so layouts that divide it differently share the result.
+            replace(self.parallel, cp=1),
             self.world_size,
             place,
-            engine=self.engine,
+            precision=self.engine.precision,
             moe=self.moe,
             optimizer=self.optimizer,
             on_gpu=self.on_gpu,
@@ -131,7 +142,7 @@ def job_of_recipe(
         episodes = r.prompts_per_step * r.rollouts_per_prompt
         packs = -(-episodes * longest // recipe.capacity // dp) * dp
         known |= {"capacity": recipe.capacity, "sequences_per_step": max(dp, packs)}
-        known["rollout"] = RolloutLoad(r.slots * dp, longest)
+        known["rollout"] = RolloutLoad(r.slots * dp * recipe.parallel.cp, longest)
     return Job(**known | options)
 
 

@@ -62,15 +62,13 @@ def stage_memory(job: Job, place: Place) -> Memory:
     layers = "".join(stage_chunks(job.model, job.parallel, place.pp))
     first, last = place.pp == 0, place.pp == job.parallel.pp - 1
     flying = in_flight(job.parallel, place.pp, job.microbatches)
-    activations = flying * sum(sum(kept.layer(symbol).values()) for symbol in layers)
+    each = {symbol: sum(kept.layer(symbol).values()) for symbol in set(layers)}
+    activations = flying * sum(each[symbol] for symbol in layers)
     if first:
         activations += flying * sum(kept.embedding().values())
     if job.parallel.pp > 1:
         activations += 2 * kept.stream
-    moments = [
-        (activations, kept.backward_peak(symbol) - sum(kept.layer(symbol).values()))
-        for symbol in set(layers)
-    ]
+    moments = [(activations, kept.backward_peak(symbol) - size) for symbol, size in each.items()]
     if last:
         # The backward of a micro-batch directly follows its loss: only one is in flight.
         moments.append((activations + sum(kept.head().values()), kept.head_peak()))
@@ -91,13 +89,11 @@ def stage_memory(job: Job, place: Place) -> Memory:
 
 def _rollout(job: Job, layers: str) -> float:
     """Bytes of the KV cache and Mamba states of the sequences that a rank generates."""
-    dp = max(1, job.parallel.data_parallel(job.world_size))
-    sequences = -(-job.rollout.sequences // dp)
+    sequences = -(-job.rollout.sequences // job.replicas)
     m, tp = job.model, job.parallel.tp
     width = 2 if job.engine.precision == "bf16" else 4
     token = 2 * max(m.num_kv_heads / tp, 1.0) * m.head_dim * width
-    channels = m.mamba_inner + 2 * m.mamba_groups * m.mamba_state
-    state = (m.mamba_inner * m.mamba_state * 4 + channels * (m.mamba_conv - 1) * width) / tp
+    state = (m.mamba_inner * m.mamba_state * 4 + m.mamba_channels * (m.mamba_conv - 1) * width) / tp
     each = layers.count("*") * token * job.rollout.length + layers.count("M") * state
     # Two more slots: one for padding rows, one for a prompt that is shared by its continuations.
     return (sequences + 2) * each if sequences else 0.0

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nemocascade.recipe import (
-    EngineConfig,
     ModelConfig,
     MoeTrainingConfig,
     OptimizerConfig,
@@ -56,7 +55,10 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class Place:
-    """Coordinates of a rank. The order is tp (or etp, ep) fastest, then the replicas, then pp."""
+    """Coordinates of a rank. The order is tp (or etp, ep) fastest, then the replicas, then pp.
+
+    dp: among the ranks that share the optimizer state of dense parameters, which are dp x cp.
+    """
 
     pp: int
     dp: int
@@ -69,7 +71,7 @@ def place_of(rank: int, parallel: ParallelConfig, world_size: int) -> Place:
     inner = rank % stage
     return Place(
         pp=rank // stage,
-        dp=inner // (parallel.tp * parallel.cp),
+        dp=inner // parallel.tp,
         expert_dp=inner // (parallel.etp * parallel.ep),
     )
 
@@ -137,7 +139,7 @@ def _layer(
         add(f"{prefix}linear_fc2.weight", width // tp * hidden)
 
     if symbol == "M":
-        channels = model.mamba_inner + 2 * model.mamba_groups * model.mamba_state
+        channels = model.mamba_channels
         for part in ("A_log", "dt_bias", "D"):
             add(part, model.mamba_heads // tp, float32=True)
         add("in_proj.weight", model.mamba_in_proj // tp * hidden)
@@ -172,7 +174,7 @@ def state_bytes(
     world_size: int,
     place: Place,
     *,
-    engine: EngineConfig,
+    precision: str,
     moe: MoeTrainingConfig,
     optimizer: OptimizerConfig,
     on_gpu: bool,
@@ -182,9 +184,9 @@ def state_bytes(
     on_gpu: gradients are reduced during backward, which splits the buffers of the first stage into
     buckets, each with its own padding.
     """
-    dp = world_size // (parallel.tp * parallel.pp * parallel.cp)
+    dp = world_size // (parallel.tp * parallel.pp)
     expert_dp = world_size // (parallel.etp * parallel.ep * parallel.pp)
-    size = 2 if engine.precision == "bf16" else 4
+    size = 2 if precision == "bf16" else 4
     weights = gradients = states = 0
     routers = "".join(stage_chunks(model, parallel, place.pp)).count("E")
     for chunk, parameters in enumerate(stage_parameters(model, parallel, moe, place.pp)):

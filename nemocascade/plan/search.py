@@ -5,13 +5,18 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nemocascade.plan.job import Job
 from nemocascade.plan.memory import GIB, Memory, available, worst_rank
 from nemocascade.plan.timing import StepModel, StepTime
 from nemocascade.recipe import ModelConfig, ParallelConfig
+
+AXES = ("tp", "cp", "pp", "vpp", "ep", "etp")
+"""Axes of a layout as they are shown; the data-parallel size follows."""
+CONTEXT_SIZES = (1, 2, 4, 8, 16)
+"""Context-parallel sizes of a search."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,8 @@ class PricedLayout:
     def describe(self) -> str:
         """The layout as command-line settings."""
         p, e = self.job.parallel, self.job.engine
-        names = ("tp", "pp", "vpp", "ep", "etp")
-        parts = [f"{name} {getattr(p, name)}" for name in names]
+        parts = [f"{name} {getattr(p, name)}" for name in AXES]
         parts.append(f"dp {p.data_parallel(self.job.world_size)}")
-        if self.job.parallel.cp > 1:
-            parts.append(f"cp {p.cp}")
         parts.append(f"capacity {self.job.capacity}")
         parts.append("recompute" if e.recompute else "keep")
         return " ".join(parts)
@@ -48,37 +50,56 @@ def price(job: Job) -> PricedLayout:
     return PricedLayout(job, worst_rank(job), StepModel(job).step())
 
 
-def legal_layouts(job: Job, *, longest: int = 0) -> Iterator[Job]:
+def legal_layouts(
+    job: Job, *, longest: int = 0, context: Sequence[int] = CONTEXT_SIZES
+) -> Iterator[Job]:
     """Every layout that `ParallelConfig.problems` accepts, with and without recomputation; tp up to
-    64, etp up to 8, and vpp up to 4 if it does not split the layers evenly.
+    64, cp among `context`, etp up to 8, and vpp up to 4 if it does not split the layers evenly.
 
     longest: tokens of the longest document. Micro-batches are halved, and their number doubled, as
     long as that document fits; 0 = fixed capacity.
     """
-    world, m = job.world_size, job.model
-    has_experts = "E" in m.pattern
     capacities = [job.capacity]
     while longest and capacities[-1] % 2 == 0 and capacities[-1] // 2 >= longest:
         capacities.append(capacities[-1] // 2)
     for capacity in capacities:
         sequences = job.sequences_per_step * job.capacity // capacity
         work = replace(job, capacity=capacity, sequences_per_step=sequences)
-        for tp in _divisors(world, 64):
-            for pp in _divisors(world // tp, m.num_layers):
-                for vpp in _interleavings(m, pp):
-                    layout = _pipeline_layout(m, pp, vpp)
-                    for ep in _divisors(world // pp, m.num_experts) if has_experts else (1,):
-                        for etp in _divisors(world // pp // ep, 8) if has_experts else (1,):
-                            p = ParallelConfig(tp, pp, vpp, ep, etp, 1, layout)
-                            if not replace(work, parallel=p).problems():
-                                for recompute in (False, True):
-                                    yield work.with_layout(p, recompute=recompute)
+        for p in _layouts(job.model, job.world_size, context):
+            if not replace(work, parallel=p).problems():
+                for recompute in (False, True):
+                    yield work.with_layout(p, recompute=recompute)
 
 
-def best_plans(job: Job, *, count: int = 10, longest: int = 0) -> list[PricedLayout]:
+def _layouts(model: ModelConfig, world: int, context: Sequence[int]) -> Iterator[ParallelConfig]:
+    """Layouts whose axes divide the world."""
+    has_experts = "E" in model.pattern
+    for tp, cp in itertools.product(_divisors(world, 64), context):
+        if world // tp % cp:
+            continue
+        for pp in _divisors(world // tp // cp, model.num_layers):
+            for vpp in _interleavings(model, pp):
+                layout = _pipeline_layout(model, pp, vpp)
+                for ep in _divisors(world // pp, model.num_experts) if has_experts else (1,):
+                    for etp in _divisors(world // pp // ep, 8) if has_experts else (1,):
+                        yield ParallelConfig(tp, pp, vpp, ep, etp, cp, layout)
+
+
+def best_plans(
+    job: Job, *, count: int = 10, longest: int = 0, context: Sequence[int] = CONTEXT_SIZES
+) -> list[PricedLayout]:
     """The fastest layouts that fit, at most `count`, fastest first."""
-    fitting = _fitting(job, longest)
-    return sorted(fitting, key=lambda plan: (plan.time.total, plan.memory.total))[:count]
+    best: list[PricedLayout] = []
+    for found in legal_layouts(job, longest=longest, context=context):
+        model = StepModel(found)
+        if len(best) == count and model.bound() > best[-1].time.total:
+            continue
+        memory = worst_rank(found)
+        if memory.total <= available(found):
+            best.append(PricedLayout(found, memory, model.step()))
+            best.sort(key=lambda plan: (plan.time.total, plan.memory.total))
+            del best[count:]
+    return best
 
 
 def least_memory(job: Job, *, longest: int = 0) -> PricedLayout | None:
@@ -92,24 +113,16 @@ def nearest_fitting(job: Job) -> PricedLayout | None:
     """The fitting layout that is closest to the job's own: smallest change of the axes in powers of
     two, then speed. None if nothing fits."""
 
-    def distance(plan: PricedLayout) -> tuple[float, float]:
-        mine, other = job.parallel, plan.job.parallel
+    def distance(found: Job) -> float:
+        mine, other = job.parallel, found.parallel
         axes = sum(
-            abs(math.log2(getattr(other, name) / max(1, getattr(mine, name))))
-            for name in ("tp", "pp", "vpp", "ep", "etp")
+            abs(math.log2(getattr(other, name) / max(1, getattr(mine, name)))) for name in AXES
         )
-        again = 0.5 if plan.job.engine.recompute != job.engine.recompute else 0.0
-        return axes + again, plan.time.total
+        again = 0.5 if found.engine.recompute != job.engine.recompute else 0.0
+        return axes + again
 
-    return min(_fitting(job), key=distance, default=None)
-
-
-def _fitting(job: Job, longest: int = 0) -> Iterator[PricedLayout]:
-    """Every layout that fits, priced; the time of the others is not computed."""
-    for found in legal_layouts(job, longest=longest):
-        memory = worst_rank(found)
-        if memory.total <= available(found):
-            yield PricedLayout(found, memory, StepModel(found).step())
+    near = sorted(legal_layouts(job), key=lambda found: (distance(found), StepModel(found).bound()))
+    return next((plan for plan in map(price, near) if plan.fits), None)
 
 
 def faults(job: Job) -> list[str]:

@@ -13,6 +13,7 @@ from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import Job, RolloutLoad, job_of_recipe
 from nemocascade.plan.memory import GIB, available
 from nemocascade.plan.search import (
+    AXES,
     PricedLayout,
     best_plans,
     faults,
@@ -142,19 +143,15 @@ def _lines(
     return lines
 
 
-HEADER = "| tp | pp | vpp | ep | etp | dp | capacity | layers | GiB | s a step | tokens/s/GPU |"
-RULE = "|---|---|---|---|---|---|---|---|---|---|---|"
+HEADER = f"| {' | '.join(AXES)} | dp | capacity | layers | GiB | s a step | tokens/s/GPU |"
+RULE = "|" + "---|" * (HEADER.count("|") - 1)
 
 
 def row(plan: PricedLayout) -> str:
     """Row of a layout in the table of layouts."""
     p = plan.job.parallel
     cells = (
-        p.tp,
-        p.pp,
-        p.vpp,
-        p.ep,
-        p.etp,
+        *(getattr(p, axis) for axis in AXES),
         p.data_parallel(plan.job.world_size),
         plan.job.capacity,
         "recomputed" if plan.job.engine.recompute else "kept",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import Job
 from nemocascade.plan.memory import GIB
-from nemocascade.plan.search import best_plans, least_memory
+from nemocascade.plan.search import AXES, PricedLayout, best_plans, least_memory
 from nemocascade.plan.summary import HEADER, RULE, row
 from nemocascade.recipe import (
     EngineConfig,
@@ -18,8 +18,8 @@ from nemocascade.recipe import (
     nemotron3_nano_30b,
 )
 
-RANKS = (8, 64, 256)
-CAPACITIES = (4096, 32_768, 262_144)
+RANKS = (8, 16, 64, 256, 1024)
+CAPACITIES = (4096, 32_768, 262_144, 1_048_576)
 TOKENS_PER_STEP = 64 * 262_144
 
 
@@ -39,22 +39,36 @@ def nano(gpu: str, ranks: int, capacity: int) -> Job:
 
 
 def rows(gpu: str, ranks: Sequence[int] = RANKS) -> Iterator[str]:
-    """Table rows: the fastest layout for each number of ranks and each capacity."""
+    """Table rows: the fastest layout for each number of ranks and each capacity, beside the fastest
+    without context parallelism."""
     for count in ranks:
         for capacity in CAPACITIES:
             job = nano(gpu, count, capacity)
             best = best_plans(job, count=1)
             if best:
-                yield f"| {count} {row(best[0])}"
+                yield f"| {count} {row(best[0])} {_without(job, best[0])} |"
                 continue
             least = least_memory(job)
             need = "" if least is None else f": the least needs {least.memory.total / GIB:.0f} GiB"
             yield f"| {count} | {capacity:,} does not fit{need} |"
 
 
+def _without(job: Job, best: PricedLayout) -> str:
+    """Speed and axes of the fastest layout with cp 1."""
+    if best.job.parallel.cp == 1:
+        return "the same"
+    found = best_plans(job, count=1, context=(1,))
+    if not found:
+        return "does not fit"
+    [plan] = found
+    sizes = [(axis, getattr(plan.job.parallel, axis)) for axis in AXES]
+    axes = " ".join(f"{axis} {size}" for axis, size in sizes if size > 1)
+    return f"{plan.tokens_per_s_per_gpu:,.0f}: {axes}"
+
+
 def table(gpu: str) -> str:
     """Complete table in Markdown."""
-    return "\n".join([f"| ranks {HEADER}", f"|---{RULE}", *rows(gpu)])
+    return "\n".join([f"| ranks {HEADER} without cp |", f"|---{RULE}---|", *rows(gpu)])
 
 
 if __name__ == "__main__":

@@ -104,9 +104,14 @@ class ModelConfig:
         return self.mamba_heads * self.mamba_head_dim
 
     @property
+    def mamba_channels(self) -> int:
+        """Channels of the mixer's convolution: x, B, C."""
+        return self.mamba_inner + 2 * self.mamba_groups * self.mamba_state
+
+    @property
     def mamba_in_proj(self) -> int:
         """Output width of the mixer's input projection: z, x, B, C, dt."""
-        return 2 * self.mamba_inner + 2 * self.mamba_groups * self.mamba_state + self.mamba_heads
+        return self.mamba_inner + self.mamba_channels + self.mamba_heads
 
     def problems(self) -> list[str]:
         """Every rule that this shape breaks, each with its remedy."""

@@ -2,8 +2,8 @@
 
 SFT -> IF-RL -> multi-domain RL -> MOPD -> RLHF -> long-context RL -> code RL -> SWE RL. Each stage
 uses the settings of its own script. After each, every domain gets a held-out score. On 256 GPUs,
-SFT runs with tp 8 x pp 2, which leaves dp 16. The other stages and the scores use tp 8, which
-leaves dp 32. ep 8 uses the same ranks.
+SFT runs with tp 2 x cp 8, which leaves dp 16. The other stages have the layouts of their scripts,
+and the scores tp 8, which leaves dp 32. ep 8 uses the same ranks.
 
 As in the paper, the MOPD teacher for math is the SFT checkpoint, and the teacher for preference is
 an RLHF side stage. The other domains use the artifact with the best held-out score. An alarm

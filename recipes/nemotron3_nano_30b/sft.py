@@ -2,8 +2,8 @@
 
 The settings are the defaults of `SftRecipe`: 64 sequences per step, packed to 256K tokens, AdamW
 (0.9, 0.98), weight decay 0.1, sequence-level load balance 1e-4. The learning rate decays from 5e-5
-to 5e-6 by cosine over 40,000 steps after 200 of warm-up; 33,000 steps are run. On 256 GPUs, tp 8 x
-pp 2 leaves dp 16, and ep 8 uses the same ranks. Data: the released rows, in a folder.
+to 5e-6 by cosine over 40,000 steps after 200 of warm-up; 33,000 steps are run. On 256 GPUs, tp 2 x
+cp 8 leaves dp 16, and ep 8 uses the same ranks. Data: the released rows, in a folder.
 
 The stage starts from the published base model, whose tokenizer it keeps:
 
@@ -13,7 +13,6 @@ The stage starts from the published base model, whose tokenizer it keeps:
 
 from nemocascade.recipe import (
     DataConfig,
-    EngineConfig,
     ParallelConfig,
     SftRecipe,
     nemotron3_nano_30b,
@@ -28,8 +27,7 @@ RECIPE = SftRecipe(
     data=DataConfig(
         path=("data/sft",), thinking=True, non_thinking_path=("data/sft/swe_agentic.jsonl",)
     ),
-    parallel=ParallelConfig(tp=8, pp=2, ep=8),
-    engine=EngineConfig(recompute=True),
+    parallel=ParallelConfig(tp=2, cp=8, ep=8),
 )
 
 if __name__ == "__main__":

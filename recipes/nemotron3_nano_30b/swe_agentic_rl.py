@@ -5,7 +5,8 @@ GRPO on episodes in which an agent repairs a repository. 16 prompts x 64 rollout
 warm-up. The reward is 1 if all hidden tests pass, else 0. Prompts that were always solved are
 dropped, and 90 % of those never solved: rows need their `pass_rate`, of 16 rollouts of the policy
 that the stage starts from. The number of steps and top-p are not published; here they are the
-defaults, 100 and 1. On 128 GPUs: tp 8 and pp 2, as in SFT on sequences of that length.
+defaults, 100 and 1. On 128 GPUs, tp 2 x cp 8 leaves dp 8, and ep 8 uses the same ranks; pp 1,
+because rollouts decode stage by stage.
 
 Tests run on the hosts of each replica's first ranks. Packages that the repositories import must be
 installed there: name them in `--envs.sandbox.packages`.
@@ -22,7 +23,6 @@ from nemocascade.recipe import (
     DomainConfig,
     EnvConfig,
     GrpoRecipe,
-    ParallelConfig,
     SandboxConfig,
     nemotron3_nano_30b_stage,
 )
@@ -63,7 +63,7 @@ RECIPE = replace(
     ),
     grpo=replace(BASE.grpo, capacity=262_144),
     optimizer=replace(BASE.optimizer, min_lr=0.0, schedule="linear", decay_steps=BASE.steps),
-    parallel=ParallelConfig(tp=8, pp=2, ep=8),
+    parallel=replace(BASE.parallel, tp=2, cp=8),
 )
 
 if __name__ == "__main__":

@@ -200,7 +200,8 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
 
 def _training(case: Case, world: World, trainer: Trainer) -> Outcome:
     dry.Host.integer = _rows_of_owner(case)
-    batch, objective = batch_of(case), OBJECTIVES[case.stage]()
+    objective = OBJECTIVES[case.stage]()
+    batch = batch_of(case).shard(world.cp_rank, case.parallel.cp)
     measure = None if case.stage == "sft" else policy_metrics
     taken = []
     for count in (1,) if case.once else (1, 1, 2):
@@ -253,7 +254,7 @@ def _rows_of_owner(case: Case) -> int:
     p = case.parallel
     if p.ep == 1:
         return 1
-    return case.tokens // p.tp * case.model.experts_per_token // p.ep
+    return case.tokens // p.cp // p.tp * case.model.experts_per_token // p.ep
 
 
 def _difference(once: Counts, twice: Counts) -> tuple[Counts, Counts]:

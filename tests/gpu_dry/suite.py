@@ -28,6 +28,7 @@ STAGES = ("sft", "grpo", "mopd")
 LAYOUTS = {
     "tp2": (ParallelConfig(tp=2), 2, 0),
     "ep2": (ParallelConfig(ep=2), 2, 0),
+    "cp2": (ParallelConfig(cp=2), 2, 0),
     "tp2_ep2": (ParallelConfig(tp=2, ep=2), 4, 0),
     "pp2_first": (ParallelConfig(pp=2), 2, 0),
     "pp2_last": (ParallelConfig(pp=2), 2, 1),
@@ -98,6 +99,42 @@ def _nano_layers() -> Iterator[Case]:
     yield Case("nano-rollout-sizes", "rollout", shape, tokens=2048, requests=12, accelerators=FLA)
 
 
+def _nano_context() -> Iterator[Case]:
+    """A pack of 256K tokens over context-parallel ranks: a layer of each kind, and the whole model,
+    which runs over tensor-parallel ranks as well. Both segments of rank 5 of 8 continue a document
+    and leave one."""
+    shape = nemotron3_nano_30b()
+    for symbol, kind in (("M", "mamba"), ("*", "attention"), ("E", "moe")):
+        parallel = ParallelConfig(cp=8, ep=8 if symbol == "E" else 1)
+        yield Case(
+            f"nano-{kind}-cp8",
+            "sft",
+            replace(shape, pattern=symbol),
+            parallel,
+            world=8,
+            rank=5,
+            tokens=NANO_TOKENS,
+            accelerators=FLA,
+        )
+    for name, parallel in (
+        ("cp2", ParallelConfig(cp=2, ep=8)),
+        ("cp8", ParallelConfig(cp=8, ep=8)),
+        ("tp8", ParallelConfig(tp=8, ep=8)),
+    ):
+        yield Case(
+            f"nano-sft-{name}",
+            "sft",
+            shape,
+            parallel,
+            world=8,
+            rank=5,
+            tokens=NANO_TOKENS,
+            accelerators=FLA,
+            engine=EngineConfig(recompute=True),
+            once=True,
+        )
+
+
 def _kernels() -> Iterator[Case]:
     for architecture in (80, 90, 100):
         yield Case(f"kernels-sm_{architecture}", "kernels", TINY, architecture=architecture)
@@ -128,5 +165,5 @@ def _recipes() -> Iterator[Case]:
             )
 
 
-_PARTS = (_tiny, _packages, _rollouts, _nano_layers, _recipes, _kernels)
+_PARTS = (_tiny, _packages, _rollouts, _nano_layers, _nano_context, _recipes, _kernels)
 CASES = {case.name: case for part in _PARTS for case in part()}

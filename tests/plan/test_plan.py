@@ -62,6 +62,9 @@ STATES: dict[str, tuple[int, dict[str, Any], ModelConfig, str, bool, bool]] = {
     "TP2 EP2 DP2": (4, {"tp": 2, "ep": 2}, SMALL, "bf16", True, False),
     "PP2 VPP2 EP2": (4, {"pp": 2, "vpp": 2, "ep": 2}, MIXED, "bf16", True, True),
     "PP4 tied": (8, {"pp": 4}, replace(MIXED, tie_embeddings=True), "fp32", True, False),
+    "CP4": (4, {"cp": 4}, SMALL, "bf16", True, False),
+    "TP2 CP2 EP2 DP2": (8, {"tp": 2, "cp": 2, "ep": 2}, SMALL, "bf16", True, False),
+    "CP2 PP2 ETP2": (8, {"cp": 2, "pp": 2, "etp": 2}, MIXED, "fp32", True, False),
     "EP2 ETP2": (8, {"tp": 2, "ep": 2, "etp": 2}, MIXED, "bf16", True, False),
     "plain optimizer": (4, {"tp": 2, "ep": 2}, SMALL, "bf16", False, False),
     "odd replicas": (6, {"pp": 2, "ep": 3}, replace(SMALL, num_experts=9), "bf16", True, False),
@@ -118,7 +121,7 @@ def test_state_equals_a_meta_build_of_every_rank(name: str) -> None:
             parallel,
             size,
             place_of(rank, parallel, size),
-            engine=engine,
+            precision=precision,
             moe=moe,
             optimizer=settings,
             on_gpu=False,
@@ -127,7 +130,12 @@ def test_state_equals_a_meta_build_of_every_rank(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"tp": 8, "pp": 2, "ep": 8}, {"tp": 2, "pp": 4, "vpp": 13, "ep": 4, "etp": 2}]
+    "sizes",
+    [
+        {"tp": 8, "pp": 2, "ep": 8},
+        {"tp": 2, "pp": 4, "vpp": 13, "ep": 4, "etp": 2},
+        {"tp": 2, "cp": 8, "ep": 8},
+    ],
 )
 def test_parameters_of_the_30b_model_are_those_that_are_built(sizes: dict[str, Any]) -> None:
     """By name, size and order, on a rank of every stage of 256."""
@@ -152,14 +160,15 @@ def test_parameters_of_the_30b_model_are_those_that_are_built(sizes: dict[str, A
 
 def test_groups_are_megatrons_own() -> None:
     """The fake world computes its groups itself; they are those that Megatron makes."""
-    parallel = ParallelConfig(tp=2, pp=2, ep=4, etp=1)
-    for rank in (0, 5, 11, 15):
-        ranks = group_ranks(rank, 16, parallel)
-        with fake_megatron_world(rank, 16, parallel) as world:
-            for name, expected in ranks.items():
-                group = getattr(world.groups, name)
-                if name not in ("embd", "pos_embd") and group is not None:
-                    assert torch.distributed.get_process_group_ranks(group) == expected, name
+    for sizes in ({"tp": 2, "pp": 2, "ep": 4}, {"tp": 2, "pp": 2, "ep": 4, "cp": 2}):
+        parallel = ParallelConfig(**sizes)
+        for rank in (0, 5, 11, 15):
+            ranks = group_ranks(rank, 16, parallel)
+            with fake_megatron_world(rank, 16, parallel) as world:
+                for name, expected in ranks.items():
+                    group = getattr(world.groups, name)
+                    if name not in ("embd", "pos_embd") and group is not None:
+                        assert torch.distributed.get_process_group_ranks(group) == expected, name
 
 
 def job_of(world: int, gpu: str = "h200", **changes: Any) -> Job:

@@ -296,7 +296,7 @@ def test_a_stage_gives_its_sampling() -> None:
     assert (found.rollout.temperature, found.rollout.max_turns) == (0.8, 200)
     assert found.domains == ("swe_agentic",)
     assert found.envs.sandbox.memory_mib == 8192
-    assert found.parallel == ParallelConfig(tp=8, pp=2, ep=8)
+    assert found.parallel == ParallelConfig(tp=2, cp=8, ep=8)
     assert settings_of_stage("") == PassRateSettings()
     with pytest.raises(RecipeError, match=r"sft.py\) is of no RL stage: name another script"):
         settings_of_stage(str(recipes / "sft.py"))

@@ -1,0 +1,182 @@
+"""Context parallelism in the planner: memory, time, search, preflight, and packs of 1M tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemocascade.plan.activations import Activations
+from nemocascade.plan.gpus import find_gpu
+from nemocascade.plan.job import Job, job_of_recipe
+from nemocascade.plan.memory import every_rank, stage_memory, worst_rank
+from nemocascade.plan.parameters import Place
+from nemocascade.plan.preflight import offline
+from nemocascade.plan.search import best_plans, faults, legal_layouts, nearest_fitting
+from nemocascade.plan.summary import PlanSettings, plan_recipe
+from nemocascade.plan.timing import StepModel
+from nemocascade.recipe import GrpoRecipe, ParallelConfig, SftRecipe, load_recipe
+
+NANO = Path(__file__).resolve().parents[2] / "recipes" / "nemotron3_nano_30b"
+LINK, NETWORK = 360e9, 40e9
+"""Bytes a second of an H200 within and between nodes."""
+
+
+def sft(world: int, capacity: int = 262_144, **axes: int) -> Job:
+    recipe = load_recipe(NANO / "sft.py", SftRecipe)
+    data = replace(recipe.data, capacity=capacity)
+    recipe = replace(recipe, data=data, parallel=ParallelConfig(**axes))
+    job = job_of_recipe(recipe, find_gpu("h200"), world)
+    return replace(job, engine=replace(job.engine, recompute=False))
+
+
+def test_a_rank_keeps_its_share_of_the_tokens() -> None:
+    """Every term of a layer shrinks by cp but two: gathered keys and values, and border states."""
+    whole, shared = (Activations(sft(8, cp=cp)) for cp in (1, 8))
+    for symbol in "ME":
+        one, eight = whole.full_layer(symbol), shared.full_layer(symbol)
+        assert {name: eight[name] * 8 for name in one} == pytest.approx(one)
+        assert set(eight) - set(one) == ({"Mamba borders"} if symbol == "M" else set())
+    keys = 2 * 262_144 * 2 * 128 * 2
+    queries = 262_144 * 32 * 128 * 2
+    assert whole.full_layer("*")["attention q k v"] == queries + keys
+    assert shared.full_layer("*")["attention q k v"] == queries / 8 + keys
+    # 16 segments, each a float32 state of [64 heads, 64, 128].
+    assert shared.full_layer("M")["Mamba borders"] == 16 * 64 * 64 * 128 * 4
+
+
+def test_optimizer_state_is_sharded_over_replicas_and_context() -> None:
+    """Context-parallel ranks hold the same weights, each with its own shard of the optimizer."""
+    by_data, by_context = (sft(64, tp=2, ep=8, cp=cp) for cp in (1, 8))
+    assert by_data.state(Place(0, 0, 0)) == by_context.state(Place(0, 0, 0))
+    assert len({m.optimizer for m in every_rank(by_context)}) > 1
+    assert max(m.total for m in every_rank(by_context)) == worst_rank(by_context).total
+
+
+def test_the_exchange_takes_its_bytes_over_its_link() -> None:
+    """Keys and values of the pack, states and halo rows of its segments: a gather forward, and a
+    reduce-scatter in backward; in a node up to tp x cp = 8, on the network above."""
+    keys = 2 * 262_144 * 2 * 128 * 2
+    border = 64 * 64 * 128 * 4 + 3 * 6144 * 2
+    for cp, speed in ((8, LINK), (16, NETWORK)):
+        gathered = 6 * keys + 23 * 2 * cp * border
+        cost = StepModel(sft(64, cp=cp)).stage(0)
+        assert cost.context == pytest.approx(2 * gathered * (cp - 1) / cp / speed)
+    assert StepModel(sft(64, cp=8, tp=2)).context_speed == NETWORK
+    assert StepModel(sft(64)).stage(0).context == 0
+
+
+def test_recomputation_gathers_once_more() -> None:
+    kept = sft(64, cp=8)
+    again = replace(kept, engine=replace(kept.engine, recompute=True))
+    ratio = StepModel(again).stage(0).context / StepModel(kept).stage(0).context
+    assert ratio == pytest.approx(3 / 2)
+
+
+def test_work_is_shared_equally() -> None:
+    """The zigzag balances attention, so a layer takes 1 / cp of the time, whatever its kind; the
+    states that enter segments add a little to Mamba's."""
+    one, eight = (StepModel(sft(64, cp=cp)) for cp in (1, 8))
+    for symbol in "*E":
+        assert eight.layer(symbol).compute == pytest.approx(one.layer(symbol).compute / 8)
+    assert 1.0 < eight.layer("M").compute * 8 / one.layer("M").compute < 1.02
+    assert eight.head().compute == pytest.approx(one.head().compute / 8)
+
+
+def test_a_search_finds_context_parallel_layouts() -> None:
+    job = sft(64)
+    found = list(legal_layouts(job))
+    assert {j.parallel.cp for j in found} == {1, 2, 4, 8, 16}
+    assert all(j.problems() == [] for j in found)
+    assert {j.parallel.cp for j in legal_layouts(job, context=(1,))} == {1}
+    best, without = (best_plans(job, count=3, context=c) for c in ((1, 2, 4, 8, 16), (1,)))
+    assert best[0].job.parallel.cp > 1
+    assert best[0].tokens_per_s_per_gpu > 1.2 * without[0].tokens_per_s_per_gpu
+    # Exact: pricing everything gives the same.
+    priced = [j for j in legal_layouts(job, context=(8,)) if j.parallel.tp == 2]
+    fitting = [StepModel(j).step().total for j in priced if worst_rank(j).total <= 127.88 * 2**30]
+    ours = [p for p in best_plans(job, count=5, context=(8,)) if p.job.parallel.tp == 2]
+    assert ours[0].time.total == min(fitting)
+
+
+def test_rules_of_the_cut_are_named_and_the_nearest_keeps_cp() -> None:
+    """A capacity that 2 x cp x tp does not divide, and a layout that needs too much memory."""
+    [fault] = faults(sft(64, 262_144 + 8, tp=2, cp=8, ep=8))
+    assert "is no multiple of 2 x cp(8) x tp(2) = 32: set the capacity to" in fault
+    job = sft(64, cp=4, ep=2)
+    [fault] = faults(job)
+    assert "GiB" in fault
+    nearest = nearest_fitting(job)
+    assert nearest is not None
+    assert nearest.job.parallel.cp > 1
+
+
+def test_generation_takes_context_ranks_as_replicas() -> None:
+    """Slots are of a data-parallel rank; cp ranks generate too, so each holds as many."""
+    recipe = load_recipe(NANO / "if_rl.py", GrpoRecipe)
+    jobs = [
+        job_of_recipe(
+            replace(recipe, parallel=ParallelConfig(tp=2, ep=8, cp=cp)),
+            find_gpu("h200"),
+            64,
+            preset="nemotron3_nano_30b",
+        )
+        for cp in (1, 4)
+    ]
+    assert [j.rollout.sequences for j in jobs] == [32 * 128] * 2
+    one, four = (stage_memory(j, Place(0, 0, 0)) for j in jobs)
+    assert one.rollout == four.rollout > 0
+    assert [j.parallel.data_parallel(64) for j in jobs] == [32, 8]
+
+
+MILLION = 1_048_576
+
+
+def million(**changes: Any) -> SftRecipe:
+    """`sft.py --data.capacity 1048576 --parallel.cp 8 --engine.recompute True`."""
+    recipe = load_recipe(NANO / "sft.py", SftRecipe)
+    data = replace(recipe.data, capacity=MILLION, path=("synthetic:arithmetic",))
+    return replace(
+        recipe,
+        init_from="base",
+        data=replace(data, non_thinking_path=()),
+        parallel=replace(recipe.parallel, cp=8),
+        engine=replace(recipe.engine, recompute=True),
+        **changes,
+    )
+
+
+def test_a_million_tokens_are_planned() -> None:
+    settings = PlanSettings(recipe="sft.py", gpus=32, best=1, json=True)
+    report: dict[str, Any] = json.loads(plan_recipe(million(), settings))
+    assert report["problems"] == []
+    own = report["own"]
+    assert own["fits"]
+    assert own["parallel"]["cp"] == 8
+    # The queries of a layer have 2^32 elements: a count in 32 bits would show.
+    speed = own["time_s"]["total"] * own["tokens_per_s_per_gpu"] * 32
+    assert speed == pytest.approx(64 * MILLION)
+    # Each of two segments has 2^16 tokens, in bf16 of 2,688 columns on each of two tp ranks.
+    assert own["memory_gib"]["activations"] == pytest.approx(2**17 * 2688 * 53 / 2**30, rel=0.05)
+
+
+def test_a_million_tokens_pass_preflight(tmp_path: Path) -> None:
+    """Only the disk of this machine may be too small."""
+    recipe = million(run_dir=str(tmp_path))
+    found = offline(recipe, job_of(recipe), 32, dry_run=True, ahead=True)
+    assert [p for p in found.problems if "make room" not in p] == []
+    seen = {f.check: f.measured for f in found.findings}
+    assert seen["dry run"].startswith("32 ranks built")
+    kept = replace(recipe, engine=replace(recipe.engine, recompute=False))
+    problems = offline(kept, job_of(kept), 32, dry_run=False, ahead=True).problems
+    assert any("the nearest layout that fits is tp 2 cp 8" in p for p in problems)
+    broken = replace(recipe, data=replace(recipe.data, capacity=MILLION + 16))
+    problems = offline(broken, None, 32, dry_run=False, ahead=True).problems
+    assert any("no multiple of 2 x cp(8)" in p for p in problems)
+
+
+def job_of(recipe: SftRecipe) -> Job:
+    return job_of_recipe(recipe, find_gpu("h200"), 32)
