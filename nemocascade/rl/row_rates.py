@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from nemocascade.rl.collector import Collector
+from nemocascade.rl.collector import Collector, with_stop_penalty
 from nemocascade.rl.rollouts import Rollout
 from nemocascade.rl.tasks import Task
 from nemocascade.runtime.files import naming
@@ -159,7 +159,7 @@ def sample_missing(
     samples: int,
 ) -> Verdicts:
     """Rewards of all samples, on every rank; those in `known` are not sampled again. Samples whose
-    verifier failed have none.
+    verifier failed have none. Truncated ones are scaled as in training.
 
     asked: the task of each row. A draw depends on the seed, the row and the sample alone. Answers
     to `prompts_per_step` rows are generated at once.
@@ -167,8 +167,9 @@ def sample_missing(
     found = dict(known)
 
     def record(task: Task, rollout: Rollout) -> None:
-        if rollout.verdict.reward is not None:
-            journal.record(*divmod(task.number, samples), rollout.verdict.reward)
+        reward = with_stop_penalty(rollout, collector.settings).verdict.reward
+        if reward is not None:
+            journal.record(*divmod(task.number, samples), reward)
 
     collector.on_verdict = record
     missing = {row: [k for k in range(samples) if (row, k) not in known] for row in asked}
@@ -176,27 +177,15 @@ def sample_missing(
     count = collector.settings.prompts_per_step
     for start in range(0, len(rows), count):
         part = rows[start : start + count]
-        numbers = list(_side_by_side(part, missing, collector.world.dp_size))
+        numbers = [(row, sample) for row in part for sample in missing[row]]
         tasks = [replace(asked[row], number=row * samples + k) for row, k in numbers]
         for place, group in zip(numbers, collector.roll_out(tasks, 1), strict=True):
-            reward = group.rollouts[0].verdict.reward
+            (rollout,) = group.rollouts
+            reward = with_stop_penalty(rollout, collector.settings).verdict.reward
             if reward is not None:
                 found[place] = reward
         LOGGER.info("pass rates: %d of %d rows", start + len(part), len(rows))
     return found
-
-
-def _side_by_side(
-    rows: Sequence[int], missing: Mapping[int, Sequence[int]], ranks: int
-) -> Iterator[tuple[int, int]]:
-    """Yield (row, sample) so that the samples of a row are consecutive on one of `ranks` ranks.
-
-    Each rank takes every so-many-th task, and consecutive samples share their prompt's prefill.
-    """
-    for start in range(0, len(rows), ranks):
-        together = rows[start : start + ranks]
-        for place in range(max(len(missing[row]) for row in together)):
-            yield from ((row, missing[row][place]) for row in together if place < len(missing[row]))
 
 
 def rates_of(rewards: Mapping[int, Sequence[float]], solved_at: float) -> dict[int, dict[str, Any]]:

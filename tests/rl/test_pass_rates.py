@@ -66,7 +66,8 @@ class Policy(BaseHTTPRequestHandler):
         solved = number % SAMPLES < row % 5
         reply = f"\\boxed{{{row + 1 if solved else 0}}}<|im_end|>"
         ids = tokenizer.encode(reply, allow_special=True)
-        choice: dict[str, Any] = {"finish_reason": "stop", "text": reply}
+        finish = "length" if server.cuts else "stop"
+        choice: dict[str, Any] = {"finish_reason": finish, "text": reply}
         if not server.text:
             choice["token_ids"] = ids
         data = json.dumps({"choices": [choice]}).encode()
@@ -86,6 +87,7 @@ class Policy(BaseHTTPRequestHandler):
 def server() -> Iterator[Any]:
     found: Any = ThreadingHTTPServer(("127.0.0.1", 0), Policy)
     found.tokenizer, found.text, found.asked = sentencepiece_tokenizer(), False, []
+    found.cuts = False
     found.patience, found.stuck, found.release = 10**9, threading.Event(), threading.Event()
     found.lock = threading.Lock()
     found.url = f"http://127.0.0.1:{found.server_port}"
@@ -223,6 +225,25 @@ def test_a_server_of_text_and_one_without_ids(server: Any, tmp_path: Path) -> No
     assert (found["rows"], found["without_verdict"]) == (3, 0)
     with pytest.raises(RecipeError, match=r"out.jsonl\) exists: name another file, or delete it"):
         run_pass_rates(asked)
+
+
+@pytest.mark.parametrize(("coefficient", "rate"), [(None, 1.0), (0.0, 0.0)])
+def test_truncated_answers_count_as_in_training(
+    server: Any, tmp_path: Path, coefficient: float | None, rate: float
+) -> None:
+    write_lines(tmp_path / "rows.jsonl", [row(4)])
+    server.cuts = True
+    asked = settings(
+        tmp_path,
+        server=server.url,
+        tokenizer=server.tokenizer.path,
+        samples=SAMPLES,
+        rollout=RolloutConfig(
+            max_response_tokens=64, thinking=False, stop_properly_penalty_coef=coefficient
+        ),
+    )
+    run_pass_rates(asked)
+    assert [line["pass_rate"] for line in lines_of(Path(asked.output))] == [rate]
 
 
 def test_a_failed_verifier_is_no_attempt(
