@@ -23,13 +23,12 @@ from nemocascade.rl.exchange import share_outcomes
 from nemocascade.rl.rollouts import Rollout
 from nemocascade.rl.tasks import Task, TaskStream
 from nemocascade.rl.verification import (
-    THREADS,
     OnVerdict,
     Verification,
     score_apart,
-    shows,
 )
 from nemocascade.rollout.engine import Engine, Request, Sampling
+from nemocascade.rollout.replies import home_of
 from nemocascade.runtime.world import World
 from nemocascade.types import Environment, Prompt, Verdict
 
@@ -76,7 +75,7 @@ class Gathered:
 class Collector:
     """Generates rollouts of the current policy and verifies them.
 
-    threads: concurrent verifiers on each data-parallel rank.
+    threads: concurrent verifiers on each rank that verifies.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class Collector:
         settings: RolloutConfig,
         *,
         seed: int,
-        threads: int = THREADS,
+        threads: int,
     ) -> None:
         self.world, self.engine, self.tokenizer = world, engine, tokenizer
         self.environments, self.settings, self.seed = environments, settings, seed
@@ -144,8 +143,8 @@ class Collector:
         scored: bool,
         compared: bool,
     ) -> dict[int, Rollout]:
-        """Rollouts of this replica by request id, on its verifying rank. Verification overlaps
-        with generation unless the verifiers need all ranks."""
+        """This rank's share of its replica's rollouts, by request id. Verification overlaps with
+        generation unless the verifiers need all ranks."""
         episodes = Episodes(
             self.tokenizer, self.environments, self.settings, by_id, self.world.watch
         )
@@ -165,7 +164,7 @@ class Collector:
         try:
             for completion in self.engine.run(requests, sampling, episodes.respond):
                 episodes.close(completion.request.id)
-                if shows(self.world):
+                if self._verifies(completion.request.id, by_id[completion.request.id]):
                     verification.add(completion)
             self.world.watch.enter("rollout: verdicts")
             return verification.rollouts(self.world.watch)
@@ -175,6 +174,22 @@ class Collector:
         finally:
             verification.close()
             episodes.close_all()
+
+    @property
+    def verifier_slots(self) -> int:
+        """Number of concurrent verifiers of all ranks."""
+        world = self.world
+        return self.threads * (world.size if self.engine.is_shared else world.dp_size)
+
+    def _verifies(self, number: int, task: Task) -> bool:
+        """True on the rank that verifies a completion: the one that answered its tool calls, or one
+        rank for all rollouts of a task that are compared."""
+        if not self.engine.is_shared:
+            # No other rank of the replica has it.
+            return True
+        compared = self.environments[task.prompt.domain].by_group
+        home = home_of(task.number if compared else number, self.world.replica_size)
+        return home == self.world.replica_rank
 
     def _score_collectively(self, groups: Sequence[Group], compared: bool) -> list[Group]:
         """Add the verdicts of collective verifiers, which run on all ranks at once."""

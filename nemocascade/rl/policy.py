@@ -104,6 +104,7 @@ class PolicyRun:
     def rollout_values(self, gathered: Gathered, seconds: float) -> dict[str, Any]:
         """Rollout statistics of a step for metrics.jsonl; warns of verifiers that fail often."""
         values = rollout_values(gathered, seconds, self.environments) | self.engine.metrics()
+        values["verifier_slots"] = self.collector.verifier_slots
         examples = fault_examples(gathered, values)
         texts = self.transcripts([rollout for _, rollout in examples.values()])
         if text := faults_text(self.trainer.step_number, examples, values, texts):

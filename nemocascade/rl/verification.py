@@ -14,18 +14,16 @@ from threading import Lock
 from typing import Any
 
 from nemocascade.data.tokenizer import Tokenizer
-from nemocascade.recipe.judge import JudgeConfig
+from nemocascade.recipe import EnvConfig
 from nemocascade.rl.episodes import Episodes
 from nemocascade.rl.exchange import send_objects, send_transcripts, share_outcomes
 from nemocascade.rl.rollouts import DROPPED, NOT_SCORED, Rollout, TokenSequence, whole_rollout
 from nemocascade.rl.tasks import Task
 from nemocascade.rollout.engine import Completion
+from nemocascade.runtime.cores import slots_of_rank
 from nemocascade.runtime.watchdog import Watchdog
 from nemocascade.runtime.world import World
 from nemocascade.types import Environment, Message, Prompt, Verdict
-
-THREADS = 8
-"""Concurrent verifiers that use the CPU."""
 
 _LOOK_S = 1.0
 """Interval in seconds for polling a judge's activity while waiting for verdicts."""
@@ -138,14 +136,13 @@ class Verification:
         )
 
 
-def verifier_threads(judge: JudgeConfig) -> int:
-    """Concurrent verifiers on a rank: more for a judge server, since waiting uses no CPU."""
-    return max(THREADS, judge.concurrency) if judge.kind == "server" else THREADS
-
-
-def shows(world: World) -> bool:
-    """True on the one rank of each replica that verifies."""
-    return world.tp_rank == 0 and world.is_first_stage
+def verifier_threads(envs: EnvConfig, world: World) -> int:
+    """Concurrent verifiers on a rank: as many as its sandbox runs programs. More for a
+    judge server, whose requests the ranks of a replica share: waiting uses no CPU."""
+    slots = slots_of_rank(envs.sandbox.workers)
+    if envs.judge.kind != "server":
+        return slots
+    return max(slots, -(-envs.judge.concurrency // world.replica_size))
 
 
 def score_apart(

@@ -105,11 +105,16 @@ class Completion:
 
 Respond = Callable[[Completion], Sequence[int] | None]
 """Maps a stopped rollout to the environment's next tokens, or to None if the episode has ended. It
-may be slow: it runs in a worker thread of one rank, and the result is broadcast."""
+may be slow: it runs in a worker thread of one rank, and the ranks share the result."""
 
 
 class Engine(Protocol):
-    """Generates rollouts."""
+    """Generates rollouts.
+
+    is_shared: every rank of a replica gets every completion; otherwise its first rank alone does.
+    """
+
+    is_shared: bool
 
     def run(
         self, requests: Sequence[Request], sampling: Sampling, respond: Respond | None = None

@@ -27,11 +27,13 @@ def open_engine(
     vocabulary: int,
     logprobs: Logprobs,
     precision: str,
+    tool_calls: int,
 ) -> Engine:
     """The engine of `settings` on the chunks of `build_model`; every rank calls it.
 
     decode: token ids to text. vocabulary: ids from here on are never drawn. logprobs: of the
-    trainer, for the probe of servers. precision: of the model, `fp32` or `bf16`.
+    trainer, for the probe of servers. precision: of the model, `fp32` or `bf16`. tool_calls: see
+    `LiveEngine`.
     """
     if settings.engine == "live":
         return LiveEngine(
@@ -43,6 +45,7 @@ def open_engine(
             decode=decode,
             vocabulary=vocabulary,
             record_routing=settings.replay_routing,
+            tool_calls=tool_calls,
         )
     server, tensors = settings.server, LiveTensors(world, chunks)
     shape = chunks[0].config.shape

@@ -44,7 +44,7 @@ class Generation:
         model.most_rows = min(limits.slots, len(requests))
         self.table = SlotTable(limits.slots, longest, world.device)
         self.stops = Stops(sampling, model.vocabulary, decode)
-        self.replies = Replies(world, respond)
+        self.replies = Replies(world, respond, limits.tool_calls)
         self.prefills = PrefillQueue(model, self.table, requests, sampling, self.counts, limits)
         self.running: list[Text] = []
         self.rows: Rows | None = None

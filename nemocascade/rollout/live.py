@@ -28,6 +28,7 @@ from nemocascade.rollout.engine import Completion, Counts, Request, Respond, Sam
 from nemocascade.rollout.generation import Generation
 from nemocascade.rollout.slots import BatchLimits
 from nemocascade.rollout.stops import Decode
+from nemocascade.runtime.cores import slots_of_rank
 from nemocascade.runtime.world import World
 
 
@@ -36,10 +37,13 @@ class LiveEngine:
 
     slots, prefill_tokens, prefill_chunk: see `BatchLimits`. decode: token ids to text, needed for
     stop strings. vocabulary: ids from here on are never drawn; 0 excludes none. record_routing:
-    completions carry the experts of their tokens, for router replay.
+    completions carry the experts of their tokens, for router replay. tool_calls: concurrent calls
+    of tools on a rank; 0 = one a core of the rank.
 
     Raises ValueError if there is no slot, or a size is negative.
     """
+
+    is_shared = True
 
     def __init__(
         self,
@@ -52,9 +56,10 @@ class LiveEngine:
         decode: Decode | None = None,
         vocabulary: int = 0,
         record_routing: bool = False,
+        tool_calls: int = 0,
     ) -> None:
         self.world, self.chunks = world, list(chunks)
-        self.limits = BatchLimits(slots, prefill_tokens, prefill_chunk)
+        self.limits = BatchLimits(slots, prefill_tokens, prefill_chunk, slots_of_rank(tool_calls))
         self.decode = decode
         self.record_routing = record_routing
         self.vocabulary = vocabulary or chunks[0].config.shape.vocab_size

@@ -40,7 +40,7 @@ from nemocascade.runtime.http import key_problem, read_key
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.run_lock import RunLock
 from nemocascade.runtime.world import World, main_first, world_size_of_environment
-from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
+from nemocascade.stages.judge import check_judge, envs_of_rank, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import open_frozen, watched_world
 from nemocascade.types import Artifact, Environment
 
@@ -75,7 +75,7 @@ def run_pass_rates(settings: PassRateSettings) -> dict[str, Any]:
             load_artifact_tokenizer(artifact) if artifact else load_tokenizer(settings.tokenizer)
         )
         engine, judge = _open_policy(settings, artifact, world, detected, tokenizer)
-        every = make_environments(settings.envs, judge=judge)
+        every = make_environments(envs_of_rank(settings.envs, world), judge=judge)
         try:
             chosen: dict[str, Environment] = {n: every[n] for n in settings.domains or DOMAINS}
             key = settings.key(
@@ -127,7 +127,15 @@ def _open_policy(
             trains=False,
             codec=tokenizer if settings.text else None,
         ), None
-    engine = open_frozen(artifact, world, detected, tokenizer, settings.engine, settings.rollout)
+    engine = open_frozen(
+        artifact,
+        world,
+        detected,
+        tokenizer,
+        settings.engine,
+        settings.rollout,
+        tool_calls=settings.envs.sandbox.workers,
+    )
     judge = judge_on_ranks(
         settings.envs.judge,
         artifact,
@@ -174,7 +182,7 @@ def _rate_rows(
         environments,
         settings.rollout,
         seed=settings.seed,
-        threads=verifier_threads(settings.envs.judge),
+        threads=verifier_threads(settings.envs, world),
     )
     with closing(Journal(folder, world.rank)) as journal:
         found = sample_missing(collector, asked, known, journal, samples=settings.samples)

@@ -23,7 +23,7 @@ from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.factory import open_engine
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.world import World, main_first, world_size_of_environment
-from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
+from nemocascade.stages.judge import check_judge, envs_of_rank, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import stage_world, write_recipe
 from nemocascade.train.checkpointing import Checkpoints
 from nemocascade.train.trainer import Trainer
@@ -57,7 +57,7 @@ def policy_run[R: PolicyRecipe](
             tokenizer,
             seed=recipe.seed,
         )
-        every = make_environments(recipe.envs, judge=judge)
+        every = make_environments(envs_of_rank(recipe.envs, world), judge=judge)
         try:
             yield _assemble(recipe, parent, world, policy, every)
         except Exception as error:
@@ -129,6 +129,7 @@ def _open_policy(
         vocabulary=tokenizer.vocab_size,
         logprobs=functools.partial(sequence_logprobs, recipe, trainer, tokenizer.pad_id),
         precision=recipe.engine.precision,
+        tool_calls=recipe.envs.sandbox.workers,
     )
     return _Policy(trainer, engine, tokenizer)
 
@@ -175,7 +176,7 @@ def _assemble(
         environments,
         recipe.rollout,
         seed=recipe.seed,
-        threads=verifier_threads(recipe.envs.judge),
+        threads=verifier_threads(recipe.envs, world),
     )
     heldout = _heldout_tasks(recipe, environments, tokenizer)
     if not isinstance(recipe, MopdRecipe) or recipe.mopd.score_rollouts:

@@ -33,7 +33,7 @@ from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.stored_records import record_of
 from nemocascade.runtime.world import World, world_size_of_environment
 from nemocascade.stages.domain_score import DomainScore, domain_score
-from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
+from nemocascade.stages.judge import check_judge, envs_of_rank, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import open_frozen, watched_world
 from nemocascade.types import Environment
 
@@ -157,11 +157,12 @@ def score_artifact(
             tokenizer,
             config.engine,
             RolloutConfig(slots=config.slots, max_prompt_tokens=config.max_prompt_tokens),
+            tool_calls=config.envs.sandbox.workers,
         )
         judge = judge_on_ranks(
             config.envs.judge, artifact, world, engine.chunks, engine, tokenizer, seed=config.seed
         )
-        environments = make_environments(config.envs, judge=judge)
+        environments = make_environments(envs_of_rank(config.envs, world), judge=judge)
         try:
             chosen: dict[str, Environment] = {
                 d.domain: environments[d.domain] for d in config.domains
@@ -226,7 +227,7 @@ def _answer(
             environments,
             rollout,
             seed=config.seed,
-            threads=verifier_threads(config.envs.judge),
+            threads=verifier_threads(config.envs, world),
         )
         tasks: list[Task] = []
         for domain in domains:

@@ -7,7 +7,7 @@ dropped, and 90 % of those never solved: rows need their `pass_rate`, of 16 roll
 that the stage starts from. The number of steps and top-p are not published; here they are the
 defaults, 100 and 1. On 128 GPUs: tp 8 and pp 2, as in SFT on sequences of that length.
 
-Tests run on the hosts of each replica's first ranks. Packages that the repositories import must be
+Tests run on the hosts of all ranks. Packages that the repositories import must be
 installed there: name them in `--envs.sandbox.packages`.
 
     torchrun ... --no-python nemocascade pass-rates data/swe_agentic/rows.jsonl \
