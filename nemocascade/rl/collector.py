@@ -26,6 +26,7 @@ from nemocascade.rl.verification import (
     OnVerdict,
     Verification,
     score_apart,
+    verifying_ranks,
 )
 from nemocascade.rollout.engine import Engine, Request, Sampling
 from nemocascade.rollout.replies import home_of
@@ -178,18 +179,16 @@ class Collector:
     @property
     def verifier_slots(self) -> int:
         """Number of concurrent verifiers of all ranks."""
-        world = self.world
-        return self.threads * (world.size if self.engine.is_shared else world.dp_size)
+        return self.threads * self.world.dp_size * verifying_ranks(self.world, self.engine)
 
     def _verifies(self, number: int, task: Task) -> bool:
         """True on the rank that verifies a completion: the one that answered its tool calls, or one
         rank for all rollouts of a task that are compared."""
-        if not self.engine.is_shared:
-            # No other rank of the replica has it.
-            return True
+        ranks = verifying_ranks(self.world, self.engine)
         compared = self.environments[task.prompt.domain].by_group
-        home = home_of(task.number if compared else number, self.world.replica_size)
-        return home == self.world.replica_rank
+        return ranks == 1 or self.world.replica_rank == home_of(
+            task.number if compared else number, ranks
+        )
 
     def _score_collectively(self, groups: Sequence[Group], compared: bool) -> list[Group]:
         """Add the verdicts of collective verifiers, which run on all ranks at once."""

@@ -15,9 +15,10 @@ from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe import DomainConfig, RolloutConfig
 from nemocascade.rl.curriculum import Curriculum, by_level
-from nemocascade.rl.prompts import EncodedPrompts, TokenIds
+from nemocascade.rl.prompts import REFUSED, EncodedPrompts, TokenIds, encode_together
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import BadRows, DataError
+from nemocascade.runtime.world import World
 from nemocascade.types import Environment, Prompt, Verdict
 
 
@@ -113,10 +114,16 @@ def _filtered(prompts: Iterable[Prompt], domain: DomainConfig) -> Iterator[Promp
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer, rollout: RolloutConfig
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    rollout: RolloutConfig,
+    world: World | None = None,
 ) -> EncodedPrompts:
     """Prompts with their ids. Dropped and counted: prompts that the chat template refuses, and
     prompts longer than `max_prompt_tokens`.
+
+    world: its ranks encode a share each, and every rank gets all; None: every prompt is encoded
+    here.
 
     Raises DataError if all are refused, or if calls of the prompts' tools could not be parsed.
     """
@@ -126,18 +133,25 @@ def encode_prompts(
             f"{tokenizer.path}: tool calls in the form of its chat template cannot be parsed: use "
             "a template with <tool_call> blocks, or domains without tools"
         )
-    kept, refused, reason = EncodedPrompts(), 0, ""
-    for prompt in prompts:
+
+    def encoded(prompt: Prompt) -> list[int]:
         conversation = Conversation(prompt.messages, prompt.tools)
+        segments = template.render_prompt(conversation, thinking=rollout.thinking)
+        return encode(segments, tokenizer)[0]
+
+    ids, counts = encode_together(prompts, encoded, rollout.max_prompt_tokens, world)
+    refused, reason = int((counts == REFUSED).sum()), ""
+    if refused:
+        first = prompts[int((counts == REFUSED).argmax())]
         try:
-            segments = template.render_prompt(conversation, thinking=rollout.thinking)
+            encoded(first)
         except DataError as error:
-            refused += 1
-            reason = reason or f"{prompt.source}: {error}"
-            continue
-        ids, _ = encode(segments, tokenizer)
-        if len(ids) <= rollout.max_prompt_tokens:
-            kept.append(prompt, ids)
+            reason = f"{first.source}: {error}"
+    kept = EncodedPrompts(
+        [p for p, count in zip(prompts, counts.tolist(), strict=True) if count >= 0],
+        ids,
+        counts[counts >= 0],
+    )
     if refused and refused == len(prompts):
         raise DataError(f"{prompts[0].domain}: no prompt can be rendered: {reason}")
     if refused:
@@ -163,7 +177,8 @@ class TaskStream:
     """An endless task sequence: domains mixed by their shares, each domain shuffled every epoch.
 
     Task number n of a domain without a curriculum is a function of the settings alone, so the
-    position is one number. steps: length of the stage, for curricula.
+    position is one number. steps: length of the stage, for curricula. world: its ranks encode a
+    share of the prompts each; every rank makes the same stream.
 
     Raises DataError for a domain without a task, and for one whose curriculum has no difficulties.
     """
@@ -177,6 +192,7 @@ class TaskStream:
         *,
         seed: int,
         steps: int = 1,
+        world: World | None = None,
     ) -> None:
         self.seed = seed
         self.shares = {d.domain: d.share for d in domains}
@@ -193,7 +209,7 @@ class TaskStream:
                     count=wanted.tasks,
                     domains=domains,
                 )
-                return encode_prompts(found, tokenizer, rollout)
+                return encode_prompts(found, tokenizer, rollout, world)
 
             prompts, difficulty = by_level(domain, read)
             self.prompts[domain.domain] = prompts

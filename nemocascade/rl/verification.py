@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
@@ -19,7 +20,7 @@ from nemocascade.rl.episodes import Episodes
 from nemocascade.rl.exchange import send_objects, send_transcripts, share_outcomes
 from nemocascade.rl.rollouts import DROPPED, NOT_SCORED, Rollout, TokenSequence, whole_rollout
 from nemocascade.rl.tasks import Task
-from nemocascade.rollout.engine import Completion
+from nemocascade.rollout.engine import Completion, Engine
 from nemocascade.runtime.cores import slots_of_rank
 from nemocascade.runtime.watchdog import Watchdog
 from nemocascade.runtime.world import World
@@ -136,13 +137,22 @@ class Verification:
         )
 
 
-def verifier_threads(envs: EnvConfig, world: World) -> int:
-    """Concurrent verifiers on a rank: as many as its sandbox runs programs. More for a
-    judge server, whose requests the ranks of a replica share: waiting uses no CPU."""
+def verifying_ranks(world: World, engine: Engine) -> int:
+    """Number of ranks of a replica that verify: those that get its completions."""
+    return world.replica_size if engine.is_shared else 1
+
+
+def rank_envs(envs: EnvConfig, world: World, engine: Engine) -> EnvConfig:
+    """Settings of a rank's verifiers: the ranks of a replica share its requests to a judge."""
+    concurrency = -(-envs.judge.concurrency // verifying_ranks(world, engine))
+    return replace(envs, judge=replace(envs.judge, concurrency=concurrency))
+
+
+def verifier_threads(envs: EnvConfig) -> int:
+    """Concurrent verifiers on a rank: as many as its sandbox runs programs, and more for a judge
+    server, since waiting uses no CPU. envs: from `rank_envs`."""
     slots = slots_of_rank(envs.sandbox.workers)
-    if envs.judge.kind != "server":
-        return slots
-    return max(slots, -(-envs.judge.concurrency // world.replica_size))
+    return max(slots, envs.judge.concurrency) if envs.judge.kind == "server" else slots
 
 
 def score_apart(

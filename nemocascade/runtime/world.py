@@ -159,6 +159,10 @@ class World:
         dist.all_reduce(value)
         return value
 
+    def broadcast(self, value: torch.Tensor, src: int) -> None:
+        """Overwrite `value`, on the host, with that of rank `src`."""
+        dist.broadcast(value, src=src)
+
     def replicas(self) -> list[list[int]]:
         """The ranks of each data-parallel rank, which train alike. Every rank calls it."""
         table = torch.zeros(self.size, dtype=torch.int64)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nemocascade.data.tokenizer import Tokenizer, check_template
 from nemocascade.envs.registry import judge_problems, judge_refusal
 from nemocascade.megatron.artifact import read_artifact
-from nemocascade.recipe import EnvConfig, RecipeError
+from nemocascade.recipe import RecipeError
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.artifact_judge import ArtifactJudge
 from nemocascade.rollout.engine import Engine
@@ -62,12 +61,6 @@ def probe_judge(settings: JudgeConfig, world: World) -> None:
     if settings.kind == "server":
         world.watch.enter("judge: first question")
         main_first(world, probe, lambda: None)
-
-
-def envs_of_rank(envs: EnvConfig, world: World) -> EnvConfig:
-    """Settings of a rank's verifiers: the ranks of a replica share its requests to a judge."""
-    concurrency = -(-envs.judge.concurrency // world.replica_size)
-    return replace(envs, judge=replace(envs.judge, concurrency=concurrency))
 
 
 def judge_on_ranks(

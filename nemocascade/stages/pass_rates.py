@@ -32,7 +32,7 @@ from nemocascade.rl.row_rates import (
 )
 from nemocascade.rl.tasks import Task, encode_prompts
 from nemocascade.rl.trial import try_verifiers
-from nemocascade.rl.verification import verifier_threads
+from nemocascade.rl.verification import rank_envs, verifier_threads
 from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.server import ServerEngine
 from nemocascade.rollout.servers import ServerError
@@ -40,7 +40,7 @@ from nemocascade.runtime.http import key_problem, read_key
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.run_lock import RunLock
 from nemocascade.runtime.world import World, main_first, world_size_of_environment
-from nemocascade.stages.judge import check_judge, envs_of_rank, judge_on_ranks, probe_judge
+from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import open_frozen, watched_world
 from nemocascade.types import Artifact, Environment
 
@@ -75,7 +75,7 @@ def run_pass_rates(settings: PassRateSettings) -> dict[str, Any]:
             load_artifact_tokenizer(artifact) if artifact else load_tokenizer(settings.tokenizer)
         )
         engine, judge = _open_policy(settings, artifact, world, detected, tokenizer)
-        every = make_environments(envs_of_rank(settings.envs, world), judge=judge)
+        every = make_environments(rank_envs(settings.envs, world, engine), judge=judge)
         try:
             chosen: dict[str, Environment] = {n: every[n] for n in settings.domains or DOMAINS}
             key = settings.key(
@@ -166,7 +166,7 @@ def _rate_rows(
     for domain in environments:
         of_row = {p.source: n for n, p in tasks.prompts.items() if p.domain == domain}
         prompts = [tasks.prompts[n] for n in of_row.values()]
-        for prompt, ids in encode_prompts(prompts, tokenizer, settings.rollout):
+        for prompt, ids in encode_prompts(prompts, tokenizer, settings.rollout, world):
             asked[of_row[prompt.source]] = Task(prompt, ids, of_row[prompt.source])
     used = [task.prompt for task in asked.values()]
     main_first(world, lambda: try_verifiers(used, environments), lambda: None)
@@ -182,7 +182,7 @@ def _rate_rows(
         environments,
         settings.rollout,
         seed=settings.seed,
-        threads=verifier_threads(settings.envs, world),
+        threads=verifier_threads(rank_envs(settings.envs, world, engine)),
     )
     with closing(Journal(folder, world.rank)) as journal:
         found = sample_missing(collector, asked, known, journal, samples=settings.samples)

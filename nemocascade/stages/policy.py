@@ -17,13 +17,13 @@ from nemocascade.rl.collector import Collector
 from nemocascade.rl.policy import PolicyRun, greedy_sampling, sequence_logprobs
 from nemocascade.rl.tasks import Task, TaskStream, encode_prompts, read_tasks
 from nemocascade.rl.trial import try_verifiers
-from nemocascade.rl.verification import verifier_threads
+from nemocascade.rl.verification import rank_envs, verifier_threads
 from nemocascade.rl.win_rate import start_answers
 from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.factory import open_engine
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.world import World, main_first, world_size_of_environment
-from nemocascade.stages.judge import check_judge, envs_of_rank, judge_on_ranks, probe_judge
+from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import stage_world, write_recipe
 from nemocascade.train.checkpointing import Checkpoints
 from nemocascade.train.trainer import Trainer
@@ -57,7 +57,7 @@ def policy_run[R: PolicyRecipe](
             tokenizer,
             seed=recipe.seed,
         )
-        every = make_environments(envs_of_rank(recipe.envs, world), judge=judge)
+        every = make_environments(rank_envs(recipe.envs, world, policy.engine), judge=judge)
         try:
             yield _assemble(recipe, parent, world, policy, every)
         except Exception as error:
@@ -168,6 +168,7 @@ def _assemble(
         recipe.rollout,
         seed=recipe.seed,
         steps=recipe.steps,
+        world=world,
     )
     collector = Collector(
         world,
@@ -176,9 +177,9 @@ def _assemble(
         environments,
         recipe.rollout,
         seed=recipe.seed,
-        threads=verifier_threads(recipe.envs, world),
+        threads=verifier_threads(rank_envs(recipe.envs, world, policy.engine)),
     )
-    heldout = _heldout_tasks(recipe, environments, tokenizer)
+    heldout = _heldout_tasks(recipe, environments, tokenizer, world)
     if not isinstance(recipe, MopdRecipe) or recipe.mopd.score_rollouts:
         world.watch.enter("trial of the verifiers")
         prompts = [prompt for found in stream.prompts.values() for prompt in found.prompts]
@@ -205,7 +206,10 @@ def _assemble(
 
 
 def _heldout_tasks(
-    recipe: PolicyRecipe, environments: dict[str, Environment], tokenizer: Tokenizer
+    recipe: PolicyRecipe,
+    environments: dict[str, Environment],
+    tokenizer: Tokenizer,
+    world: World,
 ) -> list[Task]:
     tasks: list[Task] = []
     if not recipe.eval.prompts:
@@ -219,6 +223,6 @@ def _heldout_tasks(
             count=recipe.eval.prompts,
             domains=recipe.domains,
         )
-        for prompt, ids in encode_prompts(prompts, tokenizer, recipe.rollout):
+        for prompt, ids in encode_prompts(prompts, tokenizer, recipe.rollout, world):
             tasks.append(Task(prompt, ids, len(tasks)))
     return tasks

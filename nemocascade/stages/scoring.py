@@ -26,14 +26,14 @@ from nemocascade.recipe.rules import Natural
 from nemocascade.rl.collector import Collector, Group
 from nemocascade.rl.exchange import send_transcripts
 from nemocascade.rl.tasks import Task, encode_prompts, read_tasks
-from nemocascade.rl.verification import verifier_threads
+from nemocascade.rl.verification import rank_envs, verifier_threads
 from nemocascade.rollout.engine import Engine
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.stored_records import record_of
 from nemocascade.runtime.world import World, world_size_of_environment
 from nemocascade.stages.domain_score import DomainScore, domain_score
-from nemocascade.stages.judge import check_judge, envs_of_rank, judge_on_ranks, probe_judge
+from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import open_frozen, watched_world
 from nemocascade.types import Environment
 
@@ -162,7 +162,7 @@ def score_artifact(
         judge = judge_on_ranks(
             config.envs.judge, artifact, world, engine.chunks, engine, tokenizer, seed=config.seed
         )
-        environments = make_environments(envs_of_rank(config.envs, world), judge=judge)
+        environments = make_environments(rank_envs(config.envs, world, engine), judge=judge)
         try:
             chosen: dict[str, Environment] = {
                 d.domain: environments[d.domain] for d in config.domains
@@ -227,7 +227,7 @@ def _answer(
             environments,
             rollout,
             seed=config.seed,
-            threads=verifier_threads(config.envs, world),
+            threads=verifier_threads(rank_envs(config.envs, world, engine)),
         )
         tasks: list[Task] = []
         for domain in domains:
@@ -239,8 +239,8 @@ def _answer(
                 count=domain.tasks or config.tasks,
                 domains=tuple(map(_as_domain, config.domains)),
             )
-            encoded = encode_prompts(prompts, tokenizer, rollout)
-            if not encoded:
+            encoded = encode_prompts(prompts, tokenizer, rollout, world)
+            if not len(encoded):
                 raise DataError(
                     f"{domain.domain}: no held-out task has a prompt of at most "
                     f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"

@@ -210,6 +210,31 @@ def alone() -> dict[str, Any]:
     return {case: train({}, case, (2, 4)) for case in CASES}
 
 
+def encode_a_share() -> dict[str, Any]:
+    """Encoded prompts of a job, and how many of them this rank has encoded."""
+    import pytest
+    from helpers.data import sentencepiece_tokenizer
+
+    from nemocascade.megatron.world import start_world
+    from nemocascade.recipe import EngineConfig, ParallelConfig, RolloutConfig
+    from nemocascade.rl import tasks
+    from nemocascade.types import Message, Prompt
+
+    world = start_world(ParallelConfig(), EngineConfig(precision="fp32"))
+    prompts = [
+        Prompt(str(n), "math", (Message("user", "say " * (n % 60)),), {}, source=f"rows:{n}")
+        for n in range(101)
+    ]
+    real, calls = tasks.encode, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "encode", lambda *a: calls.append(1) or real(*a))  # type: ignore[func-returns-value]
+        found = tasks.encode_prompts(
+            prompts, sentencepiece_tokenizer(), RolloutConfig(max_prompt_tokens=80), world
+        )
+    world.close()
+    return {"ids": [[p.id, ids.tolist()] for p, ids in found], "encoded": len(calls)}
+
+
 def together(parallel: dict[str, Any]) -> dict[str, Any]:
     return {case: train(parallel, case) for case in CASES}
 
@@ -243,3 +268,11 @@ def test_ranks_have_the_rollouts_of_one_process_and_receive_little(
             most = 1.2 * mine["share"] + 2**20
             assert mine["share"] > 2.5e6
             assert mine["received"] <= most, (case, number, mine["received"], mine["share"])
+
+
+def test_each_prompt_is_encoded_on_one_rank() -> None:
+    (whole,) = run_ranks(encode_a_share, 1)
+    shares = run_ranks(encode_a_share, 3)
+    assert 50 < len(whole["ids"]) < 101, "some prompts are too long"
+    assert [share["ids"] for share in shares] == [whole["ids"]] * 3
+    assert [share["encoded"] for share in shares] == [33, 34, 34]
