@@ -9,6 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nemocascade.data.chat_template import Conversation, encode
+from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.recipe import RolloutConfig
+from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.world import World
 from nemocascade.types import Prompt
@@ -52,16 +56,75 @@ class EncodedPrompts:
             yield prompt, self._ids[start:end]
 
 
-def encode_together(
+def encode_prompts(
     prompts: Sequence[Prompt],
-    encode: Callable[[Prompt], Sequence[int]],
+    tokenizer: Tokenizer,
+    rollout: RolloutConfig,
+    world: World | None = None,
+) -> EncodedPrompts:
+    """Prompts with their ids. Dropped and counted: prompts that the chat template refuses, and
+    prompts longer than `max_prompt_tokens`.
+
+    world: its ranks encode a share each, and every rank gets all; None: every prompt is encoded
+    here.
+
+    Raises DataError if all are refused, or if calls of the prompts' tools could not be parsed.
+    """
+    template = tokenizer.template
+    if any(prompt.tools for prompt in prompts) and not template.reads_calls:
+        raise DataError(
+            f"{tokenizer.path}: tool calls in the form of its chat template cannot be parsed: use "
+            "a template with <tool_call> blocks, or domains without tools"
+        )
+
+    def encoded(prompt: Prompt) -> list[int]:
+        conversation = Conversation(prompt.messages, prompt.tools)
+        segments = template.render_prompt(conversation, thinking=rollout.thinking)
+        return encode(segments, tokenizer)[0]
+
+    ids, counts = _encode_together(prompts, encoded, rollout.max_prompt_tokens, world)
+    refused, reason = int((counts == REFUSED).sum()), ""
+    if refused:
+        first = prompts[int((counts == REFUSED).argmax())]
+        try:
+            encoded(first)
+        except DataError as error:
+            reason = f"{first.source}: {error}"
+    kept = EncodedPrompts(
+        [p for p, count in zip(prompts, counts.tolist(), strict=True) if count >= 0],
+        ids,
+        counts[counts >= 0],
+    )
+    if refused and refused == len(prompts):
+        raise DataError(f"{prompts[0].domain}: no prompt can be rendered: {reason}")
+    if refused:
+        LOGGER.warning(
+            "%s: %d of %d prompts cannot be rendered and are dropped, the first: %s",
+            prompts[0].domain,
+            refused,
+            len(prompts),
+            reason,
+        )
+    if len(kept) + refused < len(prompts):
+        LOGGER.warning(
+            "%s: %d of %d prompts are longer than rollout.max_prompt_tokens(%d) and are dropped",
+            prompts[0].domain,
+            len(prompts) - refused - len(kept),
+            len(prompts),
+            rollout.max_prompt_tokens,
+        )
+    return kept
+
+
+def _encode_together(
+    prompts: Sequence[Prompt],
+    encoded: Callable[[Prompt], Sequence[int]],
     most: int,
     world: World | None,
 ) -> tuple[TokenIds, Counts]:
     """The ids of all prompts of at most `most` tokens, end to end, and the count of each prompt.
 
-    encode: raises DataError for a prompt that is refused. world: each of its ranks encodes a share,
-    and every rank gets all; None: this process encodes every prompt.
+    encoded: raises DataError for a prompt that is refused. world: see `encode_prompts`.
     """
     rank, ranks = (0, 1) if world is None else (world.rank, world.size)
     bounds = [len(prompts) * r // ranks for r in range(ranks + 1)]
@@ -69,7 +132,7 @@ def encode_together(
     mine: list[TokenIds] = [np.zeros(0, dtype=np.int32)]
     for number in range(bounds[rank], bounds[rank + 1]):
         try:
-            found = encode(prompts[number])
+            found = encoded(prompts[number])
         except DataError:
             counts[number] = REFUSED
             continue

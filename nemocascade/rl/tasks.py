@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe import DomainConfig, RolloutConfig
 from nemocascade.rl.curriculum import Curriculum, by_level
-from nemocascade.rl.prompts import REFUSED, EncodedPrompts, TokenIds, encode_together
+from nemocascade.rl.prompts import EncodedPrompts, TokenIds, encode_prompts
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import BadRows, DataError
 from nemocascade.runtime.world import World
@@ -111,66 +110,6 @@ def _filtered(prompts: Iterable[Prompt], domain: DomainConfig) -> Iterator[Promp
         )
         if unknown:
             LOGGER.warning("%s: %d tasks have no pass_rate and are kept", domain.domain, unknown)
-
-
-def encode_prompts(
-    prompts: Sequence[Prompt],
-    tokenizer: Tokenizer,
-    rollout: RolloutConfig,
-    world: World | None = None,
-) -> EncodedPrompts:
-    """Prompts with their ids. Dropped and counted: prompts that the chat template refuses, and
-    prompts longer than `max_prompt_tokens`.
-
-    world: its ranks encode a share each, and every rank gets all; None: every prompt is encoded
-    here.
-
-    Raises DataError if all are refused, or if calls of the prompts' tools could not be parsed.
-    """
-    template = tokenizer.template
-    if any(prompt.tools for prompt in prompts) and not template.reads_calls:
-        raise DataError(
-            f"{tokenizer.path}: tool calls in the form of its chat template cannot be parsed: use "
-            "a template with <tool_call> blocks, or domains without tools"
-        )
-
-    def encoded(prompt: Prompt) -> list[int]:
-        conversation = Conversation(prompt.messages, prompt.tools)
-        segments = template.render_prompt(conversation, thinking=rollout.thinking)
-        return encode(segments, tokenizer)[0]
-
-    ids, counts = encode_together(prompts, encoded, rollout.max_prompt_tokens, world)
-    refused, reason = int((counts == REFUSED).sum()), ""
-    if refused:
-        first = prompts[int((counts == REFUSED).argmax())]
-        try:
-            encoded(first)
-        except DataError as error:
-            reason = f"{first.source}: {error}"
-    kept = EncodedPrompts(
-        [p for p, count in zip(prompts, counts.tolist(), strict=True) if count >= 0],
-        ids,
-        counts[counts >= 0],
-    )
-    if refused and refused == len(prompts):
-        raise DataError(f"{prompts[0].domain}: no prompt can be rendered: {reason}")
-    if refused:
-        LOGGER.warning(
-            "%s: %d of %d prompts cannot be rendered and are dropped, the first: %s",
-            prompts[0].domain,
-            refused,
-            len(prompts),
-            reason,
-        )
-    if len(kept) + refused < len(prompts):
-        LOGGER.warning(
-            "%s: %d of %d prompts are longer than rollout.max_prompt_tokens(%d) and are dropped",
-            prompts[0].domain,
-            len(prompts) - refused - len(kept),
-            len(prompts),
-            rollout.max_prompt_tokens,
-        )
-    return kept
 
 
 class TaskStream:

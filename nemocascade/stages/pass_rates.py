@@ -20,6 +20,7 @@ from nemocascade.megatron.checkpoint.folder import file_sha256
 from nemocascade.recipe import ParallelConfig, RecipeError, RolloutServerConfig
 from nemocascade.recipe.pass_rates import PassRateSettings
 from nemocascade.rl.collector import Collector
+from nemocascade.rl.prompts import encode_prompts
 from nemocascade.rl.row_rates import (
     Journal,
     RowTasks,
@@ -30,7 +31,7 @@ from nemocascade.rl.row_rates import (
     sample_missing,
     write_rated,
 )
-from nemocascade.rl.tasks import Task, encode_prompts
+from nemocascade.rl.tasks import Task
 from nemocascade.rl.trial import try_verifiers
 from nemocascade.rl.verification import rank_envs, verifier_threads
 from nemocascade.rollout.engine import Engine

@@ -15,7 +15,8 @@ from nemocascade.megatron.config import Accelerators
 from nemocascade.recipe import ModelConfig, MopdRecipe, PolicyRecipe, RecipeError
 from nemocascade.rl.collector import Collector
 from nemocascade.rl.policy import PolicyRun, greedy_sampling, sequence_logprobs
-from nemocascade.rl.tasks import Task, TaskStream, encode_prompts, read_tasks
+from nemocascade.rl.prompts import encode_prompts
+from nemocascade.rl.tasks import Task, TaskStream, read_tasks
 from nemocascade.rl.trial import try_verifiers
 from nemocascade.rl.verification import rank_envs, verifier_threads
 from nemocascade.rl.win_rate import start_answers

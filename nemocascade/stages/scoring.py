@@ -25,7 +25,8 @@ from nemocascade.recipe.judge import HOW as JUDGE_HOW
 from nemocascade.recipe.rules import Natural
 from nemocascade.rl.collector import Collector, Group
 from nemocascade.rl.exchange import send_transcripts
-from nemocascade.rl.tasks import Task, encode_prompts, read_tasks
+from nemocascade.rl.prompts import encode_prompts
+from nemocascade.rl.tasks import Task, read_tasks
 from nemocascade.rl.verification import rank_envs, verifier_threads
 from nemocascade.rollout.engine import Engine
 from nemocascade.runtime.logging import LOGGER

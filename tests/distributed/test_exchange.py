@@ -217,7 +217,7 @@ def encode_a_share() -> dict[str, Any]:
 
     from nemocascade.megatron.world import start_world
     from nemocascade.recipe import EngineConfig, ParallelConfig, RolloutConfig
-    from nemocascade.rl import tasks
+    from nemocascade.rl import prompts as module
     from nemocascade.types import Message, Prompt
 
     world = start_world(ParallelConfig(), EngineConfig(precision="fp32"))
@@ -225,10 +225,10 @@ def encode_a_share() -> dict[str, Any]:
         Prompt(str(n), "math", (Message("user", "say " * (n % 60)),), {}, source=f"rows:{n}")
         for n in range(101)
     ]
-    real, calls = tasks.encode, []
+    real, calls = module.encode, list[int]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "encode", lambda *a: calls.append(1) or real(*a))  # type: ignore[func-returns-value]
-        found = tasks.encode_prompts(
+        patch.setattr(module, "encode", lambda *a: calls.append(1) or real(*a))  # type: ignore[func-returns-value]
+        found = module.encode_prompts(
             prompts, sentencepiece_tokenizer(), RolloutConfig(max_prompt_tokens=80), world
         )
     world.close()
