@@ -124,24 +124,31 @@ class Code(SandboxedDomain):
         """Run all calls in one process; return the tests passed and what stopped the rest."""
         wanted = tests["outputs"]
         program = Program(source, function=tests["function"], calls=tuple(tests["inputs"]))
-        outcome = self._run(program)
+        outcome = self.sandbox.run(self._prepared(program))
         pairs = zip(wanted, outcome.results[: len(wanted)], strict=False)
         passed = sum(same_value(e, g, self.settings.decimals) for e, g in pairs)
         complete = passed == len(wanted) and outcome.status in ("ok", "failed")
         return passed, "" if complete else _reason(outcome)
 
     def _scripts(self, source: str, tests: Mapping[str, Any]) -> tuple[int, str]:
-        """Run one process per test, up to the first failure."""
-        pairs = zip(tests["inputs"], tests["outputs"], strict=True)
-        for passed, (given, wanted) in enumerate(pairs):
-            outcome = self._run(Program(source, stdin=given, any_exit=True))
-            right = same_output(wanted, outcome.stdout, self.settings.decimals)
-            if outcome.status != "ok" or not right:
-                return passed, _reason(outcome)
-        return len(tests["outputs"]), ""
+        """Run one process per test, up to the first failure; side by side where slots are free."""
 
-    def _run(self, program: Program) -> Outcome:
-        return self.sandbox.run(replace(program, preamble=_preamble(self.settings)))
+        def fails(test: int, outcome: Outcome) -> bool:
+            wanted = tests["outputs"][test]
+            right = same_output(wanted, outcome.stdout, self.settings.decimals)
+            return outcome.status != "ok" or not right
+
+        programs = [
+            self._prepared(Program(source, stdin=given, any_exit=True)) for given in tests["inputs"]
+        ]
+        outcomes = self.sandbox.run_until(programs, fails)
+        last = len(outcomes) - 1
+        if fails(last, outcomes[last]):
+            return last, _reason(outcomes[last])
+        return len(outcomes), ""
+
+    def _prepared(self, program: Program) -> Program:
+        return replace(program, preamble=_preamble(self.settings))
 
     def forms(self, prompt: Prompt) -> Collection[str]:
         return ("calls" if prompt.answer["function"] else "standard input",)

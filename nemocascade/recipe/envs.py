@@ -23,7 +23,8 @@ class SandboxConfig:
     limits only. They can then read and delete whatever the user can."""
 
     workers: Natural = 0
-    """Number of concurrent programs; 0 = one per core that this process may use."""
+    """Number of concurrent programs on each rank, and of its verifiers and tool calls; 0 = one per
+    core, shared by the ranks of a host."""
 
     time_s: Seconds = 10.0
     """Limit in seconds of the CPU time of a program's processes together. The wall-clock limit is

@@ -106,6 +106,11 @@ def fit_capacity(
     return next((size for size in sizes if rounds(size) <= most), capacity)
 
 
+def microbatch_multiple(parallel: ParallelConfig) -> int:
+    """The pipeline schedule needs a multiple of this many micro-batches on each rank."""
+    return parallel.pp if parallel.vpp > 1 else 1
+
+
 def capacity_grain(capacity: int, parallel: ParallelConfig) -> int:
     """Multiples of this are valid capacities below `capacity`: at most 128 shapes, for tensor
     parallelism in equal parts."""

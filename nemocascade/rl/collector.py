@@ -24,14 +24,14 @@ from nemocascade.rl.exchange import share_outcomes
 from nemocascade.rl.rollouts import Rollout
 from nemocascade.rl.tasks import Task
 from nemocascade.rl.verification import (
-    THREADS,
     OnVerdict,
     Verification,
     score_apart,
-    shows,
+    verifying_ranks,
 )
 from nemocascade.rl.work_queue import GroupRequest, Queues, WorkQueue
 from nemocascade.rollout.engine import Engine, Sampling
+from nemocascade.rollout.replies import home_of
 from nemocascade.runtime.world import World
 from nemocascade.types import Environment, Prompt, Verdict
 
@@ -73,7 +73,7 @@ class Gathered:
 class Collector:
     """Generates rollouts of the current policy and verifies them.
 
-    threads: concurrent verifiers on each data-parallel rank.
+    threads: concurrent verifiers on each rank that verifies.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Collector:
         settings: RolloutConfig,
         *,
         seed: int,
-        threads: int = THREADS,
+        threads: int,
     ) -> None:
         self.world, self.engine, self.tokenizer = world, engine, tokenizer
         self.environments, self.settings, self.seed = environments, settings, seed
@@ -181,8 +181,8 @@ class Collector:
         return groups
 
     def _generate(self, queue: WorkQueue, scored: bool, compared: bool) -> dict[int, Rollout]:
-        """Rollouts of this replica by request id, on its verifying rank. Verification overlaps
-        with generation unless the verifiers need all ranks."""
+        """This rank's share of its replica's rollouts, by request id. Verification overlaps with
+        generation unless the verifiers need all ranks."""
         by_id = {number: group.task for group in queue.groups for number in group.ids}
 
         def on_scored(number: int, rollout: Rollout) -> None:
@@ -208,7 +208,7 @@ class Collector:
         try:
             for completion in self.engine.run(queue, self.sampling(), episodes.respond):
                 episodes.close(completion.request.id)
-                if shows(self.world):
+                if self._verifies(completion.request.id, by_id[completion.request.id]):
                     verification.add(completion)
             self.world.watch.enter("rollout: verdicts")
             found = verification.rollouts(self.world.watch)
@@ -219,6 +219,20 @@ class Collector:
         finally:
             verification.close()
             episodes.close_all()
+
+    @property
+    def verifier_slots(self) -> int:
+        """Number of concurrent verifiers of all ranks."""
+        return self.threads * self.world.dp_size * verifying_ranks(self.world, self.engine)
+
+    def _verifies(self, number: int, task: Task) -> bool:
+        """True on the rank that verifies a completion: the one that answered its tool calls, or one
+        rank for all rollouts of a task that are compared."""
+        ranks = verifying_ranks(self.world, self.engine)
+        compared = self.environments[task.prompt.domain].by_group
+        return ranks == 1 or self.world.replica_rank == home_of(
+            task.number if compared else number, ranks
+        )
 
     def score_collectively(self, groups: Sequence[Group], compared: bool) -> list[Group]:
         """Add the verdicts of collective verifiers, which run on all ranks at once."""

@@ -168,10 +168,10 @@ def _made_by_level(
 ) -> tuple[EncodedPrompts, list[float]]:
     """Generated tasks of every level of difficulty, in equal shares."""
     levels = range(domain.easiest_difficulty, domain.difficulty + 1)
-    found, difficulty = EncodedPrompts(), list[float]()
+    parts, difficulty = list[EncodedPrompts](), list[float]()
     for k, level in enumerate(levels):
         tasks = (domain.tasks + len(levels) - 1 - k) // len(levels)
         part = read(replace(domain, difficulty=level, tasks=tasks))
-        found.extend(part)
+        parts.append(part)
         difficulty += [k / (len(levels) - 1)] * len(part)
-    return found, difficulty
+    return EncodedPrompts.joined(parts), difficulty

@@ -13,7 +13,13 @@ import torch
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.rl import GrpoRecipe, PolicyRecipe
 from nemocascade.rl.advantages import token_weights
-from nemocascade.rl.batches import PlannedSequence, TrainingSequence, lay_out, pack_sequences
+from nemocascade.rl.batches import (
+    PlannedSequence,
+    TrainingSequence,
+    lay_out,
+    microbatch_multiple,
+    pack_sequences,
+)
 from nemocascade.rl.collector import Collector, Gathered, Group
 from nemocascade.rl.exchange import send_sequences, send_transcripts
 from nemocascade.rl.rollout_metrics import fault_examples, faults_text, rollout_values
@@ -106,6 +112,7 @@ class PolicyRun:
     def rollout_values(self, gathered: Gathered, seconds: float) -> dict[str, Any]:
         """Rollout statistics of a step for metrics.jsonl; warns of verifiers that fail often."""
         values = rollout_values(gathered, seconds, self.environments) | self.engine.metrics()
+        values["verifier_slots"] = self.collector.verifier_slots
         examples = fault_examples(gathered, values)
         texts = self.transcripts([rollout for _, rollout in examples.values()])
         if text := faults_text(self.trainer.step_number, examples, values, texts):
@@ -142,7 +149,7 @@ class PolicyRun:
         """
         if not self.recipe.rollout.replay_routing:
             return {}
-        first = list(batches[: microbatch_multiple(self.world)])
+        first = list(batches[: microbatch_multiple(self.world.parallel)])
         sums = torch.zeros(2, dtype=torch.float64)
         for batch, found in zip(first, logprobs_of(self, first), strict=True):
             trained = batch.token_weight != 0
@@ -220,13 +227,8 @@ def layout_of(
         [p.rollout.tokens for p in planned],
         capacity,
         ranks=run.world.dp_size,
-        multiple=microbatch_multiple(run.world),
+        multiple=microbatch_multiple(run.world.parallel),
     )
-
-
-def microbatch_multiple(world: World) -> int:
-    """The pipeline schedule needs a multiple of this many micro-batches on each rank."""
-    return world.parallel.pp if world.parallel.vpp > 1 else 1
 
 
 def packed_bins(
@@ -267,7 +269,7 @@ def sequence_logprobs(
         trainer.world,
         trainer.config,
         trainer.chunks,
-        [batch] * microbatch_multiple(trainer.world),
+        [batch] * microbatch_multiple(trainer.world.parallel),
         temperature=recipe.rollout.temperature,
     )
     return found[0][prompt - 1 : count - 1]

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe import DomainConfig, RolloutConfig
 from nemocascade.rl.curriculum import Curriculum, by_level
-from nemocascade.rl.prompts import EncodedPrompts, TokenIds
+from nemocascade.rl.prompts import EncodedPrompts, TokenIds, encode_prompts
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import BadRows, DataError
+from nemocascade.runtime.world import World
 from nemocascade.types import Environment, Prompt, Verdict
 
 
@@ -116,58 +116,12 @@ def _filtered(prompts: Iterable[Prompt], domain: DomainConfig) -> Iterator[Promp
             LOGGER.warning("%s: %d tasks have no pass_rate and are kept", domain.domain, unknown)
 
 
-def encode_prompts(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer, rollout: RolloutConfig
-) -> EncodedPrompts:
-    """Prompts with their ids. Dropped and counted: prompts that the chat template refuses, and
-    prompts longer than `max_prompt_tokens`.
-
-    Raises DataError if all are refused, or if calls of the prompts' tools could not be parsed.
-    """
-    template = tokenizer.template
-    if any(prompt.tools for prompt in prompts) and not template.reads_calls:
-        raise DataError(
-            f"{tokenizer.path}: tool calls in the form of its chat template cannot be parsed: use "
-            "a template with <tool_call> blocks, or domains without tools"
-        )
-    kept, refused, reason = EncodedPrompts(), 0, ""
-    for prompt in prompts:
-        conversation = Conversation(prompt.messages, prompt.tools)
-        try:
-            segments = template.render_prompt(conversation, thinking=rollout.thinking)
-        except DataError as error:
-            refused += 1
-            reason = reason or f"{prompt.source}: {error}"
-            continue
-        ids, _ = encode(segments, tokenizer)
-        if len(ids) <= rollout.max_prompt_tokens:
-            kept.append(prompt, ids)
-    if refused and refused == len(prompts):
-        raise DataError(f"{prompts[0].domain}: no prompt can be rendered: {reason}")
-    if refused:
-        LOGGER.warning(
-            "%s: %d of %d prompts cannot be rendered and are dropped, the first: %s",
-            prompts[0].domain,
-            refused,
-            len(prompts),
-            reason,
-        )
-    if len(kept) + refused < len(prompts):
-        LOGGER.warning(
-            "%s: %d of %d prompts are longer than rollout.max_prompt_tokens(%d) and are dropped",
-            prompts[0].domain,
-            len(prompts) - refused - len(kept),
-            len(prompts),
-            rollout.max_prompt_tokens,
-        )
-    return kept
-
-
 class TaskStream:
     """An endless task sequence: domains mixed by their shares, each domain shuffled every epoch.
 
     Task number n of a domain without a curriculum is a function of the settings alone, so the
-    position is one number. steps: length of the stage, for curricula.
+    position is one number. steps: length of the stage, for curricula. world: its ranks encode a
+    share of the prompts each; every rank makes the same stream.
 
     Raises DataError for a domain without a task, and for one whose curriculum has no difficulties.
     """
@@ -181,6 +135,7 @@ class TaskStream:
         *,
         seed: int,
         steps: int = 1,
+        world: World | None = None,
     ) -> None:
         self.seed = seed
         self.shares = {d.domain: d.share for d in domains}
@@ -197,7 +152,7 @@ class TaskStream:
                     count=wanted.tasks,
                     domains=domains,
                 )
-                return encode_prompts(found, tokenizer, rollout)
+                return encode_prompts(found, tokenizer, rollout, world)
 
             prompts, difficulty = by_level(domain, read)
             self.prompts[domain.domain] = prompts

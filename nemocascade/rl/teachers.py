@@ -13,15 +13,14 @@ from pathlib import Path
 
 import torch
 
-from nemocascade.rl.batches import PlannedSequence, capacity_grain, fit_capacity
-from nemocascade.rl.exchange import send_sequences
-from nemocascade.rl.policy import (
-    PolicyRun,
-    layout_of,
-    logprobs_of,
+from nemocascade.rl.batches import (
+    PlannedSequence,
+    capacity_grain,
+    fit_capacity,
     microbatch_multiple,
-    packed_bins,
 )
+from nemocascade.rl.exchange import send_sequences
+from nemocascade.rl.policy import PolicyRun, layout_of, logprobs_of, packed_bins
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Artifact, PackedBatch
@@ -95,7 +94,7 @@ class Teachers:
             lengths,
             run.recipe.capacity,
             ranks=run.world.dp_size,
-            multiple=microbatch_multiple(run.world),
+            multiple=microbatch_multiple(run.world.parallel),
             grain=capacity_grain(run.recipe.capacity, run.world.parallel),
         )
         layout = [

@@ -10,22 +10,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
 from nemocascade.data.tokenizer import Tokenizer
-from nemocascade.recipe.judge import JudgeConfig
+from nemocascade.recipe import EnvConfig
 from nemocascade.rl.episodes import Episodes
 from nemocascade.rl.exchange import send_objects, send_transcripts, share_outcomes
 from nemocascade.rl.rollouts import DROPPED, NOT_SCORED, Rollout, TokenSequence, whole_rollout
 from nemocascade.rl.tasks import Task
-from nemocascade.rollout.engine import Completion
+from nemocascade.rollout.engine import Completion, Engine
+from nemocascade.runtime.cores import slots_of_rank
 from nemocascade.runtime.watchdog import Watchdog
 from nemocascade.runtime.world import World
 from nemocascade.types import Environment, Message, Prompt, Verdict
-
-THREADS = 8
-"""Concurrent verifiers that use the CPU."""
 
 _LOOK_S = 1.0
 """Interval in seconds for polling a judge's activity while waiting for verdicts."""
@@ -169,14 +168,22 @@ class Verification:
         )
 
 
-def verifier_threads(judge: JudgeConfig) -> int:
-    """Concurrent verifiers on a rank: more for a judge server, since waiting uses no CPU."""
-    return max(THREADS, judge.concurrency) if judge.kind == "server" else THREADS
+def verifying_ranks(world: World, engine: Engine) -> int:
+    """Number of ranks of a replica that verify: those that get its completions."""
+    return world.replica_size if engine.is_shared else 1
 
 
-def shows(world: World) -> bool:
-    """True on the one rank of each replica that verifies."""
-    return world.tp_rank == 0 and world.is_first_stage
+def rank_envs(envs: EnvConfig, world: World, engine: Engine) -> EnvConfig:
+    """Settings of a rank's verifiers: the ranks of a replica share its requests to a judge."""
+    concurrency = -(-envs.judge.concurrency // verifying_ranks(world, engine))
+    return replace(envs, judge=replace(envs.judge, concurrency=concurrency))
+
+
+def verifier_threads(envs: EnvConfig) -> int:
+    """Concurrent verifiers on a rank: as many as its sandbox runs programs, and more for a judge
+    server, since waiting uses no CPU. envs: from `rank_envs`."""
+    slots = slots_of_rank(envs.sandbox.workers)
+    return max(slots, envs.judge.concurrency) if envs.judge.kind == "server" else slots
 
 
 def score_apart(

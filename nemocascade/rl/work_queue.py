@@ -125,7 +125,7 @@ class Queues:
             self._name = world.broadcast_object(uuid.uuid4().hex)
             self._store = (
                 dist.HashStore()
-                if world.dp_size == 1
+                if world.size == 1
                 else (job_store() or dist.distributed_c10d._get_default_store())
             )
         self._number += 1
@@ -193,10 +193,13 @@ class WorkQueue:
         self._is_open = True
         self._listen()
 
-    def poll(self, room: int, busy: int) -> Supply:
-        """Implements `Work.poll`."""
+    def check(self) -> None:
+        """Implements `Work.check`: a verifier that has failed on this rank ends the run."""
         if self.verification is not None:
             self.verification.check()
+
+    def poll(self, room: int, busy: int) -> Supply:
+        """Implements `Work.poll`."""
         cutoff = self._cutoff
         self._listen()
         cancelled: list[int] = []
@@ -261,7 +264,7 @@ class WorkQueue:
     def _listen(self) -> None:
         """Read the verdicts of all replicas, and what follows from them."""
         drawing, now = self.drawing, time.monotonic()
-        if drawing is None or (self.replicas > 1 and now - self._listened < _LISTEN_S):
+        if drawing is None or (self.world.size > 1 and now - self._listened < _LISTEN_S):
             return
         lines = self.board.lines(self._read)
         if lines or self._listened == float("-inf"):

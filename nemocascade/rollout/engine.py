@@ -110,6 +110,9 @@ class Work(Protocol):
     def idle(self) -> None:
         """Called by the first rank of a replica each time that nothing is left to generate."""
 
+    def check(self) -> None:
+        """Called by every rank before a poll: raise what has failed on this rank meanwhile."""
+
 
 class Listed:
     """`Work` that is a list of requests, all of which are taken at once.
@@ -130,6 +133,9 @@ class Listed:
 
     def idle(self) -> None:
         """Implements `Work.idle`."""
+
+    def check(self) -> None:
+        """Implements `Work.check`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,11 +179,16 @@ def as_work(requests: Sequence[Request] | Work) -> Work:
 
 Respond = Callable[[Completion], Sequence[int] | None]
 """Maps a stopped rollout to the environment's next tokens, or to None if the episode has ended. It
-may be slow: it runs in a worker thread of one rank, and the result is broadcast."""
+may be slow: it runs in a worker thread of one rank, and the ranks share the result."""
 
 
 class Engine(Protocol):
-    """Generates rollouts."""
+    """Generates rollouts.
+
+    is_shared: every rank of a replica gets every completion; otherwise its first rank alone does.
+    """
+
+    is_shared: bool
 
     def run(
         self, requests: Sequence[Request] | Work, sampling: Sampling, respond: Respond | None = None

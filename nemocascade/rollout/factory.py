@@ -28,6 +28,7 @@ def open_engine(
     vocabulary: int,
     logprobs: Logprobs,
     precision: str,
+    tool_calls: int,
     rollout_world: World | None = None,
     replica: Replica | None = None,
     training: TrainingMemory | None = None,
@@ -35,9 +36,10 @@ def open_engine(
     """The engine of `settings` on the chunks of `build_model`; every rank calls it.
 
     decode: token ids to text. vocabulary: ids from here on are never drawn. logprobs: of the
-    trainer, for the probe of servers. precision: of the model, `fp32` or `bf16`. rollout_world: in
-    the generation layout; None is that of training. replica: the copy of the weights in another
-    layout. training: memory that is offloaded if the settings say so.
+    trainer, for the probe of servers. precision: of the model, `fp32` or `bf16`. tool_calls: see
+    `LiveEngine`. rollout_world: in the generation layout; None is that of training. replica: the
+    copy of the weights in another layout. training: memory that is offloaded if the settings say
+    so.
     """
     rollout_world = rollout_world or world
     if settings.engine == "live":
@@ -52,6 +54,7 @@ def open_engine(
             record_routing=settings.replay_routing,
             replica=replica,
             training=training if settings.offload else None,
+            tool_calls=tool_calls,
         )
     server, tensors = settings.server, LiveTensors(world, chunks)
     shape = chunks[0].config.shape

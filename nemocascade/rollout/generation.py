@@ -64,7 +64,7 @@ class Generation:
         self.table = SlotTable(limits.slots, model.longest, world.device)
         rules = {s.rule for s in {sampling, *(r.sampling or sampling for r in requests)}}
         self.stops = {rule: Stops(rule, model.vocabulary, decode) for rule in rules}
-        self.replies = Replies(world, respond)
+        self.replies = Replies(world, respond, limits.tool_calls)
         self.intake = Intake(world, work)
         self.prefills = PrefillQueue(
             model, self.table, sampling, self.counts, limits, together=work.is_ordered

@@ -60,6 +60,7 @@ class Intake:
         time.sleep(WAIT_S)
 
     def _supply(self, room: int, busy: int) -> Supply:
+        self.work.check()
         supply = self.work.poll(room, busy) if self._polls else Supply()
         if self._group.size() == 1:
             return supply

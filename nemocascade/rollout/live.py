@@ -35,6 +35,7 @@ from nemocascade.rollout.engine import Completion, Counts, Request, Respond, Sam
 from nemocascade.rollout.generation import Generation
 from nemocascade.rollout.slots import BatchLimits
 from nemocascade.rollout.stops import Decode
+from nemocascade.runtime.cores import slots_of_rank
 from nemocascade.runtime.world import World
 
 
@@ -46,10 +47,13 @@ class LiveEngine:
     offloaded from the first run until `release`; None offloads nothing.
     slots, prefill_tokens, prefill_chunk: see `BatchLimits`. decode: token ids to text, needed for
     stop strings. vocabulary: ids from here on are never drawn; 0 excludes none. record_routing:
-    completions carry the experts of their tokens, for router replay.
+    completions carry the experts of their tokens, for router replay. tool_calls: concurrent calls
+    of tools on a rank; 0 = one a core of the rank.
 
     Raises ValueError if there is no slot, or a size is negative.
     """
+
+    is_shared = True
 
     def __init__(
         self,
@@ -64,11 +68,12 @@ class LiveEngine:
         record_routing: bool = False,
         replica: Replica | None = None,
         training: TrainingMemory | None = None,
+        tool_calls: int = 0,
     ) -> None:
         self.world, self.chunks = world, list(chunks)
         self.replica, self.training = replica, training
         self._is_outdated = True
-        self.limits = BatchLimits(slots, prefill_tokens, prefill_chunk)
+        self.limits = BatchLimits(slots, prefill_tokens, prefill_chunk, slots_of_rank(tool_calls))
         self.decode = decode
         self.record_routing = record_routing
         self.vocabulary = vocabulary or chunks[0].config.shape.vocab_size

@@ -13,9 +13,14 @@ from nemocascade.runtime.world import World
 
 # Timeout of a wait for replies while there is nothing else to do.
 WAIT_S = 0.02
-THREADS = 16
 
 Reply = tuple[int, list[int] | None]
+
+
+def home_of(number: int, ranks: int) -> int:
+    """Index of the rank of a replica that answers the tool calls of request `number`, and verifies
+    it. ranks: of the replica."""
+    return number % ranks
 
 
 class RespondError(RuntimeError):
@@ -25,20 +30,19 @@ class RespondError(RuntimeError):
 class Replies:
     """Environment replies to stopped sequences, by slot.
 
-    The first rank of a data-parallel group calls `respond` and broadcasts the replies, so that all
-    ranks of the group continue identically.
+    Each rank of a replica calls `respond` for its own requests, see `home_of`, in `threads`
+    threads. The ranks share the replies, so that all continue identically.
     """
 
-    def __init__(self, world: World, respond: Respond | None) -> None:
+    def __init__(self, world: World, respond: Respond | None, threads: int) -> None:
         self._group = world.groups.mp
-        self._respond = respond
-        self._asks = self._group.rank() == 0
+        self._respond, self._threads = respond, threads
         self._pool: ThreadPoolExecutor | None = None
         self._open: dict[int, Future[Sequence[int] | None] | None] = {}
 
     def __enter__(self) -> Replies:
-        if self.wanted and self._asks:
-            self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="respond")
+        if self.wanted:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="respond")
         return self
 
     def __exit__(
@@ -58,7 +62,8 @@ class Replies:
     def ask(self, slot: int, completion: Completion) -> None:
         """Request the environment's reply to a slot's sequence."""
         self._open[slot] = None
-        if self._pool is not None and self._respond is not None:
+        mine = home_of(completion.request.id, self._group.size()) == self._group.rank()
+        if mine and self._pool is not None and self._respond is not None:
             self._open[slot] = self._pool.submit(self._respond, completion)
 
     def take(self, idle: bool) -> list[Reply]:
@@ -70,23 +75,22 @@ class Replies:
             return []
         found: list[Reply] = []
         failure: tuple[str, BaseException] | None = None
-        if self._asks:
-            futures = {f: slot for slot, f in self._open.items() if f is not None}
-            done, _ = wait(futures, WAIT_S if idle else 0, FIRST_COMPLETED)
-            for future in sorted(done, key=lambda f: futures[f]):
-                error = future.exception()
-                if error is not None:
-                    failure = (f"slot {futures[future]}: {type(error).__name__}: {error}", error)
-                    break
-                tokens = future.result()
-                found.append((futures[future], None if tokens is None else list(tokens)))
-        message = None if failure is None else failure[0]
+        futures = {f: slot for slot, f in self._open.items() if f is not None}
+        done, _ = wait(futures, WAIT_S if idle else 0, FIRST_COMPLETED)
+        for future in sorted(done, key=lambda f: futures[f]):
+            error = future.exception()
+            if error is not None:
+                failure = (f"slot {futures[future]}: {type(error).__name__}: {error}", error)
+                break
+            tokens = future.result()
+            found.append((futures[future], None if tokens is None else list(tokens)))
+        messages = ["" if failure is None else failure[0]]
         if self._group.size() > 1:
-            box = [(found, message)]
-            first = dist.get_global_rank(self._group, 0)
-            dist.broadcast_object_list(box, src=first, group=self._group)
-            found, message = box[0]
-        if message is not None:
+            shared: list[tuple[list[Reply], str]] = [([], "")] * self._group.size()
+            dist.all_gather_object(shared, (found, messages[0]), group=self._group)
+            found = sorted((r for replies, _ in shared for r in replies), key=lambda r: r[0])
+            messages = [message for _, message in shared]
+        if message := next(filter(None, messages), ""):
             raise RespondError(f"the environment could not continue a text: {message}") from (
                 failure[1] if failure else None
             )

@@ -55,13 +55,15 @@ class TextCodec(Protocol):
 class ServerEngine:
     """An `Engine` on the servers that the settings name.
 
-    world: the first rank of each data-parallel group sends the requests and shares the completions
-    with the group; None means a single process. updates: brings the weights of the live model to
+    world: the first rank of each data-parallel group sends the requests and gets the completions;
+    None means a single process. updates: brings the weights of the live model to
     the servers; None for servers whose weights never change. vocabulary: ids from here on are
     refused; model_vocabulary: of the model, if it is larger, see `drawn_ids`. routing: the shape of
     a model whose experts completions carry, for router replay. trains: False accepts answers
     without log-probabilities. codec: for servers that exchange text alone, where nothing trains.
     """
+
+    is_shared = False
 
     def __init__(
         self,
@@ -139,7 +141,8 @@ class ServerEngine:
         sampling: Sampling,
         respond: Respond | None,
     ) -> Iterator[Completion]:
-        """Completions of the first rank, broadcast to its data-parallel group as they finish."""
+        """The completions, on the first rank of a data-parallel group as they finish; the others
+        wait for the end."""
         first, source = group.rank() == 0, dist.get_global_rank(group, 0)
         own = self._completions(work, sampling, respond)
         done = False
@@ -156,9 +159,9 @@ class ServerEngine:
                     failure, done = f"{type(error).__name__}: {error}", True
                 else:
                     found += [] if completion is None else [completion]
-            box = [(found, done, failure)]
+            box = [(done, failure)]
             dist.broadcast_object_list(box, src=source, group=group)
-            found, done, failure = box[0]
+            done, failure = box[0]
             if failure:
                 raise ServerError(f"the first rank of the group failed: {failure}")
             yield from found
@@ -173,6 +176,7 @@ class ServerEngine:
             while flight.asked or is_open:
                 if is_open:
                     busy = len(flight.asked)
+                    work.check()
                     supply = work.poll(self.settings.concurrency - busy, busy)
                     is_open, taken = supply.is_open, taken + len(supply.taken)
                     for request in (work.requests[i] for i in supply.taken):

@@ -23,7 +23,7 @@ class BatchLimits:
 
     slots: number of concurrent sequences. prefill_tokens: prompts are prefilled together up to
     this many tokens; 0 prefills each alone. prefill_chunk: largest number of tokens of one
-    sequence in a pass; 0 is unlimited.
+    sequence in a pass; 0 is unlimited. tool_calls: concurrent calls of tools on a rank.
 
     Raises ValueError if there is no slot, or a size is negative.
     """
@@ -31,6 +31,7 @@ class BatchLimits:
     slots: int = 64
     prefill_tokens: int = 0
     prefill_chunk: int = 0
+    tool_calls: int = 1
 
     def __post_init__(self) -> None:
         if self.slots < 1:

@@ -106,6 +106,15 @@ class World:
         return int(dist.get_rank(self.groups.pp))
 
     @property
+    def replica_rank(self) -> int:
+        """Index of this rank among the tensor- and pipeline-parallel ranks of its replica."""
+        return int(dist.get_rank(self.groups.mp))
+
+    @property
+    def replica_size(self) -> int:
+        return int(dist.get_world_size(self.groups.mp))
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
@@ -157,6 +166,10 @@ class World:
         """Sum `value`, on the host, in place over all ranks."""
         dist.all_reduce(value)
         return value
+
+    def broadcast(self, value: torch.Tensor, src: int) -> None:
+        """Overwrite `value`, on the host, with that of rank `src`."""
+        dist.broadcast(value, src=src)
 
     def replicas(self) -> list[list[int]]:
         """The ranks of each data-parallel rank, which train alike. Every rank calls it."""

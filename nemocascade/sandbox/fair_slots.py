@@ -46,6 +46,12 @@ class FairSlots[T]:
         with self._lock:
             return list(self._free)
 
+    @property
+    def spare(self) -> int:
+        """Number of free slots; 0 while a request waits."""
+        with self._lock:
+            return 0 if self._waiting else len(self._free)
+
     def _serve(self) -> None:
         while self._waiting and len(self._free) >= self._waiting[0].count:
             request = self._waiting.popleft()

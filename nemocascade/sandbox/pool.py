@@ -13,15 +13,17 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.runtime.cores import slots_of_rank
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.sandbox import launch
 from nemocascade.sandbox.fair_slots import FairSlots
 from nemocascade.sandbox.pipes import Fd, pipe, receive_answer
+from nemocascade.sandbox.series import ProgramSeries
 from nemocascade.sandbox.session import SandboxSession
 from nemocascade.types import Outcome, Program, SandboxError, SandboxUnavailable, Status
 
@@ -57,7 +59,7 @@ class SandboxPool:
         self._modules = launch.installed(modules)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.walls, first = self._choose()
-        self.size = self.config.workers or len(os.sched_getaffinity(0))
+        self.size = slots_of_rank(self.config.workers)
         self._slots = FairSlots[launch.Worker | None]([*([None] * (self.size - 1)), first])
         self._lock = threading.Lock()
         self._sessions: set[SandboxSession] = set()
@@ -77,6 +79,37 @@ class SandboxPool:
             return self._run(program, 1, WALL_FACTOR * time_s)
         except _StarvedError:
             return self._run(program, self.size, ALONE_FACTOR * time_s)
+
+    def run_until(
+        self, programs: Sequence[Program], stops: Callable[[int, Outcome], bool]
+    ) -> list[Outcome]:
+        """Run programs in order up to the first whose number and outcome `stops` the series.
+        Returns the outcomes, with that one. Raises as `run`.
+
+        After the first, they run side by side while slots are free that nobody waits for. The
+        result does not depend on it: outcomes after the one that stops are dropped.
+        """
+        series = ProgramSeries(len(programs))
+
+        def run_next() -> bool:
+            if (number := series.take()) is None:
+                return False
+            with series.finishing(number) as finish:
+                outcome = self.run(programs[number])
+                finish(outcome, stops(number, outcome))
+            return True
+
+        def run_beside() -> None:
+            while self._slots.spare and run_next():
+                pass
+
+        # Most wrong programs fail at once: the first runs by itself.
+        if run_next():
+            for _ in range(min(series.left, self._slots.spare) - 1):
+                threading.Thread(target=run_beside, name="tests", daemon=True).start()
+        while run_next():
+            pass
+        return series.outcomes()
 
     def session(self, cells: int) -> SandboxSession:
         """Open a session of at most `cells` cells, in a worker of its own. Its caller closes it.

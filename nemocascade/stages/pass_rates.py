@@ -20,6 +20,7 @@ from nemocascade.megatron.checkpoint.folder import file_sha256
 from nemocascade.recipe import ParallelConfig, RecipeError, RolloutServerConfig
 from nemocascade.recipe.pass_rates import PassRateSettings
 from nemocascade.rl.collector import Collector
+from nemocascade.rl.prompts import encode_prompts
 from nemocascade.rl.row_rates import (
     Journal,
     RowTasks,
@@ -30,9 +31,9 @@ from nemocascade.rl.row_rates import (
     sample_missing,
     write_rated,
 )
-from nemocascade.rl.tasks import Task, encode_prompts
+from nemocascade.rl.tasks import Task
 from nemocascade.rl.trial import try_verifiers
-from nemocascade.rl.verification import verifier_threads
+from nemocascade.rl.verification import rank_envs, verifier_threads
 from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.server import ServerEngine
 from nemocascade.rollout.servers import ServerError
@@ -75,7 +76,7 @@ def run_pass_rates(settings: PassRateSettings) -> dict[str, Any]:
             load_artifact_tokenizer(artifact) if artifact else load_tokenizer(settings.tokenizer)
         )
         engine, judge = _open_policy(settings, artifact, world, detected, tokenizer)
-        every = make_environments(settings.envs, judge=judge)
+        every = make_environments(rank_envs(settings.envs, world, engine), judge=judge)
         try:
             chosen: dict[str, Environment] = {n: every[n] for n in settings.domains or every}
             key = settings.key(
@@ -131,7 +132,15 @@ def _open_policy(
             trains=False,
             codec=tokenizer if settings.text else None,
         ), None
-    engine = open_frozen(artifact, world, detected, tokenizer, settings.engine, settings.rollout)
+    engine = open_frozen(
+        artifact,
+        world,
+        detected,
+        tokenizer,
+        settings.engine,
+        settings.rollout,
+        tool_calls=settings.envs.sandbox.workers,
+    )
     judge = judge_on_ranks(
         settings.envs.judge,
         artifact,
@@ -162,7 +171,7 @@ def _rate_rows(
     for domain in environments:
         of_row = {p.source: n for n, p in tasks.prompts.items() if p.domain == domain}
         prompts = [tasks.prompts[n] for n in of_row.values()]
-        for prompt, ids in encode_prompts(prompts, tokenizer, settings.rollout):
+        for prompt, ids in encode_prompts(prompts, tokenizer, settings.rollout, world):
             asked[of_row[prompt.source]] = Task(prompt, ids, of_row[prompt.source])
     used = [task.prompt for task in asked.values()]
     main_first(world, lambda: try_verifiers(used, environments), lambda: None)
@@ -178,7 +187,7 @@ def _rate_rows(
         environments,
         settings.rollout,
         seed=settings.seed,
-        threads=verifier_threads(settings.envs.judge),
+        threads=verifier_threads(rank_envs(settings.envs, world, engine)),
     )
     with closing(Journal(folder, world.rank)) as journal:
         found = sample_missing(collector, asked, known, journal, samples=settings.samples)

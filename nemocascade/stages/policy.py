@@ -17,9 +17,10 @@ from nemocascade.megatron.world import generation_world, shares_weights
 from nemocascade.recipe import ModelConfig, MopdRecipe, PolicyRecipe, RecipeError
 from nemocascade.rl.collector import Collector
 from nemocascade.rl.policy import PolicyRun, greedy_sampling, sequence_logprobs
-from nemocascade.rl.tasks import Task, TaskStream, encode_prompts, read_tasks
+from nemocascade.rl.prompts import encode_prompts
+from nemocascade.rl.tasks import Task, TaskStream, read_tasks
 from nemocascade.rl.trial import try_verifiers
-from nemocascade.rl.verification import verifier_threads
+from nemocascade.rl.verification import rank_envs, verifier_threads
 from nemocascade.rl.win_rate import start_answers
 from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.factory import open_engine
@@ -60,7 +61,7 @@ def policy_run[R: PolicyRecipe](
             tokenizer,
             seed=recipe.seed,
         )
-        every = make_environments(recipe.envs, judge=judge)
+        every = make_environments(rank_envs(recipe.envs, world, policy.engine), judge=judge)
         try:
             yield _assemble(recipe, parent, world, policy, every)
         except Exception as error:
@@ -140,6 +141,7 @@ def _open_policy(
         rollout_world=rollout_world,
         replica=replica,
         training=TrainingMemory(trainer.chunks, trainer.optimizer, world.device),
+        tool_calls=recipe.envs.sandbox.workers,
     )
     return _Policy(rollout_world, trainer, engine, tokenizer)
 
@@ -178,6 +180,7 @@ def _assemble(
         recipe.rollout,
         seed=recipe.seed,
         steps=recipe.steps,
+        world=world,
     )
     collector = Collector(
         policy.rollout_world,
@@ -186,9 +189,9 @@ def _assemble(
         environments,
         recipe.rollout,
         seed=recipe.seed,
-        threads=verifier_threads(recipe.envs.judge),
+        threads=verifier_threads(rank_envs(recipe.envs, world, policy.engine)),
     )
-    heldout = _heldout_tasks(recipe, environments, tokenizer)
+    heldout = _heldout_tasks(recipe, environments, tokenizer, world)
     if not isinstance(recipe, MopdRecipe) or recipe.mopd.score_rollouts:
         world.watch.enter("trial of the verifiers")
         prompts = [prompt for found in stream.prompts.values() for prompt in found.prompts]
@@ -215,7 +218,10 @@ def _assemble(
 
 
 def _heldout_tasks(
-    recipe: PolicyRecipe, environments: dict[str, Environment], tokenizer: Tokenizer
+    recipe: PolicyRecipe,
+    environments: dict[str, Environment],
+    tokenizer: Tokenizer,
+    world: World,
 ) -> list[Task]:
     tasks: list[Task] = []
     if not recipe.eval.prompts:
@@ -229,6 +235,6 @@ def _heldout_tasks(
             count=recipe.eval.prompts,
             domains=recipe.domains,
         )
-        for prompt, ids in encode_prompts(prompts, tokenizer, recipe.rollout):
+        for prompt, ids in encode_prompts(prompts, tokenizer, recipe.rollout, world):
             tasks.append(Task(prompt, ids, len(tasks)))
     return tasks

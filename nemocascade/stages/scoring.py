@@ -31,8 +31,9 @@ from nemocascade.recipe.judge import HOW as JUDGE_HOW
 from nemocascade.recipe.rules import Natural
 from nemocascade.rl.collector import Collector, Group
 from nemocascade.rl.exchange import send_transcripts
-from nemocascade.rl.tasks import Task, encode_prompts, read_tasks
-from nemocascade.rl.verification import verifier_threads
+from nemocascade.rl.prompts import encode_prompts
+from nemocascade.rl.tasks import Task, read_tasks
+from nemocascade.rl.verification import rank_envs, verifier_threads
 from nemocascade.rollout.engine import Engine
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import DataError
@@ -164,6 +165,7 @@ def score_artifact(
             tokenizer,
             config.engine,
             RolloutConfig(slots=config.slots, max_prompt_tokens=config.max_prompt_tokens),
+            tool_calls=config.envs.sandbox.workers,
         )
         judge = judge_on_ranks(
             config.envs.judge,
@@ -174,7 +176,7 @@ def score_artifact(
             tokenizer,
             seed=config.seed,
         )
-        environments = make_environments(config.envs, judge=judge)
+        environments = make_environments(rank_envs(config.envs, world, engine), judge=judge)
         try:
             chosen: dict[str, Environment] = {
                 d.domain: environments[d.domain] for d in config.domains
@@ -237,7 +239,7 @@ def _answer(
             environments,
             rollout,
             seed=config.seed,
-            threads=verifier_threads(config.envs.judge),
+            threads=verifier_threads(rank_envs(config.envs, world, engine)),
         )
         tasks: list[Task] = []
         for domain in domains:
@@ -249,8 +251,8 @@ def _answer(
                 count=domain.tasks or config.tasks,
                 domains=tuple(map(_as_domain, config.domains)),
             )
-            encoded = encode_prompts(prompts, tokenizer, rollout)
-            if not encoded:
+            encoded = encode_prompts(prompts, tokenizer, rollout, world)
+            if not len(encoded):
                 raise DataError(
                     f"{domain.domain}: no held-out task has a prompt of at most "
                     f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"

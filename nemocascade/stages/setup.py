@@ -152,8 +152,10 @@ def open_frozen(
     tokenizer: Tokenizer,
     engine: EngineConfig,
     rollout: RolloutConfig,
+    *,
+    tool_calls: int,
 ) -> LiveEngine:
-    """An engine on the weights of an artifact that is not trained.
+    """An engine on the weights of an artifact that is not trained. tool_calls: see `LiveEngine`.
 
     Raises an error if the tokenizer has more ids than the model has embeddings.
     """
@@ -172,6 +174,7 @@ def open_frozen(
         prefill_chunk=rollout.prefill_chunk,
         decode=tokenizer.decode,
         vocabulary=tokenizer.vocab_size,
+        tool_calls=tool_calls,
     )
 
 

@@ -8,7 +8,7 @@ that the stage starts from. The number of steps and top-p are not published; her
 defaults, 100 and 1. On 128 GPUs, tp 2 x cp 8 leaves dp 8, and ep 8 uses the same ranks; pp 1,
 because rollouts decode stage by stage.
 
-Tests run on the hosts of each replica's first ranks. Packages that the repositories import must be
+Tests run on the hosts of all ranks. Packages that the repositories import must be
 installed there: name them in `--envs.sandbox.packages`.
 
     torchrun ... --no-python nemocascade pass-rates data/swe_agentic/rows.jsonl \

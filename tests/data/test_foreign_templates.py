@@ -25,7 +25,7 @@ from nemocascade.data.own_template import OWN_TEMPLATE
 from nemocascade.data.tokenizer import CONTROL_TAGS, Tokenizer, load_tokenizer
 from nemocascade.recipe import DataConfig
 from nemocascade.recipe.rl import RolloutConfig
-from nemocascade.rl.tasks import encode_prompts
+from nemocascade.rl.prompts import encode_prompts
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Prompt, Tool, ToolCall
 

@@ -58,6 +58,8 @@ class Received:
 class SyntheticEngine:
     """Texts that depend on the request alone. routed: with the experts of each token."""
 
+    is_shared = True
+
     def __init__(self, vocabulary: int, *, routed: bool) -> None:
         self.vocabulary, self.routed = vocabulary, routed
 
@@ -92,11 +94,12 @@ class Lengths:
 
     def __init__(self, *, compared: bool) -> None:
         self.collective = self.by_group = compared
-        self.calls = 0
+        self.calls = self.scored = 0
 
     def score(self, prompt: Any, response: Any) -> Any:
         from nemocascade.types import Verdict
 
+        self.scored += 1
         size = len(response[0].content) + len(response[0].reasoning)
         if size % 11 == 0:
             return Verdict(None, f"killed after {size} s", {"pairs": 3}, "host")
@@ -129,7 +132,7 @@ def train(parallel: dict[str, Any], case: str, sizes: Sequence[int] = ()) -> dic
     rollout = RolloutConfig(overlong_filter=True, thinking=False)
     judge = Lengths(compared=case == "compared")
     engine: Any = SyntheticEngine(tokenizer.vocab_size, routed=case == "routed")
-    collector = Collector(world, engine, tokenizer, {"math": judge}, rollout, seed=1)  # type: ignore[dict-item]
+    collector = Collector(world, engine, tokenizer, {"math": judge}, rollout, seed=1, threads=2)  # type: ignore[dict-item]
     tasks = [
         Task(Prompt(str(n), "math", (), {}, source=f"rows:{n}"), np.arange(9, dtype=np.int32), n)
         for n in range(PROMPTS)
@@ -169,6 +172,7 @@ def train(parallel: dict[str, Any], case: str, sizes: Sequence[int] = ()) -> dic
         "received": got,
         "share": share,
         "calls": judge.calls,
+        "scored": judge.scored,
     }
 
 
@@ -206,6 +210,32 @@ def alone() -> dict[str, Any]:
     return {case: train({}, case, (2, 4)) for case in CASES}
 
 
+def encode_a_share() -> dict[str, Any]:
+    """Encoded prompts of a job, and how many of them this rank has encoded."""
+    import pytest
+    from helpers.data import sentencepiece_tokenizer
+
+    from nemocascade.data.chat_template import encode
+    from nemocascade.megatron.world import start_world
+    from nemocascade.recipe import EngineConfig, ParallelConfig, RolloutConfig
+    from nemocascade.rl import prompts as module
+    from nemocascade.types import Message, Prompt
+
+    world = start_world(ParallelConfig(), EngineConfig(precision="fp32"))
+    prompts = [
+        Prompt(str(n), "math", (Message("user", "say " * (n % 60)),), {}, source=f"rows:{n}")
+        for n in range(101)
+    ]
+    real, calls = encode, list[int]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "encode", lambda *a: calls.append(1) or real(*a))  # type: ignore[func-returns-value]
+        found = module.encode_prompts(
+            prompts, sentencepiece_tokenizer(), RolloutConfig(max_prompt_tokens=80), world
+        )
+    world.close()
+    return {"ids": [[p.id, ids.tolist()] for p, ids in found], "encoded": len(calls)}
+
+
 def together(parallel: dict[str, Any]) -> dict[str, Any]:
     return {case: train(parallel, case) for case in CASES}
 
@@ -234,6 +264,16 @@ def test_ranks_have_the_rollouts_of_one_process_and_receive_little(
                 assert len(batches) > 10
             assert mine["texts"] == (expected["texts"] if number == 0 else [])
             assert mine["calls"] == (1 if case == "compared" else 0)
+            if case != "compared":
+                assert mine["scored"] > 450, "every rank verifies a share"
             most = 1.2 * mine["share"] + 2**20
             assert mine["share"] > 2.5e6
             assert mine["received"] <= most, (case, number, mine["received"], mine["share"])
+
+
+def test_each_prompt_is_encoded_on_one_rank() -> None:
+    (whole,) = run_ranks(encode_a_share, 1)
+    shares = run_ranks(encode_a_share, 3)
+    assert 50 < len(whole["ids"]) < 101, "some prompts are too long"
+    assert [share["ids"] for share in shares] == [whole["ids"]] * 3
+    assert [share["encoded"] for share in shares] == [33, 34, 34]

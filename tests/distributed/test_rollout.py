@@ -59,8 +59,10 @@ def generate(parallel: dict[str, Any]) -> dict[str, Found]:
         PIECES: LiveEngine(world, chunks, slots=4, prefill_chunk=5, record_routing=True),
         "": LiveEngine(world, chunks, slots=4),
     }
-    results = {}
-    for name, (sampling, respond) in runs.items():
+    results: dict[str, Found] = {}
+    asked: list[int] = []
+    for name, (sampling, answer) in runs.items():
+        respond = None if answer is None else counted(answer, asked)
         engine = engines[PIECES if name.endswith(PIECES) else ""]
         found: Found = {}
         for c in engine.run(mine, sampling, respond):
@@ -69,7 +71,17 @@ def generate(parallel: dict[str, Any]) -> dict[str, Found]:
             found[str(c.request.id)] = [c.response, c.logprob.tolist(), c.turns, routed]
         results[name] = found
     world.barrier()
+    assert asked, "every rank answers a share of the calls"
     return results
+
+
+def counted(answer: Any, asked: list[int]) -> Any:
+    def respond(c: Any) -> list[int] | None:
+        asked.append(c.request.id)
+        found: list[int] | None = answer(c)
+        return found
+
+    return respond
 
 
 def respond_after(turns: int) -> Any:

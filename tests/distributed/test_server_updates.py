@@ -69,6 +69,7 @@ class Job:
             vocabulary=VOCABULARY,
             logprobs=lambda tokens, prompt: logprobs(tokens, prompt, self.scale),
             precision="fp32",
+            tool_calls=1,
         )
 
     def faults(self) -> list[str]:

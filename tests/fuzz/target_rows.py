@@ -26,7 +26,7 @@ from nemocascade.judges.prompts import comparison_text, grade_text
 from nemocascade.recipe.data import DataConfig
 from nemocascade.recipe.envs import EnvConfig, SandboxConfig
 from nemocascade.recipe.rl import RolloutConfig
-from nemocascade.rl.tasks import encode_prompts
+from nemocascade.rl.prompts import encode_prompts
 from nemocascade.runtime.row_errors import BadRows, DataError
 from nemocascade.runtime.row_files import report_skipped
 from nemocascade.types import Answer, Prompt, Verdict

@@ -160,7 +160,8 @@ def test_parameters_of_the_30b_model_are_those_that_are_built(sizes: dict[str, A
 
 def test_groups_are_megatrons_own() -> None:
     """The fake world computes its groups itself; they are those that Megatron makes."""
-    for sizes in ({"tp": 2, "pp": 2, "ep": 4}, {"tp": 2, "pp": 2, "ep": 4, "cp": 2}):
+    layouts: list[dict[str, Any]] = [{"tp": 2, "pp": 2, "ep": 4}]
+    for sizes in (*layouts, {**layouts[0], "cp": 2}):
         parallel = ParallelConfig(**sizes)
         for rank in (0, 5, 11, 15):
             ranks = group_ranks(rank, 16, parallel)

@@ -9,6 +9,8 @@ import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,6 @@ from helpers.policy import (
     CAPACITY,
     ENGINE,
     TEMPERATURE,
-    filled,
     gradients,
     plain_logprobs,
     rollout,
@@ -39,12 +40,13 @@ from nemocascade.recipe import (
     RolloutConfig,
     TeacherConfig,
 )
-from nemocascade.rl.batches import TrainingSequence, lay_out, pack_sequences
+from nemocascade.rl.batches import PlannedSequence, capacity_grain, fit_capacity, lay_out
 from nemocascade.rl.collector import Group
 from nemocascade.rl.tasks import Task
+from nemocascade.rl.teachers import Teachers
 from nemocascade.runtime.world import World
 from nemocascade.stages.mopd import open_teachers, student_sequences
-from nemocascade.train.evaluation import mopd_metrics, token_logprobs
+from nemocascade.train.evaluation import mopd_metrics
 from nemocascade.train.objectives import mopd_objective
 from nemocascade.train.trainer import Measure, Trainer
 from nemocascade.train.weight_swap import WeightSwap, live_tensors
@@ -119,22 +121,24 @@ def plain_loss(trainer: Trainer, swap: WeightSwap, found: list[Group]) -> Tensor
 
 
 def batches(
-    trainer: Trainer, swap: WeightSwap, sequences: list[TrainingSequence]
+    trainer: Trainer, swap: WeightSwap, planned: list[PlannedSequence]
 ) -> list[PackedBatch]:
-    done = []
-    for domain in ("math", "code"):
-        mine = [(i, s) for i, s in enumerate(sequences) if s.domain == domain]
-        layout = lay_out([s.tokens.numel() for _, s in mine], CAPACITY, ranks=1)[0]
-        packed = [
-            pack_sequences([mine[i][1] for i in chosen], CAPACITY, 0, [mine[i][0] for i in chosen])
-            for chosen in layout
-        ]
-        with swap.using(domain):
-            teacher = token_logprobs(
-                trainer.world, trainer.config, trainer.chunks, packed, temperature=TEMPERATURE
-            )
-        done += [replace(b, teacher_logprob=t) for b, t in zip(packed, teacher, strict=True)]
-    return done
+    """By the stage's own packing, where a batch holds sequences of both teachers."""
+    run: Any = SimpleNamespace(
+        world=trainer.world,
+        trainer=trainer,
+        recipe=recipe(),
+        tokenizer=SimpleNamespace(pad_id=0),
+    )
+    teachers = object.__new__(Teachers)
+    teachers.run, teachers.swap = run, swap
+    teachers.by_domain = {"math": "math", "code": "code"}
+    found, fills = teachers.batches(planned)
+    rows = sum(b.capacity for b in found)
+    assert fills["fill"] == sum(p.rollout.tokens for p in planned) / rows
+    assert any(len({planned[i].domain for i in b.document_ids}) == 2 for b in found)
+    assert sorted(i for b in found for i in b.document_ids) == list(range(len(planned)))
+    return found
 
 
 def two_teachers(trainer: Trainer) -> WeightSwap:
@@ -147,7 +151,7 @@ def two_teachers(trainer: Trainer) -> WeightSwap:
     return swap
 
 
-def measure(sequences: list[TrainingSequence]) -> Measure:
+def measure(sequences: list[PlannedSequence]) -> Measure:
     domains = [s.domain for s in sequences]
     return functools.partial(mopd_metrics, domains=domains, ratio_low=LOW, ratio_high=HIGH)
 
@@ -161,7 +165,7 @@ def test_loss_and_gradients_are_those_of_the_paper(trainer: Trainer) -> None:
     expected.backward()
     wanted = gradients(trainer)
 
-    sequences = filled(student_sequences(found, recipe()))
+    sequences = student_sequences(found, recipe())
     assert len(sequences) == 4, "a rollout without a verdict trains too"
     result = trainer.train_step(
         batches(trainer, swap, sequences),
@@ -192,7 +196,7 @@ def test_metrics_are_those_of_each_domain(trainer: Trainer) -> None:
             gates.append(((ratio < LOW) | (ratio > HIGH))[sequence_of(r).written[1:]])
         expected[f"reverse_kl/{group.task.prompt.domain}"] = float(torch.cat(gaps).mean())
         expected[f"gated/{group.task.prompt.domain}"] = float(torch.cat(gates).float().mean())
-    sequences = filled(student_sequences(found, recipe()))
+    sequences = student_sequences(found, recipe())
     result = trainer.train_step(
         batches(trainer, swap, sequences),
         mopd_objective(LOW, HIGH),
@@ -203,6 +207,25 @@ def test_metrics_are_those_of_each_domain(trainer: Trainer) -> None:
         assert result.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert 0 < result.metrics["gated/math"] < 1
     assert result.metrics["advantage/code"] == -result.metrics["reverse_kl/code"]
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(16, 8), (128, 8), (16, 1), (128, 2)])
+def test_packs_of_all_teachers_are_full(dp: int, tp: int) -> None:
+    """128 x 4 responses of at most 98,304 tokens, median 15,000, over the paper's 52 steps."""
+    settings = MopdRecipe(parallel=ParallelConfig(tp=tp))
+    grain = capacity_grain(settings.capacity, settings.parallel)
+    tokens = rows = 0
+    for step in range(settings.steps):
+        drawn = np.random.default_rng(step).lognormal(np.log(15_000), 1.0, 512)
+        lengths = [int(n) + 300 for n in np.minimum(drawn, settings.rollout.max_response_tokens)]
+        capacity = fit_capacity(lengths, settings.capacity, ranks=dp, grain=grain)
+        assert capacity <= settings.capacity
+        assert capacity % tp == 0
+        layout = lay_out(lengths, capacity, ranks=dp)
+        assert len(layout[0]) == len(lay_out(lengths, settings.capacity, ranks=dp)[0])
+        tokens += sum(lengths)
+        rows += capacity * dp * len(layout[0])
+    assert tokens / rows >= 0.9
 
 
 def test_a_truncated_rollout_leaves_under_the_filter(trainer: Trainer) -> None:

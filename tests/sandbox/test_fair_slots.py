@@ -54,3 +54,21 @@ def test_a_slot_that_was_replaced_or_whose_holder_failed_returns() -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert slots.idle() == [7]
+
+
+def test_slots_are_spare_only_if_nobody_waits() -> None:
+    slots = FairSlots([0, 1, 2])
+    assert slots.spare == 3
+
+    def take_all() -> None:
+        with slots.take(3):
+            pass
+
+    thread = threading.Thread(target=take_all)
+    with slots.take():
+        assert slots.spare == 2
+        thread.start()
+        wait_for(slots, 1)
+        assert slots.spare == 0
+    thread.join()
+    assert slots.spare == 3

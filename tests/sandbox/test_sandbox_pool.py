@@ -17,9 +17,10 @@ from helpers.sandbox import sandbox_or_skip
 
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.sandbox import launch, pool
+from nemocascade.sandbox.fair_slots import FairSlots
 from nemocascade.sandbox.inside import seccomp
 from nemocascade.sandbox.pool import SandboxPool
-from nemocascade.types import Program, SandboxError, SandboxUnavailable
+from nemocascade.types import Outcome, Program, SandboxError, SandboxUnavailable
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +271,63 @@ def test_the_filter_by_emulating_it(machine: str, executes: bool) -> None:
     assert run(1, arch=0x40000003) == 0x80000000
     assert run(0x40000001) == eperm
     assert not allowed & {clone, clone3}
+
+
+def echoes(count: int) -> list[Program]:
+    return [Program("print(input())", stdin=f"{n}\n") for n in range(count)]
+
+
+@pytest.mark.parametrize("last", [0, 3, 8])
+def test_a_series_ends_with_the_program_that_stops_it(sandbox: SandboxPool, last: int) -> None:
+    found = sandbox.run_until(echoes(6), lambda n, outcome: outcome.stdout == f"{last}\n")
+    assert [o.stdout for o in found] == [f"{n}\n" for n in range(min(6, last + 1))]
+
+
+def test_programs_of_a_series_run_side_by_side_where_slots_are_free(
+    sandbox: SandboxPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, together = sandbox.run, threading.Barrier(2)
+
+    def meet(program: Program) -> Outcome:
+        if program.stdin != "0\n":
+            together.wait(timeout=10)
+        return real(program)
+
+    monkeypatch.setattr(sandbox, "run", meet)
+    assert len(sandbox.run_until(echoes(5), lambda n, outcome: False)) == 5
+
+
+def test_a_series_takes_no_slot_that_others_wait_for(
+    sandbox: SandboxPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, threads = sandbox.run, set()
+
+    def seen(program: Program) -> Outcome:
+        threads.add(threading.get_ident())
+        return real(program)
+
+    monkeypatch.setattr(sandbox, "run", seen)
+    with monkeypatch.context() as patch:
+        patch.setattr(FairSlots, "spare", 2)
+        sandbox.run_until(echoes(9), lambda n, outcome: False)
+    assert len(threads) == 2
+    threads.clear()
+    monkeypatch.setattr(FairSlots, "spare", 0)
+    assert len(sandbox.run_until(echoes(4), lambda n, outcome: False)) == 4
+    assert threads == {threading.get_ident()}
+
+
+def test_an_error_ends_a_series_unless_an_earlier_program_does(
+    sandbox: SandboxPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sandbox.run
+
+    def lost(program: Program) -> Outcome:
+        if program.stdin == "2\n":
+            raise SandboxError("a worker is gone")
+        return real(program)
+
+    monkeypatch.setattr(sandbox, "run", lost)
+    assert len(sandbox.run_until(echoes(4), lambda n, outcome: n == 1)) == 2
+    with pytest.raises(SandboxError, match="a worker is gone"):
+        sandbox.run_until(echoes(4), lambda n, outcome: n == 3)

@@ -108,6 +108,7 @@ def engine_of(
         vocabulary=chunks[0].config.shape.vocab_size,
         logprobs=lambda tokens, prompt: logprobs(chunks, tokens, prompt),
         precision="fp32",
+        tool_calls=1,
     )
     assert isinstance(engine, ServerEngine)
     return engine
