@@ -176,7 +176,8 @@ def sample_missing(
     count = collector.settings.prompts_per_step
     for start in range(0, len(rows), count):
         part = rows[start : start + count]
-        numbers = list(_side_by_side(part, missing, collector.world.dp_size))
+        # Samples of a row are consecutive, so that they share the prefill of their prompt.
+        numbers = [(row, k) for row in part for k in missing[row]]
         tasks = [replace(asked[row], number=row * samples + k) for row, k in numbers]
         for place, group in zip(numbers, collector.roll_out(tasks, 1), strict=True):
             reward = group.rollouts[0].verdict.reward
@@ -184,19 +185,6 @@ def sample_missing(
                 found[place] = reward
         LOGGER.info("pass rates: %d of %d rows", start + len(part), len(rows))
     return found
-
-
-def _side_by_side(
-    rows: Sequence[int], missing: Mapping[int, Sequence[int]], ranks: int
-) -> Iterator[tuple[int, int]]:
-    """Yield (row, sample) so that the samples of a row are consecutive on one of `ranks` ranks.
-
-    Each rank takes every so-many-th task, and consecutive samples share their prompt's prefill.
-    """
-    for start in range(0, len(rows), ranks):
-        together = rows[start : start + ranks]
-        for place in range(max(len(missing[row]) for row in together)):
-            yield from ((row, missing[row][place]) for row in together if place < len(missing[row]))
 
 
 def rates_of(rewards: Mapping[int, Sequence[float]], solved_at: float) -> dict[int, dict[str, Any]]:

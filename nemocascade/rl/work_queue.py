@@ -72,9 +72,13 @@ class Board:
         self._store.set(f"{self._name}/line_{number}", line)
 
     def lines(self, start: int) -> list[str]:
-        """The lines of the log from number `start` on."""
+        """The lines of the log from number `start` on, as far as they are complete; never waits."""
         count = self._store.add(f"{self._name}/lines", 0)
         keys = [f"{self._name}/line_{number}" for number in range(start, count)]
+        # Lines are counted before they are written. A read that waits for one would hold the
+        # connection, which the thread that writes it may need.
+        while keys and not self._store.check(keys):
+            keys.pop()
         return [line.decode() for line in self._store.multi_get(keys)] if keys else []
 
     def clear(self) -> None:
