@@ -200,6 +200,7 @@ class WorkQueue:
         if verification is None or not verification.pending:
             self.world.watch.waits("verdicts of other replicas")
             return
+        self.world.watch.waits("")
         progress = (verification.pending, verification.activity)
         if progress != self._progress:
             self.world.watch.progress(f"{verification.pending} texts without a verdict")

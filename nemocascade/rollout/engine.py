@@ -101,7 +101,8 @@ class Work(Protocol):
         prefilled together without making results depend on timing."""
 
     def poll(self, room: int, busy: int) -> Supply:
-        """Requests for `room` free slots. The first rank of a replica calls it, and never waits.
+        """Requests for `room` free slots. The first rank of a replica calls it, all of them do if
+        the work is ordered. It does not wait.
 
         busy: number of requests that were taken and have not finished. Some more than `room` may be
         returned, which then wait for a slot.

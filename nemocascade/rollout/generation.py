@@ -71,7 +71,8 @@ class Generation:
                 self._take_replies()
                 self._take_requests()
                 prefills, decodes, unfinished = self._agree()
-                self.world.watch.waits("")
+                if prefills or decodes:
+                    self.world.watch.waits("")
                 if prefills:
                     self._prefill()
                 elif decodes:
