@@ -5,8 +5,7 @@
 Only the engine is simulated: `WorkQueue` and `Drawing` are those of a stage. Assumptions: response
 lengths are log-normal and cut at the limit, a decode step takes the same time whatever the number
 of sequences, prefill and verification take none, and replicas look into the queue every `poll`
-tokens. An informative prompt has a success rate that is uniform in 0..1, a prompt that is not gives
-equal rewards.
+tokens. The success rates of informative prompts are uniform in 0..1.
 """
 
 from __future__ import annotations
@@ -62,13 +61,15 @@ class Rollouts:
 def draw_rollouts(
     seed: int, prompts: int, copies: int, share: float, *, median: float = 8192, limit: int = 49152
 ) -> Rollouts:
-    """Random rollouts. share: probability of an informative prompt."""
+    """Random rollouts. share: probability of a prompt whose rewards differ."""
     rng = random.Random(seed)
     informative, lengths, rewards = [], [], []
     for _ in range(prompts):
-        rate = rng.random() if rng.random() < share else float(rng.random() < 0.5)
-        group = [float(rng.random() < rate) for _ in range(copies)]
-        informative.append(len(set(group)) > 1)
+        informative.append(rng.random() < share)
+        group = [float(rng.random() < 0.5)] * copies
+        while informative[-1] and len(set(group)) == 1:
+            rate = rng.random()
+            group = [float(rng.random() < rate) for _ in range(copies)]
         rewards += group
         lengths += [min(limit, median * rng.lognormvariate(0, 1)) for _ in range(copies)]
     return Rollouts(copies, informative, lengths, rewards)
@@ -132,7 +133,7 @@ def simulate(
     *,
     replicas: int,
     slots: int,
-    poll: float = 100.0,
+    poll: float = 400.0,
     wanted: int = 0,
     share: InformativeShare | None = None,
     margin: float = 1.0,

@@ -232,8 +232,11 @@ class WorkQueue:
             return []
         first = last = self.board.take(0)
         while last < self._allowed and room > 0:
-            room -= len(self._chunks[last])
-            last += 1
+            size = len(self._chunks[last])
+            if self.replicas > 1 and first < last and size > room:
+                # Less rather than more: the other replicas need work as well.
+                break
+            room, last = room - size, last + 1
         if first >= self._allowed:
             # Nothing may be taken for a while; without a drawing, never again.
             self._looked = now

@@ -77,7 +77,7 @@ class Request:
 
 
 class Supply(NamedTuple):
-    """What `Work.poll` returns.
+    """The answer of `Work.poll`.
 
     taken: ids of requests to start, in order. cancelled: ids of requests, taken before, that nobody
     needs any longer. is_open: False once there is nothing left to take or to cancel.

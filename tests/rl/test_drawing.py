@@ -56,7 +56,7 @@ def test_all_candidates_start_if_too_few_are_informative() -> None:
 
 def test_filtering_at_256_gpus_costs_no_second_wave() -> None:
     """IF-RL: 128 x 16, limit 49,152, 32 replicas of TP8 with 128 slots, share 0.6."""
-    found = filtered_over_plain(replicas=32, slots=128, share=0.6, steps=3, margin=1.0)
+    found = filtered_over_plain(replicas=32, slots=128, share=0.6, steps=2, margin=1.0)
     assert found["ratio"] <= 1.15
     assert found["needed"] > 190
 
