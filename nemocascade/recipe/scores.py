@@ -135,7 +135,7 @@ class ScoreConfig:
             domain.max_response_tokens or self.max_response_tokens,
             samples,
             temperature,
-            # Greedy answers do not depend on it, and are generated together.
+            # Greedy answers do not depend on it, and are drawn together.
             _first(domain.top_p, self.top_p, top_p) if temperature else 1.0,
             self.thinking and domain.thinking,
         )

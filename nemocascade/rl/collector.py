@@ -125,8 +125,14 @@ class Collector:
         domains whose verdicts compare the rollouts of a group.
         """
         wanted = self.requests(tasks, copies, sampling, compared=scored and compared)
+        return self.roll_out_each(wanted, scored=scored, compared=compared)
+
+    def roll_out_each(
+        self, wanted: Sequence[GroupRequest], *, scored: bool = True, compared: bool = True
+    ) -> list[Group]:
+        """`roll_out` for groups that may differ in sampling and number, all in one pass."""
         groups = self.generate(wanted, scored=scored, compared=compared)
-        return self.score_collectively(groups, compared) if scored else groups
+        return self._score_collectively(groups, compared) if scored else groups
 
     def requests(
         self,
@@ -141,6 +147,7 @@ class Collector:
         compared: verdicts may compare the rollouts of a task, as its domain says.
         """
         sampling = sampling or self.sampling()
+        compared = compared and copies > 1
         found = []
         for task in tasks:
             environment = self.environments[task.prompt.domain]
@@ -234,7 +241,7 @@ class Collector:
             task.number if compared else number, ranks
         )
 
-    def score_collectively(self, groups: Sequence[Group], compared: bool) -> list[Group]:
+    def _score_collectively(self, groups: Sequence[Group], compared: bool) -> list[Group]:
         """Add the verdicts of collective verifiers, which run on all ranks at once."""
         scored = list(groups)
         for name, environment in self.environments.items():

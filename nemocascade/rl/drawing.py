@@ -53,8 +53,7 @@ class Drawing:
     """The candidates of one step, and what their verdicts decide.
 
     wanted: number of informative groups. most: number of candidates. copies: rollouts of each.
-    share: of informative groups so far. margin: standard deviations to spare. streams: False for
-    verdicts that come after all rollouts; the number of candidates is then fixed for a round.
+    share: of informative groups in earlier steps. margin: standard deviations to spare.
     """
 
     wanted: int
@@ -66,17 +65,21 @@ class Drawing:
 
     def __post_init__(self) -> None:
         self.candidates = [Candidate() for _ in range(self.most)]
-        self._undecided = 0
+        self._finished = self._found = self._informative = 0
 
     def report(self, index: int, reward: float | None) -> None:
         """Take a verdict into account. reward: as groups compare it; None without one."""
         candidate = self.candidates[index]
         candidate.done += 1
-        if reward is None:
-            return
-        if candidate.first is None:
-            candidate.first = reward
-        candidate.is_informative |= reward != candidate.first
+        if reward is not None:
+            if candidate.first is None:
+                candidate.first = reward
+            elif reward != candidate.first and not candidate.is_informative:
+                candidate.is_informative = True
+                self._informative += 1
+        if candidate.done == self.copies:
+            self._finished += 1
+            self._found += candidate.is_informative
 
     @property
     def limit(self) -> int:
@@ -95,6 +98,8 @@ class Drawing:
         """Candidates from this number on cannot train: enough before them are informative."""
         found = 0
         for index, candidate in enumerate(self.candidates):
+            if self._informative < self.wanted:
+                break
             found += candidate.is_informative
             if found == self.wanted:
                 return index + 1
@@ -108,9 +113,9 @@ class Drawing:
         return cutoff if finished else None
 
     def _share(self) -> float:
-        finished = [c for c in self.candidates if c.done == self.copies]
-        found = self.share.found + sum(c.is_informative for c in finished)
-        return max(found, 0.5) / (max(self.share.tried, 0.5) + len(finished))
+        # Above 0, so that all candidates may start before none is left to hope for.
+        found = max(self.share.found + self._found, 0.5)
+        return found / max(self.share.tried + self._finished, 1.0)
 
     def _chance(self, candidate: Candidate, p: float) -> float:
         """Probability that a candidate is informative."""

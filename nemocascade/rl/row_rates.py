@@ -177,7 +177,8 @@ def sample_missing(
     count = collector.settings.prompts_per_step
     for start in range(0, len(rows), count):
         part = rows[start : start + count]
-        numbers = [(row, sample) for row in part for sample in missing[row]]
+        # Samples of a row are consecutive, so that they share the prefill of their prompt.
+        numbers = [(row, k) for row in part for k in missing[row]]
         tasks = [replace(asked[row], number=row * samples + k) for row, k in numbers]
         for place, group in zip(numbers, collector.roll_out(tasks, 1), strict=True):
             (rollout,) = group.rollouts

@@ -91,9 +91,13 @@ class Board:
         self._store.set(f"{self._name}/line_{number}", line)
 
     def lines(self, start: int) -> list[str]:
-        """The lines of the log from number `start` on."""
+        """The lines of the log from number `start` on, as far as they are complete; never waits."""
         count = self._store.add(f"{self._name}/lines", 0)
         keys = [f"{self._name}/line_{number}" for number in range(start, count)]
+        # Lines are counted before they are written. A read that waits for one would hold the
+        # connection, which the thread that writes it may need.
+        while keys and not self._store.check(keys):
+            keys.pop()
         return [line.decode() for line in self._store.multi_get(keys)] if keys else []
 
     def clear(self) -> None:
@@ -216,6 +220,7 @@ class WorkQueue:
         if verification is None or not verification.pending:
             self.world.watch.waits("verdicts of other replicas")
             return
+        self.world.watch.waits("")
         progress = (verification.pending, verification.activity)
         if progress != self._progress:
             self.world.watch.progress(f"{verification.pending} texts without a verdict")
@@ -247,8 +252,11 @@ class WorkQueue:
             return []
         first = last = self.board.take(0)
         while last < self._allowed and room > 0:
-            room -= len(self._chunks[last])
-            last += 1
+            size = len(self._chunks[last])
+            if self.replicas > 1 and first < last and size > room:
+                # Less rather than more: the other replicas need work as well.
+                break
+            room, last = room - size, last + 1
         if first >= self._allowed:
             # Nothing may be taken for a while; without a drawing, never again.
             self._looked = now

@@ -77,7 +77,7 @@ class Request:
 
 
 class Supply(NamedTuple):
-    """What `Work.poll` returns.
+    """The answer of `Work.poll`.
 
     taken: ids of requests to start, in order. cancelled: ids of requests, taken before, that nobody
     needs any longer. is_open: False once there is nothing left to take or to cancel.
@@ -101,7 +101,8 @@ class Work(Protocol):
         prefilled together without making results depend on timing."""
 
     def poll(self, room: int, busy: int) -> Supply:
-        """Requests for `room` free slots. The first rank of a replica calls it, and never waits.
+        """Requests for `room` free slots. The first rank of a replica calls it, all of them do if
+        the work is ordered. It does not wait.
 
         busy: number of requests that were taken and have not finished. Some more than `room` may be
         returned, which then wait for a slot.

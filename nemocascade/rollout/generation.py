@@ -92,7 +92,8 @@ class Generation:
                 self._take_replies()
                 self._take_requests()
                 pass_ = self._agree()
-                self.world.watch.waits("")
+                if pass_.is_prefill or pass_.is_decode:
+                    self.world.watch.waits("")
                 if pass_.is_prefill:
                     self._prefill()
                 elif pass_.is_decode:

@@ -1,7 +1,8 @@
 """The requests that a replica takes from `Work`: polled by its first rank, broadcast to the others.
 
 Ranks of a replica must start and cancel the same requests before the same pass. So all of them poll
-after the same passes, and the first rank's answer holds for all.
+after the same passes, and the first rank's answer holds for all. Ordered work gives every rank the
+same answer without a broadcast.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Intake:
         self.world, self.work = world, work
         self.taken, self.is_open = 0, True
         self._group = world.groups.mp
-        self._polls = self._group.rank() == 0
+        self._is_alone = self._group.size() == 1 or work.is_ordered
+        self._polls = self._is_alone or self._group.rank() == 0
         self._passes = self._finished = 0
 
     def poll(
@@ -42,7 +44,7 @@ class Intake:
         """
         self._passes += 1
         is_freed = room > 0 and finished != self._finished
-        is_due = self._group.size() == 1 or idle or is_freed or self._passes >= PASSES
+        is_due = self._is_alone or idle or is_freed or self._passes >= PASSES
         if not (self.is_open and is_due):
             return [], set()
         self._passes, self._finished = 0, finished
@@ -62,7 +64,7 @@ class Intake:
     def _supply(self, room: int, busy: int) -> Supply:
         self.work.check()
         supply = self.work.poll(room, busy) if self._polls else Supply()
-        if self._group.size() == 1:
+        if self._is_alone:
             return supply
         box = [supply]
         dist.broadcast_object_list(box, src=dist.get_global_rank(self._group, 0), group=self._group)

@@ -111,23 +111,19 @@ class PrefillQueue:
         """Number of requests without a slot."""
         return sum(len(group.requests) for group in self._groups)
 
-    def cancel(self, ids: Collection[int]) -> set[int]:
-        """Drop requests and environment turns of these ids. Returns the ids of the requests.
+    def cancel(self, ids: Collection[int]) -> None:
+        """Drop waiting requests and queued environment turns of these ids.
 
         The prefill of a prompt is not interrupted, since other sequences may share it.
         """
-        dropped: set[int] = set()
         for group in list(self._groups):
-            found = {r.id for r in group.requests if r.id in ids}
-            dropped |= found
-            group.requests = deque(r for r in group.requests if r.id not in found)
-            if found and not group.requests:
+            group.requests = deque(r for r in group.requests if r.id not in ids)
+            if not group.requests:
                 self._groups.remove(group)
                 # The spare slot belongs to the next group from here on.
                 for prefill in self._queue:
                     prefill.keep = None if prefill.keep is group else prefill.keep
         self._queue = [p for p in self._queue if not (p.is_turn and p.text.request.id in ids)]
-        return dropped
 
     def is_filling(self, text: Text) -> bool:
         """True while a prefill of the sequence is queued or running."""

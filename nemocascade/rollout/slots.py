@@ -118,6 +118,7 @@ class SlotTable:
         self.routing: Tensor | None = None
         self.texts: dict[int, Text] = {}
         self.free = list(range(slots - 1, -1, -1))
+        self._rules: dict[Sampling, Sampling] = {}
 
     def admit(self, requests: list[Request], sampling: Sampling) -> list[Text]:
         """Assign a slot to each request and write its prompt there. sampling: of the run."""
@@ -128,7 +129,9 @@ class SlotTable:
             self.keys[slot] = request_keys(how.seed, torch.tensor([request.id]))
             self.history[slot, :length] = torch.tensor(request.prompt)
             self.logprob[slot] = 0
-            text = Text(request, slot, 0, length, length + how.max_tokens, how.rule)
+            # One object for equal rules, which are compared at every change of the batch.
+            rule = self._rules.setdefault(how.rule, how.rule)
+            text = Text(request, slot, 0, length, length + how.max_tokens, rule)
             self.texts[slot] = text
             texts.append(text)
         return texts
@@ -138,16 +141,16 @@ class SlotTable:
         slots = torch.tensor([t.slot for t in texts], dtype=torch.int64)
         positions = torch.tensor([t.cached for t in texts], dtype=torch.int64)
         known = [slots, positions, self.history[slots, positions], self.keys[slots]]
-        by_rule: dict[Sampling, list[int]] = {}
+        by_rule: dict[int, list[int]] = {}
         for row, text in enumerate(texts):
-            by_rule.setdefault(text.rule, []).append(row)
+            by_rule.setdefault(id(text.rule), []).append(row)
         several = len(by_rule) > 1
         if several:
             known += [torch.tensor(places, dtype=torch.int64) for places in by_rule.values()]
         moved = to_device(known, self.device)
         parts = [
-            Part(rule, places, moved[4 + n]) if several else Part(rule)
-            for n, (rule, places) in enumerate(by_rule.items())
+            Part(texts[p[0]].rule, p, moved[4 + n]) if several else Part(texts[0].rule)
+            for n, p in enumerate(by_rule.values())
         ]
         return Rows(texts, parts, slots, positions, *moved[:4])
 

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from nemocascade.rl.exchange import send_transcripts
 from nemocascade.rl.prompts import encode_prompts
 from nemocascade.rl.tasks import Task, read_tasks
 from nemocascade.rl.verification import rank_envs, verifier_threads
+from nemocascade.rl.work_queue import GroupRequest
 from nemocascade.rollout.engine import Engine
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import DataError
@@ -45,9 +45,9 @@ from nemocascade.stages.setup import open_frozen, watched_world
 from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Environment
 
-VERSION = 1
-MOST_TASKS = 1 << 32
-"""Distance of the domains' task numbers."""
+VERSION = 2
+MOST_SAMPLES = 1 << 32
+"""Distance of the domains' request ids."""
 # Fields that affect how scores are computed, but not their values.
 _HOW = ("parallel", "slots")
 
@@ -219,55 +219,56 @@ def _answer(
     environments: Mapping[str, Environment],
     config: ScoreConfig,
 ) -> dict[str, list[Group]]:
-    """Answer every domain's tasks; domains with the same sampling are generated together."""
-    found: dict[str, list[Group]] = {d.domain: [] for d in config.domains}
+    """Answer the tasks of all domains in one pass, each by its own sampling."""
     known = known_domains(config.envs.modules)
-    ordered = sorted(config.domains, key=config.sampling_of)
-    for how, domains in groupby(ordered, key=config.sampling_of):
-        rollout = RolloutConfig(
-            rollouts_per_prompt=1,
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_response_tokens=config.max_response_tokens,
-            max_turns=config.max_turns,
-            thinking=how.thinking,
-            slots=config.slots,
-        )
-        collector = Collector(
-            world,
-            engine,
-            tokenizer,
+    rollout = RolloutConfig(
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_response_tokens=config.max_response_tokens,
+        max_turns=config.max_turns,
+        slots=config.slots,
+    )
+    collector = Collector(
+        world,
+        engine,
+        tokenizer,
+        environments,
+        rollout,
+        seed=config.seed,
+        threads=verifier_threads(rank_envs(config.envs, world, engine)),
+    )
+    wanted: list[GroupRequest] = []
+    for domain in config.domains:
+        how = config.sampling_of(domain)
+        prompts = read_tasks(
+            _as_domain(domain),
             environments,
-            rollout,
             seed=config.seed,
-            threads=verifier_threads(rank_envs(config.envs, world, engine)),
+            heldout=True,
+            count=domain.tasks or config.tasks,
+            domains=tuple(map(_as_domain, config.domains)),
         )
-        tasks: list[Task] = []
-        for domain in domains:
-            prompts = read_tasks(
-                _as_domain(domain),
-                environments,
-                seed=config.seed,
-                heldout=True,
-                count=domain.tasks or config.tasks,
-                domains=tuple(map(_as_domain, config.domains)),
+        answered = replace(rollout, thinking=how.thinking)
+        encoded = encode_prompts(prompts, tokenizer, answered, world)
+        if not len(encoded):
+            raise DataError(
+                f"{domain.domain}: no held-out task has a prompt of at most "
+                f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
             )
-            encoded = encode_prompts(prompts, tokenizer, rollout, world)
-            if not len(encoded):
-                raise DataError(
-                    f"{domain.domain}: no held-out task has a prompt of at most "
-                    f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
-                )
-            # The numbers decide the samples, so they do not depend on what else is scored.
-            first = known.index(domain.domain) * MOST_TASKS
-            tasks += [Task(prompt, ids, first + i) for i, (prompt, ids) in enumerate(encoded)]
         sampling = replace(
             collector.sampling(),
             temperature=how.temperature,
             top_p=how.top_p,
             max_tokens=how.max_tokens,
         )
-        for group in collector.roll_out(tasks, how.samples, sampling, compared=False):
-            found[group.task.prompt.domain].append(group)
+        # The ids decide the samples, so they do not depend on what else is scored.
+        first = known.index(domain.domain) * MOST_SAMPLES
+        for number, (prompt, ids) in enumerate(encoded):
+            task = Task(prompt, ids, number, how.thinking)
+            samples = range(first + number * how.samples, first + (number + 1) * how.samples)
+            wanted.append(GroupRequest(task, samples, sampling))
+    found: dict[str, list[Group]] = {d.domain: [] for d in config.domains}
+    for group in collector.roll_out_each(wanted, compared=False):
+        found[group.task.prompt.domain].append(group)
     return found
 
 

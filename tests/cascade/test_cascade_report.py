@@ -19,7 +19,7 @@ from nemocascade.cascade.report import ReportError, figures, view, words, write_
 from nemocascade.cascade.report.read import read_run, shortened
 from nemocascade.recipe import RecipeError
 from nemocascade.stages.domain_score import domain_score
-from nemocascade.stages.scoring import read_scores
+from nemocascade.stages.scoring import VERSION, read_scores
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 HOSTILE = (
@@ -157,7 +157,7 @@ def test_the_same_folder_gives_the_same_report(tmp_path: Path) -> None:
 def test_scores_of_samples_show_their_errors_and_passes(tmp_path: Path) -> None:
     run = make_run(tmp_path / "sampled", stages=1)
     path = run / "stages" / "sft" / "scores.json"
-    found = json.loads(path.read_text()) | {"version": 1, "settings": ""}
+    found = json.loads(path.read_text()) | {"version": VERSION, "settings": ""}
     score = domain_score([[1.0, 0.0, 1.0, 1.0], [0.0] * 4, [1.0] * 4])
     found["scores"] = {"math": asdict(score), "code": found["scores"]["code"]}
     path.write_text(json.dumps(found))

@@ -50,12 +50,15 @@ def work_until_a_fault(fault: str, folder: str) -> None:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 elif fault == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
-                elif fault in ("stuck", "stuck beside a meeting"):
+                elif fault.startswith("stuck"):
                     time.sleep(1000)
                 elif fault == "raises":
                     raise ValueError("the victim's own fault")
             if fault == "stuck beside a meeting":
                 watch.meet()
+            while fault == "stuck beside a queue" and step == STEP:
+                watch.waits("verdicts of other replicas")
+                time.sleep(0.01)
             if fault == "other collective" and rank == VICTIM and step == STEP:
                 dist.broadcast(torch.ones(8), src=0, group=other)
             dist.all_reduce(torch.ones(8))
@@ -99,6 +102,7 @@ def run_with(fault: str, folder: Path) -> tuple[list[int], list[str], float]:
         "killed",
         "raises",
         "stuck beside a meeting",
+        "stuck beside a queue",
         pytest.param("stuck", marks=pytest.mark.slow),
         pytest.param("other collective", marks=pytest.mark.slow),
     ],
@@ -114,7 +118,8 @@ def test_the_victim_is_named_by_every_other_rank(fault: str, tmp_path: Path) -> 
         assert f"rank {VICTIM} (" in line, line
         assert f"phase 'step {STEP}: work'" in line, line
         stack = (tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text()
-        assert ("in meet" if "meeting" in fault else "all_reduce") in stack, stack
+        place = {"meeting": "in meet", "queue": "in work_until_a_fault"}
+        assert place.get(fault.split()[-1], "all_reduce") in stack, stack
     assert codes[VICTIM] != 0
     victim = (tmp_path / "stacks" / f"rank_{VICTIM:05d}.txt").read_text()
     assert "work_until_a_fault" in victim

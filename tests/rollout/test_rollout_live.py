@@ -15,7 +15,7 @@ from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.replay import RouteRecorder
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ParallelConfig
-from nemocascade.rollout.engine import Completion, Request, Sampling
+from nemocascade.rollout.engine import Completion, Listed, Request, Sampling, Supply
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.rollout.replies import RespondError
 from nemocascade.runtime.world import World
@@ -277,3 +277,82 @@ def test_routing_is_recorded(world: World, chunks: list[CascadeModel]) -> None:
     assert agree > 0.995 * total
     [plain] = LiveEngine(world, chunks).run(make_requests(1, 1), Sampling(max_tokens=2))
     assert plain.routing is None
+
+
+class Pieces(Listed):
+    """Requests that are given out a few at a time; some are cancelled at a number of polls."""
+
+    is_ordered = False
+
+    def __init__(self, requests: Sequence[Request], cancelled: dict[int, Sequence[int]]) -> None:
+        super().__init__(requests)
+        self.left, self.cancelled, self.polls = list(self.requests), cancelled, 0
+        self.rooms: list[int] = []
+
+    def poll(self, room: int, busy: int) -> Supply:
+        self.polls += 1
+        self.rooms.append(room)
+        taken, self.left = self.left[: max(0, room)], self.left[max(0, room) :]
+        return Supply(taken, self.cancelled.get(self.polls, ()), bool(self.left) or self.polls < 60)
+
+
+@pytest.mark.parametrize("environment", [False, True])
+@pytest.mark.parametrize("chunk", [0, 6])
+def test_cancelled_requests_leave_their_slots_and_change_no_other(
+    world: World, chunks: list[CascadeModel], environment: bool, chunk: int
+) -> None:
+    """At any poll: while they wait, are prefilled, are decoded, or wait for the environment."""
+
+    def respond(c: Completion) -> list[int] | None:
+        time.sleep(0.003)
+        return None if c.turns > 2 else [c.request.id % 7 + 1] * 9
+
+    requests = make_requests(5, 4)
+    stops = tuple((t,) for t in range(0, VOCABULARY, 9))
+    sampling = Sampling(max_tokens=30, seed=2, stop_tokens=stops)
+    reply = respond if environment else None
+    engine = LiveEngine(world, chunks, slots=3, prefill_chunk=chunk, prefill_tokens=64)
+    alone = LiveEngine(world, chunks, slots=3, prefill_chunk=chunk)
+    expected = texts(list(alone.run(requests, sampling, reply)))
+    for first in (1, 2, 3, 5, 9):
+        cancelled: dict[int, Sequence[int]] = {
+            first: [1, 2, 3],
+            first + 2: [5, 6],
+            first + 4: [8, 9, 10, 11, 18],
+        }
+        work = Pieces(requests, cancelled)
+        found = texts(list(engine.run(work, sampling, reply)))
+        assert found.keys() <= expected.keys()
+        assert {n: expected[n] for n in found} == found
+        dropped = {n for ids in cancelled.values() for n in ids}
+        assert expected.keys() - found.keys() <= dropped
+        # Some may have finished before; of the first ones, none that was still waiting.
+        assert len(found) < len(expected)
+        assert max(work.rooms) == 3, "every slot is free again"
+
+
+def test_each_request_is_sampled_by_its_own_settings(
+    world: World, chunks: list[CascadeModel]
+) -> None:
+    """In one run, bit for bit as in runs of their own."""
+    stops = tuple((t,) for t in range(0, VOCABULARY, 9))
+    ways = [
+        Sampling(temperature=0.0, max_tokens=7),
+        Sampling(temperature=0.0, max_tokens=25),
+        Sampling(temperature=1.3, max_tokens=12, seed=4, stop_tokens=stops),
+        Sampling(temperature=0.7, top_p=0.8, max_tokens=12, seed=4, truncated_logprobs=True),
+    ]
+    requests = make_requests(8, 1)
+    expected = {}
+    for n, way in enumerate(ways):
+        engine = LiveEngine(world, chunks, slots=3)
+        for c in engine.run(requests[n::4], way):
+            expected[c.request.id] = (c.tokens.tolist(), c.logprob.tolist(), c.finish)
+    mixed = [Request(r.id, r.prompt, ways[r.id % 4]) for r in requests]
+    engine = LiveEngine(world, chunks, slots=5)
+    found = {
+        c.request.id: (c.tokens.tolist(), c.logprob.tolist(), c.finish)
+        for c in engine.run(mixed, Sampling(max_tokens=3))
+    }
+    assert found == expected
+    assert len({len(tokens) for tokens, _, _ in found.values()}) > 4

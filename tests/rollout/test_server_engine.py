@@ -19,7 +19,7 @@ from helpers.fake_server import VOCABULARY, FakeServer, continued, fake_server, 
 
 from nemocascade.recipe import ModelConfig, RolloutConfig, RolloutServerConfig
 from nemocascade.rollout.completions import BadReplyError, drawn_ids, read_answer
-from nemocascade.rollout.engine import Completion, Request, Sampling
+from nemocascade.rollout.engine import Completion, Listed, Request, Sampling, Supply
 from nemocascade.rollout.server import ServerEngine
 from nemocascade.rollout.servers import ServerError, ServerPool
 from nemocascade.runtime.http import announced_servers
@@ -206,6 +206,41 @@ def test_nobody_waits_for_texts_that_are_not_wanted(server: FakeServer) -> None:
     with pytest.raises(OSError, match="a tool died"):
         list(engine_of(server).run(requests(8), stop, fails))
     assert time.monotonic() - started < 15
+
+
+class Cancelling(Listed):
+    """Cancels all requests but one once that one has been answered. room: of the first poll."""
+
+    def __init__(self, requests: list[Request], server: FakeServer) -> None:
+        super().__init__(requests)
+        self.left, self.server, self.room, self.polls = list(self.requests), server, 0, 0
+
+    def poll(self, room: int, busy: int) -> Supply:
+        self.polls += 1
+        self.room = self.room or room
+        taken, self.left = self.left[:room], self.left[room:]
+        # The first is answered, the second is in flight, and the third has not been sent.
+        done = self.polls > 3 and len(self.server.seen) > 2
+        return Supply(taken, list(self.requests)[1:] if done else (), not done)
+
+
+def test_cancelled_requests_are_cut_off(server: FakeServer) -> None:
+    server.faults, server.fault = [""], "slow"
+    started = time.monotonic()
+    work = Cancelling(requests(3), server)
+    engine = engine_of(server, concurrency=2)
+    check(list(engine.run(work, SHORT)), 1)
+    assert work.room == 2
+    assert time.monotonic() - started < 10
+    # The engine and its connections still work.
+    server.fault = ""
+    check(list(engine.run(requests(3), SHORT)), 3)
+
+
+def test_each_request_has_its_own_settings(server: FakeServer) -> None:
+    mixed = [Request(0, (1, 2)), Request(1, (1, 2), Sampling(max_tokens=3))]
+    found = {c.request.id: len(c.response) for c in engine_of(server).run(mixed, SHORT)}
+    assert found == {0: 6, 1: 3}
 
 
 def test_servers_that_cannot_be_used(server: FakeServer, tmp_path: Path) -> None:
