@@ -33,7 +33,7 @@ from nemocascade.runtime.jsonl import json_text
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
 from nemocascade.train.checkpointing import Checkpoints
-from nemocascade.train.evaluation import token_logprobs
+from nemocascade.train.evaluation import token_logprobs, whole_rows
 from nemocascade.train.metrics import MetricsWriter
 from nemocascade.train.trainer import Trainer
 from nemocascade.train.weight_swap import WeightSwap
@@ -237,9 +237,15 @@ def packed_bins(
     bins: Sequence[Sequence[int]],
     capacity: int,
 ) -> list[PackedBatch]:
-    """A micro-batch of each bin of sequence numbers, which become the `document_ids`."""
-    pad = run.tokenizer.pad_id
-    return [pack_sequences([sequences[i] for i in b], capacity, pad, b) for b in bins]
+    """This rank's rows of a micro-batch of each bin of sequence numbers, which become the
+    `document_ids`."""
+    pad, world = run.tokenizer.pad_id, run.world
+    return [
+        pack_sequences([sequences[i] for i in b], capacity, pad, b).shard(
+            world.cp_rank, world.parallel.cp
+        )
+        for b in bins
+    ]
 
 
 def logprobs_of(run: PolicyRun, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
@@ -264,15 +270,17 @@ def sequence_logprobs(
     count = tokens.numel()
     written = torch.arange(count) >= prompt
     sequence = TrainingSequence(tokens, written, torch.zeros(count), weight=1.0)
+    world = trainer.world
     batch = pack_sequences([sequence], recipe.capacity, pad_id)
+    batch = batch.shard(world.cp_rank, world.parallel.cp)
     found = token_logprobs(
-        trainer.world,
+        world,
         trainer.config,
         trainer.chunks,
         [batch] * microbatch_multiple(trainer.world.parallel),
         temperature=recipe.rollout.temperature,
     )
-    return found[0][prompt - 1 : count - 1]
+    return whole_rows(world, found[0], batch)[prompt - 1 : count - 1]
 
 
 def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[PlannedSequence]:

@@ -22,6 +22,7 @@ from nemocascade.rl.batches import (
 from nemocascade.rl.exchange import send_sequences
 from nemocascade.rl.policy import PolicyRun, layout_of, logprobs_of, packed_bins
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.train.evaluation import whole_rows
 from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Artifact, PackedBatch
 
@@ -79,7 +80,7 @@ class Teachers:
                     self.swap.read_ahead([*taught][number + 1])
                 batches = packed_bins(run, sequences, packing.layout[mine], packing.capacity)
                 for batch, rows in zip(batches, logprobs_of(run, batches), strict=True):
-                    found |= _by_document(batch, rows)
+                    found |= _by_document(batch, whole_rows(run.world, rows, batch))
         self._send(found, planned, training, taught.values())
         batches = packed_bins(run, sequences, training.layout[mine], training.capacity)
         fills = {"fill": training.fill, "teacher_fill": _fill(taught.values())}
@@ -164,8 +165,8 @@ def _by_document(batch: PackedBatch, rows: torch.Tensor) -> dict[int, torch.Tens
 
 
 def _taught(batch: PackedBatch, found: Mapping[int, torch.Tensor]) -> PackedBatch:
-    """The batch with the teachers' log-probabilities of its documents."""
+    """A rank's rows of a pack with the teachers' log-probabilities of its documents."""
     teacher = torch.zeros(batch.capacity)
     for i, rows in _by_document(batch, teacher).items():
         rows.copy_(found[i])
-    return replace(batch, teacher_logprob=teacher)
+    return replace(batch, teacher_logprob=torch.cat([teacher[s] for s in batch.segments]))

@@ -21,6 +21,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2": {"pp": 2},
     f"EP2{REPLAY}": {"ep": 2},
     "EP2, rollouts TP2": {"ep": 2},
+    "CP2": {"cp": 2},
+    f"CP2 EP2{REPLAY}": {"cp": 2, "ep": 2},
 }
 ROLLOUTS = {"EP2, rollouts TP2": {"tp": 2, "ep": 1}}
 """Layouts of generation; training's memory is offloaded meanwhile."""
@@ -30,7 +32,7 @@ EXACT = (
     *("reward", "response_tokens", "groups", "groups_drawn", "trained_tokens"),
     *("curriculum/instruction_following", "curriculum_pass_rate/instruction_following"),
 )
-RATED = {"TP2": {"tp": 2}, "DP2": {}}
+RATED = {"TP2": {"tp": 2}, "DP2": {}, "CP2": {"cp": 2}}
 
 Lines = list[dict[str, Any]]
 

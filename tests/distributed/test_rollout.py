@@ -14,6 +14,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP2": (2, {"ep": 2}),
     "ETP2": (2, {"etp": 2}),
     "DP2": (2, {}),
+    "CP2 EP2": (2, {"cp": 2, "ep": 2}),
     "TP2 EP2 on 2": (2, {"tp": 2, "ep": 2}),
     "TP2 EP2": (4, {"tp": 2, "ep": 2}),
     "PP2 EP2": (4, {"pp": 2, "ep": 2}),
@@ -34,12 +35,13 @@ def generate(parallel: dict[str, Any]) -> dict[str, Found]:
     """Tokens, log-probabilities and turns of this rank's requests."""
     from helpers.rollout import EVEN, draw_tokens, make_model
 
-    from nemocascade.megatron.world import start_world
+    from nemocascade.megatron.world import generation_world, start_world
     from nemocascade.recipe import EngineConfig, ParallelConfig
     from nemocascade.rollout.engine import Completion, Request, Sampling
     from nemocascade.rollout.live import LiveEngine
 
-    world = start_world(ParallelConfig(**parallel), EngineConfig(precision="fp32"))
+    engine = EngineConfig(precision="fp32")
+    world = start_world(ParallelConfig(**parallel), engine)
     chunks = make_model(world, EVEN)
     requests = [
         Request(3 * p + g, tuple(draw_tokens(EVEN.vocab_size, 4 + 5 * p, seed=p).tolist()))
@@ -47,7 +49,10 @@ def generate(parallel: dict[str, Any]) -> dict[str, Found]:
         for g in range(3)
     ]
     # Uneven shares, so that a rank goes along with another that still has work.
-    mine = requests if world.dp_size == 1 else [requests[:7], requests[7:]][world.dp_rank]
+    mine = requests
+    rollouts = generation_world(world, ParallelConfig(**{**parallel, "cp": 1}), engine)
+    if rollouts.dp_size > 1:
+        mine = [requests[:7], requests[7:]][rollouts.dp_rank]
     stop = tuple((t,) for t in range(0, EVEN.vocab_size, 9))
     runs = {
         "plain": (Sampling(max_tokens=12, seed=3, stop_tokens=stop), None),
@@ -56,8 +61,8 @@ def generate(parallel: dict[str, Any]) -> dict[str, Found]:
     }
     runs |= {f"{name}{PIECES}": run for name, run in runs.items() if name != "truncated"}
     engines = {
-        PIECES: LiveEngine(world, chunks, slots=4, prefill_chunk=5, record_routing=True),
-        "": LiveEngine(world, chunks, slots=4),
+        PIECES: LiveEngine(rollouts, chunks, slots=4, prefill_chunk=5, record_routing=True),
+        "": LiveEngine(rollouts, chunks, slots=4),
     }
     results: dict[str, Found] = {}
     asked: list[int] = []
