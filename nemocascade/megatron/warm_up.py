@@ -30,8 +30,8 @@ def warm_up(
     """Let fla-core choose its kernels' configurations, and compare its results with torch's.
 
     On every node one rank measures the configurations; the others read them from Triton's cache.
-    capacity: the largest number of rows of a pack. Every rank calls this and gets the accelerators
-    that all ranks can use.
+    capacity: the largest number of rows of a pack on a rank. Every rank calls this and gets the
+    accelerators that all ranks can use.
 
     Raises AcceleratorError if fla-core fails and its setting is "on".
     """

@@ -64,7 +64,7 @@ class ArtifactJudge:
         # Repeated questions are deduplicated.
         different = dict(zip(numbers, prompts, strict=True))
         world = self.world
-        mine = sorted(different)[world.dp_rank :: world.dp_size]
+        mine = sorted(different)[world.replica_rank :: world.num_replicas]
         requests = [Request(number, different[number]) for number in mine]
         texts: dict[int, str] = {}
         with self.swap.using(WEIGHTS):

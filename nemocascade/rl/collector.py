@@ -1,7 +1,7 @@
 """Collects scored rollouts: generation and verification run concurrently.
 
-Tasks are sharded over the data-parallel ranks and the results are gathered. Every rank then has all
-rollouts of a step, in the order of the tasks, on any parallel layout.
+Tasks are sharded over the replicas of the model and the results are gathered. Every rank then has
+all rollouts of a step, in the order of the tasks, on any parallel layout.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Gathered:
 class Collector:
     """Generates rollouts of the current policy and verifies them.
 
-    threads: concurrent verifiers on each data-parallel rank.
+    threads: concurrent verifiers on each replica.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Collector:
         domains whose verdicts compare the rollouts of a group.
         """
         world = self.world
-        mine = tasks[world.dp_rank :: world.dp_size]
+        mine = tasks[world.replica_rank :: world.num_replicas]
         by_id = {task.number * copies + copy: task for task in mine for copy in range(copies)}
         everything: dict[int, Rollout] = {}
         found = self._generate(by_id, copies, sampling or self.sampling(), scored, compared)

@@ -25,7 +25,7 @@ from nemocascade.runtime.jsonl import json_text
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
 from nemocascade.train.checkpointing import Checkpoints
-from nemocascade.train.evaluation import token_logprobs
+from nemocascade.train.evaluation import token_logprobs, whole_rows
 from nemocascade.train.metrics import MetricsWriter
 from nemocascade.train.trainer import Trainer
 from nemocascade.train.weight_swap import WeightSwap
@@ -208,7 +208,7 @@ def my_batches(
             capacity,
             run.tokenizer.pad_id,
             [first + i for i in bin_],
-        )
+        ).shard(world.cp_rank, world.parallel.cp)
         for bin_ in layout[world.dp_rank]
     ]
 
@@ -235,16 +235,17 @@ def sequence_logprobs(
     count = tokens.numel()
     written = torch.arange(count) >= prompt
     sequence = TrainingSequence(tokens, written, torch.zeros(count), weight=1.0)
-    batch = pack_sequences([sequence], recipe.capacity, pad_id)
-    parallel = trainer.world.parallel
+    world = trainer.world
+    parallel = world.parallel
+    batch = pack_sequences([sequence], recipe.capacity, pad_id).shard(world.cp_rank, parallel.cp)
     found = token_logprobs(
-        trainer.world,
+        world,
         trainer.config,
         trainer.chunks,
         [batch] * (parallel.pp if parallel.vpp > 1 else 1),
         temperature=recipe.rollout.temperature,
     )
-    return found[0][prompt - 1 : count - 1]
+    return whole_rows(world, found[0], batch)[prompt - 1 : count - 1]
 
 
 def training_sequences(groups: Sequence[Group], recipe: GrpoRecipe) -> list[TrainingSequence]:

@@ -176,7 +176,7 @@ def sample_missing(
     count = collector.settings.prompts_per_step
     for start in range(0, len(rows), count):
         part = rows[start : start + count]
-        numbers = list(_side_by_side(part, missing, collector.world.dp_size))
+        numbers = list(_side_by_side(part, missing, collector.world.num_replicas))
         tasks = [replace(asked[row], number=row * samples + k) for row, k in numbers]
         for place, group in zip(numbers, collector.roll_out(tasks, 1), strict=True):
             reward = group.rollouts[0].verdict.reward

@@ -190,7 +190,7 @@ def score_after(
         return environment.score_groups(groups)
     mine: dict[int, list[Verdict]] = {}
     if shows(world):
-        numbers = range(world.dp_rank, len(groups), world.dp_size)
+        numbers = range(world.replica_rank, len(groups), world.num_replicas)
         with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
             found = pool.submit(environment.score_groups, [groups[n] for n in numbers])
             _wait_for([found], [environment], world.watch, "calls of a verifier")

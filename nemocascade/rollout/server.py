@@ -74,7 +74,7 @@ class ServerEngine:
         self.vocabulary, self.routing = vocabulary, routing
         self.drawn = drawn_ids(vocabulary, model_vocabulary)
         self.trains, self.codec = trains, codec
-        self.pool = ServerPool(settings, rank=0 if world is None else world.dp_rank)
+        self.pool = ServerPool(settings, rank=0 if world is None else world.replica_rank)
         self._outdated = updates is not None
         self._found = False
 

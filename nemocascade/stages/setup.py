@@ -73,7 +73,8 @@ def stage_world(
         found = detected.accelerators
         job = job_here(recipe, world.size) if found.fla else None
         if job is not None:
-            found = warm_up(found, job.model, recipe.engine, world, job.capacity)
+            rows = job.capacity // job.parallel.cp
+            found = warm_up(found, job.model, recipe.engine, world, rows)
         world.watch.enter("set-up")
         yield world, found
 

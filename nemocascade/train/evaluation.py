@@ -107,7 +107,7 @@ def domain_means(
     """`name/domain`: means over the trained tokens of each domain, on every rank.
 
     outputs: from `run_schedule`. batches: this rank's, on the host; their `document_ids` are
-    indices into `domains`. rows: computes quantities [C] from the log-probabilities [C] of the
+    indices into `domains`. rows: computes quantities [R] from the log-probabilities [R] of the
     training pass and the batch.
     """
     sums: dict[str, list[float]] = {}
@@ -179,7 +179,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
 ) -> list[torch.Tensor]:
-    """Log-probabilities of the trained rows, [C] float32 on the host, for each of this rank's
+    """Log-probabilities of the trained rows, [R] float32 on the host, for each of this rank's
     batches; 0 in other rows. Every pipeline rank gets them.
 
     All data-parallel ranks pass the same number of batches.
@@ -190,13 +190,28 @@ def token_logprobs(
     outputs = run_schedule(
         world, config, chunks, micro, lambda m: nll_objective(batch_of(m)), forward_only=True
     )
-    shape = (len(batches), batches[0].capacity)
+    shape = (len(batches), batches[0].tokens.numel())
     found = torch.zeros(shape, device=world.device)
     if outputs:
         found = torch.stack([o.logprob.float() for o in outputs]).to(world.device)
     last = dist.get_global_rank(world.groups.pp, world.parallel.pp - 1)
     dist.broadcast(found, src=last, group=world.groups.pp)
     return list(found.cpu())
+
+
+def whole_rows(world: World, rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """The values of a pack's rows [C], from those of this rank's rows [R] of `batch` on the host.
+
+    Context-parallel ranks call it together.
+    """
+    whole = rows.new_zeros(batch.capacity)
+    parts = rows.split([s.stop - s.start for s in batch.segments])
+    for part, segment in zip(parts, batch.segments, strict=True):
+        whole[segment] = part
+    if batch.cp_size > 1:
+        # Every row has one writer.
+        dist.all_reduce(whole, group=world.groups.cp)
+    return whole
 
 
 @torch.no_grad()

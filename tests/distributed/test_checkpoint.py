@@ -22,12 +22,14 @@ TWO_RANKS: dict[str, dict[str, int]] = {
     "tp2 ep2": {"tp": 2, "ep": 2},
     "etp2": {"tp": 2, "etp": 2},
     "dp2": {},
+    "cp2": {"cp": 2},
 }
 FOUR_RANKS: dict[str, dict[str, int]] = {
     "tp2 pp2": {"tp": 2, "pp": 2},
     "pp2 ep2": {"pp": 2, "ep": 2},
     "ep2 etp2": {"tp": 2, "ep": 2, "etp": 2},
     "tp2 dp2": {"tp": 2},
+    "cp4": {"cp": 4},
 }
 # Precision, Megatron's distributed optimizer or its plain one, and the shape of the model.
 KINDS = [
@@ -46,6 +48,7 @@ QUICK = [
     ("etp2", 1),
     ("dp2", 1),
     ("dp2", 2),
+    ("cp2", 0),
 ]
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 

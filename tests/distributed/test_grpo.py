@@ -20,6 +20,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "EP2": {"ep": 2},
     "PP2": {"pp": 2},
     f"EP2{REPLAY}": {"ep": 2},
+    "CP2": {"cp": 2},
+    f"CP2 EP2{REPLAY}": {"cp": 2, "ep": 2},
 }
 STEPS = 2
 COMPARED = ("loss", "grad_norm", "entropy", "logprob")
@@ -27,7 +29,7 @@ EXACT = (
     *("reward", "response_tokens", "groups", "groups_drawn", "trained_tokens"),
     *("curriculum/instruction_following", "curriculum_pass_rate/instruction_following"),
 )
-RATED = {"TP2": {"tp": 2}, "DP2": {}}
+RATED = {"TP2": {"tp": 2}, "DP2": {}, "CP2": {"cp": 2}}
 
 Lines = list[dict[str, Any]]
 

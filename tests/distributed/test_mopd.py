@@ -10,7 +10,13 @@ import pytest
 from helpers.ranks import run_ranks
 from helpers.start_policy import start_policy
 
-LAYOUTS = {"TP2": {"tp": 2}, "DP2": {}, "EP2": {"ep": 2}, "PP2": {"pp": 2}}
+LAYOUTS: dict[str, dict[str, int]] = {
+    "TP2": {"tp": 2},
+    "DP2": {},
+    "EP2": {"ep": 2},
+    "PP2": {"pp": 2},
+    "CP2": {"cp": 2},
+}
 STEPS = 2
 DOMAINS = ("instruction_following", "math")
 EXACT = ("reward", "response_tokens", "trained_tokens")

@@ -70,6 +70,7 @@ def train_twice(root: str, parallel: dict[str, Any]) -> None:
     [
         pytest.param(1, {}, id="one"),
         pytest.param(2, {}, id="dp2"),
+        pytest.param(2, {"cp": 2}, id="cp2"),
         pytest.param(2, {"pp": 2}, id="pp2", marks=pytest.mark.slow),
     ],
 )

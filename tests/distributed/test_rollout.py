@@ -14,6 +14,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP2": (2, {"ep": 2}),
     "ETP2": (2, {"etp": 2}),
     "DP2": (2, {}),
+    "CP2 EP2": (2, {"cp": 2, "ep": 2}),
     "TP2 EP2 on 2": (2, {"tp": 2, "ep": 2}),
     "TP2 EP2": (4, {"tp": 2, "ep": 2}),
     "PP2 EP2": (4, {"pp": 2, "ep": 2}),
@@ -47,7 +48,9 @@ def generate(parallel: dict[str, Any]) -> dict[str, Found]:
         for g in range(3)
     ]
     # Uneven shares, so that a rank goes along with another that still has work.
-    mine = requests if world.dp_size == 1 else [requests[:7], requests[7:]][world.dp_rank]
+    mine = requests
+    if world.num_replicas > 1:
+        mine = [requests[:7], requests[7:]][world.replica_rank]
     stop = tuple((t,) for t in range(0, EVEN.vocab_size, 9))
     runs = {
         "plain": (Sampling(max_tokens=12, seed=3, stop_tokens=stop), None),

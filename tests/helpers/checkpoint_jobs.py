@@ -64,7 +64,8 @@ def batches_of(step: int, world: World) -> list[PackedBatch]:
         for length in (23, 5, 30):
             tokens = torch.randint(0, 96, (length,), generator=generator, dtype=torch.int32)
             documents.append(Document(tokens, torch.ones(length, dtype=torch.bool), "test"))
-        batches.append(pack_documents(documents, CAPACITY))
+        whole = pack_documents(documents, CAPACITY)
+        batches.append(whole.shard(world.cp_rank, world.parallel.cp))
     return batches
 
 
