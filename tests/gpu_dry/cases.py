@@ -55,8 +55,8 @@ class Case:
     is played. tokens: capacity of a micro-batch; of a prompt for a rollout. requests: texts of a
     rollout in 8 slots; more of them need steps of several sizes. strings: the rollout has stop
     strings. steps: micro-batches of each step of a training case; the optimizer has its state from
-    the second step on. architecture: that of the device, for kernels. quick: part of the quick tests. packages: optional packages that can be
-    imported, as stand-ins.
+    the second step on. architecture: that of the device, for kernels. quick: part of the quick
+    tests. packages: optional packages that can be imported, as stand-ins.
     """
 
     name: str
