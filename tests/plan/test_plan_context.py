@@ -83,7 +83,6 @@ def test_crossed_segments_are_those_of_the_engine(document: int, cp: int) -> Non
     assert found.exchanges == shards[0].exchanges
     assert found.keys == most(lambda p: segment + p.before)
     assert found.entering == most(lambda p: p.before > 0)
-    assert found.leaving == most(lambda p: p.continues)
     assert found.left == most(lambda p: (p.last_rows.stop - p.last_rows.start) * p.continues)
 
 
