@@ -11,15 +11,14 @@ class CrossedSegments:
     """The most rows of any rank, for documents of equal length.
 
     exchanges: a document crosses a border of the pack's 2 cp segments. keys: rows whose keys a rank
-    keeps for its queries. entering, leaving: segments of a rank that continue a document, or that
-    one leaves. left: rows in its segments of the documents that leave. folded: states of earlier
-    segments that add up to those that enter.
+    keeps for its queries. entering: segments of a rank that continue a document. left: rows in its
+    segments of documents that go on in the next one. folded: states of earlier segments that add up
+    to those that enter.
     """
 
     exchanges: bool
     keys: int
     entering: int
-    leaving: int
     left: int
     folded: int
 
@@ -28,7 +27,7 @@ class CrossedSegments:
 def crossed_segments(capacity: int, document: int, cp: int) -> CrossedSegments:
     """Rows of the worst of `cp` ranks; rank r holds segments r and 2 cp - 1 - r."""
     if cp == 1:
-        return CrossedSegments(False, capacity, 0, 0, 0, 0)
+        return CrossedSegments(False, capacity, 0, 0, 0)
     count = 2 * cp
     size = capacity // count
     # For each border, the rows before it of the document that crosses it.
@@ -38,12 +37,10 @@ def crossed_segments(capacity: int, document: int, cp: int) -> CrossedSegments:
     def most(rows: list[int]) -> int:
         return max(rows[first] + rows[second] for first, second in ranks)
 
-    after = crossed[1:]
     return CrossedSegments(
         exchanges=any(crossed),
         keys=most([size + rows for rows in crossed[:-1]]),
         entering=most([int(rows > 0) for rows in crossed[:-1]]),
-        leaving=most([int(rows > 0) for rows in after]),
-        left=most([min(rows, size) for rows in after]),
+        left=most([min(rows, size) for rows in crossed[1:]]),
         folded=most([-(-rows // size) for rows in crossed[:-1]]),
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import Job
-from nemocascade.plan.memory import GIB
+from nemocascade.plan.memory import GIB, worst_rank
 from nemocascade.plan.search import AXES, PricedLayout, best_plans, least_memory
 from nemocascade.plan.summary import HEADER, RULE, row
 from nemocascade.recipe import (
@@ -21,6 +21,16 @@ from nemocascade.recipe import (
 RANKS = (8, 16, 64, 256, 1024)
 CAPACITIES = (4096, 32_768, 262_144, 1_048_576)
 TOKENS_PER_STEP = 64 * 262_144
+# Layouts of the table of memory, on 64 ranks with packs of 32K tokens; True: with recomputation.
+LAYOUTS = (
+    (ParallelConfig(), False),
+    (ParallelConfig(ep=8), False),
+    (ParallelConfig(ep=8), True),
+    (ParallelConfig(tp=2, ep=8), False),
+    (ParallelConfig(tp=4, ep=8), False),
+    (ParallelConfig(cp=4, ep=8), False),
+    (ParallelConfig(pp=4, ep=8), False),
+)
 
 
 def nano(gpu: str, ranks: int, capacity: int) -> Job:
@@ -53,6 +63,23 @@ def rows(gpu: str, ranks: Sequence[int] = RANKS) -> Iterator[str]:
             yield f"| {count} | {capacity:,} does not fit{need} |"
 
 
+def memory_rows() -> Iterator[str]:
+    """Rows of the table of memory: GiB of the worst rank by purpose."""
+    for parallel, recompute in LAYOUTS:
+        job = nano("h200", 64, 32_768).with_layout(parallel, recompute=recompute)
+        memory = worst_rank(job)
+        name = _axes(parallel) or f"dp {job.world_size}"
+        sizes = (memory.parameters, memory.gradients, memory.optimizer, memory.activations)
+        cells = [name + ", recompute" * recompute, *(f"{size / GIB:.1f}" for size in sizes)]
+        yield f"| {' | '.join(cells)} | {memory.total / GIB:.0f} |"
+
+
+def _axes(parallel: ParallelConfig) -> str:
+    """The axes with more than one rank."""
+    sizes = [(axis, getattr(parallel, axis)) for axis in AXES]
+    return " ".join(f"{axis} {size}" for axis, size in sizes if size > 1)
+
+
 def _without(job: Job, best: PricedLayout) -> str:
     """Speed and axes of the fastest layout with cp 1."""
     if best.job.parallel.cp == 1:
@@ -61,9 +88,7 @@ def _without(job: Job, best: PricedLayout) -> str:
     if not found:
         return "does not fit"
     [plan] = found
-    sizes = [(axis, getattr(plan.job.parallel, axis)) for axis in AXES]
-    axes = " ".join(f"{axis} {size}" for axis, size in sizes if size > 1)
-    return f"{plan.tokens_per_s_per_gpu:,.0f}: {axes}"
+    return f"{plan.tokens_per_s_per_gpu:,.0f}: {_axes(plan.job.parallel)}"
 
 
 def table(gpu: str) -> str:
@@ -72,5 +97,6 @@ def table(gpu: str) -> str:
 
 
 if __name__ == "__main__":
+    print("\n".join(memory_rows()), end="\n\n")
     for name in sys.argv[1:] or ["h200"]:
         print(f"{name}\n\n{table(name)}\n")

@@ -163,8 +163,10 @@ def _saved_by_a_step(trainer: Any, own: set[int], vocabulary: int, microbatches:
             storages[storage.data_ptr()] = storage
         return tensor
 
+    world = trainer.world
+    own_rows = [batch.shard(world.cp_rank, world.parallel.cp) for batch in batches]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        trainer.train_step(batches)
+        trainer.train_step(own_rows)
     return sum(s.nbytes() for s in storages.values()) / microbatches
 
 

@@ -40,8 +40,8 @@ def generate(parallel: dict[str, Any]) -> dict[str, Found]:
     from nemocascade.rollout.engine import Completion, Request, Sampling
     from nemocascade.rollout.live import LiveEngine
 
-    engine = EngineConfig(precision="fp32")
-    world = start_world(ParallelConfig(**parallel), engine)
+    settings = EngineConfig(precision="fp32")
+    world = start_world(ParallelConfig(**parallel), settings)
     chunks = make_model(world, EVEN)
     requests = [
         Request(3 * p + g, tuple(draw_tokens(EVEN.vocab_size, 4 + 5 * p, seed=p).tolist()))
@@ -50,7 +50,7 @@ def generate(parallel: dict[str, Any]) -> dict[str, Found]:
     ]
     # Uneven shares, so that a rank goes along with another that still has work.
     mine = requests
-    rollouts = generation_world(world, ParallelConfig(**{**parallel, "cp": 1}), engine)
+    rollouts = generation_world(world, ParallelConfig(**{**parallel, "cp": 1}), settings)
     if rollouts.dp_size > 1:
         mine = [requests[:7], requests[7:]][rollouts.dp_rank]
     stop = tuple((t,) for t in range(0, EVEN.vocab_size, 9))

@@ -1,8 +1,8 @@
 """Cases of the dry run: a training step or a rollout of one rank, at a layout.
 
 A case returns the counts of a steady state. A training case runs a first step, one of one
-micro-batch, and one of two; the difference is what a micro-batch costs. A rollout case differs in
-the same way by one decode step.
+micro-batch, and one of two, if `Case.steps` says nothing else; the difference is what a micro-batch
+costs. A rollout case differs in the same way by one decode step.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Case:
     stage: sft, grpo, mopd, rollout, or kernels, which runs no model. rank, world: of the rank that
     is played. tokens: capacity of a micro-batch; of a prompt for a rollout. requests: texts of a
     rollout in 8 slots; more of them need steps of several sizes. strings: the rollout has stop
-    strings. once: play the first step only, of one micro-batch. architecture: that of the
-    device, for kernels. quick: part of the quick tests. packages: optional packages that can be
-    imported, as stand-ins.
+    strings. steps: micro-batches of each step of a training case; the optimizer has its state from
+    the second step on. architecture: that of the device, for kernels. quick: part of the quick
+    tests. packages: optional packages that can be imported, as stand-ins.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Case:
     accelerators: Accelerators = field(default_factory=Accelerators)
     requests: int = 8
     strings: bool = False
-    once: bool = False
+    steps: tuple[int, ...] = (1, 1, 2)
     architecture: int = 90
     quick: bool = False
     packages: tuple[str, ...] = ()
@@ -204,7 +204,7 @@ def _training(case: Case, world: World, trainer: Trainer) -> Outcome:
     batch = batch_of(case).shard(world.cp_rank, case.parallel.cp)
     measure = None if case.stage == "sft" else policy_metrics
     taken = []
-    for count in (1,) if case.once else (1, 1, 2):
+    for count in case.steps:
         live = dry.MEMORY.live
         dry.RECORD.taken()
         dry.MEMORY.reset_peak()
@@ -212,9 +212,9 @@ def _training(case: Case, world: World, trainer: Trainer) -> Outcome:
         taken.append(dry.RECORD.taken())
         # Outputs of the last step are still referred to by cycles.
         gc.collect()
-    parts = {"step": taken[0]}
-    if not case.once:
-        parts["step"], parts["micro-batch"] = _difference(taken[1], taken[2])
+    parts = {"step": taken[-1]}
+    if len(taken) > 2:
+        parts["step"], parts["micro-batch"] = _difference(*taken[-2:])
     peak, at_peak = dry.MEMORY.peak, dry.MEMORY.at_peak()
     if case.stage != "sft":
         token_logprobs(world, trainer.config, trainer.chunks, [batch])

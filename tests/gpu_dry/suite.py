@@ -131,7 +131,7 @@ def _nano_context() -> Iterator[Case]:
             tokens=NANO_TOKENS,
             accelerators=FLA,
             engine=EngineConfig(recompute=True),
-            once=True,
+            steps=(1, 1),
         )
 
 
@@ -161,7 +161,7 @@ def _recipes() -> Iterator[Case]:
                 tokens=recipe.data.capacity if isinstance(recipe, SftRecipe) else recipe.capacity,
                 engine=recipe.engine,
                 accelerators=FLA,
-                once=True,
+                steps=(1,),
             )
 
 

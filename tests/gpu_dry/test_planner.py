@@ -28,7 +28,7 @@ def job_of(case: Case, document: int) -> Job:
         moe=MoeTrainingConfig(),
         optimizer=OptimizerConfig(),
         capacity=case.tokens,
-        sequences_per_step=case.parallel.data_parallel(case.world) * (1 if case.once else 2),
+        sequences_per_step=case.parallel.data_parallel(case.world) * max(case.steps),
         gpu=GPUS["h100"],
         world_size=case.world,
         document=document,

@@ -36,7 +36,7 @@ from nemocascade.plan.search import (
     price,
 )
 from nemocascade.plan.summary import PlanSettings, plan_recipe
-from nemocascade.plan.tables import rows
+from nemocascade.plan.tables import memory_rows, rows
 from nemocascade.plan.timing import StepModel
 from nemocascade.recipe import (
     EngineConfig,
@@ -299,7 +299,23 @@ def test_the_report_is_readable_and_names_what_does_not_fit() -> None:
     assert worst_rank(job_of(256)).parameters / GIB < 8
 
 
-def test_the_documentation_holds_the_planners_numbers() -> None:
+@pytest.mark.parametrize(
+    ("gpu", "ranks"),
+    [
+        ("h200", (8, 16)),
+        ("h100", (8,)),
+        pytest.param("h200", (64, 256, 1024), marks=pytest.mark.slow),
+        pytest.param("h100", (16, 64, 256, 1024), marks=pytest.mark.slow),
+    ],
+)
+def test_the_documentation_holds_the_planners_numbers(gpu: str, ranks: tuple[int, ...]) -> None:
     text = (RECIPES.parent / "docs" / "parallelism.md").read_text(encoding="utf-8")
-    missing = [line for line in rows("h200", (8,)) if line not in text]
+    # The tables have the same rows where nothing fits.
+    table = text.partition(f"\n{gpu.upper()}:\n")[2].partition("00:\n")[0]
+    missing = [line for line in rows(gpu, ranks) if line not in table]
     assert not missing, "run python -m nemocascade.plan.tables h200 h100 and mend the page"
+
+
+def test_the_documentation_holds_the_memory_of_layouts() -> None:
+    text = (RECIPES.parent / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    assert [line for line in memory_rows() if f"{line}\n" not in text] == []
