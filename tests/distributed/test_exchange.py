@@ -218,18 +218,23 @@ def encode_a_share() -> dict[str, Any]:
     from nemocascade.data.chat_template import encode
     from nemocascade.megatron.world import start_world
     from nemocascade.recipe import EngineConfig, ParallelConfig, RolloutConfig
-    from nemocascade.rl import prompts as module
+    from nemocascade.rl.prompts import encode_prompts
     from nemocascade.types import Message, Prompt
+
+    calls = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return encode(*arguments)
 
     world = start_world(ParallelConfig(), EngineConfig(precision="fp32"))
     prompts = [
         Prompt(str(n), "math", (Message("user", "say " * (n % 60)),), {}, source=f"rows:{n}")
         for n in range(101)
     ]
-    real, calls = encode, list[int]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "encode", lambda *a: calls.append(1) or real(*a))  # type: ignore[func-returns-value]
-        found = module.encode_prompts(
+        patch.setattr("nemocascade.rl.prompts.encode", counted)
+        found = encode_prompts(
             prompts, sentencepiece_tokenizer(), RolloutConfig(max_prompt_tokens=80), world
         )
     world.close()
