@@ -100,6 +100,7 @@ def test_the_chance_of_a_candidate_falls_with_equal_rewards() -> None:
         limits.append(drawing.limit)
     assert limits == sorted(limits)
     assert limits[0] == 6  # 4 / 0.75
+    assert limits[4] == 8  # four candidates of 0.41, and 0.75 each
     assert limits[-1] > 9
 
 
