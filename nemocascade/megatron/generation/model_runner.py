@@ -76,21 +76,16 @@ class ModelRunner:
 
     def _new_graphs(self) -> DecodeGraphs:
         """Graphs of this rank's part of a step."""
-        tp = self.world.parallel.tp
         rows = self._padded(self.slots)
-        self._inbox = torch.zeros(
-            rows // tp,
-            self.config.hidden_size,
-            dtype=self.config.params_dtype,
-            device=self.world.device,
-        )
-        """Hidden states [n/tp, H] from the stage before, read by the graphs."""
+        if not self.chunks[0].pre_process:
+            self._inbox = self._empty_hidden(rows).zero_()
+            """Hidden states [n/tp, H] from the stage before, which the graphs read."""
         return DecodeGraphs(
             self._captured_step,
             most_rows=rows,
             spare=self.slots,
             device=self.world.device,
-            multiple=tp,
+            multiple=self.world.parallel.tp,
         )
 
     def refresh(self) -> None:
@@ -314,17 +309,11 @@ class ModelRunner:
         them back to the first.
         """
         hidden: Tensor | None = None
-        rows = tokens.numel() // self.world.parallel.tp
         for chunk, layers in zip(self.chunks, self._layers, strict=True):
             if chunk.pre_process:
                 hidden = self._embed(chunk, tokens)
             elif self.world.parallel.pp > 1:
-                hidden = torch.empty(
-                    rows,
-                    self.config.hidden_size,
-                    dtype=self.config.params_dtype,
-                    device=self.world.device,
-                )
+                hidden = self._empty_hidden(tokens.numel())
                 self._receive(hidden)
             assert hidden is not None
             for layer in layers:
@@ -348,6 +337,15 @@ class ModelRunner:
         group, pp = self.world.groups.pp, self.world.parallel.pp
         to = dist.get_global_rank(group, (self.world.pp_rank + 1) % pp)
         dist.send(hidden.contiguous(), to, group=group)
+
+    def _empty_hidden(self, rows: int) -> Tensor:
+        """[rows/tp, H], without values."""
+        return torch.empty(
+            rows // self.world.parallel.tp,
+            self.config.hidden_size,
+            dtype=self.config.params_dtype,
+            device=self.world.device,
+        )
 
     def _receive(self, hidden: Tensor) -> None:
         """Receive hidden states from the stage before into `hidden`."""
