@@ -97,7 +97,14 @@ def run_case(
     replica = None
     if not shares_weights(world, rollout_world):
         replica = Replica(
-            world, trainer.modules, rollout_world, model, engine_config, Accelerators()
+            world,
+            trainer.modules,
+            rollout_world,
+            model,
+            engine_config,
+            Accelerators(),
+            # Some tensors need several buckets, others share one.
+            bucket_bytes=20_000 if offload else 1 << 28,
         )
     memory = TrainingMemory(trainer.chunks, trainer.optimizer, world.device)
     engine = LiveEngine(
@@ -128,7 +135,7 @@ def run_case(
         restored = trainer.optimizer.state_tensors()
         if len(state) != len(restored) or not all(map(torch.equal, state, restored)):
             faults.append("the optimizer's state has changed")
-        texts = {}
+        texts: dict[int, Any] = {}
         for part in world.all_gather_object(
             {c.request.id: [c.tokens.tolist(), c.logprob.tolist()] for c in done}
         ):
@@ -265,14 +272,14 @@ def expected(folder: str) -> dict[str, Any]:
 def run_cases(cases: dict[str, Any], folder: str) -> dict[str, Any]:
     """The cases of some ranks; every other one offloads training's memory."""
     return {
-        name: run_case(*case, folder, offload=number % 2 == 0)
-        for number, (name, case) in enumerate(cases.items())
+        name: run_case(shape, training, generation, folder, offload=number % 2 == 0)
+        for number, (name, (shape, training, generation)) in enumerate(cases.items())
     }
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """Of every case, what each rank found; `even`, `tied` and `swiglu` are one process."""
+    """Findings of each rank, by case; `even`, `tied` and `swiglu` are one process."""
     folder = str(tmp_path_factory.mktemp("layouts"))
     [one] = run_ranks(expected, 1, {"folder": folder})
     found = {shape: [one[shape]] for shape in SHAPES}
