@@ -117,8 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
         for added in (border, 0.0):
             slowest, mean = packs(lengths, CP, added)
             static = lockstep_cost(slowest, DP) * float(slowest.sum()) * CP / ideal
-            costs.append((slowest.sum() / mean.sum(), lockstep_cost(slowest, DP), static))
-            costs[-1] += (dynamic_cost(lengths, added, ideal),)
+            between, dynamic = lockstep_cost(slowest, DP), dynamic_cost(lengths, added, ideal)
+            costs.append((slowest.sum() / mean.sum(), between, static, dynamic))
         (ranks, between, static, dynamic), (_, _, plain, free) = costs
         long = lengths[lengths > ROWS].sum() / lengths.sum()
         print(

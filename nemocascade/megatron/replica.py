@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemocascade.megatron.checkpoint.resharding import Resharding
+from nemocascade.megatron.checkpoint.resharding import BUCKET_BYTES, Resharding
 from nemocascade.megatron.checkpoint.state import model_parts
 from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.model import CascadeModel, build_model
@@ -25,8 +25,9 @@ from nemocascade.runtime.world import World
 class Replica:
     """The model in the layout of `rollout_world`, without gradients; `chunks` are its chunks.
 
-    world, source: the training layout and its chunks, bare or wrapped. Every rank makes the object.
-    The model is built without initial values.
+    world, source: the training layout and its chunks, bare or wrapped. bucket_bytes: of the tensors
+    that the ranks exchange at a time. Every rank makes the object. The model is built without
+    values, and its memory is not allocated before `load`.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class Replica:
         shape: ModelConfig,
         engine: EngineConfig,
         accelerators: Accelerators,
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.world = world
         config = make_config(shape, rollout_world.parallel, engine, MoeTrainingConfig(), seed=0)
@@ -45,12 +48,12 @@ class Replica:
         with torch.device("meta"):
             self.chunks: list[CascadeModel] = build_model(rollout_world, config, accelerators)
         for chunk in self.chunks:
-            _materialise(chunk, world.device)
+            # Host memory that is never written costs nothing; parts are found by their addresses.
+            chunk.to_empty(device="cpu").requires_grad_(False)
         parts = model_parts(self.chunks, rollout_world)
-        self._storages = [(s, s.nbytes()) for s in _storages([part.owner for part in parts])]
-        self._resharding = Resharding(world, model_parts(source, world), parts)
+        self._storages = _on_device(self.chunks, [part.owner for part in parts], world.device)
+        self._resharding = Resharding(world, model_parts(source, world), parts, bucket_bytes)
         self._connected = False
-        self.free()
 
     def load(self) -> None:
         """Allocate the memory and copy the current training weights; every rank calls it."""
@@ -121,15 +124,25 @@ class TrainingMemory:
             torch.cuda.synchronize(self._device)
 
 
-def _materialise(chunk: torch.nn.Module, device: torch.device) -> None:
-    """Move a module from the meta device; buffers that are not stored are zero."""
-    for module in chunk.modules():
-        module.to_empty(device=device, recurse=False)
-        stored = set(module.state_dict(keep_vars=True))
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in stored:
-                buffer.zero_()
-    chunk.requires_grad_(False)
+def _on_device(
+    chunks: Sequence[torch.nn.Module], owners: Sequence[Tensor], device: torch.device
+) -> list[tuple[torch.UntypedStorage, int]]:
+    """Move a model to `device`: `owners` without memory, and other buffers as zeros.
+
+    Returns the storages of `owners` with the bytes that they need.
+    """
+    freed: dict[int, tuple[torch.UntypedStorage, int]] = {}
+    for owner in owners:
+        if id(owner) not in freed:
+            owner.data = torch.empty_like(owner.data, device=device)
+            storage = owner.untyped_storage()
+            freed[id(owner)] = storage, storage.nbytes()
+            storage.resize_(0)
+    for chunk in chunks:
+        for buffer in chunk.buffers():
+            if id(buffer) not in freed:
+                buffer.data = torch.zeros_like(buffer.data, device=device)
+    return list(freed.values())
 
 
 def _storages(tensors: Sequence[Tensor]) -> list[torch.UntypedStorage]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from nemocascade.recipe import (
     MoeTrainingConfig,
     OptimizerConfig,
     ParallelConfig,
+    RolloutParallelConfig,
 )
 
 
@@ -25,10 +26,14 @@ class RolloutLoad:
     """Rollouts on the training ranks: concurrent sequences over the whole world, and their length.
 
     Attention caches keys and values of every token; a Mamba layer keeps one state a sequence.
+    parallel: layout of generation. offload: gradients and optimizer state are not on the device
+    meanwhile.
     """
 
     sequences: int = 0
     length: int = 0
+    parallel: RolloutParallelConfig = field(default_factory=RolloutParallelConfig)
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,11 +143,12 @@ def job_of_recipe(
         known |= {n: getattr(recipe.data, n) for n in ("capacity", "sequences_per_step")}
     else:
         r, dp = recipe.rollout, max(1, recipe.parallel.data_parallel(world_size))
+        replicas = max(1, r.parallel.layout(recipe.parallel).data_parallel(world_size))
         longest = r.max_prompt_tokens + r.max_response_tokens
         episodes = r.prompts_per_step * r.rollouts_per_prompt
         packs = -(-episodes * longest // recipe.capacity // dp) * dp
         known |= {"capacity": recipe.capacity, "sequences_per_step": max(dp, packs)}
-        known["rollout"] = RolloutLoad(r.slots * dp * recipe.parallel.cp, longest)
+        known["rollout"] = RolloutLoad(r.slots * replicas, longest, r.parallel, r.offload)
     return Job(**known | options)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemocascade.plan.activations import Activations, in_flight
 from nemocascade.plan.job import Job
 from nemocascade.plan.parameters import Place, place_of, stage_chunks
+from nemocascade.recipe import ParallelConfig
 
 GIB = float(1 << 30)
 # CUDA context, NCCL buffers of each communicator, and library workspaces.
@@ -18,7 +19,9 @@ class Memory:
     """Bytes of one rank, by purpose.
 
     activations: kept between forward and backward. peak: in addition, in one layer's backward, or
-    in the LM head while its logits exist, whichever is more. other: context and communication.
+    in the LM head while its logits exist, whichever is more. rollout: what generation allocates
+    and frees again. offloaded: part of gradients and optimizer that is not on the device then.
+    other: context and communication.
     """
 
     place: Place
@@ -30,13 +33,14 @@ class Memory:
     peak: float
     teachers: float
     rollout: float
+    offloaded: float
     other: float
 
     @property
     def total(self) -> float:
         """Peak bytes of the rank; rollout and training alternate."""
         standing = self.parameters + self.gradients + self.optimizer + self.buffers
-        step = max(self.activations + self.peak, self.rollout)
+        step = max(self.activations + self.peak, self.rollout - self.offloaded)
         return standing + self.teachers + step + self.other
 
     def table(self) -> list[tuple[str, float]]:
@@ -49,7 +53,7 @@ class Memory:
             ("activations", self.activations),
             ("largest layer or LM head", self.peak),
             ("teachers", self.teachers),
-            ("rollout caches (instead of activations)", self.rollout),
+            ("rollout caches and weights (instead of activations)", self.rollout),
             ("context, communication", self.other),
         )
         return [(name, value / GIB) for name, value in names if value]
@@ -82,21 +86,38 @@ def stage_memory(job: Job, place: Place) -> Memory:
         activations=activations,
         peak=peak,
         teachers=float(job.teachers * state.parameters),
-        rollout=_rollout(job, layers),
+        rollout=_rollout(job, place),
+        offloaded=state.gradients + state.optimizer if job.rollout.offload else 0.0,
         other=_FIXED if job.on_gpu else 0.0,
     )
 
 
-def _rollout(job: Job, layers: str) -> float:
-    """Bytes of the KV cache and Mamba states of the sequences that a rank generates."""
-    sequences = -(-job.rollout.sequences // job.replicas)
-    m, tp = job.model, job.parallel.tp
+def _rollout(job: Job, place: Place) -> float:
+    """Bytes that generation allocates on the rank at `place` of the training layout: the KV cache
+    and Mamba states of its sequences, and a copy of the weights in a layout of its own."""
+    if not job.rollout.sequences:
+        return 0.0
+    own = job.rollout.parallel.layout(job.parallel)
+    if own == replace(job.parallel, cp=1):
+        return _caches(job, own, place.pp)
+    there = replace(job, parallel=own)
+    return max(
+        _caches(job, own, stage) + there.state(Place(stage, 0, 0)).parameters
+        for stage in range(own.pp)
+    )
+
+
+def _caches(job: Job, parallel: ParallelConfig, stage: int) -> float:
+    """Bytes of the caches of a rank's sequences, on a pipeline stage of a generation layout."""
+    sequences = -(-job.rollout.sequences // max(1, parallel.data_parallel(job.world_size)))
+    layers = "".join(stage_chunks(job.model, parallel, stage))
+    m, tp = job.model, parallel.tp
     width = 2 if job.engine.precision == "bf16" else 4
     token = 2 * max(m.num_kv_heads / tp, 1.0) * m.head_dim * width
     state = (m.mamba_inner * m.mamba_state * 4 + m.mamba_channels * (m.mamba_conv - 1) * width) / tp
     each = layers.count("*") * token * job.rollout.length + layers.count("M") * state
     # Two more slots: one for padding rows, one for a prompt that is shared by its continuations.
-    return (sequences + 2) * each if sequences else 0.0
+    return (sequences + 2) * each
 
 
 def worst_rank(job: Job) -> Memory:

@@ -25,7 +25,7 @@ TELL_S = 1.0
 
 
 class _Pass(NamedTuple):
-    """What the ranks that share experts do next: the largest value of each.
+    """The next pass of the ranks that share experts: the largest value of each.
 
     is_prefill, is_decode: a prefill can run, a sequence decodes. is_unfinished: anything is left to
     do. rows: number of decoding sequences. longest: cached tokens of one, and the next. context:

@@ -25,6 +25,7 @@ from nemocascade.rl.win_rate import start_answers
 from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.factory import open_engine
 from nemocascade.rollout.live import LiveEngine
+from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World, main_first, world_size_of_environment
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import stage_world, write_recipe
@@ -128,6 +129,7 @@ def _open_policy(
     layout = recipe.rollout.parallel.layout(recipe.parallel)
     rollout_world, replica = generation_world(world, layout, recipe.engine), None
     if not shares_weights(world, rollout_world):
+        LOGGER.info("rollouts: %s", rollout_world.describe())
         replica = Replica(world, trainer.modules, rollout_world, model, recipe.engine, accelerators)
     engine = open_engine(
         world,

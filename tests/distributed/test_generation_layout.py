@@ -97,7 +97,14 @@ def run_case(
     replica = None
     if not shares_weights(world, rollout_world):
         replica = Replica(
-            world, trainer.modules, rollout_world, model, engine_config, Accelerators()
+            world,
+            trainer.modules,
+            rollout_world,
+            model,
+            engine_config,
+            Accelerators(),
+            # Some tensors need several buckets, others share one.
+            bucket_bytes=20_000 if offload else 1 << 28,
         )
     memory = TrainingMemory(trainer.chunks, trainer.optimizer, world.device)
     engine = LiveEngine(
@@ -273,7 +280,7 @@ def run_cases(cases: dict[str, Any], folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """Of every case, what each rank found; `even`, `tied` and `swiglu` are one process."""
+    """Findings of each rank, by case; `even`, `tied` and `swiglu` are one process."""
     folder = str(tmp_path_factory.mktemp("layouts"))
     [one] = run_ranks(expected, 1, {"folder": folder})
     found = {shape: [one[shape]] for shape in SHAPES}

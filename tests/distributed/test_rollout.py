@@ -22,17 +22,23 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 TOLERANCE = 1e-4  # of a log-probability
 # At the end of a run's name: prompts and answers are read five tokens at a time.
 PIECES = ", in pieces"
+# Decode steps are captured.
+GRAPHS = ", captured"
+CAPTURED = ("TP2", "PP2", "EP2", "TP2 EP2")
 
 Found = dict[str, list[Any]]
 
 
 def generate_each(layouts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Found]]:
     """Texts that each layout generates, by request, with an environment and without."""
-    return {name: generate(parallel) for name, parallel in layouts.items()}
+    return {
+        name: generate(parallel, captured=name in CAPTURED) for name, parallel in layouts.items()
+    }
 
 
-def generate(parallel: dict[str, Any]) -> dict[str, Found]:
+def generate(parallel: dict[str, Any], *, captured: bool) -> dict[str, Found]:
     """Tokens, log-probabilities and turns of this rank's requests."""
+    from helpers.cuda_graphs import install
     from helpers.rollout import EVEN, draw_tokens, make_model
 
     from nemocascade.megatron.world import generation_world, start_world
@@ -60,21 +66,27 @@ def generate(parallel: dict[str, Any]) -> dict[str, Found]:
         "environment": (Sampling(max_tokens=40, seed=4, stop_tokens=stop), respond_after(2)),
     }
     runs |= {f"{name}{PIECES}": run for name, run in runs.items() if name != "truncated"}
+    if captured:
+        runs[f"environment{GRAPHS}"] = runs["environment"]
     engines = {
+        GRAPHS: with_graphs(LiveEngine(rollouts, chunks, slots=4)),
         PIECES: LiveEngine(rollouts, chunks, slots=4, prefill_chunk=5, record_routing=True),
         "": LiveEngine(rollouts, chunks, slots=4),
     }
     results: dict[str, Found] = {}
     asked: list[int] = []
+    captures = install(setattr)
     for name, (sampling, answer) in runs.items():
         respond = None if answer is None else counted(answer, asked)
-        engine = engines[PIECES if name.endswith(PIECES) else ""]
+        engine = next(e for end, e in engines.items() if name.endswith(end))
         found: Found = {}
         for c in engine.run(mine, sampling, respond):
             assert isinstance(c, Completion)
             routed = None if c.routing is None else c.routing.flatten(1).tolist()
             found[str(c.request.id)] = [c.response, c.logprob.tolist(), c.turns, routed]
         results[name] = found
+        if name.endswith(GRAPHS):
+            assert captures.captured
     world.barrier()
     assert asked, "every rank answers a share of the calls"
     return results
@@ -87,6 +99,16 @@ def counted(answer: Any, asked: list[int]) -> Any:
         return found
 
     return respond
+
+
+def with_graphs(engine: Any) -> Any:
+    """The engine with captured decode steps, which a CPU has not."""
+    from nemocascade.megatron.generation.model_runner import ModelRunner
+
+    runner = ModelRunner(engine.world, engine.chunks, engine.limits.slots + 1)
+    runner._graphs = runner._new_graphs()
+    engine._model = runner
+    return engine
 
 
 def respond_after(turns: int) -> Any:
@@ -132,6 +154,16 @@ def test_layout_generates_the_same(name: str, results: dict[str, dict[str, Found
             assert routed is None or found[request][3] == routed
             errors = [abs(a - b) for a, b in zip(found[request][1], logprobs, strict=True)]
             assert max(errors) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_captured_steps_generate_the_same(name: str, results: dict[str, dict[str, Found]]) -> None:
+    """Ranks that exchange rows capture together, or the run would not end."""
+    for request, (tokens, logprobs, turns, _) in results["one"]["environment"].items():
+        found = results[name][f"environment{GRAPHS}"][request]
+        assert (found[0], found[2]) == (tokens, turns)
+        errors = [abs(a - b) for a, b in zip(found[1], logprobs, strict=True)]
+        assert max(errors) < TOLERANCE
 
 
 def test_pieces_give_the_texts_of_the_whole(results: dict[str, dict[str, Found]]) -> None:

@@ -47,7 +47,7 @@ def chunks(world: World) -> list[CascadeModel]:
 def states_of(model: ModelRunner, slot: int, length: int) -> list[Tensor]:
     """Everything that the layers hold of a slot with so many tokens."""
     found = []
-    for layer in model._each_layer():
+    for layer in model._pipeline.layers:
         for name in ("conv", "ssm", "keys", "values"):
             if hasattr(layer, name):
                 state = getattr(layer, name)[slot]
@@ -143,7 +143,7 @@ def test_a_piece_goes_on_after_steps(world: World, chunks: list[CascadeModel]) -
     text = draw_tokens(ODD.vocab_size, 120, seed=1)
     expected = full_logits(chunks, text)
     model.prefill([text[:100]], [[0, 4]])
-    for layer in model._each_layer():
+    for layer in model._pipeline.layers:
         for name in ("conv", "ssm", "keys", "values"):
             if hasattr(layer, name):
                 getattr(layer, name)[torch.tensor([0, 4])] = float("nan")

@@ -34,7 +34,7 @@ def read_prompt(length: int, piece: int) -> None:
     model.prefill([text[:64]], [[0]])
     model.prefill([text[:64]], [[0]], [64])
     model.reserve(length)
-    for layer in model._each_layer():
+    for layer in model._pipeline.layers:
         for name in ("keys", "values"):
             if hasattr(layer, name):
                 getattr(layer, name).fill_(0)  # pages that are written are there

@@ -17,6 +17,7 @@ from nemocascade.megatron.fake import build_on_meta, fake_world
 from nemocascade.megatron.groups import group_ranks
 from nemocascade.megatron.model import build_model
 from nemocascade.megatron.optimizer import Optimizer, wrap_ddp
+from nemocascade.megatron.parameters import count_parameters
 from nemocascade.plan.gpus import GPUS, find_gpu
 from nemocascade.plan.job import Job, RolloutLoad, job_of_recipe
 from nemocascade.plan.memory import GIB, every_rank, worst_rank
@@ -44,6 +45,7 @@ from nemocascade.recipe import (
     MoeTrainingConfig,
     OptimizerConfig,
     ParallelConfig,
+    RolloutParallelConfig,
     SftRecipe,
     load_recipe,
     nemotron3_nano_30b,
@@ -231,7 +233,17 @@ def test_memory_moves_the_right_way() -> None:
     kept = replace(base, engine=replace(base.engine, recompute=False))
     assert worst_rank(kept).total > 2 * total
     rollout = replace(base, rollout=RolloutLoad(sequences=4096, length=262_144))
-    assert worst_rank(rollout).rollout > 0
+    cached = worst_rank(rollout).rollout
+    assert cached > 0
+    # A replica on one rank: all weights, bf16, beside the caches of 4096 / 256 sequences.
+    alone = RolloutParallelConfig(tp=1, pp=1, ep=1)
+    small = RolloutLoad(sequences=256, length=64, parallel=alone)
+    copied = worst_rank(replace(base, rollout=small))
+    weights = 2 * count_parameters(nemotron3_nano_30b()).total
+    assert weights < copied.rollout < 1.1 * weights
+    away = worst_rank(replace(base, rollout=replace(small, offload=True)))
+    assert away.offloaded == away.gradients + away.optimizer > 0
+    assert away.total < copied.total
     assert (
         price(replace(base, capacity=131_072)).memory.activations < price(base).memory.activations
     )

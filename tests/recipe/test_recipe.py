@@ -23,6 +23,8 @@ from nemocascade.recipe import (
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
+    RolloutParallelConfig,
+    RolloutServerConfig,
     SftRecipe,
     TeacherConfig,
     nemotron3_nano_30b,
@@ -226,3 +228,36 @@ def test_illegal_settings_stop_before_a_process_group() -> None:
 def test_model_config_defaults_are_legal() -> None:
     assert ModelConfig().problems() == []
     assert not math.isnan(ModelConfig().norm_eps)
+
+
+def test_a_generation_layout_keeps_the_rules() -> None:
+    """By default it is training's; its problems name its own settings."""
+    training = ParallelConfig(tp=2, pp=2, vpp=2, ep=2, etp=2)
+    same = RolloutParallelConfig()
+    assert same.layout(training) == training
+    assert same.problems(training, tiny(), 8) == []
+    assert same.layout(replace(training, cp=2)) == training
+    own = RolloutParallelConfig(tp=1).layout(training)
+    assert own == ParallelConfig(tp=1, pp=2, ep=2)
+    assert RolloutParallelConfig(tp=2, ep=2).layout(replace(training, etp=1)) == replace(
+        training, etp=1
+    )
+    for bad, part in (
+        (RolloutParallelConfig(tp=3), "world of 8 ranks"),
+        (RolloutParallelConfig(ep=16), "world of 8 ranks"),
+        (RolloutParallelConfig(pp=8, ep=1, tp=1), ""),
+    ):
+        for problem in bad.problems(training, tiny(), 8):
+            assert part in problem
+            assert problem.startswith("rollout.parallel: ")
+            assert " --parallel" not in problem
+    assert RolloutParallelConfig(tp=3).problems(training, tiny(), 8)
+
+
+def test_servers_have_no_generation_layout() -> None:
+    server = RolloutServerConfig(urls=("http://host:1",))
+    found = RolloutConfig(
+        engine="server", server=server, parallel=RolloutParallelConfig(tp=2), offload=True
+    ).problems()
+    assert any("rollout.parallel(tp 2, pp 0, ep 0)" in problem for problem in found)
+    assert any("rollout.offload(True)" in problem for problem in found)

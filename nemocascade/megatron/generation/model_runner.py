@@ -9,21 +9,20 @@ Shape letters: n rows of a step, H hidden size, V vocabulary, tp tensor-parallel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from nemocascade_kernels import Truncation, decode_steps, kept_log_mass, kept_tokens
 from nemocascade_kernels.common.transfer import to_device
 from torch import Tensor
 
-from nemocascade.megatron.generation.cached_layers import slot_layer
 from nemocascade.megatron.generation.decode_graph import DecodeGraphs
 from nemocascade.megatron.generation.layers import DecodeStep, SlotLayer
-from nemocascade.megatron.generation.rows import gather_rows, reduce_scatter_rows
+from nemocascade.megatron.generation.pipeline import Pipeline
+from nemocascade.megatron.generation.rows import gather_rows
 from nemocascade.megatron.generation.slot_assignment import SlotAssignment
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel
@@ -33,8 +32,6 @@ from nemocascade.types import Document, pack_documents
 
 # Caches are allocated for at least this many tokens.
 LEAST_CONTEXT = 256
-
-LayerCall = Callable[[SlotLayer, Tensor], Tensor]
 
 
 class ModelRunner:
@@ -65,9 +62,7 @@ class ModelRunner:
         """Maximum tokens of a sequence in this run, a limit for `reserve`; 0: unknown."""
         self.most_rows = 0
         """Maximum rows of a decode step in this run; 0: the number of slots."""
-        self._layers: list[list[SlotLayer]] = [
-            [slot_layer(block, slots) for block in chunk.decoder.layers] for chunk in chunks
-        ]
+        self._pipeline = Pipeline(world, chunks, slots)
         self.record_routing, self.choices = record_routing, None
         self._graphs: DecodeGraphs | None = None
         # Interleaved chunks send within a step, which a graph does not contain.
@@ -76,21 +71,16 @@ class ModelRunner:
 
     def _new_graphs(self) -> DecodeGraphs:
         """Graphs of this rank's part of a step."""
-        tp = self.world.parallel.tp
         rows = self._padded(self.slots)
-        self._inbox = torch.zeros(
-            rows // tp,
-            self.config.hidden_size,
-            dtype=self.config.params_dtype,
-            device=self.world.device,
-        )
-        """Hidden states [n/tp, H] from the stage before, read by the graphs."""
+        if not self.chunks[0].pre_process:
+            self._inbox = self._pipeline.empty_hidden(rows).zero_()
+            """Hidden states [n/tp, H] from the stage before, which the graphs read."""
         return DecodeGraphs(
             self._captured_step,
             most_rows=rows,
             spare=self.slots,
             device=self.world.device,
-            multiple=tp,
+            multiple=self.world.parallel.tp,
         )
 
     def refresh(self) -> None:
@@ -99,7 +89,7 @@ class ModelRunner:
             chunk.eval()
         self._drop_graphs()
         with torch.no_grad():
-            for layer in self._each_layer():
+            for layer in self._pipeline.layers:
                 layer.refresh()
         # At any model precision, draws use float32 logits.
         self._draws = decode_steps(torch.empty(0, device=self.world.device))
@@ -136,7 +126,7 @@ class ModelRunner:
         """Allocate caches for sequences of `context` tokens, and no more."""
         if context > self.context:
             self.context = context
-            for layer in self._each_layer():
+            for layer in self._pipeline.layers:
                 layer.reserve(context)
             self._drop_graphs()
 
@@ -175,7 +165,7 @@ class ModelRunner:
             return layer.prefill(hidden.unsqueeze(1), packed, assignment).squeeze(1)
 
         assert packed.batch is not None
-        hidden = self._through(packed.batch.tokens, read)
+        hidden = self._pipeline.run(packed.batch.tokens, read)
         self._record_choices(recorder)
         if hidden is None:
             return None
@@ -220,7 +210,7 @@ class ModelRunner:
             slots = torch.nn.functional.pad(slots, (0, spare), value=self.slots)
         recorder = self._recorder(tokens.numel())
         step = DecodeStep(slots, positions, longest, real, self.slots, recorder)
-        hidden = self._through(tokens, lambda layer, hidden: layer.step(hidden, step))
+        hidden = self._pipeline.run(tokens, lambda layer, hidden: layer.step(hidden, step))
         self._record_choices(recorder)
         return None if hidden is None else self._logits(hidden, None)[:real]
 
@@ -233,11 +223,11 @@ class ModelRunner:
         self.reserve(self._graphs.rounded_length(longest))
         if not chunk.pre_process:
             count = self._graphs.rounded_rows(max(real, rows)) // self.world.parallel.tp
-            self._receive(self._inbox[:count])
+            self._pipeline.receive(self._inbox[:count])
         out = self._graphs.step(tokens, slots, positions, longest, self.most_rows, rows)
         if chunk.post_process:
             return out[:real]
-        self._send(out)
+        self._pipeline.send(out)
         return None
 
     def _captured_step(
@@ -245,16 +235,12 @@ class ModelRunner:
     ) -> Tensor:
         """This rank's part of a step for a graph, in which the host does not know the number of
         real rows."""
-        step, [chunk], [layers] = (
-            DecodeStep(slots, positions, longest, None, self.slots),
-            self.chunks,
-            self._layers,
-        )
+        step, [chunk] = DecodeStep(slots, positions, longest, None, self.slots), self.chunks
         if chunk.pre_process:
-            hidden = self._embed(chunk, tokens)
+            hidden = self._pipeline.embed(tokens)
         else:
             hidden = self._inbox[: tokens.numel() // self.world.parallel.tp]
-        for layer in layers:
+        for layer in self._pipeline.layers:
             hidden = layer.step(hidden, step)
         return self._logits(hidden, None) if chunk.post_process else hidden
 
@@ -262,7 +248,7 @@ class ModelRunner:
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the state of `source`, of `length` cached tokens, to the slots `targets`."""
         [index] = to_device([torch.tensor(targets, dtype=torch.int64)], self.world.device)
-        for layer in self._each_layer():
+        for layer in self._pipeline.layers:
             layer.copy(source, index, length)
 
     @torch.no_grad()
@@ -291,9 +277,6 @@ class ModelRunner:
             logprobs = logprobs - kept_log_mass(logits, scale, kept)
         return tokens, logprobs
 
-    def _each_layer(self) -> list[SlotLayer]:
-        return [layer for layers in self._layers for layer in layers]
-
     def _padded(self, rows: int) -> int:
         """`rows` rounded up, so that tensor-parallel ranks share them equally."""
         tp = self.world.parallel.tp
@@ -306,53 +289,6 @@ class ModelRunner:
 
     def _record_choices(self, recorder: RouteRecorder | None) -> None:
         self.choices = None if recorder is None else recorder.gathered(self.world.groups)
-
-    def _through(self, tokens: Tensor, apply: LayerCall) -> Tensor | None:
-        """Hidden states [T/tp, H] after the last layer on the last stage, None on the others.
-
-        Stages send them in the order of the chunks: with interleaved chunks, the last stage sends
-        them back to the first.
-        """
-        hidden: Tensor | None = None
-        rows = tokens.numel() // self.world.parallel.tp
-        for chunk, layers in zip(self.chunks, self._layers, strict=True):
-            if chunk.pre_process:
-                hidden = self._embed(chunk, tokens)
-            elif self.world.parallel.pp > 1:
-                hidden = torch.empty(
-                    rows,
-                    self.config.hidden_size,
-                    dtype=self.config.params_dtype,
-                    device=self.world.device,
-                )
-                self._receive(hidden)
-            assert hidden is not None
-            for layer in layers:
-                hidden = apply(layer, hidden)
-            if chunk.post_process:
-                return hidden
-            self._send(hidden)
-        return None
-
-    def _embed(self, chunk: CascadeModel, tokens: Tensor) -> Tensor:
-        """Embeddings [T/tp, H] of tokens [T]."""
-        weight, group = chunk.embedding.word_embeddings.weight, self.world.groups.tp
-        if group.size() == 1:
-            return torch.nn.functional.embedding(tokens, weight)
-        local = tokens.long() - group.rank() * weight.shape[0]
-        is_mine = (local >= 0) & (local < weight.shape[0])
-        found = torch.nn.functional.embedding(torch.where(is_mine, local, 0), weight)
-        return reduce_scatter_rows(torch.where(is_mine[:, None], found, 0.0), group)
-
-    def _send(self, hidden: Tensor) -> None:
-        group, pp = self.world.groups.pp, self.world.parallel.pp
-        to = dist.get_global_rank(group, (self.world.pp_rank + 1) % pp)
-        dist.send(hidden.contiguous(), to, group=group)
-
-    def _receive(self, hidden: Tensor) -> None:
-        """Receive hidden states from the stage before into `hidden`."""
-        group, pp = self.world.groups.pp, self.world.parallel.pp
-        dist.recv(hidden, dist.get_global_rank(group, (self.world.pp_rank - 1) % pp), group=group)
 
     def _logits(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
         """Logits [n, V] of the chosen rows, bit-identical on all tensor-parallel ranks."""
