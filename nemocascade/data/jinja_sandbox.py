@@ -32,7 +32,7 @@ MAX_SOURCE = 1 << 20
 """Characters of a template."""
 MAX_CHARACTERS = 1 << 29
 """Characters and list entries that one rendering may produce, intermediate values included."""
-MAX_SECONDS = 30.0
+MAX_SECONDS = 5.0
 """CPU time of one rendering."""
 MAX_NUMBER = 100_000
 """Largest number that a template may pass to a function, such as a width or a count."""

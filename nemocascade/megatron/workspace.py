@@ -34,6 +34,17 @@ def mixer_sizes(model: ModelConfig, tp: int) -> Sizes:
     )
 
 
+def scan_problems(model: ModelConfig, tokens: int, *, tp: int) -> list[str]:
+    """Why fla-core cannot scan a pack of `tokens` rows; [] if it can."""
+    try:
+        fla_scan.parts(tokens, mixer_sizes(model, tp))
+    except ValueError as error:
+        return [
+            f"fla-core: {error}: lower the capacity, raise --parallel.cp, or set --engine.fla off"
+        ]
+    return []
+
+
 def scan_bytes(model: ModelConfig, tokens: int, element_size: int, *, tp: int, fla: bool) -> int:
     """Temporary bytes of a Mamba-2 mixer's backward on a GPU, on one of `tp` ranks."""
     sizes = mixer_sizes(model, tp)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemocascade.megatron.artifact import artifact_model, read_artifact
+from nemocascade.megatron.workspace import scan_problems
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.gpus import Gpu
 from nemocascade.plan.parameters import Place, StateBytes, state_bytes
@@ -89,12 +90,15 @@ class Job:
 
     def problems(self) -> list[str]:
         """Rules that the layout breaks, each with its remedy."""
-        return self.model.problems() or self.parallel.problems(
+        found = self.model.problems() or self.parallel.problems(
             self.model,
             self.world_size,
             capacity=self.capacity,
             sequences_per_step=self.sequences_per_step,
         )
+        if not found and self.on_gpu and self.fla and "M" in self.model.pattern:
+            found = scan_problems(self.model, self.tokens, tp=self.parallel.tp)
+        return found
 
     def state(self, place: Place) -> StateBytes:
         """Parameters, gradients and optimizer state of the rank at `place`."""

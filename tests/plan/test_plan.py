@@ -218,6 +218,14 @@ def test_an_oversized_layout_is_explained() -> None:
     assert nearest_fitting(job) is not None
 
 
+def test_packs_beyond_the_scans_offsets_are_explained() -> None:
+    job = job_of(64, capacity=2**31 - 256)
+    [problem] = job.with_layout(ParallelConfig(), recompute=True).problems()
+    assert "for a single head" in problem
+    assert "--engine.fla off" in problem
+    assert replace(job, parallel=ParallelConfig(), fla=False).problems() == []
+
+
 def test_shorter_packs_are_tried_where_documents_allow() -> None:
     job = job_of(64, capacity=32768, sequences_per_step=64)
     found = {(j.capacity, j.sequences_per_step) for j in legal_layouts(job, longest=8192)}
