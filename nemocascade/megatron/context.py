@@ -59,7 +59,8 @@ class ContextShard:
     """The documents of a pack among the rows of one context-parallel rank.
 
     rank, size: of the context-parallel group. parts: the rank's segments. crossed: for each of the
-    2 c + 1 borders, the number of rows before it of the document that crosses it, or 0.
+    2 c + 1 borders, the number of rows before it of the document that crosses it, or 0. Padding is
+    cut at borders.
     """
 
     def __init__(self, batch: PackedBatch, device: torch.device) -> None:
@@ -67,7 +68,11 @@ class ContextShard:
         self._cu = batch.cu_seqlens.tolist()
         self.segment = batch.capacity // (2 * self.size)
         borders = [n * self.segment for n in range(2 * self.size + 1)]
-        self.crossed = [b - self._cu[bisect.bisect_right(self._cu, b) - 1] for b in borders]
+        # Padding has no values to exchange: each segment's is a document of its own.
+        self.crossed = [
+            b - self._cu[bisect.bisect_right(self._cu, b) - 1] if b < batch.num_tokens else 0
+            for b in borders
+        ]
         parts: list[Part] = []
         for index, rows in enumerate(batch.segments):
             low, high = (bisect.bisect_right(self._cu, row) for row in (rows.start, rows.stop - 1))
