@@ -21,6 +21,7 @@ from nemocascade.rl.exchange import send_objects, send_transcripts, share_outcom
 from nemocascade.rl.rollouts import DROPPED, NOT_SCORED, Rollout, TokenSequence, whole_rollout
 from nemocascade.rl.tasks import Task
 from nemocascade.rollout.engine import Completion, Engine
+from nemocascade.rollout.replies import home_of
 from nemocascade.runtime.cores import slots_of_rank
 from nemocascade.runtime.watchdog import Watchdog
 from nemocascade.runtime.world import World
@@ -186,6 +187,13 @@ def verifier_threads(envs: EnvConfig) -> int:
     return max(slots, envs.judge.concurrency) if envs.judge.kind == "server" else slots
 
 
+def judging_rank(replicas: Sequence[Sequence[int]], number: int) -> int:
+    """The rank that judges the group of task `number` outside generation: usually the one that
+    verified it. replicas: see `World.replicas`."""
+    ranks = replicas[number % len(replicas)]
+    return ranks[home_of(number, len(ranks))]
+
+
 def score_apart(
     world: World,
     environment: Environment,
@@ -193,12 +201,12 @@ def score_apart(
 ) -> list[list[Rollout]]:
     """The rollouts of groups with their verdicts, outside generation; every rank calls it.
 
-    groups: number, prompt and outcomes of each. The first rank of the data-parallel rank `number`,
-    modulo their count, judges a group; its prompt matters on that rank only.
+    groups: number, prompt and outcomes of each. `judging_rank` judges a group; its prompt matters
+    on that rank only.
     """
-    judges = [ranks[0] for ranks in world.replicas()]
+    replicas = world.replicas()
     rollouts = [r for _, _, group in groups for r in group]
-    at = [judges[number % len(judges)] for number, _, group in groups for _ in group]
+    at = [judging_rank(replicas, number) for number, _, group in groups for _ in group]
     texts = send_transcripts(world, rollouts, [[rank] for rank in at])
     asked: list[tuple[Prompt, Sequence[Sequence[Message]]]] = []
     places = iter(range(len(rollouts)))

@@ -14,7 +14,7 @@ from nemocascade.envs.preference import against
 from nemocascade.rl.collector import Collector, Group
 from nemocascade.rl.exchange import send_transcripts
 from nemocascade.rl.tasks import Task
-from nemocascade.rl.verification import score_apart
+from nemocascade.rl.verification import judging_rank, score_apart
 from nemocascade.rollout.engine import Sampling
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.train.trainer import Trainer
@@ -48,7 +48,7 @@ def start_answers(
     collector.engine.weights_changed()
     swap.close()
     replicas = collector.world.replicas()
-    judges = [[replicas[group.task.number % len(replicas)][0]] for group in groups]
+    judges = [[judging_rank(replicas, group.task.number)] for group in groups]
     texts = send_transcripts(collector.world, [group.rollouts[0] for group in groups], judges)
     return {groups[k].task.number: final_text(text.response) for k, text in texts.items()}
 
