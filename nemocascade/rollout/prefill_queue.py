@@ -114,15 +114,13 @@ class PrefillQueue:
     def cancel(self, ids: Collection[int]) -> None:
         """Drop waiting requests and queued environment turns of these ids.
 
-        The prefill of a prompt is not interrupted, since other sequences may share it.
+        The prefill of a prompt is not interrupted, since other sequences may share it. It ends
+        before that of the next prompt begins, so the spare slot is free again for that.
         """
         for group in list(self._groups):
             group.requests = deque(r for r in group.requests if r.id not in ids)
             if not group.requests:
                 self._groups.remove(group)
-                # The spare slot belongs to the next group from here on.
-                for prefill in self._queue:
-                    prefill.keep = None if prefill.keep is group else prefill.keep
         self._queue = [p for p in self._queue if not (p.is_turn and p.text.request.id in ids)]
 
     def is_filling(self, text: Text) -> bool:
