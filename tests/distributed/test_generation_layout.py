@@ -278,25 +278,35 @@ def run_cases(cases: dict[str, Any], folder: str) -> dict[str, Any]:
     }
 
 
+class Results:
+    """Findings of each rank, by case; ranks start when the first of their cases is looked at."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+        [self.one] = run_ranks(expected, 1, {"folder": self.folder})
+        self._found: dict[int, list[Any]] = {}
+
+    def of(self, name: str) -> list[Any]:
+        """The findings of each rank."""
+        ranks = CASES[name][0]
+        if ranks not in self._found:
+            cases = {other: case[1:] for other, case in CASES.items() if case[0] == ranks}
+            arguments = {"cases": cases, "folder": self.folder}
+            self._found[ranks] = run_ranks(run_cases, ranks, arguments, timeout_s=300)
+        return [found[name] for found in self._found[ranks]]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """Findings of each rank, by case; `even`, `tied` and `swiglu` are one process."""
-    folder = str(tmp_path_factory.mktemp("layouts"))
-    [one] = run_ranks(expected, 1, {"folder": folder})
-    found = {shape: [one[shape]] for shape in SHAPES}
-    for ranks in (2, 4):
-        cases = {name: case[1:] for name, case in CASES.items() if case[0] == ranks}
-        of_rank = run_ranks(run_cases, ranks, {"cases": cases, "folder": folder}, timeout_s=300)
-        found |= {name: [result[name] for result in of_rank] for name in cases}
-    return found
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return Results(tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_rollouts_on_a_layout_of_their_own(name: str, results: dict[str, list[Any]]) -> None:
+def test_rollouts_on_a_layout_of_their_own(name: str, results: Results) -> None:
     ranks, shape, _, generation = CASES[name]
-    [one] = results[shape]
+    one = results.one[shape]
     replicas = ranks // (generation.get("tp", 1) * generation.get("pp", 1))
-    for found in results[name]:
+    for found in results.of(name):
         assert not found["faults"]
         assert found["replicas"] == replicas
         for round_ in range(2):
@@ -309,11 +319,10 @@ def test_rollouts_on_a_layout_of_their_own(name: str, results: dict[str, list[An
                 assert largest(rollout, trained) < TOLERANCE
 
 
-def test_the_step_changes_the_rollouts(results: dict[str, list[Any]]) -> None:
+def test_the_step_changes_the_rollouts(results: Results) -> None:
     """The second round shows nothing if the weights of the first would do."""
     for shape in SHAPES:
-        [one] = results[shape]
-        assert one["texts 0"] != one["texts 1"]
+        assert results.one[shape]["texts 0"] != results.one[shape]["texts 1"]
 
 
 def largest(found: list[float], wanted: list[float]) -> float:
