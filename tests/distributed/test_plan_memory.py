@@ -170,7 +170,7 @@ def _saved_by_a_step(trainer: Any, own: set[int], vocabulary: int, capacity: int
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         trainer.train_step(batches)
-    return sum(s.nbytes() for s in storages.values()) / microbatches
+    return float(sum(s.nbytes() for s in storages.values())) / microbatches
 
 
 EVERY_LAYOUT = {"one": (1, {}), **LAYOUTS}
