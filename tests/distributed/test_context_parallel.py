@@ -53,7 +53,7 @@ def make_batch(lengths: tuple[int, ...], poisoned: int | None = None) -> Any:
     )
 
 
-def make_trainer(parallel: dict[str, int], recompute: bool) -> Any:
+def make_trainer(parallel: dict[str, Any], recompute: bool) -> Any:
     from helpers.checkpoint_jobs import small_model
 
     from nemocascade.megatron.config import Accelerators
