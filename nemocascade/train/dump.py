@@ -37,6 +37,7 @@ def dump_batches(run_dir: Path, step: int, world: World, batches: Sequence[Packe
         header = {
             "step": str(step),
             "rank": str(world.rank),
+            "cp_rank": f"{batch.cp_rank} of {batch.cp_size}",
             "num_tokens": str(batch.num_tokens),
             "document_ids": json.dumps(batch.document_ids),
         }
