@@ -30,7 +30,7 @@ LINK, NETWORK = 360e9, 40e9
 """Bytes a second of an H200 within and between nodes."""
 
 
-def sft(world: int, capacity: int = 262_144, **axes: int) -> Job:
+def sft(world: int, capacity: int = 262_144, **axes: Any) -> Job:
     recipe = load_recipe(NANO / "sft.py", SftRecipe)
     data = replace(recipe.data, capacity=capacity)
     recipe = replace(recipe, data=data, parallel=ParallelConfig(**axes))
