@@ -226,7 +226,7 @@ def test_shorter_packs_are_tried_where_documents_allow() -> None:
 
 
 def test_memory_moves_the_right_way() -> None:
-    base = job_of(256)
+    base = job_of(256, engine=EngineConfig(recompute=True))
     total = worst_rank(base).total
     assert worst_rank(replace(base, teachers=1)).total > total
     assert worst_rank(replace(base, imbalance=3.0)).total > total
@@ -244,7 +244,7 @@ def test_time_moves_the_right_way() -> None:
     own = StepModel(base).step()
     assert own.total > own.compute > 0
     deeper = replace(base, parallel=ParallelConfig(tp=8, pp=4, ep=8))
-    assert StepModel(deeper).step().bubble / own.bubble > 1
+    assert StepModel(deeper).step().bubble > own.bubble
     short = StepModel(replace(base, document=4096)).step()
     assert short.flops < own.flops
     assert short.total < own.total
