@@ -113,13 +113,13 @@ def main(arguments: list[str] | None = None) -> int:
         lengths = np.clip(drawn, 16, CAPACITY).astype(np.int64)
         squares = np.square(lengths, dtype=float).sum()
         ideal = float(NANO.linear * lengths.sum() + NANO.quadratic * squares)
-        costs = []
+        found = []
         for added in (border, 0.0):
             slowest, mean = packs(lengths, CP, added)
-            static = lockstep_cost(slowest, DP) * float(slowest.sum()) * CP / ideal
-            between, dynamic = lockstep_cost(slowest, DP), dynamic_cost(lengths, added, ideal)
-            costs.append((slowest.sum() / mean.sum(), between, static, dynamic))
-        (ranks, between, static, dynamic), (_, _, plain, free) = costs
+            between = lockstep_cost(slowest, DP)
+            ranks, static = slowest.sum() / mean.sum(), between * slowest.sum() * CP / ideal
+            found.append((ranks, between, static, dynamic_cost(lengths, added, ideal)))
+        (ranks, between, static, dynamic), (_, _, plain, free) = found
         long = lengths[lengths > ROWS].sum() / lengths.sum()
         print(
             f"{distribution.__name__:14s} {long:12.0%} {ranks:6.3f} {between:6.3f} "

@@ -64,8 +64,8 @@ class Activations:
             # On a CPU the C++ scan recomputes the states.
             per_document = -(-self.job.document_length // SCAN_CHUNK) - 1
             # Chunks of a document that are followed by another chunk of it.
-            kept = per_document * tokens / self.job.document_length
-            terms["Mamba states"] = kept * inner * m.mamba_state * 4
+            chunks = per_document * tokens / self.job.document_length
+            terms["Mamba states"] = chunks * inner * m.mamba_state * 4
         return terms
 
     def _attention(self) -> Terms:

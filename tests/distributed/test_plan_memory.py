@@ -147,7 +147,7 @@ def _saved_by_a_step(trainer: Any, own: set[int], vocabulary: int, capacity: int
     from nemocascade.types import Document, pack_documents
 
     world, generator = trainer.world, torch.Generator().manual_seed(7)
-    microbatches = world.parallel.pp
+    microbatches: int = world.parallel.pp
     batches = []
     for _ in range(microbatches):
         documents = [

@@ -162,9 +162,8 @@ def test_parameters_of_the_30b_model_are_those_that_are_built(sizes: dict[str, A
 
 def test_groups_are_megatrons_own() -> None:
     """The fake world computes its groups itself; they are those that Megatron makes."""
-    layouts: list[dict[str, Any]] = [{"tp": 2, "pp": 2, "ep": 4}]
-    for sizes in (*layouts, {**layouts[0], "cp": 2}):
-        parallel = ParallelConfig(**sizes)
+    for cp in (1, 2):
+        parallel = ParallelConfig(tp=2, pp=2, ep=4, cp=cp)
         for rank in (0, 5, 11, 15):
             ranks = group_ranks(rank, 16, parallel)
             with fake_megatron_world(rank, 16, parallel) as world:
@@ -234,7 +233,7 @@ def test_shorter_packs_are_tried_where_documents_allow() -> None:
 
 
 def test_memory_moves_the_right_way() -> None:
-    base = job_of(256)
+    base = job_of(256, engine=EngineConfig(recompute=True))
     total = worst_rank(base).total
     assert worst_rank(replace(base, teachers=1)).total > total
     assert worst_rank(replace(base, imbalance=3.0)).total > total
@@ -262,7 +261,7 @@ def test_time_moves_the_right_way() -> None:
     own = StepModel(base).step()
     assert own.total > own.compute > 0
     deeper = replace(base, parallel=ParallelConfig(tp=8, pp=4, ep=8))
-    assert StepModel(deeper).step().bubble / own.bubble > 1
+    assert StepModel(deeper).step().bubble > own.bubble
     short = StepModel(replace(base, document=4096)).step()
     assert short.flops < own.flops
     assert short.total < own.total
