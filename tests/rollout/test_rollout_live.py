@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -284,7 +284,7 @@ class Pieces(Listed):
 
     is_ordered = False
 
-    def __init__(self, requests: Sequence[Request], cancelled: dict[int, Sequence[int]]) -> None:
+    def __init__(self, requests: Sequence[Request], cancelled: Mapping[int, Sequence[int]]) -> None:
         super().__init__(requests)
         self.left, self.cancelled, self.polls = list(self.requests), cancelled, 0
         self.rooms: list[int] = []
