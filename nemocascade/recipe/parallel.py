@@ -223,8 +223,9 @@ class RolloutParallelConfig:
         found = own.problems(model, world_size, capacity=own.tp, sequences_per_step=sequences)
         return [
             "rollout.parallel: "
-            + problem.replace("--parallel.pipeline-layout or change ", "").replace(
-                "--parallel.", "--rollout.parallel."
-            )
+            # Generation has neither setting.
+            + problem.replace("cut them yourself with --parallel.pipeline-layout or ", "")
+            .replace(" or --parallel.etp", "")
+            .replace("--parallel.", "--rollout.parallel.")
             for problem in found
         ]

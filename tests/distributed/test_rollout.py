@@ -102,11 +102,10 @@ def counted(answer: Any, asked: list[int]) -> Any:
 
 
 def with_graphs(engine: Any) -> Any:
-    """The engine with captured decode steps, which a CPU has not; caches grow often."""
-    from nemocascade.megatron.generation import decode_graph, model_runner
+    """The engine with captured decode steps, which a CPU has not."""
+    from nemocascade.megatron.generation.model_runner import ModelRunner
 
-    decode_graph.LEAST_LENGTH = model_runner.LEAST_CONTEXT = 8
-    runner = model_runner.ModelRunner(engine.world, engine.chunks, engine.limits.slots + 1)
+    runner = ModelRunner(engine.world, engine.chunks, engine.limits.slots + 1)
     runner._graphs = runner._new_graphs()
     engine._model = runner
     return engine

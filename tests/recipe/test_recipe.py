@@ -242,16 +242,13 @@ def test_a_generation_layout_keeps_the_rules() -> None:
     assert RolloutParallelConfig(tp=2, ep=2).layout(replace(training, etp=1)) == replace(
         training, etp=1
     )
-    for bad, part in (
-        (RolloutParallelConfig(tp=3), "world of 8 ranks"),
-        (RolloutParallelConfig(ep=16), "world of 8 ranks"),
-        (RolloutParallelConfig(pp=8, ep=1, tp=1), ""),
-    ):
-        for problem in bad.problems(training, tiny(), 8):
-            assert part in problem
+    for bad in (RolloutParallelConfig(tp=3), RolloutParallelConfig(ep=16)):
+        found = bad.problems(training, tiny(), 8)
+        assert any("world of 8 ranks" in problem for problem in found)
+        for problem in found:
             assert problem.startswith("rollout.parallel: ")
             assert " --parallel" not in problem
-    assert RolloutParallelConfig(tp=3).problems(training, tiny(), 8)
+            assert "rollout.parallel.etp" not in problem
 
 
 def test_servers_have_no_generation_layout() -> None:
