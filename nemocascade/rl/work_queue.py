@@ -127,13 +127,13 @@ class Queues:
         if self._store is None:
             # A launcher's store outlives the job.
             self._name = world.broadcast_object(uuid.uuid4().hex)
-            self._store = (
-                dist.HashStore()
-                if world.size == 1
-                else (job_store() or dist.distributed_c10d._get_default_store())
-            )
+            self._store = job_store() or dist.distributed_c10d._get_default_store()
         self._number += 1
-        board = Board(self._store, f"nemocascade/work/{self._name}/{self._number}")
+        # The ranks of a single replica all take the same, each by a counter of its own. Verdicts
+        # come from any of them.
+        is_alone = world.size == 1 or (world.dp_size == 1 and drawing is None)
+        store = dist.HashStore() if is_alone else self._store
+        board = Board(store, f"nemocascade/work/{self._name}/{self._number}")
         return WorkQueue(groups, board, world, drawing=drawing, lengths=self._lengths)
 
     def close(self, queue: WorkQueue, needed: int, lengths: Mapping[str, float]) -> None:

@@ -60,15 +60,24 @@ class SyntheticEngine:
 
     is_shared = True
 
-    def __init__(self, vocabulary: int, *, routed: bool) -> None:
-        self.vocabulary, self.routed = vocabulary, routed
+    def __init__(self, world: Any, vocabulary: int, *, routed: bool) -> None:
+        self.world, self.vocabulary, self.routed = world, vocabulary, routed
 
-    def run(self, requests: Sequence[Any], sampling: Any, respond: Any) -> Iterator[Any]:
+    def _taken(self, work: Any) -> Iterator[Any]:
+        from nemocascade.rollout.engine import as_work
+        from nemocascade.rollout.intake import Intake
+
+        intake = Intake(self.world, as_work(work))
+        while intake.is_open:
+            found, _ = intake.poll(8, 0, idle=True, finished=intake.taken)
+            yield from found
+
+    def run(self, requests: Any, sampling: Any, respond: Any) -> Iterator[Any]:
         import torch
 
         from nemocascade.rollout.engine import Completion
 
-        for request in requests:
+        for request in self._taken(requests):
             generator = torch.Generator().manual_seed(request.id)
             scale = float(torch.randn((), generator=generator).mul(0.7).exp())
             count = len(request.prompt) + min(8_000, 1 + int(MEAN_TOKENS * scale))
@@ -131,7 +140,7 @@ def train(parallel: dict[str, Any], case: str, sizes: Sequence[int] = ()) -> dic
     tokenizer = sentencepiece_tokenizer()
     rollout = RolloutConfig(overlong_filter=True, thinking=False)
     judge = Lengths(compared=case == "compared")
-    engine: Any = SyntheticEngine(tokenizer.vocab_size, routed=case == "routed")
+    engine: Any = SyntheticEngine(world, tokenizer.vocab_size, routed=case == "routed")
     collector = Collector(world, engine, tokenizer, {"math": judge}, rollout, seed=1, threads=2)  # type: ignore[dict-item]
     tasks = [
         Task(Prompt(str(n), "math", (), {}, source=f"rows:{n}"), np.arange(9, dtype=np.int32), n)
@@ -270,7 +279,7 @@ def test_ranks_have_the_rollouts_of_one_process_and_receive_little(
             assert mine["texts"] == (expected["texts"] if number == 0 else [])
             assert mine["calls"] == (1 if case == "compared" else 0)
             if case != "compared":
-                assert mine["scored"] > 450, "every rank verifies a share"
+                assert mine["scored"] > 100, "every rank verifies a share"
             most = 1.2 * mine["share"] + 2**20
             assert mine["share"] > 2.5e6
             assert mine["received"] <= most, (case, number, mine["received"], mine["share"])
