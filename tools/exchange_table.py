@@ -60,8 +60,8 @@ def received(recipe: PolicyRecipe, lengths: list[int], ranks: int) -> dict[str, 
     """Bytes: the most that a rank trains or scores as a teacher, the most that it receives, and all
     rollouts. These are on all ranks in turn."""
     parallel = recipe.parallel
-    replica = parallel.tp * parallel.pp
-    dp = ranks // replica
+    dp = parallel.data_parallel(ranks)
+    replica = ranks // dp
     wanted: list[set[int]] = [set() for _ in range(dp)]
     for numbers in _packed_together(recipe, len(lengths)):
         chosen = [lengths[i] for i in numbers]

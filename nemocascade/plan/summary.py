@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import tyro
 
 from nemocascade.plan.gpus import find_gpu
-from nemocascade.plan.job import Job, RolloutLoad, job_of_recipe
+from nemocascade.plan.job import Job, job_of_recipe
 from nemocascade.plan.memory import GIB, available
 from nemocascade.plan.search import (
     AXES,
@@ -96,20 +96,17 @@ def report_of(
         teachers=settings.teachers,
         margin=settings.margin,
         fla=settings.fla,
-        **_rollout(settings),
     )
+    if settings.rollout_sequences:
+        load = replace(
+            job.rollout, sequences=settings.rollout_sequences, length=settings.rollout_length
+        )
+        job = replace(job, rollout=load)
     problems = faults(job)
     best = best_plans(job, count=settings.best, longest=settings.longest)
     nearest = nearest_fitting(job) if problems else None
     text = "\n".join(_lines(job, problems, best, nearest, settings))
     return text, _as_json(job, problems, best, nearest)
-
-
-def _rollout(settings: PlanSettings) -> dict[str, RolloutLoad]:
-    """Rollout load of the command line; {} for the recipe's own."""
-    if not settings.rollout_sequences:
-        return {}
-    return {"rollout": RolloutLoad(settings.rollout_sequences, settings.rollout_length)}
 
 
 def _lines(

@@ -112,13 +112,13 @@ class ParallelConfig:
             product = f"2 x cp({self.cp}) x tp({self.tp}) = {step}"
         if capacity % step:
             return [
-                f"data.capacity({capacity}) is no multiple of {product}: set the capacity to "
+                f"capacity({capacity}) is no multiple of {product}: set the capacity to "
                 f"{-(-capacity // step) * step}, or lower --parallel.tp or --parallel.cp"
             ]
         segment = capacity // (2 * self.cp)
         if self.cp > 1 and "M" in model.pattern and segment < model.mamba_conv:
             return [
-                f"data.capacity({capacity}) / (2 x cp({self.cp})) = {segment} tokens, but a "
+                f"capacity({capacity}) / (2 x cp({self.cp})) = {segment} tokens, but a "
                 "segment must hold the convolution's window of "
                 f"model.mamba_conv({model.mamba_conv}): lower --parallel.cp or raise the capacity"
             ]

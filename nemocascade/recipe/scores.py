@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, NamedTuple
 
 from nemocascade.recipe.envs import EnvConfig
@@ -125,6 +125,11 @@ class ScoreConfig:
 
     engine: EngineConfig = field(default_factory=EngineConfig)
 
+    @property
+    def layout(self) -> ParallelConfig:
+        """`parallel` without context parallelism: those ranks answer tasks of their own."""
+        return replace(self.parallel, cp=1)
+
     def sampling_of(self, domain: ScoredDomain) -> AnswerSampling:
         """How the tasks of a domain are answered, with every default filled in."""
         samples = domain.samples or self.samples
@@ -154,7 +159,7 @@ class ScoreConfig:
                 )
         found += [f"scores.{p}" for p in self.envs.problems()]
         if model is not None and not found:
-            p = self.parallel
+            p = self.layout
             dp = max(1, p.data_parallel(world_size))
             broken = p.problems(model, world_size, capacity=None, sequences_per_step=dp * p.pp)
             found += [f"scores: {problem}" for problem in broken]

@@ -13,9 +13,6 @@ from nemocascade.recipe import ParallelConfig
 from nemocascade.rl.rollouts import Rollout, TokenSequence
 from nemocascade.types import Document, PackedBatch, pack_documents
 
-LONGEST_WINDOW = 8
-"""At least the window of a Mamba-2 convolution, in rows."""
-
 
 @dataclass(frozen=True, eq=False)
 class TrainingSequence:
@@ -114,10 +111,10 @@ def microbatch_multiple(parallel: ParallelConfig) -> int:
     return parallel.pp if parallel.vpp > 1 else 1
 
 
-def capacity_grain(capacity: int, parallel: ParallelConfig) -> int:
+def capacity_grain(capacity: int, parallel: ParallelConfig, window: int = 1) -> int:
     """Multiples of this are valid capacities below `capacity`: at most 128 shapes, for tensor and
-    context parallelism in equal parts, with segments longer than any convolution's window."""
-    part = parallel.tp * (2 * parallel.cp * LONGEST_WINDOW if parallel.cp > 1 else 1)
+    context parallelism in equal parts. window: of the convolution, which a segment must hold."""
+    part = parallel.tp * (2 * parallel.cp * window if parallel.cp > 1 else 1)
     return part * -(-capacity // (128 * part))
 
 

@@ -224,6 +224,8 @@ class Collector:
             verification.give_up()
             raise
         finally:
+            # Otherwise a step's tensors would stay until the next garbage collection.
+            queue.verification = None
             verification.close()
             episodes.close_all()
 

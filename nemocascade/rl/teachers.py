@@ -96,7 +96,9 @@ class Teachers:
             run.recipe.capacity,
             ranks=run.world.dp_size,
             multiple=microbatch_multiple(run.world.parallel),
-            grain=capacity_grain(run.recipe.capacity, run.world.parallel),
+            grain=capacity_grain(
+                run.recipe.capacity, run.world.parallel, run.trainer.config.shape.mamba_conv
+            ),
         )
         layout = [
             [[numbers[i] for i in bin_] for bin_ in bins]

@@ -193,32 +193,34 @@ class WorkQueue:
         self._taken: list[int] = []
         self._read = 0
         self._listened = self._looked = float("-inf")
-        self._cutoff = len(groups)
-        self._is_open = True
+        self._cutoff = self._told = len(groups)
+        self._is_open = bool(self._chunks)
         self._listen()
 
     def check(self) -> None:
-        """Implements `Work.check`: a verifier that has failed on this rank ends the run."""
+        """Implements `Work.check`: a verifier that has failed on this rank ends the run. Every rank
+        learns here which verdicts are needless."""
         if self.verification is not None:
             self.verification.check()
+        self._listen()
 
     def poll(self, room: int, busy: int) -> Supply:
         """Implements `Work.poll`."""
-        cutoff = self._cutoff
         self._listen()
         cancelled: list[int] = []
-        if self._cutoff < cutoff:
+        if self._cutoff < self._told:
             cancelled = [n for n in self._taken if self._index[n] >= self._cutoff]
+            self._told = self._cutoff
         taken = self._take(room, busy) if self._is_open else []
         self._taken += taken
         return Supply(taken, cancelled, self._is_open)
 
     def idle(self) -> None:
         """Implements `Work.idle`: tell the watchdog that the rank waits, for its own verifiers or
-        for other replicas."""
+        for other ranks."""
         verification = self.verification
         if verification is None or not verification.pending:
-            self.world.watch.waits("verdicts of other replicas")
+            self.world.watch.waits("verdicts of other ranks")
             return
         self.world.watch.waits("")
         progress = (verification.pending, verification.activity)

@@ -109,7 +109,7 @@ class Work(Protocol):
         """
 
     def idle(self) -> None:
-        """Called by the first rank of a replica each time that nothing is left to generate."""
+        """Called by every rank of a replica each time that nothing is left to generate."""
 
     def check(self) -> None:
         """Called by every rank before a poll: raise what has failed on this rank meanwhile."""

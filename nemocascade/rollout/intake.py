@@ -46,6 +46,8 @@ class Intake:
         is_freed = room > 0 and finished != self._finished
         is_due = self._is_alone or idle or is_freed or self._passes >= PASSES
         if not (self.is_open and is_due):
+            if self._passes % PASSES == 0:
+                self.work.check()
             return [], set()
         self._passes, self._finished = 0, finished
         supply = self._supply(room, busy)
@@ -55,10 +57,7 @@ class Intake:
 
     def wait(self) -> None:
         """Pause, because there is nothing to generate until another rank or a verdict decides."""
-        if self._polls:
-            self.work.idle()
-        else:
-            self.world.watch.waits("a replica's next requests")
+        self.work.idle()
         time.sleep(WAIT_S)
 
     def _supply(self, room: int, busy: int) -> Supply:

@@ -126,6 +126,15 @@ class LiveEngine:
 
     def release(self) -> None:
         """Implements `Engine.release`: free the slots and the copy, restore training's memory."""
+        self._free()
+        if self.training is not None:
+            self.training.restore()
+
+    def close(self) -> None:
+        """Implements `Engine.close`."""
+        self._free()
+
+    def _free(self) -> None:
         self._model = None
         if self.replica is not None:
             self.replica.free()
@@ -133,9 +142,3 @@ class LiveEngine:
         if self.world.device.type == "cuda":
             # Training allocates blocks of other sizes.
             torch.cuda.empty_cache()
-        if self.training is not None:
-            self.training.restore()
-
-    def close(self) -> None:
-        """Implements `Engine.close`."""
-        self.release()

@@ -148,7 +148,7 @@ class ServerEngine:
         done = False
         while not done:
             found: list[Completion] = []
-            failure = ""
+            failure, own_error = "", None
             until = time.monotonic() + _SHARE_S
             while first and not done and time.monotonic() < until:
                 try:
@@ -156,12 +156,15 @@ class ServerEngine:
                 except StopIteration:
                     done = True
                 except Exception as error:
-                    failure, done = f"{type(error).__name__}: {error}", True
+                    own_error, done = error, True
+                    failure = f"{type(error).__name__}: {error}"
                 else:
                     found += [] if completion is None else [completion]
             box = [(done, failure)]
             dist.broadcast_object_list(box, src=source, group=group)
             done, failure = box[0]
+            if own_error is not None:
+                raise own_error
             if failure:
                 raise ServerError(f"the first rank of the group failed: {failure}")
             yield from found
@@ -272,6 +275,9 @@ class ServerEngine:
                 )
                 answer = self._checked(answer, len(so_far) + len(answer.ids))
             except HttpError as error:
+                if stop.is_set():
+                    self.pool.give_back(server)
+                    return Answer(ids, logprobs, "abort")
                 failure, asked_s = str(error), error.wait_s
                 gone = error.kind in ("unreachable", "connection")
                 self.pool.count(error.kind)
@@ -294,7 +300,8 @@ class ServerEngine:
             LOGGER.debug("request %d on %s: %s", request.id, server.url, failure)
             if attempt < self.settings.retries and not gone:
                 stop.wait(backoff(attempt, _FIRST_WAIT_S, asked_s))
-        self.pool.count("dropped")
+        if not stop.is_set():
+            self.pool.count("dropped")
         return Answer(ids, logprobs, "abort")
 
     def _checked(self, answer: Answer, length: int) -> Answer:

@@ -62,7 +62,9 @@ def policy_run[R: PolicyRecipe](
             tokenizer,
             seed=recipe.seed,
         )
-        every = make_environments(rank_envs(recipe.envs, world, policy.engine), judge=judge)
+        every = make_environments(
+            rank_envs(recipe.envs, policy.rollout_world, policy.engine), judge=judge
+        )
         try:
             yield _assemble(recipe, parent, world, policy, every)
         except Exception as error:
@@ -191,7 +193,7 @@ def _assemble(
         environments,
         recipe.rollout,
         seed=recipe.seed,
-        threads=verifier_threads(rank_envs(recipe.envs, world, policy.engine)),
+        threads=verifier_threads(rank_envs(recipe.envs, policy.rollout_world, policy.engine)),
     )
     heldout = _heldout_tasks(recipe, environments, tokenizer, world)
     if not isinstance(recipe, MopdRecipe) or recipe.mopd.score_rollouts:

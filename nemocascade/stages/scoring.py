@@ -155,7 +155,7 @@ def score_artifact(
     model = artifact_model(artifact)
     if problems := config.problems(world_size_of_environment(), model):
         raise RecipeError(problems)
-    with watched_world(work_dir, config.parallel, config.engine) as (world, detected):
+    with watched_world(work_dir, config.layout, config.engine) as (world, detected):
         probe_judge(config.envs.judge, world)
         tokenizer = load_artifact_tokenizer(artifact)
         engine = open_frozen(

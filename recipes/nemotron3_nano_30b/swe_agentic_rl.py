@@ -50,7 +50,7 @@ RECIPE = replace(
         max_response_tokens=229_376,
         max_turns=200,
         temperature=0.8,
-        slots=64,
+        slots=16,
         dynamic_filtering=False,
         samples=16,
         # As in SFT on agents' trajectories, and in the paper's evaluation.

@@ -127,7 +127,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     found = offline(recipe, job, 2, dry_run=True)
     text = "\n".join(found.problems)
     for part in (
-        "data.capacity(2049)",
+        "capacity(2049)",
         "ep(3)",
         "nowhere.jsonl does not exist",
         "manifest.json is missing",
