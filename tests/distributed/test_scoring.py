@@ -107,7 +107,13 @@ def alone(folder: str) -> dict[str, Any]:
 
 
 def together(artifact: str, folder: str) -> Any:
-    return scored(artifact, folder, BOTH, SAMPLED)
+    """Two ranks are two replicas, also if they are context parallel."""
+    from nemocascade.recipe import ParallelConfig
+
+    context = scored(artifact, folder, BOTH, SAMPLED | {"parallel": ParallelConfig(cp=2)})
+    found = scored(artifact, folder, BOTH, SAMPLED)
+    assert context == found
+    return found
 
 
 @pytest.fixture(scope="module")
