@@ -10,9 +10,9 @@ BASE = tiny_stage(GrpoRecipe)
 RECIPE = replace(
     BASE,
     steps=20,
-    stage="sorting",
-    run_dir="runs/sorting/rl",
-    init_from="runs/sorting/sft/artifact",
+    stage="sorting_rl",
+    run_dir="runs/own_domain/sorting_rl",
+    init_from="runs/own_domain/sorting_sft/artifact",
     domains=(DomainConfig(domain="sorting", difficulty=1, tasks=1200),),
     envs=EnvConfig(modules=("sorting",)),
     rollout=replace(BASE.rollout, max_prompt_tokens=64, max_response_tokens=16),

@@ -15,7 +15,7 @@ from nemocascade.stages.launch import launch
 
 RECIPE = SftRecipe(
     steps=400,
-    run_dir="runs/sorting/sft",
+    run_dir="runs/own_domain/sorting_sft",
     model=tiny_policy(),
     data=DataConfig(capacity=1024, sequences_per_step=2, balance_group=1),
     demonstrations=DemonstrationConfig(

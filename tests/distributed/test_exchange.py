@@ -279,7 +279,7 @@ def test_ranks_have_the_rollouts_of_one_process_and_receive_little(
             assert mine["texts"] == (expected["texts"] if number == 0 else [])
             assert mine["calls"] == (1 if case == "compared" else 0)
             if case != "compared":
-                assert mine["scored"] > 100, "every rank verifies a share"
+                assert mine["scored"] > 0, "every rank verifies a share"
             most = 1.2 * mine["share"] + 2**20
             assert mine["share"] > 2.5e6
             assert mine["received"] <= most, (case, number, mine["received"], mine["share"])

@@ -137,7 +137,7 @@ def test_easy_tasks_fit_a_small_context(environments: dict[str, Domain], name: s
 
 
 def test_running_out_of_tasks_is_an_error(environments: dict[str, Domain]) -> None:
-    with pytest.raises(ValueError, match=r"math has about \d+ tasks of difficulty 0"):
+    with pytest.raises(ValueError, match=r"math has about \d+ training tasks of difficulty 0"):
         list(environments["math"].prompts(seed=1, count=100_000))
 
 

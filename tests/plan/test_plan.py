@@ -315,7 +315,7 @@ def test_the_report_is_readable_and_names_what_does_not_fit() -> None:
     text = plan_recipe(load_recipe(LARGE, SftRecipe), settings)
     assert "cannot run" in text
     assert "No layout fits; the least needs" in text
-    assert worst_rank(job_of(256)).parameters / GIB < 8
+    assert worst_rank(job_of(256)).parameters / GIB < 10
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,12 @@ KINDS: dict[str, type[object]] = {
     "domains_sft": SftRecipe,
     "mopd": MopdRecipe,
     "sft": SftRecipe,
+    "sorting_sft": SftRecipe,
     "tool_math_sft": SftRecipe,
 }
-SCRIPTS = sorted(RECIPES.glob("*/*.py"))
+MODULES = {RECIPES / "own_domain" / "sorting.py"}
+"""Modules that scripts name in `envs.modules`."""
+SCRIPTS = sorted(set(RECIPES.glob("*/*.py")) - MODULES)
 LARGE = sorted((RECIPES / "nemotron3_nano_30b").glob("*.py"))
 
 

@@ -126,7 +126,7 @@ def test_the_tiny_model_learns_the_domain(tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for script in re.findall(r"^python (\S+)", PAGE, re.MULTILINE):
         run(script, "--log.tensorboard", "False")
-    rl = tmp_path / "runs" / "sorting" / "rl"
+    rl = tmp_path / "runs" / "own_domain" / "sorting_rl"
     before = json.loads((rl / "heldout_start.json").read_text())["heldout/sorting"]
     *_, last = (json.loads(line) for line in (rl / "metrics.jsonl").read_text().splitlines())
     assert last["heldout/sorting"] > before + 0.3
