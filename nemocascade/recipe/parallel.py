@@ -216,12 +216,20 @@ class RolloutParallelConfig:
     def problems(self, training: ParallelConfig, model: ModelConfig, world_size: int) -> list[str]:
         """Every rule that the layout breaks for this model and world, each with its remedy."""
         own = self.layout(training)
+        experts = own.ep * own.etp
+        uneven = []
+        if experts % own.tp and own.tp % experts:
+            # The ranks of a replica would exchange tokens with different ranks.
+            uneven = [
+                f"rollout.parallel: generation has ep({own.ep}) x etp({own.etp}) = {experts} and "
+                f"tp({own.tp}): one must be a multiple of the other: set --rollout.parallel.tp 1"
+            ]
         if own == replace(training, cp=1):
-            return []
+            return uneven
         # Generation packs nothing, so any valid capacity will do.
         sequences = max(1, own.data_parallel(world_size)) * own.pp
         found = own.problems(model, world_size, capacity=own.tp, sequences_per_step=sequences)
-        return [
+        return uneven + [
             "rollout.parallel: "
             # Generation has neither setting.
             + problem.replace("cut them yourself with --parallel.pipeline-layout or ", "")

@@ -133,7 +133,7 @@ class Queues:
         # come from any of them.
         is_alone = world.size == 1 or (world.dp_size == 1 and drawing is None)
         store = dist.HashStore() if is_alone else self._store
-        board = Board(store, f"nemocascade/work/{self._name}/{self._number}")
+        board = Board(store, f"nemocascade/rollouts/{self._name}/{self._number}")
         return WorkQueue(groups, board, world, drawing=drawing, lengths=self._lengths)
 
     def close(self, queue: WorkQueue, needed: int, lengths: Mapping[str, float]) -> None:

@@ -242,6 +242,9 @@ def test_a_generation_layout_keeps_the_rules() -> None:
     assert RolloutParallelConfig(tp=2, ep=2).layout(replace(training, etp=1)) == replace(
         training, etp=1
     )
+    [problem] = same.problems(ParallelConfig(tp=2, ep=3), tiny(), 6)
+    assert "ep(3) x etp(1) = 3 and tp(2)" in problem
+    assert RolloutParallelConfig(tp=1).problems(ParallelConfig(tp=2, ep=2), tiny(), 6) == []
     for bad in (RolloutParallelConfig(tp=3), RolloutParallelConfig(ep=16)):
         found = bad.problems(training, tiny(), 8)
         assert any("world of 8 ranks" in problem for problem in found)
