@@ -4,6 +4,7 @@ states."""
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -354,6 +355,24 @@ def test_gradients_with_states(
     own = [t.to(dtype) for t in inputs]
     found = value_and_gradients(functools.partial(run, backend), own, upstream)
     assert_near(found, expected, tolerance, [*NAMES, "conv", "ssm"])
+
+
+@torch.no_grad()
+def test_final_states_that_nobody_reads_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, packed = Shape(4, 5, 2, 3, 4, (0.05, 0.9)), pack((2, 67, 1, 33, 1))
+    conv = draw(2, shape.window - 1, shape.channels).double()
+    ssm = draw(2, shape.heads, shape.head_dim, shape.state).double()
+    inputs = shape.inputs(packed.total)
+
+    def run(backend: str) -> Tensor:
+        return mamba2(
+            *inputs, packed, **shape.settings,
+            initial_state=(conv, ssm), state_documents=(1, 3), backend=backend,
+        )[0]  # fmt: skip
+
+    expected = run("reference")
+    monkeypatch.delattr(sys.modules["nemocascade_kernels.mamba2.states"], "final_states")
+    assert_near([run("torch")], [expected], 1e-13, ["y"])
 
 
 def test_only_native_has_no_gradient_with_states() -> None:

@@ -100,6 +100,9 @@ def mamba2(
     module: Any = OP.module(chosen)
     if initial is None and not return_final_state:
         return _without_states(module, inputs, packed, sizes), None
+    if chosen in ("torch", "fla") and not _needs_gradient(tensors) and not return_final_state:
+        assert initial is not None
+        return continued(inputs, packed, sizes, initial, module.scan, documents), None
     if chosen == "reference" or not _needs_gradient(tensors):
         y, ssm = module.forward_with_states(inputs, packed, sizes, initial, documents)
     elif backend == "native":
