@@ -120,6 +120,11 @@ class Job:
         return replace(self, parallel=parallel, engine=engine)
 
 
+def is_scan_problem(problems: list[str]) -> bool:
+    """True if `Job.problems` names what fla-core cannot scan, and nothing else is wrong."""
+    return bool(problems) and problems[0].startswith("fla-core: ")
+
+
 def job_of_recipe(
     recipe: Any,
     gpu: Gpu,
@@ -142,6 +147,7 @@ def job_of_recipe(
     known: dict[str, Any] = {
         name: getattr(recipe, name) for name in ("parallel", "engine", "moe", "optimizer")
     }
+    known["fla"] = recipe.engine.fla != "off"
     known |= {"model": model or _model_of(recipe, preset), "gpu": gpu, "world_size": world_size}
     if hasattr(recipe, "data"):
         known |= {n: getattr(recipe.data, n) for n in ("capacity", "sequences_per_step")}

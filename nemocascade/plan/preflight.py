@@ -25,7 +25,7 @@ from nemocascade.megatron.fake import build_on_meta, fake_world
 from nemocascade.plan.devices import job_here
 from nemocascade.plan.findings import Preflight
 from nemocascade.plan.gpus import find_gpu
-from nemocascade.plan.job import Job, job_of_recipe
+from nemocascade.plan.job import Job, is_scan_problem, job_of_recipe
 from nemocascade.plan.memory import GIB, available, every_rank
 from nemocascade.plan.parameters import stage_parameters
 from nemocascade.plan.search import nearest_fitting
@@ -249,7 +249,10 @@ def check_tokenizer(recipe: Any, into: Preflight) -> None:
 
 def check_memory(job: Job, into: Preflight) -> None:
     """Check that no rank needs more memory than its device has."""
-    if job.problems():
+    if found := job.problems():
+        # The settings' own rules have been reported before; those of the scan come last.
+        if is_scan_problem(found):
+            into.add("memory", found, "")
         return
     with into.guarded("memory"):
         ranks = every_rank(job)

@@ -95,7 +95,7 @@ def report_of(
         imbalance=settings.imbalance,
         teachers=settings.teachers,
         margin=settings.margin,
-        fla=settings.fla,
+        fla=settings.fla and recipe.engine.fla != "off",
     )
     if settings.rollout_sequences:
         load = replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -149,8 +150,10 @@ def _recipes() -> Iterator[Case]:
             continue
         stage = {SftRecipe: "sft", MopdRecipe: "mopd"}.get(type(recipe), "grpo")
         p = recipe.parallel
-        world = p.pp * max(p.tp, p.ep * p.etp)
-        for rank in sorted({0, world - 1} if p.pp > 1 else {0}):
+        world = p.pp * math.lcm(p.tp * p.cp, p.ep * p.etp)
+        # Both segments of this context-parallel rank hold trained tokens.
+        inner = p.tp * (5 * p.cp // 8)
+        for rank in sorted({0, world - 1} if p.pp > 1 else {inner}):
             yield Case(
                 f"recipe-{script.stem}" + (f"-rank{rank}" if p.pp > 1 else ""),
                 stage,

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -135,6 +136,17 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     ):
         assert part in text
     assert "FAIL" in found.text()
+
+
+def test_packs_that_cannot_be_scanned_are_found(tmp_path: Path) -> None:
+    recipe = load_recipe(Path(TINY), SftRecipe)
+    data = replace(recipe.data, capacity=2**31 - 256, sequences_per_step=1)
+    recipe = replace(recipe, run_dir=str(tmp_path / "run"), data=data)
+    choices: tuple[tuple[Literal["auto", "off"], bool], ...] = (("auto", True), ("off", False))
+    for fla, expected in choices:
+        chosen = replace(recipe, engine=replace(recipe.engine, fla=fla))
+        found = offline(chosen, job_of_recipe(chosen, find_gpu("h200"), 1), 1, dry_run=False)
+        assert any("for a single head" in p for p in found.problems) == expected
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_found() -> None:
