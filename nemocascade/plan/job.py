@@ -96,6 +96,8 @@ class Job:
             capacity=self.capacity,
             sequences_per_step=self.sequences_per_step,
         )
+        if not found and self.rollout.sequences:
+            found = self.rollout.parallel.problems(self.parallel, self.model, self.world_size)
         if not found and self.on_gpu and self.fla and "M" in self.model.pattern:
             found = scan_problems(self.model, self.tokens, tp=self.parallel.tp)
         return found

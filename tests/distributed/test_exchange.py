@@ -280,7 +280,8 @@ def test_ranks_have_the_rollouts_of_one_process_and_receive_little(
             assert mine["calls"] == (1 if case == "compared" else 0)
             if case != "compared":
                 assert mine["scored"] > 0, "every rank verifies a share"
-            most = 1.2 * mine["share"] + 2**20
+            # A judge's rank receives the texts of its groups as well.
+            most = 1.2 * mine["share"] + 2**20 * (2 if case == "compared" else 1)
             assert mine["share"] > 2.5e6
             assert mine["received"] <= most, (case, number, mine["received"], mine["share"])
 

@@ -315,6 +315,21 @@ def test_a_broken_index_of_weights_is_refused(content: str, tmp_path: Path) -> N
         import_huggingface(tmp_path, tmp_path / "artifact")
 
 
+def test_weights_that_overlap_are_refused(tmp_path: Path) -> None:
+    _, shape = SHAPES["nemotron, tiny"]
+    source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
+    file = source / "model.safetensors"
+    data = file.read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    one, other = [n for n in header if n.endswith("mixer.dt_bias")][:2]
+    header[other]["data_offsets"] = header[one]["data_offsets"]
+    made = json.dumps(header).encode()
+    file.write_bytes(len(made).to_bytes(8, "little") + made + data[size:])
+    with pytest.raises(ConversionError, match=r"model.safetensors: tensor .* cannot be read"):
+        import_huggingface(source, tmp_path / "artifact")
+
+
 def test_rounding_must_be_asked_for(tmp_path: Path) -> None:
     _, shape = SHAPES["nemotron, tiny"]
     source = save(their_model(NEMOTRON, shape).to(torch.bfloat16), tmp_path / "hf")

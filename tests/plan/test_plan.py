@@ -217,6 +217,16 @@ def test_an_oversized_layout_is_explained() -> None:
     assert nearest_fitting(job) is not None
 
 
+def test_a_generation_layout_that_cannot_be_is_explained() -> None:
+    job = job_of(8, parallel=ParallelConfig(ep=8), capacity=32_768, sequences_per_step=8)
+    assert job.problems() == []
+    for pp in (3, 2**32):
+        own = RolloutParallelConfig(pp=pp)
+        load = RolloutLoad(sequences=8, length=1024, parallel=own)
+        [problem, *_] = replace(job, rollout=load).problems()
+        assert problem.startswith("rollout.parallel: ")
+
+
 def test_packs_beyond_the_scans_offsets_are_explained() -> None:
     job = job_of(64, capacity=2**31 - 256)
     [problem] = job.with_layout(ParallelConfig(), recompute=True).problems()

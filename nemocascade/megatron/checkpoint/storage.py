@@ -27,7 +27,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import Box, whole
-from nemocascade.megatron.checkpoint.errors import CheckpointError, NonFiniteWeightsError
+from nemocascade.megatron.checkpoint.errors import (
+    CheckpointError,
+    FolderError,
+    NonFiniteWeightsError,
+)
 from nemocascade.megatron.checkpoint.index import (
     DTYPE_NAMES,
     DTYPES,
@@ -192,10 +196,15 @@ def _reader_of(tensor: Tensor) -> Callable[[Box], Tensor]:
 
 
 class Reader:
-    """Reads boxes of stored tensors; files stay open (memory-mapped) until the context ends."""
+    """Reads boxes of stored tensors; files stay open (memory-mapped) until the context ends.
 
-    def __init__(self, folder: Path, index: Index) -> None:
-        self.folder = folder
+    error: raised for a file that cannot be read.
+    """
+
+    def __init__(
+        self, folder: Path, index: Index, *, error: type[FolderError] = CheckpointError
+    ) -> None:
+        self.folder, self.error = folder, error
         self.index = index
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
@@ -239,7 +248,7 @@ class Reader:
                 yield source, part
 
     def _read(self, source: StoredPiece, box: Box) -> Tensor:
-        """Values of a box. Raises CheckpointError if the file's header is broken or lacks it."""
+        """Values of a box. Raises `error` if the file's header is broken or lacks it."""
         found: Tensor
         try:
             file = self._open.get(source.file)
@@ -253,11 +262,11 @@ class Reader:
                 found = file.get_slice(source.name)[box.slices()]
         except (SafetensorError, OSError, IndexError) as error:
             problem = f"{source.file}: tensor {source.name!r} cannot be read: {error}"
-            raise CheckpointError(self.folder, [problem]) from error
+            raise self.error(self.folder, [problem]) from error
         if found.shape != torch.Size(box.size):
             problem = (
                 f"{source.file}: tensor {source.name!r} is smaller than the index says: "
                 f"{list(found.shape)} of {list(box.size)}"
             )
-            raise CheckpointError(self.folder, [problem])
+            raise self.error(self.folder, [problem])
         return found

@@ -159,7 +159,7 @@ def import_huggingface(source: Path, target: Path, *, precision: Precision = "au
         "template": None,
         "context_length": int(config.get("max_position_embeddings") or 0),
     }
-    with Reader(source, index) as reader:
+    with Reader(source, index, error=ConversionError) as reader:
         for copy in names.copies:
             embedding = next(m.ours for m in names.moves if m.theirs == copy)
             first = next(m.theirs for m in names.moves if m.ours == embedding)
