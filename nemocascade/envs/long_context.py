@@ -154,11 +154,14 @@ def answer_of(text: str) -> str:
     marks = [i for i, line in enumerate(lines) if _MARK.match(line)]
     if not marks:
         return text.strip()
-    answer = lines[marks[-1]]
-    while mark := _MARK.match(answer):
-        answer = answer[mark.end() :].strip("* \t")
-    following = (line.strip("* \t") for line in lines[marks[-1] + 1 :])
-    return answer or next((line for line in following if line), "")
+    line, start = lines[marks[-1]], 0
+    while mark := _MARK.match(line, start):
+        start = mark.end()
+        if start == len(line):
+            break
+    answer = line[start:].strip("* \t")
+    following = (later.strip("* \t") for later in lines[marks[-1] + 1 :])
+    return answer or next((later for later in following if later), "")
 
 
 def normalised(text: str) -> str:
