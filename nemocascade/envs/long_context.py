@@ -157,8 +157,6 @@ def answer_of(text: str) -> str:
     line, start = lines[marks[-1]], 0
     while mark := _MARK.match(line, start):
         start = mark.end()
-        if start == len(line):
-            break
     answer = line[start:].strip("* \t")
     following = (later.strip("* \t") for later in lines[marks[-1] + 1 :])
     return answer or next((later for later in following if later), "")
