@@ -90,6 +90,7 @@ class Replica:
     def poll(self, now: float, rollouts: Rollouts) -> bool:
         """Take and cancel requests at a time; False once the queue is closed."""
         room = self.slots - len(self.running) - len(self.waiting)
+        self.queue.check()
         supply = self.queue.poll(room, self.slots - room)
         cancelled = set(supply.cancelled)
         if cancelled:

@@ -205,8 +205,7 @@ class WorkQueue:
         self._listen()
 
     def poll(self, room: int, busy: int) -> Supply:
-        """Implements `Work.poll`."""
-        self._listen()
+        """Implements `Work.poll`; `check` has read the verdicts."""
         cancelled: list[int] = []
         if self._cutoff < self._told:
             cancelled = [n for n in self._taken if self._index[n] >= self._cutoff]

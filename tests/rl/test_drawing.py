@@ -151,6 +151,7 @@ class Shuffled:
         running: list[int] = []
         is_open = True
         while is_open:
+            queue.check()
             taken, cancelled, is_open = queue.poll(13 - len(running), len(running))
             running = [n for n in (*running, *taken) if n not in set(cancelled)]
             if running:

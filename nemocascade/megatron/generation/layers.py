@@ -93,7 +93,7 @@ class SlotLayer:
 
     def step(self, hidden: Tensor, step: DecodeStep) -> Tensor:
         """Decode one token of each row. hidden: [n/tp, H]."""
-        raise NotImplementedError
+        raise NotImplementedError  # the base has no step; every kind of layer defines its own
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Apply the layer's norm to [n/tp, H]."""
