@@ -11,6 +11,7 @@ and compiled into the library: `python tools/native_report.py` shows it. Environ
 NEMOCASCADE_REQUIRE_CUDA=1 a build without CUDA is an error
 NEMOCASCADE_NO_CUDA=1      do not build CUDA
 NEMOCASCADE_CUDA_ARCHS     architectures in CMake's form, such as `90a-real`
+NEMOCASCADE_USE_BUILT=1    take the libraries that stand beside their packages, and compile nothing
 ========================== ================================================
 """
 
@@ -31,6 +32,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "kernels/nemocascade_kernels/version.py"))["__version__"]
 BUILD = ROOT / "build" / "csrc"
+# Folders of packages that are named otherwise. Recipes are scripts, installed as data of `recipe`.
+PACKAGE_DIR = {
+    "nemocascade_kernels": "kernels/nemocascade_kernels",
+    "nemocascade.recipe.scripts": "recipes",
+}
+SCRIPTS = [
+    "nemocascade.recipe.scripts",
+    *(f"nemocascade.recipe.scripts.{path.name}" for path in sorted(ROOT.glob("recipes/[a-z]*/"))),
+]
 # CMake target -> the module name that says where its library belongs.
 LIBRARIES = {
     "nemocascade_native": "nemocascade._native",
@@ -74,8 +84,8 @@ def find_nvcc() -> str | None:
     return next(filter(None, (shutil.which(name) for name in candidates if name)), None)
 
 
-def cuda_refusal(torch_root: Path) -> str:
-    """Why CUDA is not to be built; empty when it is."""
+def cuda_limitation(torch_root: Path) -> str:
+    """Reason why no CUDA kernels are built; empty if they are."""
     if os.environ.get("NEMOCASCADE_NO_CUDA") == "1":
         return "NEMOCASCADE_NO_CUDA=1 was set at build time"
     if torch_variable(torch_root, "cuda") == "None":
@@ -83,6 +93,15 @@ def cuda_refusal(torch_root: Path) -> str:
     if find_nvcc() is None:
         return "nvcc was not found in CUDACXX, CUDA_HOME/bin or PATH at build time"
     return ""
+
+
+def beside_package(module: str) -> Path:
+    """The library of a module in the source tree, where `build_ext --inplace` puts it."""
+    package, _, name = module.rpartition(".")
+    path = ROOT / PACKAGE_DIR.get(package, package) / f"{name}.so"
+    if not path.is_file():
+        sys.exit(f"nemocascade: NEMOCASCADE_USE_BUILT=1, but {path} is missing: run `make setup`")
+    return path
 
 
 class CMakeBuild(build_ext):
@@ -94,40 +113,44 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         """Build all targets with CUDA, or without it where that cannot be done."""
+        self.use_built = os.environ.get("NEMOCASCADE_USE_BUILT") == "1"
+        if self.use_built:
+            super().run()
+            return
         torch_root = find_torch()
-        refusal = cuda_refusal(torch_root)
+        limitation = cuda_limitation(torch_root)
         required = os.environ.get("NEMOCASCADE_REQUIRE_CUDA") == "1"
-        if required and refusal:
-            sys.exit(f"nemocascade: NEMOCASCADE_REQUIRE_CUDA=1, but {refusal}")
-        if not refusal:
+        if required and limitation:
+            sys.exit(f"nemocascade: NEMOCASCADE_REQUIRE_CUDA=1, but {limitation}")
+        if not limitation:
             try:
-                self.cmake(torch_root, refusal="")
+                self.cmake(torch_root, limitation="")
             except subprocess.CalledProcessError as error:
                 if required:
                     sys.exit("nemocascade: the CUDA build failed: see the lines above")
-                refusal = (
+                limitation = (
                     f"the CUDA build failed (exit status {error.returncode}): "
                     "NEMOCASCADE_REQUIRE_CUDA=1 python setup.py build_ext --inplace shows why"
                 )
-        if refusal:
-            self.cmake(torch_root, refusal=refusal)
-            print(f"\n!!! nemocascade: built WITHOUT CUDA kernels: {refusal}\n", file=sys.stderr)
+        if limitation:
+            self.cmake(torch_root, limitation=limitation)
+            print(f"\n!!! nemocascade: built WITHOUT CUDA kernels: {limitation}\n", file=sys.stderr)
         super().run()
 
-    def cmake(self, torch_root: Path, refusal: str) -> None:
+    def cmake(self, torch_root: Path, limitation: str) -> None:
         """Configure and build one of the two build folders, `cuda` or `cpu`."""
         cmake = find_tool("cmake", "CMAKE_BIN_DIR")
-        self.folder = BUILD / ("cpu" if refusal else "cuda")
+        self.folder = BUILD / ("cpu" if limitation else "cuda")
         configure = [
             cmake, "-S", str(ROOT), "-B", str(self.folder), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', 'BIN_DIR')}",
             f"-DTORCH_ROOT={torch_root}",
-            f"-DNEMOCASCADE_CUDA={'OFF' if refusal else 'ON'}",
-            f"-DNEMOCASCADE_CUDA_REFUSAL={refusal}",
+            f"-DNEMOCASCADE_CUDA={'OFF' if limitation else 'ON'}",
+            f"-DNEMOCASCADE_CUDA_REFUSAL={limitation}",
             # A compiler newer than ours may warn of more: that must not stop a user's install.
             f"-DNEMOCASCADE_WERROR={'ON' if self.inplace or self.editable_mode else 'OFF'}",
         ]  # fmt: skip
-        if not refusal:
+        if not limitation:
             configure.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
             archs = os.environ.get("NEMOCASCADE_CUDA_ARCHS")
             configure += [f"-DCMAKE_CUDA_ARCHITECTURES={archs}"] if archs else []
@@ -141,27 +164,29 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(self.folder)], check=True)
 
     def build_extension(self, ext: Extension) -> None:
-        """Copy the library that `run` has built."""
+        """Copy the library that `run` has built, or the one that stands beside its package."""
         target = next(target for target, module in LIBRARIES.items() if module == ext.name)
+        built = self.folder / f"{target}.so" if not self.use_built else beside_package(ext.name)
         destination = Path(self.get_ext_fullpath(ext.name))
         destination.parent.mkdir(parents=True, exist_ok=True)
         # Replace, never overwrite: a running process may have the old file mapped.
         partial = destination.with_suffix(".partial")
-        shutil.copyfile(self.folder / f"{target}.so", partial)
+        shutil.copyfile(built, partial)
         partial.replace(destination)
 
 
 setup(
     version=VERSION,
-    package_dir={"nemocascade_kernels": "kernels/nemocascade_kernels"},
+    package_dir=PACKAGE_DIR,
     packages=[
         *find_packages(include=["nemocascade", "nemocascade.*", "nemocascade_vllm"]),
         *find_packages("kernels", include=["nemocascade_kernels", "nemocascade_kernels.*"]),
         # Data, and never imported; setuptools wants folders of modules to be named.
         *find_namespace_packages(include=["nemocascade.swe.repositories*"]),
+        *SCRIPTS,
     ],
     package_data={
-        "*": ["py.typed", "*.sbatch", "*.jinja", "*.css"],
+        "": ["py.typed", "*.sbatch", "*.jinja", "*.css"],
         "nemocascade.swe": ["repositories/**"],
         "nemocascade_kernels": ["launches.json"],
     },

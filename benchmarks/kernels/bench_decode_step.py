@@ -38,10 +38,11 @@ SIZES = {
     "small": Sizes(512, (16, 64, 4, 64), (8, 2, 64), (32, 4, 512), 16_384),
 }
 PAST = 512
+BLOCK = 16  # tokens of a block of the KV cache
 
 
 def cases(suite: str, device: torch.device, tiny: bool) -> list[Case]:
-    """Every step, with 1 and with 64 rows. On a GPU, torch is the only implementation."""
+    """Every step, with 1 and with 64 rows, on a CPU."""
     if suite == "gpu":
         return []
     found = []
@@ -115,9 +116,13 @@ def attention(sizes: Sizes, rows: int, backend: str | None) -> Callable[[], Tens
     heads, kv_heads, dim = sizes.attention
     q = random_normal(rows, heads, dim, seed=1)
     k, v = random_normal(2, rows, kv_heads, dim, seed=2)
-    keys, values = random_normal(2, rows, kv_heads, PAST + 1, dim, seed=3)
+    columns = PAST // BLOCK + 1
+    keys, values = random_normal(2, rows * columns, kv_heads, BLOCK, dim, seed=3)
+    table = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
     slots, held = torch.arange(rows), torch.full((rows,), PAST)
-    return lambda: step_attention(q, k, v, keys, values, slots, held, PAST + 1, backend=backend)
+    return lambda: step_attention(
+        q, k, v, keys, values, table, slots, held, PAST + 1, backend=backend
+    )
 
 
 def draw(sizes: Sizes, rows: int, backend: str | None) -> Callable[[], Tensor]:

@@ -76,7 +76,7 @@ def case(device: torch.device, shape: Shape, dtype: torch.dtype, training: bool)
 
     def ours(backend: str | None) -> Callable[[], Mixer]:
         def load() -> Mixer:
-            reason = backend and OP.refusal(inputs[0], backend=backend)
+            reason = backend and OP.limitation(inputs[0], backend=backend)
             if reason:
                 raise Unavailable(reason)
             return lambda leaves: mamba2(

@@ -66,12 +66,15 @@ def problems(suite: str, device: torch.device, tiny: bool) -> list[Problem]:
 def case(suite: str, problem: Problem, training: bool) -> Case:
     entries = [
         ("ours", "ours", moe_rows.ours),
+        # On a CPU it is the definition.
+        ("ours, FP8", "ours" if suite == "gpu" else "peer", moe_rows.ours_in_fp8),
         ("loop over experts", "peer", moe_rows.plain_loop),
         ("grouped_mm chain", "peer", moe_rows.grouped_mm),
         ("transformers", "peer", moe_rows.transformers_block),
     ]
     if suite == "gpu":
         entries += [
+            ("quack-kernels", "peer", moe_rows.quack),
             ("Liger-Kernel", "peer", moe_rows.liger),
             ("SonicMoE", "peer", moe_rows.sonic),
             ("Transformer Engine", "peer", moe_rows.transformer_engine),

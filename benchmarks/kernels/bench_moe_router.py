@@ -9,9 +9,11 @@ import torch
 from nemocascade_kernels import moe_route
 from torch import Tensor
 
-from benchmarks.measure import Case, Goal, Row, Unavailable
+from benchmarks.measure import Case, Goal, Row, Unavailable, load
 
 Route = Callable[[Tensor, Tensor, int], Tensor]
+#: Biased scores [T, E], K -> ids [T, K].
+Choose = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def case(suite: str, device: torch.device, shape: Shape, training: bool) -> Case
             Row("ours", "ours", prepare(lambda: ours), bytes=moved),
             Row("chain of torch operators", "peer", prepare(lambda: chain)),
             Row("Megatron-Core", "peer", prepare(load_megatron)),
+            Row("chain with quack's top-k", "peer", prepare(lambda: load_quack(shape, device))),
         ],
         goals(suite, shape, training),
         calls=10 if suite == "gpu" else 1,
@@ -99,10 +102,14 @@ def ours(logits: Tensor, bias: Tensor, top_k: int) -> Tensor:
     return moe_route(logits, top_k, expert_bias=bias, scale=2.5).weights
 
 
-def chain(logits: Tensor, bias: Tensor, top_k: int) -> Tensor:
+def torch_choice(biased: Tensor, top_k: int) -> Tensor:
+    return biased.topk(top_k, dim=-1).indices
+
+
+def chain(logits: Tensor, bias: Tensor, top_k: int, choose: Choose = torch_choice) -> Tensor:
     """The shortest chain of torch operators that produces all fields of `Routing`."""
     scores = logits.sigmoid()
-    experts = (scores + bias).topk(top_k, dim=-1).indices
+    experts = choose((scores + bias).detach(), top_k)
     weights = scores.gather(1, experts)
     weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * 2.5
     flat = experts.reshape(-1)
@@ -113,6 +120,22 @@ def chain(logits: Tensor, bias: Tensor, top_k: int) -> Tensor:
     assert positions.shape == flat.shape
     assert offsets.numel() == bias.numel() + 1
     return weights
+
+
+def load_quack(shape: Shape, device: torch.device) -> Route:
+    """The chain around quack-kernels' top-k, whose sizes are powers of two."""
+    if device.type != "cuda":
+        raise Unavailable("quack-kernels needs a GPU")
+    if shape.experts & (shape.experts - 1):
+        raise Unavailable(f"quack's top-k takes a power of two of columns, not {shape.experts}")
+    topk = load("quack.topk", "quack-kernels").topk_fwd
+    rounded = 1 << (shape.top_k - 1).bit_length()
+
+    def choose(biased: Tensor, top_k: int) -> Tensor:
+        ids: Tensor = topk(biased, rounded)[1][:, :top_k].long()
+        return ids
+
+    return lambda logits, bias, top_k: chain(logits, bias, top_k, choose)
 
 
 def load_megatron() -> Route:

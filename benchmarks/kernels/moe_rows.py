@@ -13,12 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from nemocascade_kernels import Routing, moe_experts, moe_route
+from nemocascade_kernels.moe_experts.op import OP
 from torch import Tensor
 
 from benchmarks.measure import Prepared, Row, Unavailable, load, probe, with_gradients
 
 #: x, routing, w_up, w_down -> y
 Experts = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
+#: Error of FP8's results beside those of bf16.
+FP8_AGREE = 0.1
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,14 @@ def row(
         return with_gradients(compute, (x, w_up, w_down), probe)
 
     flops = problem.forward_flops * (3 if training else 1)
-    return Row(name, kind, make, flops=flops, output_bytes=problem.output_bytes(training))
+    return Row(
+        name,
+        kind,
+        make,
+        flops=flops,
+        output_bytes=problem.output_bytes(training),
+        agree=FP8_AGREE if make_experts is ours_in_fp8 else None,
+    )
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
@@ -113,6 +123,15 @@ def activate(h: Tensor, activation: str) -> Tensor:
 def ours(problem: Problem) -> Experts:
     def experts(x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor) -> Tensor:
         return moe_experts(x, routing, w_up, w_down, activation=problem.activation)
+
+    return experts
+
+
+def ours_in_fp8(problem: Problem) -> Experts:
+    """Our experts with FP8 products: kernels on a Hopper GPU, their definition on a CPU."""
+
+    def experts(x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor) -> Tensor:
+        return moe_experts(x, routing, w_up, w_down, activation=problem.activation, fp8=True)
 
     return experts
 
@@ -184,6 +203,20 @@ def liger(problem: Problem) -> Experts:
         function = module.LigerFusedMoEFunction
         y: Tensor = function.apply(x, w_up, w_down, routing.experts, routing.weights.to(x.dtype))
         return y
+
+    return experts
+
+
+def quack(problem: Problem) -> Experts:
+    """Our op on the products of quack-kernels, which gather rows and take turns by warpgroups."""
+    sample = torch.empty(1, problem.hidden, dtype=problem.dtype, device=problem.device)
+    weight = sample.new_empty(1, problem.width, problem.hidden)
+    reason = OP.limitation(sample, weight, backend="quack")
+    if reason is not None:
+        raise Unavailable(reason)
+
+    def experts(x: Tensor, routing: Routing, w_up: Tensor, w_down: Tensor) -> Tensor:
+        return moe_experts(x, routing, w_up, w_down, activation=problem.activation, backend="quack")
 
     return experts
 

@@ -1,5 +1,5 @@
-// CUDA language features of kernels and launches beyond C++. The tests have their own version of
-// this file, which runs the same kernels on the CPU.
+// Wrappers of CUDA's extensions to C++: shared memory and launches. The tests replace this file by
+// a version that runs the same kernels on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

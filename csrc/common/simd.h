@@ -232,11 +232,24 @@ INLINE void transpose_quads(Quad& a, Quad& b, Quad& c, Quad& d) {
   d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
 }
 
-// The four vectors' sums.
+// The four vectors' sums, with the additions of `sum`.
 INLINE Quad sums(Floats first, Floats second, Floats third, Floats fourth) {
+#if NEMOCASCADE_LANES == 16
+  // All four at a time, instead of a quarter of a register.
+  const auto folded = [](Floats a, Floats b) __attribute__((always_inline)) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30,
+                                   31);
+  };
+  Floats all = folded(folded(first, second), folded(third, fourth));
+  all += __builtin_shufflevector(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  all += __builtin_shufflevector(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  return __builtin_shufflevector(all, all, 0, 4, 8, 12);
+#else
   Quad a = fold(first), b = fold(second), c = fold(third), d = fold(fourth);
   transpose_quads(a, b, c, d);
   return (a + b) + (c + d);
+#endif
 }
 
 // exp(x) to about 2 ulp for x <= 0 or slightly above; 0 below -87, NaN for NaN.

@@ -101,30 +101,38 @@ inline Tensor int64_tensor(const std::vector<int64_t>& values, const Tensor& lik
 }
 
 // Calls a row kernel, `kernel` for float32 and `kernel_bf16` for bfloat16, on ranges of the rows of
-// logits [R, V], whose rows are contiguous: kernel(logits, target, begin, end, arguments...).
-// target: [R] int64.
-template <typename Float, typename Bfloat, typename... Arguments>
-void for_each_row(const Tensor& logits, const Tensor& target, double scale, Float kernel,
-                  Bfloat kernel_bf16, const Arguments&... arguments) {
+// logits [R, V], whose rows are contiguous: kernel(logits, begin, end).
+template <typename Float, typename Bfloat>
+void for_each_row(const Tensor& logits, double scale, Float kernel, Bfloat kernel_bf16) {
   STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2 && logits.size(1) >= 1 &&
                       (logits.size(1) == 1 || logits.stride(1) == 1) &&
                       (is_bf16(logits) || logits.scalar_type() == ScalarType::Float),
                   "logits must be a float32 or bfloat16 CPU matrix with contiguous rows");
   // Minimum rows of a thread: for fewer, scheduling costs more than the work.
   constexpr int64_t kRowsAtATime = 4;
-  const int64_t rows = logits.size(0);
-  const int64_t* ids = elements<int64_t>(target, rows, "target");
   const auto run = [&]<typename T>(T* data, auto function) {
     const Logits<T> view{data, logits.stride(0), logits.size(1), static_cast<float>(scale)};
-    torch::stable::parallel_for(0, rows, kRowsAtATime, [&](int64_t begin, int64_t end) {
-      function(view, ids, begin, end, arguments...);
-    });
+    torch::stable::parallel_for(0, logits.size(0), kRowsAtATime,
+                                [&](int64_t begin, int64_t end) { function(view, begin, end); });
   };
   if (is_bf16(logits)) {
     run(static_cast<Bf16*>(logits.mutable_data_ptr()), kernel_bf16);
   } else {
     run(static_cast<float*>(logits.mutable_data_ptr()), kernel);
   }
+}
+
+// The same with target [R] int64: kernel(logits, target, begin, end, arguments...).
+template <typename Float, typename Bfloat, typename... Arguments>
+void for_each_row(const Tensor& logits, const Tensor& target, double scale, Float kernel,
+                  Bfloat kernel_bf16, const Arguments&... arguments) {
+  const int64_t* ids = elements<int64_t>(target, logits.size(0), "target");
+  const auto with_target = [&](auto function) {
+    return [&, function](const auto& view, int64_t begin, int64_t end) {
+      function(view, ids, begin, end, arguments...);
+    };
+  };
+  for_each_row(logits, scale, with_target(kernel), with_target(kernel_bf16));
 }
 
 }  // namespace nemocascade

@@ -188,32 +188,42 @@ Tensor step_mamba(const Tensor& zxbcdt, Tensor conv_state, Tensor ssm_state, con
 }
 
 Tensor step_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tensor keys, Tensor values,
-                      const Tensor& slots, const Tensor& positions) {
+                      const Tensor& table, const Tensor& slots, const Tensor& positions) {
+  using nemocascade::decode_step::Cache;
   const int64_t rows = q.size(0), heads = q.size(1), dim = q.size(2), kv_heads = k.size(1);
-  const int64_t count = keys.size(0), capacity = keys.size(2), ratio = heads / kv_heads;
-  const int64_t cached = count * kv_heads * capacity * dim;
+  const int64_t blocks = keys.size(0), size = keys.size(2), width = size * dim;
+  const int64_t count = table.size(0), columns = table.size(1), ratio = heads / kv_heads;
+  STD_TORCH_CHECK(size % nemocascade::decode_step::kKeysTogether == 0, "a block of ", size,
+                  " tokens is none of a multiple of ", nemocascade::decode_step::kKeysTogether);
   const float* queries = elements<float>(q, rows * heads * dim, "q");
   const float* new_keys = elements<float>(k, rows * kv_heads * dim, "k");
   const float* new_values = elements<float>(v, rows * kv_heads * dim, "v");
-  float* all_keys = elements<float>(keys, cached, "keys");
-  float* all_values = elements<float>(values, cached, "values");
+  float* all_keys = elements<float>(keys, blocks * kv_heads * width, "keys");
+  float* all_values = elements<float>(values, blocks * kv_heads * width, "values");
+  const int32_t* all_blocks = elements<int32_t>(table, count * columns, "table");
   const int64_t* at = elements<int64_t>(slots, rows, "slots");
   const int64_t* held = elements<int64_t>(positions, rows, "positions");
   check_ids(at, rows, count - 1, "slots");
-  check_ids(held, rows, capacity - 1, "positions");
+  check_ids(held, rows, columns * size - 1, "positions");
+  for (int64_t r = 0; r < rows; ++r) {
+    check_ids(all_blocks + at[r] * columns, held[r] / size + 1, blocks - 1, "table");
+  }
   Tensor out = new_empty(q, {rows, heads, dim});
   float* to = elements<float>(out, rows * heads * dim, "out");
   const int64_t longest = rows == 0 ? 0 : *std::max_element(held, held + rows) + 1;
   const int64_t grain = std::max<int64_t>(1, kWork / (longest * ratio * dim * 2 + 1));
   torch::stable::parallel_for(0, rows * kv_heads, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(ratio * (longest + nemocascade::decode_step::kKeysAtATime));
+    std::vector<float> scratch(nemocascade::decode_step::kQueriesTogether *
+                               (longest + nemocascade::decode_step::kKeysAtATime));
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t r = i / kv_heads;
-      const int64_t first = (at[r] * kv_heads + i % kv_heads) * capacity * dim;
-      std::copy_n(new_keys + i * dim, dim, all_keys + first + held[r] * dim);
-      std::copy_n(new_values + i * dim, dim, all_values + first + held[r] * dim);
-      mixers().attention(queries + i * ratio * dim, all_keys + first, all_values + first, ratio,
-                         dim, held[r] + 1, scratch.data(), to + i * ratio * dim);
+      const int64_t r = i / kv_heads, head = i % kv_heads * width;
+      const int32_t* mine = all_blocks + at[r] * columns;
+      const int64_t row = mine[held[r] / size] * kv_heads * width + head + held[r] % size * dim;
+      std::copy_n(new_keys + i * dim, dim, all_keys + row);
+      std::copy_n(new_values + i * dim, dim, all_values + row);
+      const Cache cache{all_keys + head, all_values + head, mine, size, kv_heads * width};
+      mixers().attention(queries + i * ratio * dim, cache, ratio, dim, held[r] + 1, scratch.data(),
+                         to + i * ratio * dim);
     }
   });
   return out;
@@ -258,7 +268,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade_kernels, m) {
       "groups, float dt_low, float dt_high, float eps) -> Tensor");
   m.def(
       "step_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor "
-      "slots, Tensor positions) -> Tensor");
+      "table, Tensor slots, Tensor positions) -> Tensor");
   m.def(
       "step_draw(Tensor logits, Tensor? u, float scale, int limit, Tensor? allowed, Tensor(a!) "
       "tokens, Tensor(b!) logprobs) -> ()");

@@ -98,37 +98,124 @@ INLINE void scan(const Mamba& m, int64_t head, float step, const float* b, const
   }
 }
 
-// The products of a query with kKeys keys, padded with zeros.
-template <int kKeys>
-INLINE Quad dots(const float* query, const float* keys, int64_t dim) {
-  const int64_t whole = dim / kLanes * kLanes, rest = dim - whole;
-  Floats totals[4] = {};
-  for (int64_t d = 0; d < whole; d += kLanes) {
-    const Floats part = load(query + d);
-    for (int i = 0; i < kKeys; ++i) totals[i] += part * load(keys + i * dim + d);
+// The products of kQueries queries with kKeys keys, times `scale`. whole: floats from a query's
+// scores to the next query's.
+template <int kQueries, int kKeys>
+INLINE void dots(const float* q, const float* keys, int64_t dim, float scale, float* scores,
+                 int64_t whole) {
+  const int64_t even = dim / kLanes * kLanes, rest = dim - even;
+  Floats totals[kQueries][4] = {};
+  for (int64_t d = 0; d < even; d += kLanes) {
+    for (int i = 0; i < kKeys; ++i) {
+      const Floats key = load(keys + i * dim + d);
+      for (int r = 0; r < kQueries; ++r) totals[r][i] += load(q + r * dim + d) * key;
+    }
   }
   if (rest > 0) {
-    const Floats part = load_tail(query + whole, rest, 0.0f);
     for (int i = 0; i < kKeys; ++i) {
-      totals[i] += part * load_tail(keys + i * dim + whole, rest, 0.0f);
+      const Floats key = load_tail(keys + i * dim + even, rest, 0.0f);
+      for (int r = 0; r < kQueries; ++r) {
+        totals[r][i] += load_tail(q + r * dim + even, rest, 0.0f) * key;
+      }
     }
   }
-  return sums(totals[0], totals[1], totals[2], totals[3]);
+  for (int r = 0; r < kQueries; ++r) {
+    const Quad found = sums(totals[r][0], totals[r][1], totals[r][2], totals[r][3]) * scale;
+    if (kKeys == 4) {
+      store(scores + r * whole, found);
+    } else {
+      scores[r * whole] = found[0];
+    }
+  }
 }
 
-// The weighted sum of `length` rows, kLanes columns of them at `values`; `lanes` columns count.
-INLINE Floats weighted(const float* weights, const float* values, int64_t dim, int64_t length,
-                       int64_t lanes) {
-  // Four chains, so that an addition does not wait for the previous one.
-  Floats totals[4] = {};
+// The products of kQueries queries with `count` keys of a block, times `scale`.
+template <int kQueries>
+INLINE void score(const float* q, const float* keys, int64_t dim, int64_t count, float scale,
+                  float* scores, int64_t whole) {
   int64_t t = 0;
-  if (lanes == kLanes) {
-    for (; t + 4 <= length; t += 4) {
-      for (int i = 0; i < 4; ++i) totals[i] += weights[t + i] * load(values + (t + i) * dim);
+  for (; t + kKeysTogether <= count; t += kKeysTogether) {
+    dots<kQueries, kKeysTogether>(q, keys + t * dim, dim, scale, scores + t, whole);
+  }
+  for (; t < count; ++t) {
+    dots<kQueries, 1>(q, keys + t * dim, dim, scale, scores + t, whole);
+  }
+}
+
+// The weighted sums of `length` cached values for kQueries queries, times their shares: kVectors
+// vectors of columns from `column` on, all whole, or one of `lanes` columns.
+template <int kQueries, int kVectors>
+INLINE void weigh(const float* weights, int64_t whole, const Cache& cache, int64_t column,
+                  int64_t length, int64_t lanes, const float* shares, int64_t dim, float* out) {
+  // Four chains, so that an addition does not wait for the previous one.
+  Floats totals[kQueries][kVectors][kKeysTogether] = {};
+  const int32_t* block = cache.table;
+  for (int64_t first = 0; first < length; first += cache.size) {
+    const float* values = cache.values + *block++ * cache.block + column;
+    const int64_t count = smaller(cache.size, length - first);
+    const float* weight = weights + first;
+    int64_t t = 0;
+    if (lanes == kLanes) {
+      for (; t + kKeysTogether <= count; t += kKeysTogether) {
+        for (int i = 0; i < kKeysTogether; ++i) {
+          for (int v = 0; v < kVectors; ++v) {
+            const Floats value = load(values + (t + i) * dim + v * kLanes);
+            for (int r = 0; r < kQueries; ++r) {
+              totals[r][v][i] += weight[r * whole + t + i] * value;
+            }
+          }
+        }
+      }
+    }
+    for (; t < count; ++t) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Floats value = load_tail(values + t * dim + v * kLanes, lanes, 0.0f);
+        for (int r = 0; r < kQueries; ++r) totals[r][v][0] += weight[r * whole + t] * value;
+      }
     }
   }
-  for (; t < length; ++t) totals[0] += weights[t] * load_tail(values + t * dim, lanes, 0.0f);
-  return (totals[0] + totals[1]) + (totals[2] + totals[3]);
+  for (int r = 0; r < kQueries; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats* part = totals[r][v];
+      stored(out + r * dim + v * kLanes, lanes,
+             ((part[0] + part[1]) + (part[2] + part[3])) * shares[r]);
+    }
+  }
+}
+
+// Attention of kQueries queries.
+template <int kQueries>
+INLINE void attend(const float* q, const Cache& cache, int64_t dim, int64_t length, float* scores,
+                   float* out) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  const int64_t whole = (length + kKeysAtATime - 1) / kKeysAtATime * kKeysAtATime;
+  const int32_t* block = cache.table;
+  for (int64_t first = 0; first < length; first += cache.size) {
+    const float* keys = cache.keys + *block++ * cache.block;
+    score<kQueries>(q, keys, dim, smaller(cache.size, length - first), scale, scores + first,
+                    whole);
+  }
+  float shares[kQueries];
+  for (int r = 0; r < kQueries; ++r) {
+    float* mine = scores + r * whole;
+    for (int64_t t = length; t < whole; ++t) mine[t] = kLowest;
+    const float top = row_maximum(mine, length);
+    Floats totals = {};
+    for (int64_t t = 0; t < whole; t += kLanes) {
+      const Floats weights = exponential(load(mine + t) - top);
+      store(mine + t, weights);
+      totals += weights;
+    }
+    shares[r] = 1.0f / sum(totals);
+  }
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+    weigh<kQueries, 2>(scores, whole, cache, d, length, kLanes, shares, dim, out + d);
+  }
+  for (; d < dim; d += kLanes) {
+    weigh<kQueries, 1>(scores, whole, cache, d, length, smaller(kLanes, dim - d), shares, dim,
+                       out + d);
+  }
 }
 
 void mamba(const Mamba& m, const float* zxbcdt, int64_t group, float* conv, float* ssm,
@@ -163,33 +250,13 @@ void mamba(const Mamba& m, const float* zxbcdt, int64_t group, float* conv, floa
   }
 }
 
-void attention(const float* q, const float* keys, const float* values, int64_t ratio, int64_t dim,
-               int64_t length, float* scratch, float* out) {
-  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  const int64_t whole = (length + kKeysAtATime - 1) / kKeysAtATime * kKeysAtATime;
-  for (int64_t r = 0; r < ratio; ++r) {
-    const float* query = q + r * dim;
-    float* scores = scratch + r * whole;
-    int64_t t = 0;
-    for (; t + 4 <= length; t += 4) {
-      const Quad found = dots<4>(query, keys + t * dim, dim) * scale;
-      store(scores + t, found);
-    }
-    for (; t < length; ++t) scores[t] = dots<1>(query, keys + t * dim, dim)[0] * scale;
-    for (t = length; t < whole; ++t) scores[t] = kLowest;
-    const float top = row_maximum(scores, length);
-    Floats totals = {};
-    for (t = 0; t < whole; t += kLanes) {
-      const Floats weights = exponential(load(scores + t) - top);
-      store(scores + t, weights);
-      totals += weights;
-    }
-    const float share = 1.0f / sum(totals);
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const int64_t lanes = smaller(kLanes, dim - d);
-      stored(out + r * dim + d, lanes, weighted(scores, values + d, dim, length, lanes) * share);
-    }
+void attention(const float* q, const Cache& cache, int64_t ratio, int64_t dim, int64_t length,
+               float* scratch, float* out) {
+  int64_t r = 0;
+  for (; r + kQueriesTogether <= ratio; r += kQueriesTogether) {
+    attend<kQueriesTogether>(q + r * dim, cache, dim, length, scratch, out + r * dim);
   }
+  for (; r < ratio; ++r) attend<1>(q + r * dim, cache, dim, length, scratch, out + r * dim);
 }
 
 }  // namespace

@@ -54,18 +54,29 @@ struct Mamba {
   int64_t scratch() const { return group_width() + 2 * state; }
 };
 
+// Cached keys and values of one head of a sequence: token t is row t % size of block table[t /
+// size], and a block's rows are contiguous.
+struct Cache {
+  const float *keys, *values;  // of the head, in block 0
+  const int32_t* table;
+  int64_t size;   // tokens of a block, a multiple of kKeysTogether
+  int64_t block;  // floats from a block to the next
+};
+constexpr int64_t kKeysTogether = 4;
+
 struct Mixers {
   // One row and one group. zxbcdt, out: of the row. conv: [width - 1, W] and ssm: [heads, head_dim,
   // state], of the row's slot.
   void (*mamba)(const Mamba& m, const float* zxbcdt, int64_t group, float* conv, float* ssm,
                 float* scratch, float* out);
 
-  // Attention of `ratio` query heads [ratio, dim] over `length` cached keys and values [length,
-  // dim]. scratch: [ratio, length rounded up to kKeysAtATime].
-  void (*attention)(const float* q, const float* keys, const float* values, int64_t ratio,
-                    int64_t dim, int64_t length, float* scratch, float* out);
+  // Attention of `ratio` query heads [ratio, dim] over the first `length` tokens of a cache.
+  // scratch: [kQueriesTogether, length rounded up to kKeysAtATime].
+  void (*attention)(const float* q, const Cache& cache, int64_t ratio, int64_t dim, int64_t length,
+                    float* scratch, float* out);
 };
 constexpr int64_t kKeysAtATime = 16;
+constexpr int64_t kQueriesTogether = 2;
 
 // rows.cpp, mixers.cpp and draw.cpp are compiled once for each level of the processor.
 NEMOCASCADE_LEVELS_OF(RowSteps, row_steps)

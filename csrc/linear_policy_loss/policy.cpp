@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "common/buffer.h"
 #include "common/row_sums.h"
 
 namespace nemocascade::linear_policy_loss::NEMOCASCADE_LEVEL {
@@ -12,21 +13,6 @@ using namespace nemocascade::NEMOCASCADE_LEVEL;
 namespace {
 
 constexpr float kNan = __builtin_nanf("");
-
-// Buffer for a row of floats.
-class Room {
- public:
-  explicit Room(int64_t count)
-      : all_(count == 0 ? nullptr : new float[static_cast<size_t>(count)]) {}
-  ~Room() { delete[] all_; }
-  Room(const Room&) = delete;
-  Room& operator=(const Room&) = delete;
-
-  INLINE float* get() const { return all_; }
-
- private:
-  float* all_;
-};
 
 struct Token {
   float loss, slope;
@@ -87,7 +73,7 @@ INLINE void rows(const Logits<T>& logits, const int64_t* target, int64_t begin, 
                  const Objective& objective, float grad_scale, const Result& out) {
   const int64_t size = logits.vocabulary;
   const float scale = logits.scale;
-  const Room kept(kGradient ? size + kLanes : 0);
+  const Buffer kept(kGradient ? size + kLanes : 0);
   for (int64_t r = begin; r < end; ++r) {
     T* row = logits.data + r * logits.stride;
     const float top = row_maximum(row, size) * scale;

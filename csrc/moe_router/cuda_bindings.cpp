@@ -42,11 +42,13 @@ int64_t moe_route_scratch(int64_t tokens, int64_t experts) {
   return route_scratch(tokens, static_cast<int32_t>(experts));
 }
 
+int64_t moe_route_state(int64_t experts) { return route_state(static_cast<int32_t>(experts)); }
+
 void moe_route(const std::optional<Tensor>& logits, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& mask, const std::optional<Tensor>& given,
                int64_t num_experts, bool softmax, int64_t groups, int64_t top_groups,
                bool normalize, double scale, Tensor weights, Tensor experts, Tensor scratch,
-               Tensor counts, Tensor order, Tensor offsets, Tensor positions) {
+               Tensor state, Tensor counts, Tensor order, Tensor offsets, Tensor positions) {
   const int64_t tokens = experts.size(0), top_k = experts.size(1), slots = tokens * top_k;
   STD_TORCH_CHECK(slots < (int64_t{1} << 31), "tokens x top_k = ", slots, " must be below 2^31");
   STD_TORCH_CHECK(logits.has_value() || given.has_value(), "logits or given experts are needed");
@@ -65,6 +67,8 @@ void moe_route(const std::optional<Tensor>& logits, const std::optional<Tensor>&
   arguments.experts = cuda_elements<int32_t>(experts, slots, "experts");
   arguments.loads =
       cuda_elements<int32_t>(scratch, moe_route_scratch(tokens, num_experts), "scratch");
+  arguments.state =
+      cuda_elements<int32_t>(state, route_state(static_cast<int32_t>(num_experts)), "state");
   arguments.tokens = tokens;
   arguments.sorted = {cuda_elements<int32_t>(counts, num_experts, "counts"),
                       cuda_elements<int32_t>(order, slots, "order"),
@@ -92,11 +96,12 @@ void moe_route_gradient(const Tensor& grad_weights, const Tensor& logits, const 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade_kernels, m) {
   m.def("moe_route_scratch(int tokens, int experts) -> int");
+  m.def("moe_route_state(int experts) -> int");
   m.def(
       "moe_route(Tensor? logits, Tensor? bias, Tensor? mask, Tensor? given, int num_experts, "
       "bool softmax, int groups, int top_groups, bool normalize, float scale, Tensor(a!) weights, "
-      "Tensor(b!) experts, Tensor(c!) scratch, Tensor(d!) counts, Tensor(e!) order, "
-      "Tensor(f!) offsets, Tensor(g!) positions) -> ()");
+      "Tensor(b!) experts, Tensor(c!) scratch, Tensor(d!) state, Tensor(e!) counts, "
+      "Tensor(f!) order, Tensor(g!) offsets, Tensor(h!) positions) -> ()");
   m.def(
       "moe_route_gradient(Tensor grad_weights, Tensor logits, Tensor experts, bool softmax, "
       "bool normalize, float scale, Tensor(a!) grad_logits) -> ()");
@@ -104,6 +109,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(nemocascade_kernels, CompositeExplicitAutograd, m) {
   m.impl("moe_route_scratch", TORCH_BOX(&moe_route_scratch));
+  m.impl("moe_route_state", TORCH_BOX(&moe_route_state));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nemocascade_kernels, CUDA, m) {

@@ -49,40 +49,44 @@ void dispatch(bool bfloat16, bool softmax, int32_t experts, const F& f) {
 
 int64_t route_scratch(int64_t tokens, int32_t experts) { return blocks_of(tokens) * (experts + 1); }
 
+int64_t route_state(int32_t experts) { return kCounters + experts; }
+
 cudaError_t launch_route(const RouteArguments& arguments, cudaStream_t stream) {
   const RouterSettings& settings = arguments.settings;
   const int32_t experts = settings.experts;
   const int64_t slots = arguments.tokens * settings.top_k;
-  const int32_t block_tokens = tokens_of_block(arguments.tokens);
-  const unsigned blocks = static_cast<unsigned>(blocks_of(arguments.tokens));
+  const int32_t choosers = static_cast<int32_t>(blocks_of(arguments.tokens));
+  const int32_t scanners = static_cast<int32_t>(ceil_div(experts + 1, kScanExperts));
+  const int32_t blocks = choosers + scanners + static_cast<int32_t>(ceil_div(slots, kPlaced));
   const size_t shared = sizeof(int32_t) * choose_shared(settings);
   const Sorted& sorted = arguments.sorted;
-  const cudaError_t cleared = cudaMemsetAsync(sorted.counts, 0, sizeof(int32_t) * experts, stream);
-  if (cleared != cudaSuccess) return cleared;
-  const ChooseArguments choose{arguments.logits, arguments.bias,    arguments.mask,
-                               arguments.given,  arguments.weights, arguments.experts,
-                               sorted.positions, arguments.loads,   sorted.counts,
-                               arguments.tokens, block_tokens,      settings};
+  const RouteKernelArguments route{arguments.logits,
+                                   arguments.bias,
+                                   arguments.mask,
+                                   arguments.given,
+                                   arguments.weights,
+                                   arguments.experts,
+                                   sorted.positions,
+                                   arguments.loads,
+                                   arguments.state,
+                                   sorted.counts,
+                                   sorted.offsets,
+                                   sorted.order,
+                                   arguments.tokens,
+                                   tokens_of_block(arguments.tokens),
+                                   choosers,
+                                   scanners,
+                                   blocks,
+                                   settings};
   dispatch(arguments.bfloat16, arguments.softmax, experts,
            [&](auto scalar, auto items, auto softmax) {
-             const auto kernel = choose_kernel<decltype(scalar), items.value, softmax.value>;
+             const auto kernel = route_kernel<decltype(scalar), items.value, softmax.value>;
              if (shared > kSharedWithoutAttribute) {
                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared));
              }
-             launch(kernel, blocks, kThreads, shared, stream, choose);
+             launch(kernel, static_cast<unsigned>(blocks), kThreads, shared, stream, route);
            });
-  // The kernels below would index with what this one has not written.
-  const cudaError_t chosen = cudaGetLastError();
-  if (chosen != cudaSuccess) return chosen;
-  launch(scan_kernel, static_cast<unsigned>(ceil_div(experts + 1, kScanExperts)),
-         kScanExperts * kScanParts, 0, stream, arguments.loads, sorted.counts, sorted.offsets,
-         static_cast<int>(blocks), experts);
-  if (slots > 0) {
-    launch(place_kernel, static_cast<unsigned>(ceil_div(slots, kThreads)), kThreads, 0, stream,
-           arguments.experts, arguments.loads, sorted.positions, sorted.order, slots,
-           block_tokens * settings.top_k, experts);
-  }
   return cudaGetLastError();
 }
 

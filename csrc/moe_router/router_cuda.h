@@ -27,6 +27,7 @@ struct RouteArguments {
   float* weights;        // [T, K]; not written where logits is null
   int32_t* experts;      // [T, K]
   int32_t* loads;        // scratch, route_scratch(...) elements
+  int32_t* state;        // route_state(...) zeros, which a launch counts in and leaves as zeros
   int64_t tokens;
   RouterSettings settings;
   Sorted sorted;
@@ -35,7 +36,10 @@ struct RouteArguments {
 // Elements of `RouteArguments::loads`.
 int64_t route_scratch(int64_t tokens, int32_t experts);
 
-// Enqueues the choice and the sort. T * K < 2^31.
+// Elements of `RouteArguments::state`.
+int64_t route_state(int32_t experts);
+
+// Enqueues the choice and the sort, one kernel. T * K < 2^31.
 cudaError_t launch_route(const RouteArguments& arguments, cudaStream_t stream);
 
 // Enqueues the gradient [T, E] in the logits, of their type.

@@ -1,9 +1,11 @@
 // The MoE router on a GPU: device code, free of torch. One warp chooses for one token.
 //
-// The slots are sorted by expert in three launches without a host synchronisation. choose_kernel
-// also ranks each slot among the earlier slots of its expert in the same block. scan_kernel turns
-// every block's loads into the first positions of its slots of each expert; place_kernel adds the
-// two. The sort is stable because blocks hold consecutive tokens and ranks count in their order.
+// The slots are sorted by expert in the same launch, without a host synchronisation. Blocks draw a
+// number when they start, and do one of three jobs by it. The first choose, and rank each slot
+// among the earlier slots of its expert in the same block; the next turn every choosing block's
+// loads into the first positions of its slots of each expert; the last add the two. A block waits
+// only for blocks of lower numbers, which run already, so there is no deadlock. The sort is stable
+// because blocks hold consecutive tokens and ranks count in their order.
 #pragma once
 
 #include <cstdint>
@@ -17,30 +19,39 @@ constexpr int kLanes = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kLanes * kWarps;
 constexpr unsigned kAll = 0xffffffffu;
-// Tokens of one iteration of choose_kernel's loop.
+// Tokens of one iteration of choose_tokens' loop.
 constexpr int kTileTokens = 64;
-// Maximum blocks of choose_kernel: scan_kernel reads a row of loads for each.
+// Maximum blocks that choose: scan_loads reads a row of loads for each.
 constexpr int kMostBlocks = 512;
-// scan_kernel: experts of a block, and parts into which it splits the rows of loads.
+// scan_loads: experts of a block, and parts into which it splits the rows of loads.
 constexpr int kScanExperts = 32;
-constexpr int kScanParts = 32;
+constexpr int kScanParts = kWarps;
+// Slots of a block that places.
+constexpr int kPlaced = 4 * kThreads;
+// Counters before the slots of each expert in the state of a launch.
+constexpr int kCounters = 4;
+enum Counter { kDrawn, kChosen, kScanned, kEnded };
 // A bfloat16 as its bits.
 struct Bf16 {
   uint16_t bits;
 };
 
-struct ChooseArguments {
+struct RouteKernelArguments {
   const void* logits;    // [T, E] float or Bf16; null: given experts are only sorted
   const float* bias;     // [E] or null
   const uint8_t* mask;   // [T] or null: 0 for a token without experts
   const int32_t* given;  // [T, K] or null: these experts instead of a choice
   float* weights;        // [T, K]; not written where logits is null
   int32_t* experts;      // [T, K]
-  int32_t* ranks;        // [T, K]
-  int32_t* loads;        // [blocks, E + 1]
-  int32_t* counts;       // [E], initially zeros
+  int32_t* positions;    // [T, K]; ranks until they are placed
+  int32_t* loads;        // [choosers, E + 1]
+  int32_t* state;        // [kCounters + E], zeros before and after
+  int32_t* counts;       // [E]
+  int32_t* offsets;      // [E + 1]
+  int32_t* order;        // [T * K]
   int64_t tokens;
   int32_t tokens_of_block;  // a multiple of kTileTokens
+  int32_t choosers, scanners, blocks;
   RouterSettings settings;
 };
 
@@ -189,7 +200,7 @@ __device__ void keep_best_groups(Keys<kItems>& keys, const RouterSettings& setti
 
 // Lane k returns choice k of a token that is not masked; E in the other lanes.
 template <int kItems>
-__device__ int choose(const Row<float, kItems>& scores, const ChooseArguments& arguments,
+__device__ int choose(const Row<float, kItems>& scores, const RouteKernelArguments& arguments,
                       int lane) {
   const RouterSettings& settings = arguments.settings;
   Keys<kItems> keys;
@@ -211,7 +222,7 @@ __device__ int choose(const Row<float, kItems>& scores, const ChooseArguments& a
 
 // Chooses for one token; lane k < K returns choice k and writes it and its weight.
 template <typename Scalar, int kItems, bool kSoftmax>
-__device__ int route_token(const ChooseArguments& arguments, int64_t token, int lane) {
+__device__ int route_token(const RouteKernelArguments& arguments, int64_t token, int lane) {
   const RouterSettings& settings = arguments.settings;
   const int64_t slot = token * settings.top_k + lane;
   const bool is_choice = lane < settings.top_k;
@@ -241,7 +252,7 @@ __device__ int route_token(const ChooseArguments& arguments, int64_t token, int 
   return mine;
 }
 
-// Shared memory of choose_kernel, in int32: ids and ranks of a tile, loads of each warp, loads of
+// Shared memory of route_kernel, in int32: ids and ranks of a tile, loads of each warp, loads of
 // earlier tiles.
 __host__ __device__ inline int choose_shared(const RouterSettings& settings) {
   return 2 * kTileTokens * settings.top_k + (kWarps + 1) * (settings.experts + 1);
@@ -283,9 +294,9 @@ __device__ inline void rank_tile(const int32_t* ids, int32_t* ranks, int32_t* wa
   __syncthreads();
 }
 
-// Blocks of kThreads threads, arguments.tokens_of_block tokens each.
+// Chooses for the tokens of one block, ranks their slots, and leaves the load of each expert.
 template <typename Scalar, int kItems, bool kSoftmax>
-__global__ void __launch_bounds__(kThreads) choose_kernel(ChooseArguments arguments) {
+__device__ void choose_tokens(const RouteKernelArguments& arguments, int number) {
   const int experts = arguments.settings.experts, top_k = arguments.settings.top_k;
   int32_t* ids = dynamic_shared<int32_t>();
   int32_t* ranks = ids + kTileTokens * top_k;
@@ -294,7 +305,7 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(ChooseArguments argume
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   for (int e = threadIdx.x; e <= experts; e += kThreads) seen[e] = 0;
 
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * arguments.tokens_of_block;
+  const int64_t first = static_cast<int64_t>(number) * arguments.tokens_of_block;
   const int64_t last = min(first + arguments.tokens_of_block, arguments.tokens);
   for (int64_t tile = first; tile < last; tile += kTileTokens) {
     const int tokens = static_cast<int>(min(last - tile, static_cast<int64_t>(kTileTokens)));
@@ -304,61 +315,114 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(ChooseArguments argume
     }
     __syncthreads();
     rank_tile(ids, ranks, warp_loads, seen, tokens * top_k, experts,
-              arguments.ranks + tile * top_k);
+              arguments.positions + tile * top_k);
   }
   // No barrier: only thread e % kThreads reads and writes seen[e].
-  int32_t* loads = arguments.loads + static_cast<int64_t>(blockIdx.x) * (experts + 1);
+  int32_t* loads = arguments.loads + static_cast<int64_t>(number) * (experts + 1);
   for (int e = threadIdx.x; e <= experts; e += kThreads) {
     loads[e] = seen[e];
-    if (e < experts && seen[e] != 0) atomicAdd(arguments.counts + e, seen[e]);
+    if (e < experts && seen[e] != 0) atomicAdd(arguments.state + kCounters + e, seen[e]);
   }
 }
 
-// Blocks of kScanExperts * kScanParts threads; block b has the experts from b * kScanExperts on,
-// including E for slots without one. loads [rows, E + 1] become the slots' first positions.
-__global__ void __launch_bounds__(kScanExperts* kScanParts)
-    scan_kernel(int32_t* loads, const int32_t* counts, int32_t* offsets, int rows, int experts) {
+// Part p has the experts from p * kScanExperts on, including E for slots without one. Their loads
+// become the slots' first positions.
+__device__ inline void scan_loads(const RouteKernelArguments& arguments, int part_of_experts) {
   __shared__ int32_t begins[kScanExperts];
   __shared__ int32_t totals[kScanParts][kScanExperts];
   const int lane = threadIdx.x % kScanExperts, part = threadIdx.x / kScanExperts;
-  const int expert = blockIdx.x * kScanExperts + lane;
+  const int experts = arguments.settings.experts, rows = arguments.choosers;
+  const int expert = part_of_experts * kScanExperts + lane;
   const bool is_expert = expert <= experts;
+  const int32_t* sums = arguments.state + kCounters;
 
-  // Each warp sums the counts before one expert.
-  const int summed = blockIdx.x * kScanExperts + part;
-  int32_t before = 0;
-  for (int e = lane; e < summed && e < experts; e += kLanes) before += counts[e];
-  before = __reduce_add_sync(kAll, before);
-  if (lane == 0) begins[part] = before;
-
+  // A warp sums the slots before one expert after the other.
+  for (int i = part; i < kScanExperts; i += kScanParts) {
+    const int summed = part_of_experts * kScanExperts + i;
+    int32_t before = 0;
+    for (int e = lane; e < summed && e < experts; e += kLanes) before += __ldcg(sums + e);
+    before = __reduce_add_sync(kAll, before);
+    if (lane == 0) begins[i] = before;
+  }
   const int stretch = (rows + kScanParts - 1) / kScanParts;
   const int first = part * stretch, last = min(first + stretch, rows);
   const int64_t width = experts + 1;
+  int32_t* loads = arguments.loads;
   int32_t total = 0;
-  for (int row = first; is_expert && row < last; ++row) total += loads[row * width + expert];
+  for (int row = first; is_expert && row < last; ++row)
+    total += __ldcg(loads + row * width + expert);
   totals[part][lane] = total;
   __syncthreads();
   if (!is_expert) return;
   int32_t next = begins[lane];
-  if (part == 0) offsets[expert] = next;
+  if (part == 0) {
+    arguments.offsets[expert] = next;
+    if (expert < experts) arguments.counts[expert] = __ldcg(sums + expert);
+  }
   for (int p = 0; p < part; ++p) next += totals[p][lane];
   for (int row = first; row < last; ++row) {
-    const int32_t load = loads[row * width + expert];
+    const int32_t load = __ldcg(loads + row * width + expert);
     loads[row * width + expert] = next;
     next += load;
   }
 }
 
-// One thread a slot: position = first position of its block's slots of the expert + its rank.
-__global__ void __launch_bounds__(kThreads)
-    place_kernel(const int32_t* experts, const int32_t* begins, int32_t* positions, int32_t* order,
-                 int64_t slots, int32_t slots_of_block, int32_t num_experts) {
-  const int64_t slot = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (slot >= slots) return;
-  const int64_t row = slot / slots_of_block * (num_experts + 1);
-  const int32_t position = begins[row + experts[slot]] + positions[slot];
-  positions[slot] = position;
-  order[position] = static_cast<int32_t>(slot);
+// position = first position of its choosing block's slots of the expert + its rank.
+__device__ inline void place_slots(const RouteKernelArguments& arguments, int part) {
+  const int64_t slots = arguments.tokens * arguments.settings.top_k;
+  const int64_t slots_of_row =
+      static_cast<int64_t>(arguments.tokens_of_block) * arguments.settings.top_k;
+  const int64_t first = static_cast<int64_t>(part) * kPlaced + threadIdx.x;
+  for (int64_t slot = first; slot < first - threadIdx.x + kPlaced && slot < slots;
+       slot += kThreads) {
+    const int64_t row = slot / slots_of_row * (arguments.settings.experts + 1);
+    const int32_t begin = __ldcg(arguments.loads + row + __ldcg(arguments.experts + slot));
+    const int32_t position = begin + __ldcg(arguments.positions + slot);
+    arguments.positions[slot] = position;
+    arguments.order[position] = static_cast<int32_t>(slot);
+  }
+}
+
+// Counts this block, after all that it has written; thread 0 returns those counted before.
+__device__ inline int finish(int32_t* counter) {
+  __syncthreads();
+  if (threadIdx.x != 0) return -1;
+  __threadfence();
+  return atomicAdd(counter, 1);
+}
+
+// Waits until so many blocks have finished, and sees what they have written.
+__device__ inline void wait_for(int32_t* counter, int blocks) {
+  if (threadIdx.x == 0) {
+    while (atomicAdd(counter, 0) < blocks) __nanosleep(64);
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// Blocks of kThreads threads.
+template <typename Scalar, int kItems, bool kSoftmax>
+__global__ void __launch_bounds__(kThreads) route_kernel(RouteKernelArguments arguments) {
+  __shared__ int drawn;
+  int32_t* state = arguments.state;
+  if (threadIdx.x == 0) drawn = atomicAdd(state + kDrawn, 1);
+  __syncthreads();
+  const int number = drawn, choosers = arguments.choosers, scanners = arguments.scanners;
+  if (number < choosers) {
+    choose_tokens<Scalar, kItems, kSoftmax>(arguments, number);
+    finish(state + kChosen);
+  } else if (number < choosers + scanners) {
+    wait_for(state + kChosen, choosers);
+    scan_loads(arguments, number - choosers);
+    finish(state + kScanned);
+  } else {
+    wait_for(state + kScanned, scanners);
+    place_slots(arguments, number - choosers - scanners);
+  }
+  // The last block leaves zeros for the next launch.
+  if (finish(state + kEnded) == arguments.blocks - 1) {
+    for (int i = 0; i < kCounters + arguments.settings.experts; ++i) state[i] = 0;
+  }
 }
 
 // One warp a token. weights = scale * s / S with S = sum s + epsilon, so the gradient in s_k is

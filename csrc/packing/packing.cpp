@@ -14,11 +14,12 @@ namespace {
 using Wide = __int128;  // n * capacity^2 may pass 2^63
 
 // The share of the documents reserved to close the bins: an eighth of the tokens, and at least four
-// documents a bin. Measured: less leaves bins that nothing fits, more balances worse.
+// documents a bin. Measured: with less, no document fits some bins; with more, balance is worse.
 constexpr int64_t kClosingShare = 8;
 constexpr int64_t kClosingDocuments = 4;
-// Balance may cost one bin in a thousand beyond first-fit-decreasing, and one from a hundred on.
-// First-fit-decreasing puts documents of similar lengths, and so of similar types, into one bin.
+// Balance may cost one bin in a thousand more than first-fit-decreasing, or one if there are at
+// least a hundred. First-fit-decreasing puts documents of similar lengths, and so of similar types,
+// into one bin.
 constexpr int64_t kExtraBinsShare = 1000;
 constexpr int64_t kLeastBinsForOneExtra = 100;
 

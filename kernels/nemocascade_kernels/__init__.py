@@ -12,8 +12,6 @@ from nemocascade_kernels.common.linear_head.truncation import (
 )
 from nemocascade_kernels.common.routing import RouterSettings, Routing
 from nemocascade_kernels.decode_step.op import (
-    Steps,
-    decode_steps,
     step_attention,
     step_draw,
     step_experts,
@@ -22,7 +20,12 @@ from nemocascade_kernels.decode_step.op import (
     step_norm,
     step_route,
 )
+from nemocascade_kernels.decode_step.routed_rows import RoutedRows, SharedExpert
+from nemocascade_kernels.decode_step.sampling import SampleSettings
+from nemocascade_kernels.decode_step.steps import Steps, decode_steps
 from nemocascade_kernels.decode_step.weights import MambaWeights
+from nemocascade_kernels.linear_distill_loss.op import DistillLoss, linear_distill_loss
+from nemocascade_kernels.linear_distill_loss.reference import DIVERGENCES, Divergence
 from nemocascade_kernels.linear_logprob.op import LinearLogprob, linear_logprob
 from nemocascade_kernels.linear_policy_loss.objectives import Grpo, Mopd, Nll, Objective
 from nemocascade_kernels.linear_policy_loss.op import PolicyLoss, linear_policy_loss
@@ -45,6 +48,9 @@ from nemocascade_kernels.rms_norm.op import rms_norm
 from nemocascade_kernels.version import __version__
 
 __all__ = [
+    "DIVERGENCES",
+    "DistillLoss",
+    "Divergence",
     "Grpo",
     "LinearLogprob",
     "MambaWeights",
@@ -54,8 +60,11 @@ __all__ = [
     "Objective",
     "PackedSeq",
     "PolicyLoss",
+    "RoutedRows",
     "RouterSettings",
     "Routing",
+    "SampleSettings",
+    "SharedExpert",
     "Steps",
     "Truncation",
     "__version__",
@@ -63,6 +72,7 @@ __all__ = [
     "grouped_gemm",
     "kept_log_mass",
     "kept_tokens",
+    "linear_distill_loss",
     "linear_logprob",
     "linear_policy_loss",
     "load_balance_loss",

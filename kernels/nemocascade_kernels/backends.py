@@ -7,6 +7,7 @@ An op has some of these implementations, each a module. In order of preference:
 ``triton``    Triton kernels; on CPU only if required by name, in Triton's interpreter
 ``native``    compiled C++ for the CPU (``csrc/<op>/``)
 ``fla``       Triton kernels of the package fla-core; only if required by name
+``quack``     CuTe kernels of the package quack-kernels; only if required by name
 ``torch``     torch operators arranged for speed and memory; the default on CPU without ``native``
 ``reference`` plain torch, readable beside the paper: the definition
 =========== =====================================================================
@@ -34,12 +35,12 @@ from torch import Tensor
 
 from nemocascade_kernels import native
 
-ORDER = ("cuda", "triton", "native", "fla", "torch", "reference")
+ORDER = ("cuda", "triton", "native", "fla", "quack", "torch", "reference")
 VARIABLE = "NEMOCASCADE_BACKEND"
 _ABSENT = "the op has no such implementation"
 
 #: Checks the tensors of a call; returns why the implementation is unavailable for it, or None.
-Refusal = Callable[..., str | None]
+Check = Callable[..., str | None]
 
 
 class BackendRefusedError(RuntimeError):
@@ -48,38 +49,40 @@ class BackendRefusedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation of an op: its module, and the check whether it is available."""
+    """One implementation of an op. limit: the check whether it is available. by_name: it runs only
+    where it is named."""
 
     backend: str
     module: str
-    refuse: Refusal | None = None
+    limit: Check | None = None
+    by_name: bool = False
 
 
 #: Dtypes that Triton kernels support.
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def takes(*dtypes: torch.dtype, operators: tuple[str, ...] = ()) -> Refusal:
+def takes(*dtypes: torch.dtype, operators: tuple[str, ...] = ()) -> Check:
     """A check that excludes other floating-point dtypes and missing compiled operators."""
 
-    def refuse(*tensors: Tensor) -> str | None:
+    def check(*tensors: Tensor) -> str | None:
         others = {str(t.dtype) for t in tensors if t.is_floating_point() and t.dtype not in dtypes}
         if others:
             names = ", ".join(str(dtype) for dtype in dtypes)
             return f"it takes {names}, and got {', '.join(sorted(others))}"
-        return native.lacks(*operators) if operators else None
+        return native.missing(*operators) if operators else None
 
-    return refuse
+    return check
 
 
 class Op:
     """The implementations of one op.
 
     >>> OP = Op("moe_router")
-    >>> OP.register("triton", refuse=too_many_experts)
+    >>> OP.register("triton", limit=too_many_experts)
     >>> module = OP.choose(logits, backend=backend)  # then: module.forward(...)
 
-    ``refuse(*tensors)`` gets the tensors of ``choose`` and must not read their values: that would
+    ``limit(*tensors)`` gets the tensors of ``choose`` and must not read their values: that would
     synchronise the device.
     """
 
@@ -96,16 +99,21 @@ class Op:
         return tuple(name for name in ORDER if name in self._implementations)
 
     def register(
-        self, backend: str, module: str | None = None, refuse: Refusal | None = None
+        self,
+        backend: str,
+        module: str | None = None,
+        limit: Check | None = None,
+        *,
+        by_name: bool = False,
     ) -> None:
         """Add an implementation. `module` is imported at its first use; the default is the one in
-        the op's folder that is named like the backend."""
+        the op's folder that is named like the backend. by_name: it runs only where it is named."""
         if backend not in ORDER:
             raise ValueError(f"backend {backend!r} is not one of {ORDER}")
         if backend in self._implementations:
             raise ValueError(f"{self.name} already has an implementation {backend!r}")
         module = module or f"nemocascade_kernels.{self.name}.{backend}"
-        self._implementations[backend] = Implementation(backend, module, refuse)
+        self._implementations[backend] = Implementation(backend, module, limit, by_name)
 
     def choose(self, *tensors: Tensor, backend: str | None = None) -> ModuleType:
         """Import and return the module that runs a call on these tensors."""
@@ -123,14 +131,14 @@ class Op:
         """
         demanded = self._demanded(backend)
         if demanded is not None:
-            reason = self._refusal(demanded, tensors, demanded=True)
+            reason = self._limitation(demanded, tensors, demanded=True)
             if reason is not None:
                 raise BackendRefusedError(
-                    f"{self.name}: backend {demanded!r} was refused: {reason}"
+                    f"{self.name}: backend {demanded!r} is unavailable: {reason}"
                 )
             return demanded
         for name in self.backends:
-            if self._refusal(name, tensors, demanded=False) is None:
+            if self._limitation(name, tensors, demanded=False) is None:
                 return name
         raise BackendRefusedError(
             f"{self.name}: no implementation takes this call\n{self.why_refused(*tensors)}"
@@ -138,13 +146,13 @@ class Op:
 
     def serves(self, *tensors: Tensor, backend: str) -> bool:
         """True if an implementation, when required, is available for a call on these tensors."""
-        return self.refusal(*tensors, backend=backend) is None
+        return self.limitation(*tensors, backend=backend) is None
 
-    def refusal(self, *tensors: Tensor, backend: str) -> str | None:
+    def limitation(self, *tensors: Tensor, backend: str) -> str | None:
         """The reason why a required implementation is unavailable for these tensors, or None."""
         if backend not in self._implementations:
             return _ABSENT
-        return self._refusal(backend, tensors, demanded=True)
+        return self._limitation(backend, tensors, demanded=True)
 
     def why_refused(self, *tensors: Tensor) -> str:
         """A line for each implementation: available, or the reason why it is unavailable."""
@@ -154,9 +162,9 @@ class Op:
             if name not in self._implementations:
                 reason: str | None = _ABSENT
             else:
-                reason = self._refusal(name, tensors, demanded=False)
+                reason = self._limitation(name, tensors, demanded=False)
             if reason is None:
-                reason = "stands by" if chosen else "runs"
+                reason = "available" if chosen else "runs"
                 chosen = True
             lines.append(f"{self.name:20s} {name:10s} {reason}")
         return "\n".join(lines)
@@ -179,20 +187,24 @@ class Op:
             return name
         return anyone if anyone in self._implementations else None
 
-    def _refusal(self, backend: str, tensors: tuple[Tensor, ...], *, demanded: bool) -> str | None:
+    def _limitation(
+        self, backend: str, tensors: tuple[Tensor, ...], *, demanded: bool
+    ) -> str | None:
         implementation = self._implementations[backend]
         if backend == "triton":
-            reason = _triton_refusal(tensors, demanded)
+            reason = _triton_limitation(tensors, demanded)
         elif backend == "cuda":
-            reason = _cuda_refusal(tensors)
+            reason = _cuda_limitation(tensors)
         elif backend == "native":
-            reason = _native_refusal(tensors)
-        elif backend == "fla":
-            reason = _fla_refusal(tensors, demanded)
+            reason = _native_limitation(tensors)
+        elif backend in _PACKAGES:
+            reason = _package_limitation(tensors, *_PACKAGES[backend])
         else:
             reason = None
-        if reason is None and implementation.refuse is not None:
-            reason = implementation.refuse(*tensors)
+        if reason is None and implementation.by_name and not demanded:
+            reason = f"it runs only when asked for by name: backend={backend!r}"
+        if reason is None and implementation.limit is not None:
+            reason = implementation.limit(*tensors)
         return reason
 
 
@@ -223,7 +235,7 @@ def _triton_import_error() -> str | None:
     return None
 
 
-def _triton_refusal(tensors: tuple[Tensor, ...], demanded: bool) -> str | None:
+def _triton_limitation(tensors: tuple[Tensor, ...], demanded: bool) -> str | None:
     missing = _triton_import_error()
     if missing is not None:
         return missing
@@ -246,24 +258,28 @@ def _triton_refusal(tensors: tuple[Tensor, ...], demanded: bool) -> str | None:
     )
 
 
-def _cuda_refusal(tensors: tuple[Tensor, ...]) -> str | None:
+def _cuda_limitation(tensors: tuple[Tensor, ...]) -> str | None:
     if not all(tensor.is_cuda for tensor in tensors) or not tensors:
         return f"it needs CUDA tensors, and got {_devices(tensors)}"
     return None
 
 
-def _native_refusal(tensors: tuple[Tensor, ...]) -> str | None:
+def _native_limitation(tensors: tuple[Tensor, ...]) -> str | None:
     if not all(tensor.device.type == "cpu" for tensor in tensors):
         return f"it needs CPU tensors, and got {_devices(tensors)}"
-    return native.refusal()
+    return native.limitation()
 
 
-def _fla_refusal(tensors: tuple[Tensor, ...], demanded: bool) -> str | None:
-    if importlib.util.find_spec("fla") is None:
-        return "fla-core is not installed: pip install fla-core"
+#: Module and name in the package index of the optional packages behind implementations.
+_PACKAGES = {"fla": ("fla", "fla-core"), "quack": ("quack", "quack-kernels")}
+
+
+def _package_limitation(tensors: tuple[Tensor, ...], module: str, package: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return f"{package} is not installed: pip install {package}"
     if not all(tensor.is_cuda for tensor in tensors) or not tensors:
         return f"it needs CUDA tensors, and got {_devices(tensors)}"
-    return None if demanded else "it runs only when asked for by name: backend='fla'"
+    return None
 
 
 def _devices(tensors: tuple[Tensor, ...]) -> str:

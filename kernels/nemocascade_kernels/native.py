@@ -1,6 +1,6 @@
 """The compiled library of the package (csrc/), loaded at first use and never required.
 
-`op(name)` returns an operator; `lacks(name)` returns the reason if it is unavailable.
+`op(name)` returns an operator; `missing(name)` returns the reason if it is unavailable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LIBRARY = Path(__file__).parent / "_native.so"
 
 
 @functools.cache
-def refusal() -> str | None:
+def limitation() -> str | None:
     """The reason why the compiled library is unavailable, or None once it is loaded."""
     if not LIBRARY.exists():
         return f"{LIBRARY.name} is not built: run `make setup`, or `pip install` the package"
@@ -26,15 +26,15 @@ def refusal() -> str | None:
     return None
 
 
-def lacks(*names: str) -> str | None:
+def missing(*names: str) -> str | None:
     """The reason why these operators are unavailable, or None if the library has them."""
-    reason = refusal()
+    reason = limitation()
     if reason is not None:
         return reason
-    missing = [name for name in names if not hasattr(torch.ops.nemocascade_kernels, name)]
+    absent = [name for name in names if not hasattr(torch.ops.nemocascade_kernels, name)]
     return (
-        f"{LIBRARY.name} is older than {missing}: build it again with `make setup`"
-        if missing
+        f"{LIBRARY.name} is older than {absent}: build it again with `make setup`"
+        if absent
         else None
     )
 
@@ -42,7 +42,7 @@ def lacks(*names: str) -> str | None:
 @functools.cache
 def op(name: str) -> Any:
     """An operator of the library. Raises ImportError, with the reason, if it is missing."""
-    reason = lacks(name)
+    reason = missing(name)
     if reason is not None:
         raise ImportError(reason)
     return getattr(torch.ops.nemocascade_kernels, name).default

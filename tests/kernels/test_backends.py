@@ -21,7 +21,7 @@ CPU = torch.zeros(1)
 def op() -> Iterator[Op]:
     """An op with three implementations, the best of which refuses vectors longer than 2."""
     op = Op("an_op_of_the_tests")
-    op.register("native", "math", refuse=lambda x: "too long" if len(x) > 2 else None)
+    op.register("native", "math", limit=lambda x: "too long" if len(x) > 2 else None)
     op.register("torch", "cmath")
     op.register("reference", "string")
     yield op
@@ -31,7 +31,7 @@ def op() -> Iterator[Op]:
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(backends.VARIABLE, raising=False)
-    monkeypatch.setattr(backends, "_native_refusal", lambda tensors: None)
+    monkeypatch.setattr(backends, "_native_limitation", lambda tensors: None)
 
 
 def test_the_first_that_does_not_refuse_runs(op: Op) -> None:
@@ -41,7 +41,7 @@ def test_the_first_that_does_not_refuse_runs(op: Op) -> None:
 
 def test_argument_demands(op: Op) -> None:
     assert op.chosen(CPU, backend="reference") == "reference"
-    with pytest.raises(BackendRefusedError, match="'native' was refused: too long"):
+    with pytest.raises(BackendRefusedError, match="'native' is unavailable: too long"):
         op.chosen(torch.zeros(3), backend="native")
     with pytest.raises(ValueError, match=r"no backend 'fast': choose one of \('native', 'torch'"):
         op.chosen(CPU, backend="fast")
@@ -85,13 +85,14 @@ def test_why_refused_has_a_line_for_each(op: Op) -> None:
         "triton": "the op has no such implementation",
         "native": "too long",
         "fla": "the op has no such implementation",
+        "quack": "the op has no such implementation",
         "torch": "runs",
-        "reference": "stands by",
+        "reference": "available",
     }
 
 
 def test_all_refuse(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Op, "_refusal", lambda self, name, tensors, demanded: f"{name} is out")
+    monkeypatch.setattr(Op, "_limitation", lambda self, name, tensors, demanded: f"{name} is out")
     with pytest.raises(BackendRefusedError, match="torch is out"):
         op.chosen(CPU)
 
@@ -126,7 +127,9 @@ def test_the_variable_reaches_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     head = make_head(2, 3, 5)
     monkeypatch.setenv(backends.VARIABLE, "linear_logprob=triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(BackendRefusedError, match="linear_logprob: backend 'triton' was refused"):
+    with pytest.raises(
+        BackendRefusedError, match="linear_logprob: backend 'triton' is unavailable"
+    ):
         linear_logprob(head.hidden, head.weight, head.target)
 
 

@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from nemocascade_kernels import compile as ahead
 from nemocascade_kernels.testing import without_interpreter
 
@@ -28,9 +30,11 @@ def test_every_kernel_compiles_without_a_spill(arch: str) -> None:
     result = run("--arch", arch)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    pattern = r"\w+ +\S+ +\d+ registers +0 B spilled +\d+ B shared +(wgmma|mma|tcgen05|-) +ok"
+    pattern = r"\w+ +\S.* +\d+ registers +0 B spilled +\d+ B shared +(wgmma|mma|tcgen05|-) +ok"
     assert all(re.fullmatch(pattern, line.strip()) for line in lines[:-1]), result.stdout
-    assert {line.split()[0] for line in lines[:-1]} >= set(ahead.triton_ops())
+    # FP8 is for Hopper alone.
+    refused = set() if arch == "sm_90" else {"moe_experts_fp8"}
+    assert {line.split()[0] for line in lines[:-1]} == set(ahead.triton_ops()) - refused
     if arch == "sm_90":
         products = {line.split()[1] for line in lines if " wgmma " in line}
         for model in ("nemotron", "qwen3", "mixtral"):
@@ -39,6 +43,43 @@ def test_every_kernel_compiles_without_a_spill(arch: str) -> None:
         assert {name.partition("[")[0] for name in products} >= {
             "up_kernel", "rows_kernel", "down_gradient_kernel", "weight_gradient_kernel"
         }  # fmt: skip
+        # Nemotron's expert products: two blocks of 8 warps on a multiprocessor.
+        found = [
+            re.split(r" +", line) for line in lines if "[nemotron]" in line and "wgmma" in line
+        ]
+        products_of = [words for words in found if words[0] == "moe_experts"]
+        assert {words[1].partition("[")[0] for words in products_of} >= {
+            "up_kernel", "rows_kernel", "down_gradient_kernel", "weight_gradient_kernel"
+        }  # fmt: skip
+        for words in products_of:
+            registers, shared = int(words[2]), int(words[words.index("shared") - 2])
+            assert registers <= 128, words
+            assert shared + 1024 <= 233_472 // 2, words
+
+
+FP8_PRODUCTS = r"""
+import re
+from nemocascade_kernels import compile as ahead
+for kernel in ahead.kernels_of("moe_experts_fp8", 90):
+    ptx = ahead.compiled("moe_experts_fp8", kernel, 90).asm["ptx"]
+    products = re.findall(r"(?:wgmma.mma_async|mma.sync)[^;]*?;", ptx)
+    wide = [p for p in products if not re.match(r"wgmma\S+[.]f32[.]e4m3[.]e4m3", p)]
+    print(kernel.kernel.__name__, len(products), len(wide))
+"""
+
+
+def test_every_product_of_fp8_is_wgmma_e4m3() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", FP8_PRODUCTS],
+        capture_output=True, text=True, check=False, env=without_interpreter(),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert all(wide == "0" for _, _, wide in rows), result.stdout
+    assert {name for name, count, _ in rows if int(count)} == {
+        "fp8_up_kernel", "fp8_rows_kernel", "fp8_down_gradient_kernel",
+        "fp8_weight_gradient_kernel",
+    }  # fmt: skip
 
 
 KERNEL = """
@@ -102,6 +143,38 @@ def test_faults_are_found(
 
 def package_folder() -> str:
     return str(Path(ahead.__file__).parents[1])
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "blocks"),
+    [
+        (128, 98_328, 8, 2),
+        (129, 98_328, 8, 1),  # registers are handed out by eights
+        (128, 115_712, 8, 2),
+        (128, 115_720, 8, 1),
+        (16, 0, 8, 8),  # threads bound it
+        (255, 220_000, 16, 1),  # at least one program each, whatever the launch will say
+    ],
+)
+def test_programs_that_fit_on_a_device(
+    registers: int, shared: int, warps: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemocascade_kernels.moe_experts import tiles
+
+    hopper = SimpleNamespace(
+        regs_per_multiprocessor=65_536,
+        shared_memory_per_multiprocessor=233_472,
+        max_threads_per_multi_processor=2048,
+        multi_processor_count=132,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: hopper)
+    compiled = SimpleNamespace(
+        n_regs=registers,
+        metadata=SimpleNamespace(shared=shared, num_warps=warps),
+        _init_handles=lambda: None,
+    )
+    device = torch.device("cuda", 0)
+    assert tiles.resident_programs(compiled, device) == 132 * blocks
 
 
 def test_unknown_names_are_errors() -> None:

@@ -24,7 +24,7 @@ from nemocascade_kernels import (
     step_route,
 )
 from nemocascade_kernels.decode_step.op import OP
-from nemocascade_kernels.testing import random_normal
+from nemocascade_kernels.testing import PoisonedMemory, kernel_device, random_normal
 from torch import Tensor
 
 BACKENDS = ("reference", "native")
@@ -195,30 +195,156 @@ def test_mamba(backend: str, mixer: Mixer) -> None:
         assert torch.equal(ssm[others], before[1][others])
 
 
+class Cached(NamedTuple):
+    """A call of `step_attention`, whose tokens are scattered over blocks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    slots: Tensor
+    positions: Tensor
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Cached:
+        """The same call with other floating-point tensors."""
+        return Cached(*(change(t) for t in self[:5]), *self[5:])
+
+    def token(self, cache: Tensor) -> Tensor:
+        """The rows [n, g, d] of a cache at the positions."""
+        size = cache.shape[2]
+        blocks = self.table[self.slots].long().gather(1, (self.positions // size)[:, None])
+        return cache[blocks[:, 0], :, self.positions % size]
+
+
+def cached_case(
+    sizes: tuple[int, int, int], positions: list[int], block: int, seed: int = 20
+) -> Cached:
+    """Unwritten memory of the caches is NaN, and unused entries of the table name no block that a
+    row may read. The last two rows share the blocks of their common tokens, if there are several.
+    """
+    heads, kv_heads, dim = sizes
+    rows, columns = len(positions), -(-(max(positions) + 1) // block) + 2
+    generator = torch.Generator().manual_seed(seed)
+    count = rows * columns + 3
+    order = torch.randperm(count, generator=generator).int()
+    table = torch.full((rows + 2, columns), count - 1, dtype=torch.int32)
+    slots = torch.arange(rows).flip(0) + 1
+    keys, values = (torch.full((count, kv_heads, block, dim), math.nan) for _ in range(2))
+    used = 0
+    for row, (slot, position) in enumerate(zip(slots.tolist(), positions, strict=True)):
+        needed = position // block + 1
+        mine = order[used : used + needed].clone()
+        used += needed
+        if row == rows - 1 > 0:
+            shared = min(position, positions[row - 1]) // block
+            mine[:shared] = table[slots[row - 1], :shared]
+        table[slot, :needed] = mine
+        for cache, at in ((keys, 1), (values, 2)):
+            past = normal(needed * block, kv_heads, dim, seed=seed + 3 * row + at)
+            past[position:] = math.nan
+            cache[mine.long()] = past.unflatten(0, (needed, block)).transpose(1, 2)
+    if rows > 1:
+        shared = min(positions[-2:]) // block
+        first, last = table[slots[-2], :shared].long(), table[slots[-1], :shared].long()
+        assert torch.equal(first, last)
+    q = normal(rows, heads, dim, seed=seed, scale=3.0)
+    k, v = (normal(rows, kv_heads, dim, seed=seed + 100 + i) for i in range(2))
+    return Cached(q, k, v, keys, values, table, slots, torch.tensor(positions))
+
+
+def attend(case: Cached, backend: str, longest: int = 0) -> tuple[Tensor, Cached]:
+    """The result, and the call with the caches as it left them."""
+    case = case.changed(torch.clone)
+    longest = longest or int(case.positions.max()) + 1
+    return step_attention(*case, longest, backend=backend), case
+
+
 @pytest.mark.parametrize("sizes", [(6, 2, 20), (4, 4, 32), (8, 1, 7)])
 def test_attention(backend: str, sizes: tuple[int, int, int]) -> None:
-    """Past lengths of all kinds; what stands beyond them may be NaN."""
-    heads, kv_heads, dim = sizes
+    """Past lengths of all kinds over scattered blocks; what stands beyond them may be NaN."""
     for rows in ROWS:
-        slots = torch.arange(rows).flip(0) + 1
-        positions = torch.tensor([(7 * i * i) % 50 for i in range(rows)])
-        q = normal(rows, heads, dim, seed=20, scale=3.0)
-        k, v = normal(rows, kv_heads, dim, seed=21), normal(rows, kv_heads, dim, seed=22)
-        keys, values = (normal(rows + 2, kv_heads, 60, dim, seed=s) for s in (23, 24))
-        for slot, position in zip(slots.tolist(), positions.tolist(), strict=True):
-            keys[slot, :, position:] = math.nan
-            values[slot, :, position:] = math.nan
-        exact = step_attention(
-            *(t.double() for t in (q, k, v, keys, values)),
-            slots,
-            positions,
-            55,
-            backend="reference",
-        )
-        out = step_attention(q, k, v, keys, values, slots, positions, 55, backend=backend)
+        case = cached_case(sizes, [(7 * i * i) % 50 for i in range(rows)], 4 if rows % 2 else 8)
+        exact, _ = attend(case.changed(Tensor.double), "reference")
+        out, after = attend(case, backend)
         assert_close(out, exact, 1e-5)
-        assert torch.equal(keys[slots, :, positions], k)
-        assert torch.equal(values[slots, :, positions], v)
+        assert torch.equal(after.token(after.keys), case.k)
+        assert torch.equal(after.token(after.values), case.v)
+
+
+def test_attention_by_hand() -> None:
+    """The definition against a softmax over the tokens of each row, gathered one by one."""
+    case = cached_case((6, 2, 20), [0, 3, 4, 17, 29], 4)
+    out, after = attend(case.changed(Tensor.double), "reference")
+    for row, (slot, position) in enumerate(
+        zip(case.slots.tolist(), case.positions.tolist(), strict=True)
+    ):
+        at = [(int(case.table[slot, t // 4]), t % 4) for t in range(position + 1)]
+        keys, values = (
+            torch.stack([cache[b, :, t] for b, t in at]).repeat_interleave(3, 1)
+            for cache in (after.keys, after.values)
+        )
+        scores = torch.einsum("hd,thd->ht", after.q[row], keys) / math.sqrt(20)
+        expected = torch.einsum("ht,thd->hd", scores.softmax(1), values)
+        torch.testing.assert_close(out[row], expected, rtol=1e-12, atol=1e-12)
+
+
+TRITON_CASES = {
+    "odd": ((6, 2, 20), [0, 1, 15, 16, 40], 4),
+    "as many key heads": ((3, 3, 7), [63, 64, 65], 16),
+    "several parts": ((4, 1, 16), [1023, 1024, 2500, 1], 64),
+    "many queries a head": ((34, 2, 24), [130, 7], 256),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TRITON_CASES)
+def test_attention_in_triton(name: str, dtype: torch.dtype) -> None:
+    """In parts that are merged, in poisoned memory, whatever bound of the length."""
+    skip_unless_served(OP, "triton", dtype)
+    sizes, positions, block = TRITON_CASES[name]
+    case = cached_case(sizes, positions, block).changed(lambda t: t.to(dtype))
+    exact, _ = attend(case.changed(Tensor.double), "reference")
+    device = kernel_device()
+    moved = Cached(*(t.to(device) for t in case))
+    with PoisonedMemory():
+        out, after = attend(moved, "triton")
+    assert out.dtype == dtype
+    assert_close(out.float().cpu(), exact, 1e-5 if dtype == torch.float32 else 2e-2)
+    assert torch.equal(after.token(after.keys).cpu(), case.k)
+    assert torch.equal(after.token(after.values).cpu(), case.v)
+    # Nothing but the new tokens is written.
+    torch.testing.assert_close(
+        unwritten(after, after.keys), unwritten(moved, moved.keys), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_rows_in_triton_are_their_own() -> None:
+    """Whatever other rows and whatever bound of the length."""
+    skip_unless_served(OP, "triton", torch.float32)
+    positions = [40, 1024, 3]
+    moved = Cached(*(t.to(kernel_device()) for t in cached_case((4, 2, 16), positions, 64)))
+    out, _ = attend(moved, "triton")
+    bounded, _ = attend(moved, "triton", moved.table.shape[1] * 64)
+    assert torch.equal(bounded, out)
+    for row in range(3):
+        single, _ = attend(moved._replace(**rows_of(moved, row)), "triton")
+        assert torch.equal(single[0], out[row])
+
+
+def rows_of(case: Cached, row: int) -> dict[str, Tensor]:
+    """The fields of one row of a call."""
+    names = ("q", "k", "v", "slots", "positions")
+    return {name: getattr(case, name)[row : row + 1] for name in names}
+
+
+def unwritten(case: Cached, cache: Tensor) -> Tensor:
+    """The cache without the tokens at the positions."""
+    cache, size = cache.clone(), cache.shape[2]
+    blocks = case.table[case.slots].long().gather(1, (case.positions // size)[:, None])
+    cache[blocks[:, 0], :, case.positions % size] = 0
+    return cache
 
 
 def test_a_rows_bits_are_its_own() -> None:
@@ -243,11 +369,12 @@ def test_a_rows_bits_are_its_own() -> None:
     assert_rows_are_their_own(
         lambda i: step_mamba(zxbcdt[i], conv.clone(), ssm.clone(), i, mamba_weights), rows
     )
-    q, k, v = normal(rows, 6, 20, seed=8), normal(rows, 2, 20, seed=9), normal(rows, 2, 20, seed=10)
-    keys, values = normal(rows, 2, 40, 20, seed=11), normal(rows, 2, 40, 20, seed=12)
-    held = torch.arange(rows) + 3
+    case = cached_case((6, 2, 20), [i + 3 for i in range(rows)], 8)
+    q, k, v, keys, values, table, slots, held = case
     assert_rows_are_their_own(
-        lambda i: step_attention(q[i], k[i], v[i], keys.clone(), values.clone(), i, held[i], 40),
+        lambda i: step_attention(
+            q[i], k[i], v[i], keys.clone(), values.clone(), table, slots[i], held[i], 40
+        ),
         rows,
     )
 
@@ -272,10 +399,14 @@ def test_broken_calls() -> None:
     zxbcdt, conv, ssm, weights = mamba_case(MIXERS[0], 2, 3)
     with pytest.raises(ValueError, match=r"slots is \[3\], not \[2\].*torch.float32"):
         step_mamba(zxbcdt, conv, ssm, normal(3), weights)
-    cache = normal(2, 1, 5, 4)
-    one = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"longest\(6\) in 1\.\.5"):
-        step_attention(normal(2, 1, 4), normal(2, 1, 4), normal(2, 1, 4), cache, cache, one, one, 6)
+    q, cache = normal(2, 1, 4), normal(2, 1, 4, 4)
+    one, table = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"longest\(9\) in 1\.\.8"):
+        step_attention(q, q, q, cache, cache, table, one, one, 9)
+    with pytest.raises(ValueError, match="blocks of 3 tokens"):
+        step_attention(q, q, q, cache[:, :, :3], cache[:, :, :3], table, one, one, 6)
+    with pytest.raises(ValueError, match=r"table is torch\.int64"):
+        step_attention(q, q, q, cache, cache, table.long(), one, one, 8)
 
 
 def test_the_compiled_steps_refuse_foreign_slots() -> None:
@@ -284,10 +415,13 @@ def test_the_compiled_steps_refuse_foreign_slots() -> None:
     zxbcdt, conv, ssm, weights = mamba_case(MIXERS[0], 1, 2)
     with pytest.raises(RuntimeError, match="slots hold 2"):
         step_mamba(zxbcdt, conv, ssm, torch.tensor([2]), weights)
-    q, cache = normal(1, 1, 4), normal(2, 1, 5, 4)
-    one = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="positions hold 5"):
-        step_attention(q, q, q, cache, cache.clone(), one, one + 5, 5)
+    q, cache = normal(1, 1, 4), normal(2, 1, 4, 4)
+    one, table = torch.zeros(1, dtype=torch.int64), torch.tensor([[0, 2]]).int()
+    with pytest.raises(RuntimeError, match="positions hold 8"):
+        step_attention(q, q, q, cache, cache.clone(), table, one, one + 8, 8)
+    with pytest.raises(RuntimeError, match="table hold 2"):
+        step_attention(q, q, q, cache, cache.clone(), table, one, one + 4, 8)
+    step_attention(q, q, q, cache, cache.clone(), table, one, one + 3, 8)
     with pytest.raises(RuntimeError, match="experts hold 3"):
         step_experts(
             normal(1, 4), torch.tensor([[3]]).int(), normal(1, 1), normal(2, 3, 4), normal(2, 4, 3)

@@ -13,6 +13,7 @@ import torch
 HERE = Path(__file__).parent
 FILES = (
     "decode_step",
+    "linear_distill_loss",
     "linear_logprob",
     "linear_policy_loss",
     "mamba2",

@@ -535,14 +535,17 @@ def test_chunks_cover_every_row_once_and_keep_the_budget(monkeypatch: pytest.Mon
     for rows in (0, 1, 127, 128, 1000, 8192, 8193):
         for vocabulary in (7, 1000, 131072):
             weight = torch.empty(vocabulary, 1, dtype=torch.bfloat16)
-            for buffers in (1, 2):
+            for ranks, heads in ((1, 1), (2, 1), (1, 2), (2, 2)):
+                buffers = ranks * heads
                 pieces = chunking.chunks(rows, weight, buffers)
                 covered = [row for piece in pieces for row in range(piece.start, piece.stop)]
                 assert covered == list(range(rows))
                 longest = max((piece.stop - piece.start for piece in pieces), default=0)
                 held = longest * vocabulary * 2 * buffers
                 assert held <= 64 << 20
-                assert held == logits_bytes(rows, vocabulary, 2, device="cpu", ranks=buffers)
+                assert held == logits_bytes(
+                    rows, vocabulary, 2, device="cpu", ranks=ranks, heads=heads
+                )
 
 
 @pytest.mark.gpu

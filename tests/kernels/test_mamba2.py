@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from nemocascade_kernels.mamba2 import ssd
 from nemocascade_kernels.mamba2.op import OP
 from nemocascade_kernels.testing import PoisonedMemory
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 SMALL = Shape(6, 5, 3, 7)
 SHAPES = [
@@ -416,6 +419,74 @@ def test_a_final_state_without_an_output() -> None:
     )
 
 
+@pytest.mark.parametrize("what", ["initial states", "final states", "state alone"])
+def test_recomputation_around_the_mixer_keeps_none_of_its_inputs(what: str) -> None:
+    """Between the passes, a checkpoint keeps its own input: the projection's output is freed."""
+    shape, packed = Shape(4, 5, 2, 3), pack((2, 67))
+    inputs = [t.requires_grad_() for t in shape.inputs(packed.total)]
+    ssm = torch.zeros(2, shape.heads, shape.head_dim, shape.state, dtype=torch.float64)
+    conv = torch.zeros(2, shape.window - 1, shape.channels, dtype=torch.float64)
+    inside: list[weakref.ref[Tensor]] = []
+
+    def layer(hidden: Tensor) -> Tensor:
+        made = [hidden * 2, conv + 1, ssm + 1]
+        inside.extend(map(weakref.ref, made))
+        if what == "state alone":
+            return mamba2_final_state(
+                made[0], *inputs[1:5], packed, **shape.settings, initial_conv=made[1]
+            )[0]
+        return mamba2(
+            made[0], *inputs[1:], packed, **shape.settings, backend="torch",
+            initial_state=(made[1], made[2]) if what == "initial states" else None,
+            return_final_state=what == "final states",
+        )[0]  # fmt: skip
+
+    out = checkpoint(layer, inputs[0], use_reentrant=False)
+    assert [made() for made in inside] == [None] * 3
+    out.sum().backward()
+    assert len(inside) == 6
+    assert inputs[0].grad is not None
+
+
+def test_a_caller_that_recomputes_saves_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a checkpoint, `recompute=False` scans twice instead of three times; the same values."""
+    shape, packed = Shape(4, 5, 2, 3), pack((2, 67))
+    # States may have gaps between heads.
+    ssm = draw(2, shape.heads, shape.head_dim * shape.state + 1)[:, :, 1:].double()
+    ssm = ssm.view(2, shape.heads, shape.head_dim, shape.state)
+    conv = draw(2, shape.window - 1, shape.channels).double()
+    inputs, upstream = [*shape.inputs(packed.total), conv, ssm], shape.upstream(packed.total)
+    module: Any = OP.module("torch")
+    scan_forward, calls = module.scan_forward, []
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return scan_forward(*args)
+
+    monkeypatch.setattr(module, "scan_forward", counted)
+
+    def layer(recompute: bool, *tensors: Tensor) -> Tensor:
+        out, _ = mamba2(
+            *tensors[:7], packed, **shape.settings,
+            initial_state=(tensors[7], tensors[8]), recompute=recompute, backend="torch",
+        )  # fmt: skip
+        # Like a projection: its backward needs the mixer's output.
+        return out.sin()
+
+    def outer(recompute: bool, *tensors: Tensor) -> Tensor:
+        out: Tensor = checkpoint(layer, recompute, *tensors, use_reentrant=False)
+        return out
+
+    results, counts = [], []
+    for recompute in (True, False):
+        calls.clear()
+        run = functools.partial(outer, recompute)
+        results.append(value_and_gradients(run, inputs, upstream))
+        counts.append(len(calls))
+    assert counts == [3, 2]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_which_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, shape = pack((3,)), Shape(2, 4, 1, 4)
     inputs = shape.inputs(3)
@@ -429,7 +500,7 @@ def test_which_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = shape.run(single, packed, "native")
     assert torch.equal(shape.run(single, packed, None), compiled)
     by_torch = shape.run(single, packed, "torch")
-    monkeypatch.setattr("nemocascade_kernels.native.lacks", lambda *_names: "not built")
+    monkeypatch.setattr("nemocascade_kernels.native.missing", lambda *_names: "not built")
     assert torch.equal(shape.run(single, packed, None), by_torch)
     with pytest.raises(BackendRefusedError, match="not built"):
         shape.run(single, packed, "native")

@@ -13,7 +13,7 @@ from helpers.fla import FlaDouble
 from helpers.layers import assert_isolated, assert_near, draw, pack, value_and_gradients
 from helpers.mamba2 import NAMES, Shape
 from nemocascade_kernels import PackedSeq, mamba2
-from nemocascade_kernels.mamba2 import fla, fla_check, fla_kernels
+from nemocascade_kernels.mamba2 import check, fla, fla_check, fla_kernels
 from nemocascade_kernels.mamba2 import torch as torch_scan
 from nemocascade_kernels.mamba2.arguments import Inputs, Sizes, States
 from nemocascade_kernels.mamba2.op import Mixer
@@ -170,15 +170,15 @@ def test_a_version_without_an_argument_is_refused(double: FlaDouble) -> None:
 def test_a_wrong_kernel_is_refused(double: FlaDouble) -> None:
     double.rounded = True
 
-    def check() -> None:
-        fla_check.check_shape(CPU, SIZES, window=4, rows=150, dtype=torch.float32)
+    def compare() -> None:
+        check.check_shape("fla", CPU, SIZES, window=4, rows=150, dtype=torch.float32)
 
-    check()
+    compare()
     right = double.causal_conv1d_fwd
     module: Any = sys.modules["fla.modules.causal_conv1d"]
     module.causal_conv1d_fwd = lambda x, **k: right(x=x.roll(1, 1), **k)
     with pytest.raises(RuntimeError, match="its output differs from torch's"):
-        check()
+        compare()
 
 
 def test_every_shape_of_a_run_is_checked() -> None:

@@ -18,6 +18,7 @@ from nemocascade_kernels import (
 )
 from nemocascade_kernels.backends import BackendRefusedError
 from nemocascade_kernels.moe_router.op import OP
+from nemocascade_kernels.moe_router.state import zeroed_state
 from nemocascade_kernels.testing import (
     PoisonedMemory,
     assert_as_accurate,
@@ -267,6 +268,17 @@ def test_programs_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for name in INTEGER_FIELDS:
         assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+
+
+def test_counters_are_zero_after_every_launch() -> None:
+    """The next launch counts from them, with any number of programs."""
+    device = kernel_device()
+    for tokens, top_k in ((700, 2), (0, 3), (5, 1), (700, 2)):
+        logits = random_normal(tokens, 21, seed=30, device=device)
+        assert_sorted(moe_route(logits, top_k, backend="triton"))
+        state = zeroed_state(device, 4 + 21)
+        assert state is zeroed_state(device, 4 + 21), "launches of a stream share them"
+        assert not state.any()
 
 
 def test_same_bits_on_every_run(backend: str) -> None:

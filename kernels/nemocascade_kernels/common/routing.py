@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,16 @@ class Routing:
     def num_experts(self) -> int:
         """Number of experts E."""
         return self.counts.shape[0]
+
+    def truncated(self, filled: int) -> Routing:
+        """The same routing for rows of which only the first `filled` exist, and one of padding.
+
+        filled: offsets[E], known on the host. `order` has min(filled + 1, T * K) entries, and so
+        have the rows of `moe_permute` and `moe_unpermute`; slots without an expert share the last
+        one. Their gradients in `weights` are undefined.
+        """
+        positions = self.positions.clamp(max=filled)
+        return replace(self, order=self.order[: filled + 1], positions=positions)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,27 @@ import torch
 from torch import Tensor
 
 from nemocascade_kernels import native
+from nemocascade_kernels.common.activations import activate
 from nemocascade_kernels.common.routing import RouterSettings
+from nemocascade_kernels.decode_step.reference import mixture, norm_route
+from nemocascade_kernels.decode_step.sampling import SampleSettings, sampled
 from nemocascade_kernels.decode_step.weights import MambaWeights
+
+__all__ = [
+    "attention",
+    "draw",
+    "experts",
+    "linear",
+    "mamba",
+    "mixture",
+    "norm",
+    "norm_route",
+    "route",
+    "sample",
+    "up",
+]
+
+FUSED = False
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,6 +39,11 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
     """See `op.step_linear`."""
     out: Tensor = native.op("step_linear")(x.contiguous(), weight, residual)
     return out
+
+
+def up(x: Tensor, weight: Tensor, swiglu: bool) -> Tensor:
+    """See `steps.Steps.up`."""
+    return activate(linear(x, weight, None), "swiglu" if swiglu else "relu2")
 
 
 def route(
@@ -80,6 +104,7 @@ def attention(
     v: Tensor,
     keys: Tensor,
     values: Tensor,
+    table: Tensor,
     slots: Tensor,
     positions: Tensor,
     longest: int,
@@ -87,7 +112,7 @@ def attention(
     """See `op.step_attention`."""
     del longest  # The host reads the positions.
     out: Tensor = native.op("step_attention")(
-        q.contiguous(), k.contiguous(), v.contiguous(), keys, values, slots, positions
+        q.contiguous(), k.contiguous(), v.contiguous(), keys, values, table, slots, positions
     )
     return out
 
@@ -102,3 +127,10 @@ def draw(
         logits.contiguous(), u, 1.0 / temperature, limit, allowed, tokens, logprobs
     )
     return tokens, logprobs
+
+
+def sample(
+    logits: Tensor, keys: Tensor, positions: Tensor, settings: SampleSettings
+) -> tuple[Tensor, Tensor]:
+    """See `steps.Steps.sample`."""
+    return sampled(draw, logits, keys, positions, settings)

@@ -5,12 +5,11 @@ bit-identical for any other rows of the call and any number of them. Elsewhere a
 round differently for another number of rows.
 
 Shape letters: n rows, H and I widths, E experts, K choices a row, S slots; of a Mamba-2 mixer h
-heads, p head dimension, g groups, N state, W = h p + 2 g N channels of the convolution.
+heads, p head dimension, g groups, N state, W = h p + 2 g N channels of the convolution; of a KV
+cache P blocks of B tokens.
 """
 
 from __future__ import annotations
-
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,9 +21,10 @@ from nemocascade_kernels.decode_step.weights import MambaWeights
 
 _STEPS = ("norm", "linear", "route", "experts", "mamba", "attention", "draw")
 OP = backends.Op("decode_step")
+OP.register("triton", limit=backends.takes(*backends.HALF_AND_SINGLE))
 OP.register(
     "native",
-    refuse=backends.takes(torch.float32, operators=tuple(f"step_{name}" for name in _STEPS)),
+    limit=backends.takes(torch.float32, operators=tuple(f"step_{name}" for name in _STEPS)),
 )
 OP.register("reference")
 
@@ -47,7 +47,8 @@ def step_linear(
 ) -> Tensor:
     """`residual + x weight^T`, [n, I].
 
-    x: [n, H]; weight: [I, H]; residual: [n, I] or None for zeros; one dtype. backend: as above.
+    x: [n, H]; weight: [I, H]; residual: [n, I] or None for zeros; one dtype. In Triton the result
+    takes the residual's memory. backend: as above.
     Raises ValueError for shapes that do not fit.
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
@@ -178,26 +179,30 @@ def step_attention(
     v: Tensor,
     keys: Tensor,
     values: Tensor,
+    table: Tensor,
     slots: Tensor,
     positions: Tensor,
     longest: int,
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """One token of causal grouped-query attention over the KV cache of each row::
+    """One token of causal grouped-query attention over the blocked KV cache of each row::
 
-        keys[s, :, t], values[s, :, t] = k, v
-        out = softmax(q keys[s, :, :t + 1]^T / sqrt(d)) values[s, :, :t + 1]
+        K = [keys[b] for b in table[s]], V = [values[b] for b in table[s]]    [g, W B, d] each
+        K[:, t], V[:, t] = k, v
+        out = softmax(q K[:, :t + 1]^T / sqrt(d)) V[:, :t + 1]
 
-    The caches are changed in place. Values past a row's position are ignored, even NaN.
+    The caches are changed in place. Sequences may share blocks that they do not write. Values past
+    a row's position are ignored, even NaN, and so are the table's entries past its block.
 
     Args:
         q: [n, h, d] floating point; query head i uses key/value head i // (h / g).
         k, v: [n, g, d], of the same token.
-        keys, values: [S, g, L, d], the caches.
+        keys, values: [P, g, B, d], the caches; B is a multiple of 4.
+        table: [S, W] int32, the blocks of each slot's tokens, in order.
         slots: [n] int64, the slot of each row.
         positions: [n] int64, t: the number of cached tokens in the slot, below `longest`.
-        longest: at most L; bounds the work if the host does not read `positions`.
+        longest: at most W B; bounds the work if the host does not read `positions`.
         backend: require an implementation; see `nemocascade_kernels.backends`.
 
     Returns:
@@ -208,25 +213,29 @@ def step_attention(
         BackendRefusedError: the required implementation is unavailable for the call.
     """
     rows, heads, dim = q.shape
-    count, kv_heads, capacity = keys.shape[:3]
-    if heads % kv_heads or not 1 <= longest <= capacity:
+    count, kv_heads, size = keys.shape[:3]
+    capacity = table.shape[1] * size
+    if heads % kv_heads or size % 4 or not 1 <= longest <= capacity:
         raise ValueError(
             f"step_attention: {heads} query heads must be a multiple of {kv_heads} key/value "
-            f"heads, and longest({longest}) in 1..{capacity}, the capacity of the caches"
+            f"heads, blocks of {size} tokens a multiple of 4, and longest({longest}) in "
+            f"1..{capacity}, the capacity of the table"
         )
     _check(
         "step_attention",
         {
             "k": (k, (rows, kv_heads, dim)),
             "v": (v, (rows, kv_heads, dim)),
-            "keys": (keys, (count, kv_heads, capacity, dim)),
-            "values": (values, (count, kv_heads, capacity, dim)),
+            "keys": (keys, (count, kv_heads, size, dim)),
+            "values": (values, (count, kv_heads, size, dim)),
             "slots": (slots, (rows,)),
             "positions": (positions, (rows,)),
         },
     )
+    if table.dtype != torch.int32:
+        raise ValueError(f"step_attention: table is {table.dtype}, not torch.int32")
     module = OP.choose(q, keys, backend=backend)
-    out: Tensor = module.attention(q, k, v, keys, values, slots, positions, longest)
+    out: Tensor = module.attention(q, k, v, keys, values, table, slots, positions, longest)
     return out
 
 
@@ -263,68 +272,6 @@ def step_draw(
     module = OP.choose(logits, backend=backend)
     tokens, logprobs = module.draw(logits, u, temperature, limit or vocabulary, allowed)
     return tokens, logprobs
-
-
-class Steps(Protocol):
-    """An implementation: the functions above without checks and choice of implementation."""
-
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-
-    def linear(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor: ...
-
-    def route(
-        self, logits: Tensor, bias: Tensor | None, real: int, settings: RouterSettings
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def experts(
-        self,
-        x: Tensor,
-        chosen: Tensor,
-        weights: Tensor,
-        w_up: Tensor,
-        w_down: Tensor,
-        swiglu: bool,
-    ) -> Tensor: ...
-
-    def mamba(
-        self,
-        zxbcdt: Tensor,
-        conv_state: Tensor,
-        ssm_state: Tensor,
-        slots: Tensor,
-        w: MambaWeights,
-    ) -> Tensor: ...
-
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        slots: Tensor,
-        positions: Tensor,
-        longest: int,
-    ) -> Tensor: ...
-
-    def draw(
-        self,
-        logits: Tensor,
-        u: Tensor | None,
-        temperature: float,
-        limit: int,
-        allowed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-def decode_steps(*tensors: Tensor, backend: str | None = None) -> Steps:
-    """The decode operators for these tensors, chosen once for thousands of calls.
-
-    Arguments are those of the functions above, all required; shapes are not checked.
-    """
-    steps: Any = OP.choose(*tensors, backend=backend)
-    found: Steps = steps
-    return found
 
 
 def _check(what: str, tensors: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:

@@ -8,7 +8,11 @@ from torch import Tensor
 
 from nemocascade_kernels.common.activations import activate
 from nemocascade_kernels.common.routing import RouterSettings, choose_experts
+from nemocascade_kernels.decode_step.routed_rows import RoutedRows, SharedExpert
+from nemocascade_kernels.decode_step.sampling import SampleSettings, sampled
 from nemocascade_kernels.decode_step.weights import MambaWeights
+
+FUSED = False
 
 # Probabilities are first summed in segments of this many.
 _STRETCH = 128
@@ -46,6 +50,57 @@ def experts(
     return torch.einsum("te,teh->th", share[:, :-1].to(y.dtype), y)
 
 
+def up(x: Tensor, weight: Tensor, swiglu: bool) -> Tensor:
+    """See `steps.Steps.up`."""
+    return activate(F.linear(x, weight), "swiglu" if swiglu else "relu2")
+
+
+def norm_route(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    router: Tensor,
+    bias: Tensor | None,
+    slots: Tensor | None,
+    spare: int,
+    settings: RouterSettings,
+) -> RoutedRows:
+    """See `steps.Steps.norm_route`."""
+    x = norm(hidden, norm_weight, eps)
+    high = torch.promote_types(x.dtype, torch.float32)
+    logits = F.linear(x.to(high), router.to(high))
+    mask = None if slots is None else slots != spare
+    weights, chosen = choose_experts(logits, bias, mask, None, settings)
+    out = RoutedRows.empty(x.shape[0], x.shape[1], x.dtype, settings.top_k, x.device)
+    out.x.copy_(x)
+    out.chosen.copy_(chosen)
+    out.weights.copy_(weights)
+    return out
+
+
+def mixture(
+    routed: RoutedRows,
+    w_up: Tensor,
+    w_down: Tensor,
+    first_expert: int,
+    shared: SharedExpert | None,
+    residual: Tensor | None,
+    swiglu: bool,
+) -> Tensor:
+    """See `steps.Steps.mixture`."""
+    high = torch.promote_types(routed.dtype, torch.float32)
+    x, count = routed.x.to(high), w_up.shape[0]
+    local = routed.chosen - first_expert
+    row = torch.arange(x.shape[0], device=x.device)[:, None] - routed.first
+    is_mine = (local >= 0) & (local < count) & (row >= 0) & (row < routed.count)
+    local, weights = local.where(is_mine, count), routed.weights.where(is_mine, 0).to(high)
+    y = experts(x, local, weights, w_up.to(high), w_down.to(high), swiglu)
+    if shared is not None:
+        rows = slice(shared.first, shared.first + shared.rows)
+        y[rows] += F.linear(up(x[rows], shared.up.to(high), swiglu), shared.down.to(high))
+    return y if residual is None else (residual + y).to(residual.dtype)
+
+
 def mamba(
     zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, slots: Tensor, w: MambaWeights
 ) -> Tensor:
@@ -81,6 +136,7 @@ def attention(
     v: Tensor,
     keys: Tensor,
     values: Tensor,
+    table: Tensor,
     slots: Tensor,
     positions: Tensor,
     longest: int,
@@ -88,12 +144,17 @@ def attention(
     """See `op.step_attention`."""
     high = torch.promote_types(q.dtype, torch.float32)
     rows, heads, dim = q.shape
-    kv_heads = k.shape[1]
-    keys[slots, :, positions] = k.to(keys.dtype)
-    values[slots, :, positions] = v.to(values.dtype)
+    kv_heads, size = keys.shape[1:3]
+    blocks = table.index_select(0, slots).long()
+    here = blocks.gather(1, (positions // size)[:, None]).squeeze(1)
+    for cache, new in ((keys, k), (values, v)):
+        cache[here, :, positions % size] = new.to(cache.dtype)
+    used = blocks[:, : -(-longest // size)]
+    past_k, past_v = (
+        cache[used].transpose(1, 2).flatten(2, 3)[:, :, :longest].to(high)
+        for cache in (keys, values)
+    )
     grouped = q.to(high).view(rows, kv_heads, heads // kv_heads, dim)
-    past_k = keys[:, :, :longest].index_select(0, slots).to(high)
-    past_v = values[:, :, :longest].index_select(0, slots).to(high)
     scores = torch.matmul(grouped, past_k.transpose(2, 3)) * dim**-0.5
     ahead = torch.arange(longest, device=q.device) > positions[:, None]
     weights = scores.masked_fill_(ahead[:, None, None], float("-inf")).softmax(3)
@@ -113,6 +174,13 @@ def draw(
         drawn = drawn.masked_fill(~allowed[:, :limit], float("-inf"))
     tokens = drawn.argmax(1) if u is None else _invert(drawn.exp(), u)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def sample(
+    logits: Tensor, keys: Tensor, positions: Tensor, settings: SampleSettings
+) -> tuple[Tensor, Tensor]:
+    """See `steps.Steps.sample`."""
+    return sampled(draw, logits, keys, positions, settings)
 
 
 def _invert(weights: Tensor, u: Tensor) -> Tensor:

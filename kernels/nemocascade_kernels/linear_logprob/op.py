@@ -23,6 +23,7 @@ from nemocascade_kernels.common.linear_head.chunks import (
 )
 from nemocascade_kernels.common.linear_head.statistics import Gathering, finish
 from nemocascade_kernels.common.main_grad import checked_main_grad, placeholder_gradient
+from nemocascade_kernels.common.products import multiply
 from nemocascade_kernels.linear_logprob import reference
 
 _ROWS = "nemocascade_kernels.common.linear_head"
@@ -162,27 +163,27 @@ def _forward(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logprob, lse, entropy = torch.empty(3, rows.size, dtype=dtype, device=hidden.device)
     depth = look_ahead(settings.group)
-    pieces = chunks(rows.size, weight, buffers=1)
-    buffer = logits_buffer(max((p.stop - p.start for p in pieces), default=0), weight)
+    row_chunks = chunks(rows.size, weight, buffers=1)
+    buffer = logits_buffer(max((p.stop - p.start for p in row_chunks), default=0), weight)
 
-    def start(piece: slice) -> tuple[slice, Gathering]:
-        logits = buffer[: piece.stop - piece.start]
-        torch.mm(hidden[piece], weight.t(), out=logits)
-        local = target[piece] - settings.first_id
+    def start(chunk: slice) -> tuple[slice, Gathering]:
+        logits = buffer[: chunk.stop - chunk.start]
+        multiply(hidden[chunk], weight.t(), out=logits)
+        local = target[chunk] - settings.first_id
         # The logits are not needed again: the next chunk may overwrite them.
         found = settings.kernels.statistics(logits, local, settings.scale, settings.entropy)
-        return piece, Gathering(found, settings.group)
+        return chunk, Gathering(found, settings.group)
 
     def end(started: tuple[slice, Gathering]) -> None:
-        piece, gathering = started
-        ids = target[piece]
+        chunk, gathering = started
+        ids = target[chunk]
         valid = (ids >= 0) & (ids < settings.vocabulary)
         result = finish(gathering.wait(), valid, settings.entropy)
-        logprob[piece], lse[piece] = result.logprob, result.lse
+        logprob[chunk], lse[chunk] = result.logprob, result.lse
         if result.entropy is not None:
-            entropy[piece] = result.entropy
+            entropy[chunk] = result.entropy
 
-    in_flight(pieces, start, end, depth)
+    in_flight(row_chunks, start, end, depth)
     return logprob, lse, entropy if settings.entropy else None
 
 
@@ -200,29 +201,27 @@ def _backward(
     if entropy is not None and entropy_grad is not None:
         entropy_slope = entropy_grad.contiguous()
     hidden_grad = torch.empty_like(hidden) if needed[0] else None
-    weight_grad = (
-        WeightGradient(weight, settings.kernels, into=settings.main_grad) if needed[1] else None
-    )
-    pieces = chunks(hidden.shape[0], weight, buffers=1)
-    buffer = logits_buffer(max((p.stop - p.start for p in pieces), default=0), weight)
+    weight_grad = WeightGradient(weight, into=settings.main_grad) if needed[1] else None
+    row_chunks = chunks(hidden.shape[0], weight, buffers=1)
+    buffer = logits_buffer(max((p.stop - p.start for p in row_chunks), default=0), weight)
     sums = []
-    for piece in pieces:
-        rows = hidden[piece]
+    for chunk in row_chunks:
+        rows = hidden[chunk]
         logits = buffer[: rows.shape[0]]
-        torch.mm(rows, weight.t(), out=logits)
+        multiply(rows, weight.t(), out=logits)
         settings.kernels.gradient_(
             logits,
-            target[piece] - settings.first_id,
+            target[chunk] - settings.first_id,
             settings.scale,
-            lse[piece],
-            slope[piece],
-            None if entropy_slope is None else entropy[piece],
-            None if entropy_slope is None else entropy_slope[piece],
+            lse[chunk],
+            slope[chunk],
+            None if entropy_slope is None else entropy[chunk],
+            None if entropy_slope is None else entropy_slope[chunk],
         )
         if hidden_grad is not None:
-            torch.mm(logits, weight, out=hidden_grad[piece])
+            multiply(logits, weight, out=hidden_grad[chunk])
             if settings.reduce_hidden_grad:
-                sums.append(sum_over_shards(hidden_grad[piece], settings.group))
+                sums.append(sum_over_shards(hidden_grad[chunk], settings.group))
         if weight_grad is not None:
             weight_grad.add(logits, rows)
     for work in filter(None, sums):

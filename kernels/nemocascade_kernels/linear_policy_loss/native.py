@@ -11,15 +11,10 @@ import torch
 from torch import Tensor
 
 from nemocascade_kernels import native
-from nemocascade_kernels.common.linear_head.native import (
-    add_product,
-    adds_products,
-    gradient_,
-    statistics,
-)
+from nemocascade_kernels.common.linear_head.native import gradient_, statistics
 from nemocascade_kernels.linear_policy_loss.objectives import FusedRow
 
-__all__ = ["add_product", "adds_products", "fused_rows", "gradient_", "statistics"]
+__all__ = ["fused_rows", "gradient_", "statistics"]
 
 #: Twins in the order of `Kind` in csrc/linear_policy_loss/policy.h.
 _TWINS = ("nll", "grpo", "grpo_kl", "mopd")

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nemocascade_kernels import backends
 from nemocascade_kernels.common.linear_head.checks import check_head, check_targets
 from nemocascade_kernels.common.linear_head.chunks import Rows, look_ahead, trained_rows
+from nemocascade_kernels.common.linear_head.gradients import HeadLoss, PassSettings
 from nemocascade_kernels.common.linear_head.truncation import Truncation, check_truncation
-from nemocascade_kernels.common.main_grad import checked_main_grad, placeholder_gradient
+from nemocascade_kernels.common.main_grad import checked_main_grad
 from nemocascade_kernels.linear_policy_loss import reference
 from nemocascade_kernels.linear_policy_loss.objectives import Objective
 from nemocascade_kernels.linear_policy_loss.one_pass import OnePass, one_pass
 
 _OPERATORS = ("logits_statistics", "logits_gradient_", "policy_rows_")
 OP = backends.Op("linear_policy_loss")
-OP.register("triton", refuse=backends.takes(*backends.HALF_AND_SINGLE))
-OP.register("native", refuse=backends.takes(torch.float32, torch.bfloat16, operators=_OPERATORS))
+OP.register("triton", limit=backends.takes(*backends.HALF_AND_SINGLE))
+OP.register("native", limit=backends.takes(torch.float32, torch.bfloat16, operators=_OPERATORS))
 OP.register("torch", "nemocascade_kernels.common.linear_head.torch")
 OP.register("reference")
 
@@ -140,69 +140,11 @@ def linear_policy_loss(
     # Within apply the grad mode is off, and needs_input_grad does not reflect the previous mode.
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    loss, logprob, found_entropy = _LinearPolicyLoss.apply(
-        hidden.contiguous(), weight, target, settings
+    compute = functools.partial(one_pass, target, settings)
+    loss, logprob, found_entropy = HeadLoss.apply(
+        hidden.contiguous(), weight, PassSettings(OP.name, compute, grad_scale, main_grad)
     )
     return _output(loss, logprob, found_entropy, objective, rows, truncation)
-
-
-class _LinearPolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, settings: OnePass
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        result = one_pass(
-            hidden, weight, target, settings, ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        )
-        ctx.settings, ctx.weight = settings, weight
-        ctx.gradients = (result.hidden_grad, result.weight_grad)
-        ctx.mark_non_differentiable(result.logprob)
-        if result.entropy is not None:
-            ctx.mark_non_differentiable(result.entropy)
-        return result.loss, result.logprob, result.entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, loss_grad: Tensor, *_: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "linear_policy_loss has handed out its gradients already: they are made in the "
-                "forward pass and kept once. Call it again for another backward"
-            )
-        hidden_grad, weight_grad = ctx.gradients
-        settings: OnePass = ctx.settings
-        weight: Tensor = ctx.weight
-        ctx.gradients = ctx.weight = None
-        factor = _factor(loss_grad, settings)
-        if hidden_grad is not None and factor is not None:
-            hidden_grad.mul_(factor)
-        if settings.main_grad is not None and ctx.needs_input_grad[1]:
-            weight_grad = placeholder_gradient(weight)
-        elif weight_grad is not None and factor is not None:
-            scaled = torch.empty_like(weight)
-            weight_grad = torch.mul(weight_grad, factor, out=scaled)
-        elif weight_grad is not None:
-            weight_grad = weight_grad.to(weight.dtype)
-        return hidden_grad, weight_grad, None, None
-
-
-def _factor(loss_grad: Tensor, settings: OnePass) -> Tensor | None:
-    """Correction factor of the gradients, which include grad_scale; None if it is 1."""
-    factor = loss_grad / settings.grad_scale
-    if loss_grad.is_cuda:
-        if settings.main_grad is None:
-            return factor
-        return torch.where(factor == 1, factor, torch.nan)
-    if factor.item() == 1:
-        return None
-    if settings.main_grad is not None:
-        raise ValueError(
-            f"loss received the gradient {loss_grad.item()}, and grad_scale={settings.grad_scale} "
-            "was promised and is in main_grad already: pass the true one as grad_scale"
-        )
-    return factor
 
 
 def _output(

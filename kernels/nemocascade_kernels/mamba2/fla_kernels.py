@@ -54,7 +54,7 @@ NEEDED = {
 
 
 def missing_arguments() -> list[str]:
-    """Modules, functions, kernels and arguments that the installed fla-core lacks.
+    """Modules, functions, kernels and arguments that are missing in the installed fla-core.
 
     Raises ImportError if one of its modules needs a package that is not installed.
     """

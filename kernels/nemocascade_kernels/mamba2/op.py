@@ -14,18 +14,19 @@ from nemocascade_kernels.backends import Op, takes
 from nemocascade_kernels.common.documents import PackedSeq
 from nemocascade_kernels.common.transfer import to_device
 from nemocascade_kernels.mamba2.arguments import Inputs, Sizes, States
-from nemocascade_kernels.mamba2.states import ScanFunction, continued, final_states
+from nemocascade_kernels.mamba2.limits import triton_limitation
+from nemocascade_kernels.mamba2.states import ScanFunction, continued, decays, final_states
 
 #: The convolution reads no further back than the previous chunk of 32 rows.
 LARGEST_WINDOW = 33
 
-
 OP = Op("mamba2")
+OP.register("triton", limit=triton_limitation)
 OP.register(
     "native",
-    refuse=takes(torch.float32, torch.bfloat16, operators=("mamba2", "mamba2_backward")),
+    limit=takes(torch.float32, torch.bfloat16, operators=("mamba2", "mamba2_backward")),
 )
-OP.register("fla")
+OP.register("fla", by_name=True)
 OP.register("torch")
 OP.register("reference")
 
@@ -49,6 +50,7 @@ def mamba2(
     initial_state: tuple[Tensor, Tensor] | None = None,
     state_documents: Sequence[int] | None = None,
     return_final_state: bool = False,
+    recompute: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, States | None]:
     """Mamba-2's mixer (arXiv 2405.21060) between its two projections, over packed documents::
@@ -76,6 +78,8 @@ def mamba2(
         state_documents: the documents of `initial_state`, ascending; D is their number there, and
             the others are new. None: all.
         return_final_state: return the states after each document.
+        recompute: with states, keep only the inputs for backward, which computes the rest again.
+            False is faster for a caller that recomputes the mixer itself.
         backend: require an implementation; see `nemocascade_kernels.backends`.
 
     Returns:
@@ -96,14 +100,16 @@ def mamba2(
     documents = None if state_documents is None else tuple(state_documents)
     _check(inputs, packed, sizes, initial, documents)
     tensors = (*inputs, *(initial or ()))
-    chosen = OP.chosen(zxbcdt, backend=backend)
+    chosen = OP.chosen(zxbcdt, zxbcdt.new_empty(0, heads, head_dim, state), backend=backend)
     module: Any = OP.module(chosen)
-    if initial is None and not return_final_state:
+    if chosen == "triton":
+        y, ssm = module.mix(inputs, packed, sizes, initial, documents, final=return_final_state)
+    elif initial is None and not return_final_state:
         return _without_states(module, inputs, packed, sizes), None
-    if chosen in ("torch", "fla") and not _needs_gradient(tensors) and not return_final_state:
+    elif chosen in ("torch", "fla") and not _needs_gradient(tensors) and not return_final_state:
         assert initial is not None
         return continued(inputs, packed, sizes, initial, module.scan, documents), None
-    if chosen == "reference" or not _needs_gradient(tensors):
+    elif chosen == "reference" or not _needs_gradient(tensors):
         y, ssm = module.forward_with_states(inputs, packed, sizes, initial, documents)
     elif backend == "native":
         raise ValueError(
@@ -112,8 +118,15 @@ def mamba2(
         )
     else:
         module = OP.module("torch") if chosen == "native" else module
-        y, ssm = _with_gradient(
-            module, inputs, packed, sizes, initial, documents, final=return_final_state
+        y, ssm = with_gradient(
+            module,
+            inputs,
+            packed,
+            sizes,
+            initial,
+            documents,
+            final=return_final_state,
+            recompute=recompute,
         )
     if not return_final_state:
         return y, None
@@ -136,11 +149,13 @@ def mamba2_final_state(
     state: int,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     initial_conv: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The state S that `mamba2` has after each document, from a zero state, and its decay.
 
     It takes one product a document, much less than `mamba2`. With an initial state S0, the state is
-    `decay S0 + S`. Arguments are those of `mamba2`.
+    `decay S0 + S`. Arguments are those of `mamba2`. Triton's kernels run where they run there, and
+    torch's operators elsewhere.
 
     Args:
         initial_conv: [D, K - 1, W], the convolution's inputs before each document; None: zeros.
@@ -153,6 +168,7 @@ def mamba2_final_state(
         packed = PackedSeq.from_cu_seqlens(packed, zxbcdt.device)
     sizes = Sizes(heads, head_dim, groups, state, dt_limit, 0.0)
     high = torch.promote_types(zxbcdt.dtype, torch.float32)
+    chosen = OP.chosen(zxbcdt, zxbcdt.new_empty(0, heads, head_dim, state), backend=backend)
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         zxbcdt, weight, bias, dt_bias, A, *before = tensors
@@ -161,14 +177,20 @@ def mamba2_final_state(
             shape = packed.num_documents, heads, head_dim, state
             initial = States(before[0], zxbcdt.new_zeros(shape, dtype=high))
         # D and the norm's weight belong to the output.
-        inputs = Inputs(zxbcdt, weight, bias, dt_bias, A, D=A, norm_weight=bias)
+        norm = bias.detach()[: sizes.inner]
+        inputs = Inputs(zxbcdt, weight, bias, dt_bias, A, D=A.detach(), norm_weight=norm)
+        if chosen == "triton":
+            module: Any = OP.module(chosen)
+            own = module.final_states(inputs, packed, sizes, initial)
+            return own, decays(inputs, packed, sizes)
         return final_states(inputs, packed, sizes, initial)
 
     tensors = [zxbcdt, conv_weight, conv_bias, dt_bias, A]
     if initial_conv is not None:
         tensors.append(initial_conv)
-    states, decays = _recomputed(run, *tensors)
-    return states, decays
+    # Triton's kernels keep only their inputs, and the decays are small.
+    states, factors = run(*tensors) if chosen == "triton" else _recomputed(run, *tensors)
+    return states, factors
 
 
 def _needs_gradient(tensors: Sequence[Tensor]) -> bool:
@@ -188,7 +210,7 @@ def _without_states(module: Any, inputs: Inputs, packed: PackedSeq, sizes: Sizes
     return out
 
 
-def _with_gradient(
+def with_gradient(
     module: Any,
     inputs: Inputs,
     packed: PackedSeq,
@@ -197,8 +219,10 @@ def _with_gradient(
     documents: tuple[int, ...] | None,
     *,
     final: bool,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output and, if `final`, the states after the documents, with gradients of all tensors."""
+    count, has_states = len(inputs), initial is not None
 
     def scan(
         mixed: Tensor, dt: Tensor, A: Tensor, D: Tensor, packed: PackedSeq, s: Sizes
@@ -206,9 +230,10 @@ def _with_gradient(
         y: Tensor = ScanFunction.apply(module, packed, s, mixed, dt, A, D)
         return y
 
+    # It refers to no tensor: under another recomputation, autograd alone decides what stays.
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        own = Inputs(*tensors[: len(inputs)])
-        states = None if initial is None else States(*tensors[len(inputs) :])
+        own = Inputs(*tensors[:count])
+        states = States(*tensors[count:]) if has_states else None
         if states is None:
             y = _without_states(module, own, packed, sizes)
         else:
@@ -219,7 +244,8 @@ def _with_gradient(
             states = states.spread(documents, packed.num_documents)
         return y, final_states(own, packed, sizes, states)[0]
 
-    y, ssm = _recomputed(run, *inputs, *(initial or ()))
+    tensors = (*inputs, *(initial or ()))
+    y, ssm = _recomputed(run, *tensors) if recompute else run(*tensors)
     return y, ssm
 
 

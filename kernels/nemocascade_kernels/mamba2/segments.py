@@ -6,7 +6,7 @@ Within a segment of w chunks the states are one matrix product for each head,
 
 with the state S that enters the segment and the sums L of the chunks' log decays since then. All
 factors are at most 1. Only the last states of segments are passed on one after the other. A
-segment lies in one document, so no operation combines values of two documents.
+segment is part of one document, so no operation combines values of two documents.
 
 Shape letters: those of `ssd`, and w chunks of a segment.
 """

@@ -100,6 +100,14 @@ def final_states(
     return _final_states(mixed, dt, i.A, packed, s, initial)
 
 
+def decays(i: Inputs, packed: PackedSeq, s: Sizes) -> Tensor:
+    """Factors of the initial states in the final ones, [D, h]."""
+    high = torch.promote_types(i.zxbcdt.dtype, torch.float32)
+    dt = time_steps(s.split(i.zxbcdt)[2], i.dt_bias, s).double()
+    sums = torch.stack([dt[rows].sum(0) for rows in packed.documents()])
+    return (sums * i.A.double()).exp().to(high)
+
+
 def time_steps(raw: Tensor, bias: Tensor, s: Sizes) -> Tensor:
     """`softplus(raw + bias)`, within the limits, [T, h]; at least float32."""
     high = torch.promote_types(raw.dtype, torch.float32)
@@ -183,7 +191,7 @@ def _add_initial(
     c = s.split_channels(mixed)[2]
     for place, rows in enumerate(packed.documents(documents)):
         opened = (dt[rows].double() * A.double()).cumsum(0).exp().to(ssm.dtype)
-        by_group = ssm[place].view(s.groups, -1, s.state).transpose(1, 2)
+        by_group = ssm[place].reshape(s.groups, -1, s.state).transpose(1, 2)
         read = torch.bmm(c[rows].to(ssm.dtype).transpose(0, 1), by_group).transpose(0, 1)
         y[rows] += (read.reshape(-1, s.heads, s.head_dim) * opened[:, :, None]).to(y.dtype)
 

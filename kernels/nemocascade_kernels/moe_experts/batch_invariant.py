@@ -39,10 +39,10 @@ def mm_rows(x: Tensor, weight: Tensor, out: Tensor, count: int) -> None:
         out: [>= count + SLACK, N].
         count: number of rows.
     """
-    pieces = cover(count, sizes_for(weight))
-    x[count : sum(pieces)] = 0
+    parts = cover(count, sizes_for(weight))
+    x[count : sum(parts)] = 0
     start = 0
-    for size in pieces:
+    for size in parts:
         torch.mm(x[start : start + size], weight, out=out[start : start + size])
         start += size
 
@@ -83,10 +83,10 @@ def _cover_rest(count: int, sizes: tuple[int, ...]) -> tuple[int, tuple[int, ...
     count = -(-count // sizes[0]) * sizes[0]
     covers = []
     for size in sizes:
-        cost, pieces = _cover_rest(count - size, sizes)
-        covers.append((size + _CALL_COST_ROWS + cost, (size, *pieces)))
-    cost, pieces = min(covers)
-    return cost, tuple(sorted(pieces, reverse=True))
+        cost, parts = _cover_rest(count - size, sizes)
+        covers.append((size + _CALL_COST_ROWS + cost, (size, *parts)))
+    cost, parts = min(covers)
+    return cost, tuple(sorted(parts, reverse=True))
 
 
 @functools.cache
@@ -164,4 +164,4 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 def _cost(sizes: Sequence[int]) -> int:
     covers = [cover(count, tuple(sizes)) for count in (8, 100, 300, 1000, 3000)]
-    return sum(sum(pieces) + _CALL_COST_ROWS * len(pieces) for pieces in covers)
+    return sum(sum(parts) + _CALL_COST_ROWS * len(parts) for parts in covers)

@@ -1,7 +1,7 @@
 """The expert GEMMs in C++ for the CPU (csrc/moe_experts/), in float32.
 
-`moe_experts` is one call forward and one backward: threads take pieces of experts, and all steps
-between the products run while a piece is in the cache. The separate operators are those of
+`moe_experts` is one call forward and one backward: threads take blocks of an expert's rows, and all
+steps between the products run while a block is in the cache. The separate operators are those of
 `torch.py`.
 """
 
@@ -37,7 +37,7 @@ __all__ = [
     "unpermute_backward",
 ]
 
-#: Maximum rows of a piece: its rows and intermediate results should stay in a core's cache.
+#: Maximum rows of a block: its rows and intermediate results should stay in a core's cache.
 _LONGEST_PIECE = 256
 
 
@@ -97,12 +97,12 @@ def _arguments(
     routing: Routing, w_up: Tensor, w_down: Tensor, activation: str, bounds: list[int]
 ) -> tuple[Tensor | bool, ...]:
     """Arguments of both calls after their rows."""
-    sizes = _piece_sizes(w_down.shape[1], w_down.shape[2], w_up.shape[1])
-    pieces = []
+    sizes = _block_sizes(w_down.shape[1], w_down.shape[2], w_up.shape[1])
+    blocks = []
     for expert in range(routing.num_experts):
         first, end = bounds[expert], bounds[expert + 1]
         for size in cover(end - first, sizes):
-            pieces.append((expert, first, min(size, end - first), size))
+            blocks.append((expert, first, min(size, end - first), size))
             first += size
     return (
         routing.order,
@@ -110,14 +110,14 @@ def _arguments(
         routing.weights.contiguous(),
         w_up.contiguous(),
         w_down.contiguous(),
-        torch.tensor(pieces, dtype=torch.int64).view(-1, 4),
+        torch.tensor(blocks, dtype=torch.int64).view(-1, 4),
         activation == "swiglu",
     )
 
 
 @functools.cache
-def _piece_sizes(hidden: int, width: int, up: int) -> tuple[int, ...]:
-    """Sizes of the pieces, for which all four products are batch-invariant."""
+def _block_sizes(hidden: int, width: int, up: int) -> tuple[int, ...]:
+    """Sizes of the blocks, for which all four products are batch-invariant."""
     trials = [
         trial(functools.partial(_product, transposed), torch.float32, depth, columns, transposed)
         for depth, columns, transposed in (
@@ -133,7 +133,7 @@ def _piece_sizes(hidden: int, width: int, up: int) -> tuple[int, ...]:
 
 
 def _product(transposed: bool, x: Tensor, weight: Tensor) -> Tensor:
-    """The product of the pieces; transposed: weight [K, N] is the transpose of a matrix."""
+    """The product of the blocks; transposed: weight [K, N] is the transpose of a matrix."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     factor = weight.t() if transposed else weight
     native.op("moe_experts_product")(x.contiguous(), factor.contiguous(), transposed, out)

@@ -15,14 +15,14 @@ from nemocascade_kernels.common.main_grad import checked_main_grad, placeholder_
 from nemocascade_kernels.common.routing import Routing
 
 
-def cpu_refusal(*tensors: Tensor) -> str | None:
+def cpu_limitation(*tensors: Tensor) -> str | None:
     """Reason why the CPU path is unavailable for a call, or None."""
     if not all(tensor.is_cpu for tensor in tensors):
         return "it reads the group sizes on the host, which would wait for the device"
     return None
 
 
-def native_refusal(*tensors: Tensor) -> str | None:
+def native_limitation(*tensors: Tensor) -> str | None:
     """Reason why the compiled CPU path is unavailable for a call, or None."""
     operators = ("moe_experts_forward", "moe_experts_backward", "moe_experts_product")
     reason = takes(torch.float32, operators=operators)(*tensors)
@@ -31,11 +31,49 @@ def native_refusal(*tensors: Tensor) -> str | None:
     return reason
 
 
+def _hopper_limitation(tensor: Tensor) -> str | None:
+    capability = torch.cuda.get_device_capability(tensor.device)
+    if capability < (9, 0):
+        return f"it needs compute capability >= 9.0, and the device has {capability}"
+    return None
+
+
+def quack_limitation(*tensors: Tensor) -> str | None:
+    """Reason why quack-kernels is unavailable for a call, or None."""
+    reason = takes(torch.bfloat16, torch.float16)(*tensors) or _hopper_limitation(tensors[0])
+    if reason is not None:
+        return reason
+    odd = sorted({size for tensor in tensors[1:] for size in tensor.shape[-2:] if size % 8})
+    if odd:
+        return f"it needs sizes of the weights that are multiples of 8, and got {odd}"
+    return None
+
+
 OP = Op("moe_experts")
-OP.register("triton", refuse=takes(*HALF_AND_SINGLE))
-OP.register("native", refuse=native_refusal)
-OP.register("torch", refuse=cpu_refusal)
+OP.register("triton", limit=takes(*HALF_AND_SINGLE))
+OP.register("quack", limit=quack_limitation, by_name=True)
+OP.register("native", limit=native_limitation)
+OP.register("torch", limit=cpu_limitation)
 OP.register("reference")
+
+
+def fp8_limitation(capability: tuple[int, int]) -> str | None:
+    """Reason why the FP8 kernels cannot run on a GPU of a compute capability, or None."""
+    if capability[0] == 9:
+        return None
+    return f"the FP8 products are for Hopper (9.0), and the device has {capability}"
+
+
+def _fp8_limitation_of(*tensors: Tensor) -> str | None:
+    reason = takes(*HALF_AND_SINGLE)(*tensors)
+    if reason is None and tensors[0].is_cuda:
+        reason = fp8_limitation(torch.cuda.get_device_capability(tensors[0].device))
+    return reason
+
+
+FP8 = Op("moe_experts_fp8")
+FP8.register("triton", "nemocascade_kernels.moe_experts.fp8_triton", limit=_fp8_limitation_of)
+FP8.register("reference", "nemocascade_kernels.moe_experts.fp8", limit=cpu_limitation)
 
 
 def moe_experts(
@@ -45,6 +83,7 @@ def moe_experts(
     w_down: Tensor,
     *,
     activation: str = "relu2",
+    fp8: bool = False,
     accumulate_main_grad: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -57,12 +96,18 @@ def moe_experts(
     `routing.weights`, `w_up` and `w_down`. A token's output and its gradient are bit-identical
     for any other tokens that share its experts.
 
+    With `fp8`, the operands of all six products are rounded to e4m3 in blocks with a scale each:
+    see `moe_experts/fp8.py`, the definition, which also runs on CPUs and does not promise the same
+    bits beside other tokens. Weights, gradients and results keep their dtypes. Any sizes: quantised
+    copies, which live as long as the call, are padded to multiples of 128.
+
     Args:
         x: [T, H] float32, bfloat16 or float16.
         routing: from `moe_route` or `make_routing`, for the same T tokens and E experts.
         w_up: [E, I, H] for "relu2", [E, 2I, H] (gate rows, then up rows) for "swiglu"; x's dtype.
         w_down: [E, H, I]; x's dtype.
         activation: "relu2" or "swiglu".
+        fp8: multiply in FP8; on GPUs of compute capability 9.0, and on CPUs.
         accumulate_main_grad: the backward adds each weight's gradient to its `main_grad` (float32
             or the weight's dtype), sets `grad_added_to_main_grad` on the weight and gives autograd
             a placeholder: Megatron-Core's convention.
@@ -76,10 +121,15 @@ def moe_experts(
         BackendRefusedError: the required implementation is unavailable for the call.
     """
     _check_experts(x, routing, w_up, w_down, activation)
-    implementation = OP.choose(x, w_up, w_down, backend=backend)
+    implementation = (FP8 if fp8 else OP).choose(x, w_up, w_down, backend=backend)
+    main_grads = _main_grads(accumulate_main_grad, w_up, w_down)
     if hasattr(implementation, "experts"):
-        _refuse_main_grad(accumulate_main_grad)
-        result: Tensor = implementation.experts(x, routing, w_up, w_down, activation)
+        result: Tensor
+        if fp8:
+            result = implementation.experts(x, routing, w_up, w_down, activation, main_grads)
+        else:
+            _refuse_main_grad(accumulate_main_grad)
+            result = implementation.experts(x, routing, w_up, w_down, activation)
         return result
     inputs = (x, routing.weights, w_up, w_down)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
@@ -90,7 +140,7 @@ def moe_experts(
         w_down,
         routing,
         activation,
-        _main_grads(accumulate_main_grad, w_up, w_down),
+        main_grads,
         implementation,
         keep,
     )
@@ -152,7 +202,8 @@ def moe_permute(x: Tensor, routing: Routing, *, backend: str | None = None) -> T
         backend: require an implementation.
 
     Returns:
-        [T * K, H]; 0 from row `routing.offsets[E]` on. The gradient goes to x.
+        [T * K, H], or fewer rows if the routing is `truncated`; 0 from row `routing.offsets[E]` on.
+        The gradient goes to x.
 
     Raises:
         ValueError: x does not have T rows.
@@ -175,7 +226,8 @@ def moe_unpermute(y: Tensor, routing: Routing, *, backend: str | None = None) ->
     Slots without an expert are excluded; y may hold NaN there.
 
     Args:
-        y: [T * K, H] floating point, in the order of `routing.order`.
+        y: [T * K, H] floating point, in the order of `routing.order`, or fewer rows if the routing
+            is `truncated`.
         routing: the one passed to `moe_permute`.
         backend: require an implementation.
 
@@ -183,9 +235,9 @@ def moe_unpermute(y: Tensor, routing: Routing, *, backend: str | None = None) ->
         [T, H]. Gradients go to y and `routing.weights`.
 
     Raises:
-        ValueError: y does not have T * K rows.
+        ValueError: y does not have as many rows as `routing.order`.
     """
-    slots = routing.tokens * routing.top_k
+    slots = routing.order.numel()
     if y.ndim != 2 or y.shape[0] != slots:
         raise ValueError(f"moe_unpermute: y {list(y.shape)} must be [{slots}, H]")
     implementation = OP.choose(y, backend=backend)

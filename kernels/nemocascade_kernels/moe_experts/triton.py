@@ -2,22 +2,35 @@
 
 Forward: `up_kernel` (gathers x, applies the activation), `rows_kernel` (applies the combine
 weights), `combine_kernel`. Backward: `down_gradient_kernel` (gathers the gradient, recomputes the
-activation), `rows_kernel` and `combine_kernel` for x, `weight_gradient_kernel` twice. No permuted
-copy is saved, and the host never reads a group's size. Every sum has a fixed order, so results are
-deterministic.
+activation), `rows_kernel` and `combine_kernel` for x, `weight_gradient_kernel` twice. With one
+choice a token, `rows_kernel` writes the output itself. No permuted copy is saved, and the host
+never reads a group's size. Every sum has a fixed order, so results are deterministic.
+
+Programs are persistent: as many as fit on the device by the compiled kernel's registers and shared
+memory. On Hopper a tile of 128 x 128 leaves two to a multiprocessor, so that the epilogue of one
+runs beside the products of the other.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nemocascade_kernels.backends import interpreting
 from nemocascade_kernels.common.routing import Routing
+from nemocascade_kernels.common.tile_product import arch_of, precision
+from nemocascade_kernels.moe_experts.tiles import (
+    ROWS_OF_TILE,
+    Tile,
+    gradient_tile,
+    launch,
+    multiprocessors,
+    product_tile,
+    weight_tile,
+)
 from nemocascade_kernels.moe_experts.triton_gemm import (
     down_gradient_kernel,
     plan_kernel,
@@ -34,77 +47,23 @@ from nemocascade_kernels.moe_experts.triton_permute import (
 )
 
 _PLAN_BLOCK = 128
-#: Rows of a tile in every kernel that loops over rows: they share one plan.
-_BLOCK_M = 128
 _TAIL_BLOCK, _DOTS_BLOCK = 1024, 256
-#: Number of programs in the interpreter, instead of a device's multiprocessors.
-_INTERPRETED_PROGRAMS = 3
 
 
-class Tile(NamedTuple):
-    """Tile of a product, and its launch settings."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
+#: Address and strides of a tensor descriptor are multiples of this, in bytes.
+_TMA_ALIGNMENT = 16
 
 
-def product_tile(width: int, dtype: torch.dtype, arch: int, *, gated: bool = False) -> Tile:
-    """Tile for `width` columns: 256 wide if little is wasted, because wide tiles read the least.
-
-    Two products side by side (gated) have half the columns each. Hopper has asynchronous products
-    with accumulators in registers, so it uses the widest tiles; on others they would spill.
-    """
-    if dtype == torch.float32:
-        return Tile(_BLOCK_M, 64, 32, 8, 3)
-    if gated:
-        return Tile(_BLOCK_M, 128 if arch == 90 else 64, 64, 8, 3)
-    if arch >= 90 and _waste(width, 256) <= 1.05 * _waste(width, 128):
-        return Tile(_BLOCK_M, 256, 64, 8, 3)
-    return Tile(_BLOCK_M, 128, 64, 8 if arch < 90 else 4, 4 if arch >= 90 else 3)
-
-
-def _waste(width: int, block: int) -> float:
-    return triton.cdiv(width, block) * block / max(width, 1)
-
-
-def gradient_tile(dtype: torch.dtype) -> Tile:
-    """Tile of `down_gradient_kernel`, whose epilogue needs the registers of a wider tile."""
-    if dtype == torch.float32:
-        return Tile(_BLOCK_M, 64, 32, 8, 3)
-    return Tile(_BLOCK_M, 128, 64, 8, 4)
-
-
-def weight_tile(width: int, dtype: torch.dtype) -> Tile:
-    """Tile of a weight's gradient; BLOCK_K counts rows."""
-    if dtype == torch.float32:
-        return Tile(128, 64, 32, 8, 3)
-    wide = _waste(width, 256) <= 1.05 * _waste(width, 128)
-    return Tile(128, 256, 64, 8, 3) if wide else Tile(128, 128, 64, 8, 4)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    if dtype == torch.bfloat16 and interpreting():
-        return "widened"
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
-@functools.cache
-def _programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETED_PROGRAMS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@functools.cache
-def _arch(device: torch.device) -> int:
-    """Compute capability as in sm_90; that of Hopper in the interpreter."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _matrices(stack: Tensor, tile: Tile, by_column: bool, arch: int) -> tuple[Any, bool]:
+    """Return a tensor descriptor of weights [E, N, K] and True, or the weights and False if the
+    device has no TMA or cannot address them by it."""
+    size = stack.element_size()
+    aligned = stack.shape[2] * size % _TMA_ALIGNMENT == 0
+    aligned = aligned and stack.storage_offset() * size % _TMA_ALIGNMENT == 0
+    if arch < 90 or not aligned or not stack.numel():
+        return stack, False
+    block = (tile.BLOCK_N, tile.BLOCK_K) if by_column else (tile.BLOCK_K, tile.BLOCK_N)
+    return TensorDescriptor.from_tensor(stack, [1, *block]), True
 
 
 class Plan(NamedTuple):
@@ -119,12 +78,12 @@ class Plan(NamedTuple):
 def make_plan(offsets: Tensor, rows: int) -> Plan:
     """Plan for at most `rows` sorted rows."""
     num_experts = offsets.shape[0] - 1
-    most = rows // _BLOCK_M + min(num_experts, rows)
+    most = rows // ROWS_OF_TILE + min(num_experts, rows)
     expert, row = offsets.new_empty(max(most, 1)), offsets.new_empty(max(most, 1))
     tiles = offsets.new_empty(1)
     plan_kernel[(max(1, triton.cdiv(most, _PLAN_BLOCK)),)](
         offsets, expert, row, tiles, most,
-        E=num_experts, BLOCK_E=triton.next_power_of_2(num_experts), ROWS=_BLOCK_M,
+        E=num_experts, BLOCK_E=triton.next_power_of_2(num_experts), ROWS=ROWS_OF_TILE,
         BLOCK=_PLAN_BLOCK,
     )  # fmt: skip
     return Plan(offsets, expert, row, tiles)
@@ -139,16 +98,26 @@ def _rows_product(
     by_column: bool,
     order: Tensor | None = None,
     weights: Tensor | None = None,
+    by_slot: bool = False,
 ) -> Tensor:
-    """Compute left[r] @ right[e], [rows, N]; right is [E, N, K] if `by_column`, else [E, K, N]."""
+    """Compute left[r] @ right[e], [rows, N]; right is [E, N, K] if `by_column`, else [E, K, N].
+
+    With order [rows] and combine weights they are weighted; `by_slot` writes them in the order of
+    the slots.
+    """
     depth = left.shape[1]
     width = right.shape[1] if by_column else right.shape[2]
     out = left.new_empty(rows, width)
-    tile = product_tile(width, left.dtype, _arch(left.device))
-    rows_kernel[(_programs(left.device),)](
-        left, right, out, order, weights, *plan, width, depth,
-        TOP_K=1, GATHER=False, WEIGH=weights is not None, B_BY_COLUMN=by_column,
-        EVEN_K=depth % tile.BLOCK_K == 0, PRECISION=_precision(left.dtype), **tile._asdict(),
+    arch = arch_of(left.device)
+    tile = product_tile(width, left.dtype, arch)
+    factor, tma = _matrices(right, tile, by_column, arch)
+    launch(
+        rows_kernel, left.device,
+        left, factor, out, order, weights, *plan, rows,
+        N=width, K=depth, E=right.shape[0], WEIGH=weights is not None, BY_SLOT=by_slot,
+        B_BY_COLUMN=by_column,
+        EVEN_K=depth % tile.BLOCK_K == 0, TMA=tma, PRECISION=precision(left.dtype),
+        **tile._asdict(),
     )  # fmt: skip
     return out
 
@@ -159,7 +128,7 @@ def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, *, by_column: bool = Tru
     plan = make_plan(offsets, rows)
     out = _rows_product(x.contiguous(), w.contiguous(), plan, rows, by_column=by_column)
     if out.numel():
-        zero_tail_kernel[(_programs(out.device),)](
+        zero_tail_kernel[(multiprocessors(out.device),)](
             out, offsets[-1:], rows, out.shape[1], BLOCK=_TAIL_BLOCK
         )
     return out
@@ -193,11 +162,12 @@ def _weight_gradient(
     if main_grad is not None and not main_grad.is_contiguous():
         raise ValueError("main_grad must be contiguous")
     out = torch.empty(weight.shape, dtype=x.dtype, device=x.device) if main_grad is None else None
-    tile = weight_tile(columns, x.dtype)
-    weight_gradient_kernel[(_programs(x.device),)](
-        grad, x, main_grad if out is None else out, order, offsets, rows, columns,
-        E=num_experts, TOP_K=top_k, GATHER_GRAD=gather_grad, GATHER_X=gather_x,
-        ACCUMULATE=out is None, PRECISION=_precision(x.dtype), **tile._asdict(),
+    tile = weight_tile(x.dtype, arch_of(x.device))
+    launch(
+        weight_gradient_kernel, x.device,
+        grad, x, main_grad if out is None else out, order, offsets,
+        N=rows, K=columns, E=num_experts, TOP_K=top_k, GATHER_GRAD=gather_grad, GATHER_X=gather_x,
+        ACCUMULATE=out is None, PRECISION=precision(x.dtype), **tile._asdict(),
     )  # fmt: skip
     return out
 
@@ -238,8 +208,13 @@ def _combine(rows: Tensor, routing: Routing, weights: Tensor | None) -> Tensor:
 
 
 def permute_backward(grad: Tensor, routing: Routing) -> Tensor:
+    """Gradient of `permute`'s x, [T, H]."""
+    return sum_choices(grad, routing)
+
+
+def sum_choices(rows: Tensor, routing: Routing) -> Tensor:
     """Sum of each token's rows in the order of its choices, [T, H]."""
-    return _combine(grad, routing, None)
+    return _combine(rows, routing, None)
 
 
 def unpermute(y: Tensor, routing: Routing) -> Tensor:
@@ -273,17 +248,36 @@ def experts_forward(
     plan = make_plan(routing.offsets, slots)
     h = x.new_empty(slots if keep else 0, w_up.shape[1])
     active = x.new_empty(slots, width)
-    tile = product_tile(width, x.dtype, _arch(x.device), gated=gated)
-    up_kernel[(_programs(x.device),)](
-        x, w_up.contiguous(), h, active, routing.order, *plan, width, x.shape[1],
-        TOP_K=routing.top_k, GATED=gated, KEEP_H=keep, EVEN_K=x.shape[1] % tile.BLOCK_K == 0,
-        PRECISION=_precision(x.dtype), **tile._asdict(),
+    hidden, arch = x.shape[1], arch_of(x.device)
+    tile = product_tile(width, x.dtype, arch, gated=gated)
+    stack = w_up.contiguous().view(-1, width, hidden)
+    factor, tma = _matrices(stack, tile, True, arch)
+    launch(
+        up_kernel, x.device, x, factor, h, active, routing.order, *plan,
+        N=width, K=hidden, TOP_K=routing.top_k, GATED=gated, KEEP_H=keep,
+        EVEN_K=hidden % tile.BLOCK_K == 0, TMA=tma, PRECISION=precision(x.dtype), **tile._asdict(),
     )  # fmt: skip
-    y = _rows_product(
-        active, w_down.contiguous(), plan, slots, by_column=True, order=routing.order,
-        weights=routing.weights.contiguous(),
+    y = _token_sums(active, w_down, plan, routing, by_column=True, weights=routing.weights)
+    return y, h if keep else None
+
+
+def _token_sums(
+    left: Tensor,
+    right: Tensor,
+    plan: Plan,
+    routing: Routing,
+    *,
+    by_column: bool,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """`_rows_product` of sorted rows, summed over each token's choices in their order, [T, N]."""
+    single = routing.top_k == 1
+    rows = _rows_product(
+        left, right.contiguous(), plan, routing.order.numel(), by_column=by_column,
+        order=routing.order, weights=None if weights is None else weights.contiguous(),
+        by_slot=single,
     )  # fmt: skip
-    return _combine(y, routing, None), h if keep else None
+    return rows if single else sum_choices(rows, routing)
 
 
 def experts_backward(
@@ -302,15 +296,17 @@ def experts_backward(
     slots, (width, gated) = routing.order.numel(), (w_down.shape[2], activation == "swiglu")
     x, offsets = x.contiguous(), routing.offsets
     plan = make_plan(offsets, slots)
-    tile = gradient_tile(x.dtype)
+    hidden, arch = x.shape[1], arch_of(x.device)
+    tile = gradient_tile(x.dtype, arch, gated=gated)
     grad_h, active = torch.empty_like(h), x.new_empty(slots, width)
     parts = triton.cdiv(width, tile.BLOCK_N)
     dots = x.new_empty(parts, slots, dtype=torch.float32)
-    down_gradient_kernel[(_programs(x.device),)](
-        grad, w_down.contiguous(), h, routing.weights.contiguous(), grad_h, active, dots,
-        routing.order, *plan, width, x.shape[1], slots,
-        TOP_K=routing.top_k, GATED=gated, EVEN_K=x.shape[1] % tile.BLOCK_K == 0,
-        PRECISION=_precision(x.dtype), **tile._asdict(),
+    factor, tma = _matrices(w_down.contiguous(), tile, False, arch)
+    launch(
+        down_gradient_kernel, x.device,
+        grad, factor, h, routing.weights.contiguous(), grad_h, active, dots, routing.order, *plan,
+        slots, N=width, K=hidden, TOP_K=routing.top_k, GATED=gated,
+        EVEN_K=hidden % tile.BLOCK_K == 0, TMA=tma, PRECISION=precision(x.dtype), **tile._asdict(),
     )  # fmt: skip
     grad_weights = _sum_dots(dots, routing) if needs_weights else None
     gathered: dict[str, Any] = {"order": routing.order, "top_k": routing.top_k}
@@ -324,8 +320,7 @@ def experts_backward(
             grad_h, x, w_up, offsets, main_grads[0], gather_x=True, **gathered
         )
     if needs_x:
-        rows = _rows_product(grad_h, w_up.contiguous(), plan, slots, by_column=False)
-        grad_x = _combine(rows, routing, None)
+        grad_x = _token_sums(grad_h, w_up, plan, routing, by_column=False)
     return grad_x, grad_weights, grad_up, grad_down
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nemocascade_kernels.common.tile_product import dot
+
 
 @triton.jit
 def plan_kernel(
@@ -55,46 +57,58 @@ def _sources(rows, is_row, order_ptr, TOP_K: tl.constexpr, GATHER: tl.constexpr)
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    """Matrix product with tl.dot's PRECISION, or of inputs "widened" to float32.
-
-    Without widening, Triton's interpreter multiplies the bits of bfloat16.
-    """
-    if PRECISION == "widened":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
 def _product(
-    acc, left_ptr, sources, is_row, right_ptr, columns, N, K,
-    B_BY_COLUMN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc, left_ptr, sources, is_row, right, matrix, column, N, K,
+    B_BY_COLUMN: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return `acc + left[sources, :K] @ right[:K, columns]`.
+    """Return `acc + left[sources, :K] @ right[matrix][:K, column : column + BLOCK_N]`.
 
-    right is a contiguous [N, K] if B_BY_COLUMN (a column's elements are neighbours), else
-    a contiguous [K, N].
+    right holds matrices [N, K] if B_BY_COLUMN (a column's elements are neighbours), else [K, N].
+    TMA: it is a tensor descriptor of them, else a pointer to the first.
     """
     depth = tl.arange(0, BLOCK_K)
     left = left_ptr + sources[:, None] * K + depth[None, :]
-    is_column = columns < N
-    wide = columns.to(tl.int64)
-    if B_BY_COLUMN:
-        right = right_ptr + wide[None, :] * K + depth[:, None]
-    else:
-        right = right_ptr + depth[:, None].to(tl.int64) * N + wide[None, :]
     for start in range(0, K, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(left, mask=is_row[:, None], other=0.0)
-            b = tl.load(right, mask=is_column[None, :], other=0.0)
-        else:
-            inside = depth < K - start
-            a = tl.load(left, mask=is_row[:, None] & inside[None, :], other=0.0)
-            b = tl.load(right, mask=inside[:, None] & is_column[None, :], other=0.0)
-        acc = _dot(a, b, acc, PRECISION)
+        a = _left_tile(left, is_row, depth < K - start, EVEN_K)
+        b = _right_tile(
+            right, matrix, column, start, N, K, B_BY_COLUMN, EVEN_K, TMA, BLOCK_N, BLOCK_K
+        )
+        acc = dot(a, b, acc, PRECISION)
         left += BLOCK_K
-        right += BLOCK_K if B_BY_COLUMN else BLOCK_K * N
     return acc
+
+
+@triton.jit
+def _left_tile(pointers, is_row, is_deep, EVEN_K: tl.constexpr):
+    if EVEN_K:
+        return tl.load(pointers, mask=is_row[:, None], other=0.0)
+    return tl.load(pointers, mask=is_row[:, None] & is_deep[None, :], other=0.0)
+
+
+@triton.jit
+def _right_tile(
+    right, matrix, column, start, N, K, B_BY_COLUMN: tl.constexpr, EVEN_K: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return [BLOCK_K, BLOCK_N] of right[matrix] from row `start` and `column` on; 0 outside."""
+    if TMA:
+        if B_BY_COLUMN:
+            tile = right.load([matrix.to(tl.int32), column, start])
+            return tl.reshape(tile, [BLOCK_N, BLOCK_K]).T
+        tile = right.load([matrix.to(tl.int32), start, column])
+        return tl.reshape(tile, [BLOCK_K, BLOCK_N])
+    else:  # Without it, Triton would compile the rest for a descriptor too.  # noqa: RET505
+        columns, depth = column + tl.arange(0, BLOCK_N), start + tl.arange(0, BLOCK_K)
+        pointers = right + matrix * N * K
+        if B_BY_COLUMN:
+            pointers += columns.to(tl.int64)[None, :] * K + depth[:, None]
+        else:
+            pointers += depth[:, None].to(tl.int64) * N + columns[None, :]
+        mask = (columns < N)[None, :]
+        if not EVEN_K:
+            mask = mask & (depth < K)[:, None]
+        return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -115,93 +129,108 @@ def _store(pointer, rows, columns, width, values, mask):
 
 @triton.jit
 def rows_kernel(
-    left_ptr, right_ptr, out_ptr, order_ptr, weights_ptr,
-    offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, N, K,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, WEIGH: tl.constexpr, B_BY_COLUMN: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    left_ptr, right, out_ptr, order_ptr, weights_ptr,
+    offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, slots,
+    N: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WEIGH: tl.constexpr, BY_SLOT: tl.constexpr,
+    B_BY_COLUMN: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute out[r] = left[r] @ right[e], times the slot's combine weight if WEIGH."""
+    """Compute out[r] = left[r] @ right[e], times the slot's combine weight if WEIGH.
+
+    BY_SLOT: write out[order[r]], and 0 for slots without an expert. With one choice a token this
+    is the combined output, because no two rows belong to one token.
+    """
     across = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tl.load(tile_count_ptr) * across, tl.num_programs(0)):
         expert, rows, is_row = _rows_of_tile(
             tile // across, offsets_ptr, tile_expert_ptr, tile_row_ptr, BLOCK_M
         )
-        columns = tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
+        column = tile % across * BLOCK_N
         acc = _product(
-            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), left_ptr,
-            _sources(rows, is_row, order_ptr, TOP_K, GATHER), is_row,
-            right_ptr + expert * N * K, columns, N, K, B_BY_COLUMN, EVEN_K, PRECISION, BLOCK_K,
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), left_ptr, rows.to(tl.int64), is_row,
+            right, expert, column, N, K, B_BY_COLUMN, EVEN_K, TMA, PRECISION, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        if WEIGH or BY_SLOT:
+            slot = tl.load(order_ptr + rows, mask=is_row, other=0)
         if WEIGH:
-            slots = tl.load(order_ptr + rows, mask=is_row, other=0)
-            acc *= tl.load(weights_ptr + slots, mask=is_row, other=0.0)[:, None]
-        _store(out_ptr, rows, columns, N, acc, is_row[:, None] & (columns < N)[None, :])
+            acc *= tl.load(weights_ptr + slot, mask=is_row, other=0.0)[:, None]
+        columns = column + tl.arange(0, BLOCK_N)
+        mask = is_row[:, None] & (columns < N)[None, :]
+        _store(out_ptr, slot if BY_SLOT else rows, columns, N, acc, mask)
+    if BY_SLOT:
+        filled = tl.load(offsets_ptr + E)
+        for row in range(filled + tl.program_id(0), slots, tl.num_programs(0)):
+            out = out_ptr + tl.load(order_ptr + row).to(tl.int64) * N
+            for column in range(0, N, BLOCK_N):
+                columns = column + tl.arange(0, BLOCK_N)
+                zeros = tl.zeros([BLOCK_N], out_ptr.dtype.element_ty)
+                tl.store(out + columns, zeros, mask=columns < N)
 
 
 @triton.jit
 def up_kernel(
-    x_ptr, w_up_ptr, h_ptr, active_ptr, order_ptr,
-    offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, N, K,
+    x_ptr, w_up, h_ptr, active_ptr, order_ptr,
+    offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, N: tl.constexpr, K: tl.constexpr,
     TOP_K: tl.constexpr, GATED: tl.constexpr, KEEP_H: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute h = x[token] @ w_up[e]^T and act(h). N is the expert's width I; GATED: h has 2I."""
+    """Compute h = x[token] @ w_up[e]^T and act(h). N is the expert's width I.
+
+    GATED: h has 2I columns, and w_up holds two matrices [I, K] an expert, the gate's first.
+    """
     across = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tl.load(tile_count_ptr) * across, tl.num_programs(0)):
         expert, rows, is_row = _rows_of_tile(
             tile // across, offsets_ptr, tile_expert_ptr, tile_row_ptr, BLOCK_M
         )
         sources = _sources(rows, is_row, order_ptr, TOP_K, True)
-        columns = tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = is_row[:, None] & (columns < N)[None, :]
+        column = tile % across * BLOCK_N
         zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if GATED:
             gate, up = _gated_product(
-                zeros, zeros, x_ptr, sources, is_row,
-                w_up_ptr + expert * 2 * N * K, w_up_ptr + (expert * 2 + 1) * N * K,
-                columns, N, K, EVEN_K, PRECISION, BLOCK_K,
+                zeros, zeros, x_ptr, sources, is_row, w_up, expert * 2, column, N, K,
+                EVEN_K, TMA, PRECISION, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            if KEEP_H:
-                _store(h_ptr, rows, columns, 2 * N, gate, mask)
-                _store(h_ptr + N, rows, columns, 2 * N, up, mask)
-            active = gate * tl.sigmoid(gate) * up
+            gates, ups = _halves(gate), _halves(up)
+            for half in tl.static_range(2):
+                columns = column + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+                mask = is_row[:, None] & (columns < N)[None, :]
+                if KEEP_H:
+                    _store(h_ptr, rows, columns, 2 * N, gates[half], mask)
+                    _store(h_ptr + N, rows, columns, 2 * N, ups[half], mask)
+                active = gates[half] * tl.sigmoid(gates[half]) * ups[half]
+                _store(active_ptr, rows, columns, N, active, mask)
         else:
             h = _product(
-                zeros, x_ptr, sources, is_row, w_up_ptr + expert * N * K, columns, N, K,
-                True, EVEN_K, PRECISION, BLOCK_K,
+                zeros, x_ptr, sources, is_row, w_up, expert, column, N, K,
+                True, EVEN_K, TMA, PRECISION, BLOCK_N, BLOCK_K,
             )  # fmt: skip
+            columns = column + tl.arange(0, BLOCK_N)
+            mask = is_row[:, None] & (columns < N)[None, :]
             if KEEP_H:
                 _store(h_ptr, rows, columns, N, h, mask)
             # Use the rounded h, so that the backward recomputes the same activation.
             h = tl.maximum(h.to(h_ptr.dtype.element_ty).to(tl.float32), 0.0)
-            active = h * h
-        _store(active_ptr, rows, columns, N, active, mask)
+            _store(active_ptr, rows, columns, N, h * h, mask)
 
 
 @triton.jit
 def _gated_product(
-    gate, up, x_ptr, sources, is_row, gate_ptr, up_ptr, columns, N, K,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    gate, up, x_ptr, sources, is_row, w_up, matrix, column, N, K,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Both halves of a gated product at once, so that the rows of x are loaded only once."""
     depth = tl.arange(0, BLOCK_K)
     left = x_ptr + sources[:, None] * K + depth[None, :]
-    offset = columns.to(tl.int64)[None, :] * K + depth[:, None]
-    is_column = columns < N
     for start in range(0, K, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(left, mask=is_row[:, None], other=0.0)
-            inside = is_column[None, :]
-        else:
-            within = depth < K - start
-            a = tl.load(left, mask=is_row[:, None] & within[None, :], other=0.0)
-            inside = is_column[None, :] & within[:, None]
-        gate = _dot(a, tl.load(gate_ptr + offset, mask=inside, other=0.0), gate, PRECISION)
-        up = _dot(a, tl.load(up_ptr + offset, mask=inside, other=0.0), up, PRECISION)
+        a = _left_tile(left, is_row, depth < K - start, EVEN_K)
+        b = _right_tile(w_up, matrix, column, start, N, K, True, EVEN_K, TMA, BLOCK_N, BLOCK_K)
+        gate = dot(a, b, gate, PRECISION)
+        b = _right_tile(w_up, matrix + 1, column, start, N, K, True, EVEN_K, TMA, BLOCK_N, BLOCK_K)
+        up = dot(a, b, up, PRECISION)
         left += BLOCK_K
-        offset += BLOCK_K
     return gate, up
 
 
@@ -233,9 +262,10 @@ def _activation_gradient(
 
 @triton.jit
 def down_gradient_kernel(
-    grad_ptr, w_down_ptr, h_ptr, weights_ptr, grad_h_ptr, active_ptr, dots_ptr, order_ptr,
-    offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, N, K, slots,
-    TOP_K: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    grad_ptr, w_down, h_ptr, weights_ptr, grad_h_ptr, active_ptr, dots_ptr, order_ptr,
+    offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr, slots,
+    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute g = grad[token] @ w_down[e] (K is H, N is I) and the gradients that follow from it.
@@ -250,27 +280,27 @@ def down_gradient_kernel(
         )
         grad = _product(
             tl.zeros([BLOCK_M, BLOCK_N], tl.float32), grad_ptr,
-            _sources(rows, is_row, order_ptr, TOP_K, True), is_row, w_down_ptr + expert * N * K,
-            tile % across * BLOCK_N + tl.arange(0, BLOCK_N), N, K, False, EVEN_K, PRECISION,
-            BLOCK_K,
+            _sources(rows, is_row, order_ptr, TOP_K, True), is_row, w_down, expert,
+            tile % across * BLOCK_N, N, K, False, EVEN_K, TMA, PRECISION, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         slot = tl.load(order_ptr + rows, mask=is_row, other=0)
         weight = tl.load(weights_ptr + slot, mask=is_row, other=0.0)[:, None]
-        first_half, second_half = _halves(grad)
-        columns = tile % across * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        dots = _activation_gradient(
-            first_half, h_ptr, grad_h_ptr, active_ptr, rows, columns, is_row, weight, N, GATED
-        )
-        dots += _activation_gradient(
-            second_half, h_ptr, grad_h_ptr, active_ptr, rows, columns + BLOCK_N // 2, is_row,
-            weight, N, GATED,
-        )  # fmt: skip
+        # A quarter at a time: the registers of a whole tile's epilogue would leave one block.
+        left, right = _halves(grad)
+        quarters = _halves(left) + _halves(right)
+        dots = tl.zeros([BLOCK_M], tl.float32)
+        for quarter in tl.static_range(4):
+            dots += _activation_gradient(
+                quarters[quarter], h_ptr, grad_h_ptr, active_ptr, rows,
+                tile % across * BLOCK_N + quarter * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4),
+                is_row, weight, N, GATED,
+            )  # fmt: skip
         tl.store(dots_ptr + (tile % across).to(tl.int64) * slots + rows, dots, mask=is_row)
 
 
 @triton.jit
 def weight_gradient_kernel(
-    grad_ptr, x_ptr, out_ptr, order_ptr, offsets_ptr, N, K,
+    grad_ptr, x_ptr, out_ptr, order_ptr, offsets_ptr, N: tl.constexpr, K: tl.constexpr,
     E: tl.constexpr, TOP_K: tl.constexpr, GATHER_GRAD: tl.constexpr, GATHER_X: tl.constexpr,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -301,7 +331,7 @@ def weight_gradient_kernel(
                 mask=is_row[:, None] & is_right[None, :],
                 other=0.0,
             )
-            acc = _dot(tl.trans(a), b, acc, PRECISION)
+            acc = dot(tl.trans(a), b, acc, PRECISION)
         start = out_ptr + (expert.to(tl.int64) * N + left[:, None]) * K
         if not ACCUMULATE:
             tl.store(

@@ -1,4 +1,4 @@
-"""The router in CUDA (csrc/moe_router/): one warp a token, a stable sort in three launches."""
+"""The router in CUDA (csrc/moe_router/): one warp a token, choice and stable sort in one launch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nemocascade_kernels import native
 from nemocascade_kernels.common.routing import RouterSettings
+from nemocascade_kernels.moe_router.state import zeroed_state
 
 #: Sizes of the largest instantiation; a sort of given experts may have more of them than a choice.
 MOST_EXPERTS, MOST_SORTED, MOST_CHOICES, MOST_GROUPS = 512, 1024, 32, 32
@@ -53,6 +54,7 @@ def _route(
         weights,
         experts,
         scratch,
+        zeroed_state(like.device, native.op("moe_route_state")(num_experts)),
         counts,
         order,
         offsets,

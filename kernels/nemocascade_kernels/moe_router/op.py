@@ -12,7 +12,7 @@ from nemocascade_kernels.common.routing import RouterSettings, Routing
 from nemocascade_kernels.moe_router import cuda
 
 
-def cuda_refusal(*tensors: Tensor) -> str | None:
+def cuda_limitation(*tensors: Tensor) -> str | None:
     """Reason why the CUDA router is unavailable for a call, or None."""
     for tensor in tensors[:1]:
         if tensor.is_floating_point() and tensor.shape[-1] > cuda.MOST_EXPERTS:
@@ -22,9 +22,9 @@ def cuda_refusal(*tensors: Tensor) -> str | None:
 
 _OPERATORS = ("moe_choose", "moe_sort_slots", "moe_choose_gradient")
 OP = Op("moe_router")
-OP.register("cuda", refuse=cuda_refusal)
-OP.register("triton", refuse=takes(*HALF_AND_SINGLE))
-OP.register("native", refuse=takes(*HALF_AND_SINGLE, operators=_OPERATORS))
+OP.register("cuda", limit=cuda_limitation)
+OP.register("triton", limit=takes(*HALF_AND_SINGLE))
+OP.register("native", limit=takes(*HALF_AND_SINGLE, operators=_OPERATORS))
 OP.register("reference")
 
 _SCORES = ("sigmoid", "softmax")

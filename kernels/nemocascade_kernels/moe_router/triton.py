@@ -1,9 +1,11 @@
-"""The router in Triton: three launches, no host synchronisation, no atomics on floats.
+"""The router in Triton: one launch, no host synchronisation, no atomics on floats.
 
-1. `choose_kernel`: scores, choice, weights, and each slot's rank among the earlier slots of its
-   expert in the same program.
-2. `scan_kernel`: the first position of each program's slots of each expert.
-3. `place_kernel`: position = first position + rank; order is its inverse.
+The programs of `route_kernel` do three jobs, one after the other:
+
+1. choose: scores, choice, weights, and each slot's rank among the earlier slots of its expert in
+   the same program.
+2. scan: the first position of each program's slots of each expert.
+3. place: position = first position + rank; order is its inverse.
 
 The sort is stable because programs hold consecutive tokens and ranks count in token order.
 """
@@ -17,19 +19,20 @@ import triton
 from torch import Tensor
 
 from nemocascade_kernels.common.routing import RouterSettings
-from nemocascade_kernels.moe_router.triton_kernels import (
-    choose_kernel,
-    gradient_kernel,
-    place_kernel,
-    scan_kernel,
-)
+from nemocascade_kernels.moe_router.state import zeroed_state
+from nemocascade_kernels.moe_router.triton_kernels import gradient_kernel, route_kernel
 
-#: Number of scores that a program holds at once.
+#: Number of scores that a program of the gradient holds at once.
 _TILE_ELEMENTS = 2048
-#: Maximum number of programs of the first kernel: the second reads a row of loads for each.
+#: Maximum number of programs that choose: the scan reads a row of loads for each.
 _MOST_PROGRAMS = 512
-_PLACE_BLOCK = 1024
-_SCAN_EXPERTS, _SCAN_ROWS = 32, 64
+#: Most tokens that are chosen for at once, and most of their slots, which are compared in pairs.
+_MOST_TOKENS, _MOST_SLOTS = 64, 256
+#: Maximum registers of a thread that chooses among groups: by default some would spill.
+_GROUP_REGISTERS = 208
+_PLACED, _SCAN_EXPERTS, _SCAN_ROWS = 1024, 32, 64
+_WIDEST_LOAD = 16
+"""Bytes that a lane loads at once."""
 
 
 def _blocks(num_experts: int, top_k: int) -> dict[str, int]:
@@ -45,9 +48,22 @@ def _warps(num_experts: int) -> int:
     return 8 if num_experts > 64 else 4
 
 
-#: Maximum registers of a `choose_kernel` thread: by default the assembler spills a few to increase
-#: occupancy.
-_CHOOSE_REGISTERS = 168
+def _choice_blocks(num_experts: int, top_k: int, itemsize: int) -> dict[str, int]:
+    """Blocks of `route_kernel` and its warps: 8 lanes a token, 16 beyond 128 experts."""
+    block_e = max(triton.next_power_of_2(num_experts), 2)
+    block_k = triton.next_power_of_2(top_k)
+    lanes = 8 if num_experts <= 128 else 16
+    chunk = min(lanes * (_WIDEST_LOAD // itemsize), block_e)
+    block_t = min(_MOST_TOKENS, max(16, _TILE_ELEMENTS // block_e), _MOST_SLOTS // block_k)
+    block_t = max(block_t, 4)
+    return {
+        "BLOCK_T": block_t,
+        "BLOCK_E": block_e,
+        "BLOCK_K": block_k,
+        "CHUNK": chunk,
+        "BINS": triton.next_power_of_2(num_experts + 1),
+        "num_warps": max(1, min(8, block_t * lanes // 32)),
+    }
 
 
 def _launch(
@@ -61,9 +77,9 @@ def _launch(
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     top_k, slots = settings.top_k, tokens * settings.top_k
-    blocks = _blocks(num_experts, top_k)
+    blocks = _choice_blocks(num_experts, top_k, 4 if logits is None else logits.element_size())
     tiles = max(1, triton.cdiv(tokens, blocks["BLOCK_T"] * _MOST_PROGRAMS))
-    programs = max(1, triton.cdiv(tokens, blocks["BLOCK_T"] * tiles))
+    choosers = max(1, triton.cdiv(tokens, blocks["BLOCK_T"] * tiles))
     integers: dict[str, Any] = {"dtype": torch.int32, "device": device}
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
     if logits is None and given is not None:
@@ -71,29 +87,23 @@ def _launch(
     else:
         experts = torch.empty(tokens, top_k, **integers)
     positions = torch.empty(tokens, top_k, **integers)
-    loads = torch.empty(programs, num_experts + 1, **integers)
-    counts = torch.zeros(num_experts, **integers)
+    loads = torch.empty(choosers, num_experts + 1, **integers)
+    counts = torch.empty(num_experts, **integers)
     offsets = torch.empty(num_experts + 1, **integers)
     order = torch.empty(slots, **integers)
-    choose_kernel[(programs,)](
+    scanners = triton.cdiv(num_experts + 1, _SCAN_EXPERTS)
+    route_kernel[(choosers + scanners + triton.cdiv(slots, _PLACED),)](
         logits, expert_bias, token_mask, given, weights, experts, positions, loads, counts,
-        tokens, settings.scale, tiles,
+        offsets, order, zeroed_state(device, 4 + num_experts), tokens, slots, settings.scale,
+        tiles, choosers,
         E=num_experts, K=top_k, GROUPS=settings.num_groups, TOP_GROUPS=settings.top_groups,
         SOFTMAX=settings.score == "softmax", NORMALIZE=settings.normalize,
         HAS_BIAS=expert_bias is not None, HAS_MASK=token_mask is not None,
         GIVEN=given is not None, WEIGH=logits is not None,
-        BLOCK_G=triton.next_power_of_2(settings.num_groups), **blocks,
-        num_warps=_warps(num_experts), maxnreg=_CHOOSE_REGISTERS,
+        BLOCK_G=triton.next_power_of_2(settings.num_groups), SCAN_EXPERTS=_SCAN_EXPERTS,
+        SCAN_ROWS=_SCAN_ROWS, PLACED=_PLACED, **blocks,
+        maxnreg=_GROUP_REGISTERS if settings.num_groups > 1 else None,
     )  # fmt: skip
-    scan_kernel[(triton.cdiv(num_experts + 1, _SCAN_EXPERTS),)](
-        loads, counts, offsets, programs,
-        E=num_experts, BLOCK_E=blocks["BLOCK_E"], EXPERTS=_SCAN_EXPERTS, ROWS=_SCAN_ROWS,
-    )  # fmt: skip
-    if slots:
-        place_kernel[(triton.cdiv(slots, _PLACE_BLOCK),)](
-            experts, loads, positions, order, slots, blocks["BLOCK_T"] * tiles * top_k,
-            E=num_experts, BLOCK=_PLACE_BLOCK,
-        )  # fmt: skip
     return weights, experts, counts, order, offsets, positions
 
 

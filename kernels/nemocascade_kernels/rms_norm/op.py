@@ -10,13 +10,13 @@ from nemocascade_kernels.backends import Op, takes
 _compiled = takes(torch.float32, torch.bfloat16, operators=("rms_norm", "rms_norm_backward"))
 
 
-def native_refusal(x: Tensor, *gate: Tensor) -> str | None:
+def native_limitation(x: Tensor, *gate: Tensor) -> str | None:
     """The reason why the compiled CPU norm is unavailable for a call, or None."""
     return "it has no gate" if gate else _compiled(x)
 
 
 OP = Op("rms_norm")
-OP.register("native", refuse=native_refusal)
+OP.register("native", limit=native_limitation)
 OP.register("torch")
 OP.register("reference")
 

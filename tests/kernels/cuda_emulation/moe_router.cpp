@@ -10,6 +10,8 @@ int64_t scratch(int64_t tokens, int32_t experts) {
   return nemocascade::moe_router::route_scratch(tokens, experts);
 }
 
+int64_t state_size(int32_t experts) { return nemocascade::moe_router::route_state(experts); }
+
 // Seed of the order in which threads and blocks run.
 void set_seed(uint32_t seed) { emulation::random.seed(seed); }
 

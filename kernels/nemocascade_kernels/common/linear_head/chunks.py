@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nemocascade_kernels.common.products import accumulate_product, add_product
 
 #: Peak bytes of logits. On a GPU a long chunk amortises the read and write of the weight gradient
 #: in each chunk's product. On a CPU the chunk should be near the size of the cache.
@@ -114,13 +115,16 @@ def _chunk_rows(rows: int, row_bytes: int, buffers: int, device: str) -> int:
     return each
 
 
-def logits_bytes(rows: int, vocabulary: int, element_size: int, *, device: str, ranks: int) -> int:
-    """Peak bytes of logits in `linear_policy_loss`, for a planner.
+def logits_bytes(
+    rows: int, vocabulary: int, element_size: int, *, device: str, ranks: int, heads: int = 1
+) -> int:
+    """Peak bytes of logits in `linear_policy_loss`, for a planner; in `linear_distill_loss` with
+    2 heads.
 
     rows: number of computed rows. vocabulary: size of this rank's shard. element_size: that of the
     weight. device: "cuda" or "cpu". ranks: number of ranks that share the vocabulary.
     """
-    buffers = 1 + int(ranks > 1)
+    buffers = heads * (1 + int(ranks > 1))
     row_bytes = _row_stride(vocabulary, element_size, device) * element_size
     each = _chunk_rows(rows, row_bytes, buffers, device)
     return buffers * min(each, rows) * row_bytes
@@ -168,48 +172,34 @@ def look_ahead(group: dist.ProcessGroup | None) -> int:
 class WeightGradient:
     """`dW += dlogits.T @ hidden` over chunks, accumulated in float32.
 
-    kernels: the module of row kernels; its `add_product`, if any, replaces torch's products.
     into: the main gradient to add to, in the caller's dtype; None for an own buffer.
     """
 
-    def __init__(self, weight: Tensor, kernels: ModuleType, into: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, into: Tensor | None = None) -> None:
         self._weight = weight
         self._total = into
         self._is_ours = into is None
-        adds = hasattr(kernels, "adds_products") and kernels.adds_products(weight.dtype)
-        adds = adds and (into is None or (into.dtype == torch.float32 and into.is_contiguous()))
-        self._add_product = kernels.add_product if adds else None
 
     def add(self, dlogits: Tensor, hidden: Tensor) -> None:
         """Add the product of one chunk: dlogits [R, V], hidden [R, H]."""
-        left = dlogits.t()
-        first = self._total is None
-        if self._add_product is not None:
-            if self._total is None:
-                self._total = torch.empty(self._weight.shape)
-            self._add_product(self._total, dlogits, hidden, first=first)
-        elif self._total is None:
-            self._total = self._first(left, hidden)
-        else:
-            self._total = self._added(self._total, left, hidden)
+        if self._total is None:
+            self._total = self._first(dlogits, hidden)
+            return
+        if self._is_ours and self._total.dtype in (torch.bfloat16, torch.float16):
+            self._total = self._total.float()
+        accumulate_product(self._total, dlogits, hidden)
 
-    def _added(self, total: Tensor, left: Tensor, hidden: Tensor) -> Tensor:
-        if self._is_ours and total.dtype in (torch.bfloat16, torch.float16):
-            total = total.float()
-        if total.dtype == left.dtype:
-            return total.addmm_(left, hidden)
-        if left.is_cuda:
-            # The GEMM accumulates into the float32 sum.
-            return torch.addmm(total, left, hidden, out_dtype=torch.float32, out=total)
-        return total.add_(torch.mm(left, hidden))
-
-    def _first(self, left: Tensor, hidden: Tensor) -> Tensor:
-        if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-            return torch.mm(left, hidden, out_dtype=torch.float32)
-        return torch.mm(left, hidden)
+    def _first(self, dlogits: Tensor, hidden: Tensor) -> Tensor:
+        if dlogits.is_cuda and dlogits.dtype in (torch.bfloat16, torch.float16):
+            return torch.mm(dlogits.t(), hidden, out_dtype=torch.float32)
+        if dlogits.device.type == "cpu" and dlogits.dtype == torch.bfloat16:
+            total = torch.empty(self._weight.shape)
+            add_product(total, dlogits, hidden, first=True)
+            return total
+        return torch.mm(dlogits.t(), hidden)
 
     def result(self) -> Tensor:
-        """The sum [V, H], in float32 or, for a single chunk on a CPU, in the weight's dtype."""
+        """The sum [V, H], in float32 or, for a single chunk of float16 on a CPU, in float16."""
         if self._total is None:
             self._total = torch.zeros_like(self._weight)
         return self._total

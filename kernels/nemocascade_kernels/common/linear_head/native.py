@@ -7,9 +7,6 @@ from torch import Tensor
 
 from nemocascade_kernels import native
 from nemocascade_kernels.common.linear_head.statistics import RowStatistics
-from nemocascade_kernels.common.products import add_product, adds_products
-
-__all__ = ["add_product", "adds_products", "gradient_", "statistics"]
 
 
 def statistics(logits: Tensor, target: Tensor, scale: float, entropy: bool) -> RowStatistics:

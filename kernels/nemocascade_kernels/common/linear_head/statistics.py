@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,25 +45,38 @@ def logprob_and_entropy(
     return logprob, -(distribution.exp() * distribution).sum(-1)
 
 
+class Shards:
+    """One all-gather of a chunk's values by row over the shards of the vocabulary, in flight."""
+
+    def __init__(self, local: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+        packed = torch.stack(tuple(local))
+        self._found = packed[None]
+        self._work: dist.Work | None = None
+        if group is not None and group.size() > 1:
+            self._found = packed.new_empty(group.size(), *packed.shape)
+            self._work = dist.all_gather_into_tensor(
+                self._found.view(-1, packed.shape[1]), packed, group=group, async_op=True
+            )
+
+    def wait(self) -> Tensor:
+        """Every shard's values, [ranks, values, R]. On a GPU the stream waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+        return self._found
+
+
 class Gathering:
     """One all-gather of a chunk's statistics over the shards of the vocabulary, in flight."""
 
     def __init__(self, local: RowStatistics, group: dist.ProcessGroup | None) -> None:
         self._local = local
-        self._work: dist.Work | None = None
-        if group is not None and group.size() > 1:
-            packed = torch.stack(local)
-            self._shards = packed.new_empty(group.size(), *packed.shape)
-            self._work = dist.all_gather_into_tensor(
-                self._shards.view(-1, packed.shape[1]), packed, group=group, async_op=True
-            )
+        self._shards = Shards(local, group) if group is not None and group.size() > 1 else None
 
     def wait(self) -> RowStatistics:
         """Statistics of the whole vocabulary. On a GPU the stream waits, not the host."""
-        if self._work is None:
+        if self._shards is None:
             return self._local
-        self._work.wait()
-        maximum, total, target_logit, weighted = self._shards.unbind(1)
+        maximum, total, target_logit, weighted = self._shards.wait().unbind(1)
         top = maximum.amax(dim=0)
         shift = maximum - top
         factor = shift.exp()

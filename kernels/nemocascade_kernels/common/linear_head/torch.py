@@ -17,7 +17,8 @@ from nemocascade_kernels.common.linear_head.statistics import RowStatistics
 BLOCK_BYTES = 8 << 20
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def row_blocks(logits: Tensor) -> Iterator[slice]:
+    """Blocks of the rows of logits [R, V] whose float32 copies take `BLOCK_BYTES`."""
     rows = max(1, BLOCK_BYTES // (4 * logits.shape[1]))
     for start in range(0, logits.shape[0], rows):
         yield slice(start, min(start + rows, logits.shape[0]))
@@ -32,7 +33,7 @@ def statistics(logits: Tensor, target: Tensor, scale: float, entropy: bool) -> R
     rows, vocabulary = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
     result = RowStatistics(*torch.empty(4, rows, dtype=dtype, device=logits.device))
-    for block in _blocks(logits):
+    for block in row_blocks(logits):
         x = logits[block].to(dtype) * scale
         maximum = x.amax(dim=1)
         local = target[block]
@@ -66,7 +67,7 @@ def gradient_(
     0, even if it held NaN.
     """
     vocabulary = logits.shape[1]
-    for block in _blocks(logits):
+    for block in row_blocks(logits):
         x = logits[block].to(lse.dtype) * scale
         x.sub_(lse[block, None])
         p = x.exp()

@@ -211,6 +211,9 @@ unsigned __match_any_sync(unsigned, T value) {
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline float __int_as_float(int32_t bits) { return std::bit_cast<float>(bits); }
 inline int32_t __float_as_int(float value) { return std::bit_cast<int32_t>(value); }
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) { emulation::yield(); }
+inline int32_t __ldcg(const int32_t* address) { return *address; }
 inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
 
 namespace nemocascade {

@@ -1,0 +1,1 @@
+"""A divergence between two linear heads, with its gradients computed in the same pass."""

@@ -1,0 +1,235 @@
+"""The single pass, chunk by chunk, from hidden states of both models to the loss and gradients."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemocascade_kernels.common.linear_head.chunks import (
+    Rows,
+    chunks,
+    in_flight,
+    logits_buffer,
+    look_ahead,
+)
+from nemocascade_kernels.common.linear_head.gradients import (
+    GradientSettings,
+    HeadGradients,
+    by_row,
+    checked_sum,
+    take_hidden,
+)
+from nemocascade_kernels.common.linear_head.statistics import Shards
+from nemocascade_kernels.common.products import multiply
+from nemocascade_kernels.linear_distill_loss.reference import Divergence
+from nemocascade_kernels.linear_distill_loss.statistics import (
+    PairResult,
+    PairStatistics,
+    finish,
+    merged,
+)
+
+
+class Teacher(NamedTuple):
+    """hidden: [T, G], or [R, G] of the rows that train; weight: [V, G]."""
+
+    hidden: Tensor
+    weight: Tensor
+
+
+class OnePass(NamedTuple):
+    """Settings of a pass; see `linear_distill_loss` for those not described here.
+
+    kernels: the module of row kernels, see torch.py. rows: the slots to compute. token_weight,
+    target: by slot. scale: 1 / temperature. first_id: first id of this rank's shard. vocabulary:
+    size of the full vocabulary.
+    """
+
+    kernels: ModuleType
+    divergence: Divergence
+    rows: Rows
+    token_weight: Tensor
+    target: Tensor | None
+    scale: float
+    group: dist.ProcessGroup | None
+    first_id: int
+    vocabulary: int
+    reduce_hidden_grad: bool
+    main_grad: Tensor | None
+    grad_scale: float
+
+
+class PassResult(NamedTuple):
+    """Gradients include grad_scale; weight_grad is None if it was added to main_grad."""
+
+    loss: Tensor
+    divergence: Tensor
+    logprob: Tensor | None
+    hidden_grad: Tensor | None
+    weight_grad: Tensor | None
+
+
+class _Chunk(NamedTuple):
+    slots: slice
+    hidden: Tensor
+    logits: Tensor
+    teacher: Tensor
+    shards: Shards | None  # None if the chunk's rows are complete
+
+
+def one_pass(
+    teacher: Teacher,
+    settings: OnePass,
+    hidden: Tensor,
+    weight: Tensor,
+    hidden_needs_grad: bool,
+    weight_needs_grad: bool,
+) -> PassResult:
+    """Compute loss, divergences, and the required gradients, scaled by grad_scale."""
+    needed = GradientSettings(
+        hidden_needs_grad,
+        weight_needs_grad,
+        settings.group,
+        settings.reduce_hidden_grad,
+        settings.main_grad,
+    )
+    return _Walk(hidden, weight, teacher, settings, needed).run()
+
+
+class _Walk:
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher: Teacher,
+        settings: OnePass,
+        needed: GradientSettings,
+    ) -> None:
+        self.hidden, self.weight, self.teacher, self.settings = hidden, weight, teacher, settings
+        size, dtype = settings.rows.size, torch.promote_types(hidden.dtype, torch.float32)
+        self.slope = settings.token_weight.to(dtype) * settings.grad_scale
+        # All are indexed by slot; a slot's row is settings.rows.index[slot].
+        self.divergence = torch.zeros(size, dtype=dtype, device=hidden.device)
+        self.logprob = torch.zeros_like(self.divergence)
+        self.gradients = HeadGradients(hidden, weight, settings.rows, needed)
+        self.needs_grad = needed.hidden or needed.weight
+        self.depth = look_ahead(settings.group)
+        self.chunks = chunks(size, weight, buffers=2 * (self.depth + 1))
+        longest = max((c.stop - c.start for c in self.chunks), default=0)
+        self.buffers = [
+            (logits_buffer(longest, weight), logits_buffer(longest, weight))
+            for _ in range(self.depth + 1)
+        ]
+        self.turn = 0
+        self.fused = not self.depth and hasattr(settings.kernels, "fused_rows")
+
+    def run(self) -> PassResult:
+        in_flight(self.chunks, self.start, self.finish, self.depth)
+        rows, tokens = self.settings.rows, self.hidden.shape[0]
+        loss = self.settings.token_weight.to(self.divergence.dtype) * self.divergence
+        return PassResult(
+            checked_sum(loss, rows),
+            by_row(self.divergence, rows, tokens),
+            None if self.settings.target is None else by_row(self.logprob, rows, tokens),
+            *self.gradients.result(),
+        )
+
+    def start(self, slots: slice) -> _Chunk:
+        """Compute a chunk's logits of both heads, and start the gather over the ranks."""
+        settings, count = self.settings, slots.stop - slots.start
+        hidden = take_hidden(self.hidden, settings.rows, slots)
+        logits, teacher = (buffer[:count] for buffer in self.buffers[self.turn % (self.depth + 1)])
+        self.turn += 1
+        multiply(hidden, self.weight.t(), out=logits)
+        multiply(self.take_teacher(slots), self.teacher.weight.t(), out=teacher)
+        if self.fused:
+            self.fused_rows(slots, logits, teacher)
+            return _Chunk(slots, hidden, logits, teacher, None)
+        found = settings.kernels.statistics(logits, teacher, settings.scale, settings.divergence)
+        values = [*found]
+        if settings.target is not None:
+            values.append(self.target_logit(slots, logits, found.maximum.dtype))
+        return _Chunk(slots, hidden, logits, teacher, Shards(values, settings.group))
+
+    def take_teacher(self, slots: slice) -> Tensor:
+        """The teacher's hidden states of a chunk's slots."""
+        given = self.teacher.hidden
+        compact = given.shape[0] != self.hidden.shape[0]
+        return given[slots] if compact else self.settings.rows.take(given, slots)
+
+    def fused_rows(self, slots: slice, logits: Tensor, teacher: Tensor) -> None:
+        """Compute divergence and gradient of a chunk at once."""
+        settings = self.settings
+        if settings.target is not None:
+            self.logprob[slots] = self.target_logit(slots, logits, self.logprob.dtype)
+        self.divergence[slots], lse, _ = settings.kernels.fused_rows(
+            logits,
+            teacher,
+            settings.scale,
+            self.slope[slots],
+            settings.divergence,
+            self.needs_grad,
+        ).unbind()
+        if settings.target is not None:
+            self.record_logprob(slots, self.logprob[slots], lse)
+
+    def finish(self, chunk: _Chunk) -> None:
+        """Combine a chunk's statistics, and overwrite its logits with gradients."""
+        if chunk.shards is not None:
+            self.combine(chunk, chunk.shards.wait())
+        if self.needs_grad:
+            self.gradients.add(chunk.slots, chunk.logits, chunk.hidden)
+
+    def combine(self, chunk: _Chunk, shards: Tensor) -> None:
+        """Divergence and gradient of a chunk from the statistics of all shards."""
+        settings, slots = self.settings, chunk.slots
+        pair = len(PairStatistics._fields)
+        result = finish(merged(shards[:, :pair], settings.divergence), settings.divergence)
+        if settings.divergence == "jensen_shannon":
+            result = self.mixed(chunk, result)
+        active = settings.rows.active(slots)
+        found = result.divergence
+        self.divergence[slots] = found if active is None else torch.where(active, found, 0.0)
+        if settings.target is not None:
+            self.record_logprob(slots, shards[:, pair].amax(0), result.lse)
+        if self.needs_grad:
+            settings.kernels.gradient_(
+                chunk.logits,
+                chunk.teacher,
+                settings.scale,
+                result,
+                self.slope[slots],
+                settings.divergence,
+            )
+
+    def mixed(self, chunk: _Chunk, result: PairResult) -> PairResult:
+        """The divergence from the mixture, whose sums need both distributions' normalisers."""
+        settings = self.settings
+        parts = settings.kernels.mixture_parts(
+            chunk.logits, chunk.teacher, settings.scale, result.lse, result.teacher_lse
+        )
+        if self.depth:
+            dist.all_reduce(parts, group=settings.group)
+        return result._replace(divergence=0.5 * (parts[0] + parts[1]), inner=parts[0])
+
+    def target_logit(self, slots: slice, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """The target's scaled logit of each row, [R]; -inf if it is in another shard."""
+        assert self.settings.target is not None
+        local = self.settings.target[slots] - self.settings.first_id
+        inside = (local >= 0) & (local < logits.shape[1])
+        found = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        return torch.where(inside, found.to(dtype) * self.settings.scale, -torch.inf)
+
+    def record_logprob(self, slots: slice, logit: Tensor, lse: Tensor) -> None:
+        """Record the targets' log-probabilities: NaN outside of the vocabulary."""
+        settings = self.settings
+        assert settings.target is not None
+        ids = settings.target[slots]
+        valid = (ids >= 0) & (ids < settings.vocabulary)
+        found = torch.where(valid, logit - lse, torch.nan)
+        active = settings.rows.active(slots)
+        self.logprob[slots] = found if active is None else torch.where(active, found, 0.0)
