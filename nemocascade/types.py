@@ -326,6 +326,19 @@ class Document:
 
 
 @dataclass(frozen=True)
+class TeacherStates:
+    """A teacher's last hidden states of rows of a packed batch, and its LM head.
+
+    rows: [N] int64 on the host, ascending. hidden: [N, H] on the host, in the dtype of activations.
+    head: [V/tp, H], this rank's rows of the vocabulary, on its device.
+    """
+
+    rows: Tensor
+    hidden: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """Documents packed into a fixed capacity: the batch layout of every stage.
 
@@ -345,6 +358,8 @@ class PackedBatch:
         of GRPO's and MOPD's objectives.
     routing:       for each document [n or n - 1, L, K] integers, the experts that training replays
         in L MoE layers with K experts a token, or None; () for no document.
+    taught:        the teachers' states of the rows that train, for an exact divergence; elsewhere,
+        and on all but the last pipeline stage, ().
     cp_rank, cp_size: the context-parallel rank whose rows these are, and the number of ranks.
     """
 
@@ -360,6 +375,7 @@ class PackedBatch:
     teacher_logprob: Tensor | None = None
     rollout_logprob: Tensor | None = None
     routing: tuple[Tensor | None, ...] = ()
+    taught: tuple[TeacherStates, ...] = ()
     cp_rank: int = 0
     cp_size: int = 1
 

@@ -48,7 +48,9 @@ class Link:
         if transport == "gloo":
             options = gloo._Options()
             options._timeout = timeout
-            options._devices = [gloo.create_device(hostname=address_towards(peer))]
+            # Trainers set TORCH_GLOO_LAZY_INIT and servers do not; the two do not connect.
+            device = gloo.create_device(hostname=address_towards(peer), lazy_init=False)
+            options._devices = [device]
             self._group = gloo(prefix, rank, size, options)
         else:
             nccl = dist.ProcessGroupNCCL.Options()

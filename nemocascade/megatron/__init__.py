@@ -1,5 +1,5 @@
 """The only package that imports Megatron-Core: world, model, layers, optimizer, checkpoints."""
 
-from nemocascade.megatron.upstream import import_megatron
+from nemocascade.megatron.upstream import quieten_import
 
-import_megatron()
+quieten_import()

@@ -15,10 +15,14 @@ from pathlib import Path
 
 import torch
 from nemocascade_kernels import backends
+from nemocascade_kernels.common import products
+from nemocascade_kernels.moe_experts.op import fp8_limitation
 
 from nemocascade.megatron.config import Accelerators, Adam
-from nemocascade.megatron.layers.linear import APEX_WEIGHT_GRADIENT
+from nemocascade.megatron.layers.flash_attention import FLASH_ATTENTION_3, check_flash_attention_3
+from nemocascade.megatron.layers.linear import APEX_WEIGHT_GRADIENT, TE_LINEARS
 from nemocascade.megatron.optimizer import FUSED_ADAMS
+from nemocascade.megatron.workspace import MixerBackend
 from nemocascade.recipe import EngineConfig, UserError
 
 
@@ -30,7 +34,7 @@ class AcceleratorError(UserError, RuntimeError):
 class Finding:
     """The result for one accelerator: a line of the table.
 
-    version: None if it is not installed. refused: why it is unavailable; empty if it is used.
+    version: None if it is not installed. limitation: why it is unavailable; empty if it is used.
     purpose: where it is used. instead: the fallback.
     """
 
@@ -38,11 +42,11 @@ class Finding:
     version: str | None
     purpose: str
     instead: str
-    refused: str = ""
+    limitation: str = ""
 
     @property
     def used(self) -> bool:
-        return not self.refused
+        return not self.limitation
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Detection:
             rows.append(
                 (f.name, found, f.purpose, "-")
                 if f.used
-                else (f.name, found, "-", f"{f.instead} ({f.refused})")
+                else (f.name, found, "-", f"{f.instead} ({f.limitation})")
             )
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join(
@@ -78,37 +82,66 @@ def detect(engine: EngineConfig, device: torch.device) -> Detection:
     te_attention = _examine(_TE_ATTENTION, engine.transformer_engine, device)
     adam_apex = _examine(_APEX_ADAM, engine.apex, device)
     if adam_te.used and adam_apex.used:
-        adam_apex = _refused(_APEX_ADAM, adam_apex.version, "Transformer Engine's is preferred")
+        adam_apex = _unavailable(_APEX_ADAM, adam_apex.version, "Transformer Engine's is preferred")
     gradient = _examine(_APEX_GRADIENT, engine.apex, device)
-    fla = _examine(_FLA, engine.fla, device)
+    experts = _fp8_experts(engine, device)
+    asked = engine.transformer_engine if engine.linears == "fp8" else "off"
+    linears = _examine(_TE_LINEARS, asked, device)
+    flash = _examine(_FLASH_3, engine.flash_attention_3, device)
+    triton = _triton(device)
+    if device.type == "cuda" and triton.used and engine.fla == "auto":
+        fla = _behind_triton()
+    else:
+        fla = _examine(_FLA, engine.fla, device)
+    mixer: MixerBackend | None = None
+    if device.type == "cuda":
+        mixer = "fla" if fla.used else "triton" if triton.used else "torch"
 
     demanded = [(engine.transformer_engine, f) for f in (adam_te, te_attention)]
     demanded += [(engine.apex, f) for f in (adam_apex, gradient)] + [(engine.fla, fla)]
+    demanded.append((engine.flash_attention_3, flash))
     broken = [f for setting, f in demanded if setting == "on" and not f.used]
-    if broken := [f for f in broken if "preferred" not in f.refused]:
-        raise AcceleratorError(
-            "; ".join(f"{f.name} is set to on, but {f.refused}" for f in broken)
+    reasons = []
+    if broken := [f for f in broken if "preferred" not in f.limitation]:
+        reasons.append(
+            "; ".join(f"{f.name} is set to on, but {f.limitation}" for f in broken)
             + ": install it, or set it to auto or off"
         )
+    reasons += [
+        f"engine.{name} is fp8, but {f.limitation}: set --engine.{name} bf16"
+        for name, setting, f in (
+            ("experts", engine.experts, experts),
+            ("linears", engine.linears, linears),
+        )
+        if setting == "fp8" and not f.used
+    ]
+    if reasons:
+        raise AcceleratorError("; ".join(reasons))
     adam: Adam = "transformer_engine" if adam_te.used else "apex" if adam_apex.used else "torch"
     return Detection(
         Accelerators(
             adam=adam,
             te_attention=te_attention.used,
             fused_weight_gradient=gradient.used,
-            fla=fla.used,
+            te_linears=linears.used,
+            mamba2=mixer,
+            flash_attention=3 if flash.used else 2,
         ),
         findings=(
             _device(device),
             _bf16(device),
-            _triton(device),
+            *(_bf16_products(kind, engine, device) for kind in products.WAYS),
+            triton,
             *(_native(package, purpose, instead) for package, purpose, instead in _NATIVE),
             _native_layers(device),
             adam_te,
             te_attention,
+            flash,
             adam_apex,
             gradient,
             fla,
+            experts,
+            linears,
         ),
     )
 
@@ -125,11 +158,33 @@ class _Package:
     check: Callable[[torch.device], object]
 
 
+def _behind_triton() -> Finding:
+    """fla-core where our Triton kernels run: it is not even imported."""
+    version = _version(_FLA.distributions) if _installed(_FLA.module) else None
+    reason = "they are preferred: --engine.fla on" if version else "not installed"
+    return Finding(_FLA.name, version, _FLA.purpose, "our Triton kernels", reason)
+
+
+def fla_limitation(engine: EngineConfig, device: torch.device) -> str:
+    """Reason why fla-core cannot replace our Triton kernels; empty if it can."""
+    return _examine(_FLA, engine.fla, device).limitation
+
+
 def _check_fla(_device: torch.device) -> None:
     """Only its version: `warm_up` checks its results for the shapes of the run's model."""
     from nemocascade_kernels.mamba2.fla_check import check_version
 
     check_version()
+
+
+def _check_te_linears(device: torch.device) -> None:
+    """Megatron's linears of Transformer Engine, its blockwise recipe, and a device that has it."""
+    importlib.import_module(TE_LINEARS)
+    recipes = importlib.import_module("transformer_engine.common.recipe")
+    if not hasattr(recipes, "Float8BlockScaling"):
+        raise RuntimeError("its recipes have no Float8BlockScaling: install 2.3 or newer")
+    if (capability := torch.cuda.get_device_capability(device)) < (9, 0):
+        raise RuntimeError(f"it needs compute capability 9.0, and the device has {capability}")
 
 
 def _import(*names: str) -> Callable[[torch.device], object]:
@@ -151,6 +206,22 @@ _TE_ATTENTION = _Package(
     "packed attention",
     "torch's variable-length attention",
     _import("transformer_engine.pytorch.attention"),
+)
+_TE_LINEARS = _Package(
+    "Transformer Engine linears",
+    "transformer_engine",
+    ("transformer-engine", "transformer_engine"),
+    "linear layers in FP8",
+    "Megatron's linear layers",
+    _check_te_linears,
+)
+_FLASH_3 = _Package(
+    "FlashAttention-3",
+    FLASH_ATTENTION_3,
+    ("flash-attn-3", "flash_attn_3"),
+    "packed attention, behind Transformer Engine's",
+    "torch's FlashAttention-2",
+    check_flash_attention_3,
 )
 _APEX_ADAM = _Package(
     "apex Adam",
@@ -182,23 +253,25 @@ _NATIVE = (
 )
 
 
-def _refused(package: _Package, version: str | None, reason: str) -> Finding:
+def _unavailable(package: _Package, version: str | None, reason: str) -> Finding:
     return Finding(package.name, version, package.purpose, package.instead, reason)
 
 
 def _examine(package: _Package, setting: str, device: torch.device) -> Finding:
     """Check that `package` is installed, allowed, and works on `device`."""
     if not _installed(package.module):
-        return _refused(package, None, "not installed")
+        return _unavailable(package, None, "not installed")
     version = _version(package.distributions)
     if setting == "off":
-        return _refused(package, version, "switched off")
+        return _unavailable(package, version, "switched off")
     if device.type != "cuda":
-        return _refused(package, version, f"it needs a CUDA device, the run is on {device.type}")
+        return _unavailable(
+            package, version, f"it needs a CUDA device, the run is on {device.type}"
+        )
     try:
         package.check(device)
     except Exception as error:  # a broken build may raise anything; its reason is shown
-        return _refused(package, version, _reason(error))
+        return _unavailable(package, version, _reason(error))
     return Finding(package.name, version, package.purpose, package.instead)
 
 
@@ -249,6 +322,20 @@ def _bf16(device: torch.device) -> Finding:
     return Finding(name, None, "bf16 matrix products", instead, "this CPU has none")
 
 
+def _bf16_products(kind: str, engine: EngineConfig, device: torch.device) -> Finding:
+    """The way of bf16 sums or products, which `settle_products` chose."""
+    name = f"bf16 {kind}"
+    purpose = {"sums": "weight gradients in fp32", "products": "linear heads"}[kind]
+    if device.type != "cpu" or engine.precision != "bf16":
+        reason = (
+            f"its choice is for CPUs in bf16, the run is on {device.type} in {engine.precision}"
+        )
+        return Finding(name, None, purpose, "torch's products", reason)
+    chosen = products.choice(kind)
+    times = [f"{way} {1e3 * s:.1f} ms" for way, s in chosen.seconds.items() if s is not None]
+    return Finding(name, chosen.way, f"{purpose} ({', '.join([*times, chosen.source])})", "-")
+
+
 def _triton(device: torch.device) -> Finding:
     name, purpose, instead = "triton", "our Triton kernels", "torch operators"
     try:
@@ -259,7 +346,22 @@ def _triton(device: torch.device) -> Finding:
         return Finding(name, None, purpose, instead, reason)
     if device.type != "cuda":
         return Finding(name, version, purpose, instead, "the run is on the CPU")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return Finding(name, version, purpose, instead, "needs sm_80 or newer")
     return Finding(name, version, purpose, instead)
+
+
+def _fp8_experts(engine: EngineConfig, device: torch.device) -> Finding:
+    """The FP8 products of the routed experts: kernels on a GPU, their definition on a CPU."""
+    name, purpose, instead = "FP8 experts", "routed experts", "products in the run's precision"
+    if engine.experts == "bf16":
+        return Finding(name, None, purpose, instead, "switched off")
+    if device.type != "cuda":
+        return Finding(name, "reference arithmetic in torch", purpose, instead)
+    capability = torch.cuda.get_device_capability(device)
+    if reason := fp8_limitation(capability):
+        return Finding(name, None, purpose, instead, reason)
+    return Finding(name, "Triton", purpose, instead)
 
 
 def _native(package: str, purpose: str, instead: str) -> Finding:
@@ -273,10 +375,10 @@ def _native(package: str, purpose: str, instead: str) -> Finding:
     try:
         torch.ops.load_library(str(paths[0]))
         ops = getattr(torch.ops, package)
-        cuda, refusal = ops.cuda_built(), ops.cuda_refusal()
+        cuda, reason = ops.cuda_built(), ops.cuda_refusal()
     except Exception as error:  # a library for another torch may fail in any way
         return Finding(name, "built", purpose, instead, _reason(error))
-    return Finding(name, f"CUDA {cuda}" if cuda else f"CPU only ({refusal})", purpose, instead)
+    return Finding(name, f"CUDA {cuda}" if cuda else f"CPU only ({reason})", purpose, instead)
 
 
 def _native_layers(device: torch.device) -> Finding:
@@ -288,6 +390,6 @@ def _native_layers(device: torch.device) -> Finding:
             name, None, purpose, instead, f"they are for CPUs, the run is on {device.type}"
         )
     ops, probe = backends.ops(), torch.empty(0)
-    refusals = (ops[op].refusal(probe, backend="native") for op in ("mamba2", "rms_norm"))
-    reason = next(filter(None, refusals), None)
+    reasons = (ops[op].limitation(probe, backend="native") for op in ("mamba2", "rms_norm"))
+    reason = next(filter(None, reasons), None)
     return Finding(name, None if reason else "built", purpose, instead, reason or "")

@@ -24,11 +24,11 @@ from nemocascade.megatron.checkpoint.folder import (
     listing_problems,
     read_folder,
     read_manifest,
-    write_folder,
 )
-from nemocascade.megatron.checkpoint.state import model_parts, model_pieces
+from nemocascade.megatron.checkpoint.state import model_parts, model_shards
 from nemocascade.megatron.checkpoint.storage import Reader
 from nemocascade.megatron.checkpoint.weights import describe_model, fill, model_problems
+from nemocascade.megatron.checkpoint.writing import write_folder
 from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.optimizer import Optimizer
 from nemocascade.recipe import ModelConfig
@@ -96,8 +96,8 @@ def write_artifact(
         "template": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "tokenizer": None if tokenizer is None else _tokenizer_name(tokenizer),
     }
-    pieces = model_pieces(model_parts(chunks, world))
-    write_folder(folder, world, KIND, pieces, documents, fields)
+    shards = model_shards(model_parts(chunks, world))
+    write_folder(folder, world, KIND, shards, documents, fields)
     manifest = read_manifest(folder, KIND) if world.is_main else None
     return _artifact(folder, world.broadcast_object(manifest))
 
@@ -158,9 +158,9 @@ def load_artifact_weights(
     problems = model_problems(manifest, world, chunks, cast=True)
     if manifest["digest"] != artifact.digest:
         problems.append("it is another artifact than the one that was opened: its digest changed")
-    pieces = model_pieces(model_parts(chunks, world))
+    shards = model_shards(model_parts(chunks, world))
     with Reader(artifact.folder, index) as reader:
-        fill(artifact.folder, world, reader, pieces, problems, cast=True)
+        fill(artifact.folder, world, reader, shards, problems, cast=True)
     if optimizer is not None:
         with cuda_names():
             optimizer.inner.reload_model_params()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemocascade.megatron.init import generator_for
 from nemocascade.megatron.upstream import without_notes
+from nemocascade.megatron.workspace import MixerBackend
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
 
 Init = Callable[[Tensor], Tensor]
@@ -25,14 +26,19 @@ class Accelerators:
     """Optional packages that this process uses. The default is none: torch's own operators.
 
     adam: the package whose fused Adam is used. te_attention: Transformer Engine's attention.
+    flash_attention: version of the kernels behind torch's variable-length attention.
     fused_weight_gradient: apex accumulates weight gradients inside the GEMM.
-    fla: fla-core's scan and convolution in the Mamba-2 mixer.
+    mamba2: the implementation that Mamba-2's mixers require, after its check. None: the best one,
+    as `nemocascade_kernels.backends` orders them. te_linears: Transformer Engine's linear layers,
+    in FP8.
     """
 
     adam: Adam = "torch"
     te_attention: bool = False
     fused_weight_gradient: bool = False
-    fla: bool = False
+    mamba2: MixerBackend | None = None
+    flash_attention: Literal[2, 3] = 2
+    te_linears: bool = False
 
 
 def seeded_normal(seed: int, name: str, std: float) -> Init:
@@ -64,8 +70,14 @@ class CascadeConfig(TransformerConfig):
     seed: int = 0
     """Seed of the initial weights."""
 
-    recompute_layers: bool = False
-    """Recompute each layer in backward."""
+    recompute_layers: str = ""
+    """Symbols of the layers that backward recomputes."""
+
+    fp8_experts: bool = False
+    """Multiply in FP8 in the routed experts while they train."""
+
+    expert_exchange: str = "auto"
+    """How rows go to the experts of other ranks: `EngineConfig.expert_exchange`."""
 
     def init_for(self, name: str, *, residual: bool = False) -> Init:
         """Initialiser of the weight `name`; `residual` for projections into the residual stream."""
@@ -83,11 +95,13 @@ def make_config(
     *,
     seed: int,
     fuse_weight_gradient: bool = False,
+    fp8_linears: bool = False,
 ) -> CascadeConfig:
     """The config of every module of a model.
 
     fuse_weight_gradient: accumulate weight gradients in `main_grad`, inside the GEMM; `build_model`
         chooses the GEMM. Without it they are rounded to the weights' dtype and added.
+    fp8_linears: the linear layers are Transformer Engine's, in FP8.
     """
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     with without_notes():
@@ -95,12 +109,16 @@ def make_config(
             shape=model,
             moe_training=moe,
             seed=seed,
-            recompute_layers=engine.recompute,
+            recompute_layers=engine.recomputed,
+            fp8_experts=engine.experts == "fp8",
+            expert_exchange=engine.expert_exchange,
             **_model_fields(model),
             **_parallel_fields(parallel),
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=engine.precision == "bf16",
+            fp8="e4m3" if fp8_linears else None,
+            fp8_recipe="blockwise",
             use_cpu_initialization=True,
             # Upstream's default is deprecated and means the same.
             cuda_graph_modules=[],

@@ -10,7 +10,6 @@ Shape letters: c context-parallel ranks, S rows of a segment, R = 2 S rows of a 
 from __future__ import annotations
 
 import bisect
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +22,9 @@ from torch import Tensor
 
 from nemocascade.types import PackedBatch
 
+MOST_GATHERED = 16
+"""Ranks up to which the states of all segments are gathered, see `layers.border_states`."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -31,7 +33,7 @@ class Part:
     number: of the segment in the pack. rows: among the rank's rows. bounds: of its documents among
     its rows, [0, .., S]. first, last: index of its first and last document among the rank's.
     before: number of the first document's rows in earlier segments; 0: it starts here. continues:
-    the last document goes on in the next segment.
+    the last document continues in the next segment.
     """
 
     number: int
@@ -53,6 +55,17 @@ class Part:
     def pack(self, device: torch.device) -> PackedSeq:
         """The segment's documents, as far as they lie in it."""
         return PackedSeq.from_cu_seqlens(self.bounds, device)
+
+
+@dataclass(frozen=True, eq=False)
+class RowRun:
+    """Consecutive rows of a rank: whole documents, as far as they lie in a segment.
+
+    continues: the segment of the one document that started in an earlier one; None: new documents.
+    """
+
+    continues: int | None
+    documents: PackedSeq
 
 
 class ContextShard:
@@ -121,16 +134,36 @@ class ContextShard:
         last = 2 * self.size - 1
         return (segment, 0) if segment < self.size else (last - segment, 1)
 
-    def first_segment(self, part: Part) -> int:
-        """The segment in which the part's first document starts."""
-        return (part.number * self.segment - part.before) // self.segment
+    def span(self, number: int) -> int:
+        """How many segments the document that crosses the border before `number` has before it."""
+        return -(-self.crossed[number] // self.segment)
 
     @cached_property
-    def leaving(self) -> PackedSeq | None:
-        """The documents that go on in the next segment, one after the other; None: no document."""
-        rows = [p.last_rows for p in self.parts if p.continues]
-        bounds = itertools.accumulate((r.stop - r.start for r in rows), initial=0)
-        return PackedSeq.from_cu_seqlens(list(bounds), self.device) if rows else None
+    def runs(self) -> tuple[RowRun, ...]:
+        """The rank's rows in order: documents that continue from an earlier segment, and others."""
+        found: list[RowRun] = []
+        for part in self.parts:
+            cut = int(part.before > 0)
+            for bounds, number in (
+                (part.bounds[: cut + 1], part.number),
+                (part.bounds[cut:], None),
+            ):
+                if len(bounds) > 1:
+                    own = [b - bounds[0] for b in bounds]
+                    packed = PackedSeq.from_cu_seqlens(own, self.device)
+                    found.append(RowRun(number, packed))
+        return tuple(found)
+
+    @cached_property
+    def leaving(self) -> dict[int, PackedSeq]:
+        """The document that continues in the next segment, for each of the rank's that has one."""
+        lengths = {
+            p.number: p.last_rows.stop - p.last_rows.start for p in self.parts if p.continues
+        }
+        return {
+            number: PackedSeq.from_cu_seqlens([0, length], self.device)
+            for number, length in lengths.items()
+        }
 
     @cached_property
     def keys(self) -> tuple[AttendedKeys, ...]:
@@ -165,7 +198,7 @@ def gather_keys(
 ) -> tuple[tuple[Tensor, Tensor], ...]:
     """The keys and values that each part attends to, [U, g, d], from those of all ranks [R, g, d].
 
-    Backward sums the gradients of a row over the ranks that attended to it.
+    Backward sums the gradients of a row over the ranks that attended to it, at least in float32.
     """
     found = _GatherKeys.apply(torch.stack([k, v]), shard, group)
     return tuple((own[0], own[1]) for own in found)
@@ -189,14 +222,16 @@ class _GatherKeys(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         shard: ContextShard = ctx.shard
         shape = grads[0].shape[0], 2 * shard.segment, *grads[0].shape[2:]
-        total = grads[0].new_zeros(shard.size, *shape)
+        # Up to 2 c gradients of a row are added: in half precision each sum would round.
+        high = torch.promote_types(grads[0].dtype, torch.float32)
+        total = grads[0].new_zeros(shard.size, *shape, dtype=high)
         by_segment = _segments(total, shard)
         for grad, keys in zip(grads, shard.keys, strict=True):
             at = 0
             for s, cut in _covered(shard, keys.rows):
                 by_segment[s][:, cut] += grad[:, at : at + cut.stop - cut.start]
                 at += cut.stop - cut.start
-        return scatter_sums(total, ctx.group), None, None
+        return scatter_sums(total, ctx.group).to(grads[0].dtype), None, None
 
 
 def _segments(by_rank: Tensor, shard: ContextShard) -> list[Tensor]:

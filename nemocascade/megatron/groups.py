@@ -7,7 +7,7 @@ the first varies fastest, as in Megatron's `parallel_state`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -36,6 +36,11 @@ _EXPERT = {
     "expt_dp": "dp",
     "intra_expt_dp": "dp",
 }
+
+
+HOST = ("dp", "dp_cp", "mp", "cp", "tp_ep")
+"""Groups whose ranks exchange host tensors too. On GPUs, the others have no gloo group beside
+NCCL's."""
 
 
 def group_ranks(rank: int, size: int, parallel: ParallelConfig) -> dict[str, list[int]]:
@@ -81,6 +86,45 @@ def own_groups(
     return ProcessGroupCollection(
         **{f.name: named.get(f.name, alone) for f in fields(ProcessGroupCollection)}
     )
+
+
+def host_groups(size: int, parallel: ParallelConfig) -> set[tuple[int, ...]]:
+    """The ranks of every group of `HOST`."""
+    every = [group_ranks(rank, size, parallel) for rank in range(size)]
+    return {tuple(ranks[name]) for ranks in every for name in HOST}
+
+
+@dataclass(frozen=True)
+class ExpertNodes:
+    """The nodes that an expert group (ep x etp) spans.
+
+    count: number of nodes. rail: group of the ranks with this rank's index on each of them; None
+    if rows take one hop. local: group of the ranks on this rank's node.
+    """
+
+    count: int
+    rail: Any = None
+    local: Any = None
+
+
+def expert_nodes(parallel: ParallelConfig, ranks_per_node: int) -> int:
+    """Nodes that an expert group spans if it fills each of them, and otherwise 1."""
+    ranks = parallel.ep * parallel.etp
+    fills = ranks % ranks_per_node == 0 and ranks_per_node % parallel.etp == 0
+    return ranks // ranks_per_node if fills else 1
+
+
+def hop_groups(
+    size: int, parallel: ParallelConfig, ranks_per_node: int
+) -> list[tuple[tuple[int, ...], ...]]:
+    """The ranks of every rail and of every node, for each expert group, in a fixed order."""
+    ranks, found = parallel.ep * parallel.etp, []
+    for first in range(0, size, ranks):
+        group = range(first, first + ranks)
+        rails = [tuple(group[i::ranks_per_node]) for i in range(ranks_per_node)]
+        local = [tuple(group[i : i + ranks_per_node]) for i in range(0, ranks, ranks_per_node)]
+        found.append((*rails, *local))
+    return found
 
 
 def all_groups(size: int, parallel: ParallelConfig) -> list[tuple[int, ...]]:

@@ -38,30 +38,27 @@ class Shard:
 
     def local_size(self, full: int) -> int:
         """Rows on this rank. Raises ValueError if a part cannot be split equally."""
-        return sum(self._pieces(full))
+        return sum(self._block_sizes(full))
 
     def cut(self, full: Tensor) -> Tensor:
         """This rank's part of `full`."""
         if self.size == 1:
             return full
-        pieces = self._pieces(full.shape[self.dim])
+        sizes = self._block_sizes(full.shape[self.dim])
         parts = full.split(self.blocks or full.shape[self.dim], self.dim)
         return torch.cat(
-            [
-                part.narrow(self.dim, self.rank * n, n)
-                for part, n in zip(parts, pieces, strict=True)
-            ],
+            [part.narrow(self.dim, self.rank * n, n) for part, n in zip(parts, sizes, strict=True)],
             self.dim,
         )
 
-    def _pieces(self, full: int) -> list[int]:
+    def _block_sizes(self, full: int) -> list[int]:
         blocks = self.blocks or (full,)
         if sum(blocks) != full:
             raise ValueError(f"blocks {list(blocks)} add up to {sum(blocks)}, not to {full}")
         for block in blocks:
             if block % self.size:
                 raise ValueError(
-                    f"a part of {block} rows cannot be cut into {self.size} equal pieces: "
+                    f"a part of {block} rows cannot be cut into {self.size} equal shards: "
                     "choose a parallel size that divides it"
                 )
         return [block // self.size for block in blocks]

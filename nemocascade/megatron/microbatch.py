@@ -19,7 +19,8 @@ class DispatchPlan:
 
     to_owner: this rank's slots for each of the ep expert groups.
     received: rows from each of the ep x etp ranks.
-    arrived: [ep * etp, local experts] int32 on the device, rows from each rank for each expert.
+    arrived: [ep * etp, local experts, sources] int32 on the device, rows from each rank for each
+    expert; by the node of their tokens if the rank passes on rows of several nodes.
     """
 
     to_owner: list[int]
@@ -37,16 +38,30 @@ class DispatchPlan:
         return [count for count in self.to_owner for _ in range(self.copies)]
 
 
+@dataclass(frozen=True, eq=False)
+class NodePlan:
+    """Message sizes of a dispatch to experts on several nodes.
+
+    sent, received: rows to and from each node, one for each token and node of its experts. ranks:
+    the plan of the exchange that follows, inside the node or over all ranks.
+    """
+
+    sent: list[int]
+    received: list[int]
+    ranks: DispatchPlan
+
+
 @dataclass(eq=False)
 class FirstPass:
     """Results of a layer's forward pass for its recomputation in backward.
 
-    experts: [rows, K] int32, the router's choices. dispatch: the plan for them. Both are None
-    before the forward pass.
+    experts: [rows, K] int32, the router's choices. dispatch, node_dispatch: the plan for them, if
+    the expert ranks are on one node, or on several. All are None before the forward pass.
     """
 
     experts: Tensor | None = None
     dispatch: DispatchPlan | None = None
+    node_dispatch: NodePlan | None = None
 
 
 @dataclass(frozen=True, eq=False)

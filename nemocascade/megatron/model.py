@@ -18,10 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from nemocascade.megatron.config import Accelerators, CascadeConfig
 from nemocascade.megatron.cpu import cuda_names
+from nemocascade.megatron.distillation import Distillation, StatesOf
+from nemocascade.megatron.layers.deepep import deepep_limitation
+from nemocascade.megatron.layers.flash_attention import use_flash_attention
 from nemocascade.megatron.layers.linear import use_weight_gradient
 from nemocascade.megatron.layers.norm import RMSNorm
 from nemocascade.megatron.layers.specs import layer_specs
 from nemocascade.megatron.microbatch import Microbatch
+from nemocascade.recipe import UserError
 from nemocascade.runtime.world import World
 
 
@@ -43,8 +47,8 @@ class CascadeStack(HybridStack):
         """
         x = hidden_states if self.pre_process else self.input_tensor
         assert x is not None
-        for layer in self.layers:
-            if self.config.recompute_layers and torch.is_grad_enabled():
+        for symbol, layer in zip(self.layer_type_list, self.layers, strict=True):
+            if symbol in self.config.recompute_layers and torch.is_grad_enabled():
                 x = checkpoint(
                     layer,
                     x,
@@ -68,9 +72,10 @@ class CascadeModel(HybridModel):
     def forward(self, packed: Microbatch, objective: Any = None) -> Any:
         """Hidden states [T/tp, 1, H] of a stage; on the last one, with an objective, its loss.
 
-        packed: the micro-batch. objective: of `nemocascade_kernels.linear_policy_loss`.
-        Returns the output of linear_policy_loss on the last stage with an objective, and the final
-        hidden states [T/tp, 1, H] otherwise.
+        packed: the micro-batch. objective: of `nemocascade_kernels.linear_policy_loss`, or one of
+        megatron/distillation.py.
+        Returns the output of linear_policy_loss, or the objective's own, on the last stage with an
+        objective, and the final hidden states [T/tp, 1, H] otherwise.
         """
         batch = packed.batch
         assert batch is not None
@@ -82,19 +87,26 @@ class CascadeModel(HybridModel):
         if self.config.sequence_parallel:
             # Its backward sums the gradient over the vocabulary shards while scattering it.
             hidden = gather_from_sequence_parallel_region(hidden, group=self.pg_collection.tp)
-        head = self.lm_head()
+        hidden, head = hidden.flatten(0, 1), self.lm_head()
+        if isinstance(objective, StatesOf):
+            return objective.kept(hidden)
+        settings: dict[str, Any] = {
+            "temperature": packed.temperature,
+            "tp_group": tp_group,
+            "reduce_hidden_grad": not self.config.sequence_parallel,
+            "accumulate_main_grad": torch.is_grad_enabled() and hasattr(head, "main_grad"),
+        }
+        if isinstance(objective, Distillation):
+            return objective.loss(hidden, head, batch.targets, **settings)
         return linear_policy_loss(
-            hidden.flatten(0, 1),
+            hidden,
             head,
             batch.targets,
             objective,
-            temperature=packed.temperature,
             truncation=packed.truncation,
-            tp_group=tp_group,
             return_entropy=packed.entropy,
             active_rows=packed.trained_rows,
-            reduce_hidden_grad=not self.config.sequence_parallel,
-            accumulate_main_grad=torch.is_grad_enabled() and hasattr(head, "main_grad"),
+            **settings,
         )
 
     def lm_head(self) -> Tensor:
@@ -120,11 +132,20 @@ def build_model(
 ) -> list[CascadeModel]:
     """This rank's part of the model, one chunk for each virtual pipeline stage, on its device."""
     shape, parallel = config.shape, world.parallel
+    needs_deepep = config.expert_exchange == "deepep" and parallel.ep * parallel.etp > 1
+    if needs_deepep and (reason := deepep_limitation(world.device, parallel.etp)):
+        raise UserError(
+            f"engine.expert_exchange is deepep, but {reason}: set --engine.expert-exchange auto"
+        )
     if config.gradient_accumulation_fusion:
         use_weight_gradient(apex=accelerators.fused_weight_gradient)
+    if world.device.type == "cuda":
+        # For the whole process: a model on the meta device, which only counts, changes nothing.
+        use_flash_attention(accelerators.flash_attention)
     layers = layer_specs(
         shape,
-        mamba2_backend="fla" if accelerators.fla else None,
+        # Triton is the best one where it passed its check: then NEMOCASCADE_BACKEND may choose.
+        mamba2_backend=None if accelerators.mamba2 == "triton" else accelerators.mamba2,
         te_attention=accelerators.te_attention,
     )
     spec = ModuleSpec(module=CascadeStack, submodules=layers)

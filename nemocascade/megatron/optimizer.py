@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch import Tensor
 from nemocascade.megatron.config import Accelerators, CascadeConfig
 from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.model import CascadeModel
+from nemocascade.megatron.parameter_gather import ParameterGather
 from nemocascade.recipe import OptimizerConfig
 from nemocascade.runtime.world import World
 
@@ -32,17 +33,25 @@ class NonFiniteGradientError(RuntimeError):
 
 
 def wrap_ddp(
-    world: World, config: CascadeConfig, chunks: Sequence[CascadeModel], *, distributed: bool
+    world: World,
+    config: CascadeConfig,
+    chunks: Sequence[CascadeModel],
+    *,
+    distributed: bool,
+    gradients: Literal["fp32", "bf16"] = "fp32",
+    overlap_gather: bool = False,
 ) -> list[DistributedDataParallel]:
-    """Give every chunk its fp32 gradient buffer, reduced over the data-parallel ranks.
+    """Give every chunk its gradient buffer, reduced over the data-parallel ranks.
 
-    distributed: reduce-scatter for the distributed optimizer instead of all-reduce.
+    distributed: reduce-scatter for the distributed optimizer instead of all-reduce. gradients:
+    precision of the buffer and its reduction; float32 weights have float32 gradients.
+    overlap_gather: for a `ParameterGather`, which the optimizer makes.
     """
     on_gpu = world.device.type == "cuda"
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=gradients == "fp32",
         overlap_grad_reduce=on_gpu,
-        overlap_param_gather=False,
+        overlap_param_gather=overlap_gather,
         use_distributed_optimizer=distributed,
         check_for_nan_in_grad=False,
     )
@@ -129,7 +138,8 @@ def _norm(squares: Sequence[float]) -> float:
 class Optimizer:
     """AdamW over every trainable parameter, stepped with a given learning rate.
 
-    inner: Megatron's optimizer; the checkpoint reads and writes its state.
+    inner: Megatron's optimizer; the checkpoint reads and writes its state. gather: of the updated
+    weights, if it overlaps with the next forward pass; otherwise None, and a step waits for it.
     """
 
     def __init__(
@@ -159,8 +169,10 @@ class Optimizer:
             self.inner = get_megatron_optimizer(
                 megatron,
                 list(chunks),
-                use_gloo_process_groups=world.device.type == "cuda",
+                use_gloo_process_groups=False,
             )
+        overlaps = chunks and chunks[0].ddp_config.overlap_param_gather
+        self.gather = ParameterGather(chunks) if overlaps else None
 
     @property
     def parts(self) -> list[Any]:
@@ -218,6 +230,8 @@ class Optimizer:
                 group["lr"] = lr * group.get("lr_mult", 1.0)
                 group["weight_decay"] = self.settings.weight_decay * group.get("wd_mult", 1.0)
             self.inner.step_with_ready_grads()
+            if self.gather is not None:
+                self.gather.start()
         return norm
 
     def _clip(self, norm: float) -> None:

@@ -142,10 +142,10 @@ def lay_choices(
     for index, choices in enumerate(documents):
         if choices is None:
             continue
-        first, room = bounds[index], bounds[index + 1] - bounds[index]
-        if choices.shape[0] > room:
+        first, rows = bounds[index], bounds[index + 1] - bounds[index]
+        if choices.shape[0] > rows:
             raise ValueError(
-                f"document {index} holds {room} tokens and its record {choices.shape[0]}: cut the "
+                f"document {index} has {rows} tokens and its record {choices.shape[0]}: cut the "
                 "record as the document was cut"
             )
         laid[first : first + choices.shape[0]] = choices.to(laid.dtype)

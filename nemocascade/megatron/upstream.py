@@ -7,28 +7,59 @@ warnings for the whole run.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
-import torch
+PACKAGE = "megatron.core"
 
 
-def import_megatron() -> None:
-    """Import Megatron-Core without its torch.compile decorators and without its warnings.
+def quieten_import() -> None:
+    """Let Megatron-Core be imported without its torch.compile decorators and without its warnings,
+    by whichever module needs it first. Modules of this package that do not need it stay cheap.
 
     The decorators load the compiler for functions that our layers never call: 4 s of an import
     of 7 s, and 800 modules. During the import `torch.compile` returns its function unchanged. The
     warnings name missing packages, which `accelerators` lists in one table.
     """
+    if PACKAGE not in sys.modules and not any(isinstance(f, _Finder) for f in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Finds Megatron-Core once, and wraps its loading."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != PACKAGE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+            spec.loader.exec_module = partial(_load, load)  # type: ignore[method-assign]
+        return spec
+
+
+def _load(load: Callable[[ModuleType], None], module: ModuleType) -> None:
     with without_compiler(), without_notes():
-        import megatron.core.models.hybrid.hybrid_model  # noqa: F401
+        load(module)
+        importlib.import_module(f"{PACKAGE}.models.hybrid.hybrid_model")
 
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
     """Context in which `torch.compile` returns its function unchanged."""
+
+    import torch
 
     def keep(function: Callable[..., Any] | None = None, **_options: Any) -> Any:
         return keep if function is None else function

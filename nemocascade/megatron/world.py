@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import gc
 import os
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,9 +17,18 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemocascade.megatron import cpu
-from nemocascade.megatron.groups import all_groups, own_groups
+from nemocascade.megatron.groups import (
+    HOST,
+    ExpertNodes,
+    all_groups,
+    expert_nodes,
+    hop_groups,
+    host_groups,
+    own_groups,
+)
 from nemocascade.megatron.upstream import hide_notes
 from nemocascade.recipe import EngineConfig, ParallelConfig, RecipeError
+from nemocascade.runtime.launcher import local_rank, ranks_of_node
 from nemocascade.runtime.world import World
 
 
@@ -35,16 +47,16 @@ def resolve_device(engine: EngineConfig) -> torch.device:
                 ]
             )
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    index = local_rank()
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    if index >= count:
         raise RecipeError(
             [
-                f"local rank {local_rank} has no GPU of its own, the node has {count}: "
+                f"local rank {index} has no GPU of its own, the node has {count}: "
                 f"start at most --nproc-per-node {count}"
             ]
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", index)
 
 
 def _meeting_point(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
@@ -68,35 +80,137 @@ def start_world(parallel: ParallelConfig, engine: EngineConfig) -> World:
     now on (`cpu.install`).
     """
     hide_notes()
+    # Models refer to themselves and to their groups. Until they are collected, the threads of an
+    # earlier world's groups wait, and spin once the other ranks have closed theirs.
+    gc.collect()
     device = resolve_device(engine)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         cpu.install()
     timeout = datetime.timedelta(seconds=engine.timeout_s)
+    raise_file_limit()
+    # gloo connects ranks when they first exchange a message, instead of each with every other.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, size = _meeting_point(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-        context_parallel_size=parallel.cp,
-        expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=parallel.etp,
-        distributed_timeout_minutes=max(1, int(engine.timeout_s / 60)),
-        create_gloo_process_groups=device.type == "cuda",
-    )
+    with _few_gloo_groups(device):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+            context_parallel_size=parallel.cp,
+            expert_model_parallel_size=parallel.ep,
+            expert_tensor_parallel_size=parallel.etp,
+            distributed_timeout_minutes=max(1, int(engine.timeout_s / 60)),
+            create_gloo_process_groups=False,
+        )
+    groups: Any = ProcessGroupCollection.use_mpu_process_groups()
+    groups.expert_nodes = _make_expert_nodes(parallel, engine, device, timeout)
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=device,
         parallel=parallel,
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        groups=groups,
         leave_engine=parallel_state.destroy_model_parallel,
     )
+
+
+_HOST_GROUPS = {
+    "dp": "DATA_PARALLEL_GROUP",
+    "dp_cp": "DATA_PARALLEL_GROUP_WITH_CP",
+    "mp": "MODEL_PARALLEL_GROUP",
+    "cp": "CONTEXT_PARALLEL_GROUP",
+    "tp_ep": "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP",
+}
+"""Megatron-Core's descriptions of the groups of `groups.HOST`."""
+
+
+@contextlib.contextmanager
+def _few_gloo_groups(device: torch.device) -> Iterator[None]:
+    """Context in which Megatron makes groups of NCCL alone on GPUs, save those of `groups.HOST`.
+
+    A group without a backend of its own would get those of the default group, so a gloo group too.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    assert _HOST_GROUPS.keys() == set(HOST)
+    made = parallel_state.create_group
+
+    def create(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        on_host = kwargs.get("group_desc") in _HOST_GROUPS.values()
+        return made(*args, backend=backend or (None if on_host else "nccl"), **kwargs)
+
+    parallel_state.create_group = create
+    try:
+        yield
+    finally:
+        parallel_state.create_group = made
+
+
+FILES = 4096
+"""Open files that a rank may need: sockets, pipes of verifiers, and mapped files."""
+
+
+def raise_file_limit() -> int:
+    """Raise the soft limit of open files to `FILES`, or to the hard limit; returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= FILES:
+        return soft if soft != resource.RLIM_INFINITY else FILES
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
+
+
+def _make_expert_nodes(
+    parallel: ParallelConfig,
+    engine: EngineConfig,
+    device: torch.device,
+    timeout: datetime.timedelta,
+) -> ExpertNodes | None:
+    """The nodes of this rank's expert group, as torchrun numbers its ranks; None if it is one.
+
+    Raises RecipeError if the group cannot exchange its rows as the settings require.
+    """
+    ranks, size, exchange = (
+        parallel.ep * parallel.etp,
+        dist.get_world_size(),
+        engine.expert_exchange,
+    )
+    if ranks == 1:
+        return None
+    found: list[Any] = [None] * size
+    dist.all_gather_object(found, ranks_of_node(size))
+    # Every rank must come to the same groups, also where a node has fewer ranks.
+    sizes = sorted(set(found))
+    per_node = sizes[0]
+    count = expert_nodes(parallel, per_node) if len(sizes) == 1 else 1
+    if count == 1 and ranks > per_node and exchange == "hierarchical":
+        nodes = " and ".join(map(str, sizes))
+        raise RecipeError(
+            [
+                f"engine.expert_exchange(hierarchical) needs whole nodes, but ep({parallel.ep}) x "
+                f"etp({parallel.etp}) = {ranks} ranks do not fill nodes of {nodes}: set "
+                f"--parallel.ep to a multiple of {sizes[-1]} or --engine.expert-exchange direct"
+            ]
+        )
+    if count == 1 or exchange == "deepep":
+        return None
+    if exchange == "direct":
+        return ExpertNodes(count)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    own: dict[int, list[Any]] = {}
+    for number, every in enumerate(hop_groups(size, parallel, per_node)):
+        # Every rank takes part in making a group, also those outside of it.
+        made = [dist.new_group(list(r), timeout=timeout, backend=backend) for r in every]
+        own[number] = [g for g, r in zip(made, every, strict=True) if dist.get_rank() in r]
+    rail, local = own[dist.get_rank() // ranks]
+    return ExpertNodes(count, rail, local)
 
 
 def generation_world(world: World, parallel: ParallelConfig, engine: EngineConfig) -> World:
@@ -108,18 +222,27 @@ def generation_world(world: World, parallel: ParallelConfig, engine: EngineConfi
     """
     if parallel == world.parallel:
         return world
-    held = {
-        tuple(dist.get_process_group_ranks(group)): group
-        for field in fields(ProcessGroupCollection)
-        if isinstance(group := getattr(world.groups, field.name, None), dist.ProcessGroup)
+    on_gpu = world.device.type == "cuda"
+    held: dict[tuple[int, ...], Any] = {}
+    # Groups with gloo come last, so that they are kept where several have the same ranks.
+    for name in (*(f.name for f in fields(ProcessGroupCollection) if f.name not in HOST), *HOST):
+        group = getattr(world.groups, name, None)
+        if isinstance(group, dist.ProcessGroup):
+            held[tuple(dist.get_process_group_ranks(group))] = group
+    with_host = host_groups(world.size, world.parallel)
+    needs_host = host_groups(world.size, parallel)
+    known = {
+        ranks
+        for ranks in all_groups(world.size, world.parallel)
+        if not on_gpu or ranks in with_host or ranks not in needs_host
     }
-    known = set(all_groups(world.size, world.parallel))
     timeout = datetime.timedelta(seconds=engine.timeout_s)
     made: dict[tuple[int, ...], Any] = {}
     for ranks in all_groups(world.size, parallel):
         # Every rank takes part in making a group, also those outside of it.
         if ranks not in known:
-            made[ranks] = dist.new_group(list(ranks), timeout=timeout)
+            backend = "nccl" if on_gpu and ranks not in needs_host else None
+            made[ranks] = dist.new_group(list(ranks), timeout=timeout, backend=backend)
 
     def group_of(ranks: Sequence[int]) -> Any:
         key = tuple(ranks)

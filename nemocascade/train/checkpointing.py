@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.megatron.artifact import (
@@ -16,6 +17,8 @@ from nemocascade.megatron.artifact import (
 )
 from nemocascade.megatron.checkpoint import (
     CheckpointError,
+    Writer,
+    checkpoint_name,
     clean_leftovers,
     complete_checkpoints,
     latest_checkpoint,
@@ -27,9 +30,8 @@ from nemocascade.megatron.checkpoint import (
 from nemocascade.megatron.checkpoint.folder import MANIFEST
 from nemocascade.recipe import CheckpointConfig
 from nemocascade.recipe.changes import STARTED, as_json, changes_of_run
-from nemocascade.runtime.interrupt import EXIT_CODE as INTERRUPTED
-from nemocascade.runtime.interrupt import Interrupt
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.stopping import Stopped
 from nemocascade.runtime.world import World
 from nemocascade.train.trainer import Trainer
 
@@ -42,22 +44,6 @@ class Source(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a position."""
-
-
-STOP = "stop"
-"""A file of this name in the run folder asks the run to save a checkpoint and stop. Schedulers
-create it before a time limit. The run renames it to `stop.done` once the checkpoint is written."""
-
-
-class Stopped(SystemExit):
-    """The run stopped on request, after a checkpoint.
-
-    Exit code 75 asks a scheduler to try again (sysexits); 130 follows Ctrl-C.
-    """
-
-    def __init__(self, step: int, code: int = 75) -> None:
-        super().__init__(code)
-        self.step = step
 
 
 def refused_changes(recipe: Any) -> list[str]:
@@ -97,7 +83,11 @@ class Checkpoints:
         self.resumed: dict[str, Any] | None = None
         """The stored recipe of the checkpoint that the run resumed from."""
         self.saved_step = self.first_step = -1
-        self.interrupt = Interrupt(speaks=world.is_main)
+        self._writer = Writer(world, asynchronous=settings.asynchronous)
+        self._blocked_s = 0.0
+        self.on_saved: Callable[[int], object] = lambda step: None
+        """Called on every rank with the number of finished steps that a new, complete checkpoint
+        covers."""
 
     def start(
         self, trainer: Trainer, source: Source, *, resume: bool, init_from: str = ""
@@ -109,14 +99,13 @@ class Checkpoints:
         Raises CheckpointError on every rank if the checkpoint or artifact cannot be read, or if
         the run folder holds checkpoints and `resume` is off.
         """
-        if self.world.is_main:
-            for name in (STOP, f"{STOP}.done"):
-                (self.run_dir / name).unlink(missing_ok=True)
+        self.finish()
+        self.world.stop.clear()
         folder = self._find(resume=resume)
         if folder is not None:
             extra = load_checkpoint(folder, self.world, trainer.chunks, trainer.optimizer)
             if missing := {"step", "data", "parent"} - extra.keys():
-                raise CheckpointError(folder, [f"extra.json lacks {', '.join(sorted(missing))}"])
+                raise CheckpointError(folder, [f"extra.json has no {', '.join(sorted(missing))}"])
             trainer.step_number = self.saved_step = self.first_step = extra["step"]
             source.load_state_dict(extra["data"])
             self.parent = extra["parent"]
@@ -132,17 +121,23 @@ class Checkpoints:
                 "context_length": artifact.context_length,
             }
             LOGGER.info("weights from %s (%s)", init_from, artifact.digest[:12])
-        self.interrupt.arm()
+        self.world.stop.interrupt.arm()
         return folder
 
     def save(self, trainer: Trainer, source: Source) -> Path | None:
-        """Write a checkpoint of the trainer's step, then delete the oldest beyond `keep`.
+        """Write a checkpoint of the trainer's step, and delete the oldest beyond `keep` after it.
 
-        Returns its folder, or None if this step is already saved.
+        With `checkpoint.asynchronous`, training waits for a copy in host memory only, and for the
+        previous save if that is in progress; `finish` waits for the new one. Returns the folder,
+        or None if this step is already saved.
+
+        Raises CheckpointError on every rank if this or the last checkpoint cannot be written.
         """
         step = trainer.step_number
         if step == self.saved_step:
             return None
+        self.finish()
+        started = time.perf_counter()
         self.world.watch.enter(f"checkpoint of step {step}")
         extra = {
             "step": step,
@@ -151,31 +146,66 @@ class Checkpoints:
             "recipe": self._stored_recipe(),
             "changes": self.changes,
         }
-        folder = save_checkpoint(
-            self.root, step, self.world, trainer.chunks, trainer.optimizer, extra
+        folder = self.root / checkpoint_name(step)
+        save_checkpoint(
+            self.root,
+            step,
+            self.world,
+            trainer.chunks,
+            trainer.optimizer,
+            extra,
+            writer=self._writer,
+            then=lambda: self._prune(folder),
         )
         self.saved_step = step
-        if self.world.is_main:
-            self._prune(folder)
+        self._blocked_s += time.perf_counter() - started
+        self.world.watch.enter(f"after step {step}")
+        if not self._writer.is_busy:
+            self.on_saved(step)
         return folder
+
+    def finish(self) -> None:
+        """Wait until the checkpoint in progress, if there is one, is complete.
+
+        Raises CheckpointError on every rank if it cannot be written; the previous one stays.
+        """
+        started = time.perf_counter()
+        if self._writer.finish():
+            self._blocked_s += time.perf_counter() - started
+            self.on_saved(self.saved_step)
+
+    def take_blocked_s(self) -> float:
+        """Seconds that training has waited for checkpoints since the last call."""
+        seconds, self._blocked_s = self._blocked_s, 0.0
+        return seconds
 
     def stop_if_asked(self, trainer: Trainer, source: Source) -> None:
         """After a step: if RUN/stop exists, or after Ctrl-C, save a checkpoint and raise Stopped on
-        every rank."""
-        request = self.run_dir / STOP
-        interrupted, asked = self.world.broadcast_object((self.interrupt.asked, request.exists()))
-        if not (interrupted or asked):
-            return
-        self.save(trainer, source)
-        if asked and self.world.is_main:
-            request.replace(request.with_name(f"{STOP}.done"))
-        LOGGER.info(
-            "stopped on request after step %d, which is saved: the same command resumes from it",
-            trainer.step_number,
+        every rank.
+
+        Raises CheckpointError on every rank if a checkpoint that was in progress has failed.
+        """
+        is_asked, is_done = self.world.broadcast_object(
+            (self.world.stop.look(), self._writer.is_done)
         )
-        self.interrupt.disarm()
+        if is_done:
+            self.finish()
+        if is_asked:
+            self.stop(trainer, source)
+
+    def stop(self, trainer: Trainer, source: Source) -> NoReturn:
+        """Save a checkpoint of the last finished step, if there is one, and raise Stopped on every
+        rank."""
+        step = trainer.step_number
+        if step:
+            self.save(trainer, source)
+            self.finish()
+            said = f"after step {step}, which is saved: the same command resumes from it"
+        else:
+            said = "before the first step was finished: the same command resumes"
+        LOGGER.info("stopped on request %s", said)
         self.world.barrier()
-        raise Stopped(trainer.step_number, INTERRUPTED if interrupted else 75)
+        raise Stopped(step, interrupted=self.world.broadcast_object(self.world.stop.finish()))
 
     def write_artifact(
         self,
@@ -192,7 +222,8 @@ class Checkpoints:
         the settings that trained its weights. recipe: a dataclass. data: description of the
         training data, JSON values only.
         """
-        self.interrupt.disarm()
+        self.finish()
+        self.world.stop.interrupt.disarm()
         folder, settings = self.run_dir / "artifact", as_json(recipe)
         if trainer.step_number == self.first_step:
             if self.world.broadcast_object(self.world.is_main and _is_whole(folder)):
@@ -278,7 +309,7 @@ class Checkpoints:
         wanted = None
         if init_from:
             if not Path(init_from).exists():
-                LOGGER.info("init_from %s is gone; the run goes on without it", init_from)
+                LOGGER.info("init_from %s is gone; the run continues without it", init_from)
                 return
             wanted = read_artifact(Path(init_from)).digest
         had = self.parent["digest"] if self.parent else None

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from nemocascade_kernels import mopd_advantage
 
 from nemocascade.megatron.config import CascadeConfig
+from nemocascade.megatron.distillation import StatesOf
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.schedule import run_schedule
 from nemocascade.runtime.world import World
@@ -50,11 +51,16 @@ def on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def outputs_on_host(outputs: Sequence[Any]) -> list[Any]:
-    """Outputs of `run_schedule` with `logprob` and `metrics` on the host."""
-    tensors = [t for o in outputs for t in (o.logprob, *o.metrics.values())]
+    """Outputs of `run_schedule` with their values by row and `metrics` on the host."""
+    names = [n for n in ("logprob", "divergence") if any(hasattr(o, n) for o in outputs)]
+    tensors = [t for o in outputs for t in (*(getattr(o, n) for n in names), *o.metrics.values())]
     found = iter(on_host(tensors))
     return [
-        replace(o, logprob=next(found), metrics={name: next(found) for name in o.metrics})
+        replace(
+            o,
+            **{name: next(found) for name in names},
+            metrics={name: next(found) for name in o.metrics},
+        )
         for o in outputs
     ]
 
@@ -102,18 +108,18 @@ def domain_means(
     outputs: Sequence[Any],
     batches: Sequence[PackedBatch],
     domains: Sequence[str],
-    rows: Callable[[torch.Tensor, PackedBatch], Mapping[str, torch.Tensor]],
+    rows: Callable[[Any, PackedBatch], Mapping[str, torch.Tensor]],
 ) -> dict[str, float]:
     """`name/domain`: means over the trained tokens of each domain, on every rank.
 
     outputs: from `run_schedule`. batches: this rank's, on the host; their `document_ids` are
-    indices into `domains`. rows: computes quantities [R] from the log-probabilities [R] of the
-    training pass and the batch.
+    indices into `domains`. rows: computes quantities [R] from the output of the training pass and
+    the batch.
     """
     sums: dict[str, list[float]] = {}
     first_of_shards = world.tp_rank == 0
     for out, batch in zip(outputs if first_of_shards else [], batches, strict=False):
-        found = rows(out.logprob.float().cpu(), batch)
+        found = rows(out, batch)
         bounds = batch.own_cu_seqlens().tolist()
         for number, start, end in zip(batch.document_ids, bounds[:-1], bounds[1:], strict=False):
             trained = batch.token_weight[start:end] != 0
@@ -146,9 +152,10 @@ def mopd_metrics(
     student's own tokens. Arguments are those of `domain_means`, and the bounds of the gate.
     """
 
-    def rows(logprob: torch.Tensor, batch: PackedBatch) -> dict[str, torch.Tensor]:
+    def rows(out: Any, batch: PackedBatch) -> dict[str, torch.Tensor]:
         assert batch.teacher_logprob is not None
         assert batch.rollout_logprob is not None
+        logprob = out.logprob.float().cpu()
         advantage, importance = mopd_advantage(
             batch.teacher_logprob,
             logprob,
@@ -165,6 +172,26 @@ def mopd_metrics(
             "importance": importance,
             "gated": gated,
         }
+
+    overall = policy_metrics(world, outputs, batches)
+    return overall | domain_means(world, outputs, batches, domains, rows)
+
+
+def distill_metrics(
+    world: World,
+    outputs: Sequence[Any],
+    batches: Sequence[PackedBatch],
+    *,
+    domains: Sequence[str],
+    divergence: str,
+) -> dict[str, float]:
+    """`policy_metrics`, and by domain the divergence, under its name.
+
+    Arguments are those of `domain_means`.
+    """
+
+    def rows(out: Any, batch: PackedBatch) -> dict[str, torch.Tensor]:
+        return {divergence: out.divergence.float().cpu()}
 
     overall = policy_metrics(world, outputs, batches)
     return overall | domain_means(world, outputs, batches, domains, rows)
@@ -197,6 +224,27 @@ def token_logprobs(
     last = dist.get_global_rank(world.groups.pp, world.parallel.pp - 1)
     dist.broadcast(found, src=last, group=world.groups.pp)
     return list(found.cpu())
+
+
+@torch.no_grad()
+def last_states(
+    world: World, config: CascadeConfig, chunks: Sequence[Any], batches: Sequence[PackedBatch]
+) -> list[torch.Tensor]:
+    """Last hidden states of the trained rows of each of this rank's batches, [N, H] on the host, in
+    the dtype of activations; [] on all but the last pipeline stage.
+
+    All data-parallel ranks pass the same number of batches.
+    """
+    for chunk in chunks:
+        chunk.eval()
+    micro = [Microbatch.from_batch(b, world.device) for b in batches]
+    rows = {id(m): b.token_weight.nonzero()[:, 0] for m, b in zip(micro, batches, strict=True)}
+    outputs = run_schedule(
+        world, config, chunks, micro, lambda m: StatesOf(rows[id(m)]), forward_only=True
+    )
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    return [o.hidden for o in outputs]
 
 
 def whole_rows(world: World, rows: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

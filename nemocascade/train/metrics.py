@@ -1,23 +1,24 @@
-"""Metrics of a step and their outputs: metrics.jsonl, TensorBoard, log.txt and a live line on rank
-0."""
+"""Metrics of a step and their outputs on rank 0: metrics.jsonl, trackers and the progress line."""
 
 from __future__ import annotations
 
 import json
 import math
 import resource
-import sys
-import time
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from nemocascade.recipe import PolicyRecipe, SftRecipe
+from nemocascade.recipe.changes import as_json
 from nemocascade.runtime.files import naming, write_text
 from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
 from nemocascade.train.flops import peak_tflops
+from nemocascade.train.progress import Progress
+from nemocascade.train.trackers import Trackers
 from nemocascade.train.trainer import StepResult
 
 
@@ -81,27 +82,20 @@ class MetricsWriter:
     """Writes one record per step on the main rank; does nothing on other ranks.
 
     When a run resumes, lines of metrics.jsonl after the first `first_step` steps are dropped, so
-    that each step appears once.
+    that each step appears once. recipe: the resolved recipe of the stage, for its trackers.
     """
 
-    def __init__(
-        self, run_dir: Path, *, is_main: bool, first_step: int, steps: int, tensorboard: bool
-    ) -> None:
-        self.steps = steps
+    def __init__(self, recipe: SftRecipe | PolicyRecipe, world: World, first_step: int) -> None:
+        run_dir = Path(recipe.run_dir)
         self.path = run_dir / "metrics.jsonl"
         self.file: TextIO | None = None
-        self.board: Any = None
-        self.started = time.monotonic()
-        self.first_step = first_step
-        self.live = is_main and sys.stderr.isatty()
-        if not is_main:
+        if not world.is_main:
             return
         _keep_steps_until(self.path, first_step)
         self.file = self.path.open("a", encoding="utf-8")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self.trackers = Trackers(recipe.log.chosen, run_dir, as_json(recipe), first_step)
+        self.progress = Progress(world.console, steps=recipe.steps, first_step=first_step)
+        world.watch.on_change = self.progress.show_activity
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Record `values` of `step`, counted from 0; files and messages count from 1."""
@@ -110,39 +104,14 @@ class MetricsWriter:
         with naming(self.path):
             self.file.write(json.dumps({"step": step + 1, **values}) + "\n")
             self.file.flush()
-        if self.board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, step + 1)
-        self._show(step, values)
-
-    def _show(self, step: int, values: dict[str, Any]) -> None:
-        done = step + 1 - self.first_step
-        left = (time.monotonic() - self.started) / max(1, done) * (self.steps - step - 1)
-        parts = [f"step {step + 1}/{self.steps}"]
-        for name, text in (
-            ("loss", "loss {:.4f}"),
-            ("heldout_loss", "held-out {:.4f}"),
-            ("grad_norm", "grad norm {:.3f}"),
-            ("lr", "lr {:.2e}"),
-            ("tokens_per_s", "{:,.0f} tokens/s"),
-            ("mfu", "MFU {:.1%}"),
-        ):
-            if isinstance(values.get(name), int | float):
-                parts.append(text.format(values[name]))
-        line = "  ".join(parts) + f"  {left / 60:.1f} min left"
-        if self.live:
-            sys.stderr.write("\r\x1b[2K" + line + ("\n" if step + 1 == self.steps else ""))
-            sys.stderr.flush()
-        elif done <= 3 or (step + 1) % max(1, self.steps // 20) == 0 or "heldout_loss" in values:
-            LOGGER.info(line)
+        self.trackers.log(step + 1, values)
+        self.progress.show(step, values)
 
     def close(self) -> None:
         """Flush and close the files."""
         if self.file is not None:
             self.file.close()
-        if self.board is not None:
-            self.board.close()
+            self.trackers.close()
 
 
 def _keep_steps_until(path: Path, last: int) -> None:

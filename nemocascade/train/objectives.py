@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nemocascade_kernels import Grpo, Mopd, Nll, Truncation
+from nemocascade_kernels import Divergence, Grpo, Mopd, Nll, Truncation
 
+from nemocascade.megatron.distillation import Distillation
 from nemocascade.recipe.grpo import GrpoConfig
 from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.types import PackedBatch
 
 Objective = Callable[[PackedBatch], Any]
-"""Maps a batch to its objective for `linear_policy_loss`."""
+"""Maps a batch to the objective of its loss, see `CascadeModel.forward`."""
 
 
 def nll_objective(batch: PackedBatch) -> Nll:
@@ -62,6 +63,16 @@ def mopd_objective(ratio_low: float, ratio_high: float) -> Objective:
             ratio_low,
             ratio_high,
         )
+
+    return objective
+
+
+def distill_objective(divergence: Divergence) -> Objective:
+    """The divergence of the student from the teachers of `PackedBatch.taught`, exact in every state
+    of the rollouts."""
+
+    def objective(batch: PackedBatch) -> Distillation:
+        return Distillation(batch.token_weight, divergence, batch.taught)
 
     return objective
 

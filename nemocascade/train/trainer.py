@@ -37,6 +37,7 @@ from nemocascade.train.evaluation import (
     sum_of_losses,
 )
 from nemocascade.train.flops import batch_flops
+from nemocascade.train.garbage import GarbageCollection
 from nemocascade.train.objectives import Objective, nll_objective
 from nemocascade.types import PackedBatch
 
@@ -95,12 +96,37 @@ class Trainer:
             seed=seed,
             # A CPU's product with accumulation depends on its BLAS; the plain one does not.
             fuse_weight_gradient=world.device.type == "cuda",
+            fp8_linears=accelerators.te_linears,
         )
-        self.modules: list[CascadeModel] = build_model(world, self.config, accelerators)
-        self.chunks = wrap_ddp(world, self.config, self.modules, distributed=optimizer.distributed)
-        self.optimizer = Optimizer(optimizer, self.chunks, world, self.config, accelerators)
+        self._modules: list[CascadeModel] = build_model(world, self.config, accelerators)
+        self._chunks = wrap_ddp(
+            world,
+            self.config,
+            self._modules,
+            distributed=optimizer.distributed,
+            gradients=engine.gradients,
+            overlap_gather=engine.overlap_parameter_gather,
+        )
+        self.optimizer = Optimizer(optimizer, self._chunks, world, self.config, accelerators)
+        self._garbage = GarbageCollection(engine.gc_every)
         self.step_number = 0
-        """Number of steps done; messages and files name the one under way, counted from 1."""
+        """Number of steps done; messages and files name the current one, counted from 1."""
+
+    @property
+    def modules(self) -> list[CascadeModel]:
+        """The model's chunks on this rank; their weights are those of the last step."""
+        self._finish_gather()
+        return self._modules
+
+    @property
+    def chunks(self) -> list[Any]:
+        """`modules` with their gradient buffers."""
+        self._finish_gather()
+        return self._chunks
+
+    def _finish_gather(self) -> None:
+        if self.optimizer.gather is not None:
+            self.optimizer.gather.finish()
 
     def train_step(
         self,
@@ -147,7 +173,7 @@ class Trainer:
             for b in batches
         ]
         outputs = run_schedule(
-            self.world, self.config, self.chunks, micro, lambda m: objective(batch_of(m))
+            self.world, self.config, self._chunks, micro, lambda m: objective(batch_of(m))
         )
         # The host waits for the device here only. The results include whatever may stop the step,
         # so they are read before any weight changes.
@@ -161,6 +187,7 @@ class Trainer:
         norm = self._update(float(loss), squares.tolist(), batches)
         self._start_routers(routing)
         self.step_number += 1
+        self._garbage.after_step(self.step_number)
         watch.enter(f"after step {self.step_number}")
         load, bias = table
         has_bias = self.config.shape.router_bias
@@ -176,7 +203,7 @@ class Trainer:
         )
 
     def _zero_gradients(self) -> None:
-        for chunk in self.chunks:
+        for chunk in self._chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -256,7 +283,7 @@ class Trainer:
 
     def routers(self) -> list[MoEMixer]:
         """The MoE mixers of this rank, in layer order."""
-        return [m for c in self.modules for m in c.modules() if isinstance(m, MoEMixer)]
+        return [m for c in self._modules for m in c.modules() if isinstance(m, MoEMixer)]
 
     def _routing(self) -> Tensor:
         """Load of every expert and its selection bias after the step, [2, MoE layers, experts]

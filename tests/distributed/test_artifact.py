@@ -178,3 +178,57 @@ def test_other_layouts_read_and_write_the_same_weights(artifact: Artifact, tmp_p
     assert unequal(target, artifact.folder) == []
     layout = json.loads((target / "manifest.json").read_text())["layout"]
     assert (layout["world"], layout["tp"], layout["ep"]) == (2, 2, 2)
+
+
+def bytes_read(folder: str, layouts: list[dict[str, Any]]) -> list[int]:
+    """Bytes of weights that this rank reads to load an artifact on each layout."""
+    from helpers.ranks import join_group
+
+    from nemocascade.megatron.checkpoint.storage import Reader
+
+    read, found = Reader._read, []
+    count = 0
+
+    def counting(self: Any, source: Any, box: Any) -> torch.Tensor:
+        nonlocal count
+        values = read(self, source, box)
+        count += values.nbytes
+        return values
+
+    Reader._read = counting  # type: ignore[method-assign]
+    for number, layout in enumerate(layouts):
+        join_group(f"world {number}")
+        world = start_world(ParallelConfig(**layout), EngineConfig(precision="fp32"))
+        fresh = make_trainer({"seed": 2}, world)
+        count = 0
+        artifact = read_artifact(Path(folder))
+        load_artifact_weights(artifact, world, fresh.chunks, fresh.optimizer)
+        found.append(count)
+        # The manifest covers every byte, so equal files are equal weights.
+        again = Path(f"{folder}.{number}")
+        write_artifact(again, world, fresh.chunks, Provenance(**MADE_BY))
+        world.close()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_replicas_read_storage_once(
+    ranks: int, world: World, trainer: Trainer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "artifact"
+    write_artifact(folder, world, trainer.chunks, Provenance(**MADE_BY))
+    stored = sum(
+        p.numel() * p.element_size() for chunk in trainer.chunks for p in chunk.parameters()
+    )
+    layouts: list[dict[str, Any]] = (
+        [{}, {"ep": 2}] if ranks == 2 else [{}, {"ep": 2}, {"tp": 2, "ep": 2}]
+    )
+    each = run_ranks(bytes_read, ranks, {"folder": str(folder), "layouts": layouts})
+    for number, layout in enumerate(layouts):
+        counts = [found[number] for found in each]
+        # Each tensor-parallel rank reads what all of them hold: norms and routers.
+        tolerance = 1.1 if layout.get("tp", 1) == 1 else 1.4
+        assert stored <= sum(counts) <= tolerance * stored + 2000, layout
+        assert max(counts) <= 0.7 * sum(counts) if ranks == 2 else 0.5 * sum(counts), layout
+        loaded = Path(f"{folder}.{number}")
+        assert unequal(folder, loaded) == [], layout

@@ -164,6 +164,32 @@ def test_four_ranks_with_every_kind(
     run_and_resume(tmp_path, FOUR_RANKS, [(layout, k) for k in range(len(KINDS))], 4, single)
 
 
+@pytest.mark.slow
+def test_a_run_moves_from_cp_2_to_one_process_to_cp_4(tmp_path: Path) -> None:
+    """Its losses and its end are those of one process that never stopped, within rounding."""
+    end = STEPS + HALF
+    kind = KINDS[0]
+    whole = {**train(tmp_path / "whole", ONE, kind), "steps": end, "save_at": [end]}
+    losses = run_ranks(run_jobs, 1, {"jobs": [whole]})[0][0]["losses"]
+    found, source = [], None
+    for name, ranks, parallel, last in (
+        ("two", 2, TWO_RANKS["cp2"], HALF),
+        ("one", 1, ONE, STEPS),
+        ("four", 4, FOUR_RANKS["cp4"], end),
+    ):
+        job = {**train(tmp_path / name, parallel, kind), "steps": last, "save_at": [last]}
+        if source is not None:
+            job["load"] = str(source)
+        found += run_ranks(run_jobs, ranks, {"jobs": [job]}, timeout_s=500)[0][0]["losses"]
+        source = folder(tmp_path / name, last)
+    assert found == pytest.approx(losses, rel=LOSS_TOLERANCE["fp32"])
+    for prefix in ("model/", "optimizer/exp_avg/", "optimizer/exp_avg_sq/"):
+        distances = distance(
+            folder(tmp_path / "four", end), folder(tmp_path / "whole", end), prefix
+        )
+        assert distances < 1e-3
+
+
 def test_keys_do_not_depend_on_the_optimizer(single: list[tuple[Path, dict[str, Any]]]) -> None:
     plain = {"parallel": ONE, "precision": "fp32", "distributed": False, "shape": "relu2"}
     moved = single[0][0].parent / "plain"
@@ -174,6 +200,30 @@ def test_keys_do_not_depend_on_the_optimizer(single: list[tuple[Path, dict[str, 
     assert unequal(folder(moved, STEPS), folder(single[0][0], STEPS)) == []
     keys = read_tensors(folder(moved, STEPS)).keys()
     assert {key.split("/")[0] for key in keys} == {"model", "optimizer", "rng"}
+
+
+def test_every_rank_writes_as_much_as_the_others(tmp_path: Path) -> None:
+    """The largest file is at most 1.2 times the mean, also without the distributed optimizer."""
+    layouts: dict[str, dict[str, int]] = {
+        "dp4": {},
+        "tp2 dp2": {"tp": 2},
+        "ep2": {"ep": 2},
+        "ep4": {"ep": 4},
+        "tp2 ep2": {"tp": 2, "ep": 2},
+        "ep2 etp2": {"ep": 2, "etp": 2},
+        "cp2 dp2": {"cp": 2},
+    }
+    cases = [(name, k) for name in layouts for k in (0, 1, 2)]
+    jobs = []
+    for name, k in cases:
+        job = train(tmp_path / "unused", layouts[name], KINDS[k])
+        jobs.append({**job, "steps": 0, "resave": str(tmp_path / name / str(k))})
+    run_ranks(run_jobs, 4, {"jobs": jobs}, timeout_s=300)
+    for name, k in cases:
+        files = sorted(folder(tmp_path / name / str(k), 0).glob("rank_*.safetensors"))
+        sizes = [file.stat().st_size for file in files]
+        assert len(sizes) == 4
+        assert max(sizes) <= 1.2 * sum(sizes) / 4, (name, name_of(KINDS[k]), sizes)
 
 
 def test_before_the_first_step(tmp_path: Path) -> None:

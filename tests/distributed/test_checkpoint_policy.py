@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,17 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.checkpoint_jobs import make_trainer
 from helpers.kill_jobs import Position
 
 from nemocascade.megatron.artifact import Provenance, write_artifact
 from nemocascade.megatron.checkpoint import (
     CheckpointError,
+    Writer,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
 from nemocascade.megatron.checkpoint.errors import NonFiniteWeightsError
+from nemocascade.megatron.checkpoint.storage import write_shards
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import CheckpointConfig, EngineConfig, ParallelConfig, SftRecipe
 from nemocascade.runtime.world import World
@@ -49,6 +55,7 @@ def saved(
     for step in steps:
         trainer.step_number = step
         checkpoints.save(trainer, loader())
+    checkpoints.finish()
     return checkpoints
 
 
@@ -104,6 +111,7 @@ def test_rolling_back_by_the_pointer(tmp_path: Path, world: World, trainer: Trai
         next(trainer.modules[0].parameters()).fill_(0.5)
     trainer.step_number = 4
     checkpoints.save(trainer, loader())
+    checkpoints.finish()
     other = make_trainer({"seed": 9}, world)
     load_checkpoint(root / "step_00000004", world, other.chunks, other.optimizer)
     assert bool((next(other.modules[0].parameters()) == 0.5).all())
@@ -126,12 +134,136 @@ def test_a_run_keeps_its_parent(tmp_path: Path, world: World, trainer: Trainer) 
     checkpoints.start(trainer, loader(), resume=True, init_from=folders[0])
     trainer.step_number = 2
     checkpoints.save(trainer, loader())
+    checkpoints.finish()
     again = Checkpoints(run, CheckpointConfig(), world)
     again.start(trainer, loader(), resume=True, init_from=folders[0])
     assert again.parent == checkpoints.parent
     for init_from in (folders[1], ""):
         with pytest.raises(CheckpointError, match="started from the artifact"):
             again.start(trainer, loader(), resume=True, init_from=init_from)
+
+
+def test_an_asynchronous_save_is_of_its_own_step(
+    tmp_path: Path, world: World, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that change during the write are not in it; one save at a time is written."""
+    started, may_write = threading.Event(), threading.Event()
+    writing: list[int] = []
+
+    def slow(*arguments: Any) -> Any:
+        writing.append(1)
+        assert sum(writing) == 1
+        started.set()
+        assert may_write.wait(60)
+        written = write_shards(*arguments)
+        writing.append(-1)
+        return written
+
+    monkeypatch.setattr("nemocascade.megatron.checkpoint.writing.write_shards", slow)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), world)
+    covered: list[int] = []
+    checkpoints.on_saved = covered.append
+    parameter = next(trainer.modules[0].parameters())
+    for step in (2, 4, 6):
+        trainer.step_number = step
+        with torch.no_grad():
+            parameter.fill_(step)
+        checkpoints.save(trainer, loader())
+        assert started.wait(60)
+        assert step not in covered
+        with torch.no_grad():
+            parameter.fill_(-1.0)
+        checkpoints.stop_if_asked(trainer, loader())
+        may_write.set()
+    checkpoints.finish()
+    assert covered == [2, 4, 6]
+    assert checkpoints.take_blocked_s() > 0.0
+    assert checkpoints.take_blocked_s() == 0.0
+    for step in (4, 6):
+        folder = tmp_path / f"checkpoints/step_{step:08d}"
+        other = make_trainer({"seed": 9}, world)
+        load_checkpoint(folder, world, other.chunks, other.optimizer)
+        assert bool((next(other.modules[0].parameters()) == step).all())
+
+
+def test_a_failed_write_ends_the_run_and_the_last_checkpoint_stays(
+    tmp_path: Path, world: World, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = saved(tmp_path, world, trainer, [2])
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nemocascade.megatron.checkpoint.writing.write_shards", full)
+
+    def until_told() -> None:
+        while True:
+            checkpoints.stop_if_asked(trainer, loader())
+
+    def save_again() -> None:
+        trainer.step_number += 1
+        checkpoints.save(trainer, loader())
+
+    for notice in (until_told, save_again, checkpoints.finish):
+        trainer.step_number += 1
+        checkpoints.save(trainer, loader())
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            notice()
+        assert names(tmp_path) == ["latest", "step_00000002"]
+        assert latest_checkpoint(checkpoints.root) == checkpoints.root / "step_00000002"
+
+
+def test_a_run_that_fails_completes_its_save_before_it_leaves_the_folder(
+    tmp_path: Path, world: World, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write = threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        assert may_write.wait(60)
+        return write_shards(*arguments)
+
+    monkeypatch.setattr("nemocascade.megatron.checkpoint.writing.write_shards", slow)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), world)
+    trainer.step_number = 2
+    checkpoints.save(trainer, loader())
+    later = threading.Timer(0.3, may_write.set)
+    later.start()
+    world.at_close.close()
+    assert latest_checkpoint(checkpoints.root) == checkpoints.root / "step_00000002"
+    later.join()
+
+
+def test_a_run_that_fails_does_not_wait_for_ranks_that_have_ended(
+    tmp_path: Path, world: World, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemocascade.megatron.checkpoint.background.ABANDONED_S", 0.1)
+    two = replace(world, size=2, at_close=ExitStack())
+    writer = Writer(two, asynchronous=True)
+    writer._name, writer._store = "job", dist.HashStore()
+    root = tmp_path / "checkpoints"
+    save_checkpoint(root, 2, world, trainer.chunks, trainer.optimizer, {}, writer=writer)
+    assert writer.is_busy
+    two.at_close.close()
+    assert not writer.is_busy
+    assert names(tmp_path) == []
+
+
+def test_without_memory_for_a_copy_saves_are_synchronous(
+    tmp_path: Path,
+    world: World,
+    trainer: Trainer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("nemocascade.megatron.checkpoint.background.HOST_SHARE", 0.0)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), world)
+    for step in (2, 4):
+        trainer.step_number = step
+        checkpoints.save(trainer, loader())
+        assert latest_checkpoint(checkpoints.root) == checkpoints.root / f"step_{step:08d}"
+    [warning] = [r.getMessage() for r in caplog.records if "synchronously" in r.getMessage()]
+    assert "of host memory that is available" in warning
+    assert "--checkpoint.asynchronous False" in warning
 
 
 @pytest.mark.parametrize("extra", [{"a": (1, 2)}, {1: 2}, {"a": float("nan")}, {"a": {1}}])
@@ -165,8 +297,9 @@ def test_no_weight_that_is_not_finite_is_saved(
     with torch.no_grad():
         parameter.view(-1)[-1] = value
     trainer.step_number = 3
+    checkpoints.save(trainer, loader())
     with pytest.raises(NonFiniteWeightsError, match=f"{name} holds NaN or infinite") as caught:
-        checkpoints.save(trainer, loader())
+        checkpoints.finish()
     assert caught.value.exit_code == 3
     with pytest.raises(NonFiniteWeightsError, match=f"{name} holds NaN or infinite"):
         write_artifact(tmp_path / "artifact", world, trainer.chunks, Provenance("s", 3, {}, {}, {}))
@@ -204,6 +337,7 @@ def test_changed_settings_are_named_and_need_consent(
     first = resumed(world, trainer, with_lr(tmp_path, 0.003))
     trainer.step_number = 2
     first.save(trainer, loader())
+    first.finish()
     assert refused_changes(with_lr(tmp_path, 0.003, steps=9, checkpoint=CheckpointConfig())) == []
     changed = with_lr(tmp_path, 0.1)
     [problem] = refused_changes(changed)
@@ -214,6 +348,7 @@ def test_changed_settings_are_named_and_need_consent(
     second = resumed(world, trainer, accepted)
     trainer.step_number = 4
     second.save(trainer, loader())
+    second.finish()
     # The change is part of the run from now on.
     assert refused_changes(changed) == []
     manifest = artifact_of(second, trainer)
@@ -228,6 +363,7 @@ def test_an_artifact_names_the_settings_that_trained_it(
     first = resumed(world, trainer, with_lr(tmp_path, 0.003))
     trainer.step_number = 2
     first.save(trainer, loader())
+    first.finish()
     # Stopped between the last checkpoint and the artifact, and resumed with another rate.
     late = resumed(world, trainer, with_lr(tmp_path, 0.1, accept_changes=True))
     manifest = artifact_of(late, trainer)

@@ -127,6 +127,14 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
     },
     2: {
         "recompute": {"parallel": {"ep": 2}, "engine": {"recompute": True}},
+        "recompute ME": {
+            "parallel": {"ep": 2},
+            "engine": {"recompute_layers": "ME", "gc_every": 3},
+        },
+        "bf16 gradients": {
+            "parallel": {"ep": 2},
+            "engine": {"precision": "bf16", "gradients": "bf16"},
+        },
         "plain optimizer": {"parallel": {"ep": 2}, "optimizer": {"distributed": False}},
         "empty chunks": {"parallel": {"pp": 2, "vpp": 2, "pipeline_layout": "|MEM*||EME*"}},
         "DP2, tied": {"parallel": {}, **TIED},
@@ -176,13 +184,20 @@ def test_variant_equals_the_default(name: str, results: dict[str, list[list[floa
     assert max(worst(results[name], results["one"])) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["recompute", "recompute ME"])
+def test_recomputed_layers_give_the_same_bits(
+    name: str, results: dict[str, list[list[float]]]
+) -> None:
+    assert results[name] == results["EP2"]
+
+
 @pytest.mark.parametrize("name", ["DP2, tied", "PP2, tied"])
 def test_tied_embeddings(name: str, results: dict[str, list[list[float]]]) -> None:
     assert max(worst(results[name], results["one, tied"])) <= TOLERANCE
     assert results["one, tied"] != results["one"]
 
 
-@pytest.mark.parametrize("name", ["TP2, bf16", "PP2 VPP2, bf16"])
+@pytest.mark.parametrize("name", ["TP2, bf16", "PP2 VPP2, bf16", "bf16 gradients"])
 def test_bf16_layouts_agree(name: str, results: dict[str, list[list[float]]]) -> None:
     """bf16 rounds differently in every layout; the losses still agree to its precision."""
     assert worst(results[name], results["one, bf16"])[0] <= 5e-3

@@ -224,7 +224,7 @@ def encode_a_share() -> dict[str, Any]:
     import pytest
     from helpers.data import sentencepiece_tokenizer
 
-    from nemocascade.data.chat_template import encode
+    from nemocascade.data.tokenizer import Tokenizer
     from nemocascade.megatron.world import start_world
     from nemocascade.recipe import EngineConfig, ParallelConfig, RolloutConfig
     from nemocascade.rl.prompts import encode_prompts
@@ -232,9 +232,11 @@ def encode_a_share() -> dict[str, Any]:
 
     calls = []
 
-    def counted(*arguments: Any) -> Any:
+    prompt_ids = Tokenizer.prompt_ids
+
+    def counted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
-        return encode(*arguments)
+        return prompt_ids(*arguments, **options)
 
     world = start_world(ParallelConfig(), EngineConfig(precision="fp32"))
     prompts = [
@@ -242,7 +244,7 @@ def encode_a_share() -> dict[str, Any]:
         for n in range(101)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nemocascade.rl.prompts.encode", counted)
+        patch.setattr(Tokenizer, "prompt_ids", counted)
         found = encode_prompts(
             prompts, sentencepiece_tokenizer(), RolloutConfig(max_prompt_tokens=80), world
         )

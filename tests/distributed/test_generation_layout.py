@@ -327,3 +327,34 @@ def test_the_step_changes_the_rollouts(results: Results) -> None:
 
 def largest(found: list[float], wanted: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(found, wanted, strict=True))
+
+
+def copy_on_nodes_of_two_sizes() -> str:
+    """Digest of the weights copied from TP2 to every rank, on nodes of 2, 1 and 1 ranks."""
+    import hashlib
+    import os
+
+    import torch
+
+    from nemocascade.megatron.config import Accelerators, make_config
+    from nemocascade.megatron.model import build_model
+    from nemocascade.megatron.replica import Replica
+    from nemocascade.megatron.world import generation_world, start_world
+    from nemocascade.recipe import EngineConfig, MoeTrainingConfig, ParallelConfig
+
+    os.environ["LOCAL_WORLD_SIZE"] = "2" if int(os.environ["RANK"]) < 2 else "1"
+    engine, shape = EngineConfig(precision="fp32", timeout_s=60), model_of("even")
+    world = start_world(ParallelConfig(tp=2), engine)
+    config = make_config(shape, world.parallel, engine, MoeTrainingConfig(), seed=3)
+    chunks = build_model(world, config, Accelerators())
+    alone = generation_world(world, ParallelConfig(), engine)
+    copy = Replica(world, chunks, alone, shape, engine, Accelerators())
+    copy.load()
+    weights = torch.cat([p.flatten() for chunk in copy.chunks for p in chunk.parameters()])
+    assert bool(weights.any())
+    return hashlib.sha256(weights.numpy().tobytes()).hexdigest()
+
+
+def test_ranks_agree_on_the_sources_where_a_node_has_fewer_ranks() -> None:
+    found = run_ranks(copy_on_nodes_of_two_sizes, 4)
+    assert len(set(found)) == 1

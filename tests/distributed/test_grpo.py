@@ -211,16 +211,16 @@ def test_the_curriculum_follows_the_rewards(runs: dict[str, Any]) -> None:
 def test_a_stopped_run_goes_on_bit_for_bit(runs: dict[str, Any]) -> None:
     """Rollouts included: the artifact's weights are the same files."""
     timing = {
-        "rollout_time_s",
-        "step_time_s",
-        "tokens_per_s",
         "tflops_per_rank",
         "mfu",
         "groups_ahead",
+        # What is cancelled, and when a slot is filled, depends on timing.
+        *("decode_steps", "decode_rows", "preemptions", "offloads", "prefill_tokens", "verdicts"),
     }
     timing.add("peak_memory_gib")
     for ours, theirs in zip(runs["parts"], runs["whole"], strict=True):
         shown = [k for k in theirs if k not in timing and not k.startswith("heldout")]
+        shown = [k for k in shown if not k.endswith("_s")]
         assert {k: ours[k] for k in shown} == {k: theirs[k] for k in shown}
     hashes = []
     for name in ("whole", "parts"):

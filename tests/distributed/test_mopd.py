@@ -17,6 +17,11 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "PP2": {"pp": 2},
     "CP2": {"cp": 2},
 }
+DIVERGENCES: dict[str, dict[str, Any]] = {
+    "": {},
+    "exact-": {"divergence": "reverse_kl"},
+}
+"""The prefix of a run's name, and its settings."""
 STEPS = 2
 DOMAINS = ("instruction_following", "math")
 EXACT = ("reward", "response_tokens", "trained_tokens")
@@ -58,7 +63,10 @@ def teach(artifact: str, teacher: str, folder: str, parallel: dict[str, Any], **
                 dynamic_filtering=False,
             ),
             mopd=MopdConfig(
-                capacity=256, keep=more.get("keep", "host"), score_rollouts=more.get("scored", True)
+                capacity=256,
+                keep=more.get("keep", "host"),
+                score_rollouts=more.get("scored", True),
+                divergence=more.get("divergence", "sampled"),
             ),
             envs=EnvConfig(if_language_check="letters"),
             optimizer=OptimizerConfig(lr=1e-3, min_lr=0.0, warmup_steps=0, schedule="constant"),
@@ -85,17 +93,23 @@ def alone(folder: str) -> dict[str, Any]:
     # Any other weights will do for a teacher.
     other = replace(sft_recipe(f"{folder}/first", DOMAINS), steps=4, init_from=artifact)
     run_sft(other)
-    whole = teach(artifact, teacher, f"{folder}/whole", {})
-    teach(artifact, teacher, f"{folder}/parts", {}, steps=1)
-    parts = teach(artifact, teacher, f"{folder}/parts", {}, keep="disk", scored=False)
-    return {"artifact": artifact, "teacher": teacher, "whole": whole, "parts": parts}
+    found: dict[str, Any] = {"artifact": artifact, "teacher": teacher}
+    for prefix, more in DIVERGENCES.items():
+        there = f"{folder}/{prefix}"
+        found[f"{prefix}whole"] = teach(artifact, teacher, f"{there}whole", {}, **more)
+        teach(artifact, teacher, f"{there}parts", {}, steps=1, **more)
+        found[f"{prefix}parts"] = teach(
+            artifact, teacher, f"{there}parts", {}, keep="disk", scored=False, **more
+        )
+    return found
 
 
 def together(artifact: str, teacher: str, folder: str) -> dict[str, Lines]:
     """Two ranks, layout by layout."""
     return {
-        name: teach(artifact, teacher, f"{folder}/{name}", parallel)
+        f"{prefix}{name}": teach(artifact, teacher, f"{folder}/{prefix}{name}", parallel, **more)
         for name, parallel in LAYOUTS.items()
+        for prefix, more in DIVERGENCES.items()
     }
 
 
@@ -122,29 +136,43 @@ def test_each_domain_has_its_own_teacher(runs: dict[str, Any]) -> None:
     assert set(manifest["data"]["teachers"]) == set(DOMAINS)
 
 
+def test_an_exact_divergence_is_0_from_the_student_itself(runs: dict[str, Any]) -> None:
+    first, second = runs["exact-whole"]
+    assert first["reverse_kl/math"] == pytest.approx(0, abs=1e-6)
+    assert first["reverse_kl/instruction_following"] > 1e-3
+    assert first["divergence"] > 0
+    assert first["grad_norm"] > 0
+    assert second["reverse_kl/math"] > 0
+    for line in runs["exact-whole"]:
+        assert line["mismatch_mean"] <= 1e-4
+
+
+@pytest.mark.parametrize("prefix", DIVERGENCES)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_one_process(name: str, runs: dict[str, Any]) -> None:
-    assert len(runs[name]) == STEPS
-    for ours, theirs in zip(runs[name], runs["whole"], strict=True):
+def test_layout_equals_one_process(name: str, prefix: str, runs: dict[str, Any]) -> None:
+    assert len(runs[prefix + name]) == STEPS
+    for ours, theirs in zip(runs[prefix + name], runs[f"{prefix}whole"], strict=True):
         for key in EXACT:
             assert ours[key] == theirs[key], (key, ours["step"])
         if "CP" in name and ours["step"] > 1:
             # The teachers' packs cut documents elsewhere. The advantages of the student's own
             # tokens, 0 in one process, are then roundings, which Adam's first step scales up.
             continue
-        compared = [k for k in theirs if k.startswith(("advantage", "reverse_kl", "importance"))]
-        for key in ("loss", "grad_norm", "entropy", "logprob", *compared):
+        kinds = ("advantage", "reverse_kl", "importance", "divergence", "entropy")
+        compared = [k for k in theirs if k.startswith(kinds)]
+        for key in ("loss", "grad_norm", "logprob", *compared):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), (key, ours["step"])
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(runs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("prefix", DIVERGENCES)
+def test_a_stopped_run_goes_on_bit_for_bit(prefix: str, runs: dict[str, Any]) -> None:
     """Wherever the teachers wait, and scored or not. Their files are gone afterwards."""
-    unscored = runs["parts"][-1]
+    unscored = runs[f"{prefix}parts"][-1]
     assert unscored["reward"] is None
     assert unscored["verifier_errors"] == 0
     hashes = []
     for name in ("whole", "parts"):
-        folder = Path(runs["folder"]) / name
+        folder = Path(runs["folder"]) / f"{prefix}{name}"
         manifest = json.loads((folder / "artifact/manifest.json").read_text())
         weights = {k: v for k, v in manifest["files"].items() if k.endswith(".safetensors")}
         assert weights

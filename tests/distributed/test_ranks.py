@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from helpers.ranks import RankError, run_ranks
@@ -75,3 +76,31 @@ def test_ranks_of_a_server_that_dies_have_failed(monkeypatch: pytest.MonkeyPatch
 def test_the_message_of_an_exit_is_shown() -> None:
     with pytest.raises(RankError, match=r"failed on rank 0[\s\S]*enough of this"):
         run_ranks(leave, 1, {"message": "enough of this"})
+
+
+def group_threads() -> int:
+    names = (Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task"))
+    return sum(name.read_text().startswith("gloo") for name in names)
+
+
+def worlds_in_turn() -> list[int]:
+    """Threads of process groups in each of three worlds with a model."""
+    from helpers.checkpoint_jobs import make_trainer
+
+    from nemocascade.megatron.world import start_world
+    from nemocascade.recipe import EngineConfig, ParallelConfig
+
+    def threads() -> int:
+        world = start_world(ParallelConfig(ep=2), EngineConfig(precision="fp32"))
+        assert make_trainer({}, world).modules
+        found = group_threads()
+        world.close()
+        return found
+
+    return [threads() for _ in range(3)]
+
+
+def test_a_world_ends_the_threads_of_an_earlier_one() -> None:
+    """They would spin once the other ranks have closed their connections."""
+    for found in run_ranks(worlds_in_turn, 2):
+        assert found == found[:1] * 3

@@ -31,7 +31,7 @@ def stages(folder: str, judges: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     from nemocascade.recipe import RecipeError, RlEvalConfig
     from nemocascade.rl.learning_signal import NothingLearntError
-    from nemocascade.runtime.world import MainRankError
+    from nemocascade.runtime.launcher import MainRankError
     from nemocascade.stages.grpo import run_grpo
 
     def weights(artifact: str) -> dict[str, torch.Tensor]:
@@ -160,7 +160,7 @@ def test_a_step_without_any_verdict_trains_nothing(runs: dict[str, Any]) -> None
 
 def test_a_server_that_refuses_is_found_before_anything_is_written(runs: dict[str, Any]) -> None:
     for found in (runs, runs["of_rank_1"]):
-        assert "judge refuses" in found["refusing"]["error"]
+        assert "judge rejects" in found["refusing"]["error"]
         assert "no such model" in found["refusing"]["error"]
     folder = Path(runs["folder"]) / "refusing"
     assert not (folder / "metrics.jsonl").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -22,8 +23,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 TOLERANCE = 1e-4  # of a log-probability
 # At the end of a run's name: prompts and answers are read five tokens at a time.
 PIECES = ", in pieces"
+# The KV cache has blocks for one text and a few more, which preempt each other.
+FEW = ", few blocks"
 # Decode steps are captured.
 GRAPHS = ", captured"
+# Steps are those of a GPU, interpreted.
+FUSED = ", fused"
 CAPTURED = ("TP2", "PP2", "EP2", "TP2 EP2")
 
 Found = dict[str, list[Any]]
@@ -40,6 +45,7 @@ def generate(parallel: dict[str, Any], *, captured: bool) -> dict[str, Found]:
     """Tokens, log-probabilities and turns of this rank's requests."""
     from helpers.cuda_graphs import install
     from helpers.rollout import EVEN, draw_tokens, make_model
+    from nemocascade_kernels.backends import VARIABLE
 
     from nemocascade.megatron.world import generation_world, start_world
     from nemocascade.recipe import EngineConfig, ParallelConfig
@@ -66,11 +72,15 @@ def generate(parallel: dict[str, Any], *, captured: bool) -> dict[str, Found]:
         "environment": (Sampling(max_tokens=40, seed=4, stop_tokens=stop), respond_after(2)),
     }
     runs |= {f"{name}{PIECES}": run for name, run in runs.items() if name != "truncated"}
+    runs |= {f"{name}{FEW}": runs[name] for name in ("plain", "environment")}
+    runs[f"plain{FUSED}"] = runs["plain"]
     if captured:
         runs[f"environment{GRAPHS}"] = runs["environment"]
     engines = {
         GRAPHS: with_graphs(LiveEngine(rollouts, chunks, slots=4)),
         PIECES: LiveEngine(rollouts, chunks, slots=4, prefill_chunk=5, record_routing=True),
+        FEW: LiveEngine(rollouts, chunks, slots=4, kv_gib=gib_of(rollouts, slots=4, blocks=5)),
+        FUSED: LiveEngine(rollouts, chunks, slots=9),
         "": LiveEngine(rollouts, chunks, slots=4),
     }
     results: dict[str, Found] = {}
@@ -79,6 +89,7 @@ def generate(parallel: dict[str, Any], *, captured: bool) -> dict[str, Found]:
     for name, (sampling, answer) in runs.items():
         respond = None if answer is None else counted(answer, asked)
         engine = next(e for end, e in engines.items() if name.endswith(end))
+        os.environ[VARIABLE] = "decode_step=triton" if name.endswith(FUSED) else ""
         found: Found = {}
         for c in engine.run(mine, sampling, respond):
             assert isinstance(c, Completion)
@@ -88,8 +99,22 @@ def generate(parallel: dict[str, Any], *, captured: bool) -> dict[str, Found]:
         if name.endswith(GRAPHS):
             assert captures.captured
     world.barrier()
+    preempted = engines[FEW].metrics()["preemptions"]
+    assert preempted > 0 or len(mine) < 3, "the pool was never too small"
     assert asked, "every rank answers a share of the calls"
     return results
+
+
+def gib_of(world: Any, slots: int, blocks: int) -> float:
+    """The memory of so many slots and blocks on this rank."""
+    from helpers.rollout import EVEN
+
+    from nemocascade.megatron.generation.kv_cache import block_size, state_bytes
+
+    stages = world.parallel.layout(EVEN.pattern).split("|")
+    layers = "".join(stages[world.pp_rank :: world.parallel.pp])
+    each = state_bytes(EVEN, layers, world.parallel.tp, 4)
+    return float((slots + 2) * each.slot + blocks * block_size("cpu") * each.token) / 2**30
 
 
 def counted(answer: Any, asked: list[int]) -> Any:
@@ -103,11 +128,10 @@ def counted(answer: Any, asked: list[int]) -> Any:
 
 def with_graphs(engine: Any) -> Any:
     """The engine with captured decode steps, which a CPU has not."""
-    from nemocascade.megatron.generation.model_runner import ModelRunner
+    from nemocascade.rollout.engine import Sampling
 
-    runner = ModelRunner(engine.world, engine.chunks, engine.limits.slots + 1)
-    runner._graphs = runner._new_graphs()
-    engine._model = runner
+    assert not list(engine.run([], Sampling()))
+    engine._model._graphs = engine._model._new_graphs()
     return engine
 
 
@@ -166,6 +190,12 @@ def test_captured_steps_generate_the_same(name: str, results: dict[str, dict[str
         assert max(errors) < TOLERANCE
 
 
+def test_few_blocks_change_no_bit(results: dict[str, dict[str, Found]]) -> None:
+    """On one process; `test_layout_generates_the_same` holds the layouts to it."""
+    for run in ("plain", "environment"):
+        assert results["one"][f"{run}{FEW}"] == results["one"][run]
+
+
 def test_pieces_give_the_texts_of_the_whole(results: dict[str, dict[str, Found]]) -> None:
     """On one process; `test_layout_generates_the_same` holds the layouts to it."""
     for run in ("plain", "environment"):
@@ -184,3 +214,22 @@ def test_the_texts_differ_and_stop_early(results: dict[str, dict[str, Found]]) -
     assert {t[2] for t in one["environment"].values()} > {1} or min(
         t[2] for t in one["environment"].values()
     ) > 1
+
+
+def shared_replies() -> list[Any]:
+    from nemocascade.megatron.world import start_world
+    from nemocascade.recipe import EngineConfig, ParallelConfig
+    from nemocascade.rollout.replies import _shared
+
+    group = start_world(ParallelConfig(tp=2), EngineConfig(precision="fp32")).groups.mp
+    mine = [[(4, [5, 6, 7]), (1, None)], [(2, []), (3, [8])]][group.rank()]
+    failure = ["", "slot 5: OSError: kein Gerät"][group.rank()]
+    nothing: list[Any] = []
+    return [_shared(group, mine, failure), _shared(group, nothing, "")]
+
+
+def test_replies_of_the_ranks_of_a_replica_meet() -> None:
+    replies = [[1, None], [2, []], [3, [8]], [4, [5, 6, 7]]]
+    for found, nothing in run_ranks(shared_replies, 2, {}):
+        assert found == [replies, ["slot 5: OSError: kein Gerät"]]
+        assert nothing == [[], []]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -23,6 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemocascade.megatron import model as model_module
 from nemocascade.megatron.config import Accelerators
+from nemocascade.megatron.generation.cached_layers import AttentionSlotLayer, MambaSlotLayer
+from nemocascade.megatron.generation.layers import DecodeStep, MlpSlotLayer, MoeSlotLayer
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import (
     EngineConfig,
@@ -36,10 +38,15 @@ from nemocascade.rollout.engine import Request, Sampling
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.world import World
 from nemocascade.train import trainer as trainer_module
-from nemocascade.train.evaluation import policy_metrics, token_logprobs
-from nemocascade.train.objectives import grpo_objective, mopd_objective, nll_objective
+from nemocascade.train.evaluation import last_states, policy_metrics, token_logprobs
+from nemocascade.train.objectives import (
+    distill_objective,
+    grpo_objective,
+    mopd_objective,
+    nll_objective,
+)
 from nemocascade.train.trainer import Trainer
-from nemocascade.types import Document, PackedBatch, pack_documents
+from nemocascade.types import Document, PackedBatch, TeacherStates, pack_documents
 
 Counts = Counter[tuple[str, str, dry.Place]]
 
@@ -51,7 +58,8 @@ NANO_TOKENS = 262_144
 class Case:
     """One run of the dry run.
 
-    stage: sft, grpo, mopd, rollout, or kernels, which runs no model. rank, world: of the rank that
+    stage: sft, grpo, mopd, distill (mopd with an exact divergence), rollout, or kernels, which runs
+    no model. rank, world: of the rank that
     is played. tokens: capacity of a micro-batch; of a prompt for a rollout. requests: texts of a
     rollout in 8 slots; more of them need steps of several sizes. strings: the rollout has stop
     strings. steps: micro-batches of each step of a training case; the optimizer has its state from
@@ -83,6 +91,7 @@ class Outcome:
     parts: counts by part of the run. live: bytes between two steps, or before the first prompt.
     peak: bytes at most. at_peak: number of live storages then, by place and bytes. kernels:
     entries of `nemocascade_kernels.compile`. graphs: bytes of the pools of CUDA graphs, at most.
+    layers: kernels and collectives of each layer in a captured decode step, by name.
     """
 
     parts: dict[str, Counts]
@@ -92,6 +101,7 @@ class Outcome:
     at_peak: Counter[tuple[dry.Place, int]]
     kernels: list[dict[str, Any]] = field(default_factory=list)
     graphs: int = 0
+    layers: dict[str, Counter[str]] = field(default_factory=dict)
 
 
 def run_case(case: Case, *, explain: bool = False) -> Outcome:
@@ -195,13 +205,31 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "sft": lambda: nll_objective,
     "grpo": lambda: grpo_objective(GrpoConfig(kl_coef=0.01)),
     "mopd": lambda: mopd_objective(0.5, 2.0),
+    "distill": lambda: distill_objective("reverse_kl"),
 }
+
+
+def _taught(batch: PackedBatch, world: World, trainer: Trainer) -> PackedBatch:
+    """The batch with the states of one teacher on the host, and its head on the device."""
+    if not world.is_last_stage:
+        return batch
+    rows = batch.token_weight.nonzero()[:, 0]
+    config = trainer.config
+    states = torch.zeros(rows.numel(), config.hidden_size, dtype=config.params_dtype)
+    head = trainer.modules[-1].lm_head().detach().clone()
+    return replace(
+        batch,
+        rollout_logprob=torch.zeros(batch.tokens.numel()),
+        taught=(TeacherStates(rows, states, head),),
+    )
 
 
 def _training(case: Case, world: World, trainer: Trainer) -> Outcome:
     dry.Host.integer = _rows_of_owner(case)
     objective = OBJECTIVES[case.stage]()
     batch = batch_of(case).shard(world.cp_rank, case.parallel.cp)
+    if case.stage == "distill":
+        batch = _taught(batch, world, trainer)
     measure = None if case.stage == "sft" else policy_metrics
     taken = []
     for count in case.steps:
@@ -216,7 +244,10 @@ def _training(case: Case, world: World, trainer: Trainer) -> Outcome:
     if len(taken) > 2:
         parts["step"], parts["micro-batch"] = _difference(*taken[-2:])
     peak, at_peak = dry.MEMORY.peak, dry.MEMORY.at_peak()
-    if case.stage != "sft":
+    if case.stage == "distill":
+        last_states(world, trainer.config, trainer.chunks, [batch])
+        parts["scoring"] = dry.RECORD.taken()
+    elif case.stage != "sft":
         token_logprobs(world, trainer.config, trainer.chunks, [batch])
         parts["scoring"] = dry.RECORD.taken()
     return Outcome(parts, live, peak, dry.RECORD.faults, at_peak)
@@ -224,6 +255,7 @@ def _training(case: Case, world: World, trainer: Trainer) -> Outcome:
 
 def _rollout(case: Case, world: World, trainer: Trainer) -> Outcome:
     dry.Host.integer = 1
+    _name_layers()
     engine = LiveEngine(world, trainer.modules, slots=8, decode=lambda ids: "x")
     taken, live = [], dry.MEMORY.live
     for length in (4, 4, 5):
@@ -243,10 +275,39 @@ def _rollout(case: Case, world: World, trainer: Trainer) -> Outcome:
         prompts, step = _difference(taken[1], taken[2])
         decode = Counter({key: count * (4 - 1) for key, count in step.items()})
         parts = {"prefill": prompts - decode + step, "decode step": step}
+    parts["graph"], layers = Counter(), defaultdict[str, Counter[str]](Counter)
+    for (layer, kind, name, where), count in dry.RECORD.captured.items():
+        parts["graph"][kind, name, where] += count
+        layers[layer][name] += count
+    layers.pop("", None)
     memory = dry.MEMORY
     return Outcome(
-        parts, live, memory.peak, dry.RECORD.faults, memory.at_peak(), graphs=memory.graphs
+        parts,
+        live,
+        memory.peak,
+        dry.RECORD.faults,
+        memory.at_peak(),
+        graphs=memory.graphs,
+        layers=dict(layers),
     )
+
+
+def _name_layers() -> None:
+    """Let the record know which layer's step runs."""
+    for kind in (MambaSlotLayer, AttentionSlotLayer, MoeSlotLayer, MlpSlotLayer):
+        _name_steps(kind)
+
+
+def _name_steps(kind: Any) -> None:
+    step = kind.step
+
+    def named(layer: Any, hidden: torch.Tensor, rows: DecodeStep) -> torch.Tensor:
+        dry.RECORD.layer = f"layer {layer.block.layer_number}, {kind.__name__}"
+        out: torch.Tensor = step(layer, hidden, rows)
+        dry.RECORD.layer = ""
+        return out
+
+    kind.step = named
 
 
 def _rows_of_owner(case: Case) -> int:

@@ -92,13 +92,21 @@ class Record:
 
     counts: of (kind, name, place); kinds are sync, copy, operator, launch and collective.
     faults: things that a GPU would refuse or get wrong.
+    captured: what the last captured graph launches, of (layer, kind, name, place). layer: name of
+    the layer that runs.
     """
 
     counts: Counter[tuple[str, str, Place]] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    captured: Counter[tuple[str, str, str, Place]] = field(default_factory=Counter)
+    layer: str = ""
 
-    def add(self, kind: str, name: str, count: int = 1) -> None:
-        self.counts[kind, name, place()] += count
+    def add(self, kind: str, name: str, count: int = 1, *, launches: bool = True) -> None:
+        """launches: it runs a kernel, unlike a view or an allocation."""
+        where = place()
+        self.counts[kind, name, where] += count
+        if MEMORY.pool is not None and launches:
+            self.captured[self.layer, kind, name, where] += count
 
     def fault(self, text: str) -> None:
         if (line := f"{text}, at {place()}") not in self.faults:
@@ -209,6 +217,13 @@ def is_fake(value: Any) -> bool:
 
 
 _PINNED = WeakTensorKeyDictionary()
+
+
+def _launches(func: Any) -> bool:
+    """True if the operator runs a kernel: it is no view, no allocation and no question."""
+    name = func.name()
+    quiet = func.is_view or func.namespace == "prim" or name == "aten::_unsafe_view"
+    return not quiet and "empty" not in name
 
 
 def _reads_size(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -349,7 +364,7 @@ class DryRun(TorchDispatchMode):
         leaves: list[Any],
     ) -> Any:
         kwargs.pop("pin_memory", None)
-        RECORD.add("operator", func.name())
+        RECORD.add("operator", func.name(), launches=_launches(func))
         for x in leaves:
             if isinstance(x, torch.Tensor) and not is_fake(x) and x.dim() > 0:
                 RECORD.fault(f"{func.name()} mixes a CPU tensor with CUDA tensors")

@@ -142,7 +142,7 @@ def result_of(name: tuple[str, ...], inputs: Sequence[Value]) -> Value:
     found = None
     if name[-1] == "pred":
         found = _predicate(name[0], inputs)
-    elif not any(part.startswith(("f16", "f32", "f64", "bf16", "tf32")) for part in name):
+    elif not any(part.startswith(_NO_INTEGERS) or part.endswith("x2") for part in name):
         found = _exact(name, inputs)
         if found is None and (found := _linear(name, inputs)) is not None:
             kind = {"cvt": name[1], "mul": "s64", "mad": "s64"}.get(name[0], name[-1])
@@ -161,6 +161,8 @@ def _predicate(operation: str, inputs: Sequence[Value]) -> Value | None:
     return number(1 if inputs[0].known else 0) if operation == "mov" else None
 
 
+#: Types of floating point. Those of two packed numbers end in x2.
+_NO_INTEGERS = ("f16", "f32", "f64", "bf16", "tf32")
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le,
     "gt": operator.gt, "ge": operator.ge,
@@ -194,6 +196,8 @@ def _exact(name: tuple[str, ...], inputs: Sequence[Value]) -> Value | None:
         found, kind = _OPERATIONS[operation](*numbers), name[1] if operation == "cvt" else kind
     else:
         return None
+    if isinstance(found, int):  # a register has 64 bits
+        found = (found + 2**63) % 2**64 - 2**63
     tidy = np.asarray(found, dtype=np.int64)
     # Registers hold signed numbers; instructions on unsigned ones convert them.
     return number(_as_type(tidy if tidy.ndim else int(tidy), "s" + kind[1:]))

@@ -96,6 +96,7 @@ class _Graph:
 @contextlib.contextmanager
 def _capture(graph: _Graph, pool: Any = None, **_kwargs: Any) -> Iterator[None]:
     graph.captured_in(graph.pool() if pool is None else hash(pool))
+    RECORD.captured.clear()
     MEMORY.pool = graph.pool()
     try:
         yield

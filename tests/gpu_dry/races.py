@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 from gpu_dry.accesses import Access, Evaluation
-from gpu_dry.linear import Coefficient, Numbers
+from gpu_dry.linear import Coefficient, Numbers, Unknown
 from gpu_dry.ptx import Kernel, parse
 
 _WARP = 32
@@ -41,13 +41,28 @@ _WARP = 32
 class _Pending(NamedTuple):
     """An access after which there has been no barrier on some path.
 
-    repeated: headers of the loops that have started another iteration since.
-    in_flight: an asynchronous read that has not been waited for.
+    repeated: headers of the loops that have started another iteration since. often: those that
+    have started more than one. in_flight: an asynchronous read that has not been waited for.
     """
 
     access: Access
     repeated: frozenset[str]
+    often: frozenset[str]
     in_flight: bool
+
+    def again(self, header: str) -> _Pending:
+        """The same after another iteration of a loop has started."""
+        often = self.often | (self.repeated & {header})
+        return self._replace(repeated=self.repeated | {header}, often=often)
+
+    def is_one_before(self, factor: Unknown) -> bool:
+        """True for a counter that is one larger since."""
+        header = factor.key[1]
+        return (
+            factor.counts_iterations
+            and factor.loops & self.repeated == {header}
+            and header not in self.often
+        )
 
 
 def unordered(ptx: str) -> list[str]:
@@ -63,7 +78,7 @@ def unordered(ptx: str) -> list[str]:
         return []
     found = set()
     for first, second in _pairs(kernel):
-        if _may_overlap(first.access, second, first.repeated, kernel.threads):
+        if _may_overlap(first, second, kernel.threads):
             kinds = [("reads", "writes")[access.writes] for access in (first.access, second)]
             found.add(
                 f"argument {second.argument}: {first.access.line} {kinds[0]} what {second.line} "
@@ -95,25 +110,26 @@ def _pairs(kernel: Kernel) -> list[tuple[_Pending, Access]]:
                     same = each.access.argument == event.argument
                     if same and each.access.writes != event.writes:
                         pairs[each, event] = None
-                pending.add(_Pending(event, frozenset(), event.asynchronous))
+                pending.add(_Pending(event, frozenset(), frozenset(), event.asynchronous))
         for following in kernel.blocks[label].after:
-            again = {following} if kernel.loops_back(label, following) else set()
-            arriving = {each._replace(repeated=each.repeated | again) for each in pending}
+            arriving = pending
+            if kernel.loops_back(label, following):
+                arriving = {each.again(following) for each in pending}
             if not arriving <= entries[following]:
                 entries[following] |= arriving
                 todo.append(following)
     return list(pairs)
 
 
-def _may_overlap(first: Access, second: Access, repeated: frozenset[str], threads: int) -> bool:
-    """True if threads of two warps may touch the same bytes.
-
-    repeated: headers of the loops that start another iteration between the two.
-    """
+def _may_overlap(pending: _Pending, second: Access, threads: int) -> bool:
+    """True if threads of two warps may touch the same bytes."""
+    first, repeated = pending.access, pending.repeated
     warps = np.arange(threads) // _WARP
     pairs = (warps[:, None] != warps) & first.active[:, None] & second.active
     #: The unknowns may shift one address against the other by any multiple of this.
     shift = 0
+    #: Bytes by which counters that are one larger have moved the second address.
+    moved = 0
     for product in (first.address.terms.keys() | second.address.terms.keys()) - {()}:
         a, b = (access.address.terms.get(product, 0) for access in (first, second))
         uniform = all(factor.uniform for factor in product)
@@ -122,12 +138,15 @@ def _may_overlap(first: Access, second: Access, repeated: frozenset[str], thread
         if np.array_equal(a, b) and (not uniform or (changes and not counts)):
             return False  # indices, rows or tiles that are assumed to be distinct
         if isinstance(a, int) and isinstance(b, int):
+            if counts and a == b and pending.is_one_before(product[0]):
+                moved += b
+                continue
             shift = math.gcd(shift, a - b, a if changes else 0)
         elif uniform and not changes:
             pairs &= _differences(a, b) == 0
         else:
             shift = 1
-    apart = _differences(first.address.terms.get((), 0), second.address.terms.get((), 0))
+    apart = _differences(first.address.terms.get((), 0), second.address.terms.get((), 0)) - moved
     overlaps = (apart < second.size) & (apart > -first.size)
     if shift:
         apart = apart % shift

@@ -145,10 +145,22 @@ def ordered_iterations(x_ptr, target_ptr, size, stride, B: tl.constexpr):
         tl.debug_barrier()
 
 
+@triton.jit
+def columns_of_iterations(x_ptr, target_ptr, size, stride, B: tl.constexpr):
+    """Threads overwrite columns that others have read: of one iteration, after its barrier. The
+    next one has other columns."""
+    rows, columns = tl.arange(0, B // 64)[:, None], tl.arange(0, 64)[None, :]
+    for start in range(0, size, 64):
+        pointers = x_ptr + rows * stride + start
+        x = tl.load(pointers + 63 - columns)
+        tl.debug_barrier()
+        tl.store(pointers + columns, x)
+
+
 KERNELS = (
     row_then_target, target_then_row, barrier_between, barrier_on_one_path, in_place, rows_in_place,
     two_passes, own_indices, foreign_indices, shifted, reversed_rows, write_then_read,
-    next_iteration, ordered_iterations,
+    next_iteration, ordered_iterations, columns_of_iterations,
 )  # fmt: skip
 
 

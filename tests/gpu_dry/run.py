@@ -34,6 +34,8 @@ LAUNCHES = REPOSITORY / "kernels" / "nemocascade_kernels" / "launches.json"
 PACKAGES = ("torch", "triton", "megatron-core", "fla-core")
 BYTES = {"live_bytes": "live", "peak_bytes": "peak", "graph_bytes": "graphs"}
 KINDS = ("sync", "copy", "collective", "launch", "operator")
+LAYER_LAUNCHES = 8
+"""Kernels and collectives of a layer in a decode step, at most."""
 
 Budget = dict[str, Any]
 """live_bytes, peak_bytes, and for each part of the run its counts by kind and name."""
@@ -159,6 +161,20 @@ def differences(case: str, outcome: Any, budget: Budget | None) -> Iterator[str]
             yield from _changed(case, part, kind, now.get(part, {}).get(kind, {}), was, outcome)
 
 
+def excesses(case: str, outcome: Any) -> Iterator[str]:
+    """A line for each limit of decode steps that an outcome exceeds, whatever its budget."""
+    for layer, launches in sorted(outcome.layers.items()):
+        if (count := launches.total()) > LAYER_LAUNCHES:
+            yield (
+                f"{case}: {layer}: {count} launches in a decode step, the limit is "
+                f"{LAYER_LAUNCHES}: {dict(launches)}"
+            )
+    step = outcome.parts.get("decode step")
+    waits = {str(key[1:]): n for key, n in (step or {}).items() if key[0] == "sync"}
+    if step is not None and sum(waits.values()) != 1:
+        yield f"{case}: a decode step waits for the device {waits}, not once"
+
+
 def _changed(
     case: str, part: str, kind: str, now: Mapping[str, int], was: Mapping[str, int], outcome: Any
 ) -> Iterator[str]:
@@ -235,6 +251,8 @@ def explain(name: str, outcome: Any) -> str:
         lines.append(f"-- {part}")
         rows = sorted(counts.items(), key=lambda row: (KINDS.index(row[0][0]), -row[1]))
         lines += [f"  {count:6d} {kind:10s} {text:28s} {at}" for (kind, text, at), count in rows]
+    for layer, launches in sorted(outcome.layers.items()):
+        lines.append(f"-- {layer}: {launches.total()} launches: {dict(launches)}")
     lines.append("-- at the peak")
     for (where, size), count in sorted(
         outcome.at_peak.items(), key=lambda row: -row[0][1] * row[1]
@@ -268,6 +286,7 @@ def main() -> int:
     stored = read_budgets()
     problems = [f"{name} failed:\n{text}" for name, text in failed.items()]
     problems += [f"{name}: {fault}" for name, o in good.items() for fault in o.faults]
+    problems += [line for name, o in good.items() for line in excesses(name, o)]
     kernels = {name: o for name, o in good.items() if o.kernels}
     recorded = launches(kernels) if len(kernels) == 3 else None
     if options.update:

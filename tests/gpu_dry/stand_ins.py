@@ -1,18 +1,20 @@
 """Stand-ins of packages that must be built: enough for Megatron-Core and for us to import them.
 
-A name that a stand-in does not define is a class without weights, or a submodule. Adam,
+A name that a stand-in does not define is a class without weights, or a submodule. Adam, linears,
 multi-tensor functions and attention answer as the package's would, by torch's operators.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 
@@ -99,7 +101,63 @@ def wgrad_gemm_accum_fp32(inputs: Any, grad_outputs: Any, main_grad: torch.Tenso
     main_grad.add_(1.0)
 
 
+class Linear(torch.nn.Module):
+    """Transformer Engine's linear on one rank, with Megatron's arguments. recipes: the FP8 recipe
+    of every call; None outside of `fp8_autocast`."""
+
+    recipes: ClassVar[list[Any]] = []
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        tp_size: int,
+        bias: bool,
+        parallel_mode: str,
+        params_dtype: torch.dtype,
+        device: Any,
+        **_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        assert tp_size == 1
+        assert not bias
+        self.in_features, self.out_features, self.tp_size = in_features, out_features, tp_size
+        self.use_bias, self.parallel_mode = bias, parallel_mode
+        shape = out_features, in_features
+        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
+
+    def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
+        self.recipes.append(_ACTIVE[-1])
+        return torch.nn.functional.linear(x, self.weight)
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.zeros(1)
+
+
+_ACTIVE: list[Any] = [None]
+
+
+@contextlib.contextmanager
+def fp8_autocast(*, enabled: bool, fp8_recipe: Any, fp8_group: Any = None) -> Iterator[None]:
+    """Note the recipe for `Linear`."""
+    _ACTIVE.append(fp8_recipe if enabled else None)
+    yield
+    _ACTIVE.pop()
+
+
+@dataclass(frozen=True)
+class Float8BlockScaling:
+    """The blockwise recipe."""
+
+    fp8_format: str
+
+
 ANSWERS: dict[str, Any] = {
+    "Linear": Linear,
+    "fp8_autocast": fp8_autocast,
+    "Float8BlockScaling": Float8BlockScaling,
+    "Format": SimpleNamespace(E4M3="e4m3", HYBRID="hybrid"),
     "FusedAdam": FusedAdam,
     "DotProductAttention": DotProductAttention,
     "multi_tensor_applier": multi_tensor_applier,

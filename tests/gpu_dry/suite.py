@@ -34,7 +34,7 @@ LAYOUTS = {
     "pp2_first": (ParallelConfig(pp=2), 2, 0),
     "pp2_last": (ParallelConfig(pp=2), 2, 1),
 }
-FLA = Accelerators(fla=True)
+FLA = Accelerators(mamba2="fla")
 
 
 def _tiny() -> Iterator[Case]:
@@ -52,6 +52,8 @@ def _tiny() -> Iterator[Case]:
                 engine=EngineConfig(recompute=stage == "mopd"),
                 quick=stage == "sft" and name in ("tp2_ep2", "pp2_first"),
             )
+    yield Case("distill", "distill", TINY)
+    yield Case("distill-tp2", "distill", TINY, ParallelConfig(tp=2), 2)
     yield Case("sft-fla", "sft", TINY, accelerators=FLA)
     yield Case(
         "sft-fla-recompute", "sft", TINY, accelerators=FLA, engine=EngineConfig(recompute=True)
@@ -91,13 +93,39 @@ def _nano_layers() -> Iterator[Case]:
                 "sft",
                 shape,
                 tokens=NANO_TOKENS,
-                accelerators=FLA,
                 engine=EngineConfig(recompute=recompute),
             )
+    yield Case(
+        "nano-moe-fp8",
+        "sft",
+        replace(nemotron3_nano_30b(), pattern="E"),
+        tokens=NANO_TOKENS,
+        engine=EngineConfig(experts="fp8"),
+    )
+    shape = replace(nemotron3_nano_30b(), pattern="M")
+    for recompute in (False, True):
+        yield Case(
+            "nano-mamba-fla" + ("-recompute" if recompute else ""),
+            "sft",
+            shape,
+            tokens=NANO_TOKENS,
+            accelerators=FLA,
+            engine=EngineConfig(recompute=recompute),
+        )
     shape = replace(nemotron3_nano_30b(), pattern="M*E")
-    yield Case("nano-rollout", "rollout", shape, tokens=2048, accelerators=FLA)
+    yield Case("nano-rollout", "rollout", shape, tokens=2048)
+    # Ranks share key/value heads, and all experts.
+    yield Case(
+        "nano-rollout-tp8",
+        "rollout",
+        shape,
+        ParallelConfig(tp=8, ep=8),
+        world=8,
+        rank=5,
+        tokens=2048,
+    )
     # Decode steps of 8 rows, then of 4: two graphs in one pool.
-    yield Case("nano-rollout-sizes", "rollout", shape, tokens=2048, requests=12, accelerators=FLA)
+    yield Case("nano-rollout-sizes", "rollout", shape, tokens=2048, requests=12)
 
 
 def _nano_context() -> Iterator[Case]:
@@ -115,7 +143,6 @@ def _nano_context() -> Iterator[Case]:
             world=8,
             rank=5,
             tokens=NANO_TOKENS,
-            accelerators=FLA,
         )
     for name, parallel in (
         ("cp2", ParallelConfig(cp=2, ep=8)),
@@ -130,7 +157,6 @@ def _nano_context() -> Iterator[Case]:
             world=8,
             rank=5,
             tokens=NANO_TOKENS,
-            accelerators=FLA,
             engine=EngineConfig(recompute=True),
             steps=(1, 1),
         )
@@ -163,7 +189,6 @@ def _recipes() -> Iterator[Case]:
                 rank,
                 tokens=recipe.data.capacity if isinstance(recipe, SftRecipe) else recipe.capacity,
                 engine=recipe.engine,
-                accelerators=FLA,
                 steps=(1,),
             )
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ def test_a_step_costs_what_its_budget_says(name: str, outcomes: dict[str, Any]) 
         pytest.skip(f"the budgets are of {stored['versions']}, installed is {dry.versions()}")
     changed = list(dry.differences(name, outcome, stored["cases"][name]))
     assert not changed, "\n".join([*changed, "if this is meant: make gpu-dry UPDATE=1"])
+
+
+def test_a_decode_step_has_few_launches_and_one_wait(outcomes: dict[str, Any]) -> None:
+    """In each layer, of every kind; a step that was not captured would count nothing."""
+    outcome = outcomes["rollout"]
+    assert list(dry.excesses("rollout", outcome)) == []
+    assert len(outcome.layers) == len(suite.TINY.pattern)
+    assert min(launches.total() for launches in outcome.layers.values()) > 0
+    many = replace(outcome, layers={"layer 1": Counter(mm=dry.LAYER_LAUNCHES + 1)})
+    assert len(list(dry.excesses("rollout", many))) == 1
+    deaf = replace(outcome, parts={**outcome.parts, "decode step": Counter()})
+    assert len(list(dry.excesses("rollout", deaf))) == 1
 
 
 def test_every_case_has_a_budget() -> None:

@@ -34,7 +34,7 @@ def test_races_are_found_and_nothing_else() -> None:
         "row_then_target", "barrier_on_one_path", "foreign_indices", "shifted", "reversed_rows",
         "write_then_read", "next_iteration",
     }  # fmt: skip
-    assert len(found) == 15
+    assert len(found) == 16
     (line,) = found["4 warps/row_then_target"]
     source = (Path(__file__).parent / "racy_kernels.py").read_text().splitlines()
     read, write = (source[int(part.split()[0]) - 1] for part in line.split("racy_kernels.py:")[1:])
@@ -102,5 +102,6 @@ def test_bitwise_results_are_sums_only_where_no_bits_meet() -> None:
     assert result_of(("bfe", "u32"), [thread, number(5), number(2)]) == number(np.arange(128) // 32)
     assert result_of(("shr", "u32"), [number(-1), number(28)]) == number(15)
     assert result_of(("cvt", "u64", "u32"), [number(-1)]) == number(2**32 - 1)
+    assert result_of(("mov", "b64"), [number(2**63 + 5)]) == number(5 - 2**63)
     high = result_of(("and", "b32"), [block, number(-16)])
     assert result_of(("or", "b32"), [high, number(15)]) == add(high, number(15))

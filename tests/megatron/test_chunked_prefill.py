@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.rollout import ODD, draw_tokens, full_logits, make_model
+from helpers.rollout import ODD, copies_of, draw_tokens, full_logits, make_model, make_runner
 from nemocascade_kernels import backends
 from torch import Tensor
 
+from nemocascade.megatron.generation.cached_layers import AttentionSlotLayer
 from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.world import start_world
@@ -48,10 +49,10 @@ def states_of(model: ModelRunner, slot: int, length: int) -> list[Tensor]:
     """Everything that the layers hold of a slot with so many tokens."""
     found = []
     for layer in model._pipeline.layers:
-        for name in ("conv", "ssm", "keys", "values"):
-            if hasattr(layer, name):
-                state = getattr(layer, name)[slot]
-                found.append(state[:, :length] if name in ("keys", "values") else state)
+        (*states,) = layer.state(slot, model.table.named(slot, length))
+        if isinstance(layer, AttentionSlotLayer):
+            states = [cache.transpose(1, 2).flatten(0, 1)[:length] for cache in states]
+        found += states
     return found
 
 
@@ -93,7 +94,7 @@ def test_pieces_equal_the_whole(world: World, case: str, monkeypatch: pytest.Mon
     lengths = (67, 1, 3, 33, 100)
     texts = [draw_tokens(shape.vocab_size, n, seed=n) for n in lengths]
     count = len(texts)
-    model = ModelRunner(world, chunks, slots=2 * count)
+    model = make_runner(world, chunks, slots=2 * count)
     model.refresh()
     whole = model.prefill(texts, [[i] for i in range(count)])
     assert whole is not None
@@ -124,7 +125,7 @@ def test_the_compiled_mixer_leaves_the_states_of_torch(
     models = []
     for backend in ("native", "torch"):
         monkeypatch.setenv(backends.VARIABLE, f"mamba2={backend}")
-        model = ModelRunner(world, make_model(world, shape), slots=count)
+        model = make_runner(world, make_model(world, shape), slots=count)
         model.refresh()
         model.prefill(texts, [[i] for i in range(count)])
         more = [draw_tokens(shape.vocab_size, 40, seed=99 + i) for i in range(2)]
@@ -138,15 +139,14 @@ def test_the_compiled_mixer_leaves_the_states_of_torch(
 def test_a_piece_goes_on_after_steps(world: World, chunks: list[CascadeModel]) -> None:
     """Prompt, steps, a piece, steps, a piece: as the packed forward; the last piece goes to several
     slots at once, and what stands in slots that it does not name does not matter."""
-    model = ModelRunner(world, chunks, slots=5)
+    model = make_runner(world, chunks, slots=5)
     model.refresh()
     text = draw_tokens(ODD.vocab_size, 120, seed=1)
     expected = full_logits(chunks, text)
-    model.prefill([text[:100]], [[0, 4]])
     for layer in model._pipeline.layers:
         for name in ("conv", "ssm", "keys", "values"):
             if hasattr(layer, name):
-                getattr(layer, name)[torch.tensor([0, 4])] = float("nan")
+                getattr(layer, name).fill_(float("nan"))
 
     def check(logits: Tensor | None, at: int) -> None:
         assert logits is not None
@@ -161,17 +161,21 @@ def test_a_piece_goes_on_after_steps(world: World, chunks: list[CascadeModel]) -
             check(model.decode(*row), at)
             at += 1
         last = steps == 5
+        end = at + piece
+        copies = [(a, b) for slot in (3, 1) for a, b in copies_of(model, 2, slot, end)]
         check(
-            model.prefill([text[at : at + piece]], [[2, 3, 1] if last else [2]], [at]),
-            at + piece - 1,
+            model.prefill(
+                [text[at:end]], [[2, 3, 1] if last else [2]], [at], copies if last else []
+            ),
+            end - 1,
         )
-        at += piece
+        at = end
     rows = torch.tensor([1, 3, 2])
     check(model.decode(text[at].repeat(3), rows, torch.full((3,), at), at + 1), at)
 
 
 def test_a_chunk_with_cached_tokens_needs_a_slot(world: World, chunks: list[CascadeModel]) -> None:
-    model = ModelRunner(world, chunks, slots=2)
+    model = make_runner(world, chunks, slots=2)
     model.refresh()
     with pytest.raises(ValueError, match="continues 3 cached tokens"):
         model.prefill([torch.tensor([1])], [[]], [3])
@@ -179,7 +183,7 @@ def test_a_chunk_with_cached_tokens_needs_a_slot(world: World, chunks: list[Casc
 
 def test_documents_in_one_pass_do_not_meet(world: World, chunks: list[CascadeModel]) -> None:
     """A piece's logits have the same bits whatever other texts the pass reads."""
-    model = ModelRunner(world, chunks, slots=4)
+    model = make_runner(world, chunks, slots=4)
     model.refresh()
     text = draw_tokens(ODD.vocab_size, 60, seed=3)
     results = []

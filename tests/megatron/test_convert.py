@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.transformers_weights import (
+    WeightMap,
     from_nemotron_h,
+    from_qwen3,
     from_qwen3_moe,
     nemotron_h,
+    qwen3,
     qwen3_moe,
     randomise,
 )
@@ -21,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from test_model_against_transformers import (
     NEMOTRON_H,
     QWEN3,
+    QWEN3_DENSE,
     QWEN3_MOE,
     TOLERANCE,
     error,
@@ -59,10 +63,17 @@ pytest.importorskip("transformers")
 
 NEMOTRON: Family = "NemotronHForCausalLM"
 QWEN: Family = "Qwen3MoeForCausalLM"
+DENSE: Family = "Qwen3ForCausalLM"
+MODELS: dict[Family, tuple[Callable[[ModelConfig], nn.Module], WeightMap]] = {
+    NEMOTRON: (nemotron_h, from_nemotron_h),
+    QWEN: (qwen3_moe, from_qwen3_moe),
+    DENSE: (qwen3, from_qwen3),
+}
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_heads": 4, "head_dim": 8, "expert_width": 16}
 SHAPES: dict[str, tuple[Family, ModelConfig]] = {
     **{f"nemotron, {name}": (NEMOTRON, shape) for name, shape in NEMOTRON_H.items()},
     **{f"qwen3, {name}": (QWEN, shape) for name, shape in QWEN3_MOE.items()},
+    **{f"dense qwen3, {name}": (DENSE, shape) for name, shape in QWEN3_DENSE.items()},
     "nemotron, short steps": (NEMOTRON, replace(NEMOTRON_H["tiny"], mamba_dt_min=0.02)),
     "qwen3, untied, one kv head": (QWEN, replace(QWEN3, num_kv_heads=1, num_experts=5)),
 }
@@ -83,7 +94,8 @@ def world() -> Iterator[World]:
 
 
 def their_model(family: Family, shape: ModelConfig, seed: int = 3) -> nn.Module:
-    model = (nemotron_h if family == NEMOTRON else qwen3_moe)(shape).eval()
+    build, _ = MODELS[family]
+    model = build(shape).eval()
     randomise(model, seed)
     return model
 
@@ -146,7 +158,7 @@ def test_logits_and_round_trip(case: str, world: World, tmp_path: Path) -> None:
     assert artifact_model(read_artifact(tmp_path / "artifact")) == shape
     ours = load_ours(tmp_path / "artifact", world)
     batch = packed_batch(shape, seed=5)
-    to_ours = from_nemotron_h if family == NEMOTRON else from_qwen3_moe
+    _, to_ours = MODELS[family]
     expected = read_with_transformers(theirs, shape, batch, to_ours)
     found = read_packed(ours, batch, world)
     assert error(found.logits, expected.logits) <= TOLERANCE
@@ -155,7 +167,7 @@ def test_logits_and_round_trip(case: str, world: World, tmp_path: Path) -> None:
     assert_same_folder(source, tmp_path / "back")
 
 
-@pytest.mark.parametrize("case", ["nemotron, tiny", "qwen3, tied"])
+@pytest.mark.parametrize("case", ["nemotron, tiny", "qwen3, tied", "dense qwen3, tied"])
 def test_transformers_reads_what_we_write(case: str, world: World, tmp_path: Path) -> None:
     """From an artifact that no folder ever was, in a new folder."""
     import transformers
@@ -169,12 +181,14 @@ def test_transformers_reads_what_we_write(case: str, world: World, tmp_path: Pat
     theirs = getattr(transformers, family).from_pretrained(tmp_path / "hf", dtype=torch.float32)
     theirs.eval()
     batch = packed_batch(shape, seed=6)
-    to_ours = from_nemotron_h if family == NEMOTRON else from_qwen3_moe
+    _, to_ours = MODELS[family]
     expected = read_with_transformers(theirs, shape, batch, to_ours)
     assert error(read_packed(model, batch, world).logits, expected.logits) <= TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["nemotron, tiny", "qwen3, dense SwiGLU layers"])
+@pytest.mark.parametrize(
+    "case", ["nemotron, tiny", "qwen3, dense SwiGLU layers", "dense qwen3, tied"]
+)
 @pytest.mark.parametrize("through", ["auto", "fp32"])
 def test_bf16_comes_back_bit_for_bit(case: str, through: str, tmp_path: Path) -> None:
     family, shape = SHAPES[case]

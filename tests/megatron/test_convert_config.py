@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 
-from nemocascade.megatron.convert.config import ConfigError, config_of_model, model_of_config
-from nemocascade.recipe import ModelConfig, nemotron3_nano_30b
+from nemocascade.megatron.convert import ConfigError
+from nemocascade.megatron.convert.config import (
+    config_of_model,
+    families_of_model,
+    model_of_config,
+)
+from nemocascade.recipe import ModelConfig, nemotron3_nano_30b, qwen3_0_6b, qwen3_30b_a3b
 
 DENSE = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 # Keys that the published files of the family share, at their values there.
@@ -141,6 +146,35 @@ QWEN: dict[str, Any] = {
     "vocab_size": 151936,
 }
 
+DENSE_QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
 
 def problems_of(config: dict[str, Any]) -> list[str]:
     with pytest.raises(ConfigError) as caught:
@@ -170,8 +204,36 @@ def test_published_dense_models_are_read(config: dict[str, Any], sizes: tuple[in
     assert model.mlp_width == config["intermediate_size"]
 
 
+def test_published_dense_qwen3_is_the_preset() -> None:
+    assert model_of_config(DENSE_QWEN3) == qwen3_0_6b()
+    newer = without(DENSE_QWEN3, "rope_theta", "rope_scaling") | {
+        "layer_types": ["full_attention"] * 28,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    assert model_of_config(newer) == qwen3_0_6b()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "layer_types holds"),
+        ({"layer_types": ["full_attention"] * 27}, "layer_types names 27 layers"),
+        ({"head_dim": None}, "config.json has no 'head_dim'"),
+        ({"num_experts": 8}, "num_experts(8)"),
+        ({"attention_bias": True}, "attention_bias(True)"),
+        ({"model_type": "qwen3_moe"}, "model_type('qwen3_moe')"),
+    ],
+    ids=str,
+)
+def test_a_key_that_changes_dense_qwen3_is_named(changes: dict[str, Any], named: str) -> None:
+    (problem,) = problems_of(DENSE_QWEN3 | changes)
+    assert problem.startswith(named)
+    assert "config.json" in problem
+
+
 def test_published_qwen3_is_read() -> None:
     model = model_of_config(QWEN)
+    assert model == qwen3_30b_a3b()
     assert (model.pattern, model.rope_base, model.num_experts) == ("*E" * 48, 1e6, 128)
     large = QWEN | {"num_hidden_layers": 94, "num_attention_heads": 64, "hidden_size": 4096}
     assert model_of_config(large).num_layers == 188
@@ -240,9 +302,9 @@ def test_an_expand_that_agrees_is_no_problem() -> None:
 def test_keys_are_needed_where_the_pattern_has_their_layer() -> None:
     assert model_of_config(H8B).num_experts == ModelConfig().num_experts
     (missing,) = problems_of(without(NANO, "n_routed_experts"))
-    assert missing == "config.json lacks 'n_routed_experts'"
+    assert missing == "config.json has no 'n_routed_experts'"
     (missing,) = problems_of(without(H8B, "intermediate_size"))
-    assert missing == "config.json lacks 'intermediate_size'"
+    assert missing == "config.json has no 'intermediate_size'"
 
 
 def test_what_is_written_is_read_again() -> None:
@@ -250,3 +312,7 @@ def test_what_is_written_is_read_again() -> None:
     assert model_of_config(config_of_model(nano, "NemotronHForCausalLM")) == nano
     qwen = model_of_config(QWEN)
     assert model_of_config(config_of_model(qwen, "Qwen3MoeForCausalLM")) == qwen
+    dense = qwen3_0_6b()
+    assert model_of_config(config_of_model(dense, "Qwen3ForCausalLM")) == dense
+    assert families_of_model(dense) == ["Qwen3ForCausalLM"]
+    assert families_of_model(qwen) == ["Qwen3MoeForCausalLM"]

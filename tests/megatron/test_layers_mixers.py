@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemocascade.megatron.config import CascadeConfig, make_config
 from nemocascade.megatron.init import Shard, generator_for, sharded_init
+from nemocascade.megatron.layers import mamba
 from nemocascade.megatron.layers.attention import Attention
 from nemocascade.megatron.layers.block import ResidualBlock
 from nemocascade.megatron.layers.mamba import MambaMixer
@@ -227,6 +228,19 @@ def test_mamba_starts_as_published(world: World) -> None:
     assert abs(std / shape.init_std - 1) < 0.1
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_recomputed_mixer_does_not_recompute_itself(
+    world: World, monkeypatch: pytest.MonkeyPatch, recompute: bool
+) -> None:
+    config = replace(configure(SHAPE), recompute_layers="ME" if recompute else "E")
+    mixer = MambaMixer(config, layer_number=1, pg_collection=world.groups)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(mamba, "mamba2", lambda *_, **settings: (seen.update(settings), None))
+    packed = PackedSeq.from_cu_seqlens([0, 3], world.device)
+    mixer.mix(torch.zeros(3, mixer.in_proj.weight.shape[0]), packed)
+    assert seen["recompute"] is not recompute
+
+
 @pytest.mark.parametrize("kind", MIXERS)
 def test_meta_device_computes_nothing(world: World, kind: str) -> None:
     with torch.device("meta"):
@@ -249,7 +263,7 @@ def test_shards_tile_the_full_tensor() -> None:
     assert torch.equal(torch.cat([joined[0][2:], joined[1][2:]]), full[4:])
     half = sharded_init((12, 6, 2), fill, dtype=torch.bfloat16)
     assert torch.equal(half, full.bfloat16())
-    with pytest.raises(ValueError, match="5 rows cannot be cut into 2 equal pieces"):
+    with pytest.raises(ValueError, match="5 rows cannot be cut into 2 equal shards"):
         sharded_init((5,), fill, (Shard(0, 0, 2),))
     with pytest.raises(ValueError, match="add up to 4, not to 5"):
         sharded_init((5,), fill, (Shard(0, 0, 1, (2, 2)), Shard(0, 0, 2, (2, 2))))

@@ -19,11 +19,13 @@ from helpers.transformers_weights import (
     WeightMap,
     build_ours,
     from_nemotron_h,
+    from_qwen3,
     from_qwen3_moe,
     load_into,
     nemotron_h,
     part_of,
     parts_by_key,
+    qwen3,
     qwen3_moe,
     randomise,
 )
@@ -124,6 +126,21 @@ QWEN3_MOE = {
     "tied": replace(QWEN3, tie_embeddings=True),
     "large base, weights as they are": replace(QWEN3, router_normalize=False, rope_base=1e6),
     "dense SwiGLU layers": replace(QWEN3, pattern="*-*E*-", mlp_width=70),
+}
+DENSE = replace(
+    TINY,
+    pattern="*-*-*-",
+    norm_eps=1e-6,
+    num_heads=6,
+    head_dim=24,
+    rope=True,
+    qk_norm=True,
+    activation="swiglu",
+    mlp_width=70,
+)
+QWEN3_DENSE = {
+    "tied": replace(DENSE, tie_embeddings=True),
+    "large base, one kv head": replace(DENSE, num_kv_heads=1, rope_base=1e6),
 }
 
 
@@ -258,6 +275,17 @@ def test_packed_documents_equal_qwen3_moe(world: World, case: str) -> None:
     ours = build_ours(world, shape, theirs, from_qwen3_moe)
     batch = packed_batch(shape, seed=6)
     expected = read_with_transformers(theirs, shape, batch.to(world.device), from_qwen3_moe)
+    assert_equal(read_packed(ours, batch, world), expected)
+
+
+@pytest.mark.parametrize("case", QWEN3_DENSE)
+def test_packed_documents_equal_qwen3(world: World, case: str) -> None:
+    shape = QWEN3_DENSE[case]
+    theirs = qwen3(shape).to(world.device).eval()
+    randomise(theirs, seed=4)
+    ours = build_ours(world, shape, theirs, from_qwen3)
+    batch = packed_batch(shape, seed=6)
+    expected = read_with_transformers(theirs, shape, batch.to(world.device), from_qwen3)
     assert_equal(read_packed(ours, batch, world), expected)
 
 

@@ -19,21 +19,19 @@ MIB = 2**20
 def read_prompt(length: int, piece: int) -> None:
     """Print the bytes by which memory rose beyond weights and the slot's own states."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from helpers.rollout import draw_tokens, make_model
+    from helpers.rollout import draw_tokens, make_model, make_runner
 
-    from nemocascade.megatron.generation.model_runner import ModelRunner
     from nemocascade.megatron.world import start_world
     from nemocascade.recipe import EngineConfig, ParallelConfig, tiny
 
     world = start_world(ParallelConfig(), EngineConfig(precision="fp32"))
     shape = tiny()
-    model = ModelRunner(world, make_model(world, shape), slots=1)
+    model = make_runner(world, make_model(world, shape), slots=1, context=length)
     model.refresh()
     text = draw_tokens(shape.vocab_size, length, seed=1)
     # First, at the size of a piece but small: libraries take their own memory at the first call.
     model.prefill([text[:64]], [[0]])
     model.prefill([text[:64]], [[0]], [64])
-    model.reserve(length)
     for layer in model._pipeline.layers:
         for name in ("keys", "values"):
             if hasattr(layer, name):

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.rollout import ODD, draw_tokens, full_logits, make_model
+from helpers.heads import skip_unless_served
+from helpers.rollout import ODD, copies_of, draw_tokens, full_logits, make_model, make_runner
+from nemocascade_kernels.backends import VARIABLE
+from nemocascade_kernels.decode_step.op import OP
 
-from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ModelConfig, ParallelConfig
 from nemocascade.runtime.world import World
@@ -35,11 +37,18 @@ def world() -> Iterator[World]:
     world.close()
 
 
+@pytest.mark.parametrize("backend", ["", "decode_step=triton"])
 @pytest.mark.parametrize("case", SHAPES)
-def test_prompt_and_steps_equal_the_packed_forward(world: World, case: str) -> None:
+def test_prompt_and_steps_equal_the_packed_forward(
+    world: World, case: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the operators of a CPU, and by those of a GPU, interpreted."""
+    if backend:
+        skip_unless_served(OP, "triton", torch.float32)
+        monkeypatch.setenv(VARIABLE, backend)
     shape: ModelConfig = SHAPES[case]
     chunks = make_model(world, shape)
-    model = ModelRunner(world, chunks, slots=len(PROMPTS) + 2)
+    model = make_runner(world, chunks, slots=len(PROMPTS) + 2)
     model.refresh()
     texts = [draw_tokens(shape.vocab_size, n + STEPS, seed=n) for n in PROMPTS]
     expected = [full_logits(chunks, text) for text in texts]
@@ -47,13 +56,15 @@ def test_prompt_and_steps_equal_the_packed_forward(world: World, case: str) -> N
     slots = torch.tensor([4, 0, 6, 2, 8, 1, 3])
     places = [[s] for s in slots.tolist()]
     places[3].append(5)
-    logits = model.prefill([t[:n] for t, n in zip(texts, PROMPTS, strict=True)], places)
+    copies = copies_of(model, 2, 5, PROMPTS[3])
+    prompts = [t[:n] for t, n in zip(texts, PROMPTS, strict=True)]
+    logits = model.prefill(prompts, places, copies=copies)
     scale = max(float(e.abs().max()) for e in expected)
     assert logits is not None
     for row, (n, e) in enumerate(zip(PROMPTS, expected, strict=True)):
         assert float((logits[row] - e[n - 1]).abs().max()) < TOLERANCE * scale
     rows = torch.cat([slots, torch.tensor([5])])
-    for i in range(STEPS):
+    for i in range(2 if backend else STEPS):
         position = torch.tensor([n + i for n in (*PROMPTS, PROMPTS[3])])
         token = torch.stack([t[n + i] for t, n in zip(texts, PROMPTS, strict=True)])
         token = torch.cat([token, token[3:4]])

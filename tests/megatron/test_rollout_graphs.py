@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers.cuda_graphs import Cuda, install
-from helpers.rollout import ODD, draw_tokens, make_model
+from helpers.rollout import ODD, draw_tokens, make_model, make_runner
 from torch import Tensor
 
 from nemocascade.megatron.generation.decode_graph import LEAST_LENGTH, DecodeGraphs
-from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ParallelConfig
 from nemocascade.runtime.world import World
@@ -35,7 +34,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 def test_captured_steps_equal_plain_ones(world: World, cuda: Cuda) -> None:
     """For any number of rows, with other slots untouched."""
     chunks = make_model(world, ODD)
-    plain, captured = (ModelRunner(world, chunks, slots=6) for _ in range(2))
+    plain, captured = (make_runner(world, chunks, slots=6) for _ in range(2))
     prompts = [draw_tokens(ODD.vocab_size, 4 + 3 * i, seed=i) for i in range(6)]
     captured._graphs = DecodeGraphs(
         captured._captured_step, most_rows=6, spare=6, device=world.device
@@ -143,7 +142,7 @@ def test_a_capture_changes_the_spare_slot_only(cuda: Cuda) -> None:
 
 
 def test_a_run_drops_its_graphs_at_its_end(world: World, cuda: Cuda) -> None:
-    model = ModelRunner(world, make_model(world, ODD), slots=2)
+    model = make_runner(world, make_model(world, ODD), slots=2)
     model.refresh()
     model._graphs = DecodeGraphs(model._captured_step, most_rows=2, spare=2, device=CPU)
     row = torch.tensor([0])

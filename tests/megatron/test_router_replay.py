@@ -199,7 +199,7 @@ def test_records_of_documents_are_laid_like_the_documents() -> None:
     missing = (partial != choices).flatten(1).any(1).nonzero().squeeze(1)
     assert missing.tolist() == [18, 19]
     assert (partial[missing] == SHAPE.num_experts).all()
-    with pytest.raises(ValueError, match="document 1 holds 1 tokens and its record 19"):
+    with pytest.raises(ValueError, match="document 1 has 1 tokens and its record 19"):
         lay_choices(SHAPE, [None, whole[0]], batch.cu_seqlens)
     with pytest.raises(ValueError, match="6 records for 4 documents"):
         lay_choices(SHAPE, [None] * 6, batch.cu_seqlens)

@@ -24,7 +24,6 @@ from nemocascade.megatron.checkpoint.folder import (
     digest_of,
     read_folder,
     read_manifest,
-    write_folder,
 )
 from nemocascade.megatron.checkpoint.index import (
     DTYPE_NAMES,
@@ -33,8 +32,9 @@ from nemocascade.megatron.checkpoint.index import (
     index_to_json,
     merge_indices,
 )
-from nemocascade.megatron.checkpoint.storage import Piece, Reader, write_pieces
+from nemocascade.megatron.checkpoint.storage import Reader, TensorShard, write_shards
 from nemocascade.megatron.checkpoint.weights import fill
+from nemocascade.megatron.checkpoint.writing import write_folder
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ParallelConfig
 from nemocascade.runtime.world import World
@@ -81,8 +81,8 @@ def random_tensor(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype
     return values.to(dtype) if not dtype.is_floating_point else (values / 7).to(dtype)
 
 
-def pieces_of(key: str, full: torch.Tensor, tiling: list[Box]) -> list[Piece]:
-    return [Piece(key, tuple(full.shape), b, strided(full[b.slices()])) for b in tiling]
+def shards_of(key: str, full: torch.Tensor, tiling: list[Box]) -> list[TensorShard]:
+    return [TensorShard(key, tuple(full.shape), b, strided(full[b.slices()])) for b in tiling]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -97,11 +97,11 @@ def test_any_tiling_reads_any_other(
         f"w{i}": random_tensor(rng, shape, rng.choice(list(DTYPE_NAMES)))
         for i, shape in enumerate(shapes)
     }
-    ranks: list[list[Piece]] = [[], [], []]
+    ranks: list[list[TensorShard]] = [[], [], []]
     for key, full in tensors.items():
-        for piece in pieces_of(key, full, random_tiling(rng, tuple(full.shape), 6)):
-            rng.choice(ranks).append(piece)
-    written = [write_pieces(tmp_path, f"{i}.safetensors", p) for i, p in enumerate(ranks)]
+        for shard in shards_of(key, full, random_tiling(rng, tuple(full.shape), 6)):
+            rng.choice(ranks).append(shard)
+    written = [write_shards(tmp_path, f"{i}.safetensors", p) for i, p in enumerate(ranks)]
     index, problems = merge_indices([w.index for w in written])
     assert problems == []
     names = {w.name for w in written}
@@ -110,9 +110,9 @@ def test_any_tiling_reads_any_other(
         for key, full in tensors.items():
             for box in random_tiling(rng, tuple(full.shape), 5):
                 memory = strided(torch.zeros(box.size, dtype=full.dtype))
-                piece = Piece(key, tuple(full.shape), box, memory)
-                assert reader.problem(piece) is None
-                reader.read_into(piece)
+                shard = TensorShard(key, tuple(full.shape), box, memory)
+                assert reader.problem(shard) is None
+                reader.read_into(shard)
                 assert torch.equal(memory, full[box.slices()])
 
 
@@ -120,11 +120,11 @@ def test_files_are_plain_safetensors_and_hashes_are_of_the_file(tmp_path: Path) 
     import hashlib
 
     full = torch.arange(12, dtype=torch.bfloat16).reshape(3, 4)
-    pieces = [
-        *pieces_of("a", full, [Box((0, 0), (3, 4))]),
-        *pieces_of("s", torch.tensor(7.5), [Box((), ())]),
+    shards = [
+        *shards_of("a", full, [Box((0, 0), (3, 4))]),
+        *shards_of("s", torch.tensor(7.5), [Box((), ())]),
     ]
-    written = write_pieces(tmp_path, "f.safetensors", pieces)
+    written = write_shards(tmp_path, "f.safetensors", shards)
     data = (tmp_path / "f.safetensors").read_bytes()
     assert (written.size, written.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     tensors = load_file(tmp_path / "f.safetensors")
@@ -161,7 +161,7 @@ def test_overlaps_and_gaps_are_found(tmp_path: Path) -> None:
     def problems(*boxes: Box) -> str:
         parts = []
         for i, box in enumerate(boxes):
-            parts.append(write_pieces(tmp_path, f"{i}.safetensors", pieces_of("w", full, [box])))
+            parts.append(write_shards(tmp_path, f"{i}.safetensors", shards_of("w", full, [box])))
         return "; ".join(merge_indices([p.index for p in parts])[1])
 
     assert problems(left, right) == ""
@@ -183,9 +183,9 @@ FULL = {
 }
 
 
-def whole_pieces(tensors: dict[str, torch.Tensor]) -> list[Piece]:
+def whole_shards(tensors: dict[str, torch.Tensor]) -> list[TensorShard]:
     return [
-        Piece(k, tuple(t.shape), Box((0,) * t.ndim, tuple(t.shape)), t.clone())
+        TensorShard(k, tuple(t.shape), Box((0,) * t.ndim, tuple(t.shape)), t.clone())
         for k, t in tensors.items()
     ]
 
@@ -193,16 +193,16 @@ def whole_pieces(tensors: dict[str, torch.Tensor]) -> list[Piece]:
 @pytest.fixture
 def folder(world: World, tmp_path: Path) -> Path:
     path = tmp_path / "step_00000001"
-    write_folder(path, world, "checkpoint", whole_pieces(FULL), {"extra.json": b'{"x": 1}'}, FIELDS)
+    write_folder(path, world, "checkpoint", whole_shards(FULL), {"extra.json": b'{"x": 1}'}, FIELDS)
     return path
 
 
-def read_back(folder: Path, world: World, tensors: dict[str, torch.Tensor]) -> list[Piece]:
-    pieces = whole_pieces({k: torch.zeros_like(t) for k, t in tensors.items()})
+def read_back(folder: Path, world: World, tensors: dict[str, torch.Tensor]) -> list[TensorShard]:
+    shards = whole_shards({k: torch.zeros_like(t) for k, t in tensors.items()})
     _, index = read_folder(folder, world, "checkpoint")
     with Reader(folder, index) as reader:
-        fill(folder, world, reader, pieces, [])
-    return pieces
+        fill(folder, world, reader, shards, [])
+    return shards
 
 
 def refusal(folder: Path, world: World, tensors: dict[str, torch.Tensor] = FULL) -> str:
@@ -212,8 +212,8 @@ def refusal(folder: Path, world: World, tensors: dict[str, torch.Tensor] = FULL)
 
 
 def test_a_whole_folder_is_read_back(folder: Path, world: World) -> None:
-    for piece in read_back(folder, world, FULL):
-        assert torch.equal(piece.tensor, FULL[piece.key])
+    for shard in read_back(folder, world, FULL):
+        assert torch.equal(shard.tensor, FULL[shard.key])
 
 
 NAMES = ["rank_00000.safetensors", "index.json", "extra.json", MANIFEST]
@@ -333,7 +333,7 @@ def test_a_malformed_weights_file_is_a_refusal(folder: Path, world: World, data:
         (lambda m: m["files"].update({"\0": {"sha256": "", "bytes": 0}}), r"file '\x00'"),
         (lambda m: m["files"].update({"\ud83d": {"sha256": "", "bytes": 0}}), r"file '\ud83d'"),
         (lambda m: m.update(layout=7), "layout(7), which is of another type"),
-        (lambda m: m.pop("step"), "lacks 'step'"),
+        (lambda m: m.pop("step"), "has no 'step'"),
     ],
 )
 def test_a_malformed_manifest_is_a_refusal(
@@ -357,7 +357,7 @@ def test_a_full_disk_names_the_file(
 
     monkeypatch.setattr("nemocascade.megatron.checkpoint.storage.os.fsync", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*rank_00000\.safetensors"):
-        write_folder(folder, world, "checkpoint", whole_pieces(FULL), {}, FIELDS)
+        write_folder(folder, world, "checkpoint", whole_shards(FULL), {}, FIELDS)
 
 
 def test_every_differing_tensor_is_named(folder: Path, world: World) -> None:
@@ -372,18 +372,18 @@ def test_every_differing_tensor_is_named(folder: Path, world: World) -> None:
 
 def test_a_refusal_changes_nothing(folder: Path, world: World) -> None:
     _, index = read_folder(folder, world, "checkpoint")
-    pieces = whole_pieces({**FULL, "model/c": torch.zeros(2)})
-    for piece in pieces:
-        piece.tensor.fill_(3)
+    shards = whole_shards({**FULL, "model/c": torch.zeros(2)})
+    for shard in shards:
+        shard.tensor.fill_(3)
     with Reader(folder, index) as reader, pytest.raises(CheckpointError):
-        fill(folder, world, reader, pieces, [])
-    assert all(bool((p.tensor == 3).all()) for p in pieces)
+        fill(folder, world, reader, shards, [])
+    assert all(bool((p.tensor == 3).all()) for p in shards)
 
 
 def test_a_part_that_no_file_holds_is_a_refusal(tmp_path: Path) -> None:
-    half = pieces_of("w", torch.zeros(4, 4), [Box((0, 0), (2, 4))])
-    index: Index = write_pieces(tmp_path, "f.safetensors", half).index
-    wanted = Piece("w", (4, 4), Box((1, 0), (2, 4)), torch.zeros(2, 4))
+    half = shards_of("w", torch.zeros(4, 4), [Box((0, 0), (2, 4))])
+    index: Index = write_shards(tmp_path, "f.safetensors", half).index
+    wanted = TensorShard("w", (4, 4), Box((1, 0), (2, 4)), torch.zeros(2, 4))
     problem = Reader(tmp_path, index).problem(wanted)
     assert problem is not None
     assert "4 of the 8 elements" in problem
@@ -391,7 +391,7 @@ def test_a_part_that_no_file_holds_is_a_refusal(tmp_path: Path) -> None:
 
 def test_a_failed_save_leaves_the_old_folder(folder: Path, world: World) -> None:
     before = read_manifest(folder, "checkpoint")
-    torn = pieces_of("w", torch.zeros(4, 4), [Box((0, 0), (2, 4))])
+    torn = shards_of("w", torch.zeros(4, 4), [Box((0, 0), (2, 4))])
     with pytest.raises(CheckpointError, match="8 of 16 elements"):
         write_folder(folder, world, "checkpoint", torn, {}, {"step": 2})
     assert read_manifest(folder, "checkpoint") == before
@@ -400,11 +400,11 @@ def test_a_failed_save_leaves_the_old_folder(folder: Path, world: World) -> None
 
 def test_replacing_a_folder(folder: Path, world: World) -> None:
     changed = {k: t + 1 for k, t in FULL.items()}
-    write_folder(folder, world, "checkpoint", whole_pieces(changed), {}, {**FIELDS, "step": 2})
+    write_folder(folder, world, "checkpoint", whole_shards(changed), {}, {**FIELDS, "step": 2})
     assert read_manifest(folder, "checkpoint")["step"] == 2
     assert not (folder / "extra.json").exists()
-    for piece in read_back(folder, world, FULL):
-        assert torch.equal(piece.tensor, changed[piece.key])
+    for shard in read_back(folder, world, FULL):
+        assert torch.equal(shard.tensor, changed[shard.key])
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 

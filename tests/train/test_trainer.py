@@ -15,9 +15,11 @@ from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import (
     EngineConfig,
+    LogConfig,
     MoeTrainingConfig,
     OptimizerConfig,
     ParallelConfig,
+    SftRecipe,
     tiny,
 )
 from nemocascade.runtime.world import World
@@ -39,11 +41,13 @@ def world() -> Iterator[World]:
     world.close()
 
 
-def trainer(world: World, run_dir: Path, **moe: object) -> Trainer:
+def trainer(
+    world: World, run_dir: Path, *, engine: EngineConfig = ENGINE, **moe: object
+) -> Trainer:
     return Trainer(
         world,
         replace(tiny(), pattern="M*E", vocab_size=64, hidden_size=64),
-        engine=ENGINE,
+        engine=engine,
         moe=MoeTrainingConfig(**moe),  # type: ignore[arg-type]
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0, schedule="constant"),
         accelerators=Accelerators(),
@@ -97,6 +101,20 @@ def test_steps_lower_the_loss_and_evaluate_agrees(world: World, tmp_path: Path) 
     assert loss < last
     assert tokens == batch().num_trained()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(t), strict=True))
+
+
+def test_fp8_experts_lower_the_loss_alike(world: World, tmp_path: Path) -> None:
+    """Eight steps, before the rounding of either has led to another model."""
+    losses, heldout = {}, set()
+    for experts in ("bf16", "fp8"):
+        t = trainer(world, tmp_path, engine=replace(ENGINE, experts=experts))
+        heldout.add(t.evaluate([[batch()]]))
+        losses[experts] = [t.train_step([batch(step % 3)]).loss for step in range(8)]
+    assert losses["bf16"][-1] < losses["bf16"][0] - 0.5
+    assert losses["fp8"] != losses["bf16"]
+    assert len(heldout) == 1, "held-out losses have no FP8"
+    for ours, exact in zip(losses["fp8"], losses["bf16"], strict=True):
+        assert ours == pytest.approx(exact, rel=0.01)
 
 
 def test_nan_stops_before_the_optimizer_and_keeps_the_batch(world: World, tmp_path: Path) -> None:
@@ -211,9 +229,11 @@ def test_is_due() -> None:
     assert not any(is_due(s, 0) for s in range(10))
 
 
-def test_metrics_hold_each_step_once_after_a_crash(tmp_path: Path) -> None:
+def test_metrics_hold_each_step_once_after_a_crash(world: World, tmp_path: Path) -> None:
+    recipe = SftRecipe(run_dir=str(tmp_path), steps=4, log=LogConfig(trackers=()))
+
     def writer(first: int) -> MetricsWriter:
-        return MetricsWriter(tmp_path, is_main=True, first_step=first, steps=4, tensorboard=False)
+        return MetricsWriter(recipe, world, first)
 
     one = writer(0)
     for step in range(3):

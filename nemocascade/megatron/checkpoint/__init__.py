@@ -1,5 +1,6 @@
 """Checkpoints: sharded, atomic, hashed, without pickle, readable on any parallel layout."""
 
+from nemocascade.megatron.checkpoint.background import Writer
 from nemocascade.megatron.checkpoint.checkpoints import (
     checkpoint_name,
     complete_checkpoints,
@@ -13,6 +14,7 @@ from nemocascade.megatron.checkpoint.folder import clean_leftovers, remove
 
 __all__ = [
     "CheckpointError",
+    "Writer",
     "checkpoint_name",
     "clean_leftovers",
     "complete_checkpoints",

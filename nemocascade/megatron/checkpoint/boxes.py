@@ -44,15 +44,15 @@ class Box:
             return [self]
         row = self.volume // self.size[0]
         step = max(1, elements // row)
-        pieces = []
+        boxes = []
         for start in range(0, self.size[0], step):
             offset = (self.offset[0] + start, *self.offset[1:])
             part = Box(offset, (min(step, self.size[0] - start), *self.size[1:]))
             if part.size[0] > 1:
-                pieces.append(part)
+                boxes.append(part)
             else:
-                pieces += _in_row(offset[0], Box(offset[1:], part.size[1:]).split(elements))
-        return pieces
+                boxes += _in_row(offset[0], Box(offset[1:], part.size[1:]).split(elements))
+        return boxes
 
 
 def whole(shape: Iterable[int]) -> Box:

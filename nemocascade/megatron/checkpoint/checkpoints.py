@@ -13,37 +13,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemocascade.megatron.checkpoint.background import Writer
 from nemocascade.megatron.checkpoint.errors import CheckpointError
 from nemocascade.megatron.checkpoint.folder import (
     MANIFEST,
     TEMPORARY,
-    agree,
     flush,
     read_folder,
     write_durably,
-    write_folder,
 )
 from nemocascade.megatron.checkpoint.rng import (
     PREFIX,
     missing_rng,
     reseed_rng,
     restore_rng,
-    rng_pieces,
+    rng_shards,
 )
 from nemocascade.megatron.checkpoint.state import (
     OPTIMIZER,
     model_parts,
-    model_pieces,
-    optimizer_pieces,
+    model_shards,
+    optimizer_shards,
     optimizer_steps,
     set_optimizer_steps,
 )
 from nemocascade.megatron.checkpoint.storage import Reader
 from nemocascade.megatron.checkpoint.weights import describe_model, fill, model_problems
+from nemocascade.megatron.checkpoint.writing import open_folder, write_now
 from nemocascade.megatron.optimizer import Optimizer
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
@@ -65,32 +65,40 @@ def save_checkpoint(
     chunks: Sequence[Any],
     optimizer: Optimizer,
     extra: dict[str, Any],
+    *,
+    writer: Writer | None = None,
+    then: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write model, optimizer, random generators and `extra` of all ranks; every rank calls it.
 
     root: RUN/checkpoints. step: optimizer steps done. chunks: CascadeModels, bare or DDP-wrapped.
-    extra: JSON of rank 0, for example the data position; it must survive JSON unchanged.
-    Returns the folder; it is then complete, and `latest` names it.
+    extra: JSON of rank 0, for example the data position; it must survive JSON unchanged. writer:
+    may write while training continues, see `Writer.finish`; None waits. then: called on rank 0 once
+    the checkpoint is complete. Returns the folder; `latest` names it when it is complete.
 
     Raises CheckpointError on every rank if the checkpoint cannot be written; older ones stay.
     """
     final = root / checkpoint_name(step)
+    problems = [*_extra_problems(extra), *_pointed_problems(root, final, world)]
     steps: set[int] = set().union(*world.all_gather_object(optimizer_steps(optimizer)))
-    agree(world, final, [*_extra_problems(extra), *_pointed_problems(root, final, world)])
     if len(steps) != 1:
-        raise CheckpointError(final, [f"parameters disagree on the optimizer's steps: {steps}"])
+        problems.append(f"parameters disagree on the optimizer's steps: {steps}")
     parts = model_parts(chunks, world)
-    pieces = [*model_pieces(parts), *optimizer_pieces(parts, optimizer), *rng_pieces(world)]
-    documents = {EXTRA: json.dumps(extra, indent=1, allow_nan=False).encode()}
-    fields = {"step": step, "optimizer_step": steps.pop(), **describe_model(world, chunks)}
-    write_folder(final, world, KIND, pieces, documents, fields)
-    problems = []
-    if world.is_main:
-        try:
-            _point_to(root, final.name)
-        except OSError as error:
-            problems.append(f"rank 0 cannot move the pointer {root / POINTER}: {error}")
-    agree(world, final, problems)
+    shards = [*model_shards(parts), *optimizer_shards(parts, optimizer), *rng_shards(world)]
+    documents = {} if problems else {EXTRA: json.dumps(extra, indent=1, allow_nan=False).encode()}
+    fields = {"step": step, "optimizer_step": max(steps), **describe_model(world, chunks)}
+
+    def complete() -> None:
+        _point_to(root, final.name)
+        then()
+
+    task = open_folder(
+        final, world, KIND, shards, documents, fields, problems=problems, then=complete
+    )
+    if writer is None:
+        write_now(task, world)
+    else:
+        writer.write(task)
     return final
 
 
@@ -109,14 +117,14 @@ def load_checkpoint(
     manifest, index = read_folder(folder, world, KIND)
     problems = model_problems(manifest, world, chunks, cast=False)
     parts = model_parts(chunks, world)
-    pieces = model_pieces(parts)
+    shards = model_shards(parts)
     same_layout = manifest["layout"] == describe_model(world, chunks)["layout"]
     if optimizer is not None:
-        pieces += optimizer_pieces(parts, optimizer)
+        shards += optimizer_shards(parts, optimizer)
         problems += missing_rng(world, index, same_layout=same_layout)
     ignored = (PREFIX,) if optimizer is not None else (PREFIX, OPTIMIZER)
     with Reader(folder, index) as reader:
-        fill(folder, world, reader, pieces, problems, ignored=ignored)
+        fill(folder, world, reader, shards, problems, ignored=ignored)
         if optimizer is not None:
             set_optimizer_steps(optimizer, manifest["optimizer_step"])
             if same_layout:

@@ -17,20 +17,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from nemocascade.megatron.checkpoint.errors import CheckpointError, NonFiniteWeightsError
-from nemocascade.megatron.checkpoint.index import (
-    Index,
-    index_from_json,
-    index_to_json,
-    merge_indices,
-)
-from nemocascade.megatron.checkpoint.storage import Piece, WrittenFile, write_pieces
+from nemocascade.megatron.checkpoint.errors import CheckpointError
+from nemocascade.megatron.checkpoint.index import Index, index_from_json
 from nemocascade.recipe.paths import is_file_name
 from nemocascade.runtime.files import naming
 from nemocascade.runtime.world import World
@@ -131,108 +123,12 @@ def agree(
     world: World,
     where: object,
     problems: Iterable[str],
-    error: type[CheckpointError] = CheckpointError,
 ) -> None:
-    """Raise `error` on every rank if any rank has a problem; each is named once."""
+    """Raise CheckpointError on every rank if any rank has a problem; each is named once."""
     ranks = world.all_gather_object(list(problems))
     found = list(dict.fromkeys(p for mine in ranks for p in mine))
     if found:
-        raise error(where, found)
-
-
-def write_folder(
-    final: Path,
-    world: World,
-    kind: str,
-    pieces: Sequence[Piece],
-    documents: dict[str, bytes],
-    fields: dict[str, Any],
-) -> str:
-    """Write a checkpoint or artifact to the folder `final`; returns the manifest's digest.
-
-    Every rank calls it. pieces: those of this rank; main replicas are written. documents: small
-    files, and fields: entries of the manifest; both from rank 0. An existing folder is replaced.
-
-    Raises CheckpointError on every rank, and leaves `final` as it was, if a rank cannot write or
-    the pieces of all ranks do not tile their tensors; NonFiniteWeightsError if one is not finite.
-    """
-    temporary = final.with_name(TEMPORARY + final.name)
-    problems = []
-    if world.is_main:
-        try:
-            fresh_folder(final)
-        except OSError as error:
-            problems.append(f"rank 0 cannot make {temporary}: {error}")
-    agree(world, final, problems)
-    report: WrittenFile | str
-    bad: list[str] = []
-    try:
-        name = f"rank_{world.rank:05d}.safetensors"
-        report = write_pieces(temporary, name, [p for p in pieces if p.is_main])
-    except OSError as error:
-        report = f"rank {world.rank} cannot write its file: {error}"
-    except NonFiniteWeightsError as error:
-        report, bad = "", error.problems
-    try:
-        agree(world, final, bad, NonFiniteWeightsError)
-    except NonFiniteWeightsError:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    reports: list[Any] | None = [None] * world.size if world.is_main else None
-    dist.gather_object(report, reports)
-    digest, problems = "", []
-    if reports is not None:
-        try:
-            digest, problems = finish_folder(temporary, final, kind, reports, documents, fields)
-        except OSError as error:
-            problems = [f"rank 0 cannot complete it: {error}"]
-        if problems:
-            shutil.rmtree(temporary, ignore_errors=True)
-    agree(world, final, problems)
-    return str(world.broadcast_object(digest))
-
-
-def finish_folder(
-    temporary: Path,
-    final: Path,
-    kind: str,
-    reports: Sequence[WrittenFile | str],
-    documents: dict[str, bytes],
-    fields: dict[str, Any],
-) -> tuple[str, list[str]]:
-    """Complete a folder on rank 0 when all files are written: index, documents, manifest, rename.
-
-    reports: the description of each file, or why it could not be written. Returns the digest and
-    the problems; one of the two is empty.
-    """
-    problems = [r for r in reports if isinstance(r, str)]
-    written = [r for r in reports if isinstance(r, WrittenFile)]
-    if problems:
-        return "", problems
-    index, problems = merge_indices([w.index for w in written])
-    if problems:
-        return "", problems
-    files = {w.name: {"sha256": w.sha256, "bytes": w.size} for w in written}
-    for name, data in {**documents, INDEX: canonical_json(index_to_json(index))}.items():
-        write_durably(temporary / name, data)
-        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    manifest = {"format": FORMAT, "version": VERSION, "kind": kind, **fields, "files": files}
-    manifest["digest"] = digest_of(manifest)
-    text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
-    write_durably(temporary / MANIFEST, text.encode())
-    flush(temporary)
-    if final.exists():
-        aside = final.with_name(f"{TEMPORARY}old-{final.name}")
-        if aside.exists():
-            remove(aside)
-        final.rename(aside)
-        temporary.rename(final)
-        remove(aside)
-    else:
-        temporary.rename(final)
-    flush(final.parent)
-    return str(manifest["digest"]), []
+        raise CheckpointError(where, found)
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
@@ -279,7 +175,7 @@ def _malformed(manifest: dict[str, Any], kind: str) -> list[str]:
     """Fields that are missing or of another type, and entries that describe no file of the
     folder."""
     problems = [
-        f"{MANIFEST} lacks {name!r}"
+        f"{MANIFEST} has no {name!r}"
         if name not in manifest
         else f"{MANIFEST} has {name}({manifest[name]!r}), which is of another type"
         for name, types in FIELDS[kind].items()

@@ -1,4 +1,4 @@
-"""Index of the global tensors in a folder: shape, dtype, and the position of each stored piece."""
+"""Index of the global tensors in a folder: shape, dtype, and the position of each stored shard."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
-class StoredPiece:
-    """Position of a stored piece: tensor `name` of `file` is `box` of the global tensor."""
+class StoredShard:
+    """Position of a stored shard: tensor `name` of `file` is `box` of the global tensor."""
 
     file: str
     name: str
@@ -38,7 +38,7 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: str
-    pieces: tuple[StoredPiece, ...]
+    shards: tuple[StoredShard, ...]
 
 
 Index = dict[str, StoredTensor]
@@ -47,7 +47,7 @@ Index = dict[str, StoredTensor]
 def merge_indices(parts: Sequence[Index]) -> tuple[Index, list[str]]:
     """Merge all ranks' parts; returns the index and every reason why it is not a tiling."""
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-    pieces: dict[str, list[StoredPiece]] = {}
+    shards: dict[str, list[StoredShard]] = {}
     problems = []
     for part in parts:
         for key, entry in part.items():
@@ -57,10 +57,10 @@ def merge_indices(parts: Sequence[Index]) -> tuple[Index, list[str]]:
                     f"{key}: ranks disagree on its shape and dtype: {list(seen[0])} {seen[1]} "
                     f"and {list(entry.shape)} {entry.dtype}"
                 )
-            pieces.setdefault(key, []).extend(entry.pieces)
+            shards.setdefault(key, []).extend(entry.shards)
     index = {
         key: StoredTensor(*shapes[key], tuple(sorted(found, key=lambda p: p.box.offset)))
-        for key, found in sorted(pieces.items())
+        for key, found in sorted(shards.items())
     }
     for key, entry in index.items():
         problems += _tiling_problems(key, entry)
@@ -69,22 +69,22 @@ def merge_indices(parts: Sequence[Index]) -> tuple[Index, list[str]]:
 
 def _tiling_problems(key: str, entry: StoredTensor) -> list[str]:
     everything = whole(entry.shape)
-    boxes = [p.box for p in entry.pieces]
+    boxes = [p.box for p in entry.shards]
     outside = [b for b in boxes if b.intersect(everything) != b]
     if outside:
-        return [f"{key}: a piece at {outside[0]} lies outside its shape {list(entry.shape)}"]
+        return [f"{key}: a shard at {outside[0]} is outside of its shape {list(entry.shape)}"]
     overlap = first_overlap(boxes)
     if overlap is not None:
-        return [f"{key}: two pieces overlap: {overlap[0]} and {overlap[1]}"]
+        return [f"{key}: two shards overlap: {overlap[0]} and {overlap[1]}"]
     covered = sum(b.volume for b in boxes)
     if covered != everything.volume:
-        return [f"{key}: its pieces hold {covered} of {everything.volume} elements"]
+        return [f"{key}: its shards have {covered} of {everything.volume} elements"]
     return []
 
 
 def index_to_json(index: Index) -> dict[str, Any]:
     """The index as JSON. Tensor names follow from keys and offsets; file names are listed once."""
-    files = sorted({p.file for entry in index.values() for p in entry.pieces})
+    files = sorted({p.file for entry in index.values() for p in entry.shards})
     number = {file: i for i, file in enumerate(files)}
     tensors = {
         key: {
@@ -97,7 +97,7 @@ def index_to_json(index: Index) -> dict[str, Any]:
                     "offset": list(p.box.offset),
                     "size": list(p.box.size),
                 }
-                for p in entry.pieces
+                for p in entry.shards
             ],
         }
         for key, entry in index.items()
@@ -109,7 +109,7 @@ def index_from_json(value: Any, known: Container[str]) -> Index:
     """Inverse of `index_to_json`.
 
     Raises ValueError if the value is no index, names a file that is not `known`, or has a tensor
-    whose pieces do not tile it.
+    whose shards do not tile it.
     """
     try:
         files = value["files"]
@@ -118,7 +118,7 @@ def index_from_json(value: Any, known: Container[str]) -> Index:
                 _sizes(entry["shape"]),
                 str(entry["dtype"]),
                 tuple(
-                    StoredPiece(files[p["file"]], str(p["name"]), _box(p)) for p in entry["pieces"]
+                    StoredShard(files[p["file"]], str(p["name"]), _box(p)) for p in entry["pieces"]
                 ),
             )
             for key, entry in value["tensors"].items()
@@ -136,8 +136,8 @@ def index_from_json(value: Any, known: Container[str]) -> Index:
     return index
 
 
-def _box(piece: dict[str, Any]) -> Box:
-    return Box(_sizes(piece["offset"]), _sizes(piece["size"]))
+def _box(shard: dict[str, Any]) -> Box:
+    return Box(_sizes(shard["offset"]), _sizes(shard["size"]))
 
 
 def _sizes(value: list[Any]) -> tuple[int, ...]:

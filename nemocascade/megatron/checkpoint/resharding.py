@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import Box
 from nemocascade.megatron.checkpoint.state import ModelPart
+from nemocascade.runtime.launcher import ranks_of_node
 from nemocascade.runtime.world import World
 
 BUCKET_BYTES = 256 << 20
@@ -34,17 +34,17 @@ class _Boxes:
     """The boxes of a rank: those it holds, and those that it needs. key, box, bytes of the whole
     tensor."""
 
-    held: list[tuple[str, Box, int]]
+    owned: list[tuple[str, Box, int]]
     needed: list[tuple[str, Box, int]]
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A box that rank `source` sends to rank `target`. held, needed: number of the part there."""
+    """A box that rank `source` sends to rank `target`. owned, needed: number of the part there."""
 
     source: int
     target: int
-    held: int
+    owned: int
     needed: int
     box: Box
 
@@ -76,7 +76,8 @@ class Resharding:
         self.world, self.source, self.target = world, source, target
         mine = _Boxes(*([(p.key, p.box, _num_bytes(p)) for p in ps] for ps in (source, target)))
         every = _gather(world, mine)
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        # Every rank must choose the same sources, also where a node has fewer ranks.
+        per_node = min(world.all_gather_object(ranks_of_node()))
         self._buckets = _plan(world.rank, every, bucket_bytes, per_node)
 
     @torch.no_grad()
@@ -91,7 +92,7 @@ class Resharding:
             )
 
     def _values(self, copy: _Copy) -> Tensor:
-        return self.source[copy.held].view(copy.box)
+        return self.source[copy.owned].view(copy.box)
 
     def _place(self, copy: _Copy) -> Tensor:
         return self.target[copy.needed].view(copy.box)
@@ -143,7 +144,7 @@ def _plan(
     holders: dict[str, dict[Box, dict[int, int]]] = {}
     sizes: dict[str, int] = {}
     for holder, boxes in enumerate(every):
-        for number, (key, box, num_bytes) in enumerate(boxes.held):
+        for number, (key, box, num_bytes) in enumerate(boxes.owned):
             holders.setdefault(key, {}).setdefault(box, {}).setdefault(holder, number)
             sizes[key] = num_bytes
     starts, count = _bucket_numbers(sizes, bucket_bytes)
@@ -152,13 +153,13 @@ def _plan(
     for target, boxes in enumerate(every):
         if id(boxes) not in overlaps:
             overlaps[id(boxes)] = list(_overlaps(boxes, holders))
-        for key, needed, box, held in overlaps[id(boxes)]:
-            source = _source(target, held, ranks_per_node)
+        for key, needed, box, owners in overlaps[id(boxes)]:
+            source = _source(target, owners, ranks_per_node)
             if rank not in (source, target):
                 continue
-            first, pieces = starts[key]
-            for number, piece in enumerate(_pieces(box, pieces)):
-                copy = _Copy(source, target, held[source], needed, piece)
+            first, parts = starts[key]
+            for number, part in enumerate(_split(box, parts)):
+                copy = _Copy(source, target, owners[source], needed, part)
                 bucket = buckets[first + number]
                 if source == target:
                     bucket.local.append(copy)
@@ -174,25 +175,25 @@ def _bucket_numbers(
     starts: dict[str, tuple[int, int]] = {}
     last, used = -1, bucket_bytes + 1
     for key, size in sizes.items():
-        pieces = max(1, -(-size // bucket_bytes))
+        parts = max(1, -(-size // bucket_bytes))
         if used + size > bucket_bytes:
             last, used = last + 1, 0
-        starts[key] = last, pieces
-        last, used = last + pieces - 1, used + size
+        starts[key] = last, parts
+        last, used = last + parts - 1, used + size
     return starts, last + 1
 
 
 def _overlaps(
     boxes: _Boxes, holders: dict[str, dict[Box, dict[int, int]]]
 ) -> Iterator[tuple[str, int, Box, dict[int, int]]]:
-    """Yield the key, the number of the needed part, a box of it, and who holds that box."""
+    """Yield the key, the number of the needed part, a box of it, and the ranks that own it."""
     for number, (key, needed, _) in enumerate(boxes.needed):
         found = 0
-        for box, held in holders.get(key, {}).items():
+        for box, owners in holders.get(key, {}).items():
             common = needed.intersect(box)
             if common is not None:
                 found += common.volume
-                yield key, number, common, held
+                yield key, number, common, owners
         if found != needed.volume:
             raise ReshardingError(
                 f"{key}: the ranks hold {found} of the {needed.volume} elements that the "
@@ -200,27 +201,27 @@ def _overlaps(
             )
 
 
-def _source(target: int, held: dict[int, int], ranks_per_node: int) -> int:
-    """The rank of those in `held` that sends to `target`: itself, one of its node, or any."""
-    if target in held:
+def _source(target: int, owners: dict[int, int], ranks_per_node: int) -> int:
+    """The rank of those in `owners` that sends to `target`: itself, one of its node, or any."""
+    if target in owners:
         return target
     node = target // ranks_per_node
-    near = [rank for rank in held if rank // ranks_per_node == node] or list(held)
+    near = [rank for rank in owners if rank // ranks_per_node == node] or list(owners)
     return sorted(near)[target % len(near)]
 
 
-def _pieces(box: Box, count: int) -> list[Box]:
-    """The box in at most `count` nearly equal pieces along its first axis that is long enough."""
+def _split(box: Box, count: int) -> list[Box]:
+    """Split the box into at most `count` nearly equal parts along its first long enough axis."""
     if count == 1 or not box.size:
         return [box]
     axis = next((a for a, n in enumerate(box.size) if n >= count), None)
     if axis is None:
         axis = box.size.index(max(box.size))
-    length, pieces = box.size[axis], []
+    length, parts = box.size[axis], []
     for number in range(count):
         start, stop = length * number // count, length * (number + 1) // count
         if stop > start:
             offset, size = list(box.offset), list(box.size)
             offset[axis], size[axis] = offset[axis] + start, stop - start
-            pieces.append(Box(tuple(offset), tuple(size)))
-    return pieces
+            parts.append(Box(tuple(offset), tuple(size)))
+    return parts

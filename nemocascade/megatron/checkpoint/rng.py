@@ -13,13 +13,13 @@ from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import whole
 from nemocascade.megatron.checkpoint.index import Index
-from nemocascade.megatron.checkpoint.storage import Piece, Reader
+from nemocascade.megatron.checkpoint.storage import Reader, TensorShard
 from nemocascade.runtime.world import World
 
 PREFIX = "rng/"
 
 
-def rng_pieces(world: World) -> list[Piece]:
+def rng_shards(world: World) -> list[TensorShard]:
     """The states of this rank's generators, as tensors of bytes."""
     name, words, *rest = np.random.get_state()
     states = {
@@ -30,13 +30,13 @@ def rng_pieces(world: World) -> list[Piece]:
     if world.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(world.device)
     return [
-        Piece(_key(world, name), tuple(state.shape), whole(state.shape), state)
+        TensorShard(_key(world, name), tuple(state.shape), whole(state.shape), state)
         for name, state in states.items()
     ]
 
 
 def restore_rng(world: World, reader: Reader) -> None:
-    """Set this rank's generators to the states that `rng_pieces` saved."""
+    """Set this rank's generators to the states that `rng_shards` saved."""
     torch.set_rng_state(reader.read(_key(world, "torch")))
     np.random.set_state(_from_bytes(reader.read(_key(world, "numpy"))))
     version, words, gauss = _from_bytes(reader.read(_key(world, "python")))

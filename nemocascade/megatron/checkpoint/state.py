@@ -31,7 +31,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import Box, boxes_of_range
-from nemocascade.megatron.checkpoint.storage import Piece
+from nemocascade.megatron.checkpoint.storage import ReplicaGroup, TensorShard
 from nemocascade.megatron.optimizer import Optimizer
 from nemocascade.runtime.world import World
 
@@ -45,7 +45,7 @@ class ModelPart:
     """A box of a parameter or buffer, and its position in a global tensor.
 
     owner: the parameter. local: the box in the owner's index space. box: the same elements in the
-    global tensor, which may have additional leading axes. replica: see Piece.
+    global tensor, which may have additional leading axes. replica: see TensorShard.
     """
 
     key: str
@@ -61,9 +61,9 @@ class ModelPart:
         return len(self.box.offset) - len(self.local.offset)
 
     def view(self, box: Box) -> Tensor:
-        """The elements of `box`, which lies in `self.box`, as a view where that is possible."""
-        held = self.owner.detach()[self.local.slices()].reshape(self.box.size)
-        return held[box.relative_to(self.box.offset).slices()]
+        """The elements of `box`, which is inside `self.box`, as a view where that is possible."""
+        values = self.owner.detach()[self.local.slices()].reshape(self.box.size)
+        return values[box.relative_to(self.box.offset).slices()]
 
 
 def unwrap(chunk: Any) -> Any:
@@ -86,21 +86,28 @@ def model_parts(chunks: Sequence[Any], world: World) -> list[ModelPart]:
     return parts
 
 
-def model_pieces(parts: Sequence[ModelPart]) -> list[Piece]:
+def model_shards(parts: Sequence[ModelPart]) -> list[TensorShard]:
     """The weights and buffers themselves."""
     return [
-        Piece(
+        TensorShard(
             MODEL + p.key,
             p.global_shape,
             p.box,
             p.view(p.box),
             p.replica,
+            _replicas(p),
         )
         for p in parts
     ]
 
 
-def optimizer_pieces(parts: Sequence[ModelPart], optimizer: Optimizer) -> list[Piece]:
+def _replicas(part: ModelPart) -> ReplicaGroup:
+    """The ranks that hold the same part: Megatron-Core marks the parameters that expert parallelism
+    shards."""
+    return "dp" if getattr(part.owner, "allreduce", True) else "expert_dp"
+
+
+def optimizer_shards(parts: Sequence[ModelPart], optimizer: Optimizer) -> list[TensorShard]:
     """Main parameters and moments that this rank's optimizers hold.
 
     State that does not exist before the first step is created as Adam creates it.
@@ -109,12 +116,12 @@ def optimizer_pieces(parts: Sequence[ModelPart], optimizer: Optimizer) -> list[P
     by_owner: dict[int, list[ModelPart]] = {}
     for part in parts:
         by_owner.setdefault(id(part.owner), []).append(part)
-    pieces: list[Piece] = []
+    shards: list[TensorShard] = []
     for inner in _stepping(optimizer):
         for owner, main, start, sharded in _main_parameters(inner):
             if id(owner) not in by_owner:
                 raise TypeError(
-                    f"a parameter of shape {list(owner.shape)} is trained but stands in no "
+                    f"a parameter of shape {list(owner.shape)} is trained but is in no "
                     "sharded state dict"
                 )
             state = _adam_state(inner.optimizer, main)
@@ -123,8 +130,8 @@ def optimizer_pieces(parts: Sequence[ModelPart], optimizer: Optimizer) -> list[P
                 tensors["main"] = main.detach()
             for name, tensor in tensors.items():
                 for part in by_owner[id(owner)]:
-                    pieces += _state_pieces(part, f"{OPTIMIZER}{name}/", tensor, start, sharded)
-    return pieces
+                    shards += _state_shards(part, f"{OPTIMIZER}{name}/", tensor, start, sharded)
+    return shards
 
 
 def optimizer_steps(optimizer: Optimizer) -> set[int]:
@@ -196,13 +203,13 @@ class _Owners:
 
     def check_tiling(self, parts: Sequence[ModelPart]) -> None:
         """Raise TypeError unless the parts hold every element of every tensor."""
-        held: dict[int, int] = {}
+        owned: dict[int, int] = {}
         for part in parts:
-            held[id(part.owner)] = held.get(id(part.owner), 0) + part.local.volume
+            owned[id(part.owner)] = owned.get(id(part.owner), 0) + part.local.volume
         wrong = [
-            f"{name} ({held.get(id(owner), 0)} of {owner.numel()} elements)"
+            f"{name} ({owned.get(id(owner), 0)} of {owner.numel()} elements)"
             for name, owner in self._tensors
-            if held.get(id(owner), 0) != owner.numel()
+            if owned.get(id(owner), 0) != owner.numel()
         ]
         if wrong:
             raise TypeError("sharded state dicts don't hold all of: " + ", ".join(wrong))
@@ -228,18 +235,19 @@ def _leaves(value: Any) -> Iterator[ShardedTensor]:
         raise TypeError(f"a sharded state dict holds a {type(value).__name__}")
 
 
-def _state_pieces(
+def _state_shards(
     part: ModelPart, prefix: str, tensor: Tensor, start: int, sharded: bool
-) -> list[Piece]:
+) -> list[TensorShard]:
     """The part's elements in `tensor`, which holds the owner's flat elements from `start` on."""
     strides = _strides(part.owner.shape)
     replica = part.replica
+    replicated_over: ReplicaGroup = _replicas(part)
     if sharded:
         # Data-parallel ranks, the last coordinate, hold different elements.
-        replica = (*replica[:-1], 0)
-    pieces = []
-    for stretch in boxes_of_range(part.owner.shape, start, start + tensor.numel()):
-        common = stretch.intersect(part.local)
+        replica, replicated_over = (*replica[:-1], 0), ""
+    shards = []
+    for run in boxes_of_range(part.owner.shape, start, start + tensor.numel()):
+        common = run.intersect(part.local)
         if common is None:
             continue
         inner = common.relative_to(part.local.offset).offset
@@ -251,8 +259,10 @@ def _state_pieces(
         view = tensor.as_strided(common.size, strides, tensor.storage_offset() + first)
         size = (1,) * lead + common.size
         box = Box(offset, size)
-        pieces.append(Piece(prefix + part.key, part.global_shape, box, view.reshape(size), replica))
-    return pieces
+        values = view.reshape(size)
+        key, shape = prefix + part.key, part.global_shape
+        shards.append(TensorShard(key, shape, box, values, replica, replicated_over))
+    return shards
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:

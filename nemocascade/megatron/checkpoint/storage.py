@@ -1,9 +1,9 @@
-"""Storage of global tensors in safetensors files, written in pieces and read by any box.
+"""Storage of global tensors in safetensors files, written as shards and read by any box.
 
-Each rank writes the pieces it is the main replica of to one file. An index holds for every key the
-global shape, the dtype and the position of each piece. Reading a box intersects it with the stored
-pieces, so any parallel layout reads the files of any other. Memory is bounded by CHUNK_BYTES: no
-tensor is gathered, and files are read by slices.
+Each rank writes one file, with its share of the shards (`balance.py`). An index holds for every key
+the global shape, the dtype and the position of each shard. Reading a box intersects it with the
+stored shards, so any parallel layout reads the files of any other. No tensor is gathered, and files
+are read by slices of at most CHUNK_BYTES.
 
 The format is plain safetensors (https://huggingface.co/docs/safetensors), which any reader opens.
 This module writes the files itself, so that it can hash the bytes as they are written and needs no
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,22 +36,40 @@ from nemocascade.megatron.checkpoint.index import (
     DTYPE_NAMES,
     DTYPES,
     Index,
-    StoredPiece,
+    StoredShard,
     StoredTensor,
 )
 from nemocascade.runtime.files import naming
 
 CHUNK_BYTES = 64 << 20
+ReplicaGroup = Literal["", "dp", "expert_dp"]
+"""Ranks that hold the same box of a tensor: this one alone, all data-parallel ranks, or those of an
+expert."""
+
+
+def consecutive(sizes: Iterable[int], limit: int) -> list[list[int]]:
+    """Consecutive numbers of `sizes`, by buckets of at most `limit` together, or one larger."""
+    found: list[list[int]] = []
+    total = 0
+    for number, size in enumerate(sizes):
+        if not found or total + size > limit:
+            found.append([])
+            total = 0
+        found[-1].append(number)
+        total += size
+    return found
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class TensorShard:
     """A box of a global tensor in this rank's memory.
 
     key: the global tensor's name. global_shape: its shape. box: the part of it.
     tensor: the live memory, of shape `box.size`, with any strides: saving reads it and loading
         writes it.
-    replica: this rank's coordinates among those that hold the same box; all zeros writes it.
+    replica: this rank's coordinates among those that hold the same box; the last one counts the
+        ranks of `replicated_over`.
+    replicated_over: ranks that hold the same box.
     """
 
     key: str
@@ -59,10 +77,11 @@ class Piece:
     box: Box
     tensor: Tensor
     replica: tuple[int, ...] = ()
+    replicated_over: ReplicaGroup = ""
 
     @property
     def is_main(self) -> bool:
-        """True if this rank writes the piece."""
+        """True on one of the ranks that hold the shard."""
         return not any(self.replica)
 
     @property
@@ -155,10 +174,10 @@ def _is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def write_pieces(folder: Path, name: str, pieces: Iterable[Piece]) -> WrittenFile:
-    """Write `pieces` to the safetensors file `folder/name` and fsync it."""
+def write_shards(folder: Path, name: str, shards: Iterable[TensorShard]) -> WrittenFile:
+    """Write `shards` to the safetensors file `folder/name` and fsync it."""
     # The widest types first, so that every tensor is aligned.
-    ordered = sorted(pieces, key=lambda p: -p.tensor.element_size())
+    ordered = sorted(shards, key=lambda p: -p.tensor.element_size())
     outgoing = [Outgoing(p.key, p.dtype_name, p.box.size, _reader_of(p.tensor)) for p in ordered]
     return write_boxes(folder, name, outgoing, [(p.global_shape, p.box) for p in ordered])
 
@@ -180,19 +199,44 @@ def write_boxes(
     names = [t.name for t in named]
     if len(set(names)) != len(names):
         twice = sorted({n for n in names if names.count(n) > 1})
-        raise ValueError(f"{name}: the same piece stands twice: {', '.join(twice)}")
+        raise ValueError(f"{name}: the same shard occurs twice: {', '.join(twice)}")
     sha256, size = write_tensors(folder / name, named)
     index: Index = {}
     for tensor, stored_name, (shape, box) in zip(tensors, names, places, strict=True):
-        before = index[tensor.name].pieces if tensor.name in index else ()
-        pieces = (*before, StoredPiece(name, stored_name, box))
-        index[tensor.name] = StoredTensor(shape, tensor.dtype, pieces)
+        before = index[tensor.name].shards if tensor.name in index else ()
+        shards = (*before, StoredShard(name, stored_name, box))
+        index[tensor.name] = StoredTensor(shape, tensor.dtype, shards)
     return WrittenFile(name, sha256, size, index)
 
 
 def _reader_of(tensor: Tensor) -> Callable[[Box], Tensor]:
     detached = tensor.detach()
     return lambda box: detached[box.slices()]
+
+
+@torch.no_grad()
+def copied_to_host(shards: Sequence[TensorShard], buffer: Tensor) -> list[TensorShard]:
+    """The shards with copies of their values in `buffer`, which is large enough.
+
+    buffer: [bytes] uint8 on the host, pinned if the shards are on a GPU. The host waits for the
+    device once.
+    """
+    found: list[TensorShard] = []
+    begin = 0
+    # The widest types first, so that every tensor is aligned.
+    for shard in sorted(shards, key=lambda p: -p.tensor.element_size()):
+        source, end = shard.tensor.detach(), begin + shard.tensor.nbytes
+        copy = buffer[begin:end].view(source.dtype).view(shard.box.size)
+        # A device copies strided values once before it sends them.
+        limit = CHUNK_BYTES // source.element_size()
+        boxes = [] if source.is_contiguous() else whole(shard.box.size).split(limit)
+        for index in [box.slices() for box in boxes] or [()]:
+            copy[index].copy_(source[index], non_blocking=True)
+        found.append(replace(shard, tensor=copy))
+        begin = end
+    if any(p.tensor.is_cuda for p in shards):
+        torch.cuda.current_stream().synchronize()
+    return found
 
 
 class Reader:
@@ -216,39 +260,39 @@ class Reader:
         self._stack.close()
         self._open.clear()
 
-    def problem(self, piece: Piece) -> str | None:
-        """The reason why the stored tensor cannot fill `piece`, or None. Reads no data."""
-        stored = self.index.get(piece.key)
+    def problem(self, shard: TensorShard) -> str | None:
+        """The reason why the stored tensor cannot fill `shard`, or None. Reads no data."""
+        stored = self.index.get(shard.key)
         if stored is None:
-            return f"{piece.key} is missing"
-        covered = sum(part.volume for _, part in self._parts(piece.box, stored))
-        if covered != piece.box.volume:
-            return f"{piece.key}: {covered} of the {piece.box.volume} elements at {piece.box} exist"
+            return f"{shard.key} is missing"
+        covered = sum(part.volume for _, part in self._parts(shard.box, stored))
+        if covered != shard.box.volume:
+            return f"{shard.key}: {covered} of the {shard.box.volume} elements at {shard.box} exist"
         return None
 
     @torch.no_grad()
-    def read_into(self, piece: Piece) -> None:
-        """Fill `piece.tensor` from the stored tensor; values are cast where the dtypes differ."""
-        target = piece.tensor.detach()
-        for source, part in self._parts(piece.box, self.index[piece.key]):
+    def read_into(self, shard: TensorShard) -> None:
+        """Fill `shard.tensor` from the stored tensor; values are cast where the dtypes differ."""
+        target = shard.tensor.detach()
+        for source, part in self._parts(shard.box, self.index[shard.key]):
             for box in part.split(CHUNK_BYTES // 8):
                 values = self._read(source, box.relative_to(source.box.offset))
-                target[box.relative_to(piece.box.offset).slices()].copy_(values)
+                target[box.relative_to(shard.box.offset).slices()].copy_(values)
 
     def read(self, key: str) -> Tensor:
-        """Read a whole stored tensor that is a single piece."""
-        (source,) = self.index[key].pieces
+        """Read a whole stored tensor that is a single shard."""
+        (source,) = self.index[key].shards
         return self._read(source, source.box)
 
     @staticmethod
-    def _parts(box: Box, stored: StoredTensor) -> Iterator[tuple[StoredPiece, Box]]:
-        for source in stored.pieces:
+    def _parts(box: Box, stored: StoredTensor) -> Iterator[tuple[StoredShard, Box]]:
+        for source in stored.shards:
             part = box.intersect(source.box)
             if part is not None:
                 yield source, part
 
-    def _read(self, source: StoredPiece, box: Box) -> Tensor:
-        """Values of a box. Raises `error` if the file's header is broken or lacks it."""
+    def _read(self, source: StoredShard, box: Box) -> Tensor:
+        """Values of a box. Raises `error` if the file's header is broken or does not have it."""
         found: Tensor
         try:
             file = self._open.get(source.file)

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from nemocascade.megatron.checkpoint.folder import agree, digest_of
 from nemocascade.megatron.checkpoint.index import Index
 from nemocascade.megatron.checkpoint.state import unwrap
-from nemocascade.megatron.checkpoint.storage import Piece, Reader
+from nemocascade.megatron.checkpoint.storage import CHUNK_BYTES, Reader, TensorShard, consecutive
 from nemocascade.recipe import ModelConfig, ParallelConfig
 from nemocascade.runtime.world import World
 
@@ -66,32 +68,86 @@ def fill(
     folder: object,
     world: World,
     reader: Reader,
-    pieces: Sequence[Piece],
+    shards: Sequence[TensorShard],
     problems: Iterable[str],
     *,
     ignored: tuple[str, ...] = (),
     cast: bool = False,
 ) -> None:
-    """Read every piece after all ranks have checked that the folder holds exactly their tensors.
+    """Read every shard after all ranks have checked that the folder holds exactly their tensors.
 
     problems: those found by this rank. ignored: prefixes of stored keys that need not be read.
     cast: stored values may have another dtype and are converted.
+
+    Ranks that hold the same weights read a share each, and get the rest from one another: storage
+    is read once, however many replicas there are.
 
     Raises CheckpointError on every rank, before anything is changed, naming each tensor that is
     missing, foreign, or of another shape or dtype.
     """
     found = list(problems)
-    mine = {p.key: (list(p.global_shape), p.dtype_name) for p in pieces}
+    mine = {p.key: (list(p.global_shape), p.dtype_name) for p in shards}
     ranks = world.all_gather_object(mine)
     # A model of another shape differs in every tensor; its settings explain it better.
     if not found:
         expected = {key: what for rank in ranks for key, what in rank.items()}
         found = _key_problems(expected, reader.index, ignored, cast)
     if not found:
-        found = [p for p in map(reader.problem, pieces) if p is not None]
+        found = [p for p in map(reader.problem, shards) if p is not None]
     agree(world, folder, found)
-    for piece in pieces:
-        reader.read_into(piece)
+    groups = {"dp": world.groups.dp_cp, "expert_dp": world.groups.expt_dp}
+    for over in ("", *groups):
+        chosen = sorted((p for p in shards if p.replicated_over == over), key=lambda p: p.key)
+        _read_shared(reader, chosen, groups.get(over))
+
+
+def _read_shared(reader: Reader, shards: Sequence[TensorShard], group: Any) -> None:
+    """Read shards that all ranks of `group` hold, a share on each rank, and exchange the shares.
+
+    group: None reads all of them here, and so do ranks whose shards differ.
+    """
+    size = 1 if group is None else group.size()
+    if size > 1:
+        digests: list[Any] = [None] * size
+        mine = digest_of([[p.key, list(p.box.offset), list(p.box.size)] for p in shards])
+        dist.all_gather_object(digests, mine, group=group)
+        size = size if len(set(digests)) == 1 else 1
+    shares = _shares([p.box.volume for p in shards], size)
+    for number in shares[group.rank() if size > 1 else 0]:
+        reader.read_into(shards[number])
+    if size == 1:
+        return
+    for rank, share in enumerate(shares):
+        source = dist.get_global_rank(group, rank)
+        tensors = [shards[n].tensor.detach() for n in share]
+        for bucket in consecutive([t.nbytes for t in tensors], CHUNK_BYTES):
+            _broadcast([tensors[n] for n in bucket], source, group)
+
+
+def _shares(volumes: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of the shards of each of `size` ranks: consecutive, and about equally large."""
+    shares: list[list[int]] = [[] for _ in range(size)]
+    total, done = max(1, sum(volumes)), 0
+    for number, volume in enumerate(volumes):
+        shares[min(size - 1, (2 * done + volume) * size // (2 * total))].append(number)
+        done += volume
+    return shares
+
+
+def _broadcast(tensors: Sequence[Tensor], source: int, group: Any) -> None:
+    """Broadcast the tensors of rank `source` to the other ranks of the group, as one message."""
+    parts = [t.contiguous().view(-1).view(torch.uint8) for t in tensors if t.numel()]
+    if not parts:
+        return
+    message = torch.cat(parts)
+    dist.broadcast(message, src=source, group=group)
+    if dist.get_rank() == source:
+        return
+    received = message.split([p.numel() for p in parts])
+    for tensor, data in zip((t for t in tensors if t.numel()), received, strict=True):
+        # A part of the message need not begin where the dtype may.
+        values = data.clone().view(tensor.dtype).view(tensor.shape)
+        tensor.copy_(values)
 
 
 def _key_problems(

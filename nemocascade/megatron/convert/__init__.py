@@ -1,6 +1,6 @@
 """Conversion between Hugging Face model folders and artifacts, without running their code."""
 
-from nemocascade.megatron.convert.config import ConfigError
+from nemocascade.megatron.convert.config_fields import ConfigError
 from nemocascade.megatron.convert.conversion import (
     Conversion,
     Serving,

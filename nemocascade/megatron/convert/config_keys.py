@@ -13,6 +13,15 @@ from nemocascade.megatron.convert.names import Family
 
 Config = Mapping[str, Any]
 
+_QWEN3: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "use_sliding_window": (False,),
+    "hidden_act": ("silu", "swish"),
+    "attention_dropout": (0, None),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False,),
+}
+
 FIXED: dict[Family, dict[str, tuple[Any, ...]]] = {
     "NemotronHForCausalLM": {
         "model_type": ("nemotron_h",),
@@ -32,15 +41,8 @@ FIXED: dict[Family, dict[str, tuple[Any, ...]]] = {
         "residual_in_fp32": (False,),
         "is_encoder_decoder": (False,),
     },
-    "Qwen3MoeForCausalLM": {
-        "model_type": ("qwen3_moe",),
-        "attention_bias": (False,),
-        "use_sliding_window": (False,),
-        "hidden_act": ("silu", "swish"),
-        "attention_dropout": (0, None),
-        "quantization_config": (None,),
-        "is_encoder_decoder": (False,),
-    },
+    "Qwen3ForCausalLM": {"model_type": ("qwen3",), **_QWEN3},
+    "Qwen3MoeForCausalLM": {"model_type": ("qwen3_moe",), **_QWEN3},
 }
 """Settings that our model does not have: the values with the same meaning as ours."""
 
@@ -61,6 +63,7 @@ SPELLINGS: dict[Family, dict[str, str]] = {
         "num_local_experts": "n_routed_experts",
         "layer_types": "layers_block_type",
     },
+    "Qwen3ForCausalLM": {},
     "Qwen3MoeForCausalLM": {"num_local_experts": "num_experts"},
 }
 """Other spelling of a key -> the key."""
@@ -90,13 +93,11 @@ HARMLESS: dict[Family, frozenset[str]] = {
         "use_mamba_kernels", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
         "mtp_layers_block_type", "mtp_hybrid_override_pattern",
     },
+    # Sliding windows are off in every model that can be read.
+    "Qwen3ForCausalLM": frozenset(_HARMLESS) | {"sliding_window", "max_window_layers"},
     "Qwen3MoeForCausalLM": frozenset(_HARMLESS)
-    | {
-        # Sliding windows are off in every model that can be read.
-        "sliding_window", "max_window_layers",
-        # A loss of training.
-        "router_aux_loss_coef",
-    },
+    # The last is a loss of training.
+    | {"sliding_window", "max_window_layers", "router_aux_loss_coef"},
 }  # fmt: skip
 """Keys that change no value that the model computes from its weights."""
 
@@ -152,7 +153,7 @@ def key_problems(config: Config, family: Family, read: Collection[str]) -> list[
 
 def missing_keys(config: Config, needed: Iterable[str]) -> list[str]:
     """A problem for each needed key that is missing or null."""
-    return [f"config.json lacks {name!r}" for name in needed if config.get(name) is None]
+    return [f"config.json has no {name!r}" for name in needed if config.get(name) is None]
 
 
 def layer_pattern(config: Config) -> tuple[str, list[str]]:
@@ -169,7 +170,7 @@ def layer_pattern(config: Config) -> tuple[str, list[str]]:
     if written := config.get("hybrid_override_pattern"):
         spelled["hybrid_override_pattern"] = str(written)
     if not spelled:
-        return "", ["config.json lacks 'layers_block_type' and 'hybrid_override_pattern'"]
+        return "", ["config.json has neither 'layers_block_type' nor 'hybrid_override_pattern'"]
     pattern = next(iter(spelled.values()))
     if len(set(spelled.values())) > 1:
         both = " and ".join(f"{name}({value})" for name, value in spelled.items())

@@ -23,7 +23,6 @@ from nemocascade.megatron.artifact import (
 from nemocascade.megatron.checkpoint.boxes import whole
 from nemocascade.megatron.checkpoint.errors import CheckpointError
 from nemocascade.megatron.checkpoint.folder import (
-    finish_folder,
     flush,
     fresh_folder,
     hash_problems,
@@ -35,14 +34,13 @@ from nemocascade.megatron.checkpoint.index import DTYPES, Index, index_from_json
 from nemocascade.megatron.checkpoint.state import MODEL
 from nemocascade.megatron.checkpoint.storage import Outgoing, Reader, write_boxes
 from nemocascade.megatron.checkpoint.weights import describe_shape
+from nemocascade.megatron.checkpoint.writing import finish_folder
 from nemocascade.megatron.convert.config import (
-    FAMILIES,
-    ConfigError,
     config_of_model,
     families_of_model,
-    family_of,
     model_of_config,
 )
+from nemocascade.megatron.convert.config_fields import FAMILIES, ConfigError, family_of
 from nemocascade.megatron.convert.folder import (
     CONFIG,
     SHARD_BYTES,
@@ -168,7 +166,7 @@ def import_huggingface(source: Path, target: Path, *, precision: Precision = "au
                 raise ConversionError(source, [problem])
         tensors = outgoing(names, reader, dtypes, to_ours=True)
         written = _write_artifact(target, tensors, documents, fields)
-    carried = {*documents, CONFIG, *(p.file for e in index.values() for p in e.pieces)}
+    carried = {*documents, CONFIG, *(p.file for e in index.values() for p in e.shards)}
     left = {p.name for p in source.iterdir() if not p.name.startswith(".")} - carried
     left.discard(f"{WEIGHTS}.index.json")
     return Conversion(
@@ -189,9 +187,9 @@ def export_huggingface(
 
     precision: dtype of the folder's weights; "auto" rounds nothing: an imported artifact gets its
     folder's dtypes back, others keep their own. family: "auto" is the one the artifact was
-    imported from, or the only one that can express the model. shard_bytes: size of a weights file.
-    serving: files and settings of the tokenizer. The folder of an artifact that was imported and
-    not trained gets only those that it lacks.
+    imported from, or the first of `FAMILIES` that can express the model. shard_bytes: size of a
+    weights file. serving: files and settings of the tokenizer. The folder of an artifact that was
+    imported and not trained gets only the missing ones.
 
     Raises ConversionError if `target` exists, if the family cannot express the model, or listing
     every tensor that is missing, unknown or of another shape; CheckpointError if the artifact is

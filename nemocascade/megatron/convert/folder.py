@@ -11,7 +11,7 @@ from typing import Any
 from nemocascade.megatron.checkpoint.boxes import whole
 from nemocascade.megatron.checkpoint.errors import FolderError
 from nemocascade.megatron.checkpoint.folder import write_durably
-from nemocascade.megatron.checkpoint.index import DTYPES, Index, StoredPiece, StoredTensor
+from nemocascade.megatron.checkpoint.index import DTYPES, Index, StoredShard, StoredTensor
 from nemocascade.megatron.checkpoint.storage import Outgoing, write_tensors
 
 CONFIG = "config.json"
@@ -68,9 +68,9 @@ def read_index(folder: Path) -> Index:
         for name, entry in header.items():
             shape = tuple(entry["shape"])
             if name in index:
-                problems.append(f"{name} stands in {index[name].pieces[0].file} and in {file}")
+                problems.append(f"{name} is in {index[name].shards[0].file} and in {file}")
             index[name] = StoredTensor(
-                shape, entry["dtype"], (StoredPiece(file, name, whole(shape)),)
+                shape, entry["dtype"], (StoredShard(file, name, whole(shape)),)
             )
     if listed is not None:
         problems += _listing_problems(listed, index)
@@ -119,10 +119,10 @@ def _listing_problems(listed: dict[str, str], index: Index) -> list[str]:
         if name not in index:
             problems.append(f"{name} is missing: {listed[name]} does not hold it")
         elif name not in listed:
-            problems.append(f"{name} in {index[name].pieces[0].file} stands not in {WEIGHTS_INDEX}")
-        elif index[name].pieces[0].file != listed[name]:
+            problems.append(f"{name} in {index[name].shards[0].file} is not in {WEIGHTS_INDEX}")
+        elif index[name].shards[0].file != listed[name]:
             problems.append(
-                f"{name} stands in {index[name].pieces[0].file}, the index says {listed[name]}"
+                f"{name} is in {index[name].shards[0].file}, the index says {listed[name]}"
             )
     return problems
 
@@ -131,8 +131,8 @@ def split_shards(tensors: Iterable[Outgoing], shard_bytes: int) -> list[list[Out
     """Split the tensors into files, in order; one larger than `shard_bytes` gets its own file."""
     shards: list[list[Outgoing]] = [[]]
     for tensor in tensors:
-        held = sum(t.num_bytes for t in shards[-1])
-        if shards[-1] and held + tensor.num_bytes > shard_bytes:
+        size = sum(t.num_bytes for t in shards[-1])
+        if shards[-1] and size + tensor.num_bytes > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
     return shards

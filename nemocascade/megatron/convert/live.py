@@ -18,6 +18,7 @@ from torch import Tensor
 from nemocascade.megatron.checkpoint.boxes import Box
 from nemocascade.megatron.checkpoint.resharding import exchange
 from nemocascade.megatron.checkpoint.state import model_parts, unwrap
+from nemocascade.megatron.checkpoint.storage import consecutive
 from nemocascade.megatron.convert.config import families_of_model
 from nemocascade.megatron.convert.names import NameMap, default_style, name_map
 from nemocascade.megatron.convert.stream import translate
@@ -86,15 +87,7 @@ class LiveTensors:
 
     def buckets(self, bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
         """Consecutive numbers of `specs`, by bucket."""
-        found: list[list[int]] = []
-        size = 0
-        for number, spec in enumerate(self.specs):
-            if not found or size + spec.num_bytes > bucket_bytes:
-                found.append([])
-                size = 0
-            found[-1].append(number)
-            size += spec.num_bytes
-        return found
+        return consecutive([spec.num_bytes for spec in self.specs], bucket_bytes)
 
     @torch.no_grad()
     def _exchange(self, bucket: Sequence[int]) -> list[tuple[TensorSpec, Tensor]]:
@@ -131,17 +124,17 @@ def _plan(
 
     ranks: key, box and dtype of the parts of every rank. Of equal boxes the lowest rank's is used.
     """
-    held: dict[str, dict[Box, tuple[int, int]]] = {}
+    owned: dict[str, dict[Box, tuple[int, int]]] = {}
     dtype_of: dict[str, torch.dtype] = {}
     for rank, parts in enumerate(ranks):
         for number, (key, box, dtype) in enumerate(parts):
-            held.setdefault(key, {}).setdefault(box, (rank, number))
+            owned.setdefault(key, {}).setdefault(box, (rank, number))
             dtype_of[key] = dtype
     copies: dict[str, list[_Copy]] = {name: [] for name in names.theirs}
     dtypes: dict[str, torch.dtype] = {}
     for move in names.moves:
         dtypes[move.theirs] = dtype_of[move.ours]
-        for box, (rank, number) in held[move.ours].items():
+        for box, (rank, number) in owned[move.ours].items():
             part = move.our_box.intersect(box)
             if part is not None:
                 target = translate(part, move.our_box, move.their_box)
@@ -151,7 +144,7 @@ def _plan(
 
 def _owner(copies: Sequence[_Copy]) -> int:
     """The rank that holds most elements of a tensor; of several, the lowest."""
-    held: dict[int, int] = {}
+    elements: dict[int, int] = {}
     for copy in copies:
-        held[copy.source] = held.get(copy.source, 0) + copy.part.volume
-    return max(sorted(held), key=lambda rank: held[rank])
+        elements[copy.source] = elements.get(copy.source, 0) + copy.part.volume
+    return max(sorted(elements), key=lambda rank: elements[rank])

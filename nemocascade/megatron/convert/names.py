@@ -16,7 +16,7 @@ from nemocascade.megatron.checkpoint.boxes import Box, whole
 from nemocascade.recipe import ModelConfig
 
 Shape = tuple[int, ...]
-Family = Literal["NemotronHForCausalLM", "Qwen3MoeForCausalLM"]
+Family = Literal["NemotronHForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def name_map(family: Family, shape: ModelConfig, style: Style) -> NameMap:
     if family == "NemotronHForCausalLM":
         _nemotron_h(names, shape, style)
     else:
-        _qwen3_moe(names, shape, style)
+        _qwen3(names, shape, style)
     return names
 
 
@@ -197,7 +197,7 @@ def _nemotron_h_moe(
         _mlp(names, f"{theirs}.shared_experts", shared, hidden, shape.shared_expert_width)
 
 
-def _qwen3_moe(names: NameMap, shape: ModelConfig, style: Style) -> None:
+def _qwen3(names: NameMap, shape: ModelConfig, style: Style) -> None:
     hidden = shape.hidden_size
     names.head(f"{style.prefix}embed_tokens.weight", shape, style)
     names.same(f"{style.prefix}norm.weight", "decoder.final_norm.weight", hidden)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import Box, whole
 from nemocascade.megatron.checkpoint.index import DTYPES, Index
-from nemocascade.megatron.checkpoint.storage import CHUNK_BYTES, Outgoing, Piece, Reader
+from nemocascade.megatron.checkpoint.storage import CHUNK_BYTES, Outgoing, Reader, TensorShard
 from nemocascade.megatron.convert.names import NameMap, Shape
 
 
@@ -54,7 +54,7 @@ def _reader(
                 part = translate(common, target, origin)
                 place = values[common.relative_to(box.offset).slices()].view(part.size)
                 shape = reader.index[prefix + source].shape
-                reader.read_into(Piece(prefix + source, shape, part, place))
+                reader.read_into(TensorShard(prefix + source, shape, part, place))
         return values
 
     return read
@@ -95,7 +95,7 @@ def equal_tensors(reader: Reader, left: str, right: str) -> bool:
     for box in whole(a.shape).split(CHUNK_BYTES // dtype.itemsize):
         pair = [torch.empty(box.size, dtype=dtype) for _ in range(2)]
         for name, values in zip((left, right), pair, strict=True):
-            reader.read_into(Piece(name, a.shape, box, values))
+            reader.read_into(TensorShard(name, a.shape, box, values))
         if not torch.equal(*(v.view(torch.uint8) for v in pair)):
             return False
     return True

@@ -1,10 +1,12 @@
 """Mamba-2 and attention layers of the decoder: recurrent states and the KV cache.
 
 Shape letters: those of `layers`; K convolution width, W its channels, h heads, p head dimension,
-N state; g key/value heads, d their dimension.
+N state; g key/value heads, d their dimension; P blocks of B tokens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from nemocascade_kernels import MambaWeights
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from nemocascade.megatron.generation.chunked_prefill import chunked_prefill_attention
 from nemocascade.megatron.generation.layers import DecodeStep, MlpSlotLayer, MoeSlotLayer, SlotLayer
+from nemocascade.megatron.generation.rows import gather_rows
 from nemocascade.megatron.generation.slot_assignment import SlotAssignment
 from nemocascade.megatron.layers.attention import Attention
 from nemocascade.megatron.layers.block import ResidualBlock
@@ -54,9 +57,16 @@ class MambaSlotLayer(SlotLayer):
             eps=mixer.eps,
         )
 
-    def copy(self, source: int, targets: Tensor, length: int) -> None:
+    def copy(self, source: int, targets: Tensor) -> None:
         for state in (self.conv, self.ssm):
             state[targets] = state[source].clone()
+
+    def state(self, slot: int, blocks: Tensor) -> list[Tensor]:
+        return [state[slot : slot + 1].clone() for state in (self.conv, self.ssm)]
+
+    def restore(self, slot: int, blocks: Tensor, state: Sequence[Tensor]) -> None:
+        for mine, value in zip((self.conv, self.ssm), state, strict=True):
+            mine[slot : slot + 1] = value
 
     def prefill(self, hidden: Tensor, packed: Microbatch, assignment: SlotAssignment) -> Tensor:
         mixer: MambaMixer = self.mixer
@@ -93,37 +103,58 @@ class MambaSlotLayer(SlotLayer):
 class AttentionSlotLayer(SlotLayer):
     """An attention layer with the KV cache of this rank's heads.
 
-    keys, values: [S + 1, g, L, d]; `reserve` increases L.
+    keys, values: [P + 1, g, B, d], P blocks of B tokens and the spare one, which padding writes to.
     """
 
     def __init__(self, block: ResidualBlock, slots: int) -> None:
         super().__init__(block, slots)
+        self.allocate(0, 1)
+
+    def refresh(self) -> None:
+        super().refresh()
         mixer: Attention = self.mixer
-        weight = mixer.linear_qkv.weight
-        self.keys = weight.new_zeros(slots + 1, mixer.kv_heads, 0, mixer.head_dim)
-        self.values = torch.zeros_like(self.keys)
+        self.own_heads: Tensor | None = None
+        """The projection to this rank's heads, whose parts need no copy; None: they are rotated or
+        normed."""
+        if self.steps.FUSED and not mixer.rope_dim and mixer.q_layernorm is None:
+            self.own_heads = mixer.linear_qkv.weight
+            if mixer.sharing > 1:
+                # Each rank that shares a key/value head keeps all of its projection.
+                parts = mixer.grouped_heads(mixer.linear_qkv.weight.t().unsqueeze(1))
+                self.own_heads = torch.cat([p.flatten(1) for p in parts], 1).t().contiguous()
 
-    def reserve(self, context: int) -> None:
-        allocated = self.keys.shape[2]
-        if context > allocated:
-            self.keys, self.values = (
-                torch.nn.functional.pad(cache, (0, 0, 0, context - allocated))
-                for cache in (self.keys, self.values)
-            )
+    def allocate(self, blocks: int, size: int) -> None:
+        mixer: Attention = self.mixer
+        # Freed before the new ones are allocated.
+        self.keys = self.values = mixer.linear_qkv.weight.new_empty(0)
+        self.keys, self.values = (
+            self.keys.new_empty(blocks + 1, mixer.kv_heads, size, mixer.head_dim) for _ in range(2)
+        )
 
-    def copy(self, source: int, targets: Tensor, length: int) -> None:
+    def copy_blocks(self, source: Tensor, target: Tensor) -> None:
         for cache in (self.keys, self.values):
-            cache[targets, :, :length] = cache[source, :, :length].clone()
+            cache[target] = cache[source]
+
+    def state(self, slot: int, blocks: Tensor) -> list[Tensor]:
+        return [cache[blocks] for cache in (self.keys, self.values)]
+
+    def restore(self, slot: int, blocks: Tensor, state: Sequence[Tensor]) -> None:
+        for cache, value in zip((self.keys, self.values), state, strict=True):
+            cache[blocks] = value[value.shape[0] - blocks.shape[0] :]
 
     def prefill(self, hidden: Tensor, packed: Microbatch, assignment: SlotAssignment) -> Tensor:
         mixer: Attention = self.mixer
         qkv = mixer.linear_qkv(self.block.norm(hidden))[0]
         q, k, v = mixer.heads(qkv, self._rotary(packed, assignment))
+        block, row = assignment.places
+        for cache, new in ((self.keys, k), (self.values, v)):
+            cache[block, :, row] = new
+        mixed = mixer.attend(q, k, v, packed)
         if assignment.initial:
-            mixed = self._attend_to_cache(q, k, v, packed, assignment)
-        else:
-            mixed = mixer.attend(q, k, v, packed)
-        self._write(k, v, packed, assignment)
+            # Without cached tokens, `mixed` is right for new documents only.
+            self._attend_to_cache(q, k, v, packed, assignment, mixed)
+        if assignment.source.numel():
+            self.copy_blocks(assignment.source, assignment.target)
         out: Tensor = mixer.linear_proj(mixed.flatten(1).unsqueeze(1))[0]
         return hidden + out
 
@@ -143,39 +174,42 @@ class AttentionSlotLayer(SlotLayer):
         return packed.cached(("rotary after cached tokens", mixer.rope_dim, mixer.rope_base), make)
 
     def _attend_to_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, packed: Microbatch, assignment: SlotAssignment
-    ) -> Tensor:
-        """Attention of each document over itself and over the tokens cached in its slot."""
-        # Correct for documents without cached tokens; the other rows are overwritten below.
-        out: Tensor = self.mixer.attend(q, k, v, packed)
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packed: Microbatch,
+        assignment: SlotAssignment,
+        out: Tensor,
+    ) -> None:
+        """Attention of each document with cached tokens over these and over itself."""
         rows = packed.documents()
-        for document, (slot, length) in assignment.initial.items():
+        for (document, (_, cached)), blocks in zip(
+            assignment.initial.items(), assignment.attended, strict=True
+        ):
             here = rows[document]
-            cached = (cache[slot, :, :length] for cache in (self.keys, self.values))
-            out[here] = chunked_prefill_attention(q[here], k[here], v[here], *cached)
-        return out
-
-    def _write(self, k: Tensor, v: Tensor, packed: Microbatch, assignment: SlotAssignment) -> None:
-        """Append keys and values [T, g, d] to the KV cache of the slots."""
-        rows = packed.documents()
-        for document, slot in assignment.pairs:
-            here = rows[document]
-            source, length = assignment.initial.get(document, (slot, 0))
-            appended = slice(length, length + here.stop - here.start)
-            for cache, new in ((self.keys, k), (self.values, v)):
-                cache[slot, :, appended] = new[here].transpose(0, 1)
-                if slot != source:
-                    cache[slot, :, :length] = cache[source, :, :length]
+            out[here] = chunked_prefill_attention(
+                q[here], k[here], v[here], self.keys, self.values, blocks, cached
+            )
 
     def step(self, hidden: Tensor, step: DecodeStep) -> Tensor:
         mixer: Attention = self.mixer
         rotary = None
         if mixer.rope_dim:
             rotary = rotary_at(step.positions, mixer.rope_dim, mixer.rope_base)
-        qkv = self.project_in(mixer.linear_qkv, self.normed(hidden))
-        q, k, v = mixer.heads(qkv.unsqueeze(1), rotary)
+        if self.own_heads is not None:
+            qkv = self.steps.linear(
+                gather_rows(self.normed(hidden), self.tp_group), self.own_heads, None
+            )
+            q, k, v = qkv.view(qkv.shape[0], mixer.kv_heads, -1, mixer.head_dim).tensor_split(
+                (-2, -1), 2
+            )
+            k, v = k.squeeze(2), v.squeeze(2)
+        else:
+            qkv = self.project_in(mixer.linear_qkv, self.normed(hidden))
+            q, k, v = mixer.heads(qkv.unsqueeze(1), rotary)
         mixed = self.steps.attention(
-            q, k, v, self.keys, self.values, step.slots, step.positions, step.longest
+            q, k, v, self.keys, self.values, step.table, step.slots, step.positions, step.longest
         )
         return self.project_out(mixer.linear_proj, mixed.flatten(1), hidden)
 

@@ -15,11 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from nemocascade_kernels import Truncation, decode_steps, kept_log_mass, kept_tokens
+from nemocascade_kernels import SampleSettings, decode_steps
 from nemocascade_kernels.common.transfer import to_device
 from torch import Tensor
 
 from nemocascade.megatron.generation.decode_graph import DecodeGraphs
+from nemocascade.megatron.generation.kv_cache import BlockTable, block_size, blocks_of
 from nemocascade.megatron.generation.layers import DecodeStep, SlotLayer
 from nemocascade.megatron.generation.pipeline import Pipeline
 from nemocascade.megatron.generation.rows import gather_rows
@@ -30,14 +31,15 @@ from nemocascade.megatron.replay import RouteRecorder
 from nemocascade.runtime.world import World
 from nemocascade.types import Document, pack_documents
 
-# Caches are allocated for at least this many tokens.
-LEAST_CONTEXT = 256
+Saved = list[list[Tensor]]
+"""The state of a sequence in host memory, by layer."""
 
 
 class ModelRunner:
-    """The live model with caches for `slots` sequences.
+    """The live model with Mamba states for `slots` sequences, and a blocked KV cache.
 
-    Slot `slots`, the additional last one, is for padding rows.
+    Slot `slots`, the additional last one, is for padding rows. The KV cache is empty until
+    `allocate`; a slot's tokens are in the blocks that `table` names.
     chunks: from `build_model`, not wrapped in DDP. The weights are read in place; call `refresh`
     when they change. Calls run without gradients and put the modules in evaluation mode.
     record_routing: record the experts of each call's tokens in `choices`, [T or n, L, K] as
@@ -57,9 +59,7 @@ class ModelRunner:
         self.world, self.chunks, self.slots = world, list(chunks), slots
         self.config = chunks[0].config
         self.vocabulary: int = self.config.shape.vocab_size
-        self.context = 0
-        self.longest = 0
-        """Maximum tokens of a sequence in this run, a limit for `reserve`; 0: unknown."""
+        self.table = BlockTable(slots, block_size(world.device.type), world.device)
         self.most_rows = 0
         """Maximum rows of a decode step in this run; 0: the number of slots."""
         self._pipeline = Pipeline(world, chunks, slots)
@@ -91,7 +91,7 @@ class ModelRunner:
         with torch.no_grad():
             for layer in self._pipeline.layers:
                 layer.refresh()
-        # At any model precision, draws use float32 logits.
+        # At any model precision, draws use float32.
         self._draws = decode_steps(torch.empty(0, device=self.world.device))
         if self.chunks[-1].post_process:
             norm = self.chunks[-1].decoder.final_norm
@@ -112,23 +112,18 @@ class ModelRunner:
         if self._graphs is not None:
             self._graphs.clear()
 
-    def reserve(self, context: int) -> None:
-        """Allocate caches for sequences of `context` tokens; they never shrink.
-
-        They grow by at least half, so that a growing sequence is not copied at each token, but not
-        beyond `longest`.
-        """
-        if context > self.context:
-            ahead = max(self.context + self.context // 2, LEAST_CONTEXT)
-            self.allocate(max(context, min(ahead, self.longest or ahead)))
-
-    def allocate(self, context: int) -> None:
-        """Allocate caches for sequences of `context` tokens, and no more."""
-        if context > self.context:
-            self.context = context
+    def allocate(self, blocks: int, longest: int) -> None:
+        """Have a KV cache of at least `blocks` blocks, for sequences of up to `longest` tokens. One
+        that is too small is allocated anew, without values."""
+        columns = blocks_of(DecodeGraphs.rounded_length(longest), self.table.size)
+        if blocks <= self.table.blocks and columns <= self.table.columns:
+            return
+        if blocks > self.table.blocks:
             for layer in self._pipeline.layers:
-                layer.reserve(context)
-            self._drop_graphs()
+                layer.allocate(blocks, self.table.size)
+        blocks, columns = max(blocks, self.table.blocks), max(columns, self.table.columns)
+        self.table.allocate(blocks, columns)
+        self._drop_graphs()
 
     @torch.no_grad()
     def prefill(
@@ -136,14 +131,16 @@ class ModelRunner:
         prompts: Sequence[Tensor],
         slots: Sequence[Sequence[int]],
         cached: Sequence[int] = (),
-        capacity: int = 0,
+        copies: Sequence[tuple[int, int]] = (),
     ) -> Tensor | None:
         """Prefill prompts or chunks, each once, and write their final states to slots.
 
         prompts: D tensors [m] of ids on the host, m at least 1. slots: for each, the slots that
-        continue it. cached: for each, the number of cached tokens in the first of its slots, which
-        it continues; 0 for a new sequence, and empty if all are new. Cached tokens need no
-        activation memory. capacity: tokens of the pack; 0 is just enough.
+        continue it; keys and values are written to the blocks of the first. cached: for each, the
+        number of cached tokens in the first of its slots, which it continues; 0 for a new sequence,
+        and empty if all are new. copies: pairs of blocks, of which the first is then copied to the
+        second. Cached tokens need no activation memory on a CPU, on a GPU that of one layer's keys
+        and values.
         Returns logits [D, V] after each prompt's last token on the last stage, None on the others.
         Raises ValueError if a chunk with cached tokens has no slot.
         """
@@ -151,15 +148,13 @@ class ModelRunner:
             Document(p, torch.zeros(p.numel(), dtype=torch.bool), f"prompt {i}")
             for i, p in enumerate(prompts)
         ]
-        total = max(1, capacity, sum(p.numel() for p in prompts))
-        batch = pack_documents(documents, self._padded(total))
+        lengths = [p.numel() for p in prompts]
+        batch = pack_documents(documents, self._padded(max(1, sum(lengths))))
         recorder = self._recorder(batch.capacity)
         packed, assignment, last = self._on_device(
             Microbatch.from_batch(batch, torch.device("cpu"), recorder=recorder),
-            SlotAssignment.from_lists(slots, cached),
+            SlotAssignment.from_lists(slots, cached, lengths, copies, self.table, batch.capacity),
         )
-        ends = [p.numel() + n for p, n in zip(prompts, cached or [0] * len(prompts), strict=True)]
-        self.reserve(max(ends, default=0))
 
         def read(layer: SlotLayer, hidden: Tensor) -> Tensor:
             return layer.prefill(hidden.unsqueeze(1), packed, assignment).squeeze(1)
@@ -184,8 +179,8 @@ class ModelRunner:
         on_device: dict[str, Any] = dict(zip(fields, moved, strict=False))
         batch = replace(batch, **on_device)
         packed = replace(packed, batch=batch, cu_seqlens=batch.cu_seqlens)
-        last, *pairs = moved[len(fields) :]
-        return packed, assignment.on_device(pairs), last
+        last, *rest = moved[len(fields) :]
+        return packed, assignment.on_device(rest), last
 
     @torch.no_grad()
     def decode(
@@ -195,13 +190,13 @@ class ModelRunner:
 
         tokens, slots, positions: [n] int64 on the device: the token, the row's slot, its
         number of cached tokens. longest: at least the largest position + 1. rows: the largest n of
-        the ranks that share experts; they pass the same `longest`, and have the same `context`.
+        the ranks that share experts; they pass the same `longest`.
         Returns logits [n, V] on the last stage, None on the others.
         """
         real = tokens.numel()
+        self.table.send()
         if self._graphs is not None:
             return self._replayed(tokens, slots, positions, longest, rows)
-        self.reserve(longest)
         spare = self._padded(max(real, rows)) - real
         if spare:
             tokens, positions = (
@@ -209,7 +204,9 @@ class ModelRunner:
             )
             slots = torch.nn.functional.pad(slots, (0, spare), value=self.slots)
         recorder = self._recorder(tokens.numel())
-        step = DecodeStep(slots, positions, longest, real, self.slots, recorder)
+        step = DecodeStep(
+            self.table.on_device, slots, positions, longest, real, self.slots, recorder
+        )
         hidden = self._pipeline.run(tokens, lambda layer, hidden: layer.step(hidden, step))
         self._record_choices(recorder)
         return None if hidden is None else self._logits(hidden, None)[:real]
@@ -220,7 +217,6 @@ class ModelRunner:
         """Implements `decode` by a graph; stages exchange hidden states outside of it."""
         assert self._graphs is not None
         real, [chunk] = tokens.numel(), self.chunks
-        self.reserve(self._graphs.rounded_length(longest))
         if not chunk.pre_process:
             count = self._graphs.rounded_rows(max(real, rows)) // self.world.parallel.tp
             self._pipeline.receive(self._inbox[:count])
@@ -235,47 +231,56 @@ class ModelRunner:
     ) -> Tensor:
         """This rank's part of a step for a graph, in which the host does not know the number of
         real rows."""
-        step, [chunk] = DecodeStep(slots, positions, longest, None, self.slots), self.chunks
+        table, [chunk] = self.table.on_device, self.chunks
+        step = DecodeStep(table, slots, positions, longest, None, self.slots)
         if chunk.pre_process:
             hidden = self._pipeline.embed(tokens)
         else:
-            hidden = self._inbox[: tokens.numel() // self.world.parallel.tp]
+            # Layers may overwrite their input, and warm-up steps must not change the inbox.
+            hidden = self._inbox[: tokens.numel() // self.world.parallel.tp].clone()
         for layer in self._pipeline.layers:
             hidden = layer.step(hidden, step)
         return self._logits(hidden, None) if chunk.post_process else hidden
 
     @torch.no_grad()
-    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Copy the state of `source`, of `length` cached tokens, to the slots `targets`."""
-        [index] = to_device([torch.tensor(targets, dtype=torch.int64)], self.world.device)
+    def copy(
+        self, source: int, targets: Sequence[int], copies: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Copy the Mamba states of `source` to the slots `targets`, and the first block of each
+        pair to the second."""
+        columns = [list(targets), *([pair[i] for pair in copies] for i in (0, 1))]
+        slots, first, second = to_device(
+            [torch.tensor(c, dtype=torch.int64) for c in columns], self.world.device
+        )
         for layer in self._pipeline.layers:
-            layer.copy(source, index, length)
+            layer.copy(source, slots)
+            if copies:
+                layer.copy_blocks(first, second)
+
+    @torch.no_grad()
+    def save(self, slot: int, blocks: Sequence[int]) -> Saved:
+        """Copy the state of a slot and its blocks to host memory. The host does not wait: only
+        `restore` may read it."""
+        [index] = to_device([torch.tensor(blocks, dtype=torch.int64)], self.world.device)
+        return [[_on_host(t) for t in layer.state(slot, index)] for layer in self._pipeline.layers]
+
+    @torch.no_grad()
+    def restore(self, saved: Saved, slot: int, blocks: Sequence[int]) -> None:
+        """Write a state back to a slot, and the last of its blocks to `blocks`."""
+        device = self.world.device
+        [index] = to_device([torch.tensor(blocks, dtype=torch.int64)], device)
+        for layer, state in zip(self._pipeline.layers, saved, strict=True):
+            layer.restore(slot, index, [t.to(device, non_blocking=True) for t in state])
 
     @torch.no_grad()
     def draw(
-        self,
-        logits: Tensor,
-        u: Tensor | None,
-        *,
-        temperature: float,
-        limit: int,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        truncated_logprobs: bool = False,
+        self, logits: Tensor, keys: Tensor, positions: Tensor, settings: SampleSettings
     ) -> tuple[Tensor, Tensor]:
-        """Sample with `nemocascade_kernels.step_draw`: tokens [n] and log-probabilities [n].
+        """Sample the tokens [n] at `positions` [n], and their log-probabilities [n].
 
-        truncated_logprobs: of the distribution that top_k and top_p leave, renormalised.
+        logits: [n, V]. keys: [n] int64, of the rows' random numbers.
         """
-        logits = logits.float()
-        if not top_k and top_p >= 1:
-            return self._draws.draw(logits, u, temperature, limit, None)
-        scale = 1.0 / temperature
-        kept = kept_tokens(logits, scale, Truncation(top_k, top_p, limit))
-        tokens, logprobs = self._draws.draw(logits, u, temperature, limit, kept)
-        if truncated_logprobs:
-            logprobs = logprobs - kept_log_mass(logits, scale, kept)
-        return tokens, logprobs
+        return self._draws.sample(logits, keys, positions, settings)
 
     def _padded(self, rows: int) -> int:
         """`rows` rounded up, so that tensor-parallel ranks share them equally."""
@@ -302,3 +307,11 @@ class ModelRunner:
             return mine
         shards = gather_rows(mine, tp).view(tp.size(), *mine.shape)
         return shards.transpose(0, 1).flatten(1)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, in pinned memory if it comes from a GPU."""
+    if not tensor.is_cuda:
+        return tensor
+    kept = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    return kept.copy_(tensor, non_blocking=True)

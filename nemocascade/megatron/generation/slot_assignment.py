@@ -9,61 +9,114 @@ import torch
 from nemocascade_kernels import PackedSeq
 from torch import Tensor
 
+from nemocascade.megatron.generation.kv_cache import BlockTable
+
 
 @dataclass(frozen=True, eq=False)
 class SlotAssignment:
     """Initial and final states of the documents of a prefill, by slot.
 
-    pairs: the final state of a document is written to a slot, for each pair of their numbers. A
-    document may have many slots or none.
-    initial: for each document with an initial state, by number: its slot, which is one of those
-    that it writes to, and the number of cached tokens. Other documents are new.
-    document, slot: [m] int64, the pairs on the device.
-    initial_document, initial_slot: [i] int64, those of `initial` on the device.
+    initial: for each document with an initial state, by number: its slot, which is the first of
+    those that it writes to, and the number of cached tokens. Other documents are new.
+    document, slot: [m] int64: the final state of a document is written to a slot, for each pair.
+    initial_document, initial_slot: [i] int64, those of `initial`.
+    places: [2, T] int64, where each token is written in the KV cache, see `BlockTable.places`;
+    padding is written to the spare block.
+    source, target: [c] int64, blocks that are copied after that.
+    attended: for each document of `initial`, the blocks of its tokens up to its end, int64.
     """
 
-    pairs: Sequence[tuple[int, int]]
     initial: Mapping[int, tuple[int, int]]
     document: Tensor
     slot: Tensor
     initial_document: Tensor
     initial_slot: Tensor
+    places: Tensor
+    source: Tensor
+    target: Tensor
+    attended: Sequence[Tensor]
 
     @classmethod
-    def from_lists(cls, slots: Sequence[Sequence[int]], cached: Sequence[int]) -> SlotAssignment:
+    def from_lists(
+        cls,
+        slots: Sequence[Sequence[int]],
+        cached: Sequence[int],
+        lengths: Sequence[int],
+        copies: Sequence[tuple[int, int]],
+        table: BlockTable,
+        capacity: int,
+    ) -> SlotAssignment:
         """Make the assignment, with its tensors on the host.
 
-        slots: for each document, the slots that continue it. cached: for each, the number of cached
-        tokens in the first of its slots; empty means none for all.
+        slots: for each document, the slots that continue it; keys and values are written to the
+        blocks of the first. cached: for each, the number of cached tokens there; empty means none
+        for all. lengths: for each, the number of its new tokens. copies: pairs of blocks, from and
+        to. capacity: T.
 
         Raises ValueError if a document has cached tokens but no slot.
         """
         pairs = [(d, s) for d, group in enumerate(slots) for s in group]
-        initial = {}
-        for d, (group, tokens) in enumerate(zip(slots, cached or [0] * len(slots), strict=True)):
+        initial: dict[int, tuple[int, int]] = {}
+        places = torch.zeros(2, capacity, dtype=torch.int64)
+        places[0] = table.blocks
+        attended, start = [], 0
+        starts = cached or [0] * len(slots)
+        for d, (group, tokens, length) in enumerate(zip(slots, starts, lengths, strict=True)):
             if tokens and not group:
                 raise ValueError(f"document {d} continues {tokens} cached tokens: name their slot")
-            if tokens:
-                initial[d] = (group[0], tokens)
-        columns = (
+            if group:
+                end = tokens + length
+                places[:, start : start + length] = table.places(group[0], tokens, end)
+                if tokens:
+                    initial[d] = (group[0], tokens)
+                    attended.append(table.named(group[0], end))
+            start += length
+        document, slot, initial_document, initial_slot, source, target = (
             torch.tensor(column, dtype=torch.int64)
             for column in (
                 [d for d, _ in pairs],
                 [s for _, s in pairs],
                 list(initial),
                 [s for s, _ in initial.values()],
+                [first for first, _ in copies],
+                [second for _, second in copies],
             )
         )
-        return cls(pairs, initial, *columns)
+        return cls(
+            initial,
+            document,
+            slot,
+            initial_document,
+            initial_slot,
+            places,
+            source,
+            target,
+            attended,
+        )
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> list[Tensor]:
         """All tensors, which `on_device` replaces."""
-        return self.document, self.slot, self.initial_document, self.initial_slot
+        return [
+            *(self.document, self.slot, self.initial_document, self.initial_slot),
+            *(self.places, self.source, self.target),
+            *self.attended,
+        ]
 
     def on_device(self, tensors: Sequence[Tensor]) -> SlotAssignment:
         """The same assignment with copies of `tensors`."""
-        return SlotAssignment(self.pairs, self.initial, *tensors)
+        document, slot, initial_document, initial_slot, places, source, target, *attended = tensors
+        return SlotAssignment(
+            self.initial,
+            document,
+            slot,
+            initial_document,
+            initial_slot,
+            places,
+            source,
+            target,
+            attended,
+        )
 
     def cached_tokens(self, packed: PackedSeq) -> Tensor:
         """Number of cached tokens before each row's document, [T] int64 on the host."""

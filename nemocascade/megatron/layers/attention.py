@@ -17,9 +17,9 @@ from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.context import gather_keys
 from nemocascade.megatron.layers.attention_core import (
     TransformerEngineAttention,
-    continued_attention,
     packed_attention,
 )
+from nemocascade.megatron.layers.continued_attention import continued_attention
 from nemocascade.megatron.layers.linear import column_linear, row_linear
 from nemocascade.megatron.layers.norm import RMSNorm
 from nemocascade.megatron.layers.rope import rotary_tables, rotate
@@ -133,6 +133,17 @@ class Attention(MegatronModule):
 
         qkv: [T, 1, ...], output of `linear_qkv`. rotary: cos and sin [T, m] of the rows' angles.
         """
+        q, k, v = self.grouped_heads(qkv)
+        q = q.flatten(1, 2)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return q, k, v
+
+    def grouped_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split into q [T, kv heads of this rank, query heads of each, d], k and v [T, kv heads,
+        d]."""
         rank = self.tp_group.rank()
         if self.sharing > 1:
             qkv = all_gather_last_dim_from_tensor_parallel_region(qkv, group=self.tp_group)
@@ -143,9 +154,4 @@ class Attention(MegatronModule):
         if self.sharing > 1:
             mine = self.ratio // self.sharing
             q = q.narrow(2, rank % self.sharing * mine, mine)
-        q, k, v = q.flatten(1, 2), k.squeeze(2), v.squeeze(2)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            q, k = self.q_layernorm(q), self.k_layernorm(k)
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return q, k, v
+        return q, k.squeeze(2), v.squeeze(2)

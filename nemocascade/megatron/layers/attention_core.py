@@ -10,9 +10,6 @@ import torch
 import torch.nn.functional as F
 from nemocascade_kernels import PackedSeq
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-
-from nemocascade.megatron.context import AttendedKeys
 
 # Documents up to this length are computed in batches of similar length. Longer ones are computed
 # one after the other, because a call's fixed cost no longer matters.
@@ -113,43 +110,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     shared = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
     return out.transpose(1, 2).to(dtype)
-
-
-def continued_attention(q: Tensor, k: Tensor, v: Tensor, keys: AttendedKeys) -> Tensor:
-    """`packed_attention` of a segment, whose first document may have started before it.
-
-    q: [S, h, d]; k, v: [U, g, d], the rows of `keys`. Returns [S, h, d].
-    """
-    queries, documents = keys.queries, keys.documents
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return variable_length(
-            q, k, v, queries.cu_seqlens, queries.max_length, documents.cu_seqlens,
-            documents.max_length,
-        )  # fmt: skip
-    first, attended = int(queries.lengths[0]), int(documents.lengths[0])
-    if first == attended:
-        return packed_attention(q, k, v, queries)
-    out = lower_right_attention(q[:first], k[:attended], v[:attended])
-    if first == queries.total:
-        return out
-    later = queries.cached(
-        "later documents",
-        lambda: PackedSeq.from_cu_seqlens(
-            torch.cat([queries.starts[1:], torch.tensor([queries.total])]) - first, queries.device
-        ),
-    )
-    rest = packed_attention(q[first:], k[attended:], v[attended:], later)
-    return torch.cat([out, rest])
-
-
-def lower_right_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention [n, h, d] of q [n, h, d], the last n rows of k, v [m + n, g, d]."""
-    ratio = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(ratio, 1) for t in (k, v))
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    mask = causal_lower_right(q.shape[2], k.shape[2])
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out[0].transpose(0, 1)
 
 
 def _variable_length(q: Tensor, k: Tensor, v: Tensor, packed: PackedSeq) -> Tensor:

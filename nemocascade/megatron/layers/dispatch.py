@@ -12,6 +12,7 @@ Shape letters: T tokens, R rows that arrive, K experts a token, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -43,11 +44,22 @@ def dispatched(
         plan = _exchange_counts(routing.counts, groups)
         if first_pass is not None:
             first_pass.dispatch = plan
-    group, sent, received = groups.tp_ep, plan.sent, plan.received
+    return through_ranks(x, routing, experts, plan, groups.tp_ep)
+
+
+def through_ranks(
+    x: Tensor,
+    routing: Routing,
+    experts: Callable[[Tensor, Routing], Tensor],
+    plan: DispatchPlan,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """`dispatched` with a plan. routing: over all experts of the ranks of `group`."""
+    sent, received = plan.sent, plan.received
     # No name holds the rows that were sent: they are most of the layer's memory.
-    rows = _Exchange.apply(_outgoing(x, routing, plan), sum(received), received, sent, group)
+    rows = ExchangeRows.apply(_outgoing(x, routing, plan), sum(received), received, sent, group)
     rows = experts(rows, _arrived_routing(plan))
-    rows = _Exchange.apply(rows, _returning(routing, plan), sent, received, group)
+    rows = ExchangeRows.apply(rows, _returning(routing, plan), sent, received, group)
     return moe_unpermute(_sum_copies(rows, routing, plan), routing)
 
 
@@ -58,15 +70,30 @@ def _exchange_counts(counts: Tensor, groups: ProcessGroupCollection) -> Dispatch
     arrived = torch.empty_like(outgoing)
     dist.all_to_all_single(arrived, outgoing, group=groups.tp_ep)
     sizes = torch.cat([counts.sum(1), arrived.sum(1)]).cpu().tolist()
-    return DispatchPlan(to_owner=sizes[:ep], received=sizes[ep:], arrived=arrived)
+    return DispatchPlan(to_owner=sizes[:ep], received=sizes[ep:], arrived=arrived[..., None])
 
 
 def _arrived_routing(plan: DispatchPlan) -> Routing:
-    """The local expert of each row that arrives: each rank's rows are sorted by expert."""
-    ranks, experts = plan.arrived.shape
-    ids = torch.arange(experts, dtype=torch.int32, device=plan.arrived.device).repeat(ranks)
-    ids = ids.repeat_interleave(plan.arrived.flatten(), output_size=sum(plan.received))
-    return make_routing(ids[:, None], torch.ones_like(ids[:, None], dtype=torch.float32), experts)
+    """The local expert of each row that arrives.
+
+    Each rank's rows are sorted by expert, then by source. The rows of an expert are put in the
+    order of sources, then of ranks, which is the same for every way of exchange.
+    """
+    ranks, experts, sources = plan.arrived.shape
+    keys = torch.arange(experts * sources, dtype=torch.int32, device=plan.arrived.device)
+    if sources == 1:
+        # Rows arrive in the order of ranks.
+        ids, each = keys.repeat(ranks), 1
+    else:
+        rank = torch.arange(ranks, dtype=torch.int32, device=keys.device)
+        ids, each = (keys * ranks + rank[:, None]).flatten(), sources * ranks
+    ids = ids.repeat_interleave(plan.arrived.flatten(), output_size=sum(plan.received))[:, None]
+    ones = torch.ones_like(ids, dtype=torch.float32)
+    found = make_routing(ids, ones, experts * each)
+    if each == 1:
+        return found
+    counts = found.counts.view(experts, each).sum(1, dtype=torch.int32)
+    return replace(found, experts=ids // each, counts=counts, offsets=found.offsets[::each])
 
 
 def _outgoing(x: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
@@ -113,7 +140,7 @@ def _sum_copies(back: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
     return F.pad(summed, (0, 0, 0, routing.order.numel() - summed.shape[0]))
 
 
-class _Exchange(torch.autograd.Function):
+class ExchangeRows(torch.autograd.Function):
     """All-to-all of the first rows: [>= sum(sent), H] -> [rows, H], rows at least sum(received).
 
     Further rows, also those of the gradient, are not written.

@@ -3,11 +3,14 @@ matrix product of their weight gradients."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
 from nemocascade_kernels.common.main_grad import placeholder_gradient
 from nemocascade_kernels.common.products import accumulate_product
@@ -15,9 +18,14 @@ from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.init import Shard, sharded_init
+from nemocascade.recipe import UserError
 
 APEX_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
 """Name of apex's extension for weight gradients."""
+TE_LINEARS = "megatron.core.extensions.transformer_engine_spec_provider"
+"""Name of Megatron's module with the layers of Transformer Engine."""
+FP8_MULTIPLE = 16
+"""Sizes of Transformer Engine's FP8 products are multiples of this."""
 
 
 def _add_weight_gradient(inputs: Tensor, grad_outputs: Tensor, main_grad: Tensor) -> None:
@@ -84,6 +92,46 @@ class _RowParallelLinear(_AddsToMainGrad, RowParallelLinear):
     pass
 
 
+class _Fp8InTraining:
+    """Mixin for Transformer Engine's linears: FP8 in training, also where a layer is recomputed.
+
+    In evaluation, whose rows may be of any number, products are in the weight's dtype. The
+    blockwise recipe keeps no state between steps, so checkpoints hold the weight alone.
+    """
+
+    config: CascadeConfig
+    training: bool
+
+    def forward(self, x: Tensor) -> Any:
+        with get_fp8_context(self.config) if self.training else nullcontext():
+            return super().forward(x)  # type: ignore[misc]
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: None) -> None:
+        pass
+
+
+@functools.cache
+def _te_linears() -> tuple[type, type]:
+    """The column- and row-parallel linears of Transformer Engine, from Megatron's spec provider."""
+    provider = importlib.import_module(TE_LINEARS).TESpecProvider()
+    kinds = provider.column_parallel_linear(), provider.row_parallel_linear()
+    column, row = (type(f"_{kind.__name__}", (_Fp8InTraining, kind), {}) for kind in kinds)
+    return column, row
+
+
+def _check_fp8(name: str, inputs: int, outputs: int) -> None:
+    """Raise UserError unless a rank's part of a linear has sizes that FP8 products take."""
+    if inputs % FP8_MULTIPLE or outputs % FP8_MULTIPLE:
+        raise UserError(
+            f"engine.linears is fp8, but {name} has {inputs} inputs and {outputs} outputs on a "
+            f"rank: FP8 products need multiples of {FP8_MULTIPLE}: choose another --parallel.tp, "
+            "or set --engine.linears bf16"
+        )
+
+
 def _leave(weight: Tensor) -> Tensor:
     """Do nothing: Megatron's own initialisation is replaced below."""
     return weight
@@ -124,13 +172,19 @@ def column_linear(
     name: the weight's global name. blocks: parts of the outputs that are sharded separately.
     stride: number of equal blocks, for Megatron's own bookkeeping.
     """
-    linear = _ColumnParallelLinear(
+    kind: Any = _ColumnParallelLinear
+    if config.fp8:
+        _check_fp8(name, inputs, outputs // tp_group.size())
+        kind = _te_linears()[0]
+    linear = kind(
         inputs,
         outputs,
         config=config,
         init_method=_leave,
         bias=False,
         gather_output=False,
+        skip_bias_add=False,
+        is_expert=False,
         stride=stride,
         tp_group=tp_group,
     )
@@ -145,7 +199,11 @@ def row_linear(
 
     name: the weight's global name.
     """
-    linear = _RowParallelLinear(
+    kind: Any = _RowParallelLinear
+    if config.fp8:
+        _check_fp8(name, inputs // tp_group.size(), outputs)
+        kind = _te_linears()[1]
+    linear = kind(
         inputs,
         outputs,
         config=config,
@@ -153,6 +211,7 @@ def row_linear(
         bias=False,
         input_is_parallel=True,
         skip_bias_add=False,
+        is_expert=False,
         tp_group=tp_group,
     )
     _fill(linear, config, name, tp_shard(tp_group, 1), residual=True)

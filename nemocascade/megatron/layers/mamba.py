@@ -9,7 +9,6 @@ shards heads and groups; each rank computes whole groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,8 +25,9 @@ from nemocascade_kernels import PackedSeq, mamba2, mamba2_final_state
 from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
-from nemocascade.megatron.context import ContextShard, GatherRanks, Part, tie
+from nemocascade.megatron.context import ContextShard, GatherRanks, tie
 from nemocascade.megatron.init import Fill, generator_for, sharded_init
+from nemocascade.megatron.layers.border_states import entering_states
 from nemocascade.megatron.layers.linear import column_linear, row_linear, tp_shard
 from nemocascade.megatron.microbatch import Microbatch
 
@@ -192,7 +192,6 @@ class MambaMixer(MegatronModule):
         packed: PackedSeq,
         initial_state: States | None = None,
         *,
-        state_documents: Sequence[int] | None = None,
         return_final_state: bool = False,
     ) -> tuple[Tensor, States | None]:
         """Input of out_proj, [T, inner], from the output of in_proj; states as in `mamba2`."""
@@ -208,8 +207,8 @@ class MambaMixer(MegatronModule):
             **self._sizes(),
             eps=self.eps,
             initial_state=initial_state,
-            state_documents=state_documents,
             return_final_state=return_final_state,
+            recompute="M" not in self.config.recompute_layers,
             backend=self.backend,
         )
 
@@ -227,22 +226,26 @@ class MambaMixer(MegatronModule):
         """`mix` of one context-parallel rank's rows [R, ...].
 
         The recurrence is linear in the state that enters a segment. So every segment's last
-        document is scanned from zero at first, for the state it leaves; these are gathered and
-        folded in order, and the scan starts from the result.
+        document is scanned from zero at first, for the state it leaves; these are folded in order,
+        and the scan of a continued document starts from the result.
         """
         halos, tails = self._halos(zxbcdt, shard)
         left = tie(self._left(zxbcdt, shard, halos), tails)
-        gathered: Tensor = GatherRanks.apply(left, self.cp_group)
-        entering = [p for p in shard.parts if p.before]
-        initial = None
-        if entering:
-            conv = torch.stack([halos[p.number] for p in entering])
-            ssm = torch.stack([self._fold(gathered, shard, p) for p in entering])
-            initial = conv, ssm
-        mixed, _ = self.mix(
-            zxbcdt, packed, initial, state_documents=[p.first for p in entering] or None
-        )
-        return tie(mixed, gathered)
+        states, last = entering_states(left, packed, shard, self.cp_group)
+        entering = [p.number for p in shard.parts if p.before]
+        by_segment = dict(zip(entering, states, strict=True))
+        if not entering:
+            return tie(self.mix(zxbcdt, packed)[0], last)
+        # Only continued documents take the slower way with states. A split has one gradient.
+        rows = zxbcdt.split([run.documents.total for run in shard.runs])
+        mixed = []
+        for own, run in zip(rows, shard.runs, strict=True):
+            initial = None
+            if run.continues is not None:
+                ssm = by_segment[run.continues].view(1, self.heads, self.head_dim, self.state)
+                initial = halos[run.continues][None], ssm
+            mixed.append(self.mix(own, run.documents, initial)[0])
+        return tie(torch.cat(mixed), last)
 
     def _halos(self, zxbcdt: Tensor, shard: ContextShard) -> tuple[dict[int, Tensor], Tensor]:
         """The convolution's inputs before each of the rank's segments that continues a document,
@@ -265,34 +268,27 @@ class MambaMixer(MegatronModule):
         [2, h, p n + 1]; zeros where the next segment starts a document."""
         high = torch.promote_types(zxbcdt.dtype, torch.float32)
         none = zxbcdt.new_zeros(self.heads, self.head_dim * self.state + 1, dtype=high)
-        if shard.leaving is None:
-            return torch.stack([none, none])
-        leaving = [p for p in shard.parts if p.continues]
-        zeros = zxbcdt.new_zeros(self.conv1d.weight.shape[2] - 1, self.channels)
-        # A document that fills the segment and started before it has inputs before its rows here.
-        conv = [halos.get(p.number, zeros) if len(p.bounds) == 2 else zeros for p in leaving]
-        states, decays = mamba2_final_state(
-            torch.cat([zxbcdt[p.last_rows] for p in leaving]),
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            self.dt_bias,
-            -self.A_log.float().exp(),
-            shard.leaving,
-            **self._sizes(),
-            initial_conv=torch.stack(conv),
-        )
-        found = iter(torch.cat([states.flatten(2), decays[:, :, None]], dim=2))
-        return torch.stack([next(found) if p.continues else none for p in shard.parts])
-
-    def _fold(self, gathered: Tensor, shard: ContextShard, part: Part) -> Tensor:
-        """The state that enters the part's first document [h, p, n], from `_left` of all ranks."""
-        state: Tensor | None = None
-        for number in range(shard.first_segment(part), part.number):
-            left: Tensor = gathered[shard.place(number)]
-            own = left[:, :-1]
-            state = own if state is None else own + left[:, -1:] * state
-        assert state is not None
-        return state.view(self.heads, self.head_dim, self.state)
+        found = []
+        # One after the other: backward needs the convolution of one of them at a time.
+        for part in shard.parts:
+            if not part.continues:
+                found.append(none)
+                continue
+            # A document that fills the segment may have inputs before its rows here.
+            conv = halos.get(part.number) if len(part.bounds) == 2 else None
+            states, decays = mamba2_final_state(
+                zxbcdt[part.last_rows],
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                self.dt_bias,
+                -self.A_log.float().exp(),
+                shard.leaving[part.number],
+                **self._sizes(),
+                initial_conv=None if conv is None else conv[None],
+                backend=self.backend,
+            )
+            found.append(torch.cat([states[0].flatten(1), decays[0, :, None]], dim=1))
+        return torch.stack(found)
 
     def sharded_state_dict(
         self,

@@ -22,9 +22,12 @@ from nemocascade_kernels import (
 from torch import Tensor, nn
 
 from nemocascade.megatron.config import CascadeConfig
+from nemocascade.megatron.groups import ExpertNodes
+from nemocascade.megatron.layers.deepep import dispatched_by_deepep
 from nemocascade.megatron.layers.dispatch import dispatched
 from nemocascade.megatron.layers.mlp import MLP
 from nemocascade.megatron.layers.moe_loss import attach_loss, load_balance_loss, z_loss
+from nemocascade.megatron.layers.node_dispatch import dispatched_over_nodes
 from nemocascade.megatron.microbatch import FirstPass, Microbatch
 
 
@@ -100,6 +103,8 @@ class Experts(MegatronModule):
         super().__init__(config=config)
         shape = config.shape
         self.groups = groups
+        # Worlds that only count or generate have no nodes.
+        self.nodes: ExpertNodes | None = getattr(groups, "expert_nodes", None)
         self.ep_rank, self.ep_size = groups.ep.rank(), groups.ep.size()
         self.etp_rank, self.etp_size = groups.expt_tp.rank(), groups.expt_tp.size()
         self.num_local = shape.num_experts // self.ep_size
@@ -146,11 +151,16 @@ class Experts(MegatronModule):
                 self.linear_fc1,
                 self.linear_fc2,
                 activation=self.config.shape.activation,
+                fp8=self.config.fp8_experts and self.training,
                 accumulate_main_grad=hasattr(self.linear_fc1, "main_grad"),
             )
 
         if self.ep_size * self.etp_size == 1:
             return experts(x, routing)
+        if self.config.expert_exchange == "deepep":
+            return dispatched_by_deepep(x, routing, experts, self.groups.ep)
+        if self.nodes is not None:
+            return dispatched_over_nodes(x, routing, experts, self.groups, self.nodes, first_pass)
         return dispatched(x, routing, experts, self.groups, first_pass)
 
     def sharded_state_dict(
