@@ -18,7 +18,7 @@ from nemocascade.recipe.envs import EnvConfig
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import DataError, RowError, refuse_row
 from nemocascade.runtime.row_files import find_files, read_rows, report_skipped
-from nemocascade.runtime.turns import kind_of
+from nemocascade.runtime.turns import encodable, kind_of
 from nemocascade.sandbox.child import ChildError, ChildHostError, ChildPool
 from nemocascade.types import (
     Environment,
@@ -42,6 +42,25 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _CUT = re.compile(r"\n|(?<!\\)\$|\\[\])]")
 """End of a box that is never closed: that of its line or of its formula."""
+
+
+def tool_results(
+    session: ToolSession,
+    turn: Message,
+    faults: Sequence[str],
+    answered: Callable[[], object] = lambda: None,
+) -> list[Message]:
+    """The tools' turns after an assistant turn: results of its calls, then errors for `faults`.
+
+    faults: why calls of the turn could not be parsed. answered: called after every call. What no
+    tokenizer accepts is escaped.
+    """
+    results: list[Message] = []
+    for call in turn.tool_calls:
+        results += session.step([call])
+        answered()
+    results += [Message("tool", f"error: {fault}") for fault in faults]
+    return [replace(m, content=encodable(m.content)) for m in results]
 
 
 class Domain(ABC):
@@ -95,6 +114,10 @@ class Domain(ABC):
         folder: folder of the file; names in the row are relative to it.
         """
         return row
+
+    def solution(self, row: Row) -> Sequence[Message]:
+        """Return the turns of a prepared row's worked solution, for SFT; none by default."""
+        return ()
 
     @abstractmethod
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
@@ -164,6 +187,7 @@ class Domain(ABC):
         Raises DataError for a damaged file, and if no row belongs to this domain.
         """
         theirs = found = rows = 0
+        first_bad = ""
         fields = RowFields(self.domain, self.row_forms)
         for where, folder, row in self._rows(Path(path)):
             rows += 1
@@ -184,6 +208,7 @@ class Domain(ABC):
                 raise
             except Exception as error:  # a row comes from a download: any error is its own
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                first_bad = first_bad or f"; the first bad one is {where}: {kind}{error}"
                 bad(where, f"{kind}{error}")
                 continue
             found += 1
@@ -191,7 +216,7 @@ class Domain(ABC):
         fields.report(Path(path))
         if not found:
             raise DataError(
-                f"{path}: none of its {rows} rows is of {self.domain}: name other files"
+                f"{path}: none of its {rows} rows is of {self.domain}: name other files{first_bad}"
             )
         if theirs:
             LOGGER.info("%s: %d rows of other domains than %s", path, theirs, self.domain)
@@ -221,6 +246,7 @@ class Domain(ABC):
             tools=tools,
             source=where,
             pass_rate=pass_rate_of(row),
+            demonstration=tuple(self.solution(row)),
         )
         return replace(prompt, id=task_id(prompt))
 
@@ -339,11 +365,12 @@ def demonstration(prompt: Prompt, *, thinking: bool, careless: bool = False) -> 
 
     careless: return the turns of `Prompt.careless` instead, if the task has them.
 
-    Raises ValueError for a task without a demonstration, such as a task from a file.
+    Raises ValueError for a task without a demonstration, such as most tasks from files.
     """
     if not prompt.demonstration:
         raise ValueError(
-            f"task {prompt.id} has no demonstration: only tasks made by `prompts` have one"
+            f"the task {prompt.source or prompt.id} has no demonstration: generated tasks have "
+            "one, and rows of GSM8K and MATH"
         )
     turns = prompt.careless if careless and prompt.careless else prompt.demonstration
     return [m if thinking else replace(m, reasoning="") for m in turns]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from nemocascade.envs.base import final_text
+from nemocascade.envs.benchmark_rows import humaneval_row, is_of
 from nemocascade.envs.code_blocks import programs_of
 from nemocascade.envs.code_outputs import same_output, same_value
 from nemocascade.envs.row_forms import RowForm
@@ -49,7 +52,8 @@ class Code(SandboxedDomain):
 
     Two styles of tests: text on standard input and output, and function calls. Expected values
     never enter the sandbox, so a program that rewrites its harness gains nothing. An exit by
-    `sys.exit` after the right output does not matter, whatever its status.
+    `sys.exit` after the right output does not matter, whatever its status. HumanEval's tests are
+    programs, which run after the answer in its process: they suit an evaluation, not a training.
     """
 
     domain = "code"
@@ -67,6 +71,14 @@ class Code(SandboxedDomain):
                 "a program that judges outputs cannot be run",
             ),
         ),
+        RowForm(
+            "HumanEval, as published",
+            read={
+                "test": "defines `check`, which is called with the function",
+                "entry_point": "name of the function that the `prompt` begins",
+            },
+            ignored={"canonical_solution": "only the tests decide"},
+        ),
     )
 
     def __init__(
@@ -76,13 +88,18 @@ class Code(SandboxedDomain):
         super().__init__(sandbox, modules=("numpy",) if self.settings.numpy else ())
 
     def claims(self, row: Row) -> bool:
-        return "unit_tests" in row
+        return "unit_tests" in row or is_of("humaneval", row)
+
+    def prepare(self, row: Row, folder: Path) -> Row:
+        return row if "unit_tests" in row else {**row, **humaneval_row(row)}
 
     def parse(self, row: Row) -> Mapping[str, Any]:
         """Parse `unit_tests`: `inputs`, `outputs`, and `fn_name` for calls.
 
         A call's input is a list of arguments, or text with one JSON argument per line.
         """
+        if "unit_tests" not in row:
+            return {"function": row["entry_point"], "start": row["start"], "check": row["test"]}
         tests = row["unit_tests"]
         tests = parse_field(tests, "unit_tests") if isinstance(tests, str) else tests
         inputs, outputs = list(tests["inputs"]), list(tests["outputs"])
@@ -105,11 +122,27 @@ class Code(SandboxedDomain):
         if not source.strip():
             return Verdict(0.0, details={"reason": "no program"})
         tests = prompt.answer
+        if "check" in tests:
+            return self._checked(source, tests)
         passed, reason = (self._calls if tests["function"] else self._scripts)(source, tests)
         wanted = len(tests["outputs"])
         details = {"passed": passed, "tests": wanted, "reason": reason}
         stopped = reason.partition(":")[0] in ("time", "output")
         right = passed == wanted and not reason
+        return Verdict(float(right), details=details, fault="answer" if stopped else None)
+
+    def _checked(self, source: str, tests: Mapping[str, Any]) -> Verdict:
+        """Run the row's own test program after the answer; what it prints at its end is a secret,
+        so a program that exits before has not passed."""
+        passed = secrets.token_hex(16)
+        parts = (
+            *(tests["start"], source, tests["check"]),
+            f"check({tests['function']})\nprint({passed!r})\n",
+        )
+        outcome = self.sandbox.run(self._prepared(Program("\n".join(parts))))
+        right = outcome.status == "ok" and outcome.stdout.strip().endswith(passed)
+        stopped = outcome.status in ("time", "output")
+        details = {"reason": "" if right else _reason(outcome)}
         return Verdict(float(right), details=details, fault="answer" if stopped else None)
 
     def _program(self, text: str) -> str:
@@ -151,6 +184,8 @@ class Code(SandboxedDomain):
         return replace(program, preamble=_preamble(self.settings))
 
     def forms(self, prompt: Prompt) -> Collection[str]:
+        if "check" in prompt.answer:
+            return ("test program",)
         return ("calls" if prompt.answer["function"] else "standard input",)
 
     def dummy(self, prompt: Prompt) -> Sequence[Message]:

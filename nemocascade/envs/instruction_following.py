@@ -129,7 +129,7 @@ class InstructionFollowing(CheckedDomain):
 
     @cached_property
     def _missing(self) -> dict[str, str]:
-        """Libraries and data that this machine lacks, each with its remedy."""
+        """Libraries and data that are missing on this machine, each with its remedy."""
         return dict(self._children.call(_MISSING))
 
     @cached_property

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from nemocascade.envs.base import CheckedDomain, final_text, last_boxed
+from nemocascade.envs.benchmark_rows import gsm8k_row, is_of, math_row
 from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.words import NAMES, NOUNS
 from nemocascade.runtime.turns import kind_of
@@ -27,12 +29,37 @@ class Mathematics(CheckedDomain):
         RowForm(
             "an expected answer (NeMo Gym)",
             read={"expected_answer": "a text or a number, compared with the last box"},
-            ignored={"question": "the prompt has it", "solution": "only the answer is compared"},
+        ),
+        RowForm(
+            "GSM8K, as published",
+            read={
+                "question": "the prompt, where `answer` ends with `#### number`",
+                "answer": "the steps, and the expected number; in MATH-500 the expected answer",
+            },
+        ),
+        RowForm(
+            "MATH and MATH-500, as published",
+            read={
+                "problem": "the prompt",
+                "solution": "its last box, if there is no `answer`; with `problem` alone",
+            },
+            ignored=dict.fromkeys(("level", "type", "unique_id"), "a class of rows"),
         ),
     )
 
     def claims(self, row: Row) -> bool:
-        return "expected_answer" in row and "options" not in row
+        if "expected_answer" in row:
+            return "options" not in row
+        return is_of("math", row) or (is_of("gsm8k", row) and "####" in str(row["answer"]))
+
+    def prepare(self, row: Row, folder: Path) -> Row:
+        if "expected_answer" in row:
+            return {**row, "worked": ""}
+        made = math_row(row) if is_of("math", row) else gsm8k_row(row)
+        return {**row, **made}
+
+    def solution(self, row: Row) -> Sequence[Message]:
+        return (Message("assistant", row["worked"]),) if row["worked"] else ()
 
     def parse(self, row: Row) -> Mapping[str, Any]:
         expected = row["expected_answer"]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from nemocascade.envs.base import CheckedDomain, final_text
+from nemocascade.envs.benchmark_rows import LETTERS, is_of, mmlu_pro_row
 from nemocascade.envs.choices import GRADING_MODES, chosen_by, chosen_in
 from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.words import CATEGORIES
 from nemocascade.types import Message, Prompt, Row, Verdict
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _KINDS = ("animal", "cloth", "color", "tool")
 _LAST_MATCH = "nemocascade.envs.checks.pattern:last_match"
 
@@ -21,9 +22,10 @@ class MultipleChoice(CheckedDomain):
     r"""1 if the chosen option is right, else 0.
 
     A row may have its own patterns (`answer_regex`, or `template_metadata.output_regex`: one or a
-    list). The rightmost match of the first that finds an option holds the answer. They run in a
-    killable child, in any case of letters. Otherwise the row's `grading_mode` says where the answer
-    is; it is NeMo-Gym's, and so is its default, the letter in the last `\boxed{}`.
+    list). The first pattern that finds an option decides, by its rightmost match. Patterns
+    ignore case and run in a child process that can be killed. Without patterns, the row's
+    `grading_mode` says where the answer is. Its values and its default, the letter in the last
+    `\boxed{}`, are NeMo-Gym's.
     """
 
     domain = "multiple_choice"
@@ -32,18 +34,33 @@ class MultipleChoice(CheckedDomain):
         RowForm(
             "multiple choice (NeMo Gym)",
             read={
-                "options": "list of objects, letter to text; null texts are left out",
+                "options": "list of objects, letter to text; null texts are ignored",
                 "expected_answer": "the right letter",
                 "answer_regex": "pattern whose last match holds the answer, or a list of them",
                 "template_metadata.output_regex": "such patterns, if there is no `answer_regex`",
                 "grading_mode": "where the answer is, without a pattern: one of NeMo Gym's modes",
             },
-            ignored={"template_metadata.*": "how the prompt was made"},
+            ignored={
+                "template_metadata.*": "how the prompt was made",
+                "reward_profiles": "rewards of other models",
+            },
+        ),
+        RowForm(
+            "MMLU-Pro, as published; its `options` are a list of texts",
+            read={
+                "question": "the prompt, with the options",
+                "answer": "the right letter",
+                "answer_index": "must be that of the letter, if it is there",
+            },
+            ignored={"cot_content": "a worked example", "src": "origin of the row"},
         ),
     )
 
     def claims(self, row: Row) -> bool:
-        return "options" in row and "expected_answer" in row
+        return "options" in row and ("expected_answer" in row or is_of("mmlu_pro", row))
+
+    def prepare(self, row: Row, folder: Path) -> Row:
+        return row if "expected_answer" in row else {**row, **mmlu_pro_row(row)}
 
     def parse(self, row: Row) -> Mapping[str, Any]:
         options = {

@@ -63,7 +63,7 @@ def _added(
     if not (isinstance(kind, type) and issubclass(kind, Domain)):
         return [f"{said}: {kind!r} is no subclass of nemocascade.envs.base.Domain"]
     if missing := sorted(kind.__abstractmethods__):
-        return [f"{said}: {kind.__name__} lacks {', '.join(missing)}"]
+        return [f"{said}: {kind.__name__} has no {', '.join(missing)}"]
     name = getattr(kind, "domain", None)
     if not isinstance(name, str) or not name.isidentifier():
         return [f"{said}: {kind.__name__}.domain is {name!r}: give a name, such as 'my_domain'"]

@@ -12,8 +12,7 @@ from typing import Any
 from nemocascade.envs.base import Domain, task_id
 from nemocascade.recipe.envs import PythonToolConfig, SandboxConfig
 from nemocascade.runtime.row_errors import refuse_row
-from nemocascade.sandbox.pool import SandboxPool
-from nemocascade.sandbox.session import SandboxSession
+from nemocascade.sandbox.ray_sandbox import AnySandbox, AnySession, RaySandbox, open_sandbox
 from nemocascade.types import (
     Environment,
     Message,
@@ -48,14 +47,17 @@ class PythonTool:
     def __init__(self, config: PythonToolConfig, sandbox: SandboxConfig) -> None:
         self.config = config
         self._sandbox_config = replace(sandbox, time_s=config.time_s)
-        self._sandbox: SandboxPool | None = None
+        self._sandbox: AnySandbox | None = None
         self._lock = threading.Lock()
 
     def session(self) -> PythonSession:
-        """Return the tool of one episode. Raises SandboxUnavailable if nothing can be isolated."""
+        """Return the tool of one episode. Raises SandboxUnavailable if nothing can be isolated, and
+        if every node of Ray is lost."""
         with self._lock:
             if self._sandbox is None:
-                self._sandbox = SandboxPool(self._sandbox_config)
+                self._sandbox = open_sandbox(self._sandbox_config)
+            elif isinstance(self._sandbox, RaySandbox):
+                self._sandbox.check()
             return PythonSession(self._sandbox, self.config)
 
     def close(self) -> None:
@@ -73,9 +75,9 @@ class PythonSession:
     A failure of the host raises SandboxError, and so does a call after `close`.
     """
 
-    def __init__(self, sandbox: SandboxPool, limits: PythonToolConfig) -> None:
+    def __init__(self, sandbox: AnySandbox, limits: PythonToolConfig) -> None:
         self._sandbox, self._limits = sandbox, limits
-        self._interpreter: SandboxSession | None = None
+        self._interpreter: AnySession | None = None
         self._calls = 0
         # An interrupted run closes an episode while a thread works on its calls.
         self._lock = threading.Lock()

@@ -135,7 +135,7 @@ def judge_problems(settings: JudgeConfig) -> list[str]:
     return server_problems(settings) if settings.kind == "server" else []
 
 
-def judge_refusal(settings: JudgeConfig) -> str | None:
+def judge_rejection(settings: JudgeConfig) -> str | None:
     """Return why a server rejects a first question; None if it accepts or does not answer."""
     if settings.kind != "server":
         return None

@@ -57,6 +57,7 @@ EVERY_ROW = RowForm(
             for name in (
                 *("max_output_tokens", "max_tool_calls", "model", "parallel_tool_calls"),
                 *("reasoning", "store", "stream", "temperature", "top_p", "metadata"),
+                "tool_choice",
             )
         },
     },

@@ -10,7 +10,7 @@ from typing import Any
 from nemocascade.envs.base import Domain
 from nemocascade.envs.row_forms import RowForm
 from nemocascade.recipe.envs import SandboxConfig
-from nemocascade.sandbox.pool import SandboxPool
+from nemocascade.sandbox.ray_sandbox import AnySandbox, RaySandbox, open_sandbox
 from nemocascade.swe.rows import folder_rows, is_task_folder
 from nemocascade.types import Message, Prompt, Verdict
 
@@ -25,14 +25,14 @@ class SandboxedDomain(Domain):
         self._config = config or SandboxConfig()
         self._modules = tuple(modules)
         self._lock = threading.Lock()
-        self._sandbox: SandboxPool | None = None
+        self._sandbox: AnySandbox | None = None
 
     @property
-    def sandbox(self) -> SandboxPool:
-        """Pool that runs the programs. Raises SandboxUnavailable if it cannot start."""
+    def sandbox(self) -> AnySandbox:
+        """Runs the programs. Raises SandboxUnavailable if it cannot start."""
         with self._lock:
             if self._sandbox is None:
-                self._sandbox = SandboxPool(self._config, modules=self._modules)
+                self._sandbox = open_sandbox(self._config, modules=self._modules)
             return self._sandbox
 
     def runs_programs(self, prompt: Prompt) -> bool:
@@ -61,8 +61,8 @@ class SandboxedDomain(Domain):
                 self._sandbox = None
 
     def _start(self, prompts: Sequence[Prompt]) -> None:
-        if any(map(self.runs_programs, prompts)):
-            _ = self.sandbox
+        if any(map(self.runs_programs, prompts)) and isinstance(self.sandbox, RaySandbox):
+            self.sandbox.check()
 
 
 class RepairDomain(SandboxedDomain):

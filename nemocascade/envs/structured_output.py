@@ -21,6 +21,12 @@ _KEYS = (
     *("ready", "score", "level", "kind", "note", "week", "paid", "rank", "label", "total"),
 )
 _ASKS = ("Write", "Give", "Make", "Return")
+_SHAPE = (
+    *("schema_repr", "problem_type", "source_format", "source_schema_type", "num_turns"),
+    *("num_tools", "num_distractors", "has_distractors", "distractor_style", "tool_name_style"),
+    *("tool_schema_mode", "tool_union_mode", "instruction_layout", "instruction_detail_level"),
+    "system_instruction_style",
+)
 
 
 class StructuredOutput(CheckedDomain):
@@ -46,8 +52,10 @@ class StructuredOutput(CheckedDomain):
                 "tool_payload_key": "the argument that must satisfy the schema; by default all",
             },
             ignored={
+                **dict.fromkeys(_SHAPE, "how the prompt and its tools were made"),
+                **dict.fromkeys(("tool_choice", "parallel_tool_calls"), "one call is right"),
                 "schema_fields_count": "a class of rows, for statistics",
-                "schema_repr": "how the prompt shows the schema",
+                "source_record_id": "origin of the row",
             },
         ),
     )

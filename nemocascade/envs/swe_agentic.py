@@ -13,12 +13,21 @@ from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.sandboxed import RepairDomain
 from nemocascade.envs.swe_made import make_task
 from nemocascade.recipe.envs import AgentConfig, SandboxConfig
-from nemocascade.sandbox.pool import SandboxPool
+from nemocascade.runtime.turns import encodable
 from nemocascade.swe.repository import Framework, judge, run_tests
 from nemocascade.swe.rows import answer_of, hidden_of, issue_of, snapshot_of
 from nemocascade.swe.shipped import Steps
-from nemocascade.swe.workspace import TOOLS, ToolError, Workspace, arguments_of, clean, cut
-from nemocascade.types import Message, Prompt, Row, SandboxError, ToolCall, ToolSession, Verdict
+from nemocascade.swe.workspace import TOOLS, ToolError, Workspace, arguments_of, cut
+from nemocascade.types import (
+    Message,
+    Prompt,
+    Row,
+    Sandbox,
+    SandboxError,
+    ToolCall,
+    ToolSession,
+    Verdict,
+)
 
 ASK = (
     "Repair the repository so that this issue is solved. Find the code that is wrong, change it "
@@ -37,7 +46,7 @@ class RepositorySession:
         self,
         answer: Mapping[str, Any],
         limits: AgentConfig,
-        sandbox: Callable[[], SandboxPool] | None,
+        sandbox: Callable[[], Sandbox] | None,
     ) -> None:
         self.workspace = Workspace(snapshot_of(answer), limits)
         self._framework: Framework = answer["framework"]
@@ -69,9 +78,9 @@ class RepositorySession:
         limit = self._limits.result_chars
         try:
             # The end of a test report is the most informative.
-            return cut(clean(self._execute(call)), limit, end=call.name == "run_tests")
+            return cut(encodable(self._execute(call)), limit, end=call.name == "run_tests")
         except ToolError as error:
-            return cut(clean(f"error: {error}"), limit)
+            return cut(encodable(f"error: {error}"), limit)
 
     def _execute(self, call: ToolCall) -> str:
         arguments = arguments_of(call.name, call.arguments)

@@ -146,7 +146,7 @@ class SweAgentless(RepairDomain, GradedDomain):
             issue,
             files,
             golden,
-            room=self._limits.prompt_chars - len(_ASK) - len(issue),
+            max_chars=self._limits.prompt_chars - len(_ASK) - len(issue),
             retrieved=self._limits.retrieved,
             patch=patch,
             hidden=hidden,

@@ -4,37 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from nemocascade.envs.prompt_rows import flattened
-from nemocascade.recipe.envs import EnvConfig
+from nemocascade.recipe.commands import CheckSettings
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.row_files import find_files, read_rows, report_skipped
-from nemocascade.sandbox.pool import SandboxPool
+from nemocascade.sandbox.ray_sandbox import open_sandbox
 from nemocascade.swe.patches import PatchError, apply_patch
 from nemocascade.swe.repository import HiddenTests, judge, run_tests
 from nemocascade.swe.rows import folder_rows, is_task_folder
 from nemocascade.swe.snapshots import Files
 from nemocascade.swe.tasks import task_of
-from nemocascade.types import Row, SandboxError, SandboxUnavailable
+from nemocascade.types import Row, Sandbox, SandboxError, SandboxUnavailable
 
 _SHOWN = 5
-
-
-@dataclass(frozen=True)
-class CheckSettings:
-    """Run the tests of repair tasks twice: on the repository as it is, where FAIL_TO_PASS must fail
-    and PASS_TO_PASS must pass, and with the row's patch, where all must pass."""
-
-    path: tyro.conf.Positional[str]
-    """Folder of tasks or JSONL file, as read by the domains swe_agentic and swe_agentless."""
-
-    envs: EnvConfig = field(default_factory=EnvConfig)
-    """Environment settings of the run; each sandbox worker checks one task at a time."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +52,7 @@ def check_tasks(settings: CheckSettings) -> Iterator[Checked]:
         raise DataError(f"{path}: none of its {len(rows)} rows is a repair task")
     if problems := settings.envs.problems():
         raise ValueError("; ".join(problems))
-    sandbox = SandboxPool(settings.envs.sandbox)
+    sandbox = open_sandbox(settings.envs.sandbox)
     try:
         with ThreadPoolExecutor(sandbox.size, thread_name_prefix="check") as pool:
             yield from pool.map(lambda task: _checked(sandbox, *task), tasks)
@@ -96,7 +82,7 @@ def _is_task(row: Row) -> bool:
     return "problem_statement" in row or "issue" in row
 
 
-def _checked(sandbox: SandboxPool, where: str, folder: Path, row: Any) -> Checked:
+def _checked(sandbox: Sandbox, where: str, folder: Path, row: Any) -> Checked:
     """Check one task. Exceptions become faults, except a sandbox that is unavailable."""
     if not isinstance(row, Mapping):
         return Checked(where, (str(row),), tested=False, patched=False)
@@ -111,7 +97,7 @@ def _checked(sandbox: SandboxPool, where: str, folder: Path, row: Any) -> Checke
     return Checked(name, faults, tested, bool(patch))
 
 
-def _faults(sandbox: SandboxPool, row: Row, folder: Path) -> Iterator[str]:
+def _faults(sandbox: Sandbox, row: Row, folder: Path) -> Iterator[str]:
     task = task_of(row, folder)
     snapshot = task.snapshot
     if task.tests is not None:
@@ -131,7 +117,7 @@ def _faults(sandbox: SandboxPool, row: Row, folder: Path) -> Iterator[str]:
             yield f"not all tests pass with the patch: {_shown(verdict.details)}{hint}"
 
 
-def _before(sandbox: SandboxPool, snapshot: Files, tests: HiddenTests) -> Iterator[str]:
+def _before(sandbox: Sandbox, snapshot: Files, tests: HiddenTests) -> Iterator[str]:
     """Yield the wrong test outcomes before the repair."""
     names = (*tests.fail_to_pass, *tests.pass_to_pass)
     files = {**snapshot, **tests.files}

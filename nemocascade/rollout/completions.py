@@ -46,14 +46,14 @@ class Answer:
 def request_body(
     model: str,
     tokens: Sequence[int],
-    room: int,
+    max_tokens: int,
     sampling: Sampling,
     *,
     number: int,
     drawn: Mapping[str, Any],
     text: str | None = None,
 ) -> bytes:
-    """A request to continue `tokens` by at most `room`.
+    """A request to continue `tokens` by at most `max_tokens`.
 
     number: the rollout's; with the seed and the length so far it decides the random numbers. drawn:
     from `drawn_ids`. text: of the tokens, for a server that exchanges text alone.
@@ -61,7 +61,7 @@ def request_body(
     body: dict[str, Any] = {
         "model": model,
         "prompt": list(tokens) if text is None else text,
-        "max_tokens": room,
+        "max_tokens": max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         # Unique for every request and turn, and the same in every run.
@@ -102,7 +102,7 @@ def drawn_ids(vocabulary: int, model_vocabulary: int) -> dict[str, Any]:
 def read_answer(
     reply: bytes,
     tokens: Sequence[int],
-    room: int,
+    max_tokens: int,
     sampling: Sampling,
     vocabulary: int,
     *,
@@ -142,8 +142,8 @@ def read_answer(
     foreign = next((i for i in ids if not 0 <= i < vocabulary), None)
     if foreign is not None:
         raise BadReplyError(f"token id {foreign} is not in the vocabulary of {vocabulary}")
-    if (len(ids) > room and encode is None) or (not ids and finish != "abort"):
-        raise BadReplyError(f"{len(ids)} tokens where 1 to {room} were asked for")
+    if (len(ids) > max_tokens and encode is None) or (not ids and finish != "abort"):
+        raise BadReplyError(f"{len(ids)} tokens where 1 to {max_tokens} were asked for")
     if len(logprobs) != len(ids):
         raise BadReplyError(
             f"{len(ids)} tokens with {len(logprobs)} log-probabilities: training needs one for each"

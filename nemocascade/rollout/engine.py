@@ -14,11 +14,15 @@ Finish = Literal["stop", "length", "abort"]
 given up has no verdict and does not train."""
 
 
+COLDEST, HOTTEST = 1e-4, 1e4
+"""Smallest and largest temperature: logits divided by it stay finite in float32."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Sampling settings.
 
-    temperature: divides the logits; 0 is greedy decoding.
+    temperature: divides the logits; 0 is greedy decoding, otherwise within COLDEST..HOTTEST.
     top_k: keep only the k most probable tokens; 0 keeps all.
     top_p: of those, renormalised, keep the fewest whose probabilities sum to at least this.
     truncated_logprobs: report log-probabilities of what top_k and top_p leave, renormalised.
@@ -39,8 +43,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         faults = []
-        if not self.temperature >= 0:
-            faults.append(f"temperature({self.temperature}) must be at least 0")
+        if self.temperature and not COLDEST <= self.temperature <= HOTTEST:
+            faults.append(
+                f"temperature({self.temperature}) must be 0, which is greedy, or lie in "
+                f"{COLDEST}..{HOTTEST}"
+            )
         if self.top_k < 0:
             faults.append(f"top_k({self.top_k}) must be at least 0, and 0 is all")
         if not 0 < self.top_p <= 1:
@@ -64,12 +71,16 @@ class Request:
 
     id: unique among the requests of a run; with the seed it decides the random numbers.
     prompt: token ids, at least one. Consecutive requests with the same prompt share its prefill.
-    sampling: how it is continued; None: by the settings of the run.
+    sampling: how it is continued; None: by the settings of the run. home: requests with the same
+    number have their tools, and their verifier, on one rank of a replica; None: the id. draws: in
+    place of the id, decides the random numbers.
     """
 
     id: int
     prompt: tuple[int, ...]
     sampling: Sampling | None = None
+    home: int | None = None
+    draws: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -100,12 +111,12 @@ class Work(Protocol):
         """True if what is taken, and when, follows from the requests alone. Prompts may then be
         prefilled together without making results depend on timing."""
 
-    def poll(self, room: int, busy: int) -> Supply:
-        """Requests for `room` free slots. The first rank of a replica calls it, all of them do if
-        the work is ordered. It does not wait.
+    def poll(self, free_slots: int, busy: int) -> Supply:
+        """Return requests for so many free slots, without waiting for any.
 
-        busy: number of requests that were taken and have not finished. Some more than `room` may be
-        returned, which then wait for a slot.
+        The first rank of a replica calls it, or all of its ranks if the work is ordered.
+        busy: number of requests that were taken and have not finished. More than `free_slots`
+        may be returned; they then wait for a slot.
         """
 
     def idle(self) -> None:
@@ -128,7 +139,7 @@ class Listed:
         if len(self.requests) < len(requests):
             raise ValueError("two requests have one id: their random numbers would be the same")
 
-    def poll(self, room: int, busy: int) -> Supply:
+    def poll(self, free_slots: int, busy: int) -> Supply:
         """Implements `Work.poll`."""
         return Supply(tuple(self.requests))
 
@@ -178,6 +189,10 @@ def as_work(requests: Sequence[Request] | Work) -> Work:
     return Listed(requests) if isinstance(requests, Sequence) else requests
 
 
+Observe = Callable[[Sequence[int], Sequence[int], Sequence[float]], object]
+"""Takes the tokens of a step as they are drawn: ids of requests, their tokens, and the
+log-probabilities of these."""
+
 Respond = Callable[[Completion], Sequence[int] | None]
 """Maps a stopped rollout to the environment's next tokens, or to None if the episode has ended. It
 may be slow: it runs in a worker thread of one rank, and the ranks share the result."""
@@ -196,7 +211,8 @@ class Engine(Protocol):
     ) -> Iterator[Completion]:
         """Yield the completion of each request that is not cancelled, as soon as it has finished.
 
-        respond: called at each stop, unless the rollout has reached max_tokens.
+        respond: called at each stop, unless the rollout has reached max_tokens. Raises StopAsked
+        within seconds if the job is asked to stop.
         """
 
     def weights_changed(self) -> None:
@@ -219,7 +235,11 @@ class Counts:
 
     steps: decode steps. rows: tokens decoded, summed over all steps. prefills: number of prefilled
     prompts and environment turns. prefill_tokens: their tokens. prefill_chunks: their chunks.
-    generated: tokens sampled from the policy.
+    generated: tokens sampled from the policy. preemptions: running sequences, or answered by their
+    environment, that lost their blocks to an older one. offloads: states moved to host memory, for
+    these and for those that waited for their environment. decode_s, prefill_s: seconds of decode
+    steps and of prefills, with the draws of their tokens. idle_s: seconds without a sequence, while
+    the work is open.
     """
 
     steps: int = 0
@@ -228,3 +248,8 @@ class Counts:
     prefill_tokens: int = 0
     prefill_chunks: int = 0
     generated: int = 0
+    decode_s: float = 0.0
+    prefill_s: float = 0.0
+    idle_s: float = 0.0
+    preemptions: int = 0
+    offloads: int = 0

@@ -47,6 +47,8 @@ def open_engine(
             rollout_world,
             chunks if replica is None else replica.chunks,
             slots=settings.slots,
+            kv_gib=settings.kv_gib,
+            kv_memory_fraction=settings.kv_memory_fraction,
             prefill_tokens=settings.prefill_tokens,
             prefill_chunk=settings.prefill_chunk,
             decode=decode,

@@ -19,7 +19,7 @@ class Flight:
     def __init__(self, pool: ServerPool, threads: int) -> None:
         self.pool = pool
         self.asked: dict[Future[Completion], tuple[int, Event]] = {}
-        self._cancelled: set[Future[Completion]] = set()
+        self._cancelled: dict[Future[Completion], str] = {}
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="server")
 
     def ask(self, number: int, complete: Callable[[Event], Completion]) -> None:
@@ -33,6 +33,7 @@ class Flight:
 
         Raises the error of one that failed.
         """
+        self._cut_off()
         # A request that was cancelled while it finished is in `done`, but no longer here.
         mine = [future for future in done if self.asked.pop(future, None) is not None]
         mine.sort(key=lambda f: -1 if f.exception() else f.result().request.id)
@@ -41,13 +42,19 @@ class Flight:
     def cancel(self, numbers: Collection[int]) -> None:
         """Cut off these requests, if they are still in flight: nobody needs their rollouts."""
         found = {f: (n, stop) for f, (n, stop) in self.asked.items() if n in numbers}
-        for future, (_, stop) in found.items():
+        for future, (number, stop) in found.items():
             stop.set()
             del self.asked[future]
             if not future.cancel():
-                self._cancelled.add(future)
-        if found:
-            self.pool.cancel({request_name(number) for number, _ in found.values()})
+                self._cancelled[future] = request_name(number)
+        self._cut_off()
+
+    def _cut_off(self) -> None:
+        """Cut off what cancelled requests have at the servers. One that was just about to ask is
+        met at the next call."""
+        self._cancelled = {f: name for f, name in self._cancelled.items() if not f.done()}
+        if self._cancelled:
+            self.pool.cancel(set(self._cancelled.values()))
 
     def close(self) -> None:
         """Cut off all requests, so that no server works in vain, and wait for their threads."""

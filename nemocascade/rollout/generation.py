@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemocascade.megatron.generation import SampleSettings
+from nemocascade.megatron.generation.kv_cache import Load
 from nemocascade.megatron.generation.model_runner import ModelRunner
-from nemocascade.rollout.engine import Completion, Counts, Finish, Respond, Sampling, Work
+from nemocascade.rollout.blocks import BlockPool
+from nemocascade.rollout.capacity import largest_of_sharers, shares_experts
+from nemocascade.rollout.engine import Completion, Counts, Finish, Observe, Respond, Sampling, Work
 from nemocascade.rollout.intake import Intake
 from nemocascade.rollout.prefill_queue import PrefillQueue
 from nemocascade.rollout.replies import Replies
-from nemocascade.rollout.sampling import uniforms
+from nemocascade.rollout.residency import Residency
 from nemocascade.rollout.slots import BatchLimits, Part, Rows, SlotTable, Text
 from nemocascade.rollout.stops import Decode, Stops
+from nemocascade.runtime.stopping import StopAsked
 from nemocascade.runtime.world import World
 
+# Sampling rules that are kept, besides those in use.
+MOST_RULES = 256
 # Shortest interval between progress reports to the watchdog.
 TELL_S = 1.0
 
@@ -28,8 +35,8 @@ class _Pass(NamedTuple):
     """The next pass of the ranks that share experts: the largest value of each.
 
     is_prefill, is_decode: a prefill can run, a sequence decodes. is_unfinished: anything is left to
-    do. rows: number of decoding sequences. longest: cached tokens of one, and the next. context:
-    tokens that the caches hold.
+    do. rows: number of decoding sequences. longest: cached tokens of one, and the next. is_stopped:
+    the job was asked to stop.
     """
 
     is_prefill: int
@@ -37,7 +44,7 @@ class _Pass(NamedTuple):
     is_unfinished: int
     rows: int
     longest: int
-    context: int
+    is_stopped: int
 
 
 class Generation:
@@ -52,23 +59,25 @@ class Generation:
         respond: Respond | None,
         *,
         limits: BatchLimits,
+        load: Load,
         decode: Decode | None,
         vocabulary: int,
+        observe: Observe | None = None,
     ) -> None:
         self.world, self.model, self.sampling = world, model, sampling
         self.vocabulary, self.counts = vocabulary, Counts()
-        requests = work.requests.values()
-        lengths = (len(r.prompt) + (r.sampling or sampling).max_tokens for r in requests)
-        model.longest = max(lengths, default=1 + sampling.max_tokens)
-        model.most_rows = min(limits.slots, len(requests))
-        self.table = SlotTable(limits.slots, model.longest, world.device)
-        rules = {s.rule for s in {sampling, *(r.sampling or sampling for r in requests)}}
-        self.stops = {rule: Stops(rule, model.vocabulary, decode) for rule in rules}
+        self.decode, self.observe = decode, observe
+        # Sequences that wait for their environment may leave their slot to others.
+        seats = limits.slots * (1 if respond is None else 2)
+        self.table = SlotTable(limits.slots, seats, load.longest, world.device)
+        pool = BlockPool(model.table.blocks, model.table.size)
+        self.residency = Residency(model, self.table, pool, self.counts)
+        self.stops: dict[Sampling, Stops] = {}
+        for how in {sampling, *(r.sampling or sampling for r in work.requests.values())}:
+            self._stops_of(how.rule)
         self.replies = Replies(world, respond, limits.tool_calls)
         self.intake = Intake(world, work)
-        self.prefills = PrefillQueue(
-            model, self.table, sampling, self.counts, limits, together=work.is_ordered
-        )
+        self.prefills = PrefillQueue(self.residency, sampling, limits, together=work.is_ordered)
         self.running: list[Text] = []
         self.rows: Rows | None = None
         """The decode batch; None: to be rebuilt, because a sequence has started or stopped."""
@@ -80,26 +89,33 @@ class Generation:
         self._told_at = 0.0
 
     def completions(self) -> Iterator[Completion]:
-        """Generate until every request has finished."""
+        """Generate until every request has finished.
+
+        Raises StopAsked if the job was asked to stop, at the same pass on all ranks that run the
+        same passes.
+        """
         self.world.watch.enter("rollout: generation")
         self.model.refresh()
-        if self._in_step:
-            # Their caches grow alike, and their largest steps are of one size.
-            sizes = self._largest((self.model.longest, self.model.most_rows))
-            self.model.longest, self.model.most_rows = sizes
         with self.replies, self.model.graphs():
             while True:
                 self._take_replies()
                 self._take_requests()
+                self._suspend_waiting()
                 pass_ = self._agree()
+                if pass_.is_stopped:
+                    raise StopAsked
                 if pass_.is_prefill or pass_.is_decode:
                     self.world.watch.waits("")
+                started = time.perf_counter()
                 if pass_.is_prefill:
                     self._prefill()
+                    self.counts.prefill_s += time.perf_counter() - started
                 elif pass_.is_decode:
                     self._step(pass_)
+                    self.counts.decode_s += time.perf_counter() - started
                 elif self.intake.is_open and not self.table.texts:
                     self.intake.wait()
+                    self.counts.idle_s += time.perf_counter() - started
                 self.ended += len(self.finished)
                 self._tell()
                 yield from self.finished
@@ -115,7 +131,7 @@ class Generation:
             return
         self._told, self._told_at = done, now
         self.world.watch.progress(
-            f"{self.ended} of {self.intake.taken} texts done, {len(self.table.texts)} under way, "
+            f"{self.ended} of {self.intake.taken} texts done, {len(self.table.texts)} in progress, "
             f"{self.counts.prefill_tokens} tokens read and {self.counts.generated} written"
         )
 
@@ -124,30 +140,45 @@ class Generation:
         mine = _Pass(
             self.prefills.ready,
             bool(self.running),
-            bool(self.table.texts or self.prefills.ready or self.intake.is_open),
+            bool(self.table.texts or self.prefills.waiting or self.intake.is_open),
             len(self.running),
             max((t.cached for t in self.running), default=0) + 1,
-            self.model.context,
+            self.intake.is_stopped(),
         )
-        if not self._in_step:
-            return mine
-        pass_ = _Pass(*self._largest(mine))
-        self.model.allocate(pass_.context)
-        return pass_
-
-    def _largest(self, values: Sequence[int]) -> list[int]:
-        """The largest of each value over the ranks that share experts.
-
-        Reduced by gloo on the host, which knows them: nothing waits for the device.
-        """
-        found = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.world.groups.tp_ep)
-        return list(map(int, found))
+        return _Pass(*largest_of_sharers(self.world, mine)) if self._in_step else mine
 
     @property
     def _in_step(self) -> bool:
-        """True if ranks must run the same passes: experts are sharded over data-parallel ranks."""
-        return bool(self.world.parallel.tp % self.world.groups.tp_ep.size())
+        """True if ranks must run the same passes."""
+        return shares_experts(self.world)
+
+    def _suspend_waiting(self) -> None:
+        """Return suspended sequences to the device, and reserve blocks for the next tokens; both
+        may suspend others."""
+        residency = self.residency
+        residency.headroom = len(self.running)
+        for text in residency.resume():
+            if text.length > text.cached + 1:
+                self.prefills.add(text)
+            else:
+                self.running.append(text)
+                self.rows = None
+        residency.headroom = len(self.running)
+        self.prefills.suspend_waiting()
+        if self.prefills.ready:
+            return
+        full = [t for t in self.running if t.cached >= len(t.blocks) * residency.pool.size]
+        for text in sorted(full, key=lambda t: t.order):
+            if text.slot >= 0:
+                residency.grow(text, text.cached + 1)
+        if full:
+            self._drop_suspended()
+
+    def _drop_suspended(self) -> None:
+        """Exclude suspended sequences from decode steps."""
+        if any(text.slot < 0 for text in self.running):
+            self.running = [text for text in self.running if text.slot >= 0]
+            self.rows = None
 
     def _prefill(self) -> None:
         """Start requests from a stored prompt state, run a prefill pass, and draw first tokens."""
@@ -203,6 +234,9 @@ class Generation:
             experts = found[:, 2:].to(choices.dtype).unflatten(1, choices.shape[1:])
             self.table.record_step_routing(rows, experts)
         self.counts.generated += len(rows.texts)
+        if self.observe is not None:
+            ids = [text.request.id for text in rows.texts]
+            self.observe(ids, tokens.tolist(), found[:, 1].tolist())
         self._stop(rows, tokens)
 
     def _stop(self, rows: Rows, tokens: Tensor) -> None:
@@ -211,7 +245,7 @@ class Generation:
             places = part.places
             texts = rows.texts if places is None else [rows.texts[n] for n in places]
             last = tokens if places is None else tokens[places]
-            stops = self.stops[part.rule]
+            stops = self._stops_of(part.rule)
             ends, doubts = stops.certain(last), stops.doubtful(last)
             doubtful = [False] * len(texts) if doubts is None else doubts.tolist()
             for text, end, doubt in zip(texts, ends.tolist(), doubtful, strict=True):
@@ -221,6 +255,16 @@ class Generation:
         if any(text.pausing for text in rows.texts):
             self.running = [text for text in self.running if not text.pausing]
             self.rows = None
+
+    def _stops_of(self, rule: Sampling) -> Stops:
+        if (stops := self.stops.get(rule)) is not None:
+            return stops
+        if len(self.stops) >= MOST_RULES:
+            used = {text.rule for text in self.table.texts.values()}
+            self.stops = {known: s for known, s in self.stops.items() if known in used}
+            self.table.keep_rules(used)
+        self.stops[rule] = stops = Stops(rule, self.model.vocabulary, self.decode)
+        return stops
 
     def _drawn(self, rows: Rows, logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens [n] and their log-probabilities [n], on every rank of the data-parallel group."""
@@ -248,38 +292,34 @@ class Generation:
         s, keys, positions = part.rule, rows.keys, rows.positions
         if part.rows is not None:
             logits, keys, positions = logits[part.rows], keys[part.rows], positions[part.rows]
-        greedy = s.temperature == 0
-        return self.model.draw(
-            logits,
-            None if greedy else uniforms(keys, positions),
-            temperature=s.temperature or 1.0,
-            limit=self.vocabulary,
-            # The most probable token is always kept.
-            top_k=0 if greedy else s.top_k,
-            top_p=1.0 if greedy else s.top_p,
-            truncated_logprobs=s.truncated_logprobs,
+        settings = SampleSettings(
+            s.temperature, self.vocabulary, s.top_k, s.top_p, s.truncated_logprobs
         )
+        return self.model.draw(logits, keys, positions, settings)
 
     def _pause(self, text: Text, stopped: bool) -> None:
         """Finish a sequence that stopped or is full, or ask the environment for the next turn."""
         text.pausing = True
         finish: Finish = "stop" if stopped else "length"
         if stopped and text.length < text.limit and self.replies.wanted:
-            self.replies.ask(text.slot, self.table.completion(text, finish))
+            self.replies.ask(text.seat, self.table.completion(text, finish))
         else:
             self._finish(text, finish)
 
     def _finish(self, text: Text, finish: Finish) -> None:
         self.finished.append(self.table.completion(text, finish))
-        self.table.release(text)
+        self.residency.release(text)
 
     def _take_requests(self) -> None:
         """Queue the requests that this replica takes next, and drop those that are cancelled."""
+        residency = self.residency
         waiting, busy = self.prefills.waiting, len(self.table.texts)
+        free = len(self.table.free) + (len(residency.waiting) if self.replies.wanted else 0)
+        free_slots = min(free, len(self.table.free_seats))
         requests, cancelled = self.intake.poll(
-            len(self.table.free) - waiting,
+            free_slots - waiting - len(residency.returning),
             busy + waiting,
-            idle=not (self.running or self.prefills.ready),
+            idle=self._is_idle,
             finished=self.ended,
         )
         self.prefills.append(requests)
@@ -289,23 +329,28 @@ class Generation:
         self.prefills.cancel(self.cancelled)
         left = [t for t in self.table.texts.values() if t.request.id in self.cancelled]
         # The others wait for a reply of the environment, or for a prefill that they share.
-        dropped = [t for t in left if not (t.pausing or self.prefills.is_filling(t))]
+        dropped = [t for t in left if not (t.pausing or t.filling)]
         for text in dropped:
             # Excludes it from decode steps.
             text.pausing = True
-            self.table.release(text)
+            residency.release(text)
         if dropped:
             self.running = [text for text in self.running if not text.pausing]
             self.rows = None
         self.cancelled = {text.request.id for text in left} - {t.request.id for t in dropped}
 
+    @property
+    def _is_idle(self) -> bool:
+        """True if nothing can be generated before a reply or a request arrives."""
+        return not (self.running or self.prefills.ready or self.residency.returning)
+
     def _take_replies(self) -> None:
         """Continue or finish the sequences that their environments have answered."""
-        idle = not (self.running or self.prefills.ready)
-        for slot, tokens in self.replies.take(idle and not self._in_step):
-            text = self.table.texts[slot]
+        replies = self.replies.take(self._is_idle and not self._in_step)
+        for seat, tokens in replies:
+            text = self.table.texts[seat]
             if text.request.id in self.cancelled:
-                self.table.release(text)
+                self.residency.release(text)
             elif tokens is None:
                 self._finish(text, "stop")
             elif text.length + len(tokens) >= text.limit:
@@ -313,4 +358,9 @@ class Generation:
             else:
                 self.table.extend(text, tokens)
                 text.pausing = False
-                self.prefills.add(text)
+                if text.slot >= 0:
+                    self.residency.grow(text, text.length)
+                if text.slot >= 0:
+                    self.prefills.add(text)
+        if replies:
+            self._drop_suspended()

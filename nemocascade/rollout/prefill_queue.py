@@ -1,35 +1,38 @@
 """The prefill queue: prompts and environment turns, prefilled in chunks.
 
 A pass prefills one chunk of each of several sequences, from the states of their slots. A prompt
-shared by several requests is prefilled in one slot, and its state is copied to the others.
+shared by several requests is prefilled in one slot. The others share its full blocks of the KV
+cache; the last block and the Mamba states are copied.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nemocascade.megatron.generation.model_runner import ModelRunner
-from nemocascade.rollout.engine import Counts, Request, Sampling
-from nemocascade.rollout.slots import BatchLimits, SlotTable, Text
+from nemocascade.rollout.engine import Request, Sampling
+from nemocascade.rollout.residency import Residency
+from nemocascade.rollout.slots import BatchLimits, Text
 
 
 @dataclass
 class Group:
-    """Requests with the same prompt that have no slot yet.
+    """Requests with the same prompt that have no slot yet. origin: see `Text`.
 
     is_started: the prompt is being prefilled for other requests of the group. is_kept: that prefill
-    has finished, and the spare slot stores its state. logits: [1, V] after the prompt, on the last
-    stage. choices: [m, L, K], the prompt's experts, if they are recorded.
+    has finished, and the spare slot and `blocks` store its state. logits: [1, V] after the prompt,
+    on the last stage. choices: [m, L, K], the prompt's experts, if they are recorded.
     """
 
     prompt: tuple[int, ...]
     requests: deque[Request]
+    origin: object = field(default_factory=object)
     is_started: bool = False
     is_kept: bool = False
+    blocks: list[int] = field(default_factory=list)
     logits: Tensor | None = None
     choices: Tensor | None = None
 
@@ -85,15 +88,14 @@ class PrefillQueue:
 
     def __init__(
         self,
-        model: ModelRunner,
-        table: SlotTable,
+        residency: Residency,
         sampling: Sampling,
-        counts: Counts,
         limits: BatchLimits,
         *,
         together: bool,
     ) -> None:
-        self.model, self.table, self.sampling, self.counts = model, table, sampling, counts
+        self.residency, self.model, self.table = residency, residency.model, residency.table
+        self.counts, self.sampling = residency.counts, sampling
         self.limits, self.spare = limits, limits.slots
         self._most = limits.prefill_tokens if together else 0
         self._queue: list[Prefill] = []
@@ -114,40 +116,49 @@ class PrefillQueue:
     def cancel(self, ids: Collection[int]) -> None:
         """Drop waiting requests and queued environment turns of these ids.
 
-        The prefill of a prompt is not interrupted, since other sequences may share it. It ends
-        before that of the next prompt begins, so the spare slot is free again for that.
+        The prefill of a prompt is not interrupted, since other sequences may share it.
         """
         for group in list(self._groups):
             group.requests = deque(r for r in group.requests if r.id not in ids)
             if not group.requests:
-                self._groups.remove(group)
-        self._queue = [p for p in self._queue if not (p.is_turn and p.text.request.id in ids)]
-
-    def is_filling(self, text: Text) -> bool:
-        """True while a prefill of the sequence is queued or running."""
-        return any(text is t for prefill in self._queue for t in prefill.texts)
+                self._forget(group)
+        dropped = [p for p in self._queue if p.is_turn and p.text.request.id in ids]
+        for prefill in dropped:
+            prefill.text.filling = False
+            self._queue.remove(prefill)
 
     @property
     def ready(self) -> bool:
         """True if a prefill can run, or a request can start."""
-        return bool(self._queue or (self._groups and self.table.free))
+        return bool(self._queue or self._can_start)
+
+    def suspend_waiting(self) -> None:
+        """Suspend sequences that wait for their environment if requests wait for their slots."""
+        if self._groups and not self._queue:
+            group = self._groups[0]
+            count = len(group.requests)
+            self.residency.suspend_waiting(len(group.prompt), count, is_kept=group.is_kept)
 
     def add(self, text: Text) -> None:
         """Queue the prefill of an environment turn that was appended to `text`."""
+        text.filling = True
         self._queue.append(Prefill([text]))
 
     def start_from_kept(self) -> Prefilled | None:
         """Assign free slots to requests whose prompt state is stored in the spare slot."""
-        if not self._groups or not self._groups[0].is_kept or not self.table.free:
+        if not self._can_start or not self._groups[0].is_kept:
             return None
         group = self._groups[0]
         texts = self._admit(group)
-        self.model.copy(self.spare, [t.slot for t in texts], len(group.prompt))
+        for text in texts:
+            self._fork(text, group.blocks)
+        pairs = self._pairs(group.prompt, group.blocks, [t.blocks for t in texts])
+        self.model.copy(self.spare, [t.slot for t in texts], pairs)
         if group.choices is not None:
             for text in texts:
-                self.table.record_routing(text.slot, 0, group.choices)
+                self.table.record_routing(text, 0, group.choices)
         if not group.requests:
-            self._groups.popleft()
+            self._forget(group)
         return [(texts, 0)], group.logits
 
     def run(self, *, always: bool) -> Prefilled:
@@ -156,9 +167,10 @@ class PrefillQueue:
         if not chunks and not always:
             return [], None
         logits = self.model.prefill(
-            [self.table.history[p.text.slot, p.text.cached : p.end] for p in chunks],
+            [self.table.history[p.text.seat, p.text.cached : p.end] for p in chunks],
             [self._slots(p) for p in chunks],
             [p.text.cached for p in chunks],
+            [pair for p in chunks for pair in self._copies(p)],
         )
         self._record_routing(chunks)
         prefilled = []
@@ -169,6 +181,8 @@ class PrefillQueue:
             if chunk.is_last:
                 self.counts.prefills += 1
                 self._queue.remove(chunk.prefill)
+                for text in chunk.prefill.texts:
+                    text.filling = False
                 self._keep(chunk.prefill, None if logits is None else logits[row : row + 1])
                 prefilled.append((chunk.prefill.texts, row))
         return prefilled, logits
@@ -191,20 +205,71 @@ class PrefillQueue:
             if not fits(text.length - text.cached):
                 return chunks
             chunks.append(self._next(prefill))
-        while self._groups and self.table.free and not self._groups[0].is_started:
+        while self._can_start and not self._groups[0].is_started:
             group = self._groups[0]
             if not fits(len(group.prompt)):
                 break
-            prefill = Prefill(self._admit(group), group if group.requests else None)
-            # Reserve the whole prompt: a KV cache that grows by chunks would be copied each time.
-            self.model.reserve(len(group.prompt))
+            prefill = self._start(group)
             self._queue.append(prefill)
             chunks.append(self._next(prefill))
-            if group.requests:
-                group.is_started = True
-            else:
-                self._groups.popleft()
         return chunks
+
+    @property
+    def _can_start(self) -> bool:
+        """True if a request of the first group can start."""
+        if not self._groups:
+            return False
+        group = self._groups[0]
+        return (group.is_kept or not group.is_started) and self._startable(group) > 0
+
+    def _startable(self, group: Group) -> int:
+        count = len(group.requests)
+        return self.residency.startable(len(group.prompt), count, is_kept=group.is_kept)
+
+    def _start(self, group: Group) -> Prefill:
+        """The prefill of a prompt for requests that start now."""
+        texts, pool = self._admit(group), self.residency.pool
+        blocks = pool.take(pool.needed(len(group.prompt)))
+        self.residency.place(texts[0], blocks)
+        for text in texts:
+            text.filling = True
+            if text is not texts[0]:
+                self._fork(text, blocks)
+        if not group.requests:
+            self._groups.popleft()
+            return Prefill(texts)
+        group.is_started = True
+        group.blocks = pool.fork(blocks, len(group.prompt))
+        return Prefill(texts, group)
+
+    def _fork(self, text: Text, blocks: list[int]) -> None:
+        """Let a sequence start with the prompt that is in `blocks`."""
+        mine = self.residency.pool.fork(blocks, len(text.request.prompt))
+        self.residency.place(text, mine)
+
+    def _forget(self, group: Group) -> None:
+        """Drop a group that has no requests left, and its stored prompt."""
+        self._groups.remove(group)
+        self.residency.pool.release(group.blocks)
+        for prefill in self._queue:
+            if prefill.keep is group:
+                prefill.keep = None
+
+    def _copies(self, chunk: Chunk) -> list[tuple[int, int]]:
+        """Blocks that are copied after a chunk, from and to."""
+        first, *others = chunk.prefill.texts
+        if not chunk.is_last or chunk.prefill.is_turn:
+            return []
+        keep = chunk.prefill.keep
+        targets = [t.blocks for t in others] + ([] if keep is None else [keep.blocks])
+        return self._pairs(first.request.prompt, first.blocks, targets)
+
+    def _pairs(
+        self, prompt: Sequence[int], blocks: list[int], targets: Sequence[list[int]]
+    ) -> list[tuple[int, int]]:
+        """The last block of a prompt and its copy in each of `targets`, unless it is full."""
+        whole, rest = divmod(len(prompt), self.residency.pool.size)
+        return [(blocks[whole], target[whole]) for target in targets] if rest else []
 
     def _next(self, prefill: Prefill) -> Chunk:
         left = prefill.text.length - prefill.text.cached
@@ -225,11 +290,11 @@ class PrefillQueue:
         sizes = [p.end - p.text.cached for p in chunks]
         recorded = found.split([*sizes, found.shape[0] - sum(sizes)])[:-1]
         for chunk, choices in zip(chunks, recorded, strict=True):
-            self.table.record_routing(chunk.text.slot, chunk.text.cached, choices)
+            self.table.record_routing(chunk.text, chunk.text.cached, choices)
             if chunk.is_last:
                 found = self.table.routing_of(chunk.text, chunk.end)
                 for text in chunk.prefill.texts[1:]:
-                    self.table.record_routing(text.slot, 0, found)
+                    self.table.record_routing(text, 0, found)
 
     def _keep(self, prefill: Prefill, logits: Tensor | None) -> None:
         """Mark a prompt's state as stored in the spare slot, for the group's other requests."""
@@ -241,5 +306,6 @@ class PrefillQueue:
             group.choices = self.table.routing_of(prefill.text, len(group.prompt)).clone()
 
     def _admit(self, group: Group) -> list[Text]:
-        count = min(len(group.requests), len(self.table.free))
-        return self.table.admit([group.requests.popleft() for _ in range(count)], self.sampling)
+        """Assign free slots to as many requests of a group as fit."""
+        requests = [group.requests.popleft() for _ in range(self._startable(group))]
+        return self.table.admit(requests, self.sampling, group.origin)

@@ -34,6 +34,7 @@ from nemocascade.rollout.servers import Server, ServerError, ServerPool
 from nemocascade.rollout.weight_updates import WeightUpdates
 from nemocascade.runtime.http import HttpError, backoff
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.stopping import StopAsked
 from nemocascade.runtime.world import World
 
 _FIRST_WAIT_S = 0.2
@@ -148,35 +149,41 @@ class ServerEngine:
         done = False
         while not done:
             found: list[Completion] = []
-            failure, own_error = "", None
+            failure, own_error, stopped = "", None, False
             until = time.monotonic() + _SHARE_S
             while first and not done and time.monotonic() < until:
                 try:
                     completion = next(own)
                 except StopIteration:
                     done = True
+                except StopAsked:
+                    done = stopped = True
                 except Exception as error:
                     own_error, done = error, True
                     failure = f"{type(error).__name__}: {error}"
                 else:
                     found += [] if completion is None else [completion]
-            box = [(done, failure)]
+            box = [(done, failure, stopped)]
             dist.broadcast_object_list(box, src=source, group=group)
-            done, failure = box[0]
+            done, failure, stopped = box[0]
+            yield from found
+            if stopped:
+                raise StopAsked
             if own_error is not None:
                 raise own_error
             if failure:
                 raise ServerError(f"the first rank of the group failed: {failure}")
-            yield from found
 
     def _completions(
         self, work: Work, sampling: Sampling, respond: Respond | None
     ) -> Iterator[Completion | None]:
-        """Completions as they finish, and None each time that there is none for a while."""
+        """Completions as they finish, and None after each poll interval without one."""
         flight = Flight(self.pool, self.settings.concurrency)
         finished, taken, is_open = 0, 0, True
         try:
             while flight.asked or is_open:
+                if self.world is not None and self.world.stop.asked():
+                    raise StopAsked
                 if is_open:
                     busy = len(flight.asked)
                     work.check()
@@ -240,7 +247,7 @@ class ServerEngine:
             logprobs += [0.0] * len(added)
 
     def _turn(
-        self, request: Request, tokens: list[int], room: int, sampling: Sampling, stop: Event
+        self, request: Request, tokens: list[int], max_tokens: int, sampling: Sampling, stop: Event
     ) -> Answer:
         """One turn, from as many answers as it takes; its finish is `abort` if it was given up."""
         ids: list[int] = []
@@ -255,7 +262,7 @@ class ServerEngine:
             body = request_body(
                 self.settings.model,
                 so_far,
-                room - len(ids),
+                max_tokens - len(ids),
                 sampling,
                 number=request.id,
                 drawn=self.drawn,
@@ -267,7 +274,7 @@ class ServerEngine:
                 answer = read_answer(
                     reply,
                     so_far,
-                    room - len(ids),
+                    max_tokens - len(ids),
                     sampling,
                     self.vocabulary,
                     trains=self.trains,
@@ -294,7 +301,7 @@ class ServerEngine:
                 if answer.finish != "abort":
                     return Answer(ids, logprobs, answer.finish, answer.experts)
                 self.pool.count("aborted")
-                if len(ids) >= room:
+                if len(ids) >= max_tokens:
                     return Answer(ids, logprobs, "length", answer.experts)
                 continue
             LOGGER.debug("request %d on %s: %s", request.id, server.url, failure)

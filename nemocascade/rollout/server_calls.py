@@ -12,6 +12,7 @@ from typing import Any
 from nemocascade.rollout.completions import BadReplyError
 from nemocascade.rollout.servers import Server, ServerError
 from nemocascade.runtime.http import HttpError
+from nemocascade.runtime.stopping import StopAsked
 from nemocascade.runtime.world import World
 
 CALL_S = 60.0
@@ -50,15 +51,19 @@ class Calls:
     def main(self, work: Callable[[], Any]) -> Any:
         """The result of `work()` on the main rank, on every rank.
 
-        Raises ServerError on every rank if it did.
+        Raises ServerError or StopAsked on every rank if it did.
         """
-        box: tuple[Any, str] = (None, "")
+        box: tuple[Any, str, bool] = (None, "", False)
         if self.world.is_main:
             try:
-                box = work(), ""
+                box = work(), "", False
             except ServerError as error:
-                box = None, str(error)
-        value, problem = self.world.broadcast_object(box)
+                box = None, str(error), False
+            except StopAsked:
+                box = None, "", True
+        value, problem, is_stopped = self.world.broadcast_object(box)
+        if is_stopped:
+            raise StopAsked
         if problem:
             raise ServerError(problem)
         return value

@@ -21,6 +21,7 @@ from nemocascade.runtime.http import (
     read_key,
 )
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.stopping import AGAIN
 
 MAX_BYTES = 256 << 20
 """Limit on a reply: enough for ids, names and log-probabilities of 256K tokens."""
@@ -32,7 +33,13 @@ _LOOK_S = 1.0
 
 
 class ServerError(UserError, RuntimeError):
-    """No server can be used, or one refuses what it is asked."""
+    """No server can be used, or one rejects a request."""
+
+
+class ServersLostError(ServerError):
+    """Every server has stopped to answer; another start may find them."""
+
+    exit_code = AGAIN
 
 
 class Server:
@@ -107,7 +114,7 @@ class ServerPool:
             working = [s for s in every if not s.lost]
             if not working:
                 reasons = "; ".join(f"{s.url}: {s.lost}" for s in every) or "none is named"
-                raise ServerError(f"all {len(every)} rollout servers are lost: {reasons}")
+                raise ServersLostError(f"all {len(every)} rollout servers are lost: {reasons}")
             fresh = [s for s in working if s not in avoid] or working
             first = self._rank % len(fresh)
             order = fresh[first:] + fresh[:first]

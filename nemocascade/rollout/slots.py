@@ -1,4 +1,4 @@
-"""The slot table: each slot's sequence with its tokens, log-probabilities and progress.
+"""The slot table: the sequences of a run with their tokens, log-probabilities and progress.
 
 It is on the host, which reads each step's tokens once. So stop sequences, prefills and completions
 need no copy from the device.
@@ -6,13 +6,14 @@ need no copy from the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nemocascade.megatron.generation import to_device
+from nemocascade.megatron.generation.model_runner import Saved
 from nemocascade.rollout.engine import Completion, Finish, Request, Sampling
 from nemocascade.rollout.sampling import request_keys
 
@@ -47,20 +48,29 @@ class BatchLimits:
 class Text:
     """The sequence of a request: its prompt and all following tokens.
 
-    cached: tokens in the slot's KV cache. length: tokens of the sequence. A running sequence has
-    one token more than `cached`; with more, it needs a prefill. limit: largest allowed length.
-    rule: how its tokens are drawn, see `Sampling.rule`. given: spans [start, end) after the prompt
-    that an environment wrote. pausing: excluded from decode steps.
+    seat: its row of the table. slot: on the device, -1 if its state is in host memory, in `saved`.
+    order: number of sequences that started before it. origin: the same object for the sequences of
+    one prefill. blocks: of the KV cache. cached: tokens in these. length: tokens of the sequence. A
+    running sequence has one token more than `cached`; with more, it needs a prefill. limit: largest
+    allowed length. rule: how its tokens are drawn, see `Sampling.rule`. given: spans [start, end)
+    after the prompt that an environment wrote. pausing: excluded from decode steps, because it has
+    ended or waits for its environment. filling: a prefill of it is queued or running.
     """
 
     request: Request
+    seat: int
     slot: int
+    order: int
     cached: int
     length: int
     limit: int
     rule: Sampling
+    origin: object = None
+    blocks: list[int] = field(default_factory=list)
+    saved: Saved | None = None
     given: list[tuple[int, int]] = field(default_factory=list)
     pausing: bool = False
+    filling: bool = False
 
     @property
     def turn_start(self) -> int:
@@ -82,14 +92,14 @@ class Part:
 class Rows:
     """Rows of sequences that draw a token, [n] int64 each.
 
-    texts: the sequence of each row. slots_on_host, positions_on_host: its slot, and the position of
-    a token. On the device: slots, positions; tokens, those at `positions`, if they are known; keys,
-    of the random numbers. parts: the rows of each sampling rule.
+    texts: the sequence of each row. seats, positions_on_host: its seat, and the position of a
+    token, on the host. On the device: slots, positions; tokens, those at `positions`, if they are
+    known; keys, of the random numbers. parts: the rows of each sampling rule.
     """
 
     texts: list[Text]
     parts: list[Part]
-    slots_on_host: Tensor
+    seats: Tensor
     positions_on_host: Tensor
     slots: Tensor
     positions: Tensor
@@ -103,44 +113,81 @@ class Rows:
 
 
 class SlotTable:
-    """Tokens of all slots, on the host.
+    """Tokens of all sequences, on the host, at S seats. There may be more seats than slots.
 
     history [S, longest] int64, the tokens; logprob [S, longest] float32; keys [S] int64, the keys
     of the random numbers; routing [S, longest, L, K], the experts of cached tokens, None until some
-    are recorded; texts, the sequences by slot; free, unused slots. device: of `rows`.
+    are recorded; texts, the sequences by seat; free and free_seats, unused slots and seats.
+    device: of `rows`.
     """
 
-    def __init__(self, slots: int, longest: int, device: torch.device) -> None:
+    def __init__(self, slots: int, seats: int, longest: int, device: torch.device) -> None:
         self.device = device
-        self.history = torch.zeros(slots, longest, dtype=torch.int64)
-        self.logprob = torch.zeros(slots, longest)
-        self.keys = torch.zeros(slots, dtype=torch.int64)
+        self.history = torch.zeros(seats, longest, dtype=torch.int64)
+        self.logprob = torch.zeros(seats, longest)
+        self.keys = torch.zeros(seats, dtype=torch.int64)
         self.routing: Tensor | None = None
         self.texts: dict[int, Text] = {}
         self.free = list(range(slots - 1, -1, -1))
+        self.free_seats = list(range(seats - 1, -1, -1))
+        self._started = 0
         self._rules: dict[Sampling, Sampling] = {}
 
-    def admit(self, requests: list[Request], sampling: Sampling) -> list[Text]:
-        """Assign a slot to each request and write its prompt there. sampling: of the run."""
+    def admit(self, requests: list[Request], sampling: Sampling, origin: object) -> list[Text]:
+        """Assign a slot and a seat to each request and write its prompt there.
+
+        sampling: of the run. origin: see `Text`.
+        """
         texts = []
         for request in requests:
-            slot, length = self.free.pop(), len(request.prompt)
+            seat, length = self.free_seats.pop(), len(request.prompt)
             how = request.sampling or sampling
-            self.keys[slot] = request_keys(how.seed, torch.tensor([request.id]))
-            self.history[slot, :length] = torch.tensor(request.prompt)
-            self.logprob[slot] = 0
+            number = request.id if request.draws is None else request.draws
+            self.keys[seat] = request_keys(how.seed, torch.tensor([number]))
+            self.history[seat, :length] = torch.tensor(request.prompt)
+            self.logprob[seat] = 0
             # One object for equal rules, which are compared at every change of the batch.
             rule = self._rules.setdefault(how.rule, how.rule)
-            text = Text(request, slot, 0, length, length + how.max_tokens, rule)
-            self.texts[slot] = text
+            text = Text(
+                request,
+                seat,
+                self.free.pop(),
+                self._started,
+                cached=0,
+                length=length,
+                limit=length + how.max_tokens,
+                rule=rule,
+                origin=origin,
+            )
+            self._started += 1
+            self.texts[seat] = text
             texts.append(text)
         return texts
 
+    def keep_rules(self, used: Collection[Sampling]) -> None:
+        """Forget the sampling rules that no sequence uses."""
+        self._rules = {rule: rule for rule in self._rules.values() if rule in used}
+
+    def leave(self, text: Text) -> None:
+        """Free the slot of a sequence that is suspended."""
+        self.free.append(text.slot)
+        text.slot = -1
+
+    def enter(self, text: Text) -> None:
+        """Assign a slot to a suspended sequence."""
+        text.slot = self.free.pop()
+
     def rows(self, texts: list[Text]) -> Rows:
         """The rows of `texts`, each at the position after its cached tokens."""
-        slots = torch.tensor([t.slot for t in texts], dtype=torch.int64)
-        positions = torch.tensor([t.cached for t in texts], dtype=torch.int64)
-        known = [slots, positions, self.history[slots, positions], self.keys[slots]]
+        seats, slots, positions = (
+            torch.tensor(column, dtype=torch.int64)
+            for column in (
+                [t.seat for t in texts],
+                [t.slot for t in texts],
+                [t.cached for t in texts],
+            )
+        )
+        known = [slots, positions, self.history[seats, positions], self.keys[seats]]
         by_rule: dict[int, list[int]] = {}
         for row, text in enumerate(texts):
             by_rule.setdefault(id(text.rule), []).append(row)
@@ -152,31 +199,31 @@ class SlotTable:
             Part(texts[p[0]].rule, p, moved[4 + n]) if several else Part(texts[0].rule)
             for n, p in enumerate(by_rule.values())
         ]
-        return Rows(texts, parts, slots, positions, *moved[:4])
+        return Rows(texts, parts, seats, positions, *moved[:4])
 
     def append(self, rows: Rows, tokens: Tensor, logprob: Tensor) -> None:
         """Append the tokens [n] int64 that were drawn at the rows' positions."""
-        at = rows.slots_on_host, rows.positions_on_host
+        at = rows.seats, rows.positions_on_host
         self.history[at], self.logprob[at] = tokens, logprob
         for text in rows.texts:
             text.length += 1
 
     def last_turn(self, text: Text) -> Tensor:
         """[m] ids of the policy's last turn."""
-        return self.history[text.slot, text.turn_start : text.length]
+        return self.history[text.seat, text.turn_start : text.length]
 
-    def record_routing(self, slot: int, first: int, choices: Tensor) -> None:
+    def record_routing(self, text: Text, first: int, choices: Tensor) -> None:
         """Record the experts [m, L, K] of a sequence's tokens from position `first` on."""
-        self._routing_like(choices)[slot, first : first + choices.shape[0]] = choices
+        self._routing_like(choices)[text.seat, first : first + choices.shape[0]] = choices
 
     def record_step_routing(self, rows: Rows, choices: Tensor) -> None:
         """Record the experts [n, L, K] of the token before each row's position."""
-        self._routing_like(choices)[rows.slots_on_host, rows.positions_on_host - 1] = choices
+        self._routing_like(choices)[rows.seats, rows.positions_on_host - 1] = choices
 
     def routing_of(self, text: Text, length: int) -> Tensor:
         """[length, L, K]: the recorded experts of a sequence's first tokens."""
         assert self.routing is not None
-        return self.routing[text.slot, :length]
+        return self.routing[text.seat, :length]
 
     def _routing_like(self, choices: Tensor) -> Tensor:
         if self.routing is None:
@@ -186,8 +233,8 @@ class SlotTable:
     def extend(self, text: Text, tokens: Sequence[int]) -> None:
         """Append an environment's tokens."""
         start, end = text.length, text.length + len(tokens)
-        self.history[text.slot, start:end] = torch.tensor(tokens)
-        self.logprob[text.slot, start:end] = 0
+        self.history[text.seat, start:end] = torch.tensor(tokens)
+        self.logprob[text.seat, start:end] = 0
         text.length = end
         text.given.append((start, end))
 
@@ -197,7 +244,7 @@ class SlotTable:
         Raises FloatingPointError if a log-probability is not finite: the model's logits were not.
         """
         length = text.length
-        logprob = self.logprob[text.slot, :length].clone()
+        logprob = self.logprob[text.seat, :length].clone()
         if not bool(torch.isfinite(logprob).all()):
             at = int(torch.nonzero(~torch.isfinite(logprob))[0])
             raise FloatingPointError(
@@ -210,15 +257,17 @@ class SlotTable:
             written[start:end] = False
         return Completion(
             request=text.request,
-            tokens=self.history[text.slot, :length].clone(),
+            tokens=self.history[text.seat, :length].clone(),
             written=written,
             logprob=logprob,
             finish=finish,
             turns=1 + len(text.given),
-            routing=None if self.routing is None else self.routing[text.slot, : length - 1].clone(),
+            routing=None if self.routing is None else self.routing[text.seat, : length - 1].clone(),
         )
 
     def release(self, text: Text) -> None:
-        """Remove a finished sequence and free its slot."""
-        del self.texts[text.slot]
-        self.free.append(text.slot)
+        """Remove a finished sequence, and free its seat and its slot."""
+        del self.texts[text.seat]
+        self.free_seats.append(text.seat)
+        if text.slot >= 0:
+            self.leave(text)

@@ -22,6 +22,7 @@ from nemocascade.rollout.server_calls import CALL_S, Calls, Failures
 from nemocascade.rollout.servers import Server, ServerError, ServerPool
 from nemocascade.rollout.transfer import Transfer
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.stopping import StopAsked
 from nemocascade.runtime.world import World
 
 PROBE_TOKENS = 64
@@ -66,11 +67,16 @@ class WeightUpdates:
     ) -> None:
         self.world, self.settings, self.transfer = world, settings, transfer
         self.logprobs, self.alarm, self.vocabulary = logprobs, alarm, vocabulary
-        self.room = max(1, min(PROBE_TOKENS, longest // 2))
+        self.max_tokens = max(1, min(PROBE_TOKENS, longest // 2))
         self.sampling = replace(
-            sampling, top_p=1.0, top_k=0, stop_tokens=(), stop_strings=(), max_tokens=self.room
+            sampling,
+            top_p=1.0,
+            top_k=0,
+            stop_tokens=(),
+            stop_strings=(),
+            max_tokens=self.max_tokens,
         )
-        length = max(1, min(PROBE_PROMPT, longest - self.room))
+        length = max(1, min(PROBE_PROMPT, longest - self.max_tokens))
         generator = torch.Generator().manual_seed(0)
         self.prompt: list[int] = torch.randint(vocabulary, (length,), generator=generator).tolist()
         self.drawn = drawn_ids(vocabulary, model_vocabulary)
@@ -79,16 +85,17 @@ class WeightUpdates:
         self.probe, self.updates = 0.0, 0
 
     def update(self, pool: ServerPool) -> None:
-        """Bring the current weights to every server that answers; the others are left out.
+        """Bring the current weights to every server that answers; the others are excluded.
 
         Raises ServerError on every rank if no server has them, or if a server's log-probabilities
-        differ from the trainer's after a second attempt.
+        differ from the trainer's after a second attempt; StopAsked if the job was asked to stop
+        while it waits for servers.
         """
         watch = self.world.watch
         self.updates += 1
         for attempt in range(1, _ATTEMPTS + 1):
             watch.enter("rollout servers: who answers")
-            keys = self.calls.main(lambda: pool.wait_for_first(watch.progress))
+            keys = self.calls.main(lambda: pool.wait_for_first(self._waiting))
             failures = self._attempt(pool.use(keys))
             if not (failures.reasons or failures.alarms):
                 return
@@ -102,6 +109,12 @@ class WeightUpdates:
                 f"weight update {self.updates} failed {_ATTEMPTS} times: {failures.text()}"
             )
         pool.use(good)
+
+    def _waiting(self, line: str) -> None:
+        """Show that the main rank waits for servers; raises StopAsked if it should stop."""
+        self.world.watch.progress(line)
+        if self.world.stop.asked():
+            raise StopAsked
 
     def close(self) -> None:
         """Free what the transfer holds."""
@@ -137,13 +150,13 @@ class WeightUpdates:
     def _probe(self, servers: Sequence[Server], failures: Failures) -> None:
         """Compare the log-probabilities of tokens that each server generates with the trainer's."""
         answers: dict[str, tuple[list[int], list[float]]] = {}
-        prompt, room, sampling = self.prompt, self.room, self.sampling
+        prompt, max_tokens, sampling = self.prompt, self.max_tokens, self.sampling
         name, timeout_s = self.settings.model, self.settings.update_timeout_s
 
         def ask(server: Server) -> None:
-            body = request_body(name, prompt, room, sampling, number=0, drawn=self.drawn)
+            body = request_body(name, prompt, max_tokens, sampling, number=0, drawn=self.drawn)
             reply = server.post(PATH, body, timeout_s)
-            found = read_answer(reply, prompt, room, sampling, self.vocabulary)
+            found = read_answer(reply, prompt, max_tokens, sampling, self.vocabulary)
             answers[server.url] = found.ids, found.logprobs
 
         self.calls.each(servers, ask, failures)

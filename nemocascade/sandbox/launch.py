@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from nemocascade.recipe.envs import SandboxConfig
 
-Walls = Literal["bubblewrap", "namespaces", "none"]
+Isolation = Literal["bubblewrap", "namespaces", "none"]
 
 _HERE = Path(__file__).resolve().parent
 _INSIDE = "/worker"
@@ -33,15 +33,15 @@ _SCRATCH = "/scratch"
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
-class WallsError(RuntimeError):
+class IsolationError(RuntimeError):
     """An isolation backend is unavailable on this host; the message says what was denied."""
 
 
-def missing(walls: Walls) -> str | None:
+def missing(isolation: Isolation) -> str | None:
     """Return why an isolation backend cannot even be tried; None if it can."""
     if sys.platform != "linux":
         return f"the sandbox needs Linux, this is {sys.platform}"
-    if walls == "bubblewrap" and _bwrap() is None:
+    if isolation == "bubblewrap" and _bwrap() is None:
         return "bwrap is not installed"
     return None
 
@@ -65,9 +65,9 @@ def installed(modules: Sequence[str]) -> dict[str, str]:
 
 
 def start(
-    walls: Walls, config: SandboxConfig, scratch: str | None, modules: Mapping[str, str]
+    isolation: Isolation, config: SandboxConfig, scratch: str | None, modules: Mapping[str, str]
 ) -> Worker:
-    """Start a worker. Raises WallsError if the host does not permit the isolation backend.
+    """Start a worker. Raises IsolationError if the host does not permit the isolation backend.
 
     scratch: the folder that programs write to without isolation. modules: the folder of each
     further module that programs may import, see `installed`.
@@ -80,7 +80,7 @@ def start(
     shown = visible([*packages, *folders])
     folder = scratch or _SCRATCH
     settings = {
-        "walls": walls,
+        "isolation": isolation,
         "visible": shown,
         "scratch": folder,
         "time_s": config.time_s,
@@ -91,11 +91,11 @@ def start(
         "packages": list(dict.fromkeys([*packages, *map(os.path.dirname, modules.values())])),
         "modules": list(modules),
     }
-    code = _INSIDE if walls == "bubblewrap" else str(_HERE)
+    code = _INSIDE if isolation == "bubblewrap" else str(_HERE)
     hidden = hidden_packages(shown, [*packages, *folders])
     settings["hidden"] = hidden
     python = [_python(), "-s", "-P", "-S", "-B", "-c", _START, code, json.dumps(settings)]
-    command = _bubblewrap(shown, hidden) + python if walls == "bubblewrap" else python
+    command = _bubblewrap(shown, hidden) + python if isolation == "bubblewrap" else python
     with theirs, _explained(command[0]):
         process = subprocess.Popen(
             command,
@@ -123,17 +123,17 @@ def start(
 
 @contextlib.contextmanager
 def _explained(program: str) -> Iterator[None]:
-    """Raise WallsError for a program that cannot be executed."""
+    """Raise IsolationError for a program that cannot be executed."""
     try:
         yield
     except OSError as error:
-        raise WallsError(f"{program} cannot be started: {error.strerror}") from error
+        raise IsolationError(f"{program} cannot be started: {error.strerror}") from error
 
 
 class Worker:
     """A started worker process and the socket to it. `pid` is the isolated worker's own.
 
-    Raises WallsError if it failed to start.
+    Raises IsolationError if it failed to start.
     """
 
     START_TIMEOUT_S = 60.0
@@ -151,7 +151,7 @@ class Worker:
             said = process.stderr.read().decode(errors="replace").strip().splitlines()
             process.stderr.close()
             reason = answer.get("refused") or (said[-1] if said else "the worker did not start")
-            raise WallsError(str(reason))
+            raise IsolationError(str(reason))
         assert process.stderr is not None
         process.stderr.close()
 
@@ -172,10 +172,10 @@ class Worker:
 
         The started process is only the outermost: bubblewrap, or the guard.
         """
-        room = socket.CMSG_SPACE(_CREDENTIALS.size)
+        ancillary_bytes = socket.CMSG_SPACE(_CREDENTIALS.size)
         self.channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         try:
-            first, ancillary, _, _ = self.channel.recvmsg(1 << 16, room)
+            first, ancillary, _, _ = self.channel.recvmsg(1 << 16, ancillary_bytes)
         except (TimeoutError, ConnectionError):
             return {}
         finally:
@@ -234,7 +234,7 @@ def hidden_packages(shown: Sequence[str], packages: Sequence[str]) -> list[str]:
 def _bubblewrap(visible: list[str], hidden: list[str]) -> list[str]:
     bwrap = _bwrap()
     if bwrap is None:
-        raise WallsError("bwrap is not installed")
+        raise IsolationError("bwrap is not installed")
     command = [bwrap, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command += ["--as-pid-1"]
     if os.geteuid() == 0:

@@ -23,7 +23,7 @@ from nemocascade.runtime.logging import LOGGER
 from nemocascade.sandbox import launch
 from nemocascade.sandbox.fair_slots import FairSlots
 from nemocascade.sandbox.pipes import Fd, pipe, receive_answer
-from nemocascade.sandbox.series import ProgramSeries
+from nemocascade.sandbox.series import run_series
 from nemocascade.sandbox.session import SandboxSession
 from nemocascade.types import Outcome, Program, SandboxError, SandboxUnavailable, Status
 
@@ -58,8 +58,8 @@ class SandboxPool:
             raise ValueError(f"sandbox.packages: {', '.join(missing)} is no folder here")
         self._modules = launch.installed(modules)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self.walls, first = self._choose()
-        self.size = slots_of_rank(self.config.workers)
+        self.isolation, first = self._choose()
+        self.size = slots_of_rank(self.config.local_workers)
         self._slots = FairSlots[launch.Worker | None]([*([None] * (self.size - 1)), first])
         self._lock = threading.Lock()
         self._sessions: set[SandboxSession] = set()
@@ -73,7 +73,7 @@ class SandboxPool:
         Raises SandboxError if it gets too little again, if a worker is lost or silent, and at once
         if the program's files exceed its folder's capacity.
         """
-        _check_room(program.files, self.config)
+        _check_size(program.files, self.config)
         time_s = self.config.time_s
         try:
             return self._run(program, 1, WALL_FACTOR * time_s)
@@ -83,33 +83,8 @@ class SandboxPool:
     def run_until(
         self, programs: Sequence[Program], stops: Callable[[int, Outcome], bool]
     ) -> list[Outcome]:
-        """Run programs in order up to the first whose number and outcome `stops` the series.
-        Returns the outcomes, with that one. Raises as `run`.
-
-        After the first, they run side by side while slots are free that nobody waits for. The
-        result does not depend on it: outcomes after the one that stops are dropped.
-        """
-        series = ProgramSeries(len(programs))
-
-        def run_next() -> bool:
-            if (number := series.take()) is None:
-                return False
-            with series.finishing(number) as finish:
-                outcome = self.run(programs[number])
-                finish(outcome, stops(number, outcome))
-            return True
-
-        def run_beside() -> None:
-            while self._slots.spare and run_next():
-                pass
-
-        # Most wrong programs fail at once: the first runs by itself.
-        if run_next():
-            for _ in range(min(series.left, self._slots.spare) - 1):
-                threading.Thread(target=run_beside, name="tests", daemon=True).start()
-        while run_next():
-            pass
-        return series.outcomes()
+        """Run programs in order up to the first that `stops` the series, see `run_series`."""
+        return run_series(self.run, self._slots, programs, stops)
 
     def session(self, cells: int) -> SandboxSession:
         """Open a session of at most `cells` cells, in a worker of its own. Its caller closes it.
@@ -120,8 +95,8 @@ class SandboxPool:
         try:
             with self._lock:
                 worker = self._spare.pop() if self._spare else None
-            worker = worker or self._start(self.walls)
-        except (launch.WallsError, OSError) as error:
+            worker = worker or self._start(self.isolation)
+        except (launch.IsolationError, OSError) as error:
             raise SandboxError(f"no worker could be started: {error}") from error
         try:
             opened = SandboxSession(worker, self.config, cells, self._slots, self._take_back)
@@ -172,11 +147,11 @@ class SandboxPool:
             try:
                 worker = workers[0]
                 if worker is None:
-                    worker = workers[0] = self._start(self.walls)
+                    worker = workers[0] = self._start(self.isolation)
                 return _run(worker, program, self.config, wall_s)
             except _StarvedError:
                 raise
-            except launch.WallsError as error:
+            except launch.IsolationError as error:
                 raise SandboxError(f"no worker could be started: {error}") from error
             except BaseException:
                 # A worker with an unfinished exchange cannot be reused.
@@ -185,9 +160,9 @@ class SandboxPool:
                     workers[0] = None
                 raise
 
-    def _choose(self) -> tuple[launch.Walls, launch.Worker]:
+    def _choose(self) -> tuple[launch.Isolation, launch.Worker]:
         asked = self.config.isolation
-        kinds: tuple[launch.Walls, ...] = (
+        kinds: tuple[launch.Isolation, ...] = (
             ("bubblewrap", "namespaces") if asked == "auto" else (asked,)
         )
         reasons = []
@@ -196,7 +171,7 @@ class SandboxPool:
             if reason is None:
                 try:
                     return kind, _proven(self._start(kind), self.config)
-                except launch.WallsError as error:
+                except launch.IsolationError as error:
                     reason = str(error)
             reasons.append(f"{kind}: {reason}")
             if launch.missing(kind) is None:
@@ -215,11 +190,11 @@ class SandboxPool:
         )
         return "none", self._start("none")
 
-    def _start(self, walls: launch.Walls) -> launch.Worker:
-        if walls == "none" and self._folder is None:
+    def _start(self, isolation: launch.Isolation) -> launch.Worker:
+        if isolation == "none" and self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="nemocascade-")
         scratch = None if self._folder is None else self._folder.name
-        return launch.start(walls, self.config, scratch, self._modules)
+        return launch.start(isolation, self.config, scratch, self._modules)
 
 
 # Self-test of an isolation backend, run inside; it ends with "held" if the isolation holds, and if
@@ -258,17 +233,19 @@ print("held")
 
 
 def _proven(worker: launch.Worker, config: SandboxConfig) -> launch.Worker:
-    """Return the worker if it passes the self-test. Raises WallsError."""
+    """Return the worker if it passes the self-test. Raises IsolationError."""
     try:
         probe = Program(_PROBE.format(processes=config.processes))
         outcome = _run(worker, probe, config, ALONE_FACTOR * config.time_s)
     except SandboxError as error:
         worker.kill()
-        raise launch.WallsError(str(error)) from error
+        raise launch.IsolationError(str(error)) from error
     if outcome.stdout.strip() != "held":
         worker.kill()
         said = outcome.stderr.strip().splitlines()
-        raise launch.WallsError(f"the walls do not hold: {said[-1] if said else outcome.status}")
+        raise launch.IsolationError(
+            f"the isolation does not hold: {said[-1] if said else outcome.status}"
+        )
     return worker
 
 
@@ -330,13 +307,13 @@ def _run(worker: launch.Worker, program: Program, config: SandboxConfig, wall_s:
     )
 
 
-def _check_room(files: Mapping[str, bytes], config: SandboxConfig) -> None:
+def _check_size(files: Mapping[str, bytes], config: SandboxConfig) -> None:
     """Raise SandboxError if `files` do not fit into half of the scratch folder."""
     folders = {str(parent) for path in files for parent in PurePosixPath(path).parents}
     pages = sum(-(-len(data) // _PAGE) for data in files.values()) + len(folders)
     entries = len(files) + len(folders)
-    room = config.scratch_mib << 20
-    if 2 * pages * _PAGE > room or 2 * entries > config.scratch_entries:
+    scratch_bytes = config.scratch_mib << 20
+    if 2 * pages * _PAGE > scratch_bytes or 2 * entries > config.scratch_entries:
         raise SandboxError(
             f"{len(files)} files of {pages * _PAGE / 2**20:.1f} MiB are more than half of what "
             f"sandbox.scratch_mib({config.scratch_mib}) holds: raise it"

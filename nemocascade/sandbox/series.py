@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Condition
+from threading import Condition, Thread
+from typing import Any
 
-from nemocascade.types import Outcome
+from nemocascade.sandbox.fair_slots import FairSlots
+from nemocascade.types import Outcome, Program
 
 Finish = Callable[[Outcome, bool], None]
 """Takes the outcome of a program, and if it stops the series."""
+
+
+def run_series(
+    run: Callable[[Program], Outcome],
+    slots: FairSlots[Any],
+    programs: Sequence[Program],
+    stops: Callable[[int, Outcome], bool],
+) -> list[Outcome]:
+    """Run programs in order up to the first whose number and outcome `stops` the series. Returns
+    the outcomes, with that one. Raises as `run`.
+
+    After the first, they run side by side while slots are free that nobody waits for. The result
+    does not depend on it: outcomes after the one that stops are dropped.
+    """
+    series = ProgramSeries(len(programs))
+
+    def run_next() -> bool:
+        if (number := series.take()) is None:
+            return False
+        with series.finishing(number) as finish:
+            outcome = run(programs[number])
+            finish(outcome, stops(number, outcome))
+        return True
+
+    def run_beside() -> None:
+        while slots.spare and run_next():
+            pass
+
+    # Most wrong programs fail at once: the first runs by itself.
+    if run_next():
+        for _ in range(min(series.left, slots.spare) - 1):
+            Thread(target=run_beside, name="tests", daemon=True).start()
+    while run_next():
+        pass
+    return series.outcomes()
 
 
 class ProgramSeries:
@@ -30,7 +67,7 @@ class ProgramSeries:
 
     @property
     def left(self) -> int:
-        """How many numbers are left."""
+        """Count of the numbers that are left."""
         with self._changed:
             return max(0, self._end - self._next)
 

@@ -52,8 +52,8 @@ class SandboxSession:
     cells: the most that it may run. slots: as many cells run at once as there are slots. release:
     gets the worker back at the end; None if it was lost.
 
-    A cell at its time limit is interrupted and the state is kept; one that goes on is killed, and
-    with it the session. `close` ends everything in it, and so does the end of this process.
+    A cell at its time limit is interrupted and the state is kept; one that still runs is killed,
+    and with it the session. `close` ends everything in it, and so does the end of this process.
     """
 
     def __init__(

@@ -91,7 +91,7 @@ def write_snapshot(clone: Path, commit: str, target: Path) -> int:
     stream = io.BytesIO(_git(clone, "cat-file", "--batch", stdin=blobs))
     for entry in entries:
         if stream.readline().split()[1:] != [b"blob", str(entry.size).encode()]:
-            raise CloneError(f"{clone} lacks {entry.path} at {commit}: fetch all of it")
+            raise CloneError(f"{clone} has no {entry.path} at {commit}: fetch all of it")
         path = target / entry.path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(stream.read(entry.size))

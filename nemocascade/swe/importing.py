@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tyro
-
+from nemocascade.recipe.commands import ImportSettings
 from nemocascade.runtime.row_errors import RowError
 from nemocascade.runtime.row_files import find_files, read_rows, report_skipped
 from nemocascade.swe.clones import commit_at, find_clone, write_snapshot
@@ -32,24 +31,6 @@ _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _NEEDED = ("instance_id", "repo", "base_commit", "patch")
 
 
-@dataclass(frozen=True)
-class ImportSettings:
-    """Make tasks from rows in SWE-Gym's form: instance_id, repo, base_commit, problem_statement,
-    patch, test_patch, FAIL_TO_PASS, PASS_TO_PASS; or in R2E-Gym's: repo_name, commit_hash,
-    parsed_commit_content, execution_result_content, expected_output_json, problem_statement.
-    Nothing is downloaded, and no image is needed."""
-
-    rows: tyro.conf.Positional[str]
-    """File or folder of rows: JSON Lines, a JSON array or Parquet."""
-
-    target: tyro.conf.Positional[str]
-    """Folder to write. Tasks that it already has are not changed."""
-
-    repositories: str
-    """Folder with git clones, bare or not: owner__name or owner/name. Rows of R2E-Gym give the name
-    only, and take the clone of any owner."""
-
-
 @dataclass
 class Imported:
     """Result of the import by row name. left_out: skipped links and submodules, by snapshot."""
@@ -63,7 +44,7 @@ class Imported:
         """Report one line per failure and per incomplete snapshot, and the counts."""
         lines = [f"{name}: {reason}" for name, reason in self.failed.items()]
         lines += [
-            f"{name}: {count} links and submodules are left out"
+            f"{name}: {count} links and submodules are skipped"
             for name, count in self.left_out.items()
         ]
         counts = f"{len(self.made)} tasks made, {len(self.kept)} were there already"

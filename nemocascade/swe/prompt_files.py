@@ -88,7 +88,7 @@ def shown_files(
     files: Mapping[str, str],
     golden: Sequence[str],
     *,
-    room: int,
+    max_chars: int,
     retrieved: int,
     patch: str = "",
     hidden: Collection[str] = (),
@@ -96,23 +96,23 @@ def shown_files(
 ) -> dict[str, str]:
     """Return the files' texts for the prompt, sorted by path so that the order reveals nothing.
 
-    They are the golden files, and those of the `retrieved` best matches that still fit into `room`
-    characters. Tests and `hidden` files are excluded. Golden files that do not fit are shown in
-    windows, see `_golden`.
+    They are the golden files, and those of the `retrieved` best matches that still fit into
+    `max_chars` characters. Tests and `hidden` files are excluded. Golden files that do not fit are
+    shown in windows, see `_golden`.
     index: an existing index of the files.
     """
-    blocks = _golden({p: files[p] for p in golden if p in files}, patch, room)
-    room -= _size(blocks)
+    blocks = _golden({p: files[p] for p in golden if p in files}, patch, max_chars)
+    max_chars -= _size(blocks)
     index = index or FileIndex(files)
     for path in index.rank(issue, retrieved, without={*golden, *hidden}):
         block = _block(path, files[path], [])
-        if len(block) + len(SEPARATOR) <= room:
+        if len(block) + len(SEPARATOR) <= max_chars:
             blocks[path] = block
-            room -= len(block) + len(SEPARATOR)
+            max_chars -= len(block) + len(SEPARATOR)
     return dict(sorted(blocks.items()))
 
 
-def _golden(files: Mapping[str, str], patch: str, room: int) -> dict[str, str]:
+def _golden(files: Mapping[str, str], patch: str, max_chars: int) -> dict[str, str]:
     """Return the files whole if they fit, else the largest windows around changed lines that fit.
 
     A file that the patch does not change stays whole; without a patch, all do.
@@ -126,12 +126,12 @@ def _golden(files: Mapping[str, str], patch: str, room: int) -> dict[str, str]:
         }
 
     whole = {path: _block(path, text, []) for path, text in files.items()}
-    if _size(whole) <= room:
+    if _size(whole) <= max_chars:
         return whole
     least, most = 0, max((text.count("\n") for text in files.values()), default=0)
     while least < most:
         middle = (least + most + 1) // 2
-        if _size(cut(middle)) <= room:
+        if _size(cut(middle)) <= max_chars:
             least = middle
         else:
             most = middle - 1

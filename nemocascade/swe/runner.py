@@ -133,17 +133,17 @@ def main() -> None:
     values: list[tuple[int, str]] = []
     tampered = watch(framework_parts())
     codes = TestCode(order["files"], with_pytest=order["framework"] == "pytest")
-    room = LONGEST_TEXTS
+    left_chars = LONGEST_TEXTS
 
     def report(name: str, test: str, outcome: str, text: str, replaced: bool = False) -> None:
-        nonlocal room
+        nonlocal left_chars
         fraud = tampered() or (replaced and outcome == "passed")
         line: dict[str, Any] = {"id": test, "outcome": "tampered" if fraud else outcome}
         if name != test:
             line["name"] = name
         if line["outcome"] != "passed":
-            line["text"] = text[-min(LONGEST_TEXT, room) :] if room else ""
-            room -= len(line["text"])
+            line["text"] = text[-min(LONGEST_TEXT, left_chars) :] if left_chars else ""
+            left_chars -= len(line["text"])
         elif values:
             line["values"] = list(values)
         values.clear()

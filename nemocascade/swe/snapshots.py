@@ -89,7 +89,7 @@ def _listed(root: Path, most_mib: int) -> list[tuple[Path, int]]:
     if sum(size for _, size in found) > most_mib << 20:
         raise ValueError(f"{root} holds more than {most_mib} MiB: is it a repository?")
     if links:
-        LOGGER.warning("%s: %d links are left out", root, links)
+        LOGGER.warning("%s: %d links are skipped", root, links)
     return found
 
 

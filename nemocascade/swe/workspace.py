@@ -107,7 +107,7 @@ class Workspace:
     def search(self, text: str, path: str = "") -> str:
         """Return the lines that contain `text`, as `path:line: text`."""
         if not text:
-            raise ToolError("an empty text stands everywhere: search for some text")
+            raise ToolError("an empty text occurs everywhere: search for some text")
         found: list[str] = []
         for name in sorted(self._below(path)):
             try:
@@ -191,14 +191,6 @@ def arguments_of(name: str, arguments: Mapping[str, Any]) -> dict[str, str]:
     return {
         key: value if isinstance(value, str) else str(value) for key, value in arguments.items()
     }
-
-
-def clean(text: str) -> str:
-    """Escape characters that cannot be encoded, such as half a surrogate pair.
-
-    A repository's tests can print such text, and tokenizers do not accept it.
-    """
-    return text.encode(errors="backslashreplace").decode()
 
 
 def cut(text: str, limit: int, *, end: bool = False) -> str:

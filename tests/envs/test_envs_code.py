@@ -15,6 +15,7 @@ from nemocascade.envs.code_blocks import programs_of
 from nemocascade.envs.code_outputs import same_output, same_value
 from nemocascade.recipe.envs import CodeConfig, SandboxConfig
 from nemocascade.sandbox import launch
+from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.types import Message, Prompt, SandboxUnavailable, Verdict
 
 CALLS = {"function": "f", "inputs": [[1], [2], [5]], "outputs": [3, 5, 11]}
@@ -141,7 +142,9 @@ def test_a_program_that_never_ends_is_the_answers_fault(code: Code) -> None:
 
 def test_a_worker_that_dies_is_an_error_and_no_zero(code: Code) -> None:
     ask(code, CALLS, RIGHT_CALL)
-    (worker,) = code.sandbox.process_ids()
+    sandbox = code.sandbox
+    assert isinstance(sandbox, SandboxPool)
+    (worker,) = sandbox.process_ids()
     kill = threading.Timer(0.2, os.kill, (worker, signal.SIGKILL))
     kill.start()
     verdict = ask(code, CALLS, "import time\ntime.sleep(2.9)")
@@ -154,7 +157,7 @@ def test_a_worker_that_dies_is_an_error_and_no_zero(code: Code) -> None:
 
 def test_a_host_without_isolation_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error verdict for each of a million programs would help nobody."""
-    monkeypatch.setattr(launch, "missing", lambda walls: "forbidden by this test")
+    monkeypatch.setattr(launch, "missing", lambda isolation: "forbidden by this test")
     with pytest.raises(SandboxUnavailable):
         ask(Code(SandboxConfig()), CALLS, RIGHT_CALL)
 
@@ -326,6 +329,16 @@ def test_what_livecodebench_gives_a_program(bench: Code, code: Code, name: str) 
     assert ask(bench, SCRIPT, LIVE[name]).reward == 1.0
     plain = 1.0 if name == "its own future imports" else 0.0
     assert ask(code, SCRIPT, LIVE[name]).reward == plain
+
+
+@pytest.mark.parametrize("name", ["add", "merge"])
+def test_a_method_precedes_a_name_of_the_imports(bench: Code, name: str) -> None:
+    """`operator` and `heapq` have functions of these names."""
+    method = f"def {name}(self, x):\n        return 2 * x + 1"
+    tests = {**CALLS, "function": name}
+    assert ask(bench, tests, f"class Solution:\n    {method}").reward == 1.0
+    assert ask(bench, tests, method.replace("self, ", "")).reward == 1.0
+    assert ask(bench, tests, f"class Other:\n    {method}").reward == 0.0
 
 
 def test_programs_do_not_inherit_the_harness_flags(code: Code) -> None:

@@ -296,7 +296,7 @@ def test_released_rows(environments: dict[str, Domain], tmp_path: Path, name: st
         ("instruction_following", {"kwargs": [{}]}, "2 instructions have 1 sets"),
         ("math", {"expected_answer": '["7f3a", "91bc"]'}, "a list of texts"),
         ("structured_output", {"schema_str": "{"}, "schema_str: not JSON"),
-        ("structured_output", {"schema_str": '{"a": 1, "a": 2}'}, "the key 'a' stands twice"),
+        ("structured_output", {"schema_str": '{"a": 1, "a": 2}'}, "the key 'a' occurs twice"),
         ("structured_output", {"schema_type": "ini"}, "'ini' must be one of json, yaml"),
         ("structured_output", {"schema_str": '{"type": "obj"}'}, "no validator accepts .*'obj'"),
         ("structured_output", {"schema_str": '{"$ref": "#/$defs/a"}'}, "'#/.defs/a' leads nowhere"),
@@ -369,6 +369,11 @@ def test_a_file_without_a_row_of_the_domain(
     path.write_text("{")
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: not JSON"):
         list(environments["math"].read(path))
+    # Rows that are skipped up to a limit are the reason, too.
+    path.write_text(json.dumps({**row_of("math"), "expected_answer": []}) + "\n[]")
+    why = r"none of its 2 rows is of math: .*first bad one is .*rows\.jsonl:1: expected_answer must"
+    with pytest.raises(DataError, match=why):
+        list(environments["math"].read(path, BadRows(2).skip))
 
 
 @pytest.mark.parametrize("name", DOMAINS)

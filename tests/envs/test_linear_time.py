@@ -28,11 +28,12 @@ from nemocascade.judges.prompts import (
 )
 from nemocascade.judges.rule import quality, words_f1
 from nemocascade.recipe.envs import AgentConfig
+from nemocascade.runtime.turns import encodable
 from nemocascade.sandbox.pool import _parse
 from nemocascade.swe.edits import EditError, apply_edits, parse_edits
 from nemocascade.swe.patches import PatchError, parse_patch
 from nemocascade.swe.reports import read_reports
-from nemocascade.swe.workspace import ToolError, Workspace, arguments_of, clean, cut
+from nemocascade.swe.workspace import ToolError, Workspace, arguments_of, cut
 from nemocascade.types import Message, Outcome, Prompt, SandboxError, ToolCall
 
 SIZE = 6_000
@@ -156,9 +157,9 @@ def workspace(text: str) -> None:
         ("edit", {"path": "b", "old": text[:-1], "new": text}),
     ):
         try:
-            cut(clean(made.call(name, arguments_of(name, arguments))), 100)
+            cut(encodable(made.call(name, arguments_of(name, arguments))), 100)
         except ToolError as error:
-            cut(clean(str(error)), 100, end=True)
+            cut(encodable(str(error)), 100, end=True)
 
 
 def calls(text: str) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
+import math_verify
 import pytest
 
+from nemocascade.envs.checks import mathematics
 from nemocascade.envs.checks.mathematics import equal
 
 RIGHT: dict[str, tuple[str, ...]] = {
@@ -65,3 +70,30 @@ def test_right_answers(expected: str) -> None:
 @pytest.mark.parametrize("expected", WRONG)
 def test_wrong_answers(expected: str) -> None:
     assert not [form for form in WRONG[expected] if equal(expected, form)]
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The pairs of readings that algebra compares."""
+    pairs: list[tuple[str, str]] = []
+
+    def record(gold: list[Any], found: list[Any], **settings: Any) -> bool:
+        pairs.extend((repr(a), repr(b)) for a, b in product(gold, found))
+        return bool(math_verify.verify(gold, found, **settings))
+
+    monkeypatch.setattr(mathematics, "verify", record)
+    return pairs
+
+
+@pytest.mark.parametrize("answer", [r"\frac{1}{7}", r"\[ \frac{1}{7} \]", r"$\frac{1}{7}$"])
+def test_equal_texts_need_no_algebra(compared: list[tuple[str, str]], answer: str) -> None:
+    assert equal(r"\(\frac{1}{7}\)", answer)
+    assert not compared
+    assert not equal("5", r"5 \\[ 1")
+
+
+def test_algebra_compares_readings_once(compared: list[tuple[str, str]]) -> None:
+    """Each comparison of large numbers can take seconds, and their sum is limited."""
+    assert not equal(r"\(2^{100} + 1\)", r"\(2^{100}\)\,")
+    assert equal(r"\(1000\)", "1 000")
+    assert len(compared) == len(set(compared)) > 2

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from nemocascade.rl.trial import try_verifiers
 from nemocascade.rl.verification import Verification
 from nemocascade.rollout.engine import Completion, Request
 from nemocascade.runtime.row_errors import DataError
+from nemocascade.runtime.stopping import StopRequest
 from nemocascade.runtime.watchdog import Watchdog
 from nemocascade.sandbox import launch
 from nemocascade.sandbox.child import ChildPool
@@ -138,8 +140,8 @@ def test_a_closed_episode_leaves_no_session(domains: dict[str, Domain]) -> None:
     made = [tool.session() for _ in range(3)]
     for one in made:
         one.step([call("x = 1")])
-    assert tool._sandbox is not None
     pool = tool._sandbox
+    assert isinstance(pool, SandboxPool)
     assert pool.sessions == 3
     made[0].close()
     made[0].close()
@@ -284,7 +286,8 @@ class Played:
     def verdict(self) -> Any:
         self.episodes.close(0)
         self.verification.add(self.completion)
-        found = self.verification.rollouts(Watchdog())[0].verdict
+        world: Any = SimpleNamespace(watch=Watchdog(), stop=StopRequest())
+        found = self.verification.rollouts(world)[0].verdict
         self.verification.close()
         return found
 
@@ -320,7 +323,7 @@ def test_a_failure_of_the_host_is_no_wrong_answer(
 
 
 def test_a_host_without_isolation_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "missing", lambda walls: "forbidden by this test")
+    monkeypatch.setattr(launch, "missing", lambda isolation: "forbidden by this test")
     domain = make_environments(CONFIG)["math"]
     prompt = task(domain)
     with pytest.raises(SandboxUnavailable):
@@ -337,8 +340,8 @@ def test_interpreters_are_ended_while_one_of_them_works(domains: dict[str, Domai
     thread.start()
     while busy._interpreter is None:
         thread.join(0.01)
-    pool: SandboxPool | None = tool._sandbox
-    assert pool is not None
+    pool = tool._sandbox
+    assert isinstance(pool, SandboxPool)
     tool.close()
     thread.join(20)
     assert not thread.is_alive()

@@ -65,6 +65,19 @@ def test_right_and_wrong_answers_to_released_rows(
     try_verifiers(prompts.values(), environments)
 
 
+@pytest.mark.parametrize("form", TEXT)
+def test_no_field_of_released_rows_is_unknown(
+    environments: dict[str, Domain], tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
+) -> None:
+    name, released = FORMS[form]
+    path = file_of(tmp_path / "rows.jsonl", *(r.row for r in released))
+    assert len(list(environments[name].read(path))) == 5
+    assert "does not know" not in caplog.text
+    changed = {**released[0].row, "tolerance": 1}
+    list(environments[name].read(file_of(path, changed)))
+    assert "'tolerance' in 1 rows" in caplog.text
+
+
 def test_rows_of_preference(tmp_path: Path) -> None:
     """The judge prefers the answer that names a bird."""
     _, released = FORMS["genrm_compare"]

@@ -46,11 +46,19 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "expected_answer": "A",
             "template_metadata": {"output_regex": "(A)", "template_id": 3},
         },
+        {"question": "q", "options": ["x", "y"], "answer": "A", "answer_index": 0},
     ],
     "tool_calling": [{"ground_truth": []}],
     "structured_output": [{"schema_str": "{}", "schema_type": "json"}, {"schema": {}}, CALLED],
-    "math": [{"expected_answer": 3}],
-    "code": [{"verifier_metadata": {"unit_tests": {"inputs": ["1"], "outputs": ["2"]}}}],
+    "math": [
+        {"expected_answer": 3},
+        {"question": "q", "answer": "#### 3"},
+        {"problem": "q", "solution": r"\boxed{3}"},
+    ],
+    "code": [
+        {"verifier_metadata": {"unit_tests": {"inputs": ["1"], "outputs": ["2"]}}},
+        {"test": "def check(f): pass", "entry_point": "f"},
+    ],
     "preference": [{}],
     "long_context": [
         {"prompt": None, "question": "q", "documents": ["a"] * MIN_DOCUMENTS, "answer": "a"},

@@ -395,7 +395,7 @@ def test_a_host_without_isolation_stops_the_run(
 ) -> None:
     made = SweAgentless()
     (prompt,) = read(tmp_path, made, ROW)
-    monkeypatch.setattr(launch, "missing", lambda walls: "forbidden by this test")
+    monkeypatch.setattr(launch, "missing", lambda isolation: "forbidden by this test")
     with pytest.raises(SandboxUnavailable):
         made.score(prompt, said(RIGHT))
     with pytest.raises(SandboxUnavailable):

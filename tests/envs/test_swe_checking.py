@@ -12,7 +12,8 @@ from helpers.sandbox import sandbox_or_skip
 from helpers.swe import SANDBOX
 
 from nemocascade import cli
-from nemocascade.envs.swe_checking import Checked, CheckSettings, check_tasks, summary
+from nemocascade.envs.swe_checking import Checked, check_tasks, summary
+from nemocascade.recipe.commands import CheckSettings
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.sandbox import launch
 from nemocascade.types import SandboxUnavailable
@@ -134,6 +135,6 @@ def test_the_command(
 def test_a_host_without_isolation_stops_the_check(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(launch, "missing", lambda walls: "forbidden by this test")
+    monkeypatch.setattr(launch, "missing", lambda isolation: "forbidden by this test")
     with pytest.raises(SandboxUnavailable):
         check(tmp_path, ROW)

@@ -20,6 +20,7 @@ from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_agentless import SweAgentless
 from nemocascade.recipe import EnvConfig, GrpoConfig, GrpoRecipe, RolloutConfig
+from nemocascade.recipe.commands import ReplaySettings
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.batches import pack_sequences
@@ -28,7 +29,7 @@ from nemocascade.rl.episodes import Episodes
 from nemocascade.rl.policy import training_sequences
 from nemocascade.rl.rollouts import Rollout, TokenSequence, whole_rollout
 from nemocascade.rl.tasks import Task
-from nemocascade.rl.trajectories import ReplaySettings, extremes, logged, replay, settings_of_run
+from nemocascade.rl.trajectories import extremes, logged, replay, settings_of_run
 from nemocascade.rollout.engine import Completion, Request
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Prompt, ToolCall, Verdict

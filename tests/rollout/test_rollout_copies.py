@@ -67,6 +67,11 @@ class RemoteRunner(ModelRunner):
     """A runner whose results are on the device. Operators lose the class of their arguments."""
 
     draws: ClassVar[int] = 0
+    restores: ClassVar[int] = 0
+
+    def restore(self, *args: Any, **kwargs: Any) -> None:
+        RemoteRunner.restores += 1
+        super().restore(*args, **kwargs)
 
     def draw(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         RemoteRunner.draws += 1
@@ -85,6 +90,7 @@ def transfers(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     found: Counter[str] = Counter()
     Remote.reads.clear()
     monkeypatch.setattr(RemoteRunner, "draws", 0)
+    monkeypatch.setattr(RemoteRunner, "restores", 0)
     monkeypatch.setattr(live, "ModelRunner", RemoteRunner)
     for module in (model_runner, slots, cached_layers):
 
@@ -137,7 +143,10 @@ def test_a_step_reads_once(
         "prefill_queue.py": counts.prefill_chunks,
     }
     copies = starts - counts.prefills  # of a stored state to other slots
-    assert transfers["model_runner"] == counts.prefill_chunks + copies
+    # A text that waits for its answer may give up its slot, and return to one if it goes on.
+    assert RemoteRunner.restores <= counts.offloads
+    moves = counts.offloads + RemoteRunner.restores
+    assert transfers["model_runner"] == counts.prefill_chunks + copies + moves
     # One for each start, and one for each batch whose sequences have changed.
     assert transfers["slots"] <= starts + sum(c.turns for c in found)
 

@@ -45,6 +45,11 @@ def make_requests(prompts: int, rollouts: int) -> list[Request]:
     ]
 
 
+def copies(request: Request, count: int) -> list[Request]:
+    """Requests with one prompt."""
+    return [Request(i, request.prompt) for i in range(count)]
+
+
 def texts(found: Sequence[Completion]) -> dict[int, list[int]]:
     return {c.request.id: c.response for c in found}
 
@@ -64,13 +69,14 @@ def test_greedy_tokens_are_the_most_probable(world: World, chunks: list[CascadeM
 
 
 def test_no_room_is_made_beyond_the_longest_text(world: World, chunks: list[CascadeModel]) -> None:
-    """Room grows by half; the caches of a GPU are planned for the longest text and no more."""
+    """The pool holds what all texts need at their largest length, and a stored prompt."""
     engine = LiveEngine(world, chunks, slots=2)
     (prompt, *_) = make_requests(1, 1)
-    for most, room in ((20, len(prompt.prompt) + 20), (300, len(prompt.prompt) + 300)):
-        list(engine.run([prompt], Sampling(temperature=0.0, max_tokens=most)))
+    for most, requests in ((20, 1), (300, 1), (300, 5)):
+        list(engine.run(copies(prompt, requests), Sampling(temperature=0.0, max_tokens=most)))
         assert engine._model is not None
-        assert engine._model.context <= room
+        needed = -(-(len(prompt.prompt) + most) // 16) * min(2, requests)
+        assert engine._model.table.blocks == needed + 1
 
 
 def test_logprobs_are_of_the_untruncated_distribution(
@@ -287,12 +293,12 @@ class Pieces(Listed):
     def __init__(self, requests: Sequence[Request], cancelled: Mapping[int, Sequence[int]]) -> None:
         super().__init__(requests)
         self.left, self.cancelled, self.polls = list(self.requests), cancelled, 0
-        self.rooms: list[int] = []
+        self.free_slots: list[int] = []
 
-    def poll(self, room: int, busy: int) -> Supply:
+    def poll(self, free_slots: int, busy: int) -> Supply:
         self.polls += 1
-        self.rooms.append(room)
-        taken, self.left = self.left[: max(0, room)], self.left[max(0, room) :]
+        self.free_slots.append(free_slots)
+        taken, self.left = self.left[: max(0, free_slots)], self.left[max(0, free_slots) :]
         return Supply(taken, self.cancelled.get(self.polls, ()), bool(self.left) or self.polls < 60)
 
 
@@ -328,7 +334,7 @@ def test_cancelled_requests_leave_their_slots_and_change_no_other(
         assert expected.keys() - found.keys() <= dropped
         # Some may have finished before; of the first ones, none that was still waiting.
         assert len(found) < len(expected)
-        assert max(work.rooms) == 3, "every slot is free again"
+        assert max(work.free_slots) == 3, "every slot is free again"
 
 
 def test_each_request_is_sampled_by_its_own_settings(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from nemocascade_kernels.common.random_numbers import uniforms
 
-from nemocascade.rollout.sampling import request_keys, uniforms
+from nemocascade.rollout.sampling import request_keys
 
 
 def numbers(seed: int, requests: int, positions: int) -> torch.Tensor:
@@ -31,3 +32,23 @@ def test_numbers_are_uniform_and_unrelated() -> None:
     centred = (table - 0.5) * 12**0.5
     for a, b in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1])):
         assert abs(float((a * b).mean())) < 0.015
+
+
+def test_keys_and_random_numbers_are_those_of_splitmix64() -> None:
+    """By its published constants, in Python's whole numbers: a seed's draws are kept for ever."""
+    low = 2**64 - 1
+
+    def mixed(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & low
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & low
+        return z ^ (z >> 31)
+
+    step, seed, ids, positions = 0x9E3779B97F4A7C15, 2**63 + 5, [0, 1, 77], [0, 3, 2**20]
+    expected = [mixed(mixed((seed + step) & low) + i * step & low) for i in ids]
+    keys = request_keys(seed, torch.tensor(ids))
+    assert [k % 2**64 for k in keys.tolist()] == expected
+    drawn = uniforms(keys, torch.tensor(positions)).tolist()
+    assert drawn == [
+        (mixed(k + (p + 1) * step & low) >> 11) * 2.0**-53
+        for k, p in zip(expected, positions, strict=True)
+    ]

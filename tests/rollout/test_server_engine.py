@@ -7,11 +7,13 @@ import json
 import math
 import socket
 import stat
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,9 +22,13 @@ from helpers.fake_server import VOCABULARY, FakeServer, continued, fake_server, 
 from nemocascade.recipe import ModelConfig, RolloutConfig, RolloutServerConfig
 from nemocascade.rollout.completions import BadReplyError, drawn_ids, read_answer
 from nemocascade.rollout.engine import Completion, Listed, Request, Sampling, Supply
+from nemocascade.rollout.flight import Flight, request_name
 from nemocascade.rollout.server import ServerEngine
 from nemocascade.rollout.servers import ServerError, ServerPool
+from nemocascade.rollout.weight_updates import WeightUpdates
 from nemocascade.runtime.http import announced_servers
+from nemocascade.runtime.stopping import STOP, StopAsked, StopRequest
+from nemocascade.runtime.watchdog import Watchdog
 from nemocascade_vllm.serve import announce, announcement
 
 SHORT = Sampling(max_tokens=6)
@@ -198,27 +204,31 @@ def test_nobody_waits_for_texts_that_are_not_wanted(server: FakeServer) -> None:
     assert next(found).finish == "length"
     found.close()  # type: ignore[attr-defined]
     stop = Sampling(max_tokens=60, stop_tokens=tuple((t,) for t in range(50)))
-    server.faults = [""]
 
     def fails(_: Completion) -> list[int] | None:
         raise OSError("a tool died")
 
-    with pytest.raises(OSError, match="a tool died"):
-        list(engine_of(server).run(requests(8), stop, fails))
+    # A server of its own: a request of the loop above may still be on its way to the first.
+    with fake_server() as other, pytest.raises(OSError, match="a tool died"):
+        other.faults, other.fault = [""], "slow"
+        list(engine_of(other).run(requests(8), stop, fails))
     assert time.monotonic() - started < 15
 
 
 class Cancelling(Listed):
-    """Cancels all requests but one once that one has been answered. room: of the first poll."""
+    """Cancels all requests but one once that one has been answered.
+
+    free_slots: the number given to the first poll.
+    """
 
     def __init__(self, requests: list[Request], server: FakeServer) -> None:
         super().__init__(requests)
-        self.left, self.server, self.room, self.polls = list(self.requests), server, 0, 0
+        self.left, self.server, self.free_slots, self.polls = list(self.requests), server, 0, 0
 
-    def poll(self, room: int, busy: int) -> Supply:
+    def poll(self, free_slots: int, busy: int) -> Supply:
         self.polls += 1
-        self.room = self.room or room
-        taken, self.left = self.left[:room], self.left[room:]
+        self.free_slots = self.free_slots or free_slots
+        taken, self.left = self.left[:free_slots], self.left[free_slots:]
         # The first is answered, the second is in flight, and the third has not been sent.
         done = self.polls > 3 and len(self.server.seen) > 2
         return Supply(taken, list(self.requests)[1:] if done else (), not done)
@@ -230,11 +240,42 @@ def test_cancelled_requests_are_cut_off(server: FakeServer) -> None:
     work = Cancelling(requests(3), server)
     engine = engine_of(server, concurrency=2)
     check(list(engine.run(work, SHORT)), 1)
-    assert work.room == 2
+    assert work.free_slots == 2
     assert time.monotonic() - started < 10
     # The engine and its connections still work.
     server.fault = ""
     check(list(engine.run(requests(3), SHORT)), 3)
+
+
+def test_a_request_that_is_sent_while_it_is_cancelled_is_cut_off_later() -> None:
+    class Pool:
+        sent = threading.Event()
+        cut_off = threading.Event()
+
+        def cancel(self, names: Collection[str] | None = None) -> None:
+            if self.sent.is_set() and names == {request_name(7)}:
+                self.cut_off.set()
+
+    pool = Pool()
+    flight = Flight(cast(ServerPool, pool), 1)
+
+    def complete(stop: threading.Event) -> Completion:
+        begun.set()
+        stop.wait(10)
+        late.wait(10)
+        pool.sent.set()
+        assert pool.cut_off.wait(10), "nobody cut it off"
+        return cast(Completion, None)
+
+    begun, late = threading.Event(), threading.Event()
+    flight.ask(7, complete)
+    assert begun.wait(10)
+    flight.cancel({7})
+    late.set()
+    assert pool.sent.wait(10)
+    assert flight.take([]) == []
+    assert pool.cut_off.is_set()
+    flight.close()
 
 
 def test_each_request_has_its_own_settings(server: FakeServer) -> None:
@@ -257,6 +298,42 @@ def test_servers_that_cannot_be_used(server: FakeServer, tmp_path: Path) -> None
         engine_of(server, api_key_env="NO_SUCH_KEY")
     with pytest.raises(ValueError, match="sequences of tokens"):
         engine_of(server).run([], Sampling(stop_tokens=((1, 2),)))
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_stop_ends_the_wait_for_servers(is_main: bool, tmp_path: Path) -> None:
+    """A weight update waits for servers on the main rank; all ranks leave."""
+    (tmp_path / STOP).touch()
+    shared: list[Any] = []
+
+    def broadcast(box: Any) -> Any:
+        shared.append(box)
+        return box if is_main else (None, "", True)
+
+    world = SimpleNamespace(
+        is_main=is_main,
+        broadcast_object=broadcast,
+        watch=Watchdog(),
+        stop=StopRequest(tmp_path),
+    )
+    settings = RolloutServerConfig(urls=("http://127.0.0.1:9",), wait_s=30.0)
+    none: Any = None
+    updates = WeightUpdates(
+        cast(Any, world),
+        settings,
+        none,
+        none,
+        sampling=SHORT,
+        vocabulary=VOCABULARY,
+        model_vocabulary=VOCABULARY,
+        longest=10,
+        alarm=0.1,
+    )
+    start = time.monotonic()
+    with pytest.raises(StopAsked):
+        updates.update(ServerPool(settings))
+    assert time.monotonic() - start < 10
+    assert shared == [(None, "", is_main)]
 
 
 def test_announced_servers(server: FakeServer, tmp_path: Path) -> None:

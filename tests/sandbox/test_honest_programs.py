@@ -49,7 +49,7 @@ def test_the_hosts_packages_are_not_readable(sandbox: SandboxPool) -> None:
 
 def test_packages_that_are_asked_for_stay(sandbox: SandboxPool) -> None:
     (folder, *_) = launch.hidden_packages(launch.visible(), [])
-    config = SandboxConfig(isolation=sandbox.walls, workers=1, packages=(folder,))  # type: ignore[arg-type]
+    config = SandboxConfig(isolation=sandbox.isolation, workers=1, packages=(folder,))  # type: ignore[arg-type]
     other = SandboxPool(config)
     try:
         found = other.run(Program(f"import os\nprint(sorted(os.listdir({folder!r})))")).stdout

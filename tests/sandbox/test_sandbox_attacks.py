@@ -31,8 +31,8 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[SandboxPool]:
 
 @pytest.fixture(scope="module")
 def hurried(sandbox: SandboxPool) -> Iterator[SandboxPool]:
-    """The same walls with a limit of one second, for attacks that only the limit ends."""
-    made = SandboxPool(replace(sandbox.config, isolation=sandbox.walls, time_s=1.0))  # type: ignore[arg-type]
+    """The same isolation with a limit of one second, for attacks that only the limit ends."""
+    made = SandboxPool(replace(sandbox.config, isolation=sandbox.isolation, time_s=1.0))  # type: ignore[arg-type]
     yield made
     made.close()
 
@@ -184,7 +184,7 @@ print(bad)
 
 def test_environment_variables(sandbox: SandboxPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "abc")
-    other = SandboxPool(replace(sandbox.config, isolation=sandbox.walls))  # type: ignore[arg-type]
+    other = SandboxPool(replace(sandbox.config, isolation=sandbox.isolation))  # type: ignore[arg-type]
     found = other.run(Program("import os; print(*sorted(os.environ))")).stdout.split()
     other.close()
     assert "SECRET_TOKEN" not in found
@@ -260,7 +260,7 @@ STARTED = {
 
 
 @pytest.mark.parametrize("name", STARTED)
-def test_a_program_that_is_started_has_the_same_walls(sandbox: SandboxPool, name: str) -> None:
+def test_a_program_that_is_started_has_the_same_isolation(sandbox: SandboxPool, name: str) -> None:
     source, error = STARTED[name]
     outcome = attack(
         sandbox,

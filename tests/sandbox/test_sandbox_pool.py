@@ -170,7 +170,7 @@ def test_workers_end_with_the_process_that_started_them(lone: SandboxPool) -> No
     source = (
         "import os, signal\n"
         "from nemocascade.sandbox.pool import *\n"
-        f"s = SandboxPool(SandboxConfig(isolation={lone.walls!r}, workers=1))\n"
+        f"s = SandboxPool(SandboxConfig(isolation={lone.isolation!r}, workers=1))\n"
         "print(s.process_ids()[0], flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -180,7 +180,7 @@ def test_workers_end_with_the_process_that_started_them(lone: SandboxPool) -> No
 
 @pytest.fixture
 def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "missing", lambda walls: "forbidden by this test")
+    monkeypatch.setattr(launch, "missing", lambda isolation: "forbidden by this test")
 
 
 @pytest.mark.usefixtures("forbidden")
@@ -196,7 +196,7 @@ def test_unsafe_is_a_choice_and_says_so() -> None:
     with pytest.warns(RuntimeWarning, match="WITHOUT isolation"):
         sandbox = SandboxPool(SandboxConfig(allow_unsafe=True, time_s=1.0, workers=1))
     try:
-        assert sandbox.walls == "none"
+        assert sandbox.isolation == "none"
         assert sandbox.run(Program("print(int(input()) + 1)", stdin="1")).stdout == "2\n"
         assert sandbox.run(Program("while True: pass")).status == "time"
         assert "MemoryError" in sandbox.run(Program("x = bytearray(10 << 30)")).stderr
@@ -218,16 +218,16 @@ def test_unsafe_is_a_choice_and_says_so() -> None:
         sandbox.close()
 
 
-def test_walls_that_do_not_hold_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_isolation_that_does_not_hold_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe decides, not the fact that a worker started."""
     sandbox_or_skip(SandboxConfig(workers=1)).close()
     real = launch.start
     monkeypatch.setattr(
         launch,
         "start",
-        lambda walls, config, scratch, modules: real("none", config, "/tmp", modules),
+        lambda isolation, config, scratch, modules: real("none", config, "/tmp", modules),
     )
-    with pytest.raises(SandboxUnavailable, match="do not hold"):
+    with pytest.raises(SandboxUnavailable, match="does not hold"):
         SandboxPool(SandboxConfig(workers=1))
 
 

@@ -29,7 +29,7 @@ LIMITS = {"time_s": 0.5, "workers": 2, "memory_mib": 256, "output_kib": 64, "scr
 def pool(request: pytest.FixtureRequest) -> Iterator[SandboxPool]:
     if request.param == "none":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch, "missing", lambda walls: "forbidden by this test")
+            patch.setattr(launch, "missing", lambda isolation: "forbidden by this test")
             with pytest.warns(RuntimeWarning, match="WITHOUT isolation"):
                 made = SandboxPool(SandboxConfig(allow_unsafe=True, **LIMITS))  # type: ignore[arg-type]
     else:
@@ -254,12 +254,12 @@ def test_a_cell_that_got_no_cpu_is_an_error_of_the_host(
 
 
 def test_a_session_ends_with_the_process_that_opened_it(pool: SandboxPool) -> None:
-    if pool.walls == "none":
+    if pool.isolation == "none":
         pytest.skip("needs a backend that a fresh process can choose")
     source = (
         "import os, signal\n"
         "from nemocascade.sandbox.pool import *\n"
-        f"s = SandboxPool(SandboxConfig(isolation={pool.walls!r}, workers=1)).session(3)\n"
+        f"s = SandboxPool(SandboxConfig(isolation={pool.isolation!r}, workers=1)).session(3)\n"
         "s.run('import os, time\\nif os.fork() == 0: time.sleep(1000)')\n"
         "print(s._worker.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

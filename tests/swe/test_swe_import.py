@@ -21,10 +21,11 @@ from helpers.swe import SANDBOX, copy_pytest
 from nemocascade import cli
 from nemocascade.envs.swe_agentic import SweAgentic
 from nemocascade.envs.swe_agentless import SweAgentless
-from nemocascade.envs.swe_checking import CheckSettings, check_tasks
+from nemocascade.envs.swe_checking import check_tasks
+from nemocascade.recipe.commands import CheckSettings, ImportSettings
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.runtime.row_errors import DataError
-from nemocascade.swe.importing import Imported, ImportSettings, import_rows
+from nemocascade.swe.importing import Imported, import_rows
 from nemocascade.swe.rows import folder_rows
 
 OLD_TEST = "from cart import total\n\n\ndef test_none():\n    assert total([]) == 1\n"
@@ -110,7 +111,7 @@ def test_a_row_becomes_a_task_that_both_domains_read(
     snapshot = f"snapshots/shop__cart@{row['base_commit']}"
     assert (found.made, found.kept, found.failed) == (["shop__cart-1"], [], {})
     assert found.left_out == {snapshot: 1}
-    assert "1 links and submodules are left out" in found.text()
+    assert "1 links and submodules are skipped" in found.text()
     assert sorted(p.name for p in out.iterdir()) == ["shop__cart-1", "snapshots"]
     # What git holds, untouched.
     assert files_below(out / snapshot) == FILES

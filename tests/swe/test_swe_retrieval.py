@@ -71,7 +71,7 @@ def test_a_prompt_shows_golden_files_and_the_best_others() -> None:
     files = {f"f{i}.py": "cart " * (i % 3) for i in range(20)} | {"gold.py": "none of it"}
     count = AgentlessConfig().retrieved
     golden = ["gold.py", "made by the patch.py"]
-    shown = shown_files("the cart", files, golden, room=10_000, retrieved=count)
+    shown = shown_files("the cart", files, golden, max_chars=10_000, retrieved=count)
     assert len(shown) == count + 1
     assert list(shown) == sorted(shown)
     assert "gold.py" in shown

@@ -118,7 +118,7 @@ def test_links_that_are_left_out_are_a_warning(
     os.symlink(".", tmp_path / "folder")
     with caplog.at_level(logging.WARNING, logger="nemocascade"):
         assert read_snapshot(tmp_path) == {"a.py": b""}
-    assert "2 links are left out" in caplog.text
+    assert "2 links are skipped" in caplog.text
 
 
 def test_a_test_that_stands_nowhere_is_refused(tmp_path: Path) -> None:

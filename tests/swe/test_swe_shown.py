@@ -31,20 +31,22 @@ def test_retrieved_files_fill_the_room_by_rank() -> None:
         "fair.py": "cart and more of it\n",
         "more.py": "cart and a lot of other things\n",
     }
-    shown = shown_files("cart", files, ["gold.py"], room=10_000, retrieved=3)
+    shown = shown_files("cart", files, ["gold.py"], max_chars=10_000, retrieved=3)
     assert list(shown) == ["best.py", "fair.py", "gold.py", "good.py"]
     # The best one has no room; nothing worse than the third takes its place.
-    shown = shown_files("cart", files, ["gold.py"], room=300, retrieved=3)
+    shown = shown_files("cart", files, ["gold.py"], max_chars=300, retrieved=3)
     assert list(shown) == ["fair.py", "gold.py", "good.py"]
     assert size(shown) <= 300
 
 
-@pytest.mark.parametrize("room", [400, 700, 1500, 3000])
-def test_golden_files_are_cut_around_their_changes(room: int) -> None:
+@pytest.mark.parametrize("max_chars", [400, 700, 1500, 3000])
+def test_golden_files_are_cut_around_their_changes(max_chars: int) -> None:
     files = {"a.py": TEXT, "b.py": TEXT, "c.py": "line 1\n"}
     patch = patch_of("a.py", 100, 200) + patch_of("b.py", 50)
-    shown = shown_files("line", files, ["a.py", "b.py"], room=room, retrieved=5, patch=patch)
-    assert room - 200 < size(shown) <= room
+    shown = shown_files(
+        "line", files, ["a.py", "b.py"], max_chars=max_chars, retrieved=5, patch=patch
+    )
+    assert max_chars - 200 < size(shown) <= max_chars
     windows = {
         path: [
             tuple(map(int, found)) for found in re.findall(r"\[lines (\d+)-(\d+) of 300\]", text)
@@ -65,15 +67,15 @@ def test_golden_files_are_cut_around_their_changes(room: int) -> None:
 
 def test_golden_files_are_never_left_out() -> None:
     shown = shown_files(
-        "", {"a.py": TEXT}, ["a.py"], room=1, retrieved=5, patch=patch_of("a.py", 9)
+        "", {"a.py": TEXT}, ["a.py"], max_chars=1, retrieved=5, patch=patch_of("a.py", 9)
     )
     assert shown == {"a.py": "### a.py\n[lines 9-9 of 300]\n```\nline 9\n```"}
     # Without a patch nobody knows where to cut.
-    shown = shown_files("", {"a.py": TEXT}, ["a.py"], room=1, retrieved=5)
+    shown = shown_files("", {"a.py": TEXT}, ["a.py"], max_chars=1, retrieved=5)
     assert shown == {"a.py": f"### a.py\n```\n{TEXT}\n```"}
 
 
 def test_no_text_closes_its_fence() -> None:
     text = "```python\nx\n```\n[lines 1-2 of 3]\n````\n"
-    shown = shown_files("", {"a.md": text}, ["a.md"], room=1000, retrieved=0)
+    shown = shown_files("", {"a.md": text}, ["a.md"], max_chars=1000, retrieved=0)
     assert shown == {"a.md": f"### a.md\n`````\n{text}\n`````"}

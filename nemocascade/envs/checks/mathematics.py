@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from itertools import product
 
 from math_verify import parse, verify
 
@@ -17,23 +16,31 @@ def equal(expected: str, answer: str) -> bool:
     The caller's process limit bounds the time, so the library's own alarms are disabled.
     Raises ValueError if `expected` cannot be parsed.
     """
-    if not _parsed(expected):
+    gold = _parsed(expected)
+    if not gold:
         raise ValueError(f"the expected answer {expected!r} cannot be read as mathematics")
-    if _verified(expected, answer) or _words(expected) == _words(answer):
+    # Equal words need no algebra, which can take long.
+    if _words(expected) == _words(answer):
         return True
-    golds, answers = (
-        dict.fromkeys((text, _plain(text), _interval(_plain(text)))) for text in (expected, answer)
-    )
-    pairs = [pair for pair in product(golds, answers) if "" not in pair]
-    return any(_verified(*pair) for pair in pairs[1:])
+    found = _parsed(answer)
+    if _verified(gold, found):
+        return True
+    other_gold, other_found = _other_readings(expected, gold), _other_readings(answer, found)
+    return _verified(gold, other_found) or _verified(other_gold, [*found, *other_found])
 
 
 def _parsed(text: str) -> list[object]:
     return list(parse(f"\\boxed{{{text}}}", parsing_timeout=None))
 
 
-def _verified(expected: str, answer: str) -> bool:
-    gold, found = _parsed(expected), _parsed(answer)
+def _other_readings(text: str, known: list[object]) -> list[object]:
+    """Parse the plain forms of a text, without readings that are in `known`."""
+    forms = dict.fromkeys((_plain(text), _interval(_plain(text))))
+    readings = [reading for form in forms if form and form != text for reading in _parsed(form)]
+    return [new for new in readings if not any(type(new) is type(k) and new == k for k in known)]
+
+
+def _verified(gold: list[object], found: list[object]) -> bool:
     return bool(gold) and bool(found) and bool(verify(gold, found, timeout_seconds=None))
 
 
@@ -41,6 +48,8 @@ _WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox)\s*"
     r"\{([^{}]*)\}(\s*\^\s*(?:\{\s*-?\d\s*\}|\d))?"
 )
+_DELIMITERS = re.compile(r"(?<!\\)(?:\\[()\[\]]|\$)")
+"""Marks of formulas; `\\\\[` breaks a line, and `\\$` is a dollar."""
 _NUMBER = r"[+-]?(?:\d[\d,]*(?:\.\d+)?|\.\d+|\d+/\d+|\\[dtc]?frac\{\d+\}\{\d+\})(?:\s*\\pi)?"
 _MATHS = r"(?:and|or|to|mod|pi|sqrt|sin|cos|tan|cot|log|ln|exp|inf|infinity)\b"
 _MARKS: tuple[Rule, ...] = (
@@ -121,5 +130,6 @@ def _one_interval(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    """Return a text in one case, without wrappers, further spaces and a full stop."""
-    return " ".join(_WRAPPER.sub(r"\1\2", text).split()).rstrip(".").casefold()
+    """Return a text in one case, without wrappers, delimiters, further spaces and a full stop."""
+    bare = _DELIMITERS.sub("", _WRAPPER.sub(r"\1\2", text))
+    return " ".join(bare.split()).rstrip(".").casefold()

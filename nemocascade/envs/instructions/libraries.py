@@ -1,6 +1,6 @@
 """Libraries and data of the user's machine that some instruction kinds need.
 
-They are imported where they are used: only checks in killable children do that. Nothing is ever
+Each is imported where it is used, which is in child processes that can be killed. Nothing is ever
 downloaded.
 """
 
@@ -15,7 +15,7 @@ _DATA = {
     "stopwords": "stopwords",
     "tagger": "averaged_perceptron_tagger_eng",
 }
-"""Names of nltk's data."""
+"""Data sets of nltk: our name and nltk's."""
 LIBRARIES = ("langdetect", "punkt", "stopwords", "tagger", "emoji", "syllapy")
 
 

@@ -153,10 +153,14 @@ def _show_cell_error(error: BaseException, name: str) -> None:
 
 
 def _find(module: types.ModuleType, name: str) -> Any:
-    """Return the function, or the method of a class `Solution`, as in some problem collections."""
-    found = getattr(module, name, None)
-    if found is None and hasattr(module, "Solution"):
-        found = getattr(module.Solution(), name, None)
+    """Return the method of a class `Solution`, as in some problem collections, or the function.
+
+    The method comes first: the preamble may import a function of its name.
+    """
+    solution = getattr(module, "Solution", None)
+    found = None if hasattr(solution, name) else getattr(module, name, None)
+    if found is None and solution is not None:
+        found = getattr(solution(), name, None)
     if found is None:
         raise NameError(f"the program defines no {name}")
     return found

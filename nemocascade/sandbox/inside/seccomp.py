@@ -1,9 +1,9 @@
 """Seccomp filter with a list of allowed system calls: others fail with EPERM (clone3: ENOSYS).
 
 Allowed are the calls of a Python program without network: files, memory, threads, its own
-processes, clocks, pipes and socket pairs; behind walls also execve, for what it starts has the same
-walls, rights and filter. Not allowed: sockets, ptrace, mount, namespaces, prctl, System V shared
-memory, memfd, io_uring, bpf, keys.
+processes, clocks, pipes and socket pairs; in isolation also execve, because programs that it starts
+have the same isolation, rights and filter. Not allowed: sockets, ptrace, mount, namespaces, prctl,
+System V shared memory, memfd, io_uring, bpf, keys.
 """
 
 from __future__ import annotations

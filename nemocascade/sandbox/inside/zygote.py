@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
-from . import accounting, harness, linux, seccomp, walls
+from . import accounting, harness, isolation, linux, seccomp
 
 CHANNEL_FD = 200
 """File descriptor of the worker's socket, above those of a program."""
@@ -35,9 +35,9 @@ LOOK_S = 0.05
 IDLE_LOOK_S = 1.0
 """The same for a session without a running cell."""
 PATIENCE = 4.0
-"""Most waits for a CPU that a cell's wall-clock limit leaves out, in units of that limit."""
+"""Longest waits for a CPU that a cell's wall-clock limit excludes, in units of that limit."""
 GRACE_S = 1.0
-"""A cell that goes on for this long after it was interrupted ends its session."""
+"""A cell that still runs this long after it was interrupted ends its session."""
 
 Watch = Callable[[int], tuple[str, float]]
 """Waits for a program. Returns which limit it exceeded ("cpu", "wall" or ""), and for the
@@ -91,10 +91,10 @@ def _settle(settings: dict[str, Any]) -> None:
 
     # Interactive interpreters have `exit` and `quit`; -S disables them.
     site.setquit()
-    if settings["walls"] == "namespaces":
-        walls.enter(settings["visible"], settings["hidden"])
-    if settings["walls"] != "none":
-        walls.become_nobody()
+    if settings["isolation"] == "namespaces":
+        isolation.enter(settings["visible"], settings["hidden"])
+    if settings["isolation"] != "none":
+        isolation.become_nobody()
         seccomp.program(linux.MACHINE, executes=True)
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
     gc.collect()
@@ -107,7 +107,7 @@ def _supervise(fds: list[int], settings: dict[str, Any], watch: Watch) -> dict[s
     settings: `cells` is the largest number of cells of a session; 0 for a program.
     """
     started = time.monotonic()
-    if settings["walls"] == "none":
+    if settings["isolation"] == "none":
         # No mount namespace removes the program's folder when it ends.
         settings = {**settings, "scratch": tempfile.mkdtemp(dir=settings["scratch"])}
     told, tell = os.pipe()
@@ -120,13 +120,13 @@ def _supervise(fds: list[int], settings: dict[str, Any], watch: Watch) -> dict[s
         text = reader.read()
     os.waitpid(launcher, 0)
     if not text.isdigit():
-        if settings["walls"] == "none":
+        if settings["isolation"] == "none":
             shutil.rmtree(settings["scratch"], ignore_errors=True)
-        return {"refused": text or "the child that builds a program's walls died"}
+        return {"refused": text or "the child that isolates a program died"}
     program = int(text)
     over_time, waited_s = watch(program)
     _, status, usage = os.wait4(program, 0)
-    if settings["walls"] == "none":
+    if settings["isolation"] == "none":
         _end_orphans()
         shutil.rmtree(settings["scratch"], ignore_errors=True)
     return {
@@ -179,7 +179,8 @@ def _attend(channel: socket.socket, settings: dict[str, Any], program: int) -> t
 
     The order `cell W` starts the limits of a cell: CPU time, and W seconds of wall-clock time
     without its waits for a CPU. `rest` ends them; the CPU time is limited between cells too. A cell
-    over a limit is interrupted, and if it goes on, the session is killed. `kill` ends the session.
+    over a limit is interrupted, and if it still runs, the session is killed. `kill` ends the
+    session.
     """
     watched = os.pidfd_open(program)
     over, kill_at = ("", 0.0), math.inf
@@ -240,9 +241,9 @@ def _launch(fds: list[int], tell: int, settings: dict[str, Any]) -> NoReturn:
         os.setsid()
         with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write("1000")
-        if settings["walls"] != "none":
-            walls.enter_user_namespace(os.geteuid(), os.getegid())
-            walls.hide_and_make_scratch(settings["scratch_mib"], settings["scratch_entries"])
+        if settings["isolation"] != "none":
+            isolation.enter_user_namespace(os.geteuid(), os.getegid())
+            isolation.hide_and_make_scratch(settings["scratch_mib"], settings["scratch_entries"])
         program = os.fork()
         if program == 0:
             _become_program(fds, settings)
@@ -265,7 +266,7 @@ def _become_program(fds: list[int], settings: dict[str, Any]) -> NoReturn:
         os.closerange(FDS, 1 << 16)
         os.chdir(settings["scratch"])
         _set_limits(settings)
-        _give_up_rights(settings["walls"])
+        _give_up_rights(settings["isolation"])
         status = harness.serve() if settings["cells"] else harness.run()
     except BaseException as error:
         os.write(2, f"sandbox: {type(error).__name__}: {error}\n".encode())
@@ -296,7 +297,7 @@ def _give_up_rights(kind: str) -> None:
         linux.drop_capabilities()
     linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
     try:
-        # Without walls, other programs of the host would run with the user's files.
+        # Without isolation, other programs of the host would run with the user's files.
         linux.set_seccomp_filter(seccomp.program(linux.MACHINE, executes=kind != "none"))
     except (OSError, KeyError):
         # Without isolation, the filter is optional.
