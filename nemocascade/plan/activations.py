@@ -9,10 +9,12 @@ saved-tensor hooks.
 
 from __future__ import annotations
 
+from nemocascade.megatron.context import MOST_GATHERED
 from nemocascade.megatron.layers.attention_core import SHORT_DOCUMENT
 from nemocascade.megatron.workspace import SCAN_CHUNK, head_bytes, scan_bytes
+from nemocascade.plan.expert_rows import expert_rows
 from nemocascade.plan.job import Job
-from nemocascade.plan.segments import crossed_segments
+from nemocascade.plan.segments import crossed_segments, scan_rounds
 from nemocascade.recipe import ParallelConfig
 
 Terms = dict[str, float]
@@ -31,7 +33,7 @@ class Activations:
 
     def layer(self, symbol: str) -> Terms:
         """Bytes that a layer keeps; with recomputation, only its input and the routing."""
-        if self.job.engine.recompute:
+        if symbol in self.job.engine.recomputed:
             chosen = self.rows * self.model.experts_per_token * 4 if symbol == "E" else 0.0
             return {"layer input": self.stream, "routing": chosen}
         return self.full_layer(symbol)
@@ -51,22 +53,29 @@ class Activations:
             "Mamba output": tokens * inner * self.width,
         }
         if self.cut.exchanges:
-            # States of all segments, and their sums. Rows of documents that go on are copied.
-            states = 2 * self.parallel.cp + self.cut.folded + self.cut.entering
-            terms["Mamba borders"] = states * inner * m.mamba_state * 4
-            terms["Mamba borders"] += self.cut.left * m.mamba_in_proj / tp * self.width
-        if self.cut.entering:
-            # A mixer with initial states runs again in backward, and keeps only its inputs.
+            terms["Mamba borders"] = self._border_states() * inner * m.mamba_state * 4
+        # Rows of continued documents run again in backward, and keep only their inputs.
+        tokens -= self.cut.entered
+        if not tokens:
             return terms
-        if self.job.on_gpu and self.job.fla:
+        if self.job.on_gpu and self.job.mixer == "fla":
             terms["Mamba scan"] = tokens * inner * self.width
-        elif self.job.on_gpu:
-            # On a CPU the C++ scan recomputes the states.
+        elif self.job.on_gpu and self.job.mixer == "torch":
+            # Triton's kernels, and C++ on a CPU, compute the states again.
             per_document = -(-self.job.document_length // SCAN_CHUNK) - 1
             # Chunks of a document that are followed by another chunk of it.
             chunks = per_document * tokens / self.job.document_length
             terms["Mamba states"] = chunks * inner * m.mamba_state * 4
         return terms
+
+    def _border_states(self) -> int:
+        """States that a mixer keeps of its own segments and of others."""
+        cut = self.cut
+        if self.parallel.cp > MOST_GATHERED:
+            # In each round of the scan, those that arrive and their sums.
+            return 4 * scan_rounds(cut.longest) + cut.entering
+        # Those of all segments, and their sums.
+        return 2 * self.parallel.cp + cut.folded + cut.entering
 
     def _attention(self) -> Terms:
         m, tokens, tp = self.model, self.tokens, self.parallel.tp
@@ -123,17 +132,28 @@ class Activations:
         m, p = self.model, self.parallel
         gates = 2 if m.activation == "swiglu" else 1
         hidden = m.expert_width / p.etp * gates * self.width
+        if self.job.engine.experts == "fp8" and not self.job.on_gpu:
+            # The definition keeps rows, pre-activations and activations in float32.
+            hidden = 4 * (m.hidden_size + m.expert_width / p.etp * (gates + 1))
         if p.ep * p.etp == 1:
             return {"experts": slots * hidden}
         arrived = slots * p.etp * self.job.imbalance
         # A GPU gathers the rows by the routing; a CPU keeps an index.
         index = 0.0 if self.job.on_gpu else slots * p.etp * 8
+        # Routings of tokens to nodes, of pairs to experts, and the pairs' weights with their mask.
+        index += self._pairs() * (4 * 4 + m.experts_per_token * (4 * 4 + 1))
         return {
             "experts": arrived * hidden,
             "dispatch": arrived * (m.hidden_size * self.width + 4 * 4)
             + index
             + slots * m.hidden_size * self.width,
         }
+
+    def _pairs(self) -> float:
+        """Rows of the micro-batch's tokens, one for each node of their experts; 0 on one node."""
+        job = self.job
+        rows = expert_rows(self.model, self.parallel, job.gpu.per_node, job.engine.expert_exchange)
+        return self.rows * rows.pairs
 
     def embedding(self) -> Terms:
         """Bytes of the first stage: the token ids."""
@@ -146,11 +166,19 @@ class Activations:
         return {"final norm": self.stream + 4 * self.rows, "LM head gradient": whole}
 
     def head_peak(self) -> float:
-        """Peak bytes of the loss: gathered hidden states and the current chunks of logits."""
-        tp, tokens = self.parallel.tp, self.tokens
-        gathered = tokens * self.model.hidden_size * self.width if tp > 1 else 0.0
-        logits = head_bytes(self.model, tokens, self.width, tp=tp, on_gpu=self.job.on_gpu)
-        return gathered + self.stream + logits
+        """Peak bytes of the loss: gathered hidden states and the current chunks of logits. An exact
+        divergence also has the states of a teacher's rows, and a copy of the student's."""
+        tp, tokens, exact = self.parallel.tp, self.tokens, self.job.exact_teachers > 0
+        hidden = tokens * self.model.hidden_size * self.width
+        logits = head_bytes(
+            self.model, tokens, self.width, tp=tp, on_gpu=self.job.on_gpu, heads=1 + exact
+        )
+        return hidden * ((tp > 1) + 2 * exact) + self.stream + logits
+
+    def teacher_heads(self) -> float:
+        """Bytes of the teachers' LM heads on the last stage, which an exact divergence needs."""
+        head = self.model.vocab_size * self.model.hidden_size / self.parallel.tp * self.width
+        return self.job.exact_teachers * head
 
     def backward_peak(self, symbol: str) -> float:
         """Peak bytes of one layer's backward, with all that the layer keeps.
@@ -178,14 +206,33 @@ class Activations:
         if not self.job.on_gpu:
             return [everything + gradient]
         job, tp = self.job, self.parallel.tp
-        scratch: float = scan_bytes(self.model, job.tokens, self.width, tp=tp, fla=job.fla)
         if self.cut.entering:
-            # The convolution in float32, its output, two gradients of that, and y's.
-            scratch += self.tokens * self.model.mamba_channels / tp * (2 * 4 + 3 * self.width)
-            gradient = terms["Mamba output"]
-            return [everything + gradient + scratch]
+            return [everything + self._entering_scratch()]
+        scratch: float = scan_bytes(self.model, job.tokens, self.width, tp=tp, backend=job.mixer)
         # In torch the workspace holds the projection's gradient.
-        return [everything + scratch + (gradient if job.fla else 0.0)]
+        return [everything + scratch + (0.0 if job.mixer == "torch" else gradient)]
+
+    def _entering_scratch(self) -> float:
+        """Temporary bytes of a mixer some of whose rows continue documents, in its backward."""
+        job, tp = self.job, self.parallel.tp
+        m = self.model
+        # A segment's new documents and the continued one are computed one after the other.
+        scratch: float = scan_bytes(m, job.tokens // 2, self.width, tp=tp, backend=job.mixer)
+        if job.mixer == "triton":
+            # Beside the gradient of the projection's output, two of a segment's rows: of the state
+            # that it passes on, and of that state's decay.
+            return scratch + 2 * job.tokens * m.mamba_in_proj / tp * self.width
+        run = self.cut.entered / self.cut.entering
+        others = self.cut.entered - run
+        # The convolution in float32 and its output; two gradients of that, and y's.
+        scratch += run * m.mamba_channels / tp * (2 * 4 + 3 * self.width)
+        # The gradient of the projection's output, so far.
+        scratch += others * m.mamba_in_proj / tp * self.width
+        if "M" in job.engine.recomputed:
+            # Other runs of rows wait with their convolutions, and the gated norm in float32.
+            waiting = m.mamba_channels * (2 * 4 + self.width) + m.mamba_inner * 6 * 4
+            scratch += others * waiting / tp
+        return scratch
 
     def _attention_moments(self, terms: Terms) -> list[float]:
         everything = sum(terms.values())
@@ -196,7 +243,7 @@ class Activations:
         core = everything + query + inputs + sums
         if self.cut.exchanges:
             # Gradients of the whole pack's keys and values, before their sum over the ranks.
-            core += (inputs - query) * self.job.capacity / self.cut.keys
+            core += (inputs - query) * self.job.capacity / self.cut.keys * 4 / self.width
         projection = everything - terms["attention output"] + inputs + self._whole()
         return [core, projection]
 
@@ -213,14 +260,27 @@ class Activations:
         columns = m.expert_width / p.etp
         moments = [sum(terms.values()) + shared + self._whole()] if shared else []
         # The shared expert runs backward first and leaves the gradient of its input. The experts'
-        # activation is computed again beside its gradient; the rows of x follow, and their sum.
+        # activation is computed again beside its gradient; the rows of x follow. Rows that arrived
+        # have one expert each: Triton's bf16 products need no sum of theirs.
         experts = sum(terms.values()) - shared + (self.stream if shared else 0.0)
-        experts += arrived * columns * (gates + 1) * self.width
-        experts += arrived * m.hidden_size * self.width
+        if self.job.engine.experts == "fp8":
+            experts += self._fp8_copies(arrived, columns, gates)
+        else:
+            experts += arrived * columns * (gates + 1) * self.width
+        experts += (arrived + self._pairs()) * m.hidden_size * self.width
         experts += self.stream + self.rows * m.num_experts * 4
-        if p.ep * p.etp > 1:
+        if p.ep * p.etp > 1 and not (self.job.on_gpu and self.job.engine.experts == "bf16"):
             experts += arrived * m.hidden_size * self.width
         return [*moments, experts]
+
+    def _fp8_copies(self, arrived: float, columns: float, gates: int) -> float:
+        """Bytes of e4m3 copies beside the gradient of the experts' rows: of the gradient of h, with
+        a scale for 128 values, and of w_up. On a CPU, of the gradients of h and act(h)."""
+        if not self.job.on_gpu:
+            return arrived * columns * (gates + 1) * 4
+        m, p = self.model, self.parallel
+        width = gates * -(-columns // 128) * 128
+        return width * (arrived * (1 + 4 / 128) + m.num_experts / p.ep * m.hidden_size)
 
 
 def in_flight(parallel: ParallelConfig, pp_rank: int, microbatches: int) -> float:

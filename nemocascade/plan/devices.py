@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,8 +17,10 @@ import torch.distributed as dist
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.findings import Preflight
 from nemocascade.plan.gpus import GPUS, Gpu
+from nemocascade.plan.hosts import check_hosts
 from nemocascade.plan.job import Job, job_of_recipe
 from nemocascade.plan.memory import GIB
+from nemocascade.runtime.launcher import local_rank, ranks_of_node
 from nemocascade.runtime.world import World
 
 # Below this share of its ceiling, a device or link is throttled, shared or misconfigured.
@@ -32,12 +35,11 @@ def this_gpu() -> Gpu:
     memory is divided among the ranks of the node.
     """
     if not torch.cuda.is_available():
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        memory = psutil.virtual_memory().total / GIB / ranks
+        memory = psutil.virtual_memory().total / GIB / ranks_of_node()
         return replace(GPUS["cpu"], memory_gib=memory)
-    properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
+    properties = torch.cuda.get_device_properties(local_rank())
     name = properties.name.lower()
-    unknown = replace(GPUS["a100-80gb"], name=name)
+    unknown = replace(GPUS["a100-80gb"], name=name, fp8_experts=properties.major == 9)
     known = next((g for key, g in GPUS.items() if key.split("-")[0] in name), unknown)
     return replace(known, memory_gib=properties.total_memory / GIB)
 
@@ -51,16 +53,17 @@ def job_here(recipe: Any, world_size: int) -> Job | None:
 
 
 def check_together(recipe: Any, world: World) -> Preflight:
-    """Check devices and collectives on all ranks."""
+    """Check hosts, devices and collectives on all ranks."""
     job = job_here(recipe, world.size)
-    return Preflight() if job is None else online(world, job)
+    return Preflight() if job is None else online(world, job, Path(recipe.run_dir))
 
 
-def online(world: World, job: Job) -> Preflight:
-    """Check the device and the collectives of a started job. Every rank calls it and gets the
-    problems of all ranks."""
+def online(world: World, job: Job, run_dir: Path) -> Preflight:
+    """Check the hosts, the device and the collectives of a started job. Every rank calls it and
+    gets the problems of all ranks."""
     started = time.perf_counter()
     found = Preflight()
+    check_hosts(world, job, run_dir, found)
     check_device(world, job, found)
     check_axes(world, job, found)
     elsewhere = world.all_gather_object((found.problems, found.warnings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -25,10 +25,17 @@ class CheckResult:
 
 @dataclass
 class Preflight:
-    """All findings of a job."""
+    """All findings of a job. prefix: of the names of checks. show: is called with the line of each
+    finding as soon as it is there."""
 
     findings: list[CheckResult] = field(default_factory=list)
     seconds: float = 0.0
+    prefix: str = ""
+    show: Callable[[str], None] | None = None
+
+    def part(self, name: str) -> Preflight:
+        """Findings of a part of the job, which are recorded here under its name."""
+        return Preflight(self.findings, prefix=f"{self.prefix}{name}: ", show=self.show)
 
     @property
     def problems(self) -> list[str]:
@@ -42,9 +49,14 @@ class Preflight:
         self, check: str, problems: list[str], measured: str = "", warnings: Sequence[str] = ()
     ) -> None:
         """Record a check with all its problems and warnings."""
-        found = [CheckResult(check, p, measured) for p in problems]
-        found += [CheckResult(check, "", measured, w) for w in warnings]
-        self.findings += found or [CheckResult(check, "", measured)]
+        name = self.prefix + check
+        found = [CheckResult(name, p, measured) for p in problems]
+        found += [CheckResult(name, "", measured, w) for w in warnings]
+        found = found or [CheckResult(name, "", measured)]
+        self.findings += found
+        if self.show is not None:
+            for each in found:
+                self.show(each.line())
 
     @contextmanager
     def guarded(self, check: str) -> Iterator[None]:
@@ -56,10 +68,13 @@ class Preflight:
 
     def text(self) -> str:
         """Readable report, one line for each check."""
-        lines = [f.line() for f in self.findings]
+        return "\n".join(["preflight:", *(f.line() for f in self.findings), self.conclusion()])
+
+    def conclusion(self) -> str:
+        """Number of problems, and the time."""
         count = len(self.problems)
         end = f"{count} problem(s)" if count else "all checks passed"
-        return "\n".join(["preflight:", *lines, f"{end} in {self.seconds:.1f} s"])
+        return f"{end} in {self.seconds:.1f} s"
 
     def as_json(self) -> str:
         """JSON report."""

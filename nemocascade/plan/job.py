@@ -6,18 +6,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nemocascade.megatron.artifact import artifact_model, read_artifact
-from nemocascade.megatron.workspace import scan_problems
+from nemocascade.megatron.generation.kv_cache import MOST_SLOTS
+from nemocascade.megatron.workspace import MixerBackend, planned_mixer, scan_problems
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.gpus import Gpu
 from nemocascade.plan.parameters import Place, StateBytes, state_bytes
+from nemocascade.plan.workload import RolloutAssumptions, StepWork, work_of_recipe
 from nemocascade.recipe import (
     PRESETS,
+    CheckpointConfig,
     EngineConfig,
     ModelConfig,
     MoeTrainingConfig,
     OptimizerConfig,
     ParallelConfig,
+    PolicyRecipe,
     RolloutParallelConfig,
 )
 
@@ -26,15 +29,25 @@ from nemocascade.recipe import (
 class RolloutLoad:
     """Rollouts on the training ranks: concurrent sequences over the whole world, and their length.
 
-    Attention caches keys and values of every token; a Mamba layer keeps one state a sequence.
-    parallel: layout of generation. offload: gradients and optimizer state are not on the device
-    meanwhile.
+    slots: of a replica. length: of the longest. prompt: of the longest prompt. live: mean cached
+    tokens of a sequence, if fewer, because the KV cache has blocks. chunk: tokens of a
+    sequence that are prefilled at a time; 0 = all. parallel: layout of generation. offload:
+    gradients and optimizer state are not on the device meanwhile. is_open: memory decides the
+    number of slots, and `slots` is its limit. kv_gib, kv_memory_fraction: memory of the caches, see
+    `RolloutConfig`.
     """
 
     sequences: int = 0
+    slots: int = 0
     length: int = 0
+    prompt: int = 0
+    live: float = 0.0
+    chunk: int = 0
     parallel: RolloutParallelConfig = field(default_factory=RolloutParallelConfig)
     offload: bool = False
+    is_open: bool = False
+    kv_gib: float = 0.0
+    kv_memory_fraction: float = 0.8
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,8 @@ class Job:
     ranks. document: length of the documents that fill a micro-batch. imbalance: rows of the
     busiest experts' rank over the mean. teachers: further copies of the weights on each rank's
     device, in the run's precision. margin: share of the device's memory left for fragmentation
-    and communication buffers. fla: the Mamba scan is fla-core's.
+    and communication buffers. mixer: backend of Mamba-2 on a GPU. work: a step of rollouts; it has
+    as many packs as its sequences need, rounded up for each layout.
     """
 
     model: ModelConfig
@@ -62,7 +76,9 @@ class Job:
     teachers: int = 0
     rollout: RolloutLoad = RolloutLoad()
     margin: float = 0.08
-    fla: bool = True
+    mixer: MixerBackend = "triton"
+    work: StepWork | None = None
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
     def on_gpu(self) -> bool:
@@ -77,6 +93,11 @@ class Job:
     def tokens(self) -> int:
         """Tokens of a micro-batch on one context-parallel rank."""
         return self.capacity // self.parallel.cp
+
+    @property
+    def exact_teachers(self) -> int:
+        """Teachers of an exact divergence: their LM heads are on the device with the student's."""
+        return self.work.teachers if self.work is not None and self.work.exact else 0
 
     @property
     def replicas(self) -> int:
@@ -98,8 +119,13 @@ class Job:
         )
         if not found and self.rollout.sequences:
             found = self.rollout.parallel.problems(self.parallel, self.model, self.world_size)
-        if not found and self.on_gpu and self.fla and "M" in self.model.pattern:
+        if not found and self.on_gpu and self.mixer == "fla" and "M" in self.model.pattern:
             found = scan_problems(self.model, self.tokens, tp=self.parallel.tp)
+        if self.engine.experts == "fp8" and not self.gpu.fp8_experts:
+            found.append(
+                f"engine.experts(fp8) needs Hopper GPUs, and the job has {self.gpu.name}: set "
+                "--engine.experts bf16"
+            )
         return found
 
     def state(self, place: Place) -> StateBytes:
@@ -107,19 +133,29 @@ class Job:
         return state_bytes(
             self.model,
             # It depends on dp x cp only, so layouts that divide it differently share the result.
-            replace(self.parallel, cp=1),
+            self.parallel if self.parallel.cp == 1 else replace(self.parallel, cp=1),
             self.world_size,
             place,
             precision=self.engine.precision,
             moe=self.moe,
             optimizer=self.optimizer,
             on_gpu=self.on_gpu,
+            gradients_in=self.engine.gradients,
         )
 
-    def with_layout(self, parallel: ParallelConfig, *, recompute: bool) -> Job:
+    def with_layout(
+        self, parallel: ParallelConfig, *, recompute: bool, recompute_layers: str = ""
+    ) -> Job:
         """The same job on another layout."""
-        engine = replace(self.engine, recompute=recompute)
-        return replace(self, parallel=parallel, engine=engine)
+        engine, wanted = self.engine, (recompute, recompute_layers)
+        if (engine.recompute, engine.recompute_layers) != wanted:
+            engine = replace(engine, recompute=recompute, recompute_layers=recompute_layers)
+        if self.work is None:
+            return replace(self, parallel=parallel, engine=engine)
+        multiple = max(1, parallel.data_parallel(self.world_size))
+        multiple *= parallel.pp if parallel.vpp > 1 else 1
+        packs = -(-self.work.packs(self.capacity) // multiple) * multiple
+        return replace(self, parallel=parallel, engine=engine, sequences_per_step=packs)
 
 
 def is_scan_problem(problems: list[str]) -> bool:
@@ -134,34 +170,64 @@ def job_of_recipe(
     *,
     preset: str = "",
     model: ModelConfig | None = None,
+    assumed: RolloutAssumptions | None = None,
     **options: Any,
 ) -> Job:
     """The job that `recipe` describes; options are further fields of Job.
 
     preset: model preset for a recipe whose start artifact does not exist yet. model: the same, if
-    it is known from earlier stages.
+    it is known from earlier stages. document: 0 = the length of the recipe's sequences.
 
-    A reinforcement-learning recipe trains packed episodes. It is planned with the packs that
-    episodes of the largest size need, and with the concurrent sequences of its rollout settings.
+    A reinforcement-learning recipe trains packed episodes. It is planned with the packs that its
+    sequences need on average, and with the concurrent sequences of its rollout settings. assumed:
+    about its rollouts.
 
     Raises PlanError if the recipe names neither a model nor an artifact that defines one.
     """
     known: dict[str, Any] = {
-        name: getattr(recipe, name) for name in ("parallel", "engine", "moe", "optimizer")
+        name: getattr(recipe, name)
+        for name in ("parallel", "engine", "moe", "optimizer", "checkpoint")
     }
-    known["fla"] = recipe.engine.fla != "off"
-    known |= {"model": model or _model_of(recipe, preset), "gpu": gpu, "world_size": world_size}
+    model = model or _model_of(recipe, preset)
+    known |= {"model": model, "gpu": gpu, "world_size": world_size}
+    known["mixer"] = planned_mixer(model, recipe.engine)
     if hasattr(recipe, "data"):
         known |= {n: getattr(recipe.data, n) for n in ("capacity", "sequences_per_step")}
     else:
-        r, dp = recipe.rollout, max(1, recipe.parallel.data_parallel(world_size))
-        replicas = max(1, r.parallel.layout(recipe.parallel).data_parallel(world_size))
-        longest = r.max_prompt_tokens + r.max_response_tokens
-        episodes = r.prompts_per_step * r.rollouts_per_prompt
-        packs = -(-episodes * longest // recipe.capacity // dp) * dp
-        known |= {"capacity": recipe.capacity, "sequences_per_step": max(dp, packs)}
-        known["rollout"] = RolloutLoad(r.slots * replicas, longest, r.parallel, r.offload)
-    return Job(**known | options)
+        work = work_of_recipe(recipe, assumed or RolloutAssumptions())
+        known |= {"capacity": recipe.capacity, "sequences_per_step": 1, "work": work}
+        known["document"] = min(recipe.capacity, int(work.lengths.token_mean(work.prompt)))
+        known["rollout"] = _load(recipe, work, world_size)
+    if not options.get("document"):
+        options.pop("document", None)
+    made = Job(**known | options)
+    return made.with_layout(
+        recipe.parallel,
+        recompute=recipe.engine.recompute,
+        recompute_layers=recipe.engine.recompute_layers,
+    )
+
+
+def _load(recipe: PolicyRecipe, work: StepWork, world_size: int) -> RolloutLoad:
+    """Rollouts on the training ranks; none if servers generate."""
+    r = recipe.rollout
+    if r.engine == "server":
+        return RolloutLoad()
+    replicas = max(1, r.parallel.layout(recipe.parallel).data_parallel(world_size))
+    slots = r.slots or min(MOST_SLOTS, -(-work.rollouts // replicas))
+    return RolloutLoad(
+        sequences=min(slots * replicas, work.rollouts),
+        slots=slots,
+        length=r.max_prompt_tokens + r.max_response_tokens,
+        live=work.live_tokens,
+        chunk=r.prefill_chunk,
+        parallel=r.parallel,
+        offload=r.offload,
+        is_open=not r.slots,
+        prompt=r.max_prompt_tokens,
+        kv_gib=r.kv_gib,
+        kv_memory_fraction=r.kv_memory_fraction,
+    )
 
 
 def _model_of(recipe: Any, preset: str) -> ModelConfig:
@@ -178,4 +244,7 @@ def _model_of(recipe: Any, preset: str) -> ModelConfig:
             f"the recipe takes its model from init_from({recipe.init_from!r}), which is no "
             "artifact folder: name one, or say --model with a preset to plan ahead"
         )
+    # Imported here: Megatron-Core takes 3 s, and a recipe with a model of its own needs none.
+    from nemocascade.megatron.artifact import artifact_model, read_artifact
+
     return artifact_model(read_artifact(folder))

@@ -78,8 +78,22 @@ def place_of(rank: int, parallel: ParallelConfig, world_size: int) -> Place:
 
 def stage_chunks(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[str]:
     """Layers of a pipeline rank, as a pattern for each of its vpp chunks."""
-    pieces = parallel.layout(model.pattern).split("|")
-    return pieces[pp_rank :: parallel.pp]
+    chunks = parallel.layout(model.pattern).split("|")
+    return chunks[pp_rank :: parallel.pp]
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def stage_kinds(layout: str, pp: int) -> list[tuple[int, list[tuple[str, int]]]]:
+    """A pipeline rank of each kind, with its number of layers of each symbol: most ranks have the
+    same layers. The last rank, which has the LM head, comes last. layout: with `|` between chunks.
+    """
+    chunks = layout.split("|")
+    ranks: dict[str, int] = {}
+    for rank in range(pp - 1):
+        ranks.setdefault("".join(chunks[rank::pp]), rank)
+    found = [(rank, layers) for layers, rank in ranks.items()]
+    found.append((pp - 1, "".join(chunks[pp - 1 :: pp])))
+    return [(rank, [(s, layers.count(s)) for s in sorted(set(layers))]) for rank, layers in found]
 
 
 def stage_parameters(
@@ -178,11 +192,12 @@ def state_bytes(
     moe: MoeTrainingConfig,
     optimizer: OptimizerConfig,
     on_gpu: bool,
+    gradients_in: str = "fp32",
 ) -> StateBytes:
     """Persistent bytes of the rank at `place`, from the first step to the last.
 
     on_gpu: gradients are reduced during backward, which splits the buffers of the first stage into
-    buckets, each with its own padding.
+    buckets, each with its own padding. gradients_in: `EngineConfig.gradients`.
     """
     dp = world_size // (parallel.tp * parallel.pp)
     expert_dp = world_size // (parallel.etp * parallel.ep * parallel.pp)
@@ -204,7 +219,7 @@ def state_bytes(
                 padded = owned = sum(p.numel for p in buffer)
             main = _MAIN_BYTES if width < _MAIN_BYTES else 0
             weights += padded * width
-            gradients += padded * _GRADIENT_BYTES
+            gradients += padded * (width if gradients_in == "bf16" else _GRADIENT_BYTES)
             states += owned * (main + _MOMENT_BYTES)
     # Selection bias and load of each router, float32.
     buffers = routers * 2 * 4 * model.num_experts

@@ -11,95 +11,78 @@ import os
 import shutil
 import socket
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import tyro
-
+from nemocascade.data.built import NO_TOKENIZER, open_built
+from nemocascade.data.documents import built_folder
+from nemocascade.data.readers import is_built
 from nemocascade.data.tokenizer import check_vocabulary, load_tokenizer
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import CheckpointError, latest_checkpoint
 from nemocascade.megatron.fake import build_on_meta, fake_world
+from nemocascade.megatron.world import FILES, raise_file_limit
 from nemocascade.plan.devices import job_here
 from nemocascade.plan.findings import Preflight
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import Job, is_scan_problem, job_of_recipe
-from nemocascade.plan.memory import GIB, available, every_rank
+from nemocascade.plan.memory import GIB, available, every_rank, shortage, urgency, with_slots
 from nemocascade.plan.parameters import stage_parameters
 from nemocascade.plan.search import nearest_fitting
-from nemocascade.recipe import ParallelConfig, StageRecipe
+from nemocascade.plan.settings import PreflightSettings
+from nemocascade.plan.sockets import OTHER_FILES, host_sockets
+from nemocascade.recipe import DataConfig, ParallelConfig, StageRecipe
+from nemocascade.recipe.envs import sandboxes
 from nemocascade.recipe.paths import named_paths
-from nemocascade.recipe.rules import Natural
-from nemocascade.runtime.world import world_size_of_environment
+from nemocascade.runtime.ray_cluster import cluster_problems
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.train.checkpointing import refused_changes
 
-
-@dataclass(frozen=True)
-class PreflightSettings:
-    """Check a recipe: settings, files, disk, tokenizer, start, memory, and a dry run of every rank.
-
-    Devices and collectives are checked by the job itself when it starts.
-    """
-
-    recipe: tyro.conf.Positional[str]
-    """Recipe script."""
-
-    ranks: Natural = 0
-    """World size; 0 = the launcher's, or 1 without one."""
-
-    gpu: str = "h200"
-    """A known accelerator, or a JSON file with the fields of nemocascade.plan.gpus.Gpu."""
-
-    model: str = ""
-    """Model preset, to check a recipe before its earlier stages have run; its start artifact is
-    then not checked."""
-
-    dry_run: bool = True
-    """Build every rank's model on the meta device."""
-
-    json: bool = False
-    """Print one JSON object."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks to check for."""
-        return self.ranks or world_size_of_environment()
+# Share of a step that ranks may wait for other pipeline stages without a warning.
+MOST_BUBBLE = 0.2
 
 
 def check_recipe(recipe: StageRecipe, settings: PreflightSettings, into: Preflight) -> None:
     """Run all checks of a recipe that need neither devices nor other ranks."""
     ranks, job = settings.world_size, None
     with into.guarded("model"):
-        job = job_of_recipe(recipe, find_gpu(settings.gpu), ranks, preset=settings.model)
-    checked = offline(recipe, job, ranks, dry_run=settings.dry_run, ahead=bool(settings.model))
-    into.findings += checked.findings
-    into.seconds = checked.seconds
+        job = with_slots(
+            job_of_recipe(recipe, find_gpu(settings.gpu), ranks, preset=settings.model)
+        )
+    offline(recipe, job, ranks, into, dry_run=settings.dry_run, ahead=bool(settings.model))
 
 
 def offline(
-    recipe: Any, job: Job | None, world_size: int, *, dry_run: bool, ahead: bool = False
-) -> Preflight:
-    """Checks that need neither devices nor other ranks. job: None if the recipe's model is unknown,
-    which is a finding already. ahead: earlier stages have not run, so their artifacts are not
-    checked."""
+    recipe: Any,
+    job: Job | None,
+    world_size: int,
+    found: Preflight,
+    *,
+    dry_run: bool,
+    ahead: bool = False,
+) -> None:
+    """Run the checks that need neither devices nor other ranks. job: None if the recipe's model is
+    unknown, which is a finding already. ahead: earlier stages have not run, so their artifacts are
+    not checked."""
     started = time.perf_counter()
-    found = Preflight()
     check_settings(recipe, world_size, found)
     check_files(recipe, found)
+    check_limits(recipe, world_size, found)
     if not ahead:
         check_start(recipe, found)
         check_artifacts(recipe, found)
     check_servers(recipe, found)
+    check_workers(recipe, found)
     check_tokenizer(recipe, found)
+    check_data(recipe, found)
     if job is not None:
         check_disk(job, recipe, found)
         check_memory(job, found)
+        check_layout(job, found)
         if dry_run:
             check_dry_run(job, found)
-    found.seconds = time.perf_counter() - started
-    return found
+    found.seconds += time.perf_counter() - started
 
 
 def problems_before(recipe: Any, world_size: int) -> list[str]:
@@ -107,6 +90,7 @@ def problems_before(recipe: Any, world_size: int) -> list[str]:
     found = Preflight()
     check_settings(recipe, world_size, found)
     check_files(recipe, found)
+    check_limits(recipe, world_size, found)
     job = None if found.problems else job_here(recipe, world_size)
     if job is not None:
         check_disk(job, recipe, found)
@@ -122,7 +106,14 @@ def check_settings(recipe: Any, world_size: int, into: Preflight) -> None:
 def check_files(recipe: Any, into: Preflight) -> None:
     """Check that every file that the recipe names exists, and that its folders can be written."""
     with into.guarded("data files"):
-        paths = list(named_paths(recipe, "input"))
+        # A built folder replaces its rows, which may be elsewhere.
+        data = getattr(recipe, "data", None)
+        built = isinstance(data, DataConfig) and any(map(is_built, data.path))
+        paths = [
+            (name, path)
+            for name, path in named_paths(recipe, "input")
+            if not (built and name == "data.non_thinking_path")
+        ]
         missing = [
             f"{name}: {path} does not exist: mend --{_option(name)}"
             for name, path in paths
@@ -136,6 +127,26 @@ def check_files(recipe: Any, into: Preflight) -> None:
             if not os.access(parent := _existing(path), os.W_OK)
         ]
         into.add("run folder", problems, str(getattr(recipe, "run_dir", "")))
+
+
+def check_limits(recipe: Any, world_size: int, into: Preflight) -> None:
+    """Check that a rank may open as many files as it needs, after its own limit is raised. Skipped
+    if the settings are wrong."""
+    if into.problems:
+        return
+    with into.guarded("open files"):
+        parallel = recipe.parallel
+        rollout = getattr(recipe, "rollout", None)
+        layout = parallel if rollout is None else rollout.parallel.layout(parallel)
+        sockets = host_sockets(world_size, parallel, layout)
+        limit = raise_file_limit()
+        text = (
+            f"the hard limit of open files is {limit}: raise it with `ulimit -n {FILES}` before "
+            "the launcher, in limits.conf (nofile), or in LimitNOFILE of slurmd"
+        )
+        problems = [text] * (limit < sockets + OTHER_FILES)
+        warnings = [text] * (not problems and limit < FILES)
+        into.add("open files", problems, f"{limit}, of which {sockets} sockets", warnings)
 
 
 def check_artifacts(recipe: Any, into: Preflight) -> None:
@@ -162,6 +173,15 @@ def check_servers(recipe: Any, into: Preflight) -> None:
             if (reason := _unreachable(url))
         ]
         into.add("servers", [], f"{len(urls)} named", warnings)
+
+
+def check_workers(recipe: Any, into: Preflight) -> None:
+    """Check that Ray clusters which run programs answer, and that the versions are this host's."""
+    with into.guarded("workers"):
+        named = {found.ray for found in sandboxes(recipe) if found.workers == "ray"}
+        checked = [cluster_problems(settings) for settings in sorted(named, key=repr)]
+        problems = [problem for found, _ in checked for problem in found]
+        into.add("workers", problems, "; ".join(text for _, text in checked) or "local")
 
 
 def _unreachable(url: str) -> str:
@@ -247,6 +267,22 @@ def check_tokenizer(recipe: Any, into: Preflight) -> None:
         into.add("tokenizer", [], f"{tokenizer.vocab_size} ids")
 
 
+def check_data(recipe: Any, into: Preflight) -> None:
+    """Check that a built folder of data is complete, unchanged, and of the recipe's settings."""
+    data = getattr(recipe, "data", None)
+    if not isinstance(data, DataConfig) or not any(map(is_built, data.path)):
+        return
+    with into.guarded("data index"):
+        path = recipe.tokenizer.path or (
+            recipe.init_from and read_artifact(Path(recipe.init_from)).tokenizer_path
+        )
+        folder = built_folder(data.path)
+        if not path or folder is None:
+            raise DataError(NO_TOKENIZER)
+        found = open_built(folder, data, load_tokenizer(path), seed=recipe.seed, check=True)
+        into.add("data index", [], f"{len(found):,} documents in {folder}")
+
+
 def check_memory(job: Job, into: Preflight) -> None:
     """Check that no rank needs more memory than its device has."""
     if found := job.problems():
@@ -256,24 +292,53 @@ def check_memory(job: Job, into: Preflight) -> None:
         return
     with into.guarded("memory"):
         ranks = every_rank(job)
-        worst = max(range(len(ranks)), key=lambda r: ranks[r].total)
+        worst = max(range(len(ranks)), key=lambda r: urgency(job, ranks[r]))
         need, have = ranks[worst].total, available(job)
         problems = []
-        if need > have:
+        if short := shortage(job, ranks[worst]):
             nearest = nearest_fitting(job)
             remedy = "no layout fits: use more ranks or a smaller capacity"
             if nearest is not None:
                 remedy = f"the nearest layout that fits is {nearest.describe()}"
             problems.append(
-                f"rank {worst} needs {need / GIB:.1f} GiB, a {job.gpu.name} gives "
-                f"{have / GIB:.1f}: {remedy}; --engine.preflight False starts all the same"
+                f"rank {worst} {short}: {remedy}; --engine.preflight False starts all the same"
             )
         into.add("memory", problems, f"{need / GIB:.1f} of {have / GIB:.1f} GiB on rank {worst}")
 
 
+def check_layout(job: Job, into: Preflight) -> None:
+    """Warn of a pipeline bubble above `MOST_BUBBLE`, and of replicas without a rollout."""
+    if job.problems():
+        return
+    with into.guarded("layout"):
+        p, warnings = job.parallel, []
+        waiting = (p.pp - 1) / p.vpp
+        bubble = waiting / (job.microbatches + waiting)
+        if bubble > MOST_BUBBLE:
+            warnings.append(
+                f"{bubble:.0%} of a step is pipeline bubble: pp({p.pp}) with {job.microbatches} "
+                f"micro-batches a step and vpp({p.vpp}): lower --parallel.pp or raise "
+                "--parallel.vpp"
+            )
+        found = f"bubble {bubble:.0%}"
+        if job.work is not None and job.rollout.sequences:
+            own = job.rollout.parallel.layout(p)
+            replicas = own.data_parallel(job.world_size)
+            idle = max(0, replicas - job.work.rollouts)
+            found += f", {replicas} generation replicas"
+            if idle:
+                warnings.append(
+                    f"{idle} of {replicas} generation replicas have no rollout, a step has "
+                    f"{job.work.rollouts}: raise --rollout.parallel.tp({own.tp}), or use fewer "
+                    "ranks"
+                )
+        into.add("layout", [], found, warnings)
+
+
 def check_dry_run(job: Job, into: Preflight) -> None:
-    """Build every rank's model on the meta device in a fake world of the job's size, and compare
-    its parameters with the planner's count."""
+    """Build the models of all ranks on the meta device in a fake world of the job's size, and
+    compare their parameters with the planner's count. Ranks that differ in their data-parallel
+    coordinate alone build the same, which is built once."""
     if job.problems():
         return
     started = time.perf_counter()
@@ -281,15 +346,21 @@ def check_dry_run(job: Job, into: Preflight) -> None:
     with into.guarded("dry run"):
         problems = []
         total = 0
+        made: dict[tuple[int, ...], int] = {}
         planned = [
             sum(q.numel for chunk in stage_parameters(job.model, p, job.moe, stage) for q in chunk)
             for stage in range(p.pp)
         ]
+        stage_ranks = job.world_size // p.pp
         for rank in range(job.world_size):
-            with fake_world(rank, job.world_size, p) as world:
-                chunks = build_on_meta(world, job.model, job.engine, job.moe)
-                built = sum(t.numel() for c in chunks for t in c.parameters())
-                listed = planned[world.pp_rank]
+            stage, inner = divmod(rank, stage_ranks)
+            # The tensor, expert-tensor and expert coordinates.
+            kind = (stage, inner % p.tp, inner % (p.etp * p.ep))
+            if kind not in made:
+                with fake_world(rank, job.world_size, p) as world:
+                    chunks = build_on_meta(world, job.model, job.engine, job.moe)
+                    made[kind] = sum(t.numel() for c in chunks for t in c.parameters())
+            built, listed = made[kind], planned[stage]
             total += built
             if built != listed:
                 problems.append(f"rank {rank} builds {built} parameters, the planner says {listed}")
@@ -297,6 +368,7 @@ def check_dry_run(job: Job, into: Preflight) -> None:
         into.add(
             "dry run",
             problems,
-            f"{job.world_size} ranks built on the meta device in {seconds:.1f} s, "
+            f"{job.world_size} ranks of {len(made)} kinds built on the meta device in "
+            f"{seconds:.1f} s, "
             f"{total / job.world_size / 1e9:.3f} B parameters a rank",
         )

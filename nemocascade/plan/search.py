@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nemocascade.plan.job import Job
-from nemocascade.plan.memory import GIB, Memory, available, worst_rank
+from nemocascade.plan.memory import Memory, fits, shortage, worst_rank
 from nemocascade.plan.timing import StepModel, StepTime
 from nemocascade.recipe import ModelConfig, ParallelConfig
 
@@ -29,7 +29,7 @@ class PricedLayout:
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= available(self.job)
+        return fits(self.job, self.memory)
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
@@ -41,7 +41,7 @@ class PricedLayout:
         parts = [f"{name} {getattr(p, name)}" for name in AXES]
         parts.append(f"dp {p.data_parallel(self.job.world_size)}")
         parts.append(f"capacity {self.job.capacity}")
-        parts.append("recompute" if e.recompute else "keep")
+        parts.append(e.recomputed_text)
         return " ".join(parts)
 
 
@@ -65,10 +65,15 @@ def legal_layouts(
     for capacity in capacities:
         sequences = job.sequences_per_step * job.capacity // capacity
         work = replace(job, capacity=capacity, sequences_per_step=sequences)
+        # Engines of both kinds, made once.
+        kept, again = (
+            replace(work, engine=replace(work.engine, recompute=r)) for r in (False, True)
+        )
         for p in _layouts(job.model, job.world_size, context):
-            if not replace(work, parallel=p).problems():
-                for recompute in (False, True):
-                    yield work.with_layout(p, recompute=recompute)
+            found = kept.with_layout(p, recompute=False)
+            if not found.problems():
+                yield found
+                yield again.with_layout(p, recompute=True)
 
 
 def _layouts(model: ModelConfig, world: int, context: Sequence[int]) -> Iterator[ParallelConfig]:
@@ -85,21 +90,41 @@ def _layouts(model: ModelConfig, world: int, context: Sequence[int]) -> Iterator
                         yield ParallelConfig(tp, pp, vpp, ep, etp, cp, layout)
 
 
-def best_plans(
+@dataclass(frozen=True)
+class FoundLayouts:
+    """Result of a search. best: the fastest layouts that fit, fastest first. excluded: the fastest
+    one that does not fit; None if all that are fast enough to be compared do."""
+
+    best: list[PricedLayout]
+    excluded: PricedLayout | None
+
+
+def search(
     job: Job, *, count: int = 10, longest: int = 0, context: Sequence[int] = CONTEXT_SIZES
-) -> list[PricedLayout]:
-    """The fastest layouts that fit, at most `count`, fastest first."""
+) -> FoundLayouts:
+    """Search the legal layouts for at most `count` that fit and are fastest."""
     best: list[PricedLayout] = []
+    excluded: PricedLayout | None = None
     for found in legal_layouts(job, longest=longest, context=context):
         model = StepModel(found)
         if len(best) == count and model.bound() > best[-1].time.total:
             continue
         memory = worst_rank(found)
-        if memory.total <= available(found):
+        if fits(found, memory):
             best.append(PricedLayout(found, memory, model.step()))
             best.sort(key=lambda plan: (plan.time.total, plan.memory.total))
             del best[count:]
-    return best
+        elif excluded is None or model.bound() < excluded.time.total:
+            slower = PricedLayout(found, memory, model.step())
+            excluded = min(excluded or slower, slower, key=lambda plan: plan.time.total)
+    return FoundLayouts(best, excluded)
+
+
+def best_plans(
+    job: Job, *, count: int = 10, longest: int = 0, context: Sequence[int] = CONTEXT_SIZES
+) -> list[PricedLayout]:
+    """The fastest layouts that fit, at most `count`, fastest first."""
+    return search(job, count=count, longest=longest, context=context).best
 
 
 def least_memory(job: Job, *, longest: int = 0) -> PricedLayout | None:
@@ -131,13 +156,12 @@ def faults(job: Job) -> list[str]:
     if problems:
         return problems
     plan = price(job)
-    if plan.fits:
-        return []
-    return [
-        f"the worst rank (stage {plan.memory.place.pp}) needs {plan.memory.total / GIB:.1f} GiB, "
-        f"a {job.gpu.name} gives {available(job) / GIB:.1f} GiB of {job.gpu.memory_gib:.0f} with "
-        f"a margin of {job.margin:.0%}: use a layout below"
-    ]
+    short = shortage(job, plan.memory)
+    return (
+        [f"the worst rank (stage {plan.memory.place.pp}) {short}: use a layout below"]
+        if short
+        else []
+    )
 
 
 def _divisors(number: int, largest: int) -> list[int]:
@@ -154,37 +178,37 @@ def _interleavings(model: ModelConfig, pp: int) -> list[int]:
 
 def _pipeline_layout(model: ModelConfig, pp: int, vpp: int) -> str:
     """Pipeline layout with nearly equal work; empty if the layers split evenly."""
-    pieces = pp * vpp
-    if model.num_layers % pieces == 0:
+    chunks = pp * vpp
+    if model.num_layers % chunks == 0:
         return ""
-    return balanced_layout(model.pattern, pieces)
+    return balanced_layout(model.pattern, chunks)
 
 
 @functools.cache
-def balanced_layout(pattern: str, pieces: int) -> str:
-    """The pattern split into `pieces` so that the heaviest piece is as light as possible.
+def balanced_layout(pattern: str, chunks: int) -> str:
+    """The pattern split into `chunks` so that the heaviest chunk is as light as possible.
 
     A MoE layer weighs three, other layers two: their shares of time in a hybrid model. The last
-    piece carries the LM head, which weighs four.
+    chunk carries the LM head, which weighs four.
     """
     weight = {"E": 3, "M": 2, "*": 2, "-": 2}
     sums = [0]
     for symbol in pattern:
         sums.append(sums[-1] + weight[symbol])
     count = len(pattern)
-    # best[k][i]: weight of the heaviest of k pieces that hold the first i layers.
-    best = [[math.inf] * (count + 1) for _ in range(pieces + 1)]
-    cut = [[0] * (count + 1) for _ in range(pieces + 1)]
+    # best[k][i]: weight of the heaviest of k chunks that hold the first i layers.
+    best = [[math.inf] * (count + 1) for _ in range(chunks + 1)]
+    cut = [[0] * (count + 1) for _ in range(chunks + 1)]
     best[0][0] = 0
-    for k in range(1, pieces + 1):
-        head = 4 if k == pieces else 0
+    for k in range(1, chunks + 1):
+        head = 4 if k == chunks else 0
         for i in range(k, count + 1):
             for j in range(k - 1, i):
                 heaviest = max(best[k - 1][j], sums[i] - sums[j] + head)
                 if heaviest < best[k][i]:
                     best[k][i], cut[k][i] = heaviest, j
     ends = [count]
-    for k in range(pieces, 0, -1):
+    for k in range(chunks, 0, -1):
         ends.append(cut[k][ends[-1]])
     ends.reverse()
     return "|".join(pattern[a:b] for a, b in itertools.pairwise(ends))

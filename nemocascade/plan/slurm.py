@@ -3,132 +3,45 @@
     nemocascade submit sft.py grpo.py --nodes 32 --partition gpu --time 24:00:00
 
 The script comes from a template, which a site may replace. Before the time limit Slurm signals the
-batch shell, which creates the file RUN/stop. The ranks save a checkpoint at the end of the step,
-and the job requeues itself. A run resumes from its newest checkpoint without further settings.
+batch shell, which creates the file RUN/stop. The ranks stop within seconds where rollouts are made,
+otherwise at the end of the step, and save a checkpoint. The job requeues itself, and a run resumes
+from its newest checkpoint without further settings.
+
+After any other end, the job starts the stage again on the same allocation: after a pause that
+doubles, without the nodes that the watchdog has named, and not after an error that would occur
+again, such as a recipe's. It gives up after `restarts` starts in a row without a further step.
 """
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from nemocascade.plan.errors import PlanError
-from nemocascade.recipe.rules import Count, Natural, Range, number_problems
+from nemocascade.plan.slurm_nodes import further_nodes, slurm_options
+from nemocascade.plan.submission import SlurmJob, SubmitSettings
+from nemocascade.recipe.envs import RayConfig
+from nemocascade.recipe.rules import number_problems
 from nemocascade.runtime.files import write_text
+from nemocascade.runtime.jsonl import read_undamaged
+from nemocascade.runtime.logging import LOGGER
 
 TEMPLATE = Path(__file__).with_name("template.sbatch")
-COPIED = ("nodes", "ranks_per_node", "time", "warning_s", "torchrun", "port")
+COPIED = (
+    *("nodes", "ranks_per_node", "time", "warning_s", "torchrun", "port", "restarts", "pause_s"),
+)
 """Settings that the template uses by their own names."""
 STOPPED = 75
 """Exit code of ranks that saved a checkpoint and stopped on request: EX_TEMPFAIL, try again."""
-
-
-@dataclass(frozen=True)
-class SubmitSettings:
-    """Write and submit a Slurm job for each recipe, and for each stage of a cascade; each starts
-    after the one before has succeeded.
-
-    Arguments after `--` go to every recipe."""
-
-    recipes: tyro.conf.Positional[tuple[str, ...]]
-    """Recipe scripts, in order."""
-
-    nodes: Count = 1
-    ranks_per_node: Count = 8
-    """Processes on each node, one for each GPU."""
-
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    time: str = "24:00:00"
-    """Time limit of each job, as Slurm writes it."""
-
-    warning_s: Count = 600
-    """Seconds before the time limit at which a checkpoint is requested; must exceed the time of a
-    step and a save."""
-
-    gpus: bool = True
-    """Ask Slurm for `ranks_per_node` GPUs on each node."""
-
-    container_image: str = ""
-    """Image for Slurm's container plug-in (pyxis); empty = none."""
-
-    container_mounts: str = ""
-    """`host:container` pairs of the container, separated by commas."""
-
-    environment: str = ""
-    """File of `export` lines that the script sources, for example a site's network settings."""
-
-    srun_options: str = ""
-    """Additional options of srun."""
-
-    sbatch_options: tuple[str, ...] = ()
-    """Additional `--name=value` options of sbatch."""
-
-    torchrun: str = "torchrun"
-    """Command that starts torchrun on each node, for example a virtual environment's."""
-
-    port: Annotated[int, Range(1, 65_535)] = 29500
-    servers: Natural = 0
-    """Rollout servers, each on a node of its own that the job gets besides `nodes` (a heterogeneous
-    job). Stages that generate rollouts use them, and other stages have no such nodes."""
-
-    server_gpus: Count = 8
-    """GPUs of a server, over which its model is tensor-parallel."""
-
-    server_model: str = ""
-    """Hugging Face folder that the servers start from: the shape, and weights that the stage
-    replaces."""
-
-    server_options: str = ""
-    """Additional options of `vllm serve`."""
-
-    judge_nodes: Natural = 0
-    """Servers of the judge, each on a node of its own, as `servers`."""
-
-    judge_model: str = ""
-    """Model of the judge, as vLLM names it: a folder or a hub name."""
-
-    judge_options: str = ""
-    """Additional options of `vllm serve` for the judge."""
-
-    serve: str = "nemocascade-vllm"
-    """Command that starts a server, for example that of an environment with vLLM."""
-
-    template: str = ""
-    """Script template to use instead of nemocascade/plan/template.sbatch."""
-
-    after: str = ""
-    """Id of a job that the first job waits for."""
-
-    dry_run: bool = False
-    """Print the scripts and the commands, and submit nothing."""
-
-
-@dataclass(frozen=True)
-class SlurmJob:
-    """Job of one stage: recipe script, run folder and arguments of the recipe.
-
-    settings: prefix of the stage's settings among the arguments, such as `stages.if_rl.`; None for
-    a stage without rollouts.
-    """
-
-    recipe: Path
-    run_dir: Path
-    arguments: tuple[str, ...]
-    settings: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Readable name."""
-        return f"{self.recipe} ({self.run_dir.name})"
+FINAL = (2, 3, 5, 130)
+"""Exit codes after which a start would end alike: errors of users, NaN, a cascade's alarm, Ctrl-C;
+see `exit_cleanly`."""
+STEPS = 200
+"""Newest steps of a run whose times are compared with `warning_s`."""
 
 
 def check_submission(settings: SubmitSettings, arguments: Sequence[str]) -> None:
@@ -146,6 +59,9 @@ def check_submission(settings: SubmitSettings, arguments: Sequence[str]) -> None
     ):
         if count and not model:
             problems.append(f"{kind}_model is empty: name the model that the {kind} nodes serve")
+    if settings.worker_nodes and settings.worker_address:
+        problems.append("worker_nodes and worker_address name two Ray clusters: set one of them")
+    problems += RayConfig(settings.worker_address).problems("worker_address: ray")
     if problems:
         raise PlanError("; ".join(problems))
 
@@ -171,102 +87,46 @@ def job_script(settings: SubmitSettings, job: SlurmJob) -> str:
         if settings.container_mounts:
             container += f"--container-mounts={shlex.quote(settings.container_mounts)} "
     template = Path(settings.template or TEMPLATE).read_text(encoding="utf-8")
-    nodes = _server_nodes(settings, job)
+    nodes = further_nodes(settings, job, container)
+    is_group = any(n.count for n in nodes)
     return template.format(
         job_name=f"nemocascade-{job.run_dir.name}",
         **{name: getattr(settings, name) for name in COPIED},
         log=job.run_dir / "slurm-%j.txt",
-        options="".join(f"#SBATCH {o}\n" for o in _options(settings))
+        options="".join(f"#SBATCH {o}\n" for o in slurm_options(settings))
         + "".join(n.options(settings) for n in nodes),
         recipe=shlex.quote(str(job.recipe)),
         run_dir=shlex.quote(str(job.run_dir)),
         again=STOPPED,
+        final="|".join(map(str, FINAL)),
+        all_nodes=settings.nodes + settings.spare_nodes,
         environment=f". {shlex.quote(settings.environment)}" if settings.environment else "",
         srun_options=f"{settings.srun_options} " if settings.srun_options else "",
         container=container,
-        group="--het-group=0 " if nodes else "",
+        group="--het-group=0 " if is_group else "",
         servers="".join(n.start(settings, i) for i, n in enumerate(nodes, start=1)),
+        servers_end="".join(["kill $servers 2>/dev/null\n"] * bool(nodes) + [n.end for n in nodes]),
         arguments=" ".join([shlex.join(job.arguments), *(n.arguments(job) for n in nodes)]).strip(),
     )
 
 
-@dataclass(frozen=True)
-class _ServerNodes:
-    """Nodes of a heterogeneous job, each with one server. folder: of their announcements, in the
-    run folder. used_by: settings of the recipe that use the servers; {} is the folder."""
-
-    count: int
-    folder: str
-    model: str
-    name: str
-    more: str
-    used_by: tuple[str, ...]
-
-    def options(self, settings: SubmitSettings) -> str:
-        """Lines that ask Slurm for the nodes."""
-        own = replace(settings, ranks_per_node=settings.server_gpus)
-        named = [f"--nodes={self.count}", "--ntasks-per-node=1", *_options(own)]
-        return "#SBATCH hetjob\n" + "".join(f"#SBATCH {o}\n" for o in named)
-
-    def start(self, settings: SubmitSettings, group: int) -> str:
-        """Lines that start the servers."""
-        parallel = f" --tensor-parallel-size {settings.server_gpus}" if settings.gpus else ""
-        more = f" {self.more}" if self.more else ""
-        return (
-            f'rm -f "$run_dir"/{self.folder}/*.json\n'
-            f"srun --het-group={group} {settings.serve} {shlex.quote(self.model)} "
-            f'--announce "$run_dir/{self.folder}" --name {self.name}{parallel}{more} \\\n'
-            f'  > "$run_dir/{self.folder}.txt" 2>&1 &\nservers="$servers $!"\n'
-        )
-
-    def arguments(self, job: SlurmJob) -> str:
-        """Arguments of the recipe that point it at the servers."""
-        return " ".join(
-            f"--{job.settings}{setting}".format(f'"$run_dir/{self.folder}"', self.count)
-            for setting in self.used_by
-        )
-
-
-def _server_nodes(settings: SubmitSettings, job: SlurmJob) -> list[_ServerNodes]:
+def warn_of_steps(settings: SubmitSettings, jobs: Sequence[SlurmJob]) -> list[str]:
+    """Warnings for runs whose measured steps are longer than `warning_s` leaves time for."""
     found = []
-    used: tuple[str, ...]
-    if settings.servers and job.settings is not None:
-        used = ("engine server", "server.announce {0}", "server.servers {1}")
-        found.append(
-            _ServerNodes(
-                settings.servers,
-                "servers",
-                settings.server_model,
-                "policy",
-                settings.server_options,
-                tuple(f"rollout.{setting}" for setting in used),
+    for job in jobs:
+        path = job.run_dir / "metrics.jsonl"
+        if not path.is_file():
+            continue
+        rows = [row for _, row in read_undamaged(path, lambda line: None)][-STEPS:]
+        times = [t for row in rows if isinstance(t := row.get("step_time_s"), int | float)]
+        longest = max(times, default=0.0)
+        if longest > settings.warning_s / 2:
+            found.append(
+                f"{job.name}: a step took {longest:.0f} s, and a checkpoint is asked for "
+                f"warning_s({settings.warning_s}) before the time limit: set --warning-s "
+                f"{math.ceil(longest * 2)} or more"
             )
-        )
-    if settings.judge_nodes and job.settings is not None:
-        used = ("kind server", "announce {0}", "servers {1}", "model judge")
-        found.append(
-            _ServerNodes(
-                settings.judge_nodes,
-                "judges",
-                settings.judge_model,
-                "judge",
-                f"--with-tokenizer {settings.judge_options}".strip(),
-                tuple(f"envs.judge.{setting}" for setting in used),
-            )
-        )
     return found
-
-
-def _options(settings: SubmitSettings) -> list[str]:
-    named = {
-        "partition": settings.partition,
-        "account": settings.account,
-        "qos": settings.qos,
-        "gpus-per-node": str(settings.ranks_per_node) if settings.gpus else "",
-    }
-    return [f"--{name}={value}" for name, value in named.items() if value] + list(
-        settings.sbatch_options
-    )
 
 
 def submit_jobs(settings: SubmitSettings, jobs: Sequence[SlurmJob]) -> list[str]:
@@ -276,6 +136,8 @@ def submit_jobs(settings: SubmitSettings, jobs: Sequence[SlurmJob]) -> list[str]
     """
     if not settings.dry_run and shutil.which("sbatch") is None:
         raise PlanError("sbatch is not on the PATH: submit on a login node, or use --dry-run")
+    for warning in warn_of_steps(settings, jobs):
+        LOGGER.warning(warning)
     ids: list[str] = []
     before = settings.after
     for number, job in enumerate(jobs):

@@ -4,72 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Any
 
-import tyro
-
+from nemocascade.plan.advice import advice_lines, layout_advice, step_advice
+from nemocascade.plan.checkpoints import checkpoint_cost, checkpoint_line
+from nemocascade.plan.errors import PlanError
 from nemocascade.plan.gpus import find_gpu
-from nemocascade.plan.job import Job, job_of_recipe
-from nemocascade.plan.memory import GIB, available
+from nemocascade.plan.job import Job, RolloutLoad, job_of_recipe
+from nemocascade.plan.memory import GIB, available, with_slots
+from nemocascade.plan.rollout_report import rollout_lines, step_json
+from nemocascade.plan.rollout_step import best_steps, expected_step
 from nemocascade.plan.search import (
     AXES,
     PricedLayout,
-    best_plans,
     faults,
     least_memory,
     nearest_fitting,
     price,
+    search,
 )
+from nemocascade.plan.settings import PlanSettings
 from nemocascade.recipe import ModelConfig, StageRecipe
-from nemocascade.recipe.rules import Count, Natural, Range
 
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """Predict the worst rank's memory and the step time of a recipe, over all legal layouts."""
-
-    recipe: tyro.conf.Positional[str]
-    """Recipe script."""
-
-    gpus: Count = 8
-    """Number of ranks."""
-
-    gpu: str = "h200"
-    """A known accelerator, or a JSON file with the fields of nemocascade.plan.gpus.Gpu."""
-
-    model: str = ""
-    """Model preset, for a recipe whose start artifact does not exist yet."""
-
-    best: Count = 10
-    """Number of layouts to print."""
-
-    document: Natural = 0
-    """Length of the documents that fill a pack; 0 = one document of the whole capacity."""
-
-    longest: Natural = 0
-    """Tokens of the longest document: packs may be halved down to it; 0 = fixed capacity."""
-
-    imbalance: Annotated[float, Range(1)] = 1.5
-    """Rows of the busiest rank's experts, relative to the mean."""
-
-    teachers: Natural = 0
-    """Number of teacher models kept on the device."""
-
-    rollout_sequences: Natural = 0
-    """Concurrent rollout sequences on the training ranks, over the world; 0 = the recipe's own."""
-
-    rollout_length: Natural = 0
-    """Length of the rollout sequences in tokens."""
-
-    margin: Annotated[float, Range(0, 1, open_high=True)] = 0.08
-    """Share of the device's memory to leave free."""
-
-    fla: bool = True
-    """Plan for fla-core's Mamba scan, which keeps less for backward than the one in torch."""
-
-    json: bool = False
-    """Print one JSON object."""
+STEPS = 3
+"""Training layouts for which a layout of generation is chosen."""
 
 
 def plan_recipe(recipe: StageRecipe, settings: PlanSettings) -> str:
@@ -79,39 +38,84 @@ def plan_recipe(recipe: StageRecipe, settings: PlanSettings) -> str:
 
 
 def report_of(
-    recipe: StageRecipe, settings: PlanSettings, model: ModelConfig | None = None
+    recipe: StageRecipe,
+    settings: PlanSettings,
+    model: ModelConfig | None = None,
+    *,
+    prefix: str = "",
 ) -> tuple[str, dict[str, Any]]:
     """Plan report of a recipe, as text and as JSON values. model: the model, if already known.
+    prefix: of the names of its settings, `stages.sft.` in a cascade.
 
     Raises PlanError for an unknown accelerator or model.
     """
+    job = planned_job(recipe, settings, model)
+    problems = faults(job)
+    own = None if problems else price(job)
+    found = search(job, count=settings.best, longest=settings.longest)
+    nearest = nearest_fitting(job) if problems else None
+    lines = _lines(job, problems, own, found.best, nearest, settings)
+    value = _as_json(job, problems, own, found.best, nearest)
+    advice = layout_advice(job, own, found, prefix)
+    if job.work is not None and job.rollout.slots:
+        own_step = expected_step(job) if own is not None else None
+        steps = best_steps(found.best[:STEPS])
+        lines += ["", *rollout_lines(job, own_step, steps)]
+        value["rollout_steps"] = {
+            "own": own_step and step_json(own_step),
+            "best": [step_json(step) for step in steps],
+        }
+        advice = step_advice(job, own_step, steps[0], prefix) if steps else advice
+    lines += ["", *advice_lines(advice)] if advice else []
+    value["advice"] = advice
+    return "\n".join(lines), value
+
+
+def planned_job(
+    recipe: StageRecipe, settings: PlanSettings, model: ModelConfig | None = None
+) -> Job:
+    """The job of a recipe with the settings of `plan`; see `report_of`."""
     job = job_of_recipe(
         recipe,
         find_gpu(settings.gpu),
         settings.gpus,
         preset=settings.model,
         model=model,
+        assumed=settings,
         document=settings.document,
         imbalance=settings.imbalance,
         teachers=settings.teachers,
         margin=settings.margin,
-        fla=settings.fla and recipe.engine.fla != "off",
+        **({} if settings.mamba2 == "auto" else {"mixer": settings.mamba2}),
     )
-    if settings.rollout_sequences:
-        load = replace(
-            job.rollout, sequences=settings.rollout_sequences, length=settings.rollout_length
+    if settings.rollout_sequences or settings.rollout_length:
+        job = replace(job, rollout=_named_rollouts(job, settings))
+    return with_slots(job)
+
+
+def _named_rollouts(job: Job, settings: PlanSettings) -> RolloutLoad:
+    """The rollouts that the settings name; the recipe's own where they name none."""
+    own = job.rollout
+    sequences = settings.rollout_sequences or own.sequences
+    length = settings.rollout_length or own.length
+    if not (sequences and length):
+        raise PlanError(
+            f"--rollout-sequences {sequences} and --rollout-length {length} must both be above 0 "
+            "for a recipe without rollouts on its ranks: name the other one too"
         )
-        job = replace(job, rollout=load)
-    problems = faults(job)
-    best = best_plans(job, count=settings.best, longest=settings.longest)
-    nearest = nearest_fitting(job) if problems else None
-    text = "\n".join(_lines(job, problems, best, nearest, settings))
-    return text, _as_json(job, problems, best, nearest)
+    slots = own.slots
+    if settings.rollout_sequences:
+        replicas = max(1, own.parallel.layout(job.parallel).data_parallel(job.world_size))
+        slots = -(-sequences // replicas)
+    live = 0.0 if settings.rollout_length else own.live
+    prompt = min(own.prompt, length)
+    return replace(own, sequences=sequences, slots=slots, length=length, live=live, prompt=prompt)
 
 
 def _lines(
     job: Job,
     problems: list[str],
+    own: PricedLayout | None,
     best: list[PricedLayout],
     nearest: PricedLayout | None,
     settings: PlanSettings,
@@ -122,12 +126,12 @@ def _lines(
         f"{job.document_length:,}; expert imbalance {job.imbalance:g}",
         "",
     ]
-    if problems:
+    if own is None:
         lines += ["The recipe's layout cannot run:", *(f"  - {p}" for p in problems)]
         if nearest is not None:
             lines += ["The nearest one that fits:", *_details(nearest)]
     else:
-        lines += ["The recipe's layout:", *_details(price(job))]
+        lines += ["The recipe's layout:", *_details(own)]
     lines.append("")
     if best:
         lines += [f"The fastest {len(best)} that fit:", HEADER, RULE, *map(row, best)]
@@ -151,7 +155,7 @@ def row(plan: PricedLayout) -> str:
         *(getattr(p, axis) for axis in AXES),
         p.data_parallel(plan.job.world_size),
         plan.job.capacity,
-        "recomputed" if plan.job.engine.recompute else "kept",
+        plan.job.engine.recomputed_text,
         f"{plan.memory.total / GIB:.1f}",
         f"{plan.time.total:.2f}",
         f"{plan.tokens_per_s_per_gpu:,.0f}",
@@ -168,18 +172,24 @@ def _details(plan: PricedLayout) -> list[str]:
         f"  {plan.memory.total / GIB:.1f} GiB on the worst rank (stage {plan.memory.place.pp}): "
         + ", ".join(f"{name} {value:.2f}" for name, value in plan.memory.table())
     )
+    if len(phases := plan.memory.phases()) > 1:
+        lines.append("  peak by phase: " + ", ".join(f"{n} {v:.1f} GiB" for n, v in phases))
     parts = [(n, v) for n, v in plan.time.table() if v >= 0.0005]
     lines.append(
         f"  {plan.time.total:.2f} s a step, {plan.tokens_per_s_per_gpu:,.0f} tokens/s/GPU: "
         + ", ".join(f"{name} {value:.2f}" for name, value in parts)
     )
+    lines.append(f"  {checkpoint_line(plan.job, plan.time.total)}")
     return lines
 
 
 def _as_json(
-    job: Job, problems: list[str], best: list[PricedLayout], nearest: PricedLayout | None
+    job: Job,
+    problems: list[str],
+    own: PricedLayout | None,
+    best: list[PricedLayout],
+    nearest: PricedLayout | None,
 ) -> dict[str, Any]:
-    own = None if problems else price(job)
     return {
         "gpus": job.world_size,
         "gpu": dataclasses.asdict(job.gpu),
@@ -197,8 +207,11 @@ def _plan_json(plan: PricedLayout) -> dict[str, Any]:
         "dp": plan.job.parallel.data_parallel(plan.job.world_size),
         "capacity": plan.job.capacity,
         "recompute": plan.job.engine.recompute,
+        "recompute_layers": plan.job.engine.recompute_layers,
         "fits": plan.fits,
         "memory_gib": {"total": plan.memory.total / GIB, **dict(plan.memory.table())},
+        "phases_gib": dict(plan.memory.phases()),
         "time_s": {"total": plan.time.total, **dict(plan.time.table())},
+        "checkpoint": dataclasses.asdict(checkpoint_cost(plan.job)),
         "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
     }

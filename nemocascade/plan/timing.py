@@ -2,7 +2,8 @@
 
 A layer takes the time of its products at the matrix ceiling, of its pointwise traffic at the memory
 ceiling, and of its communication, which is counted as not overlapped. The backward pass is twice
-the forward; recomputation adds a forward. The data-parallel reduction overlaps with backward.
+the forward; recomputation adds a forward. The data-parallel reduction overlaps with backward; with
+`engine.overlap_parameter_gather`, the gather of weights overlaps with forward.
 Context parallelism: T / cp tokens a rank; keys and values, states and halo rows are exchanged.
 """
 
@@ -10,12 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from nemocascade.megatron.context import MOST_GATHERED
+from nemocascade.plan.checkpoints import checkpoint_cost
+from nemocascade.plan.expert_rows import expert_rows
 from nemocascade.plan.job import Job
-from nemocascade.plan.parameters import Place, stage_chunks
-from nemocascade.plan.segments import crossed_segments
+from nemocascade.plan.parameters import Place, stage_chunks, stage_kinds
+from nemocascade.plan.segments import crossed_segments, scan_rounds
 from nemocascade.train.flops import layer_flops
 
 # Assumed share of the matrix ceiling that a layer's products reach: nearly all for large dense
@@ -24,10 +29,16 @@ _EFFICIENCY = {"M": 0.55, "*": 0.7, "E": 0.6, "-": 0.85, "head": 0.85}
 # Elements that a layer's pointwise operators move for each row of hidden states, in units of H.
 _TRAFFIC = {"M": 24.0, "*": 14.0, "E": 20.0, "-": 12.0}
 # Elements that a mixer moves more in each pass, for each channel of the convolution: for a row of a
-# rank whose segments continue a document, and for one of a document that goes on in another
+# rank whose segments continue a document, and for one of a document that continues in another
 # segment. Torch's operators, counted by hand: the convolution is in float32 there.
 _ENTERING_TRAFFIC, _LEAVING_TRAFFIC = 80.0, 70.0
 _OVERLAP = 0.8
+# FP8 products have twice the matrix ceiling. Shares of it that they reach, estimates: each block of
+# 128 of a contraction is scaled and summed outside of the matrix unit.
+_FP8_EFFICIENCY = {"experts": 0.45, "linears": 0.65}
+# Bytes that quantisation moves in a forward and in a backward: of a parameter (2 read, 1 written),
+# of a value of a dispatched row (gathered by columns, twice), and of a value of a token's row.
+_FP8_WEIGHT, _FP8_COLUMNS, _FP8_ROW = (3.0, 3.0), (0.0, 6.0), (3.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -35,8 +46,9 @@ class StepTime:
     """Seconds of one optimizer step. compute: time of the slowest stage, with recomputation.
     tensor, context, expert, pipeline, data: exposed communication of the axes. bubble: pipeline
     bubble.
-    imbalance: uneven packs over data-parallel ranks. optimizer: the update itself. flops: work
-    of the whole step by the trainer's formula, without recomputation.
+    imbalance: uneven packs over data-parallel ranks. optimizer: the update itself. checkpoint: wait
+    for checkpoints, spread over the steps between them. flops: work of the whole step by the
+    trainer's formula, without recomputation.
     """
 
     compute: float
@@ -50,11 +62,12 @@ class StepTime:
     optimizer: float
     tokens: int
     flops: float
+    checkpoint: float = 0.0
 
     @property
     def total(self) -> float:
         parts = (self.compute, self.tensor, self.context, self.expert, self.pipeline, self.data)
-        return sum(parts) + self.bubble + self.imbalance + self.optimizer
+        return sum(parts) + self.bubble + self.imbalance + self.optimizer + self.checkpoint
 
     def table(self) -> list[tuple[str, float]]:
         """Readable names with their seconds."""
@@ -75,7 +88,12 @@ class _Cost(NamedTuple):
         return sum(self)
 
     def plus(self, other: _Cost, times: int = 1) -> _Cost:
-        return _Cost(*(a + times * b for a, b in zip(self, other, strict=True)))
+        return _Cost(
+            self.compute + times * other.compute,
+            self.tensor + times * other.tensor,
+            self.context + times * other.context,
+            self.expert + times * other.expert,
+        )
 
 
 class StepModel:
@@ -83,13 +101,13 @@ class StepModel:
 
     def __init__(self, job: Job, pack_imbalance: float = 1.03) -> None:
         self.job, self.pack_imbalance = job, pack_imbalance
+        self._layers: dict[str, _Cost] = {}
         p = job.parallel
         self.width = 2 if job.engine.precision == "bf16" else 4
         self.stream = job.tokens * job.model.hidden_size * self.width
         self.cut = crossed_segments(job.capacity, job.document_length, p.cp)
         self.tensor_speed = self._speed(p.tp)
         self.context_speed = self._speed(p.tp * p.cp)
-        self.expert_speed = self._speed(p.etp * p.ep)
 
     def _speed(self, ranks: int) -> float:
         """Bandwidth in bytes a second within a group of neighbouring ranks."""
@@ -98,17 +116,28 @@ class StepModel:
 
     def layer(self, symbol: str) -> _Cost:
         """Cost of forward and backward of one layer for one micro-batch."""
+        if symbol not in self._layers:
+            self._layers[symbol] = self._layer(symbol)
+        return self._layers[symbol]
+
+    def _layer(self, symbol: str) -> _Cost:
         job, p = self.job, self.job.parallel
-        passes = 4.0 if job.engine.recompute else 3.0
+        passes = 4.0 if symbol in job.engine.recomputed else 3.0
         length = job.document_length
         # Causal attention too: a rank's first and last segment balance each other.
         flops = layer_flops(job.model, symbol, length) * job.tokens / length / p.tp
         slow = job.imbalance if symbol == "E" and p.ep > 1 else 1.0
         rate = job.gpu.matmul_tflops * 1e12 * _EFFICIENCY[symbol]
-        moved = _TRAFFIC[symbol] * self.stream / p.tp
+        moved = passes * _TRAFFIC[symbol] * self.stream / p.tp
         if symbol == "M":
-            moved += self._border_traffic()
-        compute = passes * (flops * slow / rate + moved / (job.gpu.memory_gb_s * 1e9))
+            moved += self._border_traffic(passes)
+        seconds = flops * slow / rate
+        for what, share in self._fp8_shares(symbol).items():
+            fast = 2.0 * job.gpu.matmul_tflops * 1e12 * _FP8_EFFICIENCY[what]
+            seconds += share * flops * slow * (1.0 / fast - 1.0 / rate)
+            if what == "experts":
+                moved += self._fp8_experts_traffic(passes)
+        compute = passes * seconds + moved / (job.gpu.memory_gb_s * 1e9)
         gathers = self.stream * (p.tp - 1) / p.tp / self.tensor_speed
         shared = symbol != "E" or job.model.shared_expert_width > 0
         # A gather and a scatter in each pass, and one more gather for the weight gradient.
@@ -116,37 +145,95 @@ class StepModel:
         context = self._exchange(symbol, passes) if self.cut.exchanges else 0.0
         return _Cost(compute, tensor, context, self._dispatch(passes) if symbol == "E" else 0.0)
 
-    def _border_traffic(self) -> float:
-        """Bytes that a Mamba-2 mixer moves in a pass for documents that cross segments."""
-        m, cut = self.job.model, self.cut
-        elements = _ENTERING_TRAFFIC * self.job.tokens if cut.entering else 0.0
-        elements += _LEAVING_TRAFFIC * cut.left
-        return elements * m.mamba_channels / self.job.parallel.tp * self.width
+    def _fp8_shares(self, symbol: str) -> dict[str, float]:
+        """Shares of a layer's operations that are FP8 products."""
+        m, engine = self.job.model, self.job.engine
+        length = self.job.document_length
+        matrices = 6 if m.activation == "swiglu" else 4
+        dense = {
+            "M": 2 * (m.mamba_in_proj + m.mamba_inner),
+            "*": 4 * (m.num_heads + m.num_kv_heads) * m.head_dim,
+            "E": matrices * m.shared_expert_width,
+            "-": matrices * m.mlp_width,
+        }
+        found = {}
+        if engine.linears == "fp8":
+            found["linears"] = float(dense[symbol])
+        if engine.experts == "fp8" and symbol == "E":
+            found["experts"] = float(matrices * m.experts_per_token * m.expert_width)
+        whole = layer_flops(m, symbol, length) / length / m.hidden_size
+        return {what: each / whole for what, each in found.items()}
+
+    def _fp8_experts_traffic(self, passes: float) -> float:
+        """Bytes that quantisation of weights, rows and gradients moves in a layer's experts."""
+        m, p, job = self.job.model, self.job.parallel, self.job
+        weights = m.num_experts / p.ep * m.hidden_size * m.expert_width / p.etp
+        weights *= 3 if m.activation == "swiglu" else 2
+        rows = job.tokens / p.tp * m.hidden_size
+        arrived = rows * m.experts_per_token * p.etp
+        if p.ep * p.etp > 1:
+            arrived *= job.imbalance
+            rows = arrived
+        each = [
+            _FP8_WEIGHT[i] * weights + _FP8_COLUMNS[i] * arrived + _FP8_ROW[i] * rows
+            for i in (0, 1)
+        ]
+        # A backward counts as two passes.
+        return each[0] * (passes - 2.0) + each[1]
+
+    def _border_traffic(self, passes: float) -> float:
+        """Bytes that a Mamba-2 mixer moves for documents that cross segments."""
+        job, cut = self.job, self.cut
+        elements = _ENTERING_TRAFFIC * passes * cut.entered + _LEAVING_TRAFFIC * passes * cut.left
+        moved = elements * job.model.mamba_channels
+        # Backward computes the states that leave again, whether the layer is recomputed or not; and
+        # the rows of continued documents, unless it is.
+        moved += _LEAVING_TRAFFIC * cut.left * job.model.mamba_channels
+        if "M" not in job.engine.recomputed:
+            own = _TRAFFIC["M"] * job.model.hidden_size
+            moved += (_ENTERING_TRAFFIC * job.model.mamba_channels + own) * cut.entered
+        return moved / job.parallel.tp * self.width
 
     def _exchange(self, symbol: str, passes: float) -> float:
-        """Seconds in which a context-parallel rank gathers what its rows need of other ranks."""
+        """Seconds in which a context-parallel rank gathers what its rows need of other ranks.
+
+        There is a gather in every forward pass, and a reduce-scatter in backward, which counts as
+        two passes.
+        """
         m, p = self.job.model, self.job.parallel
         if symbol == "*":
             keys = max(m.num_kv_heads / p.tp, 1.0) * m.head_dim
             gathered = 2.0 * self.job.capacity * keys * self.width
-        elif symbol == "M":
-            # Of each segment: its float32 state, and the last rows of the convolution's input.
+            # The reduce-scatter of their gradients is in float32.
+            return self._moved(gathered * (passes - 2.0) + gathered * 4.0 / self.width)
+        if symbol == "M":
+            # For each segment: its float32 state, and the last rows of the convolution's input.
             halo = (m.mamba_conv - 1) * m.mamba_channels * self.width
-            gathered = 2.0 * p.cp * (m.mamba_inner * m.mamba_state * 4 + halo) / p.tp
-        else:
-            return 0.0
-        # A gather in every forward pass, a reduce-scatter in backward, which counts as two.
-        return (passes - 1.0) * gathered * (p.cp - 1) / p.cp / self.context_speed
+            states = 2.0 * p.cp
+            if p.cp > MOST_GATHERED:
+                states = 2.0 * scan_rounds(self.cut.longest)
+            gathered = (states * m.mamba_inner * m.mamba_state * 4 + 2.0 * p.cp * halo) / p.tp
+            return self._moved(gathered * (passes - 1.0))
+        return 0.0
+
+    def _moved(self, gathered: float) -> float:
+        """Seconds of gathers, or of their reduce-scatters, of so many bytes of all ranks."""
+        cp = self.job.parallel.cp
+        return gathered * (cp - 1) / cp / self.context_speed
 
     def _dispatch(self, passes: float) -> float:
-        p, m = self.job.parallel, self.job.model
-        group = p.ep * p.etp
-        if group == 1:
-            return 0.0
-        sent = self.stream / p.tp * m.experts_per_token * p.etp * (group - 1) / group
+        job, gpu = self.job, self.job.gpu
+        rows = expert_rows(job.model, job.parallel, gpu.per_node, job.engine.expert_exchange)
+        each = self.stream / job.parallel.tp
+        network, link = (
+            each * count / (speed * 1e9)
+            for count, speed in ((rows.network, gpu.network_gb_s), (rows.link, gpu.link_gb_s))
+        )
+        # One all-to-all uses network and links at the same time, and two hops follow each other.
+        seconds = network + link if rows.two_hops else max(network, link)
         # Dispatch and combine in every pass; the two products of backward share one of each.
         exchanges = 2.0 * (passes - 1.0)
-        return exchanges * sent * self.job.imbalance / self.expert_speed
+        return exchanges * seconds * job.imbalance
 
     def head(self) -> _Cost:
         """Cost of LM head and loss: three products, computed in the forward pass."""
@@ -168,8 +255,15 @@ class StepModel:
     @functools.cached_property
     def slowest(self) -> _Cost:
         """Cost of the slowest stage for one micro-batch."""
-        stages = [self.stage(rank) for rank in range(self.job.parallel.pp)]
-        return max(stages, key=lambda c: c.total)
+        p = self.job.parallel
+        kinds = stage_kinds(p.layout(self.job.model.pattern), p.pp)
+        seconds = {symbol: self.layer(symbol).total for symbol in set(self.job.model.pattern)}
+        totals = {
+            rank: sum(number * seconds[symbol] for symbol, number in counts)
+            for rank, counts in kinds
+        }
+        totals[p.pp - 1] += self.head().total
+        return self.stage(max(totals, key=totals.__getitem__))
 
     def bound(self) -> float:
         """Lower bound of a step's seconds, without the optimizer's part: for a search."""
@@ -186,8 +280,11 @@ class StepModel:
         if p.pp > 1:
             edge = self.stream / p.tp / self._speed(p.pp * job.world_size // p.pp)
             hand_over = 2.0 * p.vpp * count * edge
-        data, update = self._update()
+        reducing, gathering, update = self._update()
         backward = slowest.total * 2.0 / 3.0
+        data = _exposed(reducing + gathering, backward)
+        if job.engine.overlap_parameter_gather:
+            data = _exposed(reducing, backward) + _exposed(gathering, slowest.total / 3.0)
         working = count * slowest.total
         flops = (
             sum(3.0 * layer_flops(job.model, s, job.document_length) for s in job.model.pattern)
@@ -195,26 +292,42 @@ class StepModel:
             + 6.0 * job.model.hidden_size * job.model.vocab_size
         )
         tokens = job.capacity * job.sequences_per_step
-        return StepTime(
+        found = StepTime(
             compute=count * slowest.compute,
             tensor=count * slowest.tensor,
             context=count * slowest.context,
             expert=count * slowest.expert,
             pipeline=hand_over,
-            data=max(data - _OVERLAP * backward, data * (1.0 - _OVERLAP)),
+            data=data,
             bubble=bubble,
             imbalance=working * (self.pack_imbalance - 1.0) if dp > 1 else 0.0,
             optimizer=update,
             tokens=tokens,
             flops=flops * tokens,
         )
+        return dataclasses.replace(found, checkpoint=self._checkpoint(found.total))
 
-    def _update(self) -> tuple[float, float]:
-        """Seconds to reduce gradients and gather weights, and seconds of the update."""
+    def _checkpoint(self, step_s: float) -> float:
+        """Seconds of a step of `step_s` in which training waits for checkpoints, on average."""
+        job, settings = self.job, self.job.checkpoint
+        if not settings.every:
+            return 0.0
+        # A step with rollouts is longer, and its writes end before the next.
+        interval = settings.every * step_s if job.work is None else math.inf
+        blocked = checkpoint_cost(job).blocked_s(interval, asynchronous=settings.asynchronous)
+        return blocked / settings.every
+
+    def _update(self) -> tuple[float, float, float]:
+        """Seconds to reduce gradients, to gather weights, and of the update."""
         job, p = self.job, self.job.parallel
         states = (job.state(Place(stage, 0, 0)) for stage in range(p.pp))
         state = max(states, key=lambda s: s.gradients)
         replicas = job.replicas
-        moved = (state.gradients + state.parameters) * (replicas - 1) / replicas
-        reducing = moved / self._speed(job.world_size) if replicas > 1 else 0.0
-        return reducing, 3.0 * state.optimizer / (job.gpu.memory_gb_s * 1e9)
+        each = (replicas - 1) / replicas / self._speed(job.world_size)
+        update = 3.0 * state.optimizer / (job.gpu.memory_gb_s * 1e9)
+        return state.gradients * each, state.parameters * each, update
+
+
+def _exposed(seconds: float, beside: float) -> float:
+    """Seconds of communication that work of `beside` seconds does not hide."""
+    return max(seconds - _OVERLAP * beside, seconds * (1.0 - _OVERLAP))

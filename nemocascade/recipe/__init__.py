@@ -26,12 +26,20 @@ from nemocascade.recipe.model import (
     PRESETS,
     ModelConfig,
     nemotron3_nano_30b,
+    qwen3_0_6b,
+    qwen3_30b_a3b,
+    small,
     tiny,
     tiny_policy,
 )
 from nemocascade.recipe.mopd import MopdConfig, MopdRecipe, TeacherConfig
 from nemocascade.recipe.parallel import ParallelConfig, RolloutParallelConfig
-from nemocascade.recipe.presets import nemotron3_nano_30b_stage, tiny_stage
+from nemocascade.recipe.presets import (
+    nemotron3_nano_30b_stage,
+    one_gpu_stage,
+    qwen3_30b_a3b_stage,
+    tiny_stage,
+)
 from nemocascade.recipe.rl import (
     GrpoRecipe,
     PolicyRecipe,
@@ -97,6 +105,11 @@ __all__ = [
     "load_recipe",
     "nemotron3_nano_30b",
     "nemotron3_nano_30b_stage",
+    "one_gpu_stage",
+    "qwen3_0_6b",
+    "qwen3_30b_a3b",
+    "qwen3_30b_a3b_stage",
+    "small",
     "tiny",
     "tiny_policy",
     "tiny_stage",

@@ -88,7 +88,7 @@ class CascadeRecipe:
         if not self.stages:
             return ["stages is empty: name at least one"]
         names = [s.name for s in self.stages]
-        found = [f"stages: {n!r} stands twice: rename one" for n in repeated(names)]
+        found = [f"stages: {n!r} occurs twice: rename one" for n in repeated(names)]
         found += [
             f"stages: the name {n!r} must be up to 100 letters, digits and _, as a folder's"
             for n in names

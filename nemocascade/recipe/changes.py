@@ -14,10 +14,14 @@ HOW = (
     *("run_dir", "init_from", "base_model", "resume", "accept_changes"),
     *("parallel", "checkpoint", "log"),
     *("engine.device", "engine.recompute", "engine.timeout_s", "engine.preflight"),
-    *("engine.transformer_engine", "engine.apex", "engine.fla", "mopd.keep"),
+    *("engine.expert_exchange", "engine.recompute_layers", "engine.gc_every"),
+    "engine.overlap_parameter_gather",
+    *("engine.transformer_engine", "engine.flash_attention_3", "engine.apex", "engine.fla"),
+    "mopd.keep",
     *("rollout.slots", "rollout.prefill_tokens", "rollout.prefill_chunk"),
-    *("rollout.parallel", "rollout.offload"),
-    *("data.cache_dir", "envs.sandbox.workers", "envs.check_workers"),
+    *("rollout.parallel", "rollout.offload", "rollout.journal", "rollout.kv_gib"),
+    "rollout.kv_memory_fraction",
+    *("data.cache_dir", "envs.sandbox.workers", "envs.sandbox.ray", "envs.check_workers"),
     *(f"envs.judge.{name}" for name in JUDGE_HOW),
     *(f"rollout.server.{name}" for name in SERVER_HOW),
 )
@@ -31,6 +35,9 @@ FREE = (
 """Settings that may change when a run resumes: those of `HOW`, the length of the run, and what is
 only measured."""
 
+OF_ROLLOUTS = ("seed", "domains", "rollout", "envs", "engine.precision")
+"""Settings that decide rollouts and verdicts, given the weights, as far as they are not `FREE`."""
+
 STARTED = ("run_dir", "resume", "accept_changes")
 """Settings that say where and how a run was started, which its checkpoints do not store."""
 
@@ -39,7 +46,7 @@ ABSENT = "none"
 
 @dataclass(frozen=True)
 class Change:
-    """A setting with two values. JSON values; `ABSENT` for a setting that one side lacks."""
+    """A setting with two values. JSON values; `ABSENT` where the setting is missing."""
 
     name: str
     old: Any
@@ -48,7 +55,7 @@ class Change:
     @property
     def is_free(self) -> bool:
         """True if a resumed run accepts the change without being told to."""
-        return f"{self.name}.".startswith(tuple(f"{name}." for name in FREE))
+        return _is_one_of(self.name, FREE)
 
     def text(self) -> str:
         """For example `optimizer.lr 0.003 -> 0.1`."""
@@ -65,8 +72,8 @@ def changes_between(
 ) -> list[Change]:
     """Settings with different values, by name.
 
-    unset: settings at their defaults. Such a setting is no change if `old` lacks it: a newer
-    version has more settings, and their defaults behave as before.
+    unset: settings at their defaults. Such a setting is no change if it is missing in `old`: a
+    newer version has more settings, and their defaults behave as before.
     """
     before, after = dict(flat(old)), dict(flat(new))
     return [
@@ -82,6 +89,15 @@ def changes_of_run(old: Mapping[str, Any], recipe: Any) -> list[Change]:
     started."""
     unset = {"kind", *at_default(recipe)}
     return [c for c in changes_between(old, as_json(recipe), unset) if c.name not in STARTED]
+
+
+def rollout_settings(recipe: Any) -> dict[str, Any]:
+    """The settings of `OF_ROLLOUTS` by their dotted names, as JSON values."""
+    return {
+        name: value
+        for name, value in flat(as_json(recipe))
+        if _is_one_of(name, OF_ROLLOUTS) and not _is_one_of(name, FREE)
+    }
 
 
 def at_default(recipe: Any, prefix: str = "") -> set[str]:
@@ -109,6 +125,11 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(inner, f"{prefix}.{number}")
     else:
         yield prefix, value
+
+
+def _is_one_of(name: str, settings: Collection[str]) -> bool:
+    """True for a setting, and for one inside of it."""
+    return f"{name}.".startswith(tuple(f"{setting}." for setting in settings))
 
 
 def _shown(value: Any) -> str:

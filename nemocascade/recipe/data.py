@@ -27,7 +27,12 @@ class DataConfig:
 
     path: InputPaths = ()
     """JSON Lines (`.jsonl`) or JSON arrays (`.json`), also with `.gz` or `.zst`, Parquet files, or
-    folders of them. `synthetic:NAME` makes rows from the seed instead of reading a file."""
+    folders of them. `synthetic:NAME` makes rows from the seed instead of reading a file. A folder
+    of `nemocascade data build`, named alone, holds tokens instead of rows."""
+
+    hub: tuple[str, ...] = ()
+    """Data sets beside `path`, by hub name or local folder: `name:split`, `name:config:split` or
+    `name@revision:split`. The package `datasets` loads them."""
 
     format: Literal["auto", "messages", "qa", "nemotron", "sharegpt"] = "auto"
     """`messages`: a list of chat turns. `qa`: a question and an answer field. `nemotron`: the
@@ -45,6 +50,9 @@ class DataConfig:
 
     heldout_path: InputPaths = ()
     """Files for the held-out loss. Empty: `heldout_rows` rows are split off the training set."""
+
+    heldout_hub: tuple[str, ...] = ()
+    """Data sets beside `heldout_path`, named as in `hub`."""
 
     heldout_rows: Natural = 64
     """Rows split off the training set for the held-out loss when `heldout_path` is empty."""

@@ -23,9 +23,17 @@ class DomainConfig:
     """Files of released rows, or folders of them, of the kinds that `data.path` reads. Empty: tasks
     are generated from the seed."""
 
+    hub: tuple[str, ...] = ()
+    """Data sets of rows beside `path`, named as in `data.hub` of SFT: `name:split`."""
+
     max_bad_rows: Natural = 0
     """Number of rows that are skipped because they cannot be read, or because no domain that reads
     the file claims them; one more is an error. It holds for `path` and for `heldout_path`."""
+
+    max_response_tokens: Natural = 0
+    """Largest number of tokens in a response of an RL stage, also to held-out tasks; 0 = the
+    stage's. Temperature and top-p are the stage's: one packed batch is trained at one temperature,
+    so domains that need others are stages of their own."""
 
     difficulty: Natural = 0
     """Difficulty of generated tasks; 0 is the easiest."""
@@ -35,6 +43,9 @@ class DomainConfig:
 
     heldout_path: InputPaths = ()
     """Files of the held-out tasks. Empty: generated, and disjoint from the others."""
+
+    heldout_hub: tuple[str, ...] = ()
+    """Data sets of held-out tasks beside `heldout_path`, named as in `hub`."""
 
     drop_solved: Fraction = 0.0
     """Fraction of the tasks from `path` with a `pass_rate` of 1 that is dropped, since they give no

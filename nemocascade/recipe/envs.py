@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, Literal
 
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.recipe.paths import InputPath, InputPaths
 from nemocascade.recipe.rules import Count, Natural, Range, Seconds, number_problems
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Ray cluster whose nodes run programs, for `envs.sandbox.workers ray`. See docs/slurm.md."""
+
+    address: str = ""
+    """Address of the cluster, `host:port`; empty = the environment variable RAY_ADDRESS. A rank's
+    own host must have joined it: `ray start --address=host:port --num-cpus=0`."""
+
+    nodes: Natural = 0
+    """Number of nodes to wait for at the start; 0 = one. Nodes that join later are used too."""
+
+    wait_s: Seconds = 600.0
+    """Longest wait for these nodes, and for another node once all are lost."""
+
+    programs: Natural = 0
+    """Programs and verifiers of a rank at a time; 0 = twice its share of the nodes' slots, so that
+    no node is idle while another has a queue."""
+
+    def problems(self, name: str = "envs.sandbox.ray") -> list[str]:
+        """Every rule that these settings break. name: of these settings, for messages."""
+        host, _, port = self.address.rpartition(":")
+        is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16
+        plain = host and host.isascii() and host.isprintable() and not set(host) & set(" /")
+        if self.address and not (plain and is_port):
+            return [f"{name}.address({self.address!r}) is no address: write it as host:port"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -22,9 +51,12 @@ class SandboxConfig:
     """If isolation is unavailable, run programs as ordinary processes of this user with resource
     limits only. They can then read and delete whatever the user can."""
 
-    workers: Natural = 0
-    """Number of concurrent programs on each rank, and of its verifiers and tool calls; 0 = one per
-    core, shared by the ranks of a host."""
+    workers: Natural | Literal["local", "ray"] = 0
+    """Who runs programs. A number: of concurrent programs on each rank's host, and of the rank's
+    verifiers and tool calls; 0 or `local` = one per core, shared by the ranks of the host. `ray`:
+    the nodes of a Ray cluster, each as many as it has CPUs, see `ray`."""
+
+    ray: RayConfig = field(default_factory=RayConfig)
 
     time_s: Seconds = 10.0
     """Limit in seconds of the CPU time of a program's processes together. The wall-clock limit is
@@ -53,9 +85,21 @@ class SandboxConfig:
         """Largest number of files and folders in the scratch folder."""
         return 64 * self.scratch_mib
 
+    @property
+    def local_workers(self) -> int:
+        """`workers` as a number; 0 for one per core, and for `ray`."""
+        return self.workers if isinstance(self.workers, int) else 0
+
     def problems(self) -> list[str]:
         """Every rule that these settings break."""
         found = number_problems(self, "envs.sandbox")
+        count = self.workers if self.workers not in ("local", "ray") else 0
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            found.append(
+                f"envs.sandbox.workers({count}) must be a whole number of at least 0, local or ray"
+            )
+        if self.workers == "ray":
+            found += self.ray.problems()
         if 0 < self.memory_mib < 64:
             found.append(
                 f"envs.sandbox.memory_mib({self.memory_mib}) is less than a Python process needs: "
@@ -146,7 +190,7 @@ class PythonToolConfig:
 
     time_s: Seconds = 10.0
     """Limit in seconds of the CPU time of a call; the wall-clock limit is twice as long. A call at
-    its limit is interrupted; if it goes on, the interpreter is killed and its state is lost."""
+    its limit is interrupted; if it still runs, the interpreter is killed and its state is lost."""
 
     result_chars: Count = 8000
     """Characters in the answer to a call; longer answers are cut in the middle and say by how
@@ -214,3 +258,15 @@ class EnvConfig:
         found = number_problems(self, "envs") + self.sandbox.problems() + self.judge.problems()
         found += self.python_tool.problems()
         return list(dict.fromkeys(found))
+
+
+def sandboxes(settings: Any) -> Iterator[SandboxConfig]:
+    """Yield every sandbox in a tree of settings."""
+    if isinstance(settings, SandboxConfig):
+        yield settings
+    elif is_dataclass(settings) and not isinstance(settings, type):
+        for each in fields(settings):
+            yield from sandboxes(getattr(settings, each.name))
+    elif isinstance(settings, tuple):
+        for inner in settings:
+            yield from sandboxes(inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,6 +116,10 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Every rule that this shape breaks, each with its remedy."""
+        return list(self._problems())
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - shapes are few, small and frozen
+    def _problems(self) -> tuple[str, ...]:
         found = number_problems(self, "model")
         if not self.pattern:
             found.append("model.pattern is empty: give at least one layer, for example M*E")
@@ -147,7 +152,7 @@ class ModelConfig:
                 f"model.router_top_groups({self.router_top_groups}) must lie in "
                 f"1..router_groups({self.router_groups})"
             )
-        return found
+        return tuple(found)
 
 
 def tiny() -> ModelConfig:
@@ -159,6 +164,25 @@ def tiny_policy() -> ModelConfig:
     """About 1.3 M parameters, for cascades on CPUs. Attention directly follows a convolution and
     the embedding is tied, so that it learns within minutes to copy words of its prompt."""
     return ModelConfig(pattern="M*EM*E", tie_embeddings=True)
+
+
+def small() -> ModelConfig:
+    """About 100 M parameters, 37 M active, in the proportions of Nemotron-3-Nano: for one GPU, or a
+    patient CPU."""
+    return ModelConfig(
+        pattern="M*EMEM*EMEM*EMEM*EME",
+        hidden_size=512,
+        vocab_size=8192,
+        tie_embeddings=True,
+        num_heads=8,
+        head_dim=64,
+        mamba_heads=16,
+        mamba_head_dim=64,
+        mamba_state=64,
+        num_experts=16,
+        expert_width=512,
+        shared_expert_width=1024,
+    )
 
 
 def nemotron3_nano_30b() -> ModelConfig:
@@ -183,4 +207,56 @@ def nemotron3_nano_30b() -> ModelConfig:
     )
 
 
-PRESETS = {"tiny": tiny, "tiny_policy": tiny_policy, "nemotron3_nano_30b": nemotron3_nano_30b}
+def qwen3_0_6b() -> ModelConfig:
+    """Qwen3-0.6B as published (arXiv 2505.09388): 28 dense layers, 0.6 B parameters."""
+    return ModelConfig(
+        pattern="*-" * 28,
+        hidden_size=1024,
+        vocab_size=151_936,
+        tie_embeddings=True,
+        norm_eps=1e-6,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        rope=True,
+        rope_base=1e6,
+        qk_norm=True,
+        activation="swiglu",
+        mlp_width=3072,
+    )
+
+
+def qwen3_30b_a3b() -> ModelConfig:
+    """Qwen3-30B-A3B as published (arXiv 2505.09388): 48 layers, 30.5 B parameters, 3.3 B active."""
+    return ModelConfig(
+        pattern="*E" * 48,
+        hidden_size=2048,
+        vocab_size=151_936,
+        norm_eps=1e-6,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        rope=True,
+        rope_base=1e6,
+        qk_norm=True,
+        num_experts=128,
+        experts_per_token=8,
+        expert_width=768,
+        shared_expert_width=0,
+        activation="swiglu",
+        # No layer has it; published files name it, and an artifact made of them must agree.
+        mlp_width=6144,
+        router_score="softmax",
+        router_bias=False,
+        router_scale=1.0,
+    )
+
+
+PRESETS = {
+    "tiny": tiny,
+    "tiny_policy": tiny_policy,
+    "small": small,
+    "qwen3_0_6b": qwen3_0_6b,
+    "qwen3_30b_a3b": qwen3_30b_a3b,
+    "nemotron3_nano_30b": nemotron3_nano_30b,
+}

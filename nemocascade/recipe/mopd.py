@@ -26,11 +26,17 @@ class TeacherConfig:
 class MopdConfig:
     """The objective (Nemotron-Cascade 2, arXiv 2603.19220, Eq. 2-4), and offload of teachers."""
 
+    divergence: Literal["sampled", "reverse_kl", "forward_kl", "jensen_shannon"] = "sampled"
+    """`sampled`: Eq. 2-4, whose advantage is log pi_teacher - log pi of the sampled token. Else a
+    divergence over the whole vocabulary in every state of the rollouts (arXiv 2306.13649):
+    KL(pi || pi_teacher), KL(pi_teacher || pi), or the mean of both from their mixture. It needs the
+    teacher's hidden states, hidden_size x 2 bytes for a trained token, and no importance weight."""
+
     ratio_low: NonNegative = 0.5
-    """Mask tokens whose pi_train / pi_rollout is below this."""
+    """Mask tokens whose pi_train / pi_rollout is below this; only `sampled`."""
 
     ratio_high: Positive = 2.0
-    """Mask tokens whose pi_train / pi_rollout is above this."""
+    """Mask tokens whose pi_train / pi_rollout is above this; only `sampled`."""
 
     keep: Literal["host", "disk"] = "host"
     """Offload each rank's shard of a teacher to host memory, or to files in RUN that are prefetched
@@ -100,6 +106,13 @@ class MopdRecipe(PolicyRecipe):
             found.append(
                 f"mopd.ratio_low({self.mopd.ratio_low}) must be below ratio_high"
                 f"({self.mopd.ratio_high})"
+            )
+        bounds, default = (self.mopd.ratio_low, self.mopd.ratio_high), MopdConfig()
+        if self.mopd.divergence != "sampled" and bounds != (default.ratio_low, default.ratio_high):
+            found.append(
+                f"mopd.ratio_low, ratio_high{bounds} bound the ratio of a sampled token, "
+                f"which mopd.divergence({self.mopd.divergence}) does not have: leave them out, or "
+                "set mopd.divergence to sampled"
             )
         if self.rollout.dynamic_filtering:
             found.append(

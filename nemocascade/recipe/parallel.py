@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from nemocascade.recipe.model import ModelConfig
@@ -48,10 +49,10 @@ class ParallelConfig:
         """The pattern with `|` between the pp x vpp chunks."""
         if self.pipeline_layout:
             return self.pipeline_layout
-        pieces = self.pp * self.vpp
-        size = -(-len(pattern) // pieces)
+        chunks = self.pp * self.vpp
+        size = -(-len(pattern) // chunks)
         cuts = [pattern[i : i + size] for i in range(0, len(pattern), size)]
-        return "|".join(cuts + [""] * (pieces - len(cuts)))
+        return "|".join(cuts + [""] * (chunks - len(cuts)))
 
     def problems(
         self, model: ModelConfig, world_size: int, *, capacity: int | None, sequences_per_step: int
@@ -160,7 +161,7 @@ class ParallelConfig:
 
     def _depth_problems(self, model: ModelConfig) -> list[str]:
         found = []
-        pieces = self.pp * self.vpp
+        chunks = self.pp * self.vpp
         if self.vpp > 1 and self.pp == 1:
             found.append(
                 f"vpp({self.vpp}) interleaves pipeline stages, but pp is 1: set --parallel.vpp 1"
@@ -171,16 +172,16 @@ class ParallelConfig:
                     f"parallel.pipeline_layout({self.pipeline_layout}) without its | is not "
                     f"model.pattern({model.pattern})"
                 )
-            if self.pipeline_layout.count("|") + 1 != pieces:
+            if self.pipeline_layout.count("|") + 1 != chunks:
                 found.append(
                     f"parallel.pipeline_layout({self.pipeline_layout}) has "
-                    f"{self.pipeline_layout.count('|') + 1} pieces, pp({self.pp}) x "
-                    f"vpp({self.vpp}) needs {pieces}"
+                    f"{self.pipeline_layout.count('|') + 1} chunks, pp({self.pp}) x "
+                    f"vpp({self.vpp}) needs {chunks}"
                 )
-        elif model.num_layers % pieces:
+        elif model.num_layers % chunks:
             found.append(
                 f"{model.num_layers} layers don't split evenly over pp({self.pp}) x "
-                f"vpp({self.vpp}) = {pieces} pieces: cut them yourself with "
+                f"vpp({self.vpp}) = {chunks} chunks: divide them yourself with "
                 "--parallel.pipeline-layout or change --parallel.pp"
             )
         return found
@@ -226,14 +227,23 @@ class RolloutParallelConfig:
             ]
         if own == replace(training, cp=1):
             return uneven
-        # Generation packs nothing, so any valid capacity will do.
-        sequences = max(1, own.data_parallel(world_size)) * own.pp
-        found = own.problems(model, world_size, capacity=own.tp, sequences_per_step=sequences)
-        return uneven + [
-            "rollout.parallel: "
-            # Generation has neither setting.
-            + problem.replace("cut them yourself with --parallel.pipeline-layout or ", "")
-            .replace(" or --parallel.etp", "")
-            .replace("--parallel.", "--rollout.parallel.")
-            for problem in found
-        ]
+        return [*uneven, *_generation_problems(own, model, world_size)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _generation_problems(
+    own: ParallelConfig, model: ModelConfig, world_size: int
+) -> tuple[str, ...]:
+    """Every rule that a layout of generation breaks; cached, since many layouts of training have
+    the same one."""
+    # Generation packs nothing, so any valid capacity will do.
+    sequences = max(1, own.data_parallel(world_size)) * own.pp
+    found = own.problems(model, world_size, capacity=own.tp, sequences_per_step=sequences)
+    return tuple(
+        "rollout.parallel: "
+        # Generation has neither setting.
+        + problem.replace("cut them yourself with --parallel.pipeline-layout or ", "")
+        .replace(" or --parallel.etp", "")
+        .replace("--parallel.", "--rollout.parallel.")
+        for problem in found
+    )

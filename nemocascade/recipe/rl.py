@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -60,18 +61,35 @@ class RolloutConfig:
     thinking: bool = True
     """Open a reasoning block at the end of the prompt."""
 
-    slots: Count = 64
-    """Concurrent sequences on a data-parallel rank of the generation layout."""
+    slots: Natural = 64
+    """Concurrent sequences on a data-parallel rank of the generation layout. 0 = as many as the
+    memory of the caches allows at the first rollouts, for sequences at half of the largest length.
+    On a GPU the number affects rounding: set it where a resumed step must have the same bits."""
+
+    kv_gib: NonNegative = 0.0
+    """GiB of the KV cache and the Mamba states on a rank. If all sequences together need more, some
+    are moved to host memory meanwhile, which changes no result. 0 = on a GPU `kv_memory_fraction`,
+    on a CPU 4 GiB; no more is allocated than `slots` sequences of the largest length need."""
+
+    kv_memory_fraction: Probability = 0.8
+    """Share of a GPU's free memory, after weights and optimizer state, that the KV cache and the
+    Mamba states may have. The rest is for activations."""
 
     parallel: RolloutParallelConfig = field(default_factory=RolloutParallelConfig)
+    """Layout of the live engine's replicas; servers have their own."""
 
     offload: bool = False
     """While rollouts are generated, keep the optimizer's state in host memory and free the gradient
     buffers."""
 
+    journal: bool = True
+    """Append every finished rollout with its verdict to RUN/journal, from which a killed or stopped
+    step resumes. Deleted once a checkpoint covers the step."""
+
     prefill_tokens: Natural = 0
-    """Prefill prompts together, up to this many tokens; 0 = each alone, which makes a prompt's
-    states bit-identical whatever other prompts there are."""
+    """Prefill prompts together, up to this many tokens, where one replica generates a fixed set of
+    prompts without a journal; 0 = each alone, which makes a prompt's states bit-identical whatever
+    other prompts there are."""
 
     prefill_chunk: Natural = 8192
     """Chunked prefill: a longer prompt or tool result is prefilled in chunks of this many tokens,
@@ -80,6 +98,11 @@ class RolloutConfig:
 
     dynamic_filtering: bool = True
     """Drop groups whose rewards are all equal, and draw other prompts to replace them."""
+
+    filter_by: Literal["step", "domain"] = "step"
+    """With dynamic filtering and several domains: `step` trains on the first informative groups of
+    any domain, so a domain whose rewards are often equal trains less than its share. `domain` draws
+    until each domain has its share of `prompts_per_step`, as far as `max_draws` allows."""
 
     max_draws: Count = 4
     """Draw at most this many times `prompts_per_step` prompts for a step; a step that finds fewer
@@ -99,7 +122,7 @@ class RolloutConfig:
 
     stop_properly_penalty_coef: Annotated[float | None, Range(0, 1)] = None
     """Multiply the reward of a truncated response by this, before groups are filtered and compared
-    (NeMo-RL's name): 0 = a truncated response scores 0. None = its reward stands. Held-out rewards
+    (NeMo-RL's name): 0 = a truncated response scores 0. None = its reward is kept. Held-out rewards
     are as the verifier gives them."""
 
     overlong_penalty: NonNegative = 0.0
@@ -135,6 +158,12 @@ class RolloutConfig:
     readable text to RUN/rollouts. One of them is a group that did not train, if there is one."""
 
     @property
+    def layout(self) -> RolloutParallelConfig:
+        """Layout of the replicas that generate on the training ranks; with servers none does, and
+        it is training's."""
+        return self.parallel if self.engine == "live" else RolloutParallelConfig()
+
+    @property
     def truncates(self) -> bool:
         """True if log-probabilities are those of a truncated distribution."""
         return self.truncated_logprobs and (self.top_p < 1 or self.top_k > 0)
@@ -149,12 +178,6 @@ class RolloutConfig:
             )
         if self.engine == "server":
             found += self.server.problems()
-            if self.parallel != RolloutParallelConfig():
-                p = self.parallel
-                found.append(
-                    f"rollout.parallel(tp {p.tp}, pp {p.pp}, ep {p.ep}) is the layout of the live "
-                    "engine: leave it at 0 for servers, or set --rollout.engine live"
-                )
             if self.offload:
                 found.append(
                     "rollout.offload(True) makes memory for the live engine: set it to False for "
@@ -244,10 +267,15 @@ class PolicyRecipe(ABC):
         model: the shape of `init_from`, if it has been read already.
         """
         found = number_problems(self) + path_problems(self)
-        found += self.optimizer.problems() + self.rollout.problems()
-        found += self.envs.problems()
+        found += self.optimizer.problems() + self.engine.problems() + self.rollout.problems()
+        found += self.envs.problems() + self.log.problems()
         if not self.init_from:
             found.append("init_from is empty: name the artifact folder of the stage before")
+        if self.engine.overlap_parameter_gather:
+            found.append(
+                "engine.overlap_parameter_gather(True) is for SFT, for rollouts read all weights "
+                "right after a step: set --engine.overlap-parameter-gather False"
+            )
         if not self.domains:
             found.append("domains is empty: name at least one")
         names = [d.domain for d in self.domains]
@@ -256,6 +284,7 @@ class PolicyRecipe(ABC):
         ]
         for number, domain in enumerate(self.domains):
             found += domain.curriculum_problems(f"domains.{number}")
+        found += self._mixture_problems() if not found else []
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
         if self.capacity < longest:
             found.append(
@@ -271,8 +300,46 @@ class PolicyRecipe(ABC):
                 capacity=self.capacity,
                 sequences_per_step=dp * self.parallel.pp,
             )
-            found += self.rollout.parallel.problems(self.parallel, model, world_size)
+            found += self.rollout.layout.problems(self.parallel, model, world_size)
         return list(dict.fromkeys(found))
+
+    def _mixture_problems(self) -> list[str]:
+        """Settings of single domains that do not fit the stage's."""
+        rollout, found = self.rollout, []
+        for number, domain in enumerate(self.domains):
+            name, limit = f"domains.{number}.max_response_tokens", domain.max_response_tokens
+            if limit > rollout.max_response_tokens:
+                found.append(
+                    f"{name}({limit}) is above rollout.max_response_tokens"
+                    f"({rollout.max_response_tokens}), for which memory is planned: raise that one"
+                )
+            if limit and rollout.overlong_penalty:
+                found.append(
+                    f"{name}({limit}) with rollout.overlong_penalty({rollout.overlong_penalty}): "
+                    "the penalty grows towards one limit for all domains: leave one of them at 0"
+                )
+        if rollout.dynamic_filtering and rollout.filter_by == "domain":
+            quotas = prompt_quotas(
+                {d.domain: d.share for d in self.domains}, rollout.prompts_per_step
+            )
+            if none := [name for name, count in quotas.items() if not count]:
+                found.append(
+                    f"rollout.filter_by(domain): {', '.join(none)} would train on no group of "
+                    f"prompts_per_step({rollout.prompts_per_step}): raise its share, or "
+                    "prompts_per_step"
+                )
+        return found
+
+
+def prompt_quotas(shares: Mapping[str, float], prompts: int) -> dict[str, int]:
+    """Prompts of each domain in a step of `prompts`, by largest remainder."""
+    total = sum(shares.values())
+    exact = {name: prompts * share / total for name, share in shares.items()}
+    found = {name: int(value) for name, value in exact.items()}
+    rest = sorted(exact, key=lambda name: found[name] - exact[name])
+    for name in rest[: prompts - sum(found.values())]:
+        found[name] += 1
+    return found
 
 
 @dataclass(frozen=True)

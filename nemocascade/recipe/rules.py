@@ -59,6 +59,11 @@ def number_problems(settings: Any, name: str = "") -> list[str]:
 
 def numeric_fields(kind: type) -> dict[str, Range | None]:
     """Rule of every numeric field of a settings class; None for a field without one."""
+    return _numeric_fields(kind)
+
+
+@functools.cache
+def _numeric_fields(kind: type) -> dict[str, Range | None]:
     found: dict[str, Range | None] = {}
     for name, hint in hints_of(kind).items():
         rules = [rule for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, Range)]
@@ -77,14 +82,16 @@ def hints_of(kind: type) -> dict[str, Any]:
 def _broken(value: Any, path: str) -> Iterator[tuple[str, Any, str]]:
     """Path, value and broken rule of every number in a value, at any depth."""
     if is_dataclass(value) and not isinstance(value, type):
-        rules = numeric_fields(type(value))
-        for field in fields(value):
-            inner = getattr(value, field.name)
-            here = f"{path}.{field.name}" if path else field.name
+        for name, rule, kind in _ruled_fields(type(value)):
+            inner = getattr(value, name)
+            # Most numbers of a search over layouts: nothing inside of them is checked.
+            is_plain = type(inner) is int and kind is int and abs(inner) <= LARGEST
+            if is_plain and rule is not None and not rule.problem(inner):
+                continue
+            here = f"{path}.{name}" if path else name
             found = list(_broken(inner, here))
-            rule = rules.get(field.name)
             if not found and rule is not None:
-                problem = _problem(rule, get_args(hints_of(type(value))[field.name])[0], inner)
+                problem = _problem(rule, kind, inner)
                 found = [(here, inner, problem)] if problem else []
             yield from found
     elif isinstance(value, dict):
@@ -97,6 +104,17 @@ def _broken(value: Any, path: str) -> Iterator[tuple[str, Any, str]]:
         yield path, value, "must be a finite number"
     elif isinstance(value, int) and abs(value) > LARGEST:
         yield path, value, "must fit in 64 bits"
+
+
+@functools.cache
+def _ruled_fields(kind: type) -> list[tuple[str, Range | None, Any]]:
+    """Name, rule and number type of every field of a settings class."""
+    rules, hints = numeric_fields(kind), hints_of(kind)
+    return [
+        (f.name, rule, get_args(hints[f.name])[0] if rule else None)
+        for f in fields(kind)
+        for rule in [rules.get(f.name)]
+    ]
 
 
 def _problem(rule: Range, kind: Any, value: Any) -> str:

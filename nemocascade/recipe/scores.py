@@ -13,6 +13,7 @@ from nemocascade.recipe.paths import InputPaths, path_problems
 from nemocascade.recipe.rules import (
     Count,
     Natural,
+    NonNegative,
     Range,
     Seed,
     Tokens,
@@ -31,8 +32,8 @@ OTHERS = (1.0, 0.95)
 
 
 class AnswerSampling(NamedTuple):
-    """How the held-out tasks of a domain are answered. samples: of each task. Temperature 0 is
-    greedy."""
+    """Settings for answering the held-out tasks of a domain. samples: of each task. Temperature 0
+    is greedy."""
 
     max_tokens: int
     samples: int
@@ -53,6 +54,9 @@ class ScoredDomain:
 
     heldout_path: InputPaths = ()
     """JSONL files of held-out tasks. Empty: generated, and disjoint from the training tasks."""
+
+    heldout_hub: tuple[str, ...] = ()
+    """Data sets of held-out tasks beside `heldout_path`: `name:split`, as in `data.hub` of SFT."""
 
     max_bad_rows: Natural = 0
     """Number of rows of `heldout_path` that are skipped because they cannot be read; one more is an
@@ -75,6 +79,15 @@ class ScoredDomain:
 
     top_p: Annotated[float | None, Range(0, 1, open_low=True)] = None
     """Top-p of sampling; None = `scores.top_p`."""
+
+    name: str = ""
+    """Name of the score, for several sets of tasks of one domain, such as benchmarks; empty = the
+    domain's."""
+
+    @property
+    def label(self) -> str:
+        """The name of the score."""
+        return self.name or self.domain
 
 
 @dataclass(frozen=True)
@@ -103,6 +116,10 @@ class ScoreConfig:
 
     slots: Count = 64
     """Concurrent sequences on a data-parallel rank."""
+
+    kv_gib: NonNegative = 0.0
+    """GiB of the KV cache and the Mamba states on a rank; 0 = on a GPU most of the free memory, on
+    a CPU 4 GiB."""
 
     samples: Count = 1
     """Samples of each task, k. 1 without a temperature is one greedy answer. Scores are avg@k with
@@ -148,13 +165,13 @@ class ScoreConfig:
     def problems(self, world_size: int, model: ModelConfig | None = None) -> list[str]:
         """Every rule that these settings break, each with a remedy. model: the artifacts' shape."""
         found = number_problems(self, "scores") + path_problems(self, "scores.")
-        names = [d.domain for d in self.domains]
-        found += [f"scores.domains names {n} twice" for n in repeated(names)]
+        names = [d.label for d in self.domains]
+        found += [f"scores.domains names {n} twice: give one another name" for n in repeated(names)]
         for domain in self.domains:
             how = self.sampling_of(domain)
             if how.samples > 1 and how.temperature == 0:
                 found.append(
-                    f"scores.samples({how.samples}) of {domain.domain} are all equal at "
+                    f"scores.samples({how.samples}) of {domain.label} are all equal at "
                     "temperature 0: set scores.temperature above 0, or one sample"
                 )
         found += [f"scores.{p}" for p in self.envs.problems()]

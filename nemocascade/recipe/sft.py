@@ -23,13 +23,15 @@ from nemocascade.recipe.train import (
 
 @dataclass(frozen=True)
 class DemonstrationConfig:
-    """Training rows generated from the environments' tasks and their known solutions."""
+    """Training rows made of the environments' tasks and their known solutions: the prompts that RL
+    will use."""
 
     domains: tuple[DomainConfig, ...] = ()
-    """Domains, with `tasks` rows of each. Empty: no row is generated, only `data.path` is used."""
+    """Domains, with `tasks` rows of each: generated, or read from `path`, whose rows hold solutions
+    as those of GSM8K and MATH do. Empty: no row is made, only `data.path` is used."""
 
     heldout: Natural = 32
-    """Number of held-out rows in each domain."""
+    """Number of held-out rows in each domain; for one with a `path`, from its `heldout_path`."""
 
     thinking: Fraction = 0.5
     """Fraction of the rows with reasoning before the answer."""
@@ -92,12 +94,19 @@ class SftRecipe:
     def problems(self, world_size: int) -> list[str]:
         """Every rule that this recipe breaks with `world_size` ranks, each with a remedy."""
         found = number_problems(self) + path_problems(self)
-        found += self.model.problems() + self.optimizer.problems()
+        found += self.model.problems() + self.optimizer.problems() + self.engine.problems()
+        found += self.log.problems()
         if self.base_model and not self.init_from:
             found.append(
                 f"init_from is empty, and random weights are not base_model({self.base_model}): "
                 "convert its folder (nemocascade convert FOLDER ARTIFACT) and pass --init-from "
                 "ARTIFACT; --base-model '' starts from random weights"
+            )
+        if self.engine.overlap_parameter_gather and not self.optimizer.distributed:
+            found.append(
+                "engine.overlap_parameter_gather(True) has no effect, for without "
+                "optimizer.distributed every rank updates all weights: set --optimizer.distributed "
+                "True or --engine.overlap-parameter-gather False"
             )
         found += self.demonstrations.python_tool.problems("demonstrations.python_tool")
         if not self.data.path and not self.demonstrations.domains:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from nemocascade.recipe.rules import Decay, LearningRate, Natural, NonNegative, Positive, Range
 
 Accelerator = Literal["auto", "on", "off"]
+LAYER_SYMBOLS = "M*E-"
+"""Kinds of layers in a layer pattern."""
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
 @dataclass(frozen=True)
@@ -95,20 +99,59 @@ class EngineConfig:
     """Numerics and accelerators."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of weights and activations. Gradients and optimizer state are always fp32."""
+    """Precision of weights and activations. The optimizer's state is always fp32."""
+
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients of bf16 weights are summed over micro-batches and reduced over
+    ranks. bf16 halves their memory and messages, and rounds every sum to 8 bits."""
 
     recompute: bool = False
     """Recompute each layer's activations in the backward pass instead of storing them."""
+
+    recompute_layers: str = ""
+    """Recompute only layers of these kinds, as symbols of the layer pattern: `E` or `ME`. Empty:
+    `recompute` decides for all."""
+
+    overlap_parameter_gather: bool = False
+    """Gather the updated weights of data-parallel ranks during the next forward pass, layer by
+    layer, instead of at the end of the step. For SFT with `optimizer.distributed`: rollouts read
+    all weights right after a step."""
+
+    gc_every: Natural = 0
+    """Steps between collections of Python's garbage, on all ranks after the same step, instead of
+    Python's own collections, which stop ranks at different times; 0 = Python's own."""
+
+    experts: Literal["bf16", "fp8"] = "bf16"
+    """Products of the routed experts in training: those of `precision`, or FP8 with a scale for
+    each block (e4m3; activations 1 x 128, weights 128 x 128). Master weights, gradients,
+    checkpoints, scores and rollouts are not affected. FP8 needs Hopper GPUs; a CPU computes the
+    same rounding slowly."""
+
+    linears: Literal["bf16", "fp8"] = "bf16"
+    """Products of the linear layers of Mamba-2, attention, MLP and shared expert in training: those
+    of `precision`, or Transformer Engine's in FP8 with its blockwise recipe. Scores and rollouts
+    are not affected. FP8 needs Transformer Engine 2.3 or newer and Hopper GPUs."""
+
+    expert_exchange: Literal["auto", "direct", "hierarchical", "deepep"] = "auto"
+    """How tokens reach the experts of other ranks. direct: one all-to-all over ep x etp, with a row
+    for each expert. hierarchical: a row crosses the network once for each node, and is dispatched
+    inside it; the same results, bit for bit in fp32. auto: hierarchical if ep x etp fills several
+    nodes. deepep: the kernels of DeepEP, through Megatron's fused dispatch, without etp."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     transformer_engine: Accelerator = "auto"
     """Fused Adam and attention of Transformer Engine, if it is installed."""
 
+    flash_attention_3: Accelerator = "auto"
+    """FlashAttention-3 for packed attention on sm_90, if its package `flash_attn_interface` is
+    installed; otherwise torch's FlashAttention-2."""
+
     apex: Accelerator = "auto"
     """Fused Adam and weight-gradient accumulation of apex, if it is installed."""
 
     fla: Accelerator = "auto"
-    """Triton scan and convolution of fla-core for Mamba-2 on GPUs, if it is installed."""
+    """Triton scan and convolution of fla-core for Mamba-2 on GPUs, if it is installed. auto: only
+    where our own Triton kernels are unavailable, or fail their check at the start."""
 
     timeout_s: Annotated[float, Range(1, 30 * 86_400)] = 1800.0
     """Timeout of a collective in seconds. The watchdog names a rank that is silent or stalled for
@@ -116,6 +159,63 @@ class EngineConfig:
 
     preflight: bool = True
     """Check disk space, predicted memory, devices and collectives at the start."""
+
+    def problems(self) -> list[str]:
+        """Every rule that these settings break."""
+        found = self._recompute_problems()
+        if self.gradients == "bf16" and self.precision != "bf16":
+            found.append(
+                f"engine.gradients(bf16) needs bf16 weights, and engine.precision is "
+                f"{self.precision}: set --engine.precision bf16 or --engine.gradients fp32"
+            )
+        if self.expert_exchange == "deepep" and self.precision != "bf16":
+            found.append(
+                f"engine.expert_exchange(deepep) moves bf16 rows, and engine.precision is "
+                f"{self.precision}: set --engine.precision bf16 or --engine.expert-exchange auto"
+            )
+        return found + self._linears_problems()
+
+    @property
+    def recomputed(self) -> str:
+        """Symbols of the layers that backward recomputes."""
+        return LAYER_SYMBOLS if self.recompute else self.recompute_layers
+
+    @property
+    def recomputed_text(self) -> str:
+        """The layers that backward recomputes, in words: `kept`, `recomputed`, `recomputed ME`."""
+        if not self.recomputed:
+            return "kept"
+        return f"recomputed {self.recompute_layers}".strip()
+
+    def _recompute_problems(self) -> list[str]:
+        unknown = "".join(sorted(set(self.recompute_layers) - set(LAYER_SYMBOLS)))
+        if unknown:
+            return [
+                f"engine.recompute_layers({self.recompute_layers}) has {unknown!r}, which is no "
+                f"kind of layer: use symbols of {LAYER_SYMBOLS}, such as ME"
+            ]
+        if self.recompute and self.recompute_layers:
+            return [
+                f"engine.recompute_layers({self.recompute_layers}) has no effect, for "
+                "engine.recompute recomputes every layer: set --engine.recompute False, or leave "
+                "the other empty"
+            ]
+        return []
+
+    def _linears_problems(self) -> list[str]:
+        if self.linears != "fp8":
+            return []
+        wrong = {
+            "device": (self.device, "cpu", "cuda"),
+            "precision": (self.precision, "fp32", "bf16"),
+            "transformer_engine": (self.transformer_engine, "off", "auto"),
+        }
+        return [
+            f"engine.linears(fp8) runs in Transformer Engine, without engine.{name}({value}): set "
+            f"--engine.{name} {remedy}, or --engine.linears bf16"
+            for name, (value, refused, remedy) in wrong.items()
+            if value == refused
+        ]
 
 
 @dataclass(frozen=True)
@@ -127,6 +227,10 @@ class CheckpointConfig:
 
     keep: Natural = 2
     """Number of newest checkpoints to keep; 0 = all."""
+
+    asynchronous: bool = True
+    """Write while training continues, which waits for a copy of the state in host memory only. If
+    the copies need more than half of a node's available memory, saves are synchronous."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +246,33 @@ class LogConfig:
     """Settings of the logged metrics."""
 
     every: Natural = 1
-    """Steps between lines of metrics.jsonl and TensorBoard."""
+    """Steps between lines of metrics.jsonl and of the trackers."""
+
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl. wandb: online if it is logged in, otherwise to
+    RUN/wandb for `wandb sync`. mlflow: the server of MLFLOW_TRACKING_URI, otherwise
+    RUN/mlflow.db."""
 
     tensorboard: bool = True
+    """False leaves tensorboard out of `trackers`."""
+
+    @property
+    def chosen(self) -> tuple[TrackerName, ...]:
+        """The trackers to open, each once."""
+        names = dict.fromkeys(self.trackers)
+        return tuple(n for n in names if n != "tensorboard" or self.tensorboard)
+
+    def problems(self) -> list[str]:
+        """Every tracker whose package is not installed."""
+        return [
+            f"log.trackers({name}) needs the package {name}, which is not installed: "
+            f"pip install 'nemocascade[{name}]', or leave it out of --log.trackers"
+            for name in self.chosen
+            if not _is_installed(name)
+        ]
+
+
+def _is_installed(package: str) -> bool:
+    """False also for a folder of that name, such as the `wandb/` that W&B writes."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None

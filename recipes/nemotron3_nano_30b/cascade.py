@@ -3,15 +3,15 @@
 SFT -> IF-RL -> multi-domain RL -> MOPD -> RLHF -> long-context RL -> code RL -> SWE RL. Each stage
 uses the settings of its own script. After each, every domain gets a held-out score. On 256 GPUs,
 SFT runs with tp 2 x cp 8, which leaves dp 16. The other stages have the layouts of their scripts,
-and the scores tp 8, which leaves dp 32. ep 8 uses the same ranks.
+and scoring uses tp 8, which leaves dp 32. ep 8 uses the same ranks.
 
 As in the paper, the MOPD teacher for math is the SFT checkpoint, and the teacher for preference is
 an RLHF side stage. The other domains use the artifact with the best held-out score. An alarm
 reports a stage that loses more than 5 points in a domain. Held-out rows for preference need a
 `baseline`, a text that answers are compared with.
 
-SFT starts from the converted base model, and each judge runs on a server of its own. A stage's
-settings carry its name:
+SFT starts from the converted base model, and each judge runs on its own server. Options of a
+stage begin with its name:
 
     nemocascade plan recipes/nemotron3_nano_30b/cascade.py --gpus 256 --gpu h200
     nemocascade preflight recipes/nemotron3_nano_30b/cascade.py --ranks 256 \\
@@ -65,7 +65,7 @@ DOMAINS = (
     "swe_agentic",
 )
 
-# These domains have longer answers than the default, as in training.
+# These domains have longer answers than the default, in training as well.
 LIMITS = {"code": 120_832, "swe_agentless": 98_304, "swe_agentic": 229_376}
 RLHF = policy(GrpoRecipe, "rlhf")
 LONG_CONTEXT = policy(GrpoRecipe, "long_context_rl")
@@ -92,7 +92,7 @@ RECIPE = CascadeRecipe(
                 name,
                 heldout_path=(f"data/heldout/{name}.jsonl",),
                 max_response_tokens=LIMITS.get(name, 0),
-                # As in its stage.
+                # The same value as in its stage.
                 thinking=name != "swe_agentic",
             )
             for name in DOMAINS

@@ -2,9 +2,9 @@ r"""Code RL of Nemotron-3-Nano-30B-A3B, following Nemotron-Cascade 2 (arXiv 2603
 
 GRPO on programs that must pass all of their hidden tests. 128 prompts x 16 rollouts per step, 22
 steps, strictly on-policy, AdamW (0.9, 0.95), learning rate 3e-6, no KL. On 128 GPUs, tp 8 leaves dp
-16, and ep 8 uses the same ranks; pp 1, because rollouts decode stage by stage. Data: the released
-rows of the stage. Programs run as in LiveCodeBench: its imports and recursion limit, 4 GiB, numpy,
-and numbers compared exactly.
+16, and ep 8 uses the same ranks; rollouts on tp 1, ep 8. Data: the released rows of the stage.
+Programs run as in LiveCodeBench: its imports and recursion limit, 4 GiB, numpy, and numbers
+compared exactly.
 
 The paper drops the prompts that GPT-OSS-120B solves in 8 of 8 rollouts; 3,500 remain. Rows without
 a `pass_rate` get one by this command, from a model on a server or from your own `--artifact`:

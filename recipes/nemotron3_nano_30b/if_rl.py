@@ -1,8 +1,8 @@
 """IF-RL of Nemotron-3-Nano-30B-A3B, following Nemotron-Cascade 2 (arXiv 2603.19220).
 
-GRPO on instructions that rules verify. 128 prompts x 16 rollouts per step, 180 steps, strictly on-
-policy, AdamW (0.9, 0.95), learning rate 3e-6, no KL. On 128 GPUs, tp 4 leaves dp 32, and ep 8 uses
-the same ranks; pp 1, because rollouts decode stage by stage. Data: the released rows of the stage.
+GRPO on instructions that rules verify. 128 prompts x 16 rollouts per step, 180 steps, strictly
+on-policy, AdamW (0.9, 0.95), learning rate 3e-6, no KL. On 128 GPUs, tp 4 leaves dp 32, and ep 8
+uses the same ranks; rollouts on tp 1, ep 8. Data: the released rows of the stage.
 
     torchrun ... recipes/nemotron3_nano_30b/if_rl.py --init-from ARTIFACT
 """

@@ -2,9 +2,8 @@
 
 GRPO on questions over at least five documents, with inputs of up to 32K tokens, graded by a judge.
 128 prompts x 16 rollouts per step, 30 steps, strictly on-policy, AdamW (0.9, 0.95), learning rate
-3e-6, no KL. On 128 GPUs, tp 4 leaves dp 32, and ep 8 uses the same ranks; pp 1, because rollouts
-decode stage by stage. Data: rows with `documents`, `question` and `answer`. The judge runs on an
-OpenAI-compatible server.
+3e-6, no KL. On 128 GPUs, tp 4 leaves dp 32, and ep 8 uses the same ranks; rollouts on tp 1, ep 8.
+Data: rows with `documents`, `question` and `answer`. The judge runs on an OpenAI-compatible server.
 
     vllm serve Qwen/Qwen3-235B-A22B-Instruct-2507 --tensor-parallel-size 8
     torchrun ... recipes/nemotron3_nano_30b/long_context_rl.py --init-from ARTIFACT \\

@@ -4,7 +4,7 @@
 2e-6 over 30 steps, which the paper calls important because the first gradients are large. Prompts:
 math, instructions, tools, STEM and structured output at 30, 30, 10, 15 and 15 %, as released, and
 one in six for preference, whose share is not published. On 128 GPUs, tp 8 leaves dp 16, and ep 8
-uses the same ranks; pp 1, because rollouts decode stage by stage.
+uses the same ranks; rollouts on tp 1, ep 8.
 
 The teacher for math is the SFT checkpoint, that for preference is RLHF from the SFT checkpoint. The
 other domains use the best checkpoint after IF-RL and multi-domain RL. Name them with --teachers, or

@@ -2,8 +2,8 @@
 
 GRPO on STEM multiple choice (55 %), tool calling (30 %) and structured output (15 %). 128 prompts x
 16 rollouts per step, 70 steps, strictly on-policy, AdamW (0.9, 0.95), learning rate 3e-6, no KL. On
-128 GPUs, tp 4 leaves dp 32, and ep 8 uses the same ranks; pp 1, because rollouts decode stage by
-stage. Data: the released rows of the stage.
+128 GPUs, tp 4 leaves dp 32, and ep 8 uses the same ranks; rollouts on tp 1, ep 8. Data: the
+released rows of the stage.
 
     torchrun ... recipes/nemotron3_nano_30b/multi_domain_rl.py --init-from ARTIFACT
 """

@@ -3,8 +3,8 @@
 GRPO on comparisons by a generative reward model on its own server. All 120 pairs of a prompt's
 answers are compared. 128 prompts x 16 rollouts per step, 25 steps, KL 0.03 to the stage's start,
 strictly on-policy, AdamW (0.9, 0.95), learning rate 3e-6. The judge samples at temperature 0.6,
-top-p 0.95. On 128 GPUs, tp 4 leaves dp 32, and ep 8 uses the same ranks; pp 1, because rollouts
-decode stage by stage. Data: the released rows of the stage, prompts without a ground truth.
+top-p 0.95. On 128 GPUs, tp 4 leaves dp 32, and ep 8 uses the same ranks; rollouts on tp 1, ep 8.
+Data: the released rows of the stage, prompts without a ground truth.
 
 The server must pass the roles response_1 and response_2 to the model's template, as vLLM does. Its
 context must hold a prompt, two responses and the judge's reasoning.

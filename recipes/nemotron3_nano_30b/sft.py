@@ -9,10 +9,18 @@ The stage starts from the published base model, whose tokenizer it keeps:
 
     nemocascade convert NVIDIA-Nemotron-3-Nano-30B-A3B-Base-BF16 runs/nemotron3_nano_30b/base
     torchrun ... recipes/nemotron3_nano_30b/sft.py --init-from runs/nemotron3_nano_30b/base
+
+Tokenise the released rows before the job, on processors alone (docs/your_data.md), and give the
+stage the folder:
+
+    nemocascade data build --recipe recipes/nemotron3_nano_30b/sft.py \\
+        --init-from runs/nemotron3_nano_30b/base --output data/sft_tokens
+    torchrun ... sft.py --init-from runs/nemotron3_nano_30b/base --data.path data/sft_tokens
 """
 
 from nemocascade.recipe import (
     DataConfig,
+    EngineConfig,
     ParallelConfig,
     SftRecipe,
     nemotron3_nano_30b,
@@ -28,6 +36,7 @@ RECIPE = SftRecipe(
         path=("data/sft",), thinking=True, non_thinking_path=("data/sft/swe_agentic.jsonl",)
     ),
     parallel=ParallelConfig(tp=2, cp=8, ep=8),
+    engine=EngineConfig(overlap_parameter_gather=True),
 )
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ GRPO on episodes in which an agent repairs a repository. 16 prompts x 64 rollout
 warm-up. The reward is 1 if all hidden tests pass, else 0. Prompts that were always solved are
 dropped, and 90 % of those never solved: rows need their `pass_rate`, of 16 rollouts of the policy
 that the stage starts from. The number of steps and top-p are not published; here they are the
-defaults, 100 and 1. On 128 GPUs, tp 2 x cp 8 leaves dp 8, and ep 8 uses the same ranks; pp 1,
-because rollouts decode stage by stage.
+defaults, 100 and 1. On 128 GPUs, tp 2 x cp 8 leaves dp 8, and ep 8 uses the same ranks; rollouts on
+tp 1, ep 8.
 
 Tests run on the hosts of all ranks. Packages that the repositories import must be
 installed there: name them in `--envs.sandbox.packages`.
@@ -53,7 +53,7 @@ RECIPE = replace(
         slots=16,
         dynamic_filtering=False,
         samples=16,
-        # As in SFT on agents' trajectories, and in the paper's evaluation.
+        # The same as in SFT on agents' trajectories, and in the paper's evaluation.
         thinking=False,
     ),
     envs=EnvConfig(

@@ -4,9 +4,9 @@ GRPO on search/replace edits that repair a repository. The prompt holds an issue
 and the five files that BM25 retrieves. Rows with tests are graded by them, others by a reward
 model. 128 prompts x 16 rollouts per step, 45 steps (the paper: 40 to 50), strictly on-policy, AdamW
 (0.9, 0.95), learning rate 3e-6, no KL. Prompts with no rollout above 0.5 do not train. On 128 GPUs,
-tp 8 leaves dp 16, and ep 8 uses the same ranks; pp 1, because rollouts decode stage by stage. Data:
-the released rows of the stage. The reward model runs on an OpenAI-compatible server. Packages that
-the repositories import in their tests must be on the hosts: name them in `--envs.sandbox.packages`.
+tp 8 leaves dp 16, and ep 8 uses the same ranks; rollouts on tp 1, ep 8. Data: the released rows of
+the stage. The reward model runs on an OpenAI-compatible server. Packages that the repositories
+import in their tests must be on the hosts: name them in `--envs.sandbox.packages`.
 
 The paper filters out relatively easy samples and does not say how. Rows get a `pass_rate` from the
 policy that the stage starts from; a repair counts as solved above the 0.5 of the loss's mask.
@@ -47,7 +47,7 @@ RECIPE = replace(
             drop_solved=1.0,
         ),
     ),
-    # Whether the paper filters overlong answers is not published. It is off here: a truncated
+    # The paper does not say whether it filters overlong answers. It is off here: a truncated
     # repair counts as a failed one.
     rollout=replace(
         BASE.rollout, max_response_tokens=98_304, dynamic_filtering=False, min_best_reward=0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from nemocascade.megatron.groups import group_ranks
 from nemocascade.megatron.model import build_model
 from nemocascade.megatron.optimizer import Optimizer, wrap_ddp
 from nemocascade.megatron.parameters import count_parameters
+from nemocascade.megatron.workspace import MixerBackend, planned_mixer
+from nemocascade.plan.activations import Activations
 from nemocascade.plan.gpus import GPUS, find_gpu
 from nemocascade.plan.job import Job, RolloutLoad, job_of_recipe
 from nemocascade.plan.memory import GIB, every_rank, worst_rank
@@ -36,7 +38,8 @@ from nemocascade.plan.search import (
     nearest_fitting,
     price,
 )
-from nemocascade.plan.summary import PlanSettings, plan_recipe
+from nemocascade.plan.settings import PlanSettings
+from nemocascade.plan.summary import plan_recipe, planned_job
 from nemocascade.plan.tables import memory_rows, rows
 from nemocascade.plan.timing import StepModel
 from nemocascade.recipe import (
@@ -69,6 +72,7 @@ STATES: dict[str, tuple[int, dict[str, Any], ModelConfig, str, bool, bool]] = {
     "CP2 PP2 ETP2": (8, {"cp": 2, "pp": 2, "etp": 2}, MIXED, "fp32", True, False),
     "EP2 ETP2": (8, {"tp": 2, "ep": 2, "etp": 2}, MIXED, "bf16", True, False),
     "plain optimizer": (4, {"tp": 2, "ep": 2}, SMALL, "bf16", False, False),
+    "bf16 gradients": (4, {"tp": 2, "ep": 2}, SMALL, "bf16", True, False),
     "odd replicas": (6, {"pp": 2, "ep": 3}, replace(SMALL, num_experts=9), "bf16", True, False),
 }
 
@@ -85,7 +89,13 @@ def built_state(
     with torch.device("meta"):
         modules = build_model(world, config, Accelerators())
     with OnMeta():
-        chunks = wrap_ddp(world, config, modules, distributed=settings.distributed)
+        chunks = wrap_ddp(
+            world,
+            config,
+            modules,
+            distributed=settings.distributed,
+            gradients=engine.gradients,
+        )
         optimizer = Optimizer(settings, chunks, world, config, Accelerators())
     buffers = [b for c in chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
     frozen = [p for m in modules for p in m.parameters() if not p.requires_grad]
@@ -112,7 +122,8 @@ def built_state(
 def test_state_equals_a_meta_build_of_every_rank(name: str) -> None:
     size, sizes, shape, precision, distributed, frozen = STATES[name]
     parallel = ParallelConfig(**sizes)
-    engine = EngineConfig(precision=precision)  # type: ignore[arg-type]
+    gradients: Any = "bf16" if name == "bf16 gradients" else "fp32"
+    engine = EngineConfig(precision=precision, gradients=gradients)  # type: ignore[arg-type]
     moe = MoeTrainingConfig(freeze_router=frozen)
     settings = OptimizerConfig(distributed=distributed)
     for rank in range(size):
@@ -127,6 +138,7 @@ def test_state_equals_a_meta_build_of_every_rank(name: str) -> None:
             moe=moe,
             optimizer=settings,
             on_gpu=False,
+            gradients_in=gradients,
         )
         assert found == expected, f"rank {rank}"
 
@@ -228,11 +240,26 @@ def test_a_generation_layout_that_cannot_be_is_explained() -> None:
 
 
 def test_packs_beyond_the_scans_offsets_are_explained() -> None:
-    job = job_of(64, capacity=2**31 - 256)
+    job = replace(job_of(64, capacity=2**31 - 256), mixer="fla")
     [problem] = job.with_layout(ParallelConfig(), recompute=True).problems()
     assert "for a single head" in problem
     assert "--engine.fla off" in problem
-    assert replace(job, parallel=ParallelConfig(), fla=False).problems() == []
+    assert replace(job, parallel=ParallelConfig(), mixer="triton").problems() == []
+
+
+def test_the_planned_mixer_follows_settings_and_sizes() -> None:
+    model, odd = nemotron3_nano_30b(), replace(nemotron3_nano_30b(), mamba_head_dim=48)
+    settings = (EngineConfig(), EngineConfig(fla="on"), EngineConfig(fla="off"))
+    assert [planned_mixer(model, engine) for engine in settings] == ["triton", "fla", "triton"]
+    assert [planned_mixer(odd, engine) for engine in settings] == ["fla", "fla", "torch"]
+    recipe = load_recipe(LARGE, SftRecipe)
+    kept = {}
+    for mixer in get_args(MixerBackend):
+        job = planned_job(recipe, PlanSettings(recipe=str(LARGE), mamba2=mixer))
+        kept[mixer] = set(Activations(replace(job, parallel=ParallelConfig())).full_layer("M"))
+    assert planned_job(recipe, PlanSettings(recipe=str(LARGE))).mixer == "triton"
+    assert kept["triton"] == kept["fla"] - {"Mamba scan"}
+    assert kept["torch"] - kept["triton"] == {"Mamba states"}
 
 
 def test_shorter_packs_are_tried_where_documents_allow() -> None:
@@ -250,17 +277,17 @@ def test_memory_moves_the_right_way() -> None:
     kept = replace(base, engine=replace(base.engine, recompute=False))
     assert worst_rank(kept).total > 2 * total
     rollout = replace(base, rollout=RolloutLoad(sequences=4096, length=262_144))
-    cached = worst_rank(rollout).rollout
-    assert cached > 0
+    assert worst_rank(rollout).cache > 0
     # A replica on one rank: all weights, bf16, beside the caches of 4096 / 256 sequences.
     alone = RolloutParallelConfig(tp=1, pp=1, ep=1)
     small = RolloutLoad(sequences=256, length=64, parallel=alone)
     copied = worst_rank(replace(base, rollout=small))
     weights = 2 * count_parameters(nemotron3_nano_30b()).total
-    assert weights < copied.rollout < 1.1 * weights
+    assert weights < copied.weights + copied.cache < 1.1 * weights
     away = worst_rank(replace(base, rollout=replace(small, offload=True)))
     assert away.offloaded == away.gradients + away.optimizer > 0
-    assert away.total < copied.total
+    assert away.rollout < copied.rollout
+    assert away.training == copied.training
     assert (
         price(replace(base, capacity=131_072)).memory.activations < price(base).memory.activations
     )
@@ -277,13 +304,31 @@ def test_time_moves_the_right_way() -> None:
     assert short.total < own.total
 
 
+def test_fp8_products() -> None:
+    """They save time with many rows an expert and cost some with few, whose weights are quantised
+    all the same; and only Hopper has them."""
+    base = replace(job_of(256), engine=EngineConfig(recompute=True))
+
+    def seconds(job: Job, **engine: Any) -> float:
+        return StepModel(replace(job, engine=replace(job.engine, **engine))).layer("E").compute
+
+    assert 0.6 < seconds(base, experts="fp8") / seconds(base) < 0.95
+    assert seconds(base, linears="fp8") < seconds(base)
+    short = replace(base, capacity=1024, document=1024)
+    assert seconds(short, experts="fp8") > seconds(short)
+    job = replace(base, engine=replace(base.engine, experts="fp8"))
+    assert not job.problems()
+    (problem,) = replace(job, gpu=GPUS["a100-80gb"]).problems()
+    assert "engine.experts(fp8) needs Hopper GPUs, and the job has a100-80gb: set" in problem
+
+
 def test_pieces_of_a_pipeline_are_balanced() -> None:
     pattern = nemotron3_nano_30b().pattern
     layout = balanced_layout(pattern, 8)
-    pieces = layout.split("|")
-    assert "".join(pieces) == pattern
-    assert len(pieces) == 8
-    weights = [sum(3 if s == "E" else 2 for s in piece) for piece in pieces]
+    chunks = layout.split("|")
+    assert "".join(chunks) == pattern
+    assert len(chunks) == 8
+    weights = [sum(3 if s == "E" else 2 for s in chunk) for chunk in chunks]
     weights[-1] += 4
     assert max(weights) - min(weights) <= 5
 

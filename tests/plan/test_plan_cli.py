@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,21 @@ def test_plan(nemocascade: Command) -> None:
     assert "The recipe's layout:" in text
     report = json.loads(nemocascade("plan", TINY, "--gpus", "4", "--gpu", "cpu", "--json"))
     assert len(report["best"]) == 10
+
+
+def test_plan_ends_with_the_flags_of_the_fastest_layout(nemocascade: Command) -> None:
+    four = ("plan", TINY, "--gpus", "4", "--gpu", "cpu")
+    report = json.loads(nemocascade(*four, "--json"))
+    advice, own, best = report["advice"], report["own"], report["best"][0]
+    assert advice["speedup"] == pytest.approx(own["time_s"]["total"] / best["time_s"]["total"])
+    assert "% of the step; memory " in advice["limits"]
+    flags = shlex.split(advice["flags"])
+    again = json.loads(nemocascade(*four, "--json", "--", *flags))
+    assert again["own"] == best
+    assert again["advice"]["flags"] == advice["flags"]
+    text = nemocascade(*four, "--", *flags)
+    assert f"The recipe's layout is as fast as the fastest one:\n  {advice['flags']}\n" in text
+    assert f"It is limited by: {advice['limits']}.\n" in text
 
 
 def test_plan_names_an_unknown_accelerator(
@@ -92,6 +108,11 @@ def test_a_cascade_is_planned_checked_and_submitted_by_stage(nemocascade: Comman
     report = json.loads(nemocascade("plan", CASCADE, *two))
     assert list(report["stages"]) == names
     assert all(plan["own"]["fits"] for plan in report["stages"].values())
+    for name, plan in report["stages"].items():
+        prefix = f"--stages.{name.replace('_', '-')}."
+        flags = plan["advice"]["flags"].split()[::2]
+        assert all(flag.startswith(prefix) for flag in flags)
+        assert (f"{prefix}rollout.offload" in flags) == (name != "sft")
     found = json.loads(nemocascade("preflight", CASCADE, "--gpu", "cpu", "--ranks", "2", "--json"))
     assert found["passed"] is True
     checks = [finding["check"] for finding in found["findings"]]

@@ -6,28 +6,33 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import socket
+import re
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers.journal_jobs import weight_hashes
+from helpers.slurm import free_port, run, slurm, wait_for
 
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.slurm import (
-    SubmitSettings,
     check_submission,
     job_of_script,
     job_script,
     submit_jobs,
+    warn_of_steps,
 )
+from nemocascade.plan.submission import SlurmJob, SubmitSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "recipes" / "tiny" / "sft.py")
+__all__ = ["slurm"]  # a fixture
+
 SETTINGS = SubmitSettings(recipes=(TINY,), nodes=4, partition="gpu", time="2:00:00")
 
 
@@ -51,11 +56,10 @@ def test_the_script_says_what_was_asked_for() -> None:
     text = "\n".join(lines)
     assert "--nnodes=4 --nproc-per-node=8" in text
     assert f"{TINY} --steps 7 &" in text
-    shell = ("${SLURM_RESTART_COUNT:-0}", "${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}")
-    for expected in shell:
-        assert expected in text
-        text = text.replace(expected, "")
-    assert "{" not in text
+    assert not re.search(r"(?<!\$)\{[a-z_]+\}", text), "a placeholder is left"
+    assert "#SBATCH --no-kill" not in lines
+    spare = lines_of(replace(SETTINGS, spare_nodes=2))
+    assert {"#SBATCH --nodes=6", "#SBATCH --no-kill"} < set(spare)
 
 
 def test_servers_are_nodes_of_their_own(tmp_path: Path) -> None:
@@ -88,6 +92,62 @@ def test_servers_are_nodes_of_their_own(tmp_path: Path) -> None:
     assert "hetjob" not in job_script(settings, replace(job, settings=None))
     with pytest.raises(PlanError, match="server_model is empty"):
         check_submission(replace(settings, server_model=""), [])
+
+
+CODE = ROOT / "recipes" / "tiny" / "code_rl.py"
+
+
+def test_worker_nodes_are_a_ray_cluster_of_the_job(tmp_path: Path) -> None:
+    settings = replace(
+        SETTINGS,
+        spare_nodes=1,
+        account="lab",
+        worker_nodes=3,
+        worker_partition="cpu",
+        container_image="img.sqsh",
+        ray="/env/bin/ray",
+    )
+    job = job_of_script(CODE, str(tmp_path), (), rollouts=True)
+    text = job_script(settings, job)
+    script = tmp_path / "job.sbatch"
+    script.write_text(text)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    _, workers = text.split("#SBATCH hetjob\n")
+    asked = workers.split("\n\n")[0].splitlines()
+    for line in ("--nodes=3", "--exclusive", "--partition=cpu", "--account=lab"):
+        assert f"#SBATCH {line}" in asked
+    assert not any("gpu" in line for line in asked)
+    head, others, slots = re.findall(r"srun (.*) /env/bin/ray start.*&?$", text, re.MULTILINE)
+    assert head.startswith("--het-group=0 --overlap --no-kill --nodelist")
+    assert '--exclude="$ray_head" --nodes=4 --ntasks=4 --container-image=img.sqsh' in others
+    assert slots.startswith("--het-group=1 --no-kill --cpu-bind=none --nodes=3 --ntasks=3")
+    assert (
+        '--envs.sandbox.workers ray --envs.sandbox.ray.address "$ray_address" '
+        "--envs.sandbox.ray.nodes 3 &"
+    ) in text
+    servers = replace(settings, servers=1, server_model="m")
+    assert "--het-group=2 --no-kill" in job_script(servers, job)
+    cascade = replace(job, settings="stages.code_rl.")
+    assert "--stages.code_rl.envs.sandbox.workers ray" in job_script(settings, cascade)
+    assert "ray start" not in job_script(settings, replace(job, settings=None))
+
+
+def test_a_job_joins_a_ray_cluster_that_exists(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, worker_address="10.0.0.1:6379")
+    text = job_script(settings, job_of_script(CODE, str(tmp_path), (), rollouts=True))
+    assert "hetjob" not in text
+    assert "het-group" not in text
+    [join] = re.findall(r"srun .*ray start .*", text)
+    assert "--overlap --no-kill --nodes=4 --ntasks=4 bash -c" in join
+    assert "--address=$ray_address --num-cpus=0 --num-gpus=0" in join
+    assert "ray_address=10.0.0.1:6379" in text
+    assert '--envs.sandbox.workers ray --envs.sandbox.ray.address "$ray_address" &' in text
+    for wrong, problem in (
+        ({"worker_nodes": 1}, "two Ray clusters"),
+        ({"worker_address": "ray://x"}, "write it as host:port"),
+    ):
+        with pytest.raises(PlanError, match=problem):
+            check_submission(replace(settings, **wrong), [])
 
 
 def test_scripts_are_valid_shell(tmp_path: Path) -> None:
@@ -146,111 +206,264 @@ def test_a_machine_without_slurm_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
         submit_jobs(SETTINGS, [])
 
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
+STUBS = {
+    # Each call runs the next end, `end.1`, `end.2` and so on.
+    "srun": """echo "$@" >> "$PLAYED/calls"; n=$(wc -l < "$PLAYED/calls"); . "$PLAYED/end.$n" """,
+    "scontrol": """
+        [ "$1" = requeue ] && touch "$PLAYED/requeued"
+        [ "$1" = show ] && printf 'a\nb\nc\n'
+        true""",
+    "sleep": 'echo "$1" >> "$PLAYED/pauses"',
+}
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+class Played:
+    """A job script whose starts end as told, by stand-ins of Slurm's programs on hosts a, b, c."""
+
+    def __init__(
+        self,
+        folder: Path,
+        ends: list[str],
+        *,
+        job: SlurmJob | None = None,
+        using: SubmitSettings | None = None,
+        **settings: Any,
+    ) -> None:
+        self.folder, run_dir = folder, folder / "run"
+        for name, text in STUBS.items():
+            (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+            (folder / name).chmod(0o755)
+        for number, end in enumerate(ends, start=1):
+            (folder / f"end.{number}").write_text(f"run={run_dir}\n{end}\n")
+        chosen = using or replace(SETTINGS, nodes=2, spare_nodes=1, **settings)
+        script = folder / "job.sbatch"
+        job = job or job_of_script(Path(TINY), str(run_dir), [])
+        script.write_text(job_script(chosen, job))
+        path = f"{folder}:{os.environ['PATH']}"
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b,c", "PLAYED": str(folder)}
+        slurm["SLURMD_NODENAME"] = "127.0.0.1"  # else the name of this host is looked up
+        self.done = subprocess.run(
+            ["bash", str(script)],
+            env={**os.environ, "PATH": path, **slurm},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    @property
+    def calls(self) -> list[str]:
+        return self.lines("calls")
+
+    def lines(self, name: str) -> list[str]:
+        path = self.folder / name
+        return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Controller, node and munge on loopback; the environment in which Slurm's programs find it."""
-    missing = [p for p in PROGRAMS if shutil.which(p) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)} (Debian: slurm-wlm)")
-    if os.geteuid() != 0:
-        pytest.skip("slurmd needs root")
-    host = socket.gethostname().partition(".")[0]
-    try:
-        socket.gethostbyname(host)
-    except OSError:
-        pytest.skip(f"the machine's name {host} does not resolve")
-    folder = tmp_path_factory.mktemp("slurm")
-    # munge wants folders that only root may write, all the way up.
-    base = Path(f"/run/nemocascade-slurm-{os.getpid()}")
-    base.mkdir(mode=0o755)
-    key, munge = base / "key", base / "munge.socket"
-    key.write_bytes(os.urandom(128))
-    key.chmod(0o400)
-    conf = base / "slurm.conf"
-    conf.write_text(
-        f"""ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={free_port()}
-SlurmdPort={free_port()}
-SlurmUser=root
-AuthInfo=socket={munge},cred_expire=5
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/ctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-SlurmctldLogFile={folder}/ctld.log
-SlurmdLogFile={folder}/slurmd.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-MpiDefault=none
-ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN
-PartitionName=test Nodes={host} Default=YES MaxTime=INFINITE State=UP
-"""
-    )
-    env = {**os.environ, "SLURM_CONF": str(conf)}
-    started: list[subprocess.Popen[bytes]] = []
-    try:
-        for command in (
-            ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={munge}",
-             f"--pid-file={base}/munge.pid", f"--log-file={base}/munge.log",
-             f"--seed-file={base}/munge.seed"],
-            ["slurmctld", "-D", "-c"],
-            ["slurmd", "-D"],
-        ):  # fmt: skip
-            started.append(
-                subprocess.Popen(
-                    command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-                )
-            )
-            time.sleep(1)
-        wait_for(lambda: "idle" in run(["sinfo", "-h", "-o", "%T"], env), 60, "no idle node")
-        yield env
-    except TimeoutError as error:
-        log = (folder / "ctld.log").read_text() if (folder / "ctld.log").exists() else ""
-        pytest.skip(f"Slurm does not come up here: {error}: {log[-400:]}")
-    finally:
-        for process in reversed(started):
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)
-            process.kill()
-        shutil.rmtree(base, ignore_errors=True)
+CRASH = "echo step >> $run/metrics.jsonl; exit 1"
 
 
-def run(command: list[str], env: dict[str, str]) -> str:
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False).stdout
+def test_a_crash_starts_the_stage_again(tmp_path: Path) -> None:
+    played = Played(tmp_path, [CRASH, CRASH, "exit 0"])
+    assert played.done.returncode == 0, played.done.stderr
+    assert len(played.calls) == 3
+    assert played.lines("pauses") == ["10", "10"], "each start made a step"
+    assert not (tmp_path / "requeued").exists()
+    ids = [re.findall(r"--rdzv-id=(\S+)", call) for call in played.calls]
+    assert len({i for found in ids for i in found}) == 3, "the ranks of two starts must not meet"
+    assert not (tmp_path / "run" / "failures").exists()
 
 
-def wait_for(condition: object, seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.5)
-
-
-@pytest.mark.slow
-def test_a_warned_job_saves_requeues_and_resumes(
-    slurm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ranks_have_the_variables_of_allocator_and_nccl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those of the submitting shell come first."""
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    [call] = Played(tmp_path, ["exit 0"]).calls
+    variables = call.split(" env ")[1].split(" torchrun ")[0].split()
+    assert variables == [
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+        "NCCL_NVLS_ENABLE=1",
+        "TORCH_NCCL_HIGH_PRIORITY=1",
+    ]
+
+
+def test_a_crash_loop_ends(tmp_path: Path) -> None:
+    played = Played(tmp_path, ["exit 1"] * 9, restarts=3)
+    assert played.done.returncode == 1
+    assert len(played.calls) == 4
+    assert played.lines("pauses") == ["10", "20", "40"]
+    assert "4 starts in a row have failed without a further step" in played.done.stdout
+
+
+@pytest.mark.parametrize("code", [2, 3, 5, 130])
+def test_an_error_that_would_occur_again_ends_the_job(code: int, tmp_path: Path) -> None:
+    played = Played(tmp_path, [f"echo {code} > $NEMOCASCADE_EXIT_CODE; exit 1"])
+    assert (played.done.returncode, len(played.calls)) == (code, 1)
+
+
+def test_what_may_succeed_later_is_tried_again(tmp_path: Path) -> None:
+    played = Played(tmp_path, ["echo 75 > $NEMOCASCADE_EXIT_CODE; exit 1", "exit 0"])
+    assert (played.done.returncode, len(played.calls)) == (0, 2)
+
+
+def test_a_node_that_the_watchdog_names_is_replaced(tmp_path: Path) -> None:
+    named = "printf '%s\n' a a > $run/suspect_nodes; " + CRASH
+    other = "echo b > $run/suspect_nodes; " + CRASH
+    played = Played(tmp_path, [named, other, "exit 0"])
+    assert played.done.returncode == 0
+    nodes = [re.findall(r"--nodelist=(\S+)", call)[0] for call in played.calls]
+    assert nodes == ["a,b", "b,c", "b,c"]
+    heads = [re.findall(r"--rdzv-endpoint=(\S+):", call)[0] for call in played.calls]
+    assert heads == ["a", "b", "b"]
+    assert "excluded from now on, because the watchdog named them: a" in played.done.stdout
+    assert "named b, and no node is left to replace it: see --spare-nodes" in played.done.stdout
+
+
+def test_a_job_that_is_submitted_anew_counts_from_zero(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "failures").write_text("4\n")
+    played = Played(tmp_path, ["exit 1", "exit 0"])
+    assert (played.done.returncode, len(played.calls)) == (0, 2)
+
+
+def test_too_few_other_nodes_use_all_again(tmp_path: Path) -> None:
+    """Slurm gave the job nodes that it had excluded before it went back to the queue."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "excluded_nodes").write_text("a\nb\n")
+    played = Played(tmp_path, ["exit 0"])
+    assert played.done.returncode == 0
+    assert "--nodelist=a,b " in played.calls[0]
+    assert "all are used again" in played.done.stdout
+    assert not (tmp_path / "run" / "excluded_nodes").exists()
+
+
+def test_servers_that_have_died_are_started_again(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, servers=1, server_gpus=1, server_model="m", nodes=2)
+    job = job_of_script(Path(TINY), str(tmp_path / "run"), [], rollouts=True)
+    # The stand-in of srun ends at once, and so does the server that it stands for.
+    played = Played(tmp_path, ["exit 0", "exit 1", "exit 0", "exit 0"], job=job, using=settings)
+    assert played.done.returncode == 0, played.done.stderr
+    starts = [call for call in played.calls if "--het-group=1" in call]
+    assert len(starts) == 2
+
+
+def test_a_lost_ray_cluster_is_started_again(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, worker_nodes=1, nodes=2, gpus=False, ray_port=free_port())
+    job = job_of_script(CODE, str(tmp_path / "run"), [], rollouts=True)
+    # The steps start side by side, in any order. The first worker dies, and then the first stage.
+    end = """
+        nth() { [ "$(grep -c -e "$1" "$PLAYED/calls")" -eq "$2" ]; }
+        case "$*" in
+          *torchrun*)
+            nth torchrun 2 && exit 0
+            until [ -e "$PLAYED/dead" ]; do /bin/sleep 0.1; done
+            /bin/sleep 1; exit 1 ;;
+          *--het-group=1*) nth --het-group=1 1 && { touch "$PLAYED/dead"; exit 0; } ;;
+        esac
+        exec /bin/sleep 60"""
+    played = Played(tmp_path, [end] * 8, job=job, using=settings)
+    assert played.done.returncode == 0, played.done.stderr
+    assert sum("start --disable-usage-stats --block --head" in call for call in played.calls) == 2
+    assert sum("--het-group=1" in call for call in played.calls) == 2
+    token = tmp_path / "run" / "ray_token"
+    assert len(token.read_text()) == 64
+    assert token.stat().st_mode & 0o077 == 0
+
+
+def test_a_warned_job_goes_back_to_the_queue(tmp_path: Path) -> None:
+    stop = (
+        "kill -USR1 $PPID; for _ in 1 2 3 4 5; do [ -e $run/stop ] && break; /bin/sleep 1; done; "
+    )
+    saved = Played(tmp_path, [stop + "mv $run/stop $run/stop.done; exit 75"])
+    assert (saved.done.returncode, len(saved.calls)) == (0, 1)
+    assert (tmp_path / "requeued").exists()
+    assert "a checkpoint is written" in saved.done.stdout
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    again = Played(crashed, [stop + "exit 1"])
+    assert (again.done.returncode, len(again.calls)) == (0, 1)
+    assert (crashed / "requeued").exists(), "there is no time left for a restart"
+
+
+def test_a_warning_shorter_than_two_steps_is_named(tmp_path: Path) -> None:
+    rows = [{"step_time_s": 10.0}, {"step_time_s": 400.0}, {"other": 1}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    job = job_of_script(Path(TINY), str(tmp_path), [])
+    [warning] = warn_of_steps(SETTINGS, [job])
+    assert "a step took 400 s" in warning
+    assert "--warning-s 800 or more" in warning
+    assert warn_of_steps(replace(SETTINGS, warning_s=800), [job]) == []
+
+
+@pytest.fixture
+def submitting(slurm: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process submits jobs to the test's Slurm, and they inherit its environment."""
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'kernels'}:{ROOT}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("submitting")
+def test_a_job_whose_rank_is_killed_ends_as_an_undisturbed_one(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
+    settings = SubmitSettings(
+        recipes=(TINY,),
+        ranks_per_node=2,
+        time="30",
+        pause_s=1,
+        gpus=False,
+        torchrun=f"{sys.executable} -m torch.distributed.run",
+        port=free_port(),
+    )
+
+    def arguments(name: str) -> list[str]:
+        found = ["--run-dir", str(tmp_path / name), "--steps", "12", "--checkpoint.every", "1"]
+        found += ["--data.capacity", "256", "--log.tensorboard", "False", "--eval.every", "0"]
+        # The documents' cache has its own folder, so both runs read the same.
+        return [*found, "--data.cache-dir", str(tmp_path / "cache")]
+
+    whole = subprocess.run(
+        [
+            *settings.torchrun.split(),
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            TINY,
+            *arguments("whole"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    run_dir = tmp_path / "run"
+    [job] = submit_jobs(settings, [job_of_script(Path(TINY), "run", arguments("run"))])
+    log, steps = run_dir / f"slurm-{job}.txt", run_dir / "metrics.jsonl"
+    try:
+        wait_for(lambda: steps.exists() and steps.read_text().count("\n") >= 3, 240, "no step")
+        # The owner of the run folder is the main rank.
+        os.kill(json.loads((run_dir / "lock").read_text())["pid"], signal.SIGKILL)
+        artifact = run_dir / "artifact" / "manifest.json"
+        wait_for(artifact.exists, 300, "it did not end")
+    except TimeoutError as error:
+        raise AssertionError(f"{error}:\n{log.read_text()[-4000:]}") from None
+    finally:
+        run(["scancel", job], slurm)
+        with contextlib.suppress(TimeoutError):
+            wait_for(lambda: not run(["squeue", "-h"], slurm).strip(), 60, "still in the queue")
+    assert "without a further step follows in 1 s" in log.read_text()
+    hashes = [weight_hashes(tmp_path / name / "artifact") for name in ("whole", "run")]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("submitting")
+def test_a_warned_job_saves_requeues_and_resumes(slurm: dict[str, str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = SubmitSettings(
         recipes=(TINY,),
@@ -285,10 +498,62 @@ def test_a_warned_job_saves_requeues_and_resumes(
         wait_for(lambda: f"{saved[0]}, step" in log(), 240, "it did not resume")
         before = max(steps())
         wait_for(lambda: max(steps()) > before + 2, 120, "it does not go on")
-        assert steps() == list(range(len(steps()))), "steps were lost or made twice"
+        assert steps() == list(range(1, len(steps()) + 1)), "steps were lost or made twice"
     except TimeoutError as error:
         raise AssertionError(f"{error}:\n{log()[-4000:]}") from None
     finally:
         run(["scancel", job], slurm)
         with contextlib.suppress(TimeoutError):
             wait_for(lambda: not run(["squeue", "-h"], slurm).strip(), 60, "still in the queue")
+
+
+RAY_STAGE = """
+from helpers.junk_code import junk_recipe
+from nemocascade.recipe.envs import SandboxConfig
+from nemocascade.stages.launch import launch
+RECIPE = junk_recipe({start!r}, "run", SandboxConfig())
+if __name__ == "__main__":
+    launch(RECIPE)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("submitting")
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+def test_a_job_runs_its_programs_on_a_worker_node(
+    slurm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'kernels'}:{ROOT}:{ROOT / 'tests'}")
+    start = [sys.executable, str(ROOT / "tests/helpers/junk_code.py"), str(tmp_path / "start")]
+    done = subprocess.run([*start, "", ""], capture_output=True, text=True, check=True)
+    script, run_dir = tmp_path / "stage.py", tmp_path / "run"
+    script.write_text(RAY_STAGE.format(start=done.stdout.splitlines()[-1]))
+    settings = SubmitSettings(
+        recipes=(str(script),),
+        ranks_per_node=1,
+        time="30",
+        warning_s=60,
+        gpus=False,
+        torchrun=f"{sys.executable} -m torch.distributed.run",
+        port=free_port(),
+        worker_nodes=1,
+        ray=f"{sys.executable} -m ray.scripts.scripts",
+        ray_port=free_port(),
+    )
+    arguments = ["--run-dir", str(run_dir)]
+    [job] = submit_jobs(settings, [job_of_script(script, "run", arguments, rollouts=True)])
+    try:
+        wait_for((run_dir / "artifact" / "manifest.json").exists, 400, "no artifact")
+        wait_for(lambda: not run(["squeue", "-h"], slurm).strip(), 90, "the job does not end")
+    except TimeoutError as error:
+        logs = [run_dir / f"slurm-{job}.txt", run_dir / "ray.txt"]
+        said = [path.read_text()[-3000:] for path in logs if path.exists()]
+        raise AssertionError("\n".join([str(error), *said])) from None
+    finally:
+        run(["scancel", job], slurm)
+    assert "ExitCode=0:0" in run(["scontrol", "show", "job", job], slurm)
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    assert recipe["envs"]["sandbox"]["workers"] == "ray"
+    rows = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert any(0 < row["reward"] < 1 for row in rows)
+    assert all(row["errors"] == 0 for row in rows if "errors" in row)

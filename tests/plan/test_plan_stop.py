@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 
 from nemocascade.recipe import SftRecipe, load_recipe
+from nemocascade.runtime.stopping import Stopped, StopRequest
 from nemocascade.stages.sft import run_sft
-from nemocascade.train.checkpointing import Stopped
 from nemocascade.train.trainer import Trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "sft.py"
@@ -32,6 +33,7 @@ def test_a_run_stops_on_request_and_goes_on(
     )
     # A request that a run before this one left: it is not meant for this one.
     (tmp_path / "stop").touch()
+    os.utime(tmp_path / "stop", (0, 0))
     train_step = Trainer.train_step
 
     def asked_in_the_second(self: Trainer, *arguments: Any, **options: Any) -> Any:
@@ -53,3 +55,14 @@ def test_a_run_stops_on_request_and_goes_on(
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     assert "preflight:" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_request_during_the_start_counts(tmp_path: Path) -> None:
+    request = StopRequest(tmp_path)
+    (tmp_path / "stop").touch()
+    request.clear()
+    assert request.look()
+    os.utime(tmp_path / "stop", (0, 0))
+    again = StopRequest(tmp_path)
+    again.clear()
+    assert not again.look()

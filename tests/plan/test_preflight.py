@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -19,13 +20,13 @@ from nemocascade.plan.findings import Preflight
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import job_of_recipe
 from nemocascade.plan.preflight import (
-    PreflightSettings,
     check_recipe,
     check_start,
     check_tokenizer,
     offline,
     problems_before,
 )
+from nemocascade.plan.settings import PreflightSettings
 from nemocascade.recipe import (
     CascadeRecipe,
     CheckpointConfig,
@@ -46,15 +47,9 @@ from nemocascade.recipe.rules import hints_of
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TINY = str(RECIPES / "tiny" / "sft.py")
 NANO = "nemotron3_nano_30b"
-# One recipe a stage; cascade.py is made of the others. Each takes half a minute.
-LARGE = [
-    pytest.param(path, id=path.stem, marks=[] if path.stem == "sft" else [pytest.mark.slow])
-    for path in sorted((RECIPES / NANO).glob("*.py"))
-    if path.stem != "cascade"
-]
-
-
 LARGE_SCRIPTS = sorted((RECIPES / NANO).glob("*.py"))
+# One recipe a stage; cascade.py is made of the others.
+LARGE = [path for path in LARGE_SCRIPTS if path.stem != "cascade"]
 GENRM = "nvidia/Qwen3-Nemotron-235B-A22B-GenRM"
 JUDGES = {
     "rlhf": [GENRM],
@@ -91,7 +86,7 @@ def test_the_tiny_recipe_passes(tmp_path: Path) -> None:
     assert "all checks passed" in found.text()
 
 
-@pytest.mark.parametrize("path", LARGE)
+@pytest.mark.parametrize("path", LARGE, ids=lambda p: p.stem)
 def test_the_30b_recipes_pass_as_256_ranks(path: Path, tmp_path: Path) -> None:
     """Every rank's model is built, and no problem is left but the data that is not here."""
     recipe = load_any_recipe(path)
@@ -103,11 +98,14 @@ def test_the_30b_recipes_pass_as_256_ranks(path: Path, tmp_path: Path) -> None:
         data = replace(recipe.data, path=("synthetic:arithmetic",), non_thinking_path=())
         recipe = replace(recipe, data=data)
     job = job_of_recipe(recipe, find_gpu("h200"), 256, preset=NANO)
-    found = offline(recipe, job, 256, dry_run=True, ahead=True)
+    found = Preflight()
+    offline(recipe, job, 256, found, dry_run=True, ahead=True)
     room = shutil.disk_usage(tmp_path).free > 2**40
-    assert [p for p in found.problems if room or "make room" not in p] == []
+    missing = re.compile(r"(domains\.\d+|envs\.\w+)\.\w+: data/\S+ does not exist")
+    problems = [p for p in found.problems if not missing.match(p)]
+    assert [p for p in problems if room or "make room" not in p] == []
     [built] = [f for f in found.findings if f.check == "dry run"]
-    assert built.measured.startswith("256 ranks built on the meta device")
+    assert re.match(r"256 ranks of \d+ kinds built on the meta device", built.measured)
     assert found.seconds < 120
 
 
@@ -125,7 +123,8 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         parallel=ParallelConfig(tp=2, ep=3),
     )
     job = job_of_recipe(recipe, find_gpu("cpu"), 2)
-    found = offline(recipe, job, 2, dry_run=True)
+    found = Preflight()
+    offline(recipe, job, 2, found, dry_run=True)
     text = "\n".join(found.problems)
     for part in (
         "capacity(2049)",
@@ -142,10 +141,12 @@ def test_packs_that_cannot_be_scanned_are_found(tmp_path: Path) -> None:
     recipe = load_recipe(Path(TINY), SftRecipe)
     data = replace(recipe.data, capacity=2**31 - 256, sequences_per_step=1)
     recipe = replace(recipe, run_dir=str(tmp_path / "run"), data=data)
-    choices: tuple[tuple[Literal["auto", "off"], bool], ...] = (("auto", True), ("off", False))
+    choices: tuple[tuple[Literal["on", "auto"], bool], ...] = (("on", True), ("auto", False))
     for fla, expected in choices:
         chosen = replace(recipe, engine=replace(recipe.engine, fla=fla))
-        found = offline(chosen, job_of_recipe(chosen, find_gpu("h200"), 1), 1, dry_run=False)
+        found = Preflight()
+        job = job_of_recipe(chosen, find_gpu("h200"), 1)
+        offline(chosen, job, 1, found, dry_run=False)
         assert any("for a single head" in p for p in found.problems) == expected
 
 
@@ -204,7 +205,7 @@ def test_an_unknown_failure_is_a_finding() -> None:
     assert found.findings[1].measured == "seen"
 
 
-def test_devices_are_timed() -> None:
+def test_devices_are_timed(tmp_path: Path) -> None:
     recipe = load_recipe(Path(TINY), SftRecipe)
     job = job_of_recipe(recipe, find_gpu("cpu"), 1)
     world = start_world(ParallelConfig(), EngineConfig(precision="fp32"))
@@ -212,7 +213,8 @@ def test_devices_are_timed() -> None:
         found = Preflight()
         check_device(world, job, found)
         assert "TFLOP/s" in found.findings[0].measured
-        assert online(world, job).problems == []
+        assert online(world, job, tmp_path).problems == []
+        assert list(tmp_path.iterdir()) == []
     finally:
         world.close()
 

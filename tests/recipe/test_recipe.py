@@ -16,6 +16,7 @@ from nemocascade.recipe import (
     DataConfig,
     DemonstrationConfig,
     DomainConfig,
+    EngineConfig,
     GrpoConfig,
     GrpoRecipe,
     ModelConfig,
@@ -30,6 +31,7 @@ from nemocascade.recipe import (
     nemotron3_nano_30b,
     tiny,
 )
+from nemocascade.recipe.rl import prompt_quotas
 from nemocascade.stages.launch import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +91,15 @@ def test_all_problems_at_once() -> None:
         assert part in found, part
 
 
+def test_fp8_linears_need_transformer_engine_on_a_gpu() -> None:
+    engine = EngineConfig("fp32", device="cpu", transformer_engine="off", linears="fp8")
+    found = "\n".join(recipe(engine=engine).problems(1))
+    for part in ("precision bf16, or", "device cuda, or", "transformer_engine auto, or"):
+        assert f"set --engine.{part} --engine.linears bf16" in found
+    # A CPU has the arithmetic of the experts.
+    assert not recipe(engine=EngineConfig("fp32", device="cpu", experts="fp8")).problems(1)
+
+
 @pytest.mark.parametrize(
     ("parallel", "world", "part"),
     [
@@ -100,7 +111,7 @@ def test_all_problems_at_once() -> None:
         (ParallelConfig(ep=3), 3, "num_experts(8)"),
         (ParallelConfig(etp=3), 3, "expert_width(128)"),
         (ParallelConfig(pp=2, pipeline_layout="MEM|EME*"), 2, "is not"),
-        (ParallelConfig(pp=2, pipeline_layout="MEM*EME*"), 2, "pieces"),
+        (ParallelConfig(pp=2, pipeline_layout="MEM*EME*"), 2, "chunks"),
         (ParallelConfig(tp=0), 1, "tp(0)"),
         (ParallelConfig(), 3, "sequences_per_step(8)"),
         (ParallelConfig(pp=4, vpp=2), 16, "interleaved"),
@@ -145,6 +156,35 @@ def test_shape_rules(change: dict[str, object]) -> None:
 def test_layout_cuts_the_pattern() -> None:
     assert ParallelConfig(pp=2, vpp=2).layout("MEM*EME*") == "ME|M*|EM|E*"
     assert ParallelConfig(pp=2, pipeline_layout="M|E").layout("ME") == "M|E"
+
+
+def test_domains_of_a_mixed_stage() -> None:
+    """Their own limits lie within the stage's, and each has a share of the prompts."""
+    base = GrpoRecipe(
+        init_from="a",
+        domains=(
+            DomainConfig("math", share=3.0, max_response_tokens=128),
+            DomainConfig("code", share=1.0),
+        ),
+        rollout=RolloutConfig(prompts_per_step=16, max_response_tokens=256, filter_by="domain"),
+    )
+    assert base.problems(1) == []
+    assert prompt_quotas({"math": 3.0, "code": 1.0}, 16) == {"math": 12, "code": 4}
+    assert prompt_quotas({"a": 1.0, "b": 1.0, "c": 1.0}, 16) == {"a": 6, "b": 5, "c": 5}
+
+    def problem(**changes: Any) -> str:
+        [found] = replace(base, rollout=replace(base.rollout, **changes)).problems(1)
+        return found
+
+    assert "domains.0.max_response_tokens(128) is above" in problem(max_response_tokens=64)
+    assert "the penalty grows towards one limit" in problem(overlong_penalty=0.5)
+    assert "code would train on no group" in problem(prompts_per_step=1)
+    assert (
+        replace(base, rollout=replace(base.rollout, prompts_per_step=1, filter_by="step")).problems(
+            1
+        )
+        == []
+    )
 
 
 def test_truncated_policies_are_not_compared_with_whole_ones() -> None:
@@ -255,9 +295,11 @@ def test_a_generation_layout_keeps_the_rules() -> None:
 
 
 def test_servers_have_no_generation_layout() -> None:
+    """That of a recipe is for the live engine: with servers the ranks keep training's."""
     server = RolloutServerConfig(urls=("http://host:1",))
-    found = RolloutConfig(
-        engine="server", server=server, parallel=RolloutParallelConfig(tp=2), offload=True
-    ).problems()
-    assert any("rollout.parallel(tp 2, pp 0, ep 0)" in problem for problem in found)
-    assert any("rollout.offload(True)" in problem for problem in found)
+    own = RolloutParallelConfig(tp=2)
+    found = RolloutConfig(engine="server", server=server, parallel=own, offload=True)
+    assert any("rollout.offload(True)" in problem for problem in found.problems())
+    assert len(found.problems()) == 1
+    assert found.layout == RolloutParallelConfig()
+    assert replace(found, engine="live").layout == own

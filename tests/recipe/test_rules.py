@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from nemocascade.cli import ConvertSettings, TokenizerSettings
-from nemocascade.plan.preflight import PreflightSettings
-from nemocascade.plan.slurm import SubmitSettings
-from nemocascade.plan.summary import PlanSettings
+from nemocascade.plan.settings import PlanSettings, PreflightSettings
+from nemocascade.plan.submission import SubmitSettings
 from nemocascade.recipe import (
     CascadeRecipe,
     DataConfig,
@@ -24,11 +22,16 @@ from nemocascade.recipe import (
     ScoredDomain,
     SftRecipe,
 )
+from nemocascade.recipe.commands import (
+    ConvertSettings,
+    InterferenceSettings,
+    OrderSettings,
+    ReplaySettings,
+    TokenizerSettings,
+)
 from nemocascade.recipe.paths import is_file_name
 from nemocascade.recipe.rules import number_problems, numeric_fields
-from nemocascade.rl.trajectories import ReplaySettings
-from nemocascade.stages.evaluate import EvalSettings
-from nemocascade.stages.scoring import ScoreSettings
+from nemocascade.stages.settings import EvalSettings, ScoreSettings
 
 DOMAINS = (DomainConfig(),)
 RECIPES: dict[str, Any] = {
@@ -41,6 +44,7 @@ RECIPES: dict[str, Any] = {
     "scores": ScoreConfig(domains=(ScoredDomain(),)),
 }
 COMMANDS: list[Any] = [
+    *(InterferenceSettings("x"), OrderSettings("x")),
     *(EvalSettings(), ScoreSettings(), ReplaySettings(), TokenizerSettings(), CascadeRecipe()),
     *(PlanSettings("x"), PreflightSettings("x"), SubmitSettings(("x",)), ConvertSettings("a", "b")),
 ]

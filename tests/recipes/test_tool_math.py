@@ -14,6 +14,8 @@ from helpers.sandbox import sandbox_or_skip
 from nemocascade.recipe import SandboxConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 1800
+"""Limit of each of the two trainings."""
 
 
 def run(script: str, *options: str) -> None:
@@ -23,7 +25,7 @@ def run(script: str, *options: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=1800,
+        timeout=TIMEOUT_S,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -33,6 +35,7 @@ def values(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2 * TIMEOUT_S)
 def test_products_that_no_tiny_model_computes_are_right_with_the_tool(tmp_path: Path) -> None:
     sandbox_or_skip(SandboxConfig()).close()
     start = tmp_path / "sft" / "artifact"

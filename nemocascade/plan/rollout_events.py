@@ -1,0 +1,319 @@
+"""Rollouts of a step as discrete events: decode steps, tools, verification, and the queue.
+
+Between two events all sequences of a group of replicas decode, so a step of any length costs as
+many events as it has turns and verdicts.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from nemocascade.plan.generation import StepTerms
+from nemocascade.plan.replicas import DecodeGroup, Replica
+from nemocascade.plan.workload import EpisodeCosts
+
+
+class RolloutQueue(Protocol):
+    """Where replicas take requests, such as `WorkQueue`."""
+
+    def poll(self, free_slots: int, busy: int) -> Any:
+        """An object with the ids `taken`, the ids `cancelled`, and `is_open`."""
+
+    def check(self) -> None:
+        """Read what has been reported."""
+
+    def report(self, number: int, reward: float | None) -> None:
+        """A verdict on request `number`."""
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The texts of a step, by request id. copies: consecutive ids of a prompt. prompt: its tokens.
+    lengths: tokens after the prompt. rewards: of the verdicts."""
+
+    copies: int
+    prompt: int
+    lengths: Sequence[int]
+    rewards: Sequence[float]
+
+
+@dataclass(frozen=True)
+class RolloutTime:
+    """Times of a step's rollouts.
+
+    generation_s: until the last text that counts has ended. verify_s: from then to the last
+    verdict. idle: share of the time in which a replica decodes nothing, mean over all. prefill_s,
+    terms: seconds of the group that ends last. tokens, prefilled: decoded and prefilled, of all.
+    most_cached: largest number of cached tokens of a replica. longest: steps of that group.
+    """
+
+    generation_s: float
+    verify_s: float
+    idle: float
+    prefill_s: float
+    terms: StepTerms
+    tokens: int
+    prefilled: int
+    most_cached: int
+    steps: int
+
+    @property
+    def seconds(self) -> float:
+        return self.generation_s + self.verify_s
+
+
+@dataclass(eq=False)
+class _Text:
+    """A sequence that a replica has taken. turns: number that are left, the current one included.
+    decoded, reply: tokens of a turn, and of the tool's result after it. last: of the last turn."""
+
+    group: int
+    replica: Replica
+    turns: int
+    decoded: int
+    reply: int
+    last: int
+    is_decoding: bool = False
+
+
+@dataclass(eq=False)
+class _Verifiers:
+    """The verifiers of a group's ranks. free: cores. pending: ids that wait for one,
+    with their replica."""
+
+    free: int
+    pending: deque[tuple[int, Replica]] = field(default_factory=deque)
+
+
+class RolloutEvents:
+    """The rollouts of one step on groups of replicas.
+
+    queues: of the replicas, by group; they may be one. is_done: says that the verdicts so far are
+    enough, where they decide what starts and is cancelled. order: of the replicas' first polls.
+    """
+
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        costs: EpisodeCosts,
+        queues: Sequence[RolloutQueue],
+        groups: Sequence[DecodeGroup],
+        *,
+        is_done: Callable[[], bool] | None = None,
+        order: random.Random | None = None,
+    ) -> None:
+        self.rollouts, self.costs, self.groups = rollouts, costs, groups
+        replicas = [replica for group in groups for replica in group.replicas]
+        self.queues = dict(zip(replicas, queues, strict=True))
+        self.distinct = list(dict.fromkeys(queues))
+        self.is_done, self.order = is_done, order or random.Random(1)
+        self.now = self.verified = 0.0
+        self.texts: dict[int, _Text] = {}
+        self.cancelled: set[int] = set()
+        self.ends: dict[int, float] = {}
+        self.verifiers = [_Verifiers(costs.cores * group.ranks) for group in groups]
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+        self._versions = [0] * len(groups)
+        # Events at one time, until `_flush`.
+        self._prefills: dict[int, list[list[float]]] = {}
+        self._starting: list[int] = []
+        self._changed: set[int] = set()
+
+    def run(self) -> RolloutTime:
+        """Generate and verify everything that is needed."""
+        everyone = [(n, replica) for n, g in enumerate(self.groups) for replica in g.replicas]
+        self.order.shuffle(everyone)
+        for number, replica in everyone:
+            self._take(number, replica)
+        self._flush()
+        while self._events and not (self.is_done and self.is_done()):
+            self.now, _, act = heapq.heappop(self._events)
+            act()
+            self._flush()
+        return self._result()
+
+    def _push(self, time: float, act: Callable[[], None]) -> None:
+        self._count += 1
+        heapq.heappush(self._events, (time, self._count, act))
+
+    def _group_event(self, group: int, version: int) -> None:
+        if version == self._versions[group]:
+            self._advance(group)
+
+    def _advance(self, group: int) -> None:
+        """Decode until now, and let freed slots take what is next."""
+        self._changed.add(group)
+        for number, replica in self.groups[group].advance(self.now):
+            self._turn_ended(number)
+            self._take(group, replica)
+
+    def _take(self, group: int, replica: Replica) -> int:
+        """Poll for a replica; returns the number of requests that it took."""
+        supply = self.queues[replica].poll(replica.slots - replica.taken, replica.taken)
+        self._cancel(supply.cancelled)
+        replica.waiting += supply.taken
+        self._fill(group, replica)
+        return len(supply.taken)
+
+    def _fill(self, group: int, replica: Replica) -> None:
+        """Start waiting requests in free slots; consecutive copies share a prompt's prefill."""
+        while replica.waiting and replica.held < replica.slots:
+            number = replica.waiting.pop(0)
+            self.texts[number] = self._text(group, replica, self.rollouts.lengths[number])
+            prompt = number // self.rollouts.copies
+            if prompt != replica.prompt:
+                self._prefill(group, replica, [self.rollouts.prompt])
+            replica.prompt = prompt
+            replica.held += 1
+            replica.cached += self.rollouts.prompt
+            self._starting.append(number)
+
+    def _text(self, group: int, replica: Replica, length: int) -> _Text:
+        turns = -(-self.costs.turns(length) // self.costs.merged)
+        reply = int(length * self.costs.tool_share / turns) if turns > 1 else 0
+        decoded = max(1, length // turns - reply)
+        last = max(1, length - (turns - 1) * (decoded + reply))
+        return _Text(group, replica, turns, decoded, reply, last)
+
+    def _prefill(self, group: int, replica: Replica, tokens: Sequence[float]) -> None:
+        replicas = self.groups[group].replicas
+        prompts = self._prefills.setdefault(group, [[] for _ in replicas])
+        prompts[replicas.index(replica)] += tokens
+
+    def _flush(self) -> None:
+        """Run the prefills of this moment, start their sequences, and plan the groups' events."""
+        for group in list(self._prefills):
+            # A decode step that runs is finished first.
+            self._advance(group)
+        for group, prompts in self._prefills.items():
+            self.groups[group].prefill(prompts)
+        self._prefills.clear()
+        for number in self._starting:
+            text = self.texts[number]
+            text.is_decoding = True
+            length = text.decoded if text.turns > 1 else text.last
+            self.groups[text.group].start(number, text.replica, length)
+            self._changed.add(text.group)
+        self._starting.clear()
+        for group in sorted(self._changed):
+            self._versions[group] += 1
+            if self.groups[group].is_decoding:
+                act = functools.partial(self._group_event, group, self._versions[group])
+                self._push(self.groups[group].next_end(), act)
+        self._changed.clear()
+
+    def _turn_ended(self, number: int) -> None:
+        """Call a tool, or finish the text."""
+        text = self.texts[number]
+        text.turns, text.is_decoding = text.turns - 1, False
+        if text.turns:
+            seconds = self.costs.tool_s * self.costs.merged
+            self._push(self.now + seconds, functools.partial(self._reply, number))
+            return
+        self._release(number, self.rollouts.prompt + self.rollouts.lengths[number])
+        self.ends[number] = self.now
+        self.verifiers[text.group].pending.append((number, text.replica))
+        self._verify(text.group)
+
+    def _release(self, number: int, tokens: float) -> None:
+        """Free the slot of a text and its cached tokens."""
+        text = self.texts.pop(number)
+        text.replica.held -= 1
+        text.replica.cached -= tokens
+
+    def _reply(self, number: int) -> None:
+        """A tool has answered: prefill its result."""
+        text = self.texts.get(number)
+        if text is not None:
+            merged = self.costs.merged
+            self._prefill(text.group, text.replica, [text.reply / merged] * merged)
+            text.replica.cached += text.reply
+            self._starting.append(number)
+
+    def _verify(self, group: int) -> None:
+        """Start verifiers on free cores; one verdict's tests use those that nobody waits for."""
+        verifiers, costs = self.verifiers[group], self.costs
+        while verifiers.pending and verifiers.free:
+            number, replica = verifiers.pending.popleft()
+            if number not in self.cancelled:
+                width = max(1, min(costs.side, verifiers.free - len(verifiers.pending)))
+                verifiers.free -= width
+                act = functools.partial(self._verdict, group, number, replica, width)
+                self._push(self.now + costs.verify_s / width, act)
+
+    def _verdict(self, group: int, number: int, replica: Replica, width: int) -> None:
+        self.verifiers[group].free += width
+        self._verify(group)
+        if number in self.cancelled:
+            return
+        self.verified = self.now
+        self.queues[replica].report(number, self.rollouts.rewards[number])
+        if self.is_done is not None:
+            for queue in self.distinct:
+                queue.check()
+                self._cancel(queue.poll(0, 0).cancelled)
+            self._offer()
+
+    def _offer(self) -> None:
+        """Let the emptiest replicas take what may start by now."""
+        while True:
+            free = (
+                (replica.taken, n, k)
+                for n, group in enumerate(self.groups)
+                for k, replica in enumerate(group.replicas)
+            )
+            taken, group, k = min(free)
+            replica = self.groups[group].replicas[k]
+            if taken >= replica.slots or not self._take(group, replica):
+                return
+
+    def _cancel(self, numbers: Sequence[int]) -> None:
+        """Drop requests that cannot train any more."""
+        for number in numbers:
+            self.cancelled.add(number)
+            text = self.texts.get(number)
+            if text is not None and text.is_decoding:
+                for ended, _ in self.groups[text.group].advance(self.now):
+                    self._turn_ended(ended)
+                self._changed.add(text.group)
+                text = self.texts.get(number)
+            if text is None:
+                self._drop_waiting(number)
+                continue
+            self._starting = [started for started in self._starting if started != number]
+            left = max(0, text.turns - 1) * (text.decoded + text.reply)
+            if text.is_decoding:
+                left += self.groups[text.group].drop(number)
+            whole = self.rollouts.prompt + self.rollouts.lengths[number]
+            self._release(number, max(self.rollouts.prompt, whole - left))
+
+    def _drop_waiting(self, number: int) -> None:
+        for group in self.groups:
+            for replica in group.replicas:
+                if number in replica.waiting:
+                    replica.waiting.remove(number)
+
+    def _result(self) -> RolloutTime:
+        end = max((t for n, t in self.ends.items() if n not in self.cancelled), default=0.0)
+        total = max(end, self.verified)
+        replicas = [replica for group in self.groups for replica in group.replicas]
+        last = max(self.groups, key=lambda group: group.now)
+        busy = sum(replica.busy_s for replica in replicas) / len(replicas)
+        return RolloutTime(
+            generation_s=end,
+            verify_s=total - end,
+            idle=max(0.0, 1.0 - busy / total) if total else 0.0,
+            prefill_s=last.prefill_s,
+            terms=last.terms,
+            tokens=sum(group.row_steps for group in self.groups),
+            prefilled=round(sum(group.prefilled for group in self.groups)),
+            most_cached=round(max(group.most_cached for group in self.groups)),
+            steps=last.steps,
+        )
