@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from nemocascade.megatron.checkpoint.folder import MANIFEST, read_manifest
 from nemocascade.recipe import RecipeError, load_any_recipe
-from nemocascade.recipe.changes import as_json, changes_between
+from nemocascade.recipe.changes import Change, as_json, changes_between
+from nemocascade.recipe.commands import DiffSettings
 
 FACTS = ("stage", "step", "digest", "parent_digest", "precision", "data", "scores", "changes")
 """Entries of an artifact's manifest that are compared besides its recipe and its model."""
 
 
-@dataclass(frozen=True)
-class DiffSettings:
-    """Print the settings that differ between two recipe scripts, run folders or artifacts, one a
-    line. The exit code is 1 if anything differs."""
-
-    first: tyro.conf.Positional[str]
-    """Recipe script, run folder of a stage or a cascade, recipe.json, or artifact folder."""
-
-    second: tyro.conf.Positional[str]
-    """The other one."""
-
-
 def compare(settings: DiffSettings) -> list[str]:
     """Readable differences, by name. Raises RecipeError if a path is none of those kinds, and
     CheckpointError for a damaged artifact."""
-    first, second = (_by_name(_described(Path(p))) for p in (settings.first, settings.second))
-    return [change.text() for change in changes_between(first, second)]
+    found = changed_settings(Path(settings.first), Path(settings.second))
+    return [change.text() for change in found]
+
+
+def changed_settings(first: Path, second: Path) -> list[Change]:
+    """The settings that differ. Errors as of `compare`."""
+    return changes_between(*(_by_name(_described(path)) for path in (first, second)))
 
 
 def _described(path: Path) -> Mapping[str, Any]:

@@ -43,11 +43,12 @@ class Decision:
     teachers: dict[str, Teacher] = field(default_factory=dict)
     retire: bool = False
 
-    def text(self) -> str:
-        """Summary line, then a line for each reason and each teacher."""
-        head = f"{self.stage}: {self.action}"
+    def text(self, label: str = "") -> str:
+        """Summary line, then a line for each reason and each teacher. label: the stage's place and
+        name."""
+        head = f"{label or self.stage}: {self.action}"
         if self.retire:
-            head += ", and what lies in its folder is kept under retired/"
+            head += ", and its old folder is kept under retired/"
         lines = [head, *(f"  - {reason}" for reason in self.reasons)]
         for domain, teacher in self.teachers.items():
             lines.append(f"  - {domain} is taught by {describe_teacher(teacher)}")
@@ -130,7 +131,7 @@ def _compare(
     if record.status != "done":
         newest = latest_checkpoint(folder / "checkpoints")
         found = f"from {newest.name}" if newest else "from its start: no checkpoint was finished"
-        return "resume", (f"it was stopped; it goes on {found}",), False
+        return "resume", (f"it was stopped; it resumes {found}",), False
     if problem := _damage(folder, record, verify=verify):
         return "run", (problem,), True
     return "keep", ("done, and nothing that it depends on has changed",), False

@@ -100,8 +100,12 @@ class StageGraph:
         if found := self.cascade.name_problems():
             return found
         found = [problem for s in self.cascade.stages if (problem := self._start_problem(s))]
-        if self.cascade.stages[0].side:
-            found.append(f"stages.{self.names[0]} is first, so it cannot be a side branch")
+        first = self.cascade.stages[0]
+        if first.side and not first.recipe.init_from:
+            found.append(
+                f"stages.{first.name} is first, so it cannot be a side branch, unless its recipe "
+                "names the artifact that it starts from (init_from)"
+            )
         return found
 
     def _start_problem(self, stage: StageConfig[StageRecipe]) -> str:
@@ -152,7 +156,8 @@ def cascade_problems(cascade: CascadeRecipe, world_size: int) -> list[str]:
 
 def _teacher_problems(graph: StageGraph) -> list[str]:
     """Domains without a possible teacher, and pins that name no stage or no open domain."""
-    scored = {d.domain for d in graph.cascade.scores.domains}
+    # Scores are found by their names.
+    scored = {d.domain for d in graph.cascade.scores.domains if d.label == d.domain}
     pinned = graph.cascade.teachers.pinned
     found = []
     taught = set()
@@ -170,8 +175,8 @@ def _teacher_problems(graph: StageGraph) -> list[str]:
             pin = pinned.get(domain)
             if pin is None and domain not in scored:
                 found.append(
-                    f"stages.{name}: the teacher of {domain} cannot be chosen, for nothing "
-                    f"scores that domain: add it to scores.domains, or pin teachers.pinned"
+                    f"stages.{name}: the teacher of {domain} cannot be chosen, for no score has "
+                    f"that name: add the domain to scores.domains, or pin teachers.pinned"
                 )
             elif pin is not None and pin not in earlier:
                 found.append(
@@ -183,3 +188,42 @@ def _teacher_problems(graph: StageGraph) -> list[str]:
         for domain in sorted(set(pinned) - taught)
     ]
     return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Selection of the stages that run.
+
+    begin: first stage to run; earlier stages are used as they are, even if they are stale.
+    only: single stage to run. again: run the stage of `begin` or `only` even if nothing has
+    changed; its old folder is retired.
+    """
+
+    begin: str = ""
+    only: str = ""
+    again: bool = False
+
+    def problems(self, cascade: CascadeRecipe) -> list[str]:
+        """Contradictions and unknown names in the selection."""
+        names = StageGraph(cascade).names
+        found = [
+            f"--{option} {name!r} is no stage: use one of {', '.join(names)}"
+            for option, name in (("from", self.begin), ("only", self.only))
+            if name and name not in names
+        ]
+        if self.begin and self.only:
+            found.append("--from and --only name different things to run: give one of them")
+        if self.again and not (self.begin or self.only):
+            found.append("--again needs --from or --only: which stage is to run anew?")
+        return found
+
+    def stages(self, cascade: CascadeRecipe) -> list[str]:
+        """Names of the selected stages, in execution order."""
+        if self.only:
+            return [self.only]
+        names = StageGraph(cascade).names
+        return names[names.index(self.begin) if self.begin else 0 :]
+
+    def anew(self, name: str) -> bool:
+        """True if this stage runs even if nothing has changed."""
+        return self.again and name == (self.only or self.begin)

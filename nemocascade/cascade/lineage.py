@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from nemocascade.cascade.records import (
     Teacher,
     read_cascade,
 )
+from nemocascade.cascade.staleness import stale_stages
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import CheckpointError
 from nemocascade.recipe.cascade import STAGE_NAME
@@ -93,7 +95,7 @@ def artifact_tree(run_dir: Path, run: Listed) -> str:
     for name in below.get("", []):
         origin = artifacts[name].parent_digest
         if origin:
-            lines.append(f"({artifacts[name].parent}, {origin[:12]}, lies elsewhere)")
+            lines.append(f"({artifacts[name].parent}, {origin[:12]}, in another place)")
         lines += _branch(name, below, artifacts, stages)
     return "\n".join([*lines, *lost])
 
@@ -117,37 +119,75 @@ def _branch(
 
 
 def score_table(run_dir: Path, run: Listed) -> str:
-    """Held-out scores in hundredths: stages in rows, domains in columns, * marks the teacher.
+    """Held-out scores in hundredths: stages in rows, in the cascade's order; domains in columns, in
+    the order in which stages train them.
 
-    Scores of several samples have their standard error.
+    [ ] marks the domains that a stage trains, * the teacher. Scores of several samples have their
+    standard error. Stale stages are named below the table.
     """
     rows: dict[str, Scores] = {}
     for stage in run.stages:
         scores = read_scores(_folder(run_dir, stage.name) / SCORES)
         if scores is not None and scores.digest == stage.artifact_digest:
             rows[stage.name] = scores
-    domains = sorted({domain for scores in rows.values() for domain in scores.scores})
     if not rows:
         return "no stage has scores yet"
+    trained = {s.name: _trained_domains(run_dir, s) for s in run.stages}
+    scored = sorted({domain for scores in rows.values() for domain in scores.scores})
+    in_order = (domain for found in trained.values() for domain in found if domain in scored)
+    domains = list(dict.fromkeys([*in_order, *scored]))
     teachers = {(t.stage, domain) for domain, t in run.teachers.items()}
-    table = [["stage", *domains]]
+    stale = stale_stages(run_dir, run.stages)
+    table = []
     for name, scores in rows.items():
-        cells = [_cell(scores.scores.get(d), taught=(name, d) in teachers) for d in domains]
-        table.append([name, *cells])
+        cells = [
+            _cell(scores.scores.get(d), trained=d in trained[name], taught=(name, d) in teachers)
+            for d in domains
+        ]
+        table.append([name, *cells, "stale" if name in stale else ""])
+    notes = ["[ ] the stage trains this domain"] if any(trained.values()) else []
+    notes += ["* teaches the domain in MOPD"] if teachers else []
+    parts = ["\n".join(_aligned([*_headings(domains), *table])), "   ".join(notes)]
+    if stale:
+        lines = [f"  {name} is {reason}" for name, reason in stale.items()]
+        parts.append("\n".join(["stale: the next full run makes these again", *lines]))
+    return "\n".join(filter(None, parts))
+
+
+def _headings(domains: Sequence[str]) -> list[list[str]]:
+    """The rows above the scores: the words of each name stand below each other."""
+    words = [domain.split("_") for domain in domains]
+    height = max(map(len, words))
+    filled = [[*[""] * (height - len(w)), *(f"{word} " for word in w)] for w in words]
+    rows = [list(row) for row in zip(*filled, strict=True)]
+    return [["stage" if row is rows[-1] else "", *row, ""] for row in rows]
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines: names to the left, scores to the right."""
     first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
-    lines = [
-        "  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(cells, others, strict=True))])
+    return [
+        " ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(cells, others, strict=True))])
+        .rstrip()
         for name, *cells in table
-    ]
-    note = ["* teaches the domain in MOPD"] if teachers else []
-    return "\n".join([*lines, *note])
+    ]  # fmt: skip
 
 
-def _cell(found: DomainScore | None, *, taught: bool) -> str:
+def _trained_domains(run_dir: Path, stage: ListedStage) -> list[str]:
+    """The domains that a stage after SFT trains; [] if its recipe cannot be read."""
+    try:
+        text = (_folder(run_dir, stage.name) / "recipe.json").read_text(encoding="utf-8")
+        return [str(d["domain"]) for d in json.loads(text).get("domains", [])]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []
+
+
+def _cell(found: DomainScore | None, *, trained: bool, taught: bool) -> str:
     text = "-" if found is None or found.score is None else f"{100 * found.score:.1f}"
     if found is not None and found.samples > 1 and found.standard_error is not None:
         text += f"±{100 * found.standard_error:.1f}"
-    return f"{text}*" if taught else text
+    text = f"{text}*" if taught else text
+    return f"[{text}]" if trained else f"{text} "
 
 
 def _folder(run_dir: Path, name: str) -> Path:

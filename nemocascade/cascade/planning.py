@@ -4,64 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from nemocascade.cascade.graph import StageGraph, cascade_problems
+from nemocascade.cascade.graph import StageGraph
 from nemocascade.plan.errors import PlanError
-from nemocascade.plan.findings import Preflight
-from nemocascade.plan.gpus import find_gpu
-from nemocascade.plan.job import job_of_recipe
-from nemocascade.plan.preflight import (
-    PreflightSettings,
-    check_artifacts,
-    check_files,
-    check_servers,
-    offline,
-)
-from nemocascade.plan.slurm import SlurmJob, job_of_script
-from nemocascade.plan.summary import PlanSettings, report_of
+from nemocascade.plan.settings import PlanSettings
+from nemocascade.plan.slurm import job_of_script
+from nemocascade.plan.submission import SlurmJob
+from nemocascade.plan.summary import report_of
 from nemocascade.recipe import CascadeRecipe, PolicyRecipe
 
 
 def plan_cascade(cascade: CascadeRecipe, settings: PlanSettings) -> str:
     """Plan report of each stage. Raises PlanError for an unknown accelerator or model."""
     graph = StageGraph(cascade)
-    found = {
-        name: report_of(graph.resolved(name), settings, graph.model_of(name))
-        for name in graph.names
-    }
+    found = {}
+    for name in graph.names:
+        recipe, model = graph.resolved(name), graph.model_of(name)
+        if not settings.simulate:
+            prefix = f"stages.{name.replace('_', '-')}."
+            found[name] = report_of(recipe, settings, model, prefix=prefix)
+        elif isinstance(recipe, PolicyRecipe):
+            from nemocascade.stages.simulation import simulated_report
+
+            found[name] = simulated_report(recipe, settings, model)
     if settings.json:
         return json.dumps({"stages": {name: value for name, (_, value) in found.items()}}, indent=1)
     return "\n\n".join(f"== {name} ==\n{text}" for name, (text, _) in found.items())
-
-
-def check_cascade(cascade: CascadeRecipe, settings: PreflightSettings, into: Preflight) -> None:
-    """Check the cascade's own rules, and every stage as if those before it had run."""
-    graph, ranks = StageGraph(cascade), settings.world_size
-    problems = cascade_problems(cascade, ranks)
-    into.add("cascade", problems, f"{len(cascade.stages)} stages, {ranks} ranks")
-    if problems:
-        return
-    parts = {"scores": cascade.scores, **{s.name: s.recipe for s in cascade.stages}}
-    for name, settings_of in parts.items():
-        # As the script says: teachers that the cascade chooses have no artifact yet.
-        checked = Preflight()
-        check_artifacts(settings_of, checked)
-        if name == "scores":
-            check_files(settings_of, checked)
-            check_servers(settings_of, checked)
-        into.findings += [replace(f, check=f"{name}: {f.check}") for f in checked.findings]
-    for name in graph.names:
-        recipe, model = graph.resolved(name), graph.model_of(name)
-        job = None
-        with into.guarded(f"{name}: model"):
-            gpu = find_gpu(settings.gpu)
-            job = job_of_recipe(recipe, gpu, ranks, preset=settings.model, model=model)
-        ahead = bool(graph.start_of(name) or settings.model)
-        checked = offline(recipe, job, ranks, dry_run=settings.dry_run, ahead=ahead)
-        into.findings += [replace(f, check=f"{name}: {f.check}") for f in checked.findings]
-        into.seconds += checked.seconds
 
 
 def jobs_of_cascade(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,67 +17,31 @@ import torch
 
 from nemocascade.cascade.decide import Decision, decide
 from nemocascade.cascade.errors import AlarmError
-from nemocascade.cascade.graph import StageGraph, cascade_problems
+from nemocascade.cascade.graph import Choice, StageGraph, cascade_problems
 from nemocascade.cascade.inputs import FileHashes, score_files
 from nemocascade.cascade.records import (
     SCORES,
     Alarm,
     StageRecord,
+    done_scores,
+    read_cascade,
     read_record,
     retire,
     write_cascade,
     write_json,
     write_record,
 )
+from nemocascade.cascade.report import write_report
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import clean_leftovers, latest_checkpoint, remove
-from nemocascade.recipe import CascadeRecipe, RecipeError
+from nemocascade.recipe import CascadeRecipe, RecipeError, SftRecipe
 from nemocascade.runtime.jsonl import read_undamaged
-from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.launcher import world_size_of_environment
+from nemocascade.runtime.logging import LOGGER, Console
 from nemocascade.runtime.run_lock import RunLock
-from nemocascade.runtime.world import world_size_of_environment
 from nemocascade.stages.launch import run_stage
 from nemocascade.stages.scoring import read_scores, score_artifact, scoring_problems, settings_key
 from nemocascade.stages.setup import on_main_rank
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Selection of the stages that run.
-
-    begin: first stage to run; earlier stages are used as they are, even if they are stale.
-    only: single stage to run. again: run the stage of `begin` or `only` even if nothing has
-    changed; its old folder is retired.
-    """
-
-    begin: str = ""
-    only: str = ""
-    again: bool = False
-
-    def problems(self, cascade: CascadeRecipe) -> list[str]:
-        """Contradictions and unknown names in the selection."""
-        names = StageGraph(cascade).names
-        found = [
-            f"--{option} {name!r} is no stage: use one of {', '.join(names)}"
-            for option, name in (("from", self.begin), ("only", self.only))
-            if name and name not in names
-        ]
-        if self.begin and self.only:
-            found.append("--from and --only name different things to run: give one of them")
-        if self.again and not (self.begin or self.only):
-            found.append("--again needs --from or --only: which stage is to run anew?")
-        return found
-
-    def stages(self, cascade: CascadeRecipe) -> list[str]:
-        """Names of the selected stages, in execution order."""
-        if self.only:
-            return [self.only]
-        names = StageGraph(cascade).names
-        return names[names.index(self.begin) if self.begin else 0 :]
-
-    def anew(self, name: str) -> bool:
-        """True if this stage runs even if nothing has changed."""
-        return self.again and name == (self.only or self.begin)
 
 
 def _problems_here(cascade: CascadeRecipe) -> list[str]:
@@ -120,7 +83,8 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
 
 
 def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
-    """Run the stages that are not up to date; returns the last main-line stage's artifact folder.
+    """Run the stages that are not up to date; returns the artifact folder of the last stage of the
+    main line, or of the last stage if all are side branches.
 
     Raises RecipeError before anything starts, FolderInUseError if another job owns the run,
     CascadeError if the run cannot continue, AlarmError if an alarm stops it, and every error that a
@@ -135,8 +99,9 @@ def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
             run.stage(name)
     finally:
         run.lock.release()
-    last = [s.name for s in cascade.stages if not s.side][-1]
-    return Path(StageGraph(cascade).artifact_dir(choice.only or last))
+    graph = StageGraph(cascade)
+    last = ([s.name for s in cascade.stages if not s.side] or graph.names)[-1]
+    return Path(graph.artifact_dir(choice.only or last))
 
 
 class _Run:
@@ -147,9 +112,12 @@ class _Run:
         self.graph = StageGraph(cascade)
         self.run_dir = Path(cascade.run_dir)
         self.lock = RunLock(self.run_dir)
+        self.console = Console()
 
     def stage(self, name: str) -> None:
         """Decide, run and score one stage, and check its alarms."""
+        names = self.graph.names
+        self.console.label = f"{names.index(name) + 1}/{len(names)} {name}"
         if self.graph.open_teachers(name):
             # Teachers are chosen by the scores of all earlier stages.
             self._score([s.name for s in self.graph.before(name)])
@@ -159,7 +127,7 @@ class _Run:
             checkpoints, started = self._folder(name) / "checkpoints", time.monotonic()
             newest = self._on_main(lambda: latest_checkpoint(checkpoints))
             first = int(newest.name.removeprefix("step_")) if newest else 0
-            run_stage(decision.recipe)
+            run_stage(decision.recipe, self.console)
             # Reference cycles would keep the stage's memory beside the next stage's.
             gc.collect()
             if torch.cuda.is_available():
@@ -168,10 +136,11 @@ class _Run:
             self._on_main(lambda: self._done(decision, seconds, first))
         self._score([name])
         alarms: list[Alarm] = self._on_main(lambda: self._alarms(name))
+        self._on_main(self._report)
         if alarms and self.cascade.alarm.stop:
             text = "; ".join(a.text() for a in alarms)
             raise AlarmError(
-                f"{text}: change the recipe, or go on all the same with --alarm.stop False"
+                f"{text}: change the recipe, or continue anyway with --alarm.stop False"
             )
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
@@ -182,13 +151,14 @@ class _Run:
         decision = decide(
             self.cascade, name, _file_hashes(self.cascade), again=self.choice.anew(name)
         )
-        LOGGER.info(decision.text())
+        LOGGER.info("stage %s", decision.text(self.console.label))
+        self.console.start_score = self._start_score(name)
         # The stage owns its folder while it runs; another job may own it now.
         other = RunLock(self._folder(name))
         other.acquire()
         other.release()
         if decision.retire:
-            LOGGER.warning("%s: its folder lies in %s now", name, retire(self.run_dir, name))
+            LOGGER.warning("%s: its folder was moved to %s", name, retire(self.run_dir, name))
         if decision.action != "keep":
             record = StageRecord(
                 decision.key, decision.inputs, "running", teachers=decision.teachers
@@ -196,6 +166,16 @@ class _Run:
             write_record(self._folder(name), record)
         write_cascade(self.cascade)
         return decision
+
+    def _start_score(self, name: str) -> float | None:
+        """Mean held-out score of the stage's domains before it; None if one is unknown."""
+        recipe = self.graph.stage(name).recipe
+        scores = done_scores(self.cascade).get(self.graph.start_of(name))
+        if scores is None or isinstance(recipe, SftRecipe):
+            return None
+        found = [scores.of(d.domain) for d in recipe.domains]
+        known = [score for score in found if score is not None]
+        return sum(known) / len(known) if known and len(known) == len(found) else None
 
     def _done(self, decision: Decision, seconds: float, first_step: int) -> None:
         """Record that the stage is done."""
@@ -217,11 +197,17 @@ class _Run:
         write_record(folder, record)
 
     def _score(self, names: list[str]) -> None:
-        """Score those of the stages that are finished and lack scores with the current settings."""
+        """Score the finished ones of these stages that have no scores with the current settings."""
         key, names = self._on_main(lambda: self._unscored(names))
         for name in names:
             folder = self._folder(name)
-            found = score_artifact(folder / "artifact", self.cascade.scores, folder, settings=key)
+            found = score_artifact(
+                folder / "artifact",
+                self.cascade.scores,
+                folder,
+                settings=key,
+                console=self.console,
+            )
             self._on_main(partial(write_json, folder / SCORES, found.as_json()))
 
     def _unscored(self, names: list[str]) -> tuple[str, list[str]]:
@@ -249,6 +235,18 @@ class _Run:
         if not self.cascade.keep_checkpoints and checkpoints.exists():
             remove(checkpoints)
         return alarms
+
+    def _report(self) -> None:
+        """Bring the page of the unfinished run up to date; `launch` writes that of a finished one.
+        A report that fails is no reason to end a run."""
+        if all(s["status"] == "done" for s in read_cascade(self.run_dir)["stages"]):
+            return
+        try:
+            page = write_report(self.run_dir, with_pictures=False)
+        except Exception as error:
+            LOGGER.warning("the report could not be written: %s", error)
+        else:
+            LOGGER.info("report so far: %s", page)
 
     def _folder(self, name: str) -> Path:
         return Path(self.graph.stage_dir(name))

@@ -125,7 +125,7 @@ class ChatTemplate:
         """Render the whole conversation for training.
 
         The trained segments are the assistant's text after its generation prompt, up to and
-        including the token that ends the turn. thinking: False leaves out all reasoning.
+        including the token that ends the turn. thinking: False omits all reasoning.
 
         Raises DataError if the template refuses the conversation, or if a trained turn or its end
         cannot be found in the text.
@@ -205,12 +205,17 @@ class ChatTemplate:
             self._jinja.render(*asked, thinking=thinking, generation_prompt=prompt)
             for prompt in (False, True)
         )
-        if not full.startswith(without):
+        parts = self._split(without)
+        # Some templates end a conversation that is complete with a special token.
+        while not full.startswith("".join(parts)) and self._is_special(parts[-1]):
+            parts.pop()
+        start = "".join(parts)
+        if not full.startswith(start):
             raise TokenizerError(
-                "the chat template cannot be used: the generation prompt is not all that "
-                "add_generation_prompt adds"
+                "the chat template cannot be used: without add_generation_prompt it renders more "
+                "than special tokens in place of the generation prompt"
             )
-        return full[len(without) :]
+        return full[len(start) :]
 
     def _find_ends(self) -> tuple[str, ...]:
         user, turn, result = Message("user", "x"), Message("assistant", "x"), Message("tool", "x")
@@ -321,9 +326,9 @@ def encode(segments: Iterable[Segment], tokenizer: Encoder) -> tuple[list[int], 
     def flush() -> None:
         nonlocal run
         if run:
-            piece = tokenizer.encode(run)
-            ids.extend(piece)
-            trained.extend([run_trained] * len(piece))
+            run_ids = tokenizer.encode(run)
+            ids.extend(run_ids)
+            trained.extend([run_trained] * len(run_ids))
             run = ""
 
     for segment in segments:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nemocascade.data.built import open_built
 from nemocascade.data.cache import TokenCache, build_cache, open_cache
-from nemocascade.data.readers import find_sources
+from nemocascade.data.cache_files import Progress
+from nemocascade.data.readers import files_read, is_built
 from nemocascade.data.synthetic import PREFIX
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.data import DataConfig
@@ -63,9 +65,8 @@ class DocumentSet:
         """[n] int64, the documents that truncation to `config.capacity` leaves nothing to train."""
         if config.over_long != "truncate":
             return np.empty(0, np.int64)
-        long = np.flatnonzero(self.lengths > config.capacity)
-        found: NDArray[np.int64] = long[self.trained_tokens(long, config.capacity) == 0]
-        return found
+        first = self.cache.first_trained[self.indices]
+        return np.flatnonzero((self.lengths > config.capacity) & (first >= config.capacity))
 
 
 @dataclass(frozen=True)
@@ -83,25 +84,59 @@ def build_data(
     *,
     seed: int = 0,
     workers: int | None = None,
+    progress: Progress = lambda _: None,
 ) -> StageData:
-    """Open the data of a stage, tokenising it first if it is not in the cache.
+    """Open the data of a stage, tokenising it first if it is neither built nor in the cache.
 
     One process per machine calls this while the others wait; they then call `open_data`.
 
-    seed: seed of synthetic rows. workers: see `build_cache`.
+    seed: seed of synthetic rows. workers, progress: see `build_cache`.
     Raises DataError.
     """
-    build = partial(build_cache, cache_dir, config, tokenizer=tokenizer, seed=seed, workers=workers)
-    return _stage_data(config, build)
+
+    def get(paths: Sequence[str], *, heldout: bool = False) -> TokenCache:
+        if folder := built_folder(paths):
+            return open_built(folder, config, tokenizer, seed=seed, check=True)
+        return build_cache(
+            cache_dir,
+            config,
+            paths,
+            tokenizer,
+            seed=seed,
+            heldout=heldout,
+            workers=workers,
+            progress=progress,
+        )
+
+    return _stage_data(config, get)
 
 
 def open_data(
     config: DataConfig, tokenizer: Tokenizer, cache_dir: str | Path, *, seed: int = 0
 ) -> StageData:
     """Open the data that `build_data` built from the same arguments. Raises DataError."""
-    return _stage_data(
-        config, partial(open_cache, cache_dir, config, tokenizer=tokenizer, seed=seed)
-    )
+
+    def get(paths: Sequence[str], *, heldout: bool = False) -> TokenCache:
+        if folder := built_folder(paths):
+            return open_built(folder, config, tokenizer, seed=seed, check=False)
+        return open_cache(cache_dir, config, paths, tokenizer, seed=seed, heldout=heldout)
+
+    return _stage_data(config, get)
+
+
+def built_folder(paths: Sequence[str]) -> Path | None:
+    """The folder of `nemocascade data build` that `paths` names; None for paths of rows.
+
+    Raises DataError if other paths are named beside it.
+    """
+    found = list(filter(is_built, paths))
+    if found and len(paths) > 1:
+        others = ", ".join(p for p in paths if p != found[0])
+        raise DataError(
+            f"{found[0]} was written by `nemocascade data build` and is a whole data set, but "
+            f"{others} is named beside it: build one folder of all rows, and name it alone"
+        )
+    return Path(found[0]) if found else None
 
 
 def split_heldout(cache: TokenCache, rows: int) -> tuple[DocumentSet, DocumentSet | None]:
@@ -146,8 +181,8 @@ def _all_of(cache: TokenCache) -> DocumentSet:
 
 
 def _check_disjoint(train: Sequence[str], heldout: Sequence[str]) -> None:
-    files = {Path(p).resolve() for p in find_sources(train) if not p.startswith(PREFIX)}
-    both = [p for p in find_sources(heldout) if Path(p).resolve() in files]
+    files = files_read([p for p in train if not p.startswith(PREFIX)])
+    both = sorted(map(str, files & files_read([p for p in heldout if not p.startswith(PREFIX)])))
     if both:
         raise DataError(
             f"{', '.join(both)}: in data.path and in data.heldout_path; a held-out loss on "

@@ -82,6 +82,13 @@ def parse_row(row: object, fmt: Format, config: DataConfig) -> Conversation:
     return conversation
 
 
+def parse_turns(turns: object) -> tuple[Message, ...]:
+    """Parse a list of chat turns in OpenAI's form. Raises RowError with the reason."""
+    if not isinstance(turns, list) or not turns:
+        raise RowError(f"messages must be a list of at least one turn, it is {kind_of(turns)}")
+    return tuple(m for i, t in enumerate(turns) for m in _parse_message(t, i, "messages"))
+
+
 def check_conversation(conversation: Conversation) -> None:
     """Raise RowError unless the turns can be rendered and at least one token is trained."""
     messages = conversation.messages

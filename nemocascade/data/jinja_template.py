@@ -73,7 +73,7 @@ def split_messages(text: str, mark: str) -> list[tuple[int | None, str]]:
     The index is None for text outside of every message.
     """
     parts = re.split(rf"{mark}(\d+):(\d*);", text)
-    pieces: list[tuple[int | None, str]] = [(None, parts[0])]
+    spans: list[tuple[int | None, str]] = [(None, parts[0])]
     # Loops over messages that are open, outermost first, each with its current message.
     open_loops: list[tuple[str, int]] = []
     for loop, index, part in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
@@ -81,9 +81,9 @@ def split_messages(text: str, mark: str) -> list[tuple[int | None, str]]:
             del open_loops[known.index(loop) :]
         if index:
             open_loops.append((loop, int(index)))
-        pieces.append((open_loops[-1][1] if open_loops else None, part))
+        spans.append((open_loops[-1][1] if open_loops else None, part))
     merged: list[tuple[int | None, str]] = []
-    for owner, part in pieces:
+    for owner, part in spans:
         if merged and merged[-1][0] == owner:
             merged[-1] = (owner, merged[-1][1] + part)
         elif part:

@@ -3,7 +3,7 @@
 
 Every turn is `<|im_start|>role\\n...<|im_end|>\\n`, and a system block, possibly empty, comes
 first. An assistant turn opens with `<think>\\nREASONING\\n</think>\\n`. Before the last user turn
-the reasoning is left out, which gives `<think></think>\\n`; a turn that never had any opens with
+the reasoning is omitted, which gives `<think></think>\\n`; a turn that never had any opens with
 `<think></think>`, as generation without thinking does. Tools are declared in the system block,
 calls end an assistant turn, and consecutive results share a user turn.
 """
@@ -93,8 +93,10 @@ _SOURCE = """
 {%- set text = '<think></think>' ~ text -%}
 {%- endif -%}
 {%- set old = loop.index0 < ns.last_user -%}
-{%- if old and '<think>' in text and '</think>' in text -%}
+{%- if old and '</think>' in text and ('<think>' in text or message.tool_calls) -%}
 {%- set text = '<think></think>' ~ text.split('</think>')[-1] -%}
+{%- elif old and message.tool_calls -%}
+{%- set text = '<think></think>' ~ text.split('<think>')[0] -%}
 {%- endif -%}
 {{- '<|im_start|>assistant\n' -}}
 {%- if message.tool_calls -%}

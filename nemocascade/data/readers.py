@@ -10,7 +10,7 @@ from nemocascade.data import synthetic
 from nemocascade.recipe.data import DataConfig
 from nemocascade.runtime import row_files
 from nemocascade.runtime.row_errors import DataError
-from nemocascade.runtime.row_files import RowPiece, find_files, gather
+from nemocascade.runtime.row_files import RowChunk, find_files, gather
 
 
 def find_sources(paths: Sequence[str]) -> list[str]:
@@ -18,11 +18,44 @@ def find_sources(paths: Sequence[str]) -> list[str]:
 
     Folders are walked as in `find_files`. Raises DataError for a path that cannot be read.
     """
+    if built := list(filter(is_built, paths)):
+        raise DataError(
+            f"{built[0]} was written by `nemocascade data build` and holds tokens, no rows: where "
+            "rows are read, name their files"
+        )
     return [
         source
         for name in paths
         for source in ([name] if name.startswith(synthetic.PREFIX) else find_files(name))
     ]
+
+
+def is_built(path: str) -> bool:
+    """Return True for a folder that `nemocascade data build` has written."""
+    return all(Path(path, name).is_file() for name in ("manifest.json", "offsets.bin"))
+
+
+def files_read(paths: Sequence[str]) -> set[Path]:
+    """Return the resolved paths of the files behind `paths`, and of those that a built folder was
+    made of. Raises DataError for a path that cannot be read."""
+    found = {Path(p).resolve() for p in find_sources([p for p in paths if not is_built(p)])}
+    for folder in filter(is_built, paths):
+        try:
+            key = json.loads(Path(folder, "manifest.json").read_bytes())["key"]
+            found |= {Path(source["path"]) for source in key["sources"] if "path" in source}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise DataError(f"{folder}: its manifest is damaged ({error!r})") from error
+    return found
+
+
+def files_named(name: str, config: DataConfig) -> set[Path]:
+    """Return the resolved paths of the data files at a path of `data.non_thinking_path`.
+
+    The files that a built folder was made of need not exist any more.
+    """
+    if not Path(name).exists() and any(map(is_built, config.path)):
+        return {Path(name).resolve()}
+    return {Path(p).resolve() for p in find_files(name)}
 
 
 def sources_without_thinking(sources: Sequence[str], config: DataConfig) -> frozenset[int]:
@@ -32,10 +65,10 @@ def sources_without_thinking(sources: Sequence[str], config: DataConfig) -> froz
     """
     if not config.non_thinking_path:
         return frozenset()
-    known = {Path(p).resolve() for p in find_sources((*config.path, *config.heldout_path))}
+    known = files_read((*config.path, *config.heldout_path))
     silent: set[Path] = set()
     for name in config.non_thinking_path:
-        files = {Path(p).resolve() for p in find_files(name)}
+        files = files_named(name, config)
         if strangers := sorted(map(str, files - known)):
             raise DataError(
                 f"data.non_thinking_path names {name}, but data.path does not read "
@@ -45,27 +78,27 @@ def sources_without_thinking(sources: Sequence[str], config: DataConfig) -> froz
     return frozenset(i for i, name in enumerate(sources) if Path(name).resolve() in silent)
 
 
-def read_pieces(
+def read_chunks(
     sources: Sequence[str],
     *,
     max_rows: int = 0,
     seed: int = 0,
     heldout: bool = False,
     columns: Collection[str] | None = None,
-) -> Iterator[RowPiece]:
-    """Yield the rows of `sources` in order, in pieces; at most `max_rows` rows (0 = all).
+) -> Iterator[RowChunk]:
+    """Yield the rows of `sources` in order, in chunks; at most `max_rows` rows (0 = all).
 
     seed, heldout: parameters of synthetic rows; files ignore them. columns: see
-    `row_files.read_pieces`. Raises DataError if a file as a whole is damaged.
+    `row_files.read_chunks`. Raises DataError if a file as a whole is damaged.
     """
     left = max_rows or None
     for index, name in enumerate(sources):
         if name.startswith(synthetic.PREFIX):
-            pieces = _make(name, index, seed=seed, heldout=heldout, rows=left or 0)
+            chunks = _make(name, index, seed=seed, heldout=heldout, rows=left or 0)
         else:
-            pieces = row_files.read_pieces(name, index, columns=columns)
-        for piece in pieces:
-            kept = piece if left is None else piece.first(left)
+            chunks = row_files.read_chunks(name, index, columns=columns)
+        for chunk in chunks:
+            kept = chunk if left is None else chunk.first(left)
             yield kept
             if left is not None:
                 left -= len(kept.numbers)
@@ -73,6 +106,6 @@ def read_pieces(
                     return
 
 
-def _make(name: str, index: int, *, seed: int, heldout: bool, rows: int) -> Iterator[RowPiece]:
+def _make(name: str, index: int, *, seed: int, heldout: bool, rows: int) -> Iterator[RowChunk]:
     made = synthetic.synthetic_rows(name, seed=seed, rows=rows, heldout=heldout)
     return gather(((n, json.dumps(row).encode()) for n, row in enumerate(made, start=1)), index)

@@ -14,7 +14,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from nemocascade.data.chat_template import ChatTemplate
+from nemocascade.data.chat_template import ChatTemplate, Conversation, encode
 from nemocascade.data.errors import TokenizerError
 from nemocascade.data.own_template import OWN_TEMPLATE
 from nemocascade.data.tokenizer_files import (
@@ -26,7 +26,7 @@ from nemocascade.data.tokenizer_files import (
 )
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import DataError
-from nemocascade.types import Artifact
+from nemocascade.types import Artifact, Message, Tool
 
 CONTROL_TAGS = (
     "<|im_start|>",
@@ -121,6 +121,21 @@ class Tokenizer(ABC):
         # Longest first, so that a token which is a prefix of another does not hide it.
         texts = sorted(filter(None, specials), key=len, reverse=True)
         self._any_special = re.compile("(" + "|".join(map(re.escape, texts)) + ")")
+
+    @property
+    def stop_tokens(self) -> tuple[tuple[int], ...]:
+        """`end_ids` as sequences of one token, for sampling up to the end of a turn."""
+        return tuple((end,) for end in self.end_ids)
+
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, thinking: bool
+    ) -> list[int]:
+        """Token ids of a conversation up to the assistant's next turn.
+
+        Raises DataError if the chat template refuses it.
+        """
+        conversation = Conversation(tuple(messages), tuple(tools))
+        return encode(self.template.render_prompt(conversation, thinking=thinking), self)[0]
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Encode `text` without adding begin or end tokens.

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.exchange import send_objects
@@ -68,7 +67,7 @@ class ArtifactJudge:
         mine = [_number(prompt) for prompt in asked]
         prompts = dict(zip(mine, asked, strict=True))
         numbers, askers, lengths = _gathered(world, prompts)
-        # Of equal questions, the first rank that asks one sends it.
+        # The first rank that asks one of several equal questions sends it.
         first = {number: k for k, number in reversed(list(enumerate(numbers)))}
         order = sorted(first)
         if not order:
@@ -88,7 +87,7 @@ class ArtifactJudge:
             if world.rank in answering[k]
         ]
         texts: dict[int, str] = {}
-        with self.swap.using(WEIGHTS):
+        with self.swap.using(WEIGHTS), world.leaving_together():
             self.engine.weights_changed()
             for completion in self.engine.run(requests, self._sampling()):
                 texts[completion.request.id] = self._read(completion.response)
@@ -117,16 +116,13 @@ class ArtifactJudge:
             temperature=s.temperature,
             top_p=s.top_p,
             max_tokens=s.max_tokens,
-            stop_tokens=tuple((end,) for end in self.tokenizer.end_ids),
+            stop_tokens=self.tokenizer.stop_tokens,
             seed=self.seed,
         )
 
     def _prompt(self, question: Question) -> tuple[int, ...]:
-        conversation = Conversation(question.messages, ())
-        template = self.tokenizer.template
-        segments = template.render_prompt(conversation, thinking=self.settings.thinking)
-        ids, _ = encode(segments, self.tokenizer)
-        return tuple(ids)
+        thinking = self.settings.thinking
+        return tuple(self.tokenizer.prompt_ids(question.messages, thinking=thinking))
 
     def _read(self, ids: list[int]) -> str:
         """Decode the text after the reasoning; empty if the reasoning was not closed."""

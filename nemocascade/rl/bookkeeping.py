@@ -9,6 +9,7 @@ from nemocascade.rl.collector import Gathered
 from nemocascade.rl.learning_signal import LearningSignal, NothingLearntError
 from nemocascade.rl.policy import PolicyRun
 from nemocascade.rl.trajectories import sampled
+from nemocascade.runtime.stopping import StopAsked
 from nemocascade.train.metrics import is_due
 
 
@@ -48,11 +49,17 @@ class Bookkeeper:
             self.writer.write(step, values)
             raise
         if last or is_due(step, recipe.eval.every):
-            self.scores = run.evaluate()
+            try:
+                self.scores = run.evaluate()
+            except StopAsked:
+                # The step is finished; the next start does not repeat it.
+                self.writer.write(step, values)
+                raise
             if self.scores:
                 run.log_scores(f"step {step + 1}", self.scores)
             values = values | self.scores
         if last or is_due(step, recipe.log.every):
+            values = values | {"checkpoint_blocked_s": run.checkpoints.take_blocked_s()}
             self.writer.write(step, values)
         if last or is_due(step, recipe.checkpoint.every):
             run.save()

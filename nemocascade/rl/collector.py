@@ -8,7 +8,9 @@ texts stay on the rank that verified them, see `exchange`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,22 +23,27 @@ from nemocascade.rl.advantages import group_advantages, is_informative, overlong
 from nemocascade.rl.drawing import Drawing
 from nemocascade.rl.episodes import Episodes
 from nemocascade.rl.exchange import share_outcomes
+from nemocascade.rl.journal import Journal, Journals, Kept
+from nemocascade.rl.restoring import Restored
 from nemocascade.rl.rollouts import Rollout
-from nemocascade.rl.tasks import Task
+from nemocascade.rl.tasks import GroupRequest, Task
 from nemocascade.rl.verification import (
     OnVerdict,
     Verification,
     score_apart,
     verifying_ranks,
 )
-from nemocascade.rl.work_queue import GroupRequest, Queues, WorkQueue
-from nemocascade.rollout.engine import Engine, Sampling
+from nemocascade.rl.work_queue import Queues, WorkQueue
+from nemocascade.rollout.engine import Engine, Request, Sampling
 from nemocascade.rollout.replies import home_of
+from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
 from nemocascade.types import Environment, Prompt, Verdict
 
 UNTRUNCATED_REWARD = "reward_before_stop_penalty"
 """Name in a verdict's details of a truncated rollout's own reward."""
+TIMES = ("generation_time_s", "verify_wait_s", "verify_time_s", "verdicts")
+"""Names of `Collector.take_times`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +80,8 @@ class Gathered:
 class Collector:
     """Generates rollouts of the current policy and verifies them.
 
-    threads: concurrent verifiers on each rank that verifies.
+    threads: concurrent verifiers on each rank that verifies. journals: of the run; None keeps no
+    journal. restored: number of rollouts that the last journal gave, see `journalled`.
     """
 
     def __init__(
@@ -86,14 +94,26 @@ class Collector:
         *,
         seed: int,
         threads: int,
+        journals: Journals | None = None,
+        limits: Mapping[str, int] | None = None,
     ) -> None:
         self.world, self.engine, self.tokenizer = world, engine, tokenizer
+        self.journals, self.restored = journals, 0
+        self._journal: Journal | None = None
         self.environments, self.settings, self.seed = environments, settings, seed
         self.threads = threads
+        self.limits = limits or {}
+        """Largest number of tokens in a response by domain of the stage; 0 = the stage's."""
         self.queues = Queues(world)
+        self._times = dict.fromkeys(TIMES, 0.0)
         self.on_verdict: OnVerdict = lambda task, rollout: None
         """Called with every rollout as soon as it has its verdict, from a thread of the rank that
         verified it, or from its main thread after a collective verifier."""
+
+    def limited(self, sampling: Sampling, domain: str) -> Sampling:
+        """`sampling` with the domain's own limit on the length of a response, if it has one."""
+        limit = self.limits.get(domain, 0)
+        return replace(sampling, max_tokens=min(sampling.max_tokens, limit)) if limit else sampling
 
     def sampling(self) -> Sampling:
         """Sampling settings of the recipe; generation stops at the template's end of turn."""
@@ -104,9 +124,23 @@ class Collector:
             top_p=s.top_p,
             truncated_logprobs=s.truncated_logprobs,
             max_tokens=s.max_response_tokens,
-            stop_tokens=tuple((end,) for end in self.tokenizer.end_ids),
+            stop_tokens=self.tokenizer.stop_tokens,
             seed=self.seed,
         )
+
+    @contextmanager
+    def journalled(self, name: str) -> Iterator[None]:
+        """Context manager: rollouts are appended to RUN/journal/`name` as they come, and those that
+        it holds are not generated again."""
+        self.restored = 0
+        if self.journals is None:
+            yield
+            return
+        with self.journals.opened(name) as self._journal:
+            try:
+                yield
+            finally:
+                self._journal = None
 
     def roll_out(
         self,
@@ -153,7 +187,8 @@ class Collector:
             environment = self.environments[task.prompt.domain]
             is_whole = compared and environment.by_group and not environment.collective
             ids = range(task.number * copies, (task.number + 1) * copies)
-            found.append(GroupRequest(task, ids, sampling, is_whole))
+            how = self.limited(sampling, task.prompt.domain)
+            found.append(GroupRequest(task, ids, how, is_whole))
         return found
 
     def generate(
@@ -167,11 +202,22 @@ class Collector:
         """Generate groups in one pass, and score them except for collective verdicts, see
         `roll_out`; the same list on every rank.
 
-        drawing: `wanted` are its candidates, and only the groups that it needs are returned.
+        drawing: `wanted` are its candidates, and only the groups that it needs are returned. Raises
+        StopAsked on every rank, within seconds, if the job is asked to stop.
         """
         world = self.world
-        queue = self.queues.open(wanted, drawing)
-        found = self._generate(queue, scored, compared)
+        wanted = [
+            replace(g, is_compared=self.environments[g.task.prompt.domain].by_group) for g in wanted
+        ]
+        restored = self._restored(wanted, drawing, scored=scored, compared=compared)
+        queue = self.queues.open(
+            wanted,
+            drawing,
+            restored=restored.ids,
+            is_journalled=self.journals is not None,
+        )
+        with world.leaving_together():
+            found = self._generate(queue, restored, scored, compared)
         world.watch.enter("rollout: exchange")
         numbers = [number for group in wanted for number in group.ids]
         outcomes = share_outcomes(world, numbers, found, partial=drawing is not None)
@@ -182,12 +228,41 @@ class Collector:
         ]
         if drawing is not None:
             # Other ranks than the one that takes requests have not read the last verdicts.
-            groups = groups[: _first_informative(groups, drawing.wanted, self.settings)]
+            told = [_will_inform(group, self.settings) for group in groups]
+            groups = groups[: drawing.first_enough(told)]
         lengths = {g.task.prompt.id: _mean_length(g) for g in groups}
         self.queues.close(queue, len(groups), lengths)
         return groups
 
-    def _generate(self, queue: WorkQueue, scored: bool, compared: bool) -> dict[int, Rollout]:
+    def _restored(
+        self,
+        wanted: Sequence[GroupRequest],
+        drawing: Drawing | None,
+        *,
+        scored: bool,
+        compared: bool,
+    ) -> Restored:
+        """The rollouts that the journal holds; `drawing` learns their verdicts."""
+        journal, kept = self._journal, Kept()
+        if journal is not None:
+            kept = journal.kept(wanted, lambda r: decisive_reward(r, self.settings))
+        restored = Restored(
+            journal, kept, wanted, self.environments, scored=scored, compared=compared
+        )
+        if journal is not None and restored.ids:
+            self.restored += len(restored.ids)
+            asked = sum(len(group.ids) for group in wanted)
+            LOGGER.info("%s: %d of %d rollouts restored", journal.folder, len(restored.ids), asked)
+        if drawing is not None:
+            for index, group in enumerate(wanted):
+                for number in group.ids:
+                    if number in restored.rewards:
+                        drawing.report(index, restored.rewards[number])
+        return restored
+
+    def _generate(
+        self, queue: WorkQueue, restored: Restored, scored: bool, compared: bool
+    ) -> dict[int, Rollout]:
         """This rank's share of its replica's rollouts, by request id. Verification overlaps with
         generation unless the verifiers need all ranks."""
         by_id = {number: group.task for group in queue.groups for number in group.ids}
@@ -210,15 +285,29 @@ class Collector:
             threads=self.threads,
             on_scored=on_scored,
             is_needed=queue.is_needed,
+            journal=self._journal,
+            restored=restored,
         )
         queue.verification = verification
+        started = time.perf_counter()
         try:
-            for completion in self.engine.run(queue, self.sampling(), episodes.respond):
-                episodes.close(completion.request.id)
-                if self._verifies(completion.request.id, by_id[completion.request.id]):
-                    verification.add(completion)
+            verification.restore()
+            if not queue.is_empty:
+                for completion in self.engine.run(queue, self.sampling(), episodes.respond):
+                    episodes.close(completion.request.id)
+                    if self._verifies(completion.request):
+                        verification.add(completion)
+            generated = time.perf_counter()
             self.world.watch.enter("rollout: verdicts")
-            found = verification.rollouts(self.world.watch)
+            found = verification.rollouts(self.world)
+            ended = time.perf_counter()
+            work = (verification.busy_s, verification.verdicts)
+            values = (generated - started, ended - generated, *work)
+            for name, value in zip(TIMES, values, strict=True):
+                self._times[name] += value
+            for name, value in verification.busy_by_domain.items() if len(self.limits) > 1 else ():
+                name = f"verify_time_s/{name}"
+                self._times[name] = self._times.get(name, 0.0) + value
             return {n: rollout for n, rollout in found.items() if queue.is_needed(n)}
         except BaseException:
             verification.give_up()
@@ -229,19 +318,21 @@ class Collector:
             verification.close()
             episodes.close_all()
 
+    def take_times(self) -> dict[str, float]:
+        """On this rank since the last call: seconds of generation, of the wait for verdicts after
+        it, and of all verdicts together, and the number of verdicts."""
+        found, self._times = self._times, dict.fromkeys(TIMES, 0.0)
+        return found
+
     @property
     def verifier_slots(self) -> int:
         """Number of concurrent verifiers of all ranks."""
         return self.threads * self.world.dp_size * verifying_ranks(self.world, self.engine)
 
-    def _verifies(self, number: int, task: Task) -> bool:
-        """True on the rank that verifies a completion: the one that answered its tool calls, or one
-        rank for all rollouts of a task that are compared."""
+    def _verifies(self, request: Request) -> bool:
+        """True on the rank that verifies a completion: the one that answered its tool calls."""
         ranks = verifying_ranks(self.world, self.engine)
-        compared = self.environments[task.prompt.domain].by_group
-        return ranks == 1 or self.world.replica_rank == home_of(
-            task.number if compared else number, ranks
-        )
+        return ranks == 1 or self.world.replica_rank == home_of(request, ranks)
 
     def _score_collectively(self, groups: Sequence[Group], compared: bool) -> list[Group]:
         """Add the verdicts of collective verifiers, which run on all ranks at once."""
@@ -314,14 +405,9 @@ def is_informative_group(group: Group, settings: RolloutConfig) -> bool:
     return bool(is_informative(rewards[None], valid[None])[0])
 
 
-def _first_informative(groups: Sequence[Group], wanted: int, settings: RolloutConfig) -> int:
-    """Number of groups up to the `wanted`-th whose rewards differ; all if there are fewer."""
-    found = 0
-    for count, group in enumerate(groups, 1):
-        found += len({decisive_reward(r, settings) for r in group.rollouts} - {None}) > 1
-        if found == wanted:
-            return count
-    return len(groups)
+def _will_inform(group: Group, settings: RolloutConfig) -> bool:
+    """True if the rewards will differ once truncated rollouts are penalised."""
+    return len({decisive_reward(r, settings) for r in group.rollouts} - {None}) > 1
 
 
 def _penalized(rollout: Rollout, settings: RolloutConfig) -> float:

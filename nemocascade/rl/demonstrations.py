@@ -1,4 +1,4 @@
-"""SFT rows made from the environments' own tasks, so that a cascade needs no download."""
+"""SFT rows made from the environments' own tasks, or from rows that hold their solutions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 from nemocascade.envs.base import demonstration
 from nemocascade.envs.registry import close_environments, domain_problems, make_environments
 from nemocascade.recipe import EnvConfig, RecipeError, SftRecipe
+from nemocascade.rl.tasks import read_tasks
 from nemocascade.runtime.files import write_text
 from nemocascade.runtime.jsonl import json_text
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.world import World, main_first
 from nemocascade.types import Message, Prompt
 
@@ -20,8 +22,9 @@ from nemocascade.types import Message, Prompt
 def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
     """Add the rows of `recipe.demonstrations` to its data, as files in RUN/demonstrations.
 
-    Training rows contain no held-out task of this or a later stage. Raises RecipeError for an
-    unknown domain, and for a module that offers none.
+    Training rows contain no held-out task of this or a later stage. Without held-out tasks,
+    `data.heldout_rows` holds. Raises RecipeError for an unknown domain, and for a module that
+    offers none.
     """
     settings = recipe.demonstrations
     names = [d.domain for d in settings.domains]
@@ -29,10 +32,12 @@ def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
         raise RecipeError(problems)
     folder = Path(recipe.run_dir) / "demonstrations"
     train, heldout = folder / "train.jsonl", folder / "heldout.jsonl"
+    has_heldout = settings.heldout and any(d.heldout_path or not d.path for d in settings.domains)
+    files = {train: False, heldout: True} if has_heldout else {train: False}
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, is_heldout in ((train, False), (heldout, True)):
+        for path, is_heldout in files.items():
             lines = (json_text(row) for row in demonstration_rows(recipe, heldout=is_heldout))
             text = "".join(f"{line}\n" for line in lines)
             # An unchanged file keeps its modification time, so the tokenised cache stays valid.
@@ -43,7 +48,7 @@ def with_demonstrations(recipe: SftRecipe, world: World) -> SftRecipe:
     data = replace(
         recipe.data,
         path=(*recipe.data.path, str(train)),
-        heldout_path=recipe.data.heldout_path or (str(heldout),),
+        heldout_path=recipe.data.heldout_path or tuple(str(p) for p in files if files[p]),
         thinking=True,
     )
     return replace(recipe, data=data)
@@ -59,11 +64,13 @@ def demonstration_rows(recipe: SftRecipe, *, heldout: bool) -> Iterator[dict[str
         prompts = [
             prompt
             for domain in settings.domains
-            for prompt in environments[domain.domain].prompts(
+            for prompt in read_tasks(
+                domain,
+                environments,
                 seed=recipe.seed,
-                count=settings.heldout if heldout else domain.tasks,
-                difficulty=domain.difficulty,
                 heldout=heldout,
+                count=settings.heldout if heldout else domain.tasks,
+                domains=settings.domains,
             )
         ]
     finally:
@@ -73,7 +80,12 @@ def demonstration_rows(recipe: SftRecipe, *, heldout: bool) -> Iterator[dict[str
     for prompt in prompts:
         thinking = rng.random() < settings.thinking
         careless = settings.careless > 0 and rng.random() < settings.careless
-        yield sft_row(prompt, thinking=thinking, careless=careless)
+        try:
+            yield sft_row(prompt, thinking=thinking, careless=careless)
+        except ValueError as error:
+            raise DataError(
+                f"demonstrations.domains: {error}; name SFT rows in data.path"
+            ) from None
 
 
 def sft_row(prompt: Prompt, *, thinking: bool, careless: bool = False) -> dict[str, Any]:

@@ -17,6 +17,7 @@ as make the expected number of informative ones, less `margin` standard deviatio
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 DECAY = 0.75
@@ -53,7 +54,9 @@ class Drawing:
     """The candidates of one step, and what their verdicts decide.
 
     wanted: number of informative groups. most: number of candidates. copies: rollouts of each.
-    share: of informative groups in earlier steps. margin: standard deviations to spare.
+    share: of informative groups in earlier steps. margin: standard deviations to spare. domains: of
+    the candidates, in order. quotas: number of informative groups of each domain, which add up to
+    `wanted`. Without quotas any domain's groups count.
     """
 
     wanted: int
@@ -61,6 +64,8 @@ class Drawing:
     copies: int
     share: InformativeShare
     margin: float
+    domains: Sequence[str] = ()
+    quotas: Mapping[str, int] = field(default_factory=dict)
     candidates: list[Candidate] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,26 +89,47 @@ class Drawing:
     @property
     def limit(self) -> int:
         """Number of candidates that may start, counted from the first."""
-        p = self._share()
-        mean = variance = 0.0
+        p, open_ = self._share(), self._quotas()
+        means, variances = dict.fromkeys(open_, 0.0), dict.fromkeys(open_, 0.0)
         for index, candidate in enumerate(self.candidates):
-            chance = self._chance(candidate, p)
-            mean, variance = mean + chance, variance + chance * (1 - chance)
-            if mean - self.margin * math.sqrt(variance) >= self.wanted:
-                return min(index + 1, self.cutoff)
+            domain, chance = self._domain(index), self._chance(candidate, p)
+            if domain not in open_:
+                continue
+            means[domain] += chance
+            variances[domain] += chance * (1 - chance)
+            if means[domain] - self.margin * math.sqrt(variances[domain]) >= open_[domain]:
+                del open_[domain]
+                if not open_:
+                    return min(index + 1, self.cutoff)
         return min(self.most, self.cutoff)
 
     @property
     def cutoff(self) -> int:
         """Candidates from this number on cannot train: enough before them are informative."""
-        found = 0
-        for index, candidate in enumerate(self.candidates):
-            if self._informative < self.wanted:
-                break
-            found += candidate.is_informative
-            if found == self.wanted:
-                return index + 1
-        return self.most
+        if self._informative < self.wanted:
+            return self.most
+        return self.first_enough([c.is_informative for c in self.candidates])
+
+    def first_enough(self, informative: Sequence[bool]) -> int:
+        """Number of candidates up to the one that completes `wanted`, or the last quota; all if
+        there are fewer. informative: of the candidates, or of the first ones."""
+        missing = self._quotas()
+        for index, found in enumerate(informative):
+            domain = self._domain(index)
+            if found and domain in missing:
+                missing[domain] -= 1
+                if not missing[domain]:
+                    del missing[domain]
+                    if not missing:
+                        return index + 1
+        return len(informative)
+
+    def _quotas(self) -> dict[str, int]:
+        """Quotas above 0, by domain; one for all domains together without quotas."""
+        return {d: n for d, n in self.quotas.items() if n} if self.quotas else {"": self.wanted}
+
+    def _domain(self, index: int) -> str:
+        return self.domains[index] if self.quotas else ""
 
     @property
     def needed(self) -> int | None:

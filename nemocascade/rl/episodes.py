@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import replace
 from threading import Lock
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.data.reply import Reply
 from nemocascade.data.tokenizer import Tokenizer
-from nemocascade.envs.base import failed
+from nemocascade.envs.base import failed, tool_results
 from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.rl.tasks import Task
 from nemocascade.rollout.engine import Completion
@@ -75,15 +74,12 @@ class Episodes:
         if session is None or completion.turns >= self.settings.max_turns:
             return None
         reply = self._parse(number, completion.last_turn())
-        calls = reply.message.tool_calls
-        if not calls and not reply.faults:
+        if not reply.message.tool_calls and not reply.faults:
             return None
-        results = []
-        for call in calls:
-            results += session.step([call])
-            self._watch.progress(f"a tool of request {number} has answered")
-        results += [Message("tool", f"error: {fault}") for fault in reply.faults]
-        results = [replace(m, content=_encodable(m.content)) for m in results]
+        said = f"a tool of request {number} has answered"
+        results = tool_results(
+            session, reply.message, reply.faults, lambda: self._watch.progress(said)
+        )
         with self._lock:
             self._results.setdefault(number, []).append(results)
         if session.done:
@@ -142,11 +138,6 @@ class Episodes:
         with self._lock:
             self._sessions[number] = session
         return session
-
-
-def _encodable(text: str) -> str:
-    """Escape lone surrogates, which programs may print and no tokenizer accepts."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _turns(completion: Completion) -> list[list[int]]:

@@ -31,7 +31,7 @@ from nemocascade.types import Fault, Verdict
 
 DETAILS = ("unanswered", "unparsed", "pairs")
 """Numbers in a verdict's details that every rank gets, for metrics."""
-OUTCOME_BYTES = 8 * (8 + len(DETAILS))
+OUTCOME_BYTES = 8 * (9 + len(DETAILS))
 """Size of an outcome."""
 
 _FAULTS: tuple[Fault | None, ...] = (None, *get_args(Fault))
@@ -73,7 +73,8 @@ def _row(rollout: Rollout, rank: int) -> list[int]:
     flags = _TRUNCATED * rollout.truncated | _DROPPED * rollout.dropped
     flags |= _SCORED * rollout.is_scored | _REWARDED * (verdict.reward is not None)
     flags |= _FAULTS.index(verdict.fault) << _FAULT_SHIFT
-    numbers = [verdict.reward or 0.0, *(verdict.details.get(name, np.nan) for name in DETAILS)]
+    details = (verdict.details.get(name, np.nan) for name in DETAILS)
+    numbers = [verdict.reward or 0.0, rollout.repetition, *details]
     return [
         rank + 1,
         rollout.tokens,
@@ -88,7 +89,7 @@ def _row(rollout: Rollout, rank: int) -> list[int]:
 
 def _outcome(row: np.ndarray[Any, np.dtype[np.int64]]) -> Rollout:
     owner, tokens, length, turns, flags, choices, kind = row[:7].tolist()
-    reward, *details = row[7:].view(np.float64).tolist()
+    reward, repetition, *details = row[7:].view(np.float64).tolist()
     known = {n: v for n, v in zip(DETAILS, details, strict=True) if not np.isnan(v)}
     fault = _FAULTS[flags >> _FAULT_SHIFT]
     if flags & _REWARDED:
@@ -106,6 +107,7 @@ def _outcome(row: np.ndarray[Any, np.dtype[np.int64]]) -> Rollout:
         verdict=verdict,
         truncated=bool(flags & _TRUNCATED),
         dropped=bool(flags & _DROPPED),
+        repetition=repetition,
         choices=ChoiceShape.of_code(choices),
         error_kind=kind,
         owner=owner - 1,

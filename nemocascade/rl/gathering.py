@@ -7,10 +7,10 @@ step. So neither the groups nor the position in the stage depend on timing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from nemocascade.recipe.rl import RolloutConfig
+from nemocascade.recipe.rl import RolloutConfig, prompt_quotas
 from nemocascade.rl.collector import (
     Collector,
     Gathered,
@@ -31,23 +31,28 @@ def gather(
     step: int = 0,
     share: InformativeShare | None = None,
 ) -> Gathered:
-    """Collect the groups that a step trains on, and tell the stream their verdicts.
+    """Collect the groups that a step trains on, then take them from the stream and tell it their
+    verdicts.
 
     With dynamic filtering these are the first `prompts_per_step` groups whose rewards differ, of at
     most `max_draws * prompts_per_step` tasks. All tasks of a step are drawn by the state of the
     curricula at its start, which observe the groups up to the last one that trains. Groups masked
-    by `min_best_reward` are not replaced. step: counted from 0. share: of informative groups in
-    earlier steps, which decides how many tasks start ahead; it is updated.
+    by `min_best_reward` are not replaced. With `filter_by` "domain" each domain has its share of
+    them. step: counted from 0. share: of informative groups in earlier steps, which decides how
+    many tasks start ahead; it is updated.
     """
     wanted, ahead = settings.prompts_per_step, 0
     if settings.dynamic_filtering:
         tasks = stream.peek(settings.max_draws * wanted, step)
-        tried, ahead = _draw(collector, tasks, settings, share or InformativeShare())
+        tried, ahead = _draw(
+            collector, tasks, settings, share or InformativeShare(), _quotas(stream, settings)
+        )
         stream.take(len(tried), step)
         kept = [group for group in tried if is_informative_group(group, settings)]
+        kept = _within_quotas(kept, _quotas(stream, settings))
     else:
-        tasks = stream.take(wanted, step)
-        rolled = collector.roll_out(tasks, settings.rollouts_per_prompt)
+        rolled = collector.roll_out(stream.peek(wanted, step), settings.rollouts_per_prompt)
+        stream.take(wanted, step)
         kept = tried = [_with_stop_penalties(group, settings) for group in rolled]
     stream.observe(verdicts_of(tried))
     trained = tuple(group for group in kept if not _is_masked(group, settings))
@@ -55,12 +60,17 @@ def gather(
 
 
 def _draw(
-    collector: Collector, tasks: Sequence[Task], settings: RolloutConfig, share: InformativeShare
+    collector: Collector,
+    tasks: Sequence[Task],
+    settings: RolloutConfig,
+    share: InformativeShare,
+    quotas: Mapping[str, int],
 ) -> tuple[list[Group], int]:
     """The groups of the first tasks up to the last that trains, and the number of further tasks
     that were started."""
     copies, wanted = settings.rollouts_per_prompt, settings.prompts_per_step
-    drawing = Drawing(wanted, len(tasks), copies, share, settings.draw_margin)
+    domains = [task.prompt.domain for task in tasks]
+    drawing = Drawing(wanted, len(tasks), copies, share, settings.draw_margin, domains, quotas)
     if any(environment.collective for environment in collector.environments.values()):
         tried, ahead = _draw_in_rounds(collector, tasks, settings, drawing)
     else:
@@ -83,6 +93,23 @@ def _draw_in_rounds(
                 drawing.report(len(found), decisive_reward(rollout, settings))
             found.append(_with_stop_penalties(group, settings))
     return found[:needed], len(found) - needed
+
+
+def _quotas(stream: TaskStream, settings: RolloutConfig) -> dict[str, int]:
+    """Groups of each domain that train in a step; empty unless they are filtered by domain."""
+    by_domain = settings.filter_by == "domain"
+    return prompt_quotas(stream.shares, settings.prompts_per_step) if by_domain else {}
+
+
+def _within_quotas(groups: Sequence[Group], quotas: Mapping[str, int]) -> list[Group]:
+    """The first groups of each domain, as many as its quota; all without quotas."""
+    left, found = dict(quotas), []
+    for group in groups:
+        domain = group.task.prompt.domain
+        if not quotas or left[domain]:
+            found.append(group)
+            left[domain] = left.get(domain, 0) - 1
+    return found
 
 
 def _with_stop_penalties(group: Group, settings: RolloutConfig) -> Group:

@@ -9,7 +9,8 @@ from nemocascade.recipe import UserError
 from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.rl.collector import Gathered, is_informative_group
 from nemocascade.rl.rollouts import Rollout, Transcript
-from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.logging import FILE_ONLY, LOGGER
+from nemocascade.runtime.turns import encodable
 
 MOST_KINDS = 20
 """Errors of further kinds are counted in the metrics only."""
@@ -63,6 +64,7 @@ class LearningSignal:
             len(scored) - len(verdicts),
             len(scored),
             f"{sum(verdicts) / len(verdicts):.3f}" if verdicts else "none",
+            extra=FILE_ONLY,
         )
         self._steps += 1
         self._silent = 0 if verdicts else self._silent + 1
@@ -118,7 +120,7 @@ class LearningSignal:
         texts = self._transcripts([rollout for _, rollout in new])
         for (prompt, _), text in zip(new, texts, strict=False):
             error = text.verdict.error or ""
-            shown = error.encode(errors="backslashreplace").decode()[:_SHOWN]
+            shown = encodable(error)[:_SHOWN]
             self._error = self._error or f"{shown} ({prompt.source})"
             LOGGER.warning(
                 "step %d: a verifier of %s fails on %s: %s; the answer: %a",

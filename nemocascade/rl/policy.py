@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,6 +22,7 @@ from nemocascade.rl.batches import (
 )
 from nemocascade.rl.collector import Collector, Gathered, Group
 from nemocascade.rl.exchange import send_sequences, send_transcripts
+from nemocascade.rl.journal import heldout_journal
 from nemocascade.rl.rollout_metrics import fault_examples, faults_text, rollout_values
 from nemocascade.rl.rollouts import Rollout, Transcript
 from nemocascade.rl.tasks import Task, TaskStream
@@ -62,13 +63,7 @@ class PolicyRun:
 
     def metrics_writer(self, first_step: int) -> MetricsWriter:
         """The metrics writer of this run, starting at `first_step`."""
-        return MetricsWriter(
-            Path(self.recipe.run_dir),
-            is_main=self.world.is_main,
-            first_step=first_step,
-            steps=self.recipe.steps,
-            tensorboard=self.recipe.log.tensorboard,
-        )
+        return MetricsWriter(self.recipe, self.world, first_step)
 
     def evaluate(self) -> dict[str, float]:
         """Mean reward of greedy answers to the held-out tasks, by domain; {} without such tasks.
@@ -78,9 +73,10 @@ class PolicyRun:
         """
         if not self.heldout:
             return {}
-        groups = self.collector.roll_out(
-            self.heldout, 1, greedy_sampling(self.recipe, self.collector)
-        )
+        with self.collector.journalled(heldout_journal(self.trainer.step_number)):
+            groups = self.collector.roll_out(
+                self.heldout, 1, greedy_sampling(self.recipe, self.collector)
+            )
         found: dict[str, list[float]] = {}
         errors = 0
         for group in groups:
@@ -96,6 +92,8 @@ class PolicyRun:
         scores = {f"heldout/{name}": sum(r) / len(r) for name, r in sorted(found.items())}
         scores |= over_start(self.collector, groups, self.start_answers)
         self.engine.release()
+        # They are not those of a step.
+        self.collector.take_times()
         return scores
 
     def keep_start_scores(self, scores: dict[str, float]) -> None:
@@ -112,7 +110,9 @@ class PolicyRun:
     def rollout_values(self, gathered: Gathered, seconds: float) -> dict[str, Any]:
         """Rollout statistics of a step for metrics.jsonl; warns of verifiers that fail often."""
         values = rollout_values(gathered, seconds, self.environments) | self.engine.metrics()
+        values |= self.collector.take_times()
         values["verifier_slots"] = self.collector.verifier_slots
+        values["rollouts_restored"] = self.collector.restored
         examples = fault_examples(gathered, values)
         texts = self.transcripts([rollout for _, rollout in examples.values()])
         if text := faults_text(self.trainer.step_number, examples, values, texts):
@@ -182,6 +182,11 @@ class PolicyRun:
         """Write a checkpoint of the current step."""
         self.checkpoints.save(self.trainer, self.stream)
 
+    def abandon_step(self) -> NoReturn:
+        """Save a checkpoint of the last finished step and stop, after `StopAsked`."""
+        self.engine.release()
+        self.checkpoints.stop(self.trainer, self.stream)
+
     def stop_if_asked(self) -> None:
         """Save a checkpoint and stop if a scheduler asked for it."""
         self.checkpoints.stop_if_asked(self.trainer, self.stream)
@@ -193,9 +198,12 @@ class PolicyRun:
             "tasks": {name: len(found) for name, found in self.stream.prompts.items()},
             "heldout": len(self.heldout),
         }
-        return self.checkpoints.write_artifact(
+        folder = self.checkpoints.write_artifact(
             self.trainer, self.recipe, self.recipe.stage, self.tokenizer, data, scores
         )
+        if self.collector.journals is not None:
+            self.collector.journals.clear()
+        return folder
 
 
 def training_batches(

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe import RolloutConfig
 from nemocascade.runtime.logging import LOGGER
@@ -70,17 +69,14 @@ def encode_prompts(
 
     Raises DataError if all are refused, or if calls of the prompts' tools could not be parsed.
     """
-    template = tokenizer.template
-    if any(prompt.tools for prompt in prompts) and not template.reads_calls:
+    if any(prompt.tools for prompt in prompts) and not tokenizer.template.reads_calls:
         raise DataError(
             f"{tokenizer.path}: tool calls in the form of its chat template cannot be parsed: use "
             "a template with <tool_call> blocks, or domains without tools"
         )
 
     def encoded(prompt: Prompt) -> list[int]:
-        conversation = Conversation(prompt.messages, prompt.tools)
-        segments = template.render_prompt(conversation, thinking=rollout.thinking)
-        return encode(segments, tokenizer)[0]
+        return tokenizer.prompt_ids(prompt.messages, prompt.tools, thinking=rollout.thinking)
 
     ids, counts = _encode_together(prompts, encoded, rollout.max_prompt_tokens, world)
     refused, reason = int((counts == REFUSED).sum()), ""

@@ -12,6 +12,7 @@ from nemocascade.rl.rollouts import Rollout, Transcript
 from nemocascade.types import Environment, Fault
 
 FAULTS: tuple[Fault, ...] = get_args(Fault)
+DECILES = torch.linspace(0, 1, 11, dtype=torch.float64)
 FAULT_ALARM = 0.05
 """A larger share of checks that could not finish, by cause, is a warning."""
 
@@ -32,7 +33,9 @@ def rollout_values(
         "reward": _mean(rewards),
         "response_tokens": float(lengths.mean()),
         "response_tokens_max": float(lengths.max()),
+        "response_tokens_deciles": torch.quantile(lengths, DECILES).tolist(),
         "truncated": _mean([float(r.truncated) for r in rollouts]),
+        "repetition": _mean([r.repetition for r in rollouts]),
         "turns": _mean([float(r.turns) for r in rollouts]),
         "verifier_errors": sum(r.verdict.reward is None and r.is_scored for r in rollouts),
         "groups": len(gathered.groups),
@@ -47,7 +50,21 @@ def rollout_values(
     values |= fault_shares(rollouts) | _judged(rollouts)
     if len(by_domain) > 1:
         values |= {f"reward/{name}": _mean(r) for name, r in sorted(by_domain.items())}
+        for name in sorted(by_domain):
+            values |= _of_domain(name, gathered)
     return values
+
+
+def _of_domain(name: str, gathered: Gathered) -> dict[str, Any]:
+    """Metrics of one domain of several. groups: those that train; groups_drawn: all."""
+    tried = [g for g in gathered.tried if g.task.prompt.domain == name]
+    rollouts = [r for g in tried for r in g.rollouts]
+    return {
+        f"groups/{name}": sum(g.task.prompt.domain == name for g in gathered.groups),
+        f"groups_drawn/{name}": len(tried),
+        f"response_tokens/{name}": _mean([float(r.length) for r in rollouts]),
+        f"truncated/{name}": _mean([float(r.truncated) for r in rollouts]),
+    }
 
 
 def fault_shares(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -15,6 +15,9 @@ NOT_SCORED = Verdict(None, "not scored")
 DROPPED = Verdict(None, "the rollout server gave this text up", fault="host")
 
 _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\d+(?:\.\d+)?")
+REPEAT = 4
+"""Tokens of a run that counts as repeated text."""
+_MIX = 1_000_003
 _CHOICE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -107,7 +110,8 @@ class Rollout:
     tokens: length of its sequence, with the prompt. length: number of tokens that the policy
     generated. turns: the policy's. verdict: in full until ranks have exchanged it, then without
     texts, the same on every rank. dropped: a server gave the text up, so it is neither compared
-    with others nor trained. choices: the form of its recorded experts. error_kind: number of the
+    with others nor trained. repetition: share of its text that repeats, see `repeated_share`.
+    choices: the form of its recorded experts. error_kind: number of the
     kind of its verdict's error, 0 without one. owner: the rank that verified it and holds its
     `sequence` and `transcript`, which are None elsewhere.
     """
@@ -118,6 +122,7 @@ class Rollout:
     verdict: Verdict
     truncated: bool = False
     dropped: bool = False
+    repetition: float = 0.0
     choices: ChoiceShape = ChoiceShape()
     error_kind: int = 0
     owner: int = 0
@@ -165,11 +170,24 @@ def whole_rollout(
         verdict=verdict,
         truncated=truncated,
         dropped=dropped,
+        repetition=repeated_share(sequence.tokens[sequence.written]),
         choices=ChoiceShape.of(sequence.routing),
         error_kind=error_kind(domain, verdict),
         sequence=sequence,
         transcript=Transcript(text, response, verdict),
     )
+
+
+def repeated_share(tokens: Tensor) -> float:
+    """Share of all runs of `REPEAT` tokens that occurred before in the same response; near 1 for a
+    response that loops, 0 for one without a repetition. tokens: [n] int64."""
+    count = tokens.numel() - REPEAT + 1
+    if count < 1:
+        return 0.0
+    # Equal runs have equal sums; different ones hardly ever, since int64 wraps around.
+    runs = sum(_MIX**k * tokens[k : k + count] for k in range(REPEAT))
+    assert isinstance(runs, Tensor)
+    return 1.0 - int(torch.unique(runs).numel()) / count
 
 
 def error_kind(domain: str, verdict: Verdict) -> int:

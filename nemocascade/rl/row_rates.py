@@ -1,13 +1,12 @@
 """Pass rates of the rows of a file: its tasks, their verdicts so far, and the rows with rates.
 
-Verdicts are appended to a journal as they come, so an interrupted run repeats none of them. The
-rows are written whole to a draft, which is then renamed.
+Each verdict is appended to a journal at once, so an interrupted run repeats none of them. The
+rows are written to a temporary file, which is then renamed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from nemocascade.rl.collector import Collector, with_stop_penalty
 from nemocascade.rl.rollouts import Rollout
 from nemocascade.rl.tasks import Task
 from nemocascade.runtime.files import naming
-from nemocascade.runtime.jsonl import json_text, read_undamaged
+from nemocascade.runtime.jsonl import keep_settings, read_undamaged, write_objects
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import SHOWN_BAD_ROWS, DataError, RowError
 from nemocascade.runtime.row_files import read_rows
@@ -32,7 +31,7 @@ Verdicts = dict[tuple[int, int], float]
 @dataclass
 class RowTasks:
     """The tasks of a file. prompts: by the number of their row, counted from 0. bad: reason by
-    `file:row` for rows that are no task."""
+    `file:row` for rows that are not tasks."""
 
     prompts: dict[int, Prompt] = field(default_factory=dict)
     bad: dict[str, str] = field(default_factory=dict)
@@ -79,9 +78,10 @@ def read_row_tasks(path: Path, environments: Mapping[str, Environment], output: 
             for prompt in environments[name].read(path, found.bad.setdefault, others):
                 found.prompts[numbers[prompt.source]] = prompt
     if not found.prompts:
+        reasons = f"; {found.summary()}" if found.bad else ""
         raise DataError(
             f"{path}: none of its {len(numbers)} rows is a task of {', '.join(environments)}: name "
-            "another file or --domains"
+            f"another file or --domains{reasons}"
         )
     if found.bad:
         LOGGER.warning("%s: %s", path, found.summary())
@@ -125,20 +125,7 @@ def open_journal(folder: Path, settings: Mapping[str, Any]) -> Verdicts:
 
     settings: whatever affects the rewards, JSON values. Raises DataError if the job had others.
     """
-    path = folder / "settings.json"
-    if not path.is_file():
-        draft = path.with_suffix(".part")
-        with naming(draft):
-            draft.write_text(json_text(settings, indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)
-        return {}
-    had = json.loads(path.read_text(encoding="utf-8"))
-    new = json.loads(json_text(settings))
-    if different := [name for name in new.keys() | had.keys() if new.get(name) != had.get(name)]:
-        raise DataError(
-            f"{folder} has verdicts made with another {', '.join(sorted(different))}: set them as "
-            "they were, or delete the folder, or name another --output"
-        )
+    keep_settings(folder, settings, "verdicts")
     found: Verdicts = {}
     for file in sorted(folder.glob("rank_*.jsonl")):
         for _, line in read_undamaged(file, _warn_of(file)):
@@ -162,7 +149,7 @@ def sample_missing(
     verifier failed have none. Truncated ones are scaled as in training.
 
     asked: the task of each row. A draw depends on the seed, the row and the sample alone. Answers
-    to `prompts_per_step` rows are generated at once.
+    to `prompts_per_step` rows are generated at a time.
     """
     found = dict(known)
 
@@ -211,16 +198,8 @@ def write_rated(
 
     Rows without an entry in `rates` stay as they are. Returns the number of rows.
     """
-    draft = output.with_name(f".{output.name}.part")
-    count = 0
-    with naming(draft), draft.open("w", encoding="utf-8") as file:
-        for number, row in _good_rows(path, bad):
-            file.write(json_text({**row, **rates.get(number, {})}) + "\n")
-            count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(output)
-    return count
+    rows = _good_rows(path, bad)
+    return write_objects(output, ({**row, **rates.get(number, {})} for number, row in rows))
 
 
 def _good_rows(path: Path, bad: Collection[str]) -> Iterator[tuple[int, Row]]:

@@ -15,6 +15,7 @@ from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe import DomainConfig, RolloutConfig
 from nemocascade.rl.curriculum import Curriculum, by_level
 from nemocascade.rl.prompts import EncodedPrompts, TokenIds, encode_prompts
+from nemocascade.rollout.engine import Sampling
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.row_errors import BadRows, DataError
 from nemocascade.runtime.world import World
@@ -32,6 +33,22 @@ class Task:
     ids: TokenIds
     number: int
     thinking: bool | None = None
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """The rollouts that are wanted of a task.
+
+    ids: of their requests; they decide the draws. sampling: how they are generated. is_whole: one
+    replica generates all of them, because verdicts compare them. is_compared: one rank has the
+    tools and the verifier of all of them.
+    """
+
+    task: Task
+    ids: range
+    sampling: Sampling
+    is_whole: bool = False
+    is_compared: bool = False
 
 
 def read_tasks(

@@ -15,12 +15,14 @@ import torch
 
 from nemocascade.rl.batches import (
     PlannedSequence,
+    TrainingSequence,
     capacity_grain,
     fit_capacity,
     microbatch_multiple,
 )
 from nemocascade.rl.exchange import send_sequences
 from nemocascade.rl.policy import PolicyRun, layout_of, logprobs_of, packed_bins
+from nemocascade.rl.teacher_states import StateScores
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.train.evaluation import whole_rows
 from nemocascade.train.weight_swap import WeightSwap
@@ -31,11 +33,15 @@ class Teachers:
     """The teachers of a run, ready to score.
 
     by_domain: the teacher artifact of each domain. Domains with the same artifact share its
-    weights.
+    weights. states: keep last hidden states for an exact divergence in place of log-probabilities.
     """
 
-    def __init__(self, run: PolicyRun, by_domain: dict[str, Artifact], keep: str) -> None:
+    def __init__(
+        self, run: PolicyRun, by_domain: dict[str, Artifact], keep: str, *, states: bool = False
+    ) -> None:
         self.run = run
+        self.scores: LogprobScores | StateScores
+        self.scores = StateScores(run) if states else LogprobScores(run)
         folder = Path(run.recipe.run_dir) / "teachers" if keep == "disk" else None
         self.swap = WeightSwap(run.world, run.trainer.chunks, folder)
         self.by_domain = {domain: a.digest for domain, a in by_domain.items()}
@@ -56,12 +62,12 @@ class Teachers:
     def batches(
         self, planned: Sequence[PlannedSequence]
     ) -> tuple[list[PackedBatch], dict[str, float]]:
-        """This rank's micro-batches of training with teacher log-probabilities, and the fraction of
+        """This rank's micro-batches of training with the teachers' scores, and the fraction of
         their rows that hold tokens, `fill`, beside that of the teachers' own, `teacher_fill`.
 
         Training packs all sequences at once. Each teacher packs its own, on all data-parallel
-        ranks, and its log-probabilities go by sequence to the batches of training. The
-        `document_ids` are numbers of `planned`.
+        ranks, and its scores go by sequence to the batches of training. The `document_ids` are
+        numbers of `planned`.
         """
         run, mine = self.run, self.run.world.dp_rank
         training = self._fitted(list(range(len(planned))), planned)
@@ -79,12 +85,12 @@ class Teachers:
                 if number + 1 < len(taught):
                     self.swap.read_ahead([*taught][number + 1])
                 batches = packed_bins(run, sequences, packing.layout[mine], packing.capacity)
-                for batch, rows in zip(batches, logprobs_of(run, batches), strict=True):
-                    found |= _by_document(batch, whole_rows(run.world, rows, batch))
+                found |= self.scores.score(name, batches, sequences)
         self._send(found, planned, training, taught.values())
         batches = packed_bins(run, sequences, training.layout[mine], training.capacity)
+        names = {i: self.by_domain[p.domain] for i, p in enumerate(planned)}
         fills = {"fill": training.fill, "teacher_fill": _fill(taught.values())}
-        return [_taught(batch, found) for batch in batches], fills
+        return self.scores.attached(batches, found, sequences, names), fills
 
     def _fitted(self, numbers: Sequence[int], planned: Sequence[PlannedSequence]) -> _Packing:
         """A packing of some sequences, with the smallest capacity for its number of rounds."""
@@ -113,19 +119,20 @@ class Teachers:
         training: _Packing,
         taught: Iterable[_Packing],
     ) -> None:
-        """Add the log-probabilities of the sequences that this rank trains and did not score."""
-        world = self.run.world
-        replicas = world.replicas()
+        """Add the scores of the sequences that this rank trains and did not score."""
+        world, scores = self.run.world, self.scores
+        holders = scores.holders
+        replicas = [[rank for rank in ranks if rank in holders] for ranks in world.replicas()]
         scored = {i: ranks for p in taught for i, ranks in p.ranks(replicas).items()}
         trained = training.ranks(replicas)
         order = sorted(trained)
         arrived = world.deliver(
             [scored[i][0] for i in order],
-            [4 * planned[i].rollout.tokens for i in order],
+            [scores.bytes_of(planned[i]) for i in order],
             [set(trained[i]) - set(scored[i]) for i in order],
             lambda k: found[order[k]].contiguous().view(torch.uint8),
         )
-        found |= {order[k]: data.view(torch.float32) for k, data in arrived.items()}
+        found |= {order[k]: scores.read(data) for k, data in arrived.items()}
 
     def close(self) -> None:
         """Drop the teachers' weights."""
@@ -158,6 +165,46 @@ class _Packing:
 
 def _fill(packings: Collection[_Packing]) -> float:
     return sum(p.tokens for p in packings) / sum(p.rows for p in packings)
+
+
+class LogprobScores:
+    """Scores of documents: the log-probability of each row's target, [n]; 0 in untrained rows."""
+
+    def __init__(self, run: PolicyRun) -> None:
+        self.run = run
+        self.holders = set(range(run.world.size))
+        """The ranks that need scores."""
+
+    def score(
+        self,
+        name: str,
+        batches: Sequence[PackedBatch],
+        sequences: Mapping[int, TrainingSequence],
+    ) -> dict[int, torch.Tensor]:
+        """Scores of the documents of this rank's batches under the weights in place, by document.
+        Every rank calls it."""
+        found: dict[int, torch.Tensor] = {}
+        for batch, rows in zip(batches, logprobs_of(self.run, batches), strict=True):
+            found |= _by_document(batch, whole_rows(self.run.world, rows, batch))
+        return found
+
+    def bytes_of(self, planned: PlannedSequence) -> int:
+        """Size of a document's scores."""
+        return 4 * planned.rollout.tokens
+
+    def read(self, data: torch.Tensor) -> torch.Tensor:
+        """Scores from their bytes."""
+        return data.view(torch.float32)
+
+    def attached(
+        self,
+        batches: Sequence[PackedBatch],
+        found: Mapping[int, torch.Tensor],
+        sequences: Mapping[int, TrainingSequence],
+        teacher_of: Mapping[int, str],
+    ) -> list[PackedBatch]:
+        """A rank's rows of packs with the scores of their documents. teacher_of: by document."""
+        return [_taught(batch, found) for batch in batches]
 
 
 def _by_document(batch: PackedBatch, rows: torch.Tensor) -> dict[int, torch.Tensor]:

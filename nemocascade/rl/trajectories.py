@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from nemocascade.envs.registry import close_environments, make_environments
 from nemocascade.recipe import EnvConfig
+from nemocascade.recipe.commands import ReplaySettings
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.collector import UNTRUNCATED_REWARD, Gathered, Group
 from nemocascade.rl.rollouts import Transcript
@@ -77,17 +78,6 @@ def _is_json(answer: Mapping[str, Any]) -> bool:
     except TypeError:
         return False
     return True
-
-
-@dataclass(frozen=True)
-class ReplaySettings:
-    """Verify logged episodes again and compare the rewards."""
-
-    path: str = ""
-    """A file in RUN/rollouts, or that folder."""
-
-    envs: EnvConfig = field(default_factory=EnvConfig)
-    """Settings of the verifiers; taken from the recipe.json beside `rollouts`, if there is one."""
 
 
 def settings_of_run(path: Path) -> ReplaySettings:

@@ -12,7 +12,7 @@ from nemocascade.types import Environment, Prompt, SandboxUnavailable
 def try_verifiers(prompts: Iterable[Prompt], environments: Mapping[str, Environment]) -> None:
     """Score a dummy answer to one task of each form of each domain.
 
-    Tasks that a judge decides are left out: its server gets a first question of its own.
+    Tasks that a judge decides are excluded: its server gets a first question of its own.
     Raises DataError for a verifier that fails.
     """
     seen: set[tuple[str, str]] = set()

@@ -12,40 +12,26 @@ these which candidates may start, and which are cancelled.
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
 
 from nemocascade.rl.drawing import Drawing
-from nemocascade.rl.tasks import Task
+from nemocascade.rl.tasks import GroupRequest, Task
 from nemocascade.rl.verification import Verification
-from nemocascade.rollout.engine import Request, Sampling, Supply
+from nemocascade.rollout.engine import Request, Supply
 from nemocascade.runtime.watchdog import job_store
 from nemocascade.runtime.world import World
 
 ROUNDS = 8
 """Chunks that a replica takes on average, unless they would be smaller than one request."""
-_LISTEN_S = 0.2
+LISTEN_S = 0.2
 """Interval for reading the store, if it is shared with other replicas."""
-
-
-@dataclass(frozen=True)
-class GroupRequest:
-    """The rollouts that are wanted of a task.
-
-    ids: of their requests; they decide the draws. sampling: how they are generated. is_whole: one
-    replica generates all of them, because verdicts compare them.
-    """
-
-    task: Task
-    ids: range
-    sampling: Sampling
-    is_whole: bool = False
 
 
 class _Requests(Mapping[int, Request]):
@@ -63,7 +49,8 @@ class _Requests(Mapping[int, Request]):
         if task is not group.task:
             prompt = tuple(group.task.ids.tolist())
             self._last = (group.task, prompt)
-        return Request(number, prompt, group.sampling)
+        home = group.task.number if group.is_compared else None
+        return Request(number, prompt, group.sampling, home)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._groups)
@@ -121,7 +108,14 @@ class Queues:
         self._store: Any = None
         self._last: Board | None = None
 
-    def open(self, groups: Sequence[GroupRequest], drawing: Drawing | None = None) -> WorkQueue:
+    def open(
+        self,
+        groups: Sequence[GroupRequest],
+        drawing: Drawing | None = None,
+        *,
+        restored: Collection[int] = (),
+        is_journalled: bool = False,
+    ) -> WorkQueue:
         """A queue of these groups; see `WorkQueue`."""
         world = self.world
         if self._store is None:
@@ -131,10 +125,18 @@ class Queues:
         self._number += 1
         # The ranks of a single replica all take the same, each by a counter of its own. Verdicts
         # come from any of them.
-        is_alone = world.size == 1 or (world.dp_size == 1 and drawing is None)
-        store = dist.HashStore() if is_alone else self._store
+        is_ordered = world.dp_size == 1 and drawing is None and not is_journalled
+        store = dist.HashStore() if world.size == 1 or is_ordered else self._store
         board = Board(store, f"nemocascade/rollouts/{self._name}/{self._number}")
-        return WorkQueue(groups, board, world, drawing=drawing, lengths=self._lengths)
+        return WorkQueue(
+            groups,
+            board,
+            world,
+            drawing=drawing,
+            lengths=self._lengths,
+            restored=restored,
+            is_journalled=is_journalled,
+        )
 
     def close(self, queue: WorkQueue, needed: int, lengths: Mapping[str, float]) -> None:
         """End a queue after all ranks have left it. needed: number of its groups that were needed.
@@ -152,7 +154,10 @@ class WorkQueue:
 
     groups: in the order of their numbers. drawing: the groups are candidates, which start and are
     cancelled as it says. lengths: expected length of the rollouts of a prompt, by its id, where it
-    is known, to start the longest first.
+    is known, to start the longest first. listen_s: interval in seconds for reading the board, if
+    other replicas share it. restored: ids of requests whose rollouts a journal has; nobody takes
+    them. is_journalled: a later start may restore some of the rollouts and generate the others, so
+    no prompts are prefilled together: what a prompt shares its prefill with changes its rounding.
     """
 
     verification: Verification | None = None
@@ -168,15 +173,20 @@ class WorkQueue:
         *,
         drawing: Drawing | None = None,
         lengths: Mapping[str, float] = MappingProxyType({}),
+        listen_s: float = LISTEN_S,
+        restored: Collection[int] = (),
+        is_journalled: bool = False,
     ) -> None:
+        self.listen_s = listen_s
         self.groups, self.board, self.drawing, self.world = groups, board, drawing, world
         self.replicas = replicas = world.dp_size
-        self.is_ordered = replicas == 1 and drawing is None
+        self.is_ordered = replicas == 1 and drawing is None and not is_journalled
         self._progress = (0, 0)
         self.requests = _Requests(groups)
         self._index = {number: n for n, group in enumerate(groups) for number in group.ids}
         first = len(groups) if drawing is None else drawing.limit
-        wanted = sum(len(group.ids) for group in groups[:first])
+        self._restored = restored
+        wanted = sum(n not in restored for group in groups[:first] for n in group.ids)
         size = wanted if replicas == 1 else wanted // (ROUNDS * replicas)
 
         # In an ordered queue, what has been generated before must not change what is packed.
@@ -187,7 +197,7 @@ class WorkQueue:
 
         order = sorted(range(first), key=expected, reverse=True)
         ordered = [groups[n] for n in (*order, *range(first, len(groups)))]
-        self._chunks = _chunks(ordered, max(1, size))
+        self._chunks = _chunks(ordered, max(1, size), restored)
         self._first = [min(self._index[number] for number in chunk) for chunk in self._chunks]
         self._allowed, self._share = len(self._chunks), -(-wanted // replicas)
         self._taken: list[int] = []
@@ -204,13 +214,13 @@ class WorkQueue:
             self.verification.check()
         self._listen()
 
-    def poll(self, room: int, busy: int) -> Supply:
+    def poll(self, free_slots: int, busy: int) -> Supply:
         """Implements `Work.poll`; `check` has read the verdicts."""
         cancelled: list[int] = []
         if self._cutoff < self._told:
             cancelled = [n for n in self._taken if self._index[n] >= self._cutoff]
             self._told = self._cutoff
-        taken = self._take(room, busy) if self._is_open else []
+        taken = self._take(free_slots, busy) if self._is_open else []
         self._taken += taken
         return Supply(taken, cancelled, self._is_open)
 
@@ -237,29 +247,34 @@ class WorkQueue:
         return self._index[number] < self._cutoff
 
     @property
-    def started(self) -> int:
-        """Number of groups of which a request was taken, by any replica."""
-        taken = self._chunks[: self.board.take(0)]
-        return len({self._index[number] for chunk in taken for number in chunk})
+    def is_empty(self) -> bool:
+        """True if no request is left to be generated, because all are restored."""
+        return not self._chunks
 
-    def _take(self, room: int, busy: int) -> list[int]:
+    @property
+    def started(self) -> int:
+        """Number of groups of which a request was taken, by any replica, or restored."""
+        taken = itertools.chain(self._restored, *self._chunks[: self.board.take(0)])
+        return len({self._index[number] for number in taken})
+
+    def _take(self, free_slots: int, busy: int) -> list[int]:
         """Take the next chunks, as many as there are free slots, and at most this replica's share
         of all requests at a time: the others need work as well."""
         now = time.monotonic()
-        if self.replicas > 1 and now - self._looked < _LISTEN_S:
+        if self.replicas > 1 and now - self._looked < self.listen_s:
             return []
-        room = min(room, self._share - busy)
-        if room <= 0:
+        free_slots = min(free_slots, self._share - busy)
+        if free_slots <= 0:
             return []
         first = last = self.board.take(0)
-        while last < self._allowed and room > 0:
+        while last < self._allowed and free_slots > 0:
             size = len(self._chunks[last])
-            if self.replicas > 1 and first < last and size > room:
+            if self.replicas > 1 and first < last and size > free_slots:
                 # Less rather than more: the other replicas need work as well.
                 break
-            room, last = room - size, last + 1
+            free_slots, last = free_slots - size, last + 1
         if first >= self._allowed:
-            # Nothing may be taken for a while; without a drawing, never again.
+            # Nothing may be taken until the next draw; without one, never again.
             self._looked = now
             self._is_open = self.drawing is not None
         if last == first:
@@ -273,7 +288,7 @@ class WorkQueue:
     def _listen(self) -> None:
         """Read the verdicts of all replicas, and what follows from them."""
         drawing, now = self.drawing, time.monotonic()
-        if drawing is None or (self.world.size > 1 and now - self._listened < _LISTEN_S):
+        if drawing is None or (self.world.size > 1 and now - self._listened < self.listen_s):
             return
         lines = self.board.lines(self._read)
         if lines or self._listened == float("-inf"):
@@ -287,27 +302,31 @@ class WorkQueue:
             self._is_open = drawing.needed is None
             may_start = [k for k, first in enumerate(self._first) if first < limit]
             # A later candidate may precede one of them, if it is expected to be longer.
-            self._allowed = may_start[-1] + 1
+            self._allowed = max(may_start, default=-1) + 1
             allowed = sum(map(len, self._chunks[: self._allowed]))
             self._share = -(-allowed // self.replicas)
         self._listened = now
 
 
-def _chunks(groups: Sequence[GroupRequest], size: int) -> list[list[int]]:
-    """Request ids in chunks of one prompt, of at most `size` unless a group must stay whole."""
+def _chunks(
+    groups: Sequence[GroupRequest], size: int, restored: Collection[int]
+) -> list[list[int]]:
+    """Request ids in chunks of one prompt, of at most `size` unless a group must stay whole. Those
+    that are restored are excluded."""
     chunks: list[list[int]] = []
     before: bytes | None = None
     for group in groups:
-        pieces = [group.ids] if group.is_whole else _pieces(group.ids, size)
-        for piece in pieces:
+        ids = [number for number in group.ids if number not in restored]
+        parts = [ids] if group.is_whole else _split(ids, size)
+        for part in parts:
             is_same = not group.is_whole and before == group.task.ids.tobytes()
-            if is_same and len(chunks[-1]) + len(piece) <= size:
-                chunks[-1].extend(piece)
-            else:
-                chunks.append(list(piece))
+            if is_same and len(chunks[-1]) + len(part) <= size:
+                chunks[-1].extend(part)
+            elif part:
+                chunks.append(part)
             before = None if group.is_whole else group.task.ids.tobytes()
     return chunks
 
 
-def _pieces(ids: range, size: int) -> list[range]:
+def _split(ids: list[int], size: int) -> list[list[int]]:
     return [ids[n : n + size] for n in range(0, len(ids), size)]

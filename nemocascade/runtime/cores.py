@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from nemocascade.runtime.launcher import ranks_of_node
+
 
 def slots_of_rank(workers: int = 0) -> int:
     """Number of programs that a rank runs at a time: `workers`, or with 0 its share of the cores.
@@ -13,6 +15,6 @@ def slots_of_rank(workers: int = 0) -> int:
     """
     if workers:
         return workers
-    usable, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    usable, ranks = len(os.sched_getaffinity(0)), ranks_of_node()
     bound = usable * ranks <= (os.cpu_count() or 1)
     return usable if bound else max(1, usable // ranks)

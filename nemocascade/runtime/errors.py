@@ -14,9 +14,12 @@ from typing import NoReturn
 
 from nemocascade.recipe import UserError
 from nemocascade.runtime.interrupt import EXIT_CODE as INTERRUPTED
-from nemocascade.runtime.logging import LOGGER, printable
-from nemocascade.runtime.world import MainRankError, is_main_process
+from nemocascade.runtime.launcher import MainRankError, is_main_process
+from nemocascade.runtime.logging import LOGGER, end_status, printable
 
+EXIT_CODE_FILE = "NEMOCASCADE_EXIT_CODE"
+"""Environment variable with a file for the exit code, since torchrun ends with 1 whatever has
+failed."""
 GRACE_S = 5.0
 """Time for the main rank to fail with the same error before another node prints it."""
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -27,7 +30,8 @@ def exit_cleanly[T](work: Callable[[], T]) -> T:
 
     The message is printed last, by the main rank; if it has no error itself, then by the first rank
     of each other node that has. torchrun shows it too. Exit codes: 2 in general, 3 for NaN, 5 for a
-    cascade's alarm, 130 for Ctrl-C. A full disk is reported in the same way.
+    cascade's alarm, 75 for what may succeed later, 130 for Ctrl-C. A full disk is reported in the
+    same way.
     """
     try:
         return work()
@@ -45,6 +49,9 @@ def exit_cleanly[T](work: Callable[[], T]) -> T:
     except KeyboardInterrupt:
         said = "interrupted: the same command resumes a run from its newest checkpoint"
         _exit(said, INTERRUPTED)
+    finally:
+        # A traceback would be printed behind it.
+        end_status()
 
 
 def _exit(message: str, code: int) -> NoReturn:
@@ -55,6 +62,9 @@ def _exit(message: str, code: int) -> NoReturn:
             raise SystemExit(code) from None
         # The launcher ends this rank as soon as the main rank has printed its own.
         time.sleep(GRACE_S)
+    if file := os.environ.get(EXIT_CODE_FILE):
+        with contextlib.suppress(OSError):
+            Path(file).write_text(f"{code}\n", encoding="ascii")
     for handler in LOGGER.handlers:
         handler.flush()
     with contextlib.suppress(BrokenPipeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,3 +27,11 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8. An OSError names it, also on a full disk."""
     with naming(path):
         path.write_text(text, encoding="utf-8")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a text file atomically, by way of a draft beside it, one for each process. Errors as
+    of `write_text`."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    write_text(draft, text)
+    draft.replace(path)

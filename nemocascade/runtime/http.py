@@ -58,6 +58,10 @@ class HttpError(Exception):
         return f"{self.kind}: {self.reason}"
 
 
+_AGAIN_S = 0.1
+"""Interval of cancellations of a request that is not yet finished."""
+
+
 class HttpClient:
     """Sends JSON over at most `connections` kept-alive connections. Thread-safe.
 
@@ -144,35 +148,62 @@ class HttpClient:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         if names is not None:
             tasks = {task for task in tasks if task.get_name() in names}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while tasks:
+            for task in tasks:
+                task.cancel()
+            # A task that is just connecting may swallow its cancellation.
+            _, tasks = await asyncio.wait(tasks, timeout=_AGAIN_S)
 
     async def _send(self, method: str, url: str, body: bytes, timeout_s: float, name: str) -> bytes:
         task = asyncio.current_task()
         if name and task is not None:
             task.set_name(name)
         try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._client.stream(method, url, content=body or None) as reply,
-            ):
-                found = bytearray()
-                self._check_size(int(reply.headers.get("Content-Length", 0)))
-                async for chunk in reply.aiter_raw():
-                    found += chunk
-                    self._check_size(len(found))
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    steps = _Steps()
+                    try:
+                        reply, found = await self._attempt(method, url, body, steps)
+                    except (httpx2.NetworkError, httpx2.RemoteProtocolError):
+                        # A server may close a kept connection at the moment that it is used.
+                        if steps.connected or steps.answered:
+                            raise
+                    else:
+                        break
         except TimeoutError:
             raise HttpError("timeout", f"no whole reply in {timeout_s:g} s") from None
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
             raise _connection_error(url, error) from None
         if not reply.is_success:
-            raise _status_error(url, reply, bytes(found))
-        return bytes(found)
+            raise _status_error(url, reply, found)
+        return found
+
+    async def _attempt(
+        self, method: str, url: str, body: bytes, steps: _Steps
+    ) -> tuple[httpx2.Response, bytes]:
+        """One request on one connection: the reply and its body."""
+        more = {"trace": steps}
+        async with self._client.stream(method, url, content=body or None, extensions=more) as reply:
+            found = bytearray()
+            self._check_size(int(reply.headers.get("Content-Length", 0)))
+            async for chunk in reply.aiter_raw():
+                found += chunk
+                self._check_size(len(found))
+        return reply, bytes(found)
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
             raise HttpError("protocol", f"the reply is longer than {self._max_bytes} bytes")
+
+
+class _Steps:
+    """Progress of a request, as httpx2 traces it: a connection was made, a reply began."""
+
+    connected = answered = False
+
+    async def __call__(self, name: str, _: Any) -> None:
+        self.connected |= name.startswith("connection.connect_")
+        self.answered |= name.endswith("receive_response_headers.complete")
 
 
 def backoff(attempt: int, first_s: float, asked_s: float | None = None) -> float:
@@ -190,7 +221,7 @@ def base_url(url: str) -> str:
 def announced_servers(folder: Path) -> dict[str, str]:
     """Key of every server that has announced itself in `folder`, by URL.
 
-    A file is JSON with `url` and `key`; files that are not, or not yet whole, are left out.
+    A file is JSON with `url` and `key`; files that are not, or not yet complete, are skipped.
     """
     found = {}
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request to stop after the current step."""
+"""Ctrl-C as a request to stop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from types import FrameType
 EXIT_CODE = 128 + signal.SIGINT
 AGAIN_S = 3.0
 """A second Ctrl-C within this time is the launcher's copy of the first."""
-_NOTE = b"\ninterrupted: stops after this step, once it is saved; Ctrl-C again stops at once\n"
+_NOTE = (
+    b"\ninterrupted: stops within seconds where rollouts are made, otherwise after this step, and "
+    b"saves the last finished step; Ctrl-C again stops at once\n"
+)
 
 
 class Interrupt:

@@ -13,16 +13,19 @@ from nemocascade.runtime.strict_json import check_json
 
 
 def read_batches(
-    path: str, columns: Collection[str] | None, rows: int
+    path: str, columns: Collection[str] | None, rows: int, groups: range | None = None
 ) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
     """Yield (number of its first row, from 1, batch) of at most `rows` rows.
 
-    columns: those to read; None = all. Raises DataError if there are none to read.
+    columns: those to read; None = all. groups: row groups to read; None = all.
+    Raises DataError if there are no columns to read.
     """
     with pyarrow.parquet.ParquetFile(path) as file:
         names, _ = _columns(path, file, columns)
         start = 1
-        for batch in file.iter_batches(batch_size=rows, columns=names):
+        if groups is not None:
+            start += sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
+        for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=names):
             yield start, batch
             start += batch.num_rows
 

@@ -1,6 +1,6 @@
 """The common reader of data files: JSON Lines, JSON arrays and Parquet, plain or compressed.
 
-Rows are read in pieces: chunks of a few hundred rows of one file. A piece is small and carries its
+Rows are read in chunks of a few hundred rows of one file. A chunk is small and carries its
 row numbers, so another process can parse it; no file is ever entirely in memory.
 """
 
@@ -31,6 +31,8 @@ PIECE_BYTES = 4 << 20
 
 _NAME = re.compile(r".*\.(?:(jsonl|json)(?:\.(?:gz|zst))?|(parquet))")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+COMPRESSED = (_GZIP, _ZSTD)
+"""First bytes of compressed files."""
 _OTHER_ENCODINGS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -43,7 +45,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class RowPiece:
+class RowChunk:
     """A chunk of raw rows of one file.
 
     source: index into the caller's list of files.
@@ -69,9 +71,9 @@ class RowPiece:
             except RowError as error:
                 yield number, error
 
-    def first(self, rows: int) -> RowPiece:
-        """Return the piece truncated to `rows` rows."""
-        return RowPiece(
+    def first(self, rows: int) -> RowChunk:
+        """Return the chunk truncated to `rows` rows."""
+        return RowChunk(
             self.source,
             self.numbers[:rows],
             lines=None if self.lines is None else self.lines[:rows],
@@ -94,18 +96,18 @@ def find_files(name: str | Path) -> list[str]:
     if not path.is_file():
         what = "is no regular file" if path.exists() else "no such file or folder"
         raise DataError(f"{path}: {what}; name data files, or folders of them")
-    if not _kind_of(path):
+    if not kind_of(path):
         raise DataError(f"{path}: unknown kind of file, known are {KINDS}")
     return [str(path)]
 
 
 def is_data_file(file: Path) -> bool:
     """Return True for a regular file whose name has a known kind."""
-    return _kind_of(file) is not None and file.is_file()
+    return kind_of(file) is not None and file.is_file()
 
 
 def report_skipped(name: str | Path, columns: Collection[str] | None = None) -> None:
-    """Log what `read_pieces` will not read at a path: other files of a folder, and Parquet columns
+    """Log what `read_chunks` will not read at a path: other files of a folder, and Parquet columns
     whose type JSON does not have. columns: those that are needed; None = all.
     """
     path = Path(name).expanduser()
@@ -121,8 +123,8 @@ def report_skipped(name: str | Path, columns: Collection[str] | None = None) -> 
             KINDS,
         )
     for file in find_files(path):
-        if _kind_of(Path(file)) == "parquet":
-            with _naming(file):
+        if kind_of(Path(file)) == "parquet":
+            with reading(file):
                 unread = unread_columns(file, columns)
             if unread:
                 LOGGER.info(
@@ -132,42 +134,50 @@ def report_skipped(name: str | Path, columns: Collection[str] | None = None) -> 
                 )
 
 
-def read_pieces(
-    path: str, source: int = 0, *, columns: Collection[str] | None = None
-) -> Iterator[RowPiece]:
-    """Yield the rows of a file in order, in pieces. Blank lines are skipped.
+def read_chunks(
+    path: str,
+    source: int = 0,
+    *,
+    columns: Collection[str] | None = None,
+    part: range | None = None,
+) -> Iterator[RowChunk]:
+    """Yield the rows of a file in order, in chunks. Blank lines are skipped.
 
-    source: stored in the pieces. columns: Parquet columns to read; None = all. Fields whose type
-    JSON does not have are not read, see `report_skipped`.
+    source: stored in the chunks. columns: Parquet columns to read; None = all. Fields whose type
+    JSON does not have are not read, see `report_skipped`. part: one of `row_parts.parts_of`; lines
+    are then numbered from the part's first. A part may hold no row.
 
     Raises DataError if the file as a whole is damaged, is empty, or has none of the columns.
     """
     rows = 0
-    kind = _kind_of(Path(path))
-    with _naming(path):
+    kind = kind_of(Path(path))
+    with reading(path):
         if kind == "parquet":
-            pieces: Iterator[RowPiece] = (
-                RowPiece(source, range(start, start + batch.num_rows), batch=batch)
-                for start, batch in read_batches(path, columns, PIECE_ROWS)
+            chunks: Iterator[RowChunk] = (
+                RowChunk(source, range(start, start + batch.num_rows), batch=batch)
+                for start, batch in read_batches(path, columns, PIECE_ROWS, part)
             )
+        elif part is not None and part.start:
+            chunks = gather(_lines_within(path, part), source)
         else:
-            pieces = gather(_json_rows(path, array=kind == "json"), source)
-        for piece in pieces:
-            rows += len(piece.numbers)
-            yield piece
-    if not rows:
+            rows_of = _json_rows(path, array=kind == "json", stop=part.stop if part else None)
+            chunks = gather(rows_of, source)
+        for chunk in chunks:
+            rows += len(chunk.numbers)
+            yield chunk
+    if not rows and part is None:
         raise DataError(f"{path}: no row can be read (the file is empty); take it out")
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Yield (`file:row`, row) of a file; an unreadable row is a RowError. Raises as read_pieces."""
-    for piece in read_pieces(str(path)):
-        for number, row in piece.rows():
+    """Yield (`file:row`, row) of a file; an unreadable row is a RowError. Raises as read_chunks."""
+    for chunk in read_chunks(str(path)):
+        for number, row in chunk.rows():
             yield f"{path}:{number}", row
 
 
-def gather(rows: Iterable[tuple[int, bytes]], source: int) -> Iterator[RowPiece]:
-    """Join rows of raw JSON, with their numbers, to pieces."""
+def gather(rows: Iterable[tuple[int, bytes]], source: int) -> Iterator[RowChunk]:
+    """Group rows of raw JSON, with their numbers, into chunks."""
     numbers: list[int] = []
     lines: list[bytes] = []
     size = 0
@@ -176,14 +186,14 @@ def gather(rows: Iterable[tuple[int, bytes]], source: int) -> Iterator[RowPiece]
         lines.append(line)
         size += len(line)
         if len(lines) == PIECE_ROWS or size >= PIECE_BYTES:
-            yield RowPiece(source, numbers, lines=lines)
+            yield RowChunk(source, numbers, lines=lines)
             numbers, lines, size = [], [], 0
     if lines:
-        yield RowPiece(source, numbers, lines=lines)
+        yield RowChunk(source, numbers, lines=lines)
 
 
 @contextmanager
-def _naming(path: str) -> Iterator[None]:
+def reading(path: str) -> Iterator[None]:
     """Turn errors of a damaged file into a DataError that names it."""
     try:
         yield
@@ -192,7 +202,7 @@ def _naming(path: str) -> Iterator[None]:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-def _kind_of(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
     """Return jsonl, json or parquet by a file's name; None for an unknown kind."""
     match = _NAME.fullmatch(path.name.lower())
     return None if match is None else match[1] or match[2]
@@ -216,10 +226,10 @@ def _below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _json_rows(path: str, *, array: bool) -> Iterator[tuple[int, bytes]]:
+def _json_rows(path: str, *, array: bool, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
     """Yield (number from 1, raw JSON) of each line that is not blank, or of each array element.
 
-    array: the file may be one array.
+    array: the file may be one array. stop: read only lines that start before this byte.
     """
     with _open(path) as stream:
         head = stream.peek(4)[:4]
@@ -233,9 +243,28 @@ def _json_rows(path: str, *, array: bool) -> Iterator[tuple[int, bytes]]:
         if array and stream.peek(1 << 12).lstrip().startswith(b"["):
             yield from enumerate(_elements(stream), start=1)
             return
-        for number, line in enumerate(stream, start=1):
+        lines = stream if stop is None else _lines_before(stream, stop)
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield number, line
+
+
+def _lines_within(path: str, part: range) -> Iterator[tuple[int, bytes]]:
+    """Yield (number from 1, line) of the lines that start in these bytes and are not blank."""
+    with _open(path) as stream:
+        stream.seek(part.start - 1)
+        stream.readline()
+        for number, line in enumerate(_lines_before(stream, part.stop), start=1):
+            if line.strip():
+                yield number, line
+
+
+def _lines_before(stream: BinaryIO, stop: int) -> Iterator[bytes]:
+    """Yield the lines that start before byte `stop`."""
+    at = stream.tell()
+    while at < stop and (line := stream.readline()):
+        at += len(line)
+        yield line
 
 
 def _open(path: str) -> io.BufferedReader[Any]:

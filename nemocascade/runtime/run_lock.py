@@ -29,11 +29,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from nemocascade.recipe import UserError
 from nemocascade.runtime.files import naming
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.stopping import AGAIN
 from nemocascade.runtime.stored_records import record_of
 
 NAME = "lock"
@@ -44,20 +43,23 @@ STALE_S = 60.0
 class FolderInUseError(UserError, RuntimeError):
     """Another job owns the run folder; the message names it."""
 
+    exit_code = AGAIN
+
 
 @dataclass(frozen=True)
 class Owner:
     """The owner of a run folder, as its lock file names it.
 
-    namespace: kernel boot and process namespace, in which `pid` counts. born_s: start time of the
-    process, which tells it from a later one with the same number. job, restarts: Slurm's job id and
-    the number of its requeues. token: differs between all owners.
+    namespace: kernel boot and process namespace, in which `pid` counts. started_s: start of the
+    process in seconds since the boot, which tells it from a later one with the same number; setting
+    the clock does not change it. job, restarts: Slurm's job id and the number of its requeues.
+    token: differs between all owners.
     """
 
     host: str = field(default_factory=socket.gethostname)
     namespace: str = field(default_factory=lambda: _namespace())
     pid: int = field(default_factory=os.getpid)
-    born_s: float = field(default_factory=lambda: psutil.Process().create_time())
+    started_s: float = field(default_factory=lambda: _started_s(os.getpid()))
     job: str = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID", ""))
     restarts: int = field(default_factory=lambda: int(os.environ.get("SLURM_RESTART_COUNT") or 0))
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -72,11 +74,10 @@ class Owner:
         if (self.host, self.namespace) != (seen_by.host, seen_by.namespace):
             return None
         try:
-            born_s: float = psutil.Process(self.pid).create_time()
-            return abs(born_s - self.born_s) < 1.0
-        except psutil.NoSuchProcess:
+            return abs(_started_s(self.pid) - self.started_s) < 1.0
+        except (FileNotFoundError, ProcessLookupError):
             return False
-        except psutil.AccessDenied:
+        except OSError:
             return None
 
 
@@ -191,7 +192,7 @@ class RunLock:
             if alive is False:
                 return "the process has ended"
             if alive:
-                raise self._refusal(owner)
+                raise self._error(owner)
         before = _heartbeat(self.path)
         deadline = time.monotonic() + self.stale_s
         while time.monotonic() < deadline:
@@ -200,10 +201,10 @@ class RunLock:
             if now is None:
                 return None
             if now != before:
-                raise self._refusal(owner or _owner_of(self.path))
+                raise self._error(owner or _owner_of(self.path))
         return f"no heartbeat for {self.stale_s:.0f} s"
 
-    def _refusal(self, owner: Owner | None) -> FolderInUseError:
+    def _error(self, owner: Owner | None) -> FolderInUseError:
         return FolderInUseError(
             f"{self.folder} is in use by {_named(owner)}: wait for it or end it, or choose another "
             "--run-dir"
@@ -281,6 +282,15 @@ def _heartbeat(path: Path) -> tuple[int, int] | None:
 
 def _named(owner: Owner | None) -> str:
     return "a job that its lock does not name" if owner is None else owner.text()
+
+
+def _started_s(pid: int) -> float:
+    """Start of a process in seconds since the boot: field 22 of /proc/PID/stat, see proc(5).
+
+    Raises FileNotFoundError or ProcessLookupError if there is no such process.
+    """
+    text = Path(f"/proc/{pid}/stat").read_bytes()
+    return int(text.rpartition(b")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def _namespace() -> str:

@@ -53,6 +53,8 @@ def _record(kind: Any, value: dict[str, Any], where: str) -> Any:
     needed = {
         f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING
     }
-    if wrong := sorted(needed - value.keys()) or sorted(value.keys() - known.keys()):
-        raise ValueError(f"{where} lacks, or does not know, {wrong[0][:80]!r}")
+    if missing := sorted(needed - value.keys()):
+        raise ValueError(f"{where} has no field {missing[0][:80]!r}")
+    if unknown := sorted(value.keys() - known.keys()):
+        raise ValueError(f"{where} has an unknown field {unknown[0][:80]!r}")
     return kind(**{k: _value(hints[k], v, f"{where}.{k}") for k, v in value.items()})

@@ -88,7 +88,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise RowError(f"the key {twice[:_SHOWN]!r} stands twice in one object")
+        raise RowError(f"the key {twice[:_SHOWN]!r} occurs twice in one object")
     return found
 
 

@@ -98,3 +98,9 @@ def _function(item: object) -> tuple[Mapping[str, Any], str] | tuple[None, str]:
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         return None, ""
     return function, name
+
+
+def encodable(text: str) -> str:
+    """Escape what UTF-8 cannot encode, half a surrogate pair: programs may print it, and tokenizers
+    do not accept it."""
+    return text.encode(errors="backslashreplace").decode()

@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -36,6 +36,10 @@ from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.run_lock import release_locks
 
 EXIT_CODE = 4
+SUSPECTS = "suspect_nodes"
+"""File in the run folder with the hosts of ranks that died, were stopped or stalled, a line each;
+the job's script excludes them from further starts. The variable NEMOCASCADE_SUSPECTS names another
+file."""
 GRACE_S = 20.0
 _MEETING_S = 1.0
 """Longest poll interval in a meeting, in seconds."""
@@ -72,6 +76,8 @@ class Sign:
 
     def where(self) -> str:
         """Description of the rank and its activity, for messages."""
+        if not self.pid:
+            return f"rank {self.rank}, {self.phase}"
         inside = f", in {self.collective}" if self.collective else ", outside any collective"
         far = f" ({self.progress})" if self.progress else ""
         return (
@@ -84,7 +90,9 @@ class Watchdog:
     """Watches the ranks of a job. Without a store it only records the phase.
 
     name: name of the job, the same on all ranks and unique, since a store may outlive a job.
-    limit_s: seconds of silence or stall that end the job. stacks: folder for stack dumps.
+    limit_s: seconds of silence or stall that end the job. stacks: folder for stack dumps; the hosts
+    of culprits are written beside it, to `SUSPECTS`. stalls: False for work that may take any time,
+    of which a rank is named only if it is silent.
     """
 
     def __init__(
@@ -96,15 +104,18 @@ class Watchdog:
         name: str = "",
         limit_s: float = 0.0,
         stacks: Path | None = None,
+        stalls: bool = True,
     ) -> None:
         self.rank, self.size, self.store = rank, size, store
+        self._stalls = stalls
         self.prefix = f"nemocascade/watchdog/{name}"
         self.limit_s, self.stacks = limit_s, stacks
         # Every rank reads all heartbeats, so the interval grows with the number of ranks.
         self.interval = max(0.05, min(limit_s / 10, max(5.0, size / 100)))
-        self._own = Sign(rank, socket.gethostname(), os.getpid())
+        self._own = Sign(rank, _host(), os.getpid())
         self._entered = self._moved = self._waiting_since = time.monotonic()
         self._seen: dict[int, tuple[Sign, float]] = {}
+        self._unheard = set(range(size))
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._main = threading.main_thread().ident
@@ -113,11 +124,18 @@ class Watchdog:
         self._before: Any = signal.SIG_DFL
         self._meetings = 0
         self._waits_for = ""
+        self.on_change: Callable[[str, str], object] = lambda phase, progress: None
+        """Called with each new phase and progress, in the thread that reports it."""
 
     def start(self) -> None:
         """Start watching. Call it in the main thread."""
         if self.store is None:
             return
+        # A rank that is never heard is silent from here on.
+        now = time.monotonic()
+        for rank in self._unheard:
+            self._seen[rank] = Sign(rank, "", 0, phase="before its first heartbeat"), now
+        self._tell()
         read, write = os.pipe()
         os.set_blocking(write, False)
         self._wake = (read, write)
@@ -150,6 +168,7 @@ class Watchdog:
         with self._lock:
             self._own.phase, self._own.progress, self._waits_for = phase, "", ""
             self._entered = self._moved = self._waiting_since = time.monotonic()
+        self.on_change(phase, "")
 
     def progress(self, progress: str) -> None:
         """Report progress within the phase: a rank that makes progress is not stalled.
@@ -159,6 +178,7 @@ class Watchdog:
         with self._lock:
             self._own.progress, self._waits_for = progress, ""
             self._moved = self._waiting_since = time.monotonic()
+        self.on_change(self._own.phase, progress)
 
     def waits(self, what: str) -> None:
         """Record that the main thread waits for `what` of other ranks, outside a collective, until
@@ -166,8 +186,11 @@ class Watchdog:
         """
         self._waits_for = what
 
-    def meet(self) -> None:
-        """Wait, without a timeout, until every rank has called this as often as this one."""
+    def meet(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Wait, without a timeout, until every rank has called this as often as this one.
+
+        meanwhile: called again and again while this rank waits.
+        """
         self._meetings += 1
         if self.store is None or self._thread is None:
             return
@@ -178,6 +201,7 @@ class Watchdog:
             # The poll interval grows with the time waited, up to the heartbeat interval.
             waited = time.monotonic() - started
             time.sleep(min(max(0.001, waited / 20), self.interval, _MEETING_S))
+            meanwhile()
             arrived = self.store.add(f"{name}_{self._meetings}", 0)
         if self.rank == 0 and self._meetings > 1:
             # Every rank has left the previous meeting before it enters this one.
@@ -206,6 +230,7 @@ class Watchdog:
         if self._all_failed():
             return  # the whole job failed, not one rank: each rank shows its own error
         silent = self._silent(4 * self.interval)
+        self._suspect([s for s, _ in silent])
         self._log(_died(silent) or [f"failed: {self._own.where()}: {self._own.failed}"])
         self._dump([sign for sign, _ in silent])
 
@@ -261,9 +286,8 @@ class Watchdog:
         self.store.set(f"{self.prefix}/{self.rank}", text)
 
     def _listen(self) -> None:
-        keys = [f"{self.prefix}/{r}" for r in range(self.size)]
-        if not self.store.check(keys):
-            return
+        self._unheard = {r for r in self._unheard if not self.store.check([f"{self.prefix}/{r}"])}
+        keys = [f"{self.prefix}/{r}" for r in range(self.size) if r not in self._unheard]
         now = time.monotonic()
         for text in self.store.multi_get(keys):
             sign = Sign(**json.loads(text))
@@ -276,7 +300,12 @@ class Watchdog:
         now = time.monotonic()
         with self._lock:
             seen = list(self._seen.values())
-        return [(s, now - at) for s, at in seen if not (s.done or s.failed) and now - at > limit_s]
+        return [
+            (s, now - at)
+            for s, at in seen
+            # Ranks do not start at the same moment.
+            if not (s.done or s.failed) and now - at > (limit_s if s.pid else self.limit_s)
+        ]
 
     def _problem(self) -> tuple[list[str], list[Sign]] | None:
         """Messages about the job's problem, and the silent ranks; None without a problem."""
@@ -289,13 +318,14 @@ class Watchdog:
                 return sign.verdict, missing
         silent = self._silent(self.limit_s)
         if silent:
+            self._suspect([s for s, _ in silent])
             return _died(silent), missing
         failed = [s for s in signs if s.failed]
         if failed:
             return [f"failed: {s.where()}: {s.failed}" for s in failed], missing
         busy = [s for s in signs if not s.done]
         longest = max(busy, key=lambda s: s.waits_s, default=None)
-        if longest is None or longest.waits_s < self.limit_s:
+        if longest is None or longest.waits_s < self.limit_s or not self._stalls:
             return None
         culprits = _culprits(busy, self.limit_s)
         gone = [pair for pair in quiet if pair[0] in culprits]
@@ -305,6 +335,7 @@ class Watchdog:
         lines = _died(gone) or [f"stalls: {s.where()}" for s in stuck]
         if not lines:
             return None
+        self._suspect([s for s, _ in gone] or stuck)
         return [line + waited for line in lines], missing
 
     def _terminated(self) -> None:
@@ -323,6 +354,7 @@ class Watchdog:
                 self._listen()
                 silent = self._silent(3 * self.interval)
                 failed = [s for s in self._others() if s.failed and s.failed != _ENDED]
+        self._suspect([s for s, _ in silent])
         lines = _died(silent) + [f"failed: {s.where()}: {s.failed}" for s in failed]
         lines = lines or [f"was ended by its launcher: {self._own.where()}"]
         self._end(lines, [s for s, _ in silent], code=128 + signal.SIGTERM)
@@ -339,6 +371,15 @@ class Watchdog:
             handler.flush()
         release_locks()
         os._exit(code)
+
+    def _suspect(self, signs: list[Sign]) -> None:
+        """Write down the hosts of culprits."""
+        hosts = sorted({s.host for s in signs if s.host})
+        if self.stacks is None or not hosts:
+            return
+        path = Path(os.environ.get("NEMOCASCADE_SUSPECTS") or self.stacks.parent / SUSPECTS)
+        with contextlib.suppress(OSError), path.open("a") as file:
+            file.write("".join(f"{host}\n" for host in hosts))
 
     def _log(self, lines: list[str]) -> None:
         for line in lines:
@@ -359,6 +400,11 @@ class Watchdog:
                 text = "\n".join([f"{sign.where()}, as it was last heard of", *sign.stack])
                 (self.stacks / f"rank_{sign.rank:05d}.txt").write_text(text + "\n")
             LOGGER.error("watchdog on rank %d: stacks are in %s", self.rank, self.stacks)
+
+
+def _host() -> str:
+    """Name of this host, as Slurm knows it where Slurm started the process."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def job_store() -> Any:

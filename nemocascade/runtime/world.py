@@ -2,56 +2,25 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from nemocascade.recipe import ParallelConfig, UserError
+from nemocascade.recipe import ParallelConfig
+from nemocascade.runtime.launcher import MainRankError
+from nemocascade.runtime.logging import Console
+from nemocascade.runtime.stopping import StopAsked, StopRequest
 from nemocascade.runtime.watchdog import Watchdog
 
-
-class MainRankError(RuntimeError):
-    """Work that the main rank does for all ranks has failed."""
-
-
-class LauncherError(UserError, RuntimeError):
-    """A launcher started several processes that do not know of each other."""
-
-
-TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""Number of processes, as srun and MPI launchers tell it. A batch script or a shell of salloc has
-none: SLURM_NTASKS, which they have, counts the tasks of the allocation."""
-
+AXIS = 8
+"""Longest axis of the grid over which the ranks of a large world send messages to one another."""
 
 SEND_WINDOW = 64 << 20
 """Most bytes of packed messages that wait for their receivers at a time, on a rank."""
-
-
-def world_size_of_environment() -> int:
-    """Number of ranks that the launcher (torchrun, srun + torchrun) started; 1 without one.
-
-    Raises LauncherError if a launcher without torchrun started several processes: each would be a
-    world of its own, in one run folder.
-    """
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    for name in TASKS:
-        if (count := os.environ.get(name, "1")) != "1":
-            raise LauncherError(
-                f"{name} is {count}, so {count} processes run this script and none knows of the "
-                "others: start one task a node (srun --ntasks-per-node 1) that runs torchrun "
-                "--nproc-per-node RANKS, see `nemocascade submit --dry-run`"
-            )
-    return 1
-
-
-def is_main_process() -> bool:
-    """True in the process that prints a job's output; needs no process group."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class Groups(Protocol):
@@ -82,6 +51,12 @@ class World:
     groups: Groups
     watch: Watchdog = field(default_factory=Watchdog)
     """Names a rank that stalls or dies."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Knows of a request to stop the job."""
+    console: Console = field(default_factory=Console)
+    """Knows the stage's place in its cascade, and what the terminal has shown."""
+    at_close: ExitStack = field(default_factory=ExitStack)
+    """Ends, at `close`, what still works for the run on this rank."""
     leave_engine: Callable[[], None] = lambda: None
     """Destroys the engine's own groups; called before the default process group is destroyed."""
 
@@ -138,12 +113,27 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier()
+        # torch's barrier connects more ranks with one another than a ring.
+        dist.all_reduce(torch.zeros(1))
 
-    def broadcast_object(self, value: Any, src: int = 0) -> Any:
-        """Broadcast a JSON-like object from rank `src` to every rank."""
+    @contextmanager
+    def leaving_together(self) -> Iterator[None]:
+        """Context manager around work without collectives of all ranks; every rank enters it. If
+        `StopAsked` ends the work of one rank, it is raised on all of them, once all have met."""
+        asked = torch.zeros(1, dtype=torch.int64)
+        try:
+            yield
+        except StopAsked:
+            asked += 1
+        # The main rank, which looks for the request, may have no work left.
+        self.watch.meet(self.stop.asked)
+        if int(self.sum_over_ranks(asked)):
+            raise StopAsked
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Broadcast a JSON-like object from the main rank to every rank."""
         box = [value]
-        dist.broadcast_object_list(box, src=src)
+        dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -168,8 +158,12 @@ class World:
         return value
 
     def broadcast(self, value: torch.Tensor, src: int) -> None:
-        """Overwrite `value`, on the host, with that of rank `src`."""
-        dist.broadcast(value, src=src)
+        """Overwrite `value`, contiguous on the host, with that of rank `src`."""
+        if self.rank != src:
+            value.zero_()
+        # Trees of many roots connect more ranks with one another than a ring. One rank has bytes
+        # other than zero, so their sum is exact.
+        dist.all_reduce(value.view(-1).view(torch.uint8))
 
     def replicas(self) -> list[list[int]]:
         """The ranks of each data-parallel rank, which train alike. Every rank calls it."""
@@ -193,46 +187,114 @@ class World:
         the host, and is called for the messages that this rank sends. Returns the messages from
         other ranks to this one, by number. At most `SEND_WINDOW` bytes, or one message, are packed
         at a time.
+
+        In a large world a message takes one hop for each axis of `grid`, so that a rank is
+        connected to few others.
         """
-        found = {
-            k: torch.empty(sizes[k], dtype=torch.uint8)
-            for k, owner in enumerate(owners)
-            if owner != self.rank and self.rank in receivers[k]
+        held: dict[int, torch.Tensor] = {}
+        holders: list[Collection[int]] = [[owner] for owner in owners]
+        stride = 1
+        for axis in grid(self.size):
+            hops = [
+                _hops(holder, wanted, stride, axis)
+                for holder, wanted in zip(holders, receivers, strict=True)
+            ]
+            self._hop(hops, sizes, lambda k: held[k] if k in held else pack(k), held)
+            holders = [{at for at, _ in found} for found in hops]
+            stride *= axis
+        return {
+            k: message
+            for k, message in held.items()
+            if self.rank in receivers[k] and self.rank != owners[k]
         }
+
+    def _hop(
+        self,
+        hops: Sequence[Collection[tuple[int, int]]],
+        sizes: Sequence[int],
+        pack: Callable[[int], torch.Tensor],
+        held: dict[int, torch.Tensor],
+    ) -> None:
+        """Send message k along `hops[k]`, pairs of receiver and sender, and add those that arrive
+        here to `held`."""
+        mine = {
+            k: source
+            for k, found in enumerate(hops)
+            for target, source in found
+            if target == self.rank != source
+        }
+        empty = {k: torch.empty(sizes[k], dtype=torch.uint8) for k in mine}
         # All receives are posted before the first send, so that no rank waits for another's turn.
-        arriving = [dist.irecv(t, src=owners[k], tag=k) for k, t in found.items() if t.numel()]
+        arriving = [dist.irecv(t, src=mine[k], tag=k) for k, t in empty.items() if t.numel()]
         leaving: list[Any] = []
         packed = 0
-        for k, owner in enumerate(owners):
-            others = [rank for rank in receivers[k] if rank != self.rank]
-            if owner != self.rank or not others or not sizes[k]:
+        for k, found in enumerate(hops):
+            targets = sorted(t for t, source in found if source == self.rank != t)
+            if not targets or not sizes[k]:
                 continue
             if leaving and packed + sizes[k] > SEND_WINDOW:
                 for work in leaving:
                     work.wait()
                 leaving, packed = [], 0
             message = pack(k)
-            leaving += [dist.isend(message, dst=rank, tag=k) for rank in others]
+            leaving += [dist.isend(message, dst=rank, tag=k) for rank in targets]
             packed += sizes[k]
         for work in (*leaving, *arriving):
             work.wait()
-        return found
+        held |= empty
 
     def close(self) -> None:
         """Leave all process groups, so that another layout may start in this process."""
+        self.at_close.close()
         self.leave_engine()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def grid(size: int) -> list[int]:
+    """Sizes of the axes of a grid of `size` ranks, the first varies fastest: at most `AXIS` each
+    where its factors allow. One axis if the world is small."""
+    if size <= 2 * AXIS:
+        return [size]
+    axes = []
+    while size > 1:
+        axis = next((n for n in range(AXIS, 1, -1) if size % n == 0), size)
+        axes.append(axis)
+        size //= axis
+    return axes
+
+
+def _hops(
+    holders: Collection[int], receivers: Collection[int], stride: int, axis: int
+) -> set[tuple[int, int]]:
+    """Pairs of the rank that gets a message and the one that sends it, along an axis of the grid:
+    every receiver's coordinate is then held by a rank whose coordinates before it are right too.
+
+    A rank that keeps the message sends it to itself.
+    """
+    found = set()
+    inner = stride * axis
+    # Later coordinates are those of the owner.
+    by_coordinates = {holder % stride: holder for holder in holders}
+    for receiver in receivers:
+        source = by_coordinates[receiver % stride]
+        found.add((source - source % inner + receiver % inner, source))
+    return found
+
+
 def main_first(world: World, work: Any, rest: Any) -> Any:
-    """Run `work()` on the main rank, then `rest()` on the others; a failure fails all ranks."""
+    """Run `work()` on the main rank, then `rest()` on the others; a failure fails all ranks.
+
+    The others wait without a timeout: the watchdog ends the job if the work stalls. Long work must
+    report its progress.
+    """
     failure, result = None, None
     if world.is_main:
         try:
             result = work()
         except Exception as error:
             failure = error
+    world.watch.meet()
     message = world.broadcast_object(None if failure is None else str(failure))
     if failure is not None:
         raise failure

@@ -24,6 +24,8 @@ class DomainScore:
         task's samples; None unless each has at least two.
     pass_at: pass@n by n as text, for powers of two up to k, and k: the probability that at least
         one of n samples solves its task. Unbiased; tasks with fewer than n verdicts are excluded.
+    task_means: mean reward of each task's samples, in the order of the tasks, so that two artifacts
+        can be compared task by task; None for a task without a verdict.
     """
 
     score: float | None
@@ -33,6 +35,7 @@ class DomainScore:
     standard_error: float | None = None
     sampling_error: float | None = None
     pass_at: Mapping[str, float] = field(default_factory=dict)
+    task_means: list[float | None] = field(default_factory=list)
 
     @property
     def passes(self) -> str:
@@ -58,7 +61,8 @@ def domain_score(rewards: Sequence[Sequence[float | None]]) -> DomainScore:
     valid = [[r for r in task if r is not None] for task in rewards]
     judged = [task for task in valid if task]
     samples = max(map(len, rewards), default=1)
-    means = [sum(task) / len(task) for task in judged]
+    by_task = [sum(task) / len(task) if task else None for task in valid]
+    means = [mean for mean in by_task if mean is not None]
     return DomainScore(
         score=sum(means) / len(means) if means else None,
         tasks=len(rewards),
@@ -67,6 +71,7 @@ def domain_score(rewards: Sequence[Sequence[float | None]]) -> DomainScore:
         standard_error=math.sqrt(_variance(means) / len(means)) if len(means) > 1 else None,
         sampling_error=_sampling_error(judged),
         pass_at={str(n): p for n in _sizes(samples) if (p := _mean_pass(judged, n)) is not None},
+        task_means=by_task,
     )
 
 

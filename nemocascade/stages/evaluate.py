@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from nemocascade.data.tokenizer import check_template
@@ -10,35 +10,14 @@ from nemocascade.megatron.artifact import artifact_model, load_artifact_weights,
 from nemocascade.megatron.config import make_config
 from nemocascade.megatron.model import build_model
 from nemocascade.recipe import (
-    DataConfig,
-    EngineConfig,
     MoeTrainingConfig,
-    ParallelConfig,
     SftRecipe,
     TokenizerConfig,
 )
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.stages.settings import EvalSettings
 from nemocascade.stages.setup import heldout_loader, open_stage_data, open_tokenizer, stage_world
 from nemocascade.train.evaluation import heldout_loss
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """Held-out loss of an artifact: mean negative log-likelihood of the assistant's tokens."""
-
-    artifact: str = ""
-    """Artifact folder."""
-
-    data: DataConfig = field(
-        default_factory=lambda: DataConfig(capacity=8192, sequences_per_step=8, heldout_rows=0)
-    )
-    """Documents to score: every row of `data.path`."""
-
-    work_dir: str = "runs/eval"
-    """Folder for the tokenised data and the log."""
-
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 def run_eval(settings: EvalSettings) -> tuple[float, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemocascade.data.tokenizer import Tokenizer, check_template
-from nemocascade.envs.registry import judge_problems, judge_refusal
+from nemocascade.envs.registry import judge_problems, judge_rejection
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.recipe import RecipeError
 from nemocascade.recipe.judge import JudgeConfig
@@ -48,10 +48,10 @@ def probe_judge(settings: JudgeConfig, world: World) -> None:
     """
 
     def probe() -> None:
-        if reason := judge_refusal(settings):
+        if reason := judge_rejection(settings):
             raise RecipeError(
                 [
-                    f"the judge refuses what it is asked ({reason}): check envs.judge.url, "
+                    f"the judge rejects a question ({reason}): check envs.judge.url, "
                     "model, form, api_key_env and max_tokens"
                 ]
             )

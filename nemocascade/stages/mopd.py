@@ -1,6 +1,7 @@
 """Multi-domain on-policy distillation: teacher artifacts score the student's own rollouts.
 
-Nemotron-Cascade 2 (arXiv 2603.19220), Eq. 2-4.
+The objective is Eq. 2-4 of Nemotron-Cascade 2 (arXiv 2603.19220), which know the teacher by the
+sampled tokens, or an exact divergence over the vocabulary in each of their states.
 """
 
 from __future__ import annotations
@@ -13,31 +14,34 @@ from pathlib import Path
 
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.recipe import RecipeError
-from nemocascade.recipe.mopd import MopdRecipe
+from nemocascade.recipe.mopd import MopdConfig, MopdRecipe
 from nemocascade.rl.batches import PlannedSequence
 from nemocascade.rl.bookkeeping import Bookkeeper
 from nemocascade.rl.collector import Gathered, Group, verdicts_of
+from nemocascade.rl.journal import step_journal
 from nemocascade.rl.policy import PolicyRun
 from nemocascade.rl.teachers import Teachers
-from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.logging import LOGGER, Console
 from nemocascade.stages.policy import policy_run
-from nemocascade.train.evaluation import mopd_metrics
+from nemocascade.train.evaluation import distill_metrics, mopd_metrics
 from nemocascade.train.metrics import step_values
-from nemocascade.train.objectives import mopd_objective
+from nemocascade.train.objectives import Objective, distill_objective, mopd_objective
+from nemocascade.train.trainer import Measure
 from nemocascade.train.weight_swap import model_problems
 from nemocascade.types import Artifact
 
 
-def run_mopd(recipe: MopdRecipe) -> Path:
-    """Train as the recipe says and return the artifact's folder.
+def run_mopd(recipe: MopdRecipe, console: Console | None = None) -> Path:
+    """Train as the recipe says and return the artifact's folder. console: of the cascade.
 
     Raises RecipeError if settings are invalid or a teacher does not match the student,
     CheckpointError if an artifact or a checkpoint cannot be read, and NonFiniteError if the loss
     or a gradient is not finite.
     """
-    with policy_run(recipe, check=open_teachers) as run:
+    with policy_run(recipe, check=open_teachers, console=console) as run:
         by_domain = open_teachers(recipe)
-        with closing(Teachers(run, by_domain, recipe.mopd.keep)) as teachers:
+        exact = recipe.mopd.divergence != "sampled"
+        with closing(Teachers(run, by_domain, recipe.mopd.keep, states=exact)) as teachers:
             scores = _train(recipe, run, teachers)
         digests = {domain: artifact.digest for domain, artifact in by_domain.items()}
         return run.write_artifact(scores, teachers=digests)
@@ -63,18 +67,20 @@ def open_teachers(recipe: MopdRecipe) -> dict[str, Artifact]:
 def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, float]:
     """Run the training loop; returns the last held-out scores."""
     trainer, rollout = run.trainer, recipe.rollout
-    objective = mopd_objective(recipe.mopd.ratio_low, recipe.mopd.ratio_high)
+    objective = objective_of(recipe.mopd)
     books = Bookkeeper(run)
     for step in range(books.first, recipe.steps):
         started = time.perf_counter()
         teachers.read_ahead()
-        tasks = run.stream.take(rollout.prompts_per_step, step)
-        groups = tuple(
-            run.collector.roll_out(
-                tasks, rollout.rollouts_per_prompt, scored=recipe.mopd.score_rollouts
+        tasks = run.stream.peek(rollout.prompts_per_step, step)
+        with run.collector.journalled(step_journal(step)):
+            groups = tuple(
+                run.collector.roll_out(
+                    tasks, rollout.rollouts_per_prompt, scored=recipe.mopd.score_rollouts
+                )
             )
-        )
         run.engine.release()
+        run.stream.take(rollout.prompts_per_step, step)
         run.stream.observe(verdicts_of(groups))
         rolled_out = time.perf_counter()
         gathered = Gathered(groups, len(groups), groups)
@@ -84,18 +90,17 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
             batches, packing = teachers.batches(sequences)
             values |= packing
             values |= run.free_mismatch(batches)
-            values["teacher_time_s"] = time.perf_counter() - rolled_out
+            packed = time.perf_counter()
+            values["teacher_time_s"] = packed - rolled_out
             result = trainer.train_step(
                 batches,
                 objective,
                 temperature=rollout.temperature,
-                measure=functools.partial(
-                    mopd_metrics,
-                    domains=[s.domain for s in sequences],
-                    ratio_low=recipe.mopd.ratio_low,
-                    ratio_high=recipe.mopd.ratio_high,
-                ),
+                measure=measure_of(recipe.mopd, [s.domain for s in sequences]),
             )
+            # States and heads of teachers would stay during the next rollouts.
+            del batches
+            values["train_time_s"] = time.perf_counter() - packed
             run.engine.weights_changed()
             seconds = time.perf_counter() - started
             values |= step_values(result, recipe.optimizer.lr_at(step), seconds, run.world)
@@ -107,8 +112,28 @@ def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, 
     return books.close()
 
 
+def objective_of(settings: MopdConfig) -> Objective:
+    """The objective of the recipe's divergence."""
+    if settings.divergence == "sampled":
+        return mopd_objective(settings.ratio_low, settings.ratio_high)
+    return distill_objective(settings.divergence)
+
+
+def measure_of(settings: MopdConfig, domains: Sequence[str]) -> Measure:
+    """Metrics of the recipe's divergence. domains: of the step's sequences."""
+    if settings.divergence == "sampled":
+        return functools.partial(
+            mopd_metrics,
+            domains=domains,
+            ratio_low=settings.ratio_low,
+            ratio_high=settings.ratio_high,
+        )
+    return functools.partial(distill_metrics, domains=domains, divergence=settings.divergence)
+
+
 def student_sequences(groups: Sequence[Group], recipe: MopdRecipe) -> list[PlannedSequence]:
-    """Training sequences of all rollouts, with token weight 1 / |V(y)|: Eq. 4 averages by sequence.
+    """Training sequences of all rollouts, with token weight 1 / |V(y)|: Eq. 4 averages by sequence,
+    and an exact divergence likewise.
 
     Rewards are not used, so a rollout whose verifier failed trains like the others. Excluded: empty
     rollouts, those that a server gave up, and truncated ones under overlong filtering.

@@ -19,6 +19,7 @@ from nemocascade.megatron.artifact import artifact_model, read_artifact
 from nemocascade.megatron.checkpoint.folder import file_sha256
 from nemocascade.recipe import ParallelConfig, RecipeError, RolloutServerConfig
 from nemocascade.recipe.pass_rates import PassRateSettings
+from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.rl.collector import Collector
 from nemocascade.rl.prompts import encode_prompts
 from nemocascade.rl.row_rates import (
@@ -38,9 +39,12 @@ from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.server import ServerEngine
 from nemocascade.rollout.servers import ServerError
 from nemocascade.runtime.http import key_problem, read_key
+from nemocascade.runtime.launcher import world_size_of_environment
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.ray_cluster import program_slots
 from nemocascade.runtime.run_lock import RunLock
-from nemocascade.runtime.world import World, main_first, world_size_of_environment
+from nemocascade.runtime.stopping import StopAsked, Stopped
+from nemocascade.runtime.world import World, main_first
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import open_frozen, watched_world
 from nemocascade.train.weight_swap import WeightSwap
@@ -55,7 +59,7 @@ def run_pass_rates(settings: PassRateSettings) -> dict[str, Any]:
 
     Raises RecipeError for invalid settings, CheckpointError if the artifact cannot be read,
     DataError for rows that are no tasks, FolderInUseError if another job writes the same output,
-    and ServerError if the server fails.
+    ServerError if the server fails, and Stopped if OUTPUT.progress/stop asks for it.
     """
     problems = settings.problems() + judge_problems(settings.envs.judge)
     problems += domain_problems("domains", settings.domains, settings.envs.modules)
@@ -71,6 +75,7 @@ def run_pass_rates(settings: PassRateSettings) -> dict[str, Any]:
     folder = Path(f"{settings.output}.progress")
     parallel = _layout(settings) if artifact else ParallelConfig()
     with watched_world(folder, parallel, settings.engine, RunLock(folder)) as (world, detected):
+        world.stop.interrupt.arm()
         probe_judge(settings.envs.judge, world)
         tokenizer = (
             load_artifact_tokenizer(artifact) if artifact else load_tokenizer(settings.tokenizer)
@@ -90,7 +95,11 @@ def run_pass_rates(settings: PassRateSettings) -> dict[str, Any]:
                 f"{error}: check --server and --model, and set --text True if the server "
                 "exchanges text only; the same command resumes"
             ) from error
+        except StopAsked:
+            LOGGER.info("stopped on request: the same command resumes")
+            raise Stopped(0, interrupted=world.stop.finish()) from None
         finally:
+            world.stop.interrupt.disarm()
             close_environments(every)
 
 
@@ -120,7 +129,7 @@ def _open_policy(
         server = RolloutServerConfig(
             urls=(settings.server,),
             model=settings.model,
-            concurrency=settings.rollout.slots,
+            concurrency=settings.rollout.slots or RolloutConfig.slots,
             timeout_s=settings.timeout_s,
             api_key_env=settings.api_key_env,
             wait_s=WAIT_S,
@@ -139,7 +148,7 @@ def _open_policy(
         tokenizer,
         settings.engine,
         settings.rollout,
-        tool_calls=settings.envs.sandbox.workers,
+        tool_calls=program_slots(settings.envs.sandbox, world.size),
     )
     judge = judge_on_ranks(
         settings.envs.judge,

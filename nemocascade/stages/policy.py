@@ -11,11 +11,14 @@ from pathlib import Path
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_artifact_tokenizer
 from nemocascade.envs.registry import close_environments, domain_problems, make_environments
 from nemocascade.megatron.artifact import artifact_model, read_artifact
+from nemocascade.megatron.checkpoint.fingerprint import WeightFingerprint
 from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.replica import Replica, TrainingMemory
 from nemocascade.megatron.world import generation_world, shares_weights
 from nemocascade.recipe import ModelConfig, MopdRecipe, PolicyRecipe, RecipeError
+from nemocascade.recipe.changes import rollout_settings
 from nemocascade.rl.collector import Collector
+from nemocascade.rl.journal import Journals
 from nemocascade.rl.policy import PolicyRun, greedy_sampling, sequence_logprobs
 from nemocascade.rl.prompts import encode_prompts
 from nemocascade.rl.tasks import Task, TaskStream, read_tasks
@@ -25,8 +28,11 @@ from nemocascade.rl.win_rate import start_answers
 from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.factory import open_engine
 from nemocascade.rollout.live import LiveEngine
-from nemocascade.runtime.logging import LOGGER
-from nemocascade.runtime.world import World, main_first, world_size_of_environment
+from nemocascade.runtime.launcher import world_size_of_environment
+from nemocascade.runtime.logging import LOGGER, Console
+from nemocascade.runtime.ray_cluster import program_slots
+from nemocascade.runtime.stopping import StopAsked
+from nemocascade.runtime.world import World, main_first
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import stage_world, write_recipe
 from nemocascade.train.checkpointing import Checkpoints
@@ -37,17 +43,18 @@ from nemocascade.types import Artifact, Environment
 
 @contextmanager
 def policy_run[R: PolicyRecipe](
-    recipe: R, check: Callable[[R], object] | None = None
+    recipe: R, check: Callable[[R], object] | None = None, console: Console | None = None
 ) -> Iterator[PolicyRun]:
     """Check the recipe, read the artifact it starts from, and resume if there is a checkpoint.
 
-    check: further checks that raise RecipeError; called before any process group exists.
+    check: further checks that raise RecipeError; called before any process group exists. console:
+    of the cascade.
     """
     parent, model = _checked_start(recipe)
     if check is not None:
         check(recipe)
     check_judge(recipe.envs.judge, parent)
-    with stage_world(recipe) as (world, accelerators):
+    with stage_world(recipe, console=console) as (world, accelerators):
         probe_judge(recipe.envs.judge, world)
         write_recipe(recipe, world)
         tokenizer = load_artifact_tokenizer(parent)
@@ -66,7 +73,15 @@ def policy_run[R: PolicyRecipe](
             rank_envs(recipe.envs, policy.rollout_world, policy.engine), judge=judge
         )
         try:
-            yield _assemble(recipe, parent, world, policy, every)
+            run = _assemble(recipe, parent, world, policy, every)
+            try:
+                greedy = greedy_sampling(recipe, run.collector)
+                run.start_answers = start_answers(
+                    run.collector, policy.trainer, parent, run.heldout, greedy
+                )
+                yield run
+            except StopAsked:
+                run.abandon_step()
         except Exception as error:
             # Report the failure first: closing verifiers waits for their current work.
             world.watch.fail(error)
@@ -128,7 +143,7 @@ def _open_policy(
         seed=recipe.seed,
         run_dir=Path(recipe.run_dir),
     )
-    layout = recipe.rollout.parallel.layout(recipe.parallel)
+    layout = recipe.rollout.layout.layout(recipe.parallel)
     rollout_world, replica = generation_world(world, layout, recipe.engine), None
     if not shares_weights(world, rollout_world):
         LOGGER.info("rollouts: %s", rollout_world.describe())
@@ -145,7 +160,7 @@ def _open_policy(
         rollout_world=rollout_world,
         replica=replica,
         training=TrainingMemory(trainer.chunks, trainer.optimizer, world.device),
-        tool_calls=recipe.envs.sandbox.workers,
+        tool_calls=program_slots(recipe.envs.sandbox, world.size),
     )
     return _Policy(rollout_world, trainer, engine, tokenizer)
 
@@ -158,6 +173,8 @@ def _judge_engine(recipe: PolicyRecipe, policy: _Policy) -> Engine:
         policy.rollout_world,
         policy.trainer.modules,
         slots=recipe.rollout.slots,
+        kv_gib=recipe.rollout.kv_gib,
+        kv_memory_fraction=recipe.rollout.kv_memory_fraction,
         prefill_chunk=recipe.rollout.prefill_chunk,
         decode=policy.tokenizer.decode,
         vocabulary=policy.tokenizer.vocab_size,
@@ -171,7 +188,7 @@ def _assemble(
     policy: _Policy,
     every: Mapping[str, Environment],
 ) -> PolicyRun:
-    """Assemble the run: its tasks, the weights of the last checkpoint, and the start's answers.
+    """Assemble the run: its tasks, and the weights of the last checkpoint.
 
     every: environment by domain, including those of other stages.
     """
@@ -194,6 +211,8 @@ def _assemble(
         recipe.rollout,
         seed=recipe.seed,
         threads=verifier_threads(rank_envs(recipe.envs, policy.rollout_world, policy.engine)),
+        journals=_journals(recipe, world, policy.trainer),
+        limits={d.domain: d.max_response_tokens for d in recipe.domains},
     )
     heldout = _heldout_tasks(recipe, environments, tokenizer, world)
     if not isinstance(recipe, MopdRecipe) or recipe.mopd.score_rollouts:
@@ -202,6 +221,8 @@ def _assemble(
         prompts += [task.prompt for task in heldout]
         main_first(world, lambda: try_verifiers(prompts, environments), lambda: None)
     checkpoints = Checkpoints(Path(recipe.run_dir), recipe.checkpoint, world, recipe)
+    if collector.journals is not None:
+        checkpoints.on_saved = collector.journals.prune
     checkpoints.start(policy.trainer, stream, resume=recipe.resume, init_from=recipe.init_from)
     return PolicyRun(
         recipe=recipe,
@@ -215,9 +236,18 @@ def _assemble(
         heldout=heldout,
         checkpoints=checkpoints,
         parent=parent,
-        start_answers=start_answers(
-            collector, policy.trainer, parent, heldout, greedy_sampling(recipe, collector)
-        ),
+        start_answers={},
+    )
+
+
+def _journals(recipe: PolicyRecipe, world: World, trainer: Trainer) -> Journals | None:
+    """The journal of a run's rollouts, bound to the weights and the settings that decide them."""
+    if not recipe.rollout.journal:
+        return None
+    fingerprint = WeightFingerprint(trainer.chunks, world)
+    settings = rollout_settings(recipe)
+    return Journals(
+        Path(recipe.run_dir), world, lambda: {"weights": fingerprint.current(), **settings}
     )
 
 

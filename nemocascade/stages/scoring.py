@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemocascade.data.tokenizer import Tokenizer, load_artifact_tokenizer
 from nemocascade.envs.registry import (
-    DOMAINS,
     close_environments,
     domain_problems,
     known_domains,
@@ -27,21 +27,24 @@ from nemocascade.recipe import (
     ScoredDomain,
 )
 from nemocascade.recipe.judge import HOW as JUDGE_HOW
-from nemocascade.recipe.rules import Natural
 from nemocascade.rl.collector import Collector, Group
 from nemocascade.rl.exchange import send_transcripts
+from nemocascade.rl.journal import Journals
 from nemocascade.rl.prompts import encode_prompts
-from nemocascade.rl.tasks import Task, read_tasks
+from nemocascade.rl.tasks import GroupRequest, Task, read_tasks
 from nemocascade.rl.verification import rank_envs, verifier_threads
-from nemocascade.rl.work_queue import GroupRequest
 from nemocascade.rollout.engine import Engine
-from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.launcher import world_size_of_environment
+from nemocascade.runtime.logging import LOGGER, Console, end_status
+from nemocascade.runtime.ray_cluster import program_slots
 from nemocascade.runtime.row_errors import DataError
+from nemocascade.runtime.stopping import StopAsked, Stopped
 from nemocascade.runtime.stored_records import record_of
-from nemocascade.runtime.world import World, world_size_of_environment
+from nemocascade.runtime.world import World
 from nemocascade.stages.domain_score import DomainScore, domain_score
 from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import open_frozen, watched_world
+from nemocascade.train.progress import Activity
 from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Environment
 
@@ -49,7 +52,9 @@ VERSION = 2
 MOST_SAMPLES = 1 << 32
 """Distance of the domains' request ids."""
 # Fields that affect how scores are computed, but not their values.
-_HOW = ("parallel", "slots")
+_HOW = ("parallel", "slots", "kv_gib")
+_NAMED = 1 << 20
+"""Places of named sets of tasks."""
 
 
 @dataclass(frozen=True)
@@ -72,47 +77,14 @@ class Scores:
         return {"version": VERSION, **asdict(self)}
 
 
-@dataclass(frozen=True)
-class ScoreSettings:
-    """Mean reward of an artifact's answers to held-out tasks, by domain. Default: a greedy answer.
-    `--samples K`: avg@k with its standard error, and pass@k."""
-
-    artifact: str = ""
-    """Artifact folder."""
-
-    domains: tuple[str, ...] = DOMAINS
-    """Names of the domains."""
-
-    difficulty: Natural = 0
-    """Difficulty of generated tasks; 0 is the easiest."""
-
-    samples: Natural = 0
-    """Samples of each task; 0 = `scores.samples`."""
-
-    work_dir: str = "runs/score"
-    """Folder for the log."""
-
-    scores: ScoreConfig = field(default_factory=ScoreConfig)
-
-
-def run_scoring(settings: ScoreSettings) -> Scores:
-    """Score the artifact of the settings. Raises as `score_artifact`."""
-    named = tuple(ScoredDomain(d, difficulty=settings.difficulty) for d in settings.domains)
-    scores = settings.scores
-    config = replace(
-        scores,
-        domains=scores.domains or named,
-        samples=settings.samples or scores.samples,
-    )
-    return score_artifact(Path(settings.artifact), config, Path(settings.work_dir))
-
-
 def settings_key(config: ScoreConfig, files: Mapping[str, str]) -> str:
     """Key of the settings that affect scores. files: fingerprints of held-out files."""
     said = {name: value for name, value in asdict(config).items() if name not in _HOW}
     said["engine"] = said["engine"]["precision"]
     for name in JUDGE_HOW:
         said["envs"]["judge"].pop(name)
+    for name in ("workers", "ray"):
+        said["envs"]["sandbox"].pop(name)
     return digest_of({"version": VERSION, "settings": json.loads(json.dumps(said)), "files": files})
 
 
@@ -135,14 +107,19 @@ def read_scores(path: Path) -> Scores | None:
 
 
 def score_artifact(
-    folder: Path, config: ScoreConfig, work_dir: Path, *, settings: str = ""
+    folder: Path,
+    config: ScoreConfig,
+    work_dir: Path,
+    *,
+    settings: str = "",
+    console: Console | None = None,
 ) -> Scores:
     """Answer every domain's held-out tasks and score the answers; every rank calls it.
 
-    settings: stored with the scores, see `settings_key`.
+    settings: stored with the scores, see `settings_key`. console: of the cascade.
 
-    Raises CheckpointError if the artifact cannot be read, RecipeError for invalid settings, and
-    DataError for a domain without held-out tasks.
+    Raises CheckpointError if the artifact cannot be read, RecipeError for invalid settings,
+    DataError for a domain without held-out tasks, and Stopped if WORK_DIR/stop asks for it.
     """
     started = time.perf_counter()
     artifact = read_artifact(folder)
@@ -156,6 +133,9 @@ def score_artifact(
     if problems := config.problems(world_size_of_environment(), model):
         raise RecipeError(problems)
     with watched_world(work_dir, config.layout, config.engine) as (world, detected):
+        world.stop.interrupt.arm()
+        if world.is_main:
+            world.watch.on_change = Activity(console or Console(), "held-out scores").show
         probe_judge(config.envs.judge, world)
         tokenizer = load_artifact_tokenizer(artifact)
         engine = open_frozen(
@@ -164,8 +144,12 @@ def score_artifact(
             detected,
             tokenizer,
             config.engine,
-            RolloutConfig(slots=config.slots, max_prompt_tokens=config.max_prompt_tokens),
-            tool_calls=config.envs.sandbox.workers,
+            RolloutConfig(
+                slots=config.slots,
+                kv_gib=config.kv_gib,
+                max_prompt_tokens=config.max_prompt_tokens,
+            ),
+            tool_calls=program_slots(config.envs.sandbox, world.size),
         )
         judge = judge_on_ranks(
             config.envs.judge,
@@ -181,13 +165,23 @@ def score_artifact(
             chosen: dict[str, Environment] = {
                 d.domain: environments[d.domain] for d in config.domains
             }
-            groups = _answer(world, engine, tokenizer, chosen, config)
+            bound_to = {"artifact": artifact.digest, "settings": settings_key(config, {})}
+            journals = Journals(work_dir, world, lambda: bound_to)
+            # Another job may score another artifact in the same folder.
+            name = f"scores-{digest_of(bound_to)[:12]}"
+            groups = _answer(world, engine, tokenizer, chosen, config, journals, name)
             samples = {
                 name: _samples(world, answered[: config.stored_answers])
                 for name, answered in groups.items()
             }
+            journals.clear(name)
+        except StopAsked:
+            LOGGER.info("stopped on request: the same command resumes from the finished answers")
+            raise Stopped(0, interrupted=world.stop.finish()) from None
         finally:
+            world.stop.interrupt.disarm()
             close_environments(environments)
+            end_status()
     found = Scores(
         digest=artifact.digest,
         settings=settings,
@@ -218,8 +212,11 @@ def _answer(
     tokenizer: Tokenizer,
     environments: Mapping[str, Environment],
     config: ScoreConfig,
+    journals: Journals,
+    name: str,
 ) -> dict[str, list[Group]]:
-    """Answer the tasks of all domains in one pass, each by its own sampling."""
+    """Answer the tasks of all domains in one pass, each by its own sampling. Answers that the
+    journal `name` has are not generated again."""
     known = known_domains(config.envs.modules)
     rollout = RolloutConfig(
         max_prompt_tokens=config.max_prompt_tokens,
@@ -235,8 +232,10 @@ def _answer(
         rollout,
         seed=config.seed,
         threads=verifier_threads(rank_envs(config.envs, world, engine)),
+        journals=journals,
     )
     wanted: list[GroupRequest] = []
+    labels: list[str] = []
     for domain in config.domains:
         how = config.sampling_of(domain)
         prompts = read_tasks(
@@ -251,7 +250,7 @@ def _answer(
         encoded = encode_prompts(prompts, tokenizer, answered, world)
         if not len(encoded):
             raise DataError(
-                f"{domain.domain}: no held-out task has a prompt of at most "
+                f"{domain.label}: no held-out task has a prompt of at most "
                 f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
             )
         sampling = replace(
@@ -261,15 +260,25 @@ def _answer(
             max_tokens=how.max_tokens,
         )
         # The ids decide the samples, so they do not depend on what else is scored.
-        first = known.index(domain.domain) * MOST_SAMPLES
+        first = _place(domain, known) * MOST_SAMPLES
         for number, (prompt, ids) in enumerate(encoded):
             task = Task(prompt, ids, number, how.thinking)
             samples = range(first + number * how.samples, first + (number + 1) * how.samples)
             wanted.append(GroupRequest(task, samples, sampling))
-    found: dict[str, list[Group]] = {d.domain: [] for d in config.domains}
-    for group in collector.roll_out_each(wanted, compared=False):
-        found[group.task.prompt.domain].append(group)
+            labels.append(domain.label)
+    found: dict[str, list[Group]] = {d.label: [] for d in config.domains}
+    with collector.journalled(name):
+        groups = collector.roll_out_each(wanted, compared=False)
+        for label, group in zip(labels, groups, strict=True):
+            found[label].append(group)
     return found
+
+
+def _place(domain: ScoredDomain, known: Sequence[str]) -> int:
+    """Number of a set of tasks among all that there may be; it follows from its name alone."""
+    if not domain.name:
+        return known.index(domain.domain)
+    return len(known) + zlib.crc32(domain.name.encode()) % _NAMED
 
 
 def _as_domain(domain: ScoredDomain) -> DomainConfig:

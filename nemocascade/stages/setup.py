@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,14 +11,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from nemocascade.data.built import NO_TOKENIZER
 from nemocascade.data.documents import DocumentSet, StageData, build_data, open_data
 from nemocascade.data.loader import HeldoutLoader
+from nemocascade.data.readers import is_built
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.megatron.accelerators import Detection, detect
 from nemocascade.megatron.artifact import artifact_model, load_artifact_weights, read_artifact
 from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.model import build_model
+from nemocascade.megatron.products import settle_products
 from nemocascade.megatron.warm_up import warm_up
 from nemocascade.megatron.world import start_world
 from nemocascade.plan.devices import check_together, job_here
@@ -34,21 +38,28 @@ from nemocascade.recipe import (
 from nemocascade.recipe.rl import PolicyRecipe
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.files import write_text
-from nemocascade.runtime.logging import LOGGER, start_logging
+from nemocascade.runtime.launcher import world_size_of_environment
+from nemocascade.runtime.logging import FILE_ONLY, LOGGER, Console, start_logging
+from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.run_lock import RunLock
+from nemocascade.runtime.stopping import StopRequest
 from nemocascade.runtime.watchdog import Watchdog, job_store
-from nemocascade.runtime.world import World, main_first, world_size_of_environment
+from nemocascade.runtime.world import World, main_first
 from nemocascade.train.checkpointing import refused_changes
 from nemocascade.types import Artifact
+
+LOG_S = 60.0
+"""Seconds between lines of the log about long work of the main rank."""
 
 
 @contextmanager
 def stage_world(
-    recipe: SftRecipe | PolicyRecipe, *, trains: bool = True
+    recipe: SftRecipe | PolicyRecipe, *, trains: bool = True, console: Console | None = None
 ) -> Iterator[tuple[World, Accelerators]]:
     """Check the recipe, join the process groups, own the run folder, and leave all at the end.
 
-    trains: False for a job that only reads, which does not own its folder.
+    trains: False for a job that only reads, which does not own its folder. console: of the cascade,
+    whose terminal shows the accelerators and the preflight of a layout once.
 
     Raises RecipeError with every invalid setting, before any process group exists, and
     FolderInUseError, before anything is written, if another job owns the run folder.
@@ -61,9 +72,13 @@ def stage_world(
     lock = RunLock(run_dir) if trains else None
     with watched_world(run_dir, recipe.parallel, recipe.engine, lock) as joined:
         world, detected = joined
-        LOGGER.info(world.describe())
-        LOGGER.info("accelerators:\n%s", detected.table())
-        if recipe.engine.preflight:
+        console = console or Console()
+        world = replace(world, console=console)
+        for text in (world.describe(), f"accelerators:\n{detected.table()}"):
+            LOGGER.info("%s", text, extra=None if console.is_new(text) else FILE_ONLY)
+        engine = recipe.engine
+        checks = f"{recipe.parallel} {engine.device} {engine.precision}"
+        if engine.preflight and console.is_new(checks):
             # Devices and collectives are timed; every rank gets every problem.
             world.watch.enter("preflight")
             checked = check_together(recipe, world)
@@ -71,7 +86,7 @@ def stage_world(
             if checked.problems:
                 raise RecipeError(checked.problems)
         found = detected.accelerators
-        job = job_here(recipe, world.size) if found.fla else None
+        job = job_here(recipe, world.size) if world.device.type == "cuda" else None
         if job is not None:
             rows = job.capacity // job.parallel.cp
             found = warm_up(found, job.model, recipe.engine, world, rows)
@@ -83,20 +98,15 @@ def stage_world(
 def watched_world(
     run_dir: Path, parallel: ParallelConfig, engine: EngineConfig, lock: RunLock | None = None
 ) -> Iterator[tuple[World, Detection]]:
-    """Join the process groups under a watchdog, with the log in RUN/log.txt, and leave them.
+    """Join the process groups under a watchdog, with the log in RUN/log.txt, and leave them. The
+    file RUN/stop asks the job to stop.
 
     lock: of the run folder, acquired by the main rank and released at the end.
     """
     world = start_world(parallel, engine)
-    watch = Watchdog(
-        world.rank,
-        world.size,
-        store=job_store() if world.size > 1 else None,
-        name=world.broadcast_object(uuid.uuid4().hex),
-        limit_s=0.8 * engine.timeout_s,
-        stacks=run_dir / "stacks",
-    )
-    world = replace(world, watch=watch)
+    watch, name = _watchdog(world, engine, run_dir)
+    stop = StopRequest(run_dir, is_main=world.is_main, store=watch.store, name=name)
+    world = replace(world, watch=watch, stop=stop)
     try:
         if lock is not None:
             main_first(world, lock.acquire, lambda: None)
@@ -104,6 +114,7 @@ def watched_world(
         if lock is not None and lock.note:
             LOGGER.warning(lock.note)
         watch.start()
+        settle_products(run_dir, world, engine, keeps=lock is not None)
         detected = detect(engine, world.device)
         watch.enter("set-up")
         yield world, detected
@@ -117,32 +128,56 @@ def watched_world(
             lock.release()
 
 
+def _watchdog(
+    world: World, engine: EngineConfig, run_dir: Path, *, stalls: bool = True
+) -> tuple[Watchdog, str]:
+    """A watchdog of the world's ranks, and the name of the job; every rank calls it."""
+    name: str = world.broadcast_object(uuid.uuid4().hex)
+    watch = Watchdog(
+        world.rank,
+        world.size,
+        store=job_store() if world.size > 1 else None,
+        name=name,
+        limit_s=0.8 * engine.timeout_s,
+        stacks=run_dir / "stacks",
+        stalls=stalls,
+    )
+    return watch, name
+
+
 def on_main_rank(lock: RunLock, engine: EngineConfig, work: Callable[[], Any]) -> Any:
     """Run `work()` on the main rank and return its result on every rank.
 
-    It runs in a world of its own between stages. lock: of the run folder, acquired by the first
-    call and held afterwards. The log goes to RUN/log.txt. A failure fails all ranks.
+    It runs in a world of its own between stages. It may take any time, but a rank that dies or is
+    stopped meanwhile is named. lock: of the run folder, acquired by the first call and held
+    afterwards. The log goes to RUN/log.txt. A failure fails all ranks.
     """
 
-    def locked() -> Any:
+    def prepare() -> None:
         lock.acquire()
         start_logging(lock.folder, is_main=True)
         if lock.note:
             LOGGER.warning(lock.note)
             lock.note = ""
-        return work()
 
     if world_size_of_environment() == 1:
-        return locked()
+        prepare()
+        return work()
     # Long timeout: the others wait while the main rank hashes data sets.
     world = start_world(ParallelConfig(), replace(engine, timeout_s=max(86_400, engine.timeout_s)))
+    watch, _ = _watchdog(world, engine, lock.folder, stalls=False)
     try:
-        if not world.is_main:
-            start_logging(lock.folder, is_main=False)
+        main_first(world, prepare, lambda: start_logging(lock.folder, is_main=False))
+        watch.start()
+        watch.enter("between stages")
         results: list[Any] = []
-        main_first(world, lambda: results.append(locked()), lambda: None)
+        main_first(world, lambda: results.append(work()), lambda: None)
         return world.broadcast_object(results[0] if results else None)
+    except Exception as error:
+        watch.fail(error)
+        raise
     finally:
+        watch.close()
         world.close()
 
 
@@ -171,6 +206,8 @@ def open_frozen(
         world,
         chunks,
         slots=rollout.slots,
+        kv_gib=rollout.kv_gib,
+        kv_memory_fraction=rollout.kv_memory_fraction,
         prefill_tokens=rollout.prefill_tokens,
         prefill_chunk=rollout.prefill_chunk,
         decode=tokenizer.decode,
@@ -186,10 +223,12 @@ def open_tokenizer(recipe: SftRecipe, world: World) -> Tokenizer:
     Raises RecipeError if the artifact has none, and an error if the tokenizer has more ids than the
     model has embeddings.
     """
-    named = recipe.tokenizer.path or _start_tokenizer(recipe)
+    named = recipe.tokenizer.path or (recipe.init_from and artifact_tokenizer(recipe.init_from))
     path = named or str(Path(recipe.run_dir) / "tokenizer.model")
 
     def prepare() -> Tokenizer:
+        if not named and any(map(is_built, recipe.data.path)):
+            raise DataError(NO_TOKENIZER)
         if not named and not Path(path).exists():
             LOGGER.info("training a tokenizer of %d ids", recipe.tokenizer.train_vocab_size)
             return train_tokenizer(
@@ -202,30 +241,45 @@ def open_tokenizer(recipe: SftRecipe, world: World) -> Tokenizer:
     return tokenizer
 
 
-def _start_tokenizer(recipe: SftRecipe) -> str:
-    """Path of the tokenizer of the start artifact; empty without an artifact."""
-    if not recipe.init_from:
-        return ""
-    path = read_artifact(Path(recipe.init_from)).tokenizer_path
+def artifact_tokenizer(folder: str) -> str:
+    """Path of the tokenizer of the start artifact. Raises RecipeError if it has none."""
+    path = read_artifact(Path(folder)).tokenizer_path
     if path is None:
         raise RecipeError(
-            [f"init_from({recipe.init_from}) holds no tokenizer: name one with --tokenizer.path"]
+            [f"init_from({folder}) holds no tokenizer: name one with --tokenizer.path"]
         )
     return str(path)
 
 
 def open_stage_data(recipe: SftRecipe, world: World, tokenizer: Tokenizer) -> StageData:
-    """The recipe's documents. The main rank tokenises them unless they are cached."""
+    """The recipe's documents, memory-mapped. The main rank tokenises those that are neither built
+    nor cached, and reports its progress."""
     folder = recipe.data.cache_dir or str(Path(recipe.run_dir) / "cache")
     data: StageData = main_first(
         world,
-        lambda: build_data(recipe.data, tokenizer, folder, seed=recipe.seed),
+        lambda: build_data(
+            recipe.data, tokenizer, folder, seed=recipe.seed, progress=_reporter(world)
+        ),
         lambda: open_data(recipe.data, tokenizer, folder, seed=recipe.seed),
     )
     LOGGER.info(
         "data: %d documents, held out %d", len(data.train), len(data.heldout) if data.heldout else 0
     )
     return data
+
+
+def _reporter(world: World) -> Callable[[str], None]:
+    """Reports the main rank's progress to the watchdog at once, and to the log every minute."""
+    logged = time.monotonic()
+
+    def report(progress: str) -> None:
+        nonlocal logged
+        world.watch.progress(progress)
+        if time.monotonic() - logged >= LOG_S:
+            logged = time.monotonic()
+            LOGGER.info("%s", progress)
+
+    return report
 
 
 def heldout_loader(

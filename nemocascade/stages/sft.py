@@ -14,7 +14,7 @@ from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.parameters import count_parameters
 from nemocascade.recipe import SftRecipe
 from nemocascade.rl.demonstrations import with_demonstrations
-from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.logging import LOGGER, Console
 from nemocascade.runtime.world import World
 from nemocascade.stages.setup import (
     heldout_loader,
@@ -28,14 +28,14 @@ from nemocascade.train.metrics import MetricsWriter, is_due, step_values
 from nemocascade.train.trainer import Trainer
 
 
-def run_sft(recipe: SftRecipe) -> Path:
-    """Train as the recipe says and return the artifact's folder.
+def run_sft(recipe: SftRecipe, console: Console | None = None) -> Path:
+    """Train as the recipe says and return the artifact's folder. console: of the cascade.
 
     Raises RecipeError if settings are invalid, CheckpointError if a checkpoint cannot be read,
     and NonFiniteError if the loss or a gradient is not finite.
     """
     run_dir = Path(recipe.run_dir)
-    with stage_world(recipe) as (world, accelerators):
+    with stage_world(recipe, console=console) as (world, accelerators):
         write_recipe(recipe, world)
         settings = recipe
         if recipe.demonstrations.domains:
@@ -106,13 +106,7 @@ def _train(
 ) -> float | None:
     """Run the training loop; returns the last held-out loss."""
     first = trainer.step_number
-    writer = MetricsWriter(
-        Path(recipe.run_dir),
-        is_main=world.is_main,
-        first_step=first,
-        steps=recipe.steps,
-        tensorboard=recipe.log.tensorboard,
-    )
+    writer = MetricsWriter(recipe, world, first)
     heldout_loss = None
     for step in range(first, recipe.steps):
         started = time.perf_counter()
@@ -124,6 +118,7 @@ def _train(
             heldout_loss, _ = trainer.evaluate(heldout)
             values["heldout_loss"] = heldout_loss
         if last or is_due(step, recipe.log.every) or "heldout_loss" in values:
+            values["checkpoint_blocked_s"] = checkpoints.take_blocked_s()
             writer.write(step, values)
         if last or is_due(step, recipe.checkpoint.every):
             checkpoints.save(trainer, loader)

@@ -3,77 +3,28 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.cascade_run import ALARM, DOMAINS, STAGES, digest, make_run
+from helpers.html_page import check_page
 
-from nemocascade.cascade.comparison import DiffSettings, compare
+from nemocascade.cascade.comparison import compare
 from nemocascade.cascade.lineage import listed_in, report_text, score_table
 from nemocascade.cascade.records import read_record
 from nemocascade.cascade.report import ReportError, figures, view, words, write_report
 from nemocascade.cascade.report.read import read_run, shortened
 from nemocascade.recipe import RecipeError
+from nemocascade.recipe.commands import DiffSettings
 from nemocascade.stages.domain_score import domain_score
 from nemocascade.stages.scoring import VERSION, read_scores
 
-VOID = {"meta", "link", "br", "img", "input", "hr"}
 HOSTILE = (
     "<script>alert(1)</script></textarea></pre></details><img src=x onerror=alert(2)>"
     '{{ 7 * 191 }}{% raw %}${7*191}"\' onmouseover="alert(3)" <svg onload=alert(4)> $\\frac{1}{0}$'
 )
-
-
-class Page(HTMLParser):
-    """The elements of a page; `broken` lists tags that close what is not open."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.broken: list[str] = []
-        self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.broken.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def check_page(path: Path) -> Page:
-    """A page whose tags match and which needs nothing but itself."""
-    page = Page(path)
-    assert not page.broken
-    assert not page.open
-    names = [str(a["id"]) for _, a in page.elements if a.get("id")]
-    # Clip paths and markers are named by their content: where a name stands twice, so does a shape.
-    repeated = {n for n in names if names.count(n) > 1}
-    assert all(re.fullmatch(r"[mp][0-9a-f]{10}", n) for n in repeated), repeated
-    for tag, attributes in page.elements:
-        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form", "image")
-        for name, value in attributes.items():
-            assert not name.startswith("on")
-            if name in ("src", "href", "srcset", "action", "data"):
-                assert str(value).startswith(("#", "data:"))
-    style = path.read_text(encoding="utf-8")
-    assert not re.search(r"url\((?!#)", style)
-    assert "@import" not in style
-    return page
 
 
 @pytest.fixture(scope="module")
@@ -242,13 +193,13 @@ def test_damage_is_counted_and_shown(tmp_path: Path) -> None:
     found = {(f.file, f.what): f.count for f in read_run(run).faults}
     metrics = "stages/if_rl/metrics.jsonl"
     assert found == {
-        (metrics, "damaged lines, left out"): 2,
-        (metrics, "lines without a step, left out"): 1,
-        (metrics, "values of grad_norm that are not finite, left out"): 1,
+        (metrics, "damaged lines, skipped"): 2,
+        (metrics, "lines without a step, skipped"): 1,
+        (metrics, "values of grad_norm that are not finite, skipped"): 1,
         (metrics, "steps that stand twice: the later line counts"): 1,
         ("stages/sft/metrics.jsonl", "missing"): 1,
-        ("stages/sft/scores.json", "damaged, left out"): 1,
-        ("stages/multi_domain_rl/recipe.json", "damaged, left out"): 1,
+        ("stages/sft/scores.json", "damaged, skipped"): 1,
+        ("stages/multi_domain_rl/recipe.json", "damaged, skipped"): 1,
         ("stages/if_rl/scores.json", "the scores are of another artifact than the stage's"): 1,
     }
     page = check_page(write_report(run))
@@ -273,11 +224,11 @@ def test_a_folder_without_a_cascade_is_refused(
     [
         ({"stages": None}, "Listed.stages cannot be 'None'"),
         ({"stages": 5}, "Listed.stages cannot be '5'"),
-        ({"stages": [{"name": "sft"}]}, "Listed.stages.0 lacks, or does not know, 'kind'"),
+        ({"stages": [{"name": "sft"}]}, "Listed.stages.0 has no field 'kind'"),
         ({"teachers": {"math": "sft"}}, "Listed.teachers.math cannot be 'sft'"),
-        ({"teachers": {"math": {"stage": "sft"}}}, "Listed.teachers.math lacks"),
+        ({"teachers": {"math": {"stage": "sft"}}}, "Listed.teachers.math has no"),
         ({"teachers": 0.5}, "Listed.teachers cannot be '0.5'"),
-        ({"alarms": [{"domain": "math"}]}, "Listed.alarms.0 lacks"),
+        ({"alarms": [{"domain": "math"}]}, "Listed.alarms.0 has no"),
         ({"alarms": {"a": 1}}, "Listed.alarms cannot be"),
     ],
     ids=str,
@@ -317,9 +268,9 @@ def test_numbers_beyond_floats_are_no_numbers(tmp_path: Path) -> None:
     (folder / "recipe.json").write_text('{"domains": 5}')
     found = read_run(run)
     assert found.stages[0].curves == {"tokens": [(1, 3.0)]}
-    assert "values of loss that are not finite, left out" in [f.what for f in found.faults]
+    assert "values of loss that are not finite, skipped" in [f.what for f in found.faults]
     (folder / "recipe.json").write_text("[" * 3000)
-    assert "damaged, left out" in [f.what for f in read_run(run).faults]
+    assert "damaged, skipped" in [f.what for f in read_run(run).faults]
 
 
 def test_a_stage_cannot_name_a_folder_elsewhere(tmp_path: Path) -> None:

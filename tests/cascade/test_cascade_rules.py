@@ -11,11 +11,10 @@ import pytest
 
 from nemocascade.cascade.decide import choose_teachers
 from nemocascade.cascade.errors import CascadeError
-from nemocascade.cascade.graph import StageGraph, cascade_problems
+from nemocascade.cascade.graph import Choice, StageGraph, cascade_problems
 from nemocascade.cascade.inputs import FileHashes, differences, key_of, recipe_files, stage_inputs
 from nemocascade.cascade.launch import parse_cascade
 from nemocascade.cascade.records import find_alarms
-from nemocascade.cascade.run import Choice
 from nemocascade.recipe import (
     AlarmConfig,
     CascadeRecipe,
@@ -117,7 +116,7 @@ def test_everything_wrong_is_named_at_once() -> None:
 def test_names_are_unique_folders() -> None:
     stages = (StageConfig("sft", SFT), StageConfig("sft", RL), StageConfig("a/b", RL))
     found = "\n".join(cascade_problems(cascade(stages=stages), 1))
-    assert "'sft' stands twice" in found
+    assert "'sft' occurs twice" in found
     assert "'a/b' must be up to 100 letters" in found
     assert cascade_problems(cascade(stages=()), 1) == ["stages is empty: name at least one"]
 
@@ -144,6 +143,10 @@ def test_a_cascade_may_start_from_an_artifact_but_not_from_nothing() -> None:
     ("changes", "expected"),
     [
         ({"scores": ScoreConfig(domains=(ScoredDomain("math"),))}, "teacher of code cannot be"),
+        (
+            {"scores": ScoreConfig(domains=(ScoredDomain("math"), ScoredDomain("code", name="h")))},
+            "teacher of code cannot be chosen, for no score has that name",
+        ),
         ({"teachers": TeacherChoice({"code": "last"})}, "pinned to 'last', which is no stage"),
         ({"teachers": TeacherChoice({"tool_calling": "sft"})}, "names tool_calling, which no MOPD"),
         ({"stages": (StageConfig("mopd", MOPD),)}, "no artifact can teach math, code"),

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from nemocascade.cascade.comparison import DiffSettings, compare
+from nemocascade.cascade.comparison import compare
 from nemocascade.cli import main
 from nemocascade.megatron.checkpoint import CheckpointError
 from nemocascade.megatron.checkpoint.folder import digest_of
 from nemocascade.recipe import DomainConfig, RecipeError, load_any_recipe, tiny
+from nemocascade.recipe.commands import DiffSettings
 
 TINY = Path(__file__).resolve().parents[2] / "recipes" / "tiny"
 

@@ -106,6 +106,22 @@ def test_reasoning_before_the_last_user_turn_is_dropped() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("why</think>so", "<think></think>so"),
+        ("<think>why</think>so", "<think></think>so"),
+        ("so <think>why", "<think></think>so "),
+        ("so", "<think></think>so"),
+    ],
+)
+def test_reasoning_in_the_text_of_an_old_call_is_dropped(said: str, kept: str) -> None:
+    call = Message("assistant", said, tool_calls=(ToolCall("now", {}),))
+    turns = (Message("user", "a"), call, Message("tool", "noon"), Message("user", "b"))
+    text = _text(Conversation(turns, TOOL_USE.tools), thinking=True)
+    assert f"<|im_start|>assistant\n{kept}\n<tool_call>\n" in text
+
+
 def test_tools_calls_and_results() -> None:
     text = _text(TOOL_USE, thinking=True)
     system, rest = text.split("<|im_end|>\n", 1)

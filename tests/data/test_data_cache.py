@@ -33,7 +33,7 @@ from nemocascade.data import cache_files
 from nemocascade.data.cache import TokenCache, build_cache, open_cache
 from nemocascade.data.cache_files import CacheDamagedError
 from nemocascade.data.chat_template import encode
-from nemocascade.data.documents import build_data, open_data, split_heldout
+from nemocascade.data.documents import DocumentSet, build_data, open_data, split_heldout
 from nemocascade.data.formats import parse_row
 from nemocascade.data.tokenization import read_conversations
 from nemocascade.data.tokenizer_training import train_tokenizer
@@ -73,6 +73,20 @@ def test_documents_are_the_rendered_rows(tmp_path: Path, rows_file: Path) -> Non
     assert cache.manifest["trained_tokens"] == cache.trained.sum()
 
 
+def test_a_document_is_untrained_up_to_its_first_trained_token(
+    tmp_path: Path, rows_file: Path
+) -> None:
+    cache = _build(tmp_path, rows_file)
+    documents = DocumentSet(cache, np.arange(60)[::-1])
+    first = cache.document(3).trained.tolist().index(True)
+    for capacity in (first, first + 1, 70, 200):
+        found = documents.untrained(replace(CONFIG, capacity=capacity))
+        kept = documents.trained_tokens(np.arange(60), capacity)
+        assert found.tolist() == np.flatnonzero(kept == 0).tolist()
+        assert (56 in found) == (capacity <= first)
+        assert not len(documents.untrained(replace(CONFIG, capacity=capacity, over_long="drop")))
+
+
 def test_parquet_gives_what_jsonl_gives(tmp_path: Path) -> None:
     chat = [
         {
@@ -106,7 +120,7 @@ def test_a_cache_is_made_once(
     tmp_path: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = _build(tmp_path, rows_file)
-    monkeypatch.setattr(cache_module, "tokenize_pieces", None)
+    monkeypatch.setattr(cache_module, "tokenize_chunks", None)
     assert _build(tmp_path, rows_file).path == first.path
     assert _open(tmp_path, rows_file).fingerprint == first.fingerprint
 
@@ -172,6 +186,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
             }
         )
     ),
+    "the manifest's shards": lambda folder: _edit_manifest(folder, "shards"),
     "the manifest's files": lambda folder: (folder / "manifest.json").write_text('{"files": {}}'),
 }
 
@@ -214,7 +229,7 @@ def test_reasoning_that_is_left_out_is_reported(
         paths = ["synthetic:arithmetic"]
         cache = build_cache(tmp_path, config, paths, sentencepiece_tokenizer())
         assert cache.manifest["documents_with_reasoning"] == 20
-        assert ("reasoning of 20 documents is left out" in caplog.text) != thinking
+        assert ("reasoning of 20 documents is omitted" in caplog.text) != thinking
 
 
 def test_sources_are_rendered_without_reasoning_by_name(tmp_path: Path) -> None:
@@ -275,7 +290,7 @@ cache.build_cache(sys.argv[1], DataConfig(), [sys.argv[2]], load_tokenizer(sys.a
 """
 
 
-@pytest.mark.parametrize("syncs", [1, 7])
+@pytest.mark.parametrize("syncs", [1, 10])
 def test_a_killed_build_leaves_no_cache_and_its_rest_is_removed(
     tmp_path: Path, rows_file: Path, syncs: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -319,9 +334,9 @@ def test_a_faster_builder_wins(
     write: Callable[..., None] = cache_files.write_files
 
     def write_twice(*arguments: Any) -> None:
-        pieces = list(arguments[3])
+        chunks = list(arguments[3])
         for _ in range(2):
-            write(*arguments[:3], pieces, arguments[4])
+            write(*arguments[:3], chunks, *arguments[4:])
 
     monkeypatch.setattr(cache_module, "write_files", write_twice)
     assert len(_build(tmp_path, rows_file)) == 60

@@ -101,7 +101,7 @@ def test_tools_in_their_forms() -> None:
         ('{"a": -Infinity}', "the value -Infinity is no JSON"),
         ('{"a": 1e999}', "beyond float64"),
         ('{"a": ' + "9" * 100_000 + "}", "not JSON .Exceeds the limit"),
-        ('{"a": 1, "a": 2}', "the key 'a' stands twice"),
+        ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
     ],
 )
 def test_json_in_texts_is_as_strict_as_rows(text: str, reason: str) -> None:

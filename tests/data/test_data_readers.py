@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from helpers.data import GSM8K_TRAIN, needs_gsm8k, read_rows, write_jsonl
 
-from nemocascade.data.readers import find_sources, read_pieces
+from nemocascade.data.readers import find_sources, read_chunks
 from nemocascade.runtime import row_files
 from nemocascade.runtime.row_errors import BadRows, DataError
 from nemocascade.runtime.row_files import report_skipped
@@ -44,10 +44,10 @@ def test_pieces_are_small_and_only_those_asked_for_are_read(
 ) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     monkeypatch.setattr(row_files, "PIECE_ROWS", 50)
-    sizes = [len(piece.numbers) for piece in read_pieces([str(path)], max_rows=120)]
+    sizes = [len(chunk.numbers) for chunk in read_chunks([str(path)], max_rows=120)]
     assert sizes == [50, 50, 20]
     monkeypatch.setattr(row_files, "PIECE_BYTES", 500)
-    assert max(sum(map(len, p.lines or ())) for p in read_pieces([str(path)])) < 500 + 1300
+    assert max(sum(map(len, p.lines or ())) for p in read_chunks([str(path)])) < 500 + 1300
 
 
 def test_lines_are_counted_with_blank_ones(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_arrays_are_read_in_chunks_of_any_size(
         (b" \n", "the file is empty"),
         ("[{}]".encode("utf-16"), "the text is UTF-16: convert it to UTF-8"),
         ("[{}]".encode("utf-32"), "the text is UTF-32"),
-        (b'{"a": 1}\n{"a": 1, "a": 2}', r"rows\.json:2: the key 'a' stands twice"),
+        (b'{"a": 1}\n{"a": 1, "a": 2}', r"rows\.json:2: the key 'a' occurs twice"),
     ],
 )
 def test_damaged_json_is_named(tmp_path: Path, data: bytes, complaint: str) -> None:
@@ -257,7 +257,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
         path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=f"{path}: cannot be read"):
-        list(read_pieces([str(path)]))
+        list(read_chunks([str(path)]))
 
 
 def test_a_parquet_file_with_damaged_names_is_named(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_parquet_file_with_damaged_names_is_named(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"question": ["a"]}), path)
     path.write_bytes(path.read_bytes().replace(b"question", b"\xffuestion"))
     with pytest.raises(DataError, match=f"{path}: cannot be read"):
-        list(read_pieces([str(path)]))
+        list(read_chunks([str(path)]))
 
 
 def test_what_a_parquet_row_lacks_is_absent(tmp_path: Path) -> None:

@@ -392,7 +392,7 @@ CHATML = LOOP + PROMPT
         (CHATML.replace("END", "'<|im_end|>'").replace("assistant\n'", "bot\n'"), "not begin"),
         (
             CHATML.replace("END", "'<|im_end|>'") + "{{ '' if add_generation_prompt else '.' }}",
-            "not all",
+            "more than special tokens",
         ),
         (LOOP.replace("END", "'<|im_end|>'") * 2 + PROMPT, "in 2 places"),
         (
@@ -405,6 +405,19 @@ def test_a_template_without_segments_is_refused_by_name(source: str, complaint: 
     with pytest.raises(DataError, match=complaint):
         ChatTemplate(source, CONTROL_TAGS)
     ChatTemplate(CHATML.replace("END", "'<|im_end|>'"), CONTROL_TAGS)
+
+
+def test_a_template_may_end_a_complete_conversation() -> None:
+    """The token in place of the generation prompt belongs to no turn, and is not trained."""
+    ending = "{{ '<|im_start|>assistant\n' if add_generation_prompt else '</s></s>' }}"
+    ours = ChatTemplate(LOOP.replace("END", "'<|im_end|>\n'") + ending, (*CONTROL_TAGS, "</s>"))
+    asked = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    prompt = text_of(ours.render_prompt(Conversation(asked), thinking=True))
+    assert prompt.endswith("c<|im_end|>\n<|im_start|>assistant\n")
+    segments = ours.render(Conversation((*asked, Message("assistant", "d"))), thinking=True)
+    assert text_of(segments) == f"{prompt}d<|im_end|>\n</s></s>"
+    assert [s.text for s in segments if s.trained] == ["b", "<|im_end|>", "d", "<|im_end|>"]
+    assert ours.ends == ("<|im_end|>",)
 
 
 def test_text_that_a_template_takes_for_its_own_is_refused() -> None:

@@ -20,16 +20,20 @@ from helpers.policy import (
     ENGINE,
     TEMPERATURE,
     gradients,
+    plain_distributions,
     plain_logprobs,
     rollout,
     sequence_of,
     sft_batch,
     small_trainer,
 )
+from nemocascade_kernels import DIVERGENCES, Divergence
+from nemocascade_kernels.linear_distill_loss.reference import divergence_of
 from torch import Tensor
 
 from nemocascade.megatron.artifact import Provenance, write_artifact
 from nemocascade.megatron.config import Accelerators
+from nemocascade.megatron.distillation import Distillation
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import (
     DomainConfig,
@@ -43,11 +47,12 @@ from nemocascade.recipe import (
 from nemocascade.rl.batches import PlannedSequence, capacity_grain, fit_capacity, lay_out
 from nemocascade.rl.collector import Group
 from nemocascade.rl.tasks import Task
-from nemocascade.rl.teachers import Teachers
+from nemocascade.rl.teacher_states import StateScores
+from nemocascade.rl.teachers import LogprobScores, Teachers
 from nemocascade.runtime.world import World
 from nemocascade.stages.mopd import open_teachers, student_sequences
-from nemocascade.train.evaluation import mopd_metrics
-from nemocascade.train.objectives import mopd_objective
+from nemocascade.train.evaluation import distill_metrics, mopd_metrics
+from nemocascade.train.objectives import distill_objective, mopd_objective
 from nemocascade.train.trainer import Measure, Trainer
 from nemocascade.train.weight_swap import WeightSwap, live_tensors
 from nemocascade.types import Artifact, PackedBatch, Prompt
@@ -121,7 +126,7 @@ def plain_loss(trainer: Trainer, swap: WeightSwap, found: list[Group]) -> Tensor
 
 
 def batches(
-    trainer: Trainer, swap: WeightSwap, planned: list[PlannedSequence]
+    trainer: Trainer, swap: WeightSwap, planned: list[PlannedSequence], *, states: bool = False
 ) -> list[PackedBatch]:
     """By the stage's own packing, where a batch holds sequences of both teachers."""
     run: Any = SimpleNamespace(
@@ -133,6 +138,7 @@ def batches(
     teachers = object.__new__(Teachers)
     teachers.run, teachers.swap = run, swap
     teachers.by_domain = {"math": "math", "code": "code"}
+    teachers.scores = StateScores(run) if states else LogprobScores(run)
     found, fills = teachers.batches(planned)
     rows = sum(b.capacity for b in found)
     assert fills["fill"] == sum(p.rollout.tokens for p in planned) / rows
@@ -178,6 +184,97 @@ def test_loss_and_gradients_are_those_of_the_paper(trainer: Trainer) -> None:
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)
     for mine, plain in zip(gradients(trainer), wanted, strict=True):
         assert (mine - plain).norm() <= 1e-5 * norm
+
+
+def plain_divergences(
+    trainer: Trainer, swap: WeightSwap, found: list[Group], kind: Divergence
+) -> dict[str, list[Tensor]]:
+    """The divergence in each generated token's state, by rollout and domain, from whole
+    distributions of both models."""
+    written = {id(r): sequence_of(r).written[1:] for group in found for r in group.rollouts}
+    teachers: dict[int, Tensor] = {}
+    for group in found:
+        with torch.no_grad(), swap.using(group.task.prompt.domain):
+            for r in group.rollouts:
+                log_q = plain_distributions(trainer, sequence_of(r).tokens)[written[id(r)]]
+                teachers[id(r)] = log_q
+    return {
+        group.task.prompt.domain: [
+            divergence_of(
+                plain_distributions(trainer, sequence_of(r).tokens)[written[id(r)]],
+                teachers[id(r)],
+                kind,
+            )
+            for r in group.rollouts
+        ]
+        for group in found
+    }
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_an_exact_divergence_is_that_of_the_distributions(
+    trainer: Trainer, kind: Divergence
+) -> None:
+    """Loss, gradients, and the metrics of two teachers, whose rows share a batch."""
+    swap = two_teachers(trainer)
+    found = groups(trainer)
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
+    by_domain = plain_divergences(trainer, swap, found, kind)
+    expected = torch.stack([d.mean() for rows in by_domain.values() for d in rows]).mean()
+    expected.backward()
+    wanted = gradients(trainer)
+
+    sequences = student_sequences(found, recipe())
+    packed = batches(trainer, swap, sequences, states=True)
+    assert max(len(batch.taught) for batch in packed) == 2
+    states = [teacher for batch in packed for teacher in batch.taught]
+    assert sum(s.hidden.shape[0] for s in states) == sum(b.num_trained() for b in packed)
+    result = trainer.train_step(
+        packed,
+        distill_objective(kind),
+        temperature=TEMPERATURE,
+        measure=functools.partial(
+            distill_metrics, domains=[s.domain for s in sequences], divergence=kind
+        ),
+    )
+    assert result.loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    norm = torch.sqrt(sum(g.double().square().sum() for g in wanted)).item()  # type: ignore[arg-type]
+    assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+    for mine, plain in zip(gradients(trainer), wanted, strict=True):
+        assert (mine - plain).norm() <= 1e-5 * norm
+    for domain, rows in by_domain.items():
+        mean = float(torch.cat(rows).detach().mean())
+        assert result.metrics[f"{kind}/{domain}"] == pytest.approx(mean, rel=1e-4, abs=1e-6)
+    assert result.metrics["mismatch_mean"] > 0, "the rollouts' log-probabilities were shifted"
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
+def test_steps_lower_the_divergence(trainer: Trainer, kind: Divergence) -> None:
+    swap = two_teachers(trainer)
+    sequences = student_sequences(groups(trainer), recipe())
+    losses = []
+    for _ in range(8):
+        packed = batches(trainer, swap, sequences, states=True)
+        losses.append(
+            trainer.train_step(packed, distill_objective(kind), temperature=TEMPERATURE).loss
+        )
+    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] > 0
+
+
+def test_a_batch_without_a_trained_row_has_gradients_of_zero() -> None:
+    """The pipeline's backward and the gradient buffers' hooks expect both."""
+    hidden = torch.randn(5, 3, requires_grad=True)
+    head = torch.randn(7, 3, requires_grad=True)
+    objective = Distillation(torch.zeros(5), "reverse_kl", ())
+    out = objective.loss(hidden, head, torch.zeros(5, dtype=torch.int64), temperature=1.0)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert out.metrics == {"tokens": 0, "divergence": 0, "logprob": 0}
+    for leaf in (hidden, head):
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
 
 
 def test_metrics_are_those_of_each_domain(trainer: Trainer) -> None:
@@ -340,7 +437,7 @@ def test_settings_that_cannot_run_are_named() -> None:
         domains=(DomainConfig(domain="math"), DomainConfig(domain="code")),
         teachers=(TeacherConfig("math", ""), TeacherConfig("office", "x")),
         rollout=RolloutConfig(max_prompt_tokens=8, max_response_tokens=8),
-        mopd=MopdConfig(ratio_low=3.0),
+        mopd=MopdConfig(divergence="forward_kl", ratio_low=3.0),
     )
     text = "\n".join(settings.problems(1))
     for part in (
@@ -348,6 +445,7 @@ def test_settings_that_cannot_run_are_named() -> None:
         "code 0 times",
         "office is no domain",
         "ratio_low(3.0)",
+        "which mopd.divergence(forward_kl) does not have",
         "dynamic_filtering",
         "init_from is empty",
     ):

@@ -36,6 +36,7 @@ from nemocascade.rl.row_rates import Journal, open_journal, read_row_tasks, writ
 from nemocascade.rl.tasks import read_tasks
 from nemocascade.rollout.servers import ServerError
 from nemocascade.runtime.row_errors import DataError, refuse_row
+from nemocascade.runtime.stopping import Stopped
 from nemocascade.stages.pass_rates import run_pass_rates
 from nemocascade.types import Environment, Message, Prompt, Verdict
 
@@ -278,6 +279,24 @@ def test_a_failed_verifier_is_no_attempt(
     assert lines_of(Path(asked.output))[1]["pass_rate"] == 1.0
 
 
+def test_a_request_to_stop_ends_the_sampling(server: Any, tmp_path: Path) -> None:
+    asked = settings(
+        tmp_path,
+        server=server.url,
+        tokenizer=server.tokenizer.path,
+        samples=2,
+        rollout=RolloutConfig(max_response_tokens=64, thinking=False),
+    )
+    progress = Path(f"{asked.output}.progress")
+    progress.mkdir()
+    (progress / "stop").touch()
+    with pytest.raises(Stopped) as caught:
+        run_pass_rates(asked)
+    assert caught.value.code == 75
+    assert (progress / "stop.done").exists()
+    assert run_pass_rates(asked)["rows"] == 1
+
+
 def settings(tmp_path: Path, **changes: Any) -> PassRateSettings:
     rows = tmp_path / "rows.jsonl"
     if not rows.exists():
@@ -339,6 +358,11 @@ def test_a_row_belongs_to_one_domain(environments: dict[str, Environment], tmp_p
     assert list(found.bad) == [f"{path}:2"]
     with pytest.raises(DataError, match="none of its 2 rows is a task of code"):
         read_row_tasks(path, {"code": environments["code"]}, tmp_path / "out.jsonl")
+    write_lines(path, [row(1, expected_answer=[])])
+    with pytest.raises(
+        DataError, match=r"(?s)none of its 1 rows.*jsonl:1: expected_answer must be"
+    ):
+        read_row_tasks(path, one, tmp_path / "out.jsonl")
 
 
 def test_rows_of_several_domains(environments: dict[str, Environment], tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ def score(folder: str, paths: dict[str, list[str]]) -> dict[str, Any]:
     from dataclasses import asdict
 
     from nemocascade.recipe import EngineConfig, EnvConfig, SandboxConfig, ScoreConfig, ScoredDomain
-    from nemocascade.stages.scoring import ScoreSettings, run_scoring
+    from nemocascade.stages.score import run_scoring
+    from nemocascade.stages.settings import ScoreSettings
 
     config = ScoreConfig(
         domains=tuple(

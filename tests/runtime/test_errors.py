@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from nemocascade.recipe import UserError
+from nemocascade.rollout.servers import ServersLostError
 from nemocascade.runtime import errors
 from nemocascade.runtime.errors import exit_cleanly
 from nemocascade.runtime.files import naming, write_text
 from nemocascade.runtime.interrupt import AGAIN_S, Interrupt
+from nemocascade.runtime.launcher import MainRankError
 from nemocascade.runtime.logging import LOGGER, printable, start_logging
-from nemocascade.runtime.world import MainRankError
+from nemocascade.runtime.run_lock import FolderInUseError
 
 
 def fails_with(error: BaseException) -> int:
@@ -48,6 +50,23 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_user_error_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert fails_with(UserError("steps(0): set \x1b[31m--steps 1")) == 2
     assert capsys.readouterr().err == "error: steps(0): set \\x1b[31m--steps 1\n"
+
+
+def test_a_job_script_learns_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun ends with 1 for all of them."""
+    monkeypatch.setenv("NEMOCASCADE_EXIT_CODE", str(tmp_path / "code"))
+    for error, code in (
+        (UserError("x"), 2),
+        (FolderInUseError("x"), 75),
+        (ServersLostError("x"), 75),
+        (KeyboardInterrupt(), 130),
+    ):
+        assert fails_with(error) == code
+        assert (tmp_path / "code").read_text() == f"{code}\n"
+    (tmp_path / "code").unlink()
+    with pytest.raises(ValueError, match="a bug"):
+        exit_cleanly(lambda: int("a bug"))
+    assert not (tmp_path / "code").exists()
 
 
 def test_ctrl_c_says_how_to_resume(capsys: pytest.CaptureFixture[str]) -> None:

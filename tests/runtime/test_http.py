@@ -73,6 +73,34 @@ def test_connections_are_kept(server: Any, client: HttpClient) -> None:
     assert server.connections < len(bodies) / 2
 
 
+class Closing(Handler):
+    """Closes a kept connection as soon as the next request arrives on it, without a reply."""
+
+    used = False
+
+    def do_POST(self) -> None:
+        if self.used or self.server.is_gone:
+            self.close_connection = True
+            self.server.dropped += 1
+            return
+        self.used = True
+        super().do_POST()
+
+
+def test_a_kept_connection_that_the_server_closes_costs_nothing(
+    server: Any, client: HttpClient
+) -> None:
+    """The request is repeated on a new connection. One that breaks there is an error."""
+    server.RequestHandlerClass, server.dropped, server.is_gone = Closing, 0, False
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        bodies = [f"{i}".encode() for i in range(30)]
+        assert list(pool.map(lambda body: client.post(server.url, body, 30.0), bodies)) == bodies
+    assert server.dropped
+    server.is_gone = True
+    with pytest.raises(HttpError, match="connection"):
+        client.post(server.url, b"x", 5.0)
+
+
 def test_proxies_of_the_environment_are_not_used(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemocascade.runtime.world import LauncherError, world_size_of_environment
+from nemocascade.runtime.launcher import LauncherError, world_size_of_environment
 
 
 @pytest.fixture(autouse=True)

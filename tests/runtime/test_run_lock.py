@@ -155,15 +155,20 @@ def test_a_requeued_job_takes_over_at_once(tmp_path: Path) -> None:
     assert (again.wait(), step.wait()) == (0, 1)
 
 
+def test_setting_the_clock_does_not_end_an_owner() -> None:
+    """Processes are told apart by seconds since the boot."""
+    assert 0 < Owner().started_s < time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def test_a_reused_process_number_is_no_owner(tmp_path: Path) -> None:
-    forge(tmp_path, born_s=Owner().born_s - 1000)
+    forge(tmp_path, started_s=Owner().started_s - 1000)
     lock = lock_of(tmp_path)
     lock.acquire()
     lock.release()
 
 
 def test_one_of_many_takes_a_stale_lock(tmp_path: Path) -> None:
-    forge(tmp_path, born_s=0.0)
+    forge(tmp_path, started_s=0.0)
     jobs = [job(tmp_path, "time.sleep(60)") for _ in range(4)]
     words = sorted(says(process)[:4] for process in jobs)
     for process in jobs:

@@ -11,8 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from nemocascade.cascade.records import CASCADE, SCORES, Alarm, Teacher, read_cascade
+from nemocascade.cascade.records import (
+    CASCADE,
+    SCORES,
+    Alarm,
+    ListedStage,
+    Teacher,
+    read_cascade,
+)
 from nemocascade.cascade.report.record import Curve, Fault, Run, Sample, Stage
+from nemocascade.cascade.staleness import stale_stages
 from nemocascade.recipe.paths import is_file_name
 from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.stages.domain_score import DomainScore
@@ -42,15 +50,20 @@ class Faults:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read the run of a folder. Raises ReportError if its cascade.json cannot be read."""
+    """Read the run of a folder, of a cascade or of a single stage. Raises ReportError if its
+    cascade.json cannot be read, or if it is neither."""
     root = run_dir.resolve()
     faults = Faults(root)
+    if not (root / CASCADE).exists() and (root / "recipe.json").is_file():
+        return _run_of_stage(root, faults)
     path, found = root / CASCADE, read_cascade(root)
-    stages = _mappings(found.get("stages"), path, "a stage", faults)
+    stages = list(_mappings(found.get("stages"), path, "a stage", faults))
     alarms = _mappings(found.get("alarms"), path, "an alarm", faults)
+    listed = [_made(ListedStage, entry) for entry in stages]
+    stale = stale_stages(root, [stage for stage in listed if is_file_name(stage.name)])
     return Run(
         name=root.name,
-        stages=tuple([_stage(root, entry, faults) for entry in stages]),
+        stages=tuple([_listed_stage(root, entry, stale, faults) for entry in stages]),
         teachers=_made_by_name(Teacher, _mapping(found.get("teachers"))),
         alarms=tuple(
             _made(Alarm, entry)
@@ -64,14 +77,33 @@ def read_run(run_dir: Path) -> Run:
     )
 
 
-def _stage(root: Path, entry: Mapping[str, Any], faults: Faults) -> Stage:
+def _run_of_stage(root: Path, faults: Faults) -> Run:
+    """The run of a stage outside of a cascade."""
+    recipe = _document(root / "recipe.json", faults, wanted=True)
+    kind = next((kind for kind in ("mopd", "grpo") if kind in recipe), "sft")
+    status = "done" if (root / "artifact" / "manifest.json").is_file() else "running"
+    stage = _made(Stage, {"name": root.name, "kind": kind, "status": status})
+    stages = (_stage(root, stage, faults),)
+    return Run(root.name, stages, {}, (), {}, {}, faults.listed())
+
+
+def _listed_stage(
+    root: Path, entry: Mapping[str, Any], stale: Mapping[str, str], faults: Faults
+) -> Stage:
+    """A stage of cascade.json, with the content of its folder."""
     stage = _made(Stage, entry, digest=str(entry.get("artifact_digest") or ""))
-    name, done = stage.name, stage.status == "done"
-    folder = root / "stages" / name
-    if not is_file_name(name) or not folder.is_dir():
-        if done:
+    folder = root / "stages" / stage.name
+    if not is_file_name(stage.name) or not folder.is_dir():
+        if stage.status == "done":
+            name = stage.name
             faults.add(root / "stages", f"the folder of the finished stage {name!r} is missing")
         return stage
+    return _stage(folder, replace(stage, stale=stale.get(stage.name, "")), faults)
+
+
+def _stage(folder: Path, stage: Stage, faults: Faults) -> Stage:
+    """The stage with what its folder holds."""
+    done = stage.status == "done"
     recipe = _document(folder / "recipe.json", faults, wanted=stage.status != "pending")
     curves = _metrics(folder / "metrics.jsonl", faults, wanted=done)
     scores = _document(folder / SCORES, faults, wanted=done)
@@ -104,6 +136,7 @@ def _stage(root: Path, entry: Mapping[str, Any], faults: Faults) -> Stage:
             for domain, entries in _mapping(scores.get("samples")).items()
             for entry in list(_mappings(entries, folder / SCORES, "a sample", faults))[:SAMPLES]
         ],
+        scoring_s=_number(scores.get("seconds")) or 0.0,
         rollouts=_rollouts(folder / "rollouts", faults),
     )
 
@@ -162,7 +195,7 @@ def _metrics(path: Path, faults: Faults, *, wanted: bool) -> dict[str, Curve]:
     for row in _lines(path, faults):
         step = _number(row.get("step"))
         if step is None:
-            faults.add(path, "lines without a step, left out")
+            faults.add(path, "lines without a step, skipped")
             continue
         if int(step) in by_step:
             faults.add(path, "steps that stand twice: the later line counts")
@@ -175,13 +208,13 @@ def _metrics(path: Path, faults: Faults, *, wanted: bool) -> dict[str, Curve]:
             if (number := _number(value)) is not None:
                 curves.setdefault(name, []).append((step, number))
             else:
-                faults.add(path, f"values of {name} that are not finite, left out")
+                faults.add(path, f"values of {name} that are not finite, skipped")
     return dict(curves)
 
 
 def _lines(path: Path, faults: Faults) -> Iterator[dict[str, Any]]:
     """JSON objects of a JSON Lines file; other lines are counted as faults."""
-    lines = read_undamaged(path, lambda _: faults.add(path, "damaged lines, left out"))
+    lines = read_undamaged(path, lambda _: faults.add(path, "damaged lines, skipped"))
     return (row for _, row in lines)
 
 
@@ -196,7 +229,7 @@ def _document(path: Path, faults: Faults, *, wanted: bool) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        faults.add(path, "damaged, left out")
+        faults.add(path, "damaged, skipped")
         return {}
     return found
 
@@ -206,7 +239,7 @@ def _mappings(found: Any, path: Path, what: str, faults: Faults) -> Iterator[Map
         if isinstance(entry, Mapping):
             yield entry
         else:
-            faults.add(path, f"{what} that is no object, left out")
+            faults.add(path, f"{what} that is no object, skipped")
 
 
 def _mapping(found: Any) -> Mapping[str, Any]:

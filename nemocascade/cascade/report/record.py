@@ -45,7 +45,8 @@ class Stage:
 
     start: name of the stage that it started from, "" for none. side: a branch that later stages
     don't start from. domains: domains of its rollouts. curves: metrics.jsonl by name.
-    rollouts: samples of its first and last logged step.
+    rollouts: samples of its first and last logged step. stale: why a full run would make the stage
+    again, "" if it would not. scoring_s: time of its held-out scores.
     """
 
     name: str
@@ -62,6 +63,17 @@ class Stage:
     scores: Mapping[str, DomainScore] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     rollouts: Sequence[Sample] = ()
+    stale: str = ""
+    scoring_s: float = 0.0
+
+    def ends(self, name: str) -> tuple[float, float] | None:
+        """Means of a measure over the first and the last fifth of its steps, at least two each;
+        None for fewer than four."""
+        values = [value for _, value in self.curves.get(name, ())]
+        if len(values) < 4:
+            return None
+        part = max(2, len(values) // 5)
+        return sum(values[:part]) / part, sum(values[-part:]) / part
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,11 @@ class Run:
     settings: Mapping[str, Any]
     versions: Mapping[str, Any]
     faults: tuple[Fault, ...]
+
+    @property
+    def is_finished(self) -> bool:
+        """True if every stage is done."""
+        return all(stage.status == "done" for stage in self.stages)
 
     @property
     def domains(self) -> tuple[str, ...]:

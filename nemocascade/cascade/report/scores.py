@@ -17,6 +17,8 @@ from nemocascade.cascade.report.figures import ACCENT, ALARM, BAND, INK, MUTED, 
 from nemocascade.cascade.report.record import Run, Stage
 from nemocascade.stages.domain_score import DomainScore
 
+NOISE = 2.0
+"""Standard errors of a difference up to which it counts as noise: one in 20 is larger by chance."""
 HEAT = LinearSegmentedColormap.from_list("heat", [PAPER, "#6aaad5"])
 
 
@@ -25,10 +27,41 @@ def standard_error(score: DomainScore) -> float | None:
     in 0..1: sqrt(p (1 - p) / n)."""
     if score.standard_error is not None:
         return score.standard_error
-    counted = score.tasks - score.errors
+    counted = _counted(score)
     if score.score is None or not 0 <= score.score <= 1 or counted < 1:
         return None
     return math.sqrt(score.score * (1 - score.score) / counted)
+
+
+def difference_error(before: DomainScore, after: DomainScore) -> float | None:
+    """Standard error of `after - before`, as if their tasks were independent: mostly too large,
+    since both answer the same tasks. None if one is unknown."""
+    errors = [_error_above_zero(score) for score in (before, after)]
+    if errors[0] is None or errors[1] is None:
+        return None
+    return math.hypot(errors[0], errors[1])
+
+
+def _error_above_zero(score: DomainScore) -> float | None:
+    """The standard error; if all rewards were equal, that of one more success and failure."""
+    found, counted = standard_error(score), _counted(score)
+    if found or found is None or score.score is None or counted < 1:
+        return found
+    share = (min(1.0, max(0.0, score.score)) * counted + 1) / (counted + 2)
+    return math.sqrt(share * (1 - share) / counted)
+
+
+def _counted(score: DomainScore) -> int:
+    """Number of tasks with a verdict, or less: errors are counted by sample."""
+    return score.tasks - score.errors // max(1, score.samples)
+
+
+def is_noise(before: DomainScore | None, after: DomainScore | None) -> bool:
+    """True if two scores differ by at most `NOISE` standard errors of their difference."""
+    if before is None or after is None or before.score is None or after.score is None:
+        return False
+    error = difference_error(before, after)
+    return error is not None and abs(after.score - before.score) <= NOISE * error
 
 
 def ordered(run: Run) -> list[Stage]:

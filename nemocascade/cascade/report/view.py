@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from nemocascade.cascade.report import words
 from nemocascade.cascade.report.record import Curve, Run, Sample, Stage
-from nemocascade.cascade.report.scores import ordered, scale, standard_error, trains
+from nemocascade.cascade.report.scores import is_noise, ordered, scale, standard_error, trains
 from nemocascade.stages.domain_score import DomainScore
 
 Answers = list[tuple[str, Sample]]
@@ -18,43 +17,18 @@ TASKS = 3
 """Most tasks shown for each domain, with the answers of the stages."""
 NEAR_TEACHER = 0.02
 """Largest gap below the teacher at which a student has reached it."""
-# Settings compared between stages; the page shows the full recipes as well.
-COMPARED = (
-    "steps",
-    "optimizer.lr",
-    "optimizer.schedule",
-    "optimizer.warmup_steps",
-    "rollout.prompts_per_step",
-    "rollout.rollouts_per_prompt",
-    "rollout.max_response_tokens",
-    "rollout.temperature",
-    "rollout.top_p",
-    "rollout.thinking",
-    "rollout.dynamic_filtering",
-    "rollout.overlong_filter",
-    "grpo.kl_coef",
-    "grpo.normalize",
-    "mopd.ratio_low",
-    "mopd.ratio_high",
-    "data.capacity",
-    "grpo.capacity",
-    "mopd.capacity",
-    "engine.precision",
-    "parallel.tp",
-    "parallel.pp",
-    "parallel.ep",
-    "parallel.cp",
-    "seed",
-)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Cell of the score table. heat: 0..1 on its scale. change: from the stage it starts from."""
+    """Cell of the score table. error: its standard error. heat: 0..1 on its scale. change: from the
+    stage it starts from. noise: the change is within noise."""
 
     text: str
+    error: str
     heat: float
     change: str
+    noise: bool
     alarm: bool
     trained: bool
     note: str
@@ -72,8 +46,17 @@ def score_rows(run: Run) -> list[tuple[str, list[Cell | None]]]:
     return rows
 
 
+def tasks_of(run: Run, domain: str) -> str:
+    """Number of a domain's held-out tasks, and of their samples; a range if stages differ."""
+    found = [s.scores[domain] for s in run.scored if domain in s.scores]
+    counts = sorted({score.tasks for score in found})
+    samples = max(score.samples for score in found)
+    tasks = "–".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1])))
+    return f"n {tasks}{f' × {samples}' if samples > 1 else ''}"
+
+
 def mean_row(run: Run) -> list[str]:
-    """Mean score of each stage, "" if it lacks a domain."""
+    """Mean score of each stage, "" if a domain is missing."""
     return [words.score(mean_score(run, stage), points=True) for stage in ordered(run)]
 
 
@@ -83,14 +66,19 @@ def _cell(run: Run, domain: str, stage: Stage, alarm: bool) -> Cell | None:
         return None
     trained = trains(stage, domain)
     if found.score is None:
-        return Cell("–", 0.0, "", alarm, trained, f"no verdict on any of {found.tasks} tasks")
+        return Cell(
+            "–", "", 0.0, "", False, alarm, trained, f"no verdict on any of {found.tasks} tasks"
+        )
     points = run.in_points(domain)
     low, high = scale(run, domain)
-    before = value_of(run.stage(stage.start), domain)
+    parent = run.stage(stage.start)
+    error = standard_error(found)
     return Cell(
         text=words.score(found.score, points=points),
+        error="" if error is None else words.score(error, points=points),
         heat=round((found.score - low) / (high - low), 3),
-        change=_change(before, found.score, points),
+        change=_change(value_of(parent, domain), found.score, points),
+        noise=is_noise(None if parent is None else parent.scores.get(domain), found),
         alarm=alarm,
         trained=trained,
         note=_note(found, points),
@@ -271,25 +259,3 @@ def first_and_last(curve: Curve) -> tuple[str, str]:
     ends = curve[:part], curve[-part:]
     first, last = (words.number(sum(v for _, v in end) / len(end)) for end in ends)
     return first, last
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, text) pairs of nested settings."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
-            for number, entry in enumerate(value):
-                part = entry if isinstance(entry, Mapping) else {"": entry}
-                yield from flat(part, f"{prefix}{name}.{number}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            yield prefix + name, text
-
-
-def compared_settings(run: Run) -> tuple[list[Stage], list[tuple[str, Sequence[str]]]]:
-    """Stages with a recipe, and the main settings of each; "" where a stage has no such setting."""
-    stages = [s for s in run.stages if s.recipe]
-    each = [dict(flat(stage.recipe)) for stage in stages]
-    rows = [(name, [found.get(name, "") for found in each]) for name in COMPARED]
-    return stages, [(name, row) for name, row in rows if any(row)]

@@ -34,6 +34,12 @@ def count(value: float) -> str:
     raise AssertionError(value)
 
 
+def percent(share: float) -> str:
+    """A share in percent: 0.4 %, 12 %, 100 %."""
+    value = 100 * share
+    return f"{value:.1f} %" if 0 < abs(value) < 9.95 else f"{value:.0f} %"
+
+
 def duration(seconds: float) -> str:
     """A duration: 4.2 s, 58 s, 12 min 31 s, 3 h 05 min, 2 d 04 h."""
     if seconds < 9.95:

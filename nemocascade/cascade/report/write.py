@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,45 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from nemocascade.cascade.report import curves, figures, scores, view, words
+from nemocascade.cascade.comparison import changed_settings
+from nemocascade.cascade.effects import FILE, FOLDER, Effects, read_interference
+from nemocascade.cascade.errors import ReportError
+from nemocascade.cascade.report import (
+    curves,
+    effects,
+    figures,
+    phases,
+    scores,
+    settings,
+    signs,
+    versus,
+    view,
+    words,
+)
 from nemocascade.cascade.report.read import read_run
-from nemocascade.cascade.report.record import Run
-from nemocascade.runtime.files import write_text
+from nemocascade.cascade.report.record import Fault, Run
+from nemocascade.runtime.files import replace_text
 
+REFRESH_S = 20
+"""Seconds after which the page of an unfinished run reloads itself."""
 HERE = Path(__file__).resolve().parent
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write the report of a finished or unfinished cascade run; returns the HTML file.
+def write_report(run_dir: Path, *, with_pictures: bool = True) -> Path:
+    """Write the report of a finished or unfinished run, of a cascade or a stage; returns the HTML
+    file. The page of an unfinished run reloads itself.
 
-    The output is deterministic. Raises ReportError if cascade.json cannot be read.
+    A run with an interference matrix gets a second page for it. with_pictures: write the PNG files
+    too. The output is deterministic. Raises ReportError if the folder holds no run, or if its
+    cascade.json cannot be read.
     """
-    run = read_run(run_dir)
+    run, matrix = read_run(run_dir), None
+    found = next((f for f in (FILE, f"{FOLDER}/{FILE}") if (run_dir / f).is_file()), "")
+    if found:
+        try:
+            matrix = Effects(read_interference(run_dir))
+        except ReportError:
+            run = replace(run, faults=(*run.faults, Fault(found, "damaged, skipped")))
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
     page = _environment().get_template("page.html.jinja")
@@ -39,14 +64,65 @@ def write_report(run_dir: Path) -> Path:
             draw_panel=lambda panel: partial(figures.draw_panel, panel=panel),
             draw_domain=lambda domain: partial(scores.draw_domain, run=run, domain=domain),
             ordered=scores.ordered(run),
-            pictures=_write_pngs(folder, run),
+            pictures=_write_pngs(folder, run) if with_pictures else [],
+            refresh=0 if run.is_finished else REFRESH_S,
+            matrix=matrix,
+            signs=signs,
+            settings=settings,
+            phases=phases,
             recipes=[(words.words(s.name), s.recipe) for s in run.stages],
-            css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+            css=_css(),
         )
-    target = folder / "index.html"
-    unfinished = folder / "index.html.partial"
-    write_text(unfinished, text)
-    os.replace(unfinished, target)
+        _write_matrix(folder, matrix)
+    return replace_page(folder / "index.html", text)
+
+
+def _write_matrix(folder: Path, matrix: Effects | None) -> None:
+    """Write the page of the interference matrix and its figure, or delete an earlier one."""
+    target = folder / "interference.html"
+    if matrix is None:
+        target.unlink(missing_ok=True)
+        return
+    page = _environment().get_template("interference.html.jinja")
+    replace_page(target, page.render(effects=matrix, text=effects, css=_css()))
+    effects.effects_png(folder / "interference.png", matrix)
+
+
+def _css() -> Markup:
+    return Markup((HERE / "page.css").read_text(encoding="utf-8"))
+
+
+def write_comparison(run_dir: Path, other: Path) -> Path:
+    """Write a page with two runs side by side, RUN/report/versus_NAME.html; returns it.
+
+    Raises ReportError if a folder holds no run, and RecipeError if its settings cannot be read.
+    """
+    first, second = read_run(run_dir), read_run(other)
+    folder = run_dir / "report"
+    folder.mkdir(exist_ok=True)
+    page = _environment().get_template("versus.html.jinja")
+    with matplotlib.rc_context(figures.SETTINGS):
+        text = page.render(
+            first=first,
+            second=second,
+            paths=[str(path.resolve()) for path in (run_dir, other)],
+            pairs=versus.last_scores(first, second),
+            by_stage=versus.stage_scores(first, second),
+            costs=versus.cost_pairs(first, second),
+            shares=versus.phase_pairs(first, second),
+            both=versus.both_panels(first, second),
+            changes=changed_settings(run_dir, other),
+            draw_panel=lambda panel: partial(figures.draw_panel, panel=panel),
+            phases=phases,
+            css=_css(),
+        )
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", second.name)
+    return replace_page(folder / f"versus_{name}.html", text)
+
+
+def replace_page(target: Path, text: str) -> Path:
+    """Replace a page atomically: a browser may be reading it, and `watch` writing it too."""
+    replace_text(target, text)
     return target
 
 
@@ -57,7 +133,7 @@ def _picture(draw: Callable[[Axes], None], description: str) -> Markup:
 def _write_pngs(folder: Path, run: Run) -> list[str]:
     """Write the figures and return their names; figures of an earlier report are deleted."""
     for path in folder.glob("*.png"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     written = []
 
     def write(name: str, draw: Any, *arguments: Any) -> None:
