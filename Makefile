@@ -21,21 +21,23 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+# GPU=1: Triton and fla-core, and what can be had of Transformer Engine, apex and FlashAttention-3.
+GPU_INSTALLED := $(if $(filter 1,$(GPU)),$(VENV)/.gpu_installed)
 BUILT := $(VENV)/.built
 LIBRARIES := nemocascade/_native.so kernels/nemocascade_kernels/_native.so
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # An environment whose Python has gone, or a library that was deleted, is made anew.
 ifneq ($(shell $(RUN) -c 'print(1)' 2>/dev/null),1)
-$(shell rm -f $(INSTALLED) $(BUILT))
+$(shell rm -f $(INSTALLED) $(BUILT) $(VENV)/.gpu_installed)
 endif
 ifneq ($(words $(wildcard $(LIBRARIES))),$(words $(LIBRARIES)))
 $(shell rm -f $(BUILT))
 endif
 
-.PHONY: setup cascade test test-slow test-vllm gpu-dry fuzz lint format bench clean help
+.PHONY: setup cascade test test-slow test-vllm gpu-dry fuzz lint format bench wheels clean help
 
-setup: $(BUILT)  ## Find a Python >= 3.12, make .venv, install, build csrc/
+setup: $(BUILT) $(GPU_INSTALLED)  ## Find a Python >= 3.12, make .venv, install, build csrc/ (GPU=1: packages of a GPU node)
 
 $(INSTALLED): pyproject.toml
 	@if ! $(RUN) -c '' 2>/dev/null; then \
@@ -47,6 +49,11 @@ $(INSTALLED): pyproject.toml
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --quiet $$($(RUN) tools/build_requirements.py)
 	$(PIP) install --quiet --no-build-isolation --editable '.[dev,peers]'
+	touch $@
+
+$(VENV)/.gpu_installed: $(INSTALLED) tools/gpu_packages.py
+	$(PIP) install --quiet --no-build-isolation --editable '.[dev,peers,gpu]'
+	$(RUN) tools/gpu_packages.py
 	touch $@
 
 $(BUILT): $(INSTALLED) setup.py CMakeLists.txt $(CSRC)
@@ -94,6 +101,10 @@ format: setup  ## Apply ruff's fixes and all formatting
 bench: setup  ## Run the benchmarks (SUITE=gpu where there is one; ARGS goes to benchmarks/run.py)
 	$(RUN) benchmarks/data/bench_packing.py
 	$(RUN) benchmarks/run.py --suite $(SUITE) $(ARGS)
+
+wheels: setup  ## Both wheels into dist/, with the libraries that setup has built
+	rm -rf build/lib* build/bdist.* kernels/build
+	NEMOCASCADE_USE_BUILT=1 $(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . ./kernels
 
 clean:  ## Remove what was built; .venv stays
 	rm -rf build dist *.egg-info $(LIBRARIES) $(BUILT) .mypy_cache .ruff_cache .pytest_cache

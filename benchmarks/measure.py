@@ -97,6 +97,7 @@ class Row:
     kind: "ours", "peer", or "floor" (bare work that no implementation can avoid).
     flops, bytes, tokens: work of one call, for TFLOP/s, GB/s and tokens/s.
     output_bytes: bytes of the call's allocated outputs, not counted as extra memory.
+    agree: replaces `Case.agree`, for a row that computes in fewer bits.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Row:
     bytes: float | None = None
     output_bytes: int = 0
     tokens: int | None = None
+    agree: float | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def measure(case: Case, device: torch.device, budget_s: float) -> list[Outcome]:
         if isinstance(result, Tensor):
             value = result.detach().double().cpu()
             expected = value if expected is None else expected
-            outcome.wrong = _disagreement(value, expected, case.agree)
+            outcome.wrong = _disagreement(value, expected, row.agree or case.agree)
         del result, made
         outcome.extra_bytes = max(0, extra_memory(call, device) - row.output_bytes)
         batch = _batched(call, case.calls, device)

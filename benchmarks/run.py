@@ -27,11 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
+from nemocascade_kernels.common import fastest, products  # noqa: E402
 
 from benchmarks import measure  # noqa: E402
 from benchmarks.measure import Case, Goal, Outcome  # noqa: E402
 
 FORMAT = 1
+#: Variables that limit the instructions of a CPU: ours, torch's and those of the libraries below.
+CPU_LIMITS = ("NEMOCASCADE_CPU_LEVEL", "ATEN_CPU_CAPABILITY", *fastest.LIMITS)
 
 
 def ops() -> list[str]:
@@ -86,7 +89,12 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
+        "cpu_limits": {name: os.environ[name] for name in CPU_LIMITS if name in os.environ},
     }
+    if device.type == "cpu":
+        for kind in products.WAYS:
+            chosen = products.choice(kind)
+            found[f"bf16_{kind}"] = {"way": chosen.way, "seconds": dict(chosen.seconds)}
     try:
         found["triton"] = importlib.import_module("triton").__version__
     except ImportError:
@@ -160,6 +168,13 @@ def case_record(case: Case, outcomes: list[Outcome], ceilings: dict[str, float])
         rows.append(row)
     goals = [check_goal(goal, outcomes) for goal in case.goals]
     return {"case": case.name, "settings": dict(case.settings), "rows": rows, "goals": goals}
+
+
+def restricted(case: Case, names: list[str]) -> Case:
+    """The case with the rows of these names alone, and the goals that compare them."""
+    rows = [row for row in case.rows if row.name in names]
+    goals = [g for g in case.goals if g.row in names and g.baseline in (None, *names)]
+    return dataclasses.replace(case, rows=rows, goals=goals)
 
 
 def print_case(record: dict[str, Any]) -> None:
@@ -257,6 +272,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--op", action="append", choices=ops(), help="only this op (may be repeated)"
     )
     parser.add_argument("--case", help="only cases whose name contains this")
+    parser.add_argument("--row", action="append", help="only this row (may be repeated)")
     return parser.parse_args(arguments)
 
 
@@ -281,6 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
         for case in module.cases(options.suite, device, options.dry_run):
             if options.case and options.case not in case.name:
                 continue
+            if options.row:
+                case = restricted(case, options.row)
             if options.dry_run:
                 case = dataclasses.replace(case, goals=())
             outcomes = measure.measure(case, device, 0.0 if options.dry_run else options.seconds)

@@ -1,38 +1,41 @@
 """Command line: `nemocascade run | eval | score | report | plan | ...`.
 
-Each command imports its modules when it runs: help and version need no torch.
+Each command imports the settings that it parses, and what it does only after that: help, version
+and errors of the command line need no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import runpy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import tyro
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
 import nemocascade
-from nemocascade.recipe import (
-    CascadeRecipe,
-    DataConfig,
-    PolicyRecipe,
-    Recipe,
-    RecipeError,
-    load_any_recipe,
-)
-from nemocascade.recipe.rules import Count, Positive, Seed, number_problems
+
+if TYPE_CHECKING:
+    from nemocascade.recipe import Recipe
 
 USAGE = """usage: nemocascade COMMAND ...
 
   run RECIPE.py [--field value ...]              run a recipe script: a stage, or a cascade
+  recipes [NEW_FOLDER]                           recipe scripts: list them, or copy them
   eval --artifact DIR --data.path FILE ...       held-out loss of an artifact
   score --artifact DIR --domains NAME ...        mean reward of its answers to held-out tasks;
                                                  --samples K: avg@k and pass@k
-  report RUN                                     artifacts, scores and teachers of a cascade
+  chat MODEL                                     talk with a model in the terminal
+  generate MODEL PROMPTS --output FILE           answers to a file of prompts
+  serve MODEL --port N                           OpenAI-compatible server of a model
+  report RUN [OTHER]                             artifacts, scores and teachers of a cascade; OTHER:
+                                                 two runs side by side
+  watch RUN                                      follow a run, and keep its report up to date
+  interference RECIPE.py [--stages NAME ...]     what each RL stage does to every domain; --pairs:
+                                                 what a later stage wins back
+  order RUN                                      order of the stages that the matrix supports
   plan RECIPE.py --gpus N --gpu NAME             memory and time of every layout
   preflight RECIPE.py [--ranks N]                every problem of a job before it starts
   submit RECIPE.py ... --nodes N                 Slurm jobs, one a stage
@@ -43,30 +46,19 @@ USAGE = """usage: nemocascade COMMAND ...
   import-swe ROWS FOLDER --repositories FOLDER   tasks of SWE-Gym or R2E-Gym rows, from git clones
   check-tasks PATH                               whether the tests of repair tasks can decide
   tokenizer --data.path FILE ... --output FILE   train a sentencepiece tokenizer
+  data build --data.path FILE ... --output DIR   tokenise rows once, in parallel; --recipe
+                                                 RECIPE.py: those of an SFT recipe
+  completion bash | zsh                          completion of commands, options and settings:
+                                                 eval "$(nemocascade completion bash)"
 
-`nemocascade COMMAND --help` shows all settings of a command, `nemocascade --version` the version.
+`nemocascade COMMAND --help` shows the settings of a command, `nemocascade --version` the version.
 """
-
-
-@dataclass(frozen=True)
-class TokenizerSettings:
-    """Train a sentencepiece tokenizer on the rendered conversations of `data.path`."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    vocab_size: Count = 2048
-    """Number of ids, including the template's tags and one id for each byte."""
-
-    output: str = "tokenizer.model"
-    """File to write; must end in .model."""
-
-    seed: Seed = 1
-    """Seed of synthetic rows."""
 
 
 def _run(arguments: list[str]) -> None:
     usage = "usage: nemocascade run RECIPE.py [--field value ...]"
     if arguments[:1] in (["-h"], ["--help"]):
-        print(f"{usage}\n\nnemocascade run RECIPE.py --help shows all settings of a recipe.")
+        print(f"{usage}\n\nnemocascade run RECIPE.py --help shows the settings of a recipe.")
         return
     if not arguments or arguments[0].startswith("-"):
         raise SystemExit(usage)
@@ -80,9 +72,11 @@ def _run(arguments: list[str]) -> None:
 
 
 def _eval(arguments: list[str]) -> None:
-    from nemocascade.stages.evaluate import EvalSettings, run_eval
+    from nemocascade.stages.settings import EvalSettings
 
     def act(settings: EvalSettings) -> None:
+        from nemocascade.stages.evaluate import run_eval
+
         loss, tokens = run_eval(settings)
         print(json.dumps({"artifact": settings.artifact, "loss": loss, "tokens": tokens}))
 
@@ -90,60 +84,83 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _score(arguments: list[str]) -> None:
-    from nemocascade.runtime.jsonl import json_text
-    from nemocascade.runtime.world import is_main_process
-    from nemocascade.stages.scoring import ScoreSettings, run_scoring
+    from nemocascade.stages.settings import ScoreSettings
 
     def act(settings: ScoreSettings) -> None:
+        from nemocascade.runtime.jsonl import json_text
+        from nemocascade.runtime.launcher import is_main_process
+        from nemocascade.stages.score import run_scoring
+
         found = run_scoring(settings)
         if is_main_process():
             print(json_text(found.as_json()))
 
     # The settings are shared with recipes, where a boolean is given with its value.
-    _execute("score", ScoreSettings, act, arguments, config=(tyro.conf.FlagConversionOff,))
+    _execute("score", ScoreSettings, act, arguments, as_recipe=True)
+
+
+def _generate(arguments: list[str]) -> None:
+    from nemocascade.serving.settings import GenerateSettings
+
+    def act(settings: GenerateSettings) -> None:
+        from nemocascade.runtime.launcher import is_main_process
+        from nemocascade.serving.prompts import generate
+
+        found = generate(settings)
+        if is_main_process():
+            print(json.dumps(found))
+
+    _execute("generate", GenerateSettings, act, arguments, as_recipe=True)
 
 
 def _pass_rates(arguments: list[str]) -> None:
     from nemocascade.recipe.pass_rates import PassRateSettings, settings_of_stage
+    from nemocascade.runtime.command_line import parse_settings
     from nemocascade.runtime.errors import exit_cleanly
-    from nemocascade.runtime.jsonl import json_text
-    from nemocascade.runtime.world import is_main_process
-    from nemocascade.stages.pass_rates import run_pass_rates
 
     def act(settings: PassRateSettings) -> None:
+        from nemocascade.runtime.jsonl import json_text
+        from nemocascade.runtime.launcher import is_main_process
+        from nemocascade.stages.pass_rates import run_pass_rates
+
         found = run_pass_rates(settings)
         if is_main_process():
             print(json_text(found))
 
     # The recipe's settings are the defaults of the command's.
     script = _value_of("--recipe", arguments)
-    settings = tyro.cli(
+    settings = parse_settings(
         PassRateSettings,
+        arguments,
         default=exit_cleanly(lambda: settings_of_stage(script)),
-        args=arguments,
         prog="nemocascade pass-rates",
-        config=(tyro.conf.FlagConversionOff,),
     )
     _act(settings, act)
 
 
 def _report(arguments: list[str]) -> None:
-    usage = "usage: nemocascade report RUN"
+    usage = "usage: nemocascade report RUN [OTHER]"
     if arguments[:1] in (["-h"], ["--help"]):
-        print(usage)
+        print(f"{usage}\n\nOTHER: a second run; the page shows both side by side.")
         return
-    if len(arguments) != 1 or arguments[0].startswith("-"):
+    if not 1 <= len(arguments) <= 2 or any(a.startswith("-") for a in arguments):
         raise SystemExit(usage)
-    from nemocascade.cascade.launch import run_report
+    from nemocascade.cascade.launch import run_comparison, run_report
     from nemocascade.runtime.errors import exit_cleanly
 
-    exit_cleanly(lambda: run_report(Path(arguments[0])))
+    folders = [Path(argument) for argument in arguments]
+    if len(folders) == 2:
+        exit_cleanly(lambda: run_comparison(*folders))
+    else:
+        exit_cleanly(lambda: run_report(folders[0]))
 
 
 def _tokenizer(arguments: list[str]) -> None:
-    from nemocascade.data.tokenizer_training import train_tokenizer
+    from nemocascade.recipe.commands import TokenizerSettings
 
     def act(settings: TokenizerSettings) -> None:
+        from nemocascade.data.tokenizer_training import train_tokenizer
+
         tokenizer = train_tokenizer(
             settings.data, settings.vocab_size, settings.output, seed=settings.seed
         )
@@ -152,34 +169,43 @@ def _tokenizer(arguments: list[str]) -> None:
     _execute("tokenizer", TokenizerSettings, act, arguments)
 
 
-@dataclass(frozen=True)
-class ConvertSettings:
-    """Convert a Hugging Face folder (NemotronHForCausalLM, Qwen3MoeForCausalLM) to an artifact, or
-    an artifact of any layout to such a folder. The direction follows from SOURCE."""
+def _data(arguments: list[str]) -> None:
+    from nemocascade.recipe.build import BuildSettings, build_settings_of
+    from nemocascade.runtime.command_line import parse_settings
+    from nemocascade.runtime.errors import exit_cleanly
 
-    source: tyro.conf.Positional[str]
-    """Hugging Face folder or artifact."""
+    if arguments[:1] != ["build"]:
+        raise SystemExit("usage: nemocascade data build --data.path FILE ... --output DIR")
+    # The recipe's settings are the defaults of the command's.
+    script = _value_of("--recipe", arguments)
+    settings = parse_settings(
+        BuildSettings,
+        arguments[1:],
+        default=exit_cleanly(lambda: build_settings_of(script)),
+        prog="nemocascade data build",
+    )
 
-    target: tyro.conf.Positional[str]
-    """Folder to write."""
+    def act(settings: BuildSettings) -> None:
+        from nemocascade.data.build_jobs import run_build
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the written weights; auto rounds nothing."""
+        tokenizer = settings.tokenizer.path
+        if not tokenizer and settings.init_from:
+            from nemocascade.stages.setup import artifact_tokenizer
 
-    family: Literal["auto", "NemotronHForCausalLM", "Qwen3MoeForCausalLM"] = "auto"
-    """Model family of a written Hugging Face folder; auto = the family that the model came from or
-    fits."""
+            tokenizer = artifact_tokenizer(settings.init_from)
+        print(run_build(settings, tokenizer))
 
-    shard_gib: Positive = 5.0
-    """Largest weights file of a written Hugging Face folder."""
+    _act(settings, act)
 
 
 def _convert(arguments: list[str]) -> None:
-    from nemocascade.data.serving import serving_of
-    from nemocascade.megatron.artifact import read_artifact
-    from nemocascade.megatron.convert import Serving, export_huggingface, import_huggingface
+    from nemocascade.recipe.commands import ConvertSettings
 
     def act(settings: ConvertSettings) -> None:
+        from nemocascade.data.serving import serving_of
+        from nemocascade.megatron.artifact import read_artifact
+        from nemocascade.megatron.convert import Serving, export_huggingface, import_huggingface
+
         source, target = Path(settings.source), Path(settings.target)
         if (source / "manifest.json").is_file():
             report = export_huggingface(
@@ -203,35 +229,85 @@ def _convert(arguments: list[str]) -> None:
     _execute("convert", ConvertSettings, act, arguments)
 
 
+def _interference(arguments: list[str]) -> None:
+    from nemocascade.recipe.commands import InterferenceSettings
+
+    def act(settings: InterferenceSettings, rest: list[str]) -> None:
+        from nemocascade.runtime.hub_rows import with_hub_files
+
+        recipe = with_hub_files(_overridden(settings.recipe, rest))
+        from nemocascade.cascade.interference import print_interference
+
+        print_interference(recipe, settings)
+
+    _execute_on_recipe("interference", InterferenceSettings, act, arguments)
+
+
+def _order(arguments: list[str]) -> None:
+    from nemocascade.recipe.commands import OrderSettings
+
+    def act(settings: OrderSettings) -> None:
+        from nemocascade.cascade.order import advise
+        from nemocascade.cascade.order_text import order_text
+        from nemocascade.runtime.jsonl import json_text
+        from nemocascade.runtime.logging import printable
+
+        found = advise(settings)
+        print(json_text(found.as_json()) if settings.json else printable(order_text(found)))
+
+    _execute("order", OrderSettings, act, arguments)
+
+
 def _plan(arguments: list[str]) -> None:
-    from nemocascade.cascade.planning import plan_cascade
-    from nemocascade.plan.summary import PlanSettings, plan_recipe
+    from nemocascade.plan.settings import PlanSettings
 
     def act(settings: PlanSettings, rest: list[str]) -> None:
         recipe = _overridden(settings.recipe, rest)
+        from nemocascade.recipe import CascadeRecipe
+
         if isinstance(recipe, CascadeRecipe):
+            from nemocascade.cascade.planning import plan_cascade
+
             print(plan_cascade(recipe, settings))
+        elif settings.simulate:
+            from nemocascade.stages.simulation import simulated_report
+
+            text, value = simulated_report(recipe, settings)
+            print(json.dumps(value, indent=1) if settings.json else text)
         else:
+            from nemocascade.plan.summary import plan_recipe
+
             print(plan_recipe(recipe, settings))
 
     _execute_on_recipe("plan", PlanSettings, act, arguments)
 
 
 def _preflight(arguments: list[str]) -> None:
-    from nemocascade.cascade.planning import check_cascade
-    from nemocascade.plan.findings import Preflight
-    from nemocascade.plan.preflight import PreflightSettings, check_recipe
-    from nemocascade.runtime.logging import printable
+    from nemocascade.plan.settings import PreflightSettings
 
     def act(settings: PreflightSettings, rest: list[str]) -> None:
-        found = Preflight()
+        from nemocascade.plan.findings import Preflight
+        from nemocascade.recipe import CascadeRecipe
+        from nemocascade.runtime.hub_rows import with_hub_files
+        from nemocascade.runtime.logging import printable
+
+        def show(line: str) -> None:
+            print(printable(line), flush=True)
+
+        found = Preflight(show=None if settings.json else show)
+        if not settings.json:
+            show("preflight:")
         with found.guarded("recipe"):
-            recipe = _overridden(settings.recipe, rest)
+            recipe = with_hub_files(_overridden(settings.recipe, rest))
             if isinstance(recipe, CascadeRecipe):
+                from nemocascade.cascade.preflight import check_cascade
+
                 check_cascade(recipe, settings, found)
             else:
+                from nemocascade.plan.preflight import check_recipe
+
                 check_recipe(recipe, settings, found)
-        print(found.as_json() if settings.json else printable(found.text()))
+        print(found.as_json() if settings.json else found.conclusion())
         if found.problems:
             raise SystemExit(2)
 
@@ -239,18 +315,16 @@ def _preflight(arguments: list[str]) -> None:
 
 
 def _submit(arguments: list[str]) -> None:
-    from nemocascade.cascade.planning import jobs_of_cascade
-    from nemocascade.plan.slurm import (
-        SlurmJob,
-        SubmitSettings,
-        check_submission,
-        job_of_script,
-        submit_jobs,
-    )
+    from nemocascade.plan.submission import SubmitSettings
 
     own, rest = _split(arguments)
 
     def act(settings: SubmitSettings) -> None:
+        from nemocascade.cascade.planning import jobs_of_cascade
+        from nemocascade.plan.slurm import check_submission, job_of_script, submit_jobs
+        from nemocascade.plan.submission import SlurmJob
+        from nemocascade.recipe import CascadeRecipe, PolicyRecipe, load_any_recipe
+
         check_submission(settings, rest)
         jobs: list[SlurmJob] = []
         for script in map(Path, settings.recipes):
@@ -266,10 +340,12 @@ def _submit(arguments: list[str]) -> None:
 
 
 def _diff(arguments: list[str]) -> None:
-    from nemocascade.cascade.comparison import DiffSettings, compare
-    from nemocascade.runtime.logging import printable
+    from nemocascade.recipe.commands import DiffSettings
 
     def act(settings: DiffSettings) -> None:
+        from nemocascade.cascade.comparison import compare
+        from nemocascade.runtime.logging import printable
+
         found = compare(settings)
         print(printable("\n".join(found)) or "no setting differs")
         if found:
@@ -281,6 +357,7 @@ def _diff(arguments: list[str]) -> None:
 def _overridden(script: str, arguments: list[str]) -> Recipe:
     """The recipe of a script, of any kind, with the command line's overrides."""
     from nemocascade.cascade.launch import parse_cascade
+    from nemocascade.recipe import CascadeRecipe, load_any_recipe
     from nemocascade.stages.launch import parse
 
     recipe = load_any_recipe(Path(script))
@@ -290,19 +367,24 @@ def _overridden(script: str, arguments: list[str]) -> Recipe:
 
 
 def _replay(arguments: list[str]) -> None:
-    from nemocascade.rl.trajectories import ReplaySettings, replay, settings_of_run
+    from nemocascade.recipe.commands import ReplaySettings
+    from nemocascade.runtime.command_line import parse_settings
     from nemocascade.runtime.errors import exit_cleanly
-    from nemocascade.runtime.logging import printable
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--path", *arguments]
+    prog = "nemocascade replay"
 
     def work() -> None:
-        named = arguments[:1] == ["--path"] and len(arguments) > 1
-        default = settings_of_run(Path(arguments[1])) if named else ReplaySettings()
-        found = replay(
-            tyro.cli(ReplaySettings, default=default, args=arguments, prog="nemocascade replay")
-        )
+        settings = parse_settings(ReplaySettings, arguments, prog=prog, config=())
+        from nemocascade.rl.trajectories import replay, settings_of_run
+        from nemocascade.runtime.logging import printable
+
+        if arguments[:1] == ["--path"]:
+            # The run's settings are the defaults of the command's.
+            own = settings_of_run(Path(settings.path))
+            settings = parse_settings(ReplaySettings, arguments, default=own, prog=prog, config=())
+        found = replay(settings)
         for episode in found:
             verdict = episode.verdict
             note = "" if episode.same else f"  DIFFERS, it was {episode.logged}"
@@ -314,11 +396,13 @@ def _replay(arguments: list[str]) -> None:
 
 
 def _import_swe(arguments: list[str]) -> None:
-    from nemocascade.runtime.logging import printable
-    from nemocascade.runtime.row_errors import DataError
-    from nemocascade.swe.importing import ImportSettings, import_rows
+    from nemocascade.recipe.commands import ImportSettings
 
     def act(settings: ImportSettings) -> None:
+        from nemocascade.runtime.logging import printable
+        from nemocascade.runtime.row_errors import DataError
+        from nemocascade.swe.importing import import_rows
+
         try:
             found = import_rows(settings)
         except ValueError as error:
@@ -331,12 +415,14 @@ def _import_swe(arguments: list[str]) -> None:
 
 
 def _check_tasks(arguments: list[str]) -> None:
-    from nemocascade.envs.swe_checking import CheckSettings, check_tasks, summary
-    from nemocascade.runtime.logging import printable
-    from nemocascade.runtime.row_errors import DataError
-    from nemocascade.types import SandboxUnavailable
+    from nemocascade.recipe.commands import CheckSettings
 
     def act(settings: CheckSettings) -> None:
+        from nemocascade.envs.swe_checking import check_tasks, summary
+        from nemocascade.runtime.logging import printable
+        from nemocascade.runtime.row_errors import DataError
+        from nemocascade.types import SandboxUnavailable
+
         found = []
         try:
             for task in check_tasks(settings):
@@ -350,6 +436,38 @@ def _check_tasks(arguments: list[str]) -> None:
             raise SystemExit(1)
 
     _execute("check-tasks", CheckSettings, act, arguments)
+
+
+def _recipes(arguments: list[str]) -> None:
+    usage = "usage: nemocascade recipes [NEW_FOLDER]   list the recipe scripts, or copy them"
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(usage)
+        return
+    if len(arguments) > 1 or (arguments and arguments[0].startswith("-")):
+        raise SystemExit(usage)
+    from nemocascade.recipe.shipped import copy_recipes, list_recipes
+    from nemocascade.runtime.errors import exit_cleanly
+
+    print(exit_cleanly(lambda: copy_recipes(Path(arguments[0])) if arguments else list_recipes()))
+
+
+def _completion(arguments: list[str]) -> None:
+    usage = (
+        'usage: eval "$(nemocascade completion bash)"   in ~/.bashrc\n'
+        '       eval "$(nemocascade completion zsh)"    in ~/.zshrc, after compinit\n'
+        "\nCompletes commands, options, their values, and the settings of a named recipe."
+    )
+    from nemocascade.cascade.completion import SCRIPTS, candidates
+
+    if arguments[:2] == ["words", "--"]:
+        # A recipe that cannot be read has no words; running it says why.
+        with contextlib.suppress(Exception, SystemExit):
+            print("\n".join(candidates(arguments[2:], list(COMMANDS))))
+    elif len(arguments) == 1 and arguments[0] in SCRIPTS:
+        print(SCRIPTS[arguments[0]], end="")
+    else:
+        print(usage)
+        raise SystemExit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
 
 
 def _value_of(name: str, arguments: list[str]) -> str:
@@ -373,11 +491,16 @@ def _execute_on_recipe[S](
 ) -> None:
     """Call `act` with a command's settings, and with the arguments that are not its own: they
     override the recipe's settings."""
+    from nemocascade.runtime.command_line import nearest, parse_known_settings
+
     own, rest = _split(arguments)
-    parsed, others = tyro.cli(
-        settings, args=own, prog=f"nemocascade {name}", return_unknown_args=True
-    )
-    _act(parsed, lambda checked: act(checked, [*others, *rest]))
+    parsed, others = parse_known_settings(settings, own, prog=f"nemocascade {name}")
+    try:
+        _act(parsed, lambda checked: act(checked, [*others, *rest]))
+    except SystemExit as error:
+        if error.code == 2 and (near := nearest(others, settings)):
+            print(f"nemocascade {name} itself has {' and '.join(near)}", file=sys.stderr)
+        raise
 
 
 def _execute[S](
@@ -386,40 +509,67 @@ def _execute[S](
     act: Callable[[S], object],
     arguments: list[str],
     *,
-    config: tuple[Any, ...] = (),
+    as_recipe: bool = False,
 ) -> None:
-    """Call `act` with the settings that the arguments give."""
-    parsed = tyro.cli(settings, args=arguments, prog=f"nemocascade {name}", config=config)
-    _act(parsed, act)
+    """Call `act` with the settings that the arguments give. as_recipe: a boolean is given with its
+    value, as in a recipe."""
+    from nemocascade.runtime.command_line import VALUES, parse_settings
+
+    config = VALUES if as_recipe else ()
+    _act(parse_settings(settings, arguments, prog=f"nemocascade {name}", config=config), act)
+
+
+def _calling(name: str, work: str, *, as_recipe: bool = False) -> Callable[[list[str]], None]:
+    """A command that calls the function `work`, "module:function", with its settings."""
+
+    def command(arguments: list[str]) -> None:
+        from nemocascade.cascade.completion import settings_class
+
+        _execute(name, settings_class(name), lambda s: resolve_name(work)(s), arguments,
+                 as_recipe=as_recipe)  # fmt: skip
+
+    return command
 
 
 def _act[S](settings: S, act: Callable[[S], object]) -> None:
     """Call `act` with settings whose numbers are legal; errors of users end the program."""
+    from nemocascade.recipe import RecipeError
+    from nemocascade.recipe.rules import number_problems
     from nemocascade.runtime.errors import exit_cleanly
+    from nemocascade.runtime.hub_rows import with_hub_files
 
     def work() -> None:
         if problems := number_problems(settings):
             raise RecipeError(problems)
-        act(settings)
+        act(with_hub_files(settings))
 
     exit_cleanly(work)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
+    "recipes": _recipes,
     "eval": _eval,
     "score": _score,
+    "chat": _calling("chat", "nemocascade.serving.chat:chat", as_recipe=True),
+    "generate": _generate,
+    "serve": _calling("serve", "nemocascade.serving.server:serve", as_recipe=True),
     "pass-rates": _pass_rates,
     "report": _report,
+    "watch": _calling("watch", "nemocascade.cascade.watch:watch"),
+    "interference": _interference,
+    "order": _order,
     "plan": _plan,
     "preflight": _preflight,
     "submit": _submit,
     "diff": _diff,
     "convert": _convert,
     "tokenizer": _tokenizer,
+    "data": _data,
     "replay": _replay,
     "import-swe": _import_swe,
     "check-tasks": _check_tasks,
+    "completion": _completion,
 }
 
 

@@ -1,6 +1,7 @@
-"""Print what ranks receive in a step's exchange of rollouts, into docs/scale.md.
+"""Print what ranks receive in a step's exchange of rollouts, the sockets that they open, and the
+bytes of their checkpoints, into docs/scale.md.
 
-python tools/exchange_table.py           # write the table
+python tools/exchange_table.py           # write the tables
 python tools/exchange_table.py --check   # exit code 1 if the page is not up to date
 """
 
@@ -10,7 +11,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pages
 
+from nemocascade.plan.checkpoints import checkpoint_cost
+from nemocascade.plan.gpus import find_gpu
+from nemocascade.plan.job import job_of_recipe
+from nemocascade.plan.sockets import host_sockets
 from nemocascade.recipe import MopdRecipe, PolicyRecipe, load_any_recipe
 from nemocascade.rl.batches import capacity_grain, fit_capacity, lay_out
 from nemocascade.rl.exchange import OUTCOME_BYTES
@@ -20,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "scale.md"
 SCRIPTS = ROOT / "recipes" / "nemotron3_nano_30b"
 BEGIN, END = "<!-- table: tools/exchange_table.py -->\n", "<!-- end of the table -->\n"
+
+RANK_MARKS = ("<!-- table: sockets and bytes written -->\n", "<!-- end of the ranks -->\n")
 
 STAGES = {"if_rl": 8_000, "code_rl": 25_000, "mopd": 15_000, "swe_agentic_rl": 30_000}
 """Assumed median length of a response, in tokens."""
@@ -105,17 +113,37 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str]) -> int:
-    """Write or check the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    new = f"{before}{BEGIN}{table()}{END}{after}"
-    if "--check" in arguments:
-        return int(new != page)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+def rank_table() -> str:
+    """The table of sockets and of bytes written as Markdown."""
+    lines = [
+        "| stage | ranks | sockets, at most | checkpoint | largest rank | x the mean "
+        "| copied in | written in |",
+        f"|{'---|' * 8}",
+    ]
+    gpu, preset = find_gpu("h200"), "nemotron3_nano_30b"
+    for name in ("sft", "if_rl"):
+        recipe = load_any_recipe(SCRIPTS / f"{name}.py")
+        for ranks in SIZES:
+            job = job_of_recipe(recipe, gpu, ranks, preset=preset)
+            cost = checkpoint_cost(job)
+            layout = job.parallel
+            if isinstance(recipe, PolicyRecipe):
+                layout = recipe.rollout.parallel.layout(layout)
+            cells = [
+                f"{host_sockets(ranks, job.parallel, layout)}",
+                f"{cost.total / 1e9:,.0f} GB",
+                f"{cost.largest / 1e9:.2f} GB",
+                f"{cost.largest / cost.mean:.2f}",
+                f"{cost.copy_s:.2f} s",
+                f"{cost.write_s:.1f} s",
+            ]
+            lines.append(f"| {name} | {ranks} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    written = [
+        pages.update(PAGE, marks, made, sys.argv[1:])
+        for marks, made in (((BEGIN, END), table), (RANK_MARKS, rank_table))
+    ]
+    sys.exit(max(written))

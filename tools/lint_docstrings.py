@@ -20,7 +20,7 @@ WORDS = {"Of", "As", "What", "Whether", "So", "Out", "Likewise"}
 
 
 def docstrings(source: str) -> Iterator[tuple[int, str]]:
-    """Line and text of every string that stands as a statement: docstrings, also of attributes."""
+    """Line and text of every string that is a statement: docstrings, also of attributes."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             value = node.value.value

@@ -59,10 +59,12 @@ def rank_work(lengths: Ints, capacity: int, cp: int, border: float) -> Floats:
     attention = np.diff(done[document] + np.square(edges - starts[document]))
     crossed = ~np.isin(edges, np.concatenate([starts, ends]))
     work = NANO.linear * capacity / (2 * cp) + NANO.quadratic * attention
-    # A mixer's rows all pay if one of its segments continues a document.
-    paid = crossed[:-1] | crossed[1:]
-    both = paid | paid[::-1] if cp > 1 else np.zeros_like(paid)
-    work = work + both * border * NANO.linear * capacity / (2 * cp)
+    # Rows of a document that continues in a segment pay half, and those of one that goes on.
+    low, high = edges[:-1], edges[1:]
+    entered = np.where(crossed[:-1], np.minimum(ends[document[:-1]], high) - low, 0.0)
+    left = np.where(crossed[1:], high - np.maximum(starts[document[1:]], low), 0.0)
+    if cp > 1:
+        work = work + border * NANO.linear * (entered + left) / 2
     found: Floats = (work + work[::-1])[:cp]
     return found
 
@@ -102,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--documents", type=int, default=200_000, help="lengths of a set")
     options = parser.parse_args(arguments)
     border = border_work()
-    print(f"estimated; a border adds {border:.0%} to the linear work of a pack's rows")
+    print(f"estimated; a border adds {border:.0%} to the linear work of its document's rows")
     print(
         f"{'':14s} {'tokens > 32K':>12s} {'ranks':>6s} {'packs':>6s} {'border':>6s} {'static':>6s}",
         end="",

@@ -192,7 +192,7 @@ def attack_table() -> list[dict[str, Any]]:
         said = outcome.stderr.strip().splitlines()
         entry: dict[str, Any] = {
             "attack": name,
-            "walls": sandbox.walls,
+            "walls": sandbox.isolation,
             "outcome": outcome.status,
             "seconds": time.perf_counter() - start,
             # Records contain no folder names of the machine.

@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end/mopd_vs_grpo.py --seeds 5 --out benchmarks/results/<record>.json
     python benchmarks/end_to_end/mopd_vs_grpo.py --base runs/tiny/domains_sft/artifact ...
+    python benchmarks/end_to_end/mopd_vs_grpo.py --divergence reverse_kl forward_kl ...
     python benchmarks/end_to_end/mopd_vs_grpo.py --quick           # checks that the code runs
 
 A small version of the paper's comparison (Nemotron-Cascade 2, arXiv 2603.19220, section on MOPD).
@@ -10,7 +11,8 @@ The base is the tiny model after SFT on all domains. Then, for each seed:
 1. teacher: GRPO on the domain, from the base;
 2. student: the teacher after SFT on another domain only, which makes it lose the first;
 3. race: MOPD with the teacher, and GRPO on rewards, both from the student, with the same prompts in
-   the same order, the same number of rollouts per step and the same sampling seed.
+   the same order, the same number of rollouts per step and the same sampling seed. Each
+   `--divergence` adds a way: MOPD with that exact divergence, at the learning rate of MOPD.
 
 Held-out answers are greedy and use the same tasks for all. The teacher's level is its own score on
 them, less `--margin`. GRPO's dynamic filtering is off, since it draws more prompts.
@@ -41,6 +43,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from nemocascade_kernels import DIVERGENCES  # noqa: E402
+
 from benchmarks.end_to_end.races import Race, plot, summary  # noqa: E402
 from benchmarks.run import new_record, write_record  # noqa: E402
 from nemocascade.recipe import (  # noqa: E402
@@ -64,6 +68,8 @@ from nemocascade.stages.launch import run_stage  # noqa: E402
 from nemocascade.stages.scoring import score_artifact  # noqa: E402
 
 WAYS = ("MOPD", "GRPO")
+EXACT = "MOPD, {}"
+"""Name of MOPD with an exact divergence."""
 TUNING_SEED = 1000
 LOG = LogConfig(every=1, tensorboard=False)
 
@@ -191,7 +197,8 @@ class Bench:
     def race(self, seed: int, way: str, lr: float, start: Path, teacher: Path) -> Race:
         """Run one way from the student and collect its scores."""
         recipe = self._race_recipe(seed, way, lr, start, teacher)
-        artifact = self.made(f"seed_{seed}/{way.lower()}_lr_{lr:g}", recipe)
+        name = way.lower().replace(", ", "_")
+        artifact = self.made(f"seed_{seed}/{name}_lr_{lr:g}", recipe)
         lines = (artifact.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         steps, scores, tokens, seconds = [0], [self.score(seed, start)], [0.0], [0.0]
         spent, took = 0.0, 0.0
@@ -221,8 +228,10 @@ class Bench:
         }
         if way == "GRPO":
             return replace(self.rl, optimizer=with_lr(self.rl.optimizer, lr), **shared)
+        exact = {EXACT.format(kind): kind for kind in DIVERGENCES}
         return replace(
             self.mopd,
+            mopd=replace(self.mopd.mopd, divergence=exact.get(way, "sampled")),
             teachers=(TeacherConfig(self.setting.domain, str(teacher)),),
             optimizer=with_lr(self.mopd.optimizer, lr),
             **shared,
@@ -268,6 +277,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the record to this file, and a plot")
     parser.add_argument("--mopd-lrs", type=float, nargs="+", help="default: the recipe's")
     parser.add_argument("--grpo-lrs", type=float, nargs="+", help="default: the recipe's")
+    parser.add_argument(
+        "--divergence",
+        choices=DIVERGENCES,
+        nargs="+",
+        default=[],
+        help="further ways: MOPD with each of these divergences",
+    )
     parser.add_argument("--quick", action="store_true", help="few steps, to try the code")
     for name, value in asdict(Setting()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
@@ -299,7 +315,11 @@ def main(arguments: list[str] | None = None) -> int:
         "GRPO": options.grpo_lrs or [bench.rl.optimizer.lr],
     }
     chosen, tried = tuned(bench, lrs)
-    races: dict[str, list[Race]] = {way: [] for way in WAYS}
+    ways = [*WAYS]
+    for divergence in options.divergence:
+        ways.append(EXACT.format(divergence))
+        chosen[ways[-1]] = chosen["MOPD"]
+    races: dict[str, list[Race]] = {way: [] for way in ways}
     raced, refused = [], []
     for seed in range(options.first, options.first + options.seeds):
         teacher = bench.teacher(seed)
@@ -310,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
             refused.append({"seed": seed, "teacher": level, "student": start})
             continue
         raced.append(seed)
-        for way in WAYS:
+        for way in ways:
             race = bench.race(seed, way, chosen[way], student, teacher)
             races[way].append(race)
             print(f"  {way}: {' '.join(f'{s:.3f}' for s in race.scores)}", flush=True)

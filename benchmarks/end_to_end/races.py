@@ -1,8 +1,8 @@
-"""Statistics of races between two ways to train: steps and tokens to a level, with intervals.
+"""Statistics of races between ways to train: steps and tokens to a level, with intervals.
 
 A race is one run of one way. It records held-out scores at some steps, from the same student and on
-the same prompts as its rival. Intervals are 95 % percentile bootstraps over seeds (Efron). Races of
-one seed are resampled together, so that differences are paired.
+the same prompts as its rivals. Intervals are 95 % percentile bootstraps over seeds (Efron). Races
+of one seed are resampled together, so that differences are paired.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def interval(
 
 
 def summary(races: Mapping[str, Sequence[Race]], margin: float) -> dict[str, Any]:
-    """Summary by way, then the paired differences of the first way from the second.
+    """Summary by way, then the paired differences of the first way from each other one.
 
     By way: number of seeds that reached the teacher's score less `margin`, median steps, tokens and
     seconds until then, final scores relative to the teacher, and the mean fraction recovered. JSON
@@ -83,14 +83,15 @@ def summary(races: Mapping[str, Sequence[Race]], margin: float) -> dict[str, Any
         shares = [float(r.recovered().mean()) for r in runs]
         entry["mean_recovered"] = _entry(interval(shares, _mean))
         found[name] = entry
-    first, second = races
-    pairs = list(zip(races[first], races[second], strict=True))
-    found[f"{first} - {second}"] = {
-        "final_score": _entry(interval([a.scores[-1] - b.scores[-1] for a, b in pairs], _mean)),
-        "mean_recovered": _entry(
-            interval([float((a.recovered() - b.recovered()).mean()) for a, b in pairs], _mean)
-        ),
-    }
+    first, *others = races
+    for other in others:
+        pairs = list(zip(races[first], races[other], strict=True))
+        found[f"{first} - {other}"] = {
+            "final_score": _entry(interval([a.scores[-1] - b.scores[-1] for a, b in pairs], _mean)),
+            "mean_recovered": _entry(
+                interval([float((a.recovered() - b.recovered()).mean()) for a, b in pairs], _mean)
+            ),
+        }
     return found
 
 

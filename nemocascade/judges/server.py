@@ -71,8 +71,8 @@ class ServerJudge:
         self._cache = AnswerCache(settings.cache)
         self._lock = Lock()
         self._closing = Event()
-        self._under_way: dict[str, Future[Answer]] = {}
-        self._begun: dict[str, Future[Answer]] = {}
+        self._in_flight: dict[str, Future[Answer]] = {}
+        self._prefetched: dict[str, Future[Answer]] = {}
         self._last_answer_s = time.monotonic()
         self._silent = False
         self._probing = Lock()
@@ -94,7 +94,7 @@ class ServerJudge:
     def begin(self, questions: Sequence[Question]) -> None:
         """Start on questions that `ask` will receive soon, without waiting."""
         for question in questions:
-            self._submit(question, begun=True)
+            self._submit(question, prefetched=True)
 
     def probe(self) -> str | None:
         """Return why the server rejects requests; None if it accepts them or does not answer.
@@ -126,8 +126,8 @@ class ServerJudge:
         with self._lock:
             return ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()))
 
-    def _submit(self, question: Question, *, begun: bool = False) -> Future[Answer]:
-        """begun: the next `ask` of this question gets this answer, even if it is an error."""
+    def _submit(self, question: Question, *, prefetched: bool = False) -> Future[Answer]:
+        """prefetched: the next `ask` of this question gets this answer, even if it is an error."""
         body = self._body(question)
         key = hashlib.sha256(body).hexdigest()
         done: Future[Answer] = Future()
@@ -138,20 +138,20 @@ class ServerJudge:
                 self.counts["cached"] += 1
                 done.set_result(Answer(known))
                 return done
-            if not begun and key in self._begun:
+            if not prefetched and key in self._prefetched:
                 self.counts["cached"] += 1
-                return self._begun.pop(key)
-            if key in self._under_way:
+                return self._prefetched.pop(key)
+            if key in self._in_flight:
                 self.counts["cached"] += 1
-                return self._under_way[key]
+                return self._in_flight[key]
             try:
                 future = self._pool.submit(self._answer, key, body, time.monotonic())
             except RuntimeError:
                 done.set_result(Answer(None, "the judge is closed"))
                 return done
-            self._under_way[key] = future
-            if begun:
-                self._begun[key] = future
+            self._in_flight[key] = future
+            if prefetched:
+                self._prefetched[key] = future
             return future
 
     def _body(self, question: Question) -> bytes:
@@ -185,8 +185,8 @@ class ServerJudge:
             except OSError as error:
                 self._warn("the cache %s cannot be written: %s", self.settings.cache, error)
         with self._lock:
-            self._under_way.pop(key, None)
-            if not self._under_way and not self._has_been_silent():
+            self._in_flight.pop(key, None)
+            if not self._in_flight and not self._has_been_silent():
                 # No question is in flight, so the server is idle, not silent.
                 self._silent = False
             self.counts["failed" if answer.text is None else "answered"] += 1

@@ -129,3 +129,15 @@ def test_what_cannot_be_compared_is_said(capsys: pytest.CaptureFixture[str]) -> 
     other["ops"]["op"]["cases"][0]["settings"] = {"T": 2}
     assert run.regressions(record(3.0, None), other, 0.1) == []
     assert "no counterpart" in capsys.readouterr().out
+
+
+def test_a_case_is_restricted_to_some_rows() -> None:
+    goals = (
+        Goal("beside the floor", "ours", 1.1, "floor"),
+        Goal("beside a peer", "ours", 1.0, "peer"),
+        Goal("in bytes", "ours", 1e6, None, "extra_memory"),
+    )
+    rows = [row("ours", "ours"), row("floor", "floor"), row("peer", "peer")]
+    found = run.restricted(Case("case", {}, rows, goals), ["floor", "ours"])
+    assert [r.name for r in found.rows] == ["ours", "floor"]
+    assert [g.text for g in found.goals] == ["beside the floor", "in bytes"]

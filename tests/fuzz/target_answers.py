@@ -20,15 +20,15 @@ from helpers.data import sentencepiece_tokenizer
 
 from nemocascade.data.chat_template import Conversation, encode
 from nemocascade.data.reply import parse_reply
-from nemocascade.envs.base import demonstration, final_text
+from nemocascade.envs.base import demonstration, final_text, tool_results
 from nemocascade.envs.code_blocks import programs_of
 from nemocascade.envs.code_outputs import same_output, same_value
 from nemocascade.recipe.envs import AgentConfig
-from nemocascade.rl.episodes import _encodable
 from nemocascade.runtime.jsonl import json_text, parse_line
+from nemocascade.runtime.turns import encodable
 from nemocascade.swe.edits import EditError, apply_edits, edit_text, parse_edits
 from nemocascade.swe.patches import PatchError, apply_patch, parse_patch
-from nemocascade.swe.workspace import TOOLS, ToolError, Workspace, arguments_of, clean, cut
+from nemocascade.swe.workspace import TOOLS, ToolError, Workspace, arguments_of, cut
 from nemocascade.types import Message, Prompt, ToolCall
 
 PARTS = (
@@ -105,9 +105,7 @@ def _score(case: tuple[str, int, list[str]], folder: Path) -> None:
         reply = tokenizer.template.parse(text, thinking=True)
         response.append(reply.message)
         if session is not None and not session.done:
-            results = session.step(reply.message.tool_calls)
-            results += [Message("tool", f"error: {fault}") for fault in reply.faults]
-            results = [Message("tool", _encodable(m.content)) for m in results]
+            results = tool_results(session, reply.message, reply.faults)
             if results:
                 after = tokenizer.template.render_results(
                     asked, reply.message, results, thinking=True
@@ -218,9 +216,9 @@ def _call(calls: list[Any], folder: Path) -> None:
         try:
             given = arguments_of(name, call["arguments"])
             if name in TOOLS and name not in ("run_tests", "submit"):
-                cut(clean(made.call(name, given)), 100).encode()
+                cut(encodable(made.call(name, given)), 100).encode()
         except ToolError as error:
-            cut(clean(str(error)), 100, end=True).encode()
+            cut(encodable(str(error)), 100, end=True).encode()
     assert all(isinstance(data, bytes) for data in made.files.values())
 
 

@@ -15,7 +15,7 @@ from fuzz.harness import Target
 from fuzz.mutations import Choices, json_bytes, mutated, spoiled
 from safetensors.torch import save
 
-from nemocascade.cascade.comparison import DiffSettings, compare
+from nemocascade.cascade.comparison import compare
 from nemocascade.cascade.errors import ReportError
 from nemocascade.cascade.lineage import report_text
 from nemocascade.cascade.records import read_record
@@ -28,6 +28,7 @@ from nemocascade.megatron.convert.config import config_of_model
 from nemocascade.megatron.convert.names import Family, Style, name_map
 from nemocascade.recipe import ModelConfig, UserError
 from nemocascade.recipe.changes import as_json
+from nemocascade.recipe.commands import DiffSettings
 from nemocascade.recipe.sft import SftRecipe
 from nemocascade.stages.scoring import read_scores
 

@@ -19,7 +19,7 @@ from helpers.released import FORMS
 
 from nemocascade.data.chat_template import encode
 from nemocascade.data.readers import find_sources
-from nemocascade.data.tokenization import PieceTokenizer, read_conversations, read_sources
+from nemocascade.data.tokenization import ChunkTokenizer, read_conversations, read_sources
 from nemocascade.envs.base import Domain
 from nemocascade.envs.registry import make_environments
 from nemocascade.judges.prompts import comparison_text, grade_text
@@ -97,9 +97,9 @@ def _read_sft(case: tuple[str, bytes, DataConfig], folder: Path) -> None:
         assert len(ids) == len(trained)
         assert any(trained)
         tokenizer.decode(ids).encode()
-    formats, pieces = read_sources(sources, settings)
-    for piece in pieces:
-        found = PieceTokenizer(formats, settings, tokenizer)(piece)
+    formats, chunks = read_sources(sources, settings)
+    for chunk in chunks:
+        found = ChunkTokenizer(formats, settings, tokenizer)(chunk)
         assert found.lengths.sum() == len(found.tokens)
 
 

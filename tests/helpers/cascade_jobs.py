@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nemocascade.cascade.errors import CascadeError
-from nemocascade.cascade.graph import StageGraph
+from nemocascade.cascade.graph import Choice, StageGraph
+from nemocascade.cascade.interference import measure_interference
 from nemocascade.cascade.lineage import report_text
-from nemocascade.cascade.run import Choice, dry_run, run_cascade
+from nemocascade.cascade.report import write_report
+from nemocascade.cascade.run import dry_run, run_cascade
 from nemocascade.recipe import (
     AlarmConfig,
     CascadeRecipe,
@@ -41,6 +43,7 @@ from nemocascade.recipe import (
     TokenizerConfig,
     tiny,
 )
+from nemocascade.recipe.commands import InterferenceSettings
 
 DOMAINS = ("instruction_following", "math")
 FP32 = EngineConfig(precision="fp32", preflight=False)
@@ -188,6 +191,37 @@ def scenarios(root: str) -> dict[str, Any]:
 
     next(Path(run_dir).glob("stages/last/artifact/*.safetensors")).unlink()
     found["damaged"] = dry_run(fewer, Choice(only="last"))
+    return found
+
+
+def branches(root: str) -> dict[str, Any]:
+    """The interference of two stages of a cascade whose first one has run, twice."""
+    run_dir = f"{root}/run"
+    base = small_cascade(
+        run_dir,
+        stages=(
+            StageConfig("sft", sft(steps=8)),
+            StageConfig("if_rl", rl("if_rl", steps=1)),
+            StageConfig("math_rl", rl("math_rl", "math", steps=1)),
+        ),
+    )
+    run_cascade(base, Choice(only="sft"))
+    run_cascade(base, Choice(only="if_rl"))
+    settings = InterferenceSettings("", pairs=True)
+    measure_interference(base, settings)
+    found: dict[str, Any] = {
+        "matrix": _json(run_dir, "interference/interference.json"),
+        "artifacts": digests(f"{run_dir}/interference"),
+        "cascade": _json(run_dir, "interference/cascade.json"),
+        "main": digests(run_dir),
+        "scores": {n: _json(run_dir, f"stages/{n}/scores.json") for n in ("sft", "if_rl")},
+    }
+    times = _times(f"{run_dir}/interference")
+    measure_interference(base, settings)
+    found["untouched"] = times == _times(f"{run_dir}/interference")
+    write_report(Path(run_dir))
+    found["page"] = Path(run_dir, "report/interference.html").read_text(encoding="utf-8")
+    found["index"] = Path(run_dir, "report/index.html").read_text(encoding="utf-8")
     return found
 
 

@@ -72,6 +72,14 @@ def make_run(run: Path, *, stages: int = len(STAGES), seed: int = 0) -> Path:
             scores[name] = _scores(name, scores.get(start), dice)
             alarms += _alarms(name, start, scores)
             _write(folder / "scores.json", _scored(name, scores[name], dice))
+            inputs: dict[str, Any] = {"start": digest(start) if start else ""}
+            if kind == "mopd":
+                taught = _teachers(scores)
+                inputs["teachers"] = {d: digest(t["stage"]) for d, t in taught.items()}
+            record: dict[str, Any] = {"version": 1, "key": digest(f"key {name}"), "status": "done"}
+            record |= {"inputs": inputs, "artifact_digest": digest(name), "seconds": seconds}
+            record |= {"tokens": tokens, "teachers": _teachers(scores) if kind == "mopd" else {}}
+            _write(folder / "stage.json", record)
             (folder / "artifact").mkdir()
             _write(folder / "artifact" / "manifest.json", {"digest": digest(name), "step": steps})
     settings = {"stop_on_alarm": False, "alarm_drop": ALARM, "heldout_tasks": 256}
@@ -135,6 +143,7 @@ def _metrics(
             reward = 0.42 + 0.38 * (1 - math.exp(-3 * done)) + 0.03 * wave
             row |= {"reward": reward, "response_tokens": 21 + 9 * done + wave, "turns": 1.0}
             row |= {"response_tokens_max": 48.0, "entropy": 0.9 * math.exp(-done) + 0.02 * wave}
+            row |= _times(step_time_s, scored=kind == "mopd") | {"repetition": 0.02 + 0.01 * done}
             row |= {"truncated": 0.08 * (1 - done), "mismatch_mean": 2e-7, "mismatch_max": 3e-6}
             row |= {"groups_all_right": 0.1 + 0.3 * done, "groups_all_wrong": 0.2 * (1 - done)}
             row |= {"verifier_errors": int(dice.random() < 0.1), "advantage": 0.01 * wave}
@@ -157,6 +166,14 @@ def _metrics(
             row["kl"] = 0.02 * done + 0.001 * abs(wave)
         lines.append(json.dumps(row) + "\n")
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _times(step_time_s: float, *, scored: bool) -> dict[str, float]:
+    """Times of the phases of a step: 60 % rollouts, of which a tenth waits for tools."""
+    found = {"rollout_time_s": 0.6 * step_time_s, "generation_time_s": 0.5 * step_time_s}
+    found |= {"idle_time_s": 0.05 * step_time_s, "verify_wait_s": 0.1 * step_time_s}
+    teacher = 0.1 * step_time_s if scored else 0.0
+    return found | {"teacher_time_s": teacher, "train_time_s": 0.35 * step_time_s - teacher}
 
 
 def _rollouts(folder: Path, domains: tuple[str, ...], steps: int, dice: random.Random) -> None:
@@ -223,6 +240,8 @@ def _teachers(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
 
 def _scored(name: str, scores: dict[str, float], dice: random.Random) -> dict[str, Any]:
     return {
+        "version": 2,
+        "settings": "",
         "digest": digest(name),
         "scores": {
             d: {"score": s, "tasks": 256, "errors": 2 if d == "code" else 0}

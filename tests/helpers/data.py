@@ -14,7 +14,7 @@ import tokenizers
 
 from nemocascade.data.chat_template import ChatTemplate, Segment
 from nemocascade.data.own_template import OWN_TEMPLATE
-from nemocascade.data.readers import read_pieces
+from nemocascade.data.readers import read_chunks
 from nemocascade.data.synthetic import synthetic_rows
 from nemocascade.data.tokenizer import CONTROL_TAGS, Tokenizer, load_tokenizer
 from nemocascade.data.tokenizer_training import train_sentencepiece
@@ -101,9 +101,9 @@ def text_of(segments: Iterable[Segment]) -> str:
 
 def read_rows(sources: Sequence[str], bad: BadRows, **limits: Any) -> Iterator[tuple[str, Any]]:
     """(`file:line`, row) of all sources in order. Rows that cannot be read are counted in `bad`."""
-    for piece in read_pieces(sources, **limits):
-        for number, row in piece.rows():
-            place = f"{sources[piece.source]}:{number}"
+    for chunk in read_chunks(sources, **limits):
+        for number, row in chunk.rows():
+            place = f"{sources[chunk.source]}:{number}"
             if isinstance(row, RowError):
                 bad.add(place, str(row))
             else:

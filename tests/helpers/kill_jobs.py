@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -9,14 +10,16 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from helpers.checkpoint_jobs import make_trainer
+from helpers.checkpoint_jobs import batches_of, make_trainer
 from helpers.ranks import join_group
-from nemocascade.megatron.checkpoint.state import model_parts, model_pieces, optimizer_pieces
+from nemocascade.megatron.checkpoint import writing
+from nemocascade.megatron.checkpoint.state import model_parts, model_shards, optimizer_shards
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import CheckpointConfig, EngineConfig, ParallelConfig
 from nemocascade.runtime.world import World
@@ -40,33 +43,54 @@ class Position:
         self.step = state["at"]
 
 
-def random_kills(root: str, rounds: int, seed: int) -> list[list[list[Any]]]:
+Child = Callable[[Path, int, Callable[..., None]], None]
+"""A child's work: the run folder, the number of the round, and how to say an event."""
+
+
+def random_kills(root: str, rounds: int, seed: int, asynchronous: bool) -> list[list[list[Any]]]:
     """In each round resume, save on and on, and be killed at a random moment of a save.
 
     Returns each round's events of this rank: ["loaded", step], then ["saving" | "saved", step].
     """
     delay = random.Random(f"{seed}/{os.environ['RANK']}")
-    return [_round(root, i, delay.uniform(0.0, 0.3)) for i in range(rounds)]
+    child = functools.partial(_resume_and_save, asynchronous=asynchronous, at_operation=False)
+    return [_round(root, i, delay.uniform(0.0, 0.3), child) for i in range(rounds)]
 
 
-def kill_before_every_operation(root: str) -> list[list[list[Any]]]:
+def kill_before_every_operation(root: str, asynchronous: bool) -> list[list[list[Any]]]:
     """In round n resume, and be killed before the n-th change that a save makes to a folder.
 
     Ends with the first n that a save does not reach.
     """
     rounds: list[list[list[Any]]] = []
+    child = functools.partial(_resume_and_save, asynchronous=asynchronous, at_operation=True)
     while True:
-        rounds.append(_round(root, len(rounds), None))
+        rounds.append(_round(root, len(rounds), None, child))
         if rounds[-1][-1][0] == "done":
             return rounds
 
 
-def _round(root: str, number: int, delay_s: float | None) -> list[list[Any]]:
+def train_through_kills(root: str, rounds: int, steps: int) -> list[list[list[Any]]]:
+    """Train `steps` steps with an asynchronous save after each, killed at a random moment after a
+    save of each round has begun, and resumed; the last start is not killed. In the first round no
+    write ends, so that its kill meets a save under way on any machine.
+
+    Returns each round's events of this rank: ["loaded", step, leftovers], then ["saving", step].
+    """
+    delay = random.Random(os.environ["RANK"])
+    child = functools.partial(_resume_and_train, steps=steps, rounds=rounds)
+    return [
+        _round(root, i, delay.uniform(0.0, 0.06) if i < rounds else None, child)
+        for i in range(rounds + 1)
+    ]
+
+
+def _round(root: str, number: int, delay_s: float | None, work: Child) -> list[list[Any]]:
     read, write = os.pipe()
     child = os.fork()
     if not child:
         os.close(read)
-        _child(Path(root), number, write, at_operation=delay_s is None)
+        _child(Path(root), number, write, work)
     os.close(write)
     text = _read(read, b"saving" if delay_s is not None else None)
     if delay_s is not None:
@@ -93,23 +117,35 @@ def _read(pipe: int, until: bytes | None) -> bytes:
     return text
 
 
-def _child(run_dir: Path, number: int, pipe: int, *, at_operation: bool) -> NoReturn:
+def _child(run_dir: Path, number: int, pipe: int, work: Child) -> NoReturn:
+    def say(*event: Any) -> None:
+        os.write(pipe, json.dumps(event).encode() + b"\n")
+
     try:
-        _resume_and_save(run_dir, number, pipe, at_operation=at_operation)
+        work(run_dir, number, say)
     except BaseException as error:
         print(f"round {number}: {error!r}", file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)
 
 
-def _resume_and_save(run_dir: Path, number: int, pipe: int, *, at_operation: bool) -> None:
-    def say(*event: Any) -> None:
-        os.write(pipe, json.dumps(event).encode() + b"\n")
-
+def _join(run_dir: Path, number: int, *, asynchronous: bool) -> tuple[World, Trainer, Checkpoints]:
     join_group(f"round {number}")
     world = start_world(ParallelConfig(), EngineConfig(timeout_s=300))
-    trainer, position = make_trainer({}, world), Position()
-    checkpoints = Checkpoints(run_dir, CheckpointConfig(keep=2), world)
+    settings = CheckpointConfig(keep=2, asynchronous=asynchronous)
+    return world, make_trainer({}, world), Checkpoints(run_dir, settings, world)
+
+
+def _resume_and_save(
+    run_dir: Path,
+    number: int,
+    say: Callable[..., None],
+    *,
+    asynchronous: bool,
+    at_operation: bool,
+) -> None:
+    world, trainer, checkpoints = _join(run_dir, number, asynchronous=asynchronous)
+    position = Position()
     loader: Any = position
     checkpoints.start(trainer, loader, resume=True)
     assert position.step == trainer.step_number
@@ -118,27 +154,73 @@ def _resume_and_save(run_dir: Path, number: int, pipe: int, *, at_operation: boo
     for _ in range(2 if at_operation else 1000):
         trainer.step_number += 1
         position.step = trainer.step_number
-        _fill_all(trainer, world)
+        _fill_all(trainer, world, trainer.step_number)
         say("saving", trainer.step_number)
         if at_operation:
             _kill_before(run_dir, number)
         checkpoints.save(trainer, loader)
+        # The next step changes every tensor while the last one is written.
+        _fill_all(trainer, world, -1)
+        checkpoints.finish()
         say("saved", trainer.step_number)
         if at_operation:
             say("done", trainer.step_number)
             return
 
 
+def _resume_and_train(
+    run_dir: Path, number: int, say: Callable[..., None], *, steps: int, rounds: int
+) -> None:
+    world, trainer, checkpoints = _join(run_dir, number, asynchronous=True)
+    position = Position()
+    loader: Any = position
+    unfinished = [p.name for p in (run_dir / "checkpoints").glob(".tmp-step_*")]
+    world.barrier()
+    if checkpoints.start(trainer, loader, resume=True) is None:
+        torch.manual_seed(100 + world.rank)
+        random.seed(100 + world.rank)
+    assert position.step == trainer.step_number
+    say("loaded", trainer.step_number, unfinished)
+    is_held = number == 0 < rounds
+    if is_held:
+        _hold_writes(say)
+    while trainer.step_number < steps:
+        trainer.train_step(batches_of(trainer.step_number, world))
+        torch.rand(())
+        position.step = trainer.step_number
+        if not is_held:
+            say("saving", trainer.step_number)
+        checkpoints.save(trainer, loader)
+        checkpoints.stop_if_asked(trainer, loader)
+    checkpoints.finish()
+    say("done", trainer.step_number)
+    if number < rounds:
+        say("saving")
+        signal.pause()
+
+
+def _hold_writes(say: Callable[..., None]) -> None:
+    """Let the thread of a save say that it has begun, and never write."""
+
+    def hold(*_: Any) -> NoReturn:
+        say("saving")
+        while True:
+            time.sleep(60)
+
+    module: Any = writing
+    module.write_shards = hold
+
+
 def _all_tensors(trainer: Trainer, world: World) -> list[torch.Tensor]:
     parts = model_parts(trainer.chunks, world)
-    pieces = model_pieces(parts) + optimizer_pieces(parts, trainer.optimizer)
-    return [piece.tensor for piece in pieces]
+    shards = model_shards(parts) + optimizer_shards(parts, trainer.optimizer)
+    return [shard.tensor for shard in shards]
 
 
-def _fill_all(trainer: Trainer, world: World) -> None:
+def _fill_all(trainer: Trainer, world: World, step: int) -> None:
     """Let every tensor say which step it is of."""
     for tensor in _all_tensors(trainer, world):
-        tensor.fill_(trainer.step_number)
+        tensor.fill_(step)
 
 
 def _check_all(trainer: Trainer, world: World) -> None:

@@ -71,12 +71,17 @@ def gradients(trainer: Trainer) -> list[Tensor]:
 
 def plain_logprobs(trainer: Trainer, tokens: Tensor) -> Tensor:
     """log pi of each token after the first, [n - 1]; by way of full logits."""
+    return plain_distributions(trainer, tokens).gather(1, tokens[1:, None])[:, 0]
+
+
+def plain_distributions(trainer: Trainer, tokens: Tensor) -> Tensor:
+    """log pi of every token of the vocabulary after each token but the last, [n - 1, V]."""
     model = trainer.modules[0]
     document = Document(tokens.int(), torch.ones(len(tokens), dtype=torch.bool), "x")
     packed = Microbatch.from_batch(pack_documents([document], len(tokens)), torch.device("cpu"))
     hidden = model(packed)[:, 0]
     logits = (hidden @ model.lm_head().t())[:-1] / TEMPERATURE
-    return torch.log_softmax(logits, -1).gather(1, tokens[1:, None])[:, 0]
+    return torch.log_softmax(logits, -1)
 
 
 def sft_batch() -> PackedBatch:

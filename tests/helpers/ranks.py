@@ -34,6 +34,8 @@ from typing import Any, NoReturn
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 TAIL_CHARACTERS = 6000
+KILL_S = 60.0
+"""Seconds that a rank may take to end by SIGKILL."""
 HASH_SEEDS = ("1", "2")
 PRELOADED = (
     "torch.distributed",
@@ -177,11 +179,29 @@ class Rank:
         return -signal.SIGKILL if is_orphan else None
 
     def kill(self) -> None:
-        """End the rank, if it has not ended, and wait for that."""
+        """End the rank, if it has not ended, and wait for that.
+
+        Raises RankError with the states of its threads if it has not ended after `KILL_S`.
+        """
+        deadline = time.monotonic() + KILL_S
         while self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                states = "\n".join(_thread_states(p) for p in (self.pid, self.server.process.pid))
+                raise RankError(f"process {self.pid} does not end by SIGKILL:\n{states}")
             time.sleep(0.01)
+
+
+def _thread_states(pid: int) -> str:
+    """Name, state and kernel function of every thread of a process, a line each."""
+    lines = []
+    for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
+        with contextlib.suppress(OSError):
+            name, state = (task / "stat").read_text().rpartition(")")[::2]
+            where = (task / "wchan").read_text() or "-"
+            lines.append(f"{name}) {state.split()[0]} {where}")
+    return "\n".join(lines) or f"{pid} is gone"
 
 
 def _wait(ranks: list[Rank], deadline: float) -> int | None:
@@ -242,7 +262,8 @@ def _serve() -> None:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 path = status_files.pop(pid)
-                partial = path.with_suffix(".partial")
+                # The other server writes into the same folder.
+                partial = path.with_name(f"{path.name}.partial")
                 with contextlib.suppress(FileNotFoundError):
                     partial.write_text(str(os.waitstatus_to_exitcode(status)))
                     partial.rename(path)

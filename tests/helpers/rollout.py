@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nemocascade.megatron.config import Accelerators, make_config
+from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel, build_model
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, tiny
@@ -65,6 +66,26 @@ def make_model(world: World, shape: ModelConfig, seed: int = 1) -> list[CascadeM
                 if value.dim() > 1 and "conv1d" not in name:
                     value.mul_(4.0)
     return chunks
+
+
+def make_runner(
+    world: World, chunks: Sequence[CascadeModel], slots: int, context: int = 512
+) -> ModelRunner:
+    """A runner whose slots have blocks of their own for `context` tokens, in a mixed order."""
+    model = ModelRunner(world, chunks, slots)
+    columns = -(-context // model.table.size)
+    model.allocate(slots * columns, context)
+    generator = torch.Generator().manual_seed(slots)
+    order = torch.randperm(slots * columns, generator=generator).view(slots, columns)
+    for slot, blocks in enumerate(order.tolist()):
+        model.table.assign(slot, 0, blocks)
+    return model
+
+
+def copies_of(model: ModelRunner, source: int, target: int, tokens: int) -> list[tuple[int, int]]:
+    """Pairs of all blocks of a slot's tokens and those of another slot."""
+    both = (model.table.named(slot, tokens).tolist() for slot in (source, target))
+    return list(zip(*both, strict=True))
 
 
 def full_logits(chunks: Sequence[CascadeModel], tokens: Tensor) -> Tensor:

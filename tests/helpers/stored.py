@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import Box
 from nemocascade.megatron.checkpoint.index import DTYPE_NAMES, index_from_json
-from nemocascade.megatron.checkpoint.storage import Piece, Reader
+from nemocascade.megatron.checkpoint.storage import Reader, TensorShard
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -26,7 +26,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         for key, stored in index.items():
             whole = Box((0,) * len(stored.shape), stored.shape)
             tensors[key] = torch.zeros(stored.shape, dtype=DTYPES[stored.dtype])
-            reader.read_into(Piece(key, stored.shape, whole, tensors[key]))
+            reader.read_into(TensorShard(key, stored.shape, whole, tensors[key]))
     return tensors
 
 

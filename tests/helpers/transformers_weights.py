@@ -64,6 +64,14 @@ def qwen3_moe(shape: ModelConfig) -> nn.Module:
     return cast(nn.Module, Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings)))
 
 
+def qwen3(shape: ModelConfig) -> nn.Module:
+    """transformers' dense Qwen3, each of whose layers is two of ours: `*` then `-`."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    settings = config_settings(shape, "Qwen3ForCausalLM")
+    return cast(nn.Module, Qwen3ForCausalLM(Qwen3Config(**settings)))
+
+
 def in_memory(family: Family, shape: ModelConfig) -> NameMap:
     """The names that transformers' modules have, which are not those of their files."""
     return name_map(family, shape, Style("model.", merged_experts=True, stored_head=True))
@@ -77,6 +85,11 @@ def from_nemotron_h(tensors: Tensors, shape: ModelConfig) -> Tensors:
 def from_qwen3_moe(tensors: Tensors, shape: ModelConfig) -> Tensors:
     """Tensors of Qwen3MoeForCausalLM under our names. Raises ValueError if one is left over."""
     return _convert(in_memory("Qwen3MoeForCausalLM", shape), tensors)
+
+
+def from_qwen3(tensors: Tensors, shape: ModelConfig) -> Tensors:
+    """Tensors of Qwen3ForCausalLM under our names. Raises ValueError if one is left over."""
+    return _convert(in_memory("Qwen3ForCausalLM", shape), tensors)
 
 
 def convert_tensors(names: NameMap, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,11 +29,9 @@ def missing() -> str:
     return ""
 
 
-@contextmanager
-def vllm_server(model: Path, announce: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server of the folder `model` on loopback, once it has announced itself."""
-    environment = {
-        **os.environ,
+def environment() -> dict[str, str]:
+    """Variables of a server's process, besides those of this process."""
+    return {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -44,13 +42,18 @@ def vllm_server(model: Path, announce: Path, *options: str) -> Iterator[subproce
         "VLLM_HOST_IP": "127.0.0.1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+@contextmanager
+def vllm_server(model: Path, announce: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A server of the folder `model` on loopback, once it has announced itself."""
     log = announce.parent / "vllm.log"
     python = str(FOLDER / "bin" / "python")
     with log.open("wb") as out:
         server = subprocess.Popen(
             [python, "-m", "nemocascade_vllm.serve", str(model), "--host", "127.0.0.1",
              "--announce", str(announce), *OPTIONS, *options],
-            env=environment,
+            env=os.environ | environment(),
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

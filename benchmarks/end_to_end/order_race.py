@@ -1,0 +1,339 @@
+"""Orders of the tiny RL stages compared, at equal steps, prompts and rollouts.
+
+    python benchmarks/end_to_end/order_race.py --seeds 5 --out benchmarks/results/<record>.json
+    python benchmarks/end_to_end/order_race.py --sft runs/tiny/cascade/stages/sft/artifact ...
+    python benchmarks/end_to_end/order_race.py --quick             # checks that the code runs
+
+All ways start from one SFT artifact and train the same stages, each for `--steps` steps of as many
+prompts and rollouts: the paper's order, its reverse, two random ones, the one that `nemocascade
+order` proposes, and all domains mixed in each of as many stages. With `--mopd` each of them is also
+run with MOPD after its second stage, from teachers that its scores choose; those runs have that
+many steps more.
+
+Every artifact is scored on every domain, on the same tasks for all ways. Reported, with 95 %
+bootstrap intervals over seeds: mean over the domains and worst domain at the end, the steps to
+`--level` of the paper's order's own gain, and paired differences from the paper's order.
+
+Each way is a cascade in `--work`, which resumes. Several processes may run some seeds each
+(`--first`) with `--sft`; a last one over all seeds writes the record. A plot is written beside it.
+
+Exit code: 0 fine, whatever wins; 2 the options do not go together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from benchmarks.end_to_end.races import interval  # noqa: E402
+from benchmarks.run import new_record, write_record  # noqa: E402
+from nemocascade.cascade.graph import StageGraph  # noqa: E402
+from nemocascade.cascade.interference import (  # noqa: E402
+    measure_interference,
+)
+from nemocascade.cascade.order import advise_order  # noqa: E402
+from nemocascade.cascade.records import SCORES  # noqa: E402
+from nemocascade.cascade.report import figures  # noqa: E402
+from nemocascade.cascade.run import run_cascade  # noqa: E402
+from nemocascade.recipe import (  # noqa: E402
+    CascadeRecipe,
+    GrpoRecipe,
+    MopdRecipe,
+    SftRecipe,
+    StageConfig,
+    StageRecipe,
+    load_recipe,
+)
+from nemocascade.recipe.commands import InterferenceSettings  # noqa: E402
+from nemocascade.stages.launch import run_stage  # noqa: E402
+from nemocascade.stages.scoring import read_scores  # noqa: E402
+
+PAPER = ("if_rl", "multi_domain_rl", "rlhf", "code_rl")
+"""Stages of the race in the paper's order."""
+MIXED = "mixed"
+SLOW = ("long_context", "swe_agentless", "swe_agentic")
+"""Domains of no stage in the race."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Settings of all ways. steps: of each stage. tasks: held out, of each domain."""
+
+    steps: int = 6
+    mopd_steps: int = 6
+    prompts: int = 16
+    rollouts: int = 8
+    tasks: int = 48
+    level: float = 0.8
+    advice_draws: int = 1000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way with one seed: scores by domain after each stage, the first before any. steps and
+    tokens are cumulative."""
+
+    steps: Sequence[int]
+    tokens: Sequence[int]
+    scores: Sequence[Mapping[str, float]]
+
+    @property
+    def means(self) -> list[float]:
+        return [sum(s.values()) / len(s) for s in self.scores]
+
+    @property
+    def worst(self) -> float:
+        return min(self.scores[-1].values())
+
+    def steps_to(self, level: float) -> float:
+        """Steps up to the first artifact whose mean is at least `level`; infinite without one."""
+        return next(
+            (float(n) for n, m in zip(self.steps, self.means, strict=True) if m >= level), np.inf
+        )
+
+
+class OrderRace:
+    """Cascades of the ways, all from one artifact."""
+
+    def __init__(self, setting: Setting, work: Path, sft: Path | None) -> None:
+        self.setting, self.work = setting, work
+        base = load_recipe(ROOT / "recipes" / "tiny" / "cascade.py", CascadeRecipe)
+        self.stages = {s.name: s.recipe for s in base.stages}
+        domains = tuple(d for d in base.scores.domains if d.domain not in SLOW)
+        self.scores = replace(base.scores, domains=domains, tasks=setting.tasks)
+        if sft is None:
+            recipe = self.stages["sft"]
+            assert isinstance(recipe, SftRecipe)
+            sft = run_stage(replace(recipe, run_dir=str(work / "sft")))
+        self.sft = sft
+
+    def stage(self, name: str, seed: int) -> GrpoRecipe:
+        """A stage of the race, or the mixture of all."""
+        setting, recipe = self.setting, self.stages[PAPER[0] if name == MIXED else name]
+        assert isinstance(recipe, GrpoRecipe)
+        rollout = replace(
+            recipe.rollout, prompts_per_step=setting.prompts, rollouts_per_prompt=setting.rollouts
+        )
+        recipe = replace(recipe, steps=setting.steps, seed=seed)
+        if name != MIXED:
+            return replace(recipe, rollout=rollout)
+        members = [self.stage(stage, seed) for stage in PAPER]
+        rollout = replace(
+            rollout,
+            max_prompt_tokens=max(m.rollout.max_prompt_tokens for m in members),
+            max_response_tokens=max(m.rollout.max_response_tokens for m in members),
+            filter_by="domain",
+        )
+        # Each stage has an equal part of the prompts, which its domains divide by their shares.
+        domains = tuple(
+            replace(
+                d,
+                share=d.share / sum(o.share for o in m.domains),
+                max_response_tokens=m.rollout.max_response_tokens,
+            )
+            for m in members
+            for d in m.domains
+        )
+        return replace(recipe, stage=MIXED, domains=domains, rollout=rollout, envs=self.scores.envs)
+
+    def cascade(self, order: Sequence[str], seed: int, *, mopd: bool = False) -> CascadeRecipe:
+        """The cascade of one way. order: stage names; may hold MIXED several times."""
+        listed: list[tuple[str, StageRecipe]] = []
+        for number, name in enumerate(order):
+            listed.append((f"s{number + 1}_{name}", self.stage(name, seed + 100 * number)))
+        if mopd:
+            recipe = self.stages["mopd"]
+            assert isinstance(recipe, MopdRecipe)
+            scored = {d.domain for d in self.scores.domains}
+            optimizer = replace(recipe.optimizer, decay_steps=self.setting.mopd_steps)
+            recipe = replace(
+                recipe,
+                steps=self.setting.mopd_steps,
+                seed=seed,
+                optimizer=optimizer,
+                domains=tuple(d for d in recipe.domains if d.domain in scored),
+            )
+            listed.insert(2, ("mopd", recipe))
+        name, first = listed[0]
+        listed[0] = name, replace(first, init_from=str(self.sft))
+        folder = f"seed_{seed}/{'-'.join(order)}{'-mopd' * mopd}"
+        return CascadeRecipe(
+            run_dir=str(self.work / folder),
+            stages=tuple(StageConfig(name, recipe) for name, recipe in listed),
+            scores=self.scores,
+        )
+
+    def run(self, order: Sequence[str], seed: int, *, mopd: bool = False) -> Run:
+        """Run one way; finished stages are kept."""
+        cascade = self.cascade(order, seed, mopd=mopd)
+        run_cascade(cascade)
+        graph = StageGraph(cascade)
+        listed = json.loads(Path(cascade.run_dir, "cascade.json").read_text(encoding="utf-8"))
+        steps, tokens = [0], [0]
+        scores = [self.start_scores()]
+        for stage, entry in zip(cascade.stages, listed["stages"], strict=True):
+            steps.append(steps[-1] + stage.recipe.steps)
+            tokens.append(tokens[-1] + entry["tokens"])
+            scores.append(_scores(Path(graph.stage_dir(stage.name)) / SCORES))
+        return Run(steps, tokens, scores)
+
+    def _advising(self) -> CascadeRecipe:
+        """The cascade whose stages the advisor measures, with a seed outside of the race."""
+        recipes = [(name, self.stage(name, 1000)) for name in PAPER]
+        recipes[0] = PAPER[0], replace(recipes[0][1], init_from=str(self.sft))
+        return CascadeRecipe(
+            run_dir=str(self.work / "advice"),
+            stages=tuple(StageConfig(name, recipe) for name, recipe in recipes),
+            scores=self.scores,
+        )
+
+    def advised(self) -> tuple[str, ...]:
+        """The order that the advisor proposes; empty if it says that the orders do not differ."""
+        effects = measure_interference(self._advising(), InterferenceSettings("", pairs=True))
+        return advise_order(effects, draws=self.setting.advice_draws).proposed
+
+    def start_scores(self) -> dict[str, float]:
+        """Scores of the start artifact, which the advisor's measurement has."""
+        return _scores(self.work / "advice" / "interference" / "reused" / "start" / SCORES)
+
+
+def _scores(path: Path) -> dict[str, float]:
+    found = read_scores(path)
+    assert found is not None, path
+    return {domain: s.score for domain, s in found.scores.items() if s.score is not None}
+
+
+def ways_of(advised: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Orders by name. Random ones are drawn once for all seeds, and differ from the others."""
+    ways: dict[str, tuple[str, ...]] = {"paper": PAPER, "reverse": PAPER[::-1]}
+    dice = random.Random(0)
+    while len(ways) < 4:
+        order = tuple(dice.sample(PAPER, len(PAPER)))
+        if order not in ways.values() and order != tuple(advised):
+            ways[f"random {len(ways) - 1}"] = order
+    ways["mixed"] = (MIXED,) * len(PAPER)
+    if advised and tuple(advised) not in ways.values():
+        ways["advised"] = tuple(advised)
+    return ways
+
+
+def summary(runs: Mapping[str, Sequence[Run]], level: float) -> dict[str, Any]:
+    """Means over seeds with 95 % intervals, and differences from "paper" paired by seed.
+
+    level: fraction of the mean gain of "paper" whose first reaching is timed. JSON values; null
+    means "not reached".
+    """
+    paper = runs["paper"]
+    start = float(np.mean([r.means[0] for r in paper]))
+    target = start + level * (float(np.mean([r.means[-1] for r in paper])) - start)
+    found: dict[str, Any] = {}
+    for name, mine in runs.items():
+        gaps = [a.means[-1] - b.means[-1] for a, b in zip(mine, paper, strict=True)]
+        low = [a.worst - b.worst for a, b in zip(mine, paper, strict=True)]
+        found[name] = {
+            "mean": _entry([r.means[-1] for r in mine]),
+            "worst_domain": _entry([r.worst for r in mine]),
+            "tokens": _entry([r.tokens[-1] for r in mine]),
+            "steps_to_level": _entry([r.steps_to(target) for r in mine], median=True),
+            "mean_minus_paper": _entry(gaps),
+            "worst_minus_paper": _entry(low),
+        }
+    return {"level": target, "ways": found}
+
+
+def _entry(values: Sequence[float], *, median: bool = False) -> dict[str, Any]:
+    def middle(found: np.ndarray) -> np.ndarray:
+        return np.sort(found, -1)[..., found.shape[-1] // 2] if median else found.mean(-1)
+
+    value, *ends = (None if np.isinf(x) else x for x in interval(values, middle))
+    return {"value": value, "ci95": ends}
+
+
+def plot(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
+    """Plot the mean over domains after each stage: the mean over seeds, with its interval at the
+    end."""
+    with matplotlib.rc_context(figures.SETTINGS):
+        figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+        ax = figure.add_subplot()
+        for style, (name, mine) in enumerate(runs.items()):
+            color, dash = figures.style_of(style)
+            means = 100 * np.mean([r.means for r in mine], 0)
+            ax.plot(mine[0].steps, means, color=color, ls=dash, label=name)
+            _, low, high = interval([100 * r.means[-1] for r in mine], lambda v: v.mean(-1))
+            end = mine[0].steps[-1] + 0.15 * style
+            ax.plot([end, end], [low, high], color=color, lw=3, alpha=0.5)
+        figures.finish_axes(ax)
+        ax.set_xlabel("steps")
+        ax.set_ylabel("mean over domains, points")
+        ax.legend(frameon=False, fontsize=8)
+        figures.png(path, figure)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="this many seeds")
+    parser.add_argument("--first", type=int, default=1, help="the first seed")
+    parser.add_argument("--work", type=Path, default=Path("runs/order_race"))
+    parser.add_argument("--sft", type=Path, help="artifact that all ways start from")
+    parser.add_argument("--mopd", action="store_true", help="each way also with MOPD")
+    parser.add_argument("--out", type=Path, help="write the record to this file, and a plot")
+    parser.add_argument("--quick", action="store_true", help="few steps, to try the code")
+    for name, value in asdict(Setting()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.first != 1 and options.sft is None:
+        print("--first needs --sft: all seeds start from one artifact")
+        return 2
+    setting = Setting()
+    if options.quick:
+        setting = replace(setting, steps=1, mopd_steps=1, prompts=2, rollouts=2, tasks=4)
+    named = {n: v for n in asdict(setting) if (v := getattr(options, n)) is not None}
+    setting = replace(setting, **named)
+    race = OrderRace(setting, options.work.resolve(), options.sft and options.sft.resolve())
+    advised = race.advised()
+    ways = ways_of(advised)
+    seeds = list(range(options.first, options.first + options.seeds))
+    runs: dict[str, list[Run]] = {}
+    for seed in seeds:
+        for name, order in ways.items():
+            for mopd in (False, True)[: 1 + options.mopd]:
+                found = race.run(order, seed, mopd=mopd)
+                runs.setdefault(f"{name}{', MOPD' * mopd}", []).append(found)
+                print(f"seed {seed}, {name}{', MOPD' * mopd}: {found.means[-1]:.3f}", flush=True)
+    record = new_record(
+        "end_to_end",
+        settings=asdict(setting) | {"sft": str(options.sft)},
+        seeds=seeds,
+        orders=ways,
+        advised=advised,
+        summary=summary(runs, setting.level),
+        runs={name: [asdict(r) for r in mine] for name, mine in runs.items()},
+    )
+    print(json.dumps(record["summary"], indent=1))
+    if options.out is not None:
+        write_record(options.out, record)
+        plot(options.out.with_suffix(".png"), runs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The race of orders: every way can run and trains as much, and its summary is paired by seed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.end_to_end.order_race import (
+    MIXED,
+    PAPER,
+    OrderRace,
+    Run,
+    Setting,
+    main,
+    plot,
+    summary,
+    ways_of,
+)
+from nemocascade.cascade.graph import cascade_problems
+from nemocascade.cascade.interference import plan_branches
+from nemocascade.recipe import GrpoRecipe
+from nemocascade.recipe.commands import InterferenceSettings
+
+
+@pytest.fixture(scope="module")
+def race() -> OrderRace:
+    return OrderRace(Setting(), Path("work"), Path("sft/artifact"))
+
+
+@pytest.mark.parametrize("advised", [(), PAPER, ("code_rl", "if_rl", "rlhf", "multi_domain_rl")])
+def test_the_ways_differ(advised: tuple[str, ...]) -> None:
+    ways = ways_of(advised)
+    assert ways["paper"] == PAPER
+    assert ways["reverse"] == PAPER[::-1]
+    assert ("advised" in ways) == (advised not in ((), PAPER))
+    assert len(set(ways.values())) == len(ways)
+    assert all(sorted(w) == sorted(PAPER) for name, w in ways.items() if name != MIXED)
+
+
+def test_every_way_can_run_and_trains_as_much(race: OrderRace) -> None:
+    spent = set()
+    for order, mopd in itertools.product(ways_of(()).values(), (False, True)):
+        cascade = race.cascade(order, 1, mopd=mopd)
+        assert cascade_problems(cascade, 1) == []
+        recipes = [s.recipe for s in cascade.stages if isinstance(s.recipe, GrpoRecipe)]
+        rollouts = [r.rollout.prompts_per_step * r.rollout.rollouts_per_prompt for r in recipes]
+        spent.add(sum(r.steps * n for r, n in zip(recipes, rollouts, strict=True)))
+        assert [s.kind for s in cascade.stages].index("grpo") == 0
+        assert (cascade.stages[2].kind == "mopd") == mopd
+    assert len(spent) == 1
+    plan = plan_branches(race._advising(), InterferenceSettings("", pairs=True))
+    assert len(plan.sequences) == 4 + 12
+    assert plan.artifact == "sft/artifact"
+    assert cascade_problems(plan.cascade, 1) == []
+
+
+def test_a_mixed_stage_has_all_domains_in_equal_parts(race: OrderRace) -> None:
+    mixed = race.stage(MIXED, 1)
+    members = [race.stage(name, 1) for name in PAPER]
+    assert [d.domain for d in mixed.domains] == [d.domain for m in members for d in m.domains]
+    shares = {d.domain: d.share for d in mixed.domains}
+    for member in members:
+        assert sum(shares[d.domain] for d in member.domains) == pytest.approx(1)
+
+
+def run(*means: float) -> Run:
+    scores = [{"x": m + 0.1, "y": m - 0.1} for m in means]
+    steps = [6 * n for n in range(len(means))]
+    return Run(steps, [100 * s for s in steps], scores)
+
+
+def test_the_summary_is_paired_by_seed(tmp_path: Path) -> None:
+    runs = {
+        "paper": [run(0.2, 0.3, 0.4), run(0.2, 0.4, 0.5), run(0.2, 0.3, 0.45)],
+        "reverse": [run(0.2, 0.3, 0.38), run(0.2, 0.3, 0.48), run(0.2, 0.2, 0.43)],
+    }
+    found = summary(runs, 0.8)
+    assert found["level"] == pytest.approx(0.2 + 0.8 * 0.25)
+    entry = found["ways"]["reverse"]
+    assert entry["mean_minus_paper"]["value"] == pytest.approx(-0.02)
+    assert entry["mean_minus_paper"]["ci95"] == pytest.approx([-0.02, -0.02])
+    assert entry["worst_domain"]["value"] == pytest.approx(np.mean([0.28, 0.38, 0.33]))
+    assert found["ways"]["paper"]["steps_to_level"]["value"] == 12
+    # One of three seeds does not reach the level.
+    assert entry["steps_to_level"]["ci95"][1] is None
+    json.dumps(found)
+    plot(tmp_path / "x.png", runs)
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_seeds_apart_need_one_artifact() -> None:
+    assert main(["--first", "2"]) == 2

@@ -1,0 +1,96 @@
+"""Pages of the benchmarks: their commands exist, and their tables are those of the records."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import run
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """The commands in the code blocks of benchmarks/README.md."""
+    blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_of_the_page_exists(command: str) -> None:
+    python, script, *arguments = shlex.split(command)
+    assert python == "python"
+    path = ROOT / script
+    assert path.is_file(), f"{script} is not there"
+    named = [ROOT / word for word in arguments if word.startswith("benchmarks/results/")]
+    assert all(file.exists() for file in named if "--compare" in arguments), named
+    if script == "benchmarks/run.py":
+        run.parse(arguments)
+        return
+    module: Any = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    module.parse(arguments)
+
+
+def test_every_file_that_the_page_names_exists() -> None:
+    names = [name for name in re.findall(r"`([\w/]+\.py)`", README) if "<" not in name]
+    assert names
+    folders = (ROOT / "benchmarks", ROOT)
+    gone = [name for name in names if not any((f / name).is_file() for f in folders)]
+    assert not gone
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module tools/kernel_table.py."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("kernel_table")
+
+
+def test_the_table_of_kernel_times_is_that_of_the_records() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/kernel_table.py", "--check"], cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, "python tools/kernel_table.py writes it anew"
+
+
+def test_every_op_has_a_row_in_the_table(table: Any) -> None:
+    ops = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/kernels/bench_*.py")}
+    assert table.SHOWN.keys() >= ops
+
+
+def record(date: str, time_s: float, **environment: Any) -> str:
+    case = {
+        "case": "forward and backward, 4096 x 128, top 6",
+        "settings": {"T": 4096, "score": "sigmoid"},
+        "rows": [
+            {"name": "ours", "kind": "ours", "median_s": time_s},
+            {"name": "chain", "kind": "peer", "median_s": 0.01},
+            {"name": "gone", "kind": "peer", "missing": "not installed"},
+        ],
+    }
+    where = {"date": date, "cpu": "Fast(R) Processor", "cpu_threads": 2, **environment}
+    return json.dumps({"environment": where, "ops": {"moe_router": {"cases": [case]}}})
+
+
+def test_a_row_is_the_newest_record_of_a_machine(table: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(record("2026-10-01", 0.004))
+    (tmp_path / "b.json").write_text(record("2026-11-02", 0.0025))
+    limits = {"NEMOCASCADE_CPU_LEVEL": "v3"}
+    (tmp_path / "c.json").write_text(record("2026-09-01", 0.005, cpu_limits=limits))
+    lines = [line for line in table.table(tmp_path).splitlines() if "moe_router" in line]
+    case = "| `moe_router` | forward and backward, 4096 x 128, top 6 (T 4,096) |"
+    assert lines == [
+        f"{case} Fast, 2 threads; 2026-11 | 2.5 ms | chain 4.00 |",
+        f"{case} Fast, 2 threads, `NEMOCASCADE_CPU_LEVEL=v3`; 2026-09 | 5 ms | chain 2.00 |",
+    ]
+    assert "| `linear_logprob` | | not measured | | |" in table.table(tmp_path)
