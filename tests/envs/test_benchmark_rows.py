@@ -159,7 +159,7 @@ def test_future_imports_of_an_answer_come_first(
 def test_future_imports_where_parts_are_compiled_alone(environments: dict[str, Domain]) -> None:
     source = "from __future__ import annotations\n\ndef f(x: Unknown):\n    return x + 1"
     text = {"calls": source, "standard input": f"{source}\n\nprint(f(int(input())))"}
-    tests = {
+    tests: dict[str, dict[str, Any]] = {
         "calls": {"function": "f", "inputs": [[1]], "outputs": [2]},
         "standard input": {"function": "", "inputs": ["1"], "outputs": ["2"]},
     }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -208,7 +209,7 @@ def test_a_lost_head_is_one_warning(
     ray: FakeRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="nemocascade")
-    look, failures = ray_nodes.worker_nodes, list[int]()
+    look, failures = ray_cluster.worker_nodes, list[int]()
 
     def fails(found: Any) -> Any:
         if len(failures) >= 5:
@@ -227,8 +228,8 @@ def test_warnings_of_a_long_outage_grow_rare(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(ray_nodes.time, "monotonic", lambda: now)
-    outage, warned = ray_nodes._Outage(), []
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    outage, warned = ray_nodes._Outage(), list[float]()
     for _ in range(4 * 3600 // 5):
         before = len(caplog.records)
         outage.failed(ConnectionError("the head is lost"))
