@@ -104,7 +104,7 @@ def own_cpu_s() -> float:
     return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, kinds))
 
 
-def pool_row(walls: str, workers: int, config: SandboxConfig) -> Row:
+def pool_row(isolation: str, workers: int, config: SandboxConfig) -> Row:
     """A row for a pool; its workers' CPU time includes the programs that they have reaped."""
     sandbox = SandboxPool(config)
 
@@ -113,7 +113,7 @@ def pool_row(walls: str, workers: int, config: SandboxConfig) -> Row:
         reaped: float = sum(t.user + t.system + t.children_user + t.children_system for t in times)
         return own_cpu_s() + reaped
 
-    name = f"pool, {walls}, {workers} workers"
+    name = f"pool, {isolation}, {workers} workers"
     return Row(name, lambda program: sandbox.run(program).stdout, workers, cpu_s)
 
 
@@ -134,11 +134,11 @@ def fresh_row(name: str, prefix: list[str], threads: int) -> Row:
 
 def make_rows(cores: int, time_s: float) -> list[Row]:
     rows = []
-    for walls in ("bubblewrap", "namespaces"):
+    for isolation in ("bubblewrap", "namespaces"):
         for workers in (cores, 2 * cores):
-            config = SandboxConfig(isolation=walls, workers=workers, time_s=time_s)
+            config = SandboxConfig(isolation=isolation, workers=workers, time_s=time_s)
             try:
-                rows.append(pool_row(walls, workers, config))
+                rows.append(pool_row(isolation, workers, config))
             except SandboxUnavailable as error:
                 print(f"left out: {error}")
     rows.append(fresh_row("fresh interpreter, no isolation", [], cores))
@@ -192,7 +192,7 @@ def attack_table() -> list[dict[str, Any]]:
         said = outcome.stderr.strip().splitlines()
         entry: dict[str, Any] = {
             "attack": name,
-            "walls": sandbox.isolation,
+            "isolation": sandbox.isolation,
             "outcome": outcome.status,
             "seconds": time.perf_counter() - start,
             # Records contain no folder names of the machine.

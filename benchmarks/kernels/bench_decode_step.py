@@ -119,9 +119,9 @@ def attention(sizes: Sizes, rows: int, backend: str | None) -> Callable[[], Tens
     columns = PAST // BLOCK + 1
     keys, values = random_normal(2, rows * columns, kv_heads, BLOCK, dim, seed=3)
     table = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
-    slots, held = torch.arange(rows), torch.full((rows,), PAST)
+    slots, cached = torch.arange(rows), torch.full((rows,), PAST)
     return lambda: step_attention(
-        q, k, v, keys, values, table, slots, held, PAST + 1, backend=backend
+        q, k, v, keys, values, table, slots, cached, PAST + 1, backend=backend
     )
 
 

@@ -43,8 +43,12 @@ _ABSENT = "the op has no such implementation"
 Check = Callable[..., str | None]
 
 
-class BackendRefusedError(RuntimeError):
+class BackendUnavailableError(RuntimeError):
     """The required implementation is unavailable for the call."""
+
+
+BackendRefusedError = BackendUnavailableError
+"""The name in version 0.1.0, for callers that catch it."""
 
 
 @dataclass(frozen=True)
@@ -126,21 +130,21 @@ class Op:
     def chosen(self, *tensors: Tensor, backend: str | None = None) -> str:
         """Name of the implementation that runs a call on these tensors.
 
-        Raises `BackendRefusedError` if the required one is unavailable, or if all are; `ValueError`
-        for a name that the op does not have.
+        Raises `BackendUnavailableError` if the required one is unavailable, or if all are;
+        `ValueError` for a name that the op does not have.
         """
         demanded = self._demanded(backend)
         if demanded is not None:
             reason = self._limitation(demanded, tensors, demanded=True)
             if reason is not None:
-                raise BackendRefusedError(
+                raise BackendUnavailableError(
                     f"{self.name}: backend {demanded!r} is unavailable: {reason}"
                 )
             return demanded
         for name in self.backends:
             if self._limitation(name, tensors, demanded=False) is None:
                 return name
-        raise BackendRefusedError(
+        raise BackendUnavailableError(
             f"{self.name}: no implementation takes this call\n{self.why_refused(*tensors)}"
         )
 

@@ -142,7 +142,8 @@ def _scores(config: ScoreConfig, samples: int) -> ScoreConfig:
 
 def measure_interference(cascade: CascadeRecipe, settings: InterferenceSettings) -> Effects:
     """Train and score the branches that are missing, and write interference.json; every rank calls
-    it. Finished stages of the cascade with the same inputs serve as branches.
+    it. Finished stages of the cascade with the same inputs serve as branches, and keep their own
+    scores, whatever `cascade.scores` says.
 
     Raises RecipeError for invalid settings, and as `run_cascade`.
     """
@@ -151,13 +152,14 @@ def measure_interference(cascade: CascadeRecipe, settings: InterferenceSettings)
     chain = [plan.start] if plan.start else []
     while chain and (before := graph.start_of(chain[0])):
         chain.insert(0, before)
-    for name in chain:
-        run_cascade(cascade, Choice(only=name))
     lock = RunLock(Path(plan.cascade.run_dir))
     main = partial(on_main_rank, lock, cascade.scores.engine)
-    reused: dict[str, str] = main(lambda: _finished(cascade, plan))
-    scored = {"": plan.artifact, **reused}
     try:
+        for name in chain:
+            if not main(partial(_is_current, cascade, name)):
+                run_cascade(cascade, Choice(only=name))
+        reused: dict[str, str] = main(lambda: _finished(cascade, plan))
+        scored = {"": plan.artifact, **reused}
         for name, artifact in scored.items():
             _score(plan, Path(artifact), _score_folder(plan, name), main)
     finally:
@@ -169,6 +171,12 @@ def measure_interference(cascade: CascadeRecipe, settings: InterferenceSettings)
     finally:
         lock.release()
     return effects
+
+
+def _is_current(cascade: CascadeRecipe, name: str) -> bool:
+    """True if a stage of the cascade is done, and nothing that it depends on has changed."""
+    files = FileHashes(Path(cascade.run_dir) / "files.json")
+    return decide(cascade, name, files).action == "keep"
 
 
 def _finished(cascade: CascadeRecipe, plan: Plan) -> dict[str, str]:

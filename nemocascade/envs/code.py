@@ -12,7 +12,7 @@ from typing import Any
 
 from nemocascade.envs.base import final_text
 from nemocascade.envs.benchmark_rows import humaneval_row, is_of
-from nemocascade.envs.code_blocks import programs_of
+from nemocascade.envs.code_blocks import joined_source, programs_of
 from nemocascade.envs.code_outputs import same_output, same_value
 from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.sandboxed import SandboxedDomain
@@ -139,7 +139,7 @@ class Code(SandboxedDomain):
             *(tests["start"], source, tests["check"]),
             f"check({tests['function']})\nprint({passed!r})\n",
         )
-        outcome = self.sandbox.run(self._prepared(Program("\n".join(parts))))
+        outcome = self.sandbox.run(self._prepared(Program(joined_source(parts))))
         right = outcome.status == "ok" and outcome.stdout.strip().endswith(passed)
         stopped = outcome.status in ("time", "output")
         details = {"reason": "" if right else _reason(outcome)}

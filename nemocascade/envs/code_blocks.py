@@ -1,14 +1,20 @@
-"""Fenced code blocks of an answer, and which of them is the program."""
+"""Fenced code blocks of an answer, which of them is the program, and programs of several parts."""
 
 from __future__ import annotations
 
+import io
 import re
+import tokenize
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _FENCE = re.compile(r"(?P<run>`{3,}|~{3,})[ \t]*(?P<info>.*)")
 _AFTER_TEXT = re.compile(r"`{3,}[\w+#-]*\s*")
 """A fence that may follow text in its line: more than a label would be more text."""
 _PYTHON = re.compile(r"[{.\s]*(python|pypy|py)[\d.]*(?![\w+#-])", re.IGNORECASE)
+_FUTURE_IMPORT = ["from", "__future__", "import"]
+_LONGEST_IMPORT = 100
+"""Tokens of a `from __future__` import, which has at most the ten features that Python knows."""
 _NESTED = 4
 """A fence indented by this much more than the opening one is text of the block (CommonMark)."""
 
@@ -53,6 +59,55 @@ def programs_of(text: str) -> list[str]:
         return [python.source]
     sources = [block.source for block in sorted(blocks, key=lambda block: not block.info)]
     return [source for source in sources if source.strip()] or [text]
+
+
+def joined_source(parts: Sequence[str]) -> str:
+    """Join sources into one program that starts with the `from __future__` imports of them all.
+
+    Python allows these imports only at the start of a program. Each is one wherever its part may
+    have it; a later one stays where it is, and is the part's syntax error.
+    """
+    imports, rests = zip(*map(_split_future_imports, parts), strict=True)
+    return "\n".join((*filter(None, imports), *rests))
+
+
+def _split_future_imports(source: str) -> tuple[str, str]:
+    """The lines with a part's `from __future__` imports, and the part with empty lines for them."""
+    if "__future__" not in source:
+        return "", source
+    lines = source.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    imports: list[str] = []
+    for first, end in _future_import_lines("\n".join(lines)):
+        imports += lines[first:end]
+        lines[first:end] = [""] * (end - first)
+    return "\n".join(imports), "\n".join(lines)
+
+
+def _future_import_lines(source: str) -> list[tuple[int, int]]:
+    """First line and the one after the last of each import: those after an optional docstring and
+    before other statements. The source is not compiled, and read only as far as that."""
+    found: list[tuple[int, int]] = []
+    words: list[str] = []
+    start, may_be_docstring = 0, True
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type in (tokenize.COMMENT, tokenize.NL):
+                continue
+            if token.type == tokenize.NEWLINE:
+                if words:
+                    found.append((start - 1, token.end[0]))
+                words, may_be_docstring = [], False
+            elif may_be_docstring and token.type == tokenize.STRING:
+                continue
+            else:
+                start = start if words else token.start[0]
+                words.append(token.string)
+                expected = _FUTURE_IMPORT[: len(words)]
+                if words[: len(expected)] != expected or len(words) > _LONGEST_IMPORT:
+                    break
+    except (tokenize.TokenError, SyntaxError):
+        pass  # running the program shows its error
+    return found
 
 
 def _blocks(text: str) -> list[_Block]:

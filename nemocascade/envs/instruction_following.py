@@ -93,17 +93,17 @@ class InstructionFollowing(CheckedDomain):
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:
         text = final_text(response)
         kinds, arguments = prompt.answer["kinds"], prompt.answer["kwargs"]
-        held: list[bool] = []
+        followed: list[bool] = []
         faults: list[str] = []
         for kind, given in zip(kinds, arguments, strict=True):
             try:
-                held.append(self._follows(kind, given, text))
+                followed.append(self._follows(kind, given, text))
             except AnswerFault as error:
-                held.append(False)
+                followed.append(False)
                 faults.append(str(error))
         grading = prompt.answer.get("grading", self._grading)
-        reward = sum(held) / len(held) if grading == "fraction" else float(all(held))
-        details = {"kinds": kinds, "held": held, **({"reasons": faults} if faults else {})}
+        reward = sum(followed) / len(followed) if grading == "fraction" else float(all(followed))
+        details = {"kinds": kinds, "followed": followed, **({"reasons": faults} if faults else {})}
         return Verdict(reward, details=details, fault="answer" if faults else None)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:

@@ -82,9 +82,9 @@ def quality(text: str, wanted: Sequence[str], allowed: Sequence[str]) -> float:
     repeated words reduce it.
     """
     words = Counter(_WORD.findall(text.lower()))
-    held = sum(word in words for word in wanted)
+    present = sum(word in words for word in wanted)
     strange = sum(count - (word in wanted) for word, count in words.items() if word not in allowed)
-    share = held / len(wanted)
+    share = present / len(wanted)
     score = SCORE_MIN + (SCORE_MAX - SCORE_MIN) * share**2 - STRANGE_COST * strange
     return max(SCORE_MIN, score)
 

@@ -223,12 +223,12 @@ def generation_world(world: World, parallel: ParallelConfig, engine: EngineConfi
     if parallel == world.parallel:
         return world
     on_gpu = world.device.type == "cuda"
-    held: dict[tuple[int, ...], Any] = {}
+    existing: dict[tuple[int, ...], Any] = {}
     # Groups with gloo come last, so that they are kept where several have the same ranks.
     for name in (*(f.name for f in fields(ProcessGroupCollection) if f.name not in HOST), *HOST):
         group = getattr(world.groups, name, None)
         if isinstance(group, dist.ProcessGroup):
-            held[tuple(dist.get_process_group_ranks(group))] = group
+            existing[tuple(dist.get_process_group_ranks(group))] = group
     with_host = host_groups(world.size, world.parallel)
     needs_host = host_groups(world.size, parallel)
     known = {
@@ -246,7 +246,7 @@ def generation_world(world: World, parallel: ParallelConfig, engine: EngineConfi
 
     def group_of(ranks: Sequence[int]) -> Any:
         key = tuple(ranks)
-        return held[key] if key in known else made[key]
+        return existing[key] if key in known else made[key]
 
     groups = own_groups(world.rank, world.size, parallel, group_of)
     return replace(world, parallel=parallel, groups=groups)

@@ -28,13 +28,13 @@ class Costs(Protocol):
 
 @dataclass(eq=False)
 class Replica:
-    """One replica. rows: number of sequences that decode. held: number of those that hold a slot.
+    """One replica. rows: number of sequences that decode. occupied: number of slots in use.
     waiting: ids of requests without one. cached: tokens of all that hold a slot. busy_s: seconds in
     which it decoded. prompt: the last one that was prefilled, whose state is kept."""
 
     slots: int
     rows: int = 0
-    held: int = 0
+    occupied: int = 0
     waiting: list[int] = field(default_factory=list)
     cached: float = 0.0
     busy_s: float = 0.0
@@ -43,7 +43,7 @@ class Replica:
     @property
     def taken(self) -> int:
         """Number of requests that were taken and have not finished."""
-        return self.held + len(self.waiting)
+        return self.occupied + len(self.waiting)
 
 
 @dataclass(eq=False)

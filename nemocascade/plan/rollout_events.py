@@ -164,14 +164,14 @@ class RolloutEvents:
 
     def _fill(self, group: int, replica: Replica) -> None:
         """Start waiting requests in free slots; consecutive copies share a prompt's prefill."""
-        while replica.waiting and replica.held < replica.slots:
+        while replica.waiting and replica.occupied < replica.slots:
             number = replica.waiting.pop(0)
             self.texts[number] = self._text(group, replica, self.rollouts.lengths[number])
             prompt = number // self.rollouts.copies
             if prompt != replica.prompt:
                 self._prefill(group, replica, [self.rollouts.prompt])
             replica.prompt = prompt
-            replica.held += 1
+            replica.occupied += 1
             replica.cached += self.rollouts.prompt
             self._starting.append(number)
 
@@ -225,7 +225,7 @@ class RolloutEvents:
     def _release(self, number: int, tokens: float) -> None:
         """Free the slot of a text and its cached tokens."""
         text = self.texts.pop(number)
-        text.replica.held -= 1
+        text.replica.occupied -= 1
         text.replica.cached -= tokens
 
     def _reply(self, number: int) -> None:

@@ -100,9 +100,10 @@ class RolloutConfig:
     """Drop groups whose rewards are all equal, and draw other prompts to replace them."""
 
     filter_by: Literal["step", "domain"] = "step"
-    """With dynamic filtering and several domains: `step` trains on the first informative groups of
-    any domain, so a domain whose rewards are often equal trains less than its share. `domain` draws
-    until each domain has its share of `prompts_per_step`, as far as `max_draws` allows."""
+    """With several domains: `step` trains on the first informative groups of any domain, so one
+    whose rewards are often equal trains less than its share. `domain`, which needs
+    `dynamic_filtering`, draws until each domain has its share of `prompts_per_step`, as far as
+    `max_draws` allows."""
 
     max_draws: Count = 4
     """Draw at most this many times `prompts_per_step` prompts for a step; a step that finds fewer
@@ -175,6 +176,12 @@ class RolloutConfig:
             found.append(
                 f"rollout.overlong_buffer({self.overlong_buffer}) must lie in "
                 f"0..max_response_tokens({self.max_response_tokens})"
+            )
+        if self.filter_by == "domain" and not self.dynamic_filtering:
+            found.append(
+                "rollout.filter_by(domain) chooses which groups dynamic filtering draws, and "
+                "rollout.dynamic_filtering is False: set --rollout.filter-by step, or in an RL "
+                "stage --rollout.dynamic-filtering True"
             )
         if self.engine == "server":
             found += self.server.problems()

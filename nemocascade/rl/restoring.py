@@ -44,17 +44,17 @@ class Restored:
         self.partial: set[int] = set()
         for group in wanted if kept.rollouts else ():
             domain = group.task.prompt.domain
-            held = [number for number in group.ids if number in kept.rollouts]
-            self._domains |= dict.fromkeys(held, domain)
+            finished = [number for number in group.ids if number in kept.rollouts]
+            self._domains |= dict.fromkeys(finished, domain)
             environment = environments[domain]
-            has_verdict = [number for number in held if number in kept.verdicts]
+            has_verdict = [number for number in finished if number in kept.verdicts]
             if environment.collective or not scored:
-                self.complete += held
+                self.complete += finished
                 continue
             if not (environment.by_group and compared):
-                self.unscored += [number for number in held if number not in kept.verdicts]
-            elif len(held) < len(group.ids):
-                self.partial.update(held)
+                self.unscored += [number for number in finished if number not in kept.verdicts]
+            elif len(finished) < len(group.ids):
+                self.partial.update(finished)
                 continue
             elif len(has_verdict) < len(group.ids):
                 self.groups.append(group.ids)

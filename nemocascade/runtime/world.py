@@ -191,7 +191,7 @@ class World:
         In a large world a message takes one hop for each axis of `grid`, so that a rank is
         connected to few others.
         """
-        held: dict[int, torch.Tensor] = {}
+        arrived: dict[int, torch.Tensor] = {}
         holders: list[Collection[int]] = [[owner] for owner in owners]
         stride = 1
         for axis in grid(self.size):
@@ -199,12 +199,12 @@ class World:
                 _hops(holder, wanted, stride, axis)
                 for holder, wanted in zip(holders, receivers, strict=True)
             ]
-            self._hop(hops, sizes, lambda k: held[k] if k in held else pack(k), held)
+            self._hop(hops, sizes, lambda k: arrived[k] if k in arrived else pack(k), arrived)
             holders = [{at for at, _ in found} for found in hops]
             stride *= axis
         return {
             k: message
-            for k, message in held.items()
+            for k, message in arrived.items()
             if self.rank in receivers[k] and self.rank != owners[k]
         }
 
@@ -213,10 +213,10 @@ class World:
         hops: Sequence[Collection[tuple[int, int]]],
         sizes: Sequence[int],
         pack: Callable[[int], torch.Tensor],
-        held: dict[int, torch.Tensor],
+        arrived: dict[int, torch.Tensor],
     ) -> None:
         """Send message k along `hops[k]`, pairs of receiver and sender, and add those that arrive
-        here to `held`."""
+        here to `arrived`."""
         mine = {
             k: source
             for k, found in enumerate(hops)
@@ -241,7 +241,7 @@ class World:
             packed += sizes[k]
         for work in (*leaving, *arriving):
             work.wait()
-        held |= empty
+        arrived |= empty
 
     def close(self) -> None:
         """Leave all process groups, so that another layout may start in this process."""

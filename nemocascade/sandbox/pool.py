@@ -197,8 +197,8 @@ class SandboxPool:
         return launch.start(isolation, self.config, scratch, self._modules)
 
 
-# Self-test of an isolation backend, run inside; it ends with "held" if the isolation holds, and if
-# programs can do what they may.
+# Self-test of an isolation backend, run inside; it ends with "isolated" if the isolation holds, and
+# if programs can do what they may.
 _PROBE = """
 import mmap, multiprocessing, os, socket, tempfile, threading
 assert os.getpid() == 1 and not os.path.exists("/proc/self") and os.listdir(".") == []
@@ -228,7 +228,7 @@ for n in range({processes} + 1):
         break
 else:
     raise SystemExit("the number of processes is not limited")
-print("held")
+print("isolated")
 """
 
 
@@ -240,7 +240,7 @@ def _proven(worker: launch.Worker, config: SandboxConfig) -> launch.Worker:
     except SandboxError as error:
         worker.kill()
         raise launch.IsolationError(str(error)) from error
-    if outcome.stdout.strip() != "held":
+    if outcome.stdout.strip() != "isolated":
         worker.kill()
         said = outcome.stderr.strip().splitlines()
         raise launch.IsolationError(

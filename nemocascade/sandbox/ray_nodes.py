@@ -36,6 +36,10 @@ RETRIES = 1
 none."""
 REFRESH_S = 5.0
 """Interval at which nodes that have joined the cluster are looked for."""
+REMIND_S = 60.0
+"""Time from the first warning of a lost cluster to the second; the next come at twice the time."""
+LONGEST_REMIND_S = 3600.0
+"""Longest interval between two warnings of a lost cluster."""
 LEFT_OUT_S = 30.0
 """A node that lost a call is not used for this long: Ray may not know yet that it is lost."""
 OPEN_S = 120.0
@@ -60,6 +64,35 @@ class Node:
     about: RayNode
     actor: Any
     busy: int = 0
+
+
+class _Outage:
+    """Failed look-ups of the cluster's nodes: the first is logged at once, later ones ever more
+    rarely."""
+
+    def __init__(self) -> None:
+        self._failures, self._start, self._due_s = 0, 0.0, 0.0
+
+    def failed(self, error: Exception) -> None:
+        """Count a failed look-up, and log it if a warning is due."""
+        now = time.monotonic()
+        self._start = self._start if self._failures else now
+        self._failures += 1
+        if now - self._start >= self._due_s:
+            LOGGER.warning(
+                "the nodes of the Ray cluster are unknown: %s (%d failed look-ups in %.0f s)",
+                *(error, self._failures, now - self._start),
+            )
+            self._due_s = min(max(REMIND_S, 2 * self._due_s), self._due_s + LONGEST_REMIND_S)
+
+    def succeeded(self) -> None:
+        """End of an outage, if there is one."""
+        if self._failures:
+            LOGGER.info(
+                "the Ray cluster answers again, after %d failed look-ups in %.0f s",
+                *(self._failures, time.monotonic() - self._start),
+            )
+        self._failures, self._due_s = 0, 0.0
 
 
 class RayNodes:
@@ -173,6 +206,7 @@ class RayNodes:
 
     def _refresh(self) -> None:
         """Until `close`, use nodes that have joined, and forget those that have left."""
+        outage = _Outage()
         while not self._closed.wait(REFRESH_S):
             try:
                 found = worker_nodes(self._ray)
@@ -185,7 +219,9 @@ class RayNodes:
                     new = [n for n in found if n.id not in known and later.get(n.id, 0) < now]
                 self._add(new)
             except Exception as error:  # the cluster itself is lost: calls say so
-                LOGGER.warning("the nodes of the Ray cluster are unknown: %s", error)
+                outage.failed(error)
+            else:
+                outage.succeeded()
 
     def _add(self, nodes: Sequence[RayNode], *, is_first: bool = False) -> list[str]:
         """Start actors on nodes and use those that answer; returns why others do not.

@@ -85,14 +85,14 @@ def run_sft(recipe: SftRecipe, console: Console | None = None) -> Path:
 
 def _describe(recipe: SftRecipe, data: StageData) -> dict[str, Any]:
     """The manifest's entry about the data."""
-    held = data.heldout
+    heldout = data.heldout
     return {
         "path": list(recipe.data.path),
         "documents": len(data.train),
         "tokens": int(data.train.lengths.sum()),
         "fingerprint": data.train.fingerprint,
-        "heldout_documents": 0 if held is None else len(held),
-        "heldout_fingerprint": None if held is None else held.fingerprint,
+        "heldout_documents": 0 if heldout is None else len(heldout),
+        "heldout_fingerprint": None if heldout is None else heldout.fingerprint,
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -24,6 +25,10 @@ PROJECT = "nemocascade"
 replace it."""
 MOST_FAILURES = 3
 """Failures in a row after which a tracker is closed."""
+UPLOAD_S = 120.0
+"""Longest time that the end of a run waits for W&B to upload what it has recorded."""
+SPARE_S = 10.0
+"""Time beyond `UPLOAD_S` after which the end of a run no longer waits for W&B itself."""
 
 
 class Tracker(Protocol):
@@ -61,6 +66,7 @@ class WandbTracker:
     def __init__(self, run_dir: Path, settings: Mapping[str, Any], first_step: int) -> None:
         import wandb
 
+        self.run_dir = run_dir
         mode = os.environ.get("WANDB_MODE")
         if not mode:
             # Without a login W&B would ask for one.
@@ -74,7 +80,9 @@ class WandbTracker:
             "id": kept_id(run_dir, "wandb", lambda: uuid.uuid4().hex),
             "resume": "allow",
             # Its capture of the terminal and its own lines would break the status line.
-            "settings": wandb.Settings(console="off", silent=True),
+            "settings": wandb.Settings(
+                console="off", silent=True, finish_timeout=UPLOAD_S, finish_timeout_raises=True
+            ),
         }
         try:
             self.run: Any = wandb.init(mode=mode, **start)
@@ -87,14 +95,34 @@ class WandbTracker:
         self.run.define_metric("*", step_metric="step")
         upload = f"offline: `wandb sync {run_dir}/wandb/offline-run-*` uploads it"
         LOGGER.info("W&B: %s", upload if mode == "offline" else self.run.url)
+        # Started here, for Python starts no thread at its end, when `close` may be called.
+        self._closing, self._closed = threading.Event(), threading.Event()
+        self._failure: Exception | None = None
+        threading.Thread(target=self._finish, name="wandb-finish", daemon=True).start()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Implements `Tracker.log`."""
         self.run.log({"step": step, **values})
 
     def close(self) -> None:
-        """Implements `Tracker.close`."""
-        self.run.finish()
+        """Implements `Tracker.close`. Raises TimeoutError if W&B has not sent all that it recorded
+        within `UPLOAD_S`, as with a dead network, and whatever W&B raises."""
+        self._closing.set()
+        if not self._closed.wait(UPLOAD_S + SPARE_S) or isinstance(self._failure, TimeoutError):
+            raise TimeoutError(
+                f"W&B has not uploaded the run within {UPLOAD_S:g} s. All of it is in "
+                f"{self.run_dir}/wandb: `wandb sync {self.run_dir}/wandb/*run-*` uploads the rest"
+            )
+        if self._failure is not None:
+            raise self._failure
+
+    def _finish(self) -> None:
+        self._closing.wait()
+        try:
+            self.run.finish()
+        except Exception as error:  # its errors have no common class
+            self._failure = error
+        self._closed.set()
 
 
 class MlflowTracker:

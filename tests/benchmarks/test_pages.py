@@ -1,4 +1,5 @@
-"""Pages of the benchmarks: their commands exist, and their tables are those of the records."""
+"""Pages of the benchmarks: their commands exist, and their tables are those of the records. The
+page that compares frameworks: every cell has a source."""
 
 from __future__ import annotations
 
@@ -94,3 +95,56 @@ def test_a_row_is_the_newest_record_of_a_machine(table: Any, tmp_path: Path) -> 
         f"{case} Fast, 2 threads, `NEMOCASCADE_CPU_LEVEL=v3`; 2026-09 | 5 ms | chain 2.00 |",
     ]
     assert "| `linear_logprob` | | not measured | | |" in table.table(tmp_path)
+
+
+COMPARED = (ROOT / "docs" / "compared.md").read_text(encoding="utf-8")
+PEERS = ("torchtitan", "NeMo RL", "prime-rl", "verl", "slime")
+NOT_FOUND = "not found in its documentation"
+
+
+def compared_rows() -> dict[str, list[str]]:
+    """The cells of each row that compares all six, by the row's name."""
+    cells = [line.strip("| ").split(" | ") for line in COMPARED.splitlines() if line[:1] == "|"]
+    return {name: rest for name, *rest in cells if len(rest) == len(PEERS) + 1}
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_every_cell_about_another_framework_has_a_source() -> None:
+    sources = dict(re.findall(r"^\[([\w-]+)\]: (https://\S+)$", COMPARED, re.MULTILINE))
+    [commits] = re.findall(r"^\| commit \| (.+) \|$", COMPARED, re.MULTILINE)
+    read = [commit.strip("`") for commit in commits.split(" | ")]
+    named = set()
+    assert len(compared_rows()) > 25
+    for row, cells in compared_rows().items():
+        for peer, commit, cell in zip(PEERS, read, cells, strict=False):
+            found = re.findall(r"\]\[([\w-]+)\]", cell)
+            assert (cell == NOT_FOUND) != bool(found), (row, peer, cell)
+            assert all(re.search(rf"/(blob|tree)/{commit}", sources[name]) for name in found), row
+            named |= set(found)
+    assert named == sources.keys()
+
+
+def test_every_cell_about_this_project_links_a_page_of_it() -> None:
+    for row, (*_, own) in compared_rows().items():
+        links = re.findall(r"\]\(([^)]+)\)", own)
+        assert links, row
+        for link in links:
+            name, _, anchor = link.partition("#")
+            page = ROOT / "docs" / name
+            assert page.is_file(), (row, link)
+            assert not anchor or anchor in headings(page), (row, link)
+
+
+def test_no_figure_of_a_gpu_is_claimed_before_there_is_one() -> None:
+    results = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    is_unproven = "There is no GPU figure yet" in results
+    assert compared_rows()["run on GPUs"][-1].startswith("[never") == is_unproven
+
+
+def test_the_readme_names_the_comparison() -> None:
+    assert "(docs/compared.md)" in (ROOT / "README.md").read_text(encoding="utf-8")

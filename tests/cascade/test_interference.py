@@ -109,5 +109,7 @@ def test_a_matrix_of_a_real_cascade(tmp_path: Path) -> None:
     sides = {s["name"]: s["side"] for s in found["cascade"]["stages"]}
     assert set(sides.values()) == {True}
     assert found["untouched"]
+    assert {len(means) for means in found["tasks"].values()} == {2}
+    assert found["own_kept"] == {"stages/sft/scores.json": True, "cascade.json": True}
     assert "math RL" in found["page"]
     assert 'href="interference.html"' in found["index"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from nemocascade.cascade.report import (
 from nemocascade.cascade.report.read import read_run
 from nemocascade.cascade.report.record import Stage
 from nemocascade.cascade.report.scores import difference_error, is_noise
-from nemocascade.cascade.report.write import replace_page
+from nemocascade.cascade.report.write import comparison_name, replace_page
 from nemocascade.cascade.staleness import stale_stages
 from nemocascade.cascade.watch import status_lines, watch
 from nemocascade.recipe import RecipeError
@@ -179,7 +180,9 @@ def test_two_runs_side_by_side(run: Path, tmp_path: Path) -> None:
     cascade["settings"]["heldout_tasks"] = 512
     (other / "cascade.json").write_text(json.dumps(cascade))
     assert recipe.exists()
-    page = check_page(run_comparison(run, other))
+    path = run_comparison(run, other)
+    assert path.name == comparison_name("second", other)
+    page = check_page(path)
     assert "heldout_tasks" in page.text
     assert "512" in page.text
     first, second = read_run(run), read_run(other)
@@ -195,6 +198,16 @@ def test_two_runs_side_by_side(run: Path, tmp_path: Path) -> None:
     labels = [str(a["aria-label"]) for _, a in page.elements if "aria-label" in a]
     assert "Reward of both runs over the steps of if_rl" in labels
     assert [name for name, _ in versus.stage_scores(first, second)][:2] == ["sft", "if_rl"]
+
+
+def test_runs_of_one_name_have_pages_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {comparison_name("run 1", Path(path)) for path in ("a/run 1", "b/run 1")}
+    assert len(names) == 2
+    assert all(re.fullmatch(r"versus_run_1_[0-9a-f]{8}\.html", name) for name in names)
+    assert comparison_name("run 1", tmp_path / "a" / "run 1") in names
 
 
 def test_a_run_is_compared_with_a_run(run: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.world import World
 from nemocascade.stages.score import config_of
 from nemocascade.stages.settings import ScoreSettings
-from nemocascade.types import Message
+from nemocascade.types import Message, Prompt
 
 HUMANEVAL: dict[str, Any] = {
     "task_id": "HumanEval/0",
@@ -39,6 +39,15 @@ HUMANEVAL: dict[str, Any] = {
     "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n"
     "    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n",
     "entry_point": "total",
+}
+SUM = "def total(xs: list[Unknown]) -> int:\n    return sum(xs)"
+FUTURE = {
+    "first": f"from __future__ import annotations\n{SUM}",
+    "after a docstring": f'"""Sums.\n"""\n# A.\nfrom __future__ import (\n annotations,\n)\n{SUM}',
+    "two": f"from __future__ import annotations\nfrom __future__ import division\n{SUM}",
+    "beside a statement": f"from __future__ import annotations; import math\n{SUM}",
+    "in a text": f'from __future__ import annotations\nx = """\nfrom __future__ import x"""\n{SUM}',
+    "too late": f"{SUM}\nfrom __future__ import annotations",
 }
 IFEVAL: dict[str, Any] = {
     "key": 1000,
@@ -132,6 +141,32 @@ def test_the_prompts_ask_for_what_the_verifier_reads(
         assert r"\boxed{}" in text
         assert text.startswith(row.get("question") or row["problem"])
         assert all(f"{LETTERS[i]}. {o}" in text for i, o in enumerate(row.get("options", [])))
+
+
+@pytest.mark.parametrize("answer", FUTURE)
+def test_future_imports_of_an_answer_come_first(
+    environments: dict[str, Domain], answer: str, tmp_path: Path
+) -> None:
+    """HumanEval's parts are one program, and Python accepts these imports at its start only."""
+    path = file_of(tmp_path / "rows.jsonl", HUMANEVAL)
+    [prompt] = environments["code"].read(path)
+    verdict = environments["code"].score(
+        prompt, [Message("assistant", f"```python\n{FUTURE[answer]}\n```")]
+    )
+    assert verdict.reward == float(answer != "too late"), verdict
+
+
+def test_future_imports_where_parts_are_compiled_alone(environments: dict[str, Domain]) -> None:
+    source = "from __future__ import annotations\n\ndef f(x: Unknown):\n    return x + 1"
+    text = {"calls": source, "standard input": f"{source}\n\nprint(f(int(input())))"}
+    tests: dict[str, dict[str, Any]] = {
+        "calls": {"function": "f", "inputs": [[1]], "outputs": [2]},
+        "standard input": {"function": "", "inputs": ["1"], "outputs": ["2"]},
+    }
+    for form, answer in tests.items():
+        prompt = Prompt(form, "code", (), answer)
+        verdict = environments["code"].score(prompt, [Message("assistant", text[form])])
+        assert verdict.reward == 1.0, (form, verdict)
 
 
 @pytest.mark.parametrize(

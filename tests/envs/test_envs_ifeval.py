@@ -235,7 +235,7 @@ def test_binary_and_fraction(
     domain = InstructionFollowing(children, grading=grading)
     verdict = domain.score(TWO, [Message("assistant", text, reasoning="a, b")])
     assert verdict.reward == reward
-    assert sum(verdict.details["held"]) == round(2 * reward) or grading == "binary"
+    assert sum(verdict.details["followed"]) == round(2 * reward) or grading == "binary"
 
 
 def test_reasoning_does_not_count(children: ChildPool) -> None:

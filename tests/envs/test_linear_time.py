@@ -217,6 +217,7 @@ PARSERS: dict[str, Callable[[str], object]] = {
     "choice": lambda t: choices.chosen_in(t, {"A": "a", "B": "b"}),
     "answer": lambda t: long_context.normalised(long_context.answer_of(t)),
     "program": code_blocks.programs_of,
+    "future imports": lambda t: code_blocks.joined_source((t, f"from __future__ import {t}")),
     "output": lambda t: code_outputs.same_output(t, t + "0"),
     "results": lambda t: code_outputs.same_value(list(_parse(t.encode(errors="replace"))), [[1]]),
     "edits": edit,

@@ -35,7 +35,7 @@ def skip_unless_served(op: backends.Op, backend: str, dtype: torch.dtype) -> Non
     probe = torch.zeros(1, 1, dtype=dtype, device=device_for(backend))
     try:
         op.chosen(probe, backend=backend)
-    except backends.BackendRefusedError as refused:
+    except backends.BackendUnavailableError as refused:
         pytest.skip(str(refused))
 
 

@@ -6,17 +6,16 @@ The maps only move tensors (cut, join, rename), so they serve for weights and fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from nemocascade.megatron.checkpoint.boxes import Box, first_overlap, whole
 from nemocascade.megatron.checkpoint.state import ModelPart, model_parts
 from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.convert.config import config_of_model
-from nemocascade.megatron.convert.names import Family, NameMap, Shape, Style, name_map
+from nemocascade.megatron.convert.names import Family, NameMap, Style, name_map
 from nemocascade.megatron.model import CascadeModel, build_model
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig
 from nemocascade.runtime.world import World
@@ -110,29 +109,6 @@ def _convert(names: NameMap, tensors: Mapping[str, Tensor]) -> Tensors:
     if left:
         raise ValueError(f"{len(left)} tensors have no place in our model: {left[:8]}")
     return convert_tensors(names, tensors)
-
-
-def untiled(names: NameMap) -> list[str]:
-    """Tensors of either side that the moves do not bring exactly once; [] for a sound map."""
-    main = [m for m in names.moves if m.theirs not in names.copies]
-    problems = _untiled(names.theirs, ((m.theirs, m.their_box) for m in names.moves))
-    biased = any(name.endswith(".e_score_correction_bias") for name in names.theirs)
-    # The selection bias of a router that has none is a buffer of ours alone.
-    ours = {n: s for n, s in names.ours.items() if biased or not n.endswith("router.expert_bias")}
-    return problems + _untiled(ours, ((m.ours, m.our_box) for m in main))
-
-
-def _untiled(shapes: Mapping[str, Shape], moved: Iterable[tuple[str, Box]]) -> list[str]:
-    boxes: dict[str, list[Box]] = {name: [] for name in shapes}
-    for name, box in moved:
-        boxes[name].append(box)
-    return [
-        name
-        for name, shape in shapes.items()
-        if sum(b.volume for b in boxes[name]) != whole(shape).volume
-        or first_overlap(boxes[name]) is not None
-        or any(b.intersect(whole(shape)) != b for b in boxes[name])
-    ]
 
 
 def parts_by_key(model: nn.Module, world: World) -> dict[str, ModelPart]:

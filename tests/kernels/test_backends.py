@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.heads import make_head
 from nemocascade_kernels import backends, linear_logprob
-from nemocascade_kernels.backends import BackendRefusedError, Op
+from nemocascade_kernels.backends import BackendUnavailableError, Op
 from nemocascade_kernels.testing import without_interpreter
 
 CPU = torch.zeros(1)
@@ -41,7 +41,7 @@ def test_the_first_that_does_not_refuse_runs(op: Op) -> None:
 
 def test_argument_demands(op: Op) -> None:
     assert op.chosen(CPU, backend="reference") == "reference"
-    with pytest.raises(BackendRefusedError, match="'native' is unavailable: too long"):
+    with pytest.raises(BackendUnavailableError, match="'native' is unavailable: too long"):
         op.chosen(torch.zeros(3), backend="native")
     with pytest.raises(ValueError, match=r"no backend 'fast': choose one of \('native', 'torch'"):
         op.chosen(CPU, backend="fast")
@@ -56,7 +56,7 @@ def test_variable_demands(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backends.VARIABLE, "cuda")
     assert op.chosen(CPU) == "native", "a name that the op does not have speaks of other ops"
     monkeypatch.setenv(backends.VARIABLE, "native")
-    with pytest.raises(BackendRefusedError, match="too long"):
+    with pytest.raises(BackendUnavailableError, match="too long"):
         op.chosen(torch.zeros(3))
 
 
@@ -76,6 +76,10 @@ def test_misspelt_variable_is_an_error(
         op.chosen(CPU)
 
 
+def test_callers_of_version_0_1_0_catch_the_same_error() -> None:
+    assert backends.BackendRefusedError is BackendUnavailableError
+
+
 def test_why_refused_has_a_line_for_each(op: Op) -> None:
     lines = op.why_refused(torch.zeros(3)).splitlines()
     assert [line.split()[1] for line in lines] == list(backends.ORDER)
@@ -93,7 +97,7 @@ def test_why_refused_has_a_line_for_each(op: Op) -> None:
 
 def test_all_refuse(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Op, "_limitation", lambda self, name, tensors, demanded: f"{name} is out")
-    with pytest.raises(BackendRefusedError, match="torch is out"):
+    with pytest.raises(BackendUnavailableError, match="torch is out"):
         op.chosen(CPU)
 
 
@@ -112,7 +116,7 @@ def test_interpreter_runs_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -
     assert ops["linear_logprob"].chosen(CPU) != "triton"
     assert ops["linear_logprob"].chosen(CPU, backend="triton") == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(BackendRefusedError, match="set TRITON_INTERPRET=1"):
+    with pytest.raises(BackendUnavailableError, match="set TRITON_INTERPRET=1"):
         ops["linear_logprob"].chosen(CPU, backend="triton")
 
 
@@ -128,7 +132,7 @@ def test_the_variable_reaches_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backends.VARIABLE, "linear_logprob=triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(
-        BackendRefusedError, match="linear_logprob: backend 'triton' is unavailable"
+        BackendUnavailableError, match="linear_logprob: backend 'triton' is unavailable"
     ):
         linear_logprob(head.hidden, head.weight, head.target)
 

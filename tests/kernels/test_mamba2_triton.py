@@ -19,7 +19,7 @@ from helpers.layers import (
 )
 from helpers.mamba2 import NAMES, Shape
 from nemocascade_kernels import PackedSeq, mamba2, mamba2_final_state
-from nemocascade_kernels.backends import BackendRefusedError, interpreting
+from nemocascade_kernels.backends import BackendUnavailableError, interpreting
 from nemocascade_kernels.mamba2.op import OP
 from nemocascade_kernels.testing import PoisonedMemory
 from torch import Tensor
@@ -255,7 +255,7 @@ def test_only_the_inputs_are_kept_for_backward() -> None:
 def test_sizes_that_are_no_powers_of_two_are_refused() -> None:
     inputs = (shape := Shape(2, 24, 1, 16)).inputs(3, torch.float32)
     with pytest.raises(
-        BackendRefusedError, match="head_dim 24 and state 16 must be powers of two from 16"
+        BackendUnavailableError, match="head_dim 24 and state 16 must be powers of two from 16"
     ):
         shape.run(inputs, pack((3,)), "triton")
     rows = torch.zeros(1, 1)

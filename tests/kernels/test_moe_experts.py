@@ -18,7 +18,7 @@ from nemocascade_kernels import (
     moe_route,
     moe_unpermute,
 )
-from nemocascade_kernels.backends import BackendRefusedError, interpreting
+from nemocascade_kernels.backends import BackendUnavailableError, interpreting
 from nemocascade_kernels.common.activations import activate
 from nemocascade_kernels.moe_experts.op import OP
 from nemocascade_kernels.testing import (
@@ -40,7 +40,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     sample = torch.zeros(1, 1, device=device_of(name))
     try:
         OP.chosen(sample, backend=name)
-    except BackendRefusedError as refusal:
+    except BackendUnavailableError as refusal:
         pytest.skip(str(refusal))
     return name
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from nemocascade_kernels import Routing, moe_experts, moe_route
-from nemocascade_kernels.backends import BackendRefusedError
+from nemocascade_kernels.backends import BackendUnavailableError
 from nemocascade_kernels.moe_experts.fp8 import E4M3, quantize, rounded
 from nemocascade_kernels.moe_experts.op import FP8
 from nemocascade_kernels.testing import (
@@ -273,6 +273,6 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     with pytest.raises(
-        BackendRefusedError, match=r"for Hopper \(9.0\), and the device has \(8, 0\)"
+        BackendUnavailableError, match=r"for Hopper \(9.0\), and the device has \(8, 0\)"
     ):
         FP8.chosen(x)

@@ -16,7 +16,7 @@ from nemocascade_kernels import (
     update_expert_bias,
     z_loss,
 )
-from nemocascade_kernels.backends import BackendRefusedError
+from nemocascade_kernels.backends import BackendUnavailableError
 from nemocascade_kernels.moe_router.op import OP
 from nemocascade_kernels.moe_router.state import zeroed_state
 from nemocascade_kernels.testing import (
@@ -42,7 +42,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     sample = torch.zeros(1, 2, device=device_of(name))
     try:
         OP.chosen(sample, backend=name)
-    except BackendRefusedError as refusal:
+    except BackendUnavailableError as refusal:
         pytest.skip(str(refusal))
     return name
 

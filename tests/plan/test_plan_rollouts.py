@@ -106,7 +106,7 @@ def play(
     time = RolloutEvents(rollouts, costs, [queue], [group]).run()
     assert sorted(queue.reported) == list(range(len(lengths)))
     assert abs(group.replicas[0].cached) < 1e-6
-    assert group.replicas[0].held == group.replicas[0].rows == 0
+    assert group.replicas[0].occupied == group.replicas[0].rows == 0
     return time
 
 

@@ -179,6 +179,8 @@ def test_domains_of_a_mixed_stage() -> None:
     assert "domains.0.max_response_tokens(128) is above" in problem(max_response_tokens=64)
     assert "the penalty grows towards one limit" in problem(overlong_penalty=0.5)
     assert "code would train on no group" in problem(prompts_per_step=1)
+    assert "rollout.dynamic_filtering is False" in problem(dynamic_filtering=False)
+    assert problem(dynamic_filtering=False, prompts_per_step=1).startswith("rollout.filter_by")
     assert (
         replace(base, rollout=replace(base.rollout, prompts_per_step=1, filter_by="step")).problems(
             1

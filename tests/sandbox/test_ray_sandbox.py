@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -202,6 +203,44 @@ def test_a_failed_look_for_nodes_is_not_the_last(
         ray.cluster.append(FakeNode("late", 8))
         wait_for(lambda: "late" in sandbox._nodes._nodes, 20, "the new node is not used")
     assert "the head does not answer" in caplog.text
+
+
+def test_a_lost_head_is_one_warning(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="nemocascade")
+    look, failures = ray_cluster.worker_nodes, list[int]()
+
+    def fails(found: Any) -> Any:
+        if len(failures) >= 5:
+            return look(found)
+        failures.append(1)
+        raise ConnectionError("the head is lost")
+
+    with opened():
+        monkeypatch.setattr(ray_nodes, "worker_nodes", fails)
+        wait_for(lambda: "answers again" in caplog.text, 20, "the nodes are not looked for again")
+    assert caplog.text.count("the head is lost") == 1
+    assert "answers again, after 5 failed look-ups" in caplog.text
+
+
+def test_warnings_of_a_long_outage_grow_rare(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    outage, warned = ray_nodes._Outage(), list[float]()
+    for _ in range(4 * 3600 // 5):
+        before = len(caplog.records)
+        outage.failed(ConnectionError("the head is lost"))
+        if len(caplog.records) > before:
+            warned.append(now - 100.0)
+        now += 5.0
+    assert warned == [0, 60, 120, 240, 480, 960, 1920, 3840, 7440, 11040]
+    assert "(13 failed look-ups in 60 s)" in caplog.text
+    outage.succeeded()
+    outage.failed(ConnectionError("again"))
+    assert "again (1 failed look-ups in 0 s)" in caplog.text
 
 
 def test_a_pool_is_shared_and_ends_with_its_last_client(ray: FakeRay) -> None:

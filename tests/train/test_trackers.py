@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
+import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,6 +113,34 @@ def test_wandb_that_cannot_be_reached_records_offline(
     wandb.is_reachable = True
     record(("wandb",), tmp_path)
     assert wandb.runs[1].started["mode"] == "online"
+
+
+@pytest.mark.parametrize("ends_itself", [True, False])
+def test_a_dead_network_does_not_hold_up_the_end(
+    tmp_path: Path,
+    wandb: types.SimpleNamespace,
+    warnings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    ends_itself: bool,
+) -> None:
+    """W&B gives up after its own limit; if it does not, the run no longer waits for it."""
+    network = threading.Event()
+
+    def finish(run: FakeRun) -> None:
+        if ends_itself:
+            raise TimeoutError("Timed out finishing run.")
+        network.wait(30.0)
+
+    monkeypatch.setattr(FakeRun, "finish", finish)
+    monkeypatch.setattr(trackers, "UPLOAD_S", 0.05)
+    monkeypatch.setattr(trackers, "SPARE_S", 0.05)
+    started = time.monotonic()
+    record(("wandb",), tmp_path)
+    assert time.monotonic() - started < 20.0
+    network.set()
+    [warning] = warnings
+    assert "has not uploaded the run within 0.05 s" in warning
+    assert f"wandb sync {tmp_path}/wandb/" in warning
 
 
 def test_the_mode_of_the_environment_decides(
@@ -241,6 +271,7 @@ def test_a_run_that_stops_closes_its_trackers(
     Trackers(("wandb",), tmp_path, SETTINGS, 0).log(1, {"loss": 2.0})
     (stopped,) = wandb.runs
     assert not stopped.is_finished
+    assert stopped.started["settings"]["finish_timeout"] == trackers.UPLOAD_S
     for close in at_exit[:]:
         close()
     assert stopped.is_finished

@@ -153,7 +153,7 @@ def step_mamba(
 
     Raises:
         ValueError: a shape or dtype is wrong; the message names all that are.
-        BackendRefusedError: the required implementation is unavailable for the call.
+        BackendUnavailableError: the required implementation is unavailable for the call.
     """
     heads, head_dim, state = ssm_state.shape[1:]
     inner, (width, taps) = heads * head_dim, weights.conv_weight.shape
@@ -210,7 +210,7 @@ def step_attention(
 
     Raises:
         ValueError: a shape or dtype is wrong; the message names all that are.
-        BackendRefusedError: the required implementation is unavailable for the call.
+        BackendUnavailableError: the required implementation is unavailable for the call.
     """
     rows, heads, dim = q.shape
     count, kv_heads, size = keys.shape[:3]

@@ -81,8 +81,8 @@ def mamba(
     if not rows:
         return out
     channels = triton.next_power_of_2(width // w.groups)
-    held = _STATES if arch_of(zxbcdt.device) == 90 else _STATES // 2
-    tile = max(1, min(triton.next_power_of_2(state), held // channels))
+    elements = _STATES if arch_of(zxbcdt.device) == 90 else _STATES // 2
+    tile = max(1, min(triton.next_power_of_2(state), elements // channels))
     mamba_kernel[(rows, w.groups)](
         zxbcdt, conv_state, ssm_state, slots, w.conv_weight, w.conv_bias, w.dt_bias, w.A, w.D,
         w.norm_weight, out, zxbcdt.stride(0), *w.dt_limit, w.eps,

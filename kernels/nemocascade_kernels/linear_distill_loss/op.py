@@ -107,7 +107,7 @@ def linear_distill_loss(
     first_id, vocabulary = check_targets(rows.take(ids, everything), weight, tp_group)
     if chosen == "reference":
         if look_ahead(tp_group) or accumulate_main_grad:
-            raise backends.BackendRefusedError(
+            raise backends.BackendUnavailableError(
                 "linear_distill_loss: backend 'reference' knows neither tp_group nor "
                 "accumulate_main_grad: use another"
             )

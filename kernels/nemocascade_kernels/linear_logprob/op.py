@@ -86,7 +86,7 @@ def linear_logprob(
     first_id, vocabulary = check_targets(target, weight, tp_group)
     if chosen == "reference":
         if look_ahead(tp_group) or accumulate_main_grad:
-            raise backends.BackendRefusedError(
+            raise backends.BackendUnavailableError(
                 "linear_logprob: backend 'reference' knows neither tp_group nor "
                 "accumulate_main_grad: use another"
             )

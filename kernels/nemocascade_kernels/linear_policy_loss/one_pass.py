@@ -152,9 +152,9 @@ class _Walk:
         target = self.target[slots]
         kept = truncate_(logits, target, settings.scale, settings.truncation, settings.group)
         if look_ahead(settings.group):
-            held = kept.int()
-            dist.all_reduce(held, op=dist.ReduceOp.MAX, group=settings.group)
-            kept = held.bool()
+            is_kept = kept.int()
+            dist.all_reduce(is_kept, op=dist.ReduceOp.MAX, group=settings.group)
+            kept = is_kept.bool()
         ids = target + settings.first_id
         return kept | (ids < 0) | (ids >= settings.vocabulary)
 

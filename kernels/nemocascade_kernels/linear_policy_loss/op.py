@@ -114,7 +114,7 @@ def linear_policy_loss(
     )
     if chosen == "reference":
         if look_ahead(tp_group) or accumulate_main_grad:
-            raise backends.BackendRefusedError(
+            raise backends.BackendUnavailableError(
                 "linear_policy_loss: backend 'reference' knows neither tp_group nor "
                 "accumulate_main_grad: use another"
             )

@@ -89,7 +89,7 @@ def mamba2(
     Raises:
         ValueError: a shape is wrong; the message names all that are. Or `backend` requires the
             native one, and a gradient is needed with states: without it, torch's then runs.
-        BackendRefusedError: the required implementation is unavailable for the call.
+        BackendUnavailableError: the required implementation is unavailable for the call.
     """
     packed = cu_seqlens
     if not isinstance(packed, PackedSeq):

@@ -118,7 +118,7 @@ def moe_experts(
 
     Raises:
         ValueError: a shape, dtype or setting is wrong; the message names all that are.
-        BackendRefusedError: the required implementation is unavailable for the call.
+        BackendUnavailableError: the required implementation is unavailable for the call.
     """
     _check_experts(x, routing, w_up, w_down, activation)
     implementation = (FP8 if fp8 else OP).choose(x, w_up, w_down, backend=backend)
@@ -169,7 +169,7 @@ def grouped_gemm(
 
     Raises:
         ValueError: a shape or dtype is wrong.
-        BackendRefusedError: the required implementation is unavailable for the call.
+        BackendUnavailableError: the required implementation is unavailable for the call.
     """
     faults = []
     if x.ndim != 2 or w.ndim != 3 or x.shape[-1] != w.shape[-1]:

@@ -77,7 +77,7 @@ def moe_route(
 
     Raises:
         ValueError: a shape, dtype or setting is wrong; the message names all that are.
-        BackendRefusedError: the required implementation is unavailable for the call.
+        BackendUnavailableError: the required implementation is unavailable for the call.
     """
     settings = RouterSettings(top_k, score, num_groups, top_groups, normalize, float(scale))
     _check(logits, expert_bias, token_mask, experts, settings)

@@ -49,7 +49,7 @@ def rms_norm(
 
     Raises:
         ValueError: shapes do not fit.
-        BackendRefusedError: the required implementation is unavailable for the call.
+        BackendUnavailableError: the required implementation is unavailable for the call.
     """
     if weight.shape != x.shape[-1:] or (gate is not None and gate.shape != x.shape):
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,7 +95,7 @@ def _css() -> Markup:
 
 
 def write_comparison(run_dir: Path, other: Path) -> Path:
-    """Write a page with two runs side by side, RUN/report/versus_NAME.html; returns it.
+    """Write a page with two runs side by side, RUN/report/versus_NAME_ID.html; returns it.
 
     Raises ReportError if a folder holds no run, and RecipeError if its settings cannot be read.
     """
@@ -116,8 +118,14 @@ def write_comparison(run_dir: Path, other: Path) -> Path:
             phases=phases,
             css=_css(),
         )
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", second.name)
-    return replace_page(folder / f"versus_{name}.html", text)
+    return replace_page(folder / comparison_name(second.name, other), text)
+
+
+def comparison_name(name: str, run_dir: Path) -> str:
+    """File name of the page that compares with a run: several runs may have one name, so an id of
+    the run's path is added to it."""
+    path_id = hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:8]
+    return f"versus_{re.sub('[^A-Za-z0-9_-]', '_', name)}_{path_id}.html"
 
 
 def replace_page(target: Path, text: str) -> Path:

@@ -146,7 +146,7 @@ class AttentionSlotLayer(SlotLayer):
         mixer: Attention = self.mixer
         qkv = mixer.linear_qkv(self.block.norm(hidden))[0]
         q, k, v = mixer.heads(qkv, self._rotary(packed, assignment))
-        block, row = assignment.places
+        block, row = assignment.cache_indices
         for cache, new in ((self.keys, k), (self.values, v)):
             cache[block, :, row] = new
         mixed = mixer.attend(q, k, v, packed)

@@ -66,8 +66,8 @@ def _merged(
     for first in range(0, cached, SEGMENT):
         count = min(SEGMENT, cached - first)
         here = blocks[first // size : -(-(first + count) // size)]
-        past = (_gathered(cache, here, count).transpose(0, 1) for cache in (keys, values))
-        old, log_old = flash_attention(rows, *(t[:, None] for t in past), causal=False)
+        cached_rows = (_gathered(cache, here, count).transpose(0, 1) for cache in (keys, values))
+        old, log_old = flash_attention(rows, *(t[:, None] for t in cached_rows), causal=False)
         log_old = log_old.view(log_sum.shape)
         share = torch.sigmoid(log_old - log_sum)[..., None]
         out = torch.lerp(out, old.view(out.shape).float(), share)

@@ -156,7 +156,7 @@ class BlockTable:
         """Blocks of a slot's first tokens, [m] int64 on the host."""
         return self._on_host[slot, : blocks_of(tokens, self.size)].long()
 
-    def places(self, slot: int, first: int, end: int) -> Tensor:
+    def cache_indices(self, slot: int, first: int, end: int) -> Tensor:
         """The block of each token of [first, end) of a slot, and its row there, [2, end - first]
         int64 on the host."""
         at = torch.arange(first, end)

@@ -20,8 +20,8 @@ class SlotAssignment:
     those that it writes to, and the number of cached tokens. Other documents are new.
     document, slot: [m] int64: the final state of a document is written to a slot, for each pair.
     initial_document, initial_slot: [i] int64, those of `initial`.
-    places: [2, T] int64, where each token is written in the KV cache, see `BlockTable.places`;
-    padding is written to the spare block.
+    cache_indices: [2, T] int64, block and row where each token is written in the KV cache, see
+    `BlockTable.cache_indices`; padding is written to the spare block.
     source, target: [c] int64, blocks that are copied after that.
     attended: for each document of `initial`, the blocks of its tokens up to its end, int64.
     """
@@ -31,7 +31,7 @@ class SlotAssignment:
     slot: Tensor
     initial_document: Tensor
     initial_slot: Tensor
-    places: Tensor
+    cache_indices: Tensor
     source: Tensor
     target: Tensor
     attended: Sequence[Tensor]
@@ -57,8 +57,8 @@ class SlotAssignment:
         """
         pairs = [(d, s) for d, group in enumerate(slots) for s in group]
         initial: dict[int, tuple[int, int]] = {}
-        places = torch.zeros(2, capacity, dtype=torch.int64)
-        places[0] = table.blocks
+        cache_indices = torch.zeros(2, capacity, dtype=torch.int64)
+        cache_indices[0] = table.blocks
         attended, start = [], 0
         starts = cached or [0] * len(slots)
         for d, (group, tokens, length) in enumerate(zip(slots, starts, lengths, strict=True)):
@@ -66,7 +66,8 @@ class SlotAssignment:
                 raise ValueError(f"document {d} continues {tokens} cached tokens: name their slot")
             if group:
                 end = tokens + length
-                places[:, start : start + length] = table.places(group[0], tokens, end)
+                indices = table.cache_indices(group[0], tokens, end)
+                cache_indices[:, start : start + length] = indices
                 if tokens:
                     initial[d] = (group[0], tokens)
                     attended.append(table.named(group[0], end))
@@ -88,7 +89,7 @@ class SlotAssignment:
             slot,
             initial_document,
             initial_slot,
-            places,
+            cache_indices,
             source,
             target,
             attended,
@@ -99,20 +100,21 @@ class SlotAssignment:
         """All tensors, which `on_device` replaces."""
         return [
             *(self.document, self.slot, self.initial_document, self.initial_slot),
-            *(self.places, self.source, self.target),
+            *(self.cache_indices, self.source, self.target),
             *self.attended,
         ]
 
     def on_device(self, tensors: Sequence[Tensor]) -> SlotAssignment:
         """The same assignment with copies of `tensors`."""
-        document, slot, initial_document, initial_slot, places, source, target, *attended = tensors
+        document, slot, initial_document, initial_slot, *others = tensors
+        cache_indices, source, target, *attended = others
         return SlotAssignment(
             self.initial,
             document,
             slot,
             initial_document,
             initial_slot,
-            places,
+            cache_indices,
             source,
             target,
             attended,

@@ -61,11 +61,11 @@ def _scanned(
     left: Tensor, packed: PackedSeq, shard: ContextShard, group: dist.ProcessGroup
 ) -> tuple[list[Tensor], Tensor]:
     rounds = packed.cached("rounds of border states", lambda: _rounds(shard))
-    held = {p.number: own for p, own in zip(shard.parts, left, strict=True)}
+    current = {p.number: own for p, own in zip(shard.parts, left, strict=True)}
     entries: dict[int, Tensor] = {}
     last = left
     for one in rounds:
-        rows = [held[number].reshape(1, -1) for number in one.sources]
+        rows = [current[number].reshape(1, -1) for number in one.sources]
         sent = torch.cat(rows) if rows else left.new_empty(0, left[0].numel())
         last = ExchangeRows.apply(
             tie(sent, last), len(one.targets), list(one.received), list(one.sent), group
@@ -74,7 +74,7 @@ def _scanned(
         for number, before in zip(one.targets, arrived, strict=True):
             own = entries.get(number)
             entries[number] = before if own is None else _fold(own, before)
-        held = entries.copy()
+        current = entries.copy()
     return [entries[p.number][:, :-1] for p in shard.parts if p.before], last
 
 
