@@ -79,6 +79,9 @@ class CascadeConfig(TransformerConfig):
     expert_exchange: str = "auto"
     """How rows go to the experts of other ranks: `EngineConfig.expert_exchange`."""
 
+    overlap_shared_expert: bool = True
+    """Run the shared expert while rows travel: `EngineConfig.overlap_shared_expert`."""
+
     def init_for(self, name: str, *, residual: bool = False) -> Init:
         """Initialiser of the weight `name`; `residual` for projections into the residual stream."""
         std = self.shape.init_std
@@ -112,6 +115,7 @@ def make_config(
             recompute_layers=engine.recomputed,
             fp8_experts=engine.experts == "fp8",
             expert_exchange=engine.expert_exchange,
+            overlap_shared_expert=engine.overlap_shared_expert != "off",
             **_model_fields(model),
             **_parallel_fields(parallel),
             params_dtype=dtype,

@@ -258,11 +258,21 @@ class Activations:
         slots = self.rows * m.experts_per_token
         arrived = slots * p.etp * self.job.imbalance if p.ep * p.etp > 1 else slots
         columns = m.expert_width / p.etp
-        moments = [sum(terms.values()) + shared + self._whole()] if shared else []
-        # The shared expert runs backward first and leaves the gradient of its input. The experts'
-        # activation is computed again beside its gradient; the rows of x follow. Rows that arrived
-        # have one expert each: Triton's bf16 products need no sum of theirs.
-        experts = sum(terms.values()) - shared + (self.stream if shared else 0.0)
+        everything, overlaps = (
+            sum(terms.values()),
+            self.job.engine.overlaps_shared_expert(p, m),
+        )
+        moments = [everything + shared + self._whole()] if shared else []
+        # The experts' activation is computed again beside its gradient; the rows of x follow. Rows
+        # that arrived have one expert each: Triton's bf16 products need no sum of theirs.
+        if overlaps:
+            # The second product of the shared expert runs backward beside the exchange of the
+            # rows' gradients, and the first one after the experts.
+            moments = [everything + shared / 2 + self._whole() + arrived * m.hidden_size * self.width]
+            experts = everything
+        else:
+            # The shared expert runs backward first and leaves the gradient of its input.
+            experts = everything - shared + (self.stream if shared else 0.0)
         if self.job.engine.experts == "fp8":
             experts += self._fp8_copies(arrived, columns, gates)
         else:

@@ -117,6 +117,8 @@ class Job:
             capacity=self.capacity,
             sequences_per_step=self.sequences_per_step,
         )
+        if not found:
+            found = self.engine.layout_problems(self.parallel, self.model)
         if not found and self.rollout.sequences:
             found = self.rollout.parallel.problems(self.parallel, self.model, self.world_size)
         if not found and self.on_gpu and self.mixer == "fla" and "M" in self.model.pattern:

@@ -1,9 +1,9 @@
 """Time model of a step: work over ceilings, communication by axis, pipeline bubble, imbalance.
 
 A layer takes the time of its products at the matrix ceiling, of its pointwise traffic at the memory
-ceiling, and of its communication, which is counted as not overlapped. The backward pass is twice
-the forward; recomputation adds a forward. The data-parallel reduction overlaps with backward; with
-`engine.overlap_parameter_gather`, the gather of weights overlaps with forward.
+ceiling, and of its communication. The backward pass is twice the forward; recomputation adds a
+forward. Overlapped are the exchanges of experts with the shared expert, the data-parallel reduction
+with backward, and with `engine.overlap_parameter_gather` the gather of weights with forward.
 Context parallelism: T / cp tokens a rank; keys and values, states and halo rows are exchanged.
 """
 
@@ -230,10 +230,25 @@ class StepModel:
             for count, speed in ((rows.network, gpu.network_gb_s), (rows.link, gpu.link_gb_s))
         )
         # One all-to-all uses network and links at the same time, and two hops follow each other.
-        seconds = network + link if rows.two_hops else max(network, link)
+        first, second = (network, link) if rows.two_hops else (max(network, link), 0.0)
+        first, second = first * job.imbalance, second * job.imbalance
+        # Half of the shared expert runs beside each first hop; in backward it takes twice as long.
+        half = self._shared_expert_s() / 2.0
+        forward, backward = _exposed(first, half), _exposed(first, 2.0 * half)
         # Dispatch and combine in every pass; the two products of backward share one of each.
-        exchanges = 2.0 * (passes - 1.0)
-        return exchanges * seconds * job.imbalance
+        return 2.0 * ((passes - 2.0) * (forward + second) + backward + second)
+
+    def _shared_expert_s(self) -> float:
+        """Seconds of the shared expert's forward if it runs while rows travel, else 0."""
+        job, m = self.job, self.job.model
+        if not job.engine.overlaps_shared_expert(job.parallel, m):
+            return 0.0
+        matrices = 6 if m.activation == "swiglu" else 4
+        flops = matrices * m.shared_expert_width * m.hidden_size * job.tokens / job.parallel.tp
+        rate = job.gpu.matmul_tflops * 1e12 * _EFFICIENCY["-"]
+        if job.engine.linears == "fp8":
+            rate = 2.0 * job.gpu.matmul_tflops * 1e12 * _FP8_EFFICIENCY["linears"]
+        return flops / rate
 
     def head(self) -> _Cost:
         """Cost of LM head and loss: three products, computed in the forward pass."""

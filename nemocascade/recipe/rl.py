@@ -308,6 +308,7 @@ class PolicyRecipe(ABC):
                 sequences_per_step=dp * self.parallel.pp,
             )
             found += self.rollout.layout.problems(self.parallel, model, world_size)
+            found += self.engine.layout_problems(self.parallel, model)
         return list(dict.fromkeys(found))
 
     def _mixture_problems(self) -> list[str]:

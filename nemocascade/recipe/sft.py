@@ -124,4 +124,5 @@ class SftRecipe:
                 capacity=self.data.capacity,
                 sequences_per_step=self.data.sequences_per_step,
             )
+            found += self.engine.layout_problems(self.parallel, self.model)
         return list(dict.fromkeys(found))

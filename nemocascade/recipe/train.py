@@ -6,6 +6,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from nemocascade.recipe.model import ModelConfig
+from nemocascade.recipe.parallel import ParallelConfig
 from nemocascade.recipe.rules import Decay, LearningRate, Natural, NonNegative, Positive, Range
 
 Accelerator = Literal["auto", "on", "off"]
@@ -138,6 +140,11 @@ class EngineConfig:
     inside it; the same results, bit for bit in fp32. auto: hierarchical if ep x etp fills several
     nodes. deepep: the kernels of DeepEP, through Megatron's fused dispatch, without etp."""
 
+    overlap_shared_expert: Accelerator = "auto"
+    """Compute the shared expert of a MoE layer while rows travel to the routed experts and back, in
+    forward and backward. The results have the same bits. auto: wherever rows travel, except with
+    deepep. on: a job whose rows do not travel so is an error. off: after the routed experts."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     transformer_engine: Accelerator = "auto"
     """Fused Adam and attention of Transformer Engine, if it is installed."""
@@ -174,6 +181,30 @@ class EngineConfig:
                 f"{self.precision}: set --engine.precision bf16 or --engine.expert-exchange auto"
             )
         return found + self._linears_problems()
+
+    def layout_problems(self, parallel: ParallelConfig, model: ModelConfig) -> list[str]:
+        """Every rule that these settings break on a layout, each with its remedy."""
+        found = []
+        if self.overlap_shared_expert == "on":
+            ep, etp = parallel.ep, parallel.etp
+            reason = ""
+            if "E" not in model.pattern or not model.shared_expert_width:
+                reason = "the model has no shared expert"
+            elif ep * etp == 1:
+                reason = f"rows stay on their rank with ep({ep}) x etp({etp}) = 1"
+            elif self.expert_exchange == "deepep":
+                reason = "the kernels of engine.expert_exchange(deepep) run alone"
+            if reason:
+                found.append(
+                    f"engine.overlap_shared_expert(on) has no effect, for {reason}: set "
+                    "--engine.overlap-shared-expert auto"
+                )
+        return found
+
+    def overlaps_shared_expert(self, parallel: ParallelConfig, model: ModelConfig) -> bool:
+        """True if the shared expert runs while rows travel."""
+        travels = parallel.ep * parallel.etp > 1 and self.expert_exchange != "deepep"
+        return self.overlap_shared_expert != "off" and travels and model.shared_expert_width > 0
 
     @property
     def recomputed(self) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nemocascade.megatron.context import MOST_GATHERED as MOST_GATHERED
 from nemocascade.megatron.context import ContextShard, GatherRanks, tie
-from nemocascade.megatron.layers.dispatch import ExchangeRows
+from nemocascade.megatron.layers.dispatch import RowExchange
 
 
 def entering_states(
@@ -67,9 +67,8 @@ def _scanned(
     for one in rounds:
         rows = [current[number].reshape(1, -1) for number in one.sources]
         sent = torch.cat(rows) if rows else left.new_empty(0, left[0].numel())
-        last = ExchangeRows.apply(
-            tie(sent, last), len(one.targets), list(one.received), list(one.sent), group
-        )
+        exchange = RowExchange(list(one.sent), list(one.received), group)
+        last = exchange.run(tie(sent, last), len(one.targets))
         arrived = last.view(len(one.targets), *left.shape[1:])
         for number, before in zip(one.targets, arrived, strict=True):
             own = entries.get(number)

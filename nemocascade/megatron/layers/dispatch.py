@@ -6,13 +6,18 @@ already sorted by expert, so no dense [T, E] tensor is made, and the counts of e
 receiver the experts of its rows. The host must know the message sizes, which costs one
 synchronisation a layer, and none in its recomputation.
 
+Independent work may run while rows travel: it is called between the start of an exchange and the
+wait for it, in forward. Autograd runs backward in the reverse order, so that the same work's
+backward runs between the start of the opposite exchange and the wait for that one. A communicator
+has a stream of its own, so nothing else is moved to another stream.
+
 Shape letters: T tokens, R rows that arrive, K experts a token, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -26,25 +31,35 @@ from torch import Tensor
 from nemocascade.megatron.microbatch import DispatchPlan, FirstPass
 
 
+@dataclass(frozen=True)
+class Meanwhile:
+    """Work that runs while rows travel: `dispatch` on their way to the experts, `combine` on their
+    way back. Each is called once in a forward pass."""
+
+    dispatch: Callable[[], None]
+    combine: Callable[[], None]
+
+
 def dispatched(
     x: Tensor,
     routing: Routing,
     experts: Callable[[Tensor, Routing], Tensor],
     groups: ProcessGroupCollection,
     first_pass: FirstPass | None = None,
+    meanwhile: Meanwhile | None = None,
 ) -> Tensor:
     """`sum_k weights_k expert_k(x)` with experts on other ranks.
 
     x: [T, H]. routing: over all experts. experts: applies this rank's experts to rows [R, H] with a
     routing of one expert a row. first_pass: keeps the plan for the recomputation in backward.
-    Returns [T, H].
+    meanwhile: runs during the exchanges of rows. Returns [T, H].
     """
     plan = None if first_pass is None else first_pass.dispatch
     if plan is None:
         plan = _exchange_counts(routing.counts, groups)
         if first_pass is not None:
             first_pass.dispatch = plan
-    return through_ranks(x, routing, experts, plan, groups.tp_ep)
+    return through_ranks(x, routing, experts, plan, groups.tp_ep, meanwhile)
 
 
 def through_ranks(
@@ -53,13 +68,15 @@ def through_ranks(
     experts: Callable[[Tensor, Routing], Tensor],
     plan: DispatchPlan,
     group: dist.ProcessGroup,
+    meanwhile: Meanwhile | None = None,
 ) -> Tensor:
     """`dispatched` with a plan. routing: over all experts of the ranks of `group`."""
-    sent, received = plan.sent, plan.received
+    there = RowExchange(plan.sent, plan.received, group)
+    away, back = (meanwhile.dispatch, meanwhile.combine) if meanwhile else (None, None)
     # No name holds the rows that were sent: they are most of the layer's memory.
-    rows = ExchangeRows.apply(_outgoing(x, routing, plan), sum(received), received, sent, group)
+    rows = there.run(_outgoing(x, routing, plan), sum(plan.received), away)
     rows = experts(rows, _arrived_routing(plan))
-    rows = ExchangeRows.apply(rows, _returning(routing, plan), sent, received, group)
+    rows = there.reversed().run(rows, _returning(routing, plan), back)
     return moe_unpermute(_sum_copies(rows, routing, plan), routing)
 
 
@@ -140,33 +157,103 @@ def _sum_copies(back: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
     return F.pad(summed, (0, 0, 0, routing.order.numel() - summed.shape[0]))
 
 
-class ExchangeRows(torch.autograd.Function):
-    """All-to-all of the first rows: [>= sum(sent), H] -> [rows, H], rows at least sum(received).
+class RowExchange:
+    """All-to-all of rows among the ranks of `group`, and the opposite one in backward.
 
-    Further rows, also those of the gradient, are not written.
+    sent, received: rows to and from each rank.
     """
 
+    def __init__(self, sent: list[int], received: list[int], group: dist.ProcessGroup) -> None:
+        self.sent, self.received, self.group = sent, received, group
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def reversed(self) -> RowExchange:
+        """The exchange that returns the rows."""
+        return RowExchange(self.received, self.sent, self.group)
+
+    def run(self, x: Tensor, rows: int, meanwhile: Callable[[], None] | None = None) -> Tensor:
+        """Exchange the first rows: x [>= sum(sent), H] -> [rows, H], rows at least sum(received).
+
+        Further rows, also those of the gradient, are not written. meanwhile: is called while the
+        rows travel, and its backward runs while their gradients do.
+        """
+        back = self.reversed()
+        if meanwhile is None:
+            whole: Tensor = _Exchange.apply(x, rows, self, back)
+            return whole
+        started = _Start.apply(x, rows, self, back)
+        meanwhile()
+        finished: Tensor = _Finish.apply(started, x.shape[0], self, back)
+        return finished
+
+    def whole(self, x: Tensor, rows: int) -> Tensor:
+        """`start` and `finish`, on the current stream."""
+        out, inputs = self._buffers(x, rows)
+        dist.all_to_all_single(
+            out[: sum(self.received)], inputs, self.received, self.sent, self.group
+        )
+        return out
+
+    def start(self, x: Tensor, rows: int) -> Tensor:
+        """Start an exchange of x; the rows that are returned have no values before `finish`."""
+        out, inputs = self._buffers(x, rows)
+        arriving = out[: sum(self.received)]
+        work = dist.all_to_all_single(
+            arriving, inputs, self.received, self.sent, self.group, async_op=True
+        )
+        self._pending = work, out
+        return out
+
+    def finish(self) -> Tensor:
+        """Wait for the exchange that has started: on a GPU the stream waits, and not the host."""
+        assert self._pending is not None
+        (work, out), self._pending = self._pending, None
+        work.wait()
+        return out
+
+    def _buffers(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        return x.new_empty(rows, x.shape[1]), x[: sum(self.sent)].contiguous()
+
+
+class _Exchange(torch.autograd.Function):
+    """`RowExchange.run` with nothing meanwhile; `back` exchanges the gradients."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        rows: int,
-        received: list[int],
-        sent: list[int],
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        ctx.rows, ctx.received, ctx.sent, ctx.group = x.shape[0], received, sent, group
-        return _exchange(x, rows, received, sent, group)
+    def forward(ctx: Any, x: Tensor, rows: int, exchange: RowExchange, back: RowExchange) -> Tensor:
+        ctx.rows, ctx.back = x.shape[0], back
+        return exchange.whole(x, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = _exchange(grads[0], ctx.rows, ctx.sent, ctx.received, ctx.group)
-        return grad, None, None, None, None
+        return ctx.back.whole(grads[0], ctx.rows), None, None, None
 
 
-def _exchange(
-    x: Tensor, rows: int, received: list[int], sent: list[int], group: dist.ProcessGroup
-) -> Tensor:
-    out = x.new_empty(rows, x.shape[1])
-    dist.all_to_all_single(out[: sum(received)], x[: sum(sent)].contiguous(), received, sent, group)
-    return out
+class _Start(torch.autograd.Function):
+    """Starts the exchange of rows; backward waits for that of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int, exchange: RowExchange, back: RowExchange) -> Tensor:
+        ctx.back = back
+        return exchange.start(x, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.back.finish(), None, None, None
+
+
+class _Finish(torch.autograd.Function):
+    """Waits for the exchange of rows; backward starts that of their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, started: Tensor, rows: int, exchange: RowExchange, back: RowExchange
+    ) -> Tensor:
+        ctx.rows, ctx.back = rows, back
+        exchange.finish()
+        return started.view_as(started)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.back.start(grads[0], ctx.rows)
+        # Nothing reads this gradient: `_Start` returns the exchanged one.
+        return grads[0], None, None, None

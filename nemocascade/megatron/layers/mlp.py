@@ -84,8 +84,15 @@ class MLP(MegatronModule):
 
     def forward(self, hidden: Tensor, packed: PackedSeq | None = None) -> Tensor:
         """Apply the MLP to [T, 1, H], or [T / tp, 1, H] if sequence-parallel; same shape."""
-        up, _ = self.linear_fc1(hidden)
-        out: Tensor = self.linear_fc2(activate(up, self.activation))[0]
+        return self.contract(self.expand(hidden))
+
+    def expand(self, hidden: Tensor) -> Tensor:
+        """`act(W_1 u)`: [T, 1, H], or [T / tp, 1, H] if sequence-parallel -> [T, 1, width / tp]."""
+        return activate(self.linear_fc1(hidden)[0], self.activation)
+
+    def contract(self, wide: Tensor) -> Tensor:
+        """`W_2 h`: the output of `expand` -> the shape of the MLP's input."""
+        out: Tensor = self.linear_fc2(wide)[0]
         return out
 
     def sharded_state_dict(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.groups import ExpertNodes
 from nemocascade.megatron.layers.deepep import dispatched_by_deepep
-from nemocascade.megatron.layers.dispatch import dispatched
+from nemocascade.megatron.layers.dispatch import Meanwhile, dispatched
 from nemocascade.megatron.layers.mlp import MLP
 from nemocascade.megatron.layers.moe_loss import attach_loss, load_balance_loss, z_loss
 from nemocascade.megatron.layers.node_dispatch import dispatched_over_nodes
@@ -138,10 +138,23 @@ class Experts(MegatronModule):
             self.linear_fc1.data[local] = up[:, cut].reshape(-1, shape.hidden_size)
             self.linear_fc2.data[local] = down[:, cut]
 
-    def forward(self, x: Tensor, routing: Routing, first_pass: FirstPass | None = None) -> Tensor:
+    @property
+    def exchanges(self) -> bool:
+        """True if rows reach the experts of other ranks by an all-to-all, so that other work can
+        run meanwhile."""
+        return self.ep_size * self.etp_size > 1 and self.config.expert_exchange != "deepep"
+
+    def forward(
+        self,
+        x: Tensor,
+        routing: Routing,
+        first_pass: FirstPass | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> Tensor:
         """Apply the experts: x [T, H] and its routing over all experts -> [T, H].
 
-        first_pass: that of the layer, if backward recomputes it.
+        first_pass: that of the layer, if backward recomputes it. meanwhile: runs while rows travel;
+        only with `exchanges`.
         """
 
         def experts(rows: Tensor, local: Routing) -> Tensor:
@@ -160,8 +173,10 @@ class Experts(MegatronModule):
         if self.config.expert_exchange == "deepep":
             return dispatched_by_deepep(x, routing, experts, self.groups.ep)
         if self.nodes is not None:
-            return dispatched_over_nodes(x, routing, experts, self.groups, self.nodes, first_pass)
-        return dispatched(x, routing, experts, self.groups, first_pass)
+            return dispatched_over_nodes(
+                x, routing, experts, self.groups, self.nodes, first_pass, meanwhile
+            )
+        return dispatched(x, routing, experts, self.groups, first_pass, meanwhile)
 
     def sharded_state_dict(
         self,
@@ -192,6 +207,39 @@ class Experts(MegatronModule):
             replica_id=replica,
         )
         return state
+
+
+class SharedPass:
+    """A forward pass of the shared expert `mlp` on hidden [T, 1, H], in two parts.
+
+    Its gradient and that of the routed experts are the only two that are added for `hidden`, so
+    the order in which the parts run does not change a bit.
+    """
+
+    def __init__(self, mlp: MLP, hidden: Tensor) -> None:
+        self._mlp, self._hidden = mlp, hidden
+        self._wide: Tensor | None = None
+        self._out: Tensor | None = None
+
+    def meanwhile(self) -> Meanwhile:
+        """The parts as work beside the exchanges of rows."""
+        return Meanwhile(dispatch=self._expand, combine=self._contract)
+
+    def output(self) -> Tensor:
+        """The expert's output, [T, 1, H]; computed now unless it ran meanwhile."""
+        if self._out is None:
+            self._expand()
+            self._contract()
+        assert self._out is not None
+        return self._out
+
+    def _expand(self) -> None:
+        self._wide = self._mlp.expand(self._hidden)
+
+    def _contract(self) -> None:
+        wide, self._wide = self._wide, None
+        assert wide is not None
+        self._out = self._mlp.contract(wide)
 
 
 class MoEMixer(MegatronModule):
@@ -229,15 +277,16 @@ class MoEMixer(MegatronModule):
         # The choices of the forward pass, if this is its recomputation in backward.
         earlier = None if packed.first_pass is None else packed.first_pass.experts
         routing = self.route(logits, packed, rows, earlier)
-        y: Tensor = self.experts(x, routing, packed.first_pass)
+        shared = self.shared_experts and SharedPass(self.shared_experts, hidden_states)
+        overlaps = shared and self.config.overlap_shared_expert and self.experts.exchanges
+        meanwhile = shared.meanwhile() if shared and overlaps else None
+        y: Tensor = self.experts(x, routing, packed.first_pass, meanwhile)
         if self.training and torch.is_grad_enabled():
             y = self._with_losses(y, logits, routing, packed, rows)
             if earlier is None:
                 self.router.load += routing.counts
         y = y.view_as(hidden_states)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(hidden_states, packed)
-        return y
+        return y if shared is None else y + shared.output()
 
     def route(
         self, logits: Tensor, packed: Microbatch, rows: slice, earlier: Tensor | None = None

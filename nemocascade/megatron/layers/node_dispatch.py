@@ -22,7 +22,7 @@ from nemocascade_kernels import Routing, make_routing, moe_permute, moe_unpermut
 from torch import Tensor
 
 from nemocascade.megatron.groups import ExpertNodes
-from nemocascade.megatron.layers.dispatch import ExchangeRows, through_ranks
+from nemocascade.megatron.layers.dispatch import Meanwhile, RowExchange, through_ranks
 from nemocascade.megatron.microbatch import DispatchPlan, FirstPass, NodePlan
 
 
@@ -33,10 +33,12 @@ def dispatched_over_nodes(
     groups: ProcessGroupCollection,
     nodes: ExpertNodes,
     first_pass: FirstPass | None = None,
+    meanwhile: Meanwhile | None = None,
 ) -> Tensor:
     """`sum_k weights_k expert_k(x)` with experts on the ranks of several nodes.
 
-    The arguments are those of `dispatched`. nodes: of the expert group. Returns [T, H].
+    The arguments are those of `dispatched`; with two hops, `meanwhile` runs during those over the
+    network. nodes: of the expert group. Returns [T, H].
     """
     plan = None if first_pass is None else first_pass.node_dispatch
     pairs = _pairs(routing, nodes.count)
@@ -51,9 +53,9 @@ def dispatched_over_nodes(
     ids, weights = _pair_experts(routing, pairs)
     if nodes.rail is None:
         own = make_routing(ids, weights, routing.num_experts)
-        rows = _within(rows, own, experts, plan.ranks, groups.tp_ep)
+        rows = _within(rows, own, experts, plan.ranks, groups.tp_ep, meanwhile)
     else:
-        rows = _over_rail(rows, ids, weights, routing.num_experts, experts, plan, nodes)
+        rows = _over_rail(rows, ids, weights, routing.num_experts, experts, plan, nodes, meanwhile)
     summed: Tensor = _SumPairs.apply(rows, pairs)
     return summed
 
@@ -85,9 +87,11 @@ def _within(
     experts: Callable[[Tensor, Routing], Tensor],
     plan: DispatchPlan,
     group: dist.ProcessGroup,
+    meanwhile: Meanwhile | None = None,
 ) -> Tensor:
     """Each pair's sum over its experts on the ranks of `group`: rows [P, H] -> [P, H]."""
-    return through_ranks(rows, routing.truncated(sum(plan.to_owner)), experts, plan, group)
+    own = routing.truncated(sum(plan.to_owner))
+    return through_ranks(rows, own, experts, plan, group, meanwhile)
 
 
 def _over_rail(
@@ -98,20 +102,22 @@ def _over_rail(
     experts: Callable[[Tensor, Routing], Tensor],
     plan: NodePlan,
     nodes: ExpertNodes,
+    meanwhile: Meanwhile | None,
 ) -> Tensor:
     """Each pair's sum, computed on its node: rows [P, H], ids and weights [P, K] -> [P, H]."""
-    padded, sent, received, rail = rows.shape[0], plan.sent, plan.received, nodes.rail
+    assert nodes.rail is not None
+    padded, arriving = rows.shape[0], sum(plan.received)
+    away, back = (meanwhile.dispatch, meanwhile.combine) if meanwhile else (None, None)
+    there = RowExchange(plan.sent, plan.received, nodes.rail)
     of_node = num_experts // nodes.count
     local = (ids % of_node).masked_fill(ids == num_experts, of_node)
     # Ids are exact in float32, and travel with the weights.
-    routed = torch.cat([weights, local.float()], 1)
-    rows = ExchangeRows.apply(rows, sum(received), received, sent, rail)
-    routed = ExchangeRows.apply(routed, sum(received), received, sent, rail)
+    routed = there.run(torch.cat([weights, local.float()], 1), arriving)
+    rows = RowExchange(plan.sent, plan.received, nodes.rail).run(rows, arriving, away)
     weights, local = routed.chunk(2, dim=1)
     own = make_routing(local.detach().int(), weights.contiguous(), of_node)
     rows = _within(rows, own, experts, plan.ranks, nodes.local)
-    back: Tensor = ExchangeRows.apply(rows, padded, sent, received, rail)
-    return back
+    return there.reversed().run(rows, padded, back)
 
 
 def _plan_one_hop(
