@@ -268,7 +268,8 @@ class Activations:
         if overlaps:
             # The second product of the shared expert runs backward beside the exchange of the
             # rows' gradients, and the first one after the experts.
-            moments = [everything + shared / 2 + self._whole() + arrived * m.hidden_size * self.width]
+            rows = arrived * m.hidden_size * self.width
+            moments = [everything + shared / 2 + self._whole() + rows]
             experts = everything
         else:
             # The shared expert runs backward first and leaves the gradient of its input.

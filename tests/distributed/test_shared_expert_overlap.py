@@ -1,4 +1,4 @@
-"""The shared expert beside the exchanges of rows gives the same bits, and runs while rows travel."""
+"""The shared expert beside the exchanges of rows runs while rows travel, with the same bits."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from nemocascade.megatron.microbatch import DispatchPlan, FirstPass
 
 
 @dataclass(frozen=True)
-class Meanwhile:
+class OverlappedWork:
     """Work that runs while rows travel: `dispatch` on their way to the experts, `combine` on their
     way back. Each is called once in a forward pass."""
 
@@ -46,20 +46,20 @@ def dispatched(
     experts: Callable[[Tensor, Routing], Tensor],
     groups: ProcessGroupCollection,
     first_pass: FirstPass | None = None,
-    meanwhile: Meanwhile | None = None,
+    overlapped: OverlappedWork | None = None,
 ) -> Tensor:
     """`sum_k weights_k expert_k(x)` with experts on other ranks.
 
     x: [T, H]. routing: over all experts. experts: applies this rank's experts to rows [R, H] with a
     routing of one expert a row. first_pass: keeps the plan for the recomputation in backward.
-    meanwhile: runs during the exchanges of rows. Returns [T, H].
+    overlapped: runs during the exchanges of rows. Returns [T, H].
     """
     plan = None if first_pass is None else first_pass.dispatch
     if plan is None:
         plan = _exchange_counts(routing.counts, groups)
         if first_pass is not None:
             first_pass.dispatch = plan
-    return through_ranks(x, routing, experts, plan, groups.tp_ep, meanwhile)
+    return through_ranks(x, routing, experts, plan, groups.tp_ep, overlapped)
 
 
 def through_ranks(
@@ -68,11 +68,11 @@ def through_ranks(
     experts: Callable[[Tensor, Routing], Tensor],
     plan: DispatchPlan,
     group: dist.ProcessGroup,
-    meanwhile: Meanwhile | None = None,
+    overlapped: OverlappedWork | None = None,
 ) -> Tensor:
     """`dispatched` with a plan. routing: over all experts of the ranks of `group`."""
     there = RowExchange(plan.sent, plan.received, group)
-    away, back = (meanwhile.dispatch, meanwhile.combine) if meanwhile else (None, None)
+    away, back = (overlapped.dispatch, overlapped.combine) if overlapped else (None, None)
     # No name holds the rows that were sent: they are most of the layer's memory.
     rows = there.run(_outgoing(x, routing, plan), sum(plan.received), away)
     rows = experts(rows, _arrived_routing(plan))
@@ -171,18 +171,18 @@ class RowExchange:
         """The exchange that returns the rows."""
         return RowExchange(self.received, self.sent, self.group)
 
-    def run(self, x: Tensor, rows: int, meanwhile: Callable[[], None] | None = None) -> Tensor:
+    def run(self, x: Tensor, rows: int, overlapped: Callable[[], None] | None = None) -> Tensor:
         """Exchange the first rows: x [>= sum(sent), H] -> [rows, H], rows at least sum(received).
 
-        Further rows, also those of the gradient, are not written. meanwhile: is called while the
+        Further rows, also those of the gradient, are not written. overlapped: is called while the
         rows travel, and its backward runs while their gradients do.
         """
         back = self.reversed()
-        if meanwhile is None:
+        if overlapped is None:
             whole: Tensor = _Exchange.apply(x, rows, self, back)
             return whole
         started = _Start.apply(x, rows, self, back)
-        meanwhile()
+        overlapped()
         finished: Tensor = _Finish.apply(started, x.shape[0], self, back)
         return finished
 
@@ -216,7 +216,7 @@ class RowExchange:
 
 
 class _Exchange(torch.autograd.Function):
-    """`RowExchange.run` with nothing meanwhile; `back` exchanges the gradients."""
+    """`RowExchange.run` without other work; `back` exchanges the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: int, exchange: RowExchange, back: RowExchange) -> Tensor:

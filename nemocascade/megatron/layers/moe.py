@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.groups import ExpertNodes
 from nemocascade.megatron.layers.deepep import dispatched_by_deepep
-from nemocascade.megatron.layers.dispatch import Meanwhile, dispatched
+from nemocascade.megatron.layers.dispatch import OverlappedWork, dispatched
 from nemocascade.megatron.layers.mlp import MLP
 from nemocascade.megatron.layers.moe_loss import attach_loss, load_balance_loss, z_loss
 from nemocascade.megatron.layers.node_dispatch import dispatched_over_nodes
@@ -138,23 +138,17 @@ class Experts(MegatronModule):
             self.linear_fc1.data[local] = up[:, cut].reshape(-1, shape.hidden_size)
             self.linear_fc2.data[local] = down[:, cut]
 
-    @property
-    def exchanges(self) -> bool:
-        """True if rows reach the experts of other ranks by an all-to-all, so that other work can
-        run meanwhile."""
-        return self.ep_size * self.etp_size > 1 and self.config.expert_exchange != "deepep"
-
     def forward(
         self,
         x: Tensor,
         routing: Routing,
         first_pass: FirstPass | None = None,
-        meanwhile: Meanwhile | None = None,
+        overlapped: OverlappedWork | None = None,
     ) -> Tensor:
         """Apply the experts: x [T, H] and its routing over all experts -> [T, H].
 
-        first_pass: that of the layer, if backward recomputes it. meanwhile: runs while rows travel;
-        only with `exchanges`.
+        first_pass: that of the layer, if backward recomputes it. overlapped: runs while rows travel
+        by an all-to-all; other ways of exchange ignore it.
         """
 
         def experts(rows: Tensor, local: Routing) -> Tensor:
@@ -174,9 +168,9 @@ class Experts(MegatronModule):
             return dispatched_by_deepep(x, routing, experts, self.groups.ep)
         if self.nodes is not None:
             return dispatched_over_nodes(
-                x, routing, experts, self.groups, self.nodes, first_pass, meanwhile
+                x, routing, experts, self.groups, self.nodes, first_pass, overlapped
             )
-        return dispatched(x, routing, experts, self.groups, first_pass, meanwhile)
+        return dispatched(x, routing, experts, self.groups, first_pass, overlapped)
 
     def sharded_state_dict(
         self,
@@ -221,12 +215,12 @@ class SharedPass:
         self._wide: Tensor | None = None
         self._out: Tensor | None = None
 
-    def meanwhile(self) -> Meanwhile:
+    def work(self) -> OverlappedWork:
         """The parts as work beside the exchanges of rows."""
-        return Meanwhile(dispatch=self._expand, combine=self._contract)
+        return OverlappedWork(dispatch=self._expand, combine=self._contract)
 
     def output(self) -> Tensor:
-        """The expert's output, [T, 1, H]; computed now unless it ran meanwhile."""
+        """The expert's output, [T, 1, H]; computed now unless it ran during the exchanges."""
         if self._out is None:
             self._expand()
             self._contract()
@@ -277,10 +271,11 @@ class MoEMixer(MegatronModule):
         # The choices of the forward pass, if this is its recomputation in backward.
         earlier = None if packed.first_pass is None else packed.first_pass.experts
         routing = self.route(logits, packed, rows, earlier)
-        shared = self.shared_experts and SharedPass(self.shared_experts, hidden_states)
-        overlaps = shared and self.config.overlap_shared_expert and self.experts.exchanges
-        meanwhile = shared.meanwhile() if shared and overlaps else None
-        y: Tensor = self.experts(x, routing, packed.first_pass, meanwhile)
+        shared = overlapped = None
+        if self.shared_experts is not None:
+            shared = SharedPass(self.shared_experts, hidden_states)
+            overlapped = shared.work() if self.config.overlap_shared_expert else None
+        y: Tensor = self.experts(x, routing, packed.first_pass, overlapped)
         if self.training and torch.is_grad_enabled():
             y = self._with_losses(y, logits, routing, packed, rows)
             if earlier is None:

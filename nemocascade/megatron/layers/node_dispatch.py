@@ -22,7 +22,7 @@ from nemocascade_kernels import Routing, make_routing, moe_permute, moe_unpermut
 from torch import Tensor
 
 from nemocascade.megatron.groups import ExpertNodes
-from nemocascade.megatron.layers.dispatch import Meanwhile, RowExchange, through_ranks
+from nemocascade.megatron.layers.dispatch import OverlappedWork, RowExchange, through_ranks
 from nemocascade.megatron.microbatch import DispatchPlan, FirstPass, NodePlan
 
 
@@ -33,11 +33,11 @@ def dispatched_over_nodes(
     groups: ProcessGroupCollection,
     nodes: ExpertNodes,
     first_pass: FirstPass | None = None,
-    meanwhile: Meanwhile | None = None,
+    overlapped: OverlappedWork | None = None,
 ) -> Tensor:
     """`sum_k weights_k expert_k(x)` with experts on the ranks of several nodes.
 
-    The arguments are those of `dispatched`; with two hops, `meanwhile` runs during those over the
+    The arguments are those of `dispatched`; with two hops, `overlapped` runs during those over the
     network. nodes: of the expert group. Returns [T, H].
     """
     plan = None if first_pass is None else first_pass.node_dispatch
@@ -53,9 +53,9 @@ def dispatched_over_nodes(
     ids, weights = _pair_experts(routing, pairs)
     if nodes.rail is None:
         own = make_routing(ids, weights, routing.num_experts)
-        rows = _within(rows, own, experts, plan.ranks, groups.tp_ep, meanwhile)
+        rows = _within(rows, own, experts, plan.ranks, groups.tp_ep, overlapped)
     else:
-        rows = _over_rail(rows, ids, weights, routing.num_experts, experts, plan, nodes, meanwhile)
+        rows = _over_rail(rows, ids, weights, routing.num_experts, experts, plan, nodes, overlapped)
     summed: Tensor = _SumPairs.apply(rows, pairs)
     return summed
 
@@ -87,11 +87,11 @@ def _within(
     experts: Callable[[Tensor, Routing], Tensor],
     plan: DispatchPlan,
     group: dist.ProcessGroup,
-    meanwhile: Meanwhile | None = None,
+    overlapped: OverlappedWork | None = None,
 ) -> Tensor:
     """Each pair's sum over its experts on the ranks of `group`: rows [P, H] -> [P, H]."""
     own = routing.truncated(sum(plan.to_owner))
-    return through_ranks(rows, own, experts, plan, group, meanwhile)
+    return through_ranks(rows, own, experts, plan, group, overlapped)
 
 
 def _over_rail(
@@ -102,12 +102,12 @@ def _over_rail(
     experts: Callable[[Tensor, Routing], Tensor],
     plan: NodePlan,
     nodes: ExpertNodes,
-    meanwhile: Meanwhile | None,
+    overlapped: OverlappedWork | None,
 ) -> Tensor:
     """Each pair's sum, computed on its node: rows [P, H], ids and weights [P, K] -> [P, H]."""
     assert nodes.rail is not None
     padded, arriving = rows.shape[0], sum(plan.received)
-    away, back = (meanwhile.dispatch, meanwhile.combine) if meanwhile else (None, None)
+    away, back = (overlapped.dispatch, overlapped.combine) if overlapped else (None, None)
     there = RowExchange(plan.sent, plan.received, nodes.rail)
     of_node = num_experts // nodes.count
     local = (ids % of_node).masked_fill(ids == num_experts, of_node)
