@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +21,11 @@ from nemocascade_kernels.moe_experts.op import fp8_limitation
 from nemocascade.megatron.config import Accelerators, Adam
 from nemocascade.megatron.layers.flash_attention import FLASH_ATTENTION_3, check_flash_attention_3
 from nemocascade.megatron.layers.linear import APEX_WEIGHT_GRADIENT, TE_LINEARS
-from nemocascade.megatron.optimizer import FUSED_ADAMS
+from nemocascade.megatron.optimizer import FUSED_ADAMS, MOMENTS
+from nemocascade.megatron.user_buffers import check_user_buffers
 from nemocascade.megatron.workspace import MixerBackend
 from nemocascade.recipe import EngineConfig, UserError
+from nemocascade.recipe.train import Moments
 
 
 class AcceleratorError(UserError, RuntimeError):
@@ -73,20 +75,28 @@ class Detection:
         )
 
 
-def detect(engine: EngineConfig, device: torch.device) -> Detection:
+def detect(engine: EngineConfig, device: torch.device, *, moments: Moments = "fp32") -> Detection:
     """Check every accelerator once and select those to be used by the settings of `engine`.
+
+    moments: precision of AdamW's moments.
 
     Raises AcceleratorError naming every unavailable package whose setting is "on".
     """
     adam_te = _examine(_TE_ADAM, engine.transformer_engine, device)
     te_attention = _examine(_TE_ATTENTION, engine.transformer_engine, device)
     adam_apex = _examine(_APEX_ADAM, engine.apex, device)
+    if moments == "bf16":
+        adam_te = _with_bf16_moments(adam_te, device)
+        if adam_apex.used:
+            adam_apex = replace(adam_apex, limitation="its moments are fp32")
     if adam_te.used and adam_apex.used:
         adam_apex = _unavailable(_APEX_ADAM, adam_apex.version, "Transformer Engine's is preferred")
     gradient = _examine(_APEX_GRADIENT, engine.apex, device)
     experts = _fp8_experts(engine, device)
     asked = engine.transformer_engine if engine.linears == "fp8" else "off"
     linears = _examine(_TE_LINEARS, asked, device)
+    asked = engine.transformer_engine if engine.overlap_tensor_parallel else "off"
+    overlap = _examine(_TE_OVERLAP, asked, device)
     flash = _examine(_FLASH_3, engine.flash_attention_3, device)
     triton = _triton(device)
     if device.type == "cuda" and triton.used and engine.fla == "auto":
@@ -115,6 +125,11 @@ def detect(engine: EngineConfig, device: torch.device) -> Detection:
         )
         if setting == "fp8" and not f.used
     ]
+    if engine.overlap_tensor_parallel and not overlap.used:
+        reasons.append(
+            f"engine.overlap_tensor_parallel is True, but {overlap.limitation}: set "
+            "--engine.overlap-tensor-parallel False"
+        )
     if reasons:
         raise AcceleratorError("; ".join(reasons))
     adam: Adam = "transformer_engine" if adam_te.used else "apex" if adam_apex.used else "torch"
@@ -124,6 +139,7 @@ def detect(engine: EngineConfig, device: torch.device) -> Detection:
             te_attention=te_attention.used,
             fused_weight_gradient=gradient.used,
             te_linears=linears.used,
+            te_overlap=overlap.used,
             mamba2=mixer,
             flash_attention=3 if flash.used else 2,
         ),
@@ -142,6 +158,7 @@ def detect(engine: EngineConfig, device: torch.device) -> Detection:
             fla,
             experts,
             linears,
+            overlap,
         ),
     )
 
@@ -177,6 +194,20 @@ def _check_fla(_device: torch.device) -> None:
     check_version()
 
 
+def _with_bf16_moments(adam: Finding, device: torch.device) -> Finding:
+    """Transformer Engine's Adam as found, or unavailable if it has no moments in bf16."""
+    if not adam.used:
+        return adam
+    kind = importlib.import_module(FUSED_ADAMS["transformer_engine"]).FusedAdam
+    dtype = MOMENTS["bf16"]
+    try:
+        parameter = torch.nn.Parameter(torch.zeros(1, device=device))
+        kind([parameter], exp_avg_dtype=dtype, exp_avg_sq_dtype=dtype)
+    except Exception as error:  # an older version may refuse the dtype, or not know the argument
+        return replace(adam, limitation=f"no moments in bf16: {_reason(error)}")
+    return adam
+
+
 def _check_te_linears(device: torch.device) -> None:
     """Megatron's linears of Transformer Engine, its blockwise recipe, and a device that has it."""
     importlib.import_module(TE_LINEARS)
@@ -185,6 +216,12 @@ def _check_te_linears(device: torch.device) -> None:
         raise RuntimeError("its recipes have no Float8BlockScaling: install 2.3 or newer")
     if (capability := torch.cuda.get_device_capability(device)) < (9, 0):
         raise RuntimeError(f"it needs compute capability 9.0, and the device has {capability}")
+
+
+def _check_te_overlap(_device: torch.device) -> None:
+    """Megatron's linears of Transformer Engine, and its user buffers."""
+    importlib.import_module(TE_LINEARS)
+    check_user_buffers()
 
 
 def _import(*names: str) -> Callable[[torch.device], object]:
@@ -214,6 +251,14 @@ _TE_LINEARS = _Package(
     "linear layers in FP8",
     "Megatron's linear layers",
     _check_te_linears,
+)
+_TE_OVERLAP = _Package(
+    "Transformer Engine user buffers",
+    "transformer_engine",
+    ("transformer-engine", "transformer_engine"),
+    "linear layers beside tensor-parallel communication",
+    "linear layers between collectives",
+    _check_te_overlap,
 )
 _FLASH_3 = _Package(
     "FlashAttention-3",

@@ -25,7 +25,7 @@ from nemocascade.megatron.checkpoint.folder import (
     read_folder,
     read_manifest,
 )
-from nemocascade.megatron.checkpoint.state import model_parts, model_shards
+from nemocascade.megatron.checkpoint.state import MODEL, model_parts, model_shards
 from nemocascade.megatron.checkpoint.storage import Reader
 from nemocascade.megatron.checkpoint.weights import describe_model, fill, model_problems
 from nemocascade.megatron.checkpoint.writing import write_folder
@@ -160,7 +160,7 @@ def load_artifact_weights(
         problems.append("it is another artifact than the one that was opened: its digest changed")
     shards = model_shards(model_parts(chunks, world))
     with Reader(artifact.folder, index) as reader:
-        fill(artifact.folder, world, reader, shards, problems, cast=True)
+        fill(artifact.folder, world, reader, shards, problems, cast=(MODEL,))
     if optimizer is not None:
         with cuda_names():
             optimizer.inner.reload_model_params()

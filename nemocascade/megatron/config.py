@@ -30,7 +30,7 @@ class Accelerators:
     fused_weight_gradient: apex accumulates weight gradients inside the GEMM.
     mamba2: the implementation that Mamba-2's mixers require, after its check. None: the best one,
     as `nemocascade_kernels.backends` orders them. te_linears: Transformer Engine's linear layers,
-    in FP8.
+    in FP8. te_overlap: its linear layers beside tensor-parallel communication.
     """
 
     adam: Adam = "torch"
@@ -39,6 +39,7 @@ class Accelerators:
     mamba2: MixerBackend | None = None
     flash_attention: Literal[2, 3] = 2
     te_linears: bool = False
+    te_overlap: bool = False
 
 
 def seeded_normal(seed: int, name: str, std: float) -> Init:
@@ -79,8 +80,8 @@ class CascadeConfig(TransformerConfig):
     expert_exchange: str = "auto"
     """How rows go to the experts of other ranks: `EngineConfig.expert_exchange`."""
 
-    overlap_shared_expert: bool = True
-    """Run the shared expert while rows travel: `EngineConfig.overlap_shared_expert`."""
+    overlap_shared_expert: bool = False
+    """Run the shared expert while rows travel: `EngineConfig.overlaps_shared_expert`."""
 
     def init_for(self, name: str, *, residual: bool = False) -> Init:
         """Initialiser of the weight `name`; `residual` for projections into the residual stream."""
@@ -99,12 +100,14 @@ def make_config(
     seed: int,
     fuse_weight_gradient: bool = False,
     fp8_linears: bool = False,
+    overlap_tensor_parallel: bool = False,
 ) -> CascadeConfig:
     """The config of every module of a model.
 
     fuse_weight_gradient: accumulate weight gradients in `main_grad`, inside the GEMM; `build_model`
         chooses the GEMM. Without it they are rounded to the weights' dtype and added.
-    fp8_linears: the linear layers are Transformer Engine's, in FP8.
+    fp8_linears: the linear layers are Transformer Engine's, in FP8. overlap_tensor_parallel: they
+        are, and run beside their communication within `user_buffers`.
     """
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     with without_notes():
@@ -115,7 +118,7 @@ def make_config(
             recompute_layers=engine.recomputed,
             fp8_experts=engine.experts == "fp8",
             expert_exchange=engine.expert_exchange,
-            overlap_shared_expert=engine.overlap_shared_expert != "off",
+            overlap_shared_expert=engine.overlaps_shared_expert(parallel, model),
             **_model_fields(model),
             **_parallel_fields(parallel),
             params_dtype=dtype,
@@ -123,6 +126,7 @@ def make_config(
             bf16=engine.precision == "bf16",
             fp8="e4m3" if fp8_linears else None,
             fp8_recipe="blockwise",
+            tp_comm_overlap=overlap_tensor_parallel,
             use_cpu_initialization=True,
             # Upstream's default is deprecated and means the same.
             cuda_graph_modules=[],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +21,13 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from torch import Tensor
 
+from nemocascade.megatron.adam import Bf16MomentsAdamW
 from nemocascade.megatron.config import Accelerators, CascadeConfig
 from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.parameter_gather import ParameterGather
 from nemocascade.recipe import OptimizerConfig
+from nemocascade.recipe.train import Moments
 from nemocascade.runtime.world import World
 
 
@@ -87,19 +90,35 @@ FUSED_ADAMS = {
 """Modules of the optional packages that hold a class `FusedAdam`."""
 
 
-def _adam(accelerators: Accelerators, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
-    """Constructor of the selected Adam, with the arguments of apex's."""
-    if accelerators.adam != "torch":
+MOMENTS: dict[Moments, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Dtypes of AdamW's moments."""
+
+
+def _adam(
+    accelerators: Accelerators, device: torch.device, moments: Moments = "fp32"
+) -> Callable[..., torch.optim.Optimizer]:
+    """Constructor of the selected Adam, with the arguments of apex's.
+
+    Apex's has float32 moments only. Transformer Engine's gets their dtype without Megatron's
+    precision-aware optimizer, which would also move the trained copies of the weights into it.
+    """
+    if accelerators.adam == "transformer_engine" or (
+        accelerators.adam == "apex" and moments == "fp32"
+    ):
         fused_adam: Callable[..., torch.optim.Optimizer] = importlib.import_module(
             FUSED_ADAMS[accelerators.adam]
         ).FusedAdam
-        return fused_adam
+        if moments == "fp32":
+            return fused_adam
+        dtype = MOMENTS[moments]
+        return functools.partial(fused_adam, exp_avg_dtype=dtype, exp_avg_sq_dtype=dtype)
+    kind = torch.optim.AdamW if moments == "fp32" else Bf16MomentsAdamW
 
     def adamw(*, adam_w_mode: bool, **arguments: Any) -> torch.optim.Optimizer:
         assert adam_w_mode
         # Fused and other kernels round differently; on a CPU the default is not fused.
         fused = True if device.type == "cuda" else None
-        return torch.optim.AdamW(**arguments, fused=fused)
+        return kind(**arguments, fused=fused)
 
     return adamw
 
@@ -165,7 +184,8 @@ class Optimizer:
             use_distributed_optimizer=settings.distributed,
             clip_grad=settings.clip_grad,
         )
-        with cuda_names(), _building_with(_adam(accelerators, world.device)):
+        adam = _adam(accelerators, world.device, settings.moments)
+        with cuda_names(), _building_with(adam):
             self.inner = get_megatron_optimizer(
                 megatron,
                 list(chunks),
@@ -173,6 +193,11 @@ class Optimizer:
             )
         overlaps = chunks and chunks[0].ddp_config.overlap_param_gather
         self.gather = ParameterGather(chunks) if overlaps else None
+
+    @property
+    def moments_dtype(self) -> torch.dtype:
+        """Dtype of AdamW's moments."""
+        return MOMENTS[self.settings.moments]
 
     @property
     def parts(self) -> list[Any]:

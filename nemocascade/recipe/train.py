@@ -13,6 +13,9 @@ from nemocascade.recipe.rules import Decay, LearningRate, Natural, NonNegative, 
 Accelerator = Literal["auto", "on", "off"]
 LAYER_SYMBOLS = "M*E-"
 """Kinds of layers in a layer pattern."""
+Moments = Literal["fp32", "bf16"]
+LARGEST_BF16_BETA = 0.99
+"""Largest decay of a moment in bf16: it follows a change of 2^-8 / (1 - beta) = 39 % or more."""
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
@@ -50,6 +53,11 @@ class OptimizerConfig:
     distributed: bool = True
     """Shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
 
+    moments: Moments = "fp32"
+    """Precision of AdamW's two moments in memory and checkpoints; updates are in fp32. bf16 saves 4
+    bytes for each parameter that a rank owns, and rounds to nearest, so betas must not be above
+    0.99: with larger ones most updates would be rounded away."""
+
     def lr_at(self, step: int) -> float:
         """Learning rate of optimizer step `step`, counted from 0."""
         import math
@@ -75,6 +83,14 @@ class OptimizerConfig:
                 f"optimizer.decay_steps({self.decay_steps}) ends before "
                 f"warmup_steps({self.warmup_steps}): raise it or lower the warm-up"
             )
+        if self.moments == "bf16":
+            found += [
+                f"optimizer.{name}({value}) is above {LARGEST_BF16_BETA}, and optimizer.moments"
+                "(bf16) would round most updates of that moment away: set --optimizer.moments fp32 "
+                f"or --optimizer.{name} {LARGEST_BF16_BETA}"
+                for name, value in (("beta1", self.beta1), ("beta2", self.beta2))
+                if value > LARGEST_BF16_BETA
+            ]
         return found
 
 
@@ -145,6 +161,11 @@ class EngineConfig:
     forward and backward. The results have the same bits. auto: wherever rows travel, except with
     deepep. on: a job whose rows do not travel so is an error. off: after the routed experts."""
 
+    overlap_tensor_parallel: bool = False
+    """Overlap the linear layers of Mamba-2, attention, MLP and shared expert in training with the
+    gathers and scatters of their sequence-parallel inputs and outputs, in Transformer Engine's user
+    buffers (Megatron's `tp_comm_overlap`). Needs tp above 1, bf16, GPUs and Transformer Engine."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     transformer_engine: Accelerator = "auto"
     """Fused Adam and attention of Transformer Engine, if it is installed."""
@@ -180,11 +201,17 @@ class EngineConfig:
                 f"engine.expert_exchange(deepep) moves bf16 rows, and engine.precision is "
                 f"{self.precision}: set --engine.precision bf16 or --engine.expert-exchange auto"
             )
-        return found + self._linears_problems()
+        return found + self._linears_problems() + self._tensor_parallel_problems()
 
     def layout_problems(self, parallel: ParallelConfig, model: ModelConfig) -> list[str]:
         """Every rule that these settings break on a layout, each with its remedy."""
         found = []
+        if self.overlap_tensor_parallel and parallel.tp == 1:
+            found.append(
+                "engine.overlap_tensor_parallel(True) has no effect, for nothing is gathered with "
+                "parallel.tp(1): set --engine.overlap-tensor-parallel False, or a larger "
+                "--parallel.tp"
+            )
         if self.overlap_shared_expert == "on":
             ep, etp = parallel.ep, parallel.etp
             reason = ""
@@ -245,6 +272,23 @@ class EngineConfig:
             f"engine.linears(fp8) runs in Transformer Engine, without engine.{name}({value}): set "
             f"--engine.{name} {remedy}, or --engine.linears bf16"
             for name, (value, refused, remedy) in wrong.items()
+            if value == refused
+        ]
+
+    def _tensor_parallel_problems(self) -> list[str]:
+        if not self.overlap_tensor_parallel:
+            return []
+        wrong = {
+            "device": (self.device, "cpu", "cuda", "its user buffers are on GPUs"),
+            "precision": (self.precision, "fp32", "bf16", "its user buffers are in bf16"),
+            "transformer_engine": (self.transformer_engine, "off", "auto", "they are its linears"),
+            "linears": (self.linears, "fp8", "bf16", "blockwise FP8 has no user buffers"),
+        }
+        return [
+            f"engine.overlap_tensor_parallel(True) runs in Transformer Engine, and not with "
+            f"engine.{name}({value}), for {reason}: set --engine.{name} {remedy}, or "
+            "--engine.overlap-tensor-parallel False"
+            for name, (value, refused, remedy, reason) in wrong.items()
             if value == refused
         ]
 

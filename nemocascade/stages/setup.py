@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from nemocascade.megatron.artifact import artifact_model, load_artifact_weights,
 from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.model import build_model
 from nemocascade.megatron.products import settle_products
+from nemocascade.megatron.user_buffers import user_buffers
 from nemocascade.megatron.warm_up import warm_up
 from nemocascade.megatron.world import start_world
 from nemocascade.plan.devices import check_together, job_here
@@ -36,6 +37,7 @@ from nemocascade.recipe import (
     SftRecipe,
 )
 from nemocascade.recipe.rl import PolicyRecipe
+from nemocascade.recipe.train import Moments
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.files import write_text
 from nemocascade.runtime.launcher import world_size_of_environment
@@ -70,7 +72,8 @@ def stage_world(
         raise RecipeError(check)
     run_dir = Path(recipe.run_dir)
     lock = RunLock(run_dir) if trains else None
-    with watched_world(run_dir, recipe.parallel, recipe.engine, lock) as joined:
+    moments = recipe.optimizer.moments
+    with watched_world(run_dir, recipe.parallel, recipe.engine, lock, moments=moments) as joined:
         world, detected = joined
         console = console or Console()
         world = replace(world, console=console)
@@ -86,22 +89,32 @@ def stage_world(
             if checked.problems:
                 raise RecipeError(checked.problems)
         found = detected.accelerators
+        buffers: AbstractContextManager[None] = nullcontext()
         job = job_here(recipe, world.size) if world.device.type == "cuda" else None
         if job is not None:
             rows = job.capacity // job.parallel.cp
             found = warm_up(found, job.model, recipe.engine, world, rows)
+            if found.te_overlap:
+                buffers = user_buffers(world, job.model.hidden_size, rows)
         world.watch.enter("set-up")
-        yield world, found
+        with buffers:
+            yield world, found
 
 
 @contextmanager
 def watched_world(
-    run_dir: Path, parallel: ParallelConfig, engine: EngineConfig, lock: RunLock | None = None
+    run_dir: Path,
+    parallel: ParallelConfig,
+    engine: EngineConfig,
+    lock: RunLock | None = None,
+    *,
+    moments: Moments = "fp32",
 ) -> Iterator[tuple[World, Detection]]:
     """Join the process groups under a watchdog, with the log in RUN/log.txt, and leave them. The
     file RUN/stop asks the job to stop.
 
-    lock: of the run folder, acquired by the main rank and released at the end.
+    lock: of the run folder, acquired by the main rank and released at the end. moments: precision
+    of AdamW's.
     """
     world = start_world(parallel, engine)
     watch, name = _watchdog(world, engine, run_dir)
@@ -115,7 +128,7 @@ def watched_world(
             LOGGER.warning(lock.note)
         watch.start()
         settle_products(run_dir, world, engine, keeps=lock is not None)
-        detected = detect(engine, world.device)
+        detected = detect(engine, world.device, moments=moments)
         watch.enter("set-up")
         yield world, detected
     except Exception as error:

@@ -97,6 +97,7 @@ class Trainer:
             # A CPU's product with accumulation depends on its BLAS; the plain one does not.
             fuse_weight_gradient=world.device.type == "cuda",
             fp8_linears=accelerators.te_linears,
+            overlap_tensor_parallel=accelerators.te_overlap,
         )
         self._modules: list[CascadeModel] = build_model(world, self.config, accelerators)
         self._chunks = wrap_ddp(

@@ -47,7 +47,7 @@ FLOORS = {
         "upstream cpu init replay workspace groups context distillation",
         "world config microbatch",
         "layers",
-        "model schedule parameter_gather",
+        "model schedule parameter_gather adam user_buffers",
         "optimizer parameters fake generation",
         "checkpoint",
         "artifact replica products",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.checkpoint_jobs import run_jobs
 from helpers.ranks import run_ranks
 from helpers.stored import distance, read_tensors, unequal
@@ -31,12 +32,14 @@ FOUR_RANKS: dict[str, dict[str, int]] = {
     "tp2 dp2": {"tp": 2},
     "cp4": {"cp": 4},
 }
-# Precision, Megatron's distributed optimizer or its plain one, and the shape of the model.
+# Precision, Megatron's distributed optimizer or its plain one, shape of the model, and precision of
+# the moments.
 KINDS = [
-    ("fp32", True, "relu2"),
-    ("bf16", True, "swiglu"),
-    ("bf16", False, "relu2"),
-    ("fp32", True, "tied"),
+    ("fp32", True, "relu2", "fp32"),
+    ("bf16", True, "swiglu", "fp32"),
+    ("bf16", False, "relu2", "fp32"),
+    ("fp32", True, "tied", "fp32"),
+    ("bf16", True, "relu2", "bf16"),
 ]
 # The quick choice of layouts and kinds; the slow tests take all of them.
 QUICK = [
@@ -49,6 +52,8 @@ QUICK = [
     ("dp2", 1),
     ("dp2", 2),
     ("cp2", 0),
+    ("dp2", 4),
+    ("tp2 ep2", 4),
 ]
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 
@@ -57,13 +62,14 @@ def folder(root: Path, step: int) -> Path:
     return root / checkpoint_name(step)
 
 
-def train(root: Path, parallel: dict[str, int], kind: tuple[str, bool, str]) -> dict[str, Any]:
-    precision, distributed, shape = kind
+def train(root: Path, parallel: dict[str, int], kind: tuple[str, bool, str, str]) -> dict[str, Any]:
+    precision, distributed, shape, moments = kind
     return {
         "parallel": parallel,
         "precision": precision,
         "distributed": distributed,
         "shape": shape,
+        "moments": moments,
         "steps": STEPS,
         "save_at": [HALF, STEPS],
         "root": str(root),
@@ -76,8 +82,8 @@ def resume(root: Path, source: Path, job: dict[str, Any]) -> dict[str, Any]:
     return {**job, **again, "load": str(folder(source, HALF))}
 
 
-def name_of(kind: tuple[str, bool, str]) -> str:
-    return f"{kind[0]} {'distributed' if kind[1] else 'plain'} {kind[2]}"
+def name_of(kind: tuple[str, bool, str, str]) -> str:
+    return f"{kind[0]} {'distributed' if kind[1] else 'plain'} {kind[2]} moments {kind[3]}"
 
 
 def check_same_layout(root: Path, whole: dict[str, Any], rest: dict[str, Any]) -> None:
@@ -239,6 +245,32 @@ def test_before_the_first_step(tmp_path: Path) -> None:
         root = tmp_path / name_of(kind)
         assert results[2 * i]["losses"] == results[2 * i + 1]["losses"]
         assert unequal(folder(root / "run", HALF), folder(root / "again", HALF)) == []
+
+
+def test_bf16_moments_are_half_as_large(single: list[tuple[Path, dict[str, Any]]]) -> None:
+    tensors = read_tensors(folder(single[4][0], HALF))
+    kinds = {key.split("/")[1]: t.dtype for key, t in tensors.items() if "optimizer" in key}
+    assert kinds == {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16, "main": torch.float32}
+
+
+def test_the_moments_of_a_checkpoint_may_change(
+    tmp_path: Path, single: list[tuple[Path, dict[str, Any]]]
+) -> None:
+    """From bf16 to fp32 they keep their values; the other way they are rounded to nearest."""
+    jobs, sources = [], []
+    for k, moments in ((1, "bf16"), (4, "fp32")):
+        sources.append(folder(single[k][0], HALF))
+        job = resume(tmp_path / moments, single[k][0], train(tmp_path, ONE, KINDS[k]))
+        jobs.append({**job, "moments": moments})
+    results = run_ranks(run_jobs, 1, {"jobs": jobs})[0]
+    for source, k, result, job in zip(sources, (1, 4), results, jobs, strict=True):
+        assert result["losses"] == pytest.approx(single[k][1]["losses"][HALF:], rel=5e-3)
+        before, after = read_tensors(source), read_tensors(folder(Path(job["resave"]), HALF))
+        for key, stored in before.items():
+            assert torch.equal(stored.to(after[key].dtype), after[key]), key
+        assert {t.dtype for key, t in after.items() if "exp_avg" in key} != {
+            t.dtype for key, t in before.items() if "exp_avg" in key
+        }
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -77,7 +77,10 @@ def make_trainer(job: dict[str, Any], world: World) -> Trainer:
         engine=EngineConfig(precision=job.get("precision", "fp32")),
         moe=MoeTrainingConfig(freeze_router=job.get("freeze_router", False)),
         optimizer=OptimizerConfig(
-            lr=1e-2, warmup_steps=2, distributed=job.get("distributed", True)
+            lr=1e-2,
+            warmup_steps=2,
+            distributed=job.get("distributed", True),
+            moments=job.get("moments", "fp32"),
         ),
         accelerators=Accelerators(),
         seed=job.get("seed", 7),
@@ -88,7 +91,7 @@ def make_trainer(job: dict[str, Any], world: World) -> Trainer:
 def run_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Run each job in a world of its own; what each gave, in order.
 
-    A job: parallel, shape, precision, distributed, seed; load: checkpoint to go on from;
+    A job: parallel, shape, precision, distributed, moments, seed; load: checkpoint to go on from;
     resave: root to save to right after loading; steps: train until this many are done;
     save_at: steps after which to save to `root`.
     """

@@ -22,6 +22,7 @@ from nemocascade.megatron.accelerators import (
 from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.layers import attention_core, flash_attention
 from nemocascade.megatron.layers.linear import TE_LINEARS
+from nemocascade.megatron.optimizer import FUSED_ADAMS
 from nemocascade.megatron.parameters import count_parameters
 from nemocascade.recipe import EngineConfig, tiny
 
@@ -209,6 +210,54 @@ def test_fp8_linears(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
         detect(engine, CPU)
 
 
+def test_user_buffers(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = EngineConfig(overlap_tensor_parallel=True)
+    with pytest.raises(AcceleratorError, match="parallel is True, but not installed: set --engine"):
+        detect(engine, CUDA)
+    machine.installed = {"transformer_engine"}
+    te: Any = ModuleType("transformer_engine.pytorch")
+    load = importlib.import_module
+    known = {TE_LINEARS: ModuleType(TE_LINEARS), te.__name__: te}
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name, *rest: known.get(name) or load(name)
+    )
+    with pytest.raises(AcceleratorError, match=r"its user buffers need MPI: install 1\.9"):
+        detect(engine, CUDA)
+    te.initialize_ub = lambda shape, tp_size, bootstrap_backend: None
+    assert detect(engine, CUDA).accelerators.te_overlap
+    assert finding(detect(engine, CUDA), "Transformer Engine user buffers").used
+    assert not detect(EngineConfig(), CUDA).accelerators.te_overlap
+    with pytest.raises(AcceleratorError, match="parallel is True, but it needs a CUDA device"):
+        detect(engine, CPU)
+
+
+def test_moments_in_bf16_choose_the_adam(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's if it takes them, and never apex's."""
+    machine.installed = {"transformer_engine", "apex"}
+    optimizers: Any = ModuleType(FUSED_ADAMS["transformer_engine"])
+    load = importlib.import_module
+    monkeypatch.setattr(
+        importlib,
+        "import_module",
+        lambda name, *rest: optimizers if name == optimizers.__name__ else load(name),
+    )
+    monkeypatch.setattr(accelerators.torch, "zeros", lambda *_size, device: torch.empty(1))
+
+    def fused_adam(_parameters: Any, exp_avg_dtype: Any, exp_avg_sq_dtype: Any) -> None:
+        assert exp_avg_dtype == exp_avg_sq_dtype == torch.bfloat16
+
+    optimizers.FusedAdam = fused_adam
+    assert detect(EngineConfig(), CUDA, moments="bf16").accelerators.adam == "transformer_engine"
+    optimizers.FusedAdam = lambda _parameters: None
+    assert detect(EngineConfig(), CUDA).accelerators.adam == "transformer_engine"
+    found = detect(EngineConfig(), CUDA, moments="bf16")
+    assert found.accelerators.adam == "torch"
+    assert "no moments in bf16" in finding(found, "Transformer Engine Adam").limitation
+    assert finding(found, "apex Adam").limitation == "its moments are fp32"
+    with pytest.raises(AcceleratorError, match="apex Adam is set to on, but its moments are fp32"):
+        detect(EngineConfig(apex="on"), CUDA, moments="bf16")
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -275,7 +324,7 @@ def test_detection_on_this_machine() -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
     found = detect(EngineConfig(), device)
     names = [f.name for f in found.findings]
-    assert len(names) == len(set(names)) == 16
+    assert len(names) == len(set(names)) == 17
     assert finding(found, "CUDA device").used == torch.cuda.is_available()
 
 

@@ -15,6 +15,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemocascade.megatron import adam as adam_module
+from nemocascade.megatron.adam import Bf16MomentsAdamW
 from nemocascade.megatron.config import Accelerators, Adam, make_config
 from nemocascade.megatron.cpu import cuda_names
 from nemocascade.megatron.model import build_model
@@ -33,6 +35,7 @@ from nemocascade.recipe import (
     ParallelConfig,
     tiny,
 )
+from nemocascade.recipe.train import LARGEST_BF16_BETA
 from nemocascade.runtime.world import World
 
 ENGINE = EngineConfig(precision="fp32")
@@ -104,6 +107,75 @@ def test_the_adam_of_torch_is_fused_on_a_gpu(device: str, fused: bool | None) ->
     built = adam(params=[torch.nn.Parameter(torch.zeros(2))], lr=1e-3, adam_w_mode=True)
     assert type(built) is torch.optim.AdamW
     assert [group["fused"] for group in built.param_groups] == [fused]
+
+
+@pytest.mark.parametrize("adam", ["torch", "apex", "transformer_engine"])
+def test_bf16_moments_are_stored_by_our_adam_or_transformer_engines(
+    world: World, adam: Adam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apex's has fp32 moments only."""
+    asked: list[torch.dtype] = []
+
+    class TeAdam(StubAdam):
+        def __init__(self, params: Any, *, exp_avg_dtype: Any, exp_avg_sq_dtype: Any, **rest: Any):
+            asked.extend([exp_avg_dtype, exp_avg_sq_dtype])
+            super().__init__(params, **rest)
+
+    for package in FUSED_ADAMS:
+        stub(package, monkeypatch)
+    module: Any = sys.modules[FUSED_ADAMS["transformer_engine"]]
+    module.FusedAdam = TeAdam
+    optimizer = build(world, adam=adam, moments="bf16")
+    by_te = adam == "transformer_engine"
+    kinds = {type(part.optimizer) for part in optimizer.parts}
+    assert kinds == {TeAdam if by_te else Bf16MomentsAdamW}
+    assert asked == [torch.bfloat16] * (4 if by_te else 0)
+    assert optimizer.moments_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("elements", [1, 1 << 20])
+def test_bf16_moments_follow_their_definition(
+    elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW in float64 whose moments are rounded to bf16 after each step; also batch by batch."""
+    monkeypatch.setattr(adam_module, "BATCH_ELEMENTS", elements)
+    generator = torch.Generator().manual_seed(1)
+    shapes, lr, betas, eps, decay = [(5, 7), (3,)], 1e-2, (0.9, 0.98), 1e-8, 0.1
+    parameters = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    expected = [p.detach().double() for p in parameters]
+    moments = [[torch.zeros(s, dtype=torch.bfloat16) for s in shapes] for _ in range(2)]
+    adam = Bf16MomentsAdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=decay)
+    for step in range(1, 6):
+        for i, parameter in enumerate(parameters):
+            g = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = g
+            m, v = (moment[i].double() for moment in moments)
+            m = betas[0] * m + (1 - betas[0]) * g.double()
+            v = betas[1] * v + (1 - betas[1]) * g.double() ** 2
+            root = (v / (1 - betas[1] ** step)).sqrt() + eps
+            expected[i] *= 1 - lr * decay
+            expected[i] -= lr * m / (1 - betas[0] ** step) / root
+            moments[0][i], moments[1][i] = m.float().bfloat16(), v.float().bfloat16()
+        adam.step()
+        for i, parameter in enumerate(parameters):
+            torch.testing.assert_close(parameter.double(), expected[i], rtol=1e-5, atol=1e-6)
+            state = adam.state[parameter]
+            for name, moment in zip(adam_module.MOMENTS, moments, strict=True):
+                # Float32 and float64 may round to neighbours.
+                torch.testing.assert_close(state[name], moment[i], rtol=2**-7, atol=0)
+                moment[i] = state[name].clone()
+
+
+def test_betas_that_bf16_moments_cannot_follow_are_refused() -> None:
+    [problem] = OptimizerConfig(moments="bf16", beta2=0.999).problems()
+    assert "optimizer.beta2(0.999) is above 0.99" in problem
+    assert "set --optimizer.moments fp32" in problem
+    assert OptimizerConfig(moments="bf16").problems() == []
+    # With the largest one, a moment still falls to zero when its gradients end.
+    moment = torch.ones((), dtype=torch.bfloat16)
+    for _ in range(2000):
+        moment = (moment.float() * LARGEST_BF16_BETA).bfloat16()
+    assert moment < 1e-3
 
 
 class HostReads(TorchDispatchMode):

@@ -27,11 +27,12 @@ def measure() -> dict[str, Any]:
     from dataclasses import replace
 
     import torch
-    from gpu_dry.stand_ins import Linear
+    from gpu_dry.stand_ins import BUFFERS, Linear
 
     from nemocascade.megatron.config import Accelerators, make_config
     from nemocascade.megatron.microbatch import Microbatch
     from nemocascade.megatron.model import build_model
+    from nemocascade.megatron.user_buffers import user_buffers
     from nemocascade.megatron.world import start_world
     from nemocascade.recipe import (
         EngineConfig,
@@ -47,14 +48,15 @@ def measure() -> dict[str, Any]:
     shape = replace(tiny(), pattern="M*E-", mamba_heads=16, mamba_head_dim=16)
     batch = pack_documents([Document(torch.arange(40), torch.ones(40, dtype=torch.bool), "x")], 48)
     found: dict[str, Any] = {}
-    for name, fp8, recompute in (
-        ("plain", False, False),
-        ("te", True, False),
-        ("again", True, True),
+    for name, fp8, recompute, overlap in (
+        ("plain", False, False, False),
+        ("te", True, False, False),
+        ("again", True, True, False),
+        ("overlap", False, False, True),
     ):
         settings = replace(engine, recompute=recompute)
         config = make_config(shape, parallel, settings, MoeTrainingConfig(), seed=1,
-                             fp8_linears=fp8)  # fmt: skip
+                             fp8_linears=fp8, overlap_tensor_parallel=overlap)  # fmt: skip
         (model,) = build_model(world, config, Accelerators(te_linears=fp8))
         packed = Microbatch.from_batch(batch, world.device)
         Linear.recipes.clear()
@@ -68,6 +70,8 @@ def measure() -> dict[str, Any]:
         found[name] = {
             "linears": [n for n, module in model.decoder.layers.named_modules()
                         if isinstance(module, Linear)],
+            "buffers": {n: module.user_buffers for n, module in
+                        model.decoder.layers.named_modules() if isinstance(module, Linear)},
             "trained": [str(recipe) for recipe in trained],
             "evaluated": [str(recipe) for recipe in Linear.recipes],
             "state": sorted(key for key, value in state.items() if hasattr(value, "data")),
@@ -75,6 +79,9 @@ def measure() -> dict[str, Any]:
             "gradients": {n: p.grad.flatten()[:50].tolist() for n, p in model.named_parameters()
                           if p.grad is not None},
         }  # fmt: skip
+    with user_buffers(world, shape.hidden_size, 48):
+        found["made"] = BUFFERS.copy()
+    found["left"] = BUFFERS.copy()
     try:
         config = make_config(replace(shape, mlp_width=40), parallel, engine, MoeTrainingConfig(),
                              seed=1, fp8_linears=True)  # fmt: skip
@@ -113,10 +120,36 @@ def test_fp8_runs_in_training_alone(measured: dict[str, Any]) -> None:
 
 def test_weights_and_checkpoints_are_those_of_plain_linears(measured: dict[str, Any]) -> None:
     """The stand-in multiplies without rounding, so results differ only by another initial value."""
-    for name in ("te", "again"):
+    for name in ("te", "again", "overlap"):
         for what in ("state", "hidden", "gradients"):
             assert measured[name][what] == measured["plain"][what], (name, what)
     assert any(key.endswith("in_proj.weight") for key in measured["te"]["state"])
+
+
+def test_user_buffers_are_passed_on(measured: dict[str, Any]) -> None:
+    """Each linear names its buffer, as Megatron's own layers do. Products are not in FP8."""
+    names = {
+        "linear_qkv": "qkv", "linear_proj": "proj", "in_proj": "fc1", "linear_fc1": "fc1",
+        "out_proj": "fc2", "linear_fc2": "fc2",
+    }  # fmt: skip
+    found = measured["overlap"]["buffers"]
+    assert set(found) == EXPECTED
+    for linear, settings in found.items():
+        assert settings["ub_name"] == names[linear.rpartition(".")[2]]
+        assert settings["ub_overlap_ag"] is True
+    assert measured["overlap"]["trained"] == ["None"] * len(EXPECTED)
+    assert not any("ub_overlap_ag" in settings for settings in measured["te"]["buffers"].values())
+
+
+def test_evaluation_does_not_use_buffers(measured: dict[str, Any]) -> None:
+    """Its rows are of any number, so it does not call Transformer Engine."""
+    assert measured["overlap"]["evaluated"] == []
+
+
+def test_buffers_hold_the_rows_of_a_micro_batch(measured: dict[str, Any]) -> None:
+    expected = {"shape": [48, 128], "tp_size": 1, "bootstrap_backend": "nccl"}
+    assert measured["made"] == [{**expected, "quantization_modes": ["none"]}]
+    assert measured["left"] == []
 
 
 def test_sizes_that_fp8_products_cannot_take_are_refused(measured: dict[str, Any]) -> None:

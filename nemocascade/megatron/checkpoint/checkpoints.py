@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemocascade.megatron.adam import MOMENTS
 from nemocascade.megatron.checkpoint.background import Writer
 from nemocascade.megatron.checkpoint.errors import CheckpointError
 from nemocascade.megatron.checkpoint.folder import (
@@ -124,7 +125,9 @@ def load_checkpoint(
         problems += missing_rng(world, index, same_layout=same_layout)
     ignored = (PREFIX,) if optimizer is not None else (PREFIX, OPTIMIZER)
     with Reader(folder, index) as reader:
-        fill(folder, world, reader, shards, problems, ignored=ignored)
+        # The recipe says whether a resumed run may change the precision of the moments.
+        moments = tuple(f"{OPTIMIZER}{name}/" for name in MOMENTS)
+        fill(folder, world, reader, shards, problems, ignored=ignored, cast=moments)
         if optimizer is not None:
             set_optimizer_steps(optimizer, manifest["optimizer_step"])
             if same_layout:

@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
+from nemocascade.megatron.adam import MOMENTS, Bf16MomentsAdamW
 from nemocascade.megatron.checkpoint.boxes import Box, boxes_of_range
 from nemocascade.megatron.checkpoint.storage import ReplicaGroup, TensorShard
 from nemocascade.megatron.optimizer import Optimizer
@@ -37,7 +38,6 @@ from nemocascade.runtime.world import World
 
 MODEL = "model/"
 OPTIMIZER = "optimizer/"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ def optimizer_shards(parts: Sequence[ModelPart], optimizer: Optimizer) -> list[T
                     f"a parameter of shape {list(owner.shape)} is trained but is in no "
                     "sharded state dict"
                 )
-            state = _adam_state(inner.optimizer, main)
+            state = _adam_state(inner.optimizer, main, optimizer.moments_dtype)
             tensors = {name: state[name].detach() for name in MOMENTS}
             if main.dtype != owner.dtype:
                 tensors["main"] = main.detach()
@@ -156,7 +156,7 @@ def _step_counts(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
             yield from inner.optimizer.param_groups
         else:
             for _, main, _, _ in _main_parameters(inner):
-                yield _adam_state(inner.optimizer, main)
+                yield _adam_state(inner.optimizer, main, optimizer.moments_dtype)
 
 
 class _Owners:
@@ -308,17 +308,19 @@ def _pairs(left: Sequence[Any], right: Sequence[Any]) -> Iterator[tuple[Tensor, 
 
 def _counts_by_group(adam: Any) -> bool:
     """Fused Adams of apex and Transformer Engine count steps by group, torch's by parameter."""
-    return not type(adam).__module__.startswith("torch.")
+    by_torch = type(adam).__module__.startswith("torch.")
+    return not by_torch and not isinstance(adam, Bf16MomentsAdamW)
 
 
-def _adam_state(adam: Any, main: Tensor) -> dict[str, Any]:
-    """AdamW's state of a parameter, created as AdamW creates it if no step was made yet."""
+def _adam_state(adam: Any, main: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """AdamW's state of a parameter, created as AdamW creates it if no step was made yet. dtype: of
+    the moments."""
     state: dict[str, Any] = adam.state[main]
     for name in MOMENTS:
         if name not in state:
-            state[name] = torch.zeros_like(main, memory_format=torch.preserve_format)
-        if state[name].dtype != torch.float32:
-            raise TypeError(f"optimizer state {name} has dtype {state[name].dtype}, not float32")
+            state[name] = torch.zeros_like(main, dtype=dtype)
+        if state[name].dtype != dtype:
+            raise TypeError(f"optimizer state {name} has dtype {state[name].dtype}, not {dtype}")
     if "step" not in state and not _counts_by_group(adam):
         on_device = any(g.get("fused") or g.get("capturable") for g in adam.param_groups)
         device = main.device if on_device else "cpu"

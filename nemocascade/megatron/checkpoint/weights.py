@@ -72,12 +72,12 @@ def fill(
     problems: Iterable[str],
     *,
     ignored: tuple[str, ...] = (),
-    cast: bool = False,
+    cast: tuple[str, ...] = (),
 ) -> None:
     """Read every shard after all ranks have checked that the folder holds exactly their tensors.
 
     problems: those found by this rank. ignored: prefixes of stored keys that need not be read.
-    cast: stored values may have another dtype and are converted.
+    cast: prefixes of keys whose stored values may have another dtype and are converted.
 
     Ranks that hold the same weights read a share each, and get the rest from one another: storage
     is read once, however many replicas there are.
@@ -151,7 +151,10 @@ def _broadcast(tensors: Sequence[Tensor], source: int, group: Any) -> None:
 
 
 def _key_problems(
-    expected: dict[str, tuple[list[int], str]], index: Index, ignored: tuple[str, ...], cast: bool
+    expected: dict[str, tuple[list[int], str]],
+    index: Index,
+    ignored: tuple[str, ...],
+    cast: tuple[str, ...],
 ) -> list[str]:
     problems = [f"{key} is missing" for key in sorted(expected.keys() - index.keys())]
     stored = {key for key in index if not key.startswith(ignored)}
@@ -163,7 +166,7 @@ def _key_problems(
         (shape, dtype), entry = expected[key], index[key]
         if list(entry.shape) != shape:
             problems.append(f"{key} has shape {list(entry.shape)}, this run needs {shape}")
-        if entry.dtype != dtype and not cast:
+        if entry.dtype != dtype and not key.startswith(cast):
             problems.append(f"{key} has dtype {entry.dtype}, this run needs {dtype}")
     return problems
 

@@ -7,11 +7,18 @@ import functools
 import importlib
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_context
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    layers,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from nemocascade_kernels.common.main_grad import placeholder_gradient
 from nemocascade_kernels.common.products import accumulate_product
 from torch import Tensor
@@ -92,19 +99,30 @@ class _RowParallelLinear(_AddsToMainGrad, RowParallelLinear):
     pass
 
 
-class _Fp8InTraining:
-    """Mixin for Transformer Engine's linears: FP8 in training, also where a layer is recomputed.
+class _SpecialInTraining:
+    """Mixin for Transformer Engine's linears: FP8 and user buffers in training, also where a layer
+    is recomputed.
 
-    In evaluation, whose rows may be of any number, products are in the weight's dtype. The
-    blockwise recipe keeps no state between steps, so checkpoints hold the weight alone.
+    In evaluation, whose rows may be of any number, products are in the weight's dtype, between
+    collectives. The blockwise recipe keeps no state between steps, so checkpoints hold the weight
+    alone.
     """
 
     config: CascadeConfig
     training: bool
+    weight: Tensor
+    parallel_mode: str
+    _tp_group: Any
 
     def forward(self, x: Tensor) -> Any:
-        with get_fp8_context(self.config) if self.training else nullcontext():
-            return super().forward(x)  # type: ignore[misc]
+        if self.training or not self.config.tp_comm_overlap:
+            with get_fp8_context(self.config) if self.training else nullcontext():
+                return super().forward(x)  # type: ignore[misc]
+        if self.parallel_mode == "column":
+            x = gather_from_sequence_parallel_region(x, group=self._tp_group)
+            return F.linear(x, self.weight), None
+        out = F.linear(x, self.weight)
+        return reduce_scatter_to_sequence_parallel_region(out, group=self._tp_group), None
 
     def get_extra_state(self) -> None:
         return None
@@ -118,8 +136,20 @@ def _te_linears() -> tuple[type, type]:
     """The column- and row-parallel linears of Transformer Engine, from Megatron's spec provider."""
     provider = importlib.import_module(TE_LINEARS).TESpecProvider()
     kinds = provider.column_parallel_linear(), provider.row_parallel_linear()
-    column, row = (type(f"_{kind.__name__}", (_Fp8InTraining, kind), {}) for kind in kinds)
+    column, row = (type(f"_{kind.__name__}", (_SpecialInTraining, kind), {}) for kind in kinds)
     return column, row
+
+
+def _kind(
+    config: CascadeConfig, plain: type, mode: Literal["column", "row"], name: str
+) -> tuple[Any, dict[str, Any]]:
+    """The class of a linear of the global `name`, and further arguments of it."""
+    if not config.fp8 and not config.tp_comm_overlap:
+        return plain, {}
+    buffers = {"column": ("qkv", "fc1"), "row": ("proj", "fc2")}[mode]
+    attends = name.endswith(("linear_qkv.weight", "linear_proj.weight"))
+    chosen = _te_linears()[mode == "row"]
+    return chosen, {"tp_comm_buffer_name": buffers[0 if attends else 1]}
 
 
 def _check_fp8(name: str, inputs: int, outputs: int) -> None:
@@ -172,10 +202,9 @@ def column_linear(
     name: the weight's global name. blocks: parts of the outputs that are sharded separately.
     stride: number of equal blocks, for Megatron's own bookkeeping.
     """
-    kind: Any = _ColumnParallelLinear
     if config.fp8:
         _check_fp8(name, inputs, outputs // tp_group.size())
-        kind = _te_linears()[0]
+    kind, more = _kind(config, _ColumnParallelLinear, "column", name)
     linear = kind(
         inputs,
         outputs,
@@ -187,6 +216,7 @@ def column_linear(
         is_expert=False,
         stride=stride,
         tp_group=tp_group,
+        **more,
     )
     _fill(linear, config, name, tp_shard(tp_group, 0, blocks), residual=False)
     return linear
@@ -199,10 +229,9 @@ def row_linear(
 
     name: the weight's global name.
     """
-    kind: Any = _RowParallelLinear
     if config.fp8:
         _check_fp8(name, inputs // tp_group.size(), outputs)
-        kind = _te_linears()[1]
+    kind, more = _kind(config, _RowParallelLinear, "row", name)
     linear = kind(
         inputs,
         outputs,
@@ -213,6 +242,7 @@ def row_linear(
         skip_bias_add=False,
         is_expert=False,
         tp_group=tp_group,
+        **more,
     )
     _fill(linear, config, name, tp_shard(tp_group, 1), residual=True)
     return linear
