@@ -3,7 +3,8 @@
 A layer takes the time of its products at the matrix ceiling, of its pointwise traffic at the memory
 ceiling, and of its communication. The backward pass is twice the forward; recomputation adds a
 forward. Overlapped are the exchanges of experts with the shared expert, the data-parallel reduction
-with backward, and with `engine.overlap_parameter_gather` the gather of weights with forward.
+with backward, and by setting the gather of weights with forward, and tensor-parallel communication
+with the linear layers.
 Context parallelism: T / cp tokens a rank; keys and values, states and halo rows are exchanged.
 """
 
@@ -142,6 +143,8 @@ class StepModel:
         shared = symbol != "E" or job.model.shared_expert_width > 0
         # A gather and a scatter in each pass, and one more gather for the weight gradient.
         tensor = gathers * (2 * passes + 1) if p.tp > 1 and shared else 0.0
+        if job.engine.overlap_tensor_parallel:
+            tensor = _exposed(tensor, passes * self._linears_s(symbol))
         context = self._exchange(symbol, passes) if self.cut.exchanges else 0.0
         return _Cost(compute, tensor, context, self._dispatch(passes) if symbol == "E" else 0.0)
 
@@ -150,15 +153,9 @@ class StepModel:
         m, engine = self.job.model, self.job.engine
         length = self.job.document_length
         matrices = 6 if m.activation == "swiglu" else 4
-        dense = {
-            "M": 2 * (m.mamba_in_proj + m.mamba_inner),
-            "*": 4 * (m.num_heads + m.num_kv_heads) * m.head_dim,
-            "E": matrices * m.shared_expert_width,
-            "-": matrices * m.mlp_width,
-        }
         found = {}
         if engine.linears == "fp8":
-            found["linears"] = float(dense[symbol])
+            found["linears"] = self._linear_flops(symbol)
         if engine.experts == "fp8" and symbol == "E":
             found["experts"] = float(matrices * m.experts_per_token * m.expert_width)
         whole = layer_flops(m, symbol, length) / length / m.hidden_size
@@ -240,15 +237,28 @@ class StepModel:
 
     def _shared_expert_s(self) -> float:
         """Seconds of the shared expert's forward if it runs while rows travel, else 0."""
-        job, m = self.job, self.job.model
-        if not job.engine.overlaps_shared_expert(job.parallel, m):
-            return 0.0
-        matrices = 6 if m.activation == "swiglu" else 4
-        flops = matrices * m.shared_expert_width * m.hidden_size * job.tokens / job.parallel.tp
+        overlaps = self.job.engine.overlaps_shared_expert(self.job.parallel, self.job.model)
+        return self._linears_s("E") if overlaps else 0.0
+
+    def _linears_s(self, symbol: str) -> float:
+        """Seconds of the linear layers in a forward pass of a layer."""
+        job = self.job
         rate = job.gpu.matmul_tflops * 1e12 * _EFFICIENCY["-"]
         if job.engine.linears == "fp8":
             rate = 2.0 * job.gpu.matmul_tflops * 1e12 * _FP8_EFFICIENCY["linears"]
-        return flops / rate
+        flops = self._linear_flops(symbol) * job.model.hidden_size
+        return flops * job.tokens / job.parallel.tp / rate
+
+    def _linear_flops(self, symbol: str) -> float:
+        """Operations of a layer's linear layers for a token, in units of H."""
+        m = self.job.model
+        matrices = 6 if m.activation == "swiglu" else 4
+        return {
+            "M": 2.0 * (m.mamba_in_proj + m.mamba_inner),
+            "*": 4.0 * (m.num_heads + m.num_kv_heads) * m.head_dim,
+            "E": float(matrices * m.shared_expert_width),
+            "-": float(matrices * m.mlp_width),
+        }[symbol]
 
     def head(self) -> _Cost:
         """Cost of LM head and loss: three products, computed in the forward pass."""

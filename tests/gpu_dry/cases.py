@@ -75,6 +75,7 @@ class Case:
     rank: int = 0
     tokens: int = 512
     engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     accelerators: Accelerators = field(default_factory=Accelerators)
     requests: int = 8
     strings: bool = False
@@ -173,7 +174,7 @@ def _trainer(case: Case, world: World, folder: Path) -> Trainer:
         case.model,
         engine=case.engine,
         moe=MoeTrainingConfig(),
-        optimizer=OptimizerConfig(),
+        optimizer=case.optimizer,
         accelerators=case.accelerators,
         seed=0,
         run_dir=folder,

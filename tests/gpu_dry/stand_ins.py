@@ -124,6 +124,7 @@ class Linear(torch.nn.Module):
         assert not bias
         self.in_features, self.out_features, self.tp_size = in_features, out_features, tp_size
         self.use_bias, self.parallel_mode = bias, parallel_mode
+        self.user_buffers = {k: v for k, v in _kwargs.items() if k.startswith("ub_")}
         shape = out_features, in_features
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
 
@@ -142,8 +143,23 @@ _ACTIVE: list[Any] = [None]
 def fp8_autocast(*, enabled: bool, fp8_recipe: Any, fp8_group: Any = None) -> Iterator[None]:
     """Note the recipe for `Linear`."""
     _ACTIVE.append(fp8_recipe if enabled else None)
-    yield
-    _ACTIVE.pop()
+    try:
+        yield
+    finally:
+        # A recomputation ends by an exception where all that backward needs is there.
+        _ACTIVE.pop()
+
+
+BUFFERS: list[dict[str, Any]] = []
+"""Arguments of `initialize_ub` of the user buffers that exist."""
+
+
+def initialize_ub(
+    shape: list[int], tp_size: int, quantization_modes: Any = None, bootstrap_backend: str = ""
+) -> None:
+    """Note the arguments; like the package's, refuse buffers that exist."""
+    assert not BUFFERS
+    BUFFERS.append(locals().copy())
 
 
 @dataclass(frozen=True)
@@ -156,6 +172,9 @@ class Float8BlockScaling:
 ANSWERS: dict[str, Any] = {
     "Linear": Linear,
     "fp8_autocast": fp8_autocast,
+    "initialize_ub": initialize_ub,
+    "destroy_ub": BUFFERS.clear,
+    "UserBufferQuantizationMode": SimpleNamespace(NONE="none", FP8="fp8"),
     "Float8BlockScaling": Float8BlockScaling,
     "Format": SimpleNamespace(E4M3="e4m3", HYBRID="hybrid"),
     "FusedAdam": FusedAdam,

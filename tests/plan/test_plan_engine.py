@@ -95,9 +95,84 @@ def test_gather_and_gradients() -> None:
     assert StepModel(half).step().data < exposed
 
 
+def test_the_shared_expert_hides_exchanges() -> None:
+    """With it off, or by DeepEP's kernels, all of an exchange is exposed."""
+    for ep in (8, 16):
+        hidden, off, deepep = (
+            StepModel(job_of(ParallelConfig(ep=ep), **settings)).layer("E")
+            for settings in (
+                {},
+                {"overlap_shared_expert": "off"},
+                {"expert_exchange": "deepep"},
+            )
+        )
+        assert 0 < hidden.expert < off.expert
+        assert hidden.compute == off.compute
+        if ep == 8:
+            assert deepep.expert == off.expert
+    # The shared expert's activations live through the backward of the experts.
+    memory = [
+        worst_rank(job_of(ParallelConfig(ep=8), overlap_shared_expert=how)).peak
+        for how in ("on", "off")
+    ]
+    assert memory[0] > memory[1]
+
+
+def test_overlapped_tensor_parallelism() -> None:
+    plain, overlapped = (
+        StepModel(job_of(ParallelConfig(tp=4, ep=8), overlap_tensor_parallel=on))
+        for on in (False, True)
+    )
+    for symbol in "M*E":
+        before, after = plain.layer(symbol), overlapped.layer(symbol)
+        assert 0.19 * before.tensor < after.tensor < 0.9 * before.tensor
+        assert after.compute == before.compute
+
+
+def test_bf16_moments_are_half_of_the_moments() -> None:
+    """With the trained copy, 8 of 12 bytes a parameter are left."""
+    job = job_of(ParallelConfig(ep=8))
+    half = replace(job, optimizer=replace(job.optimizer, moments="bf16"))
+    before, after = worst_rank(job).optimizer, worst_rank(half).optimizer
+    assert after == pytest.approx(before * 8 / 12, rel=1e-3)
+    assert StepModel(half).step().optimizer < StepModel(job).step().optimizer
+
+
+@pytest.mark.parametrize(
+    ("parallel", "settings", "message"),
+    [
+        ({}, {"overlap_shared_expert": "on"}, r"rows stay on their rank with ep(1) x etp(1)"),
+        ({"ep": 8}, {"overlap_shared_expert": "on", "expert_exchange": "deepep"}, "run alone"),
+        ({"ep": 8}, {"overlap_tensor_parallel": True}, "nothing is gathered with parallel.tp(1)"),
+    ],
+)
+def test_overlaps_without_effect_are_refused(
+    parallel: dict[str, int], settings: dict[str, Any], message: str
+) -> None:
+    job = job_of(ParallelConfig(**parallel), **settings)
+    [problem] = job.problems()
+    assert message in problem
+    assert "set --engine.overlap-" in problem
+    fitting = job_of(ParallelConfig(tp=2, ep=8), **(settings | {"expert_exchange": "auto"}))
+    assert fitting.problems() == []
+
+
+def test_no_shared_expert() -> None:
+    engine, model = EngineConfig(overlap_shared_expert="on"), nemotron3_nano_30b()
+    [problem] = engine.layout_problems(ParallelConfig(ep=2), replace(model, shared_expert_width=0))
+    assert "the model has no shared expert" in problem
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"overlap_tensor_parallel": True, "device": "cpu"}, "its user buffers are on GPUs"),
+        (
+            {"overlap_tensor_parallel": True, "transformer_engine": "off"},
+            "engine.transformer_engine(off), for they are its linears",
+        ),
+        ({"overlap_tensor_parallel": True, "linears": "fp8"}, "blockwise FP8 has no user buffers"),
+        ({"overlap_tensor_parallel": True, "precision": "fp32"}, "user buffers are in bf16"),
         ({"recompute_layers": "MXE"}, "has 'X', which is no kind of layer"),
         ({"recompute": True, "recompute_layers": "E"}, "has no effect, for engine.recompute"),
         ({"precision": "fp32", "gradients": "bf16"}, "needs bf16 weights"),
