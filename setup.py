@@ -146,7 +146,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', 'BIN_DIR')}",
             f"-DTORCH_ROOT={torch_root}",
             f"-DNEMOCASCADE_CUDA={'OFF' if limitation else 'ON'}",
-            f"-DNEMOCASCADE_CUDA_REFUSAL={limitation}",
+            f"-DNEMOCASCADE_CUDA_UNAVAILABLE_REASON={limitation}",
             # A compiler newer than ours may warn of more: that must not stop a user's install.
             f"-DNEMOCASCADE_WERROR={'ON' if self.inplace or self.editable_mode else 'OFF'}",
         ]  # fmt: skip

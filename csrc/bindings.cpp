@@ -11,7 +11,7 @@ namespace {
 std::string cuda_built() { return NEMOCASCADE_CUDA_SUMMARY; }
 
 // The reason why CUDA was not built; empty if it was.
-std::string cuda_refusal() { return NEMOCASCADE_CUDA_REFUSAL; }
+std::string cuda_unavailable_reason() { return NEMOCASCADE_CUDA_UNAVAILABLE_REASON; }
 
 }  // namespace
 
@@ -21,10 +21,10 @@ std::string cuda_refusal() { return NEMOCASCADE_CUDA_REFUSAL; }
 
 DEFINE_LIBRARY(NEMOCASCADE_NAMESPACE, m) {
   m.def("cuda_built() -> str");
-  m.def("cuda_refusal() -> str");
+  m.def("cuda_unavailable_reason() -> str");
 }
 
 IMPLEMENT_LIBRARY(NEMOCASCADE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_built", TORCH_BOX(&cuda_built));
-  m.impl("cuda_refusal", TORCH_BOX(&cuda_refusal));
+  m.impl("cuda_unavailable_reason", TORCH_BOX(&cuda_unavailable_reason));
 }

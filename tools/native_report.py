@@ -25,8 +25,8 @@ def main() -> int:
             continue
         torch.ops.load_library(library)
         ops = getattr(torch.ops, package)
-        cuda = ops.cuda_built()
-        print(f"{package}: CUDA {cuda}" if cuda else f"{package}: no CUDA: {ops.cuda_refusal()}")
+        cuda, reason = ops.cuda_built(), ops.cuda_unavailable_reason()
+        print(f"{package}: CUDA {cuda}" if cuda else f"{package}: no CUDA: {reason}")
     return status
 
 

@@ -55,7 +55,7 @@ class Loop(NamedTuple):
 class Launch(NamedTuple):
     """One launch. bytes: those of all tensors of its arguments. body: the counts of its hottest
     loop, or of all its code; once: those outside of it. depth_block: depth of a tile's step.
-    compute: instructions of a pass of each loop that touches no global memory, in all.
+    compute: instructions of a pass of each loop that writes no global memory, in all.
     tile_rows: rows that a program takes at once."""
 
     name: str
@@ -111,7 +111,7 @@ def occupancy(launch: Launch, on: Ceilings) -> int:
 
 def rows_time(launch: Launch, on: Ceilings, work: Work = NO_WORK) -> Estimate:
     """Estimate of a kernel without products. work: of one that computes on tiles of rows; all its
-    code runs once a tile, and loops without global memory as often as `work` says."""
+    code runs once a tile, and loops without writes to global memory as often as `work` says."""
     memory = launch.bytes / (on.terabytes_s * 1e12)
     busy = min(on.multiprocessors, launch.programs)
     a_second = busy * on.schedulers * on.clock_ghz * 1e9
@@ -230,20 +230,39 @@ def count(blocks: Iterable[ptx.Block], warps: int) -> Loop:
     return Loop(instructions, global_bytes, flops, operands, waits)
 
 
+def _waits_for_tma(kernel: ptx.Kernel, labels: set[str]) -> bool:
+    """True for a loop that does nothing but wait at a barrier of asynchronous copies."""
+    loop = [i.name for label in labels for i in kernel.blocks[label].instructions]
+    others = [name for name in loop if name[0] not in ("mbarrier", "bra", "selp", "setp", "mov")]
+    return any(name[:2] == ("mbarrier", "try_wait") for name in loop) and not others
+
+
 def counts(text: str, warps: int) -> tuple[Loop, Loop, int]:
     """Counts of the loop with the most matrix FLOPs, else bytes, a pass; of what is outside of it;
-    and the instructions of all loops without global memory. Without such a loop, all code is its
-    body."""
+    and the instructions of all other loops that write no global memory. Without such a loop, all
+    code is its body."""
     kernel = ptx.parse(text)
     bodies = {
         header: {label for label, block in kernel.blocks.items() if header in block.loops}
         for header in {h for block in kernel.blocks.values() for h in block.loops}
     }
+    # A wait for a tile that TMA brings is a loop too, inside of the one that multiplies it.
+    for header in [h for h, body in bodies.items() if _waits_for_tma(kernel, body)]:
+        del bodies[header]
     # Innermost loops alone: those that contain no other header.
     inner = {h: b for h, b in bodies.items() if not any(o != h and o in b for o in bodies)}
     loops = {h: count((kernel.blocks[label] for label in b), warps) for h, b in inner.items()}
     found = {h: c for h, c in loops.items() if c.matrix_flops or c.global_bytes}
-    compute = sum(c.instructions for h, c in loops.items() if h not in found)
+    writing = {
+        header
+        for header, labels in inner.items()
+        for label in labels
+        for instruction in kernel.blocks[label].instructions
+        if instruction.name[0] == "st" and "global" in instruction.name
+    }
+    compute = sum(
+        c.instructions for h, c in loops.items() if h not in writing and not c.matrix_flops
+    )
     everything = count(kernel.blocks.values(), warps)
     if not found or (everything.matrix_flops and not any(c.matrix_flops for c in found.values())):
         return everything, Loop(0, 0, 0, 0), compute

@@ -78,9 +78,9 @@ std::vector<Document> documents_of(const Tensor& cu_seqlens, int64_t total) {
 template <typename T>
 Parameters<T> split(const Sizes& s, T* buffer) {
   const auto take = [&](int64_t count) {
-    T* piece = buffer;
+    T* taken = buffer;
     buffer += count;
-    return piece;
+    return taken;
   };
   // In braces, members are initialised in order.
   return {take(s.channels() * s.window),

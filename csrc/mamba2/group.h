@@ -45,9 +45,9 @@ class Memory {
   Memory& operator=(const Memory&) = delete;
 
   float* take(int64_t floats) {
-    float* piece = next_;
+    float* taken = next_;
     next_ += padded(floats);
-    return piece;
+    return taken;
   }
 
  private:

@@ -11,7 +11,7 @@ namespace {
 
 using nemocascade::elements;
 using nemocascade::moe_experts::Experts;
-using nemocascade::moe_experts::Piece;
+using nemocascade::moe_experts::Segment;
 using nemocascade::moe_experts::Task;
 using torch::stable::Tensor;
 
@@ -36,37 +36,38 @@ void run(int64_t count, int64_t scratch_floats, const Task& task) {
       });
 }
 
-// Checks and converts the arguments: pieces [P, 4] int64 must cover consecutive slots.
+// Checks and converts the arguments: segments [P, 4] int64 must cover consecutive slots.
 Experts experts_of(int64_t hidden, const Tensor& order, const Tensor& positions,
                    const Tensor& weights, const Tensor& w_up, const Tensor& w_down,
-                   const Tensor& pieces, bool swiglu) {
+                   const Tensor& segments, bool swiglu) {
   check_product();
   const int64_t count = w_down.size(0), width = w_down.size(2), tokens = weights.size(0);
   const int64_t top_k = weights.size(1), slots = tokens * top_k;
-  const Experts experts{
-      tokens,
-      top_k,
-      hidden,
-      width,
-      swiglu,
-      elements<float>(w_up, count * width * (swiglu ? 2 : 1) * hidden, "w_up"),
-      elements<float>(w_down, count * hidden * width, "w_down"),
-      elements<float>(weights, slots, "weights"),
-      elements<int32_t>(order, slots, "order"),
-      elements<int32_t>(positions, slots, "positions"),
-      reinterpret_cast<const Piece*>(elements<int64_t>(pieces, pieces.size(0) * 4, "pieces")),
-      pieces.size(0)};
+  const Experts experts{tokens,
+                        top_k,
+                        hidden,
+                        width,
+                        swiglu,
+                        elements<float>(w_up, count * width * (swiglu ? 2 : 1) * hidden, "w_up"),
+                        elements<float>(w_down, count * hidden * width, "w_down"),
+                        elements<float>(weights, slots, "weights"),
+                        elements<int32_t>(order, slots, "order"),
+                        elements<int32_t>(positions, slots, "positions"),
+                        reinterpret_cast<const Segment*>(
+                            elements<int64_t>(segments, segments.size(0) * 4, "segments")),
+                        segments.size(0)};
   int64_t next = 0;
-  for (int64_t i = 0; i < experts.num_pieces; ++i) {
-    const Piece& piece = experts.pieces[i];
-    STD_TORCH_CHECK(piece.expert >= 0 && piece.expert < count && piece.first == next &&
-                        piece.count > 0 && piece.count <= piece.size,
-                    "piece ", i, " does not follow the one before");
-    const bool last = i + 1 == experts.num_pieces || experts.pieces[i + 1].expert != piece.expert;
-    STD_TORCH_CHECK(last || piece.count == piece.size, "piece ", i, " must be full");
-    next += piece.count;
+  for (int64_t i = 0; i < experts.num_segments; ++i) {
+    const Segment& segment = experts.segments[i];
+    STD_TORCH_CHECK(segment.expert >= 0 && segment.expert < count && segment.first == next &&
+                        segment.count > 0 && segment.count <= segment.size,
+                    "segment ", i, " does not follow the one before");
+    const bool last =
+        i + 1 == experts.num_segments || experts.segments[i + 1].expert != segment.expert;
+    STD_TORCH_CHECK(last || segment.count == segment.size, "segment ", i, " must be full");
+    next += segment.count;
   }
-  STD_TORCH_CHECK(next <= slots, "pieces hold ", next, " of ", slots, " slots");
+  STD_TORCH_CHECK(next <= slots, "segments hold ", next, " of ", slots, " slots");
   for (int64_t i = 0; i < slots; ++i) {
     STD_TORCH_CHECK(experts.order[i] >= 0 && experts.order[i] < slots, "order holds ",
                     experts.order[i], ", which is no slot");
@@ -76,11 +77,11 @@ Experts experts_of(int64_t hidden, const Tensor& order, const Tensor& positions,
 
 void moe_experts_forward(const Tensor& x, const Tensor& order, const Tensor& positions,
                          const Tensor& weights, const Tensor& w_up, const Tensor& w_down,
-                         const Tensor& pieces, bool swiglu, std::optional<Tensor> h, Tensor rows,
+                         const Tensor& segments, bool swiglu, std::optional<Tensor> h, Tensor rows,
                          Tensor y) {
   const int64_t hidden = x.size(1);
   const Experts experts =
-      experts_of(hidden, order, positions, weights, w_up, w_down, pieces, swiglu);
+      experts_of(hidden, order, positions, weights, w_up, w_down, segments, swiglu);
   const int64_t slots = experts.tokens * experts.top_k;
   nemocascade::moe_experts::forward(experts, elements<float>(x, experts.tokens * hidden, "x"),
                                     elements<float>(h, experts.filled() * experts.up(), "h"),
@@ -90,13 +91,13 @@ void moe_experts_forward(const Tensor& x, const Tensor& order, const Tensor& pos
 
 void moe_experts_backward(const Tensor& grad, const Tensor& x, const Tensor& h, const Tensor& order,
                           const Tensor& positions, const Tensor& weights, const Tensor& w_up,
-                          const Tensor& w_down, const Tensor& pieces, bool swiglu,
+                          const Tensor& w_down, const Tensor& segments, bool swiglu,
                           std::optional<Tensor> rows, std::optional<Tensor> grad_x,
                           std::optional<Tensor> grad_weights, std::optional<Tensor> grad_up,
                           std::optional<Tensor> grad_down) {
   const int64_t hidden = x.size(1), threads = torch::stable::get_num_threads();
   const Experts experts =
-      experts_of(hidden, order, positions, weights, w_up, w_down, pieces, swiglu);
+      experts_of(hidden, order, positions, weights, w_up, w_down, segments, swiglu);
   const int64_t slots = experts.tokens * experts.top_k;
   STD_TORCH_CHECK(rows.has_value() == grad_x.has_value(), "rows are scratch for grad_x");
   nemocascade::moe_experts::backward(
@@ -113,7 +114,7 @@ void moe_experts_backward(const Tensor& grad, const Tensor& x, const Tensor& h, 
 
 bool moe_experts_has_product() { return nemocascade::blas::has_float_product(); }
 
-// The product of the experts' pieces on its own: out = x @ weight, or x @ weight.T.
+// The product of the experts' segments on its own: out = x @ weight, or x @ weight.T.
 void moe_experts_product(const Tensor& x, const Tensor& weight, bool transposed, Tensor out) {
   check_product();
   const int64_t rows = x.size(0), k = x.size(1), n = weight.size(transposed ? 0 : 1);
@@ -130,11 +131,11 @@ void moe_experts_product(const Tensor& x, const Tensor& weight, bool transposed,
 STABLE_TORCH_LIBRARY_FRAGMENT(nemocascade_kernels, m) {
   m.def(
       "moe_experts_forward(Tensor x, Tensor order, Tensor positions, Tensor weights, Tensor w_up, "
-      "Tensor w_down, Tensor pieces, bool swiglu, Tensor(a!)? h, Tensor(b!) rows, Tensor(c!) y) "
+      "Tensor w_down, Tensor segments, bool swiglu, Tensor(a!)? h, Tensor(b!) rows, Tensor(c!) y) "
       "-> ()");
   m.def(
       "moe_experts_backward(Tensor grad, Tensor x, Tensor h, Tensor order, Tensor positions, "
-      "Tensor weights, Tensor w_up, Tensor w_down, Tensor pieces, bool swiglu, Tensor(a!)? rows, "
+      "Tensor weights, Tensor w_up, Tensor w_down, Tensor segments, bool swiglu, Tensor(a!)? rows, "
       "Tensor(b!)? grad_x, Tensor(c!)? grad_weights, Tensor(d!)? grad_up, Tensor(e!)? grad_down) "
       "-> ()");
   m.def("moe_experts_has_product() -> bool");

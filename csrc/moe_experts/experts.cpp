@@ -26,16 +26,17 @@ const ExpertRows& loops() {
 
 int64_t largest_size(const Experts& experts) {
   int64_t size = 0;
-  for (int64_t i = 0; i < experts.num_pieces; ++i) size = std::max(size, experts.pieces[i].size);
+  for (int64_t i = 0; i < experts.num_segments; ++i)
+    size = std::max(size, experts.segments[i].size);
   return size;
 }
 
 // A product into `out`, of which only `count` rows may be written; `scratch` holds all rows.
-void multiply_into(const float* x, const float* weight, bool transposed, const Piece& piece,
+void multiply_into(const float* x, const float* weight, bool transposed, const Segment& segment,
                    int64_t k, int64_t n, float* scratch, float* out) {
-  const bool exact = piece.count == piece.size;
-  multiply(x, weight, transposed, piece.size, k, n, exact ? out : scratch);
-  if (!exact) std::copy_n(scratch, piece.count * n, out);
+  const bool exact = segment.count == segment.size;
+  multiply(x, weight, transposed, segment.size, k, n, exact ? out : scratch);
+  if (!exact) std::copy_n(scratch, segment.count * n, out);
 }
 
 void combine_all(const Experts& experts, const float* rows, const float* weights, float* out,
@@ -48,22 +49,22 @@ void combine_all(const Experts& experts, const float* rows, const float* weights
   });
 }
 
-// Consecutive pieces, and the offset of each in the buffers of intermediate results.
+// Consecutive segments, and the offset of each in the buffers of intermediate results.
 struct Window {
-  int64_t first_piece, end_piece;
+  int64_t first_segment, end_segment;
   std::vector<int64_t> starts;
   int64_t rows = 0;
 };
 
 std::vector<Window> windows_of(const Experts& experts, int64_t limit) {
   std::vector<Window> windows;
-  for (int64_t i = 0; i < experts.num_pieces; ++i) {
-    const int64_t size = experts.pieces[i].size;
+  for (int64_t i = 0; i < experts.num_segments; ++i) {
+    const int64_t size = experts.segments[i].size;
     if (windows.empty() || windows.back().rows + size > limit) windows.push_back({i, i, {}, 0});
     Window& window = windows.back();
     window.starts.push_back(window.rows);
     window.rows += size;
-    window.end_piece = i + 1;
+    window.end_segment = i + 1;
   }
   return windows;
 }
@@ -73,9 +74,9 @@ struct Buffers {
   float *x, *grad, *active, *grad_h;
 };
 
-// A block of rows of one weight's gradient: `left^T right` over the pieces of one expert.
+// A block of rows of one weight's gradient: `left^T right` over the segments of one expert.
 struct Block {
-  int64_t first_piece, end_piece;
+  int64_t first_segment, end_segment;
   bool up;
   int64_t begin, end;
 };
@@ -86,26 +87,27 @@ class Backward {
            const Gradients& gradients)
       : experts_(experts), grad_(grad), x_(x), h_(h), gradients_(gradients) {}
 
-  // Computes everything for one piece except the weights' gradients.
-  void piece(const Window& window, int64_t index, const Buffers& buffers, float* scratch) const {
-    const Piece& piece = experts_.pieces[index];
-    const int64_t start = window.starts[index - window.first_piece];
+  // Computes everything for one segment except the weights' gradients.
+  void compute_segment(const Window& window, int64_t index, const Buffers& buffers,
+                       float* scratch) const {
+    const Segment& segment = experts_.segments[index];
+    const int64_t start = window.starts[index - window.first_segment];
     const int64_t hidden = experts_.hidden, width = experts_.width, up = experts_.up();
-    const int32_t* slots = experts_.order + piece.first;
+    const int32_t* slots = experts_.order + segment.first;
     float* grad = buffers.grad + start * hidden;
     float* grad_h = buffers.grad_h + start * up;
-    loops().gather(grad_, slots, experts_.top_k, hidden, piece.count, piece.size, grad);
-    multiply(grad, experts_.w_down + piece.expert * hidden * width, false, piece.size, hidden,
+    loops().gather(grad_, slots, experts_.top_k, hidden, segment.count, segment.size, grad);
+    multiply(grad, experts_.w_down + segment.expert * hidden * width, false, segment.size, hidden,
              width, scratch);
-    loops().activate_gradient(h_ + piece.first * up, scratch, experts_.weights, slots,
-                              experts_.swiglu, piece.count, piece.size, width,
+    loops().activate_gradient(h_ + segment.first * up, scratch, experts_.weights, slots,
+                              experts_.swiglu, segment.count, segment.size, width,
                               {buffers.active + start * width, grad_h, gradients_.weights});
     if (gradients_.rows != nullptr) {
-      multiply_into(grad_h, experts_.w_up + piece.expert * up * hidden, false, piece, up, hidden,
-                    scratch, gradients_.rows + piece.first * hidden);
+      multiply_into(grad_h, experts_.w_up + segment.expert * up * hidden, false, segment, up,
+                    hidden, scratch, gradients_.rows + segment.first * hidden);
     }
     if (gradients_.up != nullptr) {
-      loops().gather(x_, slots, experts_.top_k, hidden, piece.count, piece.count,
+      loops().gather(x_, slots, experts_.top_k, hidden, segment.count, segment.count,
                      buffers.x + start * hidden);
     }
   }
@@ -113,9 +115,10 @@ class Backward {
   // The blocks of a window's weight gradients: at least two a thread, to balance the load.
   std::vector<Block> blocks(const Window& window, int64_t threads) const {
     std::vector<Block> whole;
-    for (int64_t i = window.first_piece; i < window.end_piece;) {
+    for (int64_t i = window.first_segment; i < window.end_segment;) {
       int64_t end = i + 1;
-      while (end < window.end_piece && experts_.pieces[end].expert == experts_.pieces[i].expert) {
+      while (end < window.end_segment &&
+             experts_.segments[end].expert == experts_.segments[i].expert) {
         ++end;
       }
       if (gradients_.down != nullptr) whole.push_back({i, end, false, 0, experts_.hidden});
@@ -129,7 +132,7 @@ class Backward {
       const int64_t even = (block.end + cuts - 1) / cuts;
       const int64_t rows = (even + kBlockRows - 1) / kBlockRows * kBlockRows;
       for (int64_t begin = 0; begin < block.end; begin += rows) {
-        cut.push_back({block.first_piece, block.end_piece, block.up, begin,
+        cut.push_back({block.first_segment, block.end_segment, block.up, begin,
                        std::min(begin + rows, block.end)});
       }
     }
@@ -143,12 +146,12 @@ class Backward {
     const float* rights = block.up ? buffers.x : buffers.active;
     float* out =
         (block.up ? gradients_.up : gradients_.down) +
-        (experts_.pieces[block.first_piece].expert * left_width + block.begin) * right_width;
-    // Only an expert's last piece holds fewer rows than its size: the rows are contiguous.
-    const int64_t first = window.starts[block.first_piece - window.first_piece];
-    const int64_t last = block.end_piece - 1;
+        (experts_.segments[block.first_segment].expert * left_width + block.begin) * right_width;
+    // Only an expert's last segment holds fewer rows than its size: the rows are contiguous.
+    const int64_t first = window.starts[block.first_segment - window.first_segment];
+    const int64_t last = block.end_segment - 1;
     const int64_t rows =
-        window.starts[last - window.first_piece] - first + experts_.pieces[last].count;
+        window.starts[last - window.first_segment] - first + experts_.segments[last].count;
     add_outer({lefts + first * left_width + block.begin, left_width},
               {rights + first * right_width, right_width}, rows, block.end - block.begin,
               right_width, out);
@@ -166,17 +169,17 @@ void forward(const Experts& experts, const float* x, float* h, float* rows, floa
              const Parallel& parallel) {
   const int64_t hidden = experts.hidden, width = experts.width, up = experts.up();
   const int64_t most = largest_size(experts);
-  parallel(experts.num_pieces, most * (hidden + up + width), [&](int64_t index, float* scratch) {
-    const Piece& piece = experts.pieces[index];
+  parallel(experts.num_segments, most * (hidden + up + width), [&](int64_t index, float* scratch) {
+    const Segment& segment = experts.segments[index];
     float *gathered = scratch, *pre = gathered + most * hidden, *active = pre + most * up;
-    loops().gather(x, experts.order + piece.first, experts.top_k, hidden, piece.count, piece.size,
-                   gathered);
-    multiply(gathered, experts.w_up + piece.expert * up * hidden, true, piece.size, hidden, up,
+    loops().gather(x, experts.order + segment.first, experts.top_k, hidden, segment.count,
+                   segment.size, gathered);
+    multiply(gathered, experts.w_up + segment.expert * up * hidden, true, segment.size, hidden, up,
              pre);
-    loops().activate(pre, experts.swiglu, piece.size, width, active);
-    if (h != nullptr) std::copy_n(pre, piece.count * up, h + piece.first * up);
-    multiply_into(active, experts.w_down + piece.expert * hidden * width, true, piece, width,
-                  hidden, gathered, rows + piece.first * hidden);
+    loops().activate(pre, experts.swiglu, segment.size, width, active);
+    if (h != nullptr) std::copy_n(pre, segment.count * up, h + segment.first * up);
+    multiply_into(active, experts.w_down + segment.expert * hidden * width, true, segment, width,
+                  hidden, gathered, rows + segment.first * hidden);
   });
   combine_all(experts, rows, experts.weights, y, parallel);
 }
@@ -195,9 +198,10 @@ void backward(const Experts& experts, const float* grad, const float* x, const f
   const Backward pass(experts, grad, x, h, gradients);
   const int64_t scratch = largest_size(experts) * std::max(hidden, width);
   for (const Window& part : windows) {
-    parallel(part.end_piece - part.first_piece, scratch, [&](int64_t index, float* room) {
-      pass.piece(part, part.first_piece + index, buffers, room);
-    });
+    parallel(part.end_segment - part.first_segment, scratch,
+             [&](int64_t index, float* own_scratch) {
+               pass.compute_segment(part, part.first_segment + index, buffers, own_scratch);
+             });
     const std::vector<Block> blocks = pass.blocks(part, threads);
     parallel(static_cast<int64_t>(blocks.size()), 0,
              [&](int64_t index, float*) { pass.weight_gradient(part, blocks[index], buffers); });

@@ -1,9 +1,9 @@
 // The routed experts on the CPU, in float32: forward and all gradients.
 //
-// Slots (token, choice) are sorted by expert and split into pieces: rows of one expert that are
-// multiplied at once. A piece's rows are gathered, multiplied, activated and multiplied again while
-// they are in the cache; no permuted copy is saved. Threads take one piece after the other. Each
-// calls the matrix library on its own, so no product waits for another thread.
+// Slots (token, choice) are sorted by expert and split into segments: rows of one expert that are
+// multiplied at once. A segment's rows are gathered, multiplied, activated and multiplied again
+// while they are in the cache; no permuted copy is saved. Threads take one segment after the other.
+// Each calls the matrix library on its own, so no product waits for another thread.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,9 @@
 namespace nemocascade::moe_experts {
 
 // Rows [first, first + count) of the sorted slots, all of one expert. The products run over `size`
-// rows, padded with zeros, because the size determines the library's kernel. Only the last piece of
-// an expert may have count < size.
-struct Piece {
+// rows, padded with zeros, because the size determines the library's kernel. Only the last segment
+// of an expert may have count < size.
+struct Segment {
   int64_t expert, first, count, size;
 };
 
@@ -28,13 +28,14 @@ struct Experts {
   const float* weights;      // [S], by slot
   const int32_t* order;      // [S] slots sorted by expert
   const int32_t* positions;  // [S], the inverse of order
-  const Piece* pieces;       // in the order of their slots; all slots with an expert
-  int64_t num_pieces;
+  const Segment* segments;   // in the order of their slots; all slots with an expert
+  int64_t num_segments;
 
   int64_t up() const { return swiglu ? 2 * width : width; }
   // Number of slots with an expert.
   int64_t filled() const {
-    return num_pieces == 0 ? 0 : pieces[num_pieces - 1].first + pieces[num_pieces - 1].count;
+    return num_segments == 0 ? 0
+                             : segments[num_segments - 1].first + segments[num_segments - 1].count;
   }
 };
 

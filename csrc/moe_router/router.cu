@@ -58,7 +58,6 @@ cudaError_t launch_route(const RouteArguments& arguments, cudaStream_t stream) {
   const int32_t choosers = static_cast<int32_t>(blocks_of(arguments.tokens));
   const int32_t scanners = static_cast<int32_t>(ceil_div(experts + 1, kScanExperts));
   const int32_t blocks = choosers + scanners + static_cast<int32_t>(ceil_div(slots, kPlaced));
-  const size_t shared = sizeof(int32_t) * choose_shared(settings);
   const Sorted& sorted = arguments.sorted;
   const RouteKernelArguments route{arguments.logits,
                                    arguments.bias,
@@ -81,6 +80,8 @@ cudaError_t launch_route(const RouteArguments& arguments, cudaStream_t stream) {
   dispatch(arguments.bfloat16, arguments.softmax, experts,
            [&](auto scalar, auto items, auto softmax) {
              const auto kernel = route_kernel<decltype(scalar), items.value, softmax.value>;
+             const int keys_of_lane = arguments.logits == nullptr ? 0 : items.value;
+             const size_t shared = sizeof(int32_t) * choose_shared(settings, keys_of_lane);
              if (shared > kSharedWithoutAttribute) {
                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared));

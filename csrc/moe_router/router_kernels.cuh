@@ -31,6 +31,8 @@ constexpr int kPlaced = 4 * kThreads;
 // Counters before the slots of each expert in the state of a launch.
 constexpr int kCounters = 4;
 enum Counter { kDrawn, kChosen, kScanned, kEnded };
+// Elements of a lane up to which a choice compares all of them again.
+constexpr int kMostRepeated = 4;
 // A bfloat16 as its bits.
 struct Bf16 {
   uint16_t bits;
@@ -140,6 +142,57 @@ __device__ int take_largest(Keys<kItems>& keys, int lane, uint32_t* key = nullpt
   return static_cast<int>(id);
 }
 
+// Shared memory of a warp for choose_by_spans, in words: one more a lane keeps lanes in other
+// banks.
+__host__ __device__ constexpr int span_words(int items) {
+  return items > kMostRepeated ? kLanes * (items + 1) : 0;
+}
+
+// Lane k returns choice k of the keys; `experts` in the lanes beyond.
+//
+// A lane's elements are a span, whose best key it keeps. A choice is the best of all spans, and
+// only its span is read again, by one lane for each element: so a choice takes a few reductions,
+// whatever the number of experts. `keys_of_spans` is the warp's shared memory.
+template <int kItems>
+__device__ int choose_by_spans(const Keys<kItems>& keys, uint32_t* keys_of_spans, int top_k,
+                               int experts, int lane) {
+  static_assert(kItems <= kLanes);
+  constexpr uint32_t kNone = 0xffffffffu;
+  constexpr int kStride = kItems + 1;
+  uint32_t best = 0, best_id = kNone;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    keys_of_spans[lane * kStride + i] = keys.items[i];
+    best_id = keys.items[i] > best ? static_cast<uint32_t>(i * kLanes + lane) : best_id;
+    best = max(best, keys.items[i]);
+  }
+  __syncwarp();
+  int mine = experts;
+  for (int k = 0; k < top_k; ++k) {
+    const uint32_t largest = __reduce_max_sync(kAll, best);
+    const uint32_t id = __reduce_min_sync(kAll, best == largest ? best_id : kNone);
+    if (lane == k) mine = static_cast<int>(id);
+    const int span = static_cast<int>(id % kLanes);
+    uint32_t left = 0;
+    if (lane < kItems) {
+      // Element `lane` of a span is only read and written by this lane from here on.
+      uint32_t* own = keys_of_spans + span * kStride + lane;
+      left = lane == static_cast<int>(id / kLanes) ? 0 : *own;
+      *own = left;
+    }
+    const uint32_t next = __reduce_max_sync(kAll, left);
+    const uint32_t next_id =
+        __reduce_min_sync(kAll, left == next ? static_cast<uint32_t>(lane * kLanes + span) : kNone);
+    if (lane == span) {
+      best = next;
+      best_id = next_id;
+    }
+  }
+  // The next token's keys overwrite these.
+  __syncwarp();
+  return mine;
+}
+
 // Scores of a token: sigmoid or softmax of its logits; 0 past the last expert.
 template <typename Scalar, int kItems, bool kSoftmax>
 __device__ Row<float, kItems> scores_of(const Scalar* logits, int experts, int lane) {
@@ -201,7 +254,7 @@ __device__ void keep_best_groups(Keys<kItems>& keys, const RouterSettings& setti
 // Lane k returns choice k of a token that is not masked; E in the other lanes.
 template <int kItems>
 __device__ int choose(const Row<float, kItems>& scores, const RouteKernelArguments& arguments,
-                      int lane) {
+                      uint32_t* keys_of_spans, int lane) {
   const RouterSettings& settings = arguments.settings;
   Keys<kItems> keys;
 #pragma unroll
@@ -212,6 +265,9 @@ __device__ int choose(const Row<float, kItems>& scores, const RouteKernelArgumen
     keys.items[i] = is_expert ? ordered(scores.items[i] + bias) : 0;
   }
   if (settings.groups > 1) keep_best_groups(keys, settings, lane);
+  if constexpr (kItems > kMostRepeated) {
+    return choose_by_spans(keys, keys_of_spans, settings.top_k, settings.experts, lane);
+  }
   int mine = settings.experts;
   for (int k = 0; k < settings.top_k; ++k) {
     const int id = take_largest(keys, lane);
@@ -222,7 +278,8 @@ __device__ int choose(const Row<float, kItems>& scores, const RouteKernelArgumen
 
 // Chooses for one token; lane k < K returns choice k and writes it and its weight.
 template <typename Scalar, int kItems, bool kSoftmax>
-__device__ int route_token(const RouteKernelArguments& arguments, int64_t token, int lane) {
+__device__ int route_token(const RouteKernelArguments& arguments, uint32_t* keys_of_spans,
+                           int64_t token, int lane) {
   const RouterSettings& settings = arguments.settings;
   const int64_t slot = token * settings.top_k + lane;
   const bool is_choice = lane < settings.top_k;
@@ -238,7 +295,7 @@ __device__ int route_token(const RouteKernelArguments& arguments, int64_t token,
     if (!masked) {
       const Scalar* row = static_cast<const Scalar*>(arguments.logits) + token * settings.experts;
       const auto scores = scores_of<Scalar, kItems, kSoftmax>(row, settings.experts, lane);
-      if (arguments.given == nullptr) mine = choose(scores, arguments, lane);
+      if (arguments.given == nullptr) mine = choose(scores, arguments, keys_of_spans, lane);
       for (int k = 0; k < settings.top_k; ++k) {
         const int id = __shfl_sync(kAll, mine, k);
         const float picked = id < settings.experts ? scores.pick(id, lane) : 0.0f;
@@ -253,9 +310,10 @@ __device__ int route_token(const RouteKernelArguments& arguments, int64_t token,
 }
 
 // Shared memory of route_kernel, in int32: ids and ranks of a tile, loads of each warp, loads of
-// earlier tiles.
-__host__ __device__ inline int choose_shared(const RouterSettings& settings) {
-  return 2 * kTileTokens * settings.top_k + (kWarps + 1) * (settings.experts + 1);
+// earlier tiles, keys of each warp. items: elements of a lane; 0 if given experts are only sorted.
+__host__ __device__ inline int choose_shared(const RouterSettings& settings, int items) {
+  return 2 * kTileTokens * settings.top_k + (kWarps + 1) * (settings.experts + 1) +
+         kWarps * span_words(items);
 }
 
 // Ranks the tile's slots among those of their expert: within the warp's segment of slots, then
@@ -263,12 +321,12 @@ __host__ __device__ inline int choose_shared(const RouterSettings& settings) {
 __device__ inline void rank_tile(const int32_t* ids, int32_t* ranks, int32_t* warp_loads,
                                  int32_t* seen, int slots, int experts, int32_t* out) {
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int stretch = (slots + kThreads - 1) / kThreads * kLanes;
-  const int begin = warp * stretch;
+  const int segment = (slots + kThreads - 1) / kThreads * kLanes;
+  const int begin = warp * segment;
   int32_t* own = warp_loads + warp * (experts + 1);
   for (int e = lane; e <= experts; e += kLanes) own[e] = 0;
   __syncwarp();
-  for (int slot = begin + lane; slot < begin + stretch; slot += kLanes) {
+  for (int slot = begin + lane; slot < begin + segment; slot += kLanes) {
     const int id = slot < slots ? ids[slot] : -1;
     const unsigned peers = __match_any_sync(kAll, id);
     const unsigned before = peers & ((1u << lane) - 1);
@@ -288,7 +346,7 @@ __device__ inline void rank_tile(const int32_t* ids, int32_t* ranks, int32_t* wa
     seen[e] = total;
   }
   __syncthreads();
-  for (int slot = begin + lane; slot < begin + stretch && slot < slots; slot += kLanes) {
+  for (int slot = begin + lane; slot < begin + segment && slot < slots; slot += kLanes) {
     out[slot] = ranks[slot] + own[ids[slot]];
   }
   __syncthreads();
@@ -303,6 +361,8 @@ __device__ void choose_tokens(const RouteKernelArguments& arguments, int number)
   int32_t* warp_loads = ranks + kTileTokens * top_k;
   int32_t* seen = warp_loads + kWarps * (experts + 1);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  uint32_t* keys_of_spans =
+      reinterpret_cast<uint32_t*>(seen + experts + 1) + warp * span_words(kItems);
   for (int e = threadIdx.x; e <= experts; e += kThreads) seen[e] = 0;
 
   const int64_t first = static_cast<int64_t>(number) * arguments.tokens_of_block;
@@ -310,7 +370,8 @@ __device__ void choose_tokens(const RouteKernelArguments& arguments, int number)
   for (int64_t tile = first; tile < last; tile += kTileTokens) {
     const int tokens = static_cast<int>(min(last - tile, static_cast<int64_t>(kTileTokens)));
     for (int t = warp; t < tokens; t += kWarps) {
-      const int mine = route_token<Scalar, kItems, kSoftmax>(arguments, tile + t, lane);
+      const int mine =
+          route_token<Scalar, kItems, kSoftmax>(arguments, keys_of_spans, tile + t, lane);
       if (lane < top_k) ids[t * top_k + lane] = mine;
     }
     __syncthreads();
@@ -344,8 +405,8 @@ __device__ inline void scan_loads(const RouteKernelArguments& arguments, int par
     before = __reduce_add_sync(kAll, before);
     if (lane == 0) begins[i] = before;
   }
-  const int stretch = (rows + kScanParts - 1) / kScanParts;
-  const int first = part * stretch, last = min(first + stretch, rows);
+  const int segment = (rows + kScanParts - 1) / kScanParts;
+  const int first = part * segment, last = min(first + segment, rows);
   const int64_t width = experts + 1;
   int32_t* loads = arguments.loads;
   int32_t total = 0;

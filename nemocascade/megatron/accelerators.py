@@ -420,7 +420,7 @@ def _native(package: str, purpose: str, instead: str) -> Finding:
     try:
         torch.ops.load_library(str(paths[0]))
         ops = getattr(torch.ops, package)
-        cuda, reason = ops.cuda_built(), ops.cuda_refusal()
+        cuda, reason = ops.cuda_built(), ops.cuda_unavailable_reason()
     except Exception as error:  # a library for another torch may fail in any way
         return Finding(name, "built", purpose, instead, _reason(error))
     return Finding(name, f"CUDA {cuda}" if cuda else f"CPU only ({reason})", purpose, instead)

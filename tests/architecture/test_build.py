@@ -34,10 +34,10 @@ def test_cmake_lists_every_source_and_only_those() -> None:
 def test_library_says_which_cuda_it_holds_or_why_none(package: str) -> None:
     torch.ops.load_library(LIBRARIES[package])
     built = getattr(torch.ops, package).cuda_built()
-    refusal = getattr(torch.ops, package).cuda_refusal()
-    assert bool(built) != bool(refusal)
+    reason = getattr(torch.ops, package).cuda_unavailable_reason()
+    assert bool(built) != bool(reason)
     if shutil.which("nvcc") and torch.version.cuda and not os.environ.get("NEMOCASCADE_NO_CUDA"):
-        assert built, f"nvcc is here, but {refusal}"
+        assert built, f"nvcc is here, but {reason}"
         assert re.match(r"\d+\.\d+.* for ", built)
 
 

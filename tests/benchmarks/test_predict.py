@@ -142,6 +142,19 @@ def test_instructions_of_the_loop_are_counted() -> None:
     assert compute == 0
 
 
+def test_a_wait_for_tma_is_part_of_the_loop_of_products() -> None:
+    wait = """
+$L__wait:
+    mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r8], %r9;
+    @!%p2 bra $L__wait;
+    wgmma.wait_group.sync.aligned 0;"""
+    waiting = PTX.replace("\n    wgmma.wait_group.sync.aligned 0;", wait)
+    body, once, compute = counts(waiting, 4)
+    assert body == Loop(8, 16, 262_144, 6_144, True)
+    assert once == Loop(4, 20, 0, 0)
+    assert compute == 0
+
+
 def test_loops_that_compute_run_as_often_as_the_work_says() -> None:
     # 160 rows in tiles of 16: 10 tiles. A tile is 30 instructions outside of a loop of 20 that runs
     # 5 times, and once with the rest: 110 of 4 warps. 4,400 on 40 schedulers at 1 GHz: 0.11 us.
@@ -153,6 +166,10 @@ def test_loops_that_compute_run_as_often_as_the_work_says() -> None:
     text = PTX.replace("cp.async.cg.shared.global [%r6], [%rd2], 0x10, %r7;\n", "")
     text = text.replace("wgmma.mma_async", "other")
     assert counts(text, 4)[2] == 5
+    # A loop that reads what it compares again counts too; one that writes goes over memory once.
+    wait = "wgmma.wait_group.sync.aligned 0;"
+    assert counts(text.replace(wait, "ld.global.b32 %r6, [%rd2];"), 4)[2] == 5
+    assert counts(text.replace(wait, "st.global.b32 [%rd2], %r6;"), 4)[2] == 0
 
 
 def test_kernels_may_have_work_of_their_own() -> None:

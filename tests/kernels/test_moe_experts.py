@@ -193,7 +193,7 @@ def test_odd_sizes(
     ("kind", "activation"), [("skewed", "relu2"), ("masked", "swiglu"), ("one_expert", "relu2")]
 )
 def test_more_rows_than_a_window_of_the_cpu_path(kind: str, activation: str, cores: int) -> None:
-    """Experts of several pieces, cut by the backward's windows, on one thread and on two."""
+    """Experts of several segments, cut by the backward's windows, on one thread and on two."""
     problem = Problem(routing_of(kind, 2500, 5, 2, seed=19), 20, 12, activation)
     before = torch.get_num_threads()
     torch.set_num_threads(cores)

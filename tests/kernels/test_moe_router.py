@@ -134,6 +134,35 @@ def test_lower_id_wins_a_tie(backend: str, score: str) -> None:
     assert experts[4] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(("experts", "top_k"), [(12, 12), (70, 8), (260, 10)])
+def test_ties_within_and_between_neighbours(backend: str, experts: int, top_k: int) -> None:
+    """Few distinct scores: every choice is a tie, often of neighbours, and some experts are out."""
+    device = device_of(backend)
+    generator = torch.Generator().manual_seed(23)
+    logits = torch.randint(0, 3, (70, experts), generator=generator).float().to(device)
+    logits[5] = torch.arange(experts) // 16 % 2  # all choices are in one run of neighbours
+    bias = torch.zeros(experts, device=device)
+    bias[3::4] = -torch.inf
+    ours, expected = (
+        moe_route(logits, top_k, expert_bias=bias, backend=name) for name in (backend, "reference")
+    )
+    for name in INTEGER_FIELDS:
+        assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+
+
+def test_replayed_experts_may_repeat_across_tiles(backend: str) -> None:
+    """Every slot of many tokens has one of two experts, or none: ranks count each repetition."""
+    device = device_of(backend)
+    recorded = torch.randint(0, 3, (75, 5), generator=torch.Generator().manual_seed(24)).to(device)
+    mask = torch.arange(75, device=device) % 4 != 1
+    mask[40:] = True
+    logits = random_normal(75, 6, seed=25, device=device)
+    routing = moe_route(logits, 5, experts=recorded, token_mask=mask, backend=backend)
+    assert torch.equal(routing.experts, recorded.masked_fill(~mask[:, None], 6).int())
+    assert_sorted(routing)
+    assert_sorted(make_routing(recorded, routing.weights, 2, backend=backend))
+
+
 def test_tied_groups_and_negative_scores(backend: str) -> None:
     device = device_of(backend)
     logits = torch.zeros(2, 16, device=device)
@@ -272,12 +301,14 @@ def test_programs_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_counters_are_zero_after_every_launch() -> None:
     """The next launch counts from them, with any number of programs."""
+    from nemocascade_kernels.moe_router.triton_kernels import COUNTERS
+
     device = kernel_device()
     for tokens, top_k in ((700, 2), (0, 3), (5, 1), (700, 2)):
         logits = random_normal(tokens, 21, seed=30, device=device)
         assert_sorted(moe_route(logits, top_k, backend="triton"))
-        state = zeroed_state(device, 4 + 21)
-        assert state is zeroed_state(device, 4 + 21), "launches of a stream share them"
+        state = zeroed_state(device, COUNTERS.value + 21)
+        assert state is zeroed_state(device, COUNTERS.value + 21), "launches of a stream share them"
         assert not state.any()
 
 

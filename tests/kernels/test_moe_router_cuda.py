@@ -280,19 +280,22 @@ def test_a_missing_barrier_shows(library: ctypes.CDLL) -> None:
         if all(is_correct(line, *small, seed) for seed in range(4))
         and is_correct(line, *several_tiles, 0)
     ]
-    # __match_any_sync follows the first two: here it waits for the lanes too, though it orders no
-    # memory. The others order a block with those that wait for it, and here blocks run in turn.
-    assert unseen == ["__syncwarp();", "__syncwarp();", "__syncthreads();", "__syncthreads();"]
-    assert len(barriers) == 11
+    # Reductions or __match_any_sync follow the first four: here they wait for the lanes too, though
+    # they order no memory. The others order a block with those that wait for it, and here blocks
+    # run in turn.
+    assert unseen == ["__syncwarp();"] * 4 + ["__syncthreads();"] * 2
+    assert len(barriers) == 13
 
 
 def test_shared_memory_is_allowed_for_all_sizes(library: ctypes.CDLL) -> None:
     sizes = {
-        (experts, top_k): library.choose_bytes(experts, top_k)
+        (experts, top_k): library.choose_bytes(experts, top_k, 0)
         for experts in range(1, cuda.MOST_SORTED + 1)
         for top_k in range(1, cuda.MOST_CHOICES + 1)
     }
     assert max(sizes.values()) <= 64 << 10, "the least that any GPU since Volta allows a block"
+    most = library.choose_bytes(cuda.MOST_EXPERTS, cuda.MOST_CHOICES, cuda.MOST_EXPERTS // 32)
+    assert 48 << 10 < most <= 64 << 10
     beyond = [size for size, count in sizes.items() if count > 48 << 10]
     assert min(top_k for experts, top_k in beyond if experts == 1024) == 24
     assert all(experts > cuda.MOST_EXPERTS for experts, _ in beyond)

@@ -76,7 +76,7 @@ def norm_route_kernel(
         biased += tl.load(bias_ptr + columns, mask=is_expert, other=0.0)[None, :]
     keys = tl.where(is_expert[None, :], ordered(biased), LOWEST)
     if GROUPS > 1:
-        keys = without_other_groups(
+        keys, _ = without_other_groups(
             keys, biased, columns, GROUPS, TOP_GROUPS, E // GROUPS, BLOCK_E, BLOCK_G
         )
     is_live = is_row

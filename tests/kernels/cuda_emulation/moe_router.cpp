@@ -18,10 +18,10 @@ void set_seed(uint32_t seed) { emulation::random.seed(seed); }
 // Source line whose barriers do nothing; 0: none.
 void skip_barrier(int line) { emulation::skipped_line = line; }
 
-// Dynamic shared memory of a block that chooses or sorts, in bytes.
-int64_t choose_bytes(int32_t experts, int32_t top_k) {
-  return sizeof(int32_t) *
-         nemocascade::moe_router::choose_shared(RouterSettings{experts, top_k, 1, 1, false, 1.0f});
+// Dynamic shared memory of a block that chooses, with `items` experts a lane, or sorts, with 0.
+int64_t choose_bytes(int32_t experts, int32_t top_k, int32_t items) {
+  return sizeof(int32_t) * nemocascade::moe_router::choose_shared(
+                               RouterSettings{experts, top_k, 1, 1, false, 1.0f}, items);
 }
 
 // Both return CUDA's error code, 0 for success.
@@ -30,10 +30,9 @@ int route(const RouteArguments* arguments) {
 }
 
 int route_gradient(const float* grad_weights, const void* logits, bool bfloat16, bool softmax,
-                    const int32_t* experts, void* grad_logits, int64_t tokens,
-                    const RouterSettings* settings) {
-  return nemocascade::moe_router::launch_route_gradient(grad_weights, logits, bfloat16, softmax,
-                                                        experts, grad_logits, tokens, *settings,
-                                                        nullptr);
+                   const int32_t* experts, void* grad_logits, int64_t tokens,
+                   const RouterSettings* settings) {
+  return nemocascade::moe_router::launch_route_gradient(
+      grad_weights, logits, bfloat16, softmax, experts, grad_logits, tokens, *settings, nullptr);
 }
 }
