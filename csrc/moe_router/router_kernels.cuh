@@ -296,10 +296,14 @@ __device__ int route_token(const RouteKernelArguments& arguments, uint32_t* keys
       const Scalar* row = static_cast<const Scalar*>(arguments.logits) + token * settings.experts;
       const auto scores = scores_of<Scalar, kItems, kSoftmax>(row, settings.experts, lane);
       if (arguments.given == nullptr) mine = choose(scores, arguments, keys_of_spans, lane);
-      for (int k = 0; k < settings.top_k; ++k) {
-        const int id = __shfl_sync(kAll, mine, k);
-        const float picked = id < settings.experts ? scores.pick(id, lane) : 0.0f;
-        if (lane == k) score = picked;
+      if constexpr (kSoftmax) {
+        for (int k = 0; k < settings.top_k; ++k) {
+          const int id = __shfl_sync(kAll, mine, k);
+          const float picked = id < settings.experts ? scores.pick(id, lane) : 0.0f;
+          if (lane == k) score = picked;
+        }
+      } else if (mine < settings.experts) {
+        score = 1.0f / (1.0f + expf(-widen(row[mine])));
       }
     }
     if (settings.normalize) score /= warp_sum(score) + kNormalizeEpsilon;
