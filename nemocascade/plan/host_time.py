@@ -12,7 +12,7 @@ OPERATORS = {"M": 320, "*": 240, "E": 440, "-": 180}
 """Operators of a layer's forward and backward that the host dispatches, views among them: of the
 dry run of one layer at the 30B model's widths (`tests/gpu_dry/budgets.json`, `nano-mamba`,
 `nano-attention` and `nano-moe`), rounded to tens. Those of an MLP are counted by hand."""
-DISPATCH_OPERATORS = 90
+DISPATCH_OPERATORS = 110
 """Further operators of an MoE layer that shares its experts with other ranks: `sft-ep2` beside
 `sft` in the dry run."""
 RECOMPUTED = 0.48

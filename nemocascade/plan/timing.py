@@ -113,16 +113,25 @@ class _Cost(NamedTuple):
         )
 
 
+LayerCosts = dict[tuple[int | str, ...], dict[str, _Cost]]
+"""Costs of layers by kind, for each size of micro-batch, layout and recomputation."""
+
+
 class StepModel:
     """Time model of a job's layers on its layout.
 
     pack_imbalance: work of the fullest data-parallel rank over the mean; 1 if all packs are equal.
+    layers: costs of layers, kept for further models of the same job on other layouts.
     """
 
-    def __init__(self, job: Job, pack_imbalance: float = 1.03) -> None:
+    def __init__(
+        self, job: Job, pack_imbalance: float = 1.03, layers: LayerCosts | None = None
+    ) -> None:
         self.job, self.pack_imbalance = job, pack_imbalance
-        self._layers: dict[str, _Cost] = {}
         p = job.parallel
+        # What a layer depends on, among that in which layouts of a search differ.
+        key = (job.capacity, job.document_length, p.tp, p.cp, p.ep, p.etp, job.engine.recomputed)
+        self._layers = {} if layers is None else layers.setdefault(key, {})
         self.width = 2 if job.engine.precision == "bf16" else 4
         self.stream = job.tokens * job.model.hidden_size * self.width
         self.cut = crossed_segments(job.capacity, job.document_length, p.cp)
