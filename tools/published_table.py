@@ -343,9 +343,7 @@ RUNS: tuple[Run, ...] = (
         8192,
         256,
         ParallelConfig(tp=4, pp=8, vpp=5),
-        replace(FP8, experts="bf16"),
-        miss="communication of tensor-parallel ranks that Transformer Engine overlaps with "
-        "products, and ours is exposed",
+        replace(FP8, experts="bf16", overlap_tensor_parallel=True),
     ),
     GrpoRun(
         "NeMo-RL 0.6, Qwen3-30B-A3B, GRPO, rollouts on tp 2",
