@@ -1,5 +1,5 @@
 """Print what ranks receive in a step's exchange of rollouts, the sockets that they open, and the
-bytes of their checkpoints, into docs/scale.md.
+bytes that they read at the start and write for checkpoints, into docs/scale.md.
 
 python tools/exchange_table.py           # write the tables
 python tools/exchange_table.py --check   # exit code 1 if the page is not up to date
@@ -8,12 +8,13 @@ python tools/exchange_table.py --check   # exit code 1 if the page is not up to 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pages
 
-from nemocascade.plan.checkpoints import checkpoint_cost
+from nemocascade.plan.checkpoints import checkpoint_cost, start_cost
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import job_of_recipe
 from nemocascade.plan.sockets import host_sockets
@@ -27,7 +28,7 @@ PAGE = ROOT / "docs" / "scale.md"
 SCRIPTS = ROOT / "recipes" / "nemotron3_nano_30b"
 BEGIN, END = "<!-- table: tools/exchange_table.py -->\n", "<!-- end of the table -->\n"
 
-RANK_MARKS = ("<!-- table: sockets and bytes written -->\n", "<!-- end of the ranks -->\n")
+RANK_MARKS = ("<!-- table: sockets, bytes read and written -->\n", "<!-- end of the ranks -->\n")
 
 STAGES = {"if_rl": 8_000, "code_rl": 25_000, "mopd": 15_000, "swe_agentic_rl": 30_000}
 """Assumed median length of a response, in tokens."""
@@ -114,23 +115,26 @@ def table() -> str:
 
 
 def rank_table() -> str:
-    """The table of sockets and of bytes written as Markdown."""
+    """The table of sockets, and of bytes read and written, as Markdown."""
     lines = [
-        "| stage | ranks | sockets, at most | checkpoint | largest rank | x the mean "
-        "| copied in | written in |",
-        f"|{'---|' * 8}",
+        "| stage | ranks | sockets, at most | weights read | by a rank | from replicas "
+        "| checkpoint | largest rank | x the mean | copied in | written in |",
+        f"|{'---|' * 11}",
     ]
     gpu, preset = find_gpu("h200"), "nemotron3_nano_30b"
-    for name in ("sft", "if_rl"):
+    for name in ("sft", "if_rl", "code_rl"):
         recipe = load_any_recipe(SCRIPTS / f"{name}.py")
         for ranks in SIZES:
             job = job_of_recipe(recipe, gpu, ranks, preset=preset)
-            cost = checkpoint_cost(job)
+            cost, read = checkpoint_cost(job), start_cost(job)
             layout = job.parallel
             if isinstance(recipe, PolicyRecipe):
                 layout = recipe.rollout.parallel.layout(layout)
             cells = [
                 f"{host_sockets(ranks, job.parallel, layout)}",
+                f"{read.total / 1e9:,.0f} GB",
+                f"{read.largest / 1e9:.2f} GB",
+                f"{read.received / 1e9:.1f} GB",
                 f"{cost.total / 1e9:,.0f} GB",
                 f"{cost.largest / 1e9:.2f} GB",
                 f"{cost.largest / cost.mean:.2f}",
@@ -141,9 +145,14 @@ def rank_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
+    """Write both tables; with --check, 1 if the page has others."""
     written = [
-        pages.update(PAGE, marks, made, sys.argv[1:])
+        pages.update(PAGE, marks, made, arguments)
         for marks, made in (((BEGIN, END), table), (RANK_MARKS, rank_table))
     ]
-    sys.exit(max(written))
+    return max(written)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

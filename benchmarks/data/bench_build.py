@@ -1,27 +1,35 @@
 """Time and memory of `nemocascade data build` on chat rows, and of opening a large folder.
 
 python benchmarks/data/bench_build.py --tokenizer tokenizer.json --gigabytes 0.3 --workers 1
+python benchmarks/data/bench_build.py --tokenizer tokenizer.json --gigabytes 1 --kill-at 0.5
 python benchmarks/data/bench_build.py --tokenizer tokenizer.json --open-tib 1
 
-Rows are random words of a text file's vocabulary, with log-normal lengths of reasoning. The folder
-that is opened has sparse files of tokens, and an index of documents of 15,000 tokens.
+Rows are random words of a text file's vocabulary, with log-normal lengths of reasoning. With
+`--kill-at`, all processes are killed when that share of the shards is finished, the same command
+resumes, and every file is compared with its hash. The folder that is opened has sparse files of
+tokens, and an index of documents of 15,000 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from nemocascade.data.built import open_built
+from nemocascade.data.building import is_finished, read_plan, work_folder
+from nemocascade.data.built import open_built, verify_built
 from nemocascade.data.cache import token_settings
 from nemocascade.data.cache_files import COLUMNS, write_json, write_times
 from nemocascade.data.synthetic import synthetic_rows
@@ -31,6 +39,8 @@ from nemocascade.recipe.data import DataConfig
 SFT_TOKENS = 369e9
 """Tokens of the released SFT rows of Nemotron-Cascade 2."""
 CORES = 96
+LARGE_GB = 10
+"""Gigabytes of rows for which the time is estimated."""
 SHARD_BYTES, DOCUMENT = 256 << 20, 15_000
 
 
@@ -57,32 +67,94 @@ def write_rows(path: Path, size: int) -> None:
             written += stream.write(json.dumps({"messages": [question, answer]}) + "\n")
 
 
-def measure_build(folder: Path, tokenizer: str, size: int, workers: int) -> None:
-    """Build a folder of rows in a command of its own, and print what it took."""
-    write_rows(folder / "rows.jsonl", size)
-    command = [sys.executable, "-m", "nemocascade.cli", "data", "build", "--workers", str(workers)]
-    command += ["--data.path", str(folder / "rows.jsonl"), "--data.thinking", "True"]
-    command += ["--tokenizer.path", tokenizer, "--output", str(folder / "out")]
-    started, peaks, cpu = time.monotonic(), dict[int, int](), dict[int, float]()
-    running = subprocess.Popen(command)
-    while running.poll() is None:
-        own = psutil.Process(running.pid)
-        for process in [own, *own.children(recursive=True)]:
+@dataclass
+class Used:
+    """Resources of a command and its children. seconds: of the clock. cpu: processor seconds of
+    each process. peaks: its largest resident memory in bytes."""
+
+    seconds: float = 0.0
+    cpu: dict[int, float] = field(default_factory=dict)
+    peaks: dict[int, int] = field(default_factory=dict)
+
+    def look(self, command: int) -> None:
+        """Read the present state of the processes."""
+        try:
+            own = psutil.Process(command)
+            processes = [own, *own.children(recursive=True)]
+        except psutil.Error:
+            return
+        for process in processes:
             try:
-                peaks[process.pid] = max(peaks.get(process.pid, 0), process.memory_info().rss)
+                peak = max(self.peaks.get(process.pid, 0), process.memory_info().rss)
                 times = process.cpu_times()
-                cpu[process.pid] = times.user + times.system
             except psutil.Error:
                 continue
+            self.peaks[process.pid] = peak
+            self.cpu[process.pid] = times.user + times.system
+
+
+def run_command(command: Sequence[str], *, stop: Callable[[], bool] = lambda: False) -> Used:
+    """Run a command, or kill all of its processes once `stop` says so."""
+    used, started = Used(), time.monotonic()
+    running = subprocess.Popen(command, start_new_session=True)
+    while running.poll() is None:
+        used.look(running.pid)
+        if stop():
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+            break
         time.sleep(0.2)
-    seconds = time.monotonic() - started
-    tokens = json.loads((folder / "out" / "manifest.json").read_text())["tokens"]
-    rate = tokens / sum(cpu.values())
+    else:
+        if running.returncode:
+            raise SystemExit(f"{command} ended with {running.returncode}")
+    used.seconds = time.monotonic() - started
+    return used
+
+
+def finished_shards(output: Path) -> tuple[int, int]:
+    """Number of finished shards of a build under way, and of all; 0 and 1 before it is planned."""
+    work = work_folder(output)
+    try:
+        count = len(read_plan(work).shards)
+    except (OSError, ValueError):
+        return 0, 1
+    return sum(is_finished(work, n) for n in range(count)), count
+
+
+def measure_build(folder: Path, asked: argparse.Namespace) -> None:
+    """Build a folder of rows in a command of its own, and print what it took."""
+    write_rows(folder / "rows.jsonl", int(asked.gigabytes * 1e9))
+    output = folder / "out"
+    command = [sys.executable, "-m", "nemocascade.cli", "data", "build"]
+    command += ["--workers", str(asked.workers), "--shard-mib", str(asked.shard_mib)]
+    command += ["--data.path", str(folder / "rows.jsonl"), "--data.thinking", "True"]
+    command += ["--tokenizer.path", asked.tokenizer, "--output", str(output)]
+    runs = []
+    if asked.kill_at:
+
+        def is_due() -> bool:
+            finished, count = finished_shards(output)
+            return finished >= asked.kill_at * count
+
+        runs.append(run_command(command, stop=is_due))
+        finished, count = finished_shards(output)
+        assert finished < count, "the build ended before it could be killed: use more shards"
+        print(f"killed after {runs[0].seconds:.0f} s with {finished} of {count} shards", flush=True)
+    runs.append(run_command(command))
+    if asked.kill_at:
+        print(f"resumed and finished in {runs[-1].seconds:.0f} s", flush=True)
+        verify_built(output)
+        print("every file has its hash")
+    tokens = json.loads((output / "manifest.json").read_text())["tokens"]
+    rate = tokens / sum(sum(run.cpu.values()) for run in runs)
+    peak = max(max(run.peaks.values()) for run in runs)
     print(
-        f"{tokens:,} tokens in {seconds:.0f} s, {rate:,.0f} a second of processor time; "
-        f"{SFT_TOKENS / rate / CORES / 3600:.1f} h for {SFT_TOKENS:.0f} tokens on {CORES} cores; "
-        f"largest process {max(peaks.values()) / 2**20:.0f} MiB"
+        f"{tokens:,} tokens in {sum(run.seconds for run in runs):.0f} s, {rate:,.0f} a second of "
+        f"processor time; {SFT_TOKENS / rate / CORES / 3600:.1f} h for {SFT_TOKENS:.0f} tokens on "
+        f"{CORES} cores; largest process {peak / 2**20:.0f} MiB"
     )
+    estimate = tokens / asked.gigabytes * LARGE_GB / rate
+    print(f"estimate for {LARGE_GB} GB of such rows: {estimate / 3600:.1f} h of one core")
 
 
 def measure_opening(folder: Path, tokenizer: str, size: int) -> None:
@@ -121,6 +193,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--gigabytes", type=float, default=0.3)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--shard-mib", type=int, default=256)
+    parser.add_argument("--kill-at", type=float, default=0.0, help="share of the shards")
     parser.add_argument("--open-tib", type=float, default=0.0)
     parser.add_argument("--folder", default=None, help="where the files go; the system's default")
     asked = parser.parse_args()
@@ -128,7 +202,7 @@ def main() -> None:
         if asked.open_tib:
             measure_opening(Path(name), asked.tokenizer, int(asked.open_tib * 2**40))
         else:
-            measure_build(Path(name), asked.tokenizer, int(asked.gigabytes * 1e9), asked.workers)
+            measure_build(Path(name), asked)
 
 
 if __name__ == "__main__":

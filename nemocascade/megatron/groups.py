@@ -127,10 +127,14 @@ def hop_groups(
     return found
 
 
-def all_groups(size: int, parallel: ParallelConfig) -> list[tuple[int, ...]]:
-    """The ranks of every group that `own_groups` makes on any rank, each once, in a fixed order."""
+def named_groups(size: int, parallel: ParallelConfig) -> list[tuple[int, ...]]:
+    """The ranks of every group of Megatron's, each once, in a fixed order."""
     found: dict[tuple[int, ...], None] = {}
     for rank in range(size):
-        of_rank = group_ranks(rank, size, parallel)
-        found |= dict.fromkeys(tuple(ranks) for ranks in (*of_rank.values(), [rank]))
+        found |= dict.fromkeys(map(tuple, group_ranks(rank, size, parallel).values()))
     return list(found)
+
+
+def all_groups(size: int, parallel: ParallelConfig) -> list[tuple[int, ...]]:
+    """The ranks of every group that `own_groups` makes on any rank, each once, in a fixed order."""
+    return list(dict.fromkeys([*named_groups(size, parallel), *((r,) for r in range(size))]))

@@ -24,6 +24,7 @@ from nemocascade.megatron.groups import (
     expert_nodes,
     hop_groups,
     host_groups,
+    named_groups,
     own_groups,
 )
 from nemocascade.megatron.upstream import hide_notes
@@ -231,9 +232,10 @@ def generation_world(world: World, parallel: ParallelConfig, engine: EngineConfi
             existing[tuple(dist.get_process_group_ranks(group))] = group
     with_host = host_groups(world.size, world.parallel)
     needs_host = host_groups(world.size, parallel)
+    # Those that every one of their ranks has. A rank alone is among them where an axis has size 1.
     known = {
         ranks
-        for ranks in all_groups(world.size, world.parallel)
+        for ranks in named_groups(world.size, world.parallel)
         if not on_gpu or ranks in with_host or ranks not in needs_host
     }
     timeout = datetime.timedelta(seconds=engine.timeout_s)

@@ -1,4 +1,4 @@
-"""Cost of checkpoints: the bytes that each rank writes, and the time that training waits for them.
+"""Cost of checkpoints: the bytes that each rank writes and reads, and the time that training waits.
 
 An asynchronous save blocks for the copy to host memory, and for the part of the write that is
 unfinished when the next save is due. A synchronous save blocks for the whole write.
@@ -70,6 +70,36 @@ def checkpoint_cost(job: Job) -> CheckpointCost:
     )
 
 
+@dataclass(frozen=True)
+class ReadCost:
+    """Bytes that a job reads at its start. total: from storage, by all ranks. largest: by the rank
+    that reads most. received: by a rank from its replicas, at most."""
+
+    total: int
+    largest: int
+    received: int
+
+
+def start_cost(job: Job) -> ReadCost:
+    """Bytes of the weights of an artifact that a job with a legal layout reads.
+
+    Ranks with the same weights read a share each and get the rest from one another, see
+    `megatron.checkpoint.weights.fill`. With `init_from` weights alone are read; a checkpoint has
+    the optimizer's state beside them, which each rank reads for itself.
+    """
+    p = job.parallel
+    ranks = job.world_size // p.pp
+    replicas, expert_replicas = ranks // p.tp, ranks // (p.etp * p.ep)
+    width = 2 if job.engine.precision == "bf16" else 4
+    reads, holds = [], []
+    for stage in range(p.pp):
+        dense, expert = _written(job.model, replace(p, cp=1), job.moe, stage, width)
+        reads.append(dense // replicas + expert // expert_replicas)
+        holds.append(dense + expert)
+    received = max(held - read for held, read in zip(holds, reads, strict=True))
+    return ReadCost(sum(reads) * ranks, max(reads), received)
+
+
 def checkpoint_line(job: Job, step_s: float) -> str:
     """One line about the checkpoints of a job whose steps take `step_s`."""
     cost, settings = checkpoint_cost(job), job.checkpoint
@@ -83,6 +113,16 @@ def checkpoint_line(job: Job, step_s: float) -> str:
         f"{cost.write_s:.1f} s {how}; a save at every step blocks {each:.2f} s "
         f"({each / (each + step_s):.1%}); assumed: {HOST_LINK_GB_S:g} GB/s to the host, "
         f"{HASH_GB_S:g} GB/s hashed, {STORAGE_GB_S:g} GB/s written a node"
+    )
+
+
+def start_line(job: Job) -> str:
+    """One line about the weights that a job reads at its start."""
+    cost = start_cost(job)
+    return (
+        f"start from an artifact: {cost.total / 1e9:,.1f} GB of weights read from storage, "
+        f"{cost.largest / 1e9:.2f} GB by the largest rank, which gets up to "
+        f"{cost.received / 1e9:.2f} GB from its replicas"
     )
 
 

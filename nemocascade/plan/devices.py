@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -20,6 +19,7 @@ from nemocascade.plan.gpus import GPUS, Gpu
 from nemocascade.plan.hosts import check_hosts
 from nemocascade.plan.job import Job, job_of_recipe
 from nemocascade.plan.memory import GIB
+from nemocascade.runtime.host_memory import total_memory
 from nemocascade.runtime.launcher import local_rank, ranks_of_node
 from nemocascade.runtime.world import World
 
@@ -35,7 +35,7 @@ def this_gpu() -> Gpu:
     memory is divided among the ranks of the node.
     """
     if not torch.cuda.is_available():
-        memory = psutil.virtual_memory().total / GIB / ranks_of_node()
+        memory = total_memory() / GIB / ranks_of_node()
         return replace(GPUS["cpu"], memory_gib=memory)
     properties = torch.cuda.get_device_properties(local_rank())
     name = properties.name.lower()

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-import psutil
 import torch
 
 import nemocascade
 from nemocascade.plan.findings import Preflight
 from nemocascade.plan.job import Job
 from nemocascade.plan.memory import GIB, every_rank
+from nemocascade.runtime.host_memory import available_memory
 from nemocascade.runtime.launcher import local_rank
 from nemocascade.runtime.world import World
 
@@ -99,7 +99,7 @@ def host_facts(*, on_gpu: bool) -> HostFacts:
         versions=_versions(driver),
         locked=None if locked == resource.RLIM_INFINITY else locked,
         shared=shutil.disk_usage(shared).free if shared.is_dir() else None,
-        memory=psutil.virtual_memory().available,
+        memory=available_memory(),
         faults=faults,
         unlinked=_unlinked() if on_gpu else (),
     )

@@ -109,6 +109,13 @@ class Job:
         """Micro-batches of one data-parallel rank in a step."""
         return self.sequences_per_step // max(1, self.parallel.data_parallel(self.world_size))
 
+    @property
+    def round_tokens(self) -> int:
+        """Tokens that the micro-batches of all data-parallel ranks hold at a time: steps have whole
+        numbers of these."""
+        ranks = max(1, self.parallel.data_parallel(self.world_size))
+        return self.capacity * ranks * (self.parallel.pp if self.parallel.vpp > 1 else 1)
+
     def problems(self) -> list[str]:
         """Rules that the layout breaks, each with its remedy."""
         found = self.model.problems() or self.parallel.problems(

@@ -55,13 +55,17 @@ class Lengths:
     @functools.cached_property
     def mean(self) -> float:
         """Mean length."""
-        return float(np.mean(self.evenly(_SAMPLES)))
+        return float(np.mean(self._samples))
 
     def token_mean(self, prompt: float = 0.0) -> float:
         """Mean length of the sequence, with its prompt, that a random token belongs to: what the
         cost of attention follows."""
-        whole = np.array(self.evenly(_SAMPLES)) + prompt
+        whole = self._samples + prompt
         return float((whole**2).sum() / whole.sum())
+
+    @functools.cached_property
+    def _samples(self) -> NDArray[np.float64]:
+        return np.array(self.evenly(_SAMPLES), np.float64)
 
     def describe(self) -> str:
         """The distribution in words."""

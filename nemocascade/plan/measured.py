@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,26 +55,48 @@ class MeasuredCosts:
 @dataclass(frozen=True)
 class MeasuredRun:
     """A run's steps. work: with its lengths, shares and verification. loop_s: seconds of generation
-    beside its passes, for each second of them. train_s: seconds of training for each token. kept:
-    tokens that train, for each token of the groups that do: the overlong filter drops whole
-    sequences, and groups that train may be longer than others. scoring_s, other_s: of teachers or
-    the reference, and of everything else in a step."""
+    beside its passes, for each second of them. train_s: seconds of training for each round of
+    micro-batches. round_tokens: tokens that fit into a round. fill: share of a round's rows with
+    tokens, where packs are made smaller to fit (MOPD); otherwise 0. kept: tokens that train, for
+    each token of the groups that do: the overlong filter drops whole sequences, and groups that
+    train may be longer than others. scoring_s, other_s: of teachers or the reference, and of
+    everything else in a step."""
 
     work: StepWork
     costs: MeasuredCosts
     loop_s: float
     train_s: float
+    round_tokens: int
+    fill: float
     kept: float
     scoring_s: float
     other_s: float
 
+    @property
+    def training_s(self) -> float:
+        """Seconds of a step's training, on average.
+
+        A round computes all rows of its packs, with tokens or without. Packs of one size are
+        rounded up to whole rounds, by half of one on average where the tokens of steps differ.
+        """
+        tokens = self.kept * self.work.trained_tokens / self.round_tokens
+        rounds = tokens / self.fill if self.fill else max(1.0, tokens + 0.5)
+        return self.train_s * rounds
+
 
 def read_run(
-    path: str, work: StepWork, ranks: int, *, lengths: bool = True, share: bool = True
+    path: str,
+    work: StepWork,
+    ranks: int,
+    round_tokens: int,
+    *,
+    lengths: bool = True,
+    share: bool = True,
 ) -> MeasuredRun:
     """Read the metrics.jsonl of an RL or MOPD run on `ranks` ranks.
 
-    work: of its recipe. lengths, share: take the run's lengths and its share of informative groups,
+    work: of its recipe. round_tokens: tokens that a round of micro-batches of all ranks holds, see
+    `Job.round_tokens`. lengths, share: take the run's lengths and its share of informative groups,
     not those of `work`.
 
     Raises PlanError if no step has every measurement: the run's rollouts came from servers, or
@@ -110,6 +133,9 @@ def read_run(
     scoring = total("teacher_time_s")
     known = total("generation_time_s") + total("verify_wait_s") + scoring + total("train_time_s")
     trained = total("groups")
+    filled = [float(row["fill"]) for row in rows if row.get("fill")]
+    # The median: another program on the machine delays single steps.
+    trained_s = [row["train_time_s"] / _rounds(row, round_tokens) for row in rows]
     return MeasuredRun(
         work=replace(
             work,
@@ -120,11 +146,19 @@ def read_run(
         ),
         costs=costs,
         loop_s=(total("generation_time_s") - total("idle_time_s")) / max(passes, 1e-9) - 1.0,
-        train_s=total("train_time_s") / max(1.0, total("tokens")),
+        train_s=float(np.median(trained_s)),
+        round_tokens=round_tokens,
+        fill=float(np.mean(filled)) if filled else 0.0,
         kept=total("tokens") / max(1.0, _sequences(rows, work) * (prompt + _responses(rows))),
         scoring_s=scoring / len(rows),
         other_s=max(0.0, total("step_time_s") - known) / len(rows),
     )
+
+
+def _rounds(row: dict[str, Any], round_tokens: int) -> float:
+    """Rounds of micro-batches of a step; parts of one where packs are smaller."""
+    rounds = row["tokens"] / round_tokens
+    return float(rounds / row["fill"] if row.get("fill") else max(1, math.ceil(rounds)))
 
 
 def _linear(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:

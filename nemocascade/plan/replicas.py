@@ -71,6 +71,8 @@ class DecodeGroup:
         self.replicas = [Replica(self.slots) for _ in range(self.costs.members)]
         self._running: list[tuple[int, int, Replica]] = []
         self._dropped: set[int] = set()
+        # Cached tokens, steps to the next end and their mean, until a sequence starts or ends.
+        self._next: tuple[float, int, StepTerms] | None = None
 
     def prefill(self, prompts: Sequence[Sequence[float]]) -> None:
         """Run prefills, given the tokens of each on each replica; replicas run at the same time."""
@@ -80,6 +82,7 @@ class DecodeGroup:
 
     def start(self, number: int, replica: Replica, length: int) -> None:
         """Decode `length` tokens of a sequence that holds a slot."""
+        self._next = None
         replica.rows += 1
         heapq.heappush(self._running, (self.steps + max(1, length), number, replica))
 
@@ -87,6 +90,7 @@ class DecodeGroup:
         """Stop a sequence that decodes; returns the tokens that it did not decode."""
         end, replica = next((end, r) for end, n, r in self._running if n == number)
         self._dropped.add(number)
+        self._next = None
         replica.rows -= 1
         return end - self.steps
 
@@ -100,8 +104,8 @@ class DecodeGroup:
         """Time at which the next sequence ends its turn, if nothing happens before."""
         if not self.is_decoding:
             return math.inf
-        steps = self._running[0][0] - self.steps
-        return self.now + steps * self._terms_of(steps).total
+        steps, terms = self._to_next_end()
+        return self.now + steps * terms.total
 
     def advance(self, until: float = math.inf) -> list[tuple[int, Replica]]:
         """Decode to the end of the first step that ends at `until` or later, or that a sequence
@@ -109,8 +113,8 @@ class DecodeGroup:
         if not self.is_decoding:
             self.now = max(self.now, until) if until < math.inf else self.now
             return []
-        steps = self._running[0][0] - self.steps
-        terms = self._terms_of(steps)
+        steps, terms = self._to_next_end()
+        self._next = None
         if self.now + steps * terms.total > until:
             steps = min(steps, max(0, math.ceil((until - self.now) / terms.total)))
         self._decode(steps, terms)
@@ -120,6 +124,14 @@ class DecodeGroup:
             replica.rows -= 1
             ended.append((number, replica))
         return ended
+
+    def _to_next_end(self) -> tuple[int, StepTerms]:
+        """Number of steps to the next end of a turn, and the mean of them."""
+        cached = sum(replica.cached for replica in self.replicas)
+        if self._next is None or self._next[0] != cached:
+            steps = self._running[0][0] - self.steps
+            self._next = cached, steps, self._terms_of(steps)
+        return self._next[1:]
 
     def _decode(self, steps: int, terms: StepTerms) -> None:
         seconds = steps * terms.total

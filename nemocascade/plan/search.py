@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from nemocascade.plan.job import Job
 from nemocascade.plan.memory import Memory, fits, shortage, worst_rank
-from nemocascade.plan.timing import StepModel, StepTime
+from nemocascade.plan.timing import LayerCosts, StepModel, StepTime
 from nemocascade.recipe import ModelConfig, ParallelConfig
 
 AXES = ("tp", "cp", "pp", "vpp", "ep", "etp")
@@ -105,8 +105,9 @@ def search(
     """Search the legal layouts for at most `count` that fit and are fastest."""
     best: list[PricedLayout] = []
     excluded: PricedLayout | None = None
+    layers: LayerCosts = {}
     for found in legal_layouts(job, longest=longest, context=context):
-        model = StepModel(found)
+        model = StepModel(found, layers=layers)
         if len(best) == count and model.bound() > best[-1].time.total:
             continue
         memory = worst_rank(found)
@@ -146,7 +147,11 @@ def nearest_fitting(job: Job) -> PricedLayout | None:
         again = 0.5 if found.engine.recompute != job.engine.recompute else 0.0
         return axes + again
 
-    near = sorted(legal_layouts(job), key=lambda found: (distance(found), StepModel(found).bound()))
+    layers: LayerCosts = {}
+    near = sorted(
+        legal_layouts(job),
+        key=lambda found: (distance(found), StepModel(found, layers=layers).bound()),
+    )
     return next((plan for plan in map(price, near) if plan.fits), None)
 
 

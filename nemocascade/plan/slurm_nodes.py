@@ -77,13 +77,12 @@ class RayNodes:
     def start(self, settings: SubmitSettings, group: int) -> str:
         """Lines that start Ray on all nodes."""
         mine = f"srun {'--het-group=0 ' if self.count else ''}--overlap --no-kill"
+        hosts = "healthy"
         start = f"{settings.ray} start --disable-usage-stats --block"
         none = "--num-cpus=0 --num-gpus=0"
-        everyone = settings.nodes + settings.spare_nodes
         if not self.count:
             lines = [f"export ray_address={shlex.quote(settings.worker_address)}"]
-            join = _kept(f"{start} --address=$ray_address {none}")
-            lines.append(self._step(mine, everyone, join))
+            lines += self._joined(mine, hosts, _kept(f"{start} --address=$ray_address {none}"))
             return "\n".join(lines) + "\n"
         head = f"{start} --head --port={settings.ray_port} {none} --include-dashboard=false"
         join = f"{start} --address=$ray_address"
@@ -102,14 +101,23 @@ class RayNodes:
             "  sleep 1",
             "done",
         ]
-        if everyone > 1:
-            others = f'{mine} --exclude="$ray_head"'
-            lines.append(self._step(others, everyone - 1, _kept(f"{join} {none}")))
+        hosts += ' | grep -vxF "$ray_head"'
+        lines += self._joined(mine, hosts, _kept(f"{join} {none}"))
         slots = f"{join} --num-gpus=0 --num-cpus=$SLURM_CPUS_ON_NODE"
         lines.append(self._step(workers, self.count, _kept(slots)))
         return "\n".join(lines) + "\n"
 
-    def _step(self, srun: str, nodes: int, command: str) -> str:
+    def _joined(self, srun: str, hosts: str, command: str) -> list[str]:
+        """Lines that start a raylet on each of the hosts that a command lists, if there are any.
+
+        They are counted when the lines run: the allocation may have lost nodes since it began, and
+        a step that asks for more than are left would never start.
+        """
+        nodes = '--nodelist="$(paste -sd, <<< "$ray_hosts")"'
+        step = self._step(f"{srun} {nodes}", '"$(wc -l <<< "$ray_hosts")"', command)
+        return [f"ray_hosts=$({hosts})", f'if [ -n "$ray_hosts" ]; then\n{step}\nfi']
+
+    def _step(self, srun: str, nodes: int | str, command: str) -> str:
         return (
             f"{srun} --nodes={nodes} --ntasks={nodes} {self.container}{command} \\\n"
             '  >> "$run_dir/ray.txt" 2>&1 &\nservers="$servers $!"'

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from nemocascade.plan.advice import advice_lines, layout_advice, step_advice
-from nemocascade.plan.checkpoints import checkpoint_cost, checkpoint_line
+from nemocascade.plan.checkpoints import checkpoint_cost, checkpoint_line, start_cost, start_line
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import Job, RolloutLoad, job_of_recipe
@@ -180,6 +180,7 @@ def _details(plan: PricedLayout) -> list[str]:
         + ", ".join(f"{name} {value:.2f}" for name, value in parts)
     )
     lines.append(f"  {checkpoint_line(plan.job, plan.time.total)}")
+    lines.append(f"  {start_line(plan.job)}")
     return lines
 
 
@@ -213,5 +214,6 @@ def _plan_json(plan: PricedLayout) -> dict[str, Any]:
         "phases_gib": dict(plan.memory.phases()),
         "time_s": {"total": plan.time.total, **dict(plan.time.table())},
         "checkpoint": dataclasses.asdict(checkpoint_cost(plan.job)),
+        "start": dataclasses.asdict(start_cost(plan.job)),
         "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
     }

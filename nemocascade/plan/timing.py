@@ -4,7 +4,9 @@ A layer takes the time of its products at the matrix ceiling, of its pointwise t
 ceiling, and of its communication. The backward pass is twice the forward; recomputation adds a
 forward. Overlapped are the exchanges of experts with the shared expert, the data-parallel reduction
 with backward, and by setting the gather of weights with forward, and tensor-parallel communication
-with the linear layers.
+with the linear layers. Exchanges of experts and of tensor-parallel ranks have a latency beside
+their bytes. If the host takes longer to launch a micro-batch's operators than the device to run
+them, the difference is added.
 Context parallelism: T / cp tokens a rank; keys and values, states and halo rows are exchanged.
 """
 
@@ -17,8 +19,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nemocascade.megatron.context import MOST_GATHERED
+from nemocascade.megatron.groups import expert_nodes
 from nemocascade.plan.checkpoints import checkpoint_cost
 from nemocascade.plan.expert_rows import expert_rows
+from nemocascade.plan.generation import NETWORK_LATENCY_S, NODE_LATENCY_S
+from nemocascade.plan.host_time import (
+    OPERATOR_S,
+    SYNCHRONISATION_S,
+    SYNCHRONISATIONS,
+    exchanges,
+    operators,
+)
 from nemocascade.plan.job import Job
 from nemocascade.plan.parameters import Place, stage_chunks, stage_kinds
 from nemocascade.plan.segments import crossed_segments, scan_rounds
@@ -46,7 +57,7 @@ _FP8_WEIGHT, _FP8_COLUMNS, _FP8_ROW = (3.0, 3.0), (0.0, 6.0), (3.0, 3.0)
 class StepTime:
     """Seconds of one optimizer step. compute: time of the slowest stage, with recomputation.
     tensor, context, expert, pipeline, data: exposed communication of the axes. bubble: pipeline
-    bubble.
+    bubble. host: launches that the device waits for.
     imbalance: uneven packs over data-parallel ranks. optimizer: the update itself. checkpoint: wait
     for checkpoints, spread over the steps between them. flops: work of the whole step by the
     trainer's formula, without recomputation.
@@ -63,12 +74,14 @@ class StepTime:
     optimizer: float
     tokens: int
     flops: float
+    host: float = 0.0
     checkpoint: float = 0.0
 
     @property
     def total(self) -> float:
         parts = (self.compute, self.tensor, self.context, self.expert, self.pipeline, self.data)
-        return sum(parts) + self.bubble + self.imbalance + self.optimizer + self.checkpoint
+        rest = (self.bubble, self.imbalance, self.optimizer, self.host, self.checkpoint)
+        return sum(parts) + sum(rest)
 
     def table(self) -> list[tuple[str, float]]:
         """Readable names with their seconds."""
@@ -77,12 +90,14 @@ class StepTime:
 
 
 class _Cost(NamedTuple):
-    """Seconds of computation, and of communication on the tensor, context and expert axes."""
+    """Seconds of computation, of communication on the tensor, context and expert axes, and of
+    launches that the device waits for."""
 
     compute: float = 0.0
     tensor: float = 0.0
     context: float = 0.0
     expert: float = 0.0
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -94,16 +109,29 @@ class _Cost(NamedTuple):
             self.tensor + times * other.tensor,
             self.context + times * other.context,
             self.expert + times * other.expert,
+            self.host + times * other.host,
         )
 
 
-class StepModel:
-    """Time model of a job's layers on its layout."""
+LayerCosts = dict[tuple[int | str, ...], dict[str, _Cost]]
+"""Costs of layers by kind, for each size of micro-batch, layout and recomputation."""
 
-    def __init__(self, job: Job, pack_imbalance: float = 1.03) -> None:
+
+class StepModel:
+    """Time model of a job's layers on its layout.
+
+    pack_imbalance: work of the fullest data-parallel rank over the mean; 1 if all packs are equal.
+    layers: costs of layers, kept for further models of the same job on other layouts.
+    """
+
+    def __init__(
+        self, job: Job, pack_imbalance: float = 1.03, layers: LayerCosts | None = None
+    ) -> None:
         self.job, self.pack_imbalance = job, pack_imbalance
-        self._layers: dict[str, _Cost] = {}
         p = job.parallel
+        # What a layer depends on, among that in which layouts of a search differ.
+        key = (job.capacity, job.document_length, p.tp, p.cp, p.ep, p.etp, job.engine.recomputed)
+        self._layers = {} if layers is None else layers.setdefault(key, {})
         self.width = 2 if job.engine.precision == "bf16" else 4
         self.stream = job.tokens * job.model.hidden_size * self.width
         self.cut = crossed_segments(job.capacity, job.document_length, p.cp)
@@ -114,6 +142,10 @@ class StepModel:
         """Bandwidth in bytes a second within a group of neighbouring ranks."""
         gpu = self.job.gpu
         return (gpu.link_gb_s if ranks <= gpu.per_node else gpu.network_gb_s) * 1e9
+
+    def _latency(self, ranks: int) -> float:
+        """Seconds of a small collective over so many neighbouring ranks."""
+        return NODE_LATENCY_S if ranks <= self.job.gpu.per_node else NETWORK_LATENCY_S
 
     def layer(self, symbol: str) -> _Cost:
         """Cost of forward and backward of one layer for one micro-batch."""
@@ -139,7 +171,7 @@ class StepModel:
             if what == "experts":
                 moved += self._fp8_experts_traffic(passes)
         compute = passes * seconds + moved / (job.gpu.memory_gb_s * 1e9)
-        gathers = self.stream * (p.tp - 1) / p.tp / self.tensor_speed
+        gathers = self.stream * (p.tp - 1) / p.tp / self.tensor_speed + self._latency(p.tp)
         shared = symbol != "E" or job.model.shared_expert_width > 0
         # A gather and a scatter in each pass, and one more gather for the weight gradient.
         tensor = gathers * (2 * passes + 1) if p.tp > 1 and shared else 0.0
@@ -233,7 +265,9 @@ class StepModel:
         half = self._shared_expert_s() / 2.0
         forward, backward = _exposed(first, half), _exposed(first, 2.0 * half)
         # Dispatch and combine in every pass; the two products of backward share one of each.
-        return 2.0 * ((passes - 2.0) * (forward + second) + backward + second)
+        moved = 2.0 * ((passes - 2.0) * (forward + second) + backward + second)
+        ranks = job.parallel.ep * job.parallel.etp
+        return moved + (self._dispatch_latency(ranks) if ranks > 1 and job.on_gpu else 0.0)
 
     def _shared_expert_s(self) -> float:
         """Seconds of the shared expert's forward if it runs while rows travel, else 0."""
@@ -260,6 +294,16 @@ class StepModel:
             "-": float(matrices * m.mlp_width),
         }[symbol]
 
+    def _dispatch_latency(self, ranks: int) -> float:
+        """Seconds that a layer's exchanges and synchronisations take for rows of no size."""
+        kind: str = self.job.engine.expert_exchange
+        if kind == "auto":
+            several = expert_nodes(self.job.parallel, self.job.gpu.per_node) > 1
+            kind = "hierarchical" if several else "direct"
+        count = exchanges(kind, recomputed="E" in self.job.engine.recomputed)
+        waits = SYNCHRONISATIONS[kind] * SYNCHRONISATION_S
+        return count * self._latency(ranks) + waits
+
     def head(self) -> _Cost:
         """Cost of LM head and loss: three products, computed in the forward pass."""
         m = self.job.model
@@ -275,7 +319,16 @@ class StepModel:
             cost = cost.plus(self.layer(symbol), layers.count(symbol))
         if pp_rank == self.job.parallel.pp - 1:
             cost = cost.plus(self.head())
-        return cost
+        return cost._replace(host=max(0.0, self._launches(layers) - cost.total))
+
+    def _launches(self, layers: str) -> float:
+        """Seconds in which the host launches a micro-batch of some layers on a GPU."""
+        if not self.job.on_gpu:
+            return 0.0
+        p, engine = self.job.parallel, self.job.engine
+        return OPERATOR_S * sum(
+            layers.count(symbol) * operators(symbol, p, engine) for symbol in set(layers)
+        )
 
     @functools.cached_property
     def slowest(self) -> _Cost:
@@ -329,6 +382,7 @@ class StepModel:
             optimizer=update,
             tokens=tokens,
             flops=flops * tokens,
+            host=count * slowest.host,
         )
         return dataclasses.replace(found, checkpoint=self._checkpoint(found.total))
 

@@ -127,7 +127,7 @@ def simulated_step(job: Job, run: MeasuredRun | None, seed: int) -> RolloutStep:
         weights=0.0,
         exchange=0.0,
         scoring=run.scoring_s,
-        training=run.train_s * run.kept * run.work.trained_tokens,
+        training=run.training_s,
         other=run.other_s,
     )
 
@@ -153,6 +153,7 @@ def simulated_report(
             settings.measured,
             job.work,
             job.world_size,
+            job.round_tokens,
             lengths=not settings.response_lengths,
             share=settings.informative_share is None,
         )

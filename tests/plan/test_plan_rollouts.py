@@ -368,7 +368,7 @@ def test_shares_of_later_steps_follow_from_the_first(name: str, tmp_path: Path) 
     assert not isinstance(recipe, CascadeRecipe)
     job = job_of_recipe(recipe, find_gpu("cpu"), 1, model=tiny_policy(), assumed=assumed)
     assert job.work is not None
-    run = read_run(str(first), job.work, 1, lengths=False, share=False)
+    run = read_run(str(first), job.work, 1, job.round_tokens, lengths=False, share=False)
     steps = [simulated_step(job, run, seed) for seed in (1, 2, 3)]
     total = sum(step.total for step in steps)
     found = {
@@ -410,12 +410,14 @@ def test_dropped_sequences_are_prefilled_and_not_trained(tmp_path: Path) -> None
     job = job_of_recipe(recipe, find_gpu("cpu"), 1, model=tiny_policy())
     assert job.work is not None
     work = replace(job.work, wanted=16, copies=8, most=0)
-    run = read_run(str(path), work, 1)
+    run = read_run(str(path), work, 1, job.round_tokens)
     assert run.work.prompt == 60
     assert run.kept == 0.5
     assert run.costs.prefill(60) == pytest.approx(0.6 / 24)
     step = simulated_step(replace(job, work=work), run, 1)
-    assert step.training == pytest.approx(0.32, rel=0.02)
+    # Four rounds of 2,048 rows hold 6,400 tokens; steps of other sizes need half of one more.
+    assert run.train_s == pytest.approx(0.32 / 4)
+    assert step.training == pytest.approx(0.08 * (6400 / 2048 + 0.5), rel=0.02)
     assert step.rollout.prefill_s == pytest.approx(16 * 0.6 / 24)
 
 
@@ -425,7 +427,7 @@ def test_a_run_without_measurements_is_refused(tmp_path: Path) -> None:
     work = nano("if_rl", 128).work
     assert work is not None
     with pytest.raises(PlanError, match=r"rollout\.engine live"):
-        read_run(str(path), work, 1)
+        read_run(str(path), work, 1, 2048)
 
 
 def test_an_exact_divergence_is_planned() -> None:

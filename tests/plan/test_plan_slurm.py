@@ -119,7 +119,8 @@ def test_worker_nodes_are_a_ray_cluster_of_the_job(tmp_path: Path) -> None:
     assert not any("gpu" in line for line in asked)
     head, others, slots = re.findall(r"srun (.*) /env/bin/ray start.*&?$", text, re.MULTILINE)
     assert head.startswith("--het-group=0 --overlap --no-kill --nodelist")
-    assert '--exclude="$ray_head" --nodes=4 --ntasks=4 --container-image=img.sqsh' in others
+    assert '--nodelist="$(paste -sd, <<< "$ray_hosts")" --nodes="$(wc -l <<<' in others
+    assert "--container-image=img.sqsh" in others
     assert slots.startswith("--het-group=1 --no-kill --cpu-bind=none --nodes=3 --ntasks=3")
     assert (
         '--envs.sandbox.workers ray --envs.sandbox.ray.address "$ray_address" '
@@ -138,7 +139,8 @@ def test_a_job_joins_a_ray_cluster_that_exists(tmp_path: Path) -> None:
     assert "hetjob" not in text
     assert "het-group" not in text
     [join] = re.findall(r"srun .*ray start .*", text)
-    assert "--overlap --no-kill --nodes=4 --ntasks=4 bash -c" in join
+    assert '--overlap --no-kill --nodelist="$(paste' in join
+    assert "ray_hosts=$(healthy)" in text
     assert "--address=$ray_address --num-cpus=0 --num-gpus=0" in join
     assert "ray_address=10.0.0.1:6379" in text
     assert '--envs.sandbox.workers ray --envs.sandbox.ray.address "$ray_address" &' in text
@@ -278,6 +280,8 @@ def test_ranks_have_the_variables_of_allocator_and_nccl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of the submitting shell come first."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "TORCH_NCCL_HIGH_PRIORITY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     [call] = Played(tmp_path, ["exit 0"]).calls
     variables = call.split(" env ")[1].split(" torchrun ")[0].split()
@@ -338,11 +342,25 @@ def test_too_few_other_nodes_use_all_again(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "excluded_nodes").exists()
 
 
+# The steps start side by side, in any order. The first step on further nodes dies, then the first
+# stage, once its script has seen the end of that step.
+AFTER_A_LOSS = """
+    nth() { [ "$(grep -c -e "$1" "$PLAYED/calls")" -eq "$2" ]; }
+    case "$*" in
+      *torchrun*)
+        nth torchrun 2 && exit 0
+        until [ -s "$PLAYED/dead" ]; do /bin/sleep 0.1; done
+        while kill -0 "$(cat "$PLAYED/dead")" 2>/dev/null; do /bin/sleep 0.1; done
+        exit 1 ;;
+      *--het-group=1*) nth --het-group=1 1 && { echo $$ > "$PLAYED/dead"; exit 0; } ;;
+    esac
+    exec /bin/sleep 60"""
+
+
 def test_servers_that_have_died_are_started_again(tmp_path: Path) -> None:
     settings = replace(SETTINGS, servers=1, server_gpus=1, server_model="m", nodes=2)
     job = job_of_script(Path(TINY), str(tmp_path / "run"), [], rollouts=True)
-    # The stand-in of srun ends at once, and so does the server that it stands for.
-    played = Played(tmp_path, ["exit 0", "exit 1", "exit 0", "exit 0"], job=job, using=settings)
+    played = Played(tmp_path, [AFTER_A_LOSS] * 8, job=job, using=settings)
     assert played.done.returncode == 0, played.done.stderr
     starts = [call for call in played.calls if "--het-group=1" in call]
     assert len(starts) == 2
@@ -351,24 +369,27 @@ def test_servers_that_have_died_are_started_again(tmp_path: Path) -> None:
 def test_a_lost_ray_cluster_is_started_again(tmp_path: Path) -> None:
     settings = replace(SETTINGS, worker_nodes=1, nodes=2, gpus=False, ray_port=free_port())
     job = job_of_script(CODE, str(tmp_path / "run"), [], rollouts=True)
-    # The steps start side by side, in any order. The first worker dies, and then the first stage.
-    end = """
-        nth() { [ "$(grep -c -e "$1" "$PLAYED/calls")" -eq "$2" ]; }
-        case "$*" in
-          *torchrun*)
-            nth torchrun 2 && exit 0
-            until [ -e "$PLAYED/dead" ]; do /bin/sleep 0.1; done
-            /bin/sleep 1; exit 1 ;;
-          *--het-group=1*) nth --het-group=1 1 && { touch "$PLAYED/dead"; exit 0; } ;;
-        esac
-        exec /bin/sleep 60"""
-    played = Played(tmp_path, [end] * 8, job=job, using=settings)
+    played = Played(tmp_path, [AFTER_A_LOSS] * 8, job=job, using=settings)
     assert played.done.returncode == 0, played.done.stderr
     assert sum("start --disable-usage-stats --block --head" in call for call in played.calls) == 2
     assert sum("--het-group=1" in call for call in played.calls) == 2
     token = tmp_path / "run" / "ray_token"
     assert len(token.read_text()) == 64
     assert token.stat().st_mode & 0o077 == 0
+
+
+def test_raylets_join_from_the_nodes_that_are_left(tmp_path: Path) -> None:
+    """A training node is lost with its cluster: the next cluster has a raylet on each other one."""
+    settings = replace(
+        SETTINGS, worker_nodes=1, nodes=2, spare_nodes=1, gpus=False, ray_port=free_port()
+    )
+    job = job_of_script(CODE, str(tmp_path / "run"), [], rollouts=True)
+    lost = AFTER_A_LOSS.replace("exit 1", "echo b > $run/suspect_nodes; exit 1")
+    played = Played(tmp_path, [lost] * 12, job=job, using=settings)
+    assert played.done.returncode == 0, played.done.stderr
+    joins = [c for c in played.calls if "--address=" in c and "--het-group=0" in c]
+    wanted = ("--nodelist=a,b,c --nodes=3 --ntasks=3", "--nodelist=a,c --nodes=2 --ntasks=2")
+    assert [next(w for w in wanted if w in join) for join in joins] == list(wanted)
 
 
 def test_a_warned_job_goes_back_to_the_queue(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from nemocascade.megatron.checkpoint.storage import copied_to_host
 from nemocascade.megatron.checkpoint.writing import FolderTask, Outcome, Report, write_now
+from nemocascade.runtime.host_memory import available_memory
 from nemocascade.runtime.launcher import ranks_of_node
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.watchdog import job_store
@@ -126,7 +126,7 @@ class Writer:
             reason = "the ranks share no TCP store"
         needed = sum(p.tensor.nbytes for p in task.shards)
         ranks = ranks_of_node()
-        free = psutil.virtual_memory().available
+        free = available_memory()
         if needed * ranks > HOST_SHARE * free:
             reason = (
                 f"copies of {needed * ranks / 2**30:.1f} GiB need more than {HOST_SHARE:.0%} of "

@@ -1,0 +1,116 @@
+"""The planner beside published runs, and the tables of docs/ that tools make of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemocascade.plan.gpus import find_gpu
+from nemocascade.plan.host_time import (
+    DISPATCH_OPERATORS,
+    EXCHANGES,
+    OPERATOR_S,
+    OPERATORS,
+    RECOMPUTED,
+)
+from nemocascade.plan.job import Job
+from nemocascade.plan.timing import StepModel
+from nemocascade.recipe import (
+    EngineConfig,
+    MoeTrainingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    nemotron3_nano_30b,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAD = ("linear_head", "linear_policy_loss", "pipeline_parallel", "model.py", "schedule.py")
+HEAD_FILES = ("evaluation.py", "products.py")
+
+
+def tool(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module(name)
+
+
+def test_predictions_are_in_range_save_for_known_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A miss that has come into the range is no miss any more, and loses its reason."""
+    published = tool("published_table", monkeypatch)
+    least, most = published.RANGE
+    assert len(published.RUNS) >= 12
+    for run in published.RUNS:
+        speed, _ = run.predicted()
+        inside = least <= speed / run.published <= most
+        assert inside == (not run.miss), f"{run.name}: {speed:.0f} / {run.published:.0f}"
+        assert run.source.startswith("https://"), run.name
+    assert sum(bool(run.miss) for run in published.RUNS) <= len(published.RUNS) / 3
+
+
+@pytest.mark.parametrize("name", ["published_table", "exchange_table"])
+def test_the_tables_of_the_documents_are_those_of_their_tools(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tool(name, monkeypatch)
+    assert module.main(["--check"]) == 0, f"run python tools/{name}.py"
+
+
+def operators_of(case: str) -> tuple[int, int]:
+    """Operators of a micro-batch of the dry run outside of the LM head, and all."""
+    budgets = json.loads((ROOT / "tests" / "gpu_dry" / "budgets.json").read_text())
+    counted = budgets["cases"][case]["parts"]["micro-batch"]["operator"]
+    rest = {
+        file: number
+        for file, number in counted.items()
+        if not any(part in file for part in HEAD) and not file.endswith(HEAD_FILES)
+    }
+    return sum(rest.values()), sum(counted.values())
+
+
+@pytest.mark.parametrize(("symbol", "case"), [("M", "mamba"), ("*", "attention"), ("E", "moe")])
+def test_operators_are_those_of_the_dry_run(symbol: str, case: str) -> None:
+    assert OPERATORS[symbol] == pytest.approx(operators_of(f"nano-{case}")[0], rel=0.05)
+
+
+def test_further_operators_are_those_of_the_dry_run() -> None:
+    own, all_of = operators_of("nano-moe")
+    again = operators_of("nano-moe-recompute")[1] - all_of
+    assert pytest.approx(again / own, abs=0.03) == RECOMPUTED
+    more = operators_of("sft-ep2")[1] - operators_of("sft")[1]
+    assert pytest.approx(more, rel=0.05) == DISPATCH_OPERATORS
+    budgets = json.loads((ROOT / "tests" / "gpu_dry" / "budgets.json").read_text())
+    found = budgets["cases"]["sft-ep2"]["parts"]["micro-batch"]["collective"]
+    assert found["alltoall_base tp_ep"] == EXCHANGES["direct"]
+
+
+def job(capacity: int, **engine: Any) -> Job:
+    return Job(
+        model=nemotron3_nano_30b(),
+        parallel=ParallelConfig(ep=8),
+        engine=EngineConfig(**engine),
+        moe=MoeTrainingConfig(),
+        optimizer=OptimizerConfig(),
+        capacity=capacity,
+        sequences_per_step=64,
+        gpu=find_gpu("h100"),
+        world_size=64,
+    )
+
+
+def test_the_host_bounds_small_micro_batches_alone() -> None:
+    small, large = StepModel(job(512)), StepModel(job(16_384))
+    assert large.step().host == 0
+    # A micro-batch takes as long as its launches, whatever its tokens.
+    launches = 23 * (OPERATORS["M"] + OPERATORS["E"] + DISPATCH_OPERATORS) + 6 * OPERATORS["*"]
+    assert small.slowest.total == pytest.approx(OPERATOR_S * launches)
+    assert StepModel(job(256)).slowest.total == pytest.approx(small.slowest.total)
+
+
+def test_exchanges_have_a_latency() -> None:
+    """Without rows there would be nothing to move; two hops have more exchanges and waits."""
+    few = StepModel(job(64)).layer("E").expert
+    assert few > 5 * 12e-6 + 20e-6
+    assert StepModel(job(64, recompute=True)).layer("E").expert > few
