@@ -56,13 +56,13 @@ def _tiny() -> Iterator[Case]:
     parallel, world, rank = LAYOUTS["tp2_ep2"]
     for recompute in (False, True):
         yield Case(
-            "sft-tp2_ep2-shared-last" + ("-recompute" if recompute else ""),
+            "sft-tp2_ep2-overlap" + ("-recompute" if recompute else ""),
             "sft",
             TINY,
             parallel,
             world,
             rank,
-            engine=EngineConfig(recompute=recompute, overlap_shared_expert="off"),
+            engine=EngineConfig(recompute=recompute, overlap_shared_expert="on"),
         )
     yield Case("sft-bf16-moments", "sft", TINY, optimizer=OptimizerConfig(moments="bf16"))
     yield Case("distill", "distill", TINY)
