@@ -156,7 +156,7 @@ class EngineConfig:
     inside it; the same results, bit for bit in fp32. auto: hierarchical if ep x etp fills several
     nodes. deepep: the kernels of DeepEP, through Megatron's fused dispatch, without etp."""
 
-    overlap_shared_expert: Accelerator = "auto"
+    overlap_shared_expert: Accelerator = "off"
     """Compute the shared expert of a MoE layer while rows travel to the routed experts and back, in
     forward and backward. The results have the same bits. auto: wherever rows travel, except with
     deepep. on: a job whose rows do not travel so is an error. off: after the routed experts."""

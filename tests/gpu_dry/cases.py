@@ -75,7 +75,6 @@ class Case:
     rank: int = 0
     tokens: int = 512
     engine: EngineConfig = field(default_factory=EngineConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     accelerators: Accelerators = field(default_factory=Accelerators)
     requests: int = 8
     strings: bool = False
@@ -174,7 +173,7 @@ def _trainer(case: Case, world: World, folder: Path) -> Trainer:
         case.model,
         engine=case.engine,
         moe=MoeTrainingConfig(),
-        optimizer=case.optimizer,
+        optimizer=OptimizerConfig(),
         accelerators=case.accelerators,
         seed=0,
         run_dir=folder,

@@ -14,7 +14,6 @@ from nemocascade.recipe import (
     CascadeRecipe,
     EngineConfig,
     MopdRecipe,
-    OptimizerConfig,
     ParallelConfig,
     SftRecipe,
     nemotron3_nano_30b,
@@ -53,18 +52,6 @@ def _tiny() -> Iterator[Case]:
                 engine=EngineConfig(recompute=stage == "mopd"),
                 quick=stage == "sft" and name in ("tp2_ep2", "pp2_first"),
             )
-    parallel, world, rank = LAYOUTS["tp2_ep2"]
-    for recompute in (False, True):
-        yield Case(
-            "sft-tp2_ep2-shared-last" + ("-recompute" if recompute else ""),
-            "sft",
-            TINY,
-            parallel,
-            world,
-            rank,
-            engine=EngineConfig(recompute=recompute, overlap_shared_expert="off"),
-        )
-    yield Case("sft-bf16-moments", "sft", TINY, optimizer=OptimizerConfig(moments="bf16"))
     yield Case("distill", "distill", TINY)
     yield Case("distill-tp2", "distill", TINY, ParallelConfig(tp=2), 2)
     yield Case("sft-fla", "sft", TINY, accelerators=FLA)

@@ -10,7 +10,7 @@ from gpu_dry.cases import Case
 from nemocascade.plan.gpus import GPUS
 from nemocascade.plan.job import Job
 from nemocascade.plan.memory import worst_rank
-from nemocascade.recipe import MoeTrainingConfig
+from nemocascade.recipe import MoeTrainingConfig, OptimizerConfig
 
 LAYERS = [
     f"nano-{kind}{end}"
@@ -29,7 +29,7 @@ def job_of(case: Case, document: int) -> Job:
         parallel=case.parallel,
         engine=case.engine,
         moe=MoeTrainingConfig(),
-        optimizer=case.optimizer,
+        optimizer=OptimizerConfig(),
         capacity=case.tokens,
         sequences_per_step=case.parallel.data_parallel(case.world) * max(case.steps),
         gpu=GPUS["h100"],

@@ -101,9 +101,9 @@ def test_the_shared_expert_hides_exchanges() -> None:
         hidden, off, deepep = (
             StepModel(job_of(ParallelConfig(ep=ep), **settings)).layer("E")
             for settings in (
+                {"overlap_shared_expert": "auto"},
                 {},
-                {"overlap_shared_expert": "off"},
-                {"expert_exchange": "deepep"},
+                {"overlap_shared_expert": "auto", "expert_exchange": "deepep"},
             )
         )
         assert 0 < hidden.expert < off.expert
