@@ -157,8 +157,8 @@ PLAIN = """at = tl.arange(0, BLOCK)
 @pytest.mark.parametrize(
     ("body", "block", "warps", "matrix", "fault"),
     [
-        (SPILLING, 8192, 1, '"any"', "SPILLS"),
-        (GREEDY, 256, 8, '"any"', "SHARED MEMORY exceeds|SPILLS"),
+        (SPILLING, 4096, 1, '"any"', "SPILLS"),
+        (GREEDY, 128, 4, '"any"', "SHARED MEMORY exceeds"),
         (PLAIN, 1024, 4, '"wgmma"', "MATRIX INSTRUCTION is None, and wgmma was intended"),
         (PLAIN, 1024, 4, '"any"', None),
     ],
