@@ -14,6 +14,8 @@ RANKS := $(shell if nvidia-smi -L >/dev/null 2>&1 || [ "$$(getconf _NPROCESSORS_
 endif
 # Workers of pytest: tests of parallelism start 2-4 processes of their own.
 TEST_WORKERS ?= 2
+# tests/conftest.py decides which files come first.
+PYTEST = $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 SUITE ?= cpu
 ARGS ?=
 
@@ -35,7 +37,7 @@ ifneq ($(words $(wildcard $(LIBRARIES))),$(words $(LIBRARIES)))
 $(shell rm -f $(BUILT))
 endif
 
-.PHONY: setup cascade test test-slow test-vllm gpu-dry fuzz lint format bench wheels clean help
+.PHONY: setup cascade test test-slow test-vllm gpu-dry fuzz lint style format bench wheels clean help
 
 setup: $(BUILT) $(GPU_INSTALLED)  ## Find a Python >= 3.12, make .venv, install, build csrc/ (GPU=1: packages of a GPU node)
 
@@ -69,12 +71,19 @@ else
 	  --nproc-per-node $(RANKS) -m nemocascade.cli run $(CASCADE) $(ARGS)
 endif
 
-test: lint  ## Lint, then every quick test
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(ARGS)
+# mypy runs beside the tests, and says what it found after them.
+test: style  ## Every quick test, and lint
+	@mkdir -p build
+	@$(RUN) -m mypy >build/mypy.txt 2>&1 & mypy=$$!; \
+	trap 'kill $$mypy 2>/dev/null || true' EXIT; \
+	tests=0; OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" $(ARGS) || tests=$$?; \
+	types=0; wait $$mypy || types=$$?; \
+	sed 's/^/mypy: /' build/mypy.txt; \
+	exit $$((tests ? tests : types))
 
 test-slow: setup  ## The tests that take more than a minute each
 	-$(RUN) tools/vllm_environment.py build/vllm/venv
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow $(ARGS)
 
 test-vllm: setup  ## Rollouts by a real vLLM on this CPU, installed into build/vllm
 	$(RUN) tools/vllm_environment.py build/vllm/venv
@@ -86,11 +95,13 @@ gpu-dry: setup  ## Steps and rollouts on a played GPU, against their budgets (UP
 fuzz: setup  ## 100,000 mutated inputs into every reader, 15 minutes (ARGS="--only NAME --examples N")
 	OMP_NUM_THREADS=1 $(RUN) tests/fuzz/run.py $(ARGS)
 
-lint: setup  ## ruff, docstrings, mypy and clang-format, changing nothing
+lint: style  ## ruff, docstrings, clang-format and mypy, changing nothing
+	$(RUN) -m mypy
+
+style: setup  ## lint without mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) tools/lint_docstrings.py
-	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
 
 format: setup  ## Apply ruff's fixes and all formatting

@@ -1,11 +1,15 @@
-"""Puts Triton in its interpreter where there is no GPU, keeps the logger of one test from the next,
-and prints the equivalence matrix."""
+"""Test setup: Triton in its interpreter where there is no GPU, a logger for each test, the longest
+files first, short garbage collections; at the end, the equivalence matrix."""
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,32 @@ import torch
 # Triton reads this at its first import, which may be in any test's imports.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+FILE_SECONDS = Path(__file__).with_name("file_seconds.json")
+"""Seconds of the files that take longest; the others count as 0."""
+LEAST_S = 3.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-seconds",
+        action="store_true",
+        help=f"write the seconds of each file to tests/{FILE_SECONDS.name}",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let workers begin with the longest files, so that none has one left when the others end."""
+    if hasattr(config, "workerinput"):
+        seconds = json.loads(FILE_SECONDS.read_text(encoding="utf-8"))
+        items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of garbage collections, of which every world makes one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +56,11 @@ def _own_logger() -> Iterator[None]:
     logger.setLevel(level)
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """A line for each layout; tests hand it over as the property `equivalence`."""
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the equivalence matrix; write the seconds of files if asked to."""
+    if config.getoption("--record-seconds"):
+        _record_seconds(terminalreporter)
+    # A line for each layout; tests give it as the property `equivalence`.
     rows = [
         value
         for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
@@ -40,3 +73,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.line("|---|---|---|---|")
         for row in sorted(set(rows)):
             terminalreporter.line(row)
+
+
+def _record_seconds(terminalreporter: Any) -> None:
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    longest = {file: round(s) for file, s in seconds.most_common() if s >= LEAST_S}
+    FILE_SECONDS.write_text(json.dumps(longest, indent=1) + "\n", encoding="utf-8")

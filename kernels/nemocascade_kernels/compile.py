@@ -2,6 +2,7 @@
 
     python -m nemocascade_kernels.compile --arch sm_90
     python -m nemocascade_kernels.compile --arch sm_80 --op linear_logprob
+    python -m nemocascade_kernels.compile --arch sm_90 --sample     # one launch of each kernel
 
 It prints one line a kernel: registers a thread, bytes spilled, shared memory, and the matrix
 instruction. The exit code is 1 if a kernel spills registers, needs more shared memory than the
@@ -17,12 +18,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,22 @@ def kernels_of(op: str, arch: int) -> list[AotKernel]:
         )
         for entry in found
     ]
+
+
+def sample_of(kernels: Sequence[AotKernel]) -> list[AotKernel]:
+    """One launch of each kernel function: at Nemotron's shapes if it is recorded there, and that
+    with the largest tiles, which needs most registers and shared memory."""
+
+    def weight(kernel: AotKernel) -> tuple[bool, int]:
+        sizes = [v for v in kernel.constants.values() if isinstance(v, int) and v > 0]
+        return kernel.label.startswith("nemotron"), math.prod(sizes)
+
+    chosen: dict[int, AotKernel] = {}
+    for kernel in kernels:
+        best = chosen.setdefault(id(kernel.kernel), kernel)
+        if weight(kernel) > weight(best):
+            chosen[id(kernel.kernel)] = kernel
+    return list(chosen.values())
 
 
 def _named(name: str) -> Any:
@@ -218,6 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--arch", required=True, choices=[f"sm_{arch}" for arch in SHARED_MEMORY_LIMIT]
     )
     parser.add_argument("--op", action="append", help="only this op (may be repeated)")
+    parser.add_argument("--sample", action="store_true", help="only one launch of each kernel")
     options = parser.parse_args(arguments)
     # The decorator reads this when a kernel is defined; interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
@@ -228,7 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
     arch = int(options.arch.removeprefix("sm_"))
     reports = []
     for op in options.op or ops:
-        for kernel in kernels_of(op, arch):
+        kernels = kernels_of(op, arch)
+        for kernel in sample_of(kernels) if options.sample else kernels:
             reports.append(compile_kernel(op, kernel, arch))
             print(reports[-1].line(), flush=True)
     faulty = [report for report in reports if report.faults]

@@ -89,15 +89,17 @@ def room_of(module: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_down_only(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if room in ("cli", "__init__", "_version"):
-        return
-    assert room in ALLOWED, f"{room} is a room that the house does not know"
-    rooms = {r for a, b in imports_of(path) if (r := room_of(f"{a}.{b}".strip("."))) is not None}
-    forbidden = rooms - ALLOWED[room] - {room}
-    assert not forbidden, f"{room} may not import {sorted(forbidden)}"
+def test_imports_go_down_only() -> None:
+    wrong = []
+    for path in sources(PACKAGE):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room in ("cli", "__init__", "_version"):
+            continue
+        assert room in ALLOWED, f"{room} is a room that the house does not know"
+        named = (room_of(f"{a}.{b}".strip(".")) for a, b in imports_of(path))
+        forbidden = {r for r in named if r is not None} - ALLOWED[room] - {room}
+        wrong += [f"{path.relative_to(ROOT)}: {room} may not import {r}" for r in forbidden]
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 def entry_of(module: str, room: str) -> str | None:
@@ -137,39 +139,46 @@ def test_a_circle_is_found_and_named() -> None:
     assert shortest_circle(graph | {"d": set()}) == []
 
 
-@pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_the_megatron_room_imports_megatron(path: Path) -> None:
-    if path.is_relative_to(PACKAGE / "megatron"):
-        return
-    outside = {a for a, _ in imports_of(path) if a.split(".")[0] == "megatron"}
-    assert not outside, f"reach Megatron-Core through nemocascade.megatron, not {sorted(outside)}"
+def test_only_the_megatron_room_imports_megatron() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {a}"
+        for path in sources(PACKAGE)
+        if not path.is_relative_to(PACKAGE / "megatron")
+        for a, _ in sorted(imports_of(path))
+        if a.split(".")[0] == "megatron"
+    ]
+    assert not wrong, f"reach Megatron-Core through nemocascade.megatron: {wrong}"
 
 
-@pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda p: str(p.relative_to(ROOT)))
-def test_ray_is_imported_in_functions_of_two_files(path: Path) -> None:
+def test_ray_is_imported_in_functions_of_two_files() -> None:
     """Nothing of training runs on Ray, and without it everything else works."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
 
     def imports_ray(nodes: Sequence[ast.AST]) -> bool:
         named = [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
         named += [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
         return any(name.partition(".")[0] == "ray" for name in named)
 
-    if path.parent.name == "runtime" and path.name in ("ray_cluster.py", "ray_description.py"):
-        assert not imports_ray(tree.body)
-    else:
-        assert not imports_ray(list(ast.walk(tree))), "reach Ray through runtime/ray_cluster.py"
+    doors = {PACKAGE / "runtime" / name for name in ("ray_cluster.py", "ray_description.py")}
+    wrong = []
+    for path in sources(PACKAGE):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if imports_ray(tree.body if path in doors else list(ast.walk(tree))):
+            wrong.append(str(path.relative_to(ROOT)))
+    assert not wrong, f"reach Ray through runtime/ray_cluster.py, in functions: {wrong}"
 
 
-@pytest.mark.parametrize("path", sources(KERNELS), ids=lambda p: str(p.relative_to(ROOT)))
-def test_kernels_need_torch_and_triton_only(path: Path) -> None:
-    roots = {a.split(".")[0] for a, _ in imports_of(path)}
-    options = KERNEL_OPTIONS.get(str(path.relative_to(KERNELS)), set())
-    others = roots - KERNEL_LIBRARIES - options - set(sys.stdlib_module_names)
-    assert not others, f"the kernel package may import torch and triton, not {sorted(others)}"
-    top = ast.parse(path.read_text(encoding="utf-8")).body
-    first = {n.module.split(".")[0] for n in top if isinstance(n, ast.ImportFrom) and n.module}
-    assert not first & options, f"import {sorted(first & options)} where it is used"
+def test_kernels_need_torch_and_triton_only() -> None:
+    wrong = []
+    for path in sources(KERNELS):
+        name = str(path.relative_to(KERNELS))
+        roots = {a.split(".")[0] for a, _ in imports_of(path)}
+        options = KERNEL_OPTIONS.get(name, set())
+        others = roots - KERNEL_LIBRARIES - options - set(sys.stdlib_module_names)
+        wrong += [f"{name} may import torch and triton, not {o}" for o in sorted(others)]
+        top = ast.parse(path.read_text(encoding="utf-8")).body
+        first = {n.module.split(".")[0] for n in top if isinstance(n, ast.ImportFrom) and n.module}
+        wrong += [f"{name}: import {o} where it is used" for o in sorted(first & options)]
+    assert not wrong, "\n".join(wrong)
 
 
 CSRC = ROOT / "csrc"
@@ -203,12 +212,19 @@ def test_an_op_stands_in_its_five_places(op: str) -> None:
     assert not missing, f"{op} lacks {missing}"
 
 
-@pytest.mark.parametrize("path", sources(KERNELS), ids=lambda p: str(p.relative_to(KERNELS)))
-def test_an_op_imports_no_other_op(path: Path) -> None:
+def test_an_op_imports_no_other_op() -> None:
     """Each op can be read and tested alone; what ops share imports none of them."""
-    folder, *inside = path.relative_to(KERNELS).parts
-    if not inside:
-        return
+    wrong = []
+    for path in sources(KERNELS):
+        folder, *inside = path.relative_to(KERNELS).parts
+        if inside:
+            others = kernel_parts_of(path) - KERNEL_BASE - {folder}
+            wrong += [f"{path.relative_to(KERNELS)} imports {o}" for o in sorted(others)]
+    assert not wrong, "\n".join(wrong)
+
+
+def kernel_parts_of(path: Path) -> set[str]:
+    """Folders and modules of the kernel package that a file names."""
     named: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -221,19 +237,18 @@ def test_an_op_imports_no_other_op(path: Path) -> None:
             # The modules that an op registers.
             named.add(node.value)
     modules = [name for name in named if re.fullmatch(r"nemocascade_kernels\.[\w.]+", name)]
-    parts = {name.split(".")[1] for name in modules}
-    assert parts <= KERNEL_BASE | {folder}
+    return {name.split(".")[1] for name in modules}
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}),
-    ids=lambda p: str(p.relative_to(CSRC)),
-)
-def test_an_op_includes_no_headers_of_another(path: Path) -> None:
-    includes = re.findall(r'#include "([^"]+)"', path.read_text(encoding="utf-8"))
-    folders = {include.split("/")[0] for include in includes}
-    assert folders <= {"common", path.relative_to(CSRC).parts[0]}
+def test_an_op_includes_no_headers_of_another() -> None:
+    wrong = []
+    for path in CSRC.rglob("*"):
+        if path.suffix in {".h", ".cpp", ".cu", ".cuh"}:
+            includes = re.findall(r'#include "([^"]+)"', path.read_text(encoding="utf-8"))
+            folders = {include.split("/")[0] for include in includes}
+            others = folders - {"common", path.relative_to(CSRC).parts[0]}
+            wrong += [f"{path.relative_to(CSRC)} includes {o}" for o in sorted(others)]
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 def test_files_stay_small() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import inspect
 import json
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,10 +39,13 @@ KILL_S = 60.0
 """Seconds that a rank may take to end by SIGKILL."""
 HASH_SEEDS = ("1", "2")
 PRELOADED = (
+    "pytest",
     "torch.distributed",
     "nemocascade.cascade.run",
     "nemocascade.megatron.fake",
     "nemocascade.rollout.live",
+    "nemocascade.stages.grpo",
+    "nemocascade.stages.mopd",
 )
 """Modules that a server imports before it forks."""
 _PR_SET_PDEATHSIG = 1
@@ -154,19 +158,30 @@ def _server(hash_seed: str) -> _Server:
 class Rank:
     """A rank of a job. Its server leaves its exit status in the job's folder."""
 
-    def __init__(self, rank: int, world_size: int, job: Path, port: int) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        job: Path,
+        port: int,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """Fork the process; with a `world_size` of 0, one that no launcher has started.
+
+        variables: environment variables besides those of this process.
+        """
         self.status = job / f"exit.{rank}"
-        env = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})}
+        if world_size:
+            env |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
         self.server = _server(HASH_SEEDS[rank % len(HASH_SEEDS)])
         self.pid = self.server.fork({"job": str(job), "rank": rank, "env": env, "path": sys.path})
 
@@ -245,6 +260,10 @@ def _serve() -> None:
     """Fork a rank for each line of stdin, and note the exit statuses, until stdin ends."""
     for module in PRELOADED:
         importlib.import_module(module)
+    # Every world ends with a collection, which need not look at half a million objects of modules,
+    # nor copy their pages into each fork.
+    gc.collect()
+    gc.freeze()
     status_files: dict[int, Path] = {}
     while True:
         readable, _, _ = select.select([sys.stdin], [], [], 0.01 if status_files else None)

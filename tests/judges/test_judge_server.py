@@ -216,10 +216,10 @@ def test_a_locked_cache_file_stops_nobody(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(BlockingIOError):
             cache.put("a", "text")
         assert cache.get("a") == "text", "memory has it"
-        started = time.monotonic()
-        for key in "xyz":
-            cache.put(key, "text")
-        assert time.monotonic() - started < 0.1, "a pause, in which nobody waits"
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_module, "_take", pytest.fail)
+            for key in "xyz":
+                cache.put(key, "text")  # a pause, in which nobody waits
     monkeypatch.setattr(cache, "_paused_until", 0.0)
     cache.put("b", "text")
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["b"]
@@ -249,7 +249,7 @@ def test_a_cache_forgets_what_was_used_longest_ago() -> None:
         ("nonsense", lambda h: h.reply(200, b'{"choices": []}')),
         ("nonsense", lambda h: h.reply(200, b'{"choices": [{"message": {"content": 4}}]}')),
         ("protocol", lambda h: h.wfile.write(b"\x00\x01 not HTTP\r\n\r\n")),
-        ("timeout", lambda h: time.sleep(0.8)),
+        ("timeout", lambda h: h.server.over.wait(20)),
         ("timeout", lambda h: h.trickle()),
         ("connection", lambda h: h.short()),
         ("protocol", lambda h: h.reply(200, b" " * (MAX_BYTES + 1))),
@@ -262,10 +262,10 @@ def test_a_fault_is_repeated_and_then_an_error(
     well = threading.Event()
     server.behave = lambda h, n: h.say(GOOD) if well.is_set() else behave(h)
     # Other faults must show themselves, on however busy a machine.
-    judge = judges(server.url, retries=1, timeout_s=0.4 if kind == "timeout" else 10.0)
+    judge = judges(server.url, retries=1, timeout_s=0.8 if kind == "timeout" else 10.0)
     started = time.monotonic()
     (answer,) = judge.ask([question()])
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 15
     assert answer.text is None
     assert kind in answer.error
     assert judge.counts[kind] == judge.counts["requests"] == 2
@@ -283,9 +283,7 @@ def test_a_busy_server_is_waited_for(server: Any, judges: Any, status: int) -> N
     assert judge.counts[f"status_{status}"] == judge.counts["retries"] == 9
     server.behave = lambda h, n: h.reply(status, b"later")
     late = judges(server.url, retries=0, deadline_s=0.4)
-    started = time.monotonic()
     assert "deadline_s(0.4)" in late.ask([question(1)])[0].error
-    assert time.monotonic() - started < 2
 
 
 def test_a_server_that_starts_is_waited_for(judges: Any, server: Any) -> None:
@@ -372,11 +370,10 @@ def test_a_question_that_waits_too_long_for_its_turn(server: Any, judges: Any) -
 
     server.behave = behave
     judge = judges(server.url, concurrency=1, timeout_s=5.0, deadline_s=1.0)
-    started = time.monotonic()
     answers = judge.ask([question(i) for i in range(20)])
-    assert time.monotonic() - started < 2.5
     assert answers[0].text == GOOD
     assert "waited for its turn" in answers[-1].error
+    assert len(server.seen) < 10
 
 
 def test_what_is_begun_is_asked_once(server: Any, judges: Any) -> None:
@@ -443,10 +440,9 @@ def test_a_probe_lets_pass_what_may_get_better(server: Any, judges: Any) -> None
 def test_the_deadline_bounds_all_tries(server: Any, judges: Any) -> None:
     server.behave = lambda h, n: h.reply(500, b"")
     judge = judges(server.url, retries=1000, backoff_s=0.05, deadline_s=0.6)
-    started = time.monotonic()
     (answer,) = judge.ask([question()])
-    assert time.monotonic() - started < 2
     assert "deadline_s(0.6)" in answer.error
+    assert len(server.seen) < 500
 
 
 def test_a_dead_server_costs_one_deadline_and_not_one_a_question(judges: Any, server: Any) -> None:
@@ -519,7 +515,7 @@ def closed_while_asking(
     time.sleep(after_s)
     started = time.monotonic()
     judge.close()
-    asking.join(timeout=5)
+    asking.join(timeout=25)
     return found, time.monotonic() - started
 
 
@@ -527,7 +523,7 @@ def test_a_closed_judge_waits_for_nothing(server: Any, judges: Any) -> None:
     server.behave = lambda h, n: h.reply(500, b"")
     judge = judges(server.url, retries=1000, backoff_s=30.0, deadline_s=600.0, concurrency=2)
     answers, seconds = closed_while_asking(judge, 9, after_s=0.2)
-    assert seconds < 5
+    assert seconds < 25, "less than a back-off"
     assert [a.text for a in answers] == [None] * 9
     assert judge.ask([question()])[0].error == "the judge is closed"
 
@@ -536,7 +532,7 @@ def test_closing_cuts_off_requests(server: Any, judges: Any) -> None:
     server.behave = lambda h, n: server.over.wait(30)
     judge = judges(server.url, timeout_s=30.0, deadline_s=600.0, concurrency=2)
     answers, seconds = closed_while_asking(judge, 5, after_s=0.3)
-    assert seconds < 3
+    assert seconds < 25, "less than the server takes"
     assert [a.text for a in answers] == [None] * 5
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.heads import skip_unless_served
+from helpers.pairs import pairwise
 from nemocascade_kernels import (
     MambaWeights,
     RoutedRows,
@@ -183,15 +184,20 @@ def routed_rows(rows: int, width: int, experts: int, top_k: int, dtype: torch.dt
     return routed
 
 
-@pytest.mark.parametrize("swiglu", [False, True])
+MIXTURES = [(1, 7, 2), (5, 20, 3), (33, 3, 2), (70, 2, 1)]
+"""Rows, experts, and choices of a row."""
+
+
 @pytest.mark.parametrize(
-    ("rows", "experts", "top_k"), [(1, 7, 2), (5, 20, 3), (33, 3, 2), (70, 2, 1)]
+    ("sizes", "dtype", "swiglu"), pairwise(MIXTURES, DTYPES, (False, True)), ids=str
 )
 def test_mixture(
-    steps: Steps, dtype: torch.dtype, rows: int, experts: int, top_k: int, swiglu: bool
+    steps: Steps, dtype: torch.dtype, sizes: tuple[int, int, int], swiglu: bool
 ) -> None:
     """By slot and by expert, with more rows of an expert than a product has, with any part of the
-    experts, of the rows, and of the shared expert."""
+    experts, of the rows, and of the shared expert. Each two of size, dtype and activation meet."""
+    skip_unless_served(OP, "triton", dtype)
+    rows, experts, top_k = sizes
     width, inner, shared_inner = 48, 20, 70
     routed = routed_rows(rows, width, experts, top_k, dtype)
     up = normal(experts, inner * (1 + swiglu), width, seed=34, dtype=dtype, scale=0.2)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.pairs import pairwise
 from nemocascade_kernels import (
     Routing,
     grouped_gemm,
@@ -83,36 +84,33 @@ def layer(
     return moe_unpermute(grouped_gemm(activate(h, activation), w_down, routing.offsets), routing)
 
 
+FUNCTIONS = [
+    ("moe_experts", "relu2"),
+    ("moe_experts", "swiglu"),
+    ("moe_experts in torch", "swiglu"),
+    ("grouped_gemm", "relu2"),
+]
+SIZES = [
+    (8, 2, 128, 128, 1),
+    (8, 2, 128, 256, 2),
+    (4, 2, 512, 256, 1),
+    (3, 1, 33, 19, 2),
+    (4, 2, 264, 72, 1),
+]
+"""Experts, choices of a token, sizes of the hidden states and of an expert, threads."""
+
+
 @pytest.mark.parametrize(
-    ("function", "activation"),
-    [
-        ("moe_experts", "relu2"),
-        ("moe_experts", "swiglu"),
-        ("moe_experts in torch", "swiglu"),
-        ("grouped_gemm", "relu2"),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("experts", "top_k", "hidden", "width", "cores"),
-    [
-        (8, 2, 128, 128, 1),
-        (8, 2, 128, 256, 2),
-        (4, 2, 512, 256, 1),
-        (3, 1, 33, 19, 2),
-        (4, 2, 264, 72, 1),
-    ],
+    ("sizes", "called", "dtype"),
+    pairwise(SIZES, FUNCTIONS, (torch.float32, torch.bfloat16)),
+    ids=str,
 )
 def test_a_token_does_not_see_its_neighbours(
-    experts: int,
-    top_k: int,
-    hidden: int,
-    width: int,
-    cores: int,
-    dtype: torch.dtype,
-    function: str,
-    activation: str,
+    sizes: tuple[int, int, int, int, int], called: tuple[str, str], dtype: torch.dtype
 ) -> None:
+    """Each two of sizes, function and dtype meet."""
+    experts, top_k, hidden, width, cores = sizes
+    function, activation = called
     gates = 2 if activation == "swiglu" else 1
     w_up = random_normal(experts, gates * width, hidden, seed=1, scale=hidden**-0.5, dtype=dtype)
     w_down = random_normal(experts, hidden, width, seed=2, scale=width**-0.5, dtype=dtype)

@@ -181,10 +181,10 @@ def test_a_lost_server_is_left_out(server: FakeServer) -> None:
 def test_a_slow_server_costs_one_timeout(server: FakeServer) -> None:
     server.fault = "slow"
     with fake_server() as other:
-        engine = engine_of(server, other, timeout_s=0.3)
+        engine = engine_of(server, other, timeout_s=1.5)
         started = time.monotonic()
         check(list(engine.run(requests(12), SHORT)), 12)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 25
         assert engine.pool.counts["timeout"] >= 1
 
 
@@ -213,7 +213,7 @@ def test_nobody_waits_for_texts_that_are_not_wanted(server: FakeServer) -> None:
         other.faults, other.fault = [""], "slow"
         with pytest.raises(OSError, match="a tool died"):
             list(engine_of(other).run(requests(8), stop, fails))
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 25
 
 
 class Cancelling(Listed):
@@ -242,7 +242,7 @@ def test_cancelled_requests_are_cut_off(server: FakeServer) -> None:
     engine = engine_of(server, concurrency=2)
     check(list(engine.run(work, SHORT)), 1)
     assert work.free_slots == 2
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 25
     # The engine and its connections still work.
     server.fault = ""
     check(list(engine.run(requests(3), SHORT)), 3)
@@ -333,7 +333,7 @@ def test_a_stop_ends_the_wait_for_servers(is_main: bool, tmp_path: Path) -> None
     start = time.monotonic()
     with pytest.raises(StopAsked):
         updates.update(ServerPool(settings))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 25
     assert shared == [(None, "", is_main)]
 
 

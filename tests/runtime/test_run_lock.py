@@ -92,9 +92,9 @@ def test_a_killed_owner_on_this_host_is_replaced_at_once(tmp_path: Path) -> None
         lock_of(tmp_path).acquire()
     process.kill()
     process.wait()
-    started, lock = time.monotonic(), lock_of(tmp_path)
+    started, lock = time.monotonic(), RunLock(tmp_path, interval_s=10.0, stale_s=60.0)
     lock.acquire()
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 30, "less than a silent owner is waited for"
     assert f"taken over from process {process.pid}" in lock.note
     assert "has ended" in lock.note
     lock.release()
