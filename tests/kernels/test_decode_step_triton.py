@@ -167,7 +167,7 @@ def test_norm_and_route(steps: Steps, dtype: torch.dtype, name: str, rows: int, 
         part = hidden[row : row + 1]
         alone = steps.norm_route(part, scale, 1e-3, router, bias, None, 99, settings)
         assert torch.equal(alone.chosen[0], again.chosen[row])
-        # The interpreter multiplies by BLAS, whose last bits may depend on the row's place in a tile.
+        # The interpreter multiplies by BLAS: last bits may depend on a row's place in a tile.
         limit = 0.0 if DEVICE.type == "cuda" else 1e-6
         torch.testing.assert_close(alone.weights[0], again.weights[row], rtol=limit, atol=limit)
 
