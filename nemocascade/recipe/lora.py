@@ -87,6 +87,11 @@ class LoraConfig:
             found.append(
                 "engine.linears(fp8) has no adapters: set --engine.linears bf16, or --lora.rank 0"
             )
+        if engine.overlap_tensor_parallel:
+            found.append(
+                "engine.overlap_tensor_parallel(True) runs whole linears, without adapters: set "
+                "--engine.overlap-tensor-parallel False, or --lora.rank 0"
+            )
         if engine.experts == "fp8" and any(site.startswith("experts.") for site in self.sites):
             found.append(
                 "engine.experts(fp8) multiplies whole weights, without adapters: set "
