@@ -47,12 +47,17 @@ def _adapters(chunks: Sequence[Any]) -> Iterator[Adapter]:
                 yield from module.adapters()
 
 
-def train_adapters_only(chunks: Sequence[Any]) -> None:
-    """Freeze every parameter but the adapters' factors."""
-    factors = _factors(chunks)
-    for chunk in map(unwrap, chunks):
-        for parameter in chunk.parameters():
-            parameter.requires_grad_(id(parameter) in factors)
+def train_adapters_only(chunks: Sequence[Any]) -> str:
+    """Freeze every parameter but the adapters' factors; returns a line for the log."""
+    factors, trained, total = _factors(chunks), 0, 0
+    for parameter in (p for chunk in map(unwrap, chunks) for p in chunk.parameters()):
+        parameter.requires_grad_(id(parameter) in factors)
+        total += parameter.numel()
+        trained += parameter.numel() if parameter.requires_grad else 0
+    return (
+        f"adapters of {len(factors) // 2} weights: {trained:,} of {total:,} parameters of this "
+        "rank are trained; routers and their selection biases are frozen"
+    )
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from nemocascade.recipe import (
     OptimizerConfig,
     UserError,
 )
+from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
 from nemocascade.train.dump import NonFiniteError, dump_batches
 from nemocascade.train.evaluation import (
@@ -110,7 +111,7 @@ class Trainer:
         )
         self._modules: list[CascadeModel] = build_model(world, self.config, accelerators)
         if is_adapter:
-            train_adapters_only(self._modules)
+            LOGGER.info(train_adapters_only(self._modules))
         self._chunks = wrap_ddp(
             world,
             self.config,

@@ -47,6 +47,7 @@ from nemocascade.runtime.world import World
 from nemocascade.train.checkpointing import Checkpoints
 from nemocascade.train.objectives import nll_objective
 from nemocascade.train.trainer import Trainer
+from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Document, PackedBatch, pack_documents
 
 ENGINE = EngineConfig(precision="fp32")
@@ -301,6 +302,22 @@ def test_a_run_continues_the_adapter_that_it_names(
     checkpoints.start(trainer, source, resume=True, init_from=str(folder / "base"))
     [continued] = trainer.modules
     assert torch.equal(loss_of(continued, shape), loss_of(model, shape))
+
+
+def test_a_swap_gives_the_whole_artifact_and_the_policy_back(
+    stored: tuple[Path, CascadeModel], world: World
+) -> None:
+    """References and teachers run in the policy's model, without its adapter."""
+    folder, model = stored
+    shape = model.config.shape
+    teacher = model_of(world, shape)
+    load_artifact_weights(read_artifact(folder / "artifact"), world, [teacher])
+    own, wanted = loss_of(model, shape), loss_of(teacher, shape).item()
+    swap = WeightSwap(world, [model])
+    swap.load("teacher", read_artifact(folder / "artifact"))
+    with swap.using("teacher"):
+        assert loss_of(model, shape).item() == pytest.approx(wanted, rel=1e-6)
+    assert torch.equal(loss_of(model, shape), own)
 
 
 def test_another_base_is_refused(
