@@ -40,7 +40,8 @@ USAGE = """usage: nemocascade COMMAND ...
   preflight RECIPE.py [--ranks N]                every problem of a job before it starts
   submit RECIPE.py ... --nodes N                 Slurm jobs, one a stage
   diff A B                                       settings that differ: runs, recipes or artifacts
-  convert SOURCE TARGET                          Hugging Face folder <-> artifact
+  convert SOURCE TARGET                          Hugging Face folder <-> artifact; adapter -> PEFT
+  merge ADAPTER TARGET                           adapter of a LoRA stage -> full artifact
   pass-rates ROWS --output ROWS2 ...             how often a policy solves each row
   replay RUN/rollouts                            score logged episodes with tools again
   import-swe ROWS FOLDER --repositories FOLDER   tasks of SWE-Gym or R2E-Gym rows, from git clones
@@ -196,37 +197,6 @@ def _data(arguments: list[str]) -> None:
         print(run_build(settings, tokenizer))
 
     _act(settings, act)
-
-
-def _convert(arguments: list[str]) -> None:
-    from nemocascade.recipe.commands import ConvertSettings
-
-    def act(settings: ConvertSettings) -> None:
-        from nemocascade.data.serving import serving_of
-        from nemocascade.megatron.artifact import read_artifact
-        from nemocascade.megatron.convert import Serving, export_huggingface, import_huggingface
-
-        source, target = Path(settings.source), Path(settings.target)
-        if (source / "manifest.json").is_file():
-            report = export_huggingface(
-                source,
-                target,
-                precision=settings.precision,
-                family=settings.family,
-                shard_bytes=int(settings.shard_gib * 2**30),
-                serving=Serving(*serving_of(read_artifact(source))),
-            )
-        else:
-            report = import_huggingface(source, target, precision=settings.precision)
-        print(
-            f"{report.folder}: {report.family}, {report.precision}, {report.tensors} tensors, "
-            f"{report.num_bytes / 2**30:.2f} GiB"
-        )
-        for what, names in (("rounded", report.rounded), ("not carried over", report.left_behind)):
-            if names:
-                print(f"{what}: {len(names)}: {', '.join(names)}")
-
-    _execute("convert", ConvertSettings, act, arguments)
 
 
 def _interference(arguments: list[str]) -> None:
@@ -563,7 +533,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "preflight": _preflight,
     "submit": _submit,
     "diff": _diff,
-    "convert": _convert,
+    "convert": _calling("convert", "nemocascade.stages.conversion:run_convert"),
+    "merge": _calling("merge", "nemocascade.stages.conversion:run_merge"),
     "tokenizer": _tokenizer,
     "data": _data,
     "replay": _replay,

@@ -25,6 +25,7 @@ SETTINGS = {
     "submit": "nemocascade.plan.submission:SubmitSettings",
     "diff": "nemocascade.recipe.commands:DiffSettings",
     "convert": "nemocascade.recipe.commands:ConvertSettings",
+    "merge": "nemocascade.recipe.commands:MergeSettings",
     "pass-rates": "nemocascade.recipe.pass_rates:PassRateSettings",
     "replay": "nemocascade.recipe.commands:ReplaySettings",
     "import-swe": "nemocascade.recipe.commands:ImportSettings",

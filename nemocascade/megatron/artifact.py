@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemocascade.megatron.adapter import base_parts, merged_shards, reset_adapters
 from nemocascade.megatron.checkpoint.errors import CheckpointError
 from nemocascade.megatron.checkpoint.folder import (
     hash_problems,
@@ -25,7 +26,7 @@ from nemocascade.megatron.checkpoint.folder import (
     read_folder,
     read_manifest,
 )
-from nemocascade.megatron.checkpoint.state import MODEL, model_parts, model_shards
+from nemocascade.megatron.checkpoint.state import MODEL, model_shards
 from nemocascade.megatron.checkpoint.storage import Reader
 from nemocascade.megatron.checkpoint.weights import describe_model, fill, model_problems
 from nemocascade.megatron.checkpoint.writing import write_folder
@@ -80,7 +81,8 @@ def write_artifact(
     tokenizer: Path | None = None,
     template: str | None = None,
 ) -> Artifact:
-    """Write the weights of `chunks` and their provenance to `folder`; every rank calls it.
+    """Write the weights of `chunks`, merged with their adapters, and their provenance to `folder`;
+    every rank calls it.
 
     An existing folder is replaced. tokenizer: a file, copied in with its companions. template:
     jinja source of the chat template that rendered the training text, written beside it.
@@ -96,10 +98,10 @@ def write_artifact(
         "template": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "tokenizer": None if tokenizer is None else _tokenizer_name(tokenizer),
     }
-    shards = model_shards(model_parts(chunks, world))
+    shards = merged_shards(chunks, world)
     write_folder(folder, world, KIND, shards, documents, fields)
     manifest = read_manifest(folder, KIND) if world.is_main else None
-    return _artifact(folder, world.broadcast_object(manifest))
+    return artifact_of_manifest(folder, world.broadcast_object(manifest))
 
 
 def read_artifact(folder: Path) -> Artifact:
@@ -112,7 +114,7 @@ def read_artifact(folder: Path) -> Artifact:
     problems = listing_problems(folder, manifest) + hash_problems(folder, manifest, small)
     if problems:
         raise CheckpointError(folder, problems)
-    return _artifact(folder, manifest)
+    return artifact_of_manifest(folder, manifest)
 
 
 def verify_artifact(folder: Path) -> Artifact:
@@ -148,8 +150,8 @@ def load_artifact_weights(
 ) -> None:
     """Fill the weights of `chunks` in place, on any layout; every rank calls it.
 
-    Weights of another precision are converted. optimizer: the one that steps these chunks, if it
-    exists already; its fp32 copies are updated too.
+    Weights of another precision are converted, and adapters start anew: B is zero. optimizer: the
+    one that steps these chunks, if it exists already; its fp32 copies are updated too.
 
     Raises CheckpointError on every rank, before anything is changed, naming every part that is
     missing, altered or foreign, and every difference between the models.
@@ -158,15 +160,17 @@ def load_artifact_weights(
     problems = model_problems(manifest, world, chunks, cast=True)
     if manifest["digest"] != artifact.digest:
         problems.append("it is another artifact than the one that was opened: its digest changed")
-    shards = model_shards(model_parts(chunks, world))
+    shards = model_shards(base_parts(chunks, world))
     with Reader(artifact.folder, index) as reader:
         fill(artifact.folder, world, reader, shards, problems, cast=(MODEL,))
+    reset_adapters(chunks)
     if optimizer is not None:
         with cuda_names():
             optimizer.inner.reload_model_params()
 
 
-def _artifact(folder: Path, manifest: dict[str, Any]) -> Artifact:
+def artifact_of_manifest(folder: Path, manifest: dict[str, Any]) -> Artifact:
+    """The entries of a manifest that was read and checked."""
     fields = [f for f in dataclasses.fields(Artifact) if f.name != "folder"]
     # Artifacts of older versions lack the fields that have a default.
     later = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}

@@ -15,7 +15,13 @@ from torch import Tensor
 from nemocascade.megatron.init import generator_for
 from nemocascade.megatron.upstream import without_notes
 from nemocascade.megatron.workspace import MixerBackend
-from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, ParallelConfig
+from nemocascade.recipe import (
+    EngineConfig,
+    LoraConfig,
+    ModelConfig,
+    MoeTrainingConfig,
+    ParallelConfig,
+)
 
 Init = Callable[[Tensor], Tensor]
 Adam = Literal["transformer_engine", "apex", "torch"]
@@ -83,6 +89,9 @@ class CascadeConfig(TransformerConfig):
     overlap_shared_expert: bool = False
     """Run the shared expert while rows travel: `EngineConfig.overlaps_shared_expert`."""
 
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters of the layers' weights."""
+
     def init_for(self, name: str, *, residual: bool = False) -> Init:
         """Initialiser of the weight `name`; `residual` for projections into the residual stream."""
         std = self.shape.init_std
@@ -101,6 +110,7 @@ def make_config(
     fuse_weight_gradient: bool = False,
     fp8_linears: bool = False,
     overlap_tensor_parallel: bool = False,
+    lora: LoraConfig | None = None,
 ) -> CascadeConfig:
     """The config of every module of a model.
 
@@ -108,6 +118,7 @@ def make_config(
         chooses the GEMM. Without it they are rounded to the weights' dtype and added.
     fp8_linears: the linear layers are Transformer Engine's, in FP8. overlap_tensor_parallel: they
         are, and run beside their communication within `user_buffers`.
+    lora: adapters of the layers' weights; None: there are none.
     """
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     with without_notes():
@@ -118,7 +129,10 @@ def make_config(
             recompute_layers=engine.recomputed,
             fp8_experts=engine.experts == "fp8",
             expert_exchange=engine.expert_exchange,
-            overlap_shared_expert=engine.overlaps_shared_expert(parallel, model),
+            # The adapters of the shared expert run where autograd sees them.
+            overlap_shared_expert=engine.overlaps_shared_expert(parallel, model)
+            and not (lora and lora.rank),
+            lora=lora or LoraConfig(),
             **_model_fields(model),
             **_parallel_fields(parallel),
             params_dtype=dtype,

@@ -24,6 +24,7 @@ from torch import Tensor
 from nemocascade.megatron.adam import Bf16MomentsAdamW
 from nemocascade.megatron.config import Accelerators, CascadeConfig
 from nemocascade.megatron.cpu import cuda_names
+from nemocascade.megatron.layers.adapted_experts import sum_whole_factors
 from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.parameter_gather import ParameterGather
 from nemocascade.recipe import OptimizerConfig
@@ -74,6 +75,8 @@ def wrap_ddp(
     def finalize(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
         # Token weights already contain the normaliser, so nothing is divided here.
         finalize_model_grads(model, None, **kwargs)
+        trained = (p for chunk in model for p in chunk.parameters())
+        sum_whole_factors(trained, world.groups.expt_tp)
 
     config.finalize_model_grads_func = finalize
     if on_gpu:

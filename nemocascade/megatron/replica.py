@@ -1,7 +1,8 @@
 """A copy of the training weights in a generation layout, and training's memory meanwhile.
 
 The copy exists between `load` and `free`. Tensors stay the same objects: their storage is allocated
-and freed.
+and freed. Weights with low-rank adapters are copied merged. In the layout of training only these
+are copied, and all others are training's own.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemocascade.megatron.adapter import MergedPart, merged_parts
 from nemocascade.megatron.checkpoint.resharding import BUCKET_BYTES, Resharding
-from nemocascade.megatron.checkpoint.state import model_parts
+from nemocascade.megatron.checkpoint.state import ModelPart, model_parts
 from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.model import CascadeModel, build_model
 from nemocascade.megatron.optimizer import Optimizer
+from nemocascade.megatron.world import shares_weights
 from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig
 from nemocascade.runtime.world import World
 
@@ -50,9 +53,15 @@ class Replica:
         for chunk in self.chunks:
             # Host memory that is never written costs nothing; parts are found by their addresses.
             chunk.to_empty(device="cpu").requires_grad_(False)
-        parts = model_parts(self.chunks, rollout_world)
-        self._storages = _on_device(self.chunks, [part.owner for part in parts], world.device)
-        self._resharding = Resharding(world, model_parts(source, world), parts, bucket_bytes)
+        parts, held = model_parts(self.chunks, rollout_world), merged_parts(source, world)
+        filled = {id(part.owner) for part in parts}
+        if shares_weights(world, rollout_world):
+            parts, held = _share(parts, held)
+        for buffer in (b for chunk in self.chunks for b in chunk.buffers()):
+            if id(buffer) not in filled:
+                buffer.data = torch.zeros_like(buffer.data, device=world.device)
+        self._storages = _on_device([part.owner for part in parts], world.device)
+        self._resharding = Resharding(world, held, parts, bucket_bytes)
         self._connected = False
 
     def load(self) -> None:
@@ -70,6 +79,20 @@ class Replica:
         """Free the memory; the chunks have no values until `load`."""
         for storage, _ in self._storages:
             storage.resize_(0)
+
+
+def _share(
+    parts: Sequence[ModelPart], held: Sequence[ModelPart]
+) -> tuple[list[ModelPart], list[ModelPart]]:
+    """Make the parts of an equal layout the held ones, where these are read as they are; returns
+    the other parts of both."""
+    merged = {part.key for part in held if isinstance(part, MergedPart)}
+    sources = {part.key: part.owner for part in held}
+    for part in parts:
+        if part.key not in merged:
+            part.owner.data = sources[part.key].data
+    left, right = ([p for p in found if p.key in merged] for found in (parts, held))
+    return left, right
 
 
 class TrainingMemory:
@@ -125,12 +148,10 @@ class TrainingMemory:
 
 
 def _on_device(
-    chunks: Sequence[torch.nn.Module], owners: Sequence[Tensor], device: torch.device
+    owners: Sequence[Tensor], device: torch.device
 ) -> list[tuple[torch.UntypedStorage, int]]:
-    """Move a model to `device`: `owners` without memory, and other buffers as zeros.
-
-    Returns the storages of `owners` with the bytes that they need.
-    """
+    """Move `owners` to `device`, without memory; returns their storages with the bytes that they
+    need."""
     freed: dict[int, tuple[torch.UntypedStorage, int]] = {}
     for owner in owners:
         if id(owner) not in freed:
@@ -138,10 +159,6 @@ def _on_device(
             storage = owner.untyped_storage()
             freed[id(owner)] = storage, storage.nbytes()
             storage.resize_(0)
-    for chunk in chunks:
-        for buffer in chunk.buffers():
-            if id(buffer) not in freed:
-                buffer.data = torch.zeros_like(buffer.data, device=device)
     return list(freed.values())
 
 

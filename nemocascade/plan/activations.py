@@ -135,6 +135,9 @@ class Activations:
         if self.job.engine.experts == "fp8" and not self.job.on_gpu:
             # The definition keeps rows, pre-activations and activations in float32.
             hidden = 4 * (m.hidden_size + m.expert_width / p.etp * (gates + 1))
+        if any(self.job.lora.adapts(f"experts.linear_fc{number}") for number in (1, 2)):
+            # Separate operators also keep the rows, the activations and the outputs.
+            hidden += (2 * m.hidden_size + m.expert_width / p.etp) * self.width
         if p.ep * p.etp == 1:
             return {"experts": slots * hidden}
         arrived = slots * p.etp * self.job.imbalance

@@ -16,6 +16,7 @@ from nemocascade.recipe import (
     PRESETS,
     CheckpointConfig,
     EngineConfig,
+    LoraConfig,
     ModelConfig,
     MoeTrainingConfig,
     OptimizerConfig,
@@ -79,6 +80,7 @@ class Job:
     mixer: MixerBackend = "triton"
     work: StepWork | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def on_gpu(self) -> bool:
@@ -150,6 +152,7 @@ class Job:
             optimizer=self.optimizer,
             on_gpu=self.on_gpu,
             gradients_in=self.engine.gradients,
+            lora=self.lora,
         )
 
     def with_layout(
@@ -195,7 +198,7 @@ def job_of_recipe(
     """
     known: dict[str, Any] = {
         name: getattr(recipe, name)
-        for name in ("parallel", "engine", "moe", "optimizer", "checkpoint")
+        for name in ("parallel", "engine", "moe", "optimizer", "checkpoint", "lora")
     }
     model = model or _model_of(recipe, preset)
     known |= {"model": model, "gpu": gpu, "world_size": world_size}

@@ -14,8 +14,8 @@ from nemocascade.megatron.generation.kv_cache import (
 )
 from nemocascade.plan.activations import Activations, in_flight
 from nemocascade.plan.job import Job
-from nemocascade.plan.parameters import Place, place_of, stage_chunks
-from nemocascade.recipe import ParallelConfig
+from nemocascade.plan.parameters import Place, adapted_bytes, place_of, stage_chunks
+from nemocascade.recipe import LoraConfig, ParallelConfig
 
 GIB = float(1 << 30)
 # CUDA context, NCCL buffers of each communicator, and library workspaces.
@@ -146,11 +146,14 @@ def stage_memory(job: Job, place: Place) -> Memory:
 
 def _with_rollouts(job: Job, rank: Memory) -> Memory:
     """The memory of a rank with what generation allocates: a copy of the weights in a layout of its
-    own, and caches and work space."""
+    own, or of those with adapters, and caches and work space."""
     own = job.rollout.parallel.layout(job.parallel)
+    stage = rank.place.pp
     if own == replace(job.parallel, cp=1):
-        return _with_caches(job, own, rank.place.pp, rank)
-    there = replace(job, parallel=own)
+        width = 2 if job.engine.precision == "bf16" else 4
+        copied = adapted_bytes(job.model, job.parallel, job.moe, job.lora, stage, width)
+        return _with_caches(job, own, stage, replace(rank, weights=float(copied)))
+    there = replace(job, parallel=own, lora=LoraConfig())
     found = (
         _with_caches(
             job,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemocascade.recipe import (
+    LoraConfig,
     ModelConfig,
     MoeTrainingConfig,
     OptimizerConfig,
@@ -29,7 +30,7 @@ _MOMENT_BYTES = {"fp32": 8, "bf16": 4}
 class Parameter:
     """A parameter on one rank. numel: its elements there. float32: stored in float32 at any model
     precision. expert: routed, so replicated over the expert data-parallel ranks. shared: used by
-    two stages, in a bucket of its own.
+    two stages, in a bucket of its own. adapted: a weight with low-rank factors.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Parameter:
     expert: bool = False
     shared: bool = False
     trained: bool = True
+    adapted: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,14 @@ def stage_kinds(layout: str, pp: int) -> list[tuple[int, list[tuple[str, int]]]]
 
 
 def stage_parameters(
-    model: ModelConfig, parallel: ParallelConfig, moe: MoeTrainingConfig, pp_rank: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    moe: MoeTrainingConfig,
+    pp_rank: int,
+    lora: LoraConfig | None = None,
 ) -> list[list[Parameter]]:
-    """Parameters of a pipeline rank, as a list for each of its vpp chunks."""
+    """Parameters of a pipeline rank, as a list for each of its vpp chunks. lora: its factors; with
+    a rank, nothing else is trained."""
     last = pp_rank == parallel.pp - 1
     return [
         chunk_parameters(
@@ -110,6 +117,7 @@ def stage_parameters(
             pattern,
             first=pp_rank == chunk == 0,
             last=last and chunk == parallel.vpp - 1,
+            lora=lora,
         )
         for chunk, pattern in enumerate(stage_chunks(model, parallel, pp_rank))
     ]
@@ -123,6 +131,7 @@ def chunk_parameters(
     *,
     first: bool,
     last: bool,
+    lora: LoraConfig | None = None,
 ) -> list[Parameter]:
     """Parameters of one chunk on each of its ranks, in the order of the module tree."""
     table = model.vocab_size // parallel.tp * model.hidden_size
@@ -131,12 +140,69 @@ def chunk_parameters(
     if first:
         found.append(Parameter("embedding.word_embeddings.weight", table, shared=shared))
     for index, symbol in enumerate(pattern):
-        found += _layer(model, parallel, moe, symbol, f"decoder.layers.{index}")
+        layer = _layer(model, parallel, moe, symbol, f"decoder.layers.{index}")
+        found += _with_factors(layer, model, parallel, lora) if lora and lora.rank else layer
     if last:
         found.append(Parameter("decoder.final_norm.weight", model.hidden_size))
         if shared or not model.tie_embeddings:
             found.append(Parameter("output_layer.weight", table, shared=shared))
-    return found
+    if lora is None or not lora.rank:
+        return found
+    return [p if "lora_" in p.name else replace(p, trained=False) for p in found]
+
+
+def _with_factors(
+    layer: Sequence[Parameter], model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig
+) -> list[Parameter]:
+    """The layer's parameters with the factors of its adapted weights: those of a linear follow its
+    weight, those of experts come after both of their weights."""
+    found: list[Parameter] = []
+    later: list[Parameter] = []
+    for p in layer:
+        if later and not p.expert:
+            found, later = [*found, *later], []
+        if not lora.adapts(p.name):
+            found.append(p)
+            continue
+        found.append(replace(p, adapted=True))
+        names = [f"{p.name}_lora_a", f"{p.name}_lora_b"]
+        if not p.expert:
+            names = [f"{p.name.removesuffix('.weight')}.lora_{letter}" for letter in "ab"]
+        sizes = _factor_sizes(p, model, parallel, lora.rank)
+        factors = [replace(p, name=n, numel=s) for n, s in zip(names, sizes, strict=True)]
+        if p.expert:
+            later += factors
+        else:
+            found += factors
+    return found + later
+
+
+def _factor_sizes(
+    weight: Parameter, model: ModelConfig, parallel: ParallelConfig, rank: int
+) -> tuple[int, int]:
+    """Elements of A [r, I] and B [O, r] of a weight on a rank, over all of its experts."""
+    is_row = weight.name.removesuffix(".weight").endswith(("_proj", "fc2"))
+    is_row = is_row and not weight.name.endswith("in_proj.weight")
+    experts = model.num_experts // parallel.ep if weight.expert else 1
+    # One side of a weight is the hidden size, whole on every rank.
+    other = weight.numel // model.hidden_size // experts
+    inputs, outputs = (other, model.hidden_size) if is_row else (model.hidden_size, other)
+    return experts * rank * inputs, experts * rank * outputs
+
+
+def adapted_bytes(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    moe: MoeTrainingConfig,
+    lora: LoraConfig,
+    pp_rank: int,
+    width: int,
+) -> int:
+    """Bytes of the weights of a pipeline rank that have factors."""
+    if not lora.rank:
+        return 0
+    chunks = stage_parameters(model, parallel, moe, pp_rank, lora)
+    return width * sum(p.numel for chunk in chunks for p in chunk if p.adapted)
 
 
 def _layer(
@@ -194,18 +260,20 @@ def state_bytes(
     optimizer: OptimizerConfig,
     on_gpu: bool,
     gradients_in: str = "fp32",
+    lora: LoraConfig | None = None,
 ) -> StateBytes:
     """Persistent bytes of the rank at `place`, from the first step to the last.
 
     on_gpu: gradients are reduced during backward, which splits the buffers of the first stage into
-    buckets, each with its own padding. gradients_in: `EngineConfig.gradients`.
+    buckets, each with its own padding. gradients_in: `EngineConfig.gradients`. lora: see
+    `stage_parameters`.
     """
     dp = world_size // (parallel.tp * parallel.pp)
     expert_dp = world_size // (parallel.etp * parallel.ep * parallel.pp)
     size = 2 if precision == "bf16" else 4
     weights = gradients = states = 0
     routers = "".join(stage_chunks(model, parallel, place.pp)).count("E")
-    for chunk, parameters in enumerate(stage_parameters(model, parallel, moe, place.pp)):
+    for chunk, parameters in enumerate(stage_parameters(model, parallel, moe, place.pp, lora)):
         weights += sum(p.numel * _width(p, size) for p in parameters if not p.trained)
         bucketed = on_gpu and place.pp == 0 and chunk == 0
         bucket = max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * dp) if bucketed else None

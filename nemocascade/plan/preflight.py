@@ -209,11 +209,12 @@ def check_disk(job: Job, recipe: Any, into: Preflight) -> None:
     """Check the disk space for the kept checkpoints, one being written, and the artifact."""
     with into.guarded("disk"):
         parent = _existing(recipe.run_dir)
-        [listed] = stage_parameters(job.model, ParallelConfig(), job.moe, 0)
+        [listed] = stage_parameters(job.model, ParallelConfig(), job.moe, 0, job.lora)
         count = sum(p.numel for p in listed)
+        trained = sum(p.numel for p in listed if p.trained)
         # Weights in the run's precision, and the optimizer state of a checkpoint.
         width, main = (2, 4) if job.engine.precision == "bf16" else (4, 0)
-        weights, states = float(count * width), float(count * (main + 8))
+        weights, states = float(count * width), float(trained * (main + 8))
         keep = max(1, recipe.checkpoint.keep)
         needed = (keep + 1) * (weights + states) + weights
         free = shutil.disk_usage(parent).free

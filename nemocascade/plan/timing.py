@@ -170,7 +170,9 @@ class StepModel:
             seconds += share * flops * slow * (1.0 / fast - 1.0 / rate)
             if what == "experts":
                 moved += self._fp8_experts_traffic(passes)
-        compute = passes * seconds + moved / (job.gpu.memory_gb_s * 1e9)
+        # Frozen weights have no gradient; the products of adapters are few.
+        products = passes - 1.0 if job.lora.rank else passes
+        compute = products * seconds + moved / (job.gpu.memory_gb_s * 1e9)
         gathers = self.stream * (p.tp - 1) / p.tp / self.tensor_speed + self._latency(p.tp)
         shared = symbol != "E" or job.model.shared_expert_width > 0
         # A gather and a scatter in each pass, and one more gather for the weight gradient.
@@ -305,9 +307,11 @@ class StepModel:
         return count * self._latency(ranks) + waits
 
     def head(self) -> _Cost:
-        """Cost of LM head and loss: three products, computed in the forward pass."""
+        """Cost of LM head and loss: three products, computed in the forward pass; two if the head
+        is frozen."""
         m = self.job.model
-        flops = 6.0 * m.hidden_size * m.vocab_size * self.job.tokens / self.job.parallel.tp
+        each = 4.0 if self.job.lora.rank else 6.0
+        flops = each * m.hidden_size * m.vocab_size * self.job.tokens / self.job.parallel.tp
         rate = self.job.gpu.matmul_tflops * 1e12 * _EFFICIENCY["head"]
         return _Cost(flops / rate)
 

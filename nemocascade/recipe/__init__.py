@@ -22,6 +22,7 @@ from nemocascade.recipe.errors import RecipeError, UserError
 from nemocascade.recipe.grpo import GrpoConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.recipe.loading import Recipe, load_any_recipe, load_recipe
+from nemocascade.recipe.lora import LoraConfig
 from nemocascade.recipe.model import (
     PRESETS,
     ModelConfig,
@@ -76,6 +77,7 @@ __all__ = [
     "GrpoRecipe",
     "JudgeConfig",
     "LogConfig",
+    "LoraConfig",
     "ModelConfig",
     "MoeTrainingConfig",
     "MopdConfig",

@@ -30,11 +30,11 @@ class TokenizerSettings:
 @dataclass(frozen=True)
 class ConvertSettings:
     """Convert a Hugging Face folder (NemotronHForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM)
-    to an artifact, or an artifact of any layout to such a folder. The direction follows from
-    SOURCE."""
+    to an artifact, an artifact of any layout to such a folder, or an adapter to PEFT's format. The
+    direction follows from SOURCE."""
 
     source: tyro.conf.Positional[str]
-    """Hugging Face folder or artifact."""
+    """Hugging Face folder, artifact or adapter."""
 
     target: tyro.conf.Positional[str]
     """Folder to write."""
@@ -50,6 +50,25 @@ class ConvertSettings:
 
     shard_gib: Positive = 5.0
     """Largest weights file of a written Hugging Face folder."""
+
+    base_model: str = ""
+    """Name or folder of the Hugging Face model that a written PEFT adapter belongs to; empty names
+    none."""
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Merge an adapter into the artifact that it was trained on: W + alpha/rank B A. The result is
+    a full artifact, for stages, scores and `nemocascade convert`."""
+
+    adapter: tyro.conf.Positional[str]
+    """Folder of the adapter, such as RUN/adapter."""
+
+    target: tyro.conf.Positional[str]
+    """Artifact folder to write."""
+
+    base: str = ""
+    """Folder of the artifact that it was trained on; empty = the folder that the adapter names."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from nemocascade.recipe.domains import DomainConfig
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.recipe.grpo import GrpoConfig
+from nemocascade.recipe.lora import LoraConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig, RolloutParallelConfig
 from nemocascade.recipe.paths import ArtifactPath, OutputPath, path_problems
@@ -259,6 +260,7 @@ class PolicyRecipe(ABC):
     )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=10))
     eval: RlEvalConfig = field(default_factory=RlEvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -276,6 +278,7 @@ class PolicyRecipe(ABC):
         found = number_problems(self) + path_problems(self)
         found += self.optimizer.problems() + self.engine.problems() + self.rollout.problems()
         found += self.envs.problems() + self.log.problems()
+        found += self.lora.problems(self.engine, model)
         if not self.init_from:
             found.append("init_from is empty: name the artifact folder of the stage before")
         if self.engine.overlap_parameter_gather:

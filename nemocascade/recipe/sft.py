@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from nemocascade.recipe.data import DataConfig, TokenizerConfig
 from nemocascade.recipe.domains import DomainConfig
 from nemocascade.recipe.envs import PythonToolConfig
+from nemocascade.recipe.lora import LoraConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig
 from nemocascade.recipe.paths import ArtifactPath, OutputPath, path_problems
@@ -87,6 +88,7 @@ class SftRecipe:
     moe: MoeTrainingConfig = field(default_factory=MoeTrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -96,6 +98,12 @@ class SftRecipe:
         found = number_problems(self) + path_problems(self)
         found += self.model.problems() + self.optimizer.problems() + self.engine.problems()
         found += self.log.problems()
+        found += self.lora.problems(self.engine, self.model)
+        if self.lora.rank and not self.init_from:
+            found.append(
+                f"lora.rank({self.lora.rank}) trains an adapter of an artifact, and init_from is "
+                "empty: name the base with --init-from, or set --lora.rank 0"
+            )
         if self.base_model and not self.init_from:
             found.append(
                 f"init_from is empty, and random weights are not base_model({self.base_model}): "

@@ -36,6 +36,9 @@ def _value(hint: Any, value: object, where: str) -> Any:
     elif origin in (dict, Mapping):
         if isinstance(value, dict):
             return {k: _value(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    elif origin is tuple and arguments[1:] == (...,):
+        if isinstance(value, list):
+            return tuple(_value(arguments[0], v, f"{where}.{i}") for i, v in enumerate(value))
     elif origin is list:
         if isinstance(value, list):
             return [_value(arguments[0], v, f"{where}.{i}") for i, v in enumerate(value)]

@@ -142,11 +142,15 @@ def _open_policy(
         accelerators=accelerators,
         seed=recipe.seed,
         run_dir=Path(recipe.run_dir),
+        lora=recipe.lora,
     )
     layout = recipe.rollout.layout.layout(recipe.parallel)
     rollout_world, replica = generation_world(world, layout, recipe.engine), None
-    if not shares_weights(world, rollout_world):
+    is_shared = shares_weights(world, rollout_world)
+    if not is_shared:
         LOGGER.info("rollouts: %s", rollout_world.describe())
+    # Weights with adapters are copied merged, also to the same layout.
+    if not is_shared or (recipe.lora.rank and recipe.rollout.engine == "live"):
         replica = Replica(world, trainer.modules, rollout_world, model, recipe.engine, accelerators)
     engine = open_engine(
         world,

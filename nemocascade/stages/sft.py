@@ -51,6 +51,7 @@ def run_sft(recipe: SftRecipe, console: Console | None = None) -> Path:
             accelerators=accelerators,
             seed=recipe.seed,
             run_dir=run_dir,
+            lora=recipe.lora,
         )
         loader = PackedLoader(
             data.train,

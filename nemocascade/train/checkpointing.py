@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from nemocascade.data.tokenizer import Tokenizer
+from nemocascade.megatron.adapter_artifact import load_adapter, read_adapter, write_adapter
 from nemocascade.megatron.artifact import (
+    ORIGIN,
     Provenance,
     load_artifact_weights,
     read_artifact,
@@ -34,6 +36,7 @@ from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.stopping import Stopped
 from nemocascade.runtime.world import World
 from nemocascade.train.trainer import Trainer
+from nemocascade.types import Artifact
 
 
 class Source(Protocol):
@@ -115,6 +118,8 @@ class Checkpoints:
         elif init_from:
             artifact = read_artifact(Path(init_from))
             load_artifact_weights(artifact, self.world, trainer.chunks, trainer.optimizer)
+            if trainer.config.lora.adapter:
+                self._start_adapter(trainer, artifact)
             self.parent = {
                 "folder": init_from,
                 "digest": artifact.digest,
@@ -216,7 +221,8 @@ class Checkpoints:
         data: dict[str, Any],
         scores: dict[str, float],
     ) -> Path:
-        """Write RUN/artifact from the trainer's weights and return the folder.
+        """Write RUN/artifact from the trainer's weights and return the folder. A run that trains
+        adapters merges them into it, and writes them to RUN/adapter.
 
         A run that resumed and trained no step keeps the artifact it has, and a new artifact names
         the settings that trained its weights. recipe: a dataclass. data: description of the
@@ -253,7 +259,19 @@ class Checkpoints:
             template=tokenizer.template.source,
         )
         LOGGER.info("artifact %s (%s)", artifact.folder, artifact.digest[:12])
+        if trainer.config.lora.rank:
+            # The artifact is merged, for the stages that read it; the adapter is kept beside it.
+            adapter = self.run_dir / "adapter"
+            origin = Path(tokenizer.path).with_name(ORIGIN)
+            digest = write_adapter(adapter, self.world, trainer.chunks, provenance, origin=origin)
+            LOGGER.info("adapter %s (%s)", adapter, digest[:12])
         return artifact.folder
+
+    def _start_adapter(self, trainer: Trainer, base: Artifact) -> None:
+        """Continue from the adapter that the settings name, on the weights of its base."""
+        adapter = read_adapter(Path(trainer.config.lora.adapter))
+        load_adapter(adapter, base, self.world, trainer.chunks, trainer.optimizer)
+        LOGGER.info("adapter from %s (%s)", adapter.folder, adapter.artifact.digest[:12])
 
     def _find(self, *, resume: bool) -> Path | None:
         """Remove leftovers and find the checkpoint to resume from, the same on every rank."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from nemocascade_kernels import Truncation
 from torch import Tensor
 
+from nemocascade.megatron.adapter import train_adapters_only
 from nemocascade.megatron.config import Accelerators, CascadeConfig, make_config
 from nemocascade.megatron.layers.moe import MoEMixer, Router
 from nemocascade.megatron.microbatch import Microbatch
@@ -22,11 +23,13 @@ from nemocascade.megatron.replay import RouteReplay, lay_choices, moe_index
 from nemocascade.megatron.schedule import run_schedule
 from nemocascade.recipe import (
     EngineConfig,
+    LoraConfig,
     ModelConfig,
     MoeTrainingConfig,
     OptimizerConfig,
     UserError,
 )
+from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
 from nemocascade.train.dump import NonFiniteError, dump_batches
 from nemocascade.train.evaluation import (
@@ -85,9 +88,15 @@ class Trainer:
         accelerators: Accelerators,
         seed: int,
         run_dir: Path,
+        lora: LoraConfig | None = None,
     ) -> None:
+        """lora: with a rank, its adapters alone are trained: the weights, the routers and their
+        selection biases are frozen, and routers have no auxiliary losses."""
         self.world = world
         self.run_dir = run_dir
+        is_adapter = lora is not None and bool(lora.rank)
+        if is_adapter:
+            moe = replace(moe, freeze_router=True, bias_update_rate=0.0)
         self.config: CascadeConfig = make_config(
             model,
             world.parallel,
@@ -98,8 +107,11 @@ class Trainer:
             fuse_weight_gradient=world.device.type == "cuda",
             fp8_linears=accelerators.te_linears,
             overlap_tensor_parallel=accelerators.te_overlap,
+            lora=lora,
         )
         self._modules: list[CascadeModel] = build_model(world, self.config, accelerators)
+        if is_adapter:
+            LOGGER.info(train_adapters_only(self._modules))
         self._chunks = wrap_ddp(
             world,
             self.config,

@@ -47,6 +47,8 @@ def train(
     model: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     engine: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
+    steps: int = STEPS,
 ) -> list[list[float]]:
     """Loss and gradient norm of each step, from a fresh model on random documents."""
     from dataclasses import replace
@@ -57,6 +59,7 @@ def train(
     from nemocascade.megatron.world import start_world
     from nemocascade.recipe import (
         EngineConfig,
+        LoraConfig,
         MoeTrainingConfig,
         OptimizerConfig,
         ParallelConfig,
@@ -80,12 +83,13 @@ def train(
         accelerators=detect(settings, world.device).accelerators,
         seed=3,
         run_dir=Path("/nonexistent"),
+        lora=LoraConfig(**(lora or {})),
     )
     batches = [
         batch.shard(world.cp_rank, world.parallel.cp)
         for batch in random_batches(4, shape.vocab_size)[world.dp_rank :: world.dp_size]
     ]
-    results = [trainer.train_step(batches) for _ in range(STEPS)]
+    results = [trainer.train_step(batches) for _ in range(steps)]
     world.barrier()
     return [[r.loss, r.grad_norm] for r in results]
 
@@ -118,14 +122,35 @@ def random_batches(count: int, vocab_size: int) -> list[Any]:
 
 BF16 = {"engine": {"precision": "bf16"}}
 TIED = {"model": {"tie_embeddings": True}}
+EVERY_TARGET = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "shared_experts", "experts")
+# The first step changes A by nothing, for B is zero: only later ones see the gradient of both.
+LORA: dict[str, Any] = {
+    "lora": {"rank": 4, "targets": EVERY_TARGET},
+    "steps": 5,
+    "optimizer": {"lr": 1e-2},
+    "model": {"init_std": 0.1},
+}
+ATTENTION_ONLY = {**LORA, "lora": {"rank": 4, "targets": ("linear_qkv",)}}
 # Runs by number of ranks: starting an interpreter costs more than ten steps.
 RUNS: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "one": {"parallel": {}},
         "one, tied": {"parallel": {}, **TIED},
         "one, bf16": {"parallel": {}, **BF16},
+        "one, LoRA": {"parallel": {}, **LORA},
+        "one, LoRA of attention": {"parallel": {}, **ATTENTION_ONLY},
     },
     2: {
+        "LoRA, PP2 without adapters on the first stage": {
+            "parallel": {"pp": 2, "pipeline_layout": "MEM|*EME*"},
+            **ATTENTION_ONLY,
+        },
+        "LoRA, recompute": {"parallel": {"ep": 2}, **LORA, "engine": {"recompute": True}},
+        "LoRA, plain optimizer": {
+            "parallel": {"tp": 2, "etp": 2},
+            **LORA,
+            "optimizer": {**LORA["optimizer"], "distributed": False},
+        },
         "recompute": {"parallel": {"ep": 2}, "engine": {"recompute": True}},
         "recompute ME": {
             "parallel": {"ep": 2},
@@ -146,6 +171,10 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
 }
 for _name, (_ranks, _parallel) in LAYOUTS.items():
     RUNS[_ranks][_name] = {"parallel": _parallel}
+LORA_LAYOUTS = ("TP2", "PP2 VPP2", "TP2 ETP2", "TP2 EP2 on 2", "CP2", "EP2 ETP2")
+for _name in LORA_LAYOUTS:
+    _ranks, _parallel = LAYOUTS[_name]
+    RUNS[_ranks][f"LoRA, {_name}"] = {"parallel": _parallel, **LORA}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +190,7 @@ def results() -> dict[str, list[list[float]]]:
 
 def worst(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float, float]:
     """Largest relative difference of the losses and of the gradient norms."""
-    assert len(ours) == len(theirs) == STEPS
+    assert len(ours) == len(theirs) >= LORA["steps"]
     columns = [
         max(abs(a[i] - b[i]) / abs(b[i]) for a, b in zip(ours, theirs, strict=True)) for i in (0, 1)
     ]
@@ -197,13 +226,25 @@ def test_tied_embeddings(name: str, results: dict[str, list[list[float]]]) -> No
     assert results["one, tied"] != results["one"]
 
 
+@pytest.mark.parametrize("name", [*LORA_LAYOUTS, "recompute", "plain optimizer"])
+def test_adapters_of_every_layout_train_alike(
+    name: str, results: dict[str, list[list[float]]]
+) -> None:
+    assert max(worst(results[f"LoRA, {name}"], results["one, LoRA"])) <= TOLERANCE
+
+
+def test_a_pipeline_stage_may_have_no_adapter(results: dict[str, list[list[float]]]) -> None:
+    found = results["LoRA, PP2 without adapters on the first stage"]
+    assert max(worst(found, results["one, LoRA of attention"])) <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["TP2, bf16", "PP2 VPP2, bf16", "bf16 gradients"])
 def test_bf16_layouts_agree(name: str, results: dict[str, list[list[float]]]) -> None:
     """bf16 rounds differently in every layout; the losses still agree to its precision."""
     assert worst(results[name], results["one, bf16"])[0] <= 5e-3
 
 
-@pytest.mark.parametrize("name", ["one", "one, bf16"])
+@pytest.mark.parametrize("name", ["one", "one, bf16", "one, LoRA"])
 def test_the_loss_falls(name: str, results: dict[str, list[list[float]]]) -> None:
     """The matrix would hold for a model that learns nothing."""
     assert results[name][-1][0] < results[name][0][0] - 0.1

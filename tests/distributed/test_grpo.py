@@ -25,6 +25,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     f"CP2 EP2{REPLAY}": {"cp": 2, "ep": 2},
 }
 ROLLOUTS = {"EP2, rollouts TP2": {"tp": 2, "ep": 1}}
+LORA = ("EP2", "EP2, rollouts TP2")
+"""Layouts that also train adapters."""
+ADAPTED = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "shared_experts", "experts")
 """Layouts of generation; training's memory is offloaded meanwhile."""
 STEPS = 2
 COMPARED = ("loss", "grad_norm", "entropy", "logprob")
@@ -45,6 +48,7 @@ def grpo(
     *,
     replay: bool = False,
     rollouts: dict[str, int] | None = None,
+    lora: bool = False,
 ) -> Lines:
     """metrics.jsonl of a stage. Answers are junk, and some junk keeps to "no commas"."""
     from nemocascade.recipe import (
@@ -53,6 +57,7 @@ def grpo(
         EngineConfig,
         GrpoConfig,
         GrpoRecipe,
+        LoraConfig,
         OptimizerConfig,
         ParallelConfig,
         RlEvalConfig,
@@ -90,7 +95,10 @@ def grpo(
             ),
             grpo=GrpoConfig(capacity=256, kl_coef=0.1),
             envs=EnvConfig(if_language_check="letters"),
-            optimizer=OptimizerConfig(lr=1e-3, min_lr=0.0, warmup_steps=0, schedule="constant"),
+            optimizer=OptimizerConfig(
+                lr=3e-2 if lora else 1e-3, min_lr=0.0, warmup_steps=0, schedule="constant"
+            ),
+            lora=LoraConfig(rank=4, alpha=32.0, targets=ADAPTED) if lora else LoraConfig(),
             parallel=ParallelConfig(**parallel),
             engine=EngineConfig(precision="fp32"),
             checkpoint=CheckpointConfig(every=1),
@@ -143,7 +151,11 @@ def alone(folder: str) -> dict[str, Any]:
     grpo(artifact, f"{folder}/parts", {}, steps=1)
     parts = grpo(artifact, f"{folder}/parts", {})
     rated = pass_rates(artifact, f"{folder}/rated", {})
-    return {"artifact": artifact, "whole": whole, "parts": parts, "rated": rated}
+    found = {"artifact": artifact, "whole": whole, "parts": parts, "rated": rated}
+    found["LoRA whole"] = grpo(artifact, f"{folder}/LoRA whole", {}, lora=True)
+    grpo(artifact, f"{folder}/LoRA parts", {}, steps=1, lora=True)
+    found["LoRA parts"] = grpo(artifact, f"{folder}/LoRA parts", {}, lora=True)
+    return found
 
 
 def together(artifact: str, folder: str) -> dict[str, Lines]:
@@ -158,6 +170,14 @@ def together(artifact: str, folder: str) -> dict[str, Lines]:
         )
         for name, parallel in LAYOUTS.items()
     }
+    for name in LORA:
+        found[f"LoRA {name}"] = grpo(
+            artifact,
+            f"{folder}/LoRA {name}",
+            LAYOUTS[name],
+            rollouts=ROLLOUTS.get(name),
+            lora=True,
+        )
     for name, parallel in RATED.items():
         found[f"rated {name}"] = pass_rates(artifact, f"{folder}/rated_{name}", parallel)
     return found
@@ -196,6 +216,25 @@ def test_layout_equals_one_process(name: str, runs: dict[str, Any]) -> None:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), (key, ours["step"])
 
 
+def test_rollouts_are_of_the_merged_adapter(runs: dict[str, Any]) -> None:
+    """After the first step the adapter is not zero, and rollouts without it would differ."""
+    first, second = runs["LoRA whole"]
+    for line in (first, second):
+        assert line["mismatch_mean"] <= 1e-4
+        assert line["mismatch_max"] <= 1e-2
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert second["kl"] > 1e-3, "the policy is where it started"
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_adapters_train_alike_on_every_layout(name: str, runs: dict[str, Any]) -> None:
+    for ours, theirs in zip(runs[f"LoRA {name}"], runs["LoRA whole"], strict=True):
+        for key in EXACT:
+            assert ours[key] == theirs[key], (key, ours["step"])
+        for key in COMPARED:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), (key, ours["step"])
+
+
 @pytest.mark.parametrize("name", RATED)
 def test_pass_rates_do_not_depend_on_the_layout(name: str, runs: dict[str, Any]) -> None:
     assert runs[f"rated {name}"] == runs["rated"]
@@ -208,8 +247,9 @@ def test_the_curriculum_follows_the_rewards(runs: dict[str, Any]) -> None:
     assert 0 < targets[0] < targets[1]
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(runs: dict[str, Any]) -> None:
-    """Rollouts included: the artifact's weights are the same files."""
+@pytest.mark.parametrize("prefix", ["", "LoRA "])
+def test_a_stopped_run_goes_on_bit_for_bit(prefix: str, runs: dict[str, Any]) -> None:
+    """Rollouts included: the artifact's weights, and the adapter's, are the same files."""
     timing = {
         "tflops_per_rank",
         "mfu",
@@ -218,17 +258,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs: dict[str, Any]) -> None:
         *("decode_steps", "decode_rows", "preemptions", "offloads", "prefill_tokens", "verdicts"),
     }
     timing.add("peak_memory_gib")
-    for ours, theirs in zip(runs["parts"], runs["whole"], strict=True):
+    for ours, theirs in zip(runs[f"{prefix}parts"], runs[f"{prefix}whole"], strict=True):
         shown = [k for k in theirs if k not in timing and not k.startswith("heldout")]
         shown = [k for k in shown if not k.endswith("_s")]
         assert {k: ours[k] for k in shown} == {k: theirs[k] for k in shown}
-    hashes = []
-    for name in ("whole", "parts"):
-        manifest = json.loads((Path(runs["folder"]) / name / "artifact/manifest.json").read_text())
-        weights = {k: v for k, v in manifest["files"].items() if k.endswith(".safetensors")}
-        assert weights
-        hashes.append(weights)
-    assert hashes[0] == hashes[1]
+    for kind in ("artifact", "adapter") if prefix else ("artifact",):
+        hashes = []
+        for name in ("whole", "parts"):
+            path = Path(runs["folder"]) / f"{prefix}{name}" / kind / "manifest.json"
+            files = json.loads(path.read_text())["files"]
+            hashes.append({k: v for k, v in files.items() if k.endswith(".safetensors")})
+        assert hashes[0]
+        assert hashes[0] == hashes[1]
 
 
 def test_rollouts_are_kept_as_text(runs: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.megatron.microbatch import Microbatch
 from nemocascade.megatron.model import CascadeModel, build_model
-from nemocascade.recipe import EngineConfig, ModelConfig, MoeTrainingConfig, tiny
+from nemocascade.recipe import EngineConfig, LoraConfig, ModelConfig, MoeTrainingConfig, tiny
 from nemocascade.runtime.world import World
 from nemocascade.types import Document, pack_documents
 
@@ -50,21 +50,29 @@ QWEN3: dict[str, Any] = {
 }
 
 
-def make_model(world: World, shape: ModelConfig, seed: int = 1) -> list[CascadeModel]:
-    """Chunks of `shape` with weights that spread the logits, in float32."""
+def make_model(
+    world: World, shape: ModelConfig, seed: int = 1, lora: LoraConfig | None = None
+) -> list[CascadeModel]:
+    """Chunks of `shape` with weights that spread the logits, in float32. lora: with adapters as
+    after some training."""
     config = make_config(
         shape,
         world.parallel,
         EngineConfig(precision="fp32"),
         MoeTrainingConfig(load_balance="none"),
         seed=seed,
+        lora=lora,
     )
     chunks = build_model(world, config, Accelerators())
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for chunk in chunks:
             for name, value in chunk.named_parameters():
                 if value.dim() > 1 and "conv1d" not in name:
                     value.mul_(4.0)
+                if name.endswith("lora_b"):
+                    # Factors that several ranks hold have the same values on them.
+                    value.normal_(0.0, 0.05, generator=generator)
     return chunks
 
 

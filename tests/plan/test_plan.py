@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.fake_megatron import OnMeta, fake_megatron_world
 
+from nemocascade.megatron.adapter import train_adapters_only
 from nemocascade.megatron.checkpoint.state import _main_parameters, _stepping
 from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.fake import build_on_meta, fake_world
@@ -44,6 +45,7 @@ from nemocascade.plan.tables import memory_rows, rows
 from nemocascade.plan.timing import StepModel
 from nemocascade.recipe import (
     EngineConfig,
+    LoraConfig,
     ModelConfig,
     MoeTrainingConfig,
     OptimizerConfig,
@@ -73,6 +75,8 @@ STATES: dict[str, tuple[int, dict[str, Any], ModelConfig, str, bool, bool]] = {
     "EP2 ETP2": (8, {"tp": 2, "ep": 2, "etp": 2}, MIXED, "bf16", True, False),
     "plain optimizer": (4, {"tp": 2, "ep": 2}, SMALL, "bf16", False, False),
     "bf16 gradients": (4, {"tp": 2, "ep": 2}, SMALL, "bf16", True, False),
+    "TP2 PP2 ETP2, LoRA": (8, {"tp": 2, "pp": 2, "etp": 2}, MIXED, "bf16", True, False),
+    "EP2, LoRA": (2, {"ep": 2}, SMALL, "fp32", False, False),
     "odd replicas": (6, {"pp": 2, "ep": 3}, replace(SMALL, num_experts=9), "bf16", True, False),
 }
 
@@ -83,11 +87,14 @@ def built_state(
     engine: EngineConfig,
     moe: MoeTrainingConfig,
     settings: OptimizerConfig,
+    lora: LoraConfig | None = None,
 ) -> StateBytes:
     """Build what a rank builds, on the meta device, and count."""
-    config = make_config(shape, world.parallel, engine, moe, seed=0)
+    config = make_config(shape, world.parallel, engine, moe, seed=0, lora=lora)
     with torch.device("meta"):
         modules = build_model(world, config, Accelerators())
+    if lora is not None:
+        train_adapters_only(modules)
     with OnMeta():
         chunks = wrap_ddp(
             world,
@@ -126,9 +133,13 @@ def test_state_equals_a_meta_build_of_every_rank(name: str) -> None:
     engine = EngineConfig(precision=precision, gradients=gradients)  # type: ignore[arg-type]
     moe = MoeTrainingConfig(freeze_router=frozen)
     settings = OptimizerConfig(distributed=distributed)
+    lora = None
+    if "LoRA" in name:
+        targets = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "shared_experts", "experts")
+        lora = LoraConfig(rank=3, targets=(*targets, "mlp") if "-" in shape.pattern else targets)
     for rank in range(size):
         with fake_megatron_world(rank, size, parallel) as world:
-            expected = built_state(world, shape, engine, moe, settings)
+            expected = built_state(world, shape, engine, moe, settings, lora)
         found = state_bytes(
             shape,
             parallel,
@@ -139,6 +150,7 @@ def test_state_equals_a_meta_build_of_every_rank(name: str) -> None:
             optimizer=settings,
             on_gpu=False,
             gradients_in=gradients,
+            lora=lora,
         )
         assert found == expected, f"rank {rank}"
 

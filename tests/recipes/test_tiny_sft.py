@@ -73,6 +73,26 @@ def test_a_start_brings_its_tokenizer(
     assert found[0]["loss"] < lines[0]["loss"] - 0.1
 
 
+def test_an_adapter_learns(trained: tuple[Path, list[dict[str, float]]], tmp_path: Path) -> None:
+    folder, lines = trained
+    targets = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "shared_experts", "experts")
+    lora = [
+        "--lora.rank",
+        "16",
+        "--lora.targets",
+        *targets,
+        "--init-from",
+        str(folder / "artifact"),
+    ]
+    optimizer = ["--optimizer.lr", "4e-3", "--optimizer.warmup-steps", "2"]
+    found = train(tmp_path / "run", "--steps", "6", *lora, *optimizer)
+    assert found[-1]["heldout_loss"] < lines[-1]["heldout_loss"] - 0.1
+    assert (tmp_path / "run" / "artifact" / "manifest.json").exists()
+    manifest = json.loads((tmp_path / "run" / "adapter" / "manifest.json").read_text())
+    assert manifest["parent"] == str(folder / "artifact")
+    assert manifest["lora"]["rank"] == 16
+
+
 def test_it_learns(trained: tuple[Path, list[dict[str, float]]]) -> None:
     _, lines = trained
     assert lines[5]["loss"] < lines[0]["loss"] - 0.3

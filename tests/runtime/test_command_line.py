@@ -80,6 +80,7 @@ def test_a_misspelt_option_of_any_command_is_found_before_torch_is_imported() ->
     positional = {
         "generate": 1,
         "convert": 2,
+        "merge": 2,
         "diff": 2,
         "import-swe": 2,
         "watch": 1,

@@ -5,7 +5,8 @@ writes `manifest.json`, flushes the folder and renames it. A kill at any moment 
 old state or the new one. It may also leave a `.tmp-` folder, which `clean_leftovers` removes.
 
 manifest.json:
-    format, version, kind     "nemocascade", 1, "checkpoint" or "artifact"
+    format, version, kind     "nemocascade", 1, "checkpoint", "artifact"
+                              or "adapter"
     fields of the kind        step, model shape, layout, provenance
     files                     name -> sha256 and bytes, of every other file
     digest                    sha256 of all of the above: the manifest cannot be altered either
@@ -38,19 +39,21 @@ MODEL_FIELDS: dict[str, Any] = {
     "precision": str,
     "layout": dict,
 }
+ARTIFACT_FIELDS: dict[str, Any] = {
+    "stage": str,
+    "step": int,
+    "recipe": dict,
+    "data": dict,
+    "scores": dict,
+    "parent": str | None,
+    "parent_digest": str | None,
+    "tokenizer": str | None,
+    **MODEL_FIELDS,
+}
 FIELDS: dict[str, dict[str, Any]] = {
     "checkpoint": {"step": int, "optimizer_step": int, **MODEL_FIELDS},
-    "artifact": {
-        "stage": str,
-        "step": int,
-        "recipe": dict,
-        "data": dict,
-        "scores": dict,
-        "parent": str | None,
-        "parent_digest": str | None,
-        "tokenizer": str | None,
-        **MODEL_FIELDS,
-    },
+    "artifact": ARTIFACT_FIELDS,
+    "adapter": {**ARTIFACT_FIELDS, "lora": dict},
 }
 """Type of each field of a kind's manifest."""
 
@@ -131,6 +134,15 @@ def agree(
         raise CheckpointError(where, found)
 
 
+def kind_of(folder: Path) -> str | None:
+    """The kind that the manifest of `folder` says, unchecked; None without a readable manifest."""
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes()).get("kind")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     """Read the manifest of `folder` and check its digest.
 
@@ -157,7 +169,10 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         )
     problems = []
     if manifest.get("kind") != kind:
-        problems.append(f"{MANIFEST} is of kind {manifest.get('kind')!r}, not {kind!r}")
+        remedy = ""
+        if (manifest.get("kind"), kind) == ("adapter", "artifact"):
+            remedy = ": merge it with its base (nemocascade merge ADAPTER ARTIFACT)"
+        problems.append(f"{MANIFEST} is of kind {manifest.get('kind')!r}, not {kind!r}{remedy}")
     try:
         altered = digest_of(manifest) != claimed
     # No program writes NaN, nor levels without number.

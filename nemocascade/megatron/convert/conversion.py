@@ -165,7 +165,7 @@ def import_huggingface(source: Path, target: Path, *, precision: Precision = "au
                 problem = f"{copy} differs from {first}, but config.json says they are tied"
                 raise ConversionError(source, [problem])
         tensors = outgoing(names, reader, dtypes, to_ours=True)
-        written = _write_artifact(target, tensors, documents, fields)
+        written = store_artifact(target, tensors, documents, fields)
     carried = {*documents, CONFIG, *(p.file for e in index.values() for p in e.shards)}
     left = {p.name for p in source.iterdir() if not p.name.startswith(".")} - carried
     left.discard(f"{WEIGHTS}.index.json")
@@ -195,11 +195,10 @@ def export_huggingface(
     every tensor that is missing, unknown or of another shape; CheckpointError if the artifact is
     damaged.
     """
-    artifact, index = _open_artifact(source)
+    artifact, index = open_artifact(source)
     shape = artifact_model(artifact)
     origin = _read_origin(source)
-    chosen_family = _family(source, shape, origin, family)
-    names = name_map(chosen_family, shape, _style_of_origin(chosen_family, shape, origin))
+    chosen_family, names = names_to_write(source, shape, family)
     problems = differences(index, names.ours, MODEL)
     if target.exists():
         problems.append(f"{target} exists already: name a folder that does not")
@@ -230,6 +229,19 @@ def export_huggingface(
     flush(target.parent)
     size = sum(t.num_bytes for t in tensors)
     return Conversion(target, chosen_family, chosen, len(tensors), size, tuple(rounded))
+
+
+def names_to_write(
+    source: Path, shape: ModelConfig, family: Family | Literal["auto"]
+) -> tuple[Family, NameMap]:
+    """The family and the names of a folder to be written. source: an artifact or an adapter, which
+    may have the settings of an imported folder. family: as in `export_huggingface`.
+
+    Raises ConversionError if the family cannot express the model.
+    """
+    origin = _read_origin(source)
+    chosen = _family(source, shape, origin, family)
+    return chosen, name_map(chosen, shape, _style_of_origin(chosen, shape, origin))
 
 
 def _read_origin(source: Path) -> Origin | None:
@@ -315,7 +327,7 @@ def _tokenizer_files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
-def _write_artifact(
+def store_artifact(
     target: Path, tensors: list[Outgoing], documents: dict[str, bytes], fields: dict[str, Any]
 ) -> int:
     """Write the folder as a run of one rank would, in files of SHARD_BYTES; returns its bytes."""
@@ -334,7 +346,7 @@ def _write_artifact(
     return sum(w.size for w in written)
 
 
-def _open_artifact(source: Path) -> tuple[Artifact, Index]:
+def open_artifact(source: Path) -> tuple[Artifact, Index]:
     """Open the artifact and its index after checking every file's hash."""
     artifact = read_artifact(source)
     manifest = read_manifest(source, KIND)

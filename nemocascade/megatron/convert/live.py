@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemocascade.megatron.adapter import merged_parts
 from nemocascade.megatron.checkpoint.boxes import Box
 from nemocascade.megatron.checkpoint.resharding import exchange
-from nemocascade.megatron.checkpoint.state import model_parts, unwrap
+from nemocascade.megatron.checkpoint.state import unwrap
 from nemocascade.megatron.checkpoint.storage import consecutive
 from nemocascade.megatron.convert.config import families_of_model
 from nemocascade.megatron.convert.names import NameMap, default_style, name_map
@@ -57,14 +58,15 @@ class _Copy:
 class LiveTensors:
     """The tensors of a model, `specs`, in the order of its layers.
 
-    chunks: the model, bare or wrapped. Every rank creates the object and consumes `stream`.
+    chunks: the model, bare or wrapped; adapted weights are sent merged. Every rank creates the
+    object and consumes `stream`.
 
     Raises ConfigError if no family of Hugging Face models can express the model's shape.
     """
 
     def __init__(self, world: World, chunks: Sequence[Any]) -> None:
         self.world = world
-        self.parts = model_parts(chunks, world)
+        self.parts = merged_parts(chunks, world)
         shape = unwrap(chunks[0]).config.shape
         self.family = families_of_model(shape)[0]
         names = name_map(self.family, shape, default_style(self.family, shape))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.init import Shard, sharded_init
+from nemocascade.megatron.layers.lora import AdaptedColumn, AdaptedRow, add_factors
 from nemocascade.recipe import UserError
 
 APEX_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
@@ -96,6 +97,14 @@ class _ColumnParallelLinear(_AddsToMainGrad, ColumnParallelLinear):
 
 
 class _RowParallelLinear(_AddsToMainGrad, RowParallelLinear):
+    pass
+
+
+class _AdaptedColumnLinear(AdaptedColumn, _ColumnParallelLinear):
+    pass
+
+
+class _AdaptedRowLinear(AdaptedRow, _RowParallelLinear):
     pass
 
 
@@ -202,9 +211,11 @@ def column_linear(
     name: the weight's global name. blocks: parts of the outputs that are sharded separately.
     stride: number of equal blocks, for Megatron's own bookkeeping.
     """
+    is_adapted = config.lora.adapts(name)
     if config.fp8:
         _check_fp8(name, inputs, outputs // tp_group.size())
-    kind, more = _kind(config, _ColumnParallelLinear, "column", name)
+    plain = _AdaptedColumnLinear if is_adapted else _ColumnParallelLinear
+    kind, more = _kind(config, plain, "column", name)
     linear = kind(
         inputs,
         outputs,
@@ -219,6 +230,8 @@ def column_linear(
         **more,
     )
     _fill(linear, config, name, tp_shard(tp_group, 0, blocks), residual=False)
+    if is_adapted:
+        add_factors(linear, config, name, tp_shard(tp_group, 0))
     return linear
 
 
@@ -229,9 +242,11 @@ def row_linear(
 
     name: the weight's global name.
     """
+    is_adapted = config.lora.adapts(name)
     if config.fp8:
         _check_fp8(name, inputs // tp_group.size(), outputs)
-    kind, more = _kind(config, _RowParallelLinear, "row", name)
+    plain = _AdaptedRowLinear if is_adapted else _RowParallelLinear
+    kind, more = _kind(config, plain, "row", name)
     linear = kind(
         inputs,
         outputs,
@@ -245,4 +260,6 @@ def row_linear(
         **more,
     )
     _fill(linear, config, name, tp_shard(tp_group, 1), residual=True)
+    if is_adapted:
+        add_factors(linear, config, name, tp_shard(tp_group, 1))
     return linear

@@ -29,6 +29,7 @@ from nemocascade.megatron.context import ContextShard, GatherRanks, tie
 from nemocascade.megatron.init import Fill, generator_for, sharded_init
 from nemocascade.megatron.layers.border_states import entering_states
 from nemocascade.megatron.layers.linear import column_linear, row_linear, tp_shard
+from nemocascade.megatron.layers.lora import FACTOR_B
 from nemocascade.megatron.microbatch import Microbatch
 
 States = tuple[Tensor, Tensor]
@@ -316,12 +317,16 @@ class MambaMixer(MegatronModule):
             )
         inner, shared = self.inner, self.groups * self.state
         conv = {"x": inner, "B": shared, "C": shared}
+        fused = {"z": inner, **conv, "dt": self.heads}
         parts = {
-            "in_proj.weight": {"z": inner, **conv, "dt": self.heads},
+            "in_proj.weight": fused,
+            f"in_proj.{FACTOR_B}": fused,
             "conv1d.weight": conv,
             "conv1d.bias": conv,
         }
         for name, sizes in parts.items():
             key = f"{prefix}{name}"
+            if key not in sharded:
+                continue
             sharded[key] = _split_tensor_factory(sharded[key], [*sizes.values()], [*sizes], 0)
         return sharded

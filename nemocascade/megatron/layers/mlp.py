@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.layers.linear import column_linear, row_linear
+from nemocascade.megatron.layers.lora import FACTOR_B
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -104,7 +105,11 @@ class MLP(MegatronModule):
         """Store gate and up projections separately, so that TP may change."""
         sharded: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.activation == "swiglu":
-            key = f"{prefix}linear_fc1.weight"
             half = self.linear_fc1.weight.shape[0] // 2
-            sharded[key] = _split_tensor_factory(sharded[key], [half, half], ["gate", "up"], 0)
+            for name in ("weight", FACTOR_B):
+                key = f"{prefix}linear_fc1.{name}"
+                if key in sharded:
+                    sharded[key] = _split_tensor_factory(
+                        sharded[key], [half, half], ["gate", "up"], 0
+                    )
         return sharded

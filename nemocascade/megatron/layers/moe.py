@@ -23,8 +23,11 @@ from torch import Tensor, nn
 
 from nemocascade.megatron.config import CascadeConfig
 from nemocascade.megatron.groups import ExpertNodes
+from nemocascade.megatron.layers.adapted_experts import adapted_experts, expert_factors
 from nemocascade.megatron.layers.deepep import dispatched_by_deepep
 from nemocascade.megatron.layers.dispatch import OverlappedWork, dispatched
+from nemocascade.megatron.layers.linear import tp_shard
+from nemocascade.megatron.layers.lora import FACTOR_A, FACTOR_B, Adapted, Adapter
 from nemocascade.megatron.layers.mlp import MLP
 from nemocascade.megatron.layers.moe_loss import attach_loss, load_balance_loss, z_loss
 from nemocascade.megatron.layers.node_dispatch import dispatched_over_nodes
@@ -93,10 +96,11 @@ class Router(MegatronModule):
         self.load.zero_()
 
 
-class Experts(MegatronModule):
+class Experts(Adapted, MegatronModule):
     """This rank's experts. linear_fc1 [E/ep, I/etp or 2I/etp, H], linear_fc2 [E/ep, H, I/etp].
 
-    With a gated activation the first half of an expert's linear_fc1 rows is the gate.
+    With a gated activation the first half of an expert's linear_fc1 rows is the gate. The factors
+    of an adapted weight are linear_fc1_lora_a, linear_fc1_lora_b, and so on.
     """
 
     def __init__(self, config: CascadeConfig, name: str, groups: ProcessGroupCollection) -> None:
@@ -113,6 +117,27 @@ class Experts(MegatronModule):
         self.linear_fc1 = self._parameter(self.gates * width, shape.hidden_size)
         self.linear_fc2 = self._parameter(shape.hidden_size, width)
         self._initialise(name, width)
+        for weight, dim in (("linear_fc1", 0), ("linear_fc2", 1)):
+            if config.lora.adapts(f"{name}.{weight}"):
+                self._adapt(f"{name}.{weight}", weight, dim)
+
+    def _adapt(self, name: str, weight: str, dim: int) -> None:
+        """Give a weight its factors. dim: that of an expert's weight which etp shards."""
+        shard, first = tp_shard(self.groups.expt_tp, dim), self.ep_rank * self.num_local
+        factors = expert_factors(self.config, getattr(self, weight), name, first, shard)
+        for factor, value in zip((FACTOR_A, FACTOR_B), factors, strict=True):
+            self.register_parameter(f"{weight}_{factor}", value)
+
+    def adapter(self, weight: str) -> Adapter | None:
+        """The adapter of linear_fc1 or linear_fc2; None without one."""
+        if not hasattr(self, f"{weight}_{FACTOR_A}"):
+            return None
+        a, b = (getattr(self, f"{weight}_{factor}") for factor in (FACTOR_A, FACTOR_B))
+        return Adapter(getattr(self, weight), a, b, self.config.lora.scale)
+
+    def adapters(self) -> list[Adapter]:
+        found = (self.adapter(weight) for weight in ("linear_fc1", "linear_fc2"))
+        return [adapter for adapter in found if adapter is not None]
 
     def _parameter(self, rows: int, columns: int) -> nn.Parameter:
         weight = nn.Parameter(
@@ -151,7 +176,14 @@ class Experts(MegatronModule):
         by an all-to-all; other ways of exchange ignore it.
         """
 
+        adapters = self.adapter("linear_fc1"), self.adapter("linear_fc2")
+
         def experts(rows: Tensor, local: Routing) -> Tensor:
+            if any(adapters):
+                weights = self.linear_fc1, self.linear_fc2
+                return adapted_experts(
+                    rows, local, *weights, adapters, self.config.shape.activation
+                )
             return moe_experts(
                 rows,
                 local,
@@ -179,27 +211,34 @@ class Experts(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Shard the expert axis over ep, the width over etp; gate and up are stored separately."""
-        replica = (0, 0, self.groups.expt_dp.rank())
-        experts = (0, self.ep_rank, self.ep_size)
-        halves = self.linear_fc1.data.unflatten(1, (self.gates, -1))
-        state = {}
-        for index, part in enumerate(("gate", "up")[-self.gates :]):
-            key = f"{prefix}linear_fc1.{part}"
-            state[key] = ShardedTensor.from_rank_offsets(
-                key,
-                halves[:, index],
-                experts,
-                (1, self.etp_rank, self.etp_size),
-                replica_id=replica,
+        state: dict[str, Any] = {}
+
+        def add(key: str, tensor: Tensor, axis: int | None) -> None:
+            """Add a tensor [E/ep, ...]. axis: sharded over etp; None: all of its ranks hold it."""
+            replica = self.groups.expt_dp.rank()
+            shards = [(0, self.ep_rank, self.ep_size)]
+            if axis is not None:
+                shards.append((axis, self.etp_rank, self.etp_size))
+            state[prefix + key] = ShardedTensor.from_rank_offsets(
+                prefix + key,
+                tensor.data,
+                *shards,
+                replica_id=(0, self.etp_rank if axis is None else 0, replica),
             )
-        key = f"{prefix}linear_fc2"
-        state[key] = ShardedTensor.from_rank_offsets(
-            key,
-            self.linear_fc2.data,
-            experts,
-            (2, self.etp_rank, self.etp_size),
-            replica_id=replica,
-        )
+
+        def add_halves(key: str, tensor: Tensor) -> None:
+            halves = tensor.data.unflatten(1, (self.gates, -1))
+            for index, part in enumerate(("gate", "up")[-self.gates :]):
+                add(f"{key}.{part}", halves[:, index], 1)
+
+        add_halves("linear_fc1", self.linear_fc1)
+        add("linear_fc2", self.linear_fc2, 2)
+        if (adapter := self.adapter("linear_fc1")) is not None:
+            add(f"linear_fc1.{FACTOR_A}", adapter.a, None)
+            add_halves(f"linear_fc1.{FACTOR_B}", adapter.b)
+        if (adapter := self.adapter("linear_fc2")) is not None:
+            add(f"linear_fc2.{FACTOR_A}", adapter.a, 2)
+            add(f"linear_fc2.{FACTOR_B}", adapter.b, None)
         return state
 
 
