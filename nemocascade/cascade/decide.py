@@ -20,6 +20,7 @@ from nemocascade.megatron.checkpoint import (
 from nemocascade.recipe import CascadeRecipe, MopdRecipe, StageConfig, StageRecipe
 from nemocascade.recipe.changes import at_default
 from nemocascade.stages.scoring import Scores
+from nemocascade.stages.teacher_scores import TaughtDomain, teacher_warning
 from nemocascade.types import Artifact
 
 Action = Literal["keep", "run", "resume"]
@@ -32,6 +33,7 @@ class Decision:
     action: `keep` the finished stage, `run` it from its start, or `resume` it. reasons: readable
     reasons for the action. recipe: the resolved recipe; None if an earlier stage must run first.
     retire: the content of the stage's folder was made from other inputs and is moved to `retired/`.
+    warning: about teachers from which the student cannot improve; empty without one.
     """
 
     stage: str
@@ -42,6 +44,7 @@ class Decision:
     key: str = ""
     teachers: dict[str, Teacher] = field(default_factory=dict)
     retire: bool = False
+    warning: str = ""
 
     def text(self, label: str = "") -> str:
         """Summary line, then a line for each reason and each teacher. label: the stage's place and
@@ -100,7 +103,17 @@ def decide(
         files,
     )
     action, reasons, retire = _compare(recipe, inputs, again=again, verify=verify)
-    return Decision(name, action, reasons, recipe, inputs, key_of(inputs), teachers, retire)
+    return Decision(
+        name,
+        action,
+        reasons,
+        recipe,
+        inputs,
+        key_of(inputs),
+        teachers,
+        retire,
+        _teacher_warning(graph, name, teachers) if action != "keep" else "",
+    )
 
 
 def _waits_for(
@@ -177,6 +190,29 @@ def _teachers(graph: StageGraph, stage: StageConfig[StageRecipe]) -> dict[str, T
         outside = Teacher("", named.get(domain, ""), None, pinned=True)
         found[domain] = chosen.get(domain, outside)
     return found
+
+
+def _teacher_warning(graph: StageGraph, name: str, teachers: Mapping[str, Teacher]) -> str:
+    """Warning about a stage's teachers by their scores and its start's; empty without one."""
+    recipe, start = graph.stage(name).recipe, graph.start_of(name)
+    if not isinstance(recipe, MopdRecipe):
+        return ""
+    before = done_scores(graph.cascade).get(start)
+    whole = sum(d.share for d in recipe.domains)
+    return teacher_warning(
+        (
+            TaughtDomain(
+                domain=d.domain,
+                share=d.share / whole,
+                teacher=teachers[d.domain].stage or teachers[d.domain].artifact,
+                teacher_score=teachers[d.domain].score,
+                student_score=before.of(d.domain) if before else None,
+                is_start=bool(start) and teachers[d.domain].stage == start,
+            )
+            for d in recipe.domains
+        ),
+        "--teachers.pinned DOMAIN STAGE",
+    )
 
 
 def choose_teachers(

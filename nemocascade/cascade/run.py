@@ -76,6 +76,8 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
             f"    {stage.kind}, {stage.recipe.steps} steps from {start}, "
             f"into {graph.stage_dir(name)}",
         ]
+        if decision.warning:
+            lines.append(f"    warning: {decision.warning}")
     if problems := _problems_here(cascade):
         ranks = world_size_of_environment()
         lines += [f"this cannot run on {ranks} rank(s):", *(f"  - {p}" for p in problems)]
@@ -152,6 +154,8 @@ class _Run:
             self.cascade, name, _file_hashes(self.cascade), again=self.choice.anew(name)
         )
         LOGGER.info("stage %s", decision.text(self.console.label))
+        if decision.warning:
+            LOGGER.warning("stage %s: %s", name, decision.warning)
         self.console.start_score = self._start_score(name)
         # The stage owns its folder while it runs; another job may own it now.
         other = RunLock(self._folder(name))

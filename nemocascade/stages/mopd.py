@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from nemocascade.rl.policy import PolicyRun
 from nemocascade.rl.teachers import Teachers
 from nemocascade.runtime.logging import LOGGER, Console
 from nemocascade.stages.policy import policy_run
+from nemocascade.stages.teacher_scores import TaughtDomain, teacher_warning
 from nemocascade.train.evaluation import distill_metrics, mopd_metrics
 from nemocascade.train.metrics import step_values
 from nemocascade.train.objectives import Objective, distill_objective, mopd_objective
@@ -42,7 +43,7 @@ def run_mopd(recipe: MopdRecipe, console: Console | None = None) -> Path:
         by_domain = open_teachers(recipe)
         exact = recipe.mopd.divergence != "sampled"
         with closing(Teachers(run, by_domain, recipe.mopd.keep, states=exact)) as teachers:
-            scores = _train(recipe, run, teachers)
+            scores = _train(recipe, run, teachers, by_domain)
         digests = {domain: artifact.digest for domain, artifact in by_domain.items()}
         return run.write_artifact(scores, teachers=digests)
 
@@ -64,11 +65,40 @@ def open_teachers(recipe: MopdRecipe) -> dict[str, Artifact]:
     return found
 
 
-def _train(recipe: MopdRecipe, run: PolicyRun, teachers: Teachers) -> dict[str, float]:
-    """Run the training loop; returns the last held-out scores."""
+def warning_of(
+    recipe: MopdRecipe,
+    start: Artifact,
+    by_domain: Mapping[str, Artifact],
+    before: Mapping[str, float],
+) -> str:
+    """Warning about teachers from which the student cannot improve, by the held-out scores in their
+    manifests; empty without one. start: the student's artifact. before: its scores by metric."""
+    whole = sum(d.share for d in recipe.domains)
+    return teacher_warning(
+        (
+            TaughtDomain(
+                domain=d.domain,
+                share=d.share / whole,
+                teacher=str(by_domain[d.domain].folder),
+                teacher_score=by_domain[d.domain].scores.get(f"heldout/{d.domain}"),
+                student_score=before.get(f"heldout/{d.domain}"),
+                is_start=by_domain[d.domain].digest == start.digest,
+            )
+            for d in recipe.domains
+        ),
+        "--teachers",
+    )
+
+
+def _train(
+    recipe: MopdRecipe, run: PolicyRun, teachers: Teachers, by_domain: Mapping[str, Artifact]
+) -> dict[str, float]:
+    """Run the training loop; returns the last held-out scores. by_domain: the teachers."""
     trainer, rollout = run.trainer, recipe.rollout
     objective = objective_of(recipe.mopd)
     books = Bookkeeper(run)
+    if warning := warning_of(recipe, run.parent, by_domain, books.scores):
+        LOGGER.warning("%s", warning)
     for step in range(books.first, recipe.steps):
         started = time.perf_counter()
         teachers.read_ahead()

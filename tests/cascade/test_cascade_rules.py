@@ -43,6 +43,7 @@ from nemocascade.recipe.envs import SandboxConfig, ToolCallingConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.stages.domain_score import DomainScore
 from nemocascade.stages.scoring import Scores
+from nemocascade.stages.teacher_scores import TaughtDomain, teacher_warning
 
 ROLLOUT = RolloutConfig(
     max_prompt_tokens=96, max_response_tokens=32, dynamic_filtering=False, rollouts_per_prompt=4
@@ -192,6 +193,35 @@ def test_a_pinned_teacher_needs_no_score() -> None:
 def test_a_domain_whose_verifiers_all_failed_has_no_teacher() -> None:
     with pytest.raises(CascadeError, match="no artifact before it has a score of code"):
         choose_teachers(cascade(), "mopd", {"sft": scores(math=0.5, code=None)})
+
+
+def taught(domain: str, teacher: float | None, student: float | None, **also: Any) -> TaughtDomain:
+    return TaughtDomain(domain, 0.25, f"{domain}_teacher", teacher, student, **also)
+
+
+def test_teachers_that_cannot_raise_the_student_are_named_with_a_remedy() -> None:
+    found = teacher_warning(
+        (
+            taught("code", 0.02, 0.0),
+            taught("math", 0.4, 0.4),
+            taught("preference", 0.5, 0.1),
+            taught("tool_calling", 0.9, 0.9, is_start=True),
+        ),
+        "--teachers.pinned DOMAIN STAGE",
+    )
+    assert "75% of the prompts" in found
+    assert "- code, 25%: code_teacher scores 0.020, near 0" in found
+    assert "- math, 25%: math_teacher scores 0.400, not above the student's 0.400" in found
+    assert "- tool_calling, 25%: tool_calling_teacher, 0.900, is the student's own start" in found
+    assert "preference" not in found
+    assert "--teachers.pinned DOMAIN STAGE" in found
+    assert "side stage" in found
+
+
+def test_a_better_teacher_or_one_without_a_score_is_not_named() -> None:
+    assert teacher_warning((taught("math", 0.5, 0.4), taught("code", None, 0.4)), "") == ""
+    # A resumed stage does not score its start again.
+    assert teacher_warning((taught("math", 0.5, None),), "") == ""
 
 
 def test_a_named_teacher_is_left_alone() -> None:

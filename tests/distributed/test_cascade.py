@@ -9,6 +9,8 @@ import pytest
 from helpers.cascade_jobs import DOMAINS, kill_and_restart, on_layouts, on_one, scenarios
 from helpers.ranks import run_ranks
 
+from nemocascade.stages.teacher_scores import NEAR_ZERO
+
 STAGES = ["sft", "if_rl", "teacher", "mopd", "last"]
 
 
@@ -57,6 +59,10 @@ def test_each_domain_is_taught_by_its_best_artifact(found: dict[str, Any]) -> No
         before = {n: found["scores"][n]["scores"][domain]["score"] for n in STAGES[:3]}
         assert teacher["score"] == before[teacher["stage"]] == max(before.values())
         assert not teacher["pinned"]
+        # The best artifact is above the student, unless the student starts from it.
+        is_named = f"\n  - {domain}, 50%: " in found["taught again"]
+        assert is_named == (teacher["score"] < NEAR_ZERO or teacher["stage"] == "if_rl")
+    assert "cannot improve" not in found["kept"], "a finished stage has no rollouts to come"
 
 
 def test_the_report_shows_where_artifacts_come_from(found: dict[str, Any]) -> None:

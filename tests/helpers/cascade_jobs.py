@@ -163,6 +163,7 @@ def scenarios(root: str) -> dict[str, Any]:
     found["leftovers"] = [str(p) for p in Path(run_dir).glob("stages/*/checkpoints")]
 
     found["kept"] = dry_run(base, Choice())
+    found["taught again"] = dry_run(base, Choice(only="mopd", again=True))
     times = _times(run_dir)
     run_cascade(base)
     found["untouched"] = times == _times(run_dir)
