@@ -7,8 +7,9 @@ import gc
 import json
 import logging
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def _record_seconds(terminalreporter: Any) -> None:
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
                 seconds[report.nodeid.partition("::")[0]] += report.duration
-    longest = {file: round(s) for file, s in seconds.most_common() if s >= LEAST_S}
+    longest = {file: round(s) for file, s in sorted(seconds.items(), key=itemgetter(1), reverse=True) if s >= LEAST_S}
     FILE_SECONDS.write_text(json.dumps(longest, indent=1) + "\n", encoding="utf-8")

@@ -134,7 +134,7 @@ def measure_build(folder: Path, asked: argparse.Namespace) -> None:
 
         def is_due() -> bool:
             finished, count = finished_shards(output)
-            return finished >= asked.kill_at * count
+            return bool(finished >= asked.kill_at * count)
 
         runs.append(run_command(command, stop=is_due))
         finished, count = finished_shards(output)

@@ -12,13 +12,13 @@ import psutil
 def total_memory() -> int:
     """Bytes of memory: of the host, or of the smallest limit of a control group."""
     limits = [limit for limit, _ in _limits(Path("/"))]
-    return min([psutil.virtual_memory().total, *limits])
+    return min([int(psutil.virtual_memory().total), *limits])
 
 
 def available_memory() -> int:
     """Bytes of memory that can be had: of the host, or of the control group with the least left."""
     left = [max(0, limit - used) for limit, used in _limits(Path("/"))]
-    return min([psutil.virtual_memory().available, *left])
+    return min([int(psutil.virtual_memory().available), *left])
 
 
 def _limits(root: Path) -> Iterator[tuple[int, int]]:

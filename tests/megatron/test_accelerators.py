@@ -241,7 +241,7 @@ def test_moments_in_bf16_choose_the_adam(machine: Machine, monkeypatch: pytest.M
         "import_module",
         lambda name, *rest: optimizers if name == optimizers.__name__ else load(name),
     )
-    monkeypatch.setattr(accelerators.torch, "zeros", lambda *_size, device: torch.empty(1))
+    monkeypatch.setattr(torch, "zeros", lambda *_size, device: torch.empty(1))
 
     def fused_adam(_parameters: Any, exp_avg_dtype: Any, exp_avg_sq_dtype: Any) -> None:
         assert exp_avg_dtype == exp_avg_sq_dtype == torch.bfloat16

@@ -147,7 +147,7 @@ def test_bf16_moments_are_half_of_the_moments() -> None:
     ],
 )
 def test_overlaps_without_effect_are_refused(
-    parallel: dict[str, int], settings: dict[str, Any], message: str
+    parallel: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     job = job_of(ParallelConfig(**parallel), **settings)
     [problem] = job.problems()
