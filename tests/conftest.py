@@ -82,5 +82,9 @@ def _record_seconds(terminalreporter: Any) -> None:
         for report in reports:
             if isinstance(report, pytest.TestReport):
                 seconds[report.nodeid.partition("::")[0]] += report.duration
-    longest = {file: round(s) for file, s in sorted(seconds.items(), key=itemgetter(1), reverse=True) if s >= LEAST_S}
+    longest = {
+        file: round(s)
+        for file, s in sorted(seconds.items(), key=itemgetter(1), reverse=True)
+        if s >= LEAST_S
+    }
     FILE_SECONDS.write_text(json.dumps(longest, indent=1) + "\n", encoding="utf-8")
