@@ -53,7 +53,7 @@ def small(cascade: CascadeRecipe) -> list[str]:
 def nemocascade(*arguments: str) -> str:
     done = run_command(["-m", "nemocascade.cli", *arguments], timeout_s=550)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return str(done.stdout)
 
 
 def test_every_stage_runs_and_is_scored(tmp_path: Path) -> None:
