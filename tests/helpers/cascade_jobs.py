@@ -260,7 +260,8 @@ def digests_of(folder: str) -> dict[str, str]:
 
 
 def kill_and_restart(root: str, kills: int, seed: int) -> dict[str, Any]:
-    """The cascade undisturbed, then at the same place killed at random moments and restarted."""
+    """The cascade undisturbed, then at the same place killed at random moments and restarted. The
+    first kill waits for a stage to have begun, so that it meets a run on any machine."""
     run_dir = Path(root, "run")
     started = time.monotonic()
     assert _end(_start(str(run_dir))) == 0
@@ -268,10 +269,13 @@ def kill_and_restart(root: str, kills: int, seed: int) -> dict[str, Any]:
     run_dir.rename(Path(root, "whole"))
     moments = random.Random(seed)
     died = []
-    for _ in range(kills):
+    for number in range(kills):
         child = _start(str(run_dir))
-        # Spread over the run; each restart has less left to do.
-        time.sleep(moments.uniform(0.05, 1.4 * whole_s / kills))
+        if number:
+            # Spread over the run; each restart has less left to do.
+            time.sleep(moments.uniform(0.05, 1.4 * whole_s / kills))
+        while not any(run_dir.glob("stages/*/metrics.jsonl")):
+            time.sleep(0.05)
         os.kill(child, signal.SIGKILL)
         died.append(_end(child) == -signal.SIGKILL)
     assert _end(_start(str(run_dir))) == 0

@@ -48,13 +48,17 @@ Child = Callable[[Path, int, Callable[..., None]], None]
 
 
 def random_kills(root: str, rounds: int, seed: int, asynchronous: bool) -> list[list[list[Any]]]:
-    """In each round resume, save on and on, and be killed at a random moment of a save.
+    """In each round resume, save on and on, and be killed at a random moment: after the start of a
+    save, or in every other round after the end of one, so that saves are finished on any machine.
 
     Returns each round's events of this rank: ["loaded", step], then ["saving" | "saved", step].
     """
     delay = random.Random(f"{seed}/{os.environ['RANK']}")
     child = functools.partial(_resume_and_save, asynchronous=asynchronous, at_operation=False)
-    return [_round(root, i, delay.uniform(0.0, 0.3), child) for i in range(rounds)]
+    return [
+        _round(root, i, delay.uniform(0.0, 0.3), child, until=b"saved" if i % 2 else b"saving")
+        for i in range(rounds)
+    ]
 
 
 def kill_before_every_operation(root: str, asynchronous: bool) -> list[list[list[Any]]]:
@@ -85,14 +89,16 @@ def train_through_kills(root: str, rounds: int, steps: int) -> list[list[list[An
     ]
 
 
-def _round(root: str, number: int, delay_s: float | None, work: Child) -> list[list[Any]]:
+def _round(
+    root: str, number: int, delay_s: float | None, work: Child, until: bytes = b"saving"
+) -> list[list[Any]]:
     read, write = os.pipe()
     child = os.fork()
     if not child:
         os.close(read)
         _child(Path(root), number, write, work)
     os.close(write)
-    text = _read(read, b"saving" if delay_s is not None else None)
+    text = _read(read, until if delay_s is not None else None)
     if delay_s is not None:
         time.sleep(delay_s)
         os.kill(child, signal.SIGKILL)
