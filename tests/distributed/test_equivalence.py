@@ -91,6 +91,8 @@ def train(
     ]
     results = [trainer.train_step(batches) for _ in range(steps)]
     world.barrier()
+    # The next layout would share the core with the idle threads of this one's groups.
+    world.close()
     return [[r.loss, r.grad_norm] for r in results]
 
 
