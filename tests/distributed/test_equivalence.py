@@ -184,7 +184,7 @@ def results() -> dict[str, list[list[float]]]:
     """Losses and gradient norms of all runs, after a check that ranks agree on them."""
     found = {}
     for ranks, runs in RUNS.items():
-        of_rank = run_ranks(train_each, ranks, {"runs": runs}, timeout_s=500)
+        of_rank = run_ranks(train_each, ranks, {"runs": runs}, timeout_s=1200)
         assert all(r == of_rank[0] for r in of_rank), "ranks disagree on the loss"
         found.update(of_rank[0])
     return found
