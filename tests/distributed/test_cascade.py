@@ -67,7 +67,7 @@ def test_each_domain_is_taught_by_its_best_artifact(found: dict[str, Any]) -> No
 
 def test_the_report_shows_where_artifacts_come_from(found: dict[str, Any]) -> None:
     lines = found["report"].splitlines()
-    assert lines[0].startswith(f"sft  {found['first']['sft'][:12]}  12 steps")
+    assert lines[0].startswith(f"sft  {found['first']['sft'][:12]}  48 steps")
     assert lines[1].startswith(f"├─ if_rl  {found['first']['if_rl'][:12]}")
     assert lines[2].startswith("│  └─ mopd")
     assert lines[3].startswith("│     └─ last")

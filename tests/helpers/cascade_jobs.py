@@ -48,9 +48,7 @@ from nemocascade.recipe.commands import InterferenceSettings
 DOMAINS = ("instruction_following", "math")
 FP32 = EngineConfig(precision="fp32", preflight=False)
 # A check that a busy machine slows down must not become an error.
-ENVS = EnvConfig(
-    if_language_check="letters", if_grading="fraction", check_timeout_s=120.0, check_workers=1
-)
+ENVS = EnvConfig(if_language_check="letters", if_grading="fraction", check_timeout_s=120.0)
 CONSTANT = OptimizerConfig(lr=1e-3, min_lr=0.0, warmup_steps=0, schedule="constant")
 SHARED: dict[str, Any] = {
     "optimizer": CONSTANT,
@@ -62,14 +60,14 @@ SHARED: dict[str, Any] = {
 
 def sft(**changes: Any) -> SftRecipe:
     recipe = SftRecipe(
-        steps=12,
+        steps=48,
         model=replace(tiny(), pattern="M*E", hidden_size=64, vocab_size=512),
         data=DataConfig(capacity=512, sequences_per_step=2, balance_group=2),
         demonstrations=DemonstrationConfig(
             domains=tuple(DomainConfig(domain=d, tasks=64) for d in DOMAINS), heldout=8
         ),
         tokenizer=TokenizerConfig(train_vocab_size=400),
-        **{**SHARED, "optimizer": replace(CONSTANT, lr=4e-3), "checkpoint": CheckpointConfig(6)},
+        **{**SHARED, "optimizer": replace(CONSTANT, lr=4e-3), "checkpoint": CheckpointConfig(24)},
     )
     return replace(recipe, **changes)
 

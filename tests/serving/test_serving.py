@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
-import time
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,8 +16,7 @@ from typing import Any, cast
 import httpx2
 import openai
 import pytest
-from helpers.commands import Command
-from helpers.ranks import run_ranks
+from helpers.ranks import REPOSITORY, run_ranks
 
 from nemocascade.envs.base import Domain
 from nemocascade.envs.registry import close_environments, make_environments
@@ -61,17 +62,29 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
 def server(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server of the artifact."""
     folder = tmp_path_factory.mktemp("serve")
-    command = ["-m", "nemocascade.cli", "serve", artifact, "--port", "0"]
+    command = [sys.executable, "-m", "nemocascade.cli", "serve", artifact, "--port", "0"]
     command += ["--work-dir", str(folder), "--engine.precision", "fp32", "--slots", "4"]
-    with Command([*command, "--max-tokens", "24"]) as process:
-        while not (found := re.search(r"at (http://\S+)/v1", process.said())):
-            assert process.poll() is None, process.said()
-            time.sleep(0.05)
-        yield found.group(1)
-        process.send_signal(signal.SIGINT)
-        done = process.wait(60)
-    assert done.returncode == 0, done.stderr
-    assert "ended by Ctrl-C" in done.stderr
+    paths = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "kernels")))
+    process = subprocess.Popen(
+        [*command, "--max-tokens", "24"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if found := re.search(r"at (http://\S+)/v1", line):
+            break
+    else:
+        pytest.fail(seen)
+    yield found.group(1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 0, said
+    assert "ended by Ctrl-C" in said
 
 
 @pytest.fixture(scope="module")
