@@ -62,7 +62,7 @@ class Adapted:
 
     def adapters(self) -> list[Adapter]:
         """The adapters of the module's own weights."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of layer defines its own
 
 
 def uniform(config: CascadeConfig, name: str, inputs: int) -> Fill:
@@ -94,7 +94,7 @@ class _AdaptedLinear(Adapted):
 
     def exchanged(self, low: Tensor) -> Tensor:
         """A x of this rank, [T, 1, r], as the rank's part of B takes it."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of layer defines its own
 
     def sharded_state_dict(
         self,
