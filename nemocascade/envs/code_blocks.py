@@ -13,8 +13,9 @@ _AFTER_TEXT = re.compile(r"`{3,}[\w+#-]*\s*")
 """A fence that may follow text in its line: more than a label would be more text."""
 _PYTHON = re.compile(r"[{.\s]*(python|pypy|py)[\d.]*(?![\w+#-])", re.IGNORECASE)
 _FUTURE_IMPORT = ["from", "__future__", "import"]
-_LONGEST_IMPORT = 100
-"""Tokens of a `from __future__` import, which has at most the ten features that Python knows."""
+_MOST_TOKENS = 100
+"""Tokens of a docstring, or of a `from __future__` import, which has at most the ten features that
+Python knows. Each token costs the length of its line."""
 _NESTED = 4
 """A fence indented by this much more than the opening one is text of the block (CommonMark)."""
 
@@ -88,7 +89,7 @@ def _future_import_lines(source: str) -> list[tuple[int, int]]:
     before other statements. The source is not compiled, and read only as far as that."""
     found: list[tuple[int, int]] = []
     words: list[str] = []
-    start, may_be_docstring = 0, True
+    start, may_be_docstring, strings = 0, True, 0
     try:
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type in (tokenize.COMMENT, tokenize.NL):
@@ -98,14 +99,16 @@ def _future_import_lines(source: str) -> list[tuple[int, int]]:
                     found.append((start - 1, token.end[0]))
                 words, may_be_docstring = [], False
             elif may_be_docstring and token.type == tokenize.STRING:
-                continue
+                strings += 1
+                if strings > _MOST_TOKENS:
+                    break
             else:
                 start = start if words else token.start[0]
                 words.append(token.string)
                 expected = _FUTURE_IMPORT[: len(words)]
-                if words[: len(expected)] != expected or len(words) > _LONGEST_IMPORT:
+                if words[: len(expected)] != expected or len(words) > _MOST_TOKENS:
                     break
-    except (tokenize.TokenError, SyntaxError):
+    except (tokenize.TokenError, SyntaxError, UnicodeEncodeError):
         pass  # running the program shows its error
     return found
 

@@ -1,7 +1,7 @@
 """Every parallel layout trains the same model: the equivalence matrix.
 
 Ten steps run on the same data in fp32. At each step, a layout's loss and gradient norm must be
-within 1e-5, relative, of those of one process.
+within 1e-5, relative, of those of one process. Variants of a layout run five steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP2 PP2": (4, {"cp": 2, "pp": 2}),
     "CP2 DP2": (4, {"cp": 2}),
 }
-STEPS = 10
+pytestmark = pytest.mark.timeout(2400)  # the first test waits for the runs of them all
+
+STEPS, FEW = 10, 5
 TOLERANCE = 1e-5
 CAPACITY = 384
 
@@ -122,13 +124,18 @@ def random_batches(count: int, vocab_size: int) -> list[Any]:
     return batches
 
 
-BF16 = {"engine": {"precision": "bf16"}}
-TIED = {"model": {"tie_embeddings": True}}
+# bf16 products are slow where the processor has none.
+BF16: dict[str, Any] = {
+    "engine": {"precision": "bf16"},
+    "steps": FEW,
+    "optimizer": {"lr": 1e-2},
+}
+TIED: dict[str, Any] = {"model": {"tie_embeddings": True}, "steps": FEW}
 EVERY_TARGET = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "shared_experts", "experts")
 # The first step changes A by nothing, for B is zero: only later ones see the gradient of both.
 LORA: dict[str, Any] = {
     "lora": {"rank": 4, "targets": EVERY_TARGET},
-    "steps": 5,
+    "steps": FEW,
     "optimizer": {"lr": 1e-2},
     "model": {"init_std": 0.1},
 }
@@ -153,17 +160,26 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
             **LORA,
             "optimizer": {**LORA["optimizer"], "distributed": False},
         },
-        "recompute": {"parallel": {"ep": 2}, "engine": {"recompute": True}},
+        "recompute": {"parallel": {"ep": 2}, "engine": {"recompute": True}, "steps": FEW},
         "recompute ME": {
             "parallel": {"ep": 2},
             "engine": {"recompute_layers": "ME", "gc_every": 3},
+            "steps": FEW,
         },
         "bf16 gradients": {
             "parallel": {"ep": 2},
+            **BF16,
             "engine": {"precision": "bf16", "gradients": "bf16"},
         },
-        "plain optimizer": {"parallel": {"ep": 2}, "optimizer": {"distributed": False}},
-        "empty chunks": {"parallel": {"pp": 2, "vpp": 2, "pipeline_layout": "|MEM*||EME*"}},
+        "plain optimizer": {
+            "parallel": {"ep": 2},
+            "optimizer": {"distributed": False},
+            "steps": FEW,
+        },
+        "empty chunks": {
+            "parallel": {"pp": 2, "vpp": 2, "pipeline_layout": "|MEM*||EME*"},
+            "steps": FEW,
+        },
         "DP2, tied": {"parallel": {}, **TIED},
         "PP2, tied": {"parallel": {"pp": 2}, **TIED},
         "TP2, bf16": {"parallel": {"tp": 2}, **BF16},
@@ -191,12 +207,11 @@ def results() -> dict[str, list[list[float]]]:
 
 
 def worst(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float, float]:
-    """Largest relative difference of the losses and of the gradient norms."""
-    assert len(ours) == len(theirs) >= LORA["steps"]
-    columns = [
-        max(abs(a[i] - b[i]) / abs(b[i]) for a, b in zip(ours, theirs, strict=True)) for i in (0, 1)
-    ]
-    return columns[0], columns[1]
+    """Largest relative difference of the losses and of the gradient norms, over steps of `ours`."""
+    assert len(theirs) >= len(ours) >= FEW
+    pairs = list(zip(ours, theirs[: len(ours)], strict=True))
+    loss, norm = (max(abs(a[i] - b[i]) / abs(b[i]) for a, b in pairs) for i in (0, 1))
+    return loss, norm
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -219,13 +234,13 @@ def test_variant_equals_the_default(name: str, results: dict[str, list[list[floa
 def test_recomputed_layers_give_the_same_bits(
     name: str, results: dict[str, list[list[float]]]
 ) -> None:
-    assert results[name] == results["EP2"]
+    assert results[name] == results["EP2"][:FEW]
 
 
 @pytest.mark.parametrize("name", ["DP2, tied", "PP2, tied"])
 def test_tied_embeddings(name: str, results: dict[str, list[list[float]]]) -> None:
     assert max(worst(results[name], results["one, tied"])) <= TOLERANCE
-    assert results["one, tied"] != results["one"]
+    assert results["one, tied"] != results["one"][:FEW]
 
 
 @pytest.mark.parametrize("name", [*LORA_LAYOUTS, "recompute", "plain optimizer"])

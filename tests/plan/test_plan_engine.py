@@ -108,8 +108,8 @@ def test_the_shared_expert_hides_exchanges() -> None:
         )
         assert 0 < hidden.expert < off.expert
         assert hidden.compute == off.compute
-        if ep == 8:
-            assert deepep.expert == off.expert
+        if ep == 8:  # but for one latency less
+            assert deepep.expert == pytest.approx(off.expert, rel=1e-3)
     # The shared expert's activations live through the backward of the experts.
     memory = [
         worst_rank(job_of(ParallelConfig(ep=8), overlap_shared_expert=how)).peak

@@ -253,7 +253,7 @@ def test_every_setting_that_names_a_path_is_marked() -> None:
             marks = getattr(hints_of(kind)[f.name], "__metadata__", ())
             said = f.name.endswith(
                 ("path", "dir", "from", "artifact", "url", "urls", "cache", "packages", "folder")
-            ) or f.name in ("announce", "workplace_data")
+            ) or f.name in ("adapter", "announce", "workplace_data")
             if said != any(isinstance(m, Names) for m in marks):
                 found.append(f"{kind.__name__}.{f.name}")
         return found

@@ -261,9 +261,7 @@ class SharedPass:
     def output(self) -> Tensor:
         """The expert's output, [T, 1, H]; computed now unless it ran during the exchanges."""
         if self._out is None:
-            self._expand()
-            self._contract()
-        assert self._out is not None
+            self._out = self._mlp(self._hidden)
         return self._out
 
     def _expand(self) -> None:
