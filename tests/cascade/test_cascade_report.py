@@ -16,6 +16,7 @@ from nemocascade.cascade.lineage import listed_in, report_text, score_table
 from nemocascade.cascade.records import read_record
 from nemocascade.cascade.report import ReportError, figures, view, words, write_report
 from nemocascade.cascade.report.read import read_run, shortened
+from nemocascade.cascade.report.write import panel_picture
 from nemocascade.recipe import RecipeError
 from nemocascade.recipe.commands import DiffSettings
 from nemocascade.stages.domain_score import domain_score
@@ -101,8 +102,22 @@ def test_the_same_folder_gives_the_same_report(tmp_path: Path) -> None:
     run = make_run(tmp_path / "again", stages=1)
     first = write_report(run).read_bytes()
     pictures = {p.name: p.read_bytes() for p in (run / "report").glob("*.png")}
+    panel_picture.cache_clear()
     assert write_report(run).read_bytes() == first
     assert {p.name: p.read_bytes() for p in (run / "report").glob("*.png")} == pictures
+
+
+def test_panels_are_drawn_again_where_their_curves_have_changed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "growing", stages=2)
+    first = write_report(run, with_pictures=False).read_text()
+    drawn = panel_picture.cache_info().misses
+    assert write_report(run, with_pictures=False).read_text() == first
+    assert panel_picture.cache_info().misses == drawn
+    metrics = run / "stages" / "sft" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:-1]))
+    assert write_report(run, with_pictures=False).read_text() != first
+    assert 0 < panel_picture.cache_info().misses - drawn < drawn
 
 
 def test_scores_of_samples_show_their_errors_and_passes(tmp_path: Path) -> None:

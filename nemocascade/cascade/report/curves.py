@@ -88,7 +88,8 @@ def _lines(run: Run, name: str, curves: Mapping[str, Curve]) -> Iterator[Line]:
     stem = name.removesuffix("*")
     if stem == name:
         if name in curves and not _is_quiet(name, curves[name]):
-            yield Line(LABELS.get(name, ""), curves[name], STYLES.get(name, 0), dots=name in DOTS)
+            curve = tuple(curves[name])
+            yield Line(LABELS.get(name, ""), curve, STYLES.get(name, 0), dots=name in DOTS)
         return
     found = sorted(
         n.removeprefix(stem) for n in curves if n.startswith(stem) and not _is_quiet(n, curves[n])
@@ -96,7 +97,7 @@ def _lines(run: Run, name: str, curves: Mapping[str, Curve]) -> Iterator[Line]:
     order = domain_styles(run)
     for number, domain in enumerate(found):
         style = order.get(domain, len(order) + number)
-        yield Line(label(domain), curves[stem + domain], style, dots=stem in DOTS)
+        yield Line(label(domain), tuple(curves[stem + domain]), style, dots=stem in DOTS)
 
 
 def domain_styles(run: Run) -> dict[str, int]:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,6 @@ def write_report(run_dir: Path, *, with_pictures: bool = True) -> Path:
             run=run,
             view=view,
             stages=[(stage, curves.panels(run, stage)) for stage in run.stages],
-            draw_panel=lambda panel: partial(figures.draw_panel, panel=panel),
             draw_domain=lambda domain: partial(scores.draw_domain, run=run, domain=domain),
             ordered=scores.ordered(run),
             pictures=_write_pngs(folder, run) if with_pictures else [],
@@ -114,7 +113,6 @@ def write_comparison(run_dir: Path, other: Path) -> Path:
             shares=versus.phase_pairs(first, second),
             both=versus.both_panels(first, second),
             changes=changed_settings(run_dir, other),
-            draw_panel=lambda panel: partial(figures.draw_panel, panel=panel),
             phases=phases,
             css=_css(),
         )
@@ -136,6 +134,12 @@ def replace_page(target: Path, text: str) -> Path:
 
 def _picture(draw: Callable[[Axes], None], description: str) -> Markup:
     return Markup(figures.svg(draw, description))
+
+
+@lru_cache(maxsize=2048)
+def panel_picture(panel: figures.Panel, description: str) -> Markup:
+    """The picture of a panel; `watch` draws only those that have changed."""
+    return _picture(partial(figures.draw_panel, panel=panel), description)
 
 
 def _write_pngs(folder: Path, run: Run) -> list[str]:
@@ -170,7 +174,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"words": words.words, "duration": words.duration, "tick": words.tick}
-    environment.globals |= {"swatch": _swatch, "picture": _picture}
+    environment.globals |= {"swatch": _swatch, "picture": _picture, "panel_picture": panel_picture}
     return environment
 
 
