@@ -255,7 +255,8 @@ class RayNodes:
         actor = kind.options(
             name=f"sandboxes-{about.id}",
             get_if_exists=True,
-            num_cpus=about.slots,
+            # Two jobs share a node: a claim on its CPUs would keep the second one waiting.
+            num_cpus=0,
             max_concurrency=CONTROL_CALLS,
             max_restarts=-1,
             max_task_retries=RETRIES,

@@ -112,7 +112,7 @@ class _Kind:
         found = self.ray.actors.get(self.said["name"])
         if found is None or not found.node.alive:
             [node] = [n for n in self.ray.cluster if n.id == self.said["scheduling_strategy"][0]]
-            assert self.said["num_cpus"] == node.slots
+            assert self.said["num_cpus"] == 0
             found = _Actor(node, self.kind(*arguments), self.groups)
             self.ray.actors[self.said["name"]] = found
         return found
