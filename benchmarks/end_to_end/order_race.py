@@ -158,10 +158,12 @@ class OrderRace:
             recipe = self.stages["mopd"]
             assert isinstance(recipe, MopdRecipe)
             scored = {d.domain for d in self.scores.domains}
-            optimizer = replace(recipe.optimizer, decay_steps=self.setting.mopd_steps)
+            steps = self.setting.mopd_steps
+            warmup = min(recipe.optimizer.warmup_steps, steps // 2)
+            optimizer = replace(recipe.optimizer, decay_steps=steps, warmup_steps=warmup)
             recipe = replace(
                 recipe,
-                steps=self.setting.mopd_steps,
+                steps=steps,
                 seed=seed,
                 optimizer=optimizer,
                 domains=tuple(d for d in recipe.domains if d.domain in scored),

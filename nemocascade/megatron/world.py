@@ -7,6 +7,7 @@ import datetime
 import gc
 import os
 import resource
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -96,7 +97,11 @@ def start_world(parallel: ParallelConfig, engine: EngineConfig) -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, size = _meeting_point(timeout)
+        hook = sys.excepthook
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        # torch wraps the hook at every start: once is enough for lines that name the rank.
+        if hook.__name__ == sys.excepthook.__name__:
+            sys.excepthook = hook
     parallel_state.destroy_model_parallel()
     with _few_gloo_groups(device):
         parallel_state.initialize_model_parallel(

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from nemocascade.megatron.upstream import hide_notes, without_compiler
+from nemocascade.megatron.world import start_world
+from nemocascade.recipe import EngineConfig, ParallelConfig
 
 IMPORT_ALL = """
 import importlib, logging, pkgutil, sys, warnings
@@ -65,3 +67,12 @@ def test_notes_of_upstream_are_hidden_and_ours_are_shown() -> None:
         for module in ("megatron.core.optimizer", "nemocascade.train.trainer"):
             warnings.warn_explicit("said", UserWarning, "file.py", 1, module=module)
     assert len(shown) == 1
+
+
+def test_an_error_names_its_rank_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A cascade starts a world for each of its stages."""
+    for _ in range(3):
+        start_world(ParallelConfig(), EngineConfig()).close()
+    error = ValueError("what went wrong")
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == "[rank0]: ValueError: what went wrong\n"
