@@ -107,13 +107,6 @@ class ExpertNodes:
     local: Any = None
 
 
-def expert_nodes(parallel: ParallelConfig, ranks_per_node: int) -> int:
-    """Nodes that an expert group spans if it fills each of them, and otherwise 1."""
-    ranks = parallel.ep * parallel.etp
-    fills = ranks % ranks_per_node == 0 and ranks_per_node % parallel.etp == 0
-    return ranks // ranks_per_node if fills else 1
-
-
 def hop_groups(
     size: int, parallel: ParallelConfig, ranks_per_node: int
 ) -> list[tuple[tuple[int, ...], ...]]:

@@ -22,7 +22,6 @@ from nemocascade.megatron.groups import (
     HOST,
     ExpertNodes,
     all_groups,
-    expert_nodes,
     hop_groups,
     host_groups,
     named_groups,
@@ -195,7 +194,7 @@ def _make_expert_nodes(
     # Every rank must come to the same groups, also where a node has fewer ranks.
     sizes = sorted(set(found))
     per_node = sizes[0]
-    count = expert_nodes(parallel, per_node) if len(sizes) == 1 else 1
+    count = parallel.expert_nodes(per_node) if len(sizes) == 1 else 1
     if count == 1 and ranks > per_node and exchange == "hierarchical":
         nodes = " and ".join(map(str, sizes))
         raise RecipeError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import comb
 from typing import NamedTuple
 
-from nemocascade.megatron.groups import expert_nodes
 from nemocascade.recipe import ModelConfig, ParallelConfig
 
 
@@ -36,7 +35,7 @@ def expert_rows(
     if ranks <= per_node:
         return ExpertRows(0.0, slots * (ranks - 1) / ranks)
     link = slots * (per_node - 1) / ranks
-    nodes = expert_nodes(parallel, per_node)
+    nodes = parallel.expert_nodes(per_node)
     if nodes == 1:
         # The ranks do not fill their nodes.
         return ExpertRows(slots * (ranks - per_node) / ranks, link)

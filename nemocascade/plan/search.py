@@ -106,17 +106,22 @@ def search(
     best: list[PricedLayout] = []
     excluded: PricedLayout | None = None
     layers: LayerCosts = {}
-    for found in legal_layouts(job, longest=longest, context=context):
-        model = StepModel(found, layers=layers)
+    models = [
+        StepModel(found, layers=layers)
+        for found in legal_layouts(job, longest=longest, context=context)
+    ]
+    # Those that may be fastest come first, so that few need their memory.
+    models.sort(key=StepModel.bound)
+    for model in models:
         if len(best) == count and model.bound() > best[-1].time.total:
-            continue
-        memory = worst_rank(found)
-        if fits(found, memory):
-            best.append(PricedLayout(found, memory, model.step()))
+            break
+        memory = worst_rank(model.job)
+        if fits(model.job, memory):
+            best.append(PricedLayout(model.job, memory, model.step()))
             best.sort(key=lambda plan: (plan.time.total, plan.memory.total))
             del best[count:]
         elif excluded is None or model.bound() < excluded.time.total:
-            slower = PricedLayout(found, memory, model.step())
+            slower = PricedLayout(model.job, memory, model.step())
             excluded = min(excluded or slower, slower, key=lambda plan: plan.time.total)
     return FoundLayouts(best, excluded)
 

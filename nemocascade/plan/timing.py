@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nemocascade.megatron.context import MOST_GATHERED
-from nemocascade.megatron.groups import expert_nodes
 from nemocascade.plan.checkpoints import checkpoint_cost
 from nemocascade.plan.expert_rows import expert_rows
 from nemocascade.plan.generation import NETWORK_LATENCY_S, NODE_LATENCY_S
@@ -300,7 +299,7 @@ class StepModel:
         """Seconds that a layer's exchanges and synchronisations take for rows of no size."""
         kind: str = self.job.engine.expert_exchange
         if kind == "auto":
-            several = expert_nodes(self.job.parallel, self.job.gpu.per_node) > 1
+            several = self.job.parallel.expert_nodes(self.job.gpu.per_node) > 1
             kind = "hierarchical" if several else "direct"
         count = exchanges(kind, recomputed="E" in self.job.engine.recomputed)
         waits = SYNCHRONISATIONS[kind] * SYNCHRONISATION_S

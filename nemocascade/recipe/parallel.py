@@ -45,6 +45,12 @@ class ParallelConfig:
         """Number of replicas of the dense layers; 0 if the world is too small for one."""
         return world_size // (self.tp * self.pp * self.cp)
 
+    def expert_nodes(self, ranks_per_node: int) -> int:
+        """Nodes that an expert group spans if it fills each of them, and otherwise 1."""
+        ranks = self.ep * self.etp
+        fills = ranks % ranks_per_node == 0 and ranks_per_node % self.etp == 0
+        return ranks // ranks_per_node if fills else 1
+
     def layout(self, pattern: str) -> str:
         """The pattern with `|` between the pp x vpp chunks."""
         if self.pipeline_layout:

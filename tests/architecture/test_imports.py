@@ -15,6 +15,7 @@ from helpers.imports import (
     ROOT,
     import_graph,
     imports_of,
+    loaded_with,
     shortest_circle,
     sources,
 )
@@ -150,6 +151,14 @@ def test_only_the_megatron_room_imports_megatron() -> None:
         if a.split(".")[0] == "megatron"
     ]
     assert not wrong, f"reach Megatron-Core through nemocascade.megatron: {wrong}"
+
+
+def test_a_plan_does_not_load_megatron_core() -> None:
+    """It takes as long to import as all layouts of 1,024 ranks take to price."""
+    assert "megatron.core" in loaded_with("nemocascade.megatron.model")
+    loaded = loaded_with("nemocascade.plan.summary")
+    assert "nemocascade.plan.timing" in loaded
+    assert "megatron.core" not in loaded, " -> ".join(loaded["megatron.core"])
 
 
 def test_ray_is_imported_in_functions_of_two_files() -> None:

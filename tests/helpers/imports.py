@@ -59,6 +59,28 @@ def import_graph() -> Graph:
     return graph
 
 
+def loaded_with(start: str) -> dict[str, list[str]]:
+    """The modules that importing `start` loads, libraries among them, each with a way from it.
+
+    Imports at the top of files count, and the packages that a module is in.
+    """
+    files = {module_name(path): path for path in sources(PACKAGE) + sources(KERNELS)}
+    found, waiting = {start: [start]}, deque([start])
+    while waiting:
+        module = waiting.popleft()
+        names = {module.rpartition(".")[0]} - {""}
+        if module in files:
+            for node in ast.parse(files[module].read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.Import):
+                    names |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    names |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+        for name in sorted(names - found.keys()):
+            found[name] = [*found[module], name]
+            waiting.append(name)
+    return found
+
+
 def shortest_circle(graph: Graph) -> list[str]:
     """The modules along a shortest circle, the first one again at its end; [] without a circle."""
     circles = [circle for module in sorted(graph) if (circle := _way_back(graph, module))]
