@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.runtime.ray_cluster import ClusterError
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Environment, Prompt, SandboxUnavailable
 
@@ -13,7 +14,7 @@ def try_verifiers(prompts: Iterable[Prompt], environments: Mapping[str, Environm
     """Score a dummy answer to one task of each form of each domain.
 
     Tasks that a judge decides are excluded: its server gets a first question of its own.
-    Raises DataError for a verifier that fails.
+    Raises DataError for a verifier that fails, and ClusterError without nodes that run programs.
     """
     seen: set[tuple[str, str]] = set()
     problems = []
@@ -40,5 +41,8 @@ def _error(environment: Environment, prompt: Prompt) -> str | None:
         if (session := environment.session(prompt)) is not None:
             session.close()
         return None if answer is None else environment.score(prompt, answer).error
+    except ClusterError:
+        # No fault of the verifier: a later start may find nodes.
+        raise
     except SandboxUnavailable as error:
         return str(error)

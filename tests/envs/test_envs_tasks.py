@@ -23,7 +23,9 @@ from nemocascade.recipe.data import DataConfig
 from nemocascade.recipe.envs import EnvConfig, SandboxConfig
 from nemocascade.rl.demonstrations import demonstration_rows, sft_row
 from nemocascade.rl.trial import try_verifiers
+from nemocascade.runtime.ray_cluster import ClusterError
 from nemocascade.runtime.row_errors import BadRows, DataError
+from nemocascade.runtime.stopping import AGAIN
 from nemocascade.sandbox.child import ChildPool
 from nemocascade.sandbox.pool import SandboxPool
 from nemocascade.types import Message, Prompt, SandboxUnavailable, ToolCall, Verdict
@@ -426,6 +428,21 @@ def test_a_verifier_that_fails_is_found_by_a_dummy_answer(
     with pytest.raises(DataError, match=r"code \(code:1:1\): ZeroDivisionError: a fault"):
         try_verifiers(prompts, environments)
     assert [bool(name) for name in seen] == [True, False]
+
+
+def test_a_cluster_without_nodes_is_no_fault_of_the_verifier(
+    environments: dict[str, Domain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job ends for good after a DataError, and starts again after a ClusterError."""
+
+    def fail(*_: object) -> Verdict:
+        raise ClusterError("no node answers in time")
+
+    monkeypatch.setattr(environments["code"], "score", fail)
+    prompt = next(iter(environments["code"].prompts(seed=1, count=1)))
+    with pytest.raises(ClusterError, match="no node answers") as caught:
+        try_verifiers([prompt], environments)
+    assert caught.value.exit_code == AGAIN
 
 
 def test_a_dummy_answer_runs_the_verifier_in_full(
