@@ -23,7 +23,8 @@ from nemocascade.recipe import (
 _START, _END = 64, 128
 _SMALLEST_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
 _MAIN_BYTES, _GRADIENT_BYTES = 4, 4
-_MOMENT_BYTES = {"fp32": 8, "bf16": 4}
+MOMENT_BYTES = {"fp32": 8, "bf16": 4}
+"""Bytes of AdamW's two moments of a parameter, by `OptimizerConfig.moments`."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ def state_bytes(
             main = _MAIN_BYTES if width < _MAIN_BYTES else 0
             weights += padded * width
             gradients += padded * (width if gradients_in == "bf16" else _GRADIENT_BYTES)
-            states += owned * (main + _MOMENT_BYTES[optimizer.moments])
+            states += owned * (main + MOMENT_BYTES[optimizer.moments])
     # Selection bias and load of each router, float32.
     buffers = routers * 2 * 4 * model.num_experts
     return StateBytes(weights, gradients, states, buffers)

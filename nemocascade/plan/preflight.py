@@ -28,7 +28,7 @@ from nemocascade.plan.findings import Preflight
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import Job, is_scan_problem, job_of_recipe
 from nemocascade.plan.memory import GIB, available, every_rank, shortage, urgency, with_slots
-from nemocascade.plan.parameters import stage_parameters
+from nemocascade.plan.parameters import MOMENT_BYTES, stage_parameters
 from nemocascade.plan.search import nearest_fitting
 from nemocascade.plan.settings import PreflightSettings
 from nemocascade.plan.sockets import OTHER_FILES, host_sockets
@@ -214,7 +214,8 @@ def check_disk(job: Job, recipe: Any, into: Preflight) -> None:
         trained = sum(p.numel for p in listed if p.trained)
         # Weights in the run's precision, and the optimizer state of a checkpoint.
         width, main = (2, 4) if job.engine.precision == "bf16" else (4, 0)
-        weights, states = float(count * width), float(trained * (main + 8))
+        states = float(trained * (main + MOMENT_BYTES[recipe.optimizer.moments]))
+        weights = float(count * width)
         keep = max(1, recipe.checkpoint.keep)
         needed = (keep + 1) * (weights + states) + weights
         free = shutil.disk_usage(parent).free

@@ -117,7 +117,8 @@ class EngineConfig:
     """Numerics and accelerators."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of weights and activations. The optimizer's state is always fp32."""
+    """Precision of weights and activations. The optimizer has fp32 copies of bf16 weights, and
+    moments of `optimizer.moments`."""
 
     gradients: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients of bf16 weights are summed over micro-batches and reduced over
