@@ -5,9 +5,10 @@ python benchmarks/data/bench_build.py --tokenizer tokenizer.json --gigabytes 1 -
 python benchmarks/data/bench_build.py --tokenizer tokenizer.json --open-tib 1
 
 Rows are random words of a text file's vocabulary, with log-normal lengths of reasoning. With
-`--kill-at`, all processes are killed when that share of the shards is finished, the same command
-resumes, and every file is compared with its hash. The folder that is opened has sparse files of
-tokens, and an index of documents of 15,000 tokens.
+`--kill-at`, the rows are built a second time: all processes are killed when that share of the
+shards is finished, the same command resumes, and every file is compared with that of the first
+build. The folder that is opened has sparse files of tokens, and an index of documents of 15,000
+tokens.
 """
 
 from __future__ import annotations
@@ -123,38 +124,55 @@ def finished_shards(output: Path) -> tuple[int, int]:
 
 def measure_build(folder: Path, asked: argparse.Namespace) -> None:
     """Build a folder of rows in a command of its own, and print what it took."""
-    write_rows(folder / "rows.jsonl", int(asked.gigabytes * 1e9))
-    output = folder / "out"
+    rows = folder / "rows.jsonl"
+    write_rows(rows, int(asked.gigabytes * 1e9))
+    size = rows.stat().st_size
     command = [sys.executable, "-m", "nemocascade.cli", "data", "build"]
     command += ["--workers", str(asked.workers), "--shard-mib", str(asked.shard_mib)]
-    command += ["--data.path", str(folder / "rows.jsonl"), "--data.thinking", "True"]
-    command += ["--tokenizer.path", asked.tokenizer, "--output", str(output)]
-    runs = []
-    if asked.kill_at:
-
-        def is_due() -> bool:
-            finished, count = finished_shards(output)
-            return bool(finished >= asked.kill_at * count)
-
-        runs.append(run_command(command, stop=is_due))
-        finished, count = finished_shards(output)
-        assert finished < count, "the build ended before it could be killed: use more shards"
-        print(f"killed after {runs[0].seconds:.0f} s with {finished} of {count} shards", flush=True)
-    runs.append(run_command(command))
-    if asked.kill_at:
-        print(f"resumed and finished in {runs[-1].seconds:.0f} s", flush=True)
-        verify_built(output)
-        print("every file has its hash")
-    tokens = json.loads((output / "manifest.json").read_text())["tokens"]
-    rate = tokens / sum(sum(run.cpu.values()) for run in runs)
-    peak = max(max(run.peaks.values()) for run in runs)
+    command += ["--data.path", str(rows), "--data.thinking", "True"]
+    command += ["--tokenizer.path", asked.tokenizer, "--output"]
+    used = run_command([*command, str(folder / "out")])
+    tokens = json.loads((folder / "out" / "manifest.json").read_text())["tokens"]
+    cpu = sum(used.cpu.values())
+    rate = tokens / cpu
     print(
-        f"{tokens:,} tokens in {sum(run.seconds for run in runs):.0f} s, {rate:,.0f} a second of "
-        f"processor time; {SFT_TOKENS / rate / CORES / 3600:.1f} h for {SFT_TOKENS:.0f} tokens on "
-        f"{CORES} cores; largest process {peak / 2**20:.0f} MiB"
+        f"{size:,} bytes, {tokens:,} tokens in {used.seconds:.0f} s; of processor time "
+        f"{size / cpu:,.0f} bytes and {rate:,.0f} tokens a second; largest process "
+        f"{max(used.peaks.values()) / 2**20:.0f} MiB\n"
+        f"estimates: {SFT_TOKENS / rate / CORES / 3600:.1f} h for {SFT_TOKENS:.0f} tokens on "
+        f"{CORES} cores; {LARGE_GB * 1e9 / size * cpu / 3600:.1f} h of one core for {LARGE_GB} GB "
+        "of such rows",
+        flush=True,
     )
-    estimate = tokens / asked.gigabytes * LARGE_GB / rate
-    print(f"estimate for {LARGE_GB} GB of such rows: {estimate / 3600:.1f} h of one core")
+    if asked.kill_at:
+        measure_kill([*command, str(folder / "killed")], folder, asked.kill_at)
+
+
+def measure_kill(command: Sequence[str], folder: Path, share: float) -> None:
+    """Build `killed` with the command, which is killed and run again; compare it with `out`."""
+    output = folder / "killed"
+
+    def is_due() -> bool:
+        finished, count = finished_shards(output)
+        return bool(finished >= share * count)
+
+    first = run_command(command, stop=is_due)
+    finished, count = finished_shards(output)
+    assert finished < count, "the build ended before it could be killed: use more shards"
+    print(f"killed after {first.seconds:.0f} s with {finished} of {count} shards", flush=True)
+    second = run_command(command)
+    peak = max(*first.peaks.values(), *second.peaks.values())
+    print(
+        f"resumed and finished in {second.seconds:.0f} s; largest process {peak / 2**20:.0f} MiB",
+        flush=True,
+    )
+    verify_built(output)
+    files = [
+        json.loads((built / "manifest.json").read_text())["files"]
+        for built in (folder / "out", output)
+    ]
+    assert files[0] == files[1], "the resumed build has other bytes"
+    print(f"{len(files[0])} files have the bytes of the undisturbed build")
 
 
 def measure_opening(folder: Path, tokenizer: str, size: int) -> None:
