@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nemocascade.plan.host_time import (
     RECOMPUTED,
 )
 from nemocascade.plan.job import Job
+from nemocascade.plan.memory import fits, worst_rank
 from nemocascade.plan.timing import StepModel
 from nemocascade.recipe import (
     EngineConfig,
@@ -48,6 +50,21 @@ def test_predictions_are_in_range_save_for_known_misses(monkeypatch: pytest.Monk
         assert inside == (not run.miss), f"{run.name}: {speed:.0f} / {run.published:.0f}"
         assert run.source.startswith("https://"), run.name
     assert sum(bool(run.miss) for run in published.RUNS) <= len(published.RUNS) / 3
+
+
+def test_eight_gpus_need_no_sharded_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/decisions.md says: with bf16 moments and gradients, micro-batches of one sequence fit
+    at the published speed, and those of four do not."""
+    run = tool("published_table", monkeypatch).RUNS[0]
+    engine = replace(run.job.engine, recompute=False, gradients="bf16")
+    four = replace(run.job, engine=engine, optimizer=OptimizerConfig(moments="bf16"))
+    one = replace(four, capacity=run.sequence, sequences_per_step=run.batch)
+    assert fits(one, worst_rank(one))
+    assert not fits(four, worst_rank(four))
+    whole = replace(one, optimizer=OptimizerConfig())
+    assert not fits(whole, worst_rank(whole))
+    step = StepModel(one, pack_imbalance=1.0).step()
+    assert step.tokens / step.total / run.gpus > 0.97 * run.published
 
 
 @pytest.mark.parametrize("name", ["published_table", "exchange_table"])
