@@ -29,6 +29,7 @@ from nemocascade.megatron.world import start_world
 from nemocascade.recipe import (
     EngineConfig,
     GrpoConfig,
+    LoraConfig,
     ModelConfig,
     MoeTrainingConfig,
     OptimizerConfig,
@@ -63,8 +64,9 @@ class Case:
     is played. tokens: capacity of a micro-batch; of a prompt for a rollout. requests: texts of a
     rollout in 8 slots; more of them need steps of several sizes. strings: the rollout has stop
     strings. steps: micro-batches of each step of a training case; the optimizer has its state from
-    the second step on. architecture: that of the device, for kernels. quick: part of the quick
-    tests. packages: optional packages that can be imported, as stand-ins.
+    the second step on. lora: adapters, which are trained alone if they have a rank. architecture:
+    that of the device, for kernels. quick: part of the quick tests. packages: optional packages
+    that can be imported, as stand-ins.
     """
 
     name: str
@@ -76,6 +78,8 @@ class Case:
     tokens: int = 512
     engine: EngineConfig = field(default_factory=EngineConfig)
     accelerators: Accelerators = field(default_factory=Accelerators)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     requests: int = 8
     strings: bool = False
     steps: tuple[int, ...] = (1, 1, 2)
@@ -173,10 +177,11 @@ def _trainer(case: Case, world: World, folder: Path) -> Trainer:
         case.model,
         engine=case.engine,
         moe=MoeTrainingConfig(),
-        optimizer=OptimizerConfig(),
+        optimizer=case.optimizer,
         accelerators=case.accelerators,
         seed=0,
         run_dir=folder,
+        lora=case.lora,
     )
 
 

@@ -265,7 +265,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--only", default="*", help="cases to play: a pattern, such as 'sft*'")
+    only = "cases to play: patterns, such as 'sft*' rollout"
+    parser.add_argument("--only", nargs="+", default=["*"], help=only)
     parser.add_argument("--update", action="store_true", help="write the budgets anew")
     parser.add_argument("--explain", action="store_true", help="print every count with its place")
     parser.add_argument("--jobs", type=int, default=2)
@@ -273,9 +274,10 @@ def main() -> int:
     from gpu_dry import suite
 
     started = time.monotonic()
-    names = [name for name in suite.CASES if fnmatch.fnmatch(name, options.only)]
+    names = [n for n in suite.CASES if any(fnmatch.fnmatch(n, only) for only in options.only)]
     if not names:
-        parser.error(f"no case is named {options.only}: choose among {', '.join(suite.CASES)}")
+        asked = " ".join(options.only)
+        parser.error(f"no case is named {asked}: choose among {', '.join(suite.CASES)}")
     outcomes = play(names, options.jobs, explain=options.explain)
     failed = {name: text for name, text in outcomes.items() if isinstance(text, str)}
     good = {name: outcome for name, outcome in outcomes.items() if name not in failed}

@@ -13,7 +13,9 @@ from nemocascade.megatron.config import Accelerators
 from nemocascade.recipe import (
     CascadeRecipe,
     EngineConfig,
+    LoraConfig,
     MopdRecipe,
+    OptimizerConfig,
     ParallelConfig,
     SftRecipe,
     nemotron3_nano_30b,
@@ -58,6 +60,17 @@ def _tiny() -> Iterator[Case]:
     yield Case(
         "sft-fla-recompute", "sft", TINY, accelerators=FLA, engine=EngineConfig(recompute=True)
     )
+
+
+def _settings() -> Iterator[Case]:
+    """Settings of the engine, the optimizer and adapters, beside the cases without them."""
+    shared = EngineConfig(overlap_shared_expert="on")
+    for name in ("ep2", "tp2_ep2"):
+        yield Case(f"sft-{name}-shared", "sft", TINY, *LAYOUTS[name], engine=shared)
+    yield Case("sft-moments", "sft", TINY, optimizer=OptimizerConfig(moments="bf16"))
+    yield Case("sft-lora", "sft", TINY, lora=LoraConfig(rank=8))
+    adapted = LoraConfig(rank=8, targets=("linear_qkv", "in_proj", "experts"))
+    yield Case("sft-lora-experts-tp2_ep2", "sft", TINY, *LAYOUTS["tp2_ep2"], lora=adapted)
 
 
 def _packages() -> Iterator[Case]:
@@ -193,5 +206,5 @@ def _recipes() -> Iterator[Case]:
             )
 
 
-_PARTS = (_tiny, _packages, _rollouts, _nano_layers, _nano_context, _recipes, _kernels)
+_PARTS = (_tiny, _settings, _packages, _rollouts, _nano_layers, _nano_context, _recipes, _kernels)
 CASES = {case.name: case for part in _PARTS for case in part()}

@@ -10,7 +10,7 @@ from gpu_dry.cases import Case
 from nemocascade.plan.gpus import GPUS
 from nemocascade.plan.job import Job
 from nemocascade.plan.memory import worst_rank
-from nemocascade.recipe import MoeTrainingConfig, OptimizerConfig
+from nemocascade.recipe import MoeTrainingConfig
 
 LAYERS = [
     f"nano-{kind}{end}"
@@ -29,7 +29,7 @@ def job_of(case: Case, document: int) -> Job:
         parallel=case.parallel,
         engine=case.engine,
         moe=MoeTrainingConfig(),
-        optimizer=OptimizerConfig(),
+        optimizer=case.optimizer,
         capacity=case.tokens,
         sequences_per_step=case.parallel.data_parallel(case.world) * max(case.steps),
         gpu=GPUS["h100"],
@@ -37,6 +37,7 @@ def job_of(case: Case, document: int) -> Job:
         document=document,
         imbalance=1.0,
         mixer=case.accelerators.mamba2 or "triton",
+        lora=case.lora,
     )
 
 
