@@ -7,6 +7,7 @@ costs. A rollout case differs in the same way by one decode step.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import tempfile
 from collections import Counter, defaultdict
@@ -25,6 +26,7 @@ from nemocascade.megatron import model as model_module
 from nemocascade.megatron.config import Accelerators
 from nemocascade.megatron.generation.cached_layers import AttentionSlotLayer, MambaSlotLayer
 from nemocascade.megatron.generation.layers import DecodeStep, MlpSlotLayer, MoeSlotLayer
+from nemocascade.megatron.user_buffers import user_buffers
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import (
     EngineConfig,
@@ -118,7 +120,7 @@ def run_case(case: Case, *, explain: bool = False) -> Outcome:
         triton_driver.install()
         world = _join(case)
         axes.update(_axes(world))
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _buffers(case, world):
             trainer = _trainer(case, world, Path(folder))
             run = _rollout if case.stage == "rollout" else _training
             return run(case, world, trainer)
@@ -159,6 +161,13 @@ def _axes(world: World) -> dict[str, str]:
                 name = found.get(one.group_name, f.name)
                 found[one.group_name] = min(name, f.name, key=len)
     return found
+
+
+def _buffers(case: Case, world: World) -> contextlib.AbstractContextManager[None]:
+    """User buffers for the linears that overlap with their communication, as in a stage."""
+    if not case.accelerators.te_overlap:
+        return contextlib.nullcontext()
+    return user_buffers(world, case.model.hidden_size, case.tokens // case.parallel.cp)
 
 
 def _trainer(case: Case, world: World, folder: Path) -> Trainer:

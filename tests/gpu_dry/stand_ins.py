@@ -102,8 +102,12 @@ def wgrad_gemm_accum_fp32(inputs: Any, grad_outputs: Any, main_grad: torch.Tenso
 
 
 class Linear(torch.nn.Module):
-    """Transformer Engine's linear on one rank, with Megatron's arguments. recipes: the FP8 recipe
-    of every call; None outside of `fp8_autocast`."""
+    """Transformer Engine's linear with Megatron's arguments. recipes: the FP8 recipe of every call;
+    None outside of `fp8_autocast`.
+
+    On several ranks it runs within user buffers alone, where no collective of torch moves rows: it
+    repeats its own rows, and sums parts of its output, which have the right shapes only.
+    """
 
     recipes: ClassVar[list[Any]] = []
 
@@ -116,21 +120,30 @@ class Linear(torch.nn.Module):
         bias: bool,
         parallel_mode: str,
         params_dtype: torch.dtype,
-        device: Any,
         **_kwargs: Any,
     ) -> None:
         super().__init__()
-        assert tp_size == 1
         assert not bias
         self.in_features, self.out_features, self.tp_size = in_features, out_features, tp_size
         self.use_bias, self.parallel_mode = bias, parallel_mode
         self.user_buffers = {k: v for k, v in _kwargs.items() if k.startswith("ub_")}
-        shape = out_features, in_features
-        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
+        shape = out_features // tp_size, in_features
+        if parallel_mode == "row":
+            shape = out_features, in_features // tp_size
+        # On the default device, as Megatron's initial values are: `meta` in the dry run.
+        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=params_dtype))
 
     def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
         self.recipes.append(_ACTIVE[-1])
-        return torch.nn.functional.linear(x, self.weight)
+        if self.tp_size == 1:
+            return torch.nn.functional.linear(x, self.weight)
+        assert self.user_buffers["ub_overlap_ag"]
+        rows = x.shape[0] * (self.tp_size if self.parallel_mode == "column" else 1)
+        assert [rows, *BUFFERS[0]["shape"][1:]] == BUFFERS[0]["shape"]
+        if self.parallel_mode == "column":
+            return torch.nn.functional.linear(x.repeat(self.tp_size, 1, 1), self.weight)
+        out = torch.nn.functional.linear(x, self.weight)
+        return out.unflatten(0, (self.tp_size, -1)).sum(0)
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.zeros(1)

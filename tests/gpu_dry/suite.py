@@ -71,6 +71,15 @@ def _settings() -> Iterator[Case]:
     yield Case("sft-lora", "sft", TINY, lora=LoraConfig(rank=8))
     adapted = LoraConfig(rank=8, targets=("linear_qkv", "in_proj", "experts"))
     yield Case("sft-lora-experts-tp2_ep2", "sft", TINY, *LAYOUTS["tp2_ep2"], lora=adapted)
+    yield Case(
+        "sft-tp2-buffers",
+        "sft",
+        TINY,
+        *LAYOUTS["tp2"],
+        engine=EngineConfig(overlap_tensor_parallel=True),
+        accelerators=Accelerators(te_overlap=True),
+        packages=("transformer_engine",),
+    )
 
 
 def _packages() -> Iterator[Case]:
