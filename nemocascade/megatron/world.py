@@ -137,19 +137,26 @@ _HOST_GROUPS = {
 
 @contextlib.contextmanager
 def _few_gloo_groups(device: torch.device) -> Iterator[None]:
-    """Context in which Megatron makes groups of NCCL alone on GPUs, save those of `groups.HOST`.
+    """Context in which Megatron makes few gloo groups.
 
-    A group without a backend of its own would get those of the default group, so a gloo group too.
+    On CPUs, its groups of the same ranks are one group: of about twenty, few differ. Each would
+    have three threads, of which one wakes a hundred times a second. On GPUs, groups are of NCCL
+    alone, save those of `groups.HOST`: a group without a backend of its own would get those of the
+    default group, so a gloo group too.
     """
-    if device.type != "cuda":
-        yield
-        return
     assert _HOST_GROUPS.keys() == set(HOST)
     made = parallel_state.create_group
+    on_gpu = device.type == "cuda"
+    of_ranks: dict[tuple[int, ...], Any] = {}
 
-    def create(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        on_host = kwargs.get("group_desc") in _HOST_GROUPS.values()
-        return made(*args, backend=backend or (None if on_host else "nccl"), **kwargs)
+    def create(ranks: Sequence[int], *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        if on_gpu:
+            on_host = kwargs.get("group_desc") in _HOST_GROUPS.values()
+            return made(ranks, *args, backend=backend or (None if on_host else "nccl"), **kwargs)
+        key = tuple(ranks)
+        if key not in of_ranks:
+            of_ranks[key] = made(ranks, *args, backend=backend, **kwargs)
+        return of_ranks[key]
 
     parallel_state.create_group = create
     try:

@@ -54,7 +54,7 @@ def train_on_both(root: str) -> list[str]:
         data=data,
         tokenizer=TokenizerConfig(path=tokenizer),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=1),
-        engine=EngineConfig(precision="bf16", timeout_s=300),
+        engine=EngineConfig(precision="fp32", preflight=False, timeout_s=300),
         checkpoint=CheckpointConfig(every=1, keep=0),
     )
     told: list[str] = []

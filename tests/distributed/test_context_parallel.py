@@ -188,21 +188,19 @@ def poison_each(parallel: dict[str, int]) -> list[list[int]]:
         trainer.modules[0].embedding.word_embeddings.weight[95] = float("nan")
     found = []
     for lengths in PACKS.values():
+        bounds = make_batch(lengths).cu_seqlens.tolist()
+        whole = make_batch(lengths).shard(world.cp_rank, world.parallel.cp)
+        before = values_of_rows(trainer, whole)
         for number in range(len(lengths)):
-            whole = make_batch(lengths)
-            bounds = whole.cu_seqlens.tolist()
             own = torch.zeros(CAPACITY, dtype=torch.bool)
             own[bounds[number] : bounds[number + 1]] = True
-            batches = [
-                b.shard(world.cp_rank, world.parallel.cp)
-                for b in (whole, make_batch(lengths, number))
-            ]
-            own = torch.cat([own[s] for s in batches[0].segments])
-            before, after = (values_of_rows(trainer, b) for b in batches)
+            own = torch.cat([own[s] for s in whole.segments])
+            poisoned = make_batch(lengths, number).shard(world.cp_rank, world.parallel.cp)
+            after = values_of_rows(trainer, poisoned)
             changed = 0
             for a, b in zip(before, after, strict=True):
                 changed += int((a[~own] != b[~own]).sum()) + int(a[~own].isnan().sum())
-            trained = own & (batches[0].token_weight != 0)
+            trained = own & (whole.token_weight != 0)
             found.append([changed, int((~after[0][trained].isnan()).sum()), int(trained.sum())])
     return found
 

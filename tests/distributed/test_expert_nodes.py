@@ -145,14 +145,17 @@ def test_rows_between_nodes(name: str, exchange: str, steps: list[dict[str, Any]
     assert 0 < sum(rank["expected"]["hierarchical"] for rank in ranks) < slots
 
 
+STEPS = 3
+
+
 def train_each(layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Losses and gradient norms of ten steps on two nodes of two ranks."""
+    """Losses and gradient norms of `STEPS` steps on two nodes of two ranks."""
     from test_equivalence import train
 
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     return {
         name: {
-            exchange: train(parallel, engine={"expert_exchange": exchange})
+            exchange: train(parallel, engine={"expert_exchange": exchange}, steps=STEPS)
             for exchange in EXCHANGES
         }
         for name, parallel in layouts.items()
@@ -163,10 +166,10 @@ def train_one() -> list[list[float]]:
     """The same in one process."""
     from test_equivalence import train
 
-    return train({})
+    return train({}, steps=STEPS)
 
 
-def test_ten_steps_are_those_of_one_process() -> None:
+def test_steps_are_those_of_one_process() -> None:
     layouts = {"EP4": LAYOUTS["EP4"], "TP2 EP4": LAYOUTS["TP2 EP4"]}
     [one] = run_ranks(train_one, 1)
     for rank in run_ranks(train_each, 4, {"layouts": layouts}, timeout_s=500):

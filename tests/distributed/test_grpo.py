@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.ranks import run_ranks
-from helpers.start_policy import start_policy
+from helpers.start_policy import FEW_LAYERS, start_policy
 
 REPLAY = ", replay"
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -94,7 +94,7 @@ def grpo(
                 offload=rollouts is not None,
             ),
             grpo=GrpoConfig(capacity=256, kl_coef=0.1),
-            envs=EnvConfig(if_language_check="letters"),
+            envs=EnvConfig(if_language_check="letters", check_workers=1),
             optimizer=OptimizerConfig(
                 lr=3e-2 if lora else 1e-3, min_lr=0.0, warmup_steps=0, schedule="constant"
             ),
@@ -110,8 +110,9 @@ def grpo(
 
 
 def pass_rates(artifact: str, folder: str, parallel: dict[str, Any]) -> Lines:
-    """Rows with their pass rates. Some junk keeps to "no commas"."""
+    """Rows with their pass rates. Some junk keeps to "no commas", none has the word of the last."""
     from nemocascade.recipe import EngineConfig, ParallelConfig, RolloutConfig
+    from nemocascade.recipe.envs import EnvConfig
     from nemocascade.recipe.pass_rates import PassRateSettings
     from nemocascade.stages.pass_rates import run_pass_rates
 
@@ -122,8 +123,15 @@ def pass_rates(artifact: str, folder: str, parallel: dict[str, Any]) -> Lines:
             "instruction_id_list": ["punctuation:no_comma"],
             "kwargs": [{}],
         }
-        for word in ("one", "two", "three", "four", "five", "six", "seven")
+        for word in ("one", "two", "three", "four", "five", "six")
     ]
+    lines.append(
+        {
+            "prompt": "say seven",
+            "instruction_id_list": ["keywords:existence"],
+            "kwargs": [{"keywords": ["serendipity"]}],
+        }
+    )
     if not rows.exists():
         rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     output = Path(f"{folder}.jsonl")
@@ -136,6 +144,7 @@ def pass_rates(artifact: str, folder: str, parallel: dict[str, Any]) -> Lines:
             rollout=RolloutConfig(
                 prompts_per_step=5, max_response_tokens=24, thinking=False, slots=4
             ),
+            envs=EnvConfig(check_workers=1),
             parallel=ParallelConfig(**parallel),
             engine=EngineConfig(precision="fp32"),
         )
@@ -146,7 +155,7 @@ def pass_rates(artifact: str, folder: str, parallel: dict[str, Any]) -> Lines:
 
 def alone(folder: str) -> dict[str, Any]:
     """One process: a run, and the same run stopped after its first step."""
-    artifact = start_policy(f"{folder}/sft")
+    artifact = start_policy(f"{folder}/sft", pattern=FEW_LAYERS)
     whole = grpo(artifact, f"{folder}/whole", {})
     grpo(artifact, f"{folder}/parts", {}, steps=1)
     parts = grpo(artifact, f"{folder}/parts", {})

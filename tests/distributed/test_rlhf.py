@@ -58,7 +58,7 @@ def recipe(
             dynamic_filtering=False,
         ),
         grpo=GrpoConfig(capacity=256, kl_coef=0.03),
-        envs=EnvConfig(judge=JudgeConfig(**judge)),
+        envs=EnvConfig(judge=JudgeConfig(**judge), check_workers=1),
         optimizer=OptimizerConfig(lr=1e-2, min_lr=0.0, warmup_steps=0, schedule="constant"),
         parallel=ParallelConfig(**parallel),
         engine=EngineConfig(precision="fp32"),

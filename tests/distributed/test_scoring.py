@@ -80,7 +80,7 @@ def scored(
         max_response_tokens=12,
         thinking=False,
         slots=5,
-        envs=EnvConfig(if_grading="fraction", if_language_check="letters"),
+        envs=EnvConfig(if_grading="fraction", if_language_check="letters", check_workers=1),
         engine=EngineConfig(precision="fp32"),
         **settings,
     )

@@ -142,8 +142,9 @@ class Linear(torch.nn.Module):
         assert [rows, *BUFFERS[0]["shape"][1:]] == BUFFERS[0]["shape"]
         if self.parallel_mode == "column":
             return torch.nn.functional.linear(x.repeat(self.tp_size, 1, 1), self.weight)
-        out = torch.nn.functional.linear(x, self.weight)
-        return out.unflatten(0, (self.tp_size, -1)).sum(0)
+        parts = torch.nn.functional.linear(x, self.weight).unflatten(0, (self.tp_size, -1))
+        out: torch.Tensor = parts.sum(0)
+        return out
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.zeros(1)

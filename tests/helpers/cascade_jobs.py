@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -48,7 +49,9 @@ from nemocascade.recipe.commands import InterferenceSettings
 DOMAINS = ("instruction_following", "math")
 FP32 = EngineConfig(precision="fp32", preflight=False)
 # A check that a busy machine slows down must not become an error.
-ENVS = EnvConfig(if_language_check="letters", if_grading="fraction", check_timeout_s=120.0)
+ENVS = EnvConfig(
+    if_language_check="letters", if_grading="fraction", check_timeout_s=120.0, check_workers=1
+)
 CONSTANT = OptimizerConfig(lr=1e-3, min_lr=0.0, warmup_steps=0, schedule="constant")
 SHARED: dict[str, Any] = {
     "optimizer": CONSTANT,
@@ -60,14 +63,14 @@ SHARED: dict[str, Any] = {
 
 def sft(**changes: Any) -> SftRecipe:
     recipe = SftRecipe(
-        steps=48,
+        steps=12,
         model=replace(tiny(), pattern="M*E", hidden_size=64, vocab_size=512),
         data=DataConfig(capacity=512, sequences_per_step=2, balance_group=2),
         demonstrations=DemonstrationConfig(
             domains=tuple(DomainConfig(domain=d, tasks=64) for d in DOMAINS), heldout=8
         ),
         tokenizer=TokenizerConfig(train_vocab_size=400),
-        **{**SHARED, "optimizer": replace(CONSTANT, lr=4e-3), "checkpoint": CheckpointConfig(24)},
+        **{**SHARED, "optimizer": replace(CONSTANT, lr=4e-3), "checkpoint": CheckpointConfig(6)},
     )
     return replace(recipe, **changes)
 
@@ -155,8 +158,10 @@ def scenarios(root: str) -> dict[str, Any]:
     base = small_cascade(run_dir)
     found: dict[str, Any] = {"before": dry_run(base, Choice())}
     found["refused"] = _refusal(base, Choice(only="if_rl"))
+    started = time.monotonic()
     run_cascade(base)
     found |= {"first": digests(run_dir), "cascade": _json(run_dir, "cascade.json")}
+    found["seconds"] = time.monotonic() - started
     found["report"] = report_text(Path(run_dir))
     names = StageGraph(base).names
     found["scores"] = {name: _json(run_dir, f"stages/{name}/scores.json") for name in names}
@@ -257,14 +262,14 @@ def digests_of(folder: str) -> dict[str, str]:
     }
 
 
-def kill_and_restart(root: str, kills: int, seed: int) -> dict[str, Any]:
-    """The cascade undisturbed, then at the same place killed at random moments and restarted. The
-    first kill waits for a stage to have begun, so that it meets a run on any machine."""
+def kill_and_restart(root: str, kills: int, seed: int, whole_s: float) -> dict[str, Any]:
+    """The cascade of `scenarios` anew at the same place, killed at random moments and restarted.
+    The first kill waits for a stage to have begun, so that it meets a run on any machine.
+
+    whole_s: seconds of the cascade that nothing kills.
+    """
     run_dir = Path(root, "run")
-    started = time.monotonic()
-    assert _end(_start(str(run_dir))) == 0
-    whole_s = time.monotonic() - started
-    run_dir.rename(Path(root, "whole"))
+    shutil.rmtree(run_dir)
     moments = random.Random(seed)
     died = []
     for number in range(kills):
@@ -279,7 +284,6 @@ def kill_and_restart(root: str, kills: int, seed: int) -> dict[str, Any]:
     assert _end(_start(str(run_dir))) == 0
     return {
         "died": died,
-        "whole": digests(Path(root, "whole")),
         "parts": digests(run_dir),
         "retired": [p.name for p in run_dir.glob("retired/*")],
     }

@@ -63,7 +63,7 @@ def stage_recipe(kind: str, artifacts: dict[str, str], folder: str, **rollout: A
             ),
             **rollout,
         ),
-        "envs": EnvConfig(if_language_check="letters", if_grading="fraction"),
+        "envs": EnvConfig(if_language_check="letters", if_grading="fraction", check_workers=1),
         "optimizer": OptimizerConfig(lr=1e-3, min_lr=0.0, warmup_steps=0, schedule="constant"),
         "engine": EngineConfig(precision="fp32", preflight=False),
         "checkpoint": CheckpointConfig(every=0),

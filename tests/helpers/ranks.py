@@ -264,10 +264,19 @@ def _serve() -> None:
     # nor copy their pages into each fork.
     gc.collect()
     gc.freeze()
-    status_files: dict[int, Path] = {}
+    ranks: dict[int, tuple[int, Path]] = {}  # pid and status file, by a descriptor of the process
     while True:
-        readable, _, _ = select.select([sys.stdin], [], [], 0.01 if status_files else None)
-        if readable:
+        readable, _, _ = select.select([sys.stdin, *ranks], [], [])
+        for descriptor in ranks.keys() & readable:
+            pid, path = ranks.pop(descriptor)
+            os.close(descriptor)
+            _, status = os.waitpid(pid, 0)
+            # The other server writes into the same folder.
+            partial = path.with_name(f"{path.name}.partial")
+            with contextlib.suppress(FileNotFoundError):
+                partial.write_text(str(os.waitstatus_to_exitcode(status)))
+                partial.rename(path)
+        if sys.stdin in readable:
             line = sys.stdin.readline()
             if not line:
                 return
@@ -275,17 +284,8 @@ def _serve() -> None:
             pid = os.fork()
             if pid == 0:
                 _run_rank(Path(request["job"]), request)
-            status_files[pid] = Path(request["job"]) / f"exit.{request['rank']}"
+            ranks[os.pidfd_open(pid)] = pid, Path(request["job"]) / f"exit.{request['rank']}"
             print(pid, flush=True)
-        for pid in list(status_files):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                path = status_files.pop(pid)
-                # The other server writes into the same folder.
-                partial = path.with_name(f"{path.name}.partial")
-                with contextlib.suppress(FileNotFoundError):
-                    partial.write_text(str(os.waitstatus_to_exitcode(status)))
-                    partial.rename(path)
 
 
 def _run_rank(job: Path, request: dict[str, Any]) -> NoReturn:

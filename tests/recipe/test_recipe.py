@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.commands import run_command
 
 from nemocascade.recipe import (
     DataConfig,
@@ -255,13 +256,7 @@ def test_unknown_name_suggests_the_nearest() -> None:
 
 
 def test_illegal_settings_stop_before_a_process_group() -> None:
-    run = subprocess.run(
-        [sys.executable, "recipes/tiny/sft.py", "--parallel.tp", "2", "--parallel.pp", "3"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = run_command(["recipes/tiny/sft.py", "--parallel.tp", "2", "--parallel.pp", "3"])
     assert run.returncode == 2
     assert "tp(2) x pp(3)" in run.stderr
     assert "Traceback" not in run.stderr

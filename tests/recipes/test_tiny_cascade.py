@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from helpers.commands import run_command
 
 from nemocascade.cascade.graph import StageGraph
 from nemocascade.recipe import CascadeRecipe, MopdRecipe, PolicyRecipe, load_recipe
@@ -17,7 +16,11 @@ SCRIPT = "recipes/tiny/cascade.py"
 
 def small(cascade: CascadeRecipe) -> list[str]:
     """Arguments that leave a moment's work of every stage."""
-    changes: dict[str, object] = {"scores.tasks": 2, "scores.max-response-tokens": 12}
+    changes: dict[str, object] = {
+        "scores.tasks": 2,
+        "scores.max-response-tokens": 12,
+        "scores.envs.check-workers": 1,
+    }
     for number, domain in enumerate(cascade.scores.domains):
         if domain.max_response_tokens:
             changes[f"scores.domains.{number}.max-response-tokens"] = 24
@@ -27,6 +30,7 @@ def small(cascade: CascadeRecipe) -> list[str]:
         if isinstance(stage.recipe, PolicyRecipe):
             changes |= {
                 f"{name}.steps": 1,
+                f"{name}.envs.check-workers": 1,
                 f"{name}.rollout.prompts-per-step": 2,
                 f"{name}.rollout.rollouts-per-prompt": 2,
                 f"{name}.rollout.max-draws": 1,
@@ -47,15 +51,7 @@ def small(cascade: CascadeRecipe) -> list[str]:
 
 
 def nemocascade(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "nemocascade.cli", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=550,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run_command(["-m", "nemocascade.cli", *arguments], timeout_s=550)
     assert done.returncode == 0, done.stderr[-4000:]
     return str(done.stdout)
 

@@ -1,9 +1,8 @@
-"""The tiny SFT recipe, run as by a user: a script in a fresh process."""
+"""The tiny SFT recipe, run as by a user: a script with its command line, and once by torchrun."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.commands import Command, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -21,24 +21,24 @@ NAMES = (
 )
 
 
-def run(*command: str, ranks: int = 1, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def run_torchrun(*command: str, ranks: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*launcher, *command],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc-per-node={ranks}", *command),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
-        timeout=timeout_s,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
     )
 
 
 def train(run_dir: Path, *options: str, ranks: int = 1) -> list[dict[str, float]]:
     small = ["--data.capacity", "1024", "--checkpoint.every", "3", "--run-dir", str(run_dir)]
-    done = run("recipes/tiny/sft.py", *small, *options, ranks=ranks)
+    command = ("recipes/tiny/sft.py", *small, *options)
+    done = run_torchrun(*command, ranks=ranks) if ranks > 1 else run_command(command)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -119,10 +119,12 @@ def test_eval_scores_the_artifact(trained: tuple[Path, list[dict[str, float]]]) 
     rows = run_dir / "rows.jsonl"
     turns = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
     rows.write_text(json.dumps({"messages": turns}) + "\n")
-    done = run(
-        *("-m", "nemocascade.cli", "eval", "--artifact", str(run_dir / "artifact")),
-        *("--data.path", str(rows), "--data.capacity", "256", "--work-dir", str(run_dir / "eval")),
-        *("--engine.precision", "fp32"),
+    done = run_command(
+        [
+            *("-m", "nemocascade.cli", "eval", "--artifact", str(run_dir / "artifact")),
+            *("--data.path", str(rows), "--data.capacity", "256"),
+            *("--work-dir", str(run_dir / "eval"), "--engine.precision", "fp32"),
+        ]
     )
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -134,7 +136,9 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     good = {"question": "1 + 1?", "answer": "2"}
     rows.write_text(json.dumps(good) + "\n" + "{broken\n")
-    done = run("recipes/tiny/sft.py", "--data.path", str(rows), "--run-dir", str(tmp_path / "run"))
+    done = run_command(
+        ["recipes/tiny/sft.py", "--data.path", str(rows), "--run-dir", str(tmp_path / "run")]
+    )
     assert done.returncode == 2
     assert f"{rows}:2" in done.stderr
     assert "Traceback" not in done.stderr
@@ -163,9 +167,11 @@ def test_fp8_experts_train_as_well(tmp_path: Path) -> None:
     losses = {}
     for experts in ("bf16", "fp8"):
         run_dir = tmp_path / experts
-        done = run(
-            *("recipes/tiny/sft.py", "--run-dir", str(run_dir), "--checkpoint.every", "0"),
-            *("--eval.every", "0", "--engine.experts", experts),
+        done = run_command(
+            [
+                *("recipes/tiny/sft.py", "--run-dir", str(run_dir), "--checkpoint.every", "0"),
+                *("--eval.every", "0", "--engine.experts", experts),
+            ],
             timeout_s=1800,
         )
         assert done.returncode == 0, done.stderr[-4000:]
@@ -179,11 +185,13 @@ def test_fp8_experts_train_as_well(tmp_path: Path) -> None:
 
 def losses_of(run_dir: Path, seed: int, experts: str) -> list[float]:
     """Losses of the recipe's 200 steps, of 2,048 tokens each."""
-    done = run(
-        *("recipes/tiny/sft.py", "--run-dir", str(run_dir), "--seed", str(seed)),
-        *("--data.capacity", "1024", "--data.sequences-per-step", "2"),
-        *("--data.balance-group", "2", "--checkpoint.every", "0", "--eval.every", "0"),
-        *("--engine.experts", experts),
+    done = run_command(
+        [
+            *("recipes/tiny/sft.py", "--run-dir", str(run_dir), "--seed", str(seed)),
+            *("--data.capacity", "1024", "--data.sequences-per-step", "2"),
+            *("--data.balance-group", "2", "--checkpoint.every", "0", "--eval.every", "0"),
+            *("--engine.experts", experts),
+        ],
         timeout_s=1800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -225,35 +233,25 @@ def test_a_second_job_is_refused_and_ctrl_c_saves(
         "1",
     )
     command = ("recipes/tiny/sft.py", *small, *tokenizer, "--steps", "100000", "--run-dir")
-    first = subprocess.Popen(
-        [sys.executable, *command, str(tmp_path / "run")],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    try:
+    with Command([*command, str(tmp_path / "run")]) as first:
         deadline = time.monotonic() + 200
         while not (metrics.is_file() and metrics.stat().st_size):
             assert first.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
         kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.json")}
-        second = run(*command, str(tmp_path / "run"))
+        second = run_command([*command, str(tmp_path / "run")])
         assert second.returncode == 75
         assert f"is in use by process {first.pid} on " in second.stderr.splitlines()[-1]
         assert kept == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.json")}
         first.send_signal(signal.SIGINT)
-        _, said = first.communicate(timeout=100)
-    finally:
-        first.kill()
-        first.wait()
-    assert first.returncode == 130
+        stopped = first.wait(100)
+    assert stopped.returncode == 130
     step = len(metrics.read_text().splitlines())
-    assert f"stopped on request after step {step}, which is saved" in said
+    assert f"stopped on request after step {step}, which is saved" in stopped.stderr
     assert (tmp_path / "run/checkpoints/latest").read_text() == f"step_{step:08d}\n"
     assert not (tmp_path / "run/lock").exists()
-    changed = run(*command, str(tmp_path / "run"), "--optimizer.lr", "0.1")
+    changed = run_command([*command, str(tmp_path / "run"), "--optimizer.lr", "0.1"])
     assert changed.returncode == 2
     assert f"optimizer.lr 0.003 -> 0.1 since step_{step:08d}" in changed.stderr

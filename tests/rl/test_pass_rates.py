@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.commands import Command
 from helpers.data import sentencepiece_tokenizer
 
 from nemocascade.data.tokenizer import Tokenizer
@@ -127,15 +126,14 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def start(server: Any, rows: Path, output: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "nemocascade.cli", "pass-rates", str(rows), *more]
+def start(server: Any, rows: Path, output: Path, *more: str) -> Command:
+    command = ["-m", "nemocascade.cli", "pass-rates", str(rows), *more]
     command += ["--output", str(output), "--server", server.url, "--model", "m"]
     command += ["--tokenizer", server.tokenizer.path, "--samples", str(SAMPLES)]
     command += ["--rollout.max-response-tokens", "64", "--rollout.thinking", "False"]
     command += ["--rollout.slots", "3", "--rollout.prompts-per-step", "8"]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    command += ["--envs.check-workers", "1"]
+    return Command(command)
 
 
 def test_a_killed_run_resumes_and_repeats_no_finished_sample(server: Any, tmp_path: Path) -> None:
@@ -148,14 +146,14 @@ def test_a_killed_run_resumes_and_repeats_no_finished_sample(server: Any, tmp_pa
     more = ("--domains", "math", "--rollout.max-prompt-tokens", "200")
 
     server.patience = 20
-    first = start(server, rows, output, *more)
-    assert server.stuck.wait(60), first.communicate()
-    journal = tmp_path / "rated.jsonl.progress" / "rank_0.jsonl"
-    deadline = time.monotonic() + 20
-    while len(journal.read_text().splitlines()) < 21 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    with start(server, rows, output, *more) as first:
+        assert server.stuck.wait(60), first.said()
+        journal = tmp_path / "rated.jsonl.progress" / "rank_0.jsonl"
+        deadline = time.monotonic() + 20
+        while len(journal.read_text().splitlines()) < 21 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
     assert not output.exists()
     with journal.open("a") as file:
         file.write('{"row": 0, "sam')  # as a kill in the middle of a line would leave it
@@ -166,9 +164,10 @@ def test_a_killed_run_resumes_and_repeats_no_finished_sample(server: Any, tmp_pa
     server.patience = 10**9
     server.stuck.clear()
     server.release.set()
-    second = start(server, rows, output, *more)
-    printed, log = second.communicate(timeout=120)
-    assert second.returncode == 0, log
+    with start(server, rows, output, *more) as second:
+        done = second.wait(120)
+    printed, log = done.stdout, done.stderr
+    assert done.returncode == 0, log
     again = Counter(server.asked[before:])
     assert set(again.values()) == {1}
     assert len(again) == ROWS * SAMPLES - 20
@@ -304,7 +303,8 @@ def settings(tmp_path: Path, **changes: Any) -> PassRateSettings:
     whole = PassRateSettings(
         rows=str(rows), output=str(tmp_path / "out.jsonl"), server="http://a:1", model="m"
     )
-    return replace(whole, **{"tokenizer": "t", **changes})
+    envs = EnvConfig(check_workers=1)
+    return replace(whole, **{"tokenizer": "t", "envs": envs, **changes})
 
 
 @pytest.mark.parametrize(

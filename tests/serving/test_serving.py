@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,7 +14,8 @@ from typing import Any, cast
 import httpx2
 import openai
 import pytest
-from helpers.ranks import REPOSITORY, run_ranks
+from helpers.commands import Command
+from helpers.ranks import run_ranks
 
 from nemocascade.envs.base import Domain
 from nemocascade.envs.registry import close_environments, make_environments
@@ -62,29 +61,17 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
 def server(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a server of the artifact."""
     folder = tmp_path_factory.mktemp("serve")
-    command = [sys.executable, "-m", "nemocascade.cli", "serve", artifact, "--port", "0"]
+    command = ["-m", "nemocascade.cli", "serve", artifact, "--port", "0"]
     command += ["--work-dir", str(folder), "--engine.precision", "fp32", "--slots", "4"]
-    paths = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "kernels")))
-    process = subprocess.Popen(
-        [*command, "--max-tokens", "24"],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stderr is not None
-    seen = ""
-    for line in process.stderr:
-        seen += line
-        if found := re.search(r"at (http://\S+)/v1", line):
-            break
-    else:
-        pytest.fail(seen)
-    yield found.group(1)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=30)[1]
-    assert process.returncode == 0, said
-    assert "ended by Ctrl-C" in said
+    with Command([*command, "--max-tokens", "24"]) as process:
+        while not (found := re.search(r"at (http://\S+)/v1", process.said())):
+            assert process.poll() is None, process.said()
+            time.sleep(0.05)
+        yield found.group(1)
+        process.send_signal(signal.SIGINT)
+        done = process.wait(60)
+    assert done.returncode == 0, done.stderr
+    assert "ended by Ctrl-C" in done.stderr
 
 
 @pytest.fixture(scope="module")
