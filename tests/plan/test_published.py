@@ -53,8 +53,8 @@ def test_predictions_are_in_range_save_for_known_misses(monkeypatch: pytest.Monk
 
 
 def test_eight_gpus_need_no_sharded_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As docs/decisions.md says: with bf16 moments and gradients, micro-batches of one sequence fit
-    at the published speed, and those of four do not."""
+    """Micro-batches of one sequence fit with bf16 moments and gradients at the published speed, and
+    those of four do not: docs/decisions.md says so."""
     run = tool("published_table", monkeypatch).RUNS[0]
     engine = replace(run.job.engine, recompute=False, gradients="bf16")
     four = replace(run.job, engine=engine, optimizer=OptimizerConfig(moments="bf16"))
