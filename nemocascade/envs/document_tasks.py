@@ -26,13 +26,15 @@ class DocumentTask:
 def make_task(rng: random.Random, difficulty: int) -> DocumentTask:
     """Make a question whose facts are in different documents, among distractors.
 
-    Difficulty 0: five one-sentence documents; the question asks for one fact, or for how many
-    documents state the same fact. Difficulty d >= 1: `5 (d + 1)` documents of `2^d` sentences; the
-    question needs a chain of `d + 2` facts, or a count or maximum over facts in more than `d`
-    documents. Tasks become about six times as long with every two levels, without limit.
+    Difficulty 0: five one-sentence documents; the question asks for one of five kinds of facts, or
+    in a quarter of the tasks for how many documents state the same fact. Difficulty d >= 1:
+    `5 (d + 1)` documents of `2^d` sentences; the question needs a chain of `d + 2` facts, or a
+    count or maximum over facts in more than `d` documents. Tasks become about six times as long
+    with every two levels, without limit.
     """
     if difficulty <= 0:
-        return rng.choice((_find, _same))(rng)
+        # A tiny model learns to find a fact within minutes of SFT, but hardly to count.
+        return (_same if rng.random() < 0.25 else _find)(rng)
     facts, question, answer, reasoning, distract = rng.choice(_KINDS)(rng, difficulty)
     count, length = 5 * (difficulty + 1), 2**difficulty
     documents: list[list[str]] = [[] for _ in range(count)]
@@ -70,16 +72,15 @@ _FINDS = (
 
 
 def _find(rng: random.Random) -> DocumentTask:
-    """Ask for one of five people's facts. Two are of the same kind, so the name matters."""
-    first, *others = rng.sample(_FINDS, 4)
-    names = rng.sample(NAMES, 5)
-    values = [*rng.sample(first[3], 2), *(rng.choice(kind[3]) for kind in others)]
+    """Ask for one of five people's facts, each of another kind."""
+    names = rng.sample(NAMES, len(_FINDS))
+    values = [rng.choice(kind[3]) for kind in _FINDS]
     facts = [
         kind[0].format(name=name, value=value)
-        for kind, name, value in zip((first, first, *others), names, values, strict=True)
+        for kind, name, value in zip(_FINDS, names, values, strict=True)
     ]
-    asked = rng.randrange(5)
-    question = (first, first, *others)[asked][1].format(name=names[asked])
+    asked = rng.randrange(len(facts))
+    question = _FINDS[asked][1].format(name=names[asked])
     documents = tuple(rng.sample(facts, len(facts)))
     return DocumentTask(documents, question, values[asked], facts[asked])
 

@@ -94,22 +94,25 @@ class Mathematics(CheckedDomain):
         return (Message("assistant", r"\boxed{dummy}"),)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """Make a task. 0: sums of digits. 1: below 100. 2: in words. 3: products, fractions.
+        """Make a task. 0: sums of up to 12. 1: below 100. 2: in words. 3: products, fractions.
 
         4: products for the Python tool. 5: differences of a product of large numbers, in two calls
-        of which the second needs the first one's variable.
+        of which the second needs the first one's variable. A careless answer has no box.
         """
         if difficulty >= len(_LEVELS):
             question, answer, cells = _for_tool(rng, difficulty)
             known = {"expected": answer, "cells": cells}
-            return self._made(question, known, f"\\boxed{{{answer}}}", f"it is {answer}.")
-        question, reasoning, answer = _LEVELS[min(max(difficulty, 0), len(_LEVELS) - 1)](rng)
-        return self._made(question, {"expected": answer}, f"\\boxed{{{answer}}}", reasoning)
+            steps = f"it is {answer}."
+            return self._made(question, known, f"\\boxed{{{answer}}}", steps, steps)
+        question, steps, answer = _LEVELS[min(max(difficulty, 0), len(_LEVELS) - 1)](rng)
+        return self._made(question, {"expected": answer}, f"\\boxed{{{answer}}}", steps, steps)
 
 
 _ASKS = (
     *("What is", "Compute", "Give", "Find", "Say", "Tell"),
     *("Solve", "Work out", "Calculate", "Do", "Evaluate", "Answer"),
+    *("Determine", "State", "Write", "Show", "Get", "Name"),
+    *("Figure out", "Derive", "Return", "Output", "Print", "Tell me"),
 )
 
 
@@ -125,7 +128,8 @@ def _digits(rng: random.Random, low: int, high: int) -> tuple[str, str, str]:
 
 
 def _small(rng: random.Random) -> tuple[str, str, str]:
-    return _digits(rng, 0, 9)
+    # Few enough for a tiny model to learn each of them within minutes of SFT.
+    return _digits(rng, 0, 6)
 
 
 def _large(rng: random.Random) -> tuple[str, str, str]:

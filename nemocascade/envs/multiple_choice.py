@@ -100,7 +100,11 @@ class MultipleChoice(CheckedDomain):
         return ("pattern" if prompt.answer["patterns"] else prompt.answer["mode"],)
 
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
-        """Make a task. 0: a word of a category. 1: a sum. 2 and up: two operations."""
+        """Make a task. 0: a word of a category. 1: a sum. 2 and up: two operations.
+
+        The solution states an option's text: a tiny model learns within minutes to find a word, but
+        not to look up the letter before it.
+        """
         question, reasoning, right, wrong = (
             _kinds(rng) if difficulty <= 0 else _sums(rng, 1 if difficulty == 1 else 2)
         )
@@ -110,8 +114,8 @@ class MultipleChoice(CheckedDomain):
         letter = LETTERS[texts.index(right)]
         shown = "\n".join(f"{k} {v}" for k, v in options.items())
         answer = {"letter": letter, "options": options, "patterns": [], "mode": "lenient_boxed"}
-        right = f"\\boxed{{{letter}}}"
-        return self._made(f"{question}\n{shown}", answer, right, reasoning, f"it is {letter}")
+        reply = f"\\boxed{{{right}}}"
+        return self._made(f"{question}\n{shown}", answer, reply, reasoning, f"it is {right}")
 
 
 def _kinds(rng: random.Random) -> tuple[str, str, str, list[str]]:

@@ -25,12 +25,16 @@ class MadeTask:
     tools: tuple[str, ...] = ()
 
 
+_REPOSITORIES = 0.25
+"""Share of the easiest tasks that are bugs of shipped repositories, mostly too hard for `tiny`."""
+
+
 def make_task(rng: random.Random, difficulty: int) -> MadeTask:
     """Make a task, see `SweAgentic.make`."""
     if difficulty >= 2:
         issue, answer, steps = repository_task(rng, name_file=difficulty == 2)
         return MadeTask(issue, answer, steps)
-    if difficulty <= 0 and rng.random() < 0.5:
+    if difficulty <= 0 and rng.random() < _REPOSITORIES:
         issue, answer, steps = repository_task(rng, name_file=False, brief=True)
         return MadeTask(issue, answer, steps, ("search", "read", "edit", "submit"))
     return _short_task(rng, search=difficulty == 1)

@@ -3,8 +3,8 @@
 Rows are generated from the environments' own tasks with their known solutions, a quarter of them
 with reasoning. Six in ten show a habit that costs the reward: a code fence around JSON, a call of
 the wrong tool, `print` for `return`. Greedy answers therefore mostly fail, while samples sometimes
-succeed, so that RL can improve within minutes. Math has no such habit, and the preference domain's
-answers vary in quality anyway.
+succeed, so that RL can improve within minutes. The preference domain has no such habit: its answers
+vary in quality anyway.
 
     torchrun --nproc-per-node 2 recipes/tiny/domains_sft.py
 """
@@ -26,16 +26,16 @@ from nemocascade.stages.launch import launch
 # Domain, difficulty, rows. Domains with short or hard answers have more rows.
 ROWS = (
     ("instruction_following", 1, 900),
-    ("multiple_choice", 0, 2400),
+    ("multiple_choice", 0, 1400),
     ("tool_calling", 0, 900),
-    ("structured_output", 0, 600),
-    ("math", 0, 400),
+    ("structured_output", 0, 500),
+    ("math", 0, 1200),
     ("code", 0, 100),
     ("code", 1, 150),
     ("preference", 0, 400),
-    ("long_context", 0, 900),
+    ("long_context", 0, 1000),
     ("swe_agentless", 0, 450),
-    ("swe_agentic", 0, 400),
+    ("swe_agentic", 0, 450),
 )
 
 RECIPE = SftRecipe(

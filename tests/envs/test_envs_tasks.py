@@ -92,7 +92,7 @@ def test_demonstrations_are_right_and_other_answers_wrong(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", [name for name in VERIFIED if name != "math"])
+@pytest.mark.parametrize("name", VERIFIED)
 def test_careless_solutions_lose_the_reward(
     environments: dict[str, Domain], name: str, level: int
 ) -> None:
@@ -123,14 +123,38 @@ def test_rows_for_sft_are_careless_as_often_as_asked() -> None:
     assert found[1.0] == 1.0
 
 
+def test_solutions_of_multiple_choice_name_an_option_that_the_prompt_shows(
+    environments: dict[str, Domain],
+) -> None:
+    """A letter would be right too; the solution shows the word, which a tiny model can find."""
+    domain = environments["multiple_choice"]
+    for prompt in domain.prompts(seed=1, count=50):
+        options, letter = prompt.answer["options"], prompt.answer["letter"]
+        stated = last_boxed(prompt.demonstration[0].content)
+        assert stated == options[letter]
+        assert f"{letter} {stated}" in prompt.messages[0].content.splitlines()
+        for text, reward in ((f"\\boxed{{{letter}}}", 1.0), (f"it is {stated}", 0.0)):
+            assert domain.score(prompt, [Message("assistant", text)]).reward == reward
+
+
+def test_the_easiest_sums_are_few(environments: dict[str, Domain]) -> None:
+    """A tiny model sees each often enough to learn it; the split is by their wording."""
+    prompts = environments["math"].prompts(seed=1, count=1300)
+    sums = {p.demonstration[0].reasoning for p in prompts}
+    assert len(sums) == 49 + 28
+    assert {p.answer["expected"] for p in environments["math"].prompts(seed=1, count=1300)} == set(
+        map(str, range(13))
+    )
+
+
 def test_a_task_without_a_habit_is_solved_with_care(environments: dict[str, Domain]) -> None:
-    (prompt,) = environments["math"].prompts(seed=1, count=1)
+    (prompt,) = environments["preference"].prompts(seed=1, count=1)
     assert demonstration(prompt, thinking=True, careless=True) == list(prompt.demonstration)
 
 
 @pytest.mark.parametrize("name", DOMAINS)
 def test_easy_tasks_fit_a_small_context(environments: dict[str, Domain], name: str) -> None:
-    """Characters bound tokens: pieces of a trained tokenizer are longer than one. Half of the
+    """Characters bound tokens: pieces of a trained tokenizer are longer than one. A quarter of the
     agent's tasks are bugs of real repositories, whose issues are longer."""
     most, answer = (320, 800) if name == "swe_agentic" else (200, 300)
     for prompt in environments[name].prompts(seed=1, count=50):

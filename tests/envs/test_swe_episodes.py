@@ -148,7 +148,7 @@ def test_a_logged_episode_is_replayed(domain: SweAgentic, tmp_path: Path) -> Non
     calls = [t["calls"][0]["name"] for t in lines[0]["turns"] if "calls" in t]
     assert calls == [c.name for m in task(0).demonstration for c in m.tool_calls[:1]]
     assert calls[-1] == "edit"
-    assert "def unique" in lines[0]["turns"][1]["content"]
+    assert "def find" in lines[0]["turns"][1]["content"]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "step_00000005.jsonl").write_text(text + json.dumps({"domain": "math"}) + "\n")
     found = replay(ReplaySettings(path=str(tmp_path)))
