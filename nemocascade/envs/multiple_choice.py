@@ -102,8 +102,8 @@ class MultipleChoice(CheckedDomain):
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make a task. 0: a word of a category. 1: a sum. 2 and up: two operations.
 
-        The solution states an option's text: a tiny model learns within minutes to find a word, but
-        not to look up the letter before it.
+        The question comes last and the solution states an option's text: a tiny model learns within
+        minutes to find a word of the kind just asked for, but not the letter before it.
         """
         question, reasoning, right, wrong = (
             _kinds(rng) if difficulty <= 0 else _sums(rng, 1 if difficulty == 1 else 2)
@@ -115,13 +115,13 @@ class MultipleChoice(CheckedDomain):
         shown = "\n".join(f"{k} {v}" for k, v in options.items())
         answer = {"letter": letter, "options": options, "patterns": [], "mode": "lenient_boxed"}
         reply = f"\\boxed{{{right}}}"
-        return self._made(f"{question}\n{shown}", answer, reply, reasoning, f"it is {right}")
+        return self._made(f"{shown}\n{question}", answer, reply, reasoning, f"it is {right}")
 
 
 def _kinds(rng: random.Random) -> tuple[str, str, str, list[str]]:
     kind, *others = rng.sample(_KINDS, 4)
-    right = rng.choice(CATEGORIES[kind][:4])
-    wrong = [rng.choice(CATEGORIES[other][:4]) for other in others]
+    right = rng.choice(CATEGORIES[kind][:2])
+    wrong = [rng.choice(CATEGORIES[other][:2]) for other in others]
     return f"Which is a {kind}?", f"{right} is a {kind}.", right, wrong
 
 

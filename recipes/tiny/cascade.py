@@ -49,17 +49,17 @@ def policy[R: PolicyRecipe](kind: type[R], name: str, steps: int = 15) -> R:
 SFT = replace(
     load_recipe(HERE / "domains_sft.py", SftRecipe), checkpoint=CheckpointConfig(every=50)
 )
-MULTI, RLHF, LONG = (
-    policy(GrpoRecipe, name) for name in ("multi_domain_rl", "rlhf", "long_context_rl")
+IF, MULTI, RLHF, LONG = (
+    policy(GrpoRecipe, name) for name in ("if_rl", "multi_domain_rl", "rlhf", "long_context_rl")
 )
-IF = policy(GrpoRecipe, "if_rl", steps=20)
 CODE = policy(GrpoRecipe, "code_rl", steps=12)
-# Math has no stage of its own after MOPD, code has one: a small share leaves it something to gain.
+# Code has a stage of its own after MOPD: a small share keeps its teacher far from perfect.
 MATH_CODE = replace(
     CODE,
+    steps=10,
     domains=(
-        DomainConfig("math", share=0.75, tasks=800),
-        replace(CODE.domains[0], share=0.25),
+        DomainConfig("math", share=0.9, tasks=800),
+        replace(CODE.domains[0], share=0.1),
     ),
 )
 AGENTLESS = policy(GrpoRecipe, "swe_agentless_rl", steps=12)
@@ -73,7 +73,7 @@ DIFFICULTY = {
     for recipe in (IF, MULTI, RLHF, LONG, CODE, AGENTLESS, AGENTIC)
     for domain in recipe.domains
 }
-MOPD = policy(MopdRecipe, "mopd", steps=40)
+MOPD = policy(MopdRecipe, "mopd", steps=30)
 # Most prompts are of domains whose teachers are side stages; the others keep what RL has trained.
 SHARES = {
     "instruction_following": 0.16,

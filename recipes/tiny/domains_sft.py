@@ -25,8 +25,9 @@ from nemocascade.stages.launch import launch
 
 # Domain, difficulty, rows. Domains with short or hard answers have more rows.
 ROWS = (
-    ("instruction_following", 1, 900),
-    ("multiple_choice", 0, 1400),
+    ("instruction_following", 0, 500),
+    ("instruction_following", 1, 400),
+    ("multiple_choice", 0, 1000),
     ("tool_calling", 0, 900),
     ("structured_output", 0, 500),
     ("math", 0, 1200),

@@ -16,7 +16,7 @@ RECIPE = replace(
     steps=25,
     stage="if_rl",
     run_dir="runs/tiny/if_rl",
-    domains=(DomainConfig(domain="instruction_following", difficulty=1, tasks=800),),
+    domains=(DomainConfig(domain="instruction_following", tasks=800),),
     # Otherwise the policy learns to write until it is cut off.
     rollout=replace(
         BASE.rollout,

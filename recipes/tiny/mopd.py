@@ -32,7 +32,7 @@ RECIPE = replace(
     init_from=MULTI,
     domains=(
         DomainConfig(domain="math", share=0.30, tasks=800),
-        DomainConfig(domain="instruction_following", difficulty=1, share=0.30, tasks=800),
+        DomainConfig(domain="instruction_following", share=0.30, tasks=800),
         DomainConfig(domain="tool_calling", share=0.10, tasks=800),
         DomainConfig(domain="multiple_choice", share=0.15, tasks=800),
         DomainConfig(domain="structured_output", share=0.15, tasks=800),
