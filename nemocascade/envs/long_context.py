@@ -134,10 +134,12 @@ class LongContext(GradedDomain):
         """Make a task, see `document_tasks.make_task`."""
         task = make_task(rng, difficulty)
         documents = "\n".join(f"{i}. {d}" for i, d in enumerate(task.documents, start=1))
+        # After an article, which the verifier drops, a word is the same token as in the documents.
+        reply = task.answer if task.answer.isdigit() else f"the {task.answer}"
         return self._made(
             f"{documents}\n{task.question}",
             {"expected": [task.answer], "exact": True, "question": task.question},
-            task.answer,
+            reply,
             task.reasoning,
             # A whole sentence: the verifier accepts only the exact answer.
             careless=f"it is {task.answer}",

@@ -228,8 +228,10 @@ def _thing(rng: random.Random) -> str:
     return f"{rng.choice(COLORS)} {rng.choice(NOUNS)}"
 
 
+# A word is another token at the start of an argument than within the request. Easy arguments begin
+# with a fixed word, so that all others can be copied as they are.
 def _chore(rng: random.Random) -> str:
-    return f"{rng.choice(FEW_VERBS)} {rng.choice(FEW_COLORS)} {rng.choice(FEW_NOUNS)}"
+    return f"to {rng.choice(FEW_VERBS)} {rng.choice(FEW_COLORS)} {rng.choice(FEW_NOUNS)}"
 
 
 def _add_task(rng: random.Random) -> _Job:
@@ -250,7 +252,7 @@ def _delete_task(rng: random.Random) -> _Job:
 
 
 def _delete_file(rng: random.Random) -> _Job:
-    path = f"{rng.choice(FEW_COLORS)} {rng.choice(FEW_NOUNS)}"
+    path = f"my {rng.choice(FEW_COLORS)} {rng.choice(FEW_NOUNS)}"
     row = {"path": path, "text": "", "shared": []}
     return _job(f"Delete the file {path}.", "delete_file", ("files", row), path=path)
 

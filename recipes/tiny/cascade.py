@@ -56,10 +56,9 @@ CODE = policy(GrpoRecipe, "code_rl", steps=12)
 # Code has a stage of its own after MOPD: a small share keeps its teacher far from perfect.
 MATH_CODE = replace(
     CODE,
-    steps=10,
     domains=(
-        DomainConfig("math", share=0.9, tasks=800),
-        replace(CODE.domains[0], share=0.1),
+        DomainConfig("math", share=0.94, tasks=800),
+        replace(CODE.domains[0], share=0.06),
     ),
 )
 AGENTLESS = policy(GrpoRecipe, "swe_agentless_rl", steps=12)
@@ -107,7 +106,7 @@ RECIPE = CascadeRecipe(
         StageConfig("sft", SFT),
         StageConfig("if_rl", IF),
         StageConfig("multi_domain_rl", MULTI),
-        StageConfig("rlhf_teacher", replace(RLHF, steps=8), start="sft", side=True),
+        StageConfig("rlhf_teacher", replace(RLHF, steps=4), start="sft", side=True),
         StageConfig("math_code_teacher", MATH_CODE, start="sft", side=True),
         StageConfig("mopd", MOPD),
         StageConfig("rlhf", RLHF),
