@@ -20,10 +20,9 @@ from nemocascade.envs.row_forms import RowForm
 from nemocascade.envs.words import (
     COLORS,
     FEW_COLORS,
-    FEW_NOUNS,
-    FEW_VERBS,
     NAMES,
     NOUNS,
+    SOME_NOUNS,
 )
 from nemocascade.envs.workplace import Workplace
 from nemocascade.envs.workplace.invented import check_invented, made_tables
@@ -228,31 +227,31 @@ def _thing(rng: random.Random) -> str:
     return f"{rng.choice(COLORS)} {rng.choice(NOUNS)}"
 
 
-# A word is another token at the start of an argument than within the request. Easy arguments begin
-# with a fixed word, so that all others can be copied as they are.
-def _chore(rng: random.Random) -> str:
-    return f"to {rng.choice(FEW_VERBS)} {rng.choice(FEW_COLORS)} {rng.choice(FEW_NOUNS)}"
+# Words that many domains copy, so that a tiny model does, after a fixed one: at the start of an
+# argument a word is another token than within the request.
+def _own_thing(rng: random.Random) -> str:
+    return f"my {rng.choice(FEW_COLORS)} {rng.choice(SOME_NOUNS)}"
 
 
 def _add_task(rng: random.Random) -> _Job:
-    title = _chore(rng)
+    title = _own_thing(rng)
     return _job(f"Add a task: {title}.", "add_task", title=title)
 
 
 def _finish_task(rng: random.Random) -> _Job:
-    title = _chore(rng)
+    title = _own_thing(rng)
     row = {"title": title, "due": "", "done": False}
     return _job(f"I did this: {title}.", "finish_task", ("tasks", row), title=title)
 
 
 def _delete_task(rng: random.Random) -> _Job:
-    title = _chore(rng)
+    title = _own_thing(rng)
     row = {"title": title, "due": "", "done": False}
     return _job(f"Drop the task {title}.", "delete_task", ("tasks", row), title=title)
 
 
 def _delete_file(rng: random.Random) -> _Job:
-    path = f"my {rng.choice(FEW_COLORS)} {rng.choice(FEW_NOUNS)}"
+    path = _own_thing(rng)
     row = {"path": path, "text": "", "shared": []}
     return _job(f"Delete the file {path}.", "delete_file", ("files", row), path=path)
 

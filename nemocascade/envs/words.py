@@ -14,7 +14,5 @@ NAMES = ("ana", "ben", "chen", "dora", "emil", "fay", "gus", "hana", "ivan", "jo
 VERBS = ("buy", "find", "sell", "wash", "move", "check", "paint", "fix")
 
 SOME_NOUNS = tuple(w for c in ("animal", "tool", "cloth", "food") for w in CATEGORIES[c][:4])
-FEW_NOUNS = ("cat", "dog", "hen", "saw", "hat", "lamp")
-"""Words of the easiest tasks: a model trained for minutes has seen each many times."""
 FEW_COLORS = COLORS[:4]
-FEW_VERBS = VERBS[:4]
+"""Colors of the easiest tasks: a model trained for minutes has seen each many times."""
