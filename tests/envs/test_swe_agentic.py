@@ -66,7 +66,8 @@ def test_the_easiest_tasks_are_short_and_many() -> None:
             ids, _ = encode(tokenizer.template.render(whole, thinking=True), tokenizer)
             tokens[turns].append(len(ids))
         count -= short
-    assert 400 < count < 600
+    # More than a quarter: short tasks repeat, and each is given once.
+    assert 500 < count < 750
     # This tokenizer knows no word of the tasks: one that was trained on them needs half.
     assert max(tokens[2]) <= 600
     assert max(tokens[3]) <= 1600
