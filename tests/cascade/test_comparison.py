@@ -45,7 +45,10 @@ def test_runs_and_recipes_are_compared_by_name(
     run = run_of(
         tmp_path / "a",
         steps=7,
-        domains=(DomainConfig("math", share=2.0), DomainConfig("instruction_following")),
+        domains=(
+            DomainConfig("math", share=2.0),
+            DomainConfig("instruction_following", difficulty=1),
+        ),
     )
     monkeypatch.setattr("sys.argv", ["nemocascade", "diff", script, str(run)])
     with pytest.raises(SystemExit) as caught:
@@ -54,7 +57,7 @@ def test_runs_and_recipes_are_compared_by_name(
     lines = capsys.readouterr().out.splitlines()
     assert "steps 25 -> 7" in lines
     assert "domains.math.share none -> 2.0" in lines
-    assert "domains.instruction_following.difficulty 1 -> 0" in lines
+    assert "domains.instruction_following.difficulty 0 -> 1" in lines
     assert not any("share" in line and "instruction" in line for line in lines)
     monkeypatch.setattr("sys.argv", ["nemocascade", "diff", script, script])
     main()
