@@ -1,7 +1,7 @@
 """Rollouts stay on the rank that verified them, and go once to the ranks that train them.
 
-512 synthetic rollouts on four ranks: batches, rewards and logged texts are those of one process,
-and what a rank receives is little more than what it trains.
+512 synthetic rollouts on four ranks, and 2,048 in the slow tests: batches, rewards and logged texts
+are those of one process, and what a rank receives is little more than what it trains.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from helpers.ranks import run_ranks
 
 LAYOUTS: dict[str, dict[str, Any]] = {"DP4": {}, "TP2 DP2": {"tp": 2}}
 PROMPTS, COPIES = 32, 16
-ROLLOUTS = PROMPTS * COPIES
 MEAN_TOKENS, MOST_TOKENS = 600, 4_000
 CAPACITY = 4_096
 OUTCOME_BYTES = 512
@@ -122,10 +121,13 @@ class Lengths:
         return [[self.score(prompt, r) for r in responses] for prompt, responses in groups]
 
 
-def train(parallel: dict[str, Any], case: str, sizes: Sequence[int] = ()) -> dict[str, Any]:
+def train(
+    parallel: dict[str, Any], case: str, prompts: int, sizes: Sequence[int] = ()
+) -> dict[str, Any]:
     """Outcomes, batches by data-parallel rank, logged texts, and received bytes of this rank.
 
-    sizes: data-parallel sizes whose batches one process makes, of all ranks.
+    prompts: number of them, each with `COPIES` rollouts. sizes: data-parallel sizes whose batches
+    one process makes, of all ranks.
     """
     import numpy as np
     import pytest
@@ -147,7 +149,7 @@ def train(parallel: dict[str, Any], case: str, sizes: Sequence[int] = ()) -> dic
     collector = Collector(world, engine, tokenizer, {"math": judge}, rollout, seed=1, threads=2)  # type: ignore[dict-item]
     tasks = [
         Task(Prompt(str(n), "math", (), {}, source=f"rows:{n}"), np.arange(9, dtype=np.int32), n)
-        for n in range(PROMPTS)
+        for n in range(prompts)
     ]
     run: Any = SimpleNamespace(
         world=world, tokenizer=tokenizer, recipe=SimpleNamespace(capacity=CAPACITY)
@@ -217,9 +219,9 @@ def digest(value: Any) -> str:
     return found.hexdigest()
 
 
-def alone() -> dict[str, Any]:
+def alone(prompts: int = PROMPTS) -> dict[str, Any]:
     """Every case on one process."""
-    return {case: train({}, case, (2, 4)) for case in CASES}
+    return {case: train({}, case, prompts, (2, 4)) for case in CASES}
 
 
 def encode_a_share() -> dict[str, Any]:
@@ -255,25 +257,29 @@ def encode_a_share() -> dict[str, Any]:
     return {"ids": [[p.id, ids.tolist()] for p, ids in found], "encoded": len(calls)}
 
 
-def together(parallel: dict[str, Any]) -> dict[str, Any]:
-    return {case: train(parallel, case) for case in CASES}
+def together(parallel: dict[str, Any], prompts: int = PROMPTS) -> dict[str, Any]:
+    return {case: train(parallel, case, prompts) for case in CASES}
 
 
-@pytest.fixture(scope="module")
-def one() -> dict[str, Any]:
-    (found,) = run_ranks(alone, 1, timeout_s=300)
+@pytest.fixture(scope="module", params=[PROMPTS, pytest.param(128, marks=pytest.mark.slow)])
+def one(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
+    """Number of prompts, and the cases of one process."""
+    (found,) = run_ranks(alone, 1, {"prompts": request.param}, timeout_s=300)
     assert isinstance(found, dict)
-    return found
+    return request.param, found
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_ranks_have_the_rollouts_of_one_process_and_receive_little(
-    name: str, one: dict[str, Any]
+    name: str, one: tuple[int, dict[str, Any]]
 ) -> None:
-    ranks = run_ranks(together, 4, {"parallel": LAYOUTS[name]}, timeout_s=300)
+    prompts, cases = one
+    arguments = {"parallel": LAYOUTS[name], "prompts": prompts}
+    ranks = run_ranks(together, 4, arguments, timeout_s=300)
+    decided = prompts * COPIES * OUTCOME_BYTES
     for case in CASES:
-        expected = one[case]
-        assert expected["errors"] > ROLLOUTS // 20
+        expected = cases[case]
+        assert expected["errors"] > prompts * COPIES // 20
         assert len(expected["texts"]) == 9
         for number, found in enumerate(ranks):
             mine = found[case]
@@ -286,8 +292,8 @@ def test_ranks_have_the_rollouts_of_one_process_and_receive_little(
             if case != "compared":
                 assert mine["scored"] > 0, "every rank verifies a share"
             # A judge's rank receives the texts of its groups as well.
-            most = 1.2 * mine["share"] + ROLLOUTS * OUTCOME_BYTES * (2 if case == "compared" else 1)
-            assert mine["share"] > 2 * ROLLOUTS * OUTCOME_BYTES
+            most = 1.2 * mine["share"] + decided * (2 if case == "compared" else 1)
+            assert mine["share"] > 2 * decided
             assert mine["received"] <= most, (case, number, mine["received"], mine["share"])
 
 
