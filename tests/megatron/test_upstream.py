@@ -69,8 +69,11 @@ def test_notes_of_upstream_are_hidden_and_ours_are_shown() -> None:
     assert len(shown) == 1
 
 
-def test_an_error_names_its_rank_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_names_its_rank_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A cascade starts a world for each of its stages."""
+    monkeypatch.setattr("sys.excepthook", sys.__excepthook__)
     for _ in range(3):
         start_world(ParallelConfig(), EngineConfig()).close()
     error = ValueError("what went wrong")
