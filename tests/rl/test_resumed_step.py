@@ -103,14 +103,14 @@ def at_record(
     monkeypatch: pytest.MonkeyPatch, name: str, action: Callable[[], object]
 ) -> list[float]:
     """Call `action` before the second record of the journal `name`; returns when that was. The rest
-    of its rollouts takes several seconds."""
+    of its rollouts takes several seconds, however short they are."""
     monkeypatch.setattr(Journal, "_append", Journal._append)
     monkeypatch.setattr(Generation, "_step", Generation._step)
     when: list[float] = []
 
     def act(_journal: Any, _record: bytes) -> None:
         when.append(time.monotonic())
-        slow_generation(0.3)
+        slow_generation(1.5)
         action()
 
     before_append(name, 2, act)
