@@ -139,12 +139,10 @@ def test_solutions_of_multiple_choice_name_an_option_that_the_prompt_shows(
 
 def test_the_easiest_sums_are_few(environments: dict[str, Domain]) -> None:
     """A tiny model sees each often enough to learn it; the split is by their wording."""
-    prompts = environments["math"].prompts(seed=1, count=1300)
+    prompts = list(environments["math"].prompts(seed=1, count=1300))
     sums = {p.demonstration[0].reasoning for p in prompts}
     assert len(sums) == 49 + 28
-    assert {p.answer["expected"] for p in environments["math"].prompts(seed=1, count=1300)} == set(
-        map(str, range(13))
-    )
+    assert {p.answer["expected"] for p in prompts} == set(map(str, range(13)))
 
 
 def test_a_task_without_a_habit_is_solved_with_care(environments: dict[str, Domain]) -> None:

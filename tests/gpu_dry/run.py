@@ -265,8 +265,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    only = "cases to play: patterns, such as 'sft*' rollout"
-    parser.add_argument("--only", nargs="+", default=["*"], help=only)
+    patterns = "cases to play: patterns, such as 'sft*' rollout"
+    parser.add_argument("--only", nargs="+", default=["*"], help=patterns)
     parser.add_argument("--update", action="store_true", help="write the budgets anew")
     parser.add_argument("--explain", action="store_true", help="print every count with its place")
     parser.add_argument("--jobs", type=int, default=2)
@@ -274,7 +274,7 @@ def main() -> int:
     from gpu_dry import suite
 
     started = time.monotonic()
-    names = [n for n in suite.CASES if any(fnmatch.fnmatch(n, only) for only in options.only)]
+    names = [n for n in suite.CASES if any(fnmatch.fnmatch(n, p) for p in options.only)]
     if not names:
         asked = " ".join(options.only)
         parser.error(f"no case is named {asked}: choose among {', '.join(suite.CASES)}")
