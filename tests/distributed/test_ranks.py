@@ -73,8 +73,17 @@ def test_ranks_of_a_server_that_dies_have_failed(monkeypatch: pytest.MonkeyPatch
     assert run_ranks(variable, 2, {"name": "NEMOCASCADE_TEST"}) == [None] * 2
 
 
+def crash() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_crash_is_named_and_located() -> None:
+    with pytest.raises(RankError, match=r"failed on rank 0 with SIGSEGV[\s\S]*in crash"):
+        run_ranks(crash, 1)
+
+
 def test_the_message_of_an_exit_is_shown() -> None:
-    with pytest.raises(RankError, match=r"failed on rank 0[\s\S]*enough of this"):
+    with pytest.raises(RankError, match=r"on rank 0 with exit status 1[\s\S]*enough of this"):
         run_ranks(leave, 1, {"message": "enough of this"})
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import importlib
 import inspect
@@ -86,7 +87,7 @@ def run_ranks(
             for process in ranks:
                 process.kill()
         if failed is not None:
-            raise RankError(_report(name, failed, job, world_size, timeout_s))
+            raise RankError(_report(name, failed, ranks, job, timeout_s))
         return [json.loads((job / f"result.{rank}").read_text()) for rank in range(world_size)]
 
 
@@ -233,11 +234,15 @@ def _wait(ranks: list[Rank], deadline: float) -> int | None:
         time.sleep(0.02)
 
 
-def _report(target: str, failed: int, job: Path, world_size: int, timeout_s: float) -> str:
+def _report(target: str, failed: int, ranks: list[Rank], job: Path, timeout_s: float) -> str:
     late = failed < 0
-    what = f"did not finish in {timeout_s:.0f} s" if late else f"failed on rank {failed}"
-    lines = [f"{target} in {world_size} ranks {what}"]
-    for rank in range(world_size) if late else [failed]:
+    what = f"did not finish in {timeout_s:.0f} s"
+    if not late:
+        code = ranks[failed].poll() or 0
+        how = f"exit status {code}" if code > 0 else signal.Signals(-code).name
+        what = f"failed on rank {failed} with {how}"
+    lines = [f"{target} in {len(ranks)} ranks {what}"]
+    for rank in range(len(ranks)) if late else [failed]:
         path = job / f"stderr.{rank}"
         text = path.read_text(errors="replace") if path.exists() else ""
         # torch puts the prefix once more before every line for each group that was joined.
@@ -297,6 +302,7 @@ def _run_rank(job: Path, request: dict[str, Any]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(job / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT, 0o600), number)
+        faulthandler.enable(2)
         kept = {name: os.environ[name] for name in ("PYTHONPATH", "PYTHONHASHSEED")}
         os.environ.clear()
         os.environ.update(request["env"] | kept)
