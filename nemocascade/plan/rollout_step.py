@@ -21,7 +21,7 @@ from nemocascade.plan.replicas import Costs, DecodeGroup
 from nemocascade.plan.rollout_events import RolloutEvents, Rollouts, RolloutTime
 from nemocascade.plan.search import PricedLayout
 from nemocascade.plan.timing import StepModel
-from nemocascade.plan.workload import StepWork
+from nemocascade.plan.workload import EpisodeCosts, StepWork
 from nemocascade.recipe import ParallelConfig, RolloutParallelConfig
 
 OUTCOME_BYTES, TOKEN_BYTES = 192, 9
@@ -37,15 +37,15 @@ class _Supply(NamedTuple):
 
 
 class _ListQueue:
-    """Requests in order, shared evenly by replicas."""
+    """Requests in order, of which a replica holds at most `share` at a time."""
 
-    def __init__(self, count: int, replicas: int) -> None:
-        self._next, self._count, self._share = 0, count, -(-count // replicas)
+    def __init__(self, requests: range, share: int) -> None:
+        self._left, self._share = requests, share
 
     def poll(self, free_slots: int, busy: int) -> _Supply:
-        first = self._next
-        self._next = min(self._count, first + max(0, min(free_slots, self._share - busy)))
-        return _Supply(range(first, self._next))
+        count = max(0, min(free_slots, self._share - busy))
+        taken, self._left = self._left[:count], self._left[count:]
+        return _Supply(taken)
 
     def check(self) -> None:
         """Nothing is shared."""
@@ -97,37 +97,67 @@ def generation_parallel(job: Job) -> ParallelConfig:
 def expected_rollouts(job: Job) -> RolloutTime:
     """Expected times of the rollouts of a step: lengths at even quantiles in a fixed random order,
     so that some replicas get more of the long ones than others."""
+    return _expected(_generation_only(job))
+
+
+def _generation_only(job: Job) -> Job:
+    """The job without what makes no difference to its rollouts, such as training's layout."""
     load = replace(
         job.rollout, slots=resident_slots(job), parallel=RolloutParallelConfig(), offload=False
     )
-    engine = replace(job.engine, recompute=False, recompute_layers="")
-    # The same for every layout of training.
-    return _expected(
-        replace(
-            job,
-            parallel=generation_parallel(job),
-            engine=engine,
-            rollout=load,
-            capacity=1,
-            sequences_per_step=1,
-            document=0,
-        )
+    return replace(
+        job,
+        parallel=generation_parallel(job),
+        engine=replace(job.engine, recompute=False, recompute_layers=""),
+        rollout=load,
+        capacity=1,
+        sequences_per_step=1,
+        document=0,
     )
 
 
 @functools.lru_cache(maxsize=512)
 def _expected(job: Job) -> RolloutTime:
+    rollouts, episodes = _expected_texts(job)
+    groups = decode_groups(job, job.rollout.slots)
+    count, replicas = len(rollouts.lengths), sum(len(group.replicas) for group in groups)
+    queue = _ListQueue(range(count), -(-count // replicas))
+    return RolloutEvents(rollouts, episodes, [queue] * replicas, groups).run()
+
+
+@functools.lru_cache(maxsize=512)
+def _longest_end(job: Job) -> float:
+    """Seconds until the replicas that decode together with the longest text have ended all theirs,
+    of the rollouts of `_expected`; 0 if they do not take everything at the start."""
+    rollouts, episodes = _expected_texts(job)
+    groups = decode_groups(job, job.rollout.slots)
+    members = len(groups[0].replicas)
+    count, replicas = len(rollouts.lengths), members * len(groups)
+    share = -(-count // replicas)
+    if share > job.rollout.slots:
+        return 0.0
+    # `RolloutEvents` lets the replicas choose in this order, and each takes its share.
+    order = list(range(replicas))
+    random.Random(1).shuffle(order)
+    place = {replica: n for n, replica in enumerate(order)}
+    longest = max(range(count), key=rollouts.lengths.__getitem__)
+    first = order[longest // share] // members * members
+    queues = [
+        _ListQueue(range(count)[share * place[n] :][:share], share)
+        for n in range(first, first + members)
+    ]
+    return RolloutEvents(rollouts, episodes, queues, groups[:1]).run().generation_s
+
+
+def _expected_texts(job: Job) -> tuple[Rollouts, EpisodeCosts]:
+    """The texts of the expected step, and what their episodes cost with merged turns."""
     work = job.work
     assert work is not None
-    groups = decode_groups(job, job.rollout.slots)
     lengths = work.lengths.evenly(max(1, work.rollouts))
     random.Random(1).shuffle(lengths)
     rollouts = Rollouts(work.copies, work.prompt, lengths, [0.0] * len(lengths))
     most = max(map(work.costs.turns, lengths))
-    episodes = replace(work.costs, merged=-(-most // MOST_TURNS))
-    replicas = sum(len(group.replicas) for group in groups)
-    queues = [_ListQueue(len(lengths), replicas)] * replicas
-    return RolloutEvents(rollouts, episodes, queues, groups).run()
+    return rollouts, replace(work.costs, merged=-(-most // MOST_TURNS))
 
 
 def decode_groups(job: Job, slots: int, costs: Costs | None = None) -> list[DecodeGroup]:
@@ -239,8 +269,12 @@ def best_generation(job: Job) -> RolloutStep | None:
     )
     best: RolloutStep | None = None
     for bound, _, found in bounds:
-        if best is not None and bound >= best.total - best.training:
-            break
+        if best is not None:
+            allowed = best.total - best.training
+            if bound >= allowed:
+                break
+            if _longest_end(_generation_only(found)) >= allowed:
+                continue
         step = expected_step(found)
         if best is None or step.total < best.total:
             best = step

@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from nemocascade.megatron.generation.kv_cache import MOST_SLOTS, state_bytes
+from nemocascade.plan import rollout_step
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.generation import Decoder, StepTerms, cache_bytes
 from nemocascade.plan.gpus import find_gpu
@@ -31,6 +32,7 @@ from nemocascade.plan.replicas import DecodeGroup
 from nemocascade.plan.rollout_events import RolloutEvents, Rollouts, RolloutTime
 from nemocascade.plan.rollout_report import rollout_lines, step_lines
 from nemocascade.plan.rollout_step import (
+    RolloutStep,
     best_generation,
     expected_step,
     generation_jobs,
@@ -319,6 +321,25 @@ def test_the_best_generation_fits_and_offloads_where_it_must() -> None:
     }
     assert found[1]
     assert not found[8]
+
+
+def test_no_generation_is_faster_than_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most layouts are ruled out by the replicas of the longest text, and need no simulation."""
+    job = nano("if_rl", 128)
+    assert job.work is not None
+    job = replace(job, work=replace(job.work, wanted=16))
+    steps = [expected_step(found) for found in generation_jobs(job)]
+    priced: list[Job] = []
+
+    def counted(found: Job) -> RolloutStep:
+        priced.append(found)
+        return expected_step(found)
+
+    monkeypatch.setattr(rollout_step, "expected_step", counted)
+    best = best_generation(job)
+    assert best is not None
+    assert best.total == min(step.total for step in steps)
+    assert 1 <= len(priced) <= len(steps) // 4
 
 
 def test_a_drawing_stops_what_cannot_train() -> None:
