@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +215,7 @@ class SweAgentic(RepairDomain):
             tools=tuple(TOOLS.values()) if declared else (),
             answer=task.answer,
             demonstration=self._turns(task.answer, task.steps),
-            careless=self._turns(task.answer, _elsewhere(task.steps)),
+            careless=self._turns(task.answer, _unchanged(task.steps)),
         )
 
     def _turns(self, answer: Mapping[str, Any], steps: Steps) -> tuple[Message, ...]:
@@ -231,20 +230,13 @@ class SweAgentic(RepairDomain):
         return tuple(turns)
 
 
-def _elsewhere(steps: Steps) -> Steps:
-    """Return the steps with edits of a module name, which is not a file path."""
-    return tuple(
-        (
-            tuple(
-                replace(c, arguments={**c.arguments, "path": c.arguments["path"][: -len(".py")]})
-                if c.name == "edit"
-                else c
-                for c in calls
-            ),
-            reasoning,
-        )
+def _unchanged(steps: Steps) -> Steps:
+    """Return the steps without edits: the agent submits what it has read."""
+    kept = (
+        (tuple(call for call in calls if call.name != "edit"), reasoning)
         for calls, reasoning in steps
     )
+    return tuple((calls, reasoning) for calls, reasoning in kept if calls)
 
 
 def _brief(tool: Any) -> str:

@@ -106,7 +106,7 @@ RECIPE = CascadeRecipe(
         StageConfig("sft", SFT),
         StageConfig("if_rl", IF),
         StageConfig("multi_domain_rl", MULTI),
-        StageConfig("rlhf_teacher", replace(RLHF, steps=4), start="sft", side=True),
+        StageConfig("rlhf_teacher", replace(RLHF, steps=3), start="sft", side=True),
         StageConfig("math_code_teacher", MATH_CODE, start="sft", side=True),
         StageConfig("mopd", MOPD),
         StageConfig("rlhf", RLHF),

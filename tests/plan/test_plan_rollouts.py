@@ -372,7 +372,7 @@ def shares(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("name", ["if_rl", "code_rl"])
+@pytest.mark.parametrize("name", ["if_rl", "code_rl", "multi_domain_rl"])
 def test_shares_of_later_steps_follow_from_the_first(name: str, tmp_path: Path) -> None:
     """Recorded tiny runs on two CPU cores: costs of the first five steps, and lengths and the share
     of informative groups of the last five, give their shares of time within 20 %."""
