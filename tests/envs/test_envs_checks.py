@@ -416,9 +416,9 @@ class TestChildren:
         pool.close()
 
     def test_a_loop(self) -> None:
-        pool = ChildPool(timeout_s=0.3)
-        with pytest.raises(ChildError, match=r"killed after 0\.3 s of CPU time") as error:
-            pool.call("builtins:sum", [[0] * 2] * 10**5, [])
+        pool = ChildPool(timeout_s=1.0)
+        with pytest.raises(ChildError, match=r"killed after 1 s of CPU time") as error:
+            pool.call("builtins:sum", [[0] * 2] * 3 * 10**5, [])
         assert not isinstance(error.value, ChildHostError)
         assert pool.call("math:sqrt", 9) == 3.0
         pool.close()
@@ -509,15 +509,15 @@ class TestChildren:
         pool.close()
 
     def test_a_kill_in_a_call(self) -> None:
-        pool = ChildPool(timeout_s=5.0)
+        pool = ChildPool(timeout_s=60.0)
         pool.call("time:sleep", 0)
         (child,) = pool.process_ids()
         kill = threading.Timer(0.2, os.kill, (child, signal.SIGKILL))
         kill.start()
         start = time.monotonic()
         with pytest.raises(ChildError, match="died with status -9"):
-            pool.call("time:sleep", 4)
-        assert time.monotonic() - start < 3
+            pool.call("time:sleep", 60)
+        assert time.monotonic() - start < 30
         kill.join()
         assert pool.call("math:sqrt", 9) == 3.0
         pool.close()
