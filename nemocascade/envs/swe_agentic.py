@@ -215,7 +215,7 @@ class SweAgentic(RepairDomain):
             tools=tuple(TOOLS.values()) if declared else (),
             answer=task.answer,
             demonstration=self._turns(task.answer, task.steps),
-            careless=self._turns(task.answer, _unchanged(task.steps)),
+            careless=self._turns(task.answer, _too_early(task.steps)),
         )
 
     def _turns(self, answer: Mapping[str, Any], steps: Steps) -> tuple[Message, ...]:
@@ -230,13 +230,12 @@ class SweAgentic(RepairDomain):
         return tuple(turns)
 
 
-def _unchanged(steps: Steps) -> Steps:
-    """Return the steps without edits: the agent submits what it has read."""
-    kept = (
-        (tuple(call for call in calls if call.name != "edit"), reasoning)
-        for calls, reasoning in steps
-    )
-    return tuple((calls, reasoning) for calls, reasoning in kept if calls)
+def _too_early(steps: Steps) -> Steps:
+    """Return the steps up to the first edit, before which the agent submits."""
+    first = next(n for n, (calls, _) in enumerate(steps) if any(c.name == "edit" for c in calls))
+    calls, reasoning = steps[first]
+    edits = (call for call in calls if call.name != "submit")
+    return (*steps[:first], ((ToolCall("submit", {}), *edits), reasoning))
 
 
 def _brief(tool: Any) -> str:

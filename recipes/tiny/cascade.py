@@ -47,7 +47,7 @@ def policy[R: PolicyRecipe](kind: type[R], name: str, steps: int = 15) -> R:
 
 
 SFT = replace(
-    load_recipe(HERE / "domains_sft.py", SftRecipe), checkpoint=CheckpointConfig(every=50)
+    load_recipe(HERE / "domains_sft.py", SftRecipe), checkpoint=CheckpointConfig(every=100)
 )
 IF, MULTI, RLHF, LONG = (
     policy(GrpoRecipe, name) for name in ("if_rl", "multi_domain_rl", "rlhf", "long_context_rl")

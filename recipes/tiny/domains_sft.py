@@ -40,10 +40,11 @@ ROWS = (
 )
 
 RECIPE = SftRecipe(
-    steps=700,
+    steps=1200,
     run_dir="runs/tiny/domains_sft",
     model=tiny_policy(),
-    data=DataConfig(capacity=2048, sequences_per_step=2, balance_group=1),
+    # Small steps: the words of a prompt are copied after a number of updates, not of tokens.
+    data=DataConfig(capacity=1024, sequences_per_step=2, balance_group=1),
     demonstrations=DemonstrationConfig(
         domains=tuple(
             DomainConfig(domain=name, difficulty=difficulty, tasks=rows)
@@ -53,10 +54,10 @@ RECIPE = SftRecipe(
         careless=0.6,
     ),
     tokenizer=TokenizerConfig(train_vocab_size=1024),
-    optimizer=OptimizerConfig(lr=4e-3, min_lr=4e-4, warmup_steps=20, decay_steps=700),
+    optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20, decay_steps=1200),
     engine=EngineConfig(precision="fp32"),
     checkpoint=CheckpointConfig(every=0),
-    eval=EvalConfig(every=100),
+    eval=EvalConfig(every=200),
 )
 
 if __name__ == "__main__":
