@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.interpreter import accelerate
 
 # Triton reads this at its first import, which may be in any test's imports.
 if not torch.cuda.is_available():
@@ -58,6 +59,12 @@ def _no_idle_groups() -> Iterator[None]:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _quick_interpreter() -> None:
+    """Change Triton's interpreter as soon as a test has imported it."""
+    accelerate()
 
 
 @pytest.fixture(autouse=True)
