@@ -2,7 +2,7 @@
 
 Triton's own searches `triton.language` for builtins at each launch and each call of a function,
 computes for each sum of integers a check that it then discards, copies all arguments, and makes the
-type and the shape of each value anew.
+type and the shape of each value anew. It converts floats bit by bit.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 #: The version whose internals are replaced; tests with another are only slower.
@@ -28,6 +29,7 @@ def accelerate() -> bool:
         return False
     if not isinstance(interpreter._patch_lang, _Language):
         _keep_types(interpreter)
+        interpreter._convert_float = _conversion(interpreter._convert_float)
         # Without `debug`, nothing looks at the check of an integer's overflow.
         builder = interpreter.interpreter_builder
         assert not builder.options.debug
@@ -85,6 +87,28 @@ def _language_changes(interpreter: Any) -> list[_Change]:
     ]
     scope.restore()
     return changes
+
+
+def _conversion(convert: Any) -> Any:
+    """`_convert_float`, of at most 16 bits by a table, and of float32 to bfloat16 by a shift."""
+    tables: dict[Any, Any] = {}
+
+    def converted(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        bits = source.primitive_bitwidth
+        if bits <= 16:
+            key = source.name, target.name, str(rounding)
+            if key not in tables:
+                every = np.arange(2**bits, dtype=f"uint{bits}")
+                tables[key] = convert(every, source, target, rounding)
+            return tables[key][values.view(f"uint{bits}")]
+        if source.is_fp32() and target.is_bf16() and rounding is None:
+            raw = values.view(np.uint32)
+            # The interpreter's own rounding of subnormal numbers is not a shift.
+            if not (((raw & 0x7F800000) == 0) & ((raw & 0x7FFFFF) != 0)).any():
+                return (raw >> 16).astype(np.uint16)
+        return convert(values, source, target, rounding)
+
+    return converted
 
 
 def _keep_types(interpreter: Any) -> None:
