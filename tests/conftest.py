@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from operator import itemgetter
@@ -63,8 +64,8 @@ def _no_idle_groups() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _quick_interpreter() -> None:
-    """Change Triton's interpreter as soon as a test has imported it."""
-    accelerate()
+    """Replace parts of Triton's interpreter before the first test that may use it."""
+    accelerate(load="triton" in sys.modules)
 
 
 @pytest.fixture(autouse=True)

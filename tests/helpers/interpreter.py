@@ -8,6 +8,8 @@ type and the shape of each value anew. It converts floats bit by bit.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +24,15 @@ TRITON = "3.7."
 _Change = tuple[Any, str, Any, Any]
 
 
-def accelerate() -> bool:
-    """Replace parts of the interpreter if it has been imported; True if they are replaced."""
+def accelerate(*, load: bool = False) -> bool:
+    """Replace parts of the interpreter if it has been imported; True if they are replaced.
+
+    load: import it first. Where kernels are compiled, nothing is replaced.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    if load:
+        importlib.import_module("triton.runtime.interpreter")
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
     if interpreter is None or not interpreter.triton.__version__.startswith(TRITON):
         return False
