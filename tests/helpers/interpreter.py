@@ -72,7 +72,7 @@ class _Language:
 
 
 def _language_changes(interpreter: Any) -> list[_Change]:
-    """What Triton's own `_patch_lang` changes."""
+    """The changes of Triton's own `_patch_lang`."""
     tl, semantic = interpreter.tl, interpreter.interpreter_semantic
 
     def patch_attr(owner: Any, name: str, member: Any, _: Any, scope: Any) -> None:

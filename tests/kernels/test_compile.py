@@ -196,7 +196,7 @@ json.dump({
 
 @pytest.fixture(scope="module")
 def checks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the tool finds, all in one process: torch's import takes as long as ten kernels."""
+    """The findings of the tool, all in one process: torch's import takes as long as ten kernels."""
     folder = tmp_path_factory.mktemp("kernels")
     for name, (body, block, warps, matrix, _) in FAULTS.items():
         source = KERNEL.format(body=body, block=block, warps=warps, matrix=repr(matrix))

@@ -1,5 +1,6 @@
 # The arguments of a jit function have no Python types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False
 """The accelerated interpreter computes what Triton's own does, and undoes its changes."""
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class _Unprojected(torch.nn.Module):
 
 def test_equals_the_mixer_of_transformers() -> None:
     """Documents of one token, of odd lengths, and over many chunks."""
-    shape, packed = Shape(2, 16, 1, 16, 4, (0.05, math.inf)), pack((1, 21, 67))
+    shape, packed = Shape(2, 16, 1, 16, 4, (0.05, math.inf)), pack((1, 21, 99))
     inputs, upstream = shape.inputs(packed.total), shape.upstream(packed.total)
     theirs = _Unprojected(shape)
     expected = value_and_gradients(lambda *i: theirs.run(i, packed), inputs, upstream)
