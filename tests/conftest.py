@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from operator import itemgetter
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.interpreter import accelerate
 
 # Triton reads this at its first import, which may be in any test's imports.
 if not torch.cuda.is_available():
@@ -58,6 +60,12 @@ def _no_idle_groups() -> Iterator[None]:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _quick_interpreter() -> None:
+    """Replace parts of Triton's interpreter before the first test that may use it."""
+    accelerate(load="triton" in sys.modules)
 
 
 @pytest.fixture(autouse=True)

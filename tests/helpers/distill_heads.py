@@ -14,6 +14,7 @@ from nemocascade_kernels.testing import PoisonedMemory, random_integers, random_
 from torch import Tensor
 
 from helpers.heads import device_for
+from helpers.interpreter import accelerate
 
 RANK_SHAPE = (37, 16, 12, 262)
 """T, H, G, V of the test on two ranks: two shards of 131."""
@@ -100,12 +101,12 @@ def distilled(
     return Distilled(out.loss.detach(), out.divergence, out.logprob, hidden.grad, weight.grad)
 
 
-def run_distill_rank(rank: int, world: int, folder: str, backends: list[str]) -> None:
+def run_distill_rank(folder: str, backends: list[str]) -> None:
     """Evaluate each backend and divergence on this rank's shard; save what came out."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if "triton" in backends:
+        accelerate(load=True)
     try:
         found = {
             f"{backend}-{kind}": _on_shard(rank, world, backend, kind)

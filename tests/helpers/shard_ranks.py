@@ -12,18 +12,19 @@ from nemocascade_kernels.testing import random_normal
 from torch import Tensor
 
 from helpers.heads import Head, device_for, evaluate, make_head, make_objective
+from helpers.interpreter import accelerate
 
 SHAPE = (37, 16, 262)  # two shards of 131
 
 
-def run_rank(rank: int, world: int, folder: str, cases: list[tuple[str, torch.dtype]]) -> None:
+def run_rank(folder: str, cases: list[tuple[str, str]]) -> None:
     """Evaluate each case, a backend and a dtype, on this rank's shard; save what came out."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if any(backend == "triton" for backend, _ in cases):
+        accelerate(load=True)
     try:
-        found = [_run(rank, world, backend, dtype) for backend, dtype in cases]
+        found = [_run(rank, world, backend, getattr(torch, dtype)) for backend, dtype in cases]
         torch.save(found, Path(folder) / f"rank{rank}.pt")
     finally:
         dist.destroy_process_group()

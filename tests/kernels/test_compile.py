@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +19,10 @@ from nemocascade_kernels.testing import without_interpreter
 pytest.importorskip("triton")
 
 
-def run(
-    *arguments: str, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "nemocascade_kernels.compile", *arguments],
-        capture_output=True, text=True, check=False, env=environment or without_interpreter(),
+        capture_output=True, text=True, check=False, env=without_interpreter(),
     )  # fmt: skip
 
 
@@ -30,12 +30,11 @@ LINE = r"\w+ +\S.* +\d+ registers +0 B spilled +\d+ B shared +(wgmma|mma|tcgen05
 PRODUCTS = {"up_kernel", "rows_kernel", "down_gradient_kernel", "weight_gradient_kernel"}
 
 
-def kernels_without_a_spill(*arguments: str) -> list[list[str]]:
+def without_a_spill(code: int, printed: str) -> list[list[str]]:
     """Words of the line of each kernel, after a check of all lines."""
-    result = run(*arguments)
-    assert result.returncode == 0, result.stdout + result.stderr
-    *lines, _ = map(str.strip, result.stdout.splitlines())
-    assert all(re.fullmatch(LINE, line) for line in lines), result.stdout
+    assert code == 0, printed
+    *lines, _ = map(str.strip, printed.splitlines())
+    assert all(re.fullmatch(LINE, line) for line in lines), printed
     return [line.split() for line in lines]
 
 
@@ -62,7 +61,8 @@ def check_products_of_hopper(kernels: list[list[str]], models: Sequence[str]) ->
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_every_launch_compiles_without_a_spill(arch: str) -> None:
-    kernels = kernels_without_a_spill("--arch", arch)
+    result = run("--arch", arch)
+    kernels = without_a_spill(result.returncode, result.stdout + result.stderr)
     # FP8 is for Hopper alone.
     refused = set() if arch == "sm_90" else {"moe_experts_fp8"}
     assert {words[0] for words in kernels} == set(ahead.triton_ops()) - refused
@@ -70,8 +70,8 @@ def test_every_launch_compiles_without_a_spill(arch: str) -> None:
         check_products_of_hopper(kernels, ("nemotron", "qwen3", "mixtral"))
 
 
-def test_every_kernel_compiles_without_a_spill() -> None:
-    kernels = kernels_without_a_spill("--arch", "sm_90", "--sample")
+def test_every_kernel_compiles_without_a_spill(checks: dict[str, Any]) -> None:
+    kernels = without_a_spill(*checks["sm_90"])
     assert {words[0] for words in kernels} == set(ahead.triton_ops())
     for op in ahead.triton_ops():
         names = {words[1].partition("[")[0] for words in kernels if words[0] == op}
@@ -80,9 +80,8 @@ def test_every_kernel_compiles_without_a_spill() -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
-def test_kernels_with_products_compile_for_other_gpus(arch: str) -> None:
-    ops = ("--op", "linear_policy_loss", "--op", "moe_experts")
-    kernels = kernels_without_a_spill("--arch", arch, "--sample", *ops)
+def test_kernels_with_products_compile_for_other_gpus(arch: str, checks: dict[str, Any]) -> None:
+    kernels = without_a_spill(*checks[arch])
     assert {words[0] for words in kernels} == {"linear_policy_loss", "moe_experts"}
     expected = {"sm_80": "mma", "sm_100": "tcgen05"}[arch]
     products = {words[1].partition("[")[0] for words in kernels if expected in words}
@@ -100,30 +99,41 @@ def test_the_sample_has_the_largest_tiles_of_nemotron() -> None:
 
 
 FP8_PRODUCTS = r"""
-import re, sys
+import re
 from nemocascade_kernels import compile as ahead
-kernels = ahead.kernels_of("moe_experts_fp8", 90)
-for kernel in ahead.sample_of(kernels) if "--sample" in sys.argv else kernels:
+
+def products(kernel):
+    # How many there are, and how many are not wgmma of e4m3.
     ptx = ahead.compiled("moe_experts_fp8", kernel, 90).asm["ptx"]
-    products = re.findall(r"(?:wgmma.mma_async|mma.sync)[^;]*?;", ptx)
-    wide = [p for p in products if not re.match(r"wgmma\S+[.]f32[.]e4m3[.]e4m3", p)]
-    print(kernel.kernel.__name__, len(products), len(wide))
+    found = re.findall(r"(?:wgmma.mma_async|mma.sync)[^;]*?;", ptx)
+    wide = [p for p in found if not re.match(r"wgmma\S+[.]f32[.]e4m3[.]e4m3", p)]
+    return kernel.kernel.__name__, len(found), len(wide)
+
+kernels = ahead.kernels_of("moe_experts_fp8", 90)
 """
 
 
-@pytest.mark.parametrize("launches", ["--sample", pytest.param("--all", marks=pytest.mark.slow)])
-def test_every_product_of_fp8_is_wgmma_e4m3(launches: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", FP8_PRODUCTS, launches],
-        capture_output=True, text=True, check=False, env=without_interpreter(),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    rows = [line.split() for line in result.stdout.splitlines()]
-    assert all(wide == "0" for _, _, wide in rows), result.stdout
-    assert {name for name, count, _ in rows if int(count)} == {
+def check_products_of_fp8(rows: list[tuple[str, int, int]]) -> None:
+    assert all(wide == 0 for _, _, wide in rows), rows
+    assert {name for name, count, _ in rows if count} == {
         "fp8_up_kernel", "fp8_rows_kernel", "fp8_down_gradient_kernel",
         "fp8_weight_gradient_kernel",
     }  # fmt: skip
+
+
+def test_every_product_of_fp8_is_wgmma_e4m3(checks: dict[str, Any]) -> None:
+    check_products_of_fp8(checks["fp8"])
+
+
+@pytest.mark.slow
+def test_every_product_of_every_launch_in_fp8_is_wgmma_e4m3() -> None:
+    code = FP8_PRODUCTS + "import json; print(json.dumps([*map(products, kernels)]))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=False, env=without_interpreter(),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    check_products_of_fp8(json.loads(result.stdout))
 
 
 KERNEL = """
@@ -154,35 +164,61 @@ PLAIN = """at = tl.arange(0, BLOCK)
     tl.store(out_ptr + at, tl.load(x_ptr + at))"""
 
 
-@pytest.mark.parametrize(
-    ("body", "block", "warps", "matrix", "fault"),
-    [
-        (SPILLING, 4096, 1, '"any"', "SPILLS"),
-        (GREEDY, 128, 4, '"any"', "SHARED MEMORY exceeds"),
-        (PLAIN, 1024, 4, '"wgmma"', "MATRIX INSTRUCTION is None, and wgmma was intended"),
-        (PLAIN, 1024, 4, '"any"', None),
-    ],
-    ids=["spill", "shared", "matrix", "fine"],
-)
-def test_faults_are_found(
-    tmp_path: Path, body: str, block: int, warps: int, matrix: str, fault: str | None
-) -> None:
-    """The tool on kernels made to be bad: a report that can only be green would prove nothing."""
-    (tmp_path / "bad.py").write_text(
-        KERNEL.format(body=body, block=block, warps=warps, matrix=matrix)
-    )
-    code = (
-        "import sys, bad; from nemocascade_kernels import compile as c\n"
-        "report = c.compile_kernel('bad', bad.kernels(90)[0], 90)\n"
-        "print(report.line()); sys.exit(bool(report.faults))"
-    )
+FAULTS = {
+    "spill": (SPILLING, 4096, 1, "any", "SPILLS"),
+    "shared": (GREEDY, 128, 4, "any", "SHARED MEMORY exceeds"),
+    "matrix": (PLAIN, 1024, 4, "wgmma", "MATRIX INSTRUCTION is None, and wgmma was intended"),
+    "fine": (PLAIN, 1024, 4, "any", None),
+}
+CHECKS = """
+import contextlib, importlib, io, json, sys
+
+def printed(*arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = ahead.main([*arguments])
+    return code, out.getvalue()
+
+def report(name):
+    kernel, = importlib.import_module(name).kernels(90)
+    found = ahead.compile_kernel("bad", kernel, 90)
+    return bool(found.faults), found.line()
+
+products_of = "--sample", "--op", "linear_policy_loss", "--op", "moe_experts"
+json.dump({
+    "sm_90": printed("--arch", "sm_90", "--sample"),
+    "sm_80": printed("--arch", "sm_80", *products_of),
+    "sm_100": printed("--arch", "sm_100", *products_of),
+    "fp8": [*map(products, ahead.sample_of(kernels))],
+    **{name: report(name) for name in sys.argv[1:]},
+}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def checks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The findings of the tool, all in one process: torch's import takes as long as ten kernels."""
+    folder = tmp_path_factory.mktemp("kernels")
+    for name, (body, block, warps, matrix, _) in FAULTS.items():
+        source = KERNEL.format(body=body, block=block, warps=warps, matrix=repr(matrix))
+        (folder / f"{name}.py").write_text(source)
     environment = without_interpreter()
-    environment["PYTHONPATH"] = f"{tmp_path}:{environment.get('PYTHONPATH', '')}:{package_folder()}"
+    environment["PYTHONPATH"] = f"{folder}:{environment.get('PYTHONPATH', '')}:{package_folder()}"
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
-    )
-    assert result.returncode == (fault is not None), result.stdout + result.stderr
-    assert re.search(fault or "ok$", result.stdout.strip()), result.stdout + result.stderr
+        [sys.executable, "-c", FP8_PRODUCTS + CHECKS, *FAULTS],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_found(name: str, checks: dict[str, Any]) -> None:
+    """The tool on kernels made to be bad: a report that can only be green would prove nothing."""
+    fault = FAULTS[name][-1]
+    is_faulty, line = checks[name]
+    assert is_faulty == (fault is not None), line
+    assert re.search(fault or "ok$", line.strip()), line
 
 
 def package_folder() -> str:
@@ -221,9 +257,19 @@ def test_programs_that_fit_on_a_device(
     assert tiles.resident_programs(compiled, device) == 132 * blocks
 
 
-def test_unknown_names_are_errors() -> None:
-    assert "choose among" in run("--arch", "sm_90", "--op", "no_such_op").stderr
-    assert run("--arch", "sm_10").returncode == 2
+def test_unknown_names_are_errors(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The tool removes it: it compiles in a process of its own.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for arguments, message in (
+        (["--arch", "sm_90", "--op", "no_such_op"], "choose among"),
+        (["--arch", "sm_10"], "invalid choice: 'sm_10'"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            ahead.main(arguments)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_an_entry_must_name_every_argument() -> None:

@@ -30,7 +30,8 @@ def test_other_levels_pass_the_tests_of_the_best(level: str) -> None:
         pytest.skip("v3 is the best level of this processor")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "native"),
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+            *("-k", "native", "-m", "not slow"),
             *(str(HERE / f"test_{name}.py") for name in FILES),
         ],
         env=os.environ | {"NEMOCASCADE_CPU_LEVEL": level},

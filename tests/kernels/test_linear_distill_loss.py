@@ -7,16 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from helpers.distill_heads import (
     RANK_SHAPE,
     Distilled,
     distilled,
     make_heads,
-    run_distill_rank,
 )
 from helpers.heads import BACKENDS, DTYPES, chunked, device_for, factor_for, skip_unless_served
+from helpers.ranks import run_ranks
 from nemocascade_kernels import DIVERGENCES, Divergence, linear_distill_loss
 from nemocascade_kernels.common.linear_head.chunks import static_slots
 from nemocascade_kernels.linear_distill_loss.op import OP
@@ -240,10 +239,10 @@ def test_arguments_that_do_not_fit() -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
-    """Results of each rank. Two processes serve all cases: to start one takes seconds."""
+    """Results of each rank, of all cases in one process."""
     folder = tmp_path_factory.mktemp("ranks")
-    arguments = (2, str(folder), ON_RANKS)
-    mp.start_processes(run_distill_rank, args=arguments, nprocs=2, start_method="spawn")
+    arguments = {"folder": str(folder), "backends": ON_RANKS}
+    run_ranks("helpers.distill_heads:run_distill_rank", 2, arguments, timeout_s=500)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

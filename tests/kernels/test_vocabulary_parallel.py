@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers.heads import device_for, evaluate, make_head, make_objective
-from helpers.shard_ranks import SHAPE, run_rank, truncation_for
+from helpers.ranks import run_ranks
+from helpers.shard_ranks import SHAPE, truncation_for
 from nemocascade_kernels import linear_logprob
 from nemocascade_kernels.linear_policy_loss.op import OP
 from nemocascade_kernels.testing import assert_same_bits, random_normal, rms_error
@@ -28,9 +28,11 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Tensor]]]:
-    """Results of each rank, by case. Two processes serve all cases: to start one takes seconds."""
+    """Results of each rank, by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(run_rank, args=(2, str(folder), CASES), nprocs=2, start_method="spawn")
+    cases = [(backend, str(dtype).removeprefix("torch.")) for backend, dtype in CASES]
+    arguments = {"folder": str(folder), "cases": cases}
+    run_ranks("helpers.shard_ranks:run_rank", 2, arguments, timeout_s=500)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -175,18 +175,23 @@ def answers(c: Completion) -> list[int] | None:
     return None if c.turns > 3 else [c.request.id % 7 + 1] * (25 if c.turns == 2 else 3)
 
 
+# Replies make texts longer, so that two of each prompt already compete for the blocks.
 @pytest.mark.parametrize("chunk", [0, 13])
-@pytest.mark.parametrize("environment", [False, True])
+@pytest.mark.parametrize(
+    ("environment", "rollouts"),
+    [(False, 4), (True, 2), pytest.param(True, 4, marks=pytest.mark.slow)],
+)
 def test_results_do_not_depend_on_the_number_of_blocks(
     world: World,
     chunks: list[CascadeModel],
     pools: list[BlockPool],
     environment: bool,
+    rollouts: int,
     chunk: int,
 ) -> None:
     """From a pool that never runs out down to one of a single sequence; every token is processed
     once in all of them."""
-    requests = make_requests(5, 4)
+    requests = make_requests(5, rollouts)
     sampling = Sampling(max_tokens=100, seed=3, stop_tokens=STOPS)
     respond = answers if environment else None
     whole = LiveEngine(world, chunks, slots=20, prefill_chunk=chunk, record_routing=True)
