@@ -241,7 +241,7 @@ def results(size: str) -> dict[str, list[list[float]]]:
     return results_of(size)
 
 
-def each(names: Iterable[str], but: Collection[str] = ()) -> Any:
+def each(names: Iterable[str], but: Collection[str] = ()) -> pytest.MarkDecorator:
     """A test of every name at each size: quick at the small one, if not in `but`."""
     names = list(names)
     return pytest.mark.parametrize(

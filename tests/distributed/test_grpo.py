@@ -228,7 +228,7 @@ def others(runs: dict[str, Any]) -> dict[str, Any]:
     return {**runs, **found, "LoRA parts": parts}
 
 
-def cases(every: Iterable[str], quick: Collection[str]) -> Any:
+def cases(every: Iterable[str], quick: Collection[str]) -> pytest.MarkDecorator:
     """A test of each name in `found`; those outside of `quick` are slow."""
     return pytest.mark.parametrize(
         ("name", "found"),
