@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 import jinja2
@@ -11,6 +13,12 @@ import jinja2
 from nemocascade.data.jinja_sandbox import MAX_SOURCE, Rendering, Sandbox
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Tool
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> CodeType:
+    """Code of a template, which any sandbox can run: stages of one process read it once."""
+    return Sandbox().compile(source)
 
 
 class JinjaTemplate:
@@ -25,13 +33,15 @@ class JinjaTemplate:
             raise DataError(
                 f"the chat template has {len(source)} characters, at most {MAX_SOURCE} are read"
             )
-        self._environment = Sandbox()
+        environment = self._environment = Sandbox()
         self._tokens = dict(tokens)
         try:
-            self._template = self._environment.from_string(source)
+            code = _compiled(source)
         # Deeply nested source exceeds the limits of Python's compiler, to which jinja hands it.
         except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             raise DataError(f"the chat template is broken: {error}") from None
+        shared = environment.make_globals(None)
+        self._template = environment.template_class.from_code(environment, code, shared)
 
     def render(
         self,

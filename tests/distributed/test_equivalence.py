@@ -1,11 +1,15 @@
 """Every parallel layout trains the same model: the equivalence matrix.
 
-Ten steps run on the same data in fp32. At each step, a layout's loss and gradient norm must be
-within 1e-5, relative, of those of one process. Variants of a layout run three steps.
+Steps run on the same data in fp32. At each step, a layout's loss and gradient norm must be within
+1e-5, relative, of those of one process. The quick tests take three steps of four layers, on layouts
+in which each two axes meet. The slow ones take ten steps of eight layers on every layout, and three
+on its variants.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +35,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP2 PP2": (4, {"cp": 2, "pp": 2}),
     "CP2 DP2": (4, {"cp": 2}),
 }
+ALONE = ("TP2", "PP2", "DP2", "CP2")
+"""Axes that the quick tests take only beside another one."""
 pytestmark = pytest.mark.timeout(2400)  # the first test waits for the runs of them all
 
 STEPS, FEW = 10, 3
 LEARNT = 5
-"""Steps of one process after which a variant has learnt something."""
+"""Steps of one process after which a model has learnt something."""
 TOLERANCE = 1e-5
 CAPACITY = 384
+SMALL, WHOLE = "small", "whole"
+SIZES: dict[str, dict[str, Any]] = {
+    SMALL: {"pattern": "ME*E", "capacity": 128, "steps": FEW},
+    WHOLE: {"pattern": "MEM*EME*", "capacity": CAPACITY, "steps": STEPS},
+}
 
 
 def train_each(runs: dict[str, dict[str, Any]]) -> dict[str, list[list[float]]]:
@@ -52,6 +63,8 @@ def train(
     optimizer: dict[str, Any] | None = None,
     engine: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None,
+    pattern: str = "MEM*EME*",
+    capacity: int = CAPACITY,
     steps: int = STEPS,
 ) -> list[list[float]]:
     """Loss and gradient norm of each step, from a fresh model on random documents."""
@@ -75,7 +88,8 @@ def train(
     world = start_world(ParallelConfig(**parallel), settings)
     cuda: Any = torch.cuda
     cuda.synchronize = _refuse_to_wait
-    shape = replace(tiny(), **{"vocab_size": 512, "hidden_size": 64, **(model or {})})
+    shape = replace(tiny(), pattern=pattern, vocab_size=512, hidden_size=64)
+    shape = replace(shape, **(model or {}))
     trainer = Trainer(
         world,
         shape,
@@ -91,7 +105,7 @@ def train(
     )
     batches = [
         batch.shard(world.cp_rank, world.parallel.cp)
-        for batch in random_batches(4, shape.vocab_size)[world.dp_rank :: world.dp_size]
+        for batch in random_batches(4, shape.vocab_size, capacity)[world.dp_rank :: world.dp_size]
     ]
     results = [trainer.train_step(batches) for _ in range(steps)]
     world.barrier()
@@ -104,7 +118,7 @@ def _refuse_to_wait(*_: Any) -> None:
     raise AssertionError("a step waits for all work of the device")
 
 
-def random_batches(count: int, vocab_size: int) -> list[Any]:
+def random_batches(count: int, vocab_size: int, capacity: int = CAPACITY) -> list[Any]:
     """Packed batches with prompts that don't train and padding at the end."""
     import torch
 
@@ -114,7 +128,7 @@ def random_batches(count: int, vocab_size: int) -> list[Any]:
     batches = []
     for _ in range(count):
         documents: list[Document] = []
-        left = CAPACITY
+        left = capacity
         for length in torch.randint(1, 90, (30,), generator=generator).tolist():
             if length > left:
                 break
@@ -122,7 +136,7 @@ def random_batches(count: int, vocab_size: int) -> list[Any]:
             trained = torch.rand(length, generator=generator) < 0.6
             documents.append(Document(tokens, trained, "random"))
             left -= length
-        batches.append(pack_documents(documents, CAPACITY))
+        batches.append(pack_documents(documents, capacity))
     return batches
 
 
@@ -142,70 +156,101 @@ LORA: dict[str, Any] = {
     "model": {"init_std": 0.1},
 }
 ATTENTION_ONLY = {**LORA, "lora": {"rank": 4, "targets": ("linear_qkv",)}}
-# Runs by number of ranks: starting an interpreter costs more than ten steps.
-RUNS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {
-        "one": {"parallel": {}},
-        "one, tied": {"parallel": {}, **TIED},
-        "one, bf16": {"parallel": {}, **BF16, "steps": LEARNT},
-        "one, LoRA": {"parallel": {}, **LORA, "steps": LEARNT},
-        "one, LoRA of attention": {"parallel": {}, **ATTENTION_ONLY},
-    },
-    2: {
-        "LoRA, PP2 without adapters on the first stage": {
-            "parallel": {"pp": 2, "pipeline_layout": "MEM|*EME*"},
-            **ATTENTION_ONLY,
-        },
-        "LoRA, recompute": {"parallel": {"ep": 2}, **LORA, "engine": {"recompute": True}},
-        "LoRA, plain optimizer": {
-            "parallel": {"tp": 2, "etp": 2},
-            **LORA,
-            "optimizer": {**LORA["optimizer"], "distributed": False},
-        },
-        "recompute": {"parallel": {"ep": 2}, "engine": {"recompute": True}, "steps": FEW},
-        "recompute ME": {
-            "parallel": {"ep": 2},
-            "engine": {"recompute_layers": "ME", "gc_every": 3},
-            "steps": FEW,
-        },
-        "bf16 gradients": {
-            "parallel": {"ep": 2},
-            **BF16,
-            "engine": {"precision": "bf16", "gradients": "bf16"},
-        },
-        "plain optimizer": {
-            "parallel": {"ep": 2},
-            "optimizer": {"distributed": False},
-            "steps": FEW,
-        },
-        "empty chunks": {
-            "parallel": {"pp": 2, "vpp": 2, "pipeline_layout": "|MEM*||EME*"},
-            "steps": FEW,
-        },
-        "DP2, tied": {"parallel": {}, **TIED},
-        "PP2, tied": {"parallel": {"pp": 2}, **TIED},
-        "TP2, bf16": {"parallel": {"tp": 2}, **BF16},
-        "PP2 VPP2, bf16": {"parallel": {"pp": 2, "vpp": 2}, **BF16},
-    },
-    4: {},
-}
-for _name, (_ranks, _parallel) in LAYOUTS.items():
-    RUNS[_ranks][_name] = {"parallel": _parallel}
 LORA_LAYOUTS = ("TP2", "PP2 VPP2", "TP2 ETP2", "TP2 EP2 on 2", "CP2", "EP2 ETP2")
-for _name in LORA_LAYOUTS:
-    _ranks, _parallel = LAYOUTS[_name]
-    RUNS[_ranks][f"LoRA, {_name}"] = {"parallel": _parallel, **LORA}
+LORA_QUICK = ("PP2 VPP2", "TP2 EP2 on 2", "CP2", "EP2 ETP2")
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, list[list[float]]]:
+def runs_of(size: str) -> dict[int, dict[str, dict[str, Any]]]:
+    """Settings of `train` by name, by number of ranks: starting an interpreter costs more than ten
+    steps."""
+    whole = size == WHOLE
+    two_stages = "MEM|*EME*" if whole else "ME|*E"
+    empty_chunks = "|MEM*||EME*" if whole else "|ME||*E"
+    one = {} if whole else {"steps": LEARNT}
+    runs: dict[int, dict[str, dict[str, Any]]] = {
+        1: {
+            "one": {"parallel": {}, **one},
+            "one, tied": {"parallel": {}, **TIED},
+            "one, bf16": {"parallel": {}, **BF16, "steps": LEARNT},
+            "one, LoRA": {"parallel": {}, **LORA, "steps": LEARNT},
+            "one, LoRA of attention": {"parallel": {}, **ATTENTION_ONLY},
+        },
+        2: {
+            "LoRA, PP2 without adapters on the first stage": {
+                "parallel": {"pp": 2, "pipeline_layout": two_stages},
+                **ATTENTION_ONLY,
+            },
+            "LoRA, recompute": {"parallel": {"ep": 2}, **LORA, "engine": {"recompute": True}},
+            "LoRA, plain optimizer": {
+                "parallel": {"tp": 2, "etp": 2},
+                **LORA,
+                "optimizer": {**LORA["optimizer"], "distributed": False},
+            },
+            "recompute": {"parallel": {"ep": 2}, "engine": {"recompute": True}, "steps": FEW},
+            "recompute ME": {
+                "parallel": {"ep": 2},
+                "engine": {"recompute_layers": "ME", "gc_every": 3},
+                "steps": FEW,
+            },
+            "bf16 gradients": {
+                "parallel": {"ep": 2},
+                **BF16,
+                "engine": {"precision": "bf16", "gradients": "bf16"},
+            },
+            "plain optimizer": {
+                "parallel": {"ep": 2},
+                "optimizer": {"distributed": False},
+                "steps": FEW,
+            },
+            "empty chunks": {
+                "parallel": {"pp": 2, "vpp": 2, "pipeline_layout": empty_chunks},
+                "steps": FEW,
+            },
+            "DP2, tied": {"parallel": {}, **TIED},
+            "PP2, tied": {"parallel": {"pp": 2}, **TIED},
+            "TP2, bf16": {"parallel": {"tp": 2}, **BF16},
+            "PP2 VPP2, bf16": {"parallel": {"pp": 2, "vpp": 2}, **BF16},
+        },
+        4: {},
+    }
+    for name, (ranks, parallel) in LAYOUTS.items():
+        if whole or name not in ALONE:
+            runs[ranks][name] = {"parallel": parallel}
+    for name in LORA_LAYOUTS if whole else LORA_QUICK:
+        ranks, parallel = LAYOUTS[name]
+        runs[ranks][f"LoRA, {name}"] = {"parallel": parallel, **LORA}
+    return {
+        ranks: {name: {**SIZES[size], **settings} for name, settings in named.items()}
+        for ranks, named in runs.items()
+    }
+
+
+@functools.cache
+def results_of(size: str) -> dict[str, list[list[float]]]:
     """Losses and gradient norms of all runs, after a check that ranks agree on them."""
     found = {}
-    for ranks, runs in RUNS.items():
+    for ranks, runs in runs_of(size).items():
         of_rank = run_ranks(train_each, ranks, {"runs": runs}, timeout_s=1200)
         assert all(r == of_rank[0] for r in of_rank), "ranks disagree on the loss"
         found.update(of_rank[0])
     return found
+
+
+@pytest.fixture
+def results(size: str) -> dict[str, list[list[float]]]:
+    return results_of(size)
+
+
+def each(names: Iterable[str], but: Collection[str] = ()) -> pytest.MarkDecorator:
+    """A test of every name at each size: quick at the small one, if not in `but`."""
+    names = list(names)
+    return pytest.mark.parametrize(
+        ("name", "size"),
+        [
+            *(pytest.param(name, SMALL) for name in names if name not in but),
+            *(pytest.param(name, WHOLE, marks=pytest.mark.slow) for name in names),
+        ],
+    )
 
 
 def worst(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float, float]:
@@ -216,54 +261,57 @@ def worst(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float, fl
     return loss, norm
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@each(LAYOUTS, but=ALONE)
 def test_layout_equals_one_process(
-    name: str, results: dict[str, list[list[float]]], record_property: Any
+    name: str, size: str, results: dict[str, list[list[float]]], record_property: Any
 ) -> None:
     loss, norm = worst(results[name], results["one"])
-    row = f"| {name} | {LAYOUTS[name][0]} | {loss:.1e} | {norm:.1e} |"
-    record_property("equivalence", row)
+    if size == WHOLE:
+        row = f"| {name} | {LAYOUTS[name][0]} | {loss:.1e} | {norm:.1e} |"
+        record_property("equivalence", row)
     assert max(loss, norm) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["recompute", "plain optimizer", "empty chunks"])
+@each(["recompute", "plain optimizer", "empty chunks"])
 def test_variant_equals_the_default(name: str, results: dict[str, list[list[float]]]) -> None:
     """Recomputing, not sharding the optimizer, and chunks without layers do not change training."""
     assert max(worst(results[name], results["one"])) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["recompute", "recompute ME"])
+@each(["recompute", "recompute ME"])
 def test_recomputed_layers_give_the_same_bits(
     name: str, results: dict[str, list[list[float]]]
 ) -> None:
     assert results[name] == results["EP2"][:FEW]
 
 
-@pytest.mark.parametrize("name", ["DP2, tied", "PP2, tied"])
+@each(["DP2, tied", "PP2, tied"])
 def test_tied_embeddings(name: str, results: dict[str, list[list[float]]]) -> None:
     assert max(worst(results[name], results["one, tied"])) <= TOLERANCE
     assert results["one, tied"] != results["one"][:FEW]
 
 
-@pytest.mark.parametrize("name", [*LORA_LAYOUTS, "recompute", "plain optimizer"])
+@each([*LORA_LAYOUTS, "recompute", "plain optimizer"], but=set(LORA_LAYOUTS) - set(LORA_QUICK))
 def test_adapters_of_every_layout_train_alike(
     name: str, results: dict[str, list[list[float]]]
 ) -> None:
     assert max(worst(results[f"LoRA, {name}"], results["one, LoRA"])) <= TOLERANCE
 
 
-def test_a_pipeline_stage_may_have_no_adapter(results: dict[str, list[list[float]]]) -> None:
-    found = results["LoRA, PP2 without adapters on the first stage"]
-    assert max(worst(found, results["one, LoRA of attention"])) <= TOLERANCE
+@each(["LoRA, PP2 without adapters on the first stage"])
+def test_a_pipeline_stage_may_have_no_adapter(
+    name: str, results: dict[str, list[list[float]]]
+) -> None:
+    assert max(worst(results[name], results["one, LoRA of attention"])) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["TP2, bf16", "PP2 VPP2, bf16", "bf16 gradients"])
+@each(["TP2, bf16", "PP2 VPP2, bf16", "bf16 gradients"])
 def test_bf16_layouts_agree(name: str, results: dict[str, list[list[float]]]) -> None:
     """bf16 rounds differently in every layout; the losses still agree to its precision."""
     assert worst(results[name], results["one, bf16"])[0] <= 5e-3
 
 
-@pytest.mark.parametrize("name", ["one", "one, bf16", "one, LoRA"])
+@each(["one", "one, bf16", "one, LoRA"])
 def test_the_loss_falls(name: str, results: dict[str, list[list[float]]]) -> None:
     """The matrix would hold for a model that learns nothing."""
     assert results[name][-1][0] < results[name][0][0] - 0.1

@@ -1,11 +1,13 @@
 """A GRPO stage on every parallel layout, and resumed: rollouts, rewards and updates agree.
 
-Its curriculum adapts to the rewards. Pass rates of rows are sampled from the same artifact.
+Its curriculum adapts to the rewards. Pass rates of rows are sampled from the same artifact. The
+quick tests leave out settings that other layouts have too; slow ones take these.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     f"CP2 EP2{REPLAY}": {"cp": 2, "ep": 2},
 }
 ROLLOUTS = {"EP2, rollouts TP2": {"tp": 2, "ep": 1}}
-LORA = ("EP2", "EP2, rollouts TP2")
+"""Layouts of generation; training's memory is offloaded meanwhile."""
+LORA = ("EP2, rollouts TP2", "EP2")
 """Layouts that also train adapters."""
 ADAPTED = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "shared_experts", "experts")
-"""Layouts of generation; training's memory is offloaded meanwhile."""
 STEPS = 2
 COMPARED = ("loss", "grad_norm", "entropy", "logprob")
 EXACT = (
     *("reward", "response_tokens", "groups", "groups_drawn", "trained_tokens"),
     *("curriculum/instruction_following", "curriculum_pass_rate/instruction_following"),
 )
-RATED = {"TP2": {"tp": 2}, "DP2": {}, "CP2": {"cp": 2}}
+RATED = {"TP2": {"tp": 2}, "CP2": {"cp": 2}, "DP2": {}}
+QUICK = ("TP2", "DP2", "PP2", "EP2, rollouts TP2", f"CP2 EP2{REPLAY}")
+QUICK_LORA, QUICK_RATED = LORA[:1], tuple(RATED)[:2]
 
 Lines = list[dict[str, Any]]
 
@@ -57,6 +61,7 @@ def grpo(
         EngineConfig,
         GrpoConfig,
         GrpoRecipe,
+        LogConfig,
         LoraConfig,
         OptimizerConfig,
         ParallelConfig,
@@ -100,9 +105,10 @@ def grpo(
             ),
             lora=LoraConfig(rank=4, alpha=32.0, targets=ADAPTED) if lora else LoraConfig(),
             parallel=ParallelConfig(**parallel),
-            engine=EngineConfig(precision="fp32"),
-            checkpoint=CheckpointConfig(every=1),
-            eval=RlEvalConfig(prompts=8),
+            engine=EngineConfig(precision="fp32", preflight=False),
+            checkpoint=CheckpointConfig(every=0 if parallel else 1),
+            eval=RlEvalConfig(prompts=4),
+            log=LogConfig(tensorboard=False),
         )
     )
     text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
@@ -162,24 +168,30 @@ def alone(folder: str) -> dict[str, Any]:
     rated = pass_rates(artifact, f"{folder}/rated", {})
     found = {"artifact": artifact, "whole": whole, "parts": parts, "rated": rated}
     found["LoRA whole"] = grpo(artifact, f"{folder}/LoRA whole", {}, lora=True)
-    grpo(artifact, f"{folder}/LoRA parts", {}, steps=1, lora=True)
-    found["LoRA parts"] = grpo(artifact, f"{folder}/LoRA parts", {}, lora=True)
     return found
 
 
-def together(artifact: str, folder: str) -> dict[str, Lines]:
+def adapter_in_parts(artifact: str, folder: str) -> Lines:
+    """One process: the run with an adapter, stopped after its first step."""
+    grpo(artifact, f"{folder}/LoRA parts", {}, steps=1, lora=True)
+    return grpo(artifact, f"{folder}/LoRA parts", {}, lora=True)
+
+
+def together(
+    artifact: str, folder: str, layouts: list[str], lora: list[str], rated: list[str]
+) -> dict[str, Lines]:
     """Two ranks, layout by layout."""
     found = {
         name: grpo(
             artifact,
             f"{folder}/{name}",
-            parallel,
+            LAYOUTS[name],
             replay=name.endswith(REPLAY),
             rollouts=ROLLOUTS.get(name),
         )
-        for name, parallel in LAYOUTS.items()
+        for name in layouts
     }
-    for name in LORA:
+    for name in lora:
         found[f"LoRA {name}"] = grpo(
             artifact,
             f"{folder}/LoRA {name}",
@@ -187,8 +199,8 @@ def together(artifact: str, folder: str) -> dict[str, Lines]:
             rollouts=ROLLOUTS.get(name),
             lora=True,
         )
-    for name, parallel in RATED.items():
-        found[f"rated {name}"] = pass_rates(artifact, f"{folder}/rated_{name}", parallel)
+    for name in rated:
+        found[f"rated {name}"] = pass_rates(artifact, f"{folder}/rated_{name}", RATED[name])
     return found
 
 
@@ -197,7 +209,43 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = str(tmp_path_factory.mktemp("grpo"))
     (found,) = run_ranks(alone, 1, {"folder": folder}, timeout_s=300)
     arguments = {"artifact": found["artifact"], "folder": folder}
+    arguments |= {"layouts": QUICK, "lora": QUICK_LORA, "rated": QUICK_RATED}
     return {**found, **run_ranks(together, 2, arguments, timeout_s=500)[0], "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def others(runs: dict[str, Any]) -> dict[str, Any]:
+    """Runs that the quick tests leave out."""
+    arguments = {"artifact": runs["artifact"], "folder": runs["folder"]}
+    (parts,) = run_ranks(adapter_in_parts, 1, arguments, timeout_s=300)
+    for name, every, quick in (
+        ("layouts", LAYOUTS, QUICK),
+        ("lora", LORA, QUICK_LORA),
+        ("rated", RATED, QUICK_RATED),
+    ):
+        arguments[name] = [key for key in every if key not in quick]
+    found = run_ranks(together, 2, arguments, timeout_s=500)[0]
+    return {**runs, **found, "LoRA parts": parts}
+
+
+def cases(every: Iterable[str], quick: Collection[str]) -> pytest.MarkDecorator:
+    """A test of each name in `found`; those outside of `quick` are slow."""
+    return pytest.mark.parametrize(
+        ("name", "found"),
+        [
+            pytest.param(name, "runs" if name in quick else "others", marks=marks)
+            for name in every
+            for marks in [[] if name in quick else [pytest.mark.slow]]
+        ],
+        indirect=["found"],
+    )
+
+
+@pytest.fixture
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The runs of the fixture that the parameter names."""
+    of: dict[str, Any] = request.getfixturevalue(request.param)
+    return of
 
 
 def test_it_trains_on_groups_that_differ(runs: dict[str, Any]) -> None:
@@ -212,11 +260,11 @@ def test_it_trains_on_groups_that_differ(runs: dict[str, Any]) -> None:
     assert "heldout/instruction_following" in runs["whole"][-1]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_one_process(name: str, runs: dict[str, Any]) -> None:
+@cases(LAYOUTS, QUICK)
+def test_layout_equals_one_process(name: str, found: dict[str, Any]) -> None:
     """The same rollouts and rewards, and the same update within rounding."""
-    assert len(runs[name]) == STEPS
-    for ours, theirs in zip(runs[name], runs["whole"], strict=True):
+    assert len(found[name]) == STEPS
+    for ours, theirs in zip(found[name], found["whole"], strict=True):
         assert ("mismatch_mean_free" in ours) == name.endswith(REPLAY)
         assert ours.get("mismatch_mean_free", 0.0) <= 1e-4
         for key in EXACT:
@@ -235,20 +283,20 @@ def test_rollouts_are_of_the_merged_adapter(runs: dict[str, Any]) -> None:
     assert second["kl"] > 1e-3, "the policy is where it started"
 
 
-@pytest.mark.parametrize("name", LORA)
-def test_adapters_train_alike_on_every_layout(name: str, runs: dict[str, Any]) -> None:
-    for ours, theirs in zip(runs[f"LoRA {name}"], runs["LoRA whole"], strict=True):
+@cases(LORA, QUICK_LORA)
+def test_adapters_train_alike_on_every_layout(name: str, found: dict[str, Any]) -> None:
+    for ours, theirs in zip(found[f"LoRA {name}"], found["LoRA whole"], strict=True):
         for key in EXACT:
             assert ours[key] == theirs[key], (key, ours["step"])
         for key in COMPARED:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), (key, ours["step"])
 
 
-@pytest.mark.parametrize("name", RATED)
-def test_pass_rates_do_not_depend_on_the_layout(name: str, runs: dict[str, Any]) -> None:
-    assert runs[f"rated {name}"] == runs["rated"]
-    assert {line["pass_rate_samples"] for line in runs["rated"]} == {3}
-    assert len({line["pass_rate"] for line in runs["rated"]}) > 1
+@cases(RATED, QUICK_RATED)
+def test_pass_rates_do_not_depend_on_the_layout(name: str, found: dict[str, Any]) -> None:
+    assert found[f"rated {name}"] == found["rated"]
+    assert {line["pass_rate_samples"] for line in found["rated"]} == {3}
+    assert len({line["pass_rate"] for line in found["rated"]}) > 1
 
 
 def test_the_curriculum_follows_the_rewards(runs: dict[str, Any]) -> None:
@@ -256,8 +304,8 @@ def test_the_curriculum_follows_the_rewards(runs: dict[str, Any]) -> None:
     assert 0 < targets[0] < targets[1]
 
 
-@pytest.mark.parametrize("prefix", ["", "LoRA "])
-def test_a_stopped_run_goes_on_bit_for_bit(prefix: str, runs: dict[str, Any]) -> None:
+@cases(["", "LoRA "], [""])
+def test_a_stopped_run_goes_on_bit_for_bit(name: str, found: dict[str, Any]) -> None:
     """Rollouts included: the artifact's weights, and the adapter's, are the same files."""
     timing = {
         "tflops_per_rank",
@@ -267,14 +315,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(prefix: str, runs: dict[str, Any]) ->
         *("decode_steps", "decode_rows", "preemptions", "offloads", "prefill_tokens", "verdicts"),
     }
     timing.add("peak_memory_gib")
-    for ours, theirs in zip(runs[f"{prefix}parts"], runs[f"{prefix}whole"], strict=True):
+    for ours, theirs in zip(found[f"{name}parts"], found[f"{name}whole"], strict=True):
         shown = [k for k in theirs if k not in timing and not k.startswith("heldout")]
         shown = [k for k in shown if not k.endswith("_s")]
         assert {k: ours[k] for k in shown} == {k: theirs[k] for k in shown}
-    for kind in ("artifact", "adapter") if prefix else ("artifact",):
+    for kind in ("artifact", "adapter") if name else ("artifact",):
         hashes = []
-        for name in ("whole", "parts"):
-            path = Path(runs["folder"]) / f"{prefix}{name}" / kind / "manifest.json"
+        for run in ("whole", "parts"):
+            path = Path(found["folder"]) / f"{name}{run}" / kind / "manifest.json"
             files = json.loads(path.read_text())["files"]
             hashes.append({k: v for k, v in files.items() if k.endswith(".safetensors")})
         assert hashes[0]

@@ -1,8 +1,14 @@
-"""Generation on every parallel layout gives the same tokens as one process."""
+"""Generation on every parallel layout gives the same tokens as one process.
+
+The quick tests leave out layouts whose axes others have too, and interpret few decode steps of few
+rows; the slow ones take all of it.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -29,22 +35,26 @@ FEW = ", few blocks"
 GRAPHS = ", captured"
 # Steps are those of a GPU, interpreted.
 FUSED = ", fused"
-CAPTURED = ("TP2", "PP2", "EP2", "TP2 EP2")
-# An interpreted step takes seconds.
-INTERPRETED = ("one", *CAPTURED)
+SMALL, WHOLE = "small", "whole"
+ONLY_WHOLE = ("TP2", "PP2 EP2")
+CAPTURED = {SMALL: ("PP2", "EP2", "TP2 EP2"), WHOLE: ("TP2", "PP2", "EP2", "TP2 EP2")}
+# An interpreted step takes a second for each row.
+INTERPRETED = {
+    SMALL: ("one", "PP2", "TP2 EP2 on 2"),
+    WHOLE: ("one", "TP2", "PP2", "EP2", "TP2 EP2"),
+}
+# Requests of an interpreted run, which are not all of one rank, and its tokens.
+FUSED_RUN = {SMALL: ((1, 4, 8), 3), WHOLE: (range(9), 4)}
 
 Found = dict[str, list[Any]]
 
 
-def generate_each(layouts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Found]]:
+def generate_each(layouts: dict[str, dict[str, Any]], size: str) -> dict[str, dict[str, Found]]:
     """Texts that each layout generates, by request, with an environment and without."""
-    return {
-        name: generate(parallel, captured=name in CAPTURED, fused=name in INTERPRETED)
-        for name, parallel in layouts.items()
-    }
+    return {name: generate(name, parallel, size) for name, parallel in layouts.items()}
 
 
-def generate(parallel: dict[str, Any], *, captured: bool, fused: bool) -> dict[str, Found]:
+def generate(layout: str, parallel: dict[str, Any], size: str) -> dict[str, Found]:
     """Tokens, log-probabilities and turns of this rank's requests."""
     from helpers.cuda_graphs import install
     from helpers.rollout import EVEN, draw_tokens, make_model
@@ -76,15 +86,16 @@ def generate(parallel: dict[str, Any], *, captured: bool, fused: bool) -> dict[s
     }
     runs |= {f"{name}{PIECES}": run for name, run in runs.items() if name != "truncated"}
     runs |= {f"{name}{FEW}": runs[name] for name in ("plain", "environment")}
-    if fused:
-        runs[f"plain{FUSED}"] = Sampling(max_tokens=4, seed=3), None
-    if captured:
+    interpreted, tokens = FUSED_RUN[size]
+    if layout in INTERPRETED[size]:
+        runs[f"plain{FUSED}"] = Sampling(max_tokens=tokens, seed=3), None
+    if layout in CAPTURED[size]:
         runs[f"environment{GRAPHS}"] = runs["environment"]
     engines = {
         GRAPHS: with_graphs(LiveEngine(rollouts, chunks, slots=4)),
         PIECES: LiveEngine(rollouts, chunks, slots=4, prefill_chunk=5, record_routing=True),
         FEW: LiveEngine(rollouts, chunks, slots=4, kv_gib=gib_of(rollouts, slots=4, blocks=5)),
-        FUSED: LiveEngine(rollouts, chunks, slots=9),
+        FUSED: LiveEngine(rollouts, chunks, slots=len(interpreted)),
         "": LiveEngine(rollouts, chunks, slots=4),
     }
     results: dict[str, Found] = {}
@@ -93,9 +104,11 @@ def generate(parallel: dict[str, Any], *, captured: bool, fused: bool) -> dict[s
     for name, (sampling, answer) in runs.items():
         respond = None if answer is None else counted(answer, asked)
         engine = next(e for end, e in engines.items() if name.endswith(end))
-        os.environ[VARIABLE] = "decode_step=triton" if name.endswith(FUSED) else ""
+        is_fused = name.endswith(FUSED)
+        asked_for = [r for r in mine if r.id in interpreted] if is_fused else mine
+        os.environ[VARIABLE] = "decode_step=triton" if is_fused else ""
         found: Found = {}
-        for c in engine.run(mine, sampling, respond):
+        for c in engine.run(asked_for, sampling, respond):
             assert isinstance(c, Completion)
             routed = None if c.routing is None else c.routing.flatten(1).tolist()
             found[str(c.request.id)] = [c.response, c.logprob.tolist(), c.turns, routed]
@@ -150,15 +163,20 @@ def respond_after(turns: int) -> Any:
     return respond
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Found]]:
+@functools.cache
+def results_of(size: str) -> dict[str, dict[str, Found]]:
     """The requests of all ranks together, by layout, after a check that ranks of one data-parallel
     group agree."""
     found: dict[str, dict[str, Found]] = {}
     for ranks in (1, 2, 4):
-        layouts = {name: p for name, (n, p) in LAYOUTS.items() if n == ranks}
+        layouts = {
+            name: p
+            for name, (n, p) in LAYOUTS.items()
+            if n == ranks and (size == WHOLE or name not in ONLY_WHOLE)
+        }
         layouts |= {"one": {}} if ranks == 1 else {}
-        of_rank = run_ranks(generate_each, ranks, {"layouts": layouts}, timeout_s=500)
+        arguments = {"layouts": layouts, "size": size}
+        of_rank = run_ranks(generate_each, ranks, arguments, timeout_s=500)
         for name in layouts:
             whole: dict[str, Found] = {}
             for result in of_rank:
@@ -170,10 +188,27 @@ def results() -> dict[str, dict[str, Found]]:
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_generates_the_same(name: str, results: dict[str, dict[str, Found]]) -> None:
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Found]]:
+    return results_of(SMALL)
+
+
+def cases(small: Iterable[str], whole: Iterable[str]) -> pytest.MarkDecorator:
+    """A test of layouts by name: quick ones of the small runs, slow ones of the whole runs."""
+    return pytest.mark.parametrize(
+        ("name", "size"),
+        [
+            *(pytest.param(name, SMALL) for name in small),
+            *(pytest.param(name, WHOLE, marks=pytest.mark.slow) for name in whole),
+        ],
+    )
+
+
+@cases([name for name in LAYOUTS if name not in ONLY_WHOLE], LAYOUTS)
+def test_layout_generates_the_same(name: str, size: str) -> None:
+    results = results_of(size)
     for run, expected in results["one"].items():
-        if run.endswith(FUSED) and name not in INTERPRETED:
+        if run.endswith(FUSED) and name not in INTERPRETED[size]:
             continue
         found = results[name][run]
         assert found.keys() == expected.keys()
@@ -186,9 +221,10 @@ def test_layout_generates_the_same(name: str, results: dict[str, dict[str, Found
             assert max(errors) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", CAPTURED)
-def test_captured_steps_generate_the_same(name: str, results: dict[str, dict[str, Found]]) -> None:
+@cases(CAPTURED[SMALL], CAPTURED[WHOLE])
+def test_captured_steps_generate_the_same(name: str, size: str) -> None:
     """Ranks that exchange rows capture together, or the run would not end."""
+    results = results_of(size)
     for request, (tokens, logprobs, turns, _) in results["one"]["environment"].items():
         found = results[name][f"environment{GRAPHS}"][request]
         assert (found[0], found[2]) == (tokens, turns)

@@ -106,7 +106,7 @@ def restored_elsewhere(artifacts: dict[str, str], folder: str) -> None:
     run_and_hash(stage_recipe("plain", artifacts, folder, prompts_per_step=12))
 
 
-@pytest.mark.parametrize("parallel", [{"tp": 2}, {"ep": 2}])
+@pytest.mark.parametrize("parallel", [{"tp": 2}, pytest.param({"ep": 2}, marks=pytest.mark.slow)])
 def test_another_layout_resumes_the_step(
     parallel: dict[str, int], artifacts: dict[str, str], tmp_path: Path
 ) -> None:
@@ -127,8 +127,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 
 
-def stopped(artifacts: dict[str, str], folder: str) -> dict[str, Any]:
-    """Exit code, steps and seconds of a stop on every layout, and metrics of the resumed stage."""
+def stopped(artifacts: dict[str, str], folder: str, layouts: list[str]) -> dict[str, Any]:
+    """Exit code, steps and seconds of a stop on each layout, and metrics of the resumed stage."""
     import os
 
     from helpers.journal_jobs import before_append, run_and_hash, slow_generation, stage_recipe
@@ -136,7 +136,8 @@ def stopped(artifacts: dict[str, str], folder: str) -> dict[str, Any]:
     from nemocascade.runtime.stopping import Stopped
 
     found: dict[str, Any] = {}
-    for name, parallel in LAYOUTS.items():
+    for name in layouts:
+        parallel = LAYOUTS[name]
         run_dir = f"{folder}/{name}"
 
         def ask(_journal: Any, _record: bytes, run_dir: str = run_dir) -> None:
@@ -161,10 +162,17 @@ def stopped(artifacts: dict[str, str], folder: str) -> dict[str, Any]:
     return found
 
 
-def test_all_ranks_stop_together_within_seconds(artifacts: dict[str, str], tmp_path: Path) -> None:
-    ranks = run_ranks(stopped, 2, {"artifacts": artifacts, "folder": str(tmp_path)}, timeout_s=170)
+@pytest.mark.parametrize(
+    "layouts", [["PP2", "EP2"], pytest.param([*LAYOUTS], marks=pytest.mark.slow)]
+)
+def test_all_ranks_stop_together_within_seconds(
+    layouts: list[str], artifacts: dict[str, str], tmp_path: Path
+) -> None:
+    """Ranks of one replica, which decode together, and replicas, which exchange rows."""
+    arguments = {"artifacts": artifacts, "folder": str(tmp_path), "layouts": layouts}
+    ranks = run_ranks(stopped, 2, arguments, timeout_s=170)
     for found in ranks:
-        for name in LAYOUTS:
+        for name in layouts:
             code, step, seconds = found[name]
             assert (code, step) == (75, 1), name
             assert seconds < 60, name

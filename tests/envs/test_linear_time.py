@@ -1,14 +1,15 @@
 """Parsers of model text in the trainer's process need time that is linear in the text.
 
 Each parser reads texts of n and 4n characters of every kind. Linear parsers need four times as
-long, quadratic ones sixteen times.
+long, quadratic ones sixteen times. The quick tests put each kind of text into a third of the
+frames, which differs from parser to parser; the slow ones into all.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -278,15 +279,33 @@ def test_every_kind_of_instruction_is_tried() -> None:
         assert registry.is_quick(kind, registry.checked_arguments(kind, given), QUICK), kind
 
 
-@pytest.mark.parametrize("name", PARSERS)
-def test_time_is_linear(name: str) -> None:
-    parser = PARSERS[name]
+TURNS = 3
+
+
+def frames_of(name: str, unit: str, turns: int) -> Sequence[str]:
+    """Every frame in which a parser reads a unit, or one in `turns` of them, by turns."""
     # Instructions know nothing of fences, boxes and calls.
-    frames = ("alone", "then a letter", "in an object") if name in ARGUMENTS else FRAMES
+    every = ("alone", "then a letter", "in an object") if name in ARGUMENTS else tuple(FRAMES)
+    turn = list(PARSERS).index(name) + list(UNITS).index(unit)
+    return every[turn % turns :: turns]
+
+
+def test_quick_tests_meet_every_frame() -> None:
+    for name in PARSERS:
+        met = {frame for unit in UNITS for frame in frames_of(name, unit, TURNS)}
+        assert met == set(frames_of(name, "dots", 1))
+
+
+@pytest.mark.parametrize(
+    "turns", [TURNS, pytest.param(1, marks=pytest.mark.slow)], ids=["third", "all"]
+)
+@pytest.mark.parametrize("name", PARSERS)
+def test_time_is_linear(name: str, turns: int) -> None:
+    parser = PARSERS[name]
     slow = {
         f"{unit}, {frame}": round(found, 1)
-        for frame in frames
         for unit in UNITS
+        for frame in frames_of(name, unit, turns)
         if (found := ratio(parser, lambda n, f=frame, u=unit: text_of(f, u, n))) >= LINEAR  # type: ignore[misc]
     }
     assert not slow

@@ -18,11 +18,12 @@ DOMAINS = ("instruction_following", "multiple_choice")
 
 def start_and_teacher(folder: str) -> dict[str, str]:
     """Artifacts that stages start from, and that teaches them."""
-    from helpers.start_policy import sft_recipe, start_policy
+    from helpers.start_policy import FEW_LAYERS, sft_recipe, start_policy
     from nemocascade.stages.sft import run_sft
 
-    start = start_policy(f"{folder}/start", DOMAINS)
-    other = replace(sft_recipe(f"{folder}/teacher", DOMAINS), steps=4, init_from=start)
+    start = start_policy(f"{folder}/start", DOMAINS, FEW_LAYERS)
+    other = sft_recipe(f"{folder}/teacher", DOMAINS, FEW_LAYERS)
+    other = replace(other, steps=4, init_from=start)
     return {"start": start, "teacher": str(run_sft(other))}
 
 
@@ -48,6 +49,8 @@ def stage_recipe(kind: str, artifacts: dict[str, str], folder: str, **rollout: A
 
     common: dict[str, Any] = {
         "steps": 2,
+        # Some group of each step can teach.
+        "seed": 3,
         "run_dir": folder,
         "init_from": artifacts["start"],
         "rollout": replace(

@@ -1,13 +1,16 @@
-"""The tiny SFT recipe, run as by a user: a script with its command line, and once by torchrun."""
+"""The tiny SFT recipe, run as by a user: a script with its command line, and once, slowly, by
+torchrun."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +24,7 @@ NAMES = (
 )
 
 
-def run_torchrun(*command: str, ranks: int) -> subprocess.CompletedProcess[str]:
+def run_torchrun(command: Sequence[str], *, ranks: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -35,10 +38,22 @@ def run_torchrun(*command: str, ranks: int) -> subprocess.CompletedProcess[str]:
     )
 
 
-def train(run_dir: Path, *options: str, ranks: int = 1) -> list[dict[str, float]]:
-    small = ["--data.capacity", "1024", "--checkpoint.every", "3", "--run-dir", str(run_dir)]
-    command = ("recipes/tiny/sft.py", *small, *options)
-    done = run_torchrun(*command, ranks=ranks) if ranks > 1 else run_command(command)
+SMALL = (
+    *("--data.capacity", "512", "--data.sequences-per-step", "2", "--data.balance-group", "2"),
+    *("--data.max-rows", "600", "--checkpoint.every", "3"),
+)
+
+
+def train(
+    run_dir: Path,
+    *options: str,
+    size: Sequence[str] = SMALL,
+    ranks: int = 0,
+    by_torchrun: bool = False,
+) -> list[dict[str, float]]:
+    command = ("recipes/tiny/sft.py", *size, "--run-dir", str(run_dir), *options)
+    run = run_torchrun if by_torchrun else run_command
+    done = run(command, ranks=ranks)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -57,7 +72,7 @@ def test_a_run_leaves_its_folder(trained: tuple[Path, list[dict[str, float]]]) -
     assert (run_dir / "artifact" / "manifest.json").exists()
     assert [line["step"] for line in lines] == list(range(1, 7))
     assert set(NAMES) <= set(lines[0])
-    assert json.loads((run_dir / "recipe.json").read_text())["data"]["capacity"] == 1024
+    assert json.loads((run_dir / "recipe.json").read_text())["data"]["capacity"] == 512
 
 
 def test_a_start_brings_its_tokenizer(
@@ -104,11 +119,14 @@ def test_a_finished_run_does_nothing_more(trained: tuple[Path, list[dict[str, fl
     assert train(run_dir, "--steps", "6") == before
 
 
+@pytest.mark.parametrize("by_torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_goes_on_from_its_checkpoint_on_another_layout(
-    trained: tuple[Path, list[dict[str, float]]],
+    by_torchrun: bool, trained: tuple[Path, list[dict[str, float]]], tmp_path: Path
 ) -> None:
-    run_dir, before = trained
-    lines = train(run_dir, "--steps", "8", "--parallel.tp", "2", ranks=2)
+    source, before = trained
+    run_dir = Path(shutil.copytree(source, tmp_path / "run"))
+    tensor_parallel = ("--steps", "8", "--parallel.tp", "2")
+    lines = train(run_dir, *tensor_parallel, ranks=2, by_torchrun=by_torchrun)
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[:6] == before
     assert lines[7]["loss"] < before[3]["loss"]
@@ -152,7 +170,9 @@ def test_gsm8k_held_out_loss_falls(tmp_path: Path) -> None:
         *("--data.path", str(DATA / "gsm8k_train.jsonl")),
         *("--data.heldout-path", str(DATA / "gsm8k_test.jsonl")),
         *("--steps", "60", "--eval.every", "20", "--parallel.tp", "2"),
+        size=("--data.capacity", "1024", "--checkpoint.every", "3"),
         ranks=2,
+        by_torchrun=True,
     )
     heldout = [line["heldout_loss"] for line in lines if "heldout_loss" in line]
     assert len(heldout) == 3
@@ -231,6 +251,8 @@ def test_a_second_job_is_refused_and_ctrl_c_saves(
         "1",
         "--data.balance-group",
         "1",
+        "--data.max-rows",
+        "600",
     )
     command = ("recipes/tiny/sft.py", *small, *tokenizer, "--steps", "100000", "--run-dir")
     metrics = tmp_path / "run" / "metrics.jsonl"
