@@ -48,6 +48,7 @@ from nemocascade_kernels import DIVERGENCES  # noqa: E402
 from benchmarks.end_to_end.races import Race, plot, summary  # noqa: E402
 from benchmarks.run import new_record, write_record  # noqa: E402
 from nemocascade.recipe import (  # noqa: E402
+    DataConfig,
     DemonstrationConfig,
     DomainConfig,
     GrpoRecipe,
@@ -72,6 +73,8 @@ EXACT = "MOPD, {}"
 """Name of MOPD with an exact divergence."""
 TUNING_SEED = 1000
 LOG = LogConfig(every=1, tensorboard=False)
+DATA = DataConfig(capacity=2048, sequences_per_step=2, balance_group=1)
+"""Tokens of an SFT step, which the settings below count with."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ class Bench:
         self.mopd = tiny_recipe("mopd", MopdRecipe)
         self.base = base or self.made(
             "base",
-            replace(tiny_recipe("domains_sft", SftRecipe), steps=setting.base_steps, log=LOG),
+            replace(
+                tiny_recipe("domains_sft", SftRecipe), steps=setting.base_steps, data=DATA, log=LOG
+            ),
         )
 
     def made(self, name: str, recipe: StageRecipe) -> Path:
@@ -161,6 +166,7 @@ class Bench:
             sft,
             seed=seed,
             steps=setting.regress_steps,
+            data=DATA,
             init_from=str(teacher),
             demonstrations=DemonstrationConfig(domains=(other,)),
             tokenizer=TokenizerConfig(path=str(teacher / "tokenizer.model")),
