@@ -1,7 +1,11 @@
-"""A sandbox for tests, or the reason why it is unavailable on this host."""
+"""A sandbox for tests, or the reason why it is unavailable on this host; ends of processes."""
 
 from __future__ import annotations
 
+import contextlib
+import time
+
+import psutil
 import pytest
 
 from nemocascade.recipe.envs import SandboxConfig
@@ -17,3 +21,12 @@ def sandbox_or_skip(config: SandboxConfig) -> SandboxPool:
         if "does not hold" in str(error):
             raise  # the backend starts, but fails its self-test
         pytest.skip(str(error))
+
+
+def wait_for_end(process: int) -> None:
+    """Until the process has ended, reaped or not: a kill does not wait for it."""
+    deadline = time.monotonic() + 20
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"process {process} goes on"
+            time.sleep(0.02)

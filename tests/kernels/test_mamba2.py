@@ -109,9 +109,9 @@ def assert_recurrence(
     assert [t.dtype for t in ours] == [dtype] * len(NAMES)
 
 
-#: Several segments of two chunks, a segment of eight (of nine chunks before the last), and a last
-#: chunk of a single row; decays from one that lasts through a segment to one that clears a chunk.
-SEGMENTED = Shape(4, 8, 2, 8), (1, 161, 37, 300), (-1e-4, -0.1, -2.0, -200.0)
+#: Several segments of two chunks, of which some follow chunks that are no range, and a segment of
+#: eight; decays from one that lasts through a segment to one that clears a chunk.
+SEGMENTED = Shape(4, 8, 2, 8), (1, 130, 40, 300, 70), (-1e-4, -0.1, -2.0, -200.0)
 
 
 def segmented_inputs() -> list[Tensor]:

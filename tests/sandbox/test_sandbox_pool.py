@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from helpers.sandbox import sandbox_or_skip
+from helpers.sandbox import sandbox_or_skip, wait_for_end
 
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.sandbox import launch, pool
@@ -107,14 +107,6 @@ def test_runs_are_reproducible(sandbox: SandboxPool) -> None:
         sandbox.run(Program("print({'a', 'b', 'c', 'd'}, hash('x'))")).stdout for _ in range(4)
     }
     assert len(found) == 1
-
-
-def wait_for_end(process: int) -> None:
-    """Until the process has ended, reaped or not."""
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(process) and psutil.Process(process).status() != "zombie":
-        assert time.monotonic() < deadline, f"process {process} goes on"
-        time.sleep(0.02)
 
 
 @pytest.fixture(params=["bubblewrap", "namespaces"])

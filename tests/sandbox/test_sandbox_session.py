@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from helpers.sandbox import sandbox_or_skip
+from helpers.sandbox import sandbox_or_skip, wait_for_end
 
 from nemocascade.recipe.envs import SandboxConfig
 from nemocascade.sandbox import launch, session
@@ -213,7 +213,7 @@ def test_nothing_is_left_of_a_closed_session(pool: SandboxPool) -> None:
     assert again._worker is not None
     assert again._worker.pid == worker
     pool.close()
-    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie"
+    wait_for_end(worker)
     assert not again.alive
     assert pool.sessions == 0
 
