@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def test_extra_memory_is_what_a_call_holds_at_its_peak() -> None:
         torch.ones(32 << 18)  # 32 MiB
         torch.ones(16 << 18)
 
-    found = measure.extra_memory(call, CPU)
+    # The system may take pages back meanwhile, or another thread take some.
+    found = statistics.median(measure.extra_memory(call, CPU) for _ in range(5))
     assert 30 << 20 < found < 40 << 20
 
 
