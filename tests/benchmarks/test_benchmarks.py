@@ -80,7 +80,7 @@ def test_rows_are_timed_checked_and_excused() -> None:
 
 
 def test_extra_memory_is_what_a_call_holds_at_its_peak() -> None:
-    """Of blocks so large that malloc maps each, and gives it back when it is freed."""
+    """Blocks are so large that malloc maps each, and gives it back when it is freed."""
 
     def call() -> None:
         torch.ones(128 << 18)  # 128 MiB
