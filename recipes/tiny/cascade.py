@@ -1,4 +1,4 @@
-"""The full cascade with the tiny model, for CPUs: about 16 minutes on two cores, no download.
+"""The full cascade with the tiny model, for CPUs: about 20 minutes on two cores, no download.
 
 The order follows Nemotron-Cascade 2 (arXiv 2603.19220): SFT, then the RL stages, with distillation
 (MOPD) in the middle. Two side stages train teachers of domains that no stage before MOPD trains.
