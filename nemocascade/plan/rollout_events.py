@@ -91,6 +91,15 @@ class _Verifiers:
     pending: deque[tuple[int, Replica]] = field(default_factory=deque)
 
 
+def first_polls(
+    groups: Sequence[DecodeGroup], order: random.Random | None = None
+) -> list[tuple[int, Replica]]:
+    """Every replica with the number of its group, in the drawn order in which they first poll."""
+    everyone = [(n, replica) for n, group in enumerate(groups) for replica in group.replicas]
+    (order or random.Random(1)).shuffle(everyone)
+    return everyone
+
+
 class RolloutEvents:
     """The rollouts of one step on groups of replicas.
 
@@ -112,7 +121,7 @@ class RolloutEvents:
         replicas = [replica for group in groups for replica in group.replicas]
         self.queues = dict(zip(replicas, queues, strict=True))
         self.distinct = list(dict.fromkeys(queues))
-        self.is_done, self.order = is_done, order or random.Random(1)
+        self.is_done, self.order = is_done, order
         self.now = self.verified = 0.0
         self.texts: dict[int, _Text] = {}
         self.cancelled: set[int] = set()
@@ -128,9 +137,7 @@ class RolloutEvents:
 
     def run(self) -> RolloutTime:
         """Generate and verify everything that is needed."""
-        everyone = [(n, replica) for n, g in enumerate(self.groups) for replica in g.replicas]
-        self.order.shuffle(everyone)
-        for number, replica in everyone:
+        for number, replica in first_polls(self.groups, self.order):
             self._take(number, replica)
         self._flush()
         while self._events and not (self.is_done and self.is_done()):

@@ -18,7 +18,7 @@ from nemocascade.plan.job import Job
 from nemocascade.plan.memory import fits, resident_slots, worst_rank
 from nemocascade.plan.parameters import Place
 from nemocascade.plan.replicas import Costs, DecodeGroup
-from nemocascade.plan.rollout_events import RolloutEvents, Rollouts, RolloutTime
+from nemocascade.plan.rollout_events import RolloutEvents, Rollouts, RolloutTime, first_polls
 from nemocascade.plan.search import PricedLayout
 from nemocascade.plan.timing import StepModel
 from nemocascade.plan.workload import EpisodeCosts, StepWork
@@ -131,22 +131,22 @@ def _longest_end(job: Job) -> float:
     of the rollouts of `_expected`; 0 if they do not take everything at the start."""
     rollouts, episodes = _expected_texts(job)
     groups = decode_groups(job, job.rollout.slots)
-    members = len(groups[0].replicas)
-    count, replicas = len(rollouts.lengths), members * len(groups)
-    share = -(-count // replicas)
+    polls = first_polls(groups)
+    count = len(rollouts.lengths)
+    share = -(-count // len(polls))
     if share > job.rollout.slots:
         return 0.0
-    # `RolloutEvents` lets the replicas choose in this order, and each takes its share.
-    order = list(range(replicas))
-    random.Random(1).shuffle(order)
-    place = {replica: n for n, replica in enumerate(order)}
+    # Each replica takes its share with its first poll.
     longest = max(range(count), key=rollouts.lengths.__getitem__)
-    first = order[longest // share] // members * members
-    queues = [
-        _ListQueue(range(count)[share * place[n] :][:share], share)
-        for n in range(first, first + members)
-    ]
-    return RolloutEvents(rollouts, episodes, queues, groups[:1]).run().generation_s
+    number, _ = polls[longest // share]
+    taken = {
+        replica: _ListQueue(range(count)[share * n :][:share], share)
+        for n, (of, replica) in enumerate(polls)
+        if of == number
+    }
+    group = groups[number]
+    queues = [taken[replica] for replica in group.replicas]
+    return RolloutEvents(rollouts, episodes, queues, [group]).run().generation_s
 
 
 def _expected_texts(job: Job) -> tuple[Rollouts, EpisodeCosts]:

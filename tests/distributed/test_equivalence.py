@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.pairs import SMALL, WHOLE, by_size
 from helpers.ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -44,7 +45,6 @@ LEARNT = 5
 """Steps of one process after which a model has learnt something."""
 TOLERANCE = 1e-5
 CAPACITY = 384
-SMALL, WHOLE = "small", "whole"
 SIZES: dict[str, dict[str, Any]] = {
     SMALL: {"pattern": "ME*E", "capacity": 128, "steps": FEW},
     WHOLE: {"pattern": "MEM*EME*", "capacity": CAPACITY, "steps": STEPS},
@@ -244,13 +244,7 @@ def results(size: str) -> dict[str, list[list[float]]]:
 def each(names: Iterable[str], but: Collection[str] = ()) -> pytest.MarkDecorator:
     """A test of every name at each size: quick at the small one, if not in `but`."""
     names = list(names)
-    return pytest.mark.parametrize(
-        ("name", "size"),
-        [
-            *(pytest.param(name, SMALL) for name in names if name not in but),
-            *(pytest.param(name, WHOLE, marks=pytest.mark.slow) for name in names),
-        ],
-    )
+    return by_size([name for name in names if name not in but], names)
 
 
 def worst(ours: list[list[float]], theirs: list[list[float]]) -> tuple[float, float]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from helpers.pairs import SMALL, WHOLE, by_size
 from helpers.ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -35,7 +35,6 @@ FEW = ", few blocks"
 GRAPHS = ", captured"
 # Steps are those of a GPU, interpreted.
 FUSED = ", fused"
-SMALL, WHOLE = "small", "whole"
 ONLY_WHOLE = ("TP2", "PP2 EP2")
 CAPTURED = {SMALL: ("PP2", "EP2", "TP2 EP2"), WHOLE: ("TP2", "PP2", "EP2", "TP2 EP2")}
 # An interpreted step takes a second for each row.
@@ -193,18 +192,7 @@ def results() -> dict[str, dict[str, Found]]:
     return results_of(SMALL)
 
 
-def cases(small: Iterable[str], whole: Iterable[str]) -> pytest.MarkDecorator:
-    """A test of layouts by name: quick ones of the small runs, slow ones of the whole runs."""
-    return pytest.mark.parametrize(
-        ("name", "size"),
-        [
-            *(pytest.param(name, SMALL) for name in small),
-            *(pytest.param(name, WHOLE, marks=pytest.mark.slow) for name in whole),
-        ],
-    )
-
-
-@cases([name for name in LAYOUTS if name not in ONLY_WHOLE], LAYOUTS)
+@by_size([name for name in LAYOUTS if name not in ONLY_WHOLE], LAYOUTS)
 def test_layout_generates_the_same(name: str, size: str) -> None:
     results = results_of(size)
     for run, expected in results["one"].items():
@@ -221,7 +209,7 @@ def test_layout_generates_the_same(name: str, size: str) -> None:
             assert max(errors) < TOLERANCE
 
 
-@cases(CAPTURED[SMALL], CAPTURED[WHOLE])
+@by_size(CAPTURED[SMALL], CAPTURED[WHOLE])
 def test_captured_steps_generate_the_same(name: str, size: str) -> None:
     """Ranks that exchange rows capture together, or the run would not end."""
     results = results_of(size)

@@ -1,10 +1,26 @@
-"""Chooses from a grid of parameters so few cases that every two values still meet."""
+"""Chooses few cases for the quick tests: of a grid of parameters, and of runs of two sizes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import pytest
+
+SMALL, WHOLE = "small", "whole"
+"""Sizes of a run that many tests look at."""
+
+
+def by_size(small: Iterable[str], whole: Iterable[str]) -> pytest.MarkDecorator:
+    """A test of a `name` at a `size`: quick ones of the small run, slow ones of the whole run."""
+    return pytest.mark.parametrize(
+        ("name", "size"),
+        [
+            *(pytest.param(name, SMALL) for name in small),
+            *(pytest.param(name, WHOLE, marks=pytest.mark.slow) for name in whole),
+        ],
+    )
 
 
 def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:

@@ -238,7 +238,8 @@ def _report(target: str, failed: int, ranks: list[Rank], job: Path, timeout_s: f
     late = failed < 0
     what = f"did not finish in {timeout_s:.0f} s"
     if not late:
-        code = ranks[failed].poll() or 0
+        code = ranks[failed].poll()
+        assert code, "a rank that failed has a status"
         how = f"exit status {code}" if code > 0 else signal.Signals(-code).name
         what = f"failed on rank {failed} with {how}"
     lines = [f"{target} in {len(ranks)} ranks {what}"]

@@ -25,7 +25,7 @@ def sandbox_or_skip(config: SandboxConfig) -> SandboxPool:
 
 def wait_for_end(process: int) -> None:
     """Until the process has ended, reaped or not: a kill does not wait for it."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 10
     with contextlib.suppress(psutil.NoSuchProcess):
         while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline, f"process {process} goes on"

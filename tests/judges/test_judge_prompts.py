@@ -106,7 +106,7 @@ def test_no_answer_takes_long_to_read() -> None:
     started = time.process_time()
     for text in ("{" * 200_000, '{"a":' * 100_000, '{"a":"' + "x{" * 100_000):
         assert parse_comparison(text) == UNPARSED
-    assert time.process_time() - started < 10
+    assert time.process_time() - started < 2
 
 
 def test_a_reward_model_with_response_roles() -> None:

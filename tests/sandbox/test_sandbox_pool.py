@@ -143,7 +143,7 @@ def test_a_worker_that_hangs_is_an_error(lone: SandboxPool) -> None:
     start = time.monotonic()
     with pytest.raises(SandboxError, match="in time"):
         lone.run(Program("print(1)"))
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 4
     wait_for_end(worker)
     assert lone.run(Program("print(1)")).stdout == "1\n"
 
