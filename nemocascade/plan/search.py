@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -59,21 +60,29 @@ def legal_layouts(
     longest: tokens of the longest document. Micro-batches are halved, and their number doubled, as
     long as that document fits; 0 = fixed capacity.
     """
+    for found in _without_recomputation(job, longest, context):
+        yield found
+        yield _recomputed(found)
+
+
+def _without_recomputation(job: Job, longest: int, context: Sequence[int]) -> Iterator[Job]:
+    """The half of `legal_layouts` that recomputes nothing."""
     capacities = [job.capacity]
     while longest and capacities[-1] % 2 == 0 and capacities[-1] // 2 >= longest:
         capacities.append(capacities[-1] // 2)
     for capacity in capacities:
         sequences = job.sequences_per_step * job.capacity // capacity
         work = replace(job, capacity=capacity, sequences_per_step=sequences)
-        # Engines of both kinds, made once.
-        kept, again = (
-            replace(work, engine=replace(work.engine, recompute=r)) for r in (False, True)
-        )
+        work = work.with_layout(job.parallel, recompute=False)
         for p in _layouts(job.model, job.world_size, context):
-            found = kept.with_layout(p, recompute=False)
+            found = work.with_layout(p, recompute=False)
             if not found.problems():
                 yield found
-                yield again.with_layout(p, recompute=True)
+
+
+def _recomputed(job: Job) -> Job:
+    """A job that recomputes all of its layers."""
+    return job.with_layout(job.parallel, recompute=True)
 
 
 def _layouts(model: ModelConfig, world: int, context: Sequence[int]) -> Iterator[ParallelConfig]:
@@ -106,21 +115,28 @@ def search(
     best: list[PricedLayout] = []
     excluded: PricedLayout | None = None
     layers: LayerCosts = {}
-    models = [
-        StepModel(found, layers=layers)
-        for found in legal_layouts(job, longest=longest, context=context)
-    ]
+    order = itertools.count()
+
+    def entry(found: Job) -> tuple[float, int, StepModel]:
+        model = StepModel(found, layers=layers)
+        return model.bound(), next(order), model
+
     # Those that may be fastest come first, so that few need their memory.
-    models.sort(key=StepModel.bound)
-    for model in models:
-        if len(best) == count and model.bound() > best[-1].time.total:
+    waiting = [entry(found) for found in _without_recomputation(job, longest, context)]
+    heapq.heapify(waiting)
+    while waiting:
+        bound, _, model = heapq.heappop(waiting)
+        if len(best) == count and bound > best[-1].time.total:
             break
+        if not model.job.engine.recompute:
+            # Recomputation takes time: it needs no look before the same layout without it.
+            heapq.heappush(waiting, entry(_recomputed(model.job)))
         memory = worst_rank(model.job)
         if fits(model.job, memory):
             best.append(PricedLayout(model.job, memory, model.step()))
             best.sort(key=lambda plan: (plan.time.total, plan.memory.total))
             del best[count:]
-        elif excluded is None or model.bound() < excluded.time.total:
+        elif excluded is None or bound < excluded.time.total:
             slower = PricedLayout(model.job, memory, model.step())
             excluded = min(excluded or slower, slower, key=lambda plan: plan.time.total)
     return FoundLayouts(best, excluded)

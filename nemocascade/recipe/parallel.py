@@ -248,7 +248,7 @@ def _generation_problems(
     return tuple(
         "rollout.parallel: "
         # Generation has neither setting.
-        + problem.replace("cut them yourself with --parallel.pipeline-layout or ", "")
+        + problem.replace("divide them yourself with --parallel.pipeline-layout or ", "")
         .replace(" or --parallel.etp", "")
         .replace("--parallel.", "--rollout.parallel.")
         for problem in found

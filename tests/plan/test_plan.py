@@ -221,7 +221,22 @@ def test_only_legal_layouts_that_fit_are_proposed() -> None:
         assert plan.fits
     every = list(legal_layouts(job))
     assert len({(j.parallel, j.engine.recompute) for j in every}) == len(every)
+    for kept, recomputed in zip(every[::2], every[1::2], strict=True):
+        assert recomputed.parallel == kept.parallel
+        assert StepModel(recomputed).bound() >= StepModel(kept).bound()
     assert {(1, 1), (2, 1), (1, 2)} <= {(j.parallel.tp, j.parallel.pp) for j in every}
+
+
+@pytest.mark.parametrize("count", [20, 10_000])
+def test_the_search_finds_the_fastest_of_all_layouts(count: int) -> None:
+    job = replace(job_of(8), capacity=4096)
+    every = [price(found) for found in legal_layouts(job, context=(1,))]
+    fitting = [plan for plan in every if plan.fits]
+    times = sorted(plan.time.total for plan in fitting)
+    assert 20 < len(times) < len(every)
+    assert {plan.job.engine.recompute for plan in fitting} == {False, True}
+    found = best_plans(job, count=count, context=(1,))
+    assert [plan.time.total for plan in found] == times[:count]
 
 
 def test_an_illegal_layout_is_explained_and_the_nearest_found() -> None:
@@ -249,6 +264,7 @@ def test_a_generation_layout_that_cannot_be_is_explained() -> None:
         load = RolloutLoad(sequences=8, length=1024, parallel=own)
         [problem, *_] = replace(job, rollout=load).problems()
         assert problem.startswith("rollout.parallel: ")
+        assert "pipeline-layout" not in problem  # generation has no such setting
 
 
 def test_packs_beyond_the_scans_offsets_are_explained() -> None:
