@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ from helpers.interpreter import accelerate
 # Triton reads this at its first import, which may be in any test's imports.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Jobs that a shell starts in the background ignore Ctrl-C, and so would commands that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 FILE_SECONDS = Path(__file__).with_name("file_seconds.json")

@@ -169,7 +169,10 @@ def answers(folder: Path, words: list[str], curl: str) -> Iterator[dict[str, Any
         yield json.loads(done.stdout)
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        try:
+            process.communicate(timeout=120)
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow
