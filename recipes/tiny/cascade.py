@@ -53,9 +53,11 @@ IF, MULTI, RLHF, LONG = (
     policy(GrpoRecipe, name) for name in ("if_rl", "multi_domain_rl", "rlhf", "long_context_rl")
 )
 CODE = policy(GrpoRecipe, "code_rl", steps=12)
-# Code has a stage of its own after MOPD: a small share keeps its teacher far from perfect.
+# Code has a stage of its own after MOPD: few steps and a small share keep its teacher far from
+# perfect.
 MATH_CODE = replace(
     CODE,
+    steps=7,
     domains=(
         DomainConfig("math", share=0.94, tasks=800),
         replace(CODE.domains[0], share=0.06),
@@ -106,7 +108,7 @@ RECIPE = CascadeRecipe(
         StageConfig("sft", SFT),
         StageConfig("if_rl", IF),
         StageConfig("multi_domain_rl", MULTI),
-        StageConfig("rlhf_teacher", replace(RLHF, steps=3), start="sft", side=True),
+        StageConfig("rlhf_teacher", replace(RLHF, steps=4), start="sft", side=True),
         StageConfig("math_code_teacher", MATH_CODE, start="sft", side=True),
         StageConfig("mopd", MOPD),
         StageConfig("rlhf", RLHF),
