@@ -11,7 +11,7 @@ other machines. Held-out tasks are the same in all runs.
 
 Reported, as medians and ranges over the runs: scores of each RL stage's own domains before and
 after it, and of MOPD's domains beside their teachers, in points of 100. CPU seconds are those of
-all processes of a run.
+all processes of a run; one that was resumed has none.
 
 Runs are stored in `--work`, and resume. Several processes may make some runs each; a last one over
 all of them writes the record.
@@ -66,10 +66,9 @@ def has_level(level: str) -> bool:
     return {"v3": "avx2", "v4": "avx512vl"}[level] in flags
 
 
-def run(cascade: CascadeRecipe, folder: Path, level: str, seed: int, ranks: int) -> float:
-    """Run or resume the cascade; returns its CPU seconds, those before an interruption included."""
-    spent = folder / "cpu_seconds.json"
-    before = json.loads(spent.read_text()) if spent.is_file() else 0.0
+def run(cascade: CascadeRecipe, folder: Path, level: str, seed: int, ranks: int) -> float | None:
+    """Run or resume the cascade; returns the CPU seconds of a run that needed no second start."""
+    is_new, spent = not folder.exists(), folder / "cpu_seconds.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "-m", "nemocascade.cli", "run", SCRIPT]
     command += ["--run-dir", str(folder)]
@@ -85,13 +84,12 @@ def run(cascade: CascadeRecipe, folder: Path, level: str, seed: int, ranks: int)
         text=True,
         check=False,
     )
-    seconds = before + _cpu_seconds_of_children() - started
-    folder.mkdir(parents=True, exist_ok=True)
-    spent.write_text(json.dumps(seconds))
     if done.returncode:
         print(done.stderr[-4000:], file=sys.stderr)
         raise SystemExit(1)
-    return float(seconds)
+    if is_new:
+        spent.write_text(json.dumps(_cpu_seconds_of_children() - started))
+    return float(json.loads(spent.read_text())) if spent.is_file() else None
 
 
 def _cpu_seconds_of_children() -> float:
@@ -219,11 +217,13 @@ def main(arguments: list[str] | None = None) -> int:
             seconds = run(cascade, folder, level, seed, options.ranks)
             scores = measured(cascade, folder)
             runs.append({"seed": seed, "level": level, "cpu_seconds": seconds, "scores": scores})
-            print(f"seed {seed}, {level}: {seconds:.0f} CPU seconds", flush=True)
+            took = "resumed" if seconds is None else f"{seconds:.0f} CPU seconds"
+            print(f"seed {seed}, {level}: {took}", flush=True)
+    times = [r["cpu_seconds"] for r in runs if r["cpu_seconds"] is not None]
     record = new_record(
         "end_to_end",
         settings={"ranks": options.ranks, "goal": GOAL, "to_win": TO_WIN},
-        cpu_seconds=_spread([r["cpu_seconds"] for r in runs]),
+        cpu_seconds=_spread(times) if times else None,
         summary=summary(runs),
         missed=missed(runs),
         runs=runs,
