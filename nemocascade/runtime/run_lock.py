@@ -82,12 +82,20 @@ class Owner:
 
 
 class RunLock:
-    """The lock of a run folder. The main rank acquires it before it writes anything there."""
+    """The lock of a run folder. The main rank acquires it before it writes anything there.
+
+    option: names the folder on the command line.
+    """
 
     def __init__(
-        self, folder: Path, *, interval_s: float = INTERVAL_S, stale_s: float = STALE_S
+        self,
+        folder: Path,
+        *,
+        option: str = "--run-dir",
+        interval_s: float = INTERVAL_S,
+        stale_s: float = STALE_S,
     ) -> None:
-        self.folder, self.path = folder, folder / NAME
+        self.folder, self.path, self.option = folder, folder / NAME, option
         self.interval_s, self.stale_s = interval_s, stale_s
         self.owner = Owner()
         self.note = ""
@@ -207,7 +215,7 @@ class RunLock:
     def _error(self, owner: Owner | None) -> FolderInUseError:
         return FolderInUseError(
             f"{self.folder} is in use by {_named(owner)}: wait for it or end it, or choose another "
-            "--run-dir"
+            f"{self.option}"
         )
 
     def _beat(self) -> None:
