@@ -126,7 +126,7 @@ class RunLock:
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
         self._thread.start()
         _HELD.append(self)
-        _end_by_exception_on_sigterm()
+        end_by_exception_on_sigterm()
 
     def release(self) -> None:
         """Stop the heartbeat and remove the lock; nothing if it is not held."""
@@ -249,8 +249,12 @@ def release_locks() -> None:
 atexit.register(release_locks)
 
 
-def _end_by_exception_on_sigterm() -> None:
-    """Let SIGTERM unwind the stack, so that contexts end and locks are released."""
+def end_by_exception_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack, so that contexts end and locks are released.
+
+    A lock does so when it is acquired. A watchdog that starts before takes the signal for itself,
+    and gives it back to what this installs first.
+    """
     main = threading.current_thread() is threading.main_thread()
     if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
