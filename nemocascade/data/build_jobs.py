@@ -122,14 +122,14 @@ def build(settings: BuildSettings, tokenizer: Tokenizer) -> dict[str, Any] | Non
     except OSError as error:
         raise DataError(f"{work} cannot be written ({error}): choose another --output") from error
     try:
-        manifest = _build_owned(settings, tokenizer, work, output)
+        made = _build_owned(settings, tokenizer, work, output)
     finally:
         lock.release()
         with suppress(OSError):
             work.rmdir()  # nothing was planned
-    if manifest is not None:
+    if made is not None:
         shutil.rmtree(work, ignore_errors=True)
-    return manifest
+    return made
 
 
 def _check_place(output: Path, paths: Sequence[str]) -> None:

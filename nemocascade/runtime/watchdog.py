@@ -444,7 +444,8 @@ def job_store(store: Any = None) -> Any:
         launchers = launchers.underlying_store
     if not isinstance(launchers, dist.TCPStore):
         return None
-    return (launchers if store is None else store).clone()
+    chosen: Any = launchers if store is None else store
+    return chosen.clone()
 
 
 def _died(silent: list[tuple[Sign, float]]) -> list[str]:

@@ -228,6 +228,9 @@ class Trainer:
 
         def finalize(*args: Any, **kwargs: Any) -> None:
             self._clock.stop()
+            if self.world.device.type == "cpu":
+                # Every rank has told its time before the reduction ends.
+                self.world.watch.tell_time(self._clock.seconds())
             reduce(*args, **kwargs)
 
         self.config.finalize_model_grads_func = finalize
@@ -235,7 +238,8 @@ class Trainer:
     def _straggler_values(self) -> dict[str, Any]:
         """Metrics of the ranks' own times, on the main rank; {} on the others."""
         watch = self.world.watch
-        watch.tell_time(self._clock.seconds())
+        if self.world.device.type != "cpu":
+            watch.tell_time(self._clock.seconds())
         if not self.world.is_main:
             return {}
         values = straggler_values(watch.rank_times())

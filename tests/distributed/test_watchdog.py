@@ -99,7 +99,12 @@ def stop_before_the_start(fault: str, folder: str) -> None:
     from nemocascade.recipe import EngineConfig, ParallelConfig
     from nemocascade.stages.setup import watched_world
 
-    if int(os.environ["RANK"]) == VICTIM:
+    rank = int(os.environ["RANK"])
+    (Path(folder) / f"started.{rank}").touch()
+    # A process may start much later than the first one.
+    while len(list(Path(folder).glob("started.*"))) < RANKS:
+        time.sleep(0.05)
+    if rank == VICTIM:
         (Path(folder) / f"reached.{VICTIM}").write_text(str(time.monotonic()))
         os.kill(os.getpid(), signal.SIGSTOP)
     engine = EngineConfig(timeout_s=LIMIT_S / 0.8, precision="fp32")
