@@ -290,18 +290,23 @@ def _submit(arguments: list[str]) -> None:
     own, rest = _split(arguments)
 
     def act(settings: SubmitSettings) -> None:
+        from nemocascade.cascade.launch import parse_cascade
         from nemocascade.cascade.planning import jobs_of_cascade
         from nemocascade.plan.slurm import check_submission, job_of_script, submit_jobs
         from nemocascade.plan.submission import SlurmJob
         from nemocascade.recipe import CascadeRecipe, PolicyRecipe, load_any_recipe
+        from nemocascade.stages.launch import parse
 
         check_submission(settings, rest)
         jobs: list[SlurmJob] = []
         for script in map(Path, settings.recipes):
             recipe = load_any_recipe(script)
+            # Arguments that the recipe does not have end here, not after hours in the queue.
             if isinstance(recipe, CascadeRecipe):
                 jobs += jobs_of_cascade(script, recipe, rest)
+                parse_cascade(recipe, rest)
             else:
+                parse(recipe, rest)
                 rollouts = isinstance(recipe, PolicyRecipe)
                 jobs.append(job_of_script(script, recipe.run_dir, rest, rollouts=rollouts))
         submit_jobs(settings, jobs)

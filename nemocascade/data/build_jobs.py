@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,24 +23,28 @@ from typing import Any
 
 import psutil
 
+from nemocascade.data import synthetic
 from nemocascade.data.building import (
     BuildPlan,
     build_key,
     is_finished,
     join_shards,
     plan_build,
+    read_plan,
+    remove_partial_files,
     token_bytes,
     tokenize_shard,
     work_folder,
 )
 from nemocascade.data.built import differing_settings, verify_built
-from nemocascade.data.cache_files import read_manifest
+from nemocascade.data.cache_files import read_manifest, write_json
 from nemocascade.data.readers import is_built
 from nemocascade.data.tokenizer import Tokenizer, load_tokenizer
 from nemocascade.recipe import RecipeError
 from nemocascade.recipe.build import BuildSettings
 from nemocascade.runtime.logging import LOGGER, start_logging
 from nemocascade.runtime.row_errors import DataError
+from nemocascade.runtime.run_lock import RunLock
 
 POLL_S, REPORT_S, GRACE_S = 1.0, 10.0, 15.0
 """Seconds between looks at the parts, between lines of progress, and between the death of a worker
@@ -93,7 +97,8 @@ def build(settings: BuildSettings, tokenizer: Tokenizer) -> dict[str, Any] | Non
     """Build the folder, or resume an interrupted build; with Slurm, submit its jobs.
 
     Returns the folder's manifest; None while Slurm's jobs run.
-    Raises DataError for data, settings, an existing folder or a machine that stops the build.
+    Raises DataError for data, settings, an existing folder or a machine that stops the build, and
+    FolderInUseError while another process builds it.
     """
     output = Path(settings.output).absolute()
     work = work_folder(output)
@@ -110,9 +115,50 @@ def build(settings: BuildSettings, tokenizer: Tokenizer) -> dict[str, Any] | Non
         return manifest
     if output.exists():
         raise DataError(f"{output} exists and is no built folder: choose another --output")
+    _check_place(output, settings.data.path)
+    lock = RunLock(work, option="--output")
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise DataError(f"{work} cannot be written ({error}): choose another --output") from error
+    try:
+        made = _build_owned(settings, tokenizer, work, output)
+    finally:
+        lock.release()
+        with suppress(OSError):
+            work.rmdir()  # nothing was planned
+    if made is not None:
+        shutil.rmtree(work, ignore_errors=True)
+    return made
+
+
+def _check_place(output: Path, paths: Sequence[str]) -> None:
+    """Raise DataError for a folder of rows that OUTPUT is in: its files would be read as rows."""
+    for name in paths:
+        if not name.startswith(synthetic.PREFIX):
+            folder = Path(name).expanduser().resolve()
+            if folder.is_dir() and output.resolve().is_relative_to(folder):
+                raise DataError(
+                    f"{output} is inside {name}, whose files are rows of data.path: choose an "
+                    "--output beside it"
+                )
+
+
+def _build_owned(
+    settings: BuildSettings, tokenizer: Tokenizer, work: Path, output: Path
+) -> dict[str, Any] | None:
+    """Build in a work folder that this process owns; see `build`."""
+    if output.exists():
+        raise DataError(f"{output} was made meanwhile by another process: run the command again")
+    if waiting := _in_queue(work):
+        if (work / "plan.json").is_file():
+            LOGGER.info("%s", progress(read_plan(work), work, 0, 0.0))
+        LOGGER.info("jobs in the queue: %s", ", ".join(waiting))
+        return None
     plan = plan_build(
         output, settings.data, tokenizer, seed=settings.seed, size=settings.shard_mib << 20
     )
+    remove_partial_files(work)
     left = [n for n in range(len(plan.shards)) if not is_finished(work, n)]
     LOGGER.info(
         "%s: %d shards of %.2f GiB, %d of them to tokenise",
@@ -133,9 +179,7 @@ def build(settings: BuildSettings, tokenizer: Tokenizer) -> dict[str, Any] | Non
             f"building needs datatrove ({error}): pip install 'nemocascade[data]'; a stage reads "
             "small data without a build"
         ) from error
-    manifest = join_shards(work, output)
-    shutil.rmtree(work, ignore_errors=True)
-    return manifest
+    return join_shards(work, output)
 
 
 def summary(folder: str | Path, manifest: dict[str, Any]) -> str:
@@ -163,18 +207,20 @@ def _run_here(workers: int, plan: BuildPlan, work: Path) -> None:
 
 
 def _submit(settings: BuildSettings, plan: BuildPlan, work: Path, output: Path) -> None:
-    """Submit the Slurm jobs, or report the progress of those that were submitted before."""
+    """Submit the Slurm jobs."""
     from datatrove.executor import SlurmPipelineExecutor
 
     _silence()
-    record, slurm = work / "jobs" / "slurm.json", settings.slurm
+    slurm = settings.slurm
     LOGGER.info("%s", progress(plan, work, 0, 0.0))
-    if record.is_file() and (waiting := _in_queue(json.loads(record.read_bytes()))):
-        LOGGER.info("jobs in the queue: %s", ", ".join(waiting))
-        return
     lines = [f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"]
     if slurm.environment:
         lines.append(f". {shlex.quote(str(Path(slurm.environment).absolute()))}")
+
+    # A join whose tasks have failed would stay in the queue, and the build could not be resumed.
+    more = {"kill-on-invalid-dep": "yes"}
+    if slurm.account:
+        more["account"] = slurm.account
 
     def executor(name: str, step: TokenizeStep | JoinStep, tasks: int, before: Any) -> Any:
         return SlurmPipelineExecutor(
@@ -186,7 +232,7 @@ def _submit(settings: BuildSettings, plan: BuildPlan, work: Path, output: Path) 
             partition=slurm.partition,
             mem_per_cpu_gb=slurm.memory_gib,
             qos=slurm.qos,
-            sbatch_args={"account": slurm.account} if slurm.account else {},
+            sbatch_args=more,
             job_name=f"{output.name}-{name}",
             env_command="\n".join(lines),
             logging_dir=str(work / "jobs" / name),
@@ -200,19 +246,36 @@ def _submit(settings: BuildSettings, plan: BuildPlan, work: Path, output: Path) 
     except (OSError, subprocess.CalledProcessError) as error:
         raise DataError(f"sbatch did not take the jobs: {error}") from error
     jobs = [str(e.job_id) for e in (first, last) if e.job_id not in (None, -1)]
-    record.write_text(json.dumps(jobs), encoding="utf-8")
+    write_json(_record(work), jobs)
     LOGGER.info("submitted jobs %s; the same command shows their progress", ", ".join(jobs))
 
 
-def _in_queue(jobs: list[str]) -> list[str]:
-    """Id and state of each of these Slurm jobs that has not ended."""
-    found = subprocess.run(
-        ["squeue", "--noheader", "--format", "%i %T", "--jobs", ",".join(jobs)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.split("\n")[:-1]
+def _record(work: Path) -> Path:
+    """File with the ids of a build's Slurm jobs."""
+    return work / "jobs" / "slurm.json"
+
+
+def _in_queue(work: Path) -> list[str]:
+    """Id and state of each Slurm job of a build that has not ended.
+
+    Raises DataError if Slurm does not say it: the same shards would be submitted twice.
+    """
+    if not _record(work).is_file():
+        return []
+    jobs = ",".join(json.loads(_record(work).read_bytes()))
+    command = ["squeue", "--noheader", "--format", "%i %T", "--jobs", jobs]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        said = found.stderr.strip() if found.returncode else ""
+    except OSError as error:
+        said = str(error)
+    # Slurm forgets a job some minutes after its end.
+    if said and "Invalid job id" not in said:
+        raise DataError(
+            f"squeue does not say if jobs {jobs} of {work} still run ({said}): ask where Slurm "
+            f"answers, or delete {_record(work)} if they have ended"
+        )
+    return [] if said else found.stdout.split("\n")[:-1]
 
 
 def progress(plan: BuildPlan, work: Path, before: int, seconds: float) -> str:

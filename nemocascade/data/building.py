@@ -109,7 +109,9 @@ def plan_build(
                 f"{work} is an unfinished build with other settings: {said}. Set them as before, "
                 "delete the folder, or choose another --output"
             )
-        plan = replace(old, config=config, tokenizer=str(Path(tokenizer.path).resolve()))
+        # Names of the files may depend on the working directory.
+        path = str(Path(tokenizer.path).resolve())
+        plan = replace(old, config=config, sources=sources, tokenizer=path)
     else:
         shards, sizes = _cut(sources, config, size)
         plan = BuildPlan(
@@ -163,6 +165,12 @@ def is_finished(work: Path, number: int) -> bool:
     return _part(work, number, "json").is_file()
 
 
+def remove_partial_files(work: Path) -> None:
+    """Remove the unfinished files of killed processes; none may write to the folder meanwhile."""
+    for left in work.rglob("*.partial"):
+        left.unlink()
+
+
 def token_bytes(work: Path) -> int:
     """Bytes of the tokens so far, those of unfinished shards included."""
     total = 0
@@ -176,11 +184,12 @@ def tokenize_shard(work: Path, number: int) -> None:
     """Tokenise the rows of one shard, unless that has been done.
 
     Raises DataError for unreadable data, for more bad rows than `data.max_bad_rows`, and if the
-    tokenizer is no longer the plan's.
+    tokenizer or the files are no longer the plan's.
     """
     if is_finished(work, number):
         return
     plan = read_plan(work)
+    _check_sources(plan, work, number)
     tokenizer = _tokenizer(plan.tokenizer)
     if tokenizer.fingerprint != plan.key["settings"]["tokenizer"]:
         raise DataError(f"{plan.tokenizer} has changed since {work} was planned: build it anew")
@@ -203,6 +212,7 @@ def tokenize_shard(work: Path, number: int) -> None:
             np.stack([chunk.lengths, chunk.trained, chunk.first, chunk.numbers, source, digests])
         )
         reasoned += chunk.reasoned
+    _check_sources(plan, work, number)
     entry = tokens.close()
     partial.rename(_tokens(work, number))
     partial = _part(work, number, f"{os.getpid()}.partial")
@@ -256,6 +266,21 @@ def join_shards(work: Path, output: Path) -> dict[str, Any]:
     shutil.rmtree(work / "parts")
     (work / "plan.json").unlink()
     return read_manifest(output)
+
+
+def _check_sources(plan: BuildPlan, work: Path, number: int) -> None:
+    """Raise DataError if a file of a shard has changed since the plan, whose parts are of bytes."""
+    for source, _, _ in plan.shards[number]:
+        planned = plan.key["sources"][source]
+        if "mtime_ns" not in planned:
+            continue
+        with row_files.reading(plan.sources[source]):
+            found = Path(plan.sources[source]).stat()
+        if (found.st_size, found.st_mtime_ns) != (planned["bytes"], planned["mtime_ns"]):
+            raise DataError(
+                f"{plan.sources[source]} has changed since {work} was planned: delete the folder "
+                "and build anew"
+            )
 
 
 def _part(work: Path, number: int, kind: str) -> Path:

@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -60,21 +60,42 @@ def resolve_device(engine: EngineConfig) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _meeting_point(timeout: datetime.timedelta) -> tuple[dist.Store, int, int]:
-    """The rendezvous store, this process's rank and the number of ranks.
+@dataclass(frozen=True)
+class Meeting:
+    """The ranks of a world before it has a process group. store: of this world alone."""
+
+    store: dist.Store
+    rank: int
+    size: int
+
+
+def meet_ranks(engine: EngineConfig) -> Meeting:
+    """Join the rendezvous of the launcher's ranks; one process without a launcher is alone.
 
     The launcher's store outlives a world and keeps the addresses of its ranks, so each world of a
     process uses its own part of the store.
     """
-    if "RANK" not in os.environ:
-        return dist.HashStore(), 0, 1
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    if dist.is_initialized():
+        store, rank, size = (
+            dist.distributed_c10d._get_default_store(),
+            dist.get_rank(),
+            dist.get_world_size(),
+        )
+    elif "RANK" in os.environ:
+        timeout = datetime.timedelta(seconds=engine.timeout_s)
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    else:
+        store, rank, size = dist.HashStore(), 0, 1
     number = store.add(f"nemocascade/worlds_of_rank_{rank}", 1)
-    return dist.PrefixStore(f"nemocascade/world_{number}", store), rank, size
+    return Meeting(dist.PrefixStore(f"nemocascade/world_{number}", store), rank, size)
 
 
-def start_world(parallel: ParallelConfig, engine: EngineConfig) -> World:
+def start_world(
+    parallel: ParallelConfig, engine: EngineConfig, meeting: Meeting | None = None
+) -> World:
     """Join the process group and make Megatron's groups for `parallel`.
+
+    meeting: of `meet_ranks`, for a watchdog that watches this start too.
 
     Settings must be valid: check them with the recipe's `problems` first. One process without a
     launcher makes a world of its own. Without CUDA, torch.cuda's functions answer for the CPU from
@@ -95,9 +116,11 @@ def start_world(parallel: ParallelConfig, engine: EngineConfig) -> World:
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, rank, size = _meeting_point(timeout)
+        met = meeting or meet_ranks(engine)
         hook = sys.excepthook
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=met.store, rank=met.rank, world_size=met.size, timeout=timeout
+        )
         # torch wraps the hook at every start: once is enough for lines that name the rank.
         if hook.__name__ == sys.excepthook.__name__:
             sys.excepthook = hook

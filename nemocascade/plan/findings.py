@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Result of one check. problem: empty if the job can run. warning: the job runs, but slower
-    than it should. measured: readable measurement."""
+    """Result of one check. problem: empty if the job can run. warning: the job may run, but slower
+    than it should, or only once something else has started. measured: readable measurement."""
 
     check: str
     problem: str = ""
@@ -19,7 +19,7 @@ class CheckResult:
     warning: str = ""
 
     def line(self) -> str:
-        mark = "FAIL" if self.problem else "slow" if self.warning else "ok  "
+        mark = "FAIL" if self.problem else "warn" if self.warning else "ok  "
         return f"  {mark} {self.check}: {self.problem or self.warning or self.measured or 'fine'}"
 
 
@@ -71,9 +71,10 @@ class Preflight:
         return "\n".join(["preflight:", *(f.line() for f in self.findings), self.conclusion()])
 
     def conclusion(self) -> str:
-        """Number of problems, and the time."""
-        count = len(self.problems)
-        end = f"{count} problem(s)" if count else "all checks passed"
+        """Number of problems and warnings, and the time."""
+        counts = {"problem(s)": len(self.problems), "warning(s)": len(self.warnings)}
+        found = [f"{count} {what}" for what, count in counts.items() if count]
+        end = ", ".join(found) or "all checks passed"
         return f"{end} in {self.seconds:.1f} s"
 
     def as_json(self) -> str:

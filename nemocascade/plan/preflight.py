@@ -37,6 +37,7 @@ from nemocascade.recipe.envs import sandboxes
 from nemocascade.recipe.paths import named_paths
 from nemocascade.runtime.ray_cluster import cluster_problems
 from nemocascade.runtime.row_errors import DataError
+from nemocascade.runtime.row_files import find_files, read_chunks
 from nemocascade.train.checkpointing import refused_changes
 
 # Share of a step that ranks may wait for other pipeline stages without a warning.
@@ -68,6 +69,7 @@ def offline(
     started = time.perf_counter()
     check_settings(recipe, world_size, found)
     check_files(recipe, found)
+    check_rows(recipe, found)
     check_limits(recipe, world_size, found)
     if not ahead:
         check_start(recipe, found)
@@ -127,6 +129,23 @@ def check_files(recipe: Any, into: Preflight) -> None:
             if not os.access(parent := _existing(path), os.W_OK)
         ]
         into.add("run folder", problems, str(getattr(recipe, "run_dir", "")))
+
+
+def check_rows(recipe: Any, into: Preflight) -> None:
+    """Check that every file of rows can be read: its kind, its size, and the rows at its start."""
+    with into.guarded("rows"):
+        problems, count = [], 0
+        for name, path in named_paths(recipe, "rows"):
+            if is_built(path) or not Path(path).exists():
+                continue  # a missing path is a finding of the data files
+            try:
+                for file in find_files(path):
+                    count += 1
+                    # A chunk is a few hundred rows.
+                    next(iter(read_chunks(file)))
+            except DataError as error:
+                problems.append(f"{name}: {error}: mend --{_option(name)}")
+        into.add("rows", list(dict.fromkeys(problems)), f"{count} files")
 
 
 def check_limits(recipe: Any, world_size: int, into: Preflight) -> None:

@@ -15,6 +15,7 @@ again, such as a recipe's. It gives up after `restarts` starts in a row without 
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -42,6 +43,7 @@ FINAL = (2, 3, 5, 130)
 see `exit_cleanly`."""
 STEPS = 200
 """Newest steps of a run whose times are compared with `warning_s`."""
+_TIME = re.compile(r"((?P<days>\d+)-)?(?P<rest>\d+(:\d+){0,2})")
 
 
 def check_submission(settings: SubmitSettings, arguments: Sequence[str]) -> None:
@@ -51,6 +53,12 @@ def check_submission(settings: SubmitSettings, arguments: Sequence[str]) -> None
         problems.append("no recipe: name at least one script")
     problems += number_problems(settings)
     problems += [f"{r} is no file" for r in settings.recipes if not Path(r).is_file()]
+    problems += [
+        f"{name}({path}) is no file: mend --{name}"
+        for name in ("template", "environment")
+        if (path := getattr(settings, name)) and not Path(path).is_file()
+    ]
+    problems += _time_problems(settings)
     if len(settings.recipes) > 1 and any(a.startswith("--run-dir") for a in arguments):
         problems.append("--run-dir with several recipes: they would share one folder")
     for kind, count, model in (
@@ -64,6 +72,28 @@ def check_submission(settings: SubmitSettings, arguments: Sequence[str]) -> None
     problems += RayConfig(settings.worker_address).problems("worker_address: ray")
     if problems:
         raise PlanError("; ".join(problems))
+
+
+def _time_problems(settings: SubmitSettings) -> list[str]:
+    """A problem of the time limit: of its form, or that the warning comes at the start already."""
+    if settings.time.upper() in ("UNLIMITED", "INFINITE"):
+        return []
+    if not (found := _TIME.fullmatch(settings.time)):
+        return [
+            f"time({settings.time!r}) is no time limit of Slurm: write minutes, "
+            "hours:minutes:seconds, or days-hours"
+        ]
+    days, parts = int(found["days"] or 0), [int(part) for part in found["rest"].split(":")]
+    # Without days, one number is minutes, and two are minutes and seconds.
+    first = 0 if found["days"] or len(parts) == 3 else 1
+    limit_s = days * 86_400 + sum(p * 60 ** (2 - first - i) for i, p in enumerate(parts))
+    # 0 is no limit.
+    if settings.warning_s < limit_s or not limit_s:
+        return []
+    return [
+        f"warning_s({settings.warning_s}) is not below time({settings.time}), {limit_s} s: each "
+        "start would be asked to stop at once; lower --warning-s or raise --time"
+    ]
 
 
 def job_of_script(
@@ -80,7 +110,7 @@ def job_of_script(
 
 
 def job_script(settings: SubmitSettings, job: SlurmJob) -> str:
-    """The sbatch script of a job."""
+    """The sbatch script of a job. Raises PlanError for a template that cannot be filled."""
     container = ""
     if settings.container_image:
         container = f"--container-image={shlex.quote(settings.container_image)} "
@@ -89,10 +119,10 @@ def job_script(settings: SubmitSettings, job: SlurmJob) -> str:
     template = Path(settings.template or TEMPLATE).read_text(encoding="utf-8")
     nodes = further_nodes(settings, job, container)
     is_group = any(n.count for n in nodes)
-    return template.format(
-        job_name=f"nemocascade-{job.run_dir.name}",
+    values = dict(
+        job_name=shlex.quote(f"nemocascade-{job.run_dir.name}"),
         **{name: getattr(settings, name) for name in COPIED},
-        log=job.run_dir / "slurm-%j.txt",
+        log=shlex.quote(str(job.run_dir / "slurm-%j.txt")),
         options="".join(f"#SBATCH {o}\n" for o in slurm_options(settings))
         + "".join(n.options(settings) for n in nodes),
         recipe=shlex.quote(str(job.recipe)),
@@ -108,6 +138,13 @@ def job_script(settings: SubmitSettings, job: SlurmJob) -> str:
         servers_end="".join(["kill $servers 2>/dev/null\n"] * bool(nodes) + [n.end for n in nodes]),
         arguments=" ".join([shlex.join(job.arguments), *(n.arguments(job) for n in nodes)]).strip(),
     )
+    try:
+        return template.format(**values)
+    except (LookupError, ValueError, AttributeError) as error:
+        raise PlanError(
+            f"template({settings.template}) cannot be filled ({error!r}): write braces of the "
+            f"shell twice, as in ${{{{HOME}}}}; placeholders are {', '.join(sorted(values))}"
+        ) from error
 
 
 def warn_of_steps(settings: SubmitSettings, jobs: Sequence[SlurmJob]) -> list[str]:

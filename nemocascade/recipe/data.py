@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nemocascade.recipe.paths import InputPath, InputPaths, OutputPath
+from nemocascade.recipe.paths import InputPath, OutputPath, RowPaths
 from nemocascade.recipe.rules import Count, Natural, Tokens
 
 
@@ -25,7 +25,7 @@ class TokenizerConfig:
 class DataConfig:
     """Training documents and how they are packed."""
 
-    path: InputPaths = ()
+    path: RowPaths = ()
     """JSON Lines (`.jsonl`) or JSON arrays (`.json`), also with `.gz` or `.zst`, Parquet files, or
     folders of them. `synthetic:NAME` makes rows from the seed instead of reading a file. A folder
     of `nemocascade data build`, named alone, holds tokens instead of rows."""
@@ -48,7 +48,7 @@ class DataConfig:
     system_field: str = ""
     """`qa` rows: name of the field with the system turn; empty = none."""
 
-    heldout_path: InputPaths = ()
+    heldout_path: RowPaths = ()
     """Files for the held-out loss. Empty: `heldout_rows` rows are split off the training set."""
 
     heldout_hub: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class DataConfig:
     thinking: bool = False
     """Render reasoning (`<think>`) for rows that have it."""
 
-    non_thinking_path: InputPaths = ()
+    non_thinking_path: RowPaths = ()
     """Files of `path` and `heldout_path`, or folders of them, whose rows are rendered without
     reasoning although `thinking` is on, such as trajectories of agents that act without it."""
 

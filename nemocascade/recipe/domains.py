@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from nemocascade.recipe.paths import InputPaths
+from nemocascade.recipe.paths import RowPaths
 from nemocascade.recipe.rules import Fraction, Natural, Positive, Range
 
 
@@ -19,7 +19,7 @@ class DomainConfig:
     share: Positive = 1.0
     """Share of the prompts, relative to the shares of the other domains."""
 
-    path: InputPaths = ()
+    path: RowPaths = ()
     """Files of released rows, or folders of them, of the kinds that `data.path` reads. Empty: tasks
     are generated from the seed."""
 
@@ -41,7 +41,7 @@ class DomainConfig:
     tasks: Natural = 1024
     """Number of generated tasks, or the most that are read from `path`; there 0 = all."""
 
-    heldout_path: InputPaths = ()
+    heldout_path: RowPaths = ()
     """Files of the held-out tasks. Empty: generated, and disjoint from the others."""
 
     heldout_hub: tuple[str, ...] = ()

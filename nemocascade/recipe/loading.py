@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import runpy
+import traceback
 from pathlib import Path
 
 from nemocascade.recipe.cascade import CascadeRecipe
-from nemocascade.recipe.errors import RecipeError
+from nemocascade.recipe.errors import RecipeError, UserError
 from nemocascade.recipe.mopd import MopdRecipe
 from nemocascade.recipe.rl import GrpoRecipe
 from nemocascade.recipe.sft import SftRecipe
@@ -34,7 +35,15 @@ def load_any_recipe(script: Path) -> Recipe:
 def _recipe_of(script: Path) -> object:
     if not script.is_file():
         raise RecipeError([f"{script} is no file: name a recipe script"])
-    values = runpy.run_path(str(script), run_name="nemocascade_recipe")
+    try:
+        values = runpy.run_path(str(script), run_name="nemocascade_recipe")
+    except UserError:
+        raise
+    except Exception as error:  # whatever the script raises is an error of the script
+        own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(script)]
+        line = error.lineno if isinstance(error, SyntaxError) else own[-1].lineno if own else None
+        where = str(script) if line is None else f"{script}:{line}"
+        raise RecipeError([f"{where}: {type(error).__name__}: {error}: mend the script"]) from error
     if "RECIPE" not in values:
         raise RecipeError([f"{script} defines no RECIPE: a recipe script ends in `launch(RECIPE)`"])
     return values["RECIPE"]

@@ -16,14 +16,16 @@ from nemocascade.recipe.rules import hints_of
 class Names:
     """A setting's value is one name, or a tuple of them; empty = none.
 
-    kind: `input` is read, `artifact` is read as an artifact, `url` is asked, `output` is written.
+    kind: `input` is read, `rows` is an input of data files, `artifact` is read as an artifact,
+    `url` is asked, `output` is written.
     """
 
-    kind: Literal["input", "artifact", "url", "output"]
+    kind: Literal["input", "rows", "artifact", "url", "output"]
 
 
 InputPath = Annotated[str, Names("input")]
 InputPaths = Annotated[tuple[str, ...], Names("input")]
+RowPaths = Annotated[tuple[str, ...], Names("input"), Names("rows")]
 ArtifactPath = Annotated[str, Names("artifact")]
 OutputPath = Annotated[str, Names("output")]
 Url = Annotated[str, Names("url")]

@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.recipe.model import ModelConfig
 from nemocascade.recipe.parallel import ParallelConfig
-from nemocascade.recipe.paths import InputPaths, path_problems
+from nemocascade.recipe.paths import RowPaths, path_problems
 from nemocascade.recipe.rules import (
     Count,
     Natural,
@@ -52,7 +52,7 @@ class ScoredDomain:
     difficulty: Natural = 0
     """Difficulty of generated tasks; 0 is the easiest."""
 
-    heldout_path: InputPaths = ()
+    heldout_path: RowPaths = ()
     """JSONL files of held-out tasks. Empty: generated, and disjoint from the training tasks."""
 
     heldout_hub: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_origin
 import tyro
 
 from nemocascade.recipe.rules import hints_of
+from nemocascade.runtime.errors import record_exit_code
 
 VALUES = (tyro.conf.FlagConversionOff,)
 """Form of the settings of recipes: a boolean is given with its value, `--resume False`."""
@@ -94,15 +95,21 @@ def _parse[S](
         _print_help(default or unfilled(kind), arguments, prog, config)
         raise SystemExit(0)
     arguments = ["--help" if a == "--help-all" else a for a in arguments]
-    found: Any = tyro.cli(
-        kind,
-        default=default,
-        args=arguments,
-        prog=prog,
-        description=inspect.getdoc(kind),
-        config=config,
-        return_unknown_args=keep_unknown,  # type: ignore[call-overload]
-    )
+    try:
+        found: Any = tyro.cli(
+            kind,
+            default=default,
+            args=arguments,
+            prog=prog,
+            description=inspect.getdoc(kind),
+            config=config,
+            return_unknown_args=keep_unknown,  # type: ignore[call-overload]
+        )
+    except SystemExit as error:
+        # A job's script must not start the same arguments again.
+        if isinstance(error.code, int) and error.code:
+            record_exit_code(error.code)
+        raise
     return found if keep_unknown else (found, [])
 
 

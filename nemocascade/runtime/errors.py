@@ -62,9 +62,7 @@ def _exit(message: str, code: int) -> NoReturn:
             raise SystemExit(code) from None
         # The launcher ends this rank as soon as the main rank has printed its own.
         time.sleep(GRACE_S)
-    if file := os.environ.get(EXIT_CODE_FILE):
-        with contextlib.suppress(OSError):
-            Path(file).write_text(f"{code}\n", encoding="ascii")
+    record_exit_code(code)
     for handler in LOGGER.handlers:
         handler.flush()
     with contextlib.suppress(BrokenPipeError):
@@ -72,6 +70,13 @@ def _exit(message: str, code: int) -> NoReturn:
     clear = "\r\x1b[2K" if sys.stderr.isatty() else ""
     print(f"{clear}{printable(message)}", file=sys.stderr, flush=True)
     raise SystemExit(code) from None
+
+
+def record_exit_code(code: int) -> None:
+    """Write the exit code to the file that the job's script reads, if it has named one."""
+    if file := os.environ.get(EXIT_CODE_FILE):
+        with contextlib.suppress(OSError):
+            Path(file).write_text(f"{code}\n", encoding="ascii")
 
 
 def _tell_torchrun(message: str) -> None:

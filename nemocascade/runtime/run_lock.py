@@ -82,12 +82,20 @@ class Owner:
 
 
 class RunLock:
-    """The lock of a run folder. The main rank acquires it before it writes anything there."""
+    """The lock of a run folder. The main rank acquires it before it writes anything there.
+
+    option: names the folder on the command line.
+    """
 
     def __init__(
-        self, folder: Path, *, interval_s: float = INTERVAL_S, stale_s: float = STALE_S
+        self,
+        folder: Path,
+        *,
+        option: str = "--run-dir",
+        interval_s: float = INTERVAL_S,
+        stale_s: float = STALE_S,
     ) -> None:
-        self.folder, self.path = folder, folder / NAME
+        self.folder, self.path, self.option = folder, folder / NAME, option
         self.interval_s, self.stale_s = interval_s, stale_s
         self.owner = Owner()
         self.note = ""
@@ -118,7 +126,7 @@ class RunLock:
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
         self._thread.start()
         _HELD.append(self)
-        _end_by_exception_on_sigterm()
+        end_by_exception_on_sigterm()
 
     def release(self) -> None:
         """Stop the heartbeat and remove the lock; nothing if it is not held."""
@@ -207,7 +215,7 @@ class RunLock:
     def _error(self, owner: Owner | None) -> FolderInUseError:
         return FolderInUseError(
             f"{self.folder} is in use by {_named(owner)}: wait for it or end it, or choose another "
-            "--run-dir"
+            f"{self.option}"
         )
 
     def _beat(self) -> None:
@@ -241,8 +249,12 @@ def release_locks() -> None:
 atexit.register(release_locks)
 
 
-def _end_by_exception_on_sigterm() -> None:
-    """Let SIGTERM unwind the stack, so that contexts end and locks are released."""
+def end_by_exception_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack, so that contexts end and locks are released.
+
+    A lock does so when it is acquired. A watchdog that starts before takes the signal for itself,
+    and gives it back to what this installs first.
+    """
     main = threading.current_thread() is threading.main_thread()
     if main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)

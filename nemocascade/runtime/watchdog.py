@@ -32,6 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from nemocascade.runtime.launcher import ranks_of_node
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.run_lock import release_locks
 
@@ -89,7 +90,7 @@ class Sign:
 class Watchdog:
     """Watches the ranks of a job. Without a store it only records the phase.
 
-    name: name of the job, the same on all ranks and unique, since a store may outlive a job.
+    name: of the job in its store, the same on all ranks, and unique in a store that outlives it.
     limit_s: seconds of silence or stall that end the job. stacks: folder for stack dumps; the hosts
     of culprits are written beside it, to `SUSPECTS`. stalls: False for work that may take any time,
     of which a rank is named only if it is silent.
@@ -206,6 +207,29 @@ class Watchdog:
         if self.rank == 0 and self._meetings > 1:
             # Every rank has left the previous meeting before it enters this one.
             self.store.delete_key(f"{name}_{self._meetings - 1}")
+
+    def tell_time(self, seconds: float) -> None:
+        """Tell the other ranks the time of this rank's own work in a step; see `rank_times`."""
+        if self.store is not None and self._thread is not None:
+            self.store.set(f"{self.prefix}/time/{self.rank}", repr(seconds))
+
+    def rank_times(self) -> list[float]:
+        """The newest time that each rank has told, by rank; [] until all have."""
+        keys = [f"{self.prefix}/time/{rank}" for rank in range(self.size)]
+        if self.store is None or self._thread is None or not self.store.check(keys):
+            return []
+        return [float(text) for text in self.store.multi_get(keys)]
+
+    def host_of(self, rank: int) -> str:
+        """Host of a rank: as its heartbeat names it, or one of another rank that the same launcher
+        has started; empty if none is known."""
+        with self._lock:
+            hosts = {r: s.host for r, (s, _) in self._seen.items() if s.host}
+        count = ranks_of_node()
+        first = rank - rank % count
+        return hosts.get(rank) or next(
+            (hosts[r] for r in range(first, first + count) if r in hosts), ""
+        )
 
     def fail(self, error: BaseException) -> None:
         """Report to the other ranks that this rank fails with `error`, and log the culprit.
@@ -374,7 +398,7 @@ class Watchdog:
 
     def _suspect(self, signs: list[Sign]) -> None:
         """Write down the hosts of culprits."""
-        hosts = sorted({s.host for s in signs if s.host})
+        hosts = sorted({host for s in signs if (host := self.host_of(s.rank))})
         if self.stacks is None or not hosts:
             return
         path = Path(os.environ.get("NEMOCASCADE_SUSPECTS") or self.stacks.parent / SUSPECTS)
@@ -407,18 +431,21 @@ def _host() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def job_store() -> Any:
-    """A new connection to the store of the default process group; None without a TCP store.
+def job_store(store: Any = None) -> Any:
+    """A new connection to `store`, or to the launcher's store beneath the default process group;
+    None without a TCP store.
 
     The main thread may block the group's own connection for as long as a rank is missing.
     """
     import torch.distributed as dist
 
-    store: Any = dist.distributed_c10d._get_default_store()
-    while hasattr(store, "underlying_store"):
-        store = store.underlying_store
-    tcp: Any = store if isinstance(store, dist.TCPStore) else None
-    return None if tcp is None else tcp.clone()
+    launchers: Any = dist.distributed_c10d._get_default_store() if store is None else store
+    while hasattr(launchers, "underlying_store"):
+        launchers = launchers.underlying_store
+    if not isinstance(launchers, dist.TCPStore):
+        return None
+    chosen: Any = launchers if store is None else store
+    return chosen.clone()
 
 
 def _died(silent: list[tuple[Sign, float]]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ from nemocascade.megatron.model import build_model
 from nemocascade.megatron.products import settle_products
 from nemocascade.megatron.user_buffers import user_buffers
 from nemocascade.megatron.warm_up import warm_up
-from nemocascade.megatron.world import start_world
+from nemocascade.megatron.world import Meeting, meet_ranks, start_world
 from nemocascade.plan.devices import check_together, job_here
 from nemocascade.plan.preflight import problems_before
 from nemocascade.recipe import (
@@ -43,7 +42,7 @@ from nemocascade.runtime.files import write_text
 from nemocascade.runtime.launcher import world_size_of_environment
 from nemocascade.runtime.logging import FILE_ONLY, LOGGER, Console, start_logging
 from nemocascade.runtime.row_errors import DataError
-from nemocascade.runtime.run_lock import RunLock
+from nemocascade.runtime.run_lock import RunLock, end_by_exception_on_sigterm
 from nemocascade.runtime.stopping import StopRequest
 from nemocascade.runtime.watchdog import Watchdog, job_store
 from nemocascade.runtime.world import World, main_first
@@ -116,17 +115,20 @@ def watched_world(
     lock: of the run folder, acquired by the main rank and released at the end. moments: precision
     of AdamW's.
     """
-    world = start_world(parallel, engine)
-    watch, name = _watchdog(world, engine, run_dir)
-    stop = StopRequest(run_dir, is_main=world.is_main, store=watch.store, name=name)
-    world = replace(world, watch=watch, stop=stop)
+    meeting = meet_ranks(engine)
+    watch = _watchdog(meeting, engine, run_dir, lock)
+    world: World | None = None
     try:
+        # A rank that is stopped or dies in the start is named too.
+        watch.start()
+        world = start_world(parallel, engine, meeting)
+        stop = StopRequest(run_dir, is_main=world.is_main, store=watch.store)
+        world = replace(world, watch=watch, stop=stop)
         if lock is not None:
             main_first(world, lock.acquire, lambda: None)
         start_logging(run_dir, is_main=world.is_main)
         if lock is not None and lock.note:
             LOGGER.warning(lock.note)
-        watch.start()
         settle_products(run_dir, world, engine, keeps=lock is not None)
         detected = detect(engine, world.device, moments=moments)
         watch.enter("set-up")
@@ -136,26 +138,31 @@ def watched_world(
         raise
     finally:
         watch.close()
-        world.close()
+        if world is not None:
+            world.close()
         if lock is not None:
             lock.release()
 
 
 def _watchdog(
-    world: World, engine: EngineConfig, run_dir: Path, *, stalls: bool = True
-) -> tuple[Watchdog, str]:
-    """A watchdog of the world's ranks, and the name of the job; every rank calls it."""
-    name: str = world.broadcast_object(uuid.uuid4().hex)
-    watch = Watchdog(
-        world.rank,
-        world.size,
-        store=job_store() if world.size > 1 else None,
-        name=name,
+    meeting: Meeting,
+    engine: EngineConfig,
+    run_dir: Path,
+    lock: RunLock | None,
+    *,
+    stalls: bool = True,
+) -> Watchdog:
+    """A watchdog of the ranks that meet. lock: of the run folder, which the job will acquire."""
+    if lock is not None and meeting.rank == 0:
+        end_by_exception_on_sigterm()
+    return Watchdog(
+        meeting.rank,
+        meeting.size,
+        store=job_store(meeting.store) if meeting.size > 1 else None,
         limit_s=0.8 * engine.timeout_s,
         stacks=run_dir / "stacks",
         stalls=stalls,
     )
-    return watch, name
 
 
 def on_main_rank(lock: RunLock, engine: EngineConfig, work: Callable[[], Any]) -> Any:
@@ -177,11 +184,14 @@ def on_main_rank(lock: RunLock, engine: EngineConfig, work: Callable[[], Any]) -
         prepare()
         return work()
     # Long timeout: the others wait while the main rank hashes data sets.
-    world = start_world(ParallelConfig(), replace(engine, timeout_s=max(86_400, engine.timeout_s)))
-    watch, _ = _watchdog(world, engine, lock.folder, stalls=False)
+    patient = replace(engine, timeout_s=max(86_400, engine.timeout_s))
+    meeting = meet_ranks(patient)
+    watch = _watchdog(meeting, engine, lock.folder, lock, stalls=False)
+    world: World | None = None
     try:
-        main_first(world, prepare, lambda: start_logging(lock.folder, is_main=False))
         watch.start()
+        world = start_world(ParallelConfig(), patient, meeting)
+        main_first(world, prepare, lambda: start_logging(lock.folder, is_main=False))
         watch.enter("between stages")
         results: list[Any] = []
         main_first(world, lambda: results.append(work()), lambda: None)
@@ -191,7 +201,8 @@ def on_main_rank(lock: RunLock, engine: EngineConfig, work: Callable[[], Any]) -
         raise
     finally:
         watch.close()
-        world.close()
+        if world is not None:
+            world.close()
 
 
 def open_frozen(

@@ -75,7 +75,7 @@ def step_values(result: StepResult, lr: float, step_time_s: float, world: World)
         values["moe_bias_range"] = float(
             (result.expert_bias.amax(1) - result.expert_bias.amin(1)).mean()
         )
-    return values | result.metrics
+    return values | result.stragglers | result.metrics
 
 
 class MetricsWriter:

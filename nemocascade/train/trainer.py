@@ -42,6 +42,7 @@ from nemocascade.train.evaluation import (
 from nemocascade.train.flops import batch_flops
 from nemocascade.train.garbage import GarbageCollection
 from nemocascade.train.objectives import Objective, nll_objective
+from nemocascade.train.stragglers import StragglerWarnings, WorkClock, straggler_values
 from nemocascade.types import PackedBatch
 
 
@@ -61,7 +62,8 @@ class StepResult:
     loss: the objective, summed over the step. grad_norm: before clipping. tokens: number of
     document tokens, without padding. trained_tokens: number of rows that train. flops: see
     train/flops.py. expert_load: [MoE layers, experts] slots, or None. expert_bias: [MoE layers,
-    experts], the selection bias after the step, or None. metrics: from `measure`.
+    experts], the selection bias after the step, or None. metrics: from `measure`. stragglers: see
+    `straggler_values`; on the main rank, of all ranks that have told their time so far.
     """
 
     loss: float
@@ -72,6 +74,7 @@ class StepResult:
     expert_load: Tensor | None
     expert_bias: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    stragglers: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -122,6 +125,8 @@ class Trainer:
         )
         self.optimizer = Optimizer(optimizer, self._chunks, world, self.config, accelerators)
         self._garbage = GarbageCollection(engine.gc_every)
+        self._clock, self._stragglers = WorkClock(world.device), StragglerWarnings()
+        self._stop_clock_before_reduction()
         self.step_number = 0
         """Number of steps done; messages and files name the current one, counted from 1."""
 
@@ -185,6 +190,7 @@ class Trainer:
             )
             for b in batches
         ]
+        self._clock.start()
         outputs = run_schedule(
             self.world, self.config, self._chunks, micro, lambda m: objective(batch_of(m))
         )
@@ -195,6 +201,7 @@ class Trainer:
             [sum_of_losses(self.world, outputs), self.optimizer.prepare(), routing]
         )
         self._check_loss(float(loss), outputs, batches)
+        stragglers = self._straggler_values()
         measured = outputs_on_host(outputs) if measure else []
         watch.enter(f"step {self.step_number + 1}: optimizer")
         norm = self._update(float(loss), squares.tolist(), batches)
@@ -213,7 +220,31 @@ class Trainer:
             expert_load=load if len(load) else None,
             expert_bias=bias if len(bias) and has_bias else None,
             metrics=measure(self.world, measured, batches) if measure else {},
+            stragglers=stragglers,
         )
+
+    def _stop_clock_before_reduction(self) -> None:
+        reduce: Any = self.config.finalize_model_grads_func
+
+        def finalize(*args: Any, **kwargs: Any) -> None:
+            self._clock.stop()
+            if self.world.device.type == "cpu":
+                # Every rank has told its time before the reduction ends.
+                self.world.watch.tell_time(self._clock.seconds())
+            reduce(*args, **kwargs)
+
+        self.config.finalize_model_grads_func = finalize
+
+    def _straggler_values(self) -> dict[str, Any]:
+        """Metrics of the ranks' own times, on the main rank; {} on the others."""
+        watch = self.world.watch
+        if self.world.device.type != "cpu":
+            watch.tell_time(self._clock.seconds())
+        if not self.world.is_main:
+            return {}
+        values = straggler_values(watch.rank_times())
+        self._stragglers.after_step(values, watch)
+        return values
 
     def _zero_gradients(self) -> None:
         for chunk in self._chunks:

@@ -27,7 +27,13 @@ from helpers.data import (
 
 from nemocascade.data import build_jobs
 from nemocascade.data.build_jobs import build, run_build
-from nemocascade.data.building import join_shards, plan_build, tokenize_shard, work_folder
+from nemocascade.data.building import (
+    BuildPlan,
+    join_shards,
+    plan_build,
+    tokenize_shard,
+    work_folder,
+)
 from nemocascade.data.built import verify_built
 from nemocascade.data.cache import TokenCache, build_cache
 from nemocascade.data.cache_files import CacheDamagedError
@@ -42,6 +48,7 @@ from nemocascade.recipe.data import DataConfig, TokenizerConfig
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.row_files import read_chunks
 from nemocascade.runtime.row_parts import lines_of_part, parts_of
+from nemocascade.runtime.run_lock import FolderInUseError, RunLock
 
 SIZE = 2000
 """Bytes of a shard."""
@@ -329,6 +336,39 @@ def test_an_unfinished_build_keeps_its_settings_and_files(tmp_path: Path) -> Non
         plan_build(tmp_path / "out", config, tokenizer, seed=1, size=SIZE)
 
 
+def test_an_unfinished_build_may_be_resumed_from_another_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", qa_rows(60))
+    tokenizer = sentencepiece_tokenizer()
+    monkeypatch.chdir(tmp_path)
+    config = DataConfig(path=("rows.jsonl",))
+    plan_build(tmp_path / "out", config, tokenizer, seed=1, size=SIZE)
+    tokenize_shard(work_folder(tmp_path / "out"), 0)
+    monkeypatch.chdir("/")
+    assert _build(tmp_path / "out", DataConfig(path=(str(path),))).is_dir()
+
+
+def test_rows_that_change_after_the_plan_are_not_tokenised(tmp_path: Path) -> None:
+    """A task of an array may start hours after the plan, whose parts are ranges of bytes."""
+    path = write_jsonl(tmp_path / "rows.jsonl", qa_rows(60))
+    plan_build(
+        tmp_path / "out",
+        DataConfig(path=(str(path),)),
+        sentencepiece_tokenizer(),
+        seed=1,
+        size=SIZE,
+    )
+    work = work_folder(tmp_path / "out")
+    tokenize_shard(work, 0)
+    write_jsonl(path, qa_rows(61))
+    with pytest.raises(DataError, match=r"rows\.jsonl has changed since .* delete the folder"):
+        tokenize_shard(work, 1)
+    path.unlink()
+    with pytest.raises(DataError, match=r"rows\.jsonl: cannot be read: .*No such file"):
+        tokenize_shard(work, 1)
+
+
 def _content(folder: Path) -> dict[str, bytes]:
     files = (f for f in folder.rglob("*") if f.is_file() and f.name != "times.json")
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
@@ -424,6 +464,60 @@ def _settings(output: Path, rows: Path, **slurm: Any) -> BuildSettings:
     )
 
 
+def test_a_folder_is_built_by_one_process(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", qa_rows(60))
+    settings = _settings(tmp_path / "out", path)
+    work = work_folder(tmp_path / "out")
+    lock = RunLock(work)
+    lock.acquire()
+    try:
+        with pytest.raises(FolderInUseError, match=r"out\.build is in use .* another --output"):
+            build(settings, sentencepiece_tokenizer())
+    finally:
+        lock.release()
+    assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("rows/out", "is inside .*rows, whose files are rows of data.path"),
+        ("file/out", "cannot be written .*Not a directory.*choose another --output"),
+    ],
+)
+def test_an_output_that_cannot_be_is_named(tmp_path: Path, output: str, said: str) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "file").touch()
+    write_jsonl(tmp_path / "rows" / "a.jsonl", qa_rows(9))
+    with pytest.raises(DataError, match=said):
+        build(_settings(tmp_path / output, tmp_path / "rows"), sentencepiece_tokenizer())
+    assert [p.name for p in (tmp_path / "rows").iterdir()] == ["a.jsonl"]
+
+
+def test_partial_files_of_killed_processes_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would fill the disk, and count as progress."""
+    path = write_jsonl(tmp_path / "rows.jsonl", qa_rows(60))
+    settings = _settings(tmp_path / "out", path)
+    work = work_folder(tmp_path / "out")
+    plan_build(tmp_path / "out", settings.data, sentencepiece_tokenizer(), seed=1, size=SIZE)
+    left = [work / "folder" / "tokens" / "00000.99.partial", work / "parts" / "00000.99.partial"]
+    for file in left:
+        file.touch()
+    found: list[bool] = []
+
+    def run(_workers: int, plan: BuildPlan, work: Path) -> None:
+        found.extend(file.exists() for file in left)
+        for number in range(len(plan.shards)):
+            tokenize_shard(work, number)
+
+    monkeypatch.setattr(build_jobs, "_run_here", run)
+    assert build(settings, sentencepiece_tokenizer())["documents"] == 60  # type: ignore[index]
+    assert found == [False, False]
+    assert not work.exists()
+
+
 def test_slurm_gets_an_array_and_a_job_that_joins_and_both_only_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -444,10 +538,12 @@ def test_slurm_gets_an_array_and_a_job_that_joins_and_both_only_once(
     assert "is not built yet" in run_build(settings, settings.tokenizer.path)
     scripts = [(sent / str(i)).read_text() for i in range(len(list(sent.iterdir())))]
     array, join = (s for s in scripts if "launch_pickled_pipeline" in s)
-    for line in ("partition=cpu", "array=0-2%2", "account=lab", "mem-per-cpu=2G"):
+    kill = "kill-on-invalid-dep=yes"
+    for line in ("partition=cpu", "array=0-2%2", "account=lab", "mem-per-cpu=2G", kill):
         assert f"#SBATCH --{line}\n" in array
     assert "qos" not in array
     assert "--dependency=afterok:40" in join
+    assert f"#SBATCH --{kill}\n" in join
     (tmp_path / "queue").write_text("40_0 RUNNING\n")
     caplog.set_level(logging.INFO, "nemocascade")
     logging.getLogger("nemocascade").propagate = True
@@ -456,3 +552,17 @@ def test_slurm_gets_an_array_and_a_job_that_joins_and_both_only_once(
     assert len(list(sent.iterdir())) == len(scripts)
     assert "jobs in the queue: 40_0 RUNNING" in caplog.text
     assert "1 of 3 shards" in caplog.text
+    # Processes of this machine do not build beside the array either.
+    assert build(_settings(tmp_path / "out", path), sentencepiece_tokenizer()) is None
+    squeue = programs / "squeue"
+    for text in ("echo 'Unable to contact slurm controller' >&2; exit 1", ""):
+        squeue.write_text(f"#!/bin/bash\n{text}\n") if text else squeue.unlink()
+        if not text:
+            monkeypatch.setenv("PATH", str(programs))
+        with pytest.raises(DataError, match=r"squeue does not say if jobs 4\d"):
+            build(settings, sentencepiece_tokenizer())
+    squeue.write_text("#!/bin/bash\necho 'error: Invalid job id specified' >&2; exit 1\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    build(settings, sentencepiece_tokenizer())
+    assert len(list(sent.iterdir())) == 2 * len(scripts)

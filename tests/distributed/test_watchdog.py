@@ -16,7 +16,7 @@ RANKS = 3
 VICTIM = 1
 LIMIT_S = 5.0
 STEP = 4
-SILENT = ("stopped", "killed", "never heard", "between stages")
+SILENT = ("stopped", "killed", "never heard", "before the start", "between stages")
 # Beside the limit: the interpreter's start, imports, and a machine with other work.
 PATIENCE_S = 90.0
 
@@ -92,6 +92,33 @@ def stop_between_stages(fault: str, folder: str) -> None:
     on_main_rank(RunLock(Path(folder)), EngineConfig(timeout_s=LIMIT_S / 0.8), work)
 
 
+def stop_before_the_start(fault: str, folder: str) -> None:
+    """The victim is stopped before it joins the process group, which the others wait for."""
+    import signal
+
+    from nemocascade.recipe import EngineConfig, ParallelConfig
+    from nemocascade.stages.setup import watched_world
+
+    rank = int(os.environ["RANK"])
+    (Path(folder) / f"started.{rank}").touch()
+    # A process may start much later than the first one.
+    while len(list(Path(folder).glob("started.*"))) < RANKS:
+        time.sleep(0.05)
+    if rank == VICTIM:
+        (Path(folder) / f"reached.{VICTIM}").write_text(str(time.monotonic()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    engine = EngineConfig(timeout_s=LIMIT_S / 0.8, precision="fp32")
+    with watched_world(Path(folder), ParallelConfig(), engine) as (world, _):
+        world.barrier()
+
+
+JOBS = {
+    "between stages": "stop_between_stages",
+    "before the start": "stop_before_the_start",
+}
+"""Work of the ranks by its fault; `work_until_a_fault` of the others."""
+
+
 def run_with(fault: str, folder: Path) -> tuple[list[int], list[str], float]:
     """Exit codes and logs of all ranks, and the seconds from the fault to the last rank's end.
 
@@ -100,8 +127,7 @@ def run_with(fault: str, folder: Path) -> tuple[list[int], list[str], float]:
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    name = "stop_between_stages" if fault == "between stages" else "work_until_a_fault"
-    target = f"{Path(__file__).resolve()}:{name}"
+    target = f"{Path(__file__).resolve()}:{JOBS.get(fault, 'work_until_a_fault')}"
     request = {"target": target, "kwargs": {"fault": fault, "folder": str(folder)}}
     (folder / "request.json").write_text(json.dumps(request))
     ranks = [Rank(rank, RANKS, folder, store.port) for rank in range(RANKS)]
@@ -162,6 +188,7 @@ def test_the_victim_is_named_by_every_other_rank(fault: str, tmp_path: Path) -> 
     ("fault", "said"),
     [
         ("never heard", f"rank {VICTIM}, before its first heartbeat"),
+        ("before the start", f"rank {VICTIM}, before its first heartbeat"),
         ("between stages", "phase 'between stages'"),
     ],
 )
@@ -175,6 +202,8 @@ def test_a_rank_that_is_stopped_outside_of_a_stage_is_named(
             assert codes[rank] != 0
             assert "has died or was stopped" in logs[rank], logs[rank]
             assert said in logs[rank]
+    # The host of a rank that was never heard is that of its launcher's other ranks.
+    assert (tmp_path / "suspect_nodes").read_text().split()[0] == socket.gethostname()
 
 
 def wait_for_the_main_rank(timeout_s: float, work_s: float) -> tuple[str, float]:

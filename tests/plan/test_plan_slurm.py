@@ -189,19 +189,6 @@ def test_a_dry_run_prints_everything_and_submits_nothing(
     assert "sbatch --parsable --dependency=afterok:JOB_1" in printed
 
 
-def test_all_wrong_settings_are_named() -> None:
-    wrong = replace(SETTINGS, recipes=(TINY, "no.py"), nodes=0, warning_s=0)
-    with pytest.raises(PlanError) as caught:
-        check_submission(wrong, ["--run-dir", "x"])
-    for part in (
-        "nodes(0) must be",
-        "warning_s(0) must be",
-        "no.py is no file",
-        "share one folder",
-    ):
-        assert part in str(caught.value)
-
-
 def test_a_machine_without_slurm_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PlanError, match="sbatch is not on the PATH"):

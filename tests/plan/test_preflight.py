@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import job_of_recipe
 from nemocascade.plan.preflight import (
     check_recipe,
+    check_rows,
     check_start,
     check_tokenizer,
     offline,
@@ -30,7 +32,9 @@ from nemocascade.plan.settings import PreflightSettings
 from nemocascade.recipe import (
     CascadeRecipe,
     CheckpointConfig,
+    DomainConfig,
     EngineConfig,
+    GrpoRecipe,
     ParallelConfig,
     Recipe,
     SftRecipe,
@@ -196,6 +200,15 @@ def test_too_little_memory_and_disk_are_foreseen(
     assert any("make room" in p for p in problems)
 
 
+def test_warnings_are_counted_in_the_conclusion() -> None:
+    found = Preflight()
+    found.add("servers", [], "1 named", ["nobody answers"])
+    assert "warn servers: nobody answers" in found.text()
+    assert "\n1 warning(s) in " in found.text()
+    found.add("rows", ["empty", "gone"])
+    assert "\n2 problem(s), 1 warning(s) in " in found.text()
+
+
 def test_an_unknown_failure_is_a_finding() -> None:
     found = Preflight()
     with found.guarded("thing"):
@@ -244,6 +257,29 @@ def test_every_path_and_server_of_an_rl_recipe_is_checked(
         assert str(here["path"]) not in problems
         warnings = "\n".join(f["warning"] for f in found)
         assert "envs.judge.url: nobody answers at http://127.0.0.1:9" in warnings
+
+
+def test_rows_that_cannot_be_read_are_problems(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "notes.txt").write_text("no rows")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:20])
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    names = ("folder", "empty.jsonl", "notes.txt", "cut.jsonl.gz", "rows.jsonl", "none.jsonl")
+    domain = DomainConfig(heldout_path=tuple(str(tmp_path / name) for name in names))
+    recipe = GrpoRecipe(domains=(domain,), run_dir=str(tmp_path))
+    found = Preflight()
+    check_rows(recipe, found)
+    # A missing file is a finding of `check_files`.
+    assert len(found.problems) == 4
+    for problem, part in zip(
+        found.problems,
+        ("holds no file of", "the file is empty", "unknown kind of file", "ended before"),
+        strict=True,
+    ):
+        assert problem.startswith(f"domains.0.heldout_path: {tmp_path}")
+        assert problem.endswith("mend --domains.0.heldout-path")
+        assert part in problem
 
 
 def test_every_setting_that_names_a_path_is_marked() -> None:

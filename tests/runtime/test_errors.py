@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from nemocascade.recipe import UserError
+from nemocascade.recipe import SftRecipe, UserError
 from nemocascade.rollout.servers import ServersLostError
 from nemocascade.runtime import errors
+from nemocascade.runtime.command_line import parse_settings
 from nemocascade.runtime.errors import exit_cleanly
 from nemocascade.runtime.files import naming, write_text
 from nemocascade.runtime.interrupt import AGAIN_S, Interrupt
@@ -66,6 +67,21 @@ def test_a_job_script_learns_the_exit_code(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "code").unlink()
     with pytest.raises(ValueError, match="a bug"):
         exit_cleanly(lambda: int("a bug"))
+    assert not (tmp_path / "code").exists()
+
+
+def test_a_job_script_learns_of_unknown_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start with the same arguments would end alike."""
+    monkeypatch.setenv("NEMOCASCADE_EXIT_CODE", str(tmp_path / "code"))
+    for arguments in (["--steps", "many"], ["--stepz", "7"]):
+        with pytest.raises(SystemExit):
+            parse_settings(SftRecipe, arguments, default=SftRecipe())
+        assert (tmp_path / "code").read_text() == "2\n"
+        (tmp_path / "code").unlink()
+    with pytest.raises(SystemExit):
+        parse_settings(SftRecipe, ["--help"], default=SftRecipe())
     assert not (tmp_path / "code").exists()
 
 
