@@ -67,7 +67,7 @@ def check_rows(name: str, path: str) -> None:
 
 
 def _marks(name: str, row: Row) -> list[str]:
-    """What the answer of a row of GSM8K must have, and has not."""
+    """Name the mark that the answer of a row of GSM8K needs, if it has none."""
     has_mark = name != "gsm8k" or "####" in str(row["answer"])
     return [] if has_mark else ["#### before the number that ends answer"]
 

@@ -144,7 +144,7 @@ def kind_of(folder: Path) -> str | None:
 
 
 def _remedy(folder: Path, kind: str) -> str:
-    """What to name instead of a folder without a manifest: often the run's folder was named."""
+    """Name the folder to use instead of one without a manifest: often it is that of the run."""
     inner = folder / kind
     if (inner / MANIFEST).is_file():
         return f"; name {inner}"
