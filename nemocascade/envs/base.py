@@ -279,9 +279,9 @@ class Domain(ABC):
                     f"check of {self.domain} returned {found!r}, which is no Verdict: return "
                     "Verdict(reward)"
                 )
+            return found
         except Exception as error:  # any failure of a verifier becomes a verdict
             return failed(error)
-        return found
 
     def score_groups(
         self, groups: Sequence[tuple[Prompt, Sequence[Sequence[Message]]]]

@@ -41,14 +41,16 @@ def test_the_page_shows_the_files() -> None:
     assert dict(blocks) == {file.name: file.read_text() for file in FOLDER.glob("*.py")}
 
 
-def test_the_domain_makes_reads_and_scores(module: str, tmp_path: Path) -> None:
+def test_the_domain_makes_reads_and_scores(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     domain = sorting_of(module)
     [task] = domain.prompts(seed=1, count=1, difficulty=1)
     digits = task.messages[0].content.removeprefix("Sort ").split()
     assert len(digits) == 4
     assert domain.score(task, task.demonstration).reward == 1.0
     assert domain.score(task, [Message("assistant", "0 1 2 3 4 5")]).reward == 0.0
-    domain.check = lambda prompt, response: 1.0  # type: ignore[assignment, method-assign, return-value]
+    monkeypatch.setattr(domain, "check", lambda prompt, response: 1.0)
     verdict = domain.score(task, task.demonstration)
     assert verdict.reward is None
     assert "check of sorting returned 1.0, which is no Verdict" in str(verdict.error)
