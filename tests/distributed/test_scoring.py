@@ -50,7 +50,7 @@ def test_one_sample_is_the_mean_reward() -> None:
 
 
 def test_failed_verdicts_are_logged_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
-    answers = [{"error": None}, {"error": "KeyError: 'a\x1bb'"}]
+    answers: list[dict[str, Any]] = [{"error": None}, {"error": "KeyError: 'a\x1bb'"}]
     scores = {"math": domain_score([[1.0], [None]])}
     report_scores(Scores("", "", scores, {"math": answers}, 1.0))
     assert "1 of 2 verdicts of math failed and are not counted, such as KeyError" in caplog.text
