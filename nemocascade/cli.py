@@ -559,7 +559,12 @@ def main() -> None:
     elif name in COMMANDS:
         COMMANDS[name](arguments)
     else:
-        raise SystemExit(f"nemocascade: {name!r} is no command\n{USAGE}")
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, 2)
+        meant = f": did you mean {' or '.join(near)}?" if near else ""
+        print(f"{USAGE}\nnemocascade: {name!r} is no command{meant}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

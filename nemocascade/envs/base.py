@@ -273,7 +273,13 @@ class Domain(ABC):
         if prompt.domain != self.domain:
             raise ValueError(f"{self.domain} cannot score a task of {prompt.domain}")
         try:
-            return self.check(prompt, response)
+            found: Any = self.check(prompt, response)
+            if not isinstance(found, Verdict):
+                raise TypeError(
+                    f"check of {self.domain} returned {found!r}, which is no Verdict: return "
+                    "Verdict(reward)"
+                )
+            return found
         except Exception as error:  # any failure of a verifier becomes a verdict
             return failed(error)
 

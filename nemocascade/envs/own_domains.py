@@ -36,7 +36,7 @@ def own_domains(modules: Sequence[str], shipped: Sequence[str]) -> dict[str, typ
         said = f"envs.modules({name})"
         try:
             classes = _environments_of(_imported(name))
-        except Exception as error:  # a user's module may raise anything
+        except (Exception, SystemExit) as error:  # a user's module may raise anything
             problems.append(f"{said} cannot be imported: {type(error).__name__}: {error}")
             continue
         if not classes:
@@ -47,7 +47,7 @@ def own_domains(modules: Sequence[str], shipped: Sequence[str]) -> dict[str, typ
         said = f"entry point {point.name} = {point.value} of {GROUP}"
         try:
             kind = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             problems.append(f"{said} cannot be loaded: {type(error).__name__}: {error}")
             continue
         problems += _added(found, kind, said, shipped)

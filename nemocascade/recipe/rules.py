@@ -39,6 +39,7 @@ Count = Annotated[int, Range(1)]
 Tokens = Annotated[int, Range(1, 2**31 - 1)]
 """A number of tokens in one sequence: positions are stored as int32."""
 Seed = Annotated[int, Range(0, 2**32 - 1)]
+Port = Annotated[int, Range(0, 2**16 - 1)]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import os
 import shutil
 import sys
 import textwrap
@@ -92,7 +93,12 @@ def _parse[S](
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     prog = prog or Path(sys.argv[0]).name
     if any(a in ("-h", "--help") for a in arguments):
-        _print_help(default or unfilled(kind), arguments, prog, config)
+        try:
+            _print_help(default or unfilled(kind), arguments, prog, config)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader, such as `head`, has seen enough; Python flushes once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     arguments = ["--help" if a == "--help-all" else a for a in arguments]
     try:
@@ -109,8 +115,23 @@ def _parse[S](
         # A job's script must not start the same arguments again.
         if isinstance(error.code, int) and error.code:
             record_exit_code(error.code)
+        # An unknown option in front of an argument without a name takes it as its value, and then
+        # only the argument is said to be missing.
+        is_first = bool(arguments) and arguments[0].startswith("--")
+        if error.code == 2 and default is None and is_first:
+            _show_misspelt(kind, arguments, prog)
         raise
     return found if keep_unknown else (found, [])
+
+
+def _show_misspelt(kind: type[object], arguments: Sequence[str], prog: str) -> None:
+    options = list(leaves(unfilled(kind)))
+    names = {f"--{option.name}" for option in options}
+    given = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
+    unknown = [name for name in given if name not in names]
+    near = nearest(unknown, kind)
+    if near and any(option.is_positional for option in options):
+        print(f"{prog} has {' and '.join(near)}, not {' and '.join(unknown)}", file=sys.stderr)
 
 
 def unfilled[S](kind: type[S]) -> S:

@@ -23,6 +23,7 @@ failed."""
 GRACE_S = 5.0
 """Time for the main rank to fail with the same error before another node prints it."""
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def exit_cleanly[T](work: Callable[[], T]) -> T:
@@ -30,8 +31,8 @@ def exit_cleanly[T](work: Callable[[], T]) -> T:
 
     The message is printed last, by the main rank; if it has no error itself, then by the first rank
     of each other node that has. torchrun shows it too. Exit codes: 2 in general, 3 for NaN, 5 for a
-    cascade's alarm, 75 for what may succeed later, 130 for Ctrl-C. A full disk is reported in the
-    same way.
+    cascade's alarm, 75 for what may succeed later, 130 for Ctrl-C. A full disk and a
+    path that cannot be used are reported in the same way.
     """
     try:
         return work()
@@ -42,10 +43,12 @@ def exit_cleanly[T](work: Callable[[], T]) -> T:
     except UserError as error:
         _exit(f"error: {error}", error.exit_code)
     except OSError as error:
-        if error.errno not in _DISK:
+        file, reason = error.filename, error.strerror
+        if error.errno in _DISK:
+            _exit(f"error: {file or 'a file'}: {reason}: free space, or write elsewhere", 2)
+        if error.errno not in _PATH or not file:
             raise
-        file = error.filename or "a file"
-        _exit(f"error: {file}: {error.strerror}: free space, or write elsewhere", 2)
+        _exit(f"error: {file}: {reason}: name a path that this user can read and write", 2)
     except KeyboardInterrupt:
         said = "interrupted: the same command resumes a run from its newest checkpoint"
         _exit(said, INTERRUPTED)

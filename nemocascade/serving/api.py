@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import secrets
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from nemocascade.serving.model import OpenModel
 from nemocascade.types import Message, Tool, ToolCall
 
 MOST_CHOICES = 128
+_SHOWN = 80
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0),
@@ -137,10 +138,10 @@ def _common(body: Mapping[str, Any], model: OpenModel, prompts: list[list[int]])
     """Parse the fields that both kinds of requests have."""
     named = body.get("model")
     if named not in (None, "", "default", model.name):
-        raise ApiError(f"the model {named!r} is not here, it is {model.name!r}", "model", 404)
+        raise ApiError(f"the model {_shown(named)} is not here, it is {model.name!r}", "model", 404)
     for name, neutral in _NEUTRAL.items():
         if name in body and body[name] not in neutral:
-            raise ApiError(f"{name}({body[name]!r}) is not supported: leave it out", name)
+            raise ApiError(f"{name}({_shown(body[name])}) is not supported: leave it out", name)
     _check_bias(body, model)
     stops = _stops(body.get("stop"))
     ends = tuple(_ids(body.get("stop_token_ids") or [], "stop_token_ids", model))
@@ -193,7 +194,7 @@ def _limit(body: Mapping[str, Any], model: OpenModel) -> int:
 def _prompts(value: Any, model: OpenModel) -> list[list[int]]:
     """Token ids of one or several prompts."""
     several = value if isinstance(value, list) and value else [value]
-    if all(isinstance(v, int) and not isinstance(v, bool) for v in several):
+    if several is value and all(isinstance(v, int) and not isinstance(v, bool) for v in several):
         several = [several]
     found = []
     for prompt in several:
@@ -214,7 +215,7 @@ def _ids(value: Any, name: str, model: OpenModel) -> list[int]:
         raise ApiError(f"{name} must be a list of token ids", name)
     foreign = next((i for i in value if not 0 <= i < size), None)
     if foreign is not None:
-        raise ApiError(f"{name}: {foreign} is not in the vocabulary of {size}", name)
+        raise ApiError(f"{name}: {_shown(foreign)} is not in the vocabulary of {size}", name)
     return list(value)
 
 
@@ -229,8 +230,8 @@ def _check_bias(body: Mapping[str, Any], model: OpenModel) -> None:
     """A bias may only exclude ids that are never drawn."""
     size = model.tokenizer.vocab_size
     bias = body.get("logit_bias") or {}
-    drawn = [i for i in bias if not str(i).isdecimal() or int(i) < size]
-    if drawn or not isinstance(bias, Mapping):
+    is_map = isinstance(bias, Mapping)
+    if not is_map or any(not i.isdecimal() or int(i) < size for i in bias):
         raise ApiError("logit_bias is not supported: leave it out", "logit_bias")
     allowed = body.get("allowed_token_ids")
     if allowed is not None and allowed != list(range(size)):
@@ -251,7 +252,7 @@ def _typed[T](body: Mapping[str, Any], name: str, kind: type[T], default: T) -> 
     if value is None:
         return default
     if not isinstance(value, kind):
-        raise ApiError(f"{name}({value!r}) must be of type {kind.__name__}", name)
+        raise ApiError(f"{name}({_shown(value)}) must be of type {kind.__name__}", name)
     return value
 
 
@@ -259,8 +260,13 @@ def _number(body: Mapping[str, Any], name: str, default: float) -> float:
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ApiError(f"{name}({value!r}) must be a number", name)
+    # A whole number of JSON may be beyond float64.
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not -sys.float_info.max <= value <= sys.float_info.max
+    ):
+        raise ApiError(f"{name}({_shown(value)}) must be a number", name)
     return float(value)
 
 
@@ -271,8 +277,14 @@ def _whole(
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ApiError(f"{name}({value!r}) must be a whole number from {low} to {high}", name)
+        raise ApiError(f"{name}({_shown(value)}) must be a whole number from {low} to {high}", name)
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value for a message."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def call_fields(calls: Sequence[ToolCall], tools: Sequence[Tool]) -> list[dict[str, Any]]:

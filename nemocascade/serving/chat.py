@@ -14,6 +14,7 @@ from nemocascade.recipe import RecipeError
 from nemocascade.rollout.engine import Request
 from nemocascade.runtime.launcher import world_size_of_environment
 from nemocascade.runtime.logging import printable
+from nemocascade.runtime.turns import encodable
 from nemocascade.serving.model import OpenModel, open_model
 from nemocascade.serving.settings import ChatSettings
 from nemocascade.serving.text import Decoder, Part, ReplyText
@@ -90,10 +91,14 @@ class Talk:
         """Read lines and answer them, until /exit or the end of the input."""
         while True:
             try:
-                line = read("\n> ").strip()
+                # Input that is not UTF-8 comes as halves of surrogate pairs, or as an error.
+                line = encodable(read("\n> ")).strip()
             except EOFError:
                 return
             except KeyboardInterrupt:
+                continue
+            except UnicodeDecodeError as error:
+                self.write(f"the line is not UTF-8 ({error.reason}): type it again\n")
                 continue
             command, _, rest = line.partition(" ")
             if command == "/exit":

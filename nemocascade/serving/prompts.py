@@ -15,7 +15,7 @@ from nemocascade.rollout.engine import Completion, Request
 from nemocascade.runtime.files import naming
 from nemocascade.runtime.jsonl import json_text, keep_settings, read_undamaged, write_objects
 from nemocascade.runtime.logging import LOGGER
-from nemocascade.runtime.row_errors import BadRows, DataError
+from nemocascade.runtime.row_errors import BadRows, DataError, RowError
 from nemocascade.runtime.row_files import read_rows
 from nemocascade.runtime.turns import kind_of, parse_tools
 from nemocascade.serving.api import call_fields, messages_of
@@ -85,6 +85,8 @@ def _read(settings: GenerateSettings, model: OpenModel) -> list[_Prompt]:
 
 
 def _turns_of(row: Any) -> tuple[Sequence[Message], tuple[Tool, ...]]:
+    if isinstance(row, RowError):
+        raise row
     if not isinstance(row, Mapping):
         raise ValueError(f"a row must be an object, this is {kind_of(row)}")
     turns = row.get("messages", row.get("prompt"))

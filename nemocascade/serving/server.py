@@ -7,6 +7,7 @@ import json
 import logging
 import secrets
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -107,9 +108,22 @@ def application(answers: Answers) -> Starlette:
     """The routes of the API."""
     model = answers.model
 
+    card = {
+        "id": model.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "nemocascade",
+        "max_model_len": model.context,
+    }
+
     async def models(_: Request) -> Response:
-        card = {"id": model.name, "object": "model", "owned_by": "nemocascade"}
-        return JSONResponse({"object": "list", "data": [card | {"max_model_len": model.context}]})
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def named(request: Request) -> Response:
+        if (asked := request.path_params["name"]) != model.name:
+            error = ApiError(f"the model {asked!r} is not here, it is {model.name!r}", "model", 404)
+            return JSONResponse(error.body(), error.status)
+        return JSONResponse(card)
 
     async def health(_: Request) -> Response:
         return Response()
@@ -124,10 +138,19 @@ def application(answers: Answers) -> Starlette:
         routes=[
             Route("/health", health),
             Route("/v1/models", models),
+            Route("/v1/models/{name:path}", named),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
-        ]
+        ],
+        exception_handlers={Exception: _failed},
     )
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """Log an error of this program, which uvicorn's silenced logger would not show."""
+    LOGGER.error("%s failed", request.url.path, exc_info=error)
+    found = ApiError(f"{type(error).__name__}: see the log of the server", status=500)
+    return JSONResponse(found.body(), found.status)
 
 
 async def _answer(

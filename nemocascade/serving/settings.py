@@ -9,7 +9,7 @@ import tyro
 
 from nemocascade.recipe import EngineConfig, EnvConfig, ParallelConfig
 from nemocascade.recipe.paths import InputPath, OutputPath
-from nemocascade.recipe.rules import Count, Natural, NonNegative, Probability, Seed
+from nemocascade.recipe.rules import Count, Natural, NonNegative, Port, Probability, Seed
 
 
 @dataclass(frozen=True)
@@ -117,5 +117,5 @@ class ServeSettings(ModelSettings):
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 is every one of this host. There is no authentication."""
 
-    port: Natural = 8000
+    port: Port = 8000
     """Port; 0 = any that is free, which is printed."""

@@ -35,7 +35,7 @@ from nemocascade.rl.tasks import GroupRequest, Task, read_tasks
 from nemocascade.rl.verification import rank_envs, verifier_threads
 from nemocascade.rollout.engine import Engine
 from nemocascade.runtime.launcher import world_size_of_environment
-from nemocascade.runtime.logging import LOGGER, Console, end_status
+from nemocascade.runtime.logging import LOGGER, Console, end_status, printable
 from nemocascade.runtime.ray_cluster import program_slots
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.stopping import StopAsked, Stopped
@@ -53,6 +53,7 @@ MOST_SAMPLES = 1 << 32
 """Distance of the domains' request ids."""
 # Fields that affect how scores are computed, but not their values.
 _HOW = ("parallel", "slots", "kv_gib")
+_LONGEST_REASON = 300
 _NAMED = 1 << 20
 """Places of named sets of tasks."""
 
@@ -192,7 +193,7 @@ def score_artifact(
         samples=samples,
         seconds=time.perf_counter() - started,
     )
-    _report(found)
+    report_scores(found)
     return found
 
 
@@ -304,15 +305,18 @@ def _samples(world: World, groups: Sequence[Group]) -> list[dict[str, Any]]:
     ]
 
 
-def _report(found: Scores) -> None:
+def report_scores(found: Scores) -> None:
     """Log the scores and the number of failed verdicts."""
     shown = ", ".join(f"{name} {s}" for name, s in found.scores.items())
     LOGGER.info("held out: %s (%.1f s)", shown, found.seconds)
     for name, score in found.scores.items():
         if score.errors:
+            reasons = (s["error"] for s in found.samples.get(name, ()) if s["error"])
+            reason = next(reasons, "")[:_LONGEST_REASON]
             LOGGER.warning(
-                "held out: %d of %d verdicts of %s failed and are not counted",
+                "held out: %d of %d verdicts of %s failed and are not counted%s",
                 score.errors,
                 score.tasks * score.samples,
                 name,
+                f", such as {printable(reason)}" if reason else "",
             )

@@ -123,6 +123,17 @@ def test_weights_and_main_parameters_follow(
         assert torch.equal(value, expected[name].to(value.dtype)), name
 
 
+def test_a_run_named_in_place_of_its_artifact_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no complete artifact; name the folder artifact of"):
+        read_artifact(tmp_path)
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"is missing: .*; name {tmp_path}/artifact"):
+        read_artifact(tmp_path)
+    with pytest.raises(CheckpointError, match=r"is missing"):
+        read_artifact(tmp_path / "artifact" / "manifest.json")
+
+
 def test_damage_is_refused(artifact: Artifact, world: World, trainer: Trainer) -> None:
     path = artifact.folder / "tokenizer.model"
     path.write_bytes(b"Pieces")

@@ -14,6 +14,7 @@ from helpers.start_policy import start_policy
 
 from nemocascade.recipe import ScoreConfig, ScoredDomain
 from nemocascade.stages.domain_score import domain_score, pass_at
+from nemocascade.stages.scoring import Scores, report_scores
 
 
 @pytest.mark.parametrize(("samples", "solved"), [(1, 0), (1, 1), (4, 1), (6, 2), (6, 5), (5, 5)])
@@ -46,6 +47,14 @@ def test_one_sample_is_the_mean_reward() -> None:
     assert (found.errors, found.sampling_error, str(found)) == (1, None, "0.300")
     assert domain_score([[None]]).score is None
     assert domain_score([]).pass_at == {}
+
+
+def test_failed_verdicts_are_logged_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
+    answers: list[dict[str, Any]] = [{"error": None}, {"error": "KeyError: 'a\x1bb'"}]
+    scores = {"math": domain_score([[1.0], [None]])}
+    report_scores(Scores("", "", scores, {"math": answers}, 1.0))
+    assert "1 of 2 verdicts of math failed and are not counted, such as KeyError" in caplog.text
+    assert "\x1b" not in caplog.text
 
 
 def test_the_sampling_is_greedy_or_the_paper_s_unless_it_is_set() -> None:

@@ -195,6 +195,9 @@ def test_what_a_row_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:2 has no answer") as caught:
         config_of(ScoreSettings(benchmarks=(f"gsm8k={path}",)))
     assert "whose rows have question, answer" in str(caught.value)
+    path = file_of(tmp_path / "rows.jsonl", {"question": "x", "answer": "4"})
+    with pytest.raises(DataError, match=r"rows\.jsonl:1 has no #### before the number"):
+        config_of(ScoreSettings(benchmarks=(f"gsm8k={path}",)))
     for given in ("gsm9k=x", "gsm8k", "gsm8k="):
         with pytest.raises(RecipeError, match="NAME=PATH with NAME one of gsm8k, math"):
             config_of(ScoreSettings(benchmarks=(given,)))

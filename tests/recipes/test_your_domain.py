@@ -41,15 +41,22 @@ def test_the_page_shows_the_files() -> None:
     assert dict(blocks) == {file.name: file.read_text() for file in FOLDER.glob("*.py")}
 
 
-def test_the_domain_makes_reads_and_scores(module: str, tmp_path: Path) -> None:
+def test_the_domain_makes_reads_and_scores(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     domain = sorting_of(module)
     [task] = domain.prompts(seed=1, count=1, difficulty=1)
     digits = task.messages[0].content.removeprefix("Sort ").split()
     assert len(digits) == 4
     assert domain.score(task, task.demonstration).reward == 1.0
     assert domain.score(task, [Message("assistant", "0 1 2 3 4 5")]).reward == 0.0
+    monkeypatch.setattr(domain, "check", lambda prompt, response: 1.0)
+    verdict = domain.score(task, task.demonstration)
+    assert verdict.reward is None
+    assert "check of sorting returned 1.0, which is no Verdict" in str(verdict.error)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "Sort 7 3 5", "digits": "7 3 5"}))
+    domain = sorting_of(module)
     [read] = domain.read(rows)
     assert domain.score(read, [Message("assistant", "3 5 7")]).reward == 1.0
     with pytest.raises(DataError, match=r"244 held-out tasks .*lower eval\.prompts"):
@@ -68,6 +75,7 @@ def test_names_are_known_where_the_module_is_named(module: str) -> None:
     [
         ("import nothing_like_this", "cannot be imported: ModuleNotFoundError"),
         ("1 / 0", "cannot be imported: ZeroDivisionError"),
+        ("raise SystemExit(3)", "cannot be imported: SystemExit: 3"),
         ("x = 1", "holds no class marked with @environment"),
         ("@environment\nclass A:\n    domain = 'a'", "no subclass of"),
         ("@environment\nclass A(Domain):\n    domain = 'a'", "A has no check, claims, make, parse"),

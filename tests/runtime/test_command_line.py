@@ -65,6 +65,23 @@ def test_help_of_settings_without_sections_reads_well() -> None:
     assert "--gpus" in plan[1]
 
 
+def test_help_for_a_reader_that_has_gone_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        command = [sys.executable, "-m", "nemocascade.cli", "plan", "--help"]
+        done = subprocess.run(
+            command, stdout=pipe, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_misspelt_command_is_told_the_nearest() -> None:
+    [found], _ = run(["genrate"])
+    assert found[0] == 2
+    assert "'genrate' is no command: did you mean generate" in found[2]
+
+
 def test_help_takes_less_than_half_a_second_of_cpu() -> None:
     def cpu_s() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -93,6 +110,7 @@ def test_a_misspelt_option_of_any_command_is_found_before_torch_is_imported() ->
         [name, *["build"] * (name == "data"), *[SFT] * positional.get(name, 1), "--gpuz", "1"]
         for name in SETTINGS
     ]
+    lines += [["serve", "--portt", "1", "MODEL"]]
     lines += [["run", SFT, "--stepz", "1"], ["run", CASCADE, "--stages.sft.stepz", "1"]]
     found, roots = run(*lines)
     wrong = [(line, f) for line, f in zip(lines, found, strict=True) if f[0] != 2 or not f[2]]
@@ -100,6 +118,7 @@ def test_a_misspelt_option_of_any_command_is_found_before_torch_is_imported() ->
     # The planner's distributions of lengths need numpy.
     assert roots <= PARSER | {"numpy"}
     assert "--gpu" in found[list(SETTINGS).index("plan")][2]
+    assert "nemocascade serve has --port, not --portt" in found[-3][2]
     assert "--steps" in found[-2][2]
     assert "--stages.sft.steps" in found[-1][2]
 

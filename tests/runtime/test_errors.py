@@ -99,6 +99,17 @@ def test_a_full_disk_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
         exit_cleanly(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
 
 
+def test_a_path_that_cannot_be_used_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        exit_cleanly(lambda: (tmp_path / "file" / "folder").mkdir(parents=True))
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert f"error: {tmp_path}/file/folder: Not a directory: name a path" in said
+
+
 @pytest.mark.parametrize(
     ("rank", "local", "shown"), [("0", "0", True), ("8", "0", True), ("9", "1", False)]
 )

@@ -16,6 +16,7 @@ import openai
 import pytest
 from helpers.commands import Command
 from helpers.ranks import run_ranks
+from starlette.testclient import TestClient
 
 from nemocascade.envs.base import Domain
 from nemocascade.envs.registry import close_environments, make_environments
@@ -25,11 +26,13 @@ from nemocascade.rollout.completions import PATH, drawn_ids, read_answer, reques
 from nemocascade.rollout.engine import Sampling
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.serving import answers as serving_answers
+from nemocascade.serving.answers import Answers
 from nemocascade.serving.api import typed_arguments
 from nemocascade.serving.chat import Talk
 from nemocascade.serving.echo import PromptScores
 from nemocascade.serving.model import open_model
 from nemocascade.serving.prompts import generate
+from nemocascade.serving.server import application
 from nemocascade.serving.settings import ChatSettings, GenerateSettings, ModelSettings
 from nemocascade.types import ToolCall
 
@@ -262,6 +265,8 @@ def test_arguments_have_the_declared_types() -> None:
         ({"presence_penalty": 0.5}, 400, "presence_penalty(0.5) is not supported"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
+        ({"logit_bias": 5}, 400, "logit_bias"),
+        ({"temperature": 10**400}, 400, "must be a number"),
         ({"stop": [""]}, 400, "stop must be"),
         ({"echo": True}, 400, "echo is not supported here"),
         ({"messages": [{"role": "user", "content": "word " * 4000}]}, 400, "context"),
@@ -274,6 +279,34 @@ def test_what_is_not_supported_is_an_error(
     reply = httpx2.post(f"{server}/v1/chat/completions", json=body, timeout=60)
     assert reply.status_code == status, reply.text
     assert says in reply.json()["error"]["message"]
+
+
+def test_a_prompt_that_is_a_number_is_an_error(server: str) -> None:
+    reply = httpx2.post(f"{server}/v1/completions", json={"prompt": 5}, timeout=60)
+    assert reply.status_code == 400, reply.text
+    assert "prompt must be text, or token ids" in reply.json()["error"]["message"]
+
+
+def test_the_model_is_found_by_its_name(client: Any) -> None:
+    assert client.models.retrieve(model_of(client)).id == model_of(client)
+    with pytest.raises(openai.NotFoundError, match="'other' is not here"):
+        client.models.retrieve("other")
+
+
+def test_a_failure_of_the_program_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        name, context = "broken", 8
+
+        @property
+        def tokenizer(self) -> Any:
+            raise KeyError("a bug")
+
+    app = application(Answers(cast(Any, Broken())))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        reply = client.post("/v1/completions", json={"prompt": "x"})
+    assert reply.status_code == 500
+    assert reply.json()["error"]["type"] == "server_error"
+    assert "KeyError: 'a bug'" in caplog.text
 
 
 def test_a_body_that_is_no_json_is_an_error(server: str) -> None:
@@ -348,6 +381,9 @@ def test_bad_rows_are_named(artifact: str, tmp_path: Path) -> None:
     Path(settings.prompts).write_text('{"prompt": "x"}\n{"other": 1}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"prompts.jsonl:2: neither 'messages' nor 'prompt'"):
         generate(settings)
+    Path(settings.prompts).write_text('{"prompt": "x"}\n{"prompt": "y"\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"prompts.jsonl:2: not JSON"):
+        generate(settings)
 
 
 def ranks_generate(artifact: str, folder: str) -> None:
@@ -397,7 +433,9 @@ def model_turns() -> list[Any]:
 
 def test_a_chat_remembers_its_turns(artifact: str, tmp_path: Path) -> None:
     shown: list[str] = []
-    lines = iter(["Say one.", "/thinking", "Say two.", "/nonsense", "/reset", "/task", "/exit"])
+    # Bytes that are not UTF-8 come as halves of surrogate pairs.
+    said = ["Say one.", "/thinking", "Say \udcff two.", "/nonsense", "/reset", "/task", "/exit"]
+    lines = iter(said)
     settings = ChatSettings(
         artifact, max_tokens=6, seed=3, work_dir=str(tmp_path), engine=FP32, system="Be brief."
     )

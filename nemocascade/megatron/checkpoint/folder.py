@@ -143,6 +143,14 @@ def kind_of(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _remedy(folder: Path, kind: str) -> str:
+    """Name the folder to use instead of one without a manifest: often it is that of the run."""
+    inner = folder / kind
+    if (inner / MANIFEST).is_file():
+        return f"; name {inner}"
+    return f"; name the folder {kind} of a run" if kind in ("artifact", "adapter") else ""
+
+
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     """Read the manifest of `folder` and check its digest.
 
@@ -152,9 +160,10 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         claimed = manifest.pop("digest")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
-            folder, [f"{MANIFEST} is missing: this is no complete {kind}"]
+            folder,
+            [f"{MANIFEST} is missing: this is no complete {kind}{_remedy(folder, kind)}"],
         ) from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(folder, [f"{MANIFEST} cannot be read: {error!r}"]) from error
