@@ -199,7 +199,7 @@ class SweAgentic(RepairDomain):
     def make(self, rng: random.Random, difficulty: int) -> Prompt:
         """Make a task by difficulty.
 
-        0: one short file, or in a quarter of the tasks a bug in a shipped repository to be found by
+        0: one short file, or in a tenth of the tasks a bug in a shipped repository to be found by
         search. 1: two short files, one to be found. 2: a whole repository whose issue names the
         file. 3: an issue that does not. Below 2, a system turn lists the tools in a short form, for
         small contexts.

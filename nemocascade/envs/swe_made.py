@@ -25,7 +25,7 @@ class MadeTask:
     tools: tuple[str, ...] = ()
 
 
-_REPOSITORIES = 0.25
+_REPOSITORIES = 0.1
 """Share of the easiest tasks that are bugs of shipped repositories, mostly too hard for `tiny`."""
 
 

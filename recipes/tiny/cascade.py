@@ -64,7 +64,7 @@ MATH_CODE = replace(
     ),
 )
 AGENTLESS = policy(GrpoRecipe, "swe_agentless_rl", steps=12)
-AGENTIC = policy(GrpoRecipe, "swe_agentic_rl", steps=14)
+AGENTIC = policy(GrpoRecipe, "swe_agentic_rl", steps=16)
 # The learning rate of the stage's own script would undo what the previous stage learnt.
 AGENTIC = replace(AGENTIC, optimizer=replace(AGENTIC.optimizer, lr=3e-4, min_lr=3e-4))
 
@@ -101,7 +101,7 @@ MOPD = replace(
 # Tool results count as response tokens. The agent's episodes cost as much as all other answers.
 # Answers are sampled as in training: a greedy score jumps when a habit becomes rarer than its
 # opposite, at a step that depends on the seed and on the processor.
-LIMITS, TASKS, TEMPERATURES = {"swe_agentic": 448}, {"swe_agentic": 64}, {"swe_agentic": 0.8}
+LIMITS, TASKS = {"swe_agentic": 448}, {"swe_agentic": 64}
 
 RECIPE = CascadeRecipe(
     run_dir="runs/tiny/cascade",
@@ -125,7 +125,6 @@ RECIPE = CascadeRecipe(
                 difficulty=DIFFICULTY.get(name, 0),
                 max_response_tokens=LIMITS.get(name, 0),
                 tasks=TASKS.get(name, 0),
-                temperature=TEMPERATURES.get(name),
             )
             # A domain may have demonstrations of several difficulties.
             for name in dict.fromkeys(d.domain for d in SFT.demonstrations.domains)

@@ -1,7 +1,7 @@
 """SFT on the tasks of all RL domains: the start of the tiny RL stages.
 
 Rows are generated from the environments' own tasks with their known solutions, a quarter of them
-with reasoning. Six in ten show a habit that costs the reward: a code fence around JSON, a call of
+with reasoning. Two in three show a habit that costs the reward: a code fence around JSON, a call of
 the wrong tool, `print` for `return`. Greedy answers therefore mostly fail, while samples sometimes
 succeed, so that RL can improve within minutes. The preference domain has no such habit: its answers
 vary in quality anyway.
@@ -51,7 +51,7 @@ RECIPE = SftRecipe(
             for name, difficulty, rows in ROWS
         ),
         thinking=0.25,
-        careless=0.6,
+        careless=0.65,
     ),
     tokenizer=TokenizerConfig(train_vocab_size=1024),
     optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20, decay_steps=1200),

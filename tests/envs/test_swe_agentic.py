@@ -54,7 +54,7 @@ def test_demonstrations_pass_and_what_is_not_repaired_does_not(
 
 
 def test_the_easiest_tasks_are_short_and_many() -> None:
-    """Most are a file of two lines, a quarter a bug of a repository that ships with the project."""
+    """Most are a file of two lines, a tenth a bug of a repository that ships with the project."""
     tokens: dict[int, list[int]] = {2: [], 3: []}
     count, tokenizer = 2000, sentencepiece_tokenizer()
     for prompt in SweAgentic().prompts(seed=3, count=count):
@@ -66,8 +66,8 @@ def test_the_easiest_tasks_are_short_and_many() -> None:
             ids, _ = encode(tokenizer.template.render(whole, thinking=True), tokenizer)
             tokens[turns].append(len(ids))
         count -= short
-    # More than a quarter: short tasks repeat, and each is given once.
-    assert 500 < count < 750
+    # More than a tenth: short tasks repeat, and each is given once.
+    assert 200 < count < 420
     # This tokenizer knows no word of the tasks: one that was trained on them needs half.
     assert max(tokens[2]) <= 600
     assert max(tokens[3]) <= 1600
