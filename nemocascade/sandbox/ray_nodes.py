@@ -137,7 +137,9 @@ class RayNodes:
         if takes_slot:
             # A session would see a cell twice whose answer alone was lost.
             retries = 0 if method == "run_cell" else RETRIES
-            called = called.options(concurrency_group="programs", max_task_retries=retries)
+            called = called.options(
+                concurrency_group="programs", max_task_retries=retries, enable_task_events=False
+            )
         with self._losing(node.about):
             return self._ray.get(called.remote(*arguments))
 
@@ -260,6 +262,8 @@ class RayNodes:
             max_concurrency=CONTROL_CALLS,
             max_restarts=-1,
             max_task_retries=RETRIES,
+            # Ray would keep a record of each program, for its dashboard.
+            enable_task_events=False,
             scheduling_strategy=on_node(about),
         ).remote(about.slots)
         _KEPT.append(actor)

@@ -133,7 +133,9 @@ class _Method:
     name: str
     group: str | None
 
-    def options(self, concurrency_group: str, max_task_retries: int) -> _Method:
+    def options(
+        self, concurrency_group: str, max_task_retries: int, enable_task_events: bool
+    ) -> _Method:
         self.actor.node.retries[self.name] = max_task_retries
         return _Method(self.actor, self.name, concurrency_group)
 

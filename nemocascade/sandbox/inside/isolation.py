@@ -25,7 +25,7 @@ def enter(visible: Sequence[str], hidden: Sequence[str]) -> None:
     if os.geteuid() == 0:
         linux.unshare(linux.NAMESPACES)
     else:
-        enter_user_namespace(os.geteuid(), os.getegid())
+        enter_user_namespace(os.geteuid(), os.getegid(), linux.NAMESPACES)
     child = os.fork()
     if child:
         _guard(child)
@@ -45,9 +45,9 @@ def become_nobody() -> None:
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def enter_user_namespace(user: int, group: int) -> None:
-    """Create namespaces of all kinds, in which the outer `user` and `group` are nobody."""
-    linux.unshare(linux.CLONE_NEWUSER | linux.NAMESPACES)
+def enter_user_namespace(user: int, group: int, kinds: int) -> None:
+    """Create namespaces of these kinds, in which the outer `user` and `group` are nobody."""
+    linux.unshare(linux.CLONE_NEWUSER | kinds)
     for name, text in (
         ("setgroups", "deny"),
         ("uid_map", f"{NOBODY} {user} 1"),

@@ -242,7 +242,7 @@ def _launch(fds: list[int], tell: int, settings: dict[str, Any]) -> NoReturn:
         with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write("1000")
         if settings["isolation"] != "none":
-            isolation.enter_user_namespace(os.geteuid(), os.getegid())
+            isolation.enter_user_namespace(os.geteuid(), os.getegid(), linux.PROGRAM_NAMESPACES)
             isolation.hide_and_make_scratch(settings["scratch_mib"], settings["scratch_entries"])
         program = os.fork()
         if program == 0:
