@@ -45,6 +45,8 @@ nemocascade data build ... --output data/sft_tokens \\
 
 - The same command resumes a build that was killed: finished shards stay. It shows the progress of
   a Slurm array.
+- One command builds a folder at a time, and the folder is not inside of `data.path`. Files that
+  change while they are tokenised end the build.
 - JSON Lines and Parquet files are cut into shards of `--shard-mib`. A compressed file or a JSON
   array is one shard: split large ones.
 - Bad rows are named and limited by `data.max_bad_rows`, as in a stage. A higher limit resumes

@@ -225,12 +225,14 @@ class Trainer:
 
     def _stop_clock_before_reduction(self) -> None:
         reduce: Any = self.config.finalize_model_grads_func
+        # The configuration must not refer to the trainer, which would keep its world.
+        clock, watch, on_cpu = self._clock, self.world.watch, self.world.device.type == "cpu"
 
         def finalize(*args: Any, **kwargs: Any) -> None:
-            self._clock.stop()
-            if self.world.device.type == "cpu":
+            clock.stop()
+            if on_cpu:
                 # Every rank has told its time before the reduction ends.
-                self.world.watch.tell_time(self._clock.seconds())
+                watch.tell_time(clock.seconds())
             reduce(*args, **kwargs)
 
         self.config.finalize_model_grads_func = finalize
