@@ -10,7 +10,7 @@ import contextlib
 import json
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
@@ -228,6 +228,19 @@ def _order(arguments: list[str]) -> None:
     _execute("order", OrderSettings, act, arguments)
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Context of a search: its millions of small objects have no cycles, and collections of them
+    take a tenth of its time."""
+    import gc
+
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _plan(arguments: list[str]) -> None:
     from nemocascade.plan.settings import PlanSettings
 
@@ -249,7 +262,8 @@ def _plan(arguments: list[str]) -> None:
 
             print(plan_recipe(recipe, settings))
 
-    _execute_on_recipe("plan", PlanSettings, act, arguments)
+    with _without_collections():
+        _execute_on_recipe("plan", PlanSettings, act, arguments)
 
 
 def _preflight(arguments: list[str]) -> None:
