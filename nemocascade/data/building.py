@@ -29,7 +29,7 @@ import numpy as np
 
 from nemocascade.data import synthetic
 from nemocascade.data.built import differing_settings
-from nemocascade.data.cache import cache_key, report_sources
+from nemocascade.data.cache import cache_key, file_state, report_sources
 from nemocascade.data.cache_files import (
     TOKENS,
     ColumnWriter,
@@ -275,8 +275,8 @@ def _check_sources(plan: BuildPlan, work: Path, number: int) -> None:
         if "mtime_ns" not in planned:
             continue
         with row_files.reading(plan.sources[source]):
-            found = Path(plan.sources[source]).stat()
-        if (found.st_size, found.st_mtime_ns) != (planned["bytes"], planned["mtime_ns"]):
+            found = file_state(plan.sources[source])
+        if any(planned[name] != value for name, value in found.items()):
             raise DataError(
                 f"{plan.sources[source]} has changed since {work} was planned: delete the folder "
                 "and build anew"

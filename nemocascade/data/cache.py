@@ -130,6 +130,12 @@ def token_settings(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def file_state(path: str) -> dict[str, int]:
+    """Size and modification time of a file of rows: it has changed if either has."""
+    found = os.stat(path)
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
 def cache_key(
     config: DataConfig,
     paths: Sequence[str],
@@ -150,9 +156,7 @@ def cache_key(
             made = {"name": name, "seed": seed, "heldout": heldout, "version": synthetic.VERSION}
             sources.append(made)
         else:
-            stat = os.stat(name)
-            absolute = str(Path(name).resolve())
-            sources.append({"path": absolute, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns})
+            sources.append({"path": str(Path(name).resolve()), **file_state(name)})
     return {
         "settings": token_settings(config, tokenizer),
         "sources": sources,

@@ -51,7 +51,7 @@ class StopRequest:
     """Knowledge of this rank of a request to stop.
 
     folder: the run's; None: only Ctrl-C counts. is_main: this rank looks for the request. store: of
-    the job, where it tells the others; None without other ranks. name: of the job, see `Watchdog`.
+    the job, where it tells the others; None without other ranks.
     """
 
     def __init__(
@@ -60,12 +60,11 @@ class StopRequest:
         *,
         is_main: bool = True,
         store: Any = None,
-        name: str = "",
     ) -> None:
         self.file = None if folder is None else folder / STOP
         self.interrupt = Interrupt(speaks=is_main)
         self._is_main, self._store = is_main, store
-        self._key = f"nemocascade/stop/{name}"
+        self._key = "nemocascade/stop"
         self._is_asked = False
         self._looked = float("-inf")
 
