@@ -9,7 +9,9 @@ import ctypes
 import faulthandler
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -258,10 +260,14 @@ def test_a_missing_barrier_shows(library: ctypes.CDLL) -> None:
     """Without one barrier, whichever it is, some order of the threads gives a wrong result."""
 
     def is_correct(line: int, tokens: int, experts: int, top_k: int, seed: int) -> bool:
-        # In a child process: a wrong position may be written anywhere.
+        # In a child process: a wrong position may be written anywhere, and a wrong count may keep a
+        # loop going, or a lock taken, for ever.
         child = os.fork()
         if child == 0:
             faulthandler.disable()
+            resource.setrlimit(resource.RLIMIT_CPU, (15, 15))
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)
             library.skip_barrier(line)
             try:
                 correct = is_sorted(library, tokens, experts, top_k, seed)

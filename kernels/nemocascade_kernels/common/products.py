@@ -134,8 +134,8 @@ def limitation(kind: str, way: str) -> str | None:
         return "this torch does not export it"
     try:
         _trial_call(kind, way, (2, 8, 8))()
-    except Exception as error:  # the library refuses the processor
-        return " ".join(str(error).split())[:160]
+    except Exception as error:  # torch passes a library's refusal on without its words
+        return f"{way} fails on this processor: {' '.join(str(error).split())[:120]}"
     return None
 
 
