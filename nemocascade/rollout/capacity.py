@@ -35,7 +35,7 @@ def check_capacity(
         f"the KV cache has {max(0, blocks)} blocks of {memory.size} tokens beside the states of "
         f"{slots} slots, in {memory.budget / GIB:.3g} GiB, and a sequence of {load.longest} "
         f"tokens beside a stored prompt of {load.prompt} needs {needed}: set kv_gib to "
-        f"{gib:.3f} or more, or lower slots or max_response_tokens"
+        f"{gib:.3f} or more, or lower slots, max_response_tokens or context"
     )
 
 

@@ -125,7 +125,7 @@ class LiveEngine:
         load = load or load_of(self.world, work, sampling)
         generation = Generation(
             self.world,
-            self._allocated(load),
+            self.reserve(load),
             work,
             sampling,
             respond,
@@ -142,8 +142,8 @@ class LiveEngine:
         self._is_released = False
         return generation.completions()
 
-    def _allocated(self, load: Load) -> ModelRunner:
-        """The runner with the slots and blocks that memory allows.
+    def reserve(self, load: Load) -> ModelRunner:
+        """The runner with the slots and blocks that memory allows; collective, as `run`.
 
         Raises CapacityError if a single sequence does not fit.
         """

@@ -54,13 +54,15 @@ class ServeError(UserError, RuntimeError):
 def serve(settings: ServeSettings) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
-    Raises RecipeError for several ranks, and ServeError if the address cannot be used.
+    Raises RecipeError for several ranks, CapacityError if memory does not hold a sequence as long
+    as the context, and ServeError if the address cannot be used.
     """
     if (size := world_size_of_environment()) > 1:
         raise RecipeError(
             [f"serve runs in one process, and there are {size}: start it without torchrun"]
         )
     with open_model(settings) as model:
+        model.engine.reserve(model.load)
         answers = Answers(model)
         config = uvicorn.Config(
             application(answers),

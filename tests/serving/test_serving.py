@@ -22,6 +22,7 @@ from nemocascade.envs.base import Domain
 from nemocascade.envs.registry import close_environments, make_environments
 from nemocascade.megatron.convert import export_huggingface
 from nemocascade.recipe import EngineConfig, RecipeError
+from nemocascade.rollout.capacity import CapacityError
 from nemocascade.rollout.completions import PATH, drawn_ids, read_answer, request_body
 from nemocascade.rollout.engine import Sampling
 from nemocascade.runtime.row_errors import DataError
@@ -32,8 +33,13 @@ from nemocascade.serving.chat import Talk
 from nemocascade.serving.echo import PromptScores
 from nemocascade.serving.model import open_model
 from nemocascade.serving.prompts import generate
-from nemocascade.serving.server import application
-from nemocascade.serving.settings import ChatSettings, GenerateSettings, ModelSettings
+from nemocascade.serving.server import application, serve
+from nemocascade.serving.settings import (
+    ChatSettings,
+    GenerateSettings,
+    ModelSettings,
+    ServeSettings,
+)
 from nemocascade.types import ToolCall
 
 FP32 = EngineConfig(precision="fp32")
@@ -463,6 +469,17 @@ def environments() -> Iterator[dict[str, Domain]]:
     found = make_environments()
     yield found
     close_environments(found)
+
+
+def test_a_context_beyond_memory_is_refused_before_it_is_served(
+    artifact: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ServeSettings(
+        artifact, port=0, context=1 << 20, kv_gib=0.01, work_dir=str(tmp_path), engine=FP32
+    )
+    with pytest.raises(CapacityError, match=r"set kv_gib to .* or context"):
+        serve(settings)
+    assert "http://" not in caplog.text
 
 
 def test_a_task_beyond_the_context_is_refused(
