@@ -123,15 +123,20 @@ def score_table(run_dir: Path, run: Listed) -> str:
     the order in which stages train them.
 
     [ ] marks the domains that a stage trains, * the teacher. Scores of several samples have their
-    standard error. Stale stages are named below the table.
+    standard error. Stale stages and unreadable scores are named below the table.
     """
     rows: dict[str, Scores] = {}
+    unread = []
     for stage in run.stages:
-        scores = read_scores(_folder(run_dir, stage.name) / SCORES)
+        path = _folder(run_dir, stage.name) / SCORES
+        scores = read_scores(path)
         if scores is not None and scores.digest == stage.artifact_digest:
             rows[stage.name] = scores
+        elif scores is None and path.exists():
+            unread.append(str(path))
+    damaged = f"damaged, or of another version: {', '.join(unread)}" if unread else ""
     if not rows:
-        return "no stage has scores yet"
+        return "\n".join(filter(None, ["no stage has scores yet", damaged]))
     trained = {s.name: _trained_domains(run_dir, s) for s in run.stages}
     scored = sorted({domain for scores in rows.values() for domain in scores.scores})
     in_order = (domain for found in trained.values() for domain in found if domain in scored)
@@ -147,7 +152,7 @@ def score_table(run_dir: Path, run: Listed) -> str:
         table.append([name, *cells, "stale" if name in stale else ""])
     notes = ["[ ] the stage trains this domain"] if any(trained.values()) else []
     notes += ["* teaches the domain in MOPD"] if teachers else []
-    parts = ["\n".join(_aligned([*_headings(domains), *table])), "   ".join(notes)]
+    parts = ["\n".join(_aligned([*_headings(domains), *table])), "   ".join(notes), damaged]
     if stale:
         lines = [f"  {name} is {reason}" for name, reason in stale.items()]
         parts.append("\n".join(["stale: the next full run makes these again", *lines]))

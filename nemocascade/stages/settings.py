@@ -36,14 +36,18 @@ class ScoreSettings:
     """Artifact folder."""
 
     domains: tuple[str, ...] = ()
-    """Names of the domains; empty = the benchmarks, or all domains without one."""
+    """Names of the domains; empty = those of `rows` and the benchmarks, or all without any."""
+
+    rows: tuple[str, ...] = ()
+    """Rows of held-out tasks, each as DOMAIN=PATH; a domain of `scores.envs.modules` too."""
 
     benchmarks: tuple[str, ...] = ()
     """Public benchmarks, each as NAME=PATH of its published rows: gsm8k, math, mmlu_pro, humaneval,
     ifeval, ifbench."""
 
     limit: Natural = 0
-    """Number of the first rows of each benchmark that are read; 0 = all."""
+    """Number of the first rows of each benchmark, and of `rows` by domain, that are read;
+    0 = all."""
 
     difficulty: Natural = 0
     """Difficulty of generated tasks; 0 is the easiest."""

@@ -262,6 +262,7 @@ def open_tokenizer(recipe: SftRecipe, world: World) -> Tokenizer:
 
     tokenizer: Tokenizer = main_first(world, prepare, lambda: load_tokenizer(path))
     check_vocabulary(tokenizer, recipe.model.vocab_size)
+    LOGGER.info("tokenizer: %d ids, %s", tokenizer.vocab_size, path)
     return tokenizer
 
 

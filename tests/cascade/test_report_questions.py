@@ -237,6 +237,15 @@ def test_the_table_is_in_the_cascades_order(run: Path) -> None:
     assert "stale" not in "\n".join(lines)
 
 
+def test_scores_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "damaged", stages=2)
+    path = run / "stages" / "if_rl" / "scores.json"
+    path.write_text("{")
+    table = score_table(run, listed_in(run))
+    assert table.splitlines()[-1] == f"damaged, or of another version: {path}"
+    assert not any(line.startswith("if_rl") for line in table.splitlines())
+
+
 def test_what_is_stale_after_a_stage_was_made_again_is_said(tmp_path: Path) -> None:
     run = make_run(tmp_path / "again")
     stages = listed_in(run).stages

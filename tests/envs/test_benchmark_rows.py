@@ -219,6 +219,22 @@ def test_benchmarks_of_one_domain_have_scores_of_their_own(tmp_path: Path) -> No
     assert any("names gsm8k twice" in problem for problem in twice.problems(1))
 
 
+def test_rows_of_a_domain_are_scored(tmp_path: Path) -> None:
+    paths = [file_of(tmp_path / f"{n}.jsonl", ROWS["gsm8k"][0]) for n in ("a", "b")]
+    given = (f"math={paths[0]}", f"sorting={paths[0]}", f"math={paths[1]}")
+    config = config_of(ScoreSettings(rows=given, limit=3))
+    assert [(d.label, d.domain, d.heldout_path, d.tasks) for d in config.domains] == [
+        ("math", "math", tuple(map(str, paths)), 3),
+        ("sorting", "sorting", (str(paths[0]),), 3),
+    ]
+    assert config.problems(1) == []
+    with pytest.raises(DataError, match=r"missing\.jsonl"):
+        config_of(ScoreSettings(rows=("math=missing.jsonl",)))
+    for wrong in ("rows.jsonl", "=rows.jsonl", "math="):
+        with pytest.raises(RecipeError, match=rf"rows\({wrong}\) must be DOMAIN=PATH"):
+            config_of(ScoreSettings(rows=(wrong,)))
+
+
 def test_worked_solutions_are_rows_of_sft(environments: dict[str, Domain], tmp_path: Path) -> None:
     """SFT sees the prompts of RL, and answers that its verifier accepts."""
     rows = [ROWS["gsm8k"][0], ROWS["math"][0]]
