@@ -13,10 +13,12 @@ namespace {
 
 using Wide = __int128;  // n * capacity^2 may pass 2^63
 
-// The share of the documents reserved to close the bins: an eighth of the tokens, and at least four
-// documents a bin. Measured: with less, no document fits some bins; with more, balance is worse.
+// The documents reserved to close the bins: an eighth of the tokens, and at least four documents a
+// bin. With less, no document fits some bins; with more, balance may be worse. Where that needs too
+// many bins, twice as much is reserved, and then four times.
 constexpr int64_t kClosingShare = 8;
 constexpr int64_t kClosingDocuments = 4;
+constexpr int kAttempts = 3;
 // Balance may cost one bin in a thousand more than first-fit-decreasing, or one if there are at
 // least a hundred. First-fit-decreasing puts documents of similar lengths, and so of similar types,
 // into one bin.
@@ -127,12 +129,13 @@ int64_t balance_level(const std::vector<int64_t>& lengths, int64_t bins) {
 }
 
 // Number of the longest documents that are spread; the others close the bins.
-int64_t count_spread(const std::vector<int64_t>& lengths, int64_t tokens, int64_t bins) {
+int64_t count_spread(const std::vector<int64_t>& lengths, int64_t tokens, int64_t bins,
+                     int attempt) {
+  const int64_t share = kClosingShare >> attempt, documents = kClosingDocuments << attempt;
   int64_t spread = static_cast<int64_t>(lengths.size());
   int64_t closing_tokens = 0;
   int64_t closing_documents = 0;
-  while (spread > 0 && (closing_tokens * kClosingShare < tokens ||
-                        closing_documents < kClosingDocuments * bins)) {
+  while (spread > 0 && (closing_tokens * share < tokens || closing_documents < documents * bins)) {
     closing_tokens += lengths[--spread];
     ++closing_documents;
   }
@@ -212,16 +215,20 @@ Bins assign(const std::vector<int64_t>& lengths, int64_t capacity) {
   const int64_t tokens = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
   const int64_t halves =
       std::count_if(lengths.begin(), lengths.end(), [&](int64_t l) { return 2 * l > capacity; });
-  Bins balanced(count, capacity);
   const int64_t least = std::max((tokens + capacity - 1) / capacity, halves);
-  for (int64_t bin = 0; bin < least; ++bin) balanced.open();
   const int64_t level = balance_level(lengths, least);
-  const int64_t spread_count = count_spread(lengths, tokens, least);
-  spread(lengths, spread_count, level, balanced);
-  close(lengths, spread_count, capacity, level, true, balanced);
-  const int64_t extra = std::max<int64_t>(first_fit.size() / kExtraBinsShare,
-                                          first_fit.size() >= kLeastBinsForOneExtra);
-  return balanced.size() <= first_fit.size() + extra ? balanced : first_fit;
+  const int64_t most =
+      first_fit.size() + std::max<int64_t>(first_fit.size() / kExtraBinsShare,
+                                           first_fit.size() >= kLeastBinsForOneExtra);
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    Bins balanced(count, capacity);
+    for (int64_t bin = 0; bin < least; ++bin) balanced.open();
+    const int64_t spread_count = count_spread(lengths, tokens, least, attempt);
+    spread(lengths, spread_count, level, balanced);
+    close(lengths, spread_count, capacity, level, true, balanced);
+    if (balanced.size() <= most) return balanced;
+  }
+  return first_fit;
 }
 
 // Makes groups of bins of nearly equal work, the most work first, sorted by increasing work, and

@@ -15,8 +15,9 @@ parallel then wait for the slowest. The planner therefore
    the bin to `S` as it fills up, so the bin furthest below gets the longest document;
 4. *closes* the bins with the rest (an eighth of the tokens, and at least four documents a bin) by
    first-fit-decreasing, but never leaves a remainder shorter than every document;
-5. keeps the result of plain first-fit-decreasing where balance would need more extra bins than one
-   in a thousand (from a hundred bins on, one extra bin is always allowed).
+5. where that needs more extra bins than one in a thousand beside plain first-fit-decreasing (from a
+   hundred bins on, one is always allowed), closes them with twice, and then four times as much, and
+   otherwise keeps the result of first-fit-decreasing.
 
 The packing depends on the lengths, the capacity and the seed. It does not depend on the model or
 the number of ranks.

@@ -59,8 +59,8 @@ MATH_CODE = replace(
     CODE,
     steps=7,
     domains=(
-        DomainConfig("math", share=0.94, tasks=800),
-        replace(CODE.domains[0], share=0.06),
+        DomainConfig("math", share=0.97, tasks=800),
+        replace(CODE.domains[0], share=0.03),
     ),
 )
 AGENTLESS = policy(GrpoRecipe, "swe_agentless_rl", steps=12)

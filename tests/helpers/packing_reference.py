@@ -17,6 +17,7 @@ from nemocascade.data.packing import Int64Array, WorkModel
 
 CLOSING_SHARE = 8
 CLOSING_DOCUMENTS = 4
+ATTEMPTS = 3
 EXTRA_BINS_SHARE = 1000
 LEAST_BINS_FOR_ONE_EXTRA = 100
 _MASK = (1 << 64) - 1
@@ -131,16 +132,19 @@ def assign(lengths: Sequence[int], capacity: int) -> Bins:
     tokens = sum(lengths)
     halves = sum(2 * length > capacity for length in lengths)
     least = max(-(-tokens // capacity), halves)
-    balanced = Bins(len(lengths), capacity)
-    for _ in range(least):
-        balanced.open()
     level = balance_level(lengths, least)
-    spread_count = count_spread(lengths, tokens, least)
-    spread(lengths[:spread_count], level, balanced)
-    close(lengths, spread_count, level, True, balanced)
-    least = len(first_fit.fills)
-    extra = max(least // EXTRA_BINS_SHARE, int(least >= LEAST_BINS_FOR_ONE_EXTRA))
-    return balanced if len(balanced.fills) <= least + extra else first_fit
+    most = len(first_fit.fills)
+    most += max(most // EXTRA_BINS_SHARE, int(most >= LEAST_BINS_FOR_ONE_EXTRA))
+    for attempt in range(ATTEMPTS):
+        balanced = Bins(len(lengths), capacity)
+        for _ in range(least):
+            balanced.open()
+        spread_count = count_spread(lengths, tokens, least, attempt)
+        spread(lengths[:spread_count], level, balanced)
+        close(lengths, spread_count, level, True, balanced)
+        if len(balanced.fills) <= most:
+            return balanced
+    return first_fit
 
 
 def balance_level(lengths: Sequence[int], bins: int) -> int:
@@ -155,12 +159,13 @@ def balance_level(lengths: Sequence[int], bins: int) -> int:
     return rest // bins
 
 
-def count_spread(lengths: Sequence[int], tokens: int, bins: int) -> int:
+def count_spread(lengths: Sequence[int], tokens: int, bins: int, attempt: int) -> int:
     """How many of the longest documents are spread; the others close the bins."""
+    share, documents = CLOSING_SHARE >> attempt, CLOSING_DOCUMENTS << attempt
     spread_count = len(lengths)
     closing_tokens = closing_documents = 0
     while spread_count > 0 and (
-        closing_tokens * CLOSING_SHARE < tokens or closing_documents < CLOSING_DOCUMENTS * bins
+        closing_tokens * share < tokens or closing_documents < documents * bins
     ):
         spread_count -= 1
         closing_tokens += lengths[spread_count]
