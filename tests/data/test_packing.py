@@ -190,6 +190,15 @@ def test_bins_are_alike_where_no_document_is_very_long() -> None:
     assert spread.max() / spread.min() < 1.15
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_bins_are_mixed_whatever_the_lengths_of_the_types(seed: int) -> None:
+    """Documents of a type have about one length; first-fit-decreasing would fill bins by type."""
+    rng = np.random.default_rng(seed)
+    types = rng.choice([30, 36, 45, 60, 75, 110], 3000, p=[0.3, 0.2, 0.2, 0.15, 0.1, 0.05])
+    costs = plan(types + rng.integers(-4, 5, 3000), 512, work=WorkModel(0, 1)).costs
+    assert costs.std() < 0.15 * costs.mean()
+
+
 @pytest.mark.parametrize("work", [WORK, WorkModel(0, 1), WorkModel(1, 0)])
 def test_any_divisor_of_the_group_is_balanced(work: WorkModel) -> None:
     lengths = log_normal(np.random.default_rng(6), 60_000, 65_536)
