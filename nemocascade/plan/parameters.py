@@ -135,6 +135,21 @@ def chunk_parameters(
     lora: LoraConfig | None = None,
 ) -> list[Parameter]:
     """Parameters of one chunk on each of its ranks, in the order of the module tree."""
+    # Layouts that differ in other axes have the same parameters.
+    axes = ParallelConfig(tp=parallel.tp, pp=min(parallel.pp, 2), ep=parallel.ep, etp=parallel.etp)
+    return list(_parameters(model, axes, moe, pattern, first, last, lora))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _parameters(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    moe: MoeTrainingConfig,
+    pattern: str,
+    first: bool,
+    last: bool,
+    lora: LoraConfig | None,
+) -> tuple[Parameter, ...]:
     table = model.vocab_size // parallel.tp * model.hidden_size
     shared = model.tie_embeddings and parallel.pp > 1
     found: list[Parameter] = []
@@ -148,8 +163,8 @@ def chunk_parameters(
         if shared or not model.tie_embeddings:
             found.append(Parameter("output_layer.weight", table, shared=shared))
     if lora is None or not lora.rank:
-        return found
-    return [p if "lora_" in p.name else replace(p, trained=False) for p in found]
+        return tuple(found)
+    return tuple(p if "lora_" in p.name else replace(p, trained=False) for p in found)
 
 
 def _with_factors(
