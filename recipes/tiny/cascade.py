@@ -53,6 +53,16 @@ IF, MULTI, RLHF, LONG = (
     policy(GrpoRecipe, name) for name in ("if_rl", "multi_domain_rl", "rlhf", "long_context_rl")
 )
 CODE = policy(GrpoRecipe, "code_rl", steps=12)
+# Preference has a stage of its own after MOPD: a large KL coefficient and a decay stop its teacher
+# halfway, wherever a seed begins.
+RLHF_TEACHER = replace(
+    RLHF,
+    steps=10,
+    grpo=replace(RLHF.grpo, kl_coef=0.85),
+    optimizer=replace(
+        RLHF.optimizer, schedule="linear", warmup_steps=0, min_lr=2e-5, decay_steps=10
+    ),
+)
 # Code has a stage of its own after MOPD: few steps and a small share keep its teacher far from
 # perfect.
 MATH_CODE = replace(
@@ -109,7 +119,7 @@ RECIPE = CascadeRecipe(
         StageConfig("sft", SFT),
         StageConfig("if_rl", IF),
         StageConfig("multi_domain_rl", MULTI),
-        StageConfig("rlhf_teacher", replace(RLHF, steps=4), start="sft", side=True),
+        StageConfig("rlhf_teacher", RLHF_TEACHER, start="sft", side=True),
         StageConfig("math_code_teacher", MATH_CODE, start="sft", side=True),
         StageConfig("mopd", MOPD),
         StageConfig("rlhf", RLHF),
