@@ -25,6 +25,7 @@ import psutil
 
 from nemocascade.data import synthetic
 from nemocascade.data.building import (
+    PLAN,
     BuildPlan,
     build_key,
     is_finished,
@@ -151,7 +152,7 @@ def _build_owned(
     if output.exists():
         raise DataError(f"{output} was made meanwhile by another process: run the command again")
     if waiting := _in_queue(work):
-        if (work / "plan.json").is_file():
+        if (work / PLAN).is_file():
             LOGGER.info("%s", progress(read_plan(work), work, 0, 0.0))
         LOGGER.info("jobs in the queue: %s", ", ".join(waiting))
         return None

@@ -50,6 +50,9 @@ from nemocascade.runtime.row_errors import BadRows, DataError
 from nemocascade.runtime.row_files import RowChunk
 from nemocascade.runtime.row_parts import lines_of_part, parts_of
 
+PLAN = "plan.json"
+"""Name of the plan in the work folder of a build."""
+
 Extent = tuple[int, int, int]
 """Rows of one source: its index, and a part's start and stop; 0 and 0 = the whole source."""
 
@@ -70,7 +73,7 @@ class BuildPlan:
 
     def write(self, work: Path) -> None:
         """Write the plan to `work`/plan.json."""
-        write_json(work / "plan.json", asdict(self))
+        write_json(work / PLAN, asdict(self))
 
 
 def work_folder(output: Path) -> Path:
@@ -80,7 +83,7 @@ def work_folder(output: Path) -> Path:
 
 def read_plan(work: Path) -> BuildPlan:
     """Read the plan in a work folder."""
-    stored = json.loads((work / "plan.json").read_bytes())
+    stored = json.loads((work / PLAN).read_bytes())
     config: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in stored["config"].items()
     }
@@ -100,7 +103,7 @@ def plan_build(
     report_sources(config, config.path)
     sources = find_sources(config.path)
     key = build_key(config, tokenizer, seed)
-    if (work / "plan.json").is_file():
+    if (work / PLAN).is_file():
         old = read_plan(work)
         if old.key != key:
             found = list(differing_settings(old.key, config, tokenizer, seed=seed))
@@ -264,7 +267,7 @@ def join_shards(work: Path, output: Path) -> dict[str, Any]:
     folder.rename(output)
     sync_folder(output.parent)
     shutil.rmtree(work / "parts")
-    (work / "plan.json").unlink()
+    (work / PLAN).unlink()
     return read_manifest(output)
 
 

@@ -90,10 +90,9 @@ class Sign:
 class Watchdog:
     """Watches the ranks of a job. Without a store it only records the phase.
 
-    name: of the job in its store, the same on all ranks, and unique in a store that outlives it.
-    limit_s: seconds of silence or stall that end the job. stacks: folder for stack dumps; the hosts
-    of culprits are written beside it, to `SUSPECTS`. stalls: False for work that may take any time,
-    of which a rank is named only if it is silent.
+    store: of this watchdog alone. limit_s: seconds of silence or stall that end the job. stacks:
+    folder for stack dumps; the hosts of culprits are written beside it, to `SUSPECTS`. stalls:
+    False for work that may take any time, of which a rank is named only if it is silent.
     """
 
     def __init__(
@@ -102,14 +101,13 @@ class Watchdog:
         size: int = 1,
         *,
         store: Any = None,
-        name: str = "",
         limit_s: float = 0.0,
         stacks: Path | None = None,
         stalls: bool = True,
     ) -> None:
         self.rank, self.size, self.store = rank, size, store
         self._stalls = stalls
-        self.prefix = f"nemocascade/watchdog/{name}"
+        self.prefix = "nemocascade/watchdog"
         self.limit_s, self.stacks = limit_s, stacks
         # Every rank reads all heartbeats, so the interval grows with the number of ranks.
         self.interval = max(0.05, min(limit_s / 10, max(5.0, size / 100)))

@@ -23,7 +23,7 @@ from nemocascade.megatron.model import build_model
 from nemocascade.megatron.products import settle_products
 from nemocascade.megatron.user_buffers import user_buffers
 from nemocascade.megatron.warm_up import warm_up
-from nemocascade.megatron.world import Meeting, meet_ranks, start_world
+from nemocascade.megatron.world import meet_ranks, start_world
 from nemocascade.plan.devices import check_together, job_here
 from nemocascade.plan.preflight import problems_before
 from nemocascade.recipe import (
@@ -115,47 +115,39 @@ def watched_world(
     lock: of the run folder, acquired by the main rank and released at the end. moments: precision
     of AdamW's.
     """
-    meeting = meet_ranks(engine)
-    watch = _watchdog(meeting, engine, run_dir, lock)
-    world: World | None = None
     try:
-        # A rank that is stopped or dies in the start is named too.
-        watch.start()
-        world = start_world(parallel, engine, meeting)
-        stop = StopRequest(run_dir, is_main=world.is_main, store=watch.store)
-        world = replace(world, watch=watch, stop=stop)
-        if lock is not None:
-            main_first(world, lock.acquire, lambda: None)
-        start_logging(run_dir, is_main=world.is_main)
-        if lock is not None and lock.note:
-            LOGGER.warning(lock.note)
-        settle_products(run_dir, world, engine, keeps=lock is not None)
-        detected = detect(engine, world.device, moments=moments)
-        watch.enter("set-up")
-        yield world, detected
-    except Exception as error:
-        watch.fail(error)
-        raise
+        with _joined(run_dir, parallel, engine, lock) as (world, watch):
+            stop = StopRequest(run_dir, is_main=world.is_main, store=watch.store)
+            world = replace(world, watch=watch, stop=stop)
+            if lock is not None:
+                main_first(world, lock.acquire, lambda: None)
+            start_logging(run_dir, is_main=world.is_main)
+            if lock is not None and lock.note:
+                LOGGER.warning(lock.note)
+            settle_products(run_dir, world, engine, keeps=lock is not None)
+            detected = detect(engine, world.device, moments=moments)
+            watch.enter("set-up")
+            yield world, detected
     finally:
-        watch.close()
-        if world is not None:
-            world.close()
         if lock is not None:
             lock.release()
 
 
-def _watchdog(
-    meeting: Meeting,
-    engine: EngineConfig,
+@contextmanager
+def _joined(
     run_dir: Path,
+    parallel: ParallelConfig,
+    engine: EngineConfig,
     lock: RunLock | None,
     *,
     stalls: bool = True,
-) -> Watchdog:
-    """A watchdog of the ranks that meet. lock: of the run folder, which the job will acquire."""
+) -> Iterator[tuple[World, Watchdog]]:
+    """Join the process groups under a watchdog that names a rank from the start on, and leave them.
+    lock: of the run folder, which the job will acquire. stalls: see `Watchdog`."""
+    meeting = meet_ranks(engine)
     if lock is not None and meeting.rank == 0:
         end_by_exception_on_sigterm()
-    return Watchdog(
+    watch = Watchdog(
         meeting.rank,
         meeting.size,
         store=job_store(meeting.store) if meeting.size > 1 else None,
@@ -163,6 +155,18 @@ def _watchdog(
         stacks=run_dir / "stacks",
         stalls=stalls,
     )
+    world: World | None = None
+    try:
+        watch.start()
+        world = start_world(parallel, engine, meeting)
+        yield world, watch
+    except Exception as error:
+        watch.fail(error)
+        raise
+    finally:
+        watch.close()
+        if world is not None:
+            world.close()
 
 
 def on_main_rank(lock: RunLock, engine: EngineConfig, work: Callable[[], Any]) -> Any:
@@ -185,24 +189,12 @@ def on_main_rank(lock: RunLock, engine: EngineConfig, work: Callable[[], Any]) -
         return work()
     # Long timeout: the others wait while the main rank hashes data sets.
     patient = replace(engine, timeout_s=max(86_400, engine.timeout_s))
-    meeting = meet_ranks(patient)
-    watch = _watchdog(meeting, engine, lock.folder, lock, stalls=False)
-    world: World | None = None
-    try:
-        watch.start()
-        world = start_world(ParallelConfig(), patient, meeting)
+    results: list[Any] = []
+    with _joined(lock.folder, ParallelConfig(), patient, lock, stalls=False) as (world, watch):
         main_first(world, prepare, lambda: start_logging(lock.folder, is_main=False))
         watch.enter("between stages")
-        results: list[Any] = []
         main_first(world, lambda: results.append(work()), lambda: None)
         return world.broadcast_object(results[0] if results else None)
-    except Exception as error:
-        watch.fail(error)
-        raise
-    finally:
-        watch.close()
-        if world is not None:
-            world.close()
 
 
 def open_frozen(

@@ -220,7 +220,7 @@ def wait_for_the_main_rank(timeout_s: float, work_s: float) -> tuple[str, float]
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
-    watch = Watchdog(rank, size, store=job_store(), name="slow", limit_s=0.8 * timeout_s)
+    watch = Watchdog(rank, size, store=job_store(), limit_s=0.8 * timeout_s)
     groups: Any = None
     world = World(rank, size, torch.device("cpu"), ParallelConfig(), groups, watch)
     watch.start()
