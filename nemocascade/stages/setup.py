@@ -140,11 +140,15 @@ def _joined(
     engine: EngineConfig,
     lock: RunLock | None,
     *,
-    stalls: bool = True,
+    patience_s: float = 0.0,
 ) -> Iterator[tuple[World, Watchdog]]:
     """Join the process groups under a watchdog that names a rank from the start on, and leave them.
-    lock: of the run folder, which the job will acquire. stalls: see `Watchdog`."""
-    meeting = meet_ranks(engine)
+
+    lock: of the run folder, which the job will acquire. patience_s: collectives wait at least so
+    long, for work that may take any time; a rank is then named only if it is silent.
+    """
+    patient = replace(engine, timeout_s=max(patience_s, engine.timeout_s))
+    meeting = meet_ranks(patient)
     if lock is not None and meeting.rank == 0:
         end_by_exception_on_sigterm()
     watch = Watchdog(
@@ -153,12 +157,12 @@ def _joined(
         store=job_store(meeting.store) if meeting.size > 1 else None,
         limit_s=0.8 * engine.timeout_s,
         stacks=run_dir / "stacks",
-        stalls=stalls,
+        stalls=not patience_s,
     )
     world: World | None = None
     try:
         watch.start()
-        world = start_world(parallel, engine, meeting)
+        world = start_world(parallel, patient, meeting)
         yield world, watch
     except Exception as error:
         watch.fail(error)
@@ -187,10 +191,10 @@ def on_main_rank(lock: RunLock, engine: EngineConfig, work: Callable[[], Any]) -
     if world_size_of_environment() == 1:
         prepare()
         return work()
-    # Long timeout: the others wait while the main rank hashes data sets.
-    patient = replace(engine, timeout_s=max(86_400, engine.timeout_s))
     results: list[Any] = []
-    with _joined(lock.folder, ParallelConfig(), patient, lock, stalls=False) as (world, watch):
+    # The others wait while the main rank hashes data sets.
+    joined = _joined(lock.folder, ParallelConfig(), engine, lock, patience_s=86_400)
+    with joined as (world, watch):
         main_first(world, prepare, lambda: start_logging(lock.folder, is_main=False))
         watch.enter("between stages")
         main_first(world, lambda: results.append(work()), lambda: None)
