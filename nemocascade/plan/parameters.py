@@ -110,20 +110,25 @@ def stage_parameters(
     """Parameters of a pipeline rank, as a list for each of its vpp chunks. lora: its factors; with
     a rank, nothing else is trained."""
     last = pp_rank == parallel.pp - 1
+    # Layouts that differ in other axes have the same parameters.
+    axes = ParallelConfig(tp=parallel.tp, pp=min(parallel.pp, 2), ep=parallel.ep, etp=parallel.etp)
     return [
-        chunk_parameters(
-            model,
-            parallel,
-            moe,
-            pattern,
-            first=pp_rank == chunk == 0,
-            last=last and chunk == parallel.vpp - 1,
-            lora=lora,
+        list(
+            chunk_parameters(
+                model,
+                axes,
+                moe,
+                pattern,
+                first=pp_rank == chunk == 0,
+                last=last and chunk == parallel.vpp - 1,
+                lora=lora,
+            )
         )
         for chunk, pattern in enumerate(stage_chunks(model, parallel, pp_rank))
     ]
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def chunk_parameters(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -133,23 +138,8 @@ def chunk_parameters(
     first: bool,
     last: bool,
     lora: LoraConfig | None = None,
-) -> list[Parameter]:
-    """Parameters of one chunk on each of its ranks, in the order of the module tree."""
-    # Layouts that differ in other axes have the same parameters.
-    axes = ParallelConfig(tp=parallel.tp, pp=min(parallel.pp, 2), ep=parallel.ep, etp=parallel.etp)
-    return list(_parameters(model, axes, moe, pattern, first, last, lora))
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def _parameters(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    moe: MoeTrainingConfig,
-    pattern: str,
-    first: bool,
-    last: bool,
-    lora: LoraConfig | None,
 ) -> tuple[Parameter, ...]:
+    """Parameters of one chunk on each of its ranks, in the order of the module tree."""
     table = model.vocab_size // parallel.tp * model.hidden_size
     shared = model.tie_embeddings and parallel.pp > 1
     found: list[Parameter] = []
