@@ -14,8 +14,9 @@ Every artifact is scored on every domain, on the same tasks for all ways. Report
 bootstrap intervals over seeds: mean over the domains and worst domain at the end, the steps to
 `--level` of the paper's order's own gain, and paired differences from the paper's order.
 
-Each way is a cascade in `--work`, which resumes. Several processes may run some seeds each
-(`--first`) with `--sft`; a last one over all seeds writes the record. A plot is written beside it.
+Each way is a cascade in `--work`, which resumes; its stages with MOPD are side branches of it.
+Several processes may run some seeds each (`--first`) with `--sft`; a last one over all seeds writes
+the record. A plot is written beside it.
 
 Exit code: 0 fine, whatever wins; 2 the options do not go together.
 """
@@ -23,6 +24,7 @@ Exit code: 0 fine, whatever wins; 2 the options do not go together.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -108,8 +110,10 @@ class Run:
 class OrderRace:
     """Cascades of the ways, all from one artifact."""
 
-    def __init__(self, setting: Setting, work: Path, sft: Path | None) -> None:
-        self.setting, self.work = setting, work
+    def __init__(
+        self, setting: Setting, work: Path, sft: Path | None, *, mopd: bool = False
+    ) -> None:
+        self.setting, self.work, self.mopd = setting, work, mopd
         base = load_recipe(ROOT / "recipes" / "tiny" / "cascade.py", CascadeRecipe)
         self.stages = {s.name: s.recipe for s in base.stages}
         domains = tuple(d for d in base.scores.domains if d.domain not in SLOW)
@@ -149,48 +153,66 @@ class OrderRace:
         )
         return replace(recipe, stage=MIXED, domains=domains, rollout=rollout, envs=self.scores.envs)
 
-    def cascade(self, order: Sequence[str], seed: int, *, mopd: bool = False) -> CascadeRecipe:
-        """The cascade of one way. order: stage names; may hold MIXED several times."""
-        listed: list[tuple[str, StageRecipe]] = []
-        for number, name in enumerate(order):
-            listed.append((f"s{number + 1}_{name}", self.stage(name, seed + 100 * number)))
-        if mopd:
-            recipe = self.stages["mopd"]
-            assert isinstance(recipe, MopdRecipe)
-            scored = {d.domain for d in self.scores.domains}
-            steps = self.setting.mopd_steps
-            warmup = min(recipe.optimizer.warmup_steps, steps // 2)
-            optimizer = replace(recipe.optimizer, decay_steps=steps, warmup_steps=warmup)
-            recipe = replace(
-                recipe,
-                steps=steps,
-                seed=seed,
-                optimizer=optimizer,
-                domains=tuple(d for d in recipe.domains if d.domain in scored),
-            )
-            listed.insert(2, ("mopd", recipe))
-        name, first = listed[0]
-        listed[0] = name, replace(first, init_from=str(self.sft))
-        folder = f"seed_{seed}/{'-'.join(order)}{'-mopd' * mopd}"
+    def cascade(self, order: Sequence[str], seed: int) -> CascadeRecipe:
+        """The cascade of one way. order: stage names; may hold MIXED several times.
+
+        If MOPD takes part, it starts from the second stage as a side branch, and the later stages
+        run after it once more.
+        """
+        names = [f"s{number + 1}_{name}" for number, name in enumerate(order)]
+        recipes = [self.stage(name, seed + 100 * number) for number, name in enumerate(order)]
+        recipes[0] = replace(recipes[0], init_from=str(self.sft))
+        stages: list[StageConfig[StageRecipe]] = [
+            StageConfig(name, recipe) for name, recipe in zip(names, recipes, strict=True)
+        ]
+        if self.mopd:
+            branch: list[StageConfig[StageRecipe]] = [
+                StageConfig("mopd", self._mopd(seed), start=names[1], side=True)
+            ]
+            for name, recipe in zip(names[2:], recipes[2:], strict=True):
+                branch.append(StageConfig(f"{name}_mopd", recipe, branch[-1].name, side=True))
+            # MOPD's teachers are stages before it.
+            stages[2:2] = branch
         return CascadeRecipe(
-            run_dir=str(self.work / folder),
-            stages=tuple(StageConfig(name, recipe) for name, recipe in listed),
+            run_dir=str(self.work / f"seed_{seed}/{'-'.join(order)}"),
+            stages=tuple(stages),
             scores=self.scores,
         )
 
-    def run(self, order: Sequence[str], seed: int, *, mopd: bool = False) -> Run:
-        """Run one way; finished stages are kept."""
-        cascade = self.cascade(order, seed, mopd=mopd)
+    def _mopd(self, seed: int) -> MopdRecipe:
+        recipe, steps = self.stages["mopd"], self.setting.mopd_steps
+        assert isinstance(recipe, MopdRecipe)
+        optimizer = replace(
+            recipe.optimizer,
+            decay_steps=steps,
+            warmup_steps=min(recipe.optimizer.warmup_steps, steps // 2),
+        )
+        scored = {d.domain for d in self.scores.domains}
+        domains = tuple(d for d in recipe.domains if d.domain in scored)
+        return replace(recipe, steps=steps, seed=seed, optimizer=optimizer, domains=domains)
+
+    def run(self, order: Sequence[str], seed: int) -> list[Run]:
+        """Run one way, without MOPD and, if it takes part, with MOPD. Finished stages are kept."""
+        cascade = self.cascade(order, seed)
         run_cascade(cascade)
         graph = StageGraph(cascade)
         listed = json.loads(Path(cascade.run_dir, "cascade.json").read_text(encoding="utf-8"))
-        steps, tokens = [0], [0]
-        scores = [self.start_scores()]
-        for stage, entry in zip(cascade.stages, listed["stages"], strict=True):
-            steps.append(steps[-1] + stage.recipe.steps)
-            tokens.append(tokens[-1] + entry["tokens"])
-            scores.append(_scores(Path(graph.stage_dir(stage.name)) / SCORES))
-        return Run(steps, tokens, scores)
+        tokens = {entry["name"]: entry["tokens"] for entry in listed["stages"]}
+        main = [s.name for s in cascade.stages if not s.side]
+        side = [s.name for s in cascade.stages if s.side]
+        found = []
+        for names in [main, [*main[:2], *side]] if side else [main]:
+            steps = [graph.stage(name).recipe.steps for name in names]
+            run = Run(
+                steps=_cumulative(steps),
+                tokens=_cumulative([tokens[name] for name in names]),
+                scores=[
+                    self.start_scores(),
+                    *(_scores(Path(graph.stage_dir(name)) / SCORES) for name in names),
+                ],
+            )
+            found.append(run)
+        return found
 
     def _advising(self) -> CascadeRecipe:
         """The cascade whose stages the advisor measures, with a seed outside of the race."""
@@ -210,6 +232,10 @@ class OrderRace:
     def start_scores(self) -> dict[str, float]:
         """Scores of the start artifact, which the advisor's measurement has."""
         return _scores(self.work / "advice" / "interference" / "reused" / "start" / SCORES)
+
+
+def _cumulative(values: Sequence[int]) -> list[int]:
+    return list(itertools.accumulate(values, initial=0))
 
 
 def _scores(path: Path) -> dict[str, float]:
@@ -310,17 +336,21 @@ def main(arguments: list[str] | None = None) -> int:
         setting = replace(setting, steps=1, mopd_steps=1, prompts=2, rollouts=2, tasks=4)
     named = {n: v for n in asdict(setting) if (v := getattr(options, n)) is not None}
     setting = replace(setting, **named)
-    race = OrderRace(setting, options.work.resolve(), options.sft and options.sft.resolve())
+    race = OrderRace(
+        setting,
+        options.work.resolve(),
+        options.sft and options.sft.resolve(),
+        mopd=options.mopd,
+    )
     advised = race.advised()
     ways = ways_of(advised)
     seeds = list(range(options.first, options.first + options.seeds))
     runs: dict[str, list[Run]] = {}
     for seed in seeds:
         for name, order in ways.items():
-            for mopd in (False, True)[: 1 + options.mopd]:
-                found = race.run(order, seed, mopd=mopd)
-                runs.setdefault(f"{name}{', MOPD' * mopd}", []).append(found)
-                print(f"seed {seed}, {name}{', MOPD' * mopd}: {found.means[-1]:.3f}", flush=True)
+            for run, suffix in zip(race.run(order, seed), ("", ", MOPD"), strict=False):
+                runs.setdefault(name + suffix, []).append(run)
+                print(f"seed {seed}, {name}{suffix}: {run.means[-1]:.3f}", flush=True)
     record = new_record(
         "end_to_end",
         settings=asdict(setting) | {"sft": str(options.sft)},
