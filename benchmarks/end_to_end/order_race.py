@@ -1,6 +1,6 @@
 """Orders of the tiny RL stages compared, at equal steps, prompts and rollouts.
 
-    python benchmarks/end_to_end/order_race.py --seeds 5 --out benchmarks/results/<record>.json
+    python benchmarks/end_to_end/order_race.py --jobs 2 --mopd --out <record>.json
     python benchmarks/end_to_end/order_race.py --sft runs/tiny/cascade/stages/sft/artifact ...
     python benchmarks/end_to_end/order_race.py --quick             # checks that the code runs
 
@@ -15,10 +15,7 @@ bootstrap intervals over seeds: mean over the domains and worst domain at the en
 `--level` of the paper's order's own gain, and paired differences from the paper's order.
 
 Each way is a cascade in `--work`, which resumes; its stages with MOPD are side branches of it.
-Several processes may run some seeds each (`--first`) with `--sft`; a last one over all seeds writes
-the record. A plot is written beside it.
-
-Exit code: 0 fine, whatever wins; 2 the options do not go together.
+With `--jobs` several ways run at a time. A plot is written beside the record.
 """
 
 from __future__ import annotations
@@ -26,9 +23,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,8 @@ SLOW = ("long_context", "swe_agentless", "swe_agentic")
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings of all ways. steps: of each stage. tasks: held out, of each domain."""
+    """Settings of all ways. steps: of each stage. tasks: held out, of each domain. advice_seeds:
+    of the branches that the advisor measures."""
 
     steps: int = 6
     mopd_steps: int = 6
@@ -80,6 +80,7 @@ class Setting:
     rollouts: int = 8
     tasks: int = 48
     level: float = 0.8
+    advice_seeds: int = 2
     advice_draws: int = 1000
 
 
@@ -226,7 +227,8 @@ class OrderRace:
 
     def advised(self) -> tuple[str, ...]:
         """The order that the advisor proposes; empty if it says that the orders do not differ."""
-        effects = measure_interference(self._advising(), InterferenceSettings("", pairs=True))
+        settings = InterferenceSettings("", pairs=True, seeds=self.setting.advice_seeds)
+        effects = measure_interference(self._advising(), settings)
         return advise_order(effects, draws=self.setting.advice_draws).proposed
 
     def start_scores(self) -> dict[str, float]:
@@ -315,7 +317,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5, help="this many seeds")
-    parser.add_argument("--first", type=int, default=1, help="the first seed")
+    parser.add_argument("--jobs", type=int, default=1, help="ways that run at a time")
     parser.add_argument("--work", type=Path, default=Path("runs/order_race"))
     parser.add_argument("--sft", type=Path, help="artifact that all ways start from")
     parser.add_argument("--mopd", action="store_true", help="each way also with MOPD")
@@ -328,12 +330,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if options.first != 1 and options.sft is None:
-        print("--first needs --sft: all seeds start from one artifact")
-        return 2
     setting = Setting()
     if options.quick:
-        setting = replace(setting, steps=1, mopd_steps=1, prompts=2, rollouts=2, tasks=4)
+        setting = replace(
+            setting, steps=1, mopd_steps=1, prompts=2, rollouts=2, tasks=4, advice_seeds=1
+        )
     named = {n: v for n in asdict(setting) if (v := getattr(options, n)) is not None}
     setting = replace(setting, **named)
     race = OrderRace(
@@ -344,11 +345,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     advised = race.advised()
     ways = ways_of(advised)
-    seeds = list(range(options.first, options.first + options.seeds))
+    seeds = list(range(1, options.seeds + 1))
+    units = list(itertools.product(seeds, ways))
     runs: dict[str, list[Run]] = {}
-    for seed in seeds:
-        for name, order in ways.items():
-            for run, suffix in zip(race.run(order, seed), ("", ", MOPD"), strict=False):
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        done = pool.map(race.run, (ways[name] for _, name in units), (seed for seed, _ in units))
+        for (seed, name), found in zip(units, done, strict=True):
+            for run, suffix in zip(found, ("", ", MOPD"), strict=False):
                 runs.setdefault(name + suffix, []).append(run)
                 print(f"seed {seed}, {name}{suffix}: {run.means[-1]:.3f}", flush=True)
     record = new_record(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from benchmarks.end_to_end.order_race import (
     OrderRace,
     Run,
     Setting,
-    main,
     plot,
     summary,
     ways_of,
@@ -104,5 +104,6 @@ def test_the_summary_is_paired_by_seed(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
-def test_seeds_apart_need_one_artifact() -> None:
-    assert main(["--first", "2"]) == 2
+def test_ways_run_in_processes_of_their_own(race: OrderRace) -> None:
+    copy = pickle.loads(pickle.dumps(race))
+    assert copy.cascade(PAPER, 3) == race.cascade(PAPER, 3)
