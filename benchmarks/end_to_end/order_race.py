@@ -7,12 +7,13 @@
 All ways start from one SFT artifact and train the same stages, each for `--steps` steps of as many
 prompts and rollouts: the paper's order, its reverse, two random ones, the one that `nemocascade
 order` proposes, and all domains mixed in each of as many stages. With `--mopd` each of them is also
-run with MOPD after its second stage, from teachers that its scores choose; those runs have that
-many steps more.
+run with MOPD after its second stage, from teachers that the scores choose, the start among them;
+those runs have that many steps more. Tokens differ, for answers differ in length.
 
-Every artifact is scored on every domain, on the same tasks for all ways. Reported, with 95 %
-bootstrap intervals over seeds: mean over the domains and worst domain at the end, the steps to
-`--level` of the paper's order's own gain, and paired differences from the paper's order.
+Every artifact is scored on every domain, on the same tasks for all ways, which the advisor reads
+too. Reported, with 95 % bootstrap intervals over seeds: mean over the domains and worst domain at
+the end, the steps and tokens to `--level` of the paper's order's own gain, paired differences from
+the paper's order, and how far the advisor's matrix depends on its training seed.
 
 Each way is a cascade in `--work`, which resumes; its stages with MOPD are side branches of it.
 With `--jobs` several ways run at a time. A plot is written beside the record.
@@ -26,7 +27,7 @@ import json
 import multiprocessing
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.end_to_end.races import interval  # noqa: E402
 from benchmarks.run import new_record, write_record  # noqa: E402
+from nemocascade.cascade.effects import Effects  # noqa: E402
 from nemocascade.cascade.graph import StageGraph  # noqa: E402
 from nemocascade.cascade.interference import (  # noqa: E402
     measure_interference,
@@ -56,6 +58,7 @@ from nemocascade.recipe import (  # noqa: E402
     SftRecipe,
     StageConfig,
     StageRecipe,
+    TeacherConfig,
     load_recipe,
 )
 from nemocascade.recipe.commands import InterferenceSettings  # noqa: E402
@@ -65,6 +68,8 @@ from nemocascade.stages.scoring import read_scores  # noqa: E402
 PAPER = ("if_rl", "multi_domain_rl", "rlhf", "code_rl")
 """Stages of the race in the paper's order."""
 MIXED = "mixed"
+WITH_MOPD = ", MOPD"
+"""End of the name of a way with MOPD."""
 SLOW = ("long_context", "swe_agentless", "swe_agentic")
 """Domains of no stage in the race."""
 
@@ -101,10 +106,11 @@ class Run:
     def worst(self) -> float:
         return min(self.scores[-1].values())
 
-    def steps_to(self, level: float) -> float:
-        """Steps up to the first artifact whose mean is at least `level`; infinite without one."""
+    def first_at(self, level: float, spent: Sequence[int]) -> float:
+        """What was spent (steps or tokens) up to the first artifact whose mean is at least `level`;
+        infinite without one."""
         return next(
-            (float(n) for n, m in zip(self.steps, self.means, strict=True) if m >= level), np.inf
+            (float(n) for n, m in zip(spent, self.means, strict=True) if m >= level), np.inf
         )
 
 
@@ -154,11 +160,13 @@ class OrderRace:
         )
         return replace(recipe, stage=MIXED, domains=domains, rollout=rollout, envs=self.scores.envs)
 
-    def cascade(self, order: Sequence[str], seed: int) -> CascadeRecipe:
+    def cascade(
+        self, order: Sequence[str], seed: int, mopd: MopdRecipe | None = None
+    ) -> CascadeRecipe:
         """The cascade of one way. order: stage names; may hold MIXED several times.
 
-        If MOPD takes part, it starts from the second stage as a side branch, and the later stages
-        run after it once more.
+        mopd: starts from the second stage as a side branch, and the later stages run after it once
+        more.
         """
         names = [f"s{number + 1}_{name}" for number, name in enumerate(order)]
         recipes = [self.stage(name, seed + 100 * number) for number, name in enumerate(order)]
@@ -166,9 +174,9 @@ class OrderRace:
         stages: list[StageConfig[StageRecipe]] = [
             StageConfig(name, recipe) for name, recipe in zip(names, recipes, strict=True)
         ]
-        if self.mopd:
+        if mopd is not None:
             branch: list[StageConfig[StageRecipe]] = [
-                StageConfig("mopd", self._mopd(seed), start=names[1], side=True)
+                StageConfig("mopd", mopd, start=names[1], side=True)
             ]
             for name, recipe in zip(names[2:], recipes[2:], strict=True):
                 branch.append(StageConfig(f"{name}_mopd", recipe, branch[-1].name, side=True))
@@ -180,7 +188,8 @@ class OrderRace:
             scores=self.scores,
         )
 
-    def _mopd(self, seed: int) -> MopdRecipe:
+    def distillation(self, seed: int, start_is_best: Collection[str] = ()) -> MopdRecipe:
+        """MOPD from the stages before it; the common start teaches domains where it is best."""
         recipe, steps = self.stages["mopd"], self.setting.mopd_steps
         assert isinstance(recipe, MopdRecipe)
         optimizer = replace(
@@ -190,30 +199,41 @@ class OrderRace:
         )
         scored = {d.domain for d in self.scores.domains}
         domains = tuple(d for d in recipe.domains if d.domain in scored)
-        return replace(recipe, steps=steps, seed=seed, optimizer=optimizer, domains=domains)
+        teachers = tuple(
+            TeacherConfig(d.domain, str(self.sft)) for d in domains if d.domain in start_is_best
+        )
+        return replace(
+            recipe, steps=steps, seed=seed, optimizer=optimizer, domains=domains, teachers=teachers
+        )
 
     def run(self, order: Sequence[str], seed: int) -> list[Run]:
         """Run one way, without MOPD and, if it takes part, with MOPD. Finished stages are kept."""
         cascade = self.cascade(order, seed)
         run_cascade(cascade)
+        main = StageGraph(cascade).names
+        found = [self._result(cascade, main)]
+        if self.mopd:
+            start, *earlier = found[0].scores[:3]
+            best = [d for d, score in start.items() if score > max(e[d] for e in earlier)]
+            cascade = self.cascade(order, seed, self.distillation(seed, best))
+            run_cascade(cascade)
+            side = [s.name for s in cascade.stages if s.side]
+            found.append(self._result(cascade, [*main[:2], *side]))
+        return found
+
+    def _result(self, cascade: CascadeRecipe, names: Sequence[str]) -> Run:
+        """The scores after the named stages."""
         graph = StageGraph(cascade)
         listed = json.loads(Path(cascade.run_dir, "cascade.json").read_text(encoding="utf-8"))
         tokens = {entry["name"]: entry["tokens"] for entry in listed["stages"]}
-        main = [s.name for s in cascade.stages if not s.side]
-        side = [s.name for s in cascade.stages if s.side]
-        found = []
-        for names in [main, [*main[:2], *side]] if side else [main]:
-            steps = [graph.stage(name).recipe.steps for name in names]
-            run = Run(
-                steps=_cumulative(steps),
-                tokens=_cumulative([tokens[name] for name in names]),
-                scores=[
-                    self.start_scores(),
-                    *(_scores(Path(graph.stage_dir(name)) / SCORES) for name in names),
-                ],
-            )
-            found.append(run)
-        return found
+        return Run(
+            steps=_cumulative([graph.stage(name).recipe.steps for name in names]),
+            tokens=_cumulative([tokens[name] for name in names]),
+            scores=[
+                self.start_scores(),
+                *(_scores(Path(graph.stage_dir(name)) / SCORES) for name in names),
+            ],
+        )
 
     def _advising(self) -> CascadeRecipe:
         """The cascade whose stages the advisor measures, with a seed outside of the race."""
@@ -225,11 +245,10 @@ class OrderRace:
             scores=self.scores,
         )
 
-    def advised(self) -> tuple[str, ...]:
-        """The order that the advisor proposes; empty if it says that the orders do not differ."""
+    def effects(self) -> Effects:
+        """The matrix that the advisor reads."""
         settings = InterferenceSettings("", pairs=True, seeds=self.setting.advice_seeds)
-        effects = measure_interference(self._advising(), settings)
-        return advise_order(effects, draws=self.setting.advice_draws).proposed
+        return measure_interference(self._advising(), settings)
 
     def start_scores(self) -> dict[str, float]:
         """Scores of the start artifact, which the advisor's measurement has."""
@@ -261,27 +280,76 @@ def ways_of(advised: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def summary(runs: Mapping[str, Sequence[Run]], level: float) -> dict[str, Any]:
-    """Means over seeds with 95 % intervals, and differences from "paper" paired by seed.
+    """Means over seeds with 95 % intervals, and differences paired by seed: from "paper", which has
+    MOPD where the way has it, and of a way with MOPD from the same without.
 
-    level: fraction of the mean gain of "paper" whose first reaching is timed. JSON values; null
-    means "not reached".
+    level: fraction of the mean gain of "paper" without MOPD whose first reaching is timed. JSON
+    values; null means "not reached".
     """
     paper = runs["paper"]
     start = float(np.mean([r.means[0] for r in paper]))
     target = start + level * (float(np.mean([r.means[-1] for r in paper])) - start)
     found: dict[str, Any] = {}
     for name, mine in runs.items():
-        gaps = [a.means[-1] - b.means[-1] for a, b in zip(mine, paper, strict=True)]
-        low = [a.worst - b.worst for a, b in zip(mine, paper, strict=True)]
+        without = name.removesuffix(WITH_MOPD)
+        base = paper if without == name else runs[f"paper{WITH_MOPD}"]
         found[name] = {
             "mean": _entry([r.means[-1] for r in mine]),
             "worst_domain": _entry([r.worst for r in mine]),
             "tokens": _entry([r.tokens[-1] for r in mine]),
-            "steps_to_level": _entry([r.steps_to(target) for r in mine], median=True),
-            "mean_minus_paper": _entry(gaps),
-            "worst_minus_paper": _entry(low),
+            "steps_to_level": _entry([r.first_at(target, r.steps) for r in mine], median=True),
+            "tokens_to_level": _entry([r.first_at(target, r.tokens) for r in mine], median=True),
+            "mean_minus_paper": _difference(mine, base, _end),
+            "worst_minus_paper": _difference(mine, base, _worst),
         }
+        if without != name:
+            found[name]["mean_minus_without"] = _difference(mine, runs[without], _end)
+            found[name]["worst_minus_without"] = _difference(mine, runs[without], _worst)
     return {"level": target, "ways": found}
+
+
+def _end(run: Run) -> float:
+    return run.means[-1]
+
+
+def _worst(run: Run) -> float:
+    return run.worst
+
+
+def _difference(
+    mine: Sequence[Run], base: Sequence[Run], value: Callable[[Run], float]
+) -> dict[str, Any]:
+    return _entry([value(a) - value(b) for a, b in zip(mine, base, strict=True)])
+
+
+def seeds_agree(effects: Effects) -> dict[str, Any]:
+    """The matrix measured with each of two training seeds alone.
+
+    cells: [stages or pairs * domains] changes with either seed, and the standard error of their
+    difference, from the tasks alone. within: share of the cells that differ by less than 1.96 of
+    it; 0.95 if a training seed adds nothing to the luck of the tasks. correlation: of the changes.
+    """
+    one, two = (
+        Effects(
+            replace(
+                effects.measured,
+                branches=[b for b in effects.measured.branches if b.seed == number],
+            )
+        )
+        for number in (0, 1)
+    )
+    cells = []
+    for name in one.names[1:]:
+        first, second = (e.effect(name, name[:-1]) for e in (one, two))
+        for domain, a, b in zip(one.domains, first, second, strict=True):
+            error = float(np.hypot(a.standard_error, b.standard_error))
+            cells.append(("+".join(name), domain, a.change, b.change, error))
+    a, b, errors = np.array([cell[2:] for cell in cells]).T
+    return {
+        "cells": cells,
+        "within": float(np.mean(np.abs(a - b) < 1.96 * errors)),
+        "correlation": float(np.corrcoef(a, b)[0, 1]),
+    }
 
 
 def _entry(values: Sequence[float], *, median: bool = False) -> dict[str, Any]:
@@ -298,9 +366,11 @@ def plot(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
     with matplotlib.rc_context(figures.SETTINGS):
         figure = Figure(figsize=(7.5, 4.2), layout="constrained")
         ax = figure.add_subplot()
+        ways = list(dict.fromkeys(name.removesuffix(WITH_MOPD) for name in runs))
         for style, (name, mine) in enumerate(runs.items()):
-            color, dash = figures.style_of(style)
+            color, _ = figures.style_of(ways.index(name.removesuffix(WITH_MOPD)))
             means = 100 * np.mean([r.means for r in mine], 0)
+            dash = "--" if name.endswith(WITH_MOPD) else "-"
             ax.plot(mine[0].steps, means, color=color, ls=dash, label=name)
             _, low, high = interval([100 * r.means[-1] for r in mine], lambda v: v.mean(-1))
             end = mine[0].steps[-1] + 0.15 * style
@@ -343,7 +413,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.sft and options.sft.resolve(),
         mopd=options.mopd,
     )
-    advised = race.advised()
+    effects = race.effects()
+    # Empty if the orders do not differ by more than noise.
+    advised = advise_order(effects, draws=setting.advice_draws).proposed
     ways = ways_of(advised)
     seeds = list(range(1, options.seeds + 1))
     units = list(itertools.product(seeds, ways))
@@ -351,7 +423,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         done = pool.map(race.run, (ways[name] for _, name in units), (seed for seed, _ in units))
         for (seed, name), found in zip(units, done, strict=True):
-            for run, suffix in zip(found, ("", ", MOPD"), strict=False):
+            for run, suffix in zip(found, ("", WITH_MOPD), strict=False):
                 runs.setdefault(name + suffix, []).append(run)
                 print(f"seed {seed}, {name}{suffix}: {run.means[-1]:.3f}", flush=True)
     record = new_record(
@@ -360,6 +432,7 @@ def main(arguments: list[str] | None = None) -> int:
         seeds=seeds,
         orders=ways,
         advised=advised,
+        seeds_agree=seeds_agree(effects) if effects.seeds > 1 else None,
         summary=summary(runs, setting.level),
         runs={name: [asdict(r) for r in mine] for name, mine in runs.items()},
     )

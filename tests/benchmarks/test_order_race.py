@@ -12,13 +12,16 @@ import pytest
 from benchmarks.end_to_end.order_race import (
     MIXED,
     PAPER,
+    WITH_MOPD,
     OrderRace,
     Run,
     Setting,
     plot,
+    seeds_agree,
     summary,
     ways_of,
 )
+from nemocascade.cascade.effects import Branch, Effects, Interference
 from nemocascade.cascade.graph import StageGraph, cascade_problems
 from nemocascade.cascade.interference import plan_branches
 from nemocascade.recipe import GrpoRecipe
@@ -43,7 +46,7 @@ def test_the_ways_differ(advised: tuple[str, ...]) -> None:
 def test_every_way_can_run_and_trains_as_much(race: OrderRace) -> None:
     spent = set()
     for order in ways_of(()).values():
-        cascade = race.cascade(order, 1)
+        cascade = race.cascade(order, 1, race.distillation(1, ["math"]))
         assert cascade_problems(cascade, 1) == []
         graph = StageGraph(cascade)
         main = [s.name for s in cascade.stages if not s.side]
@@ -61,7 +64,9 @@ def test_every_way_can_run_and_trains_as_much(race: OrderRace) -> None:
         assert len(recipes) == len(main)
         rollouts = [r.rollout.prompts_per_step * r.rollout.rollouts_per_prompt for r in recipes]
         spent.add(sum(r.steps * n for r, n in zip(recipes, rollouts, strict=True)))
-        alone = OrderRace(race.setting, race.work, race.sft).cascade(order, 1)
+        open_, taught = graph.open_teachers("mopd"), race.distillation(1).domains
+        assert open_ == [d.domain for d in taught if d.domain != "math"]
+        alone = race.cascade(order, 1)
         assert alone.stages == tuple(s for s in cascade.stages if not s.side)
     assert len(spent) == 1
     plan = plan_branches(race._advising(), InterferenceSettings("", pairs=True))
@@ -99,9 +104,33 @@ def test_the_summary_is_paired_by_seed(tmp_path: Path) -> None:
     assert found["ways"]["paper"]["steps_to_level"]["value"] == 12
     # One of three seeds does not reach the level.
     assert entry["steps_to_level"]["ci95"][1] is None
+    distilled = [run(0.2, 0.3, 0.5), run(0.2, 0.4, 0.7), run(0.2, 0.3, 0.6)]
+    runs |= {name + WITH_MOPD: distilled for name in ("paper", "reverse")}
+    found = summary(runs, 0.8)
+    assert found["ways"]["reverse, MOPD"]["mean_minus_paper"]["value"] == 0
+    assert found["ways"]["paper, MOPD"]["mean_minus_without"]["value"] == pytest.approx(0.15)
+    assert found["ways"]["paper"]["tokens_to_level"]["value"] == 1200
     json.dumps(found)
     plot(tmp_path / "x.png", runs)
     assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("luck", "agrees"), [(0.0, True), (0.3, False)])
+def test_the_matrix_of_two_seeds_agrees_if_training_has_no_luck(luck: float, agrees: bool) -> None:
+    dice = np.random.default_rng(0)
+
+    def tasks(mean: float) -> dict[str, list[float | None]]:
+        return {d: (dice.random(200) < mean).astype(float).tolist() for d in "abcdefghij"}
+
+    branches = [
+        Branch(list(names), seed, tasks(0.3 + 0.15 * len(names) + luck * seed))
+        for seed in (0, 1)
+        for names in (("a",), ("b",), ("a", "b"), ("b", "a"))
+    ]
+    measured = Interference("start", "", ["a", "b"], {}, {}, tasks(0.3), branches)
+    found = seeds_agree(Effects(measured))
+    assert len(found["cells"]) == 40
+    assert (found["within"] > 0.85) == agrees
 
 
 def test_ways_run_in_processes_of_their_own(race: OrderRace) -> None:
