@@ -34,8 +34,8 @@ class RolloutQueue(Protocol):
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The texts of a step, by request id. copies: consecutive ids of a prompt. prompt: its tokens.
-    lengths: tokens after the prompt. rewards: of the verdicts."""
+    """The sequences of a step, by request id. copies: consecutive ids of a prompt. prompt: its
+    tokens. lengths: tokens after the prompt. rewards: of the verdicts."""
 
     copies: int
     prompt: int
@@ -47,7 +47,7 @@ class Rollouts:
 class RolloutTime:
     """Times of a step's rollouts.
 
-    generation_s: until the last text that counts has ended. verify_s: from then to the last
+    generation_s: until the last sequence that counts has ended. verify_s: from then to the last
     verdict. idle: share of the time in which a replica decodes nothing, mean over all. prefill_s,
     terms: seconds of the group that ends last. tokens, prefilled: decoded and prefilled, of all.
     most_cached: largest number of cached tokens of a replica. longest: steps of that group.
@@ -69,7 +69,7 @@ class RolloutTime:
 
 
 @dataclass(eq=False)
-class _Text:
+class _Active:
     """A sequence that a replica has taken. turns: number that are left, the current one included.
     decoded, reply: tokens of a turn, and of the tool's result after it. last: of the last turn."""
 
@@ -123,7 +123,7 @@ class RolloutEvents:
         self.distinct = list(dict.fromkeys(queues))
         self.is_done, self.order = is_done, order
         self.now = self.verified = 0.0
-        self.texts: dict[int, _Text] = {}
+        self.sequences: dict[int, _Active] = {}
         self.cancelled: set[int] = set()
         self.ends: dict[int, float] = {}
         self.verifiers = [_Verifiers(costs.cores * group.ranks) for group in groups]
@@ -173,7 +173,7 @@ class RolloutEvents:
         """Start waiting requests in free slots; consecutive copies share a prompt's prefill."""
         while replica.waiting and replica.occupied < replica.slots:
             number = replica.waiting.pop(0)
-            self.texts[number] = self._text(group, replica, self.rollouts.lengths[number])
+            self.sequences[number] = self._sequence(group, replica, self.rollouts.lengths[number])
             prompt = number // self.rollouts.copies
             if prompt != replica.prompt:
                 self._prefill(group, replica, [self.rollouts.prompt])
@@ -182,12 +182,12 @@ class RolloutEvents:
             replica.cached += self.rollouts.prompt
             self._starting.append(number)
 
-    def _text(self, group: int, replica: Replica, length: int) -> _Text:
+    def _sequence(self, group: int, replica: Replica, length: int) -> _Active:
         turns = -(-self.costs.turns(length) // self.costs.merged)
         reply = int(length * self.costs.tool_share / turns) if turns > 1 else 0
         decoded = max(1, length // turns - reply)
         last = max(1, length - (turns - 1) * (decoded + reply))
-        return _Text(group, replica, turns, decoded, reply, last)
+        return _Active(group, replica, turns, decoded, reply, last)
 
     def _prefill(self, group: int, replica: Replica, tokens: Sequence[float]) -> None:
         replicas = self.groups[group].replicas
@@ -203,11 +203,11 @@ class RolloutEvents:
             self.groups[group].prefill(prompts)
         self._prefills.clear()
         for number in self._starting:
-            text = self.texts[number]
-            text.is_decoding = True
-            length = text.decoded if text.turns > 1 else text.last
-            self.groups[text.group].start(number, text.replica, length)
-            self._changed.add(text.group)
+            sequence = self.sequences[number]
+            sequence.is_decoding = True
+            length = sequence.decoded if sequence.turns > 1 else sequence.last
+            self.groups[sequence.group].start(number, sequence.replica, length)
+            self._changed.add(sequence.group)
         self._starting.clear()
         for group in sorted(self._changed):
             self._versions[group] += 1
@@ -217,31 +217,31 @@ class RolloutEvents:
         self._changed.clear()
 
     def _turn_ended(self, number: int) -> None:
-        """Call a tool, or finish the text."""
-        text = self.texts[number]
-        text.turns, text.is_decoding = text.turns - 1, False
-        if text.turns:
+        """Call a tool, or finish the sequence."""
+        sequence = self.sequences[number]
+        sequence.turns, sequence.is_decoding = sequence.turns - 1, False
+        if sequence.turns:
             seconds = self.costs.tool_s * self.costs.merged
             self._push(self.now + seconds, functools.partial(self._reply, number))
             return
         self._release(number, self.rollouts.prompt + self.rollouts.lengths[number])
         self.ends[number] = self.now
-        self.verifiers[text.group].pending.append((number, text.replica))
-        self._verify(text.group)
+        self.verifiers[sequence.group].pending.append((number, sequence.replica))
+        self._verify(sequence.group)
 
     def _release(self, number: int, tokens: float) -> None:
-        """Free the slot of a text and its cached tokens."""
-        text = self.texts.pop(number)
-        text.replica.occupied -= 1
-        text.replica.cached -= tokens
+        """Free the slot of a sequence and its cached tokens."""
+        sequence = self.sequences.pop(number)
+        sequence.replica.occupied -= 1
+        sequence.replica.cached -= tokens
 
     def _reply(self, number: int) -> None:
         """A tool has answered: prefill its result."""
-        text = self.texts.get(number)
-        if text is not None:
+        sequence = self.sequences.get(number)
+        if sequence is not None:
             merged = self.costs.merged
-            self._prefill(text.group, text.replica, [text.reply / merged] * merged)
-            text.replica.cached += text.reply
+            self._prefill(sequence.group, sequence.replica, [sequence.reply / merged] * merged)
+            sequence.replica.cached += sequence.reply
             self._starting.append(number)
 
     def _verify(self, group: int) -> None:
@@ -285,19 +285,19 @@ class RolloutEvents:
         """Drop requests that cannot train any more."""
         for number in numbers:
             self.cancelled.add(number)
-            text = self.texts.get(number)
-            if text is not None and text.is_decoding:
-                for ended, _ in self.groups[text.group].advance(self.now):
+            sequence = self.sequences.get(number)
+            if sequence is not None and sequence.is_decoding:
+                for ended, _ in self.groups[sequence.group].advance(self.now):
                     self._turn_ended(ended)
-                self._changed.add(text.group)
-                text = self.texts.get(number)
-            if text is None:
+                self._changed.add(sequence.group)
+                sequence = self.sequences.get(number)
+            if sequence is None:
                 self._drop_waiting(number)
                 continue
             self._starting = [started for started in self._starting if started != number]
-            left = max(0, text.turns - 1) * (text.decoded + text.reply)
-            if text.is_decoding:
-                left += self.groups[text.group].drop(number)
+            left = max(0, sequence.turns - 1) * (sequence.decoded + sequence.reply)
+            if sequence.is_decoding:
+                left += self.groups[sequence.group].drop(number)
             whole = self.rollouts.prompt + self.rollouts.lengths[number]
             self._release(number, max(self.rollouts.prompt, whole - left))
 

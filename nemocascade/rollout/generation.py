@@ -20,7 +20,7 @@ from nemocascade.rollout.intake import Intake
 from nemocascade.rollout.prefill_queue import PrefillQueue
 from nemocascade.rollout.replies import Replies
 from nemocascade.rollout.residency import Residency
-from nemocascade.rollout.slots import BatchLimits, Part, Rows, SlotTable, Text
+from nemocascade.rollout.slots import ActiveSequence, BatchLimits, Part, Rows, SlotTable
 from nemocascade.rollout.stops import Decode, Stops
 from nemocascade.runtime.stopping import StopAsked
 from nemocascade.runtime.world import World
@@ -78,7 +78,7 @@ class Generation:
         self.replies = Replies(world, respond, limits.tool_calls)
         self.intake = Intake(world, work)
         self.prefills = PrefillQueue(self.residency, sampling, limits, together=work.is_ordered)
-        self.running: list[Text] = []
+        self.running: list[ActiveSequence] = []
         self.rows: Rows | None = None
         """The decode batch; None: to be rebuilt, because a sequence has started or stopped."""
         self.finished: list[Completion] = []
@@ -113,7 +113,7 @@ class Generation:
                 elif pass_.is_decode:
                     self._step(pass_)
                     self.counts.decode_s += time.perf_counter() - started
-                elif self.intake.is_open and not self.table.texts:
+                elif self.intake.is_open and not self.table.sequences:
                     self.intake.wait()
                     self.counts.idle_s += time.perf_counter() - started
                 self.ended += len(self.finished)
@@ -131,7 +131,8 @@ class Generation:
             return
         self._told, self._told_at = done, now
         self.world.watch.progress(
-            f"{self.ended} of {self.intake.taken} texts done, {len(self.table.texts)} in progress, "
+            f"{self.ended} of {self.intake.taken} sequences done, "
+            f"{len(self.table.sequences)} in progress, "
             f"{self.counts.prefill_tokens} tokens read and {self.counts.generated} written"
         )
 
@@ -140,7 +141,7 @@ class Generation:
         mine = _Pass(
             self.prefills.ready,
             bool(self.running),
-            bool(self.table.texts or self.prefills.waiting or self.intake.is_open),
+            bool(self.table.sequences or self.prefills.waiting or self.intake.is_open),
             len(self.running),
             max((t.cached for t in self.running), default=0) + 1,
             self.intake.is_stopped(),
@@ -157,27 +158,27 @@ class Generation:
         may suspend others."""
         residency = self.residency
         residency.headroom = len(self.running)
-        for text in residency.resume():
-            if text.length > text.cached + 1:
-                self.prefills.add(text)
+        for sequence in residency.resume():
+            if sequence.length > sequence.cached + 1:
+                self.prefills.add(sequence)
             else:
-                self.running.append(text)
+                self.running.append(sequence)
                 self.rows = None
         residency.headroom = len(self.running)
         self.prefills.suspend_waiting()
         if self.prefills.ready:
             return
         full = [t for t in self.running if t.cached >= len(t.blocks) * residency.pool.size]
-        for text in sorted(full, key=lambda t: t.order):
-            if text.slot >= 0:
-                residency.grow(text, text.cached + 1)
+        for sequence in sorted(full, key=lambda t: t.order):
+            if sequence.slot >= 0:
+                residency.grow(sequence, sequence.cached + 1)
         if full:
             self._drop_suspended()
 
     def _drop_suspended(self) -> None:
         """Exclude suspended sequences from decode steps."""
-        if any(text.slot < 0 for text in self.running):
-            self.running = [text for text in self.running if text.slot >= 0]
+        if any(sequence.slot < 0 for sequence in self.running):
+            self.running = [sequence for sequence in self.running if sequence.slot >= 0]
             self.rows = None
 
     def _prefill(self) -> None:
@@ -187,19 +188,21 @@ class Generation:
             self._start(*kept)
         self._start(*self.prefills.run(always=self._in_step))
 
-    def _start(self, prefilled: list[tuple[list[Text], int]], logits: Tensor | None) -> None:
+    def _start(
+        self, prefilled: list[tuple[list[ActiveSequence], int]], logits: Tensor | None
+    ) -> None:
         """Draw the first token after complete prefills, each from its row of logits."""
-        texts = [text for group, _ in prefilled for text in group]
-        if not texts:
+        sequences = [sequence for group, _ in prefilled for sequence in group]
+        if not sequences:
             return
         if logits is not None:
             # No index tensor: its copy to the device would cost more.
             logits = torch.stack([logits[row] for group, row in prefilled for _ in group])
-        for text in texts:
-            text.cached = text.length
-        self.running += texts
+        for sequence in sequences:
+            sequence.cached = sequence.length
+        self.running += sequences
         self.rows = None
-        self._draw(self.table.rows(texts), logits)
+        self._draw(self.table.rows(sequences), logits)
 
     def _step(self, pass_: _Pass) -> None:
         """Decode the last token of every running sequence and draw the next one."""
@@ -210,11 +213,11 @@ class Generation:
             rows.tokens, rows.slots, rows.positions, pass_.longest, pass_.rows
         )
         self.counts.steps += 1
-        self.counts.rows += len(rows.texts)
-        for text in rows.texts:
-            text.cached += 1
+        self.counts.rows += len(rows.sequences)
+        for sequence in rows.sequences:
+            sequence.cached += 1
         rows.advance()
-        if rows.texts:
+        if rows.sequences:
             self._draw(rows, logits, self.model.choices)
 
     def _draw(self, rows: Rows, logits: Tensor | None, choices: Tensor | None = None) -> None:
@@ -225,7 +228,7 @@ class Generation:
         rows.tokens, logprob = self._drawn(rows, logits)
         read = [rows.tokens[:, None], logprob[:, None]]
         if choices is not None:
-            read.append(choices[: len(rows.texts)].flatten(1))
+            read.append(choices[: len(rows.sequences)].flatten(1))
         # The only copy to the host, and so its only wait. float64 represents all values exactly.
         found = torch.cat([part.double() for part in read], dim=1).cpu()
         tokens = found[:, 0].long()
@@ -233,34 +236,36 @@ class Generation:
         if choices is not None:
             experts = found[:, 2:].to(choices.dtype).unflatten(1, choices.shape[1:])
             self.table.record_step_routing(rows, experts)
-        self.counts.generated += len(rows.texts)
+        self.counts.generated += len(rows.sequences)
         if self.observe is not None:
-            ids = [text.request.id for text in rows.texts]
+            ids = [sequence.request.id for sequence in rows.sequences]
             self.observe(ids, tokens.tolist(), found[:, 1].tolist())
         self._stop(rows, tokens)
 
     def _stop(self, rows: Rows, tokens: Tensor) -> None:
         """Pause sequences that their last tokens [n] complete."""
         for part in rows.parts:
-            places = part.places
-            texts = rows.texts if places is None else [rows.texts[n] for n in places]
-            last = tokens if places is None else tokens[places]
+            row_indices = part.row_indices
+            sequences = (
+                rows.sequences if row_indices is None else [rows.sequences[n] for n in row_indices]
+            )
+            last = tokens if row_indices is None else tokens[row_indices]
             stops = self._stops_of(part.rule)
             ends, doubts = stops.certain(last), stops.doubtful(last)
-            doubtful = [False] * len(texts) if doubts is None else doubts.tolist()
-            for text, end, doubt in zip(texts, ends.tolist(), doubtful, strict=True):
-                stopped = end or (doubt and stops.reached(self.table.last_turn(text)))
-                if stopped or text.length >= text.limit:
-                    self._pause(text, stopped)
-        if any(text.pausing for text in rows.texts):
-            self.running = [text for text in self.running if not text.pausing]
+            doubtful = [False] * len(sequences) if doubts is None else doubts.tolist()
+            for sequence, end, doubt in zip(sequences, ends.tolist(), doubtful, strict=True):
+                stopped = end or (doubt and stops.reached(self.table.last_turn(sequence)))
+                if stopped or sequence.length >= sequence.limit:
+                    self._pause(sequence, stopped)
+        if any(sequence.is_paused for sequence in rows.sequences):
+            self.running = [sequence for sequence in self.running if not sequence.is_paused]
             self.rows = None
 
     def _stops_of(self, rule: Sampling) -> Stops:
         if (stops := self.stops.get(rule)) is not None:
             return stops
         if len(self.stops) >= MOST_RULES:
-            used = {text.rule for text in self.table.texts.values()}
+            used = {sequence.rule for sequence in self.table.sequences.values()}
             self.stops = {known: s for known, s in self.stops.items() if known in used}
             self.table.keep_rules(used)
         self.stops[rule] = stops = Stops(rule, self.model.vocabulary, self.decode)
@@ -279,7 +284,7 @@ class Generation:
                 )
         if self.world.parallel.pp == 1:
             return tokens, logprobs
-        both = torch.empty(2, len(rows.texts), dtype=torch.float64, device=self.world.device)
+        both = torch.empty(2, len(rows.sequences), dtype=torch.float64, device=self.world.device)
         if logits is not None:
             both[0], both[1] = tokens, logprobs
         group = self.world.groups.pp
@@ -297,23 +302,23 @@ class Generation:
         )
         return self.model.draw(logits, keys, positions, settings)
 
-    def _pause(self, text: Text, stopped: bool) -> None:
+    def _pause(self, sequence: ActiveSequence, stopped: bool) -> None:
         """Finish a sequence that stopped or is full, or ask the environment for the next turn."""
-        text.pausing = True
+        sequence.is_paused = True
         finish: Finish = "stop" if stopped else "length"
-        if stopped and text.length < text.limit and self.replies.wanted:
-            self.replies.ask(text.seat, self.table.completion(text, finish))
+        if stopped and sequence.length < sequence.limit and self.replies.wanted:
+            self.replies.ask(sequence.seat, self.table.completion(sequence, finish))
         else:
-            self._finish(text, finish)
+            self._finish(sequence, finish)
 
-    def _finish(self, text: Text, finish: Finish) -> None:
-        self.finished.append(self.table.completion(text, finish))
-        self.residency.release(text)
+    def _finish(self, sequence: ActiveSequence, finish: Finish) -> None:
+        self.finished.append(self.table.completion(sequence, finish))
+        self.residency.release(sequence)
 
     def _take_requests(self) -> None:
         """Queue the requests that this replica takes next, and drop those that are cancelled."""
         residency = self.residency
-        waiting, busy = self.prefills.waiting, len(self.table.texts)
+        waiting, busy = self.prefills.waiting, len(self.table.sequences)
         free = len(self.table.free) + (len(residency.waiting) if self.replies.wanted else 0)
         free_slots = min(free, len(self.table.free_seats))
         requests, cancelled = self.intake.poll(
@@ -327,17 +332,19 @@ class Generation:
         if not self.cancelled:
             return
         self.prefills.cancel(self.cancelled)
-        left = [t for t in self.table.texts.values() if t.request.id in self.cancelled]
+        left = [t for t in self.table.sequences.values() if t.request.id in self.cancelled]
         # The others wait for a reply of the environment, or for a prefill that they share.
-        dropped = [t for t in left if not (t.pausing or t.filling)]
-        for text in dropped:
+        dropped = [t for t in left if not (t.is_paused or t.is_prefilling)]
+        for sequence in dropped:
             # Excludes it from decode steps.
-            text.pausing = True
-            residency.release(text)
+            sequence.is_paused = True
+            residency.release(sequence)
         if dropped:
-            self.running = [text for text in self.running if not text.pausing]
+            self.running = [sequence for sequence in self.running if not sequence.is_paused]
             self.rows = None
-        self.cancelled = {text.request.id for text in left} - {t.request.id for t in dropped}
+        self.cancelled = {sequence.request.id for sequence in left} - {
+            t.request.id for t in dropped
+        }
 
     @property
     def _is_idle(self) -> bool:
@@ -348,19 +355,19 @@ class Generation:
         """Continue or finish the sequences that their environments have answered."""
         replies = self.replies.take(self._is_idle and not self._in_step)
         for seat, tokens in replies:
-            text = self.table.texts[seat]
-            if text.request.id in self.cancelled:
-                self.residency.release(text)
+            sequence = self.table.sequences[seat]
+            if sequence.request.id in self.cancelled:
+                self.residency.release(sequence)
             elif tokens is None:
-                self._finish(text, "stop")
-            elif text.length + len(tokens) >= text.limit:
-                self._finish(text, "length")
+                self._finish(sequence, "stop")
+            elif sequence.length + len(tokens) >= sequence.limit:
+                self._finish(sequence, "length")
             else:
-                self.table.extend(text, tokens)
-                text.pausing = False
-                if text.slot >= 0:
-                    self.residency.grow(text, text.length)
-                if text.slot >= 0:
-                    self.prefills.add(text)
+                self.table.extend(sequence, tokens)
+                sequence.is_paused = False
+                if sequence.slot >= 0:
+                    self.residency.grow(sequence, sequence.length)
+                if sequence.slot >= 0:
+                    self.prefills.add(sequence)
         if replies:
             self._drop_suspended()

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from nemocascade.rollout.engine import Request, Sampling
 from nemocascade.rollout.residency import Residency
-from nemocascade.rollout.slots import BatchLimits, Text
+from nemocascade.rollout.slots import ActiveSequence, BatchLimits
 
 
 @dataclass
 class Group:
-    """Requests with the same prompt that have no slot yet. origin: see `Text`.
+    """Requests with the same prompt that have no slot yet. origin: see `ActiveSequence`.
 
     is_started: the prompt is being prefilled for other requests of the group. is_kept: that prefill
     has finished, and the spare slot and `blocks` store its state. logits: [1, V] after the prompt,
@@ -39,21 +39,21 @@ class Group:
 
 @dataclass(eq=False)
 class Prefill:
-    """The prefill of a sequence up to its last token. texts: the sequences that continue it; it
+    """The prefill of a sequence up to its last token. sequences: the sequences that continue it; it
     runs in the slot of the first. keep: the group whose other requests need the state later."""
 
-    texts: list[Text]
+    sequences: list[ActiveSequence]
     keep: Group | None = None
 
     @property
-    def text(self) -> Text:
+    def sequence(self) -> ActiveSequence:
         """The sequence in whose slot the prefill runs."""
-        return self.texts[0]
+        return self.sequences[0]
 
     @property
     def is_turn(self) -> bool:
         """True for an environment turn, False for a prompt."""
-        return bool(self.text.given)
+        return bool(self.sequence.given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +64,17 @@ class Chunk:
     end: int
 
     @property
-    def text(self) -> Text:
+    def sequence(self) -> ActiveSequence:
         """The sequence in whose slot the chunk runs."""
-        return self.prefill.text
+        return self.prefill.sequence
 
     @property
     def is_last(self) -> bool:
         """True if this chunk completes the prefill."""
-        return self.end == self.text.length
+        return self.end == self.sequence.length
 
 
-Prefilled = tuple[list[tuple[list[Text], int]], Tensor | None]
+Prefilled = tuple[list[tuple[list[ActiveSequence], int]], Tensor | None]
 """Sequences whose prefill is complete, with their row of logits; and the logits [n, V], on the last
 stage."""
 
@@ -122,9 +122,9 @@ class PrefillQueue:
             group.requests = deque(r for r in group.requests if r.id not in ids)
             if not group.requests:
                 self._forget(group)
-        dropped = [p for p in self._queue if p.is_turn and p.text.request.id in ids]
+        dropped = [p for p in self._queue if p.is_turn and p.sequence.request.id in ids]
         for prefill in dropped:
-            prefill.text.filling = False
+            prefill.sequence.is_prefilling = False
             self._queue.remove(prefill)
 
     @property
@@ -139,27 +139,27 @@ class PrefillQueue:
             count = len(group.requests)
             self.residency.suspend_waiting(len(group.prompt), count, is_kept=group.is_kept)
 
-    def add(self, text: Text) -> None:
-        """Queue the prefill of an environment turn that was appended to `text`."""
-        text.filling = True
-        self._queue.append(Prefill([text]))
+    def add(self, sequence: ActiveSequence) -> None:
+        """Queue the prefill of an environment turn that was appended to `sequence`."""
+        sequence.is_prefilling = True
+        self._queue.append(Prefill([sequence]))
 
     def start_from_kept(self) -> Prefilled | None:
         """Assign free slots to requests whose prompt state is stored in the spare slot."""
         if not self._can_start or not self._groups[0].is_kept:
             return None
         group = self._groups[0]
-        texts = self._admit(group)
-        for text in texts:
-            self._fork(text, group.blocks)
-        pairs = self._pairs(group.prompt, group.blocks, [t.blocks for t in texts])
-        self.model.copy(self.spare, [t.slot for t in texts], pairs)
+        sequences = self._admit(group)
+        for sequence in sequences:
+            self._fork(sequence, group.blocks)
+        pairs = self._pairs(group.prompt, group.blocks, [t.blocks for t in sequences])
+        self.model.copy(self.spare, [t.slot for t in sequences], pairs)
         if group.choices is not None:
-            for text in texts:
-                self.table.record_routing(text, 0, group.choices)
+            for sequence in sequences:
+                self.table.record_routing(sequence, 0, group.choices)
         if not group.requests:
             self._forget(group)
-        return [(texts, 0)], group.logits
+        return [(sequences, 0)], group.logits
 
     def run(self, *, always: bool) -> Prefilled:
         """Run one pass. always: run even with no chunk, because other ranks take part."""
@@ -167,24 +167,24 @@ class PrefillQueue:
         if not chunks and not always:
             return [], None
         logits = self.model.prefill(
-            [self.table.history[p.text.seat, p.text.cached : p.end] for p in chunks],
+            [self.table.history[p.sequence.seat, p.sequence.cached : p.end] for p in chunks],
             [self._slots(p) for p in chunks],
-            [p.text.cached for p in chunks],
+            [p.sequence.cached for p in chunks],
             [pair for p in chunks for pair in self._copies(p)],
         )
         self._record_routing(chunks)
         prefilled = []
         for row, chunk in enumerate(chunks):
             self.counts.prefill_chunks += 1
-            self.counts.prefill_tokens += chunk.end - chunk.text.cached
-            chunk.text.cached = chunk.end
+            self.counts.prefill_tokens += chunk.end - chunk.sequence.cached
+            chunk.sequence.cached = chunk.end
             if chunk.is_last:
                 self.counts.prefills += 1
                 self._queue.remove(chunk.prefill)
-                for text in chunk.prefill.texts:
-                    text.filling = False
+                for sequence in chunk.prefill.sequences:
+                    sequence.is_prefilling = False
                 self._keep(chunk.prefill, None if logits is None else logits[row : row + 1])
-                prefilled.append((chunk.prefill.texts, row))
+                prefilled.append((chunk.prefill.sequences, row))
         return prefilled, logits
 
     def _chunks(self) -> list[Chunk]:
@@ -201,8 +201,8 @@ class PrefillQueue:
             return True
 
         for prefill in self._queue:
-            text = prefill.text
-            if not fits(text.length - text.cached):
+            sequence = prefill.sequence
+            if not fits(sequence.length - sequence.cached):
                 return chunks
             chunks.append(self._next(prefill))
         while self._can_start and not self._groups[0].is_started:
@@ -228,24 +228,24 @@ class PrefillQueue:
 
     def _start(self, group: Group) -> Prefill:
         """The prefill of a prompt for requests that start now."""
-        texts, pool = self._admit(group), self.residency.pool
+        sequences, pool = self._admit(group), self.residency.pool
         blocks = pool.take(pool.needed(len(group.prompt)))
-        self.residency.place(texts[0], blocks)
-        for text in texts:
-            text.filling = True
-            if text is not texts[0]:
-                self._fork(text, blocks)
+        self.residency.place(sequences[0], blocks)
+        for sequence in sequences:
+            sequence.is_prefilling = True
+            if sequence is not sequences[0]:
+                self._fork(sequence, blocks)
         if not group.requests:
             self._groups.popleft()
-            return Prefill(texts)
+            return Prefill(sequences)
         group.is_started = True
         group.blocks = pool.fork(blocks, len(group.prompt))
-        return Prefill(texts, group)
+        return Prefill(sequences, group)
 
-    def _fork(self, text: Text, blocks: list[int]) -> None:
+    def _fork(self, sequence: ActiveSequence, blocks: list[int]) -> None:
         """Let a sequence start with the prompt that is in `blocks`."""
-        mine = self.residency.pool.fork(blocks, len(text.request.prompt))
-        self.residency.place(text, mine)
+        mine = self.residency.pool.fork(blocks, len(sequence.request.prompt))
+        self.residency.place(sequence, mine)
 
     def _forget(self, group: Group) -> None:
         """Drop a group that has no requests left, and its stored prompt."""
@@ -257,7 +257,7 @@ class PrefillQueue:
 
     def _copies(self, chunk: Chunk) -> list[tuple[int, int]]:
         """Blocks that are copied after a chunk, from and to."""
-        first, *others = chunk.prefill.texts
+        first, *others = chunk.prefill.sequences
         if not chunk.is_last or chunk.prefill.is_turn:
             return []
         keep = chunk.prefill.keep
@@ -272,14 +272,16 @@ class PrefillQueue:
         return [(blocks[whole], target[whole]) for target in targets] if rest else []
 
     def _next(self, prefill: Prefill) -> Chunk:
-        left = prefill.text.length - prefill.text.cached
-        return Chunk(prefill, prefill.text.cached + min(left, self.limits.prefill_chunk or left))
+        left = prefill.sequence.length - prefill.sequence.cached
+        return Chunk(
+            prefill, prefill.sequence.cached + min(left, self.limits.prefill_chunk or left)
+        )
 
     def _slots(self, chunk: Chunk) -> list[int]:
         """Slots that receive a chunk's final state; the first one has its initial state."""
         if not chunk.is_last:
-            return [chunk.text.slot]
-        slots = [text.slot for text in chunk.prefill.texts]
+            return [chunk.sequence.slot]
+        slots = [sequence.slot for sequence in chunk.prefill.sequences]
         return slots if chunk.prefill.keep is None else [*slots, self.spare]
 
     def _record_routing(self, chunks: Sequence[Chunk]) -> None:
@@ -287,14 +289,14 @@ class PrefillQueue:
         if self.model.choices is None or not chunks:
             return
         found = self.model.choices.cpu()
-        sizes = [p.end - p.text.cached for p in chunks]
+        sizes = [p.end - p.sequence.cached for p in chunks]
         recorded = found.split([*sizes, found.shape[0] - sum(sizes)])[:-1]
         for chunk, choices in zip(chunks, recorded, strict=True):
-            self.table.record_routing(chunk.text, chunk.text.cached, choices)
+            self.table.record_routing(chunk.sequence, chunk.sequence.cached, choices)
             if chunk.is_last:
-                found = self.table.routing_of(chunk.text, chunk.end)
-                for text in chunk.prefill.texts[1:]:
-                    self.table.record_routing(text, 0, found)
+                found = self.table.routing_of(chunk.sequence, chunk.end)
+                for sequence in chunk.prefill.sequences[1:]:
+                    self.table.record_routing(sequence, 0, found)
 
     def _keep(self, prefill: Prefill, logits: Tensor | None) -> None:
         """Mark a prompt's state as stored in the spare slot, for the group's other requests."""
@@ -303,9 +305,9 @@ class PrefillQueue:
             return
         group.is_kept, group.logits = True, logits
         if self.model.choices is not None:
-            group.choices = self.table.routing_of(prefill.text, len(group.prompt)).clone()
+            group.choices = self.table.routing_of(prefill.sequence, len(group.prompt)).clone()
 
-    def _admit(self, group: Group) -> list[Text]:
+    def _admit(self, group: Group) -> list[ActiveSequence]:
         """Assign free slots to as many requests of a group as fit."""
         requests = [group.requests.popleft() for _ in range(self._startable(group))]
         return self.table.admit(requests, self.sampling, group.origin)

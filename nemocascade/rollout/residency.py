@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from nemocascade.megatron.generation.model_runner import ModelRunner
 from nemocascade.rollout.blocks import BlockPool
 from nemocascade.rollout.engine import Counts
-from nemocascade.rollout.slots import SlotTable, Text
+from nemocascade.rollout.slots import ActiveSequence, SlotTable
 
 
 class Residency:
@@ -33,18 +33,20 @@ class Residency:
         self, model: ModelRunner, table: SlotTable, pool: BlockPool, counts: Counts
     ) -> None:
         self.model, self.table, self.pool, self.counts = model, table, pool, counts
-        self.suspended: list[Text] = []
+        self.suspended: list[ActiveSequence] = []
         self.headroom = 0
 
     @property
-    def returning(self) -> list[Text]:
+    def returning(self) -> list[ActiveSequence]:
         """Suspended sequences that do not wait for their environment."""
-        return [text for text in self.suspended if not text.pausing]
+        return [sequence for sequence in self.suspended if not sequence.is_paused]
 
     @property
-    def waiting(self) -> list[Text]:
+    def waiting(self) -> list[ActiveSequence]:
         """Sequences on the device that wait for their environment, the youngest first."""
-        return self._resident(text for text in self.table.texts.values() if text.pausing)
+        return self._resident(
+            sequence for sequence in self.table.sequences.values() if sequence.is_paused
+        )
 
     def startable(self, tokens: int, requests: int, *, is_kept: bool) -> int:
         """Number of `requests` with one prompt of `tokens` that can start now.
@@ -54,7 +56,7 @@ class Residency:
         return self._startable(tokens, requests, is_kept=is_kept, without=())
 
     def _startable(
-        self, tokens: int, requests: int, *, is_kept: bool, without: Sequence[Text]
+        self, tokens: int, requests: int, *, is_kept: bool, without: Sequence[ActiveSequence]
     ) -> int:
         """Implements `startable`. without: sequences that would be suspended first."""
         if self.returning:
@@ -79,88 +81,94 @@ class Residency:
         while waiting and not self.startable(tokens, requests, is_kept=is_kept):
             self.suspend(waiting.pop(0))
 
-    def place(self, text: Text, blocks: list[int]) -> None:
+    def place(self, sequence: ActiveSequence, blocks: list[int]) -> None:
         """Give a sequence its first blocks."""
-        text.blocks = blocks
-        self.model.table.assign(text.slot, 0, blocks)
+        sequence.blocks = blocks
+        self.model.table.assign(sequence.slot, 0, blocks)
 
-    def grow(self, text: Text, tokens: int) -> None:
+    def grow(self, sequence: ActiveSequence, tokens: int) -> None:
         """Give a sequence on the device blocks for `tokens`, or suspend it."""
-        missing = self.pool.needed(tokens) - len(text.blocks)
+        missing = self.pool.needed(tokens) - len(sequence.blocks)
         if missing <= 0:
             return
-        victims = self._victims(text)
+        victims = self._victims(sequence)
         for victim in victims if missing <= self._free(victims) else ():
             if missing <= self.pool.free:
                 break
-            self.counts.preemptions += not victim.pausing
+            self.counts.preemptions += not victim.is_paused
             self.suspend(victim)
         if missing > self.pool.free:
             self.counts.preemptions += 1
-            self.suspend(text)
+            self.suspend(sequence)
             return
         taken = self.pool.take(missing)
-        self.model.table.assign(text.slot, len(text.blocks), taken)
-        text.blocks += taken
+        self.model.table.assign(sequence.slot, len(sequence.blocks), taken)
+        sequence.blocks += taken
 
-    def suspend(self, text: Text) -> None:
+    def suspend(self, sequence: ActiveSequence) -> None:
         """Move the state of a sequence to host memory, and free its slot and its blocks."""
         self.counts.offloads += 1
-        text.saved = self.model.save(text.slot, text.blocks[: self.pool.needed(text.cached)])
-        self.pool.release(text.blocks)
-        text.blocks = []
-        self.table.leave(text)
-        insort(self.suspended, text, key=lambda t: t.order)
+        sequence.saved = self.model.save(
+            sequence.slot, sequence.blocks[: self.pool.needed(sequence.cached)]
+        )
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        self.table.leave(sequence)
+        insort(self.suspended, sequence, key=lambda t: t.order)
 
-    def resume(self) -> list[Text]:
+    def resume(self) -> list[ActiveSequence]:
         """Return suspended sequences to the device, as many as fit; the oldest first."""
-        found: list[Text] = []
-        for text in self.returning:
-            need = self.pool.needed(text.length) + self.headroom + len(found)
+        found: list[ActiveSequence] = []
+        for sequence in self.returning:
+            need = self.pool.needed(sequence.length) + self.headroom + len(found)
             waiting = self.waiting
             if need > self._free(waiting) or not (self.table.free or waiting):
                 break
             while waiting and (need > self.pool.free or not self.table.free):
                 self.suspend(waiting.pop(0))
-            self._return(text)
-            found.append(text)
+            self._return(sequence)
+            found.append(sequence)
         return found
 
-    def release(self, text: Text) -> None:
+    def release(self, sequence: ActiveSequence) -> None:
         """Remove a finished sequence, and free what it has."""
-        self.pool.release(text.blocks)
-        if text.slot < 0:
-            self.suspended.remove(text)
-        self.table.release(text)
+        self.pool.release(sequence.blocks)
+        if sequence.slot < 0:
+            self.suspended.remove(sequence)
+        self.table.release(sequence)
 
-    def _return(self, text: Text) -> None:
+    def _return(self, sequence: ActiveSequence) -> None:
         """Write the state of a sequence to a free slot. Its prompt's blocks are shared again with
         another sequence of the same prefill."""
-        whole = len(text.request.prompt) // self.pool.size
-        others = (t for t in self.table.texts.values() if t.origin is text.origin and t.slot >= 0)
+        whole = len(sequence.request.prompt) // self.pool.size
+        others = (
+            t for t in self.table.sequences.values() if t.origin is sequence.origin and t.slot >= 0
+        )
         other = next(others, None)
         shared = [] if other is None else self.pool.share(other.blocks[:whole])
-        self.suspended.remove(text)
-        self.table.enter(text)
-        self.place(text, shared + self.pool.take(self.pool.needed(text.length) - len(shared)))
-        assert text.saved is not None
-        cached = self.pool.needed(text.cached)
-        self.model.restore(text.saved, text.slot, text.blocks[len(shared) : cached])
-        text.saved = None
+        self.suspended.remove(sequence)
+        self.table.enter(sequence)
+        self.place(
+            sequence, shared + self.pool.take(self.pool.needed(sequence.length) - len(shared))
+        )
+        assert sequence.saved is not None
+        cached = self.pool.needed(sequence.cached)
+        self.model.restore(sequence.saved, sequence.slot, sequence.blocks[len(shared) : cached])
+        sequence.saved = None
 
-    def _free(self, without: Sequence[Text]) -> int:
+    def _free(self, without: Sequence[ActiveSequence]) -> int:
         """Number of free blocks once the sequences `without` are suspended."""
-        return self.pool.free + self.pool.freed_by(text.blocks for text in without)
+        return self.pool.free + self.pool.freed_by(sequence.blocks for sequence in without)
 
-    def _victims(self, text: Text) -> list[Text]:
-        """Sequences that are suspended for `text`, in order."""
+    def _victims(self, sequence: ActiveSequence) -> list[ActiveSequence]:
+        """Sequences that are suspended for `sequence`, in order."""
         younger = (
             t
-            for t in self.table.texts.values()
-            if t.order > text.order and not (t.pausing or t.filling)
+            for t in self.table.sequences.values()
+            if t.order > sequence.order and not (t.is_paused or t.is_prefilling)
         )
-        return [t for t in self.waiting if t is not text] + self._resident(younger)
+        return [t for t in self.waiting if t is not sequence] + self._resident(younger)
 
-    def _resident(self, texts: Iterable[Text]) -> list[Text]:
-        """Those of `texts` on the device, the youngest first."""
-        return sorted((t for t in texts if t.slot >= 0), key=lambda t: -t.order)
+    def _resident(self, sequences: Iterable[ActiveSequence]) -> list[ActiveSequence]:
+        """Those of `sequences` on the device, the youngest first."""
+        return sorted((t for t in sequences if t.slot >= 0), key=lambda t: -t.order)

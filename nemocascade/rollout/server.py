@@ -204,7 +204,7 @@ class ServerEngine:
                 found = flight.take(done)
                 finished += len(found)
                 if self.world is not None:
-                    self.world.watch.progress(f"{finished} of {taken} texts done")
+                    self.world.watch.progress(f"{finished} of {taken} sequences done")
                 yield from found
                 yield None
         finally:

@@ -45,7 +45,7 @@ class BatchLimits:
 
 
 @dataclass(eq=False)
-class Text:
+class ActiveSequence:
     """The sequence of a request: its prompt and all following tokens.
 
     seat: its row of the table. slot: on the device, -1 if its state is in host memory, in `saved`.
@@ -53,8 +53,8 @@ class Text:
     one prefill. blocks: of the KV cache. cached: tokens in these. length: tokens of the sequence. A
     running sequence has one token more than `cached`; with more, it needs a prefill. limit: largest
     allowed length. rule: how its tokens are drawn, see `Sampling.rule`. given: spans [start, end)
-    after the prompt that an environment wrote. pausing: excluded from decode steps, because it has
-    ended or waits for its environment. filling: a prefill of it is queued or running.
+    after the prompt that an environment wrote. is_paused: excluded from decode steps, because it
+    has ended or waits for its environment. is_prefilling: a prefill of it is queued or running.
     """
 
     request: Request
@@ -69,8 +69,8 @@ class Text:
     blocks: list[int] = field(default_factory=list)
     saved: Saved | None = None
     given: list[tuple[int, int]] = field(default_factory=list)
-    pausing: bool = False
-    filling: bool = False
+    is_paused: bool = False
+    is_prefilling: bool = False
 
     @property
     def turn_start(self) -> int:
@@ -80,11 +80,11 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The rows that are drawn by one sampling rule. places: their numbers; rows: the same [m] int64
-    on the device. None in both is all rows."""
+    """The rows that are drawn by one sampling rule. row_indices: their numbers; rows: the same [m]
+    int64 on the device. None in both is all rows."""
 
     rule: Sampling
-    places: list[int] | None = None
+    row_indices: list[int] | None = None
     rows: Tensor | None = None
 
 
@@ -92,12 +92,12 @@ class Part:
 class Rows:
     """Rows of sequences that draw a token, [n] int64 each.
 
-    texts: the sequence of each row. seats, positions_on_host: its seat, and the position of a
+    sequences: the sequence of each row. seats, positions_on_host: its seat, and the position of a
     token, on the host. On the device: slots, positions; tokens, those at `positions`, if they are
     known; keys, of the random numbers. parts: the rows of each sampling rule.
     """
 
-    texts: list[Text]
+    sequences: list[ActiveSequence]
     parts: list[Part]
     seats: Tensor
     positions_on_host: Tensor
@@ -117,7 +117,7 @@ class SlotTable:
 
     history [S, longest] int64, the tokens; logprob [S, longest] float32; keys [S] int64, the keys
     of the random numbers; routing [S, longest, L, K], the experts of cached tokens, None until some
-    are recorded; texts, the sequences by seat; free and free_seats, unused slots and seats.
+    are recorded; sequences, the sequences by seat; free and free_seats, unused slots and seats.
     device: of `rows`.
     """
 
@@ -127,18 +127,20 @@ class SlotTable:
         self.logprob = torch.zeros(seats, longest)
         self.keys = torch.zeros(seats, dtype=torch.int64)
         self.routing: Tensor | None = None
-        self.texts: dict[int, Text] = {}
+        self.sequences: dict[int, ActiveSequence] = {}
         self.free = list(range(slots - 1, -1, -1))
         self.free_seats = list(range(seats - 1, -1, -1))
         self._started = 0
         self._rules: dict[Sampling, Sampling] = {}
 
-    def admit(self, requests: list[Request], sampling: Sampling, origin: object) -> list[Text]:
+    def admit(
+        self, requests: list[Request], sampling: Sampling, origin: object
+    ) -> list[ActiveSequence]:
         """Assign a slot and a seat to each request and write its prompt there.
 
-        sampling: of the run. origin: see `Text`.
+        sampling: of the run. origin: see `ActiveSequence`.
         """
-        texts = []
+        sequences = []
         for request in requests:
             seat, length = self.free_seats.pop(), len(request.prompt)
             how = request.sampling or sampling
@@ -148,7 +150,7 @@ class SlotTable:
             self.logprob[seat] = 0
             # One object for equal rules, which are compared at every change of the batch.
             rule = self._rules.setdefault(how.rule, how.rule)
-            text = Text(
+            sequence = ActiveSequence(
                 request,
                 seat,
                 self.free.pop(),
@@ -160,114 +162,118 @@ class SlotTable:
                 origin=origin,
             )
             self._started += 1
-            self.texts[seat] = text
-            texts.append(text)
-        return texts
+            self.sequences[seat] = sequence
+            sequences.append(sequence)
+        return sequences
 
     def keep_rules(self, used: Collection[Sampling]) -> None:
         """Forget the sampling rules that no sequence uses."""
         self._rules = {rule: rule for rule in self._rules.values() if rule in used}
 
-    def leave(self, text: Text) -> None:
+    def leave(self, sequence: ActiveSequence) -> None:
         """Free the slot of a sequence that is suspended."""
-        self.free.append(text.slot)
-        text.slot = -1
+        self.free.append(sequence.slot)
+        sequence.slot = -1
 
-    def enter(self, text: Text) -> None:
+    def enter(self, sequence: ActiveSequence) -> None:
         """Assign a slot to a suspended sequence."""
-        text.slot = self.free.pop()
+        sequence.slot = self.free.pop()
 
-    def rows(self, texts: list[Text]) -> Rows:
-        """The rows of `texts`, each at the position after its cached tokens."""
+    def rows(self, sequences: list[ActiveSequence]) -> Rows:
+        """The rows of `sequences`, each at the position after its cached tokens."""
         seats, slots, positions = (
             torch.tensor(column, dtype=torch.int64)
             for column in (
-                [t.seat for t in texts],
-                [t.slot for t in texts],
-                [t.cached for t in texts],
+                [t.seat for t in sequences],
+                [t.slot for t in sequences],
+                [t.cached for t in sequences],
             )
         )
         known = [slots, positions, self.history[seats, positions], self.keys[seats]]
         by_rule: dict[int, list[int]] = {}
-        for row, text in enumerate(texts):
-            by_rule.setdefault(id(text.rule), []).append(row)
+        for row, sequence in enumerate(sequences):
+            by_rule.setdefault(id(sequence.rule), []).append(row)
         several = len(by_rule) > 1
         if several:
-            known += [torch.tensor(places, dtype=torch.int64) for places in by_rule.values()]
+            known += [
+                torch.tensor(row_indices, dtype=torch.int64) for row_indices in by_rule.values()
+            ]
         moved = to_device(known, self.device)
         parts = [
-            Part(texts[p[0]].rule, p, moved[4 + n]) if several else Part(texts[0].rule)
+            Part(sequences[p[0]].rule, p, moved[4 + n]) if several else Part(sequences[0].rule)
             for n, p in enumerate(by_rule.values())
         ]
-        return Rows(texts, parts, seats, positions, *moved[:4])
+        return Rows(sequences, parts, seats, positions, *moved[:4])
 
     def append(self, rows: Rows, tokens: Tensor, logprob: Tensor) -> None:
         """Append the tokens [n] int64 that were drawn at the rows' positions."""
         at = rows.seats, rows.positions_on_host
         self.history[at], self.logprob[at] = tokens, logprob
-        for text in rows.texts:
-            text.length += 1
+        for sequence in rows.sequences:
+            sequence.length += 1
 
-    def last_turn(self, text: Text) -> Tensor:
+    def last_turn(self, sequence: ActiveSequence) -> Tensor:
         """[m] ids of the policy's last turn."""
-        return self.history[text.seat, text.turn_start : text.length]
+        return self.history[sequence.seat, sequence.turn_start : sequence.length]
 
-    def record_routing(self, text: Text, first: int, choices: Tensor) -> None:
+    def record_routing(self, sequence: ActiveSequence, first: int, choices: Tensor) -> None:
         """Record the experts [m, L, K] of a sequence's tokens from position `first` on."""
-        self._routing_like(choices)[text.seat, first : first + choices.shape[0]] = choices
+        self._routing_like(choices)[sequence.seat, first : first + choices.shape[0]] = choices
 
     def record_step_routing(self, rows: Rows, choices: Tensor) -> None:
         """Record the experts [n, L, K] of the token before each row's position."""
         self._routing_like(choices)[rows.seats, rows.positions_on_host - 1] = choices
 
-    def routing_of(self, text: Text, length: int) -> Tensor:
+    def routing_of(self, sequence: ActiveSequence, length: int) -> Tensor:
         """[length, L, K]: the recorded experts of a sequence's first tokens."""
         assert self.routing is not None
-        return self.routing[text.seat, :length]
+        return self.routing[sequence.seat, :length]
 
     def _routing_like(self, choices: Tensor) -> Tensor:
         if self.routing is None:
             self.routing = choices.new_zeros(*self.history.shape, *choices.shape[1:])
         return self.routing
 
-    def extend(self, text: Text, tokens: Sequence[int]) -> None:
+    def extend(self, sequence: ActiveSequence, tokens: Sequence[int]) -> None:
         """Append an environment's tokens."""
-        start, end = text.length, text.length + len(tokens)
-        self.history[text.seat, start:end] = torch.tensor(tokens)
-        self.logprob[text.seat, start:end] = 0
-        text.length = end
-        text.given.append((start, end))
+        start, end = sequence.length, sequence.length + len(tokens)
+        self.history[sequence.seat, start:end] = torch.tensor(tokens)
+        self.logprob[sequence.seat, start:end] = 0
+        sequence.length = end
+        sequence.given.append((start, end))
 
-    def completion(self, text: Text, finish: Finish) -> Completion:
+    def completion(self, sequence: ActiveSequence, finish: Finish) -> Completion:
         """The completion of a sequence.
 
         Raises FloatingPointError if a log-probability is not finite: the model's logits were not.
         """
-        length = text.length
-        logprob = self.logprob[text.seat, :length].clone()
+        length = sequence.length
+        logprob = self.logprob[sequence.seat, :length].clone()
         if not bool(torch.isfinite(logprob).all()):
             at = int(torch.nonzero(~torch.isfinite(logprob))[0])
             raise FloatingPointError(
-                f"request {text.request.id}: the log-probability of token {at} is "
+                f"request {sequence.request.id}: the log-probability of token {at} is "
                 f"{float(logprob[at])}: the model's weights or states are not finite"
             )
         written = torch.ones(length, dtype=torch.bool)
-        written[: len(text.request.prompt)] = False
-        for start, end in text.given:
+        written[: len(sequence.request.prompt)] = False
+        for start, end in sequence.given:
             written[start:end] = False
         return Completion(
-            request=text.request,
-            tokens=self.history[text.seat, :length].clone(),
+            request=sequence.request,
+            tokens=self.history[sequence.seat, :length].clone(),
             written=written,
             logprob=logprob,
             finish=finish,
-            turns=1 + len(text.given),
-            routing=None if self.routing is None else self.routing[text.seat, : length - 1].clone(),
+            turns=1 + len(sequence.given),
+            routing=None
+            if self.routing is None
+            else self.routing[sequence.seat, : length - 1].clone(),
         )
 
-    def release(self, text: Text) -> None:
+    def release(self, sequence: ActiveSequence) -> None:
         """Remove a finished sequence, and free its seat and its slot."""
-        del self.texts[text.seat]
-        self.free_seats.append(text.seat)
-        if text.slot >= 0:
-            self.leave(text)
+        del self.sequences[sequence.seat]
+        self.free_seats.append(sequence.seat)
+        if sequence.slot >= 0:
+            self.leave(sequence)

@@ -275,7 +275,7 @@ def test_nothing_is_suspended_in_vain() -> None:
     residency.place(running, pool.take(4))
     for text in waiting:
         residency.place(text, pool.fork(running.blocks, 12))
-        text.pausing = True
+        text.is_paused = True
     assert pool.free == 2
     residency.suspend_waiting(12, 1, is_kept=False)
     assert not residency.suspended

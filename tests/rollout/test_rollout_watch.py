@@ -63,8 +63,8 @@ def test_a_run_reports_its_progress(
     # A pass each: three pieces a prompt, and four steps for two texts, then for the third.
     one = heard.reports[: len(heard.reports) // 2]
     assert len(one) == 3 * 3 + 4 + 4
-    assert one[0] == "0 of 3 texts done, 1 in progress, 4 tokens read and 0 written"
-    assert one[-1] == "3 of 3 texts done, 0 in progress, 27 tokens read and 15 written"
+    assert one[0] == "0 of 3 sequences done, 1 in progress, 4 tokens read and 0 written"
+    assert one[-1] == "3 of 3 sequences done, 0 in progress, 27 tokens read and 15 written"
     assert one == heard.reports[len(one) :]
 
 

@@ -175,7 +175,7 @@ from nemocascade.train.progress import Progress
 start_logging(None, is_main=True)
 progress = Progress(Console("2/10 if_rl"), steps=3, first_step=0)
 for step in range(3):
-    progress.show_activity("rollout: generation", "3 of 8 texts done")
+    progress.show_activity("rollout: generation", "3 of 8 sequences done")
     progress.show(step, {"reward": 0.25, "response_tokens": 31.0, "truncated": 0.5, "mfu": 0.1})
 """
 

@@ -76,7 +76,7 @@ def test_a_file_gets_some_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("phase", "progress", "text"),
     [
-        ("rollout: generation", "12 of 256 texts done, 8 in progress", "generation 12/256"),
+        ("rollout: generation", "12 of 256 sequences done, 8 in progress", "generation 12/256"),
         ("step 4: optimizer", "", "optimizer"),
         ("set-up", "3 heads", "set-up"),
     ],
