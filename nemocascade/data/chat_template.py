@@ -173,13 +173,17 @@ class ChatTemplate:
         rest = turns[place][1][end:] + "".join(text for _, text in turns[place + 1 :])
         return self._segments(rest, mark)
 
-    def parse(self, text: str, *, thinking: bool) -> Reply:
-        """Parse what the assistant wrote after the generation prompt. Never raises."""
+    def parse(self, text: str, *, thinking: bool, with_calls: bool = True) -> Reply:
+        """Parse what the assistant wrote after the generation prompt. Never raises.
+
+        with_calls: False leaves calls in the content.
+        """
         return parse_reply(
             text,
             reasoning=self.reasoning(thinking),
             ends=self.ends,
             json_calls=self._json_calls,
+            with_calls=with_calls,
         )
 
     def reasoning(self, thinking: bool) -> Literal["open", "closed", "free"]:

@@ -31,13 +31,15 @@ def parse_reply(
     reasoning: Literal["open", "closed", "free"],
     ends: Sequence[str],
     json_calls: bool = False,
+    with_calls: bool = True,
 ) -> Reply:
     """Parse the text after the generation prompt, up to the first of `ends`.
 
     reasoning: whether the prompt opened a reasoning block, closed it, or left it to the assistant.
     If a block is never closed, the content is empty. json_calls: calls are JSON objects in
-    `<tool_call>` blocks, else functions with parameters. Parameter values stay text. Never raises:
-    a malformed call is a fault, stays in the content, and is not executed.
+    `<tool_call>` blocks, else functions with parameters. with_calls: False leaves calls in the
+    content. Parameter values stay text. Never raises: a malformed call is a fault, stays in the
+    content, and is not executed.
     """
     for end in ends:
         text = text.split(end, 1)[0]
@@ -61,7 +63,7 @@ def parse_reply(
         faults.append(call if isinstance(call, str) else "a call is not closed by </tool_call>")
         return match.group(0)
 
-    content = _BLOCK.sub(take, text)
+    content = _BLOCK.sub(take, text) if with_calls else text
     if calls or faults:
         content = content.rstrip("\n")
     return Reply(Message("assistant", content, thought.strip("\n"), tuple(calls)), tuple(faults))

@@ -45,6 +45,10 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Values that leave the answer as it is, of fields that are not supported otherwise."""
 
 
+_CONSTANTS = {"True": "true", "False": "false", "None": "null"}
+"""JSON of Python's constants, which chat templates write in calls."""
+
+
 class ApiError(ValueError):
     """A request that cannot be answered. status: of HTTP. param: the field."""
 
@@ -66,7 +70,8 @@ class Asked:
     prompts: token ids of each. choices: answers to each. ends: texts that end an answer and are not
     part of it. ids_as_names: a token's text is `token_id:N`. with_echo: the text begins with the
     prompt. thinking: the prompt opens a reasoning block; None for a completion. tools: declared in
-    the prompt.
+    the prompt; without any, a call is text. one_call: of several calls in an answer, only the first
+    is returned.
     """
 
     prompts: list[list[int]]
@@ -81,6 +86,7 @@ class Asked:
     with_echo: bool = False
     thinking: bool | None = None
     tools: tuple[Tool, ...] = ()
+    one_call: bool = False
 
 
 def read_chat(body: Mapping[str, Any], model: OpenModel) -> Asked:
@@ -104,8 +110,13 @@ def read_chat(body: Mapping[str, Any], model: OpenModel) -> Asked:
         "messages", lambda: model.tokenizer.prompt_ids(turns, tools, thinking=thinking)
     )
     asked = _common(body, model, [prompt])
-    with_logprobs = _typed(body, "logprobs", bool, False)
-    return replace(asked, with_logprobs=with_logprobs, thinking=thinking, tools=tools)
+    return replace(
+        asked,
+        with_logprobs=_typed(body, "logprobs", bool, False),
+        thinking=thinking,
+        tools=tools,
+        one_call=not _typed(body, "parallel_tool_calls", bool, True),
+    )
 
 
 def read_completion(body: Mapping[str, Any], model: OpenModel) -> Asked:
@@ -311,14 +322,28 @@ def typed_arguments(call: ToolCall, schema: Mapping[str, Any]) -> dict[str, Any]
     properties = schema.get("properties") or {}
     found = {}
     for name, value in call.arguments.items():
-        declared = properties.get(name)
-        kind = declared.get("type") if isinstance(declared, Mapping) else None
-        kinds = kind if isinstance(kind, list) else [kind]
-        if isinstance(value, str) and kind is not None and "string" not in kinds:
+        kinds = _declared_types(properties.get(name))
+        if isinstance(value, str) and kinds and "string" not in kinds:
             # Text that is no JSON stays as the model wrote it.
             with contextlib.suppress(ValueError, RecursionError):
-                value = json.loads(value)
+                value = json.loads(_CONSTANTS.get(value, value))
         found[name] = value
+    return found
+
+
+def _declared_types(declared: Any) -> set[str]:
+    """The JSON types that a parameter's schema allows; empty if it allows any."""
+    if not isinstance(declared, Mapping):
+        return set()
+    # Optional parameters are often a choice of a type and null.
+    choices = declared.get("anyOf") or declared.get("oneOf") or [declared]
+    found: set[str] = set()
+    for choice in choices if isinstance(choices, list) else []:
+        kind = choice.get("type") if isinstance(choice, Mapping) else None
+        kinds: list[Any] = kind if isinstance(kind, list) else [kind]
+        if not all(isinstance(k, str) for k in kinds):
+            return set()
+        found |= set(kinds)
     return found
 
 

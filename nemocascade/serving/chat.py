@@ -190,17 +190,18 @@ class Talk:
             reply = self._turn()
             self._messages.append(reply.message)
             calls = reply.message.tool_calls
-            if self._session is None or not (calls or reply.faults):
-                return
-            results = tool_results(self._session, reply.message, reply.faults)
             for call in calls:
                 arguments = ", ".join(f"{k}={v!r}" for k, v in call.arguments.items())
                 self.write(printable(f"{call.name}({arguments})") + "\n")
+            if self._session is None or not (calls or reply.faults):
+                return
+            results = tool_results(self._session, reply.message, reply.faults)
             for result in results:
                 self.write(printable(f"[tool] {result.content}") + "\n")
             self._messages += results
             if self._session.done:
                 return
+        self.write(f"[no answer after {self.settings.max_turns} turns: --max-turns]\n")
 
     def _turn(self) -> Reply:
         """Generate and show one turn."""

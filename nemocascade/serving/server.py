@@ -387,7 +387,8 @@ class _Choice:
         asked, template = self._asked, self._answers.model.tokenizer.template
         if asked.thinking is None:
             return ReplyText(None, asked.ends)
-        return ReplyText(template.reasoning(asked.thinking), asked.ends)
+        reasoning = template.reasoning(asked.thinking)
+        return ReplyText(reasoning, asked.ends, with_calls=bool(asked.tools))
 
     def _finished(
         self,
@@ -402,5 +403,9 @@ class _Choice:
         thinking = self._asked.thinking
         reply = None
         if thinking is not None:
-            reply = self._answers.model.tokenizer.template.parse(text.raw, thinking=thinking)
+            template = self._answers.model.tokenizer.template
+            reply = template.parse(text.raw, thinking=thinking, with_calls=bool(self._asked.tools))
+            if self._asked.one_call:
+                message = replace(reply.message, tool_calls=reply.message.tool_calls[:1])
+                reply = replace(reply, message=message)
         return Answer(ids, logprobs, names, completion.finish, text.raw, reply)

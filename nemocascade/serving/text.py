@@ -53,17 +53,22 @@ class ReplyText:
     """Splits the text of an assistant turn into reasoning and content as it arrives.
 
     The deltas of a part, joined, are that part of the parsed reply. Calls of tools are in the
-    parsed reply alone.
+    parsed reply alone; without `with_calls` they are content.
 
     reasoning: state of the reasoning block after the prompt, see `ChatTemplate.reasoning`; None:
     the text is no turn, and all of it is content. ends: texts that end it; they are not part of it.
     """
 
     def __init__(
-        self, reasoning: Literal["open", "closed", "free"] | None, ends: Sequence[str]
+        self,
+        reasoning: Literal["open", "closed", "free"] | None,
+        ends: Sequence[str],
+        *,
+        with_calls: bool = True,
     ) -> None:
-        self._reasoning, self._ends = reasoning, tuple(ends)
-        self._marks = self._ends if reasoning is None else (*self._ends, _OPEN, _CLOSE, _CALL)
+        self._reasoning, self._ends, self._with_calls = reasoning, tuple(ends), with_calls
+        marks = () if reasoning is None else (_OPEN, _CLOSE, _CALL)
+        self._marks = (*self._ends, *marks)
         self._longest = max(map(len, self._marks), default=1) - 1
         self._sent: dict[Part, str] = {"reasoning": "", "content": ""}
         self.raw = ""
@@ -106,7 +111,9 @@ class ReplyText:
         elif self._reasoning == "free" and not start:
             text = ""
         # Line breaks before a mark belong to the template.
-        return thought.strip("\n"), text.partition(_CALL)[0].rstrip("\n")
+        if self._with_calls:
+            text = text.partition(_CALL)[0]
+        return thought.strip("\n"), text.rstrip("\n")
 
     def _undecided(self) -> int:
         """Number of last characters that may be the start of a mark."""

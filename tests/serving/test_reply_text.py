@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,21 +24,26 @@ PARTS = [
 
 
 @pytest.mark.parametrize("reasoning", ["open", "closed", "free"])
-def test_pieces_joined_are_the_parsed_reply(reasoning: Literal["open", "closed", "free"]) -> None:
+@pytest.mark.parametrize("with_calls", [True, False])
+def test_pieces_joined_are_the_parsed_reply(
+    reasoning: Literal["open", "closed", "free"], with_calls: bool
+) -> None:
     rng = random.Random(reasoning)
     streamed = 0
     for _ in range(2000):
         whole = "".join(rng.choices(PARTS, k=rng.randint(0, 12)))
         said = whole + rng.choice(["", "<|im_end|>", "<|im_end|> more"])
-        text = ReplyText(reasoning, ENDS)
+        text = ReplyText(reasoning, ENDS, with_calls=with_calls)
         pieces, at = [], 0
         while at < len(said):
             step = rng.randint(1, 9)
             pieces += text.add(said[at : at + step])
             at += step
         streamed += len(pieces)
-        reply = parse_reply(text.raw, reasoning=reasoning, ends=ENDS)
-        assert reply == parse_reply(said, reasoning=reasoning, ends=ENDS)
+        parse = partial(parse_reply, reasoning=reasoning, ends=ENDS, with_calls=with_calls)
+        reply = parse(text.raw)
+        assert reply == parse(said)
+        assert with_calls or not (reply.message.tool_calls or reply.faults)
         pieces += text.finish(reply)
         for part in ("reasoning", "content"):
             joined = "".join(piece.text for piece in pieces if piece.part == part)
