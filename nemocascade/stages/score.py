@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +24,11 @@ def config_of(settings: ScoreSettings) -> ScoreConfig:
 
     Raises RecipeError for a benchmark that is unknown, and DataError for rows of another form.
     """
-    files = (
-        *_rows(settings.rows, settings.limit),
-        *(_benchmark(given, settings.limit) for given in settings.benchmarks),
-    )
+    rows = _pairs("rows", settings.rows, "DOMAIN=PATH, such as math=rows.jsonl")
+    form = f"NAME=PATH with NAME one of {', '.join(BENCHMARKS)}"
+    benchmarks = _pairs("benchmarks", settings.benchmarks, form, BENCHMARKS)
+    limit = settings.limit or MOST_SAMPLES
+    files = (*_rows(rows, limit), *(_benchmark(*pair, limit) for pair in benchmarks))
     scores = settings.scores
     names = settings.domains or (() if files else DOMAINS)
     named = tuple(ScoredDomain(d, difficulty=settings.difficulty) for d in names)
@@ -38,33 +39,35 @@ def config_of(settings: ScoreSettings) -> ScoreConfig:
     )
 
 
-def _rows(given: Sequence[str], limit: int) -> list[ScoredDomain]:
-    """The tasks of every `DOMAIN=PATH`. Raises RecipeError naming each that lacks one of them, and
-    DataError for a missing file."""
-    pairs = [text.partition("=")[::2] for text in given]
-    if wrong := [text for text, pair in zip(given, pairs, strict=True) if not all(pair)]:
-        raise RecipeError(
-            [f"rows({text}) must be DOMAIN=PATH, such as math=rows.jsonl" for text in wrong]
-        )
+def _pairs(
+    setting: str, given: Sequence[str], form: str, known: Collection[str] | None = None
+) -> list[tuple[str, str]]:
+    """Name and path of every `NAME=PATH`. Raises RecipeError naming each that lacks one of them, or
+    whose name is not `known`."""
+    found, wrong = [], []
+    for text in given:
+        name, _, path = text.partition("=")
+        if name and path and (known is None or name in known):
+            found.append((name, path))
+        else:
+            wrong.append(f"{setting}({text}) must be {form}")
+    if wrong:
+        raise RecipeError(wrong)
+    return found
+
+
+def _rows(pairs: Sequence[tuple[str, str]], limit: int) -> list[ScoredDomain]:
+    """The tasks of each domain's files. Raises DataError for a missing file."""
     paths: dict[str, tuple[str, ...]] = {}
     for domain, path in pairs:
         find_files(path)
         paths[domain] = (*paths.get(domain, ()), path)
     return [
-        ScoredDomain(domain, heldout_path=found, tasks=limit or MOST_SAMPLES)
-        for domain, found in paths.items()
+        ScoredDomain(domain, heldout_path=found, tasks=limit) for domain, found in paths.items()
     ]
 
 
-def _benchmark(given: str, limit: int) -> ScoredDomain:
-    """The tasks of `NAME=PATH`. Raises RecipeError for a name that is unknown, and DataError for
-    rows of another form."""
-    name, _, path = given.partition("=")
-    if name not in BENCHMARKS or not path:
-        raise RecipeError(
-            [f"benchmarks({given}) must be NAME=PATH with NAME one of {', '.join(BENCHMARKS)}"]
-        )
+def _benchmark(name: str, path: str, limit: int) -> ScoredDomain:
+    """The tasks of a benchmark. Raises DataError for rows of another form."""
     check_rows(name, path)
-    return ScoredDomain(
-        BENCHMARKS[name].domain, heldout_path=(path,), tasks=limit or MOST_SAMPLES, name=name
-    )
+    return ScoredDomain(BENCHMARKS[name].domain, heldout_path=(path,), tasks=limit, name=name)
