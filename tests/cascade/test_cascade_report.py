@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 from helpers.cascade_run import ALARM, DOMAINS, STAGES, digest, make_run
 from helpers.html_page import check_page
+from matplotlib.figure import Figure
 
 from nemocascade.cascade.comparison import compare
 from nemocascade.cascade.lineage import listed_in, report_text, score_table
 from nemocascade.cascade.records import read_record
 from nemocascade.cascade.report import ReportError, figures, view, words, write_report
 from nemocascade.cascade.report.read import read_run, shortened
+from nemocascade.cascade.report.scores import draw_domain
 from nemocascade.cascade.report.write import panel_picture
 from nemocascade.recipe import RecipeError
 from nemocascade.recipe.commands import DiffSettings
@@ -67,6 +70,26 @@ def test_the_whole_run_is_in_the_report(finished: Path) -> None:
     assert len(curricula) == 2
     assert all("code_rl" in label for label in curricula)
     assert (finished / "report" / "index.html").stat().st_size < 8e6
+
+
+def test_stages_have_the_numbers_of_the_progress_line(finished: Path) -> None:
+    """Side branches stand at the right, with their places in the order of the run."""
+    run = read_run(finished)
+    order = [words.words(name) for name, *_ in STAGES]
+    page = (finished / "report" / "index.html").read_text()
+    heads = re.findall(r'<th scope="col"[^>]*><span>(\d+)</span>([^<]+)', page)
+    assert {name: int(number) for number, name in heads} == {
+        name: place for place, name in enumerate(order, 1)
+    }
+    assert heads[-1] == ("4", "RLHF teacher")
+    numbers = [number for number, _ in heads]
+    first, listed = page.index("<tbody>"), page[page.index("phone stages") :]
+    assert re.findall(r'data-label="(\d+)"', page[first : page.index("</tr>", first)]) == numbers
+    assert re.findall(r'<li value="(\d+)">', listed) == numbers
+    ax = Figure().add_subplot()
+    draw_domain(ax, run, "math")
+    show = ax.xaxis.get_major_formatter()
+    assert [show(place, None) for place in range(1, len(order) + 1)] == numbers
 
 
 def test_the_figures_are_written_as_png(finished: Path) -> None:

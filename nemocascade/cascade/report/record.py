@@ -114,6 +114,10 @@ class Run:
         """The stage of that name."""
         return next((s for s in self.stages if s.name == name), None)
 
+    def number(self, name: str) -> int:
+        """Place of a stage in the order in which they run, as in the progress line."""
+        return [s.name for s in self.stages].index(name) + 1
+
     def in_points(self, domain: str) -> bool:
         """True if all scores of a domain lie in 0..1; they are then shown times 100."""
         values = [s.scores[domain].score for s in self.scored if domain in s.scores]

@@ -139,6 +139,8 @@ def draw_domain(ax: Axes, run: Run, domain: str) -> None:
         ax.set_ylim(*points_range(run))
     figures.finish_axes(ax)
     ax.xaxis.set_major_locator(MaxNLocator(min(len(stages), 12), integer=True))
+    number = {float(place[s.name]): str(run.number(s.name)) for s in stages}
+    ax.xaxis.set_major_formatter(lambda at, _: number.get(float(at), ""))
 
 
 def scores_png(path: Path, run: Run) -> None:
@@ -149,7 +151,7 @@ def scores_png(path: Path, run: Run) -> None:
         draw_domain(ax, run, domain)
         ax.set_title(words.label(domain), loc="left", fontsize=9)
     names = [
-        f"{n + 1} {words.label(s.name)}{' (side)' * s.side}" for n, s in enumerate(ordered(run))
+        f"{run.number(s.name)} {words.label(s.name)}{' (side)' * s.side}" for s in ordered(run)
     ]
     half = -(-len(names) // 2)
     lines = "   ".join(names[:half]) + "\n" + "   ".join(names[half:])
