@@ -95,7 +95,7 @@ gpu-dry: setup  ## Steps and rollouts on a played GPU, against their budgets (UP
 fuzz: setup  ## 100,000 mutated inputs into every reader, 15 minutes (ARGS="--only NAME --examples N")
 	OMP_NUM_THREADS=1 $(RUN) tests/fuzz/run.py $(ARGS)
 
-lint: style  ## ruff, docstrings, clang-format and mypy, changing nothing
+lint: style  ## ruff, docstrings, clang-format, hadolint and mypy, changing nothing
 	$(RUN) -m mypy
 
 style: setup  ## lint without mypy
@@ -103,6 +103,7 @@ style: setup  ## lint without mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) tools/lint_docstrings.py
 	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/hadolint Dockerfile
 
 format: setup  ## Apply ruff's fixes and all formatting
 	$(RUN) -m ruff check --fix .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +41,6 @@ def test_the_dockerfile_builds_from_a_pinned_base() -> None:
         "--no-install-recommends" in r and "rm -rf /var/lib/apt/lists" in r for r in runs[:-1]
     )
     assert found[-1] == ("CMD", '["nemocascade", "--help"]')
-    if shutil.which("hadolint"):
-        subprocess.run(["hadolint", str(DOCKER)], check=True)
 
 
 def test_the_apptainer_definition_is_that_of_the_dockerfile() -> None:
