@@ -26,6 +26,7 @@ INSTALLED := $(VENV)/.installed
 # GPU=1: Triton and fla-core, and what can be had of Transformer Engine, apex and FlashAttention-3.
 GPU_INSTALLED := $(if $(filter 1,$(GPU)),$(VENV)/.gpu_installed)
 BUILT := $(VENV)/.built
+INTEGRATIONS := build/integrations
 LIBRARIES := nemocascade/_native.so kernels/nemocascade_kernels/_native.so
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -37,7 +38,7 @@ ifneq ($(words $(wildcard $(LIBRARIES))),$(words $(LIBRARIES)))
 $(shell rm -f $(BUILT))
 endif
 
-.PHONY: setup cascade test test-slow test-vllm gpu-dry fuzz lint style format bench wheels clean help
+.PHONY: setup cascade test test-slow test-vllm test-integrations gpu-dry fuzz lint style format bench wheels clean help
 
 setup: $(BUILT) $(GPU_INSTALLED)  ## Find a Python >= 3.12, make .venv, install, build csrc/ (GPU=1: packages of a GPU node)
 
@@ -89,6 +90,18 @@ test-vllm: setup  ## Rollouts by a real vLLM on this CPU, installed into build/v
 	$(RUN) tools/vllm_environment.py build/vllm/venv
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow tests/vllm $(ARGS)
 
+test-integrations: $(INTEGRATIONS)/.installed  ## lm-eval, PEFT, datasets, wandb and mlflow, installed into build/integrations
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -m integration tests/data/test_hub_rows.py \
+	  tests/megatron/test_lora.py tests/serving/test_lm_eval.py tests/train/test_trackers.py $(ARGS)
+
+# An environment on top of .venv: torch and what else is there is not installed again.
+$(INTEGRATIONS)/.installed: $(INSTALLED) | $(BUILT)
+	$(RUN) -m venv --clear $(INTEGRATIONS)
+	$(RUN) -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	  >$$($(INTEGRATIONS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/project.pth
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check 'nemocascade[integrations]'
+	touch $@
+
 gpu-dry: setup  ## Steps and rollouts on a played GPU, against their budgets (UPDATE=1 writes them)
 	OMP_NUM_THREADS=1 $(RUN) tests/gpu_dry/run.py $(if $(UPDATE),--update) $(ARGS)
 
@@ -122,4 +135,4 @@ clean:  ## Remove what was built; .venv stays
 	rm -rf build dist *.egg-info $(LIBRARIES) $(BUILT) .mypy_cache .ruff_cache .pytest_cache
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.integrations import installed
 
 from nemocascade.cli import main
 from nemocascade.data.cache import cache_key
@@ -166,11 +166,11 @@ def test_what_cannot_be_loaded(fake: Fake, folder: Path, monkeypatch: pytest.Mon
         hub_file(f"{folder}:validation")
 
 
+@pytest.mark.integration
 def test_the_package_datasets_reads_a_local_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if importlib.util.find_spec("datasets") is None:
-        pytest.skip("the package datasets is not installed")
+    installed("datasets")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setitem(os.environ, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     assert rows_of(hub_file(f"{folder}:train")) == ROWS

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.integrations import installed
 from helpers.rollout import QWEN3
 from safetensors.torch import load_file
 from torch import Tensor
@@ -382,17 +383,18 @@ def test_factors_of_peft_give_the_merged_linears(
     assert adapted == changed
 
 
+@pytest.mark.integration
 def test_peft_loads_the_export(
     stored: tuple[Path, CascadeModel], world: World, tmp_path: Path
 ) -> None:
-    peft = pytest.importorskip("peft")
+    folder, model = stored
+    if model.config.shape != DENSE:
+        pytest.skip("the hybrid's experts are no linears in transformers")
+    peft = installed("peft")
     import transformers
 
     from nemocascade.megatron.convert import export_huggingface
 
-    folder, model = stored
-    if model.config.shape != DENSE:
-        pytest.skip("the hybrid's experts are no linears in transformers")
     export_peft(folder / "adapter", tmp_path / "peft")
     for name in ("base", "artifact"):
         export_huggingface(folder / name, tmp_path / name)

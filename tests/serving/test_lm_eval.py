@@ -1,4 +1,4 @@
-"""lm-eval against the server: log-likelihoods and generation, where lm-eval is installed."""
+"""lm-eval against the server: log-likelihoods and generation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers.integrations import installed
 from test_serving import artifact, client, model_of, server  # noqa: F401 - fixtures
 
 from nemocascade.data.serving import serving_of
@@ -48,6 +49,7 @@ def expected_accuracy(server: str, name: str, folder: str) -> float:  # noqa: F8
 
 
 @pytest.mark.slow
+@pytest.mark.integration
 def test_lm_eval_reads_log_likelihoods_and_answers(
     server: str,  # noqa: F811
     client: Any,  # noqa: F811
@@ -55,7 +57,7 @@ def test_lm_eval_reads_log_likelihoods_and_answers(
     task: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    lm_eval = pytest.importorskip("lm_eval")
+    lm_eval = installed("lm_eval")
     folder = tmp_path / "published"
     serving = Serving(*serving_of(read_artifact(Path(artifact))))
     export_huggingface(Path(artifact), folder, serving=serving)

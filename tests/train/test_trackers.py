@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.integrations import installed
 
 from nemocascade.recipe import GrpoRecipe, LogConfig, SftRecipe
 from nemocascade.runtime.logging import LOGGER
@@ -238,12 +239,13 @@ def test_the_trackers_of_a_recipe() -> None:
     )
 
 
+@pytest.mark.integration
 def test_mlflow_records_in_the_run_folder_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="pip install 'nemocascade[mlflow]'")
+    mlflow = installed("mlflow")
     # mlflow-skinny has no database.
-    pytest.importorskip("sqlalchemy", reason="pip install 'nemocascade[mlflow]'")
+    installed("sqlalchemy")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = stage_folder(tmp_path)
     record(("mlflow",), folder)
@@ -257,8 +259,9 @@ def test_mlflow_records_in_the_run_folder_and_continues(
     assert [m.step for m in client.get_metric_history(run_id, "loss")] == [1, 2]
 
 
+@pytest.mark.integration
 def test_a_real_wandb_records_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="pip install 'nemocascade[wandb]'")
+    installed("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     record(("wandb",), tmp_path)
     assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
