@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from helpers.commands import run_command
@@ -50,17 +51,22 @@ def small(cascade: CascadeRecipe) -> list[str]:
     return [part for name, value in changes.items() for part in (f"--{name}", str(value))]
 
 
-def nemocascade(*arguments: str) -> str:
+def nemocascade(*arguments: str) -> tuple[str, str]:
+    """The command's output and its log."""
     done = run_command(["-m", "nemocascade.cli", *arguments], timeout_s=550)
     assert done.returncode == 0, done.stderr[-4000:]
-    return str(done.stdout)
+    return str(done.stdout), str(done.stderr)
 
 
 def test_every_stage_runs_and_is_scored(tmp_path: Path) -> None:
     cascade = load_recipe(ROOT / SCRIPT, CascadeRecipe)
     run_dir = tmp_path / "run"
     arguments = ("run", SCRIPT, "--run-dir", str(run_dir), *small(cascade))
-    printed = nemocascade(*arguments)
+    printed, log = nemocascade(*arguments)
+    # All stages have one layout: its accelerators and its preflight are shown for the first alone.
+    for heading in (" accelerators:\n", " preflight:\n"):
+        assert log.count(heading) == 1, heading
+    assert len(re.findall(r"^.*(?:all checks passed|warning\(s\)) in \d", log, re.M)) == 1
     found = json.loads((run_dir / "cascade.json").read_text())
     assert [s["name"] for s in found["stages"]] == StageGraph(cascade).names
     scored = {d.domain for d in cascade.scores.domains}
@@ -83,5 +89,5 @@ def test_every_stage_runs_and_is_scored(tmp_path: Path) -> None:
             assert set(found["teachers"]) == taught
             assert {found["teachers"][d]["stage"] for d in taught} <= set(StageGraph(cascade).names)
     assert trained <= scored, "a stage trains a domain that nothing scores"
-    again = nemocascade(*arguments, "--dry-run")
+    again, _ = nemocascade(*arguments, "--dry-run")
     assert again.count(": keep") == len(cascade.stages)
