@@ -228,7 +228,7 @@ def matrix_instruction(ptx: str) -> str | None:
     return None
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"python -m {PACKAGE}.compile", description=__doc__.split("\n")[0]
     )
@@ -238,15 +238,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", help="only this op (may be repeated)")
     parser.add_argument("--sample", action="store_true", help="only one launch of each kernel")
     options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.op or ()) - set(triton_ops())):
+        parser.error(f"no Triton kernels in {unknown}: choose among {triton_ops()}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
     # The decorator reads this when a kernel is defined; interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
-    ops = triton_ops()
-    unknown = sorted(set(options.op or ()) - set(ops))
-    if unknown:
-        parser.error(f"no Triton kernels in {unknown}: choose among {ops}")
+    options = parse(arguments)
     arch = int(options.arch.removeprefix("sm_"))
     reports = []
-    for op in options.op or ops:
+    for op in options.op or triton_ops():
         kernels = kernels_of(op, arch)
         for kernel in sample_of(kernels) if options.sample else kernels:
             reports.append(compile_kernel(op, kernel, arch))

@@ -1,4 +1,4 @@
-"""Pages of the benchmarks: their commands exist, and their tables are those of the records. The
+"""Pages of the benchmarks: their files exist, and their tables are those of the records. The
 page that compares frameworks: every cell has a source."""
 
 from __future__ import annotations
@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,32 +13,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import run
-
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-
-
-def commands() -> list[str]:
-    """The commands in the code blocks of benchmarks/README.md."""
-    blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
-    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
-
-
-@pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_page_exists(command: str) -> None:
-    python, script, *arguments = shlex.split(command)
-    assert python == "python"
-    path = ROOT / script
-    assert path.is_file(), f"{script} is not there"
-    named = [ROOT / word for word in arguments if word.startswith("benchmarks/results/")]
-    assert all(file.exists() for file in named if "--compare" in arguments), named
-    if script == "benchmarks/run.py":
-        run.parse(arguments)
-        return
-    module: Any = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    module.parse(arguments)
 
 
 def test_every_file_that_the_page_names_exists() -> None:

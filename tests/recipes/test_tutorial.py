@@ -15,20 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.page_commands import ROOT, command_lines, reduced
 from helpers.ranks import run_ranks
 
-from nemocascade import cli
-from nemocascade.recipe import CascadeRecipe, load_any_recipe
-from nemocascade.stages.launch import parse
-
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
-FENCED = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-BLOCKS = [text for label, text in FENCED if not label]
-"""Commands; recorded output has the label `text`."""
-COMMANDS = [
-    line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()
-]
+COMMANDS = command_lines("docs/tutorial.md", labels=("",))
+"""Downloads have the label `sh`, recorded output has the label `text`."""
 SIZES = {"--log.tensorboard": "False", "--engine.precision": "fp32", "--steps": "1"}
 ROLLOUTS = SIZES | {
     "--rollout.prompts-per-step": "2",
@@ -62,15 +53,9 @@ REDUCED: dict[str, dict[str, str]] = {
 """Settings that make a command of the page small, by its recipe or its name."""
 
 
-def reduced(command: str) -> list[str]:
-    """The words of a command with smaller settings, which replace its own."""
-    program, *words = shlex.split(command)
-    name = next((w for w in words if w in REDUCED), "")
-    for option, value in REDUCED.get(name, {}).items():
-        if option in words:
-            words[words.index(option) + 1] = value
-        else:
-            words += [option, value]
+def python_words(command: str) -> list[str]:
+    """The words that Python gets for a command at reduced size."""
+    program, *words = reduced(command, REDUCED)
     return [*(() if program == "python" else ("-m", "nemocascade.cli")), *words]
 
 
@@ -85,19 +70,6 @@ def test_the_page_has_both_ways() -> None:
         "small/sft.py",
     ):
         assert part in text
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("curl")])
-def test_a_command_names_what_exists(command: str) -> None:
-    program, *words = shlex.split(command)
-    if program == "python":
-        recipe = load_any_recipe(ROOT / words[0])
-        assert not isinstance(recipe, CascadeRecipe)
-        parse(recipe, words[1:])
-    else:
-        assert program == "nemocascade"
-        assert words[0] in cli.COMMANDS
-        assert all((ROOT / w).is_file() for w in words if w.startswith("recipes/"))
 
 
 def made_qwen3(folder: str) -> str:
@@ -182,7 +154,7 @@ def test_the_commands_run_one_after_the_other(folder: Path) -> None:
     for command in COMMANDS:
         if command == curl:
             continue
-        words = reduced(command)
+        words = python_words(command)
         if words[2] == "serve":
             (reply,) = answers(folder, words, curl)
             assert reply["choices"][0]["message"]["role"] == "assistant"
