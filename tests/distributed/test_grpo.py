@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from helpers.ranks import run_ranks
-from helpers.start_policy import FEW_LAYERS, start_policy
+from helpers.start_policy import start_policy
 
 REPLAY = ", replay"
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -161,7 +161,7 @@ def pass_rates(artifact: str, folder: str, parallel: dict[str, Any]) -> Lines:
 
 def alone(folder: str) -> dict[str, Any]:
     """One process: a run, and the same run stopped after its first step."""
-    artifact = start_policy(f"{folder}/sft", pattern=FEW_LAYERS)
+    artifact = start_policy(f"{folder}/sft")
     whole = grpo(artifact, f"{folder}/whole", {})
     grpo(artifact, f"{folder}/parts", {}, steps=1)
     parts = grpo(artifact, f"{folder}/parts", {})

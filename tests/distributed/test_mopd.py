@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from helpers.ranks import run_ranks
-from helpers.start_policy import FEW_LAYERS, start_policy
+from helpers.start_policy import start_policy
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "TP2": {"tp": 2},
@@ -95,7 +95,7 @@ def teach(artifact: str, teacher: str, folder: str, parallel: dict[str, Any], **
 
 def alone(folder: str) -> dict[str, Any]:
     """One process: a run, and the same run stopped after its first step, its teachers on disk."""
-    artifact = start_policy(f"{folder}/sft", DOMAINS, FEW_LAYERS)
+    artifact = start_policy(f"{folder}/sft", DOMAINS)
     teacher = f"{folder}/first/artifact"
     from dataclasses import replace
 
@@ -104,7 +104,7 @@ def alone(folder: str) -> dict[str, Any]:
     from nemocascade.stages.sft import run_sft
 
     # Any other weights will do for a teacher.
-    other = replace(sft_recipe(f"{folder}/first", DOMAINS, FEW_LAYERS), steps=4, init_from=artifact)
+    other = replace(sft_recipe(f"{folder}/first", DOMAINS), steps=4, init_from=artifact)
     run_sft(other)
     found: dict[str, Any] = {"artifact": artifact, "teacher": teacher}
     for prefix, more in DIVERGENCES.items():

@@ -47,7 +47,7 @@ def _train(parallel: dict[str, Any], tied: bool, overlap: bool) -> dict[str, Any
     world = start_world(ParallelConfig(**parallel), engine)
     trainer = Trainer(
         world,
-        replace(tiny(), vocab_size=512, hidden_size=64, tie_embeddings=tied),
+        replace(tiny(), vocab_size=512, hidden_size=64, pattern="ME*E", tie_embeddings=tied),
         engine=engine,
         moe=MoeTrainingConfig(),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=1),
@@ -55,7 +55,7 @@ def _train(parallel: dict[str, Any], tied: bool, overlap: bool) -> dict[str, Any
         seed=3,
         run_dir=Path("/nonexistent"),
     )
-    batches = random_batches(8, 512)[world.dp_rank :: world.dp_size]
+    batches = random_batches(8, 512, 128)[world.dp_rank :: world.dp_size]
     losses, under_way = [], 0
     for _ in range(3):
         losses.append(trainer.train_step(batches).loss)
@@ -63,6 +63,7 @@ def _train(parallel: dict[str, Any], tied: bool, overlap: bool) -> dict[str, Any
     heldout, _ = trainer.evaluate([batches])
     losses.append(trainer.train_step(batches).loss)
     weights = torch.cat([p.detach().flatten() for m in trainer.modules for p in m.parameters()])
+    world.close()
     return {
         "losses": [*losses, heldout],
         "under way": under_way,

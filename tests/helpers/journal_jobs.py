@@ -18,11 +18,11 @@ DOMAINS = ("instruction_following", "multiple_choice")
 
 def start_and_teacher(folder: str) -> dict[str, str]:
     """Artifacts that stages start from, and that teaches them."""
-    from helpers.start_policy import FEW_LAYERS, sft_recipe, start_policy
+    from helpers.start_policy import sft_recipe, start_policy
     from nemocascade.stages.sft import run_sft
 
-    start = start_policy(f"{folder}/start", DOMAINS, FEW_LAYERS)
-    other = sft_recipe(f"{folder}/teacher", DOMAINS, FEW_LAYERS)
+    start = start_policy(f"{folder}/start", DOMAINS)
+    other = sft_recipe(f"{folder}/teacher", DOMAINS)
     other = replace(other, steps=4, init_from=start)
     return {"start": start, "teacher": str(run_sft(other))}
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-LAYERS = "MEM*EME*"
-FEW_LAYERS = "ME*E"
-"""Each kind of layer on few: for files that run many stages, whose time is that of the layers."""
+LAYERS = "ME*E"
+"""Each kind of layer, and few of them: the time of these tests is that of their layers."""
 
 
-def start_policy(
-    folder: str, domains: tuple[str, ...] = ("instruction_following",), pattern: str = LAYERS
-) -> str:
+def start_policy(folder: str, domains: tuple[str, ...] = ("instruction_following",)) -> str:
     """An artifact to start from: a small model after two steps of SFT."""
     from nemocascade.stages.sft import run_sft
 
-    return str(run_sft(sft_recipe(folder, domains, pattern)))
+    return str(run_sft(sft_recipe(folder, domains)))
 
 
-def sft_recipe(folder: str, domains: tuple[str, ...], pattern: str = LAYERS) -> Any:
+def sft_recipe(folder: str, domains: tuple[str, ...]) -> Any:
     from dataclasses import replace
 
     from nemocascade.recipe import (
@@ -36,7 +33,7 @@ def sft_recipe(folder: str, domains: tuple[str, ...], pattern: str = LAYERS) -> 
     return SftRecipe(
         steps=2,
         run_dir=folder,
-        model=replace(tiny(), pattern=pattern, hidden_size=64, vocab_size=512),
+        model=replace(tiny(), pattern=LAYERS, hidden_size=64, vocab_size=512),
         data=DataConfig(capacity=512, sequences_per_step=2, balance_group=2),
         demonstrations=DemonstrationConfig(
             domains=tuple(DomainConfig(domain=name, tasks=64) for name in domains), heldout=8

@@ -265,7 +265,7 @@ def test_a_missing_barrier_shows(library: ctypes.CDLL) -> None:
         child = os.fork()
         if child == 0:
             faulthandler.disable()
-            resource.setrlimit(resource.RLIMIT_CPU, (15, 15))
+            resource.setrlimit(resource.RLIMIT_CPU, (5, 5))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(60)
             library.skip_barrier(line)
