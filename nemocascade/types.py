@@ -5,7 +5,6 @@ Shape letters: C capacity of a packed batch in tokens, D number of documents in 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -450,31 +449,6 @@ class PackedBatch:
                     value = value.pin_memory()
                 moved[f.name] = value.to(target, non_blocking=True)
         return replace(self, **moved)
-
-    def validate(self) -> None:
-        """Raise ValueError naming every broken rule of the layout."""
-        problems = []
-        cu = self.cu_seqlens.tolist()
-        if cu[:1] != [0] or cu[-1] != self.capacity:
-            problems.append(f"cu_seqlens runs {cu[:1]}..{cu[-1:]}, it must run 0..{self.capacity}")
-        if any(b <= a for a, b in itertools.pairwise(cu)):
-            problems.append("cu_seqlens must rise: an empty document is not allowed")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            counted = isinstance(value, Tensor) and f.name != "cu_seqlens"
-            if counted and value.shape != self.tokens.shape:
-                rows = self.tokens.numel()
-                problems.append(f"{f.name} has shape {tuple(value.shape)}, not [{rows}]")
-        if not problems:
-            ends = set(cu[1:])
-            trained = (self.token_weight != 0).nonzero().flatten()
-            places = torch.cat([torch.arange(s.start, s.stop) for s in self.segments])
-            if ends & set((places[trained] + 1).tolist()):
-                problems.append("a document's last row has no target, so its weight must be 0")
-            if bool((self.token_weight[self.num_own_tokens :] != 0).any()):
-                problems.append("padding must have weight 0")
-        if problems:
-            raise ValueError("broken PackedBatch: " + "; ".join(problems))
 
 
 def pack_documents(

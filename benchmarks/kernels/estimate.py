@@ -28,7 +28,6 @@ class Ceilings:
     tflops: float = 790.0
     terabytes_s: float = 4.3
     multiprocessors: int = 132
-    l2_bytes: int = 60_000_000
     registers: int = 65_536
     shared_bytes: int = 233_472
     warps: int = 64

@@ -47,10 +47,6 @@ class BackendUnavailableError(RuntimeError):
     """The required implementation is unavailable for the call."""
 
 
-BackendRefusedError = BackendUnavailableError
-"""The name in version 0.1.0, for callers that catch it."""
-
-
 @dataclass(frozen=True)
 class Implementation:
     """One implementation of an op. limit: the check whether it is available. by_name: it runs only

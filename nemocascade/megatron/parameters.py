@@ -25,12 +25,10 @@ class ParameterCount:
     active: those used in the matrix products and norms of one token. Excluded: experts that the
         token is not sent to, and the embedding table, of which a token reads one row. The LM head
         counts, tied or not.
-    active_with_embedding: `active` and the embedding table.
     """
 
     total: int
     active: int
-    active_with_embedding: int
 
 
 @contextlib.contextmanager
@@ -79,8 +77,4 @@ def count_parameters(shape: ModelConfig) -> ParameterCount:
     idle, rest = divmod(experts * (shape.num_experts - shape.experts_per_token), shape.num_experts)
     assert rest == 0, "experts of one layer have equal sizes"
     embedding = 0 if shape.tie_embeddings else shape.vocab_size * shape.hidden_size
-    return ParameterCount(
-        total=total,
-        active=total - idle - embedding,
-        active_with_embedding=total - idle,
-    )
+    return ParameterCount(total=total, active=total - idle - embedding)

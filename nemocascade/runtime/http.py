@@ -17,7 +17,6 @@ import random
 import re
 import ssl
 import threading
-import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +85,7 @@ class HttpClient:
             limits=httpx2.Limits(max_connections=connections, keepalive_expiry=2.0),
         )
         self._lock = threading.Lock()
-        self._is_closed = threading.Event()
+        self._is_closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
         self._thread.start()
@@ -104,7 +103,7 @@ class HttpClient:
 
     def _ask(self, method: str, url: str, body: bytes, timeout_s: float, name: str = "") -> bytes:
         with self._lock:
-            if self._is_closed.is_set():
+            if self._is_closed:
                 raise HttpError("closed", "no further request is sent", final=True)
             sent = self._send(method, url, body, timeout_s, name)
             future = asyncio.run_coroutine_threadsafe(sent, self._loop)
@@ -113,27 +112,12 @@ class HttpClient:
         except concurrent.futures.CancelledError:
             raise HttpError("closed", "the request was cut off", final=True) from None
 
-    def post_retrying(
-        self, url: str, body: bytes, timeout_s: float, *, retries: int, backoff_s: float
-    ) -> bytes:
-        """`post` with up to `retries` retries after failures; `timeout_s` bounds the total time."""
-        deadline = time.monotonic() + timeout_s
-        for attempt in range(retries):
-            try:
-                return self.post(url, body, deadline - time.monotonic())
-            except HttpError as error:
-                wait_s = backoff(attempt, backoff_s, error.wait_s)
-                is_late = time.monotonic() + wait_s >= deadline
-                if error.final or is_late or self._is_closed.wait(wait_s):
-                    raise
-        return self.post(url, body, deadline - time.monotonic())
-
     def close(self) -> None:
         """Cancel running requests, which raise HttpError, and reject new ones."""
         with self._lock:
-            if self._is_closed.is_set():
+            if self._is_closed:
                 return
-            self._is_closed.set()
+            self._is_closed = True
         self.cancel()
         asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -19,6 +19,7 @@ from helpers.data import (
     sentencepiece_tokenizer,
     write_jsonl,
 )
+from helpers.packed import check_batch
 
 from nemocascade.data import loader as loader_module
 from nemocascade.data.cache import build_cache
@@ -82,7 +83,7 @@ def test_every_document_once_an_epoch(documents: DocumentSet, rows: int) -> None
     seen: list[int] = []
     while len(seen) < 4 * rows:
         for batch in loader.next_step():
-            batch.validate()
+            check_batch(batch)
             assert batch.capacity == 512
             seen += batch.document_ids
     for epoch in range(4):
@@ -279,7 +280,7 @@ def test_the_heldout_pass_sees_every_document_once(
         assert len({len(batches) for batches in step}) == 1
         assert len(step[0]) % multiple == 0
         for batch in (b for batches in step for b in batches):
-            batch.validate()
+            check_batch(batch)
             seen += batch.document_ids
             if not batch.document_ids:
                 padding += 1

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.packed import check_batch
 from helpers.ranks import run_ranks
 
 CAPACITY = 192
@@ -111,7 +112,7 @@ def gradients_of_packs(
     for name, lengths in PACKS.items():
         for kind in OBJECTIVES if name == "across borders" else OBJECTIVES[:1]:
             batch = make_batch(lengths).shard(world.cp_rank, world.parallel.cp)
-            batch.validate()
+            check_batch(batch)
             kept: dict[str, torch.Tensor] = {}
 
             def keep(_world: Any, outputs: Any, batches: Any, kept: Any = kept) -> dict[str, float]:

@@ -10,11 +10,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
-import pytest
 
 from helpers.slurm import free_port, wait_for
 from nemocascade.plan.slurm_nodes import RAY_ENVIRONMENT
@@ -22,7 +20,6 @@ from nemocascade.recipe.envs import RayConfig
 from nemocascade.runtime.ray_cluster import cluster_problems
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 # As few processes and as little shared memory as a test needs.
 COMMON = ("--disable-usage-stats", "--object-store-memory", str(100 << 20), "--num-gpus", "0")

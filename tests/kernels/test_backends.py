@@ -76,10 +76,6 @@ def test_misspelt_variable_is_an_error(
         op.chosen(CPU)
 
 
-def test_callers_of_version_0_1_0_catch_the_same_error() -> None:
-    assert backends.BackendRefusedError is BackendUnavailableError
-
-
 def test_why_refused_has_a_line_for_each(op: Op) -> None:
     lines = op.why_refused(torch.zeros(3)).splitlines()
     assert [line.split()[1] for line in lines] == list(backends.ORDER)

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from helpers.packed import check_batch
 from helpers.transfers import Transfers
 from torch import Tensor
 
@@ -65,11 +66,11 @@ def test_the_shards_of_a_pack(lengths: tuple[int, ...], size: int) -> None:
         for i, n in enumerate(lengths)
     ]
     whole = replace(pack_documents(documents, 48, pad_id=99), advantage=torch.randn(48))
-    whole.validate()
+    check_batch(whole)
     seen: list[int] = []
     for rank in range(size):
         own = whole.shard(rank, size)
-        own.validate()
+        check_batch(own)
         rows = [row for s in own.segments for row in range(s.start, s.stop)]
         seen += rows
         assert own.capacity == 48

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.packed import check_batch
 from helpers.policy import (
     CAPACITY,
     ENGINE,
@@ -224,7 +225,7 @@ def test_rows_carry_the_constants_of_the_token_they_predict() -> None:
     )
     s = replace(s, logprob=torch.arange(len(s.tokens)).float())
     batch = pack_sequences([s], CAPACITY, 0)
-    batch.validate()
+    check_batch(batch)
     rows = torch.nonzero(batch.token_weight)[:, 0]
     assert rows.tolist() == (torch.nonzero(s.written)[:, 0] - 1).tolist()
     assert batch.rollout_logprob is not None

@@ -136,26 +136,19 @@ def test_certificates(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     http._certificates.cache_clear()
 
 
-def test_a_retry_waits_as_long_as_the_server_asks(server: Any, client: HttpClient) -> None:
+def test_a_refusal_says_how_long_to_wait(server: Any, client: HttpClient) -> None:
     server.statuses = [429]
-    assert client.post_retrying(server.url, b"x", 30.0, retries=1, backoff_s=0.0) == b"x"
-    first, second = server.times
-    assert second - first >= 1.0
+    with pytest.raises(HttpError, match="status 429: 'why'") as error:
+        client.post(server.url, b"why", 30.0)
+    assert (error.value.status, error.value.wait_s, error.value.final) == (429, 1.0, False)
+    assert http.backoff(0, 0.0, error.value.wait_s) >= 1.0
 
 
-@pytest.mark.parametrize(
-    ("status", "timeout_s", "tries"),
-    [(503, 30.0, 2), (400, 30.0, 1), (503, 0.9, 1)],
-    ids=["all retries", "final", "no time is left"],
-)
-def test_retries_end(
-    server: Any, client: HttpClient, status: int, timeout_s: float, tries: int
-) -> None:
-    server.statuses = [status] * 9
-    with pytest.raises(HttpError, match=f"status {status}: 'why'") as error:
-        client.post_retrying(server.url, b"why", timeout_s, retries=1, backoff_s=0.0)
-    assert error.value.status == status
-    assert len(server.times) == tries
+def test_a_final_error_is_not_to_be_retried(server: Any, client: HttpClient) -> None:
+    server.statuses = [400]
+    with pytest.raises(HttpError) as error:
+        client.post(server.url, b"why", 30.0)
+    assert error.value.final
 
 
 def test_a_long_reply_is_refused(server: Any, client: HttpClient) -> None:
@@ -164,16 +157,26 @@ def test_a_long_reply_is_refused(server: Any, client: HttpClient) -> None:
         client.post(server.url, b" " * 1001, 10.0)
 
 
-def test_closing_cuts_off_a_wait_for_the_next_try(server: Any, client: HttpClient) -> None:
-    server.statuses = [503] * 9
+class Silent(Handler):
+    """Never answers."""
+
+    def do_POST(self) -> None:
+        self.server.times.append(time.monotonic())
+        self.server.end.wait()
+        self.close_connection = True
+
+
+def test_closing_cancels_running_requests(server: Any, client: HttpClient) -> None:
+    server.RequestHandlerClass, server.end = Silent, threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(client.post_retrying, server.url, b"", 90.0, retries=9, backoff_s=60.0)
+        asking = pool.submit(client.post, server.url, b"", 90.0)
         while not server.times:
             time.sleep(0.01)
         started = time.monotonic()
         client.close()
-        with pytest.raises(HttpError):
+        with pytest.raises(HttpError, match="closed"):
             asking.result(timeout=30)
+    server.end.set()
     assert time.monotonic() - started < 30
     with pytest.raises(HttpError, match="closed"):
         client.post(server.url, b"", 1.0)

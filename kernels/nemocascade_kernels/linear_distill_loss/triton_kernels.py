@@ -22,10 +22,9 @@ from nemocascade_kernels.common.linear_head.triton import (
     write_zeros,
 )
 
-#: Kinds, in the order of DIVERGENCES.
+#: Kinds, in the order of DIVERGENCES; every other one is the mixture.
 REVERSE = tl.constexpr(0)
 FORWARD = tl.constexpr(1)
-MIXTURE = tl.constexpr(2)
 
 
 @triton.jit
