@@ -30,7 +30,8 @@ from benchmarks.data.bench_packing import (  # noqa: E402
     Floats,
     Ints,
 )
-from nemocascade.data.packing import lockstep_cost, plan_packing  # noqa: E402
+from benchmarks.data.lockstep import lockstep_cost  # noqa: E402
+from nemocascade.data.packing import plan_packing  # noqa: E402
 from nemocascade.plan.tables import nano  # noqa: E402
 from nemocascade.plan.timing import StepModel  # noqa: E402
 from nemocascade.recipe import ParallelConfig  # noqa: E402

@@ -37,8 +37,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
 from helpers import packing_reference  # noqa: E402
 
+from benchmarks.data.lockstep import lockstep_cost  # noqa: E402
 from benchmarks.run import new_record, recording_parser, write_record  # noqa: E402
-from nemocascade.data.packing import WorkModel, lockstep_cost, plan_packing  # noqa: E402
+from nemocascade.data.packing import WorkModel, plan_packing  # noqa: E402
 
 CAPACITY = 262_144
 STEP_BINS = 64

@@ -41,24 +41,22 @@ implementation in plain Python, `tests/helpers/packing_reference.py`.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nemocascade.runtime import native
+
 OverLong = Literal["truncate", "drop", "refuse"]
 Int64Array = NDArray[np.int64]
 
 #: Sums of squares in one bin stay below 2^53, where float64 is exact.
 MAX_CAPACITY = 1 << 24
-
-LIBRARY = Path(__file__).resolve().parent.parent / "_native.so"
 
 
 @dataclass(frozen=True)
@@ -136,16 +134,6 @@ class PackingPlan:
         """Tokens divided by the capacity of all bins: 1 is perfect. 1 for an empty plan."""
         return float(self.fills.sum() / (self.capacity * len(self))) if len(self) else 1.0
 
-    def lockstep_cost(self, ranks: int) -> float:
-        """Time of `ranks` ranks that run the bins in parallel, relative to the ideal: 1 is perfect.
-
-        `sum_k ranks * max(costs of bins k*ranks .. (k+1)*ranks - 1) / sum(costs)`: in each round
-        all ranks wait for the slowest. A last round with too few bins counts in full.
-        """
-        if ranks < 1:
-            raise ValueError(f"ranks({ranks}) must be at least 1")
-        return lockstep_cost(self.costs, ranks)
-
     def describe(self) -> str:
         """One line for the log."""
         return (
@@ -153,16 +141,6 @@ class PackingPlan:
             f"{self.capacity:,} tokens, {self.fill:.3%} full; truncated {self.truncated.size:,}, "
             f"dropped {self.dropped.size:,}"
         )
-
-
-def lockstep_cost(costs: NDArray[np.float64], ranks: int) -> float:
-    """`PackingPlan.lockstep_cost` for costs `[B]` in any order. 1 if there is no work."""
-    total = float(costs.sum())
-    if total == 0:
-        return 1.0
-    padded = np.zeros(-(-costs.size // ranks) * ranks)
-    padded[: costs.size] = costs
-    return ranks * float(padded.reshape(-1, ranks).max(axis=1).sum()) / total
 
 
 def plan_packing(
@@ -245,18 +223,7 @@ def _check(lengths: Sequence[int] | Int64Array, capacity: int, group: int, seed:
 def _native(
     lengths: Int64Array, capacity: int, group: int, work: WorkModel, seed: int
 ) -> tuple[Int64Array, ...]:
-    _load_library()
-    results = torch.ops.nemocascade.plan_packing(
+    results = native.operators().plan_packing(
         torch.from_numpy(lengths), capacity, group, work.linear, work.quadratic, seed
     )
     return tuple(result.numpy() for result in results)
-
-
-@functools.cache
-def _load_library() -> None:
-    if not LIBRARY.exists():
-        raise OSError(
-            f"the native library {LIBRARY} was not built: run `make setup`, "
-            "or `python setup.py build_ext --inplace` in an environment that has torch"
-        )
-    torch.ops.load_library(LIBRARY)

@@ -11,10 +11,10 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from nemocascade_kernels import backends
+from nemocascade_kernels import native as kernel_library
 from nemocascade_kernels.common import products
 from nemocascade_kernels.moe_experts.op import fp8_limitation
 
@@ -26,6 +26,7 @@ from nemocascade.megatron.user_buffers import check_user_buffers
 from nemocascade.megatron.workspace import MixerBackend
 from nemocascade.recipe import EngineConfig, UserError
 from nemocascade.recipe.train import Moments
+from nemocascade.runtime import native
 
 
 class AcceleratorError(UserError, RuntimeError):
@@ -148,7 +149,7 @@ def detect(engine: EngineConfig, device: torch.device, *, moments: Moments = "fp
             _bf16(device),
             *(_bf16_products(kind, engine, device) for kind in products.WAYS),
             triton,
-            *(_native(package, purpose, instead) for package, purpose, instead in _NATIVE),
+            *(_native(*library) for library in _NATIVE),
             _native_layers(device),
             adam_te,
             te_attention,
@@ -293,8 +294,13 @@ _FLA = _Package(
     _check_fla,
 )
 _NATIVE = (
-    ("nemocascade", "packing planner", "the planner in Python"),
-    ("nemocascade_kernels", "compiled kernels", "Triton or torch operators"),
+    ("nemocascade", native.limitation, "packing planner", "nothing: data cannot be packed"),
+    (
+        "nemocascade_kernels",
+        kernel_library.limitation,
+        "compiled kernels",
+        "Triton or torch operators",
+    ),
 )
 
 
@@ -409,19 +415,17 @@ def _fp8_experts(engine: EngineConfig, device: torch.device) -> Finding:
     return Finding(name, "Triton", purpose, instead)
 
 
-def _native(package: str, purpose: str, instead: str) -> Finding:
+def _native(
+    package: str, limitation: Callable[[], str | None], purpose: str, instead: str
+) -> Finding:
     """The library that setup.py builds from csrc/ for `package`."""
     name = f"{package}/_native.so"
-    spec = importlib.util.find_spec(package)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    paths = [path for folder in folders if (path := Path(folder) / "_native.so").exists()]
-    if not paths:
-        return Finding(name, None, purpose, instead, "not built: run make setup")
+    if reason := limitation():
+        return Finding(name, None, purpose, instead, reason)
     try:
-        torch.ops.load_library(str(paths[0]))
         ops = getattr(torch.ops, package)
         cuda, reason = ops.cuda_built(), ops.cuda_unavailable_reason()
-    except Exception as error:  # a library for another torch may fail in any way
+    except Exception as error:  # a library of another version may fail in any way
         return Finding(name, "built", purpose, instead, _reason(error))
     return Finding(name, f"CUDA {cuda}" if cuda else f"CPU only ({reason})", purpose, instead)
 
