@@ -112,12 +112,6 @@ class SandboxPool:
         with self._lock:
             return [w.pid for w in (*self._slots.idle(), *self._spare) if w is not None]
 
-    @property
-    def sessions(self) -> int:
-        """Number of open sessions."""
-        with self._lock:
-            return len(self._sessions)
-
     def close(self) -> None:
         """End all workers and sessions; a later run starts new ones."""
         with self._lock:

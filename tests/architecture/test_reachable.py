@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import pytest
 from helpers.reachable import Reachability
+from helpers.unused_methods import unused_methods
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nemocascade"
@@ -24,6 +26,13 @@ def scripts() -> list[Path]:
 
 def test_everything_public_is_used_by_a_recipe_or_a_command() -> None:
     unused = graph().unreachable(scripts(), STARTED)
+    assert not unused, f"used by tests alone, or by nobody: {', '.join(unused)}"
+
+
+def test_every_public_method_is_named_outside_of_tests() -> None:
+    packages = [PACKAGE, ROOT / "kernels" / "nemocascade_kernels", ROOT / "nemocascade_vllm"]
+    users = [ROOT / name for name in ("benchmarks", "recipes", "tools")]
+    unused = unused_methods(packages, users)
     assert not unused, f"used by tests alone, or by nobody: {', '.join(unused)}"
 
 
@@ -120,3 +129,35 @@ def test_scripts_and_entries_reach_more(house: Path, tmp_path: Path) -> None:
         "house.checks:unequal",
         "house.stove:bake",
     ]
+
+
+METHODS = """
+    class Door(Frame):
+        def open(self): self.creak()
+        def creak(self): pass
+        def shut(self): self.shut_at = 0
+        @property
+        def width(self): pass
+        @tool
+        def lock(self): pass
+        def _private(self): pass
+    class Frame(Protocol[T]):
+        def paint(self): pass
+    class Visitor(ast.NodeVisitor):
+        def visit_Name(self): pass
+    class Guest(Visitor):
+        def visit_Call(self): pass
+    class Hooks:
+        def pytest_collection_finish(self): pass
+        def ring(self): call("ring")
+    """
+
+
+def test_the_finder_names_methods_that_nobody_names(tmp_path: Path) -> None:
+    house, users = tmp_path / "house", tmp_path / "users"
+    for folder, text in ((house, METHODS), (users, "door.open()")):
+        folder.mkdir()
+        (folder / "all.py").write_text(textwrap.dedent(text), encoding="utf-8")
+    found = ["Door.open", "Door.shut", "Door.width", "Frame.paint"]
+    assert unused_methods([house]) == found
+    assert unused_methods([house], [users]) == found[1:]

@@ -23,6 +23,12 @@ def sandbox_or_skip(config: SandboxConfig) -> SandboxPool:
         pytest.skip(str(error))
 
 
+def open_sessions(pool: SandboxPool) -> int:
+    """Number of the pool's open sessions."""
+    with pool._lock:
+        return len(pool._sessions)
+
+
 def wait_for_end(process: int) -> None:
     """Until the process has ended, reaped or not: a kill does not wait for it."""
     deadline = time.monotonic() + 10

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from helpers.fake_ray import FakeNode, FakeRay, install
-from helpers.sandbox import sandbox_or_skip
+from helpers.sandbox import open_sessions, sandbox_or_skip
 from helpers.slurm import wait_for
 
 from nemocascade.envs.code import Code
@@ -161,7 +161,7 @@ def test_closed_sessions_leave_nothing(ray: FakeRay) -> None:
         assert not any(actor._sessions for actor in actors)
         pools = [pool for actor in actors for pool in actor._pools.values()]
         assert len(pools) == 2
-        assert not sum(pool.sessions for pool in pools)
+        assert not sum(open_sessions(pool) for pool in pools)
 
 
 def test_a_lost_cell_is_not_repeated_and_its_session_is_closed(
