@@ -178,6 +178,23 @@ def test_ray_is_imported_in_functions_of_two_files() -> None:
     assert not wrong, f"reach Ray through runtime/ray_cluster.py, in functions: {wrong}"
 
 
+def test_the_plugin_of_vllm_is_alone() -> None:
+    """It is installed beside vLLM, without the package; and the package, without vLLM, shares the
+    plugin's protocol."""
+    plugin = ROOT / "nemocascade_vllm"
+    users = {
+        str(path.relative_to(ROOT)): named
+        for path in sources(PACKAGE) + sources(KERNELS)
+        if (named := {a for a, _ in imports_of(path) if a.split(".")[0] == plugin.name})
+    }
+    assert users == {"nemocascade/rollout/transfer.py": {"nemocascade_vllm.link"}}
+    for path in sources(plugin):
+        roots = {a.split(".")[0] for a, _ in imports_of(path)}
+        assert not roots & {"nemocascade", "nemocascade_kernels", "megatron"}, path.name
+        if path.name == "link.py":
+            assert roots <= {"torch", *sys.stdlib_module_names}, roots
+
+
 def test_kernels_need_torch_and_triton_only() -> None:
     wrong = []
     for path in sources(KERNELS):
