@@ -83,12 +83,24 @@ class _Active:
 
 
 @dataclass(eq=False)
+class _Verification:
+    """A running verification on `width` cores, whose core seconds `left` are those at `since`."""
+
+    number: int
+    replica: Replica
+    width: int
+    left: float
+    since: float
+
+
+@dataclass(eq=False)
 class _Verifiers:
-    """The verifiers of a group's ranks. free: cores. pending: ids that wait for one,
-    with their replica."""
+    """The verifiers of a group's ranks. free: cores. pending: ids that wait for one, with their
+    replica. running: verifications that would use more cores."""
 
     free: int
     pending: deque[tuple[int, Replica]] = field(default_factory=deque)
+    running: list[_Verification] = field(default_factory=list)
 
 
 def first_polls(
@@ -251,12 +263,33 @@ class RolloutEvents:
             number, replica = verifiers.pending.popleft()
             if number not in self.cancelled:
                 width = max(1, min(costs.side, verifiers.free - len(verifiers.pending)))
-                verifiers.free -= width
-                act = functools.partial(self._verdict, group, number, replica, width)
-                self._push(self.now + costs.verify_s / width, act)
+                started = _Verification(number, replica, 0, costs.verify_s, self.now)
+                self._widen(group, started, width)
+        # The tests of running verifications start on cores that are free by now.
+        for found in list(verifiers.running) if verifiers.free else ():
+            if more := min(costs.side - found.width, verifiers.free):
+                self._widen(group, found, more)
 
-    def _verdict(self, group: int, number: int, replica: Replica, width: int) -> None:
-        self.verifiers[group].free += width
+    def _widen(self, group: int, found: _Verification, more: int) -> None:
+        """Run a verification on `more` further cores from now on."""
+        verifiers = self.verifiers[group]
+        verifiers.free -= more
+        found.left -= found.width * (self.now - found.since)
+        found.width, found.since = found.width + more, self.now
+        if found in verifiers.running:
+            verifiers.running.remove(found)
+        if found.width < self.costs.side:
+            verifiers.running.append(found)
+        act = functools.partial(self._verdict, group, found, found.width)
+        self._push(self.now + found.left / found.width, act)
+
+    def _verdict(self, group: int, found: _Verification, width: int) -> None:
+        if width != found.width:
+            return  # it has been widened, and ends earlier
+        verifiers, number, replica = self.verifiers[group], found.number, found.replica
+        if found in verifiers.running:
+            verifiers.running.remove(found)
+        verifiers.free += width
         self._verify(group)
         if number in self.cancelled:
             return

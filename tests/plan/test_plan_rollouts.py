@@ -128,8 +128,10 @@ def test_verdicts_wait_for_cores_and_share_them() -> None:
     # Both texts end at 4 s; a core each. With three texts the last waits for the first.
     assert play([2, 2], costs).verify_s == 12
     assert play([2, 2, 2], costs, slots=3).verify_s == 24
-    # Tests of one program run side by side.
+    # Tests of one program run side by side,
     assert play([2], replace(costs, side=4)).verify_s == 6
+    # and on the cores that another program leaves: no core is ever idle.
+    assert play([2, 2, 2], replace(costs, cores=3, side=3), slots=3).verify_s == 12
 
 
 def test_a_tool_leaves_the_slot_to_others() -> None:
