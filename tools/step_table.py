@@ -26,14 +26,14 @@ BEGIN, END = "<!-- table: tools/step_table.py -->\n", "<!-- end of the steps -->
 MEDIANS = {"if_rl": 8_000, "code_rl": 25_000, "mopd": 15_000, "swe_agentic_rl": 30_000}
 """Assumed median length of a response, in tokens."""
 SIZES = (64, 256, 1024)
-BEFORE = {
+BASELINE = {
     "if_rl": (1850, 1330, 1319),
     "code_rl": (7623, 4057, 3759),
     "mopd": (2788, 2648, 2568),
     "swe_agentic_rl": (12_005, 7401, 7401),
 }
-"""Seconds of one round of rollouts on training's layouts at 25 ms a step, without graphs, with
-whole prompts dealt to replicas; for IF without the rounds of dynamic filtering."""
+"""Seconds of one round of rollouts on training's layouts at 25 ms a step, without CUDA graphs, with
+whole prompts assigned to replicas; for IF without the rounds of dynamic filtering."""
 
 
 def simulated(name: str, ranks: int) -> RolloutStep:
@@ -49,11 +49,11 @@ def simulated(name: str, ranks: int) -> RolloutStep:
 def table() -> str:
     """The table as Markdown."""
     lines = [
-        "| stage | ranks | before: one round | generation | verdicts after it | teachers "
+        "| stage | ranks | baseline | generation | verdicts after it | teachers "
         "| training | step | ms a decode step | replicas idle |",
         f"|{'---|' * 10}",
     ]
-    lines += [row(name, ranks) for name in BEFORE for ranks in SIZES]
+    lines += [row(name, ranks) for name in BASELINE for ranks in SIZES]
     return "\n".join(lines) + "\n"
 
 
@@ -62,7 +62,7 @@ def row(name: str, ranks: int) -> str:
     step = simulated(name, ranks)
     r = step.rollout
     seconds = (r.generation_s, r.verify_s, step.scoring, step.training, step.total)
-    cells = [name, ranks, f"{BEFORE[name][SIZES.index(ranks)]:,}"]
+    cells = [name, ranks, f"{BASELINE[name][SIZES.index(ranks)]:,}"]
     cells += [f"{s:,.0f}" for s in seconds]
     cells += [f"{1e3 * r.terms.total / r.steps:.1f}", f"{r.idle:.0%}"]
     return f"| {' | '.join(map(str, cells))} |"

@@ -18,8 +18,19 @@ from nemocascade.recipe import ModelConfig, ParallelConfig
 from nemocascade.train.flops import layer_flops
 
 # Assumed unless a source is named; none was measured on a GPU.
-GRAPH_KERNELS = {"M": 12, "*": 12, "E": 18, "-": 6}
-"""Kernels of a layer in a decode step, counted by hand from `megatron/generation`."""
+GRAPH_KERNELS = {"M": 4, "*": 5, "E": 4, "-": 3}
+"""Kernels of a layer in a captured decode step on one rank, counted by the dry run
+(`tests/gpu_dry`, `rollout`)."""
+END_KERNELS, VOCABULARY_KERNELS = 4, 9
+"""Kernels outside of the layers: the embedding, the last norm, the LM head and the copy of its
+output; and further ones if tensor-parallel ranks share the vocabulary (`nano-rollout-tp8`)."""
+SUM_KERNELS = 1
+"""Further kernels of a layer that ranks share: the sum with the residual after the exchange."""
+LAYER_COLLECTIVES = 2
+"""Collectives of a layer that ranks share: rows are gathered, and their sums scattered. A mixture
+of experts has one exchange, over the larger of its two groups of ranks."""
+EMBEDDING_COLLECTIVES, HEAD_COLLECTIVES = 1, 2
+"""Those of tensor-parallel ranks before the first layer and after the last one."""
 GRAPH_KERNEL_S = 2e-6
 """Seconds that a kernel of a CUDA graph costs beside its reads: a gap of 0.5 us, as published in
 NVIDIA's "Getting Started with CUDA Graphs" (3.4 us for kernels of 2.9 us), and its start."""
@@ -31,9 +42,6 @@ EFFICIENCY = 0.4
 """Share of the matrix ceiling that products of generation reach."""
 NODE_LATENCY_S, NETWORK_LATENCY_S = 12e-6, 30e-6
 """Seconds of a small collective within a node, and over nodes."""
-EXPERT_COLLECTIVES, TENSOR_COLLECTIVES = 4, 2
-"""Collectives of an MoE layer over ranks that share experts, and of a layer over tensor-parallel
-ranks."""
 
 
 class StepTerms(NamedTuple):
@@ -138,22 +146,36 @@ class Decoder:
             state=2 * cache_bytes(m, layers, p.tp, self.width, sequences=1, tokens=0),
             dense_flops=2.0 * dense,
             routed_flops=routed_flops,
-            launches=sum(self._launches(symbol) for symbol in layers),
-            collectives=self._latency(layers, last=rank == p.pp - 1),
+            launches=self._launches(layers, last=rank == p.pp - 1),
+            collectives=self._latency(layers, first=rank == 0, last=rank == p.pp - 1),
             # Gathered in the model's width, and summed in float32.
             row_bytes=layers.count("E") * m.hidden_size * (self.width + 4) * (p.ep * p.etp > 1),
         )
 
-    def _launches(self, symbol: str) -> float:
-        return GRAPH_KERNELS[symbol] * GRAPH_KERNEL_S if self.graphs else EAGER_LAYER_S
+    def _launches(self, layers: str, *, last: bool) -> float:
+        """Seconds that a stage's launches cost."""
+        if not self.graphs:
+            return EAGER_LAYER_S * len(layers)
+        kernels = sum(GRAPH_KERNELS[symbol] for symbol in layers)
+        kernels += SUM_KERNELS * sum(self._exchanging(symbol) > 1 for symbol in layers)
+        # All ends are counted on the last stage.
+        kernels += last * (END_KERNELS + VOCABULARY_KERNELS * (self.parallel.tp > 1))
+        return GRAPH_KERNEL_S * kernels
 
-    def _latency(self, layers: str, *, last: bool) -> float:
+    def _exchanging(self, symbol: str) -> int:
+        """Ranks that exchange the rows of a layer."""
+        p = self.parallel
+        return max(p.tp, p.ep * p.etp) if symbol == "E" else p.tp
+
+    def _latency(self, layers: str, *, first: bool, last: bool) -> float:
         """Seconds of a stage's collectives, of no size."""
         p, found = self.parallel, 0.0
-        if p.ep * p.etp > 1:
-            found += EXPERT_COLLECTIVES * layers.count("E") * self._latency_of(p.ep * p.etp)
+        for symbol in layers:
+            if (ranks := self._exchanging(symbol)) > 1:
+                found += LAYER_COLLECTIVES * self._latency_of(ranks)
         if p.tp > 1:
-            found += (TENSOR_COLLECTIVES * len(layers) + last) * self._latency_of(p.tp)
+            ends = first * EMBEDDING_COLLECTIVES + last * HEAD_COLLECTIVES
+            found += ends * self._latency_of(p.tp)
         if p.pp > 1:
             # The hidden states, and the drawn tokens.
             found += 2 * self._latency_of(self.job.world_size)

@@ -16,6 +16,8 @@ from gpu_dry import suite
 from gpu_dry.cases import Outcome
 from gpu_dry.device import Place
 
+from nemocascade.plan.generation import GRAPH_KERNELS
+
 HERE = Path(__file__).resolve().parent
 QUICK = [name for name, case in suite.CASES.items() if case.quick]
 
@@ -48,6 +50,11 @@ def test_a_decode_step_has_few_launches_and_one_wait(outcomes: dict[str, Any]) -
     assert len(list(dry.excesses("rollout", many))) == 1
     deaf = replace(outcome, parts={**outcome.parts, "decode step": Counter()})
     assert len(list(dry.excesses("rollout", deaf))) == 1
+
+
+def test_the_planner_counts_the_kernels_of_a_layer_as_captured(outcomes: dict[str, Any]) -> None:
+    captured = [launches.total() for _, launches in sorted(outcomes["rollout"].layers.items())]
+    assert captured == [GRAPH_KERNELS[symbol] for symbol in suite.TINY.pattern]
 
 
 def test_every_case_has_a_budget() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nemocascade.plan.generation import GRAPH_KERNEL_S, NODE_LATENCY_S, Decoder
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.host_time import (
     DISPATCH_OPERATORS,
@@ -101,6 +102,36 @@ def test_further_operators_are_those_of_the_dry_run() -> None:
     budgets = json.loads((ROOT / "tests" / "gpu_dry" / "budgets.json").read_text())
     found = budgets["cases"]["sft-ep2"]["parts"]["micro-batch"]["collective"]
     assert found["alltoall_base tp_ep"] == EXCHANGES["direct"]
+
+
+def graph_of(case: str) -> tuple[int, int]:
+    """Kernels and collectives of the dry run's captured decode step."""
+    budgets = json.loads((ROOT / "tests" / "gpu_dry" / "budgets.json").read_text())
+    graph = budgets["cases"][case]["parts"]["graph"]
+    kernels = sum(sum(graph[kind].values()) for kind in ("launch", "operator"))
+    return kernels, sum(graph.get("collective", {}).values())
+
+
+@pytest.mark.parametrize(
+    ("case", "pattern", "parallel"),
+    [
+        ("rollout", "M*E-", ParallelConfig()),
+        ("rollout-tp2", "M*E-", ParallelConfig(tp=2)),
+        ("rollout-ep2", "M*E-", ParallelConfig(ep=2)),
+        ("rollout-tp2_ep2", "M*E-", ParallelConfig(tp=2, ep=2)),
+        ("nano-rollout", "M*E", ParallelConfig()),
+        ("nano-rollout-tp8", "M*E", ParallelConfig(tp=8, ep=8)),
+    ],
+)
+def test_a_decode_step_is_the_captured_one_of_the_dry_run(
+    case: str, pattern: str, parallel: ParallelConfig
+) -> None:
+    """`tests/gpu_dry/test_gpu_dry.py` compares the kernels of each kind of layer."""
+    small = replace(job(512), model=replace(nemotron3_nano_30b(), pattern=pattern))
+    step = Decoder(replace(small, world_size=8), parallel).step(0, 0, 0)
+    kernels, collectives = graph_of(case)
+    assert step.launches / GRAPH_KERNEL_S == pytest.approx(kernels)
+    assert step.collectives / NODE_LATENCY_S == pytest.approx(collectives)
 
 
 def job(capacity: int, **engine: Any) -> Job:
