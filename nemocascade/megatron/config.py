@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from nemocascade.megatron.init import generator_for
+from nemocascade.megatron.init import Fill, generator_for
 from nemocascade.megatron.upstream import without_notes
 from nemocascade.megatron.workspace import MixerBackend
 from nemocascade.recipe import (
@@ -66,9 +66,18 @@ def seeded_normal(seed: int, name: str, std: float) -> Init:
     return init
 
 
+def leave(weight: Tensor) -> Tensor:
+    """An initialiser that does nothing."""
+    return weight
+
+
 @dataclass
 class CascadeConfig(TransformerConfig):
-    """Megatron's config with the additional settings of our layers."""
+    """Megatron's config with the additional settings of our layers.
+
+    Without Megatron's `perform_initialization`, weights with random initial values are undefined
+    until they are loaded. Adapters have initial values in any case.
+    """
 
     shape: ModelConfig = field(default_factory=ModelConfig)
     """The model's own description; layers read their sizes here."""
@@ -94,10 +103,16 @@ class CascadeConfig(TransformerConfig):
 
     def init_for(self, name: str, *, residual: bool = False) -> Init:
         """Initialiser of the weight `name`; `residual` for projections into the residual stream."""
+        if not self.perform_initialization:
+            return leave
         std = self.shape.init_std
         if residual:
             std /= math.sqrt(self.shape.num_layers)
         return seeded_normal(self.seed, name, std)
+
+    def fill_of(self, fill: Fill) -> Fill | None:
+        """`fill`, or None if weights will be loaded."""
+        return fill if self.perform_initialization else None
 
 
 def make_config(
@@ -111,6 +126,7 @@ def make_config(
     fp8_linears: bool = False,
     overlap_tensor_parallel: bool = False,
     lora: LoraConfig | None = None,
+    initialise: bool = True,
 ) -> CascadeConfig:
     """The config of every module of a model.
 
@@ -118,7 +134,8 @@ def make_config(
         chooses the GEMM. Without it they are rounded to the weights' dtype and added.
     fp8_linears: the linear layers are Transformer Engine's, in FP8. overlap_tensor_parallel: they
         are, and run beside their communication within `user_buffers`.
-    lora: adapters of the layers' weights; None: there are none.
+    lora: adapters of the layers' weights; None: there are none. initialise: fill the weights from
+        the seed; False if all of them will be loaded.
     """
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     with without_notes():
@@ -142,6 +159,7 @@ def make_config(
             fp8_recipe="blockwise",
             tp_comm_overlap=overlap_tensor_parallel,
             use_cpu_initialization=True,
+            perform_initialization=initialise,
             # Upstream's default is deprecated and means the same.
             cuda_graph_modules=[],
             gradient_accumulation_fusion=fuse_weight_gradient,

@@ -66,7 +66,7 @@ class Shard:
 
 def sharded_init(
     shape: Sequence[int],
-    fill: Fill,
+    fill: Fill | None,
     shards: Sequence[Shard] = (),
     *,
     dtype: torch.dtype = torch.float32,
@@ -75,15 +75,16 @@ def sharded_init(
     """This rank's shard of a parameter whose full tensor `fill` writes.
 
     shape: of the full tensor. fill: writes a full float32 CPU tensor in place, from a generator of
-    its own (`generator_for`). shards: the sharded dimensions. device: default, torch's default
-    device; on "meta" nothing is computed. Returns a contiguous tensor of `dtype`.
+    its own (`generator_for`); None leaves the values undefined. shards: the sharded dimensions.
+    device: default, torch's default device; on "meta" nothing is computed. Returns a contiguous
+    tensor of `dtype`.
     Raises ValueError if a dimension cannot be split equally.
     """
     device = torch.device(device) if device is not None else torch.empty(0).device
     local = list(shape)
     for shard in shards:
         local[shard.dim] = shard.local_size(local[shard.dim])
-    if device.type == "meta":
+    if fill is None or device.type == "meta":
         return torch.empty(local, dtype=dtype, device=device)
     value = torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
     with torch.no_grad():

@@ -44,7 +44,12 @@ def run_eval(settings: EvalSettings) -> tuple[float, int]:
         scored = replace(recipe, data=replace(recipe.data, heldout_path=(), heldout_rows=0))
         data = open_stage_data(scored, world, tokenizer)
         config = make_config(
-            recipe.model, world.parallel, recipe.engine, MoeTrainingConfig(), seed=0
+            recipe.model,
+            world.parallel,
+            recipe.engine,
+            MoeTrainingConfig(),
+            seed=0,
+            initialise=False,
         )
         chunks = build_model(world, config, accelerators)
         load_artifact_weights(artifact, world, chunks)

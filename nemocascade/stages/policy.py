@@ -129,9 +129,9 @@ def _open_policy(
     accelerators: Accelerators,
     tokenizer: Tokenizer,
 ) -> _Policy:
-    """Build the trainer, with weights from the seed, and the engine that samples them.
+    """Build the trainer, and the engine that samples its weights.
 
-    `Checkpoints.start` reads the weights of the start or of a checkpoint later.
+    The weights are undefined until `Checkpoints.start` reads those of the start or of a checkpoint.
     """
     trainer = Trainer(
         world,
@@ -143,6 +143,7 @@ def _open_policy(
         seed=recipe.seed,
         run_dir=Path(recipe.run_dir),
         lora=recipe.lora,
+        initialise=False,
     )
     layout = recipe.rollout.layout.layout(recipe.parallel)
     rollout_world, replica = generation_world(world, layout, recipe.engine), None

@@ -217,7 +217,9 @@ def open_frozen(
     """
     model = artifact_model(artifact)
     check_vocabulary(tokenizer, model.vocab_size)
-    config = make_config(model, world.parallel, engine, MoeTrainingConfig(), seed=0)
+    config = make_config(
+        model, world.parallel, engine, MoeTrainingConfig(), seed=0, initialise=False
+    )
     rows = max(rollout.max_prompt_tokens, rollout.prefill_tokens)
     usable = warm_up(detected.accelerators, model, engine, world, rows)
     chunks = build_model(world, config, usable)

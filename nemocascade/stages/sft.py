@@ -42,6 +42,8 @@ def run_sft(recipe: SftRecipe, console: Console | None = None) -> Path:
             recipe = with_demonstrations(recipe, world)
         tokenizer = open_tokenizer(recipe, world)
         data = open_stage_data(recipe, world, tokenizer)
+        checkpoints = Checkpoints(run_dir, recipe.checkpoint, world, settings)
+        loads = checkpoints.will_load(init_from=recipe.init_from)
         trainer = Trainer(
             world,
             recipe.model,
@@ -52,6 +54,7 @@ def run_sft(recipe: SftRecipe, console: Console | None = None) -> Path:
             seed=recipe.seed,
             run_dir=run_dir,
             lora=recipe.lora,
+            initialise=not loads,
         )
         loader = PackedLoader(
             data.train,
@@ -72,7 +75,6 @@ def run_sft(recipe: SftRecipe, console: Console | None = None) -> Path:
         heldout = None
         if data.heldout is not None:
             heldout = heldout_loader(recipe.data, world, tokenizer, data.heldout)
-        checkpoints = Checkpoints(run_dir, recipe.checkpoint, world, settings)
         if recipe.init_from:
             check_template(read_artifact(Path(recipe.init_from)), tokenizer)
         checkpoints.start(trainer, loader, resume=recipe.resume, init_from=recipe.init_from)

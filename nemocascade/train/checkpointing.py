@@ -92,6 +92,17 @@ class Checkpoints:
         """Called on every rank with the number of finished steps that a new, complete checkpoint
         covers."""
 
+    def will_load(self, *, init_from: str) -> bool:
+        """True if `start` will load the weights, from a checkpoint or from `init_from`, so that
+        the trainer needs no initial values. Problems of the run folder are left to `start`."""
+        found = bool(init_from)
+        if self.world.is_main and not found:
+            try:
+                found = latest_checkpoint(self.root) is not None
+            except CheckpointError:
+                found = True
+        return bool(self.world.broadcast_object(found))
+
     def start(
         self, trainer: Trainer, source: Source, *, resume: bool, init_from: str = ""
     ) -> Path | None:
@@ -126,6 +137,11 @@ class Checkpoints:
                 "context_length": artifact.context_length,
             }
             LOGGER.info("weights from %s (%s)", init_from, artifact.digest[:12])
+        elif not trainer.config.perform_initialization:
+            raise CheckpointError(
+                self.root,
+                ["the checkpoint that the run should resume from is gone: start the job again"],
+            )
         self.world.stop.interrupt.arm()
         return folder
 

@@ -92,9 +92,11 @@ class Trainer:
         seed: int,
         run_dir: Path,
         lora: LoraConfig | None = None,
+        initialise: bool = True,
     ) -> None:
         """lora: with a rank, its adapters alone are trained: the weights, the routers and their
-        selection biases are frozen, and routers have no auxiliary losses."""
+        selection biases are frozen, and routers have no auxiliary losses. initialise: False if
+        `Checkpoints.start` will load the weights, which are undefined before."""
         self.world = world
         self.run_dir = run_dir
         is_adapter = lora is not None and bool(lora.rank)
@@ -111,6 +113,7 @@ class Trainer:
             fp8_linears=accelerators.te_linears,
             overlap_tensor_parallel=accelerators.te_overlap,
             lora=lora,
+            initialise=initialise,
         )
         self._modules: list[CascadeModel] = build_model(world, self.config, accelerators)
         if is_adapter:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoint_jobs import make_trainer, small_model
+from helpers.checkpoint_jobs import make_trainer, poison, small_model
 from helpers.ranks import run_ranks
 from helpers.stored import unequal
 
@@ -121,6 +121,38 @@ def test_weights_and_main_parameters_follow(
     other.optimizer.step(0.0)
     for name, value in weights(other).items():
         assert torch.equal(value, expected[name].to(value.dtype)), name
+
+
+@pytest.mark.parametrize("shape", ["relu2", "swiglu", "tied"])
+def test_nothing_is_drawn_where_weights_are_loaded(
+    shape: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without initial values, loading fills every weight, and the generators stay as they are."""
+    draws: list[str] = []
+    for name in ("normal_", "uniform_"):
+        draw = getattr(torch.Tensor, name)
+
+        def counting(self: torch.Tensor, *args: Any, _draw: Any = draw, **kw: Any) -> torch.Tensor:
+            draws.append(_draw.__name__)
+            drawn: torch.Tensor = _draw(self, *args, **kw)
+            return drawn
+
+        monkeypatch.setattr(torch.Tensor, name, counting)
+    first = make_trainer({"shape": shape, "seed": 1}, world)
+    assert {"normal_", "uniform_"} <= set(draws)
+    artifact = write_artifact(tmp_path / "artifact", world, first.chunks, Provenance(**MADE_BY))
+    draws.clear()
+    before = torch.get_rng_state()
+    job = {"shape": shape, "seed": 1, "precision": "bf16", "initialise": False}
+    other = make_trainer(job, world)
+    assert not draws
+    assert torch.equal(torch.get_rng_state(), before)
+    poison(other)
+    load_artifact_weights(artifact, world, other.chunks, other.optimizer)
+    expected = weights(first)
+    for name, value in weights(other).items():
+        assert torch.equal(value, expected[name].to(value.dtype)), name
+    assert all(bool(t.isfinite().all()) for t in other.optimizer.state_tensors())
 
 
 def test_a_run_named_in_place_of_its_artifact_is_told(tmp_path: Path) -> None:

@@ -125,6 +125,21 @@ def test_resume_off_refuses_a_used_folder(tmp_path: Path, world: World, trainer:
     assert fresh.start(trainer, loader(), resume=False) is None
 
 
+def test_a_trainer_without_values_is_not_trained(
+    tmp_path: Path, world: World, trainer: Trainer
+) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), world)
+    assert not checkpoints.will_load(init_from="")
+    assert checkpoints.will_load(init_from="artifact")
+    undefined = make_trainer({"initialise": False}, world)
+    with pytest.raises(CheckpointError, match="is gone: start the job again"):
+        checkpoints.start(undefined, loader(), resume=True)
+    saved(tmp_path, world, trainer, [2])
+    assert checkpoints.will_load(init_from="")
+    checkpoints.start(undefined, loader(), resume=True)
+    assert undefined.step_number == 2
+
+
 def test_a_run_keeps_its_parent(tmp_path: Path, world: World, trainer: Trainer) -> None:
     folders = [str(tmp_path / name) for name in ("one", "two")]
     for step, folder in enumerate(folders):

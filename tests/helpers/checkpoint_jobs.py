@@ -25,6 +25,7 @@ from nemocascade.recipe import (
 )
 from nemocascade.runtime.world import World
 from nemocascade.train.trainer import Trainer
+from nemocascade.train.weight_swap import live_tensors
 from nemocascade.types import Document, PackedBatch, pack_documents
 
 CAPACITY = 64
@@ -85,7 +86,16 @@ def make_trainer(job: dict[str, Any], world: World) -> Trainer:
         accelerators=Accelerators(),
         seed=job.get("seed", 7),
         run_dir=Path(tempfile.gettempdir()),
+        initialise=job.get("initialise", True),
     )
+
+
+@torch.no_grad()
+def poison(trainer: Trainer) -> None:
+    """Fill with NaN whatever a trainer without initial values may leave undefined."""
+    live = live_tensors(trainer.modules)
+    for tensor in (*live, *trainer.optimizer.state_tensors()):
+        tensor.fill_(float("nan"))
 
 
 def run_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -103,7 +113,9 @@ def _run_job(job: dict[str, Any], name: str) -> dict[str, Any]:
     parallel = ParallelConfig(**job.get("parallel", {}))
     world = start_world(parallel, EngineConfig(timeout_s=300))
     try:
-        trainer = make_trainer(job, world)
+        trainer = make_trainer({**job, "initialise": "load" not in job}, world)
+        if "load" in job:
+            poison(trainer)
         return _train(job, world, trainer)
     except CheckpointError as error:
         return {"refused": error.problems}

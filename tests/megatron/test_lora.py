@@ -89,10 +89,14 @@ def fitting(shape: ModelConfig) -> LoraConfig:
     return lora
 
 
-def model_of(world: World, shape: ModelConfig, lora: LoraConfig | None = None) -> CascadeModel:
+def model_of(
+    world: World, shape: ModelConfig, lora: LoraConfig | None = None, *, initialise: bool = True
+) -> CascadeModel:
     """A model whose adapters, if it has any, are already trained: B is random."""
     moe = MoeTrainingConfig(freeze_router=True, bias_update_rate=0.0)
-    config = make_config(shape, world.parallel, ENGINE, moe, seed=1, lora=lora)
+    config = make_config(
+        shape, world.parallel, ENGINE, moe, seed=1, lora=lora, initialise=initialise
+    )
     [model] = build_model(world, config, Accelerators())
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -289,6 +293,24 @@ def test_loading_a_base_resets_the_adapter_and_an_adapter_fills_it(
     assert all(not a.b.any() for a in adapters(other))
     load_adapter(adapter, base, world, [other])
     assert torch.equal(loss_of(other, shape), loss_of(model, shape))
+
+
+def test_a_new_adapter_has_initial_values_where_its_base_is_loaded(
+    stored: tuple[Path, CascadeModel], world: World
+) -> None:
+    folder, model = stored
+    shape, lora = model.config.shape, model.config.lora
+    full, other = (model_of(world, shape, lora, initialise=drawn) for drawn in (True, False))
+    factors = {id(factor) for a in adapters(other) for factor in (a.a, a.b)}
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if id(parameter) not in factors:
+                parameter.fill_(float("nan"))
+    for built in (full, other):
+        load_artifact_weights(read_artifact(folder / "base"), world, [built])
+    expected = full.state_dict()
+    for name, value in other.state_dict().items():
+        assert value is expected[name] is None or torch.equal(value, expected[name]), name
 
 
 def test_a_run_continues_the_adapter_that_it_names(

@@ -23,7 +23,7 @@ from nemocascade_kernels.common.main_grad import placeholder_gradient
 from nemocascade_kernels.common.products import accumulate_product
 from torch import Tensor
 
-from nemocascade.megatron.config import CascadeConfig
+from nemocascade.megatron.config import CascadeConfig, leave
 from nemocascade.megatron.init import Shard, sharded_init
 from nemocascade.megatron.layers.lora import AdaptedColumn, AdaptedRow, add_factors
 from nemocascade.recipe import UserError
@@ -171,11 +171,6 @@ def _check_fp8(name: str, inputs: int, outputs: int) -> None:
         )
 
 
-def _leave(weight: Tensor) -> Tensor:
-    """Do nothing: Megatron's own initialisation is replaced below."""
-    return weight
-
-
 def tp_shard(group: Any, dim: int, blocks: tuple[int, ...] | None = None) -> Shard:
     """The sharding of dimension `dim` over the tensor-parallel `group`."""
     return Shard(dim, group.rank(), group.size(), blocks)
@@ -184,6 +179,9 @@ def tp_shard(group: Any, dim: int, blocks: tuple[int, ...] | None = None) -> Sha
 def _fill(
     linear: torch.nn.Module, config: CascadeConfig, name: str, shard: Shard, residual: bool
 ) -> None:
+    """Replace Megatron's own initial values."""
+    if not config.perform_initialization:
+        return
     weight: Any = linear.weight
     full = list(weight.shape)
     full[shard.dim] *= shard.size
@@ -220,7 +218,7 @@ def column_linear(
         inputs,
         outputs,
         config=config,
-        init_method=_leave,
+        init_method=leave,
         bias=False,
         gather_output=False,
         skip_bias_add=False,
@@ -251,7 +249,7 @@ def row_linear(
         inputs,
         outputs,
         config=config,
-        init_method=_leave,
+        init_method=leave,
         bias=False,
         input_is_parallel=True,
         skip_bias_add=False,

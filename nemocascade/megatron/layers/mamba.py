@@ -77,9 +77,9 @@ class CausalConv1d(_CutOverTp):
         shard = tp_shard(tp_group, 0, blocks)
         bound = 1 / math.sqrt(width)
 
-        def fill(what: str) -> Fill:
+        def fill(what: str) -> Fill | None:
             generator = generator_for(config.seed, f"{name}.{what}")
-            return lambda w: w.uniform_(-bound, bound, generator=generator)
+            return config.fill_of(lambda w: w.uniform_(-bound, bound, generator=generator))
 
         channels = sum(blocks)
         dtype = config.params_dtype
@@ -171,8 +171,8 @@ class MambaMixer(MegatronModule):
             dt = w.exp().clamp_(min=1e-4)
             w.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
-        self.A_log = _parameter(sharded_init((heads,), a_log, shard))
-        self.dt_bias = _parameter(sharded_init((heads,), dt_bias, shard))
+        self.A_log = _parameter(sharded_init((heads,), config.fill_of(a_log), shard))
+        self.dt_bias = _parameter(sharded_init((heads,), config.fill_of(dt_bias), shard))
         self.D = _parameter(sharded_init((heads,), lambda w: w.fill_(1), shard))
 
     def forward(self, hidden: Tensor, packed: PackedSeq) -> Tensor:

@@ -151,7 +151,7 @@ class Experts(Adapted, MegatronModule):
 
     def _initialise(self, name: str, width: int) -> None:
         shape = self.config.shape
-        if self.linear_fc1.is_meta:
+        if self.linear_fc1.is_meta or not self.config.perform_initialization:
             return
         cut = slice(self.etp_rank * width, (self.etp_rank + 1) * width)
         for local in range(self.num_local):
