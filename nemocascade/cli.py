@@ -191,9 +191,10 @@ def _data(arguments: list[str]) -> None:
 
         tokenizer = settings.tokenizer.path
         if not tokenizer and settings.init_from:
+            from nemocascade.megatron.artifact import read_artifact
             from nemocascade.stages.setup import artifact_tokenizer
 
-            tokenizer = artifact_tokenizer(settings.init_from)
+            tokenizer = artifact_tokenizer(read_artifact(Path(settings.init_from)))
         print(run_build(settings, tokenizer))
 
     _act(settings, act)

@@ -31,7 +31,6 @@ from nemocascade.megatron.checkpoint.folder import (
 )
 from nemocascade.megatron.checkpoint.index import Index, index_from_json
 from nemocascade.megatron.checkpoint.state import MODEL, model_shards, unwrap
-from nemocascade.megatron.checkpoint.storage import Reader
 from nemocascade.megatron.checkpoint.weights import describe_model, fill, model_problems
 from nemocascade.megatron.checkpoint.writing import write_folder
 from nemocascade.megatron.cpu import cuda_names
@@ -137,8 +136,8 @@ def load_adapter(
 
     optimizer: the one that steps these chunks; its fp32 copies are updated too.
 
-    Raises CheckpointError on every rank, before anything is changed, naming another base, other
-    settings, and every part that is missing, altered or foreign.
+    Raises CheckpointError on every rank, naming another base, other settings, and every part that
+    is missing, altered or foreign. After altered factors the model must not be used.
     """
     manifest, index = read_folder(adapter.folder, world, KIND)
     here = _settings(chunks)
@@ -151,8 +150,7 @@ def load_adapter(
     ]
     agree(world, adapter.folder, problems)
     shards = model_shards(adapter_parts(chunks, world))
-    with Reader(adapter.folder, index) as reader:
-        fill(adapter.folder, world, reader, shards, (), cast=(MODEL,))
+    fill(adapter.folder, world, manifest["files"], index, shards, (), cast=(MODEL,))
     if optimizer is not None:
         with cuda_names():
             optimizer.inner.reload_model_params()

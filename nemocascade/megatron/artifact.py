@@ -27,7 +27,6 @@ from nemocascade.megatron.checkpoint.folder import (
     read_manifest,
 )
 from nemocascade.megatron.checkpoint.state import MODEL, model_shards
-from nemocascade.megatron.checkpoint.storage import Reader
 from nemocascade.megatron.checkpoint.weights import describe_model, fill, model_problems
 from nemocascade.megatron.checkpoint.writing import write_folder
 from nemocascade.megatron.cpu import cuda_names
@@ -117,6 +116,26 @@ def read_artifact(folder: Path) -> Artifact:
     return artifact_of_manifest(folder, manifest)
 
 
+def read_artifact_together(folder: Path, world: World) -> Artifact:
+    """`read_artifact` for all ranks; the main rank alone reads. Every rank calls it.
+
+    Raises CheckpointError on every rank.
+    """
+    artifact: Artifact | None = None
+    problems: list[str] = []
+    if world.is_main:
+        try:
+            artifact = read_artifact(folder)
+        except CheckpointError as error:
+            problems = error.problems
+        except OSError as error:
+            problems = [str(error)]
+    found: tuple[Artifact | None, list[str]] = world.broadcast_object((artifact, problems))
+    if found[0] is None:
+        raise CheckpointError(folder, found[1])
+    return found[0]
+
+
 def verify_artifact(folder: Path) -> Artifact:
     """Read the artifact of `folder` and check the hash of every file, weights too.
 
@@ -153,16 +172,16 @@ def load_artifact_weights(
     Weights of another precision are converted, and adapters start anew: B is zero. optimizer: the
     one that steps these chunks, if it exists already; its fp32 copies are updated too.
 
-    Raises CheckpointError on every rank, before anything is changed, naming every part that is
-    missing, altered or foreign, and every difference between the models.
+    Raises CheckpointError on every rank, naming every part that is missing, altered or foreign, and
+    every difference between the models. Only altered weights are found after the first of them
+    have replaced the model's: then it must not be used.
     """
     manifest, index = read_folder(artifact.folder, world, KIND)
     problems = model_problems(manifest, world, chunks, cast=True)
     if manifest["digest"] != artifact.digest:
         problems.append("it is another artifact than the one that was opened: its digest changed")
     shards = model_shards(base_parts(chunks, world))
-    with Reader(artifact.folder, index) as reader:
-        fill(artifact.folder, world, reader, shards, problems, cast=(MODEL,))
+    fill(artifact.folder, world, manifest["files"], index, shards, problems, cast=(MODEL,))
     reset_adapters(chunks)
     if optimizer is not None:
         with cuda_names():

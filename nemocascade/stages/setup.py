@@ -17,7 +17,11 @@ from nemocascade.data.readers import is_built
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.megatron.accelerators import Detection, detect
-from nemocascade.megatron.artifact import artifact_model, load_artifact_weights, read_artifact
+from nemocascade.megatron.artifact import (
+    artifact_model,
+    load_artifact_weights,
+    read_artifact_together,
+)
 from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.model import build_model
 from nemocascade.megatron.products import settle_products
@@ -245,7 +249,9 @@ def open_tokenizer(recipe: SftRecipe, world: World) -> Tokenizer:
     Raises RecipeError if the artifact has none, and an error if the tokenizer has more ids than the
     model has embeddings.
     """
-    named = recipe.tokenizer.path or (recipe.init_from and artifact_tokenizer(recipe.init_from))
+    named = recipe.tokenizer.path
+    if not named and recipe.init_from:
+        named = artifact_tokenizer(read_artifact_together(Path(recipe.init_from), world))
     path = named or str(Path(recipe.run_dir) / "tokenizer.model")
 
     def prepare() -> Tokenizer:
@@ -264,12 +270,12 @@ def open_tokenizer(recipe: SftRecipe, world: World) -> Tokenizer:
     return tokenizer
 
 
-def artifact_tokenizer(folder: str) -> str:
+def artifact_tokenizer(artifact: Artifact) -> str:
     """Path of the tokenizer of the start artifact. Raises RecipeError if it has none."""
-    path = read_artifact(Path(folder)).tokenizer_path
+    path = artifact.tokenizer_path
     if path is None:
         raise RecipeError(
-            [f"init_from({folder}) holds no tokenizer: name one with --tokenizer.path"]
+            [f"init_from({artifact.folder}) holds no tokenizer: name one with --tokenizer.path"]
         )
     return str(path)
 

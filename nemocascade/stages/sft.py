@@ -10,7 +10,7 @@ from nemocascade.data.documents import StageData
 from nemocascade.data.loader import HeldoutLoader, PackedLoader
 from nemocascade.data.packing import WorkModel
 from nemocascade.data.tokenizer import check_template
-from nemocascade.megatron.artifact import read_artifact
+from nemocascade.megatron.artifact import read_artifact_together
 from nemocascade.megatron.parameters import count_parameters
 from nemocascade.recipe import SftRecipe
 from nemocascade.rl.demonstrations import with_demonstrations
@@ -76,7 +76,7 @@ def run_sft(recipe: SftRecipe, console: Console | None = None) -> Path:
         if data.heldout is not None:
             heldout = heldout_loader(recipe.data, world, tokenizer, data.heldout)
         if recipe.init_from:
-            check_template(read_artifact(Path(recipe.init_from)), tokenizer)
+            check_template(read_artifact_together(Path(recipe.init_from), world), tokenizer)
         checkpoints.start(trainer, loader, resume=recipe.resume, init_from=recipe.init_from)
         heldout_loss = _train(recipe, world, trainer, loader, heldout, checkpoints)
         loader.close()

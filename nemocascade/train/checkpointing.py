@@ -15,6 +15,7 @@ from nemocascade.megatron.artifact import (
     Provenance,
     load_artifact_weights,
     read_artifact,
+    read_artifact_together,
     write_artifact,
 )
 from nemocascade.megatron.checkpoint import (
@@ -127,7 +128,7 @@ class Checkpoints:
             LOGGER.info("resumed from %s, step %d", folder, self.saved_step)
             self._note_changes(extra)
         elif init_from:
-            artifact = read_artifact(Path(init_from))
+            artifact = read_artifact_together(Path(init_from), self.world)
             load_artifact_weights(artifact, self.world, trainer.chunks, trainer.optimizer)
             if trainer.config.lora.adapter:
                 self._start_adapter(trainer, artifact)
@@ -342,10 +343,10 @@ class Checkpoints:
         """Check that `init_from` is still the run's parent; it may have been deleted since."""
         wanted = None
         if init_from:
-            if not Path(init_from).exists():
+            if not self.world.broadcast_object(Path(init_from).exists()):
                 LOGGER.info("init_from %s is gone; the run continues without it", init_from)
                 return
-            wanted = read_artifact(Path(init_from)).digest
+            wanted = read_artifact_together(Path(init_from), self.world).digest
         had = self.parent["digest"] if self.parent else None
         if wanted != had:
             raise CheckpointError(

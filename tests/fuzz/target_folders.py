@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from nemocascade.cascade.records import read_record
 from nemocascade.cascade.report.read import read_run
 from nemocascade.megatron.artifact import artifact_model, read_artifact, verify_artifact
 from nemocascade.megatron.checkpoint import CheckpointError
-from nemocascade.megatron.checkpoint.folder import digest_of
+from nemocascade.megatron.checkpoint.folder import digest_of, read_index_json, read_manifest
+from nemocascade.megatron.checkpoint.index import index_from_json
+from nemocascade.megatron.checkpoint.streaming import FolderStream
 from nemocascade.megatron.convert import ConversionError, export_huggingface, import_huggingface
 from nemocascade.megatron.convert.config import config_of_model
 from nemocascade.megatron.convert.names import Family, Style, name_map
@@ -33,6 +36,11 @@ from nemocascade.recipe.sft import SftRecipe
 from nemocascade.stages.scoring import read_scores
 
 Files = dict[str, bytes]
+
+ALONE: Any = SimpleNamespace(
+    rank=0, size=1, device=torch.device("cpu"), all_gather_object=lambda value: [value]
+)
+"""A world without process groups."""
 
 SIZES: dict[str, Any] = {
     "hidden_size": 8,
@@ -178,6 +186,11 @@ def _open(files: Files, folder: Path) -> None:
     artifact = read_artifact(folder / "artifact")
     artifact_model(artifact)
     assert artifact.tokenizer_path is None or artifact.tokenizer_path.is_file()
+    manifest = read_manifest(artifact.folder, "artifact")
+    index = index_from_json(read_index_json(artifact.folder, manifest), manifest["files"])
+    stream = FolderStream(artifact.folder, ALONE, manifest["files"], index)
+    if problems := stream.open() or stream.fill([], [[]]):
+        raise CheckpointError(artifact.folder, problems)
     export_huggingface(folder / "artifact", folder / "exported")
 
 

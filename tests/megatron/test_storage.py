@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemocascade.megatron.checkpoint import CheckpointError, clean_leftovers, storage
+from nemocascade.megatron.checkpoint import CheckpointError, clean_leftovers, storage, streaming
 from nemocascade.megatron.checkpoint.boxes import Box, boxes_of_range, first_overlap
 from nemocascade.megatron.checkpoint.folder import (
     MANIFEST,
@@ -32,7 +32,13 @@ from nemocascade.megatron.checkpoint.index import (
     index_to_json,
     merge_indices,
 )
-from nemocascade.megatron.checkpoint.storage import Reader, TensorShard, write_shards
+from nemocascade.megatron.checkpoint.storage import (
+    Reader,
+    TensorShard,
+    covering_problem,
+    write_shards,
+)
+from nemocascade.megatron.checkpoint.streaming import FolderStream
 from nemocascade.megatron.checkpoint.weights import fill
 from nemocascade.megatron.checkpoint.writing import write_folder
 from nemocascade.megatron.world import start_world
@@ -87,11 +93,14 @@ def shards_of(key: str, full: torch.Tensor, tiling: list[Box]) -> list[TensorSha
 
 @pytest.mark.parametrize("seed", range(12))
 def test_any_tiling_reads_any_other(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(seed)
     # Copies of a few elements, so that every tensor is written and read in many of them.
-    monkeypatch.setattr(storage, "CHUNK_BYTES", rng.choice([64, 256, 1 << 20]))
+    limit = rng.choice([64, 256, 1 << 20])
+    monkeypatch.setattr(storage, "CHUNK_BYTES", limit)
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", limit)
+    monkeypatch.setattr(streaming, "SMALLEST_CHUNK", limit)
     shapes = [(), (1,), (13,), (7, 9), (4, 6, 5), (3, 1, 4, 2)]
     tensors = {
         f"w{i}": random_tensor(rng, shape, rng.choice(list(DTYPE_NAMES)))
@@ -111,9 +120,20 @@ def test_any_tiling_reads_any_other(
             for box in random_tiling(rng, tuple(full.shape), 5):
                 memory = strided(torch.zeros(box.size, dtype=full.dtype))
                 shard = TensorShard(key, tuple(full.shape), box, memory)
-                assert reader.problem(shard) is None
+                assert covering_problem(index, shard) is None
                 reader.read_into(shard)
                 assert torch.equal(memory, full[box.slices()])
+    files = {w.name: {"sha256": w.sha256, "bytes": w.size} for w in written}
+    wanted = [
+        TensorShard(key, tuple(full.shape), b, strided(torch.zeros(b.size, dtype=full.dtype)))
+        for key, full in tensors.items()
+        for b in random_tiling(rng, tuple(full.shape), 5)
+    ]
+    stream = FolderStream(tmp_path, world, files, index)
+    assert stream.open() == []
+    assert stream.fill(wanted, [[(p.key, p.box) for p in wanted]]) == []
+    for shard in wanted:
+        assert torch.equal(shard.tensor, tensors[shard.key][shard.box.slices()])
 
 
 def test_files_are_plain_safetensors_and_hashes_are_of_the_file(tmp_path: Path) -> None:
@@ -199,9 +219,8 @@ def folder(world: World, tmp_path: Path) -> Path:
 
 def read_back(folder: Path, world: World, tensors: dict[str, torch.Tensor]) -> list[TensorShard]:
     shards = whole_shards({k: torch.zeros_like(t) for k, t in tensors.items()})
-    _, index = read_folder(folder, world, "checkpoint")
-    with Reader(folder, index) as reader:
-        fill(folder, world, reader, shards, [])
+    manifest, index = read_folder(folder, world, "checkpoint")
+    fill(folder, world, manifest["files"], index, shards, [])
     return shards
 
 
@@ -324,6 +343,35 @@ def test_a_malformed_weights_file_is_a_refusal(folder: Path, world: World, data:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (lambda h: h.pop("model/a@0,0"), "the file has no tensor 'model/a@0,0'"),
+        (lambda h: h["model/a@0,0"].update(shape=[4, 6]), "not of the shape that the index says"),
+        (lambda h: h["model/a@0,0"].update(dtype="I32"), "not of the shape that the index says"),
+        (lambda h: h["model/a@0,0"].update(data_offsets=[8, 104]), "is at byte 8, not at 0"),
+        (lambda h: h["model/a@0,0"].update(data_offsets=[0, 96.0]), "is at byte 0"),
+        (lambda h: h["model/a@0,0"].update(data_offsets=7), "cannot be read"),
+        (lambda h: h.update(x=None), "cannot be read"),
+        (lambda h: h.update(x={"dtype": "U8", "shape": [9], "data_offsets": [0, 0]}), ""),
+    ],
+)
+def test_a_header_that_is_not_that_of_the_index_is_a_refusal(
+    folder: Path, world: World, change: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    data = (folder / "rank_00000.safetensors").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + data[end:]
+    resign(folder, "rank_00000.safetensors", data)
+    if said:
+        assert said in refusal(folder, world)
+    else:
+        read_back(folder, world, FULL)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
         (lambda m: m.pop("files"), "lists no files"),
         (lambda m: m.update(files=[]), "lists no files"),
         (lambda m: m["files"].update({"../x": {"sha256": "", "bytes": 0}}), "file '../x'"),
@@ -371,12 +419,12 @@ def test_every_differing_tensor_is_named(folder: Path, world: World) -> None:
 
 
 def test_a_refusal_changes_nothing(folder: Path, world: World) -> None:
-    _, index = read_folder(folder, world, "checkpoint")
+    manifest, index = read_folder(folder, world, "checkpoint")
     shards = whole_shards({**FULL, "model/c": torch.zeros(2)})
     for shard in shards:
         shard.tensor.fill_(3)
-    with Reader(folder, index) as reader, pytest.raises(CheckpointError):
-        fill(folder, world, reader, shards, [])
+    with pytest.raises(CheckpointError):
+        fill(folder, world, manifest["files"], index, shards, [])
     assert all(bool((p.tensor == 3).all()) for p in shards)
 
 
@@ -384,7 +432,7 @@ def test_a_part_that_no_file_holds_is_a_refusal(tmp_path: Path) -> None:
     half = shards_of("w", torch.zeros(4, 4), [Box((0, 0), (2, 4))])
     index: Index = write_shards(tmp_path, "f.safetensors", half).index
     wanted = TensorShard("w", (4, 4), Box((1, 0), (2, 4)), torch.zeros(2, 4))
-    problem = Reader(tmp_path, index).problem(wanted)
+    problem = covering_problem(index, wanted)
     assert problem is not None
     assert "4 of the 8 elements" in problem
 

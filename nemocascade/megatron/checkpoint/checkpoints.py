@@ -33,6 +33,7 @@ from nemocascade.megatron.checkpoint.rng import (
     reseed_rng,
     restore_rng,
     rng_shards,
+    stored_rng,
 )
 from nemocascade.megatron.checkpoint.state import (
     OPTIMIZER,
@@ -42,7 +43,7 @@ from nemocascade.megatron.checkpoint.state import (
     optimizer_steps,
     set_optimizer_steps,
 )
-from nemocascade.megatron.checkpoint.storage import Reader
+from nemocascade.megatron.checkpoint.storage import TensorShard
 from nemocascade.megatron.checkpoint.weights import describe_model, fill, model_problems
 from nemocascade.megatron.checkpoint.writing import open_folder, write_now
 from nemocascade.megatron.optimizer import Optimizer
@@ -112,33 +113,36 @@ def load_checkpoint(
     bit. On another, the random generators are reseeded from the stored state, which is logged.
     optimizer: None reads only the weights and does not touch the generators.
 
-    Raises CheckpointError on every rank, before anything is changed, naming every part that is
-    missing, altered or foreign.
+    Raises CheckpointError on every rank, naming every part that is missing, altered or foreign.
+    Only altered weights are found after the first of them have replaced the model's: then neither
+    the model nor the optimizer may be used.
     """
     manifest, index = read_folder(folder, world, KIND)
     problems = model_problems(manifest, world, chunks, cast=False)
     parts = model_parts(chunks, world)
     shards = model_shards(parts)
     same_layout = manifest["layout"] == describe_model(world, chunks)["layout"]
+    states: list[TensorShard] = []
     if optimizer is not None:
         shards += optimizer_shards(parts, optimizer)
         problems += missing_rng(world, index, same_layout=same_layout)
+        states = stored_rng(world, index, same_layout=same_layout)
     ignored = (PREFIX,) if optimizer is not None else (PREFIX, OPTIMIZER)
-    with Reader(folder, index) as reader:
-        # The recipe says whether a resumed run may change the precision of the moments.
-        moments = tuple(f"{OPTIMIZER}{name}/" for name in MOMENTS)
-        fill(folder, world, reader, shards, problems, ignored=ignored, cast=moments)
-        if optimizer is not None:
-            set_optimizer_steps(optimizer, manifest["optimizer_step"])
-            if same_layout:
-                restore_rng(world, reader)
-            else:
-                reseed_rng(world, reader)
-                LOGGER.info(
-                    "%s was written by layout %s; random generators are seeded anew from it",
-                    folder.name,
-                    manifest["layout"],
-                )
+    # The recipe says whether a resumed run may change the precision of the moments.
+    moments = tuple(f"{OPTIMIZER}{name}/" for name in MOMENTS)
+    every = [*shards, *states]
+    fill(folder, world, manifest["files"], index, every, problems, ignored=ignored, cast=moments)
+    if optimizer is not None:
+        set_optimizer_steps(optimizer, manifest["optimizer_step"])
+        if same_layout:
+            restore_rng(world, states)
+        else:
+            reseed_rng(world, states)
+            LOGGER.info(
+                "%s was written by layout %s; random generators are seeded anew from it",
+                folder.name,
+                manifest["layout"],
+            )
     return dict(world.broadcast_object(read_extra(folder) if world.is_main else None))
 
 

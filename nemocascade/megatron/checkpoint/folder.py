@@ -81,6 +81,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_weights(name: str) -> bool:
+    """True for a file of weights; the other files of a folder are small."""
+    return name.endswith(".safetensors")
+
+
+def altered(name: str) -> str:
+    """The problem of a file that has other bytes than were written."""
+    return f"{name} was altered: its sha256 does not match the manifest"
+
+
 def canonical_json(value: Any) -> bytes:
     """The canonical byte string of a JSON value, for hashing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -262,14 +272,16 @@ def hash_problems(folder: Path, manifest: dict[str, Any], names: Iterable[str]) 
         # A missing or truncated file is already named by listing_problems.
         whole = path.is_file() and path.stat().st_size == record["bytes"]
         if whole and file_sha256(path) != record["sha256"]:
-            problems.append(f"{name} was altered: its sha256 does not match the manifest")
+            problems.append(altered(name))
     return problems
 
 
 def read_folder(folder: Path, world: World, kind: str) -> tuple[dict[str, Any], Index]:
-    """Verify a folder and return its manifest and index on every rank; ranks share the hashing.
+    """Verify a folder but for its weights, which `weights.fill` verifies while it reads them, and
+    return its manifest and index on every rank; ranks share the hashing.
 
-    Raises CheckpointError on every rank, naming all parts that are missing, altered or foreign.
+    Raises CheckpointError on every rank, naming all parts that are missing, altered or foreign;
+    altered weights too.
     """
     manifest: dict[str, Any] = {}
     problems: list[str] = []
@@ -282,7 +294,11 @@ def read_folder(folder: Path, world: World, kind: str) -> tuple[dict[str, Any], 
     manifest = world.broadcast_object(manifest)
     if manifest:
         by_size = sorted(manifest["files"], key=lambda n: (-manifest["files"][n]["bytes"], n))
-        problems += hash_problems(folder, manifest, by_size[world.rank :: world.size])
+        small = [name for name in by_size if not is_weights(name)]
+        problems += hash_problems(folder, manifest, small[world.rank :: world.size])
+        if any(world.all_gather_object(bool(problems))):
+            weights = [name for name in by_size if is_weights(name)]
+            problems += hash_problems(folder, manifest, weights[world.rank :: world.size])
     agree(world, folder, problems)
     index = None
     if world.is_main:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import whole
 from nemocascade.megatron.checkpoint.index import Index
-from nemocascade.megatron.checkpoint.storage import Reader, TensorShard
+from nemocascade.megatron.checkpoint.storage import ReplicaGroup, TensorShard
 from nemocascade.runtime.world import World
 
 PREFIX = "rng/"
+FIRST = f"{PREFIX}{0:05d}/torch"
+"""Key of the state that other layouts seed their generators from."""
 
 
 def rng_shards(world: World) -> list[TensorShard]:
@@ -35,22 +38,39 @@ def rng_shards(world: World) -> list[TensorShard]:
     ]
 
 
-def restore_rng(world: World, reader: Reader) -> None:
-    """Set this rank's generators to the states that `rng_shards` saved."""
-    torch.set_rng_state(reader.read(_key(world, "torch")))
-    np.random.set_state(_from_bytes(reader.read(_key(world, "numpy"))))
-    version, words, gauss = _from_bytes(reader.read(_key(world, "python")))
+def stored_rng(world: World, index: Index, *, same_layout: bool) -> list[TensorShard]:
+    """Empty memory for the stored states that a resume needs on this rank."""
+    keys = [_key(world, name) for name in ("torch", "numpy", "python")]
+    if world.device.type == "cuda":
+        keys.append(_key(world, "cuda"))
+    # On another layout all ranks need the same state, and get it from one another.
+    over: ReplicaGroup = "" if same_layout else "dp"
+    found = []
+    for key in keys if same_layout else [FIRST]:
+        if key in index:
+            shape = index[key].shape
+            state = torch.empty(shape, dtype=torch.uint8, device="cpu")
+            found.append(TensorShard(key, shape, whole(shape), state, replicated_over=over))
+    return found
+
+
+def restore_rng(world: World, states: Sequence[TensorShard]) -> None:
+    """Set this rank's generators to the states that `rng_shards` saved and `stored_rng` read."""
+    found = {shard.key: shard.tensor for shard in states}
+    torch.set_rng_state(found[_key(world, "torch")])
+    np.random.set_state(_from_bytes(found[_key(world, "numpy")]))
+    version, words, gauss = _from_bytes(found[_key(world, "python")])
     random.setstate((version, tuple(words), gauss))
-    if world.device.type == "cuda" and _key(world, "cuda") in reader.index:
-        torch.cuda.set_rng_state(reader.read(_key(world, "cuda")), world.device)
+    if (cuda := found.get(_key(world, "cuda"))) is not None:
+        torch.cuda.set_rng_state(cuda, world.device)
 
 
-def reseed_rng(world: World, reader: Reader) -> None:
+def reseed_rng(world: World, states: Sequence[TensorShard]) -> None:
     """Seed this rank's generators from rank 0's saved state and this rank's number.
 
     Used on another layout than the saved one, whose ranks have no saved state of their own.
     """
-    state = reader.read(f"{PREFIX}{0:05d}/torch")
+    [state] = [shard.tensor for shard in states]
     digest = hashlib.sha256(state.numpy().tobytes() + world.rank.to_bytes(8, "little")).digest()
     seed = int.from_bytes(digest[:7], "little")
     torch.manual_seed(seed)
@@ -60,7 +80,7 @@ def reseed_rng(world: World, reader: Reader) -> None:
 
 def missing_rng(world: World, index: Index, *, same_layout: bool) -> list[str]:
     """Generator states that a resume needs and that are missing from `index`."""
-    needed = [f"{PREFIX}{0:05d}/torch"]
+    needed = [FIRST]
     if same_layout:
         needed = [_key(world, name) for name in ("torch", "numpy", "python")]
     return [f"{key} is missing" for key in needed if key not in index]

@@ -239,6 +239,18 @@ def copied_to_host(shards: Sequence[TensorShard], buffer: Tensor) -> list[Tensor
     return found
 
 
+def covering_problem(index: Index, shard: TensorShard) -> str | None:
+    """The reason why the stored tensor cannot fill `shard`, or None."""
+    stored = index.get(shard.key)
+    if stored is None:
+        return f"{shard.key} is missing"
+    parts = (shard.box.intersect(source.box) for source in stored.shards)
+    covered = sum(part.volume for part in parts if part is not None)
+    if covered != shard.box.volume:
+        return f"{shard.key}: {covered} of the {shard.box.volume} elements at {shard.box} exist"
+    return None
+
+
 class Reader:
     """Reads boxes of stored tensors; files stay open (memory-mapped) until the context ends.
 
@@ -260,16 +272,6 @@ class Reader:
         self._stack.close()
         self._open.clear()
 
-    def problem(self, shard: TensorShard) -> str | None:
-        """The reason why the stored tensor cannot fill `shard`, or None. Reads no data."""
-        stored = self.index.get(shard.key)
-        if stored is None:
-            return f"{shard.key} is missing"
-        covered = sum(part.volume for _, part in self._parts(shard.box, stored))
-        if covered != shard.box.volume:
-            return f"{shard.key}: {covered} of the {shard.box.volume} elements at {shard.box} exist"
-        return None
-
     @torch.no_grad()
     def read_into(self, shard: TensorShard) -> None:
         """Fill `shard.tensor` from the stored tensor; values are cast where the dtypes differ."""
@@ -278,11 +280,6 @@ class Reader:
             for box in part.split(CHUNK_BYTES // 8):
                 values = self._read(source, box.relative_to(source.box.offset))
                 target[box.relative_to(shard.box.offset).slices()].copy_(values)
-
-    def read(self, key: str) -> Tensor:
-        """Read a whole stored tensor that is a single shard."""
-        (source,) = self.index[key].shards
-        return self._read(source, source.box)
 
     @staticmethod
     def _parts(box: Box, stored: StoredTensor) -> Iterator[tuple[StoredShard, Box]]:

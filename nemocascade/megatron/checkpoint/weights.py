@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,14 @@ from torch import Tensor
 from nemocascade.megatron.checkpoint.folder import agree, digest_of
 from nemocascade.megatron.checkpoint.index import Index
 from nemocascade.megatron.checkpoint.state import unwrap
-from nemocascade.megatron.checkpoint.storage import CHUNK_BYTES, Reader, TensorShard, consecutive
+from nemocascade.megatron.checkpoint.storage import (
+    CHUNK_BYTES,
+    ReplicaGroup,
+    TensorShard,
+    consecutive,
+    covering_problem,
+)
+from nemocascade.megatron.checkpoint.streaming import FolderStream
 from nemocascade.recipe import ModelConfig, ParallelConfig
 from nemocascade.runtime.world import World
 
@@ -65,47 +74,80 @@ def model_problems(
 
 
 def fill(
-    folder: object,
+    folder: Path,
     world: World,
-    reader: Reader,
+    files: Mapping[str, Any],
+    index: Index,
     shards: Sequence[TensorShard],
     problems: Iterable[str],
     *,
     ignored: tuple[str, ...] = (),
     cast: tuple[str, ...] = (),
 ) -> None:
-    """Read every shard after all ranks have checked that the folder holds exactly their tensors.
+    """Fill every shard after all ranks have checked that the folder holds exactly their tensors.
 
-    problems: those found by this rank. ignored: prefixes of stored keys that need not be read.
-    cast: prefixes of keys whose stored values may have another dtype and are converted.
+    files: the manifest's. problems: those found by this rank. ignored: prefixes of stored keys that
+    need not be read. cast: prefixes of keys whose stored values may have another dtype and are
+    converted.
 
-    Ranks that hold the same weights read a share each, and get the rest from one another: storage
-    is read once, however many replicas there are.
+    Every byte of the folder's weights is read once, by one rank, and hashed. Of ranks that hold the
+    same weights, each gets a share of them from the ranks that read, and the rest from one another.
 
     Raises CheckpointError on every rank, before anything is changed, naming each tensor that is
-    missing, foreign, or of another shape or dtype.
+    missing, foreign, or of another shape or dtype, and each file without its tensors. Also naming
+    each file that was altered, but then the shards have values that must not be used.
     """
     found = list(problems)
+    groups = {"dp": world.groups.dp_cp, "expert_dp": world.groups.expt_dp}
+    kinds: list[ReplicaGroup] = ["", "dp", "expert_dp"]
+    shared = [
+        _share([p for p in shards if p.replicated_over == kind], groups.get(kind)) for kind in kinds
+    ]
+    wanted = [shard for held in shared for shard in held.wanted]
     mine = {p.key: (list(p.global_shape), p.dtype_name) for p in shards}
-    ranks = world.all_gather_object(mine)
+    ranks = world.all_gather_object((mine, [(p.key, p.box) for p in wanted]))
     # A model of another shape differs in every tensor; its settings explain it better.
     if not found:
-        expected = {key: what for rank in ranks for key, what in rank.items()}
-        found = _key_problems(expected, reader.index, ignored, cast)
+        expected = {key: what for keys, _ in ranks for key, what in keys.items()}
+        found = _key_problems(expected, index, ignored, cast)
     if not found:
-        found = [p for p in map(reader.problem, shards) if p is not None]
-    agree(world, folder, found)
-    groups = {"dp": world.groups.dp_cp, "expert_dp": world.groups.expt_dp}
-    for over in ("", *groups):
-        chosen = sorted((p for p in shards if p.replicated_over == over), key=lambda p: p.key)
-        _read_shared(reader, chosen, groups.get(over))
+        found = [p for shard in shards if (p := covering_problem(index, shard)) is not None]
+    stream = FolderStream(folder, world, files, index)
+    agree(world, folder, found or stream.open())
+    agree(world, folder, stream.fill(wanted, [boxes for _, boxes in ranks]))
+    for held in shared:
+        held.exchange(world.device)
 
 
-def _read_shared(reader: Reader, shards: Sequence[TensorShard], group: Any) -> None:
-    """Read shards that all ranks of `group` hold, a share on each rank, and exchange the shares.
+@dataclass(frozen=True)
+class _Shared:
+    """Shards that all ranks of `group` hold, and the numbers of those that each of them gets from
+    the ranks that read. group: None for shards of this rank alone."""
 
-    group: None reads all of them here, and so do ranks whose shards differ.
-    """
+    shards: Sequence[TensorShard]
+    group: Any
+    shares: Sequence[Sequence[int]]
+
+    @property
+    def wanted(self) -> list[TensorShard]:
+        """This rank's share."""
+        share = self.shares[0 if self.group is None else self.group.rank()]
+        return [self.shards[number] for number in share]
+
+    def exchange(self, device: torch.device) -> None:
+        """Give the shares to one another; every rank of the group calls it."""
+        if self.group is None:
+            return
+        for rank, share in enumerate(self.shares):
+            source = dist.get_global_rank(self.group, rank)
+            tensors = [self.shards[n].tensor.detach() for n in share]
+            for bucket in consecutive([t.nbytes for t in tensors], CHUNK_BYTES):
+                _broadcast([tensors[n] for n in bucket], source, self.group, device)
+
+
+def _share(shards: Iterable[TensorShard], group: Any) -> _Shared:
+    """Divide shards among the ranks of `group`; ranks whose shards differ want all of theirs."""
+    shards = sorted(shards, key=lambda p: (p.key, p.box.offset))
     size = 1 if group is None else group.size()
     if size > 1:
         digests: list[Any] = [None] * size
@@ -113,15 +155,7 @@ def _read_shared(reader: Reader, shards: Sequence[TensorShard], group: Any) -> N
         dist.all_gather_object(digests, mine, group=group)
         size = size if len(set(digests)) == 1 else 1
     shares = _shares([p.box.volume for p in shards], size)
-    for number in shares[group.rank() if size > 1 else 0]:
-        reader.read_into(shards[number])
-    if size == 1:
-        return
-    for rank, share in enumerate(shares):
-        source = dist.get_global_rank(group, rank)
-        tensors = [shards[n].tensor.detach() for n in share]
-        for bucket in consecutive([t.nbytes for t in tensors], CHUNK_BYTES):
-            _broadcast([tensors[n] for n in bucket], source, group)
+    return _Shared(shards, group if size > 1 else None, shares)
 
 
 def _shares(volumes: Sequence[int], size: int) -> list[list[int]]:
@@ -134,9 +168,9 @@ def _shares(volumes: Sequence[int], size: int) -> list[list[int]]:
     return shares
 
 
-def _broadcast(tensors: Sequence[Tensor], source: int, group: Any) -> None:
+def _broadcast(tensors: Sequence[Tensor], source: int, group: Any, device: torch.device) -> None:
     """Broadcast the tensors of rank `source` to the other ranks of the group, as one message."""
-    parts = [t.contiguous().view(-1).view(torch.uint8) for t in tensors if t.numel()]
+    parts = [t.to(device).contiguous().view(-1).view(torch.uint8) for t in tensors if t.numel()]
     if not parts:
         return
     message = torch.cat(parts)
