@@ -117,7 +117,7 @@ def table() -> str:
 def rank_table() -> str:
     """The table of sockets, and of bytes read and written, as Markdown."""
     lines = [
-        "| stage | ranks | sockets, at most | weights read | by a rank | from replicas "
+        "| stage | ranks | sockets, at most | weights read | by a rank, at most | from other ranks "
         "| checkpoint | largest rank | x the mean | copied in | written in |",
         f"|{'---|' * 11}",
     ]

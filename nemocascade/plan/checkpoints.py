@@ -18,6 +18,8 @@ HOST_LINK_GB_S = 50.0
 HASH_GB_S = 0.5
 """Rate at which a rank hashes its file, in one thread: sha256 measured at 0.56 GB/s on a shared CPU
 core without SHA instructions, and faster with them."""
+CONVERTED_FILE_BYTES = 1 << 30
+"""Most bytes of a file of a converted artifact, see `megatron.convert`."""
 STORAGE_GB_S = 2.0
 """Assumed rate at which a node writes to a shared file system, over all of its ranks."""
 
@@ -72,8 +74,8 @@ def checkpoint_cost(job: Job) -> CheckpointCost:
 
 @dataclass(frozen=True)
 class ReadCost:
-    """Bytes that a job reads at its start. total: from storage, by all ranks. largest: by the rank
-    that reads most. received: by a rank from its replicas, at most."""
+    """Bytes that a job reads at its start. total: from storage, by all ranks, for hashes too.
+    largest: by the rank that reads most. received: by a rank from other ranks, at most."""
 
     total: int
     largest: int
@@ -83,21 +85,20 @@ class ReadCost:
 def start_cost(job: Job) -> ReadCost:
     """Bytes of the weights of an artifact that a job with a legal layout reads.
 
-    Ranks with the same weights read a share each and get the rest from one another, see
-    `megatron.checkpoint.weights.fill`. With `init_from` weights alone are read; a checkpoint has
-    the optimizer's state beside them, which each rank reads for itself.
+    Each file is read once, by one rank, which hashes it and sends its parts to those that hold
+    them, see `megatron.checkpoint.streaming`. A converted artifact has files of
+    CONVERTED_FILE_BYTES; one that a run wrote has a smaller file for each of its ranks. A
+    checkpoint is read in the same way, with the optimizer's state.
     """
     p = job.parallel
-    ranks = job.world_size // p.pp
-    replicas, expert_replicas = ranks // p.tp, ranks // (p.etp * p.ep)
     width = 2 if job.engine.precision == "bf16" else 4
-    reads, holds = [], []
-    for stage in range(p.pp):
-        dense, expert = _written(job.model, replace(p, cp=1), job.moe, stage, width)
-        reads.append(dense // replicas + expert // expert_replicas)
-        holds.append(dense + expert)
-    received = max(held - read for held, read in zip(holds, reads, strict=True))
-    return ReadCost(sum(reads) * ranks, max(reads), received)
+    total = sum(_written(job.model, ParallelConfig(), job.moe, 0, width))
+    files = -(-total // CONVERTED_FILE_BYTES)
+    largest = min(total, -(-files // job.world_size) * CONVERTED_FILE_BYTES)
+    held = [
+        sum(_written(job.model, replace(p, cp=1), job.moe, stage, width)) for stage in range(p.pp)
+    ]
+    return ReadCost(total, largest, 0 if job.world_size == 1 else max(held))
 
 
 def checkpoint_line(job: Job, step_s: float) -> str:
@@ -120,9 +121,9 @@ def start_line(job: Job) -> str:
     """One line about the weights that a job reads at its start."""
     cost = start_cost(job)
     return (
-        f"start from an artifact: {cost.total / 1e9:,.1f} GB of weights read from storage, "
-        f"{cost.largest / 1e9:.2f} GB by the largest rank, which gets up to "
-        f"{cost.received / 1e9:.2f} GB from its replicas"
+        f"start from an artifact: {cost.total / 1e9:,.1f} GB of weights read from storage and "
+        f"hashed, each byte once, at most {cost.largest / 1e9:.2f} GB by a rank; a rank gets up to "
+        f"{cost.received / 1e9:.2f} GB from the others"
     )
 
 

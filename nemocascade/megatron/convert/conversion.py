@@ -42,6 +42,7 @@ from nemocascade.megatron.convert.config import (
 )
 from nemocascade.megatron.convert.config_fields import FAMILIES, ConfigError, family_of
 from nemocascade.megatron.convert.folder import (
+    ARTIFACT_SHARD_BYTES,
     CONFIG,
     SHARD_BYTES,
     TOKENIZERS,
@@ -330,12 +331,13 @@ def _tokenizer_files(folder: Path) -> dict[str, bytes]:
 def store_artifact(
     target: Path, tensors: list[Outgoing], documents: dict[str, bytes], fields: dict[str, Any]
 ) -> int:
-    """Write the folder as a run of one rank would, in files of SHARD_BYTES; returns its bytes."""
+    """Write the folder as a run of one rank would, in files of ARTIFACT_SHARD_BYTES; returns
+    its bytes."""
     temporary = fresh_folder(target)
     # The widest types first, so that every tensor is aligned.
     ordered = sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize)
     written = []
-    for number, shard in enumerate(split_shards(ordered, SHARD_BYTES)):
+    for number, shard in enumerate(split_shards(ordered, ARTIFACT_SHARD_BYTES)):
         name = f"rank_{number:05d}.safetensors"
         named = [replace(t, name=MODEL + t.name) for t in shard]
         places = [(t.shape, whole(t.shape)) for t in shard]
