@@ -151,10 +151,15 @@ def _compare(
 
 
 def _damage(folder: Path, record: StageRecord, *, verify: bool) -> str:
-    """Reason why the artifact of a finished stage cannot be used; empty if it can."""
+    """Reason why the artifact of a finished stage cannot be used; empty if it can.
+
+    Raises CheckpointError if its file system cannot be read now.
+    """
     try:
         found = (verify_artifact if verify else read_artifact)(folder / "artifact")
     except CheckpointError as error:
+        if error.may_pass:
+            raise  # a file server that does not answer is no reason to train again
         return f"its artifact is damaged: {'; '.join(error.problems)}"
     if found.digest != record.artifact_digest:
         return (

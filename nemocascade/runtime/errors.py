@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from nemocascade.recipe import UserError
+from nemocascade.runtime.files import LASTING
 from nemocascade.runtime.interrupt import EXIT_CODE as INTERRUPTED
 from nemocascade.runtime.launcher import MainRankError, is_main_process
 from nemocascade.runtime.logging import LOGGER, end_status, printable
+from nemocascade.runtime.stopping import AGAIN
 
 EXIT_CODE_FILE = "NEMOCASCADE_EXIT_CODE"
 """Environment variable with a file for the exit code, since torchrun ends with 1 whatever has
@@ -23,7 +25,7 @@ failed."""
 GRACE_S = 5.0
 """Time for the main rank to fail with the same error before another node prints it."""
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_PATH = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_PATH = tuple(code for code in LASTING if code != errno.ENOENT)
 
 
 def exit_cleanly[T](work: Callable[[], T]) -> T:
@@ -31,8 +33,8 @@ def exit_cleanly[T](work: Callable[[], T]) -> T:
 
     The message is printed last, by the main rank; if it has no error itself, then by the first rank
     of each other node that has. torchrun shows it too. Exit codes: 2 in general, 3 for NaN, 5 for a
-    cascade's alarm, 75 for what may succeed later, 130 for Ctrl-C. A full disk and a
-    path that cannot be used are reported in the same way.
+    cascade's alarm, 75 for what may succeed later, 130 for Ctrl-C. A full disk (75) and a
+    path that cannot be used (2) are reported in the same way.
     """
     try:
         return work()
@@ -45,7 +47,7 @@ def exit_cleanly[T](work: Callable[[], T]) -> T:
     except OSError as error:
         file, reason = error.filename, error.strerror
         if error.errno in _DISK:
-            _exit(f"error: {file or 'a file'}: {reason}: free space, or write elsewhere", 2)
+            _exit(f"error: {file or 'a file'}: {reason}: free space, or write elsewhere", AGAIN)
         if error.errno not in _PATH or not file:
             raise
         _exit(f"error: {file}: {reason}: name a path that this user can read and write", 2)

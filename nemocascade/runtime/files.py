@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+LASTING = (
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT),
+)
+"""Errors of a path: each further start would meet them."""
+
+
+def may_pass(error: OSError) -> bool:
+    """Return True if the same access may succeed later: after a full disk, an input/output error or
+    a file server that does not answer."""
+    return error.errno is not None and error.errno not in LASTING
 
 
 @contextmanager

@@ -222,8 +222,9 @@ def test_a_failed_write_ends_the_run_and_the_last_checkpoint_stays(
     for notice in (until_told, save_again, checkpoints.finish):
         trainer.step_number += 1
         checkpoints.save(trainer, loader())
-        with pytest.raises(CheckpointError, match="No space left on device"):
+        with pytest.raises(CheckpointError, match="No space left on device") as caught:
             notice()
+        assert caught.value.exit_code == 75, "a job starts again"
         assert names(tmp_path) == ["latest", "step_00000002"]
         assert latest_checkpoint(checkpoints.root) == checkpoints.root / "step_00000002"
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from nemocascade.megatron.checkpoint import CheckpointError, clean_leftovers, storage, streaming
 from nemocascade.megatron.checkpoint.boxes import Box, boxes_of_range, first_overlap
+from nemocascade.megatron.checkpoint.errors import NonFiniteWeightsError, storage_problem
 from nemocascade.megatron.checkpoint.folder import (
     MANIFEST,
     digest_of,
@@ -404,8 +406,38 @@ def test_a_full_disk_names_the_file(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("nemocascade.megatron.checkpoint.storage.os.fsync", full)
-    with pytest.raises(CheckpointError, match=r"No space left on device.*rank_00000\.safetensors"):
+    found = r"No space left on device.*rank_00000\.safetensors"
+    with pytest.raises(CheckpointError, match=found) as caught:
         write_folder(folder, world, "checkpoint", whole_shards(FULL), {}, FIELDS)
+    assert caught.value.exit_code == 75, "a job starts again"
+
+
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [(errno.EIO, 75), (errno.ESTALE, 75), (errno.EDQUOT, 75), (errno.EACCES, 2), (errno.ENOENT, 2)],
+)
+def test_an_error_of_the_file_system_that_may_pass_asks_for_a_further_start(
+    folder: Path, world: World, monkeypatch: pytest.MonkeyPatch, code: int, wanted: int
+) -> None:
+    read = Path.read_text
+
+    def broken(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == "manifest.json":
+            raise OSError(code, os.strerror(code), str(path))
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", broken)
+    with pytest.raises(CheckpointError) as caught:
+        read_folder(folder, world, "checkpoint")
+    assert caught.value.exit_code == wanted
+
+
+def test_one_lasting_problem_ends_the_job() -> None:
+    passing = storage_problem("rank 1: EIO", OSError(errno.EIO, "EIO"))
+    problems = pickle.loads(pickle.dumps([passing, "rank 2: its shards do not tile"]))
+    assert CheckpointError("here", problems[:1]).exit_code == 75
+    assert CheckpointError("here", problems).exit_code == 2
+    assert NonFiniteWeightsError("here", ["NaN"]).exit_code == 3
 
 
 def test_every_differing_tensor_is_named(folder: Path, world: World) -> None:

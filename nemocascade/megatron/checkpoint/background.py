@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemocascade.megatron.checkpoint.errors import StorageProblem, storage_problem
 from nemocascade.megatron.checkpoint.storage import copied_to_host
 from nemocascade.megatron.checkpoint.writing import FolderTask, Outcome, Report, write_now
 from nemocascade.runtime.host_memory import available_memory
@@ -164,7 +165,7 @@ class Writer:
             self._complete(save)
         except Exception as error:  # raised by `finish`
             problem = f"rank {self.world.rank} cannot write its part: {error!r}"
-            save.outcome = Outcome(problems=[problem])
+            save.outcome = Outcome(problems=[storage_problem(problem, error)])
         if save.outcome.problems:
             LOGGER.error("%s: %s", name, "; ".join(save.outcome.problems))
         elif self.world.is_main:
@@ -190,7 +191,8 @@ class Writer:
             if told > save.told:
                 save.told, moved = told, time.monotonic()
             elif time.monotonic() - moved > self._give_up_s:
-                return [Outcome(problems=[f"{size - told} ranks do not finish their files"])]
+                problem = f"{size - told} ranks do not finish their files"
+                return [Outcome(problems=[StorageProblem(problem)])]
             else:
                 time.sleep(min(_POLL_S, 0.005 + (time.monotonic() - moved) / 20))
         keys = [f"{key}/{rank}" for rank in range(size)]

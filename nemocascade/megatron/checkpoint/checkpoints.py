@@ -19,7 +19,7 @@ from typing import Any
 
 from nemocascade.megatron.adam import MOMENTS
 from nemocascade.megatron.checkpoint.background import Writer
-from nemocascade.megatron.checkpoint.errors import CheckpointError
+from nemocascade.megatron.checkpoint.errors import CheckpointError, storage_problem
 from nemocascade.megatron.checkpoint.folder import (
     MANIFEST,
     TEMPORARY,
@@ -151,7 +151,8 @@ def read_extra(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / EXTRA).read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(folder, [f"{EXTRA} cannot be read: {error}"]) from error
+        problem = f"{EXTRA} cannot be read: {error}"
+        raise CheckpointError(folder, [storage_problem(problem, error)]) from error
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
@@ -170,7 +171,8 @@ def latest_checkpoint(root: Path) -> Path | None:
     except FileNotFoundError:
         return complete[-1] if complete else None
     except (OSError, ValueError) as error:
-        raise CheckpointError(root, [f"{POINTER} cannot be read: {error}"]) from error
+        problem = f"{POINTER} cannot be read: {error}"
+        raise CheckpointError(root, [storage_problem(problem, error)]) from error
     if root / name not in complete:
         have = ", ".join(p.name for p in complete) or "none"
         raise CheckpointError(

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nemocascade.megatron.checkpoint.errors import CheckpointError
+from nemocascade.megatron.checkpoint.errors import CheckpointError, storage_problem
 from nemocascade.megatron.checkpoint.index import Index, index_from_json
 from nemocascade.recipe.paths import is_file_name
 from nemocascade.runtime.files import naming
@@ -176,7 +176,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
             [f"{MANIFEST} is missing: this is no complete {kind}{_remedy(folder, kind)}"],
         ) from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(folder, [f"{MANIFEST} cannot be read: {error!r}"]) from error
+        problem = f"{MANIFEST} cannot be read: {error!r}"
+        raise CheckpointError(folder, [storage_problem(problem, error)]) from error
     found = (manifest.get("format"), manifest.get("version"))
     if found != (FORMAT, VERSION):
         raise CheckpointError(
@@ -239,7 +240,7 @@ def read_index_json(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         value: dict[str, Any] = json.loads((folder / INDEX).read_bytes())
         index_from_json(value, manifest["files"])
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(folder, [f"{INDEX}: {error}"]) from error
+        raise CheckpointError(folder, [storage_problem(f"{INDEX}: {error}", error)]) from error
     return value
 
 

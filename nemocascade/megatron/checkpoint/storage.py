@@ -31,6 +31,7 @@ from nemocascade.megatron.checkpoint.errors import (
     CheckpointError,
     FolderError,
     NonFiniteWeightsError,
+    storage_problem,
 )
 from nemocascade.megatron.checkpoint.index import (
     DTYPE_NAMES,
@@ -303,7 +304,7 @@ class Reader:
                 found = file.get_slice(source.name)[box.slices()]
         except (SafetensorError, OSError, IndexError) as error:
             problem = f"{source.file}: tensor {source.name!r} cannot be read: {error}"
-            raise self.error(self.folder, [problem]) from error
+            raise self.error(self.folder, [storage_problem(problem, error)]) from error
         if found.shape != torch.Size(box.size):
             problem = (
                 f"{source.file}: tensor {source.name!r} is smaller than the index says: "

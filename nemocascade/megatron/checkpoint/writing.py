@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from nemocascade.megatron.checkpoint.balance import Holding, holding, written_shards
-from nemocascade.megatron.checkpoint.errors import CheckpointError, NonFiniteWeightsError
+from nemocascade.megatron.checkpoint.errors import (
+    CheckpointError,
+    NonFiniteWeightsError,
+    storage_problem,
+)
 from nemocascade.megatron.checkpoint.folder import (
     FORMAT,
     INDEX,
@@ -89,7 +93,8 @@ class FolderTask:
         try:
             return write_shards(self.temporary, self.file.name, self.shards)
         except OSError as error:
-            return Outcome(problems=[f"rank {self.rank} cannot write its file: {error}"])
+            problem = f"rank {self.rank} cannot write its file: {error}"
+            return Outcome(problems=[storage_problem(problem, error)])
         except NonFiniteWeightsError as error:
             return Outcome(problems=error.problems, nonfinite=True)
 
@@ -113,7 +118,8 @@ class FolderTask:
             if not problems:
                 self.then()
         except OSError as error:
-            digest, problems = "", [f"rank 0 cannot complete it: {error}"]
+            digest = ""
+            problems = [storage_problem(f"rank 0 cannot complete it: {error}", error)]
         return Outcome(digest, problems)
 
 
@@ -140,7 +146,7 @@ def open_folder(
         try:
             fresh_folder(final)
         except OSError as error:
-            found.append(f"rank 0 cannot make {temporary}: {error}")
+            found.append(storage_problem(f"rank 0 cannot make {temporary}: {error}", error))
     ranks: list[tuple[list[str], Holding]] = world.all_gather_object(
         (found, holding(world, shards))
     )
