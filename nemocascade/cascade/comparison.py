@@ -11,6 +11,7 @@ from nemocascade.megatron.checkpoint.folder import MANIFEST, read_manifest
 from nemocascade.recipe import RecipeError, load_any_recipe
 from nemocascade.recipe.changes import Change, as_json, changes_between
 from nemocascade.recipe.commands import DiffSettings
+from nemocascade.runtime.row_files import is_built
 
 FACTS = ("stage", "step", "digest", "parent_digest", "precision", "data", "scores", "changes")
 """Entries of an artifact's manifest that are compared besides its recipe and its model."""
@@ -30,6 +31,13 @@ def changed_settings(first: Path, second: Path) -> list[Change]:
 
 def _described(path: Path) -> Mapping[str, Any]:
     """The settings of a recipe, and the facts of an artifact, as JSON values."""
+    if is_built(str(path)):
+        raise RecipeError(
+            [
+                f"{path} was written by `nemocascade data build` and holds no recipe: its settings "
+                f"are the key in {path / MANIFEST}"
+            ]
+        )
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path, "artifact")
         facts = {name: manifest[name] for name in FACTS if name in manifest}

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from nemocascade.cascade.records import write_json
+from nemocascade.data.built import built_digest
 from nemocascade.megatron.artifact import read_artifact
-from nemocascade.megatron.checkpoint.folder import digest_of, file_sha256
+from nemocascade.megatron.checkpoint.folder import digest_of, file_sha256, kind_of
 from nemocascade.recipe import MopdRecipe, ScoreConfig, SftRecipe, StageRecipe
 from nemocascade.recipe.changes import HOW, changes_between
 from nemocascade.recipe.paths import named_paths
+from nemocascade.runtime.row_files import is_built
 
 VERSION = 1
 Inputs = dict[str, Any]
@@ -62,6 +64,9 @@ def recipe_files(recipe: StageRecipe) -> list[str]:
         # The digest of the start artifact already covers its tokenizer.
         if recipe.init_from:
             found.discard(recipe.tokenizer.path)
+        # A built folder holds the rows, whose files may be gone.
+        if any(map(is_built, recipe.data.path)):
+            found.difference_update(set(recipe.data.non_thinking_path) - {*recipe.data.path})
     else:
         found.add(recipe.envs.judge.artifact)
     return sorted(found - {""})
@@ -99,12 +104,15 @@ class FileHashes:
         self._known: dict[str, Any] = known if isinstance(known, dict) else {}
 
     def of(self, paths: list[str]) -> dict[str, str]:
-        """Hash by path: `missing` for a path that does not exist, the digest for an artifact."""
+        """Hash by path: `missing` for a path that does not exist, the digest of its manifest for an
+        artifact and for a folder of `nemocascade data build`."""
         return {path: self._of(Path(path)) for path in paths}
 
     def _of(self, path: Path) -> str:
         if path.is_dir():
-            if (path / "manifest.json").is_file():
+            if is_built(str(path)):
+                return built_digest(path)
+            if kind_of(path) == "artifact":
                 return read_artifact(path).digest
             parts = {str(p.relative_to(path)): self._file(p) for p in _files(path)}
             return digest_of(parts)

@@ -39,12 +39,12 @@ from nemocascade.data.building import (
 )
 from nemocascade.data.built import differing_settings, verify_built
 from nemocascade.data.cache_files import read_manifest, write_json
-from nemocascade.data.readers import is_built
 from nemocascade.data.tokenizer import Tokenizer, load_tokenizer
 from nemocascade.recipe import RecipeError
 from nemocascade.recipe.build import BuildSettings
 from nemocascade.runtime.logging import LOGGER, start_logging
 from nemocascade.runtime.row_errors import DataError
+from nemocascade.runtime.row_files import is_built
 from nemocascade.runtime.run_lock import RunLock
 
 POLL_S, REPORT_S, GRACE_S = 1.0, 10.0, 15.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,17 @@ def verify_built(path: Path) -> dict[str, Any]:
     check_sizes(path, manifest["files"])
     check_hashes(path, manifest["files"], manifest["files"], LOGGER.info)
     return manifest
+
+
+def built_digest(path: Path) -> str:
+    """Content digest of a built folder, from the hashes in its manifest; no token is read.
+
+    A folder that is moved, or built again from the same rows with the same settings, has the same
+    digest. Raises CacheDamagedError for a damaged manifest.
+    """
+    manifest = read_manifest(path)
+    content = {name: manifest[name] for name in ("files", "shards")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def differing_settings(

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from nemocascade.data.built import open_built
 from nemocascade.data.cache import TokenCache, build_cache, open_cache
 from nemocascade.data.cache_files import Progress
-from nemocascade.data.readers import files_read, is_built
+from nemocascade.data.readers import files_read
 from nemocascade.data.synthetic import PREFIX
 from nemocascade.data.tokenizer import Tokenizer
 from nemocascade.recipe.data import DataConfig
 from nemocascade.runtime.row_errors import DataError
+from nemocascade.runtime.row_files import is_built
 from nemocascade.types import Document
 
 

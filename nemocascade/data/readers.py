@@ -10,7 +10,7 @@ from nemocascade.data import synthetic
 from nemocascade.recipe.data import DataConfig
 from nemocascade.runtime import row_files
 from nemocascade.runtime.row_errors import DataError
-from nemocascade.runtime.row_files import RowChunk, find_files, gather
+from nemocascade.runtime.row_files import RowChunk, find_files, gather, is_built
 
 
 def find_sources(paths: Sequence[str]) -> list[str]:
@@ -18,21 +18,11 @@ def find_sources(paths: Sequence[str]) -> list[str]:
 
     Folders are walked as in `find_files`. Raises DataError for a path that cannot be read.
     """
-    if built := list(filter(is_built, paths)):
-        raise DataError(
-            f"{built[0]} was written by `nemocascade data build` and holds tokens, no rows: where "
-            "rows are read, name their files"
-        )
     return [
         source
         for name in paths
         for source in ([name] if name.startswith(synthetic.PREFIX) else find_files(name))
     ]
-
-
-def is_built(path: str) -> bool:
-    """Return True for a folder that `nemocascade data build` has written."""
-    return all(Path(path, name).is_file() for name in ("manifest.json", "offsets.bin"))
 
 
 def files_read(paths: Sequence[str]) -> set[Path]:

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 
 from nemocascade.data.built import NO_TOKENIZER, open_built
 from nemocascade.data.documents import built_folder
-from nemocascade.data.readers import is_built
 from nemocascade.data.tokenizer import check_vocabulary, load_tokenizer
 from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.checkpoint import CheckpointError, latest_checkpoint
@@ -37,7 +36,7 @@ from nemocascade.recipe.envs import sandboxes
 from nemocascade.recipe.paths import named_paths
 from nemocascade.runtime.ray_cluster import cluster_problems
 from nemocascade.runtime.row_errors import DataError
-from nemocascade.runtime.row_files import find_files, read_chunks
+from nemocascade.runtime.row_files import find_files, is_built, read_chunks
 from nemocascade.train.checkpointing import refused_changes
 
 # Share of a step that ranks may wait for other pipeline stages without a warning.
@@ -77,7 +76,7 @@ def offline(
     check_servers(recipe, found)
     check_workers(recipe, found)
     check_tokenizer(recipe, found)
-    check_data(recipe, found)
+    check_data(recipe, found, ahead=ahead)
     if job is not None:
         check_disk(job, recipe, found)
         check_memory(job, found)
@@ -136,8 +135,9 @@ def check_rows(recipe: Any, into: Preflight) -> None:
     with into.guarded("rows"):
         problems, count = [], 0
         for name, path in named_paths(recipe, "rows"):
-            if is_built(path) or not Path(path).exists():
-                continue  # a missing path is a finding of the data files
+            if (name == "data.path" and is_built(path)) or not Path(path).exists():
+                # `check_data` reads a built folder; a missing path is a finding of the data files.
+                continue
             try:
                 for file in find_files(path):
                     count += 1
@@ -288,10 +288,16 @@ def check_tokenizer(recipe: Any, into: Preflight) -> None:
         into.add("tokenizer", [], f"{tokenizer.vocab_size} ids")
 
 
-def check_data(recipe: Any, into: Preflight) -> None:
-    """Check that a built folder of data is complete, unchanged, and of the recipe's settings."""
+def check_data(recipe: Any, into: Preflight, *, ahead: bool = False) -> None:
+    """Check that a built folder of data is complete, unchanged, and of the recipe's settings.
+
+    ahead: earlier stages have not run, so the start artifact has no tokenizer yet.
+    """
     data = getattr(recipe, "data", None)
     if not isinstance(data, DataConfig) or not any(map(is_built, data.path)):
+        return
+    if ahead and not recipe.tokenizer.path:
+        into.add("data index", [], "checked at the start, with the artifact's tokenizer")
         return
     with into.guarded("data index"):
         path = recipe.tokenizer.path or (

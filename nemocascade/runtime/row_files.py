@@ -81,13 +81,24 @@ class RowChunk:
         )
 
 
+def is_built(path: str | Path) -> bool:
+    """Return True for a folder that `nemocascade data build` has written: tokens, no rows."""
+    return all(Path(path, name).is_file() for name in ("manifest.json", "offsets.bin"))
+
+
 def find_files(name: str | Path) -> list[str]:
     """Return the data files at a path: the file, or those of a folder in the order of their names.
 
     Hidden files and folders (`.cache`) and files of other kinds are skipped, see `skipped_files`.
-    Raises DataError for a path that does not exist, a folder without data, or an unknown kind.
+    Raises DataError for a path that does not exist, a folder without data or of tokens, or an
+    unknown kind.
     """
     path = Path(name).expanduser()
+    if is_built(path):
+        raise DataError(
+            f"{path} was written by `nemocascade data build` and holds tokens, no rows: where "
+            "rows are read, name their files"
+        )
     if path.is_dir():
         found = [str(file) for file in _below(path) if _is_data(file, path)]
         if not found:

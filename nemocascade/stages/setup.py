@@ -13,7 +13,6 @@ from typing import Any
 from nemocascade.data.built import NO_TOKENIZER
 from nemocascade.data.documents import DocumentSet, StageData, build_data, open_data
 from nemocascade.data.loader import HeldoutLoader
-from nemocascade.data.readers import is_built
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.megatron.accelerators import Detection, detect
@@ -46,6 +45,7 @@ from nemocascade.runtime.files import write_text
 from nemocascade.runtime.launcher import world_size_of_environment
 from nemocascade.runtime.logging import FILE_ONLY, LOGGER, Console, start_logging
 from nemocascade.runtime.row_errors import DataError
+from nemocascade.runtime.row_files import is_built
 from nemocascade.runtime.run_lock import RunLock, end_by_exception_on_sigterm
 from nemocascade.runtime.stopping import StopRequest
 from nemocascade.runtime.watchdog import Watchdog, job_store

@@ -39,7 +39,7 @@ ALLOWED = {
         "rl", "train", "rollout", "envs", "data", "plan", "megatron", "types", "recipe", "runtime",
     },
     "serving": {"stages", "rollout", "envs", "data", "megatron", "types", "recipe", "runtime"},
-    "cascade": {"stages", "plan", "megatron", "recipe", "types", "runtime"},
+    "cascade": {"stages", "plan", "data", "megatron", "recipe", "types", "runtime"},
 }  # fmt: skip
 # Floors inside a room, lowest first. A file imports files of lower floors, and of its own floor
 # those of its own entry only. An entry is a file or a folder.
