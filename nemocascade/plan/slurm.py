@@ -30,6 +30,7 @@ from nemocascade.recipe.rules import number_problems
 from nemocascade.runtime.files import write_text
 from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.runtime.logging import LOGGER
+from nemocascade.train.lead_time import needed_s
 
 TEMPLATE = Path(__file__).with_name("template.sbatch")
 COPIED = (
@@ -155,13 +156,12 @@ def warn_of_steps(settings: SubmitSettings, jobs: Sequence[SlurmJob]) -> list[st
         if not path.is_file():
             continue
         rows = [row for _, row in read_undamaged(path, lambda line: None)][-STEPS:]
-        times = [t for row in rows if isinstance(t := row.get("step_time_s"), int | float)]
-        longest = max(times, default=0.0)
-        if longest > settings.warning_s / 2:
+        longest = max(map(needed_s, rows), default=0.0)
+        if longest > settings.warning_s:
             found.append(
-                f"{job.name}: a step took {longest:.0f} s, and a checkpoint is asked for "
-                f"warning_s({settings.warning_s}) before the time limit: set --warning-s "
-                f"{math.ceil(longest * 2)} or more"
+                f"{job.name}: two steps and a checkpoint took {longest:.0f} s, and a checkpoint is "
+                f"asked for warning_s({settings.warning_s}) before the time limit: set --warning-s "
+                f"{math.ceil(longest)} or more"
             )
     return found
 

@@ -17,6 +17,7 @@ from nemocascade.runtime.jsonl import read_undamaged
 from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.world import World
 from nemocascade.train.flops import peak_tflops
+from nemocascade.train.lead_time import LeadTime
 from nemocascade.train.progress import Progress
 from nemocascade.train.trackers import Trackers
 from nemocascade.train.trainer import StepResult
@@ -94,6 +95,7 @@ class MetricsWriter:
         _keep_steps_until(self.path, first_step)
         self.file = self.path.open("a", encoding="utf-8")
         self.trackers = Trackers(recipe.log.chosen, run_dir, as_json(recipe), first_step)
+        self.lead_time = LeadTime()
         self.progress = Progress(world.console, steps=recipe.steps, first_step=first_step)
         world.watch.on_change = self.progress.show_activity
 
@@ -106,6 +108,7 @@ class MetricsWriter:
             self.file.flush()
         self.trackers.log(step + 1, values)
         self.progress.show(step, values)
+        self.lead_time.observe(values)
 
     def close(self) -> None:
         """Flush and close the files."""

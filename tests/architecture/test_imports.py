@@ -70,7 +70,7 @@ FLOORS = {
         "factory",
     ],
     "train": [
-        "dump flops garbage objectives progress stragglers trackers weight_swap",
+        "dump flops garbage lead_time objectives progress stragglers trackers weight_swap",
         "evaluation",
         "trainer",
         "metrics",

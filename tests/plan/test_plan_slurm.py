@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -13,11 +14,11 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.journal_jobs import weight_hashes
 from helpers.slurm import free_port, run, slurm, wait_for
+from helpers.stand_ins import SETTINGS, TINY, Played
 
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.slurm import (
@@ -27,13 +28,11 @@ from nemocascade.plan.slurm import (
     submit_jobs,
     warn_of_steps,
 )
-from nemocascade.plan.submission import SlurmJob, SubmitSettings
+from nemocascade.plan.submission import SubmitSettings
+from nemocascade.train.lead_time import LeadTime
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = str(ROOT / "recipes" / "tiny" / "sft.py")
 __all__ = ["slurm"]  # a fixture
-
-SETTINGS = SubmitSettings(recipes=(TINY,), nodes=4, partition="gpu", time="2:00:00")
 
 
 def lines_of(settings: SubmitSettings, *arguments: str) -> list[str]:
@@ -195,60 +194,7 @@ def test_a_machine_without_slurm_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
         submit_jobs(SETTINGS, [])
 
 
-STUBS = {
-    # Each call runs the next end, `end.1`, `end.2` and so on.
-    "srun": """echo "$@" >> "$PLAYED/calls"; n=$(wc -l < "$PLAYED/calls"); . "$PLAYED/end.$n" """,
-    "scontrol": """
-        [ "$1" = requeue ] && touch "$PLAYED/requeued"
-        [ "$1" = show ] && printf 'a\nb\nc\n'
-        true""",
-    "sleep": 'echo "$1" >> "$PLAYED/pauses"',
-}
-
-
-class Played:
-    """A job script whose starts end as told, by stand-ins of Slurm's programs on hosts a, b, c."""
-
-    def __init__(
-        self,
-        folder: Path,
-        ends: list[str],
-        *,
-        job: SlurmJob | None = None,
-        using: SubmitSettings | None = None,
-        **settings: Any,
-    ) -> None:
-        self.folder, run_dir = folder, folder / "run"
-        for name, text in STUBS.items():
-            (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-            (folder / name).chmod(0o755)
-        for number, end in enumerate(ends, start=1):
-            (folder / f"end.{number}").write_text(f"run={run_dir}\n{end}\n")
-        chosen = using or replace(SETTINGS, nodes=2, spare_nodes=1, **settings)
-        script = folder / "job.sbatch"
-        job = job or job_of_script(Path(TINY), str(run_dir), [])
-        script.write_text(job_script(chosen, job))
-        path = f"{folder}:{os.environ['PATH']}"
-        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b,c", "PLAYED": str(folder)}
-        slurm["SLURMD_NODENAME"] = "127.0.0.1"  # else the name of this host is looked up
-        self.done = subprocess.run(
-            ["bash", str(script)],
-            env={**os.environ, "PATH": path, **slurm},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    @property
-    def calls(self) -> list[str]:
-        return self.lines("calls")
-
-    def lines(self, name: str) -> list[str]:
-        path = self.folder / name
-        return path.read_text().splitlines() if path.exists() else []
-
-
+STOP = "kill -USR1 $PPID; for _ in {1..50}; do [ -e $run/stop ] && break; /bin/sleep 0.1; done; "
 CRASH = "echo step >> $run/metrics.jsonl; exit 1"
 
 
@@ -307,8 +253,62 @@ def test_a_node_that_the_watchdog_names_is_replaced(tmp_path: Path) -> None:
     assert nodes == ["a,b", "b,c", "b,c"]
     heads = [re.findall(r"--rdzv-endpoint=(\S+):", call)[0] for call in played.calls]
     assert heads == ["a", "b", "b"]
-    assert "excluded from now on, because the watchdog named them: a" in played.done.stdout
-    assert "named b, and no node is left to replace it: see --spare-nodes" in played.done.stdout
+    assert "the watchdog named a: excluded from now on" in played.done.stdout
+    assert "named b, and neither the job nor its partition has a node left" in played.done.stdout
+
+
+NAMED_B = "echo b > $run/suspect_nodes; " + CRASH
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted"), [("", "ExcNodeList=b"), ("d[1-2]\n", "ExcNodeList=d[1-2],b")]
+)
+def test_without_a_spare_node_the_job_returns_to_the_queue_without_the_named_one(
+    before: str, wanted: str, tmp_path: Path
+) -> None:
+    (tmp_path / "nodes").write_text("a\nb\nb\nc\nd\n")
+    if before:
+        (tmp_path / "before").write_text(before)
+    played = Played(tmp_path, [NAMED_B], using=replace(SETTINGS, nodes=3))
+    assert (played.done.returncode, len(played.calls)) == (0, 1), played.done.stderr
+    assert (tmp_path / "requeued").exists()
+    assert played.lines("updates") == [wanted]
+    assert "the watchdog named b, and no node is left to replace it" in played.done.stdout
+    assert "too few" not in played.done.stdout
+
+
+def test_a_partition_without_a_further_node_uses_the_named_one(tmp_path: Path) -> None:
+    (tmp_path / "nodes").write_text("a\nb\nc\n")
+    played = Played(tmp_path, [NAMED_B, "exit 0"], using=replace(SETTINGS, nodes=3))
+    assert (played.done.returncode, len(played.calls)) == (0, 2)
+    assert not (tmp_path / "requeued").exists(), "the job would never start again"
+    assert "neither the job nor its partition has a node left" in played.done.stdout
+
+
+def test_a_site_without_requeue_uses_the_named_node(tmp_path: Path) -> None:
+    (tmp_path / "nodes").write_text("a\nb\nc\nd\n")
+    (tmp_path / "kept").touch()
+    played = Played(tmp_path, [NAMED_B, "exit 0"], using=replace(SETTINGS, nodes=3))
+    assert (played.done.returncode, len(played.calls)) == (0, 2)
+    assert "Slurm does not put the job back: the same nodes are used again" in played.done.stdout
+
+
+def test_each_return_to_the_queue_excludes_the_named_nodes(tmp_path: Path) -> None:
+    for name, nodes, said in (
+        ("few", "abc", "the partition has too few other nodes to exclude b"),
+        ("denied", "abcd", "Slurm does not let this job exclude b, and may give it again"),
+        ("asked", "abcd", ""),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "nodes").write_text("\n".join(nodes))
+        if name == "denied":
+            (folder / name).touch()
+        played = Played(folder, [NAMED_B, STOP + "mv $run/stop $run/stop.done; exit 75"])
+        assert (played.done.returncode, len(played.calls)) == (0, 2)
+        assert (folder / "requeued").exists()
+        assert said in played.done.stdout
+        assert played.lines("updates") == ["ExcNodeList=b"] * (name == "asked")
 
 
 def test_a_job_that_is_submitted_anew_counts_from_zero(tmp_path: Path) -> None:
@@ -380,29 +380,53 @@ def test_raylets_join_from_the_nodes_that_are_left(tmp_path: Path) -> None:
 
 
 def test_a_warned_job_goes_back_to_the_queue(tmp_path: Path) -> None:
-    stop = (
-        "kill -USR1 $PPID; for _ in 1 2 3 4 5; do [ -e $run/stop ] && break; /bin/sleep 1; done; "
-    )
-    saved = Played(tmp_path, [stop + "mv $run/stop $run/stop.done; exit 75"])
+    saved = Played(tmp_path, [STOP + "mv $run/stop $run/stop.done; exit 75"])
     assert (saved.done.returncode, len(saved.calls)) == (0, 1)
     assert (tmp_path / "requeued").exists()
     assert "a checkpoint is written" in saved.done.stdout
     crashed = tmp_path / "crashed"
     crashed.mkdir()
-    again = Played(crashed, [stop + "exit 1"])
+    again = Played(crashed, [STOP + "exit 1"])
     assert (again.done.returncode, len(again.calls)) == (0, 1)
     assert (crashed / "requeued").exists(), "there is no time left for a restart"
 
 
 def test_a_warning_shorter_than_two_steps_is_named(tmp_path: Path) -> None:
-    rows = [{"step_time_s": 10.0}, {"step_time_s": 400.0}, {"other": 1}]
+    rows: list[dict[str, float]] = [{"step_time_s": 10.0}, {"other": 1}]
+    rows += [{"step_time_s": 400.0, "checkpoint_blocked_s": 20.0}]
+    # Rollouts end within seconds of the request.
+    rows += [{"step_time_s": 9000.0, "rollout_time_s": 8700.0, "train_time_s": 300.0}]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
     job = job_of_script(Path(TINY), str(tmp_path), [])
     [warning] = warn_of_steps(SETTINGS, [job])
-    assert "a step took 400 s" in warning
-    assert "--warning-s 800 or more" in warning
-    assert warn_of_steps(replace(SETTINGS, warning_s=800), [job]) == []
+    assert "two steps and a checkpoint took 820 s" in warning
+    assert "--warning-s 820 or more" in warning
+    assert warn_of_steps(replace(SETTINGS, warning_s=820), [job]) == []
+
+
+def test_a_run_warns_once_of_steps_that_are_too_long_for_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("nemocascade"), "propagate", True)
+    [call] = Played(tmp_path, ['echo "$NEMOCASCADE_WARNING_S" > $PLAYED/lead; exit 0']).calls
+    assert "torchrun" in call
+    [lead] = (tmp_path / "lead").read_text().split()
+    assert lead == str(SETTINGS.warning_s)
+    for value, times in ((lead, [1]), ("2000", []), ("", [])):
+        monkeypatch.setenv("NEMOCASCADE_WARNING_S", value)
+        observed, found = LeadTime(), []
+        for row in [{"step_time_s": 9000.0}] * 2 + [{"step_time_s": 301.0}] * 3:
+            caplog.clear()
+            observed.observe(row)
+            found += [len(caplog.messages)] * bool(caplog.messages)
+        assert found == times, value
+        if times:
+            observed = LeadTime()
+            for seconds in (1.0, 1.0, 299.0):
+                observed.observe({"step_time_s": seconds, "checkpoint_blocked_s": 3.0})
+            assert "take 601 s, and this job asks for a checkpoint 600 s before" in caplog.text
+            assert "--warning-s 601 or more" in caplog.text
 
 
 @pytest.fixture
@@ -464,7 +488,8 @@ def test_a_job_whose_rank_is_killed_ends_as_an_undisturbed_one(
         run(["scancel", job], slurm)
         with contextlib.suppress(TimeoutError):
             wait_for(lambda: not run(["squeue", "-h"], slurm).strip(), 60, "still in the queue")
-    assert "without a further step follows in 1 s" in log.read_text()
+    # The watchdog names the node, and the other one is free.
+    assert "goes back to the queue" in log.read_text()
     hashes = [weight_hashes(tmp_path / name / "artifact") for name in ("whole", "run")]
     assert hashes[0] == hashes[1]
 
