@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from nemocascade.plan.checkpoints import checkpoint_cost
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import Job, job_of_recipe
 from nemocascade.plan.memory import available, worst_rank
@@ -104,6 +105,16 @@ def test_a_docstring_says_its_layout(script: Path) -> None:
     if job.work is not None:
         own = job.rollout.parallel.layout(p)
         assert f"rollouts on tp {own.tp}, ep {own.ep}" in docstring(script)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_saving_every_step_costs_less_than_a_fiftieth_of_a_long_step(script: Path) -> None:
+    job, step_s = job_of(script), 300.0
+    assert job.checkpoint.asynchronous
+    cost = checkpoint_cost(job)
+    assert 0 < cost.copy_s <= cost.blocked_s(step_s, asynchronous=True) < 0.02 * step_s
+    # The check itself: a write that training waits for costs more.
+    assert cost.blocked_s(step_s, asynchronous=False) > 0.02 * step_s
 
 
 def test_a_slow_layout_is_found() -> None:
