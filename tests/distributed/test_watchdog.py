@@ -5,26 +5,36 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.ranks import Rank, run_ranks
+from helpers.start_policy import FEW_LAYERS, start_policy
 
 RANKS = 3
 VICTIM = 1
 LIMIT_S = 5.0
 STEP = 4
-SILENT = ("stopped", "killed", "never heard", "before the start", "between stages")
+SCORING_S = 12.0
+"""Limit in scoring, where ranks build a model."""
 # Beside the limit: the interpreter's start, imports, and a machine with other work.
 PATIENCE_S = 90.0
+
+
+def fall_silent(fault: str, folder: str) -> None:
+    """Stop or kill the calling rank, the victim."""
+    (Path(folder) / f"reached.{VICTIM}").write_text(str(time.monotonic()))
+    os.kill(os.getpid(), signal.SIGKILL if fault.startswith("killed") else signal.SIGSTOP)
 
 
 def work_until_a_fault(fault: str, folder: str) -> None:
     """All-reduce in a loop; in one step of it the victim fails in its own way."""
     import logging
-    import signal
     from datetime import timedelta
 
     import torch
@@ -39,9 +49,8 @@ def work_until_a_fault(fault: str, folder: str) -> None:
     watch = Watchdog(
         rank, RANKS, store=job_store(), limit_s=LIMIT_S, stacks=Path(folder) / "stacks"
     )
-    if fault == "never heard" and rank == VICTIM:
-        (Path(folder) / f"reached.{rank}").write_text(str(time.monotonic()))
-        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault.endswith("before its first heartbeat") and rank == VICTIM:
+        fall_silent(fault, folder)
     watch.start()
     try:
         for step in range(1000):
@@ -50,10 +59,8 @@ def work_until_a_fault(fault: str, folder: str) -> None:
                 (Path(folder) / f"reached.{rank}").write_text(str(time.monotonic()))
             if rank == VICTIM and step == STEP:
                 time.sleep(1.5)
-                if fault == "stopped":
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                elif fault == "killed":
-                    os.kill(os.getpid(), signal.SIGKILL)
+                if fault in ("stopped", "killed"):
+                    fall_silent(fault, folder)
                 elif fault.startswith("stuck"):
                     time.sleep(1000)
                 elif fault == "raises":
@@ -73,10 +80,8 @@ def work_until_a_fault(fault: str, folder: str) -> None:
         watch.close()
 
 
-def stop_between_stages(fault: str, folder: str) -> None:
-    """The main rank is stopped in its own work, which the others wait for."""
-    import signal
-
+def fall_between_stages(fault: str, folder: str) -> None:
+    """The main rank falls silent in its own work, which the others wait for."""
     from nemocascade.recipe import EngineConfig
     from nemocascade.runtime.run_lock import RunLock
     from nemocascade.stages.setup import on_main_rank
@@ -84,39 +89,74 @@ def stop_between_stages(fault: str, folder: str) -> None:
     def work() -> None:
         # Work that takes longer than the limit is no fault.
         time.sleep(LIMIT_S + 1)
-        (Path(folder) / f"reached.{VICTIM}").write_text(str(time.monotonic()))
-        os.kill(os.getpid(), signal.SIGSTOP)
+        fall_silent(fault, folder)
 
     # The main rank is the harness's victim.
     os.environ["RANK"] = str((int(os.environ["RANK"]) - VICTIM) % RANKS)
     on_main_rank(RunLock(Path(folder)), EngineConfig(timeout_s=LIMIT_S / 0.8), work)
 
 
-def stop_before_the_start(fault: str, folder: str) -> None:
-    """The victim is stopped before it joins the process group, which the others wait for."""
-    import signal
+def fall_at_the_start(fault: str, folder: str) -> None:
+    """The victim falls silent before it joins the process group, or while it does, and the others
+    wait for it."""
+    from unittest import mock
 
     from nemocascade.recipe import EngineConfig, ParallelConfig
-    from nemocascade.stages.setup import watched_world
+    from nemocascade.stages import setup
 
     rank = int(os.environ["RANK"])
     (Path(folder) / f"started.{rank}").touch()
     # A process may start much later than the first one.
     while len(list(Path(folder).glob("started.*"))) < RANKS:
         time.sleep(0.05)
-    if rank == VICTIM:
-        (Path(folder) / f"reached.{VICTIM}").write_text(str(time.monotonic()))
-        os.kill(os.getpid(), signal.SIGSTOP)
+    if rank == VICTIM and fault.endswith("before the start"):
+        fall_silent(fault, folder)
+    elif rank == VICTIM:
+        fall = mock.patch.object(setup, "start_world")
+        fall.start().side_effect = lambda *_: fall_silent(fault, folder)
     engine = EngineConfig(timeout_s=LIMIT_S / 0.8, precision="fp32")
-    with watched_world(Path(folder), ParallelConfig(), engine) as (world, _):
+    with setup.watched_world(Path(folder), ParallelConfig(), engine) as (world, _):
         world.barrier()
 
 
+def fall_in_scoring(fault: str, folder: str) -> None:
+    """The victim falls silent at its first answer to held-out tasks."""
+    from unittest import mock
+
+    from nemocascade.recipe import EngineConfig, EnvConfig, ScoreConfig, ScoredDomain
+    from nemocascade.rollout.live import LiveEngine
+    from nemocascade.stages.scoring import score_artifact
+
+    answers = LiveEngine.run
+
+    def first_answer(*args: Any, **settings: Any) -> Iterator[Any]:
+        for answer in answers(*args, **settings):
+            fall_silent(fault, folder)
+            yield answer
+
+    if int(os.environ["RANK"]) == VICTIM:
+        mock.patch.object(LiveEngine, "run", first_answer).start()
+    config = ScoreConfig(
+        domains=(ScoredDomain("instruction_following"),),
+        tasks=6,
+        max_prompt_tokens=128,
+        max_response_tokens=12,
+        thinking=False,
+        slots=2,
+        envs=EnvConfig(if_grading="fraction", if_language_check="letters", check_workers=1),
+        engine=EngineConfig(precision="fp32", timeout_s=SCORING_S / 0.8),
+    )
+    artifact = Path(folder, "start").read_text()
+    score_artifact(Path(artifact), config, Path(folder))
+
+
 JOBS = {
-    "between stages": "stop_between_stages",
-    "before the start": "stop_before_the_start",
+    "between stages": "fall_between_stages",
+    "before the start": "fall_at_the_start",
+    "in the first seconds": "fall_at_the_start",
+    "in scoring": "fall_in_scoring",
 }
-"""Work of the ranks by its fault; `work_until_a_fault` of the others."""
+"""Work of the ranks by the end of the fault's name; `work_until_a_fault` of the others."""
 
 
 def run_with(fault: str, folder: Path) -> tuple[list[int], list[str], float]:
@@ -127,11 +167,13 @@ def run_with(fault: str, folder: Path) -> tuple[list[int], list[str], float]:
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    target = f"{Path(__file__).resolve()}:{JOBS.get(fault, 'work_until_a_fault')}"
+    work = next((job for when, job in JOBS.items() if fault.endswith(when)), "work_until_a_fault")
+    target = f"{Path(__file__).resolve()}:{work}"
     request = {"target": target, "kwargs": {"fault": fault, "folder": str(folder)}}
     (folder / "request.json").write_text(json.dumps(request))
     ranks = [Rank(rank, RANKS, folder, store.port) for rank in range(RANKS)]
-    others = [p for i, p in enumerate(ranks) if i != VICTIM or fault not in SILENT]
+    is_silent = fault.startswith(("stopped", "killed"))
+    others = [p for i, p in enumerate(ranks) if i != VICTIM or not is_silent]
     try:
         deadline = time.monotonic() + PATIENCE_S
         while (running := [r for r in others if r.poll() is None]) and time.monotonic() < deadline:
@@ -184,32 +226,63 @@ def test_the_victim_is_named_by_every_other_rank(fault: str, tmp_path: Path) -> 
     assert named in logs[0]
 
 
+UNHEARD = f"rank {VICTIM}, before its first heartbeat"
+BETWEEN = "phase 'between stages'"
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("never heard", f"rank {VICTIM}, before its first heartbeat"),
-        ("before the start", f"rank {VICTIM}, before its first heartbeat"),
-        ("between stages", "phase 'between stages'"),
+        ("stopped before its first heartbeat", UNHEARD),
+        ("stopped before the start", UNHEARD),
+        ("killed before the start", UNHEARD),
+        ("killed in the first seconds", "phase 'start'"),
+        ("stopped between stages", BETWEEN),
+        ("killed between stages", BETWEEN),
     ],
 )
-def test_a_rank_that_is_stopped_outside_of_a_stage_is_named(
+def test_a_rank_that_falls_silent_outside_of_a_stage_is_named(
     fault: str, said: str, tmp_path: Path
 ) -> None:
-    codes, logs, seconds = run_with(fault, tmp_path)
-    assert seconds < 4 * LIMIT_S + 10, "\n".join(logs)
+    is_named(fault, said, LIMIT_S, tmp_path)
+
+
+def start_of_scoring(folder: str) -> str:
+    return start_policy(folder, pattern=FEW_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("start"))
+    [found] = run_ranks(start_of_scoring, 1, {"folder": folder})
+    return str(found)
+
+
+@pytest.mark.parametrize("fault", ["stopped in scoring", "killed in scoring"])
+def test_a_rank_that_falls_silent_in_scoring_is_named(
+    fault: str, artifact: str, tmp_path: Path
+) -> None:
+    (tmp_path / "start").write_text(artifact)
+    is_named(fault, f"rank {VICTIM} (", SCORING_S, tmp_path)
+
+
+def is_named(fault: str, said: str, limit_s: float, folder: Path) -> None:
+    """Every other rank names the victim in time, and the host is a suspect."""
+    codes, logs, seconds = run_with(fault, folder)
+    assert all(codes), codes
+    assert seconds < 4 * limit_s + 10, "\n".join(logs)
     for rank in range(RANKS):
         if rank != VICTIM:
-            assert codes[rank] != 0
-            assert "has died or was stopped" in logs[rank], logs[rank]
-            assert said in logs[rank]
+            [line, *_] = [x for x in logs[rank].splitlines() if "watchdog on rank " in x]
+            assert "has died or was stopped" in line, logs[rank]
+            assert said in line, logs[rank]
     # The host of a rank that was never heard is that of its launcher's other ranks.
-    assert (tmp_path / "suspect_nodes").read_text().split()[0] == socket.gethostname()
+    assert (folder / "suspect_nodes").read_text().split()[0] == socket.gethostname()
 
 
 def wait_for_the_main_rank(timeout_s: float, work_s: float) -> tuple[str, float]:
     """The main rank works for longer than collectives and the watchdog wait, and shows progress."""
     from datetime import timedelta
-    from typing import Any
 
     import torch
     import torch.distributed as dist
