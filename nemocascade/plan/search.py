@@ -109,12 +109,21 @@ class FoundLayouts:
 
 
 def search(
-    job: Job, *, count: int = 10, longest: int = 0, context: Sequence[int] = CONTEXT_SIZES
+    job: Job,
+    *,
+    count: int = 10,
+    longest: int = 0,
+    context: Sequence[int] = CONTEXT_SIZES,
+    below: float = math.inf,
+    layers: LayerCosts | None = None,
 ) -> FoundLayouts:
-    """Search the legal layouts for at most `count` that fit and are fastest."""
+    """Search the legal layouts for at most `count` that fit and are fastest.
+
+    below: seconds of a step that are too slow to be looked at. layers: see `StepModel`.
+    """
     best: list[PricedLayout] = []
     excluded: PricedLayout | None = None
-    layers: LayerCosts = {}
+    layers = {} if layers is None else layers
     order = itertools.count()
 
     def entry(found: Job) -> tuple[float, int, StepModel]:
@@ -126,7 +135,7 @@ def search(
     heapq.heapify(waiting)
     while waiting:
         bound, _, model = heapq.heappop(waiting)
-        if len(best) == count and bound > best[-1].time.total:
+        if bound > below or (len(best) == count and bound > best[-1].time.total):
             break
         if not model.job.engine.recompute:
             # Recomputation takes time: it needs no look before the same layout without it.

@@ -7,7 +7,13 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from nemocascade.plan.advice import advice_lines, layout_advice, step_advice
+from nemocascade.plan.advice import (
+    advice_lines,
+    bf16_advice,
+    bf16_lines,
+    layout_advice,
+    step_advice,
+)
 from nemocascade.plan.checkpoints import checkpoint_cost, checkpoint_line, start_cost, start_line
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.gpus import find_gpu
@@ -25,6 +31,7 @@ from nemocascade.plan.search import (
     search,
 )
 from nemocascade.plan.settings import PlanSettings
+from nemocascade.plan.timing import LayerCosts
 from nemocascade.recipe import ModelConfig, StageRecipe
 
 STEPS = 3
@@ -52,7 +59,8 @@ def report_of(
     job = planned_job(recipe, settings, model)
     problems = faults(job)
     own = None if problems else price(job)
-    found = search(job, count=settings.best, longest=settings.longest)
+    layers: LayerCosts = {}
+    found = search(job, count=settings.best, longest=settings.longest, layers=layers)
     nearest = nearest_fitting(job) if problems else None
     lines = _lines(job, problems, own, found.best, nearest, settings)
     value = _as_json(job, problems, own, found.best, nearest)
@@ -68,6 +76,12 @@ def report_of(
         advice = step_advice(job, own_step, steps[0], prefix) if steps else advice
     lines += ["", *advice_lines(advice)] if advice else []
     value["advice"] = advice
+    # Rollouts take most of a step where there are any.
+    rounded: dict[str, Any] = {}
+    if job.work is None:
+        rounded = bf16_advice(job, found, prefix, longest=settings.longest, layers=layers)
+    lines += bf16_lines(rounded)
+    value["bf16_advice"] = rounded
     return "\n".join(lines), value
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nemocascade.plan.advice import bf16_advice, bf16_lines
 from nemocascade.plan.generation import GRAPH_KERNEL_S, NODE_LATENCY_S, Decoder
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.host_time import (
@@ -20,7 +21,8 @@ from nemocascade.plan.host_time import (
     RECOMPUTED,
 )
 from nemocascade.plan.job import Job
-from nemocascade.plan.memory import fits, worst_rank
+from nemocascade.plan.memory import GIB, available, fits, worst_rank
+from nemocascade.plan.search import FoundLayouts, price, search
 from nemocascade.plan.timing import StepModel
 from nemocascade.recipe import (
     EngineConfig,
@@ -66,6 +68,58 @@ def test_eight_gpus_need_no_sharded_parameters(monkeypatch: pytest.MonkeyPatch) 
     assert not fits(whole, worst_rank(whole))
     step = StepModel(one, pack_imbalance=1.0).step()
     assert step.tokens / step.total / run.gpus > 0.97 * run.published
+
+
+def test_the_plan_of_eight_gpus_advises_moments_and_gradients_in_bf16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tool("published_table", monkeypatch).RUNS[0]
+    job = replace(
+        run.job, engine=EngineConfig(), capacity=run.sequence, sequences_per_step=run.batch
+    )
+
+    def advised(job: Job) -> dict[str, Any]:
+        return bf16_advice(job, search(job, count=1))
+
+    found = search(job, count=1)
+    advice = bf16_advice(job, found)
+    speed = found.best[0].tokens_per_s_per_gpu / run.published
+    assert speed < 0.25
+    assert 0.9 < speed * advice["speedup"] < 1.1
+    assert "--parallel.ep 8 " in advice["flags"]
+    assert advice["flags"].endswith(
+        "--engine.recompute False --optimizer.moments bf16 --engine.gradients bf16"
+    )
+    assert advice["memory_gib"] < available(job) / GIB < advice["own_gib"]
+    text = "\n".join(bf16_lines(advice))
+    assert f"{advice['speedup']:.2f} times as fast" in text
+    assert f"{advice['memory_gib']:.1f} GiB, and {advice['own_gib']:.1f} with the recipe's" in text
+    # AdamW's betas may forbid moments in bf16.
+    advice = advised(replace(job, optimizer=replace(job.optimizer, beta2=0.999)))
+    assert advice["flags"].endswith(" False --engine.gradients bf16")
+    # Nothing is rounded where that gains little.
+    assert advised(replace(job, gpu=find_gpu("h200"))) == {}
+    fp32 = replace(job, engine=EngineConfig(precision="fp32"))
+    assert bf16_advice(fp32, FoundLayouts([], None)) == {}
+    # Moments alone suffice where the layout then fits.
+    large = replace(job, gpu=replace(job.gpu, memory_gib=89.0))
+    slow, fast = (price(large.with_layout(large.parallel, recompute=r)) for r in (True, False))
+    assert (slow.fits, fast.fits) == (True, False)
+    engine = replace(fast.job.engine, gradients="bf16")
+    small = replace(fast.job, engine=engine, optimizer=OptimizerConfig(moments="bf16"))
+    again = FoundLayouts([price(small)], None)
+    monkeypatch.setattr("nemocascade.plan.advice.search", lambda *_, **__: again)
+    advice = bf16_advice(large, FoundLayouts([slow], fast))
+    assert advice["flags"].endswith(" False --optimizer.moments bf16")
+
+
+def test_bf16_may_be_all_that_lets_a_job_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tool("published_table", monkeypatch).RUNS[0]
+    job = replace(run.job, capacity=run.sequence, sequences_per_step=run.batch)
+    small = replace(job, gpu=replace(job.gpu, memory_gib=64.0))
+    advice = bf16_advice(small, search(small, count=1))
+    assert advice["speedup"] is None
+    assert "a layout fits" in bf16_lines(advice)[0]
 
 
 @pytest.mark.parametrize("name", ["published_table", "exchange_table"])
