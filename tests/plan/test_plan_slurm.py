@@ -438,6 +438,36 @@ def submitting(slurm: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+ONE_FAULT = """#!/bin/bash
+echo "$SLURMD_NODENAME" >> {nodes}
+[ "$(wc -l < {nodes})" -gt 1 ] && exit 0
+echo "$SLURMD_NODENAME" > "$NEMOCASCADE_SUSPECTS"
+exit 1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("submitting")
+def test_slurm_gives_another_node_for_the_named_one(slurm: dict[str, str], tmp_path: Path) -> None:
+    command, nodes = tmp_path / "torchrun", tmp_path / "nodes"
+    command.write_text(ONE_FAULT.format(nodes=nodes))
+    command.chmod(0o755)
+    settings = SubmitSettings(
+        recipes=(TINY,), ranks_per_node=1, time="30", gpus=False, torchrun=str(command)
+    )
+    [job] = submit_jobs(settings, [job_of_script(Path(TINY), str(tmp_path / "run"), [])])
+    try:
+        wait_for(lambda: nodes.exists() and nodes.read_text().count("\n") > 1, 200, "no start")
+        wait_for(lambda: not run(["squeue", "-h"], slurm).strip(), 60, "it does not end")
+    finally:
+        run(["scancel", job], slurm)
+    named, other = nodes.read_text().split()
+    assert named != other
+    described = run(["scontrol", "show", "job", job], slurm)
+    for expected in (f"ExcNodeList={named}", "Restarts=1", "ExitCode=0:0"):
+        assert expected in described
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("submitting")
 def test_a_job_whose_rank_is_killed_ends_as_an_undisturbed_one(
