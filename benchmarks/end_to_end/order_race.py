@@ -107,8 +107,8 @@ class Run:
         return min(self.scores[-1].values())
 
     def first_at(self, level: float, spent: Sequence[int]) -> float:
-        """What was spent (steps or tokens) up to the first artifact whose mean is at least `level`;
-        infinite without one."""
+        """Steps or tokens, as `spent` counts them, up to the first artifact whose mean is at least
+        `level`; infinite without one."""
         return next(
             (float(n) for n, m in zip(spent, self.means, strict=True) if m >= level), np.inf
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from helpers.ranks import Rank, run_ranks
-from helpers.start_policy import FEW_LAYERS, start_policy
+from helpers.start_policy import start_policy
 
 RANKS = 3
 VICTIM = 1
@@ -248,7 +248,7 @@ def test_a_rank_that_falls_silent_outside_of_a_stage_is_named(
 
 
 def start_of_scoring(folder: str) -> str:
-    return start_policy(folder, pattern=FEW_LAYERS)
+    return start_policy(folder)
 
 
 @pytest.fixture(scope="module")

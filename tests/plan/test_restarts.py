@@ -18,7 +18,7 @@ from helpers.ranks import run_ranks
 from helpers.restarts import Launcher
 from helpers.slurm import run, slurm, wait_for
 from helpers.stand_ins import Played
-from helpers.start_policy import FEW_LAYERS, sft_recipe
+from helpers.start_policy import sft_recipe
 
 from nemocascade.plan.slurm import job_of_script, submit_jobs
 from nemocascade.plan.submission import SubmitSettings
@@ -45,7 +45,7 @@ def train(run_dir: str, fault: str) -> None:
     from nemocascade.stages.sft import run_sft
     from nemocascade.train.trainer import Trainer
 
-    recipe = sft_recipe(run_dir, ("instruction_following",), FEW_LAYERS)
+    recipe = sft_recipe(run_dir, ("instruction_following",))
     recipe = replace(
         recipe,
         steps=STEPS,

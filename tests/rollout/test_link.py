@@ -21,7 +21,7 @@ def join_and_broadcast(lazy_rank: int) -> list[float]:
     os.environ["TORCH_GLOO_LAZY_INIT"] = str(int(rank == lazy_rank))
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, timeout=limit)
-    link = Link("gloo", store, "weights", rank, 2, timeout_s=20, peer=address)
+    link = Link("gloo", store, "weights", rank, 2, timeout_s=120, peer=address)
     # The sender waits until all have joined, so nobody may wait for its first message to join.
     store.set(f"joined {rank}", "")
     store.wait([f"joined {1 - rank}"], limit)
