@@ -58,7 +58,7 @@ CODE = policy(GrpoRecipe, "code_rl", steps=12)
 RLHF_TEACHER = replace(
     RLHF,
     steps=10,
-    grpo=replace(RLHF.grpo, kl_coef=0.85),
+    grpo=replace(RLHF.grpo, kl_coef=0.75),
     optimizer=replace(
         RLHF.optimizer, schedule="linear", warmup_steps=0, min_lr=2e-5, decay_steps=10
     ),
@@ -69,8 +69,8 @@ MATH_CODE = replace(
     CODE,
     steps=7,
     domains=(
-        DomainConfig("math", share=0.97, tasks=800),
-        replace(CODE.domains[0], share=0.03),
+        DomainConfig("math", share=0.96, tasks=800),
+        replace(CODE.domains[0], share=0.04),
     ),
 )
 AGENTLESS = policy(GrpoRecipe, "swe_agentless_rl", steps=12)
