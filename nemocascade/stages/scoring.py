@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from nemocascade.data.tokenizer import Tokenizer, load_artifact_tokenizer
+from nemocascade.envs.base import Domain
 from nemocascade.envs.registry import (
     close_environments,
     domain_problems,
     known_domains,
     make_environments,
 )
+from nemocascade.megatron.accelerators import Detection
 from nemocascade.megatron.artifact import artifact_model, read_artifact
 from nemocascade.megatron.checkpoint.folder import digest_of
 from nemocascade.recipe import (
@@ -34,6 +36,7 @@ from nemocascade.rl.prompts import encode_prompts
 from nemocascade.rl.tasks import GroupRequest, Task, read_tasks
 from nemocascade.rl.verification import rank_envs, verifier_threads
 from nemocascade.rollout.engine import Engine
+from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.launcher import world_size_of_environment
 from nemocascade.runtime.logging import LOGGER, Console, end_status, printable
 from nemocascade.runtime.ray_cluster import program_slots
@@ -46,7 +49,7 @@ from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import open_frozen, watched_world
 from nemocascade.train.progress import Activity
 from nemocascade.train.weight_swap import WeightSwap
-from nemocascade.types import Environment
+from nemocascade.types import Artifact, Environment
 
 VERSION = 2
 MOST_SAMPLES = 1 << 32
@@ -123,45 +126,12 @@ def score_artifact(
     DataError for a domain without held-out tasks, and Stopped if WORK_DIR/stop asks for it.
     """
     started = time.perf_counter()
-    artifact = read_artifact(folder)
-    problems = scoring_problems(config)
-    if artifact.tokenizer_path is None:
-        problems.append(f"{folder} holds no tokenizer: score another artifact")
-    if problems:
-        raise RecipeError(problems)
-    check_judge(config.envs.judge, artifact)
-    model = artifact_model(artifact)
-    if problems := config.problems(world_size_of_environment(), model):
-        raise RecipeError(problems)
+    artifact = _checked_artifact(folder, config)
     with watched_world(work_dir, config.layout, config.engine) as (world, detected):
         world.stop.interrupt.arm()
         if world.is_main:
             world.watch.on_change = Activity(console or Console(), "held-out scores").show
-        probe_judge(config.envs.judge, world)
-        tokenizer = load_artifact_tokenizer(artifact)
-        engine = open_frozen(
-            artifact,
-            world,
-            detected,
-            tokenizer,
-            config.engine,
-            RolloutConfig(
-                slots=config.slots,
-                kv_gib=config.kv_gib,
-                max_prompt_tokens=config.max_prompt_tokens,
-            ),
-            tool_calls=program_slots(config.envs.sandbox, world.size),
-        )
-        judge = judge_on_ranks(
-            config.envs.judge,
-            artifact,
-            world,
-            WeightSwap(world, engine.chunks),
-            engine,
-            tokenizer,
-            seed=config.seed,
-        )
-        environments = make_environments(rank_envs(config.envs, world, engine), judge=judge)
+        engine, tokenizer, environments = _open(artifact, config, world, detected)
         try:
             chosen: dict[str, Environment] = {
                 d.domain: environments[d.domain] for d in config.domains
@@ -195,6 +165,52 @@ def score_artifact(
     )
     report_scores(found)
     return found
+
+
+def _checked_artifact(folder: Path, config: ScoreConfig) -> Artifact:
+    """The artifact of `folder`, once all settings fit it. Raises as `score_artifact`."""
+    artifact = read_artifact(folder)
+    problems = scoring_problems(config)
+    if artifact.tokenizer_path is None:
+        problems.append(f"{folder} holds no tokenizer: score another artifact")
+    if problems:
+        raise RecipeError(problems)
+    check_judge(config.envs.judge, artifact)
+    if problems := config.problems(world_size_of_environment(), artifact_model(artifact)):
+        raise RecipeError(problems)
+    return artifact
+
+
+def _open(
+    artifact: Artifact, config: ScoreConfig, world: World, detected: Detection
+) -> tuple[LiveEngine, Tokenizer, dict[str, Domain]]:
+    """The engine that answers, and the environments that verify; every rank calls it."""
+    probe_judge(config.envs.judge, world)
+    tokenizer = load_artifact_tokenizer(artifact)
+    engine = open_frozen(
+        artifact,
+        world,
+        detected,
+        tokenizer,
+        config.engine,
+        RolloutConfig(
+            slots=config.slots,
+            kv_gib=config.kv_gib,
+            max_prompt_tokens=config.max_prompt_tokens,
+        ),
+        tool_calls=program_slots(config.envs.sandbox, world.size),
+    )
+    judge = judge_on_ranks(
+        config.envs.judge,
+        artifact,
+        world,
+        WeightSwap(world, engine.chunks),
+        engine,
+        tokenizer,
+        seed=config.seed,
+    )
+    environments = make_environments(rank_envs(config.envs, world, engine), judge=judge)
+    return engine, tokenizer, environments
 
 
 def scoring_problems(config: ScoreConfig) -> list[str]:
