@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,15 +83,8 @@ def detect(engine: EngineConfig, device: torch.device, *, moments: Moments = "fp
 
     Raises AcceleratorError naming every unavailable package whose setting is "on".
     """
-    adam_te = _examine(_TE_ADAM, engine.transformer_engine, device)
+    adam_te, adam_apex = _adams(engine, device, moments)
     te_attention = _examine(_TE_ATTENTION, engine.transformer_engine, device)
-    adam_apex = _examine(_APEX_ADAM, engine.apex, device)
-    if moments == "bf16":
-        adam_te = _with_bf16_moments(adam_te, device)
-        if adam_apex.used:
-            adam_apex = replace(adam_apex, limitation="its moments are fp32")
-    if adam_te.used and adam_apex.used:
-        adam_apex = _unavailable(_APEX_ADAM, adam_apex.version, "Transformer Engine's is preferred")
     gradient = _examine(_APEX_GRADIENT, engine.apex, device)
     experts = _fp8_experts(engine, device)
     asked = engine.transformer_engine if engine.linears == "fp8" else "off"
@@ -107,30 +100,14 @@ def detect(engine: EngineConfig, device: torch.device, *, moments: Moments = "fp
     mixer: MixerBackend | None = None
     if device.type == "cuda":
         mixer = "fla" if fla.used else "triton" if triton.used else "torch"
-
-    demanded = [(engine.transformer_engine, f) for f in (adam_te, te_attention)]
-    demanded += [(engine.apex, f) for f in (adam_apex, gradient)] + [(engine.fla, fla)]
-    demanded.append((engine.flash_attention_3, flash))
-    broken = [f for setting, f in demanded if setting == "on" and not f.used]
-    reasons = []
-    if broken := [f for f in broken if "preferred" not in f.limitation]:
-        reasons.append(
-            "; ".join(f"{f.name} is set to on, but {f.limitation}" for f in broken)
-            + ": install it, or set it to auto or off"
-        )
-    reasons += [
-        f"engine.{name} is fp8, but {f.limitation}: set --engine.{name} bf16"
-        for name, setting, f in (
-            ("experts", engine.experts, experts),
-            ("linears", engine.linears, linears),
-        )
-        if setting == "fp8" and not f.used
-    ]
-    if engine.overlap_tensor_parallel and not overlap.used:
-        reasons.append(
-            f"engine.overlap_tensor_parallel is True, but {overlap.limitation}: set "
-            "--engine.overlap-tensor-parallel False"
-        )
+    named = (
+        (engine.transformer_engine, (adam_te, te_attention)),
+        (engine.apex, (adam_apex, gradient)),
+        (engine.fla, (fla,)),
+        (engine.flash_attention_3, (flash,)),
+    )
+    reasons = _missing([f for setting, found in named if setting == "on" for f in found])
+    reasons += _missing_modes(engine, experts, linears, overlap)
     if reasons:
         raise AcceleratorError("; ".join(reasons))
     adam: Adam = "transformer_engine" if adam_te.used else "apex" if adam_apex.used else "torch"
@@ -162,6 +139,48 @@ def detect(engine: EngineConfig, device: torch.device, *, moments: Moments = "fp
             overlap,
         ),
     )
+
+
+def _adams(engine: EngineConfig, device: torch.device, moments: Moments) -> tuple[Finding, Finding]:
+    """The fused AdamW of Transformer Engine and that of apex; at most one of them is used."""
+    te = _examine(_TE_ADAM, engine.transformer_engine, device)
+    apex = _examine(_APEX_ADAM, engine.apex, device)
+    if moments == "bf16":
+        te = _with_bf16_moments(te, device)
+        if apex.used:
+            apex = replace(apex, limitation="its moments are fp32")
+    if te.used and apex.used:
+        apex = _unavailable(_APEX_ADAM, apex.version, "Transformer Engine's is preferred")
+    return te, apex
+
+
+def _missing(demanded: Sequence[Finding]) -> list[str]:
+    """The reason why packages that are set to "on" are not used."""
+    broken = [f for f in demanded if not f.used and "preferred" not in f.limitation]
+    if not broken:
+        return []
+    named = "; ".join(f"{f.name} is set to on, but {f.limitation}" for f in broken)
+    return [f"{named}: install it, or set it to auto or off"]
+
+
+def _missing_modes(
+    engine: EngineConfig, experts: Finding, linears: Finding, overlap: Finding
+) -> list[str]:
+    """Reasons why modes that the settings ask for cannot be used."""
+    reasons = [
+        f"engine.{name} is fp8, but {f.limitation}: set --engine.{name} bf16"
+        for name, setting, f in (
+            ("experts", engine.experts, experts),
+            ("linears", engine.linears, linears),
+        )
+        if setting == "fp8" and not f.used
+    ]
+    if engine.overlap_tensor_parallel and not overlap.used:
+        reasons.append(
+            f"engine.overlap_tensor_parallel is True, but {overlap.limitation}: set "
+            "--engine.overlap-tensor-parallel False"
+        )
+    return reasons
 
 
 @dataclass(frozen=True)
