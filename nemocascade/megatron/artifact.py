@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nemocascade.megatron.adapter import base_parts, merged_shards, reset_adapters
-from nemocascade.megatron.checkpoint.errors import CheckpointError
+from nemocascade.megatron.checkpoint.errors import CheckpointError, storage_problem
 from nemocascade.megatron.checkpoint.folder import (
     hash_problems,
     listing_problems,
@@ -129,7 +129,7 @@ def read_artifact_together(folder: Path, world: World) -> Artifact:
         except CheckpointError as error:
             problems = error.problems
         except OSError as error:
-            problems = [str(error)]
+            problems = [storage_problem(str(error), error)]
     found: tuple[Artifact | None, list[str]] = world.broadcast_object((artifact, problems))
     if found[0] is None:
         raise CheckpointError(folder, found[1])

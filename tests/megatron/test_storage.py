@@ -432,6 +432,25 @@ def test_an_error_of_the_file_system_that_may_pass_asks_for_a_further_start(
     assert caught.value.exit_code == wanted
 
 
+@pytest.mark.parametrize("first", [1, 2], ids=["header", "data"])
+@pytest.mark.parametrize(("code", "wanted"), [(errno.EIO, 75), (errno.EACCES, 2)])
+def test_so_does_one_that_is_met_in_the_weights(
+    folder: Path, world: World, monkeypatch: pytest.MonkeyPatch, first: int, code: int, wanted: int
+) -> None:
+    manifest, index = read_folder(folder, world, "checkpoint")
+    opened, opens = Path.open, itertools.count(1)
+
+    def broken(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.suffix == ".safetensors" and next(opens) >= first:
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.raises(CheckpointError, match=os.strerror(code)) as caught:
+        fill(folder, world, manifest["files"], index, whole_shards(FULL), [])
+    assert caught.value.exit_code == wanted
+
+
 def test_one_lasting_problem_ends_the_job() -> None:
     passing = storage_problem("rank 1: EIO", OSError(errno.EIO, "EIO"))
     problems = pickle.loads(pickle.dumps([passing, "rank 2: its shards do not tile"]))

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemocascade.megatron.checkpoint.boxes import Box, whole
-from nemocascade.megatron.checkpoint.folder import altered, is_weights
+from nemocascade.megatron.checkpoint.errors import storage_problem
+from nemocascade.megatron.checkpoint.folder import altered, file_sha256, is_weights
 from nemocascade.megatron.checkpoint.index import DTYPES, Index, StoredShard
 from nemocascade.megatron.checkpoint.resharding import exchange
 from nemocascade.megatron.checkpoint.storage import CHUNK_BYTES, TensorShard, consecutive
@@ -113,7 +114,7 @@ class _File:
                     raise ValueError(f"it ends at byte {self._position + done}")
                 done += got
         except (OSError, ValueError) as error:
-            self.problem = f"{self.path.name} cannot be read: {error}"
+            self.problem = storage_problem(f"{self.path.name} cannot be read: {error}", error)
         self._hash.update(view)
         self._position += count
         if self._file is not None and self._position == self.record["bytes"]:
@@ -165,10 +166,10 @@ class _File:
     def _fail(self, error: Exception) -> None:
         """Say why the header cannot be used: the file was altered, or was never right."""
         name = self.stored[0].shard.name if self.stored else ""
-        self.problem = f"{self.path.name}: tensor {name!r} cannot be read: {error}"
+        problem = f"{self.path.name}: tensor {name!r} cannot be read: {error}"
+        self.problem = storage_problem(problem, error)
         try:
-            with self.path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = file_sha256(self.path)
         except OSError:
             return
         if digest != self.record["sha256"]:
