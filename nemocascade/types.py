@@ -496,6 +496,11 @@ def pack_documents(
     )
 
 
+CONVERTED_FILE_BYTES = 1 << 30
+"""Most bytes of a file of a converted artifact: one rank reads and hashes a file, so that more
+files are shared by more ranks."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """The weights of a finished stage and their provenance: the manifest of an artifact folder.

@@ -27,7 +27,7 @@ import json
 import multiprocessing
 import random
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -101,6 +101,10 @@ class Run:
     @property
     def means(self) -> list[float]:
         return [sum(s.values()) / len(s) for s in self.scores]
+
+    @property
+    def end(self) -> float:
+        return self.means[-1]
 
     @property
     def worst(self) -> float:
@@ -288,38 +292,31 @@ def summary(runs: Mapping[str, Sequence[Run]], level: float) -> dict[str, Any]:
     """
     paper = runs["paper"]
     start = float(np.mean([r.means[0] for r in paper]))
-    target = start + level * (float(np.mean([r.means[-1] for r in paper])) - start)
+    target = start + level * (float(np.mean([r.end for r in paper])) - start)
     found: dict[str, Any] = {}
     for name, mine in runs.items():
         without = name.removesuffix(WITH_MOPD)
         base = paper if without == name else runs[f"paper{WITH_MOPD}"]
         found[name] = {
-            "mean": _entry([r.means[-1] for r in mine]),
+            "mean": _entry([r.end for r in mine]),
             "worst_domain": _entry([r.worst for r in mine]),
             "tokens": _entry([r.tokens[-1] for r in mine]),
             "steps_to_level": _entry([r.first_at(target, r.steps) for r in mine], median=True),
             "tokens_to_level": _entry([r.first_at(target, r.tokens) for r in mine], median=True),
-            "mean_minus_paper": _difference(mine, base, _end),
-            "worst_minus_paper": _difference(mine, base, _worst),
+            **_differences(mine, base, "paper"),
         }
         if without != name:
-            found[name]["mean_minus_without"] = _difference(mine, runs[without], _end)
-            found[name]["worst_minus_without"] = _difference(mine, runs[without], _worst)
+            found[name] |= _differences(mine, runs[without], "without")
     return {"level": target, "ways": found}
 
 
-def _end(run: Run) -> float:
-    return run.means[-1]
-
-
-def _worst(run: Run) -> float:
-    return run.worst
-
-
-def _difference(
-    mine: Sequence[Run], base: Sequence[Run], value: Callable[[Run], float]
-) -> dict[str, Any]:
-    return _entry([value(a) - value(b) for a, b in zip(mine, base, strict=True)])
+def _differences(mine: Sequence[Run], base: Sequence[Run], name: str) -> dict[str, Any]:
+    """How far the runs are above those of `base`, by mean and worst domain at the end."""
+    pairs = list(zip(mine, base, strict=True))
+    return {
+        f"mean_minus_{name}": _entry([a.end - b.end for a, b in pairs]),
+        f"worst_minus_{name}": _entry([a.worst - b.worst for a, b in pairs]),
+    }
 
 
 def seeds_agree(effects: Effects) -> dict[str, Any]:
@@ -372,7 +369,7 @@ def plot(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
             means = 100 * np.mean([r.means for r in mine], 0)
             dash = "--" if name.endswith(WITH_MOPD) else "-"
             ax.plot(mine[0].steps, means, color=color, ls=dash, label=name)
-            _, low, high = interval([100 * r.means[-1] for r in mine], lambda v: v.mean(-1))
+            _, low, high = interval([100 * r.end for r in mine], lambda v: v.mean(-1))
             end = mine[0].steps[-1] + 0.15 * style
             ax.plot([end, end], [low, high], color=color, lw=3, alpha=0.5)
         figures.finish_axes(ax)
@@ -425,7 +422,7 @@ def main(arguments: list[str] | None = None) -> int:
         for (seed, name), found in zip(units, done, strict=True):
             for run, suffix in zip(found, ("", WITH_MOPD), strict=False):
                 runs.setdefault(name + suffix, []).append(run)
-                print(f"seed {seed}, {name}{suffix}: {run.means[-1]:.3f}", flush=True)
+                print(f"seed {seed}, {name}{suffix}: {run.end:.3f}", flush=True)
     record = new_record(
         "end_to_end",
         settings=asdict(setting) | {"sft": str(options.sft)},

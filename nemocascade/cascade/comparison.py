@@ -31,7 +31,7 @@ def changed_settings(first: Path, second: Path) -> list[Change]:
 
 def _described(path: Path) -> Mapping[str, Any]:
     """The settings of a recipe, and the facts of an artifact, as JSON values."""
-    if is_built(str(path)):
+    if is_built(path):
         raise RecipeError(
             [
                 f"{path} was written by `nemocascade data build` and holds no recipe: its settings "

@@ -110,7 +110,7 @@ class FileHashes:
 
     def _of(self, path: Path) -> str:
         if path.is_dir():
-            if is_built(str(path)):
+            if is_built(path):
                 return built_digest(path)
             if kind_of(path) == "artifact":
                 return read_artifact(path).digest

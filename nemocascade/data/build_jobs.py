@@ -103,7 +103,7 @@ def build(settings: BuildSettings, tokenizer: Tokenizer) -> dict[str, Any] | Non
     """
     output = Path(settings.output).absolute()
     work = work_folder(output)
-    if is_built(str(output)):
+    if is_built(output):
         manifest = read_manifest(output)
         if build_key(settings.data, tokenizer, settings.seed) != manifest["key"]:
             found = differing_settings(

@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from nemocascade.plan.job import Job
 from nemocascade.plan.parameters import Place, stage_parameters
 from nemocascade.recipe import ModelConfig, MoeTrainingConfig, ParallelConfig
+from nemocascade.types import CONVERTED_FILE_BYTES
 
 HOST_LINK_GB_S = 50.0
 """Assumed bandwidth between a device and its host's memory: PCIe 5, 16 lanes."""
 HASH_GB_S = 0.5
 """Rate at which a rank hashes its file, in one thread: sha256 measured at 0.56 GB/s on a shared CPU
 core without SHA instructions, and faster with them."""
-CONVERTED_FILE_BYTES = 1 << 30
-"""Most bytes of a file of a converted artifact, see `megatron.convert`."""
 STORAGE_GB_S = 2.0
 """Assumed rate at which a node writes to a shared file system, over all of its ranks."""
 

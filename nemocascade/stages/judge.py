@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nemocascade.data.tokenizer import Tokenizer, check_template
 from nemocascade.envs.registry import judge_problems, judge_rejection
+from nemocascade.megatron.accelerators import Detection
 from nemocascade.megatron.artifact import read_artifact
-from nemocascade.recipe import RecipeError
+from nemocascade.recipe import EngineConfig, RecipeError, RolloutConfig
+from nemocascade.recipe.envs import EnvConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.rl.artifact_judge import ArtifactJudge
 from nemocascade.rollout.engine import Engine
+from nemocascade.rollout.live import LiveEngine
+from nemocascade.runtime.ray_cluster import program_slots
 from nemocascade.runtime.world import World, main_first
+from nemocascade.stages.setup import open_frozen
 from nemocascade.train.weight_swap import WeightSwap, model_problems
 from nemocascade.types import Artifact
 
@@ -65,7 +72,7 @@ def judge_on_ranks(
     settings: JudgeConfig,
     policy: Artifact,
     world: World,
-    swap: WeightSwap,
+    chunks: Sequence[Any],
     engine: Engine,
     tokenizer: Tokenizer,
     *,
@@ -73,10 +80,30 @@ def judge_on_ranks(
 ) -> ArtifactJudge | None:
     """The judge that runs on the training ranks; None if the settings name another kind.
 
-    world: in the layout of the engine. swap: of the model whose weights the engine uses.
+    world: in the layout of the engine. chunks: of the model whose weights the engine uses.
     """
     if settings.kind != "artifact":
         return None
     artifact = open_judge(settings, policy)
     check_template(artifact, tokenizer)
+    swap = WeightSwap(world, chunks)
     return ArtifactJudge(settings, artifact, world, swap, engine, tokenizer, seed=seed)
+
+
+def open_frozen_with_judge(
+    artifact: Artifact,
+    world: World,
+    detected: Detection,
+    tokenizer: Tokenizer,
+    engine: EngineConfig,
+    rollout: RolloutConfig,
+    envs: EnvConfig,
+    *,
+    seed: int,
+) -> tuple[LiveEngine, ArtifactJudge | None]:
+    """An engine on the weights of an artifact that is not trained, see `open_frozen`, and the judge
+    that shares its ranks; every rank calls it."""
+    slots = program_slots(envs.sandbox, world.size)
+    opened = open_frozen(artifact, world, detected, tokenizer, engine, rollout, tool_calls=slots)
+    judge = judge_on_ranks(envs.judge, artifact, world, opened.chunks, opened, tokenizer, seed=seed)
+    return opened, judge

@@ -41,13 +41,11 @@ from nemocascade.rollout.servers import ServerError
 from nemocascade.runtime.http import key_problem, read_key
 from nemocascade.runtime.launcher import world_size_of_environment
 from nemocascade.runtime.logging import LOGGER
-from nemocascade.runtime.ray_cluster import program_slots
 from nemocascade.runtime.run_lock import RunLock
 from nemocascade.runtime.stopping import StopAsked, Stopped
 from nemocascade.runtime.world import World, main_first
-from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
-from nemocascade.stages.setup import open_frozen, watched_world
-from nemocascade.train.weight_swap import WeightSwap
+from nemocascade.stages.judge import check_judge, open_frozen_with_judge, probe_judge
+from nemocascade.stages.setup import watched_world
 from nemocascade.types import Artifact, Environment
 
 WAIT_S = 10.0
@@ -141,25 +139,16 @@ def _open_policy(
             trains=False,
             codec=tokenizer if settings.text else None,
         ), None
-    engine = open_frozen(
+    return open_frozen_with_judge(
         artifact,
         world,
         detected,
         tokenizer,
         settings.engine,
         settings.rollout,
-        tool_calls=program_slots(settings.envs.sandbox, world.size),
-    )
-    judge = judge_on_ranks(
-        settings.envs.judge,
-        artifact,
-        world,
-        WeightSwap(world, engine.chunks),
-        engine,
-        tokenizer,
+        settings.envs,
         seed=settings.seed,
     )
-    return engine, judge
 
 
 def _rate_rows(

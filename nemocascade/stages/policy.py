@@ -37,7 +37,6 @@ from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
 from nemocascade.stages.setup import stage_world, write_recipe
 from nemocascade.train.checkpointing import Checkpoints
 from nemocascade.train.trainer import Trainer
-from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Artifact, Environment
 
 
@@ -64,7 +63,7 @@ def policy_run[R: PolicyRecipe](
             recipe.envs.judge,
             parent,
             policy.rollout_world,
-            WeightSwap(world, policy.trainer.chunks),
+            policy.trainer.chunks,
             _judge_engine(recipe, policy),
             tokenizer,
             seed=recipe.seed,

@@ -39,16 +39,14 @@ from nemocascade.rollout.engine import Engine
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.launcher import world_size_of_environment
 from nemocascade.runtime.logging import LOGGER, Console, end_status, printable
-from nemocascade.runtime.ray_cluster import program_slots
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.stopping import StopAsked, Stopped
 from nemocascade.runtime.stored_records import record_of
 from nemocascade.runtime.world import World
 from nemocascade.stages.domain_score import DomainScore, domain_score
-from nemocascade.stages.judge import check_judge, judge_on_ranks, probe_judge
-from nemocascade.stages.setup import open_frozen, watched_world
+from nemocascade.stages.judge import check_judge, open_frozen_with_judge, probe_judge
+from nemocascade.stages.setup import watched_world
 from nemocascade.train.progress import Activity
-from nemocascade.train.weight_swap import WeightSwap
 from nemocascade.types import Artifact, Environment
 
 VERSION = 2
@@ -187,26 +185,17 @@ def _open(
     """The engine that answers, and the environments that verify; every rank calls it."""
     probe_judge(config.envs.judge, world)
     tokenizer = load_artifact_tokenizer(artifact)
-    engine = open_frozen(
+    rollout = RolloutConfig(
+        slots=config.slots, kv_gib=config.kv_gib, max_prompt_tokens=config.max_prompt_tokens
+    )
+    engine, judge = open_frozen_with_judge(
         artifact,
         world,
         detected,
         tokenizer,
         config.engine,
-        RolloutConfig(
-            slots=config.slots,
-            kv_gib=config.kv_gib,
-            max_prompt_tokens=config.max_prompt_tokens,
-        ),
-        tool_calls=program_slots(config.envs.sandbox, world.size),
-    )
-    judge = judge_on_ranks(
-        config.envs.judge,
-        artifact,
-        world,
-        WeightSwap(world, engine.chunks),
-        engine,
-        tokenizer,
+        rollout,
+        config.envs,
         seed=config.seed,
     )
     environments = make_environments(rank_envs(config.envs, world, engine), judge=judge)

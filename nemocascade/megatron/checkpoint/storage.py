@@ -240,13 +240,20 @@ def copied_to_host(shards: Sequence[TensorShard], buffer: Tensor) -> list[Tensor
     return found
 
 
+def _parts(box: Box, stored: StoredTensor) -> Iterator[tuple[StoredShard, Box]]:
+    """The stored shards that hold elements of `box`, each with the part that it holds."""
+    for source in stored.shards:
+        part = box.intersect(source.box)
+        if part is not None:
+            yield source, part
+
+
 def covering_problem(index: Index, shard: TensorShard) -> str | None:
     """The reason why the stored tensor cannot fill `shard`, or None."""
     stored = index.get(shard.key)
     if stored is None:
         return f"{shard.key} is missing"
-    parts = (shard.box.intersect(source.box) for source in stored.shards)
-    covered = sum(part.volume for part in parts if part is not None)
+    covered = sum(part.volume for _, part in _parts(shard.box, stored))
     if covered != shard.box.volume:
         return f"{shard.key}: {covered} of the {shard.box.volume} elements at {shard.box} exist"
     return None
@@ -277,17 +284,10 @@ class Reader:
     def read_into(self, shard: TensorShard) -> None:
         """Fill `shard.tensor` from the stored tensor; values are cast where the dtypes differ."""
         target = shard.tensor.detach()
-        for source, part in self._parts(shard.box, self.index[shard.key]):
+        for source, part in _parts(shard.box, self.index[shard.key]):
             for box in part.split(CHUNK_BYTES // 8):
                 values = self._read(source, box.relative_to(source.box.offset))
                 target[box.relative_to(shard.box.offset).slices()].copy_(values)
-
-    @staticmethod
-    def _parts(box: Box, stored: StoredTensor) -> Iterator[tuple[StoredShard, Box]]:
-        for source in stored.shards:
-            part = box.intersect(source.box)
-            if part is not None:
-                yield source, part
 
     def _read(self, source: StoredShard, box: Box) -> Tensor:
         """Values of a box. Raises `error` if the file's header is broken or does not have it."""

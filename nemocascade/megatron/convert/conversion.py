@@ -42,7 +42,6 @@ from nemocascade.megatron.convert.config import (
 )
 from nemocascade.megatron.convert.config_fields import FAMILIES, ConfigError, family_of
 from nemocascade.megatron.convert.folder import (
-    ARTIFACT_SHARD_BYTES,
     CONFIG,
     SHARD_BYTES,
     TOKENIZERS,
@@ -59,7 +58,7 @@ from nemocascade.megatron.convert.names import Family, NameMap, Style, default_s
 from nemocascade.megatron.convert.stream import differences, equal_tensors, outgoing
 from nemocascade.recipe import ModelConfig, ParallelConfig
 from nemocascade.runtime.stored_records import record_of
-from nemocascade.types import Artifact
+from nemocascade.types import CONVERTED_FILE_BYTES, Artifact
 
 Precision = Literal["auto", "fp32", "bf16"]
 STAGE = "convert"
@@ -331,13 +330,13 @@ def _tokenizer_files(folder: Path) -> dict[str, bytes]:
 def store_artifact(
     target: Path, tensors: list[Outgoing], documents: dict[str, bytes], fields: dict[str, Any]
 ) -> int:
-    """Write the folder as a run of one rank would, in files of ARTIFACT_SHARD_BYTES; returns
+    """Write the folder as a run of one rank would, in files of CONVERTED_FILE_BYTES; returns
     its bytes."""
     temporary = fresh_folder(target)
     # The widest types first, so that every tensor is aligned.
     ordered = sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize)
     written = []
-    for number, shard in enumerate(split_shards(ordered, ARTIFACT_SHARD_BYTES)):
+    for number, shard in enumerate(split_shards(ordered, CONVERTED_FILE_BYTES)):
         name = f"rank_{number:05d}.safetensors"
         named = [replace(t, name=MODEL + t.name) for t in shard]
         places = [(t.shape, whole(t.shape)) for t in shard]

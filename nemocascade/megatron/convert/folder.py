@@ -19,9 +19,6 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 SHARD_BYTES = 5 << 30
-ARTIFACT_SHARD_BYTES = 1 << 30
-"""Most bytes of an artifact's file: a rank reads and hashes whole files, so ranks share more of
-them."""
 
 
 class ConversionError(FolderError):
