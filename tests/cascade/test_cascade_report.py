@@ -213,6 +213,17 @@ def test_a_run_that_has_not_begun_has_a_report(tmp_path: Path) -> None:
     assert not list((tmp_path / "report").glob("*.png"))
 
 
+def test_a_run_of_side_branches_only_has_a_report(tmp_path: Path) -> None:
+    """`interference` from an artifact makes such a run."""
+    run = make_run(tmp_path / "branches", stages=3)
+    state = json.loads((run / "cascade.json").read_text())
+    state["stages"] = [s | {"side": True, "start": ""} for s in state["stages"]]
+    (run / "cascade.json").write_text(json.dumps(state))
+    page = check_page(write_report(run))
+    columns = [str(a["class"]) for tag, a in page.elements if tag == "th" and "class" in a]
+    assert columns and "apart" not in columns, "a line apart from the main way, and there is none"
+
+
 def test_damage_is_counted_and_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "damaged", stages=2)
     stages = run / "stages"
