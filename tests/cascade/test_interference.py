@@ -84,8 +84,10 @@ def test_what_cannot_be_measured_is_refused() -> None:
         plan_branches(only_sft, InterferenceSettings(""))
 
 
-def test_a_matrix_of_a_real_cascade(tmp_path: Path) -> None:
-    [found] = run_ranks(branches, 1, {"root": str(tmp_path)}, timeout_s=550)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_matrix_of_a_real_cascade(tmp_path: Path, ranks: int) -> None:
+    found, *others = run_ranks(branches, ranks, {"root": str(tmp_path)}, timeout_s=550)
+    assert all(other == found for other in others)
     # The finished if_rl of the cascade is a branch already.
     assert sorted(found["artifacts"]) == ["if_rl_then_math_rl", "math_rl", "math_rl_then_if_rl"]
     matrix = found["matrix"]
