@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -140,3 +142,33 @@ def test_jobs_of_a_cascade_choose_their_stages_themselves(
     with pytest.raises(SystemExit):
         nemocascade("submit", CASCADE, "--dry-run", "--", "--only", "sft")
     assert "each job of a cascade runs one stage" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "limit_s"),
+    [(("plan", "--gpus", "1024", "--gpu", "h200"), 10), (("preflight", "--ranks", "1024"), 60)],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_thousand_ranks_take_seconds(
+    tmp_path: Path, arguments: tuple[str, ...], limit_s: float
+) -> None:
+    """Seconds of one core, imports included, so that a busy machine changes nothing."""
+    command, *options = arguments
+    recipe = str(RECIPES.parent / "nemotron3_nano_30b" / "sft.py")
+    with subprocess.Popen(
+        [sys.executable, "-m", "nemocascade.cli", command, recipe, *options],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+        _, _, usage = os.wait4(process.pid, 0)
+    assert {
+        "plan": "The fastest 10 that fit",
+        "preflight": "1024 ranks of 8 kinds built on the meta device",
+    }[command] in said
+    assert usage.ru_utime + usage.ru_stime < limit_s
+    assert usage.ru_maxrss < 2 << 20, "KiB"
