@@ -35,8 +35,8 @@ INTERRUPTED = "TimeoutError: the time limit of a call was reached, variables are
 
 def run() -> int:
     """Read the job, run it, write its results. Returns the exit status."""
-    with open(JOB_FD, encoding="utf-8") as file:
-        job = json.load(file)
+    with io.FileIO(JOB_FD) as file:
+        job = json.loads(file.readall())
     _lay_out(job.pop("files"))
     _open_streams()
     status = 1

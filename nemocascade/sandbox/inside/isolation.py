@@ -53,8 +53,7 @@ def enter_user_namespace(user: int, group: int, kinds: int) -> None:
         ("uid_map", f"{NOBODY} {user} 1"),
         ("gid_map", f"{NOBODY} {group} 1"),
     ):
-        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
-            file.write(text)
+        linux.write_file(f"/proc/self/{name}", text)
 
 
 def hide_and_make_scratch(scratch_mib: int, entries: int) -> None:

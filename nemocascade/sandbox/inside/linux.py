@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Sequence
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
@@ -49,11 +50,40 @@ _READ_ONLY_NO_SUID_NO_DEVICES = 0x1 | 0x2 | 0x4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
+# Made once: a forked child that makes or changes an object copies its page.
+_CAPABILITY_HEADER = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+_NO_CAPABILITIES = (ctypes.c_uint32 * 6)()
+_ZERO = ctypes.c_ulong(0)
+
+
+class SeccompFilter(ctypes.Structure):
+    """A classic BPF program as the kernel takes it: `struct sock_fprog`."""
+
+    _fields_ = (("size", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+    def __init__(self, instructions: Sequence[tuple[int, int, int, int]]) -> None:
+        """instructions: `(code, jump if true, jump if false, k)`."""
+        raw = b"".join(
+            code.to_bytes(2, sys.byteorder) + bytes((jt, jf)) + k.to_bytes(4, sys.byteorder)
+            for code, jt, jf, k in instructions
+        )
+        self._buffer = ctypes.create_string_buffer(raw, len(raw))
+        super().__init__(len(instructions), ctypes.addressof(self._buffer))
+
 
 def _check(result: int, what: str) -> None:
     if result != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{what}: {os.strerror(code)}")
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a file of /proc without Python's file objects. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
 
 
 def unshare(flags: int) -> None:
@@ -109,45 +139,28 @@ def pivot_root(new: str, old: str) -> None:
 
 def prctl(option: int, argument: int = 0) -> None:
     """Call prctl(2) with one argument. Raises OSError."""
-    zero = ctypes.c_ulong(0)
-    _check(
-        _libc.prctl(ctypes.c_int(option), ctypes.c_ulong(argument), zero, zero, zero),
-        f"prctl({option}, {argument})",
-    )
+    if _prctl(option, argument):
+        _check(-1, f"prctl({option}, {argument})")
+
+
+def _prctl(option: int, argument: int) -> int:
+    result: int = _libc.prctl(option, ctypes.c_ulong(argument), _ZERO, _ZERO, _ZERO)
+    return result
 
 
 def drop_capabilities() -> None:
     """Drop all capabilities permanently. Raises OSError."""
-    for number in range(CAPABILITIES):
-        try:
-            prctl(PR_CAPBSET_DROP, number)
-        except OSError:
-            break  # beyond the kernel's last number, or no capabilities to drop
+    number = 0
+    # Fails beyond the kernel's last number, or if there are no capabilities to drop.
+    while number < CAPABILITIES and _prctl(PR_CAPBSET_DROP, number) == 0:
+        number += 1
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
-    none = (ctypes.c_uint32 * 6)()
-    _check(_libc.syscall(ctypes.c_long(_CAPSET[MACHINE]), header, none), "capset")
+    call = ctypes.c_long(_CAPSET[MACHINE])
+    _check(_libc.syscall(call, _CAPABILITY_HEADER, _NO_CAPABILITIES), "capset")
 
 
-def set_seccomp_filter(instructions: list[tuple[int, int, int, int]]) -> None:
-    """Install a classic BPF program `(code, jump if true, jump if false, k)` on this thread.
-
-    Requires PR_SET_NO_NEW_PRIVS. Raises OSError.
-    """
-    size = len(instructions)
-    raw = b"".join(
-        code.to_bytes(2, sys.byteorder) + bytes((jt, jf)) + k.to_bytes(4, sys.byteorder)
-        for code, jt, jf, k in instructions
-    )
-    buffer = ctypes.create_string_buffer(raw, len(raw))
-
-    class Program(ctypes.Structure):
-        _fields_ = [("size", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
-
-    program = Program(size, ctypes.addressof(buffer))
-    zero = ctypes.c_ulong(0)
+def set_seccomp_filter(program: SeccompFilter) -> None:
+    """Install a filter on this thread. Requires PR_SET_NO_NEW_PRIVS. Raises OSError."""
     mode_filter = ctypes.c_ulong(2)
-    _check(
-        _libc.prctl(ctypes.c_int(PR_SET_SECCOMP), mode_filter, ctypes.byref(program), zero, zero),
-        "seccomp filter",
-    )
+    result = _libc.prctl(PR_SET_SECCOMP, mode_filter, ctypes.byref(program), _ZERO, _ZERO)
+    _check(result, "seccomp filter")

@@ -9,7 +9,6 @@ System V shared memory, memfd, io_uring, bpf, keys.
 from __future__ import annotations
 
 import errno
-from functools import cache
 
 # name:number on x86_64:number on aarch64 ("-": that machine has no such call).
 _ALLOWED = """
@@ -61,7 +60,6 @@ def numbers(machine: str) -> list[int]:
     return [int(row[column]) for row in rows if row[column] != "-"]
 
 
-@cache
 def program(machine: str, *, executes: bool) -> list[tuple[int, int, int, int]]:
     """Return the filter as classic BPF: (code, jump if true, jump if false, k). Raises KeyError.
 

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NoReturn
 
 from . import accounting, harness, isolation, linux, seccomp
@@ -95,10 +95,16 @@ def _settle(settings: dict[str, Any]) -> None:
         isolation.enter(settings["visible"], settings["hidden"])
     if settings["isolation"] != "none":
         isolation.become_nobody()
-        seccomp.program(linux.MACHINE, executes=True)
+        _filter(executes=True)
     linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
     gc.collect()
     gc.freeze()
+
+
+@cache
+def _filter(*, executes: bool) -> linux.SeccompFilter:
+    """Return the filter of programs, made before the first fork. Raises KeyError."""
+    return linux.SeccompFilter(seccomp.program(linux.MACHINE, executes=executes))
 
 
 def _supervise(fds: list[int], settings: dict[str, Any], watch: Watch) -> dict[str, Any]:
@@ -239,8 +245,7 @@ def _launch(fds: list[int], tell: int, settings: dict[str, Any]) -> NoReturn:
     """Run the first child: make namespaces, fork the program into them, send its id, and exit."""
     try:
         os.setsid()
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-            file.write("1000")
+        linux.write_file("/proc/self/oom_score_adj", "1000")
         if settings["isolation"] != "none":
             isolation.enter_user_namespace(os.geteuid(), os.getegid(), linux.PROGRAM_NAMESPACES)
             isolation.hide_and_make_scratch(settings["scratch_mib"], settings["scratch_entries"])
@@ -298,7 +303,7 @@ def _give_up_rights(kind: str) -> None:
     linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
     try:
         # Without isolation, other programs of the host would run with the user's files.
-        linux.set_seccomp_filter(seccomp.program(linux.MACHINE, executes=kind != "none"))
+        linux.set_seccomp_filter(_filter(executes=kind != "none"))
     except (OSError, KeyError):
         # Without isolation, the filter is optional.
         if kind != "none":
