@@ -17,7 +17,7 @@ field `b` inside of the field `a`. A field may also stand inside of `verifier_me
 
 - A field in no table is named once for a path, with a count: it may be meant to change a verdict.
 - A field that is null or empty counts as missing.
-- A row that cannot be verified as it asks is refused, with its file, its number and the reason.
+- A row that cannot be verified as it asks is rejected, with its file, its number and the reason.
 - Rows for SFT, and how much data is tokenised before a job, are at the end.
 
 This page is written by `python tools/row_forms.py > docs/your_data.md`."""
@@ -57,7 +57,7 @@ nemocascade data build ... --output data/sft_tokens \\
 - Long documents are cut when they are packed, so `data.capacity` and `data.over_long` may change.
   Settings that decide the tokens may not: tokenizer, chat template, `data.thinking`,
   `data.non_thinking_path`, `data.format`, its fields, and `data.max_rows`. A stage that differs
-  is refused with the setting's name.
+  is rejected with the setting's name.
 - Files are hashed while they are written, and afterwards checked by size and modification time.
   After a copy, or in doubt, `nemocascade data build --output data/sft_tokens --verify True` reads
   everything.
@@ -99,7 +99,7 @@ def section(title: str, forms: tuple[RowForm, ...] | list[RowForm]) -> Iterator[
         yield "| field | use | what is done with it |\n|---|---|---|"
         for use, fields in (
             ("read", form.read),
-            ("refused", form.refused),
+            ("rejected", form.rejected),
             ("ignored", form.ignored),
         ):
             yield from lines(use, fields)

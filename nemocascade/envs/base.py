@@ -16,7 +16,7 @@ from nemocascade.envs.prompt_rows import flattened, pass_rate_of, turns_of
 from nemocascade.envs.row_forms import RowFields, RowForm
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.runtime.logging import LOGGER
-from nemocascade.runtime.row_errors import DataError, RowError, refuse_row
+from nemocascade.runtime.row_errors import DataError, RowError, reject_row
 from nemocascade.runtime.row_files import find_files, read_rows, report_skipped
 from nemocascade.runtime.turns import encodable, kind_of
 from nemocascade.sandbox.child import ChildError, ChildHostError, ChildPool
@@ -175,7 +175,7 @@ class Domain(ABC):
     def read(
         self,
         path: str | Path,
-        bad: Callable[[str, str], object] = refuse_row,
+        bad: Callable[[str, str], object] = reject_row,
         others: Collection[Environment] = (),
     ) -> Iterator[Prompt]:
         """Yield this domain's tasks from released rows: a data file, or a folder of them.

@@ -49,7 +49,7 @@ class InstructionFollowing(CheckedDomain):
         RowForm(
             "instructions (IFEval, IFBench, NeMo Gym)",
             read={
-                "instruction_id_list": "the kinds of the instructions; an unknown kind is refused",
+                "instruction_id_list": "the kinds of the instructions; an unknown kind is rejected",
                 "kwargs": "arguments of each kind, or null; null arguments count as missing",
                 "grading_mode": "`binary` or `fraction`; precedes `envs.if_grading`",
             },

@@ -37,7 +37,7 @@ from nemocascade.recipe.paths import named_paths
 from nemocascade.runtime.ray_cluster import cluster_problems
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.row_files import find_files, is_built, read_chunks
-from nemocascade.train.checkpointing import refused_changes
+from nemocascade.train.checkpointing import rejected_changes
 
 # Share of a step that ranks may wait for other pipeline stages without a warning.
 MOST_BUBBLE = 0.2
@@ -256,7 +256,7 @@ def check_start(recipe: Any, into: Preflight) -> None:
             checkpoint = latest_checkpoint(Path(recipe.run_dir) / "checkpoints")
             if checkpoint is not None:
                 found = f"checkpoint {checkpoint.name}"
-                problems = refused_changes(recipe)
+                problems = rejected_changes(recipe)
             elif recipe.init_from:
                 found = f"artifact {read_artifact(Path(recipe.init_from)).digest[:12]}"
         except CheckpointError as error:

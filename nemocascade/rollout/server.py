@@ -59,8 +59,8 @@ class ServerEngine:
     world: the first rank of each data-parallel group sends the requests and gets the completions;
     None means a single process. updates: brings the weights of the live model to
     the servers; None for servers whose weights never change. vocabulary: ids from here on are
-    refused; model_vocabulary: of the model, if it is larger, see `drawn_ids`. routing: the shape of
-    a model whose experts completions carry, for router replay. trains: False accepts answers
+    rejected; model_vocabulary: of the model, if it is larger, see `drawn_ids`. routing: the shape
+    of a model whose experts completions carry, for router replay. trains: False accepts answers
     without log-probabilities. codec: for servers that exchange text alone, where nothing trains.
     """
 
@@ -337,4 +337,4 @@ def _final(server: Server, error: HttpError) -> Exception:
     """The error for a request that no retry can mend."""
     if error.kind == "closed":
         return ServerError("the requests were cut off, because the engine was closed")
-    return ServerError(f"the rollout server {server.url} refuses the request: {error}")
+    return ServerError(f"the rollout server {server.url} rejects the request: {error}")

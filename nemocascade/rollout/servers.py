@@ -185,7 +185,7 @@ class ServerPool:
                 # It answers, and lists no models.
                 return ""
             if error.final and error.status:
-                raise ServerError(f"a rollout server refuses its key or path: {error}") from None
+                raise ServerError(f"a rollout server rejects its key or path: {error}") from None
             return str(error)
         except (ValueError, LookupError, TypeError) as error:
             return f"/v1/models is no list of models ({type(error).__name__})"

@@ -193,7 +193,7 @@ def _print_help(
     for depth, name in enumerate(path):
         options = {o.name: o for o in options_of(node)} if dataclasses.is_dataclass(node) else {}
         if name not in options:
-            _refuse(prog, path[:depth], name, [o for o in options.values() if o.is_section])
+            _reject(prog, path[:depth], name, [o for o in options.values() if o.is_section])
         node = options[name].value
     sections = list(_sections(node)) if dataclasses.is_dataclass(node) else []
     with contextlib.suppress(SystemExit):
@@ -295,7 +295,7 @@ def nearest(arguments: Sequence[str], kind: type[object]) -> list[str]:
     return [near for name in given for near in difflib.get_close_matches(name, names, 2, 0.75)]
 
 
-def _refuse(prog: str, path: tuple[str, ...], name: str, sections: Sequence[Option]) -> NoReturn:
+def _reject(prog: str, path: tuple[str, ...], name: str, sections: Sequence[Option]) -> NoReturn:
     known = [".".join((*path, o.name)) for o in sections]
     wrong = ".".join((*path, name))
     near = difflib.get_close_matches(wrong, known, n=1)

@@ -97,7 +97,8 @@ class _Outage:
 
 class RayNodes:
     """The nodes of a sandbox. Thread-safe. Raises SandboxUnavailable if no node can be used, or if
-    one refuses: it cannot isolate programs, has no such folder or module, or has other versions."""
+    one is unsuitable: it cannot isolate programs, has no such folder or module, or has other
+    versions."""
 
     def __init__(self, config: SandboxConfig, settings: PoolSettings) -> None:
         self._settings, self._wait_s = settings, config.ray.wait_s
@@ -228,7 +229,7 @@ class RayNodes:
     def _add(self, nodes: Sequence[RayNode], *, is_first: bool = False) -> list[str]:
         """Start actors on nodes and use those that answer; returns why others do not.
 
-        is_first: raise the error of a node that refuses the settings. Later, such a node is left
+        is_first: raise the error of a node that rejects the settings. Later, such a node is left
         out for good.
         """
         started = [(about, actor := self._actor(about), self._opening(actor)) for about in nodes]
@@ -241,7 +242,7 @@ class RayNodes:
             except NodeLostError as error:
                 reasons.append(str(error))
                 continue
-            except Exception as error:  # the node refuses the settings
+            except Exception as error:  # the node rejects the settings
                 if is_first:
                     raise SandboxUnavailable(f"node {about.host}: {error}") from error
                 self._leave_out(about, float("inf"), f"node {about.host}: {error}")

@@ -50,7 +50,7 @@ class Source(Protocol):
         """Restore a position."""
 
 
-def refused_changes(recipe: Any) -> list[str]:
+def rejected_changes(recipe: Any) -> list[str]:
     """Settings that differ from those of the newest checkpoint in the recipe's run folder and need
     `--accept-changes`; empty without a checkpoint. Needs no process group."""
     try:

@@ -165,7 +165,7 @@ def test_preflight_reads_a_built_folder_with_the_tokenizer_that_will_be_there(
     assert "were written or copied after they were hashed" in problem
 
 
-def test_where_rows_are_read_a_built_folder_is_refused(tmp_path: Path, rows: Path) -> None:
+def test_where_rows_are_read_a_built_folder_is_rejected(tmp_path: Path, rows: Path) -> None:
     folder = built(tmp_path / "tokens", config_of(rows))
     with pytest.raises(DataError, match="holds tokens, no rows: where rows are read, name"):
         find_files(folder)

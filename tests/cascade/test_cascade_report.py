@@ -221,7 +221,8 @@ def test_a_run_of_side_branches_only_has_a_report(tmp_path: Path) -> None:
     (run / "cascade.json").write_text(json.dumps(state))
     page = check_page(write_report(run))
     columns = [str(a["class"]) for tag, a in page.elements if tag == "th" and "class" in a]
-    assert columns and "apart" not in columns, "a line apart from the main way, and there is none"
+    assert columns
+    assert "apart" not in columns, "a line apart from the main way, and there is none"
 
 
 def test_damage_is_counted_and_shown(tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_damage_is_counted_and_shown(tmp_path: Path) -> None:
     ("content", "message"),
     [(None, "name the run folder"), ("{", "is no JSON"), ('{"version": 9}', "this program reads")],
 )
-def test_a_folder_without_a_cascade_is_refused(
+def test_a_folder_without_a_cascade_is_rejected(
     tmp_path: Path, content: str | None, message: str
 ) -> None:
     if content is not None:

@@ -75,7 +75,7 @@ def test_artifacts_are_compared_with_their_facts(tmp_path: Path) -> None:
     assert any(line.startswith("artifact.changes.0.changes.optimizer.lr ") for line in found)
 
 
-def test_what_is_neither_is_refused(tmp_path: Path) -> None:
+def test_what_is_neither_is_rejected(tmp_path: Path) -> None:
     script = str(TINY / "sft.py")
     with pytest.raises(RecipeError, match="is no recipe, run folder or artifact"):
         compare(DiffSettings(script, str(tmp_path)))

@@ -330,7 +330,7 @@ def test_weights_choose_what_counts() -> None:
         advise_order(effects, {"y": float("inf")})
 
 
-def test_too_many_stages_are_refused() -> None:
+def test_too_many_stages_are_rejected() -> None:
     stages = [f"s{n}" for n in range(9)]
     effects = Effects(measured({}, {}, stages=stages, tasks=4, pairs=False))
     with pytest.raises(RecipeError, match="at most 8"):

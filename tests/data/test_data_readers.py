@@ -78,7 +78,7 @@ def test_folders_are_walked_by_name_and_other_files_left(tmp_path: Path) -> None
     ]
 
 
-def test_bad_rows_are_named_counted_and_refused_over_the_limit(tmp_path: Path) -> None:
+def test_bad_rows_are_named_counted_and_rejected_over_the_limit(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], "{broken", ROWS[1], "[" * 100_000])
     bad = BadRows(2)
     assert len(list(read_rows([str(path)], bad))) == 2
@@ -239,7 +239,7 @@ def test_values_of_columns_are_as_strict_as_json(tmp_path: Path) -> None:
     ("name", "complaint"),
     [("absent.jsonl", "no such file"), ("rows.csv", "unknown kind"), ("", "holds no file")],
 )
-def test_paths_that_cannot_be_read_are_refused(tmp_path: Path, name: str, complaint: str) -> None:
+def test_paths_that_cannot_be_read_are_rejected(tmp_path: Path, name: str, complaint: str) -> None:
     (tmp_path / "rows.csv").write_text("a,b")
     with pytest.raises(DataError, match=complaint):
         find_sources([str(tmp_path / name)])

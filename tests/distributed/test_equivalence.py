@@ -87,7 +87,7 @@ def train(
     settings = EngineConfig(**{"precision": "fp32", **(engine or {})})
     world = start_world(ParallelConfig(**parallel), settings)
     cuda: Any = torch.cuda
-    cuda.synchronize = _refuse_to_wait
+    cuda.synchronize = _fail_on_wait
     shape = replace(tiny(), pattern=pattern, vocab_size=512, hidden_size=64)
     shape = replace(shape, **(model or {}))
     trainer = Trainer(
@@ -114,7 +114,7 @@ def train(
     return [[r.loss, r.grad_norm] for r in results]
 
 
-def _refuse_to_wait(*_: Any) -> None:
+def _fail_on_wait(*_: Any) -> None:
     raise AssertionError("a step waits for all work of the device")
 
 

@@ -185,7 +185,7 @@ def start_uneven() -> None:
     _model({"ep": 4}, "hierarchical", False)
 
 
-def test_nodes_that_are_not_filled_are_refused() -> None:
+def test_nodes_that_are_not_filled_are_rejected() -> None:
     with pytest.raises(RankError, match=r"do not fill nodes of 3: set --parallel\.ep to a "):
         run_ranks(start_uneven, 4)
 
@@ -261,6 +261,6 @@ def start_deepep() -> None:
     _model({"ep": 2}, "deepep", False)
 
 
-def test_deepep_without_gpus_is_refused() -> None:
+def test_deepep_without_gpus_is_rejected() -> None:
     with pytest.raises(RankError, match=r"it needs GPUs, and the device is cpu: set --engine\.exp"):
         run_ranks(start_deepep, 2)

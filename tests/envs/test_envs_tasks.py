@@ -173,7 +173,7 @@ def test_running_out_of_tasks_is_an_error(environments: dict[str, Domain]) -> No
         list(environments["math"].prompts(seed=1, count=100_000))
 
 
-def test_a_task_of_another_domain_is_refused(environments: dict[str, Domain]) -> None:
+def test_a_task_of_another_domain_is_rejected(environments: dict[str, Domain]) -> None:
     (prompt,) = environments["math"].prompts(seed=1, count=1)
     with pytest.raises(ValueError, match="multiple_choice cannot score a task of math"):
         environments["multiple_choice"].score(prompt, [])

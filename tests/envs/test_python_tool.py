@@ -83,8 +83,8 @@ def test_calls_share_their_state_and_errors_are_text(session: PythonSession) -> 
     (failed,) = session.step([call("x / 0")])
     assert failed.content.endswith("ZeroDivisionError: division by zero")
     assert session.step([call("x")])[0].content == "6"
-    (refused,) = session.step([call("x")])
-    assert refused.content == "error: more than 4 calls: answer without the tool"
+    (rejected,) = session.step([call("x")])
+    assert rejected.content == "error: more than 4 calls: answer without the tool"
     assert not session.done
 
 

@@ -178,7 +178,7 @@ def test_a_session_of_the_workplace_answers_as_published(tmp_path: Path) -> None
         ({"email_id": made_tables()["emails"][0]["email_id"]}, "not given: body.*workplace_data"),
     ],
 )
-def test_rows_about_another_workplace_are_refused(
+def test_rows_about_another_workplace_are_rejected(
     tmp_path: Path, arguments: dict[str, Any], reason: str
 ) -> None:
     (released, *_) = workplace()
@@ -235,7 +235,9 @@ def test_files_of_a_workplace_decide(tmp_path: Path) -> None:
         ("bytes", r"emails\.csv is not a CSV file in UTF-8"),
     ],
 )
-def test_files_that_are_no_workplace_are_refused(tmp_path: Path, change: str, reason: str) -> None:
+def test_files_that_are_not_a_workplace_are_rejected(
+    tmp_path: Path, change: str, reason: str
+) -> None:
     columns = {"calendar": "event_id,x"} if change == "columns" else {}
     folder = write_csv(tmp_path / "csv_data", small_tables(), **columns)
     emails = tmp_path / "csv_data" / "processed" / "emails.csv"

@@ -355,7 +355,7 @@ def test_the_time_of_all_test_runs_is_bounded(domain: SweAgentic) -> None:
 
 
 def test_what_tools_answer_can_be_encoded(domain: SweAgentic) -> None:
-    """Tokenizers refuse half a surrogate pair."""
+    """Tokenizers reject half a surrogate pair."""
     session = domain.session(Prompt("x", "swe_agentic", (), ANSWER))
     source = "raise ValueError('\\ud800 is half a pair')\n"
     answers = session.step(

@@ -53,14 +53,14 @@ class HangError(BaseException):
 class Target:
     """A reader under test.
 
-    make: builds a case from choices. run: reads the case; the folder is empty. refusals: the
+    make: builds a case from choices. run: reads the case; the folder is empty. rejections: the
     errors that the reader promises. share: cases of this target, in relation to the others'.
     """
 
     name: str
     make: Callable[[Choices], Any]
     run: Callable[[Any, Path], object]
-    refusals: tuple[type[BaseException], ...]
+    rejections: tuple[type[BaseException], ...]
     share: float = 1.0
 
 
@@ -159,7 +159,7 @@ def fuzz(
                 target.run(case, Path(inner))
         except KeyboardInterrupt:
             raise
-        except target.refusals:
+        except target.rejections:
             return None
         # A reader's worst errors, such as a panic of a library, are no `Exception`.
         except BaseException as error:

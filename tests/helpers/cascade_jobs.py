@@ -157,7 +157,7 @@ def scenarios(root: str) -> dict[str, Any]:
     run_dir = f"{root}/run"
     base = small_cascade(run_dir)
     found: dict[str, Any] = {"before": dry_run(base, Choice())}
-    found["refused"] = _refusal(base, Choice(only="if_rl"))
+    found["rejected"] = _error_of(base, Choice(only="if_rl"))
     started = time.monotonic()
     run_cascade(base)
     found |= {"first": digests(run_dir), "cascade": _json(run_dir, "cascade.json")}
@@ -192,7 +192,7 @@ def scenarios(root: str) -> dict[str, Any]:
     scores = _json(run_dir, "stages/sft/scores.json")
     scores["scores"]["math"]["score"] = 1.0
     Path(run_dir, "stages/sft/scores.json").write_text(json.dumps(scores))
-    found["alarm"] = _refusal(replace(fewer, alarm=AlarmConfig(drop=50.0, stop=True)), Choice())
+    found["alarm"] = _error_of(replace(fewer, alarm=AlarmConfig(drop=50.0, stop=True)), Choice())
     found["alarms"] = _json(run_dir, "cascade.json")["alarms"]
 
     next(Path(run_dir).glob("stages/last/artifact/*.safetensors")).unlink()
@@ -237,7 +237,7 @@ def branches(root: str) -> dict[str, Any]:
     return found
 
 
-def _refusal(cascade: CascadeRecipe, choice: Choice) -> str:
+def _error_of(cascade: CascadeRecipe, choice: Choice) -> str:
     try:
         run_cascade(cascade, choice)
     except CascadeError as error:

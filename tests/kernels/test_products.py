@@ -219,8 +219,8 @@ def test_the_variable_names_ways(monkeypatch: pytest.MonkeyPatch, folder: Path) 
     with pytest.raises(ValueError, match="BF16_PRODUCTS: 'fast' is no way of bf16 products: name"):
         products.choice("sums")
     monkeypatch.setenv(products.VARIABLE, "mkl")
-    refused = {"mkl": "no MKL"}
-    monkeypatch.setattr(products, "limitation", lambda kind, way: refused.get(way))
+    rejected = {"mkl": "no MKL"}
+    monkeypatch.setattr(products, "limitation", lambda kind, way: rejected.get(way))
     with pytest.raises(ValueError, match="'mkl' is unavailable, no MKL: name one of"):
         products.choice("sums")
 

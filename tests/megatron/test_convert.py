@@ -310,7 +310,7 @@ def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_settings_of_another_type_or_size_are_refused(
+def test_settings_of_another_type_or_size_are_rejected(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     family, shape = SHAPES["nemotron, tiny"]
@@ -321,7 +321,7 @@ def test_settings_of_another_type_or_size_are_refused(
 
 
 @pytest.mark.parametrize("content", ["[" * 3000, '{"weight_map": 5}', '{"weight_map": {"a": [1]}}'])
-def test_a_broken_index_of_weights_is_refused(content: str, tmp_path: Path) -> None:
+def test_a_broken_index_of_weights_is_rejected(content: str, tmp_path: Path) -> None:
     family, shape = SHAPES["nemotron, tiny"]
     (tmp_path / "config.json").write_text(json.dumps(config_of_model(shape, family)))
     (tmp_path / "model.safetensors.index.json").write_text(content)
@@ -329,7 +329,7 @@ def test_a_broken_index_of_weights_is_refused(content: str, tmp_path: Path) -> N
         import_huggingface(tmp_path, tmp_path / "artifact")
 
 
-def test_weights_that_overlap_are_refused(tmp_path: Path) -> None:
+def test_weights_that_overlap_are_rejected(tmp_path: Path) -> None:
     _, shape = SHAPES["nemotron, tiny"]
     source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
     file = source / "model.safetensors"
@@ -357,7 +357,7 @@ def test_rounding_must_be_asked_for(tmp_path: Path) -> None:
     assert report.rounded == (name,)
 
 
-def test_a_head_that_is_not_tied_is_refused(tmp_path: Path) -> None:
+def test_a_head_that_is_not_tied_is_rejected(tmp_path: Path) -> None:
     _, shape = SHAPES["nemotron, attention first, dense MLP, tied"]
     source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
     weights = tensors_of(source)
@@ -400,7 +400,7 @@ def spoil(header: dict[str, Any], **changes: Any) -> None:
         (lambda data: with_header(data, lambda h: spoil(h, dtype="U8")), "describes no tensor"),
     ],
 )
-def test_damaged_files_are_refused(
+def test_damaged_files_are_rejected(
     damage: Callable[[bytes], bytes], message: str, tmp_path: Path
 ) -> None:
     _, shape = SHAPES["nemotron, all experts"]

@@ -146,7 +146,7 @@ def test_bf16_moments_are_half_of_the_moments() -> None:
         ({"ep": 8}, {"overlap_tensor_parallel": True}, "nothing is gathered with parallel.tp(1)"),
     ],
 )
-def test_overlaps_without_effect_are_refused(
+def test_overlaps_without_effect_are_rejected(
     parallel: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     job = job_of(ParallelConfig(**parallel), **settings)

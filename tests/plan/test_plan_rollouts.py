@@ -181,7 +181,7 @@ def test_slots_that_follow_from_memory_are_those_that_fit() -> None:
 
 def test_the_pool_takes_what_its_setting_allows() -> None:
     """The blocks that the engine allocates, beside the states of all slots. Too small a pool for
-    all sequences costs time, and too small a pool for one is refused."""
+    all sequences costs time, and too small a pool for one is rejected."""
     job = nano("if_rl", 128)
     free = available(job) - (worst_rank(job).rollout - worst_rank(job).cache)
 
@@ -264,7 +264,7 @@ def test_decode_time_follows_bytes_launches_and_ranks() -> None:
     assert alone.prefill(16_000) > 1.9 * alone.prefill(8000)
 
 
-def test_lengths_are_read_and_refused(tmp_path: Path) -> None:
+def test_lengths_are_read_and_rejected(tmp_path: Path) -> None:
     lengths = find_lengths("lognormal:8000:1.0", 49_152)
     assert lengths.evenly(1001)[500] == 8000
     assert max(lengths.evenly(2048)) == 49_152
@@ -453,7 +453,7 @@ def test_dropped_sequences_are_prefilled_and_not_trained(tmp_path: Path) -> None
     assert step.rollout.prefill_s == pytest.approx(16 * 0.6 / 24)
 
 
-def test_a_run_without_measurements_is_refused(tmp_path: Path) -> None:
+def test_a_run_without_measurements_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 0.5}\n')
     work = nano("if_rl", 128).work

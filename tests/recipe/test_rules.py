@@ -134,7 +134,7 @@ def test_names_of_files(name: str, expected: bool) -> None:
 
 @pytest.mark.parametrize("path", ["x" * 256, "a/" * 2048, "a\0b", "\ud83d", "a/" + "é" * 128])
 @pytest.mark.parametrize("kind", RECIPES)
-def test_a_path_that_no_file_system_has_is_refused(kind: str, path: str) -> None:
+def test_a_path_that_no_file_system_has_is_rejected(kind: str, path: str) -> None:
     recipe = RECIPES[kind]
     if kind == "scores":
         name = "scores.domains.0.heldout_path"

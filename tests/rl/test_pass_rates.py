@@ -34,7 +34,7 @@ from nemocascade.recipe.pass_rates import PassRateSettings, settings_of_stage
 from nemocascade.rl.row_rates import Journal, open_journal, read_row_tasks, write_rated
 from nemocascade.rl.tasks import read_tasks
 from nemocascade.rollout.servers import ServerError
-from nemocascade.runtime.row_errors import DataError, refuse_row
+from nemocascade.runtime.row_errors import DataError, reject_row
 from nemocascade.runtime.stopping import Stopped
 from nemocascade.stages.pass_rates import run_pass_rates
 from nemocascade.types import Environment, Message, Prompt, Verdict
@@ -398,5 +398,5 @@ def test_a_row_without_a_verdict_has_no_rate(
     rates = {0: {"pass_rate": None, "pass_rate_samples": 0}}
     assert write_rated(path, output, rates, ()) == 2
     assert lines_of(output) == [row(1) | rates[0], row(2)]
-    prompts = list(environments["math"].read(output, refuse_row, ()))
+    prompts = list(environments["math"].read(output, reject_row, ()))
     assert [p.pass_rate for p in prompts] == [None, None]

@@ -128,7 +128,7 @@ def write(
         memory[blocks[at // size], at % size] = tokens[-1]
 
 
-def test_the_pool_refuses() -> None:
+def test_the_pool_rejects_unfit_calls() -> None:
     pool = BlockPool(2, 4)
     [block, _] = pool.take(2)
     with pytest.raises(ValueError, match="1 blocks are wanted, and 0 of 2 are free"):

@@ -188,9 +188,9 @@ def test_a_slow_server_costs_one_timeout(server: FakeServer) -> None:
         assert engine.pool.counts["timeout"] >= 1
 
 
-def test_a_refused_request_names_the_server(server: FakeServer) -> None:
+def test_a_rejected_request_names_the_server(server: FakeServer) -> None:
     server.faults = ["400"]
-    with pytest.raises(ServerError, match=r"127.0.0.1:\d+ refuses the request.*status 400"):
+    with pytest.raises(ServerError, match=r"127.0.0.1:\d+ rejects the request.*status 400"):
         list(engine_of(server).run(requests(1), SHORT))
 
 

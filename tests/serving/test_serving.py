@@ -471,7 +471,7 @@ def environments() -> Iterator[dict[str, Domain]]:
     close_environments(found)
 
 
-def test_a_context_beyond_memory_is_refused_before_it_is_served(
+def test_a_context_beyond_memory_is_rejected_before_it_is_served(
     artifact: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = ServeSettings(
@@ -482,7 +482,7 @@ def test_a_context_beyond_memory_is_refused_before_it_is_served(
     assert "http://" not in caplog.text
 
 
-def test_a_task_beyond_the_context_is_refused(
+def test_a_task_beyond_the_context_is_rejected(
     artifact: str, environments: dict[str, Domain], tmp_path: Path
 ) -> None:
     shown: list[str] = []

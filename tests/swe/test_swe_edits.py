@@ -63,7 +63,7 @@ def test_faults_are_named(text: str, fault: str) -> None:
         "a" * 600,
     ],
 )
-def test_paths_that_lead_outside_are_refused(path: str) -> None:
+def test_paths_that_lead_outside_are_rejected(path: str) -> None:
     with pytest.raises(EditError, match="no path inside of the repository"):
         checked_path(path)
     with pytest.raises(EditError, match="no path inside of the repository"):
@@ -106,7 +106,7 @@ def test_line_ends_and_indentation_are_kept(text: str, before: str, after: str) 
         (block("", "", "n.py"), "without any line"),
     ],
 )
-def test_edits_that_do_not_fit_are_refused(text: str, fault: str) -> None:
+def test_edits_that_do_not_fit_are_rejected(text: str, fault: str) -> None:
     with pytest.raises(EditError, match=fault):
         apply_edits(FILES, parse_edits(text))
 

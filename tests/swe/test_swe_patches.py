@@ -103,7 +103,7 @@ def test_prose_and_a_mail_around_a_patch_are_not_read() -> None:
         (ONE.replace("a.py", "a\0.py"), "the patch cannot be read"),
     ],
 )
-def test_patches_that_cannot_be_read_are_refused(patch: str, fault: str) -> None:
+def test_patches_that_cannot_be_read_are_rejected(patch: str, fault: str) -> None:
     with pytest.raises(PatchError, match=fault):
         parse_patch(patch)
 
@@ -122,7 +122,7 @@ def test_patches_that_cannot_be_read_are_refused(patch: str, fault: str) -> None
         (ONE.replace("a.py", "x.bin"), "x.bin: the patch changes lines, but the file is no text"),
     ],
 )
-def test_patches_that_do_not_fit_are_refused(patch: str, fault: str) -> None:
+def test_patches_that_do_not_fit_are_rejected(patch: str, fault: str) -> None:
     with pytest.raises(PatchError, match=fault):
         apply_patch({**FILES, "x.bin": b"\xff"}, patch)
 

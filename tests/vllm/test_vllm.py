@@ -159,7 +159,7 @@ def test_log_probabilities_over_updates(
 
 
 @pytest.mark.parametrize("resets", [True, False])
-def test_the_probe_refuses_a_stale_cache(
+def test_the_probe_rejects_a_stale_cache(
     world: World, resets: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the reset an update passes; without it the server goes on from the old weights."""

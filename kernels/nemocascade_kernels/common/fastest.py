@@ -64,7 +64,7 @@ def measure(ways: Mapping[str, Callable[[], object]]) -> dict[str, float | None]
     for way, call in ways.items():
         try:
             call()
-        except Exception:  # a library may refuse a processor in any way
+        except Exception:  # a library may reject a processor in any way
             best[way] = None
         else:
             best[way] = float("inf")

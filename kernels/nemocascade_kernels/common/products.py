@@ -134,7 +134,7 @@ def limitation(kind: str, way: str) -> str | None:
         return "this torch does not export it"
     try:
         _trial_call(kind, way, (2, 8, 8))()
-    except Exception as error:  # torch passes a library's refusal on without its words
+    except Exception as error:  # torch passes on a library's error without its text
         return f"{way} fails on this processor: {' '.join(str(error).split())[:120]}"
     return None
 

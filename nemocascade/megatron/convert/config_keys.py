@@ -1,7 +1,7 @@
 """Keys of a `config.json`: spellings, fixed values, and keys without effect on the model.
 
 Every key of a folder is read, or has the one value that our model has, or is listed here as
-harmless. Any other key is a refusal: it may change what the model computes.
+harmless. Any other key is an error: it may change what the model computes.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def main(settings_text: str) -> None:
     try:
         _settle(settings)
     except (OSError, KeyError) as error:
-        channel.send(json.dumps({"refused": f"{type(error).__name__}: {error}"}).encode())
+        channel.send(json.dumps({"unavailable": f"{type(error).__name__}: {error}"}).encode())
         return
     channel.send(json.dumps({"ready": True}).encode())
     while True:
@@ -122,7 +122,7 @@ def _supervise(fds: list[int], settings: dict[str, Any], watch: Watch) -> dict[s
     if not text.isdigit():
         if settings["isolation"] == "none":
             shutil.rmtree(settings["scratch"], ignore_errors=True)
-        return {"refused": text or "the child that isolates a program died"}
+        return {"unavailable": text or "the child that isolates a program died"}
     program = int(text)
     over_time, waited_s = watch(program)
     _, status, usage = os.wait4(program, 0)
