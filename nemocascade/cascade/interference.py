@@ -117,7 +117,9 @@ def _problems(
     found = [f"--stages names {name} twice" for name in repeated(stages)]
     for name in dict.fromkeys(stages):
         if name not in known:
-            found.append(f"--stages {name!r} is no stage: use RL stages of the cascade ({allowed})")
+            found.append(
+                f"--stages {name!r} is not a stage: use RL stages of the cascade ({allowed})"
+            )
         elif name not in trainable:
             found.append(
                 f"--stages {name} is {known[name].kind}: only RL stages (GRPO) are measured; use "
@@ -128,7 +130,7 @@ def _problems(
     if settings.pairs and len(stages) == 1:
         found.append(f"--pairs needs two stages, and there is only {stages[0]}: name another")
     if settings.start and settings.start not in known:
-        found.append(f"--start {settings.start!r} is no stage: use one of {', '.join(known)}")
+        found.append(f"--start {settings.start!r} is not a stage: use one of {', '.join(known)}")
     return found
 
 

@@ -38,20 +38,20 @@ class Listed:
 def listed_in(run_dir: Path) -> Listed:
     """Read a run's cascade.json.
 
-    Raises ReportError if it cannot be read, is damaged, or names a stage that is no folder of the
-    run.
+    Raises ReportError if it cannot be read, is damaged, or names a stage that is not a folder of
+    the run.
     """
     found = read_cascade(run_dir)
     try:
         run = record_of(Listed, {name: found[name] for name in ("stages", "teachers", "alarms")})
     except ValueError as error:
         raise ReportError(
-            f"{run_dir / CASCADE} is damaged ({error}): start the cascade again to mend it"
+            f"{run_dir / CASCADE} is damaged ({error}): start the cascade again to fix it"
         ) from None
     if wrong := [s.name for s in run.stages if not STAGE_NAME.fullmatch(s.name)]:
         raise ReportError(
-            f"{run_dir / CASCADE} names the stage {wrong[0]!r}, which is no folder of this run: "
-            "start the cascade again to mend it"
+            f"{run_dir / CASCADE} names the stage {wrong[0]!r}, which is not a folder of this run: "
+            "start the cascade again to fix it"
         )
     return run
 

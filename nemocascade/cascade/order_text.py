@@ -18,7 +18,7 @@ def order_text(advice: OrderAdvice) -> str:
     ]
     if advice.other_scales:
         parts.append(
-            f"rewards of {', '.join(advice.other_scales)} do not lie in 0..1: --weights says what "
+            f"rewards of {', '.join(advice.other_scales)} are not in 0..1: --weights says what "
             "they count"
         )
     if advice.fit is None:
@@ -73,13 +73,13 @@ def _orders(advice: OrderAdvice) -> list[str]:
     if own.differs:
         lines.append(
             f"the recipe's own order is {_points(own.behind)} behind the best, "
-            f"{far} of its pairs of stages stand otherwise, {near} if the nearest of those that do "
+            f"{far} of its pairs of stages are reversed, {near} if the nearest of those that do "
             f"not differ is taken: {_line(own)}"
         )
     else:
         lines.append(
             f"the recipe's own order does not differ from the best ({_points(own.behind)} behind, "
-            f"{far} pairs of stages stand otherwise), so it is the one proposed: {_line(own)}"
+            f"{far} pairs of stages are reversed), so it is the one proposed: {_line(own)}"
         )
     return [
         *lines,

@@ -242,7 +242,7 @@ class _Run:
 
     def _report(self) -> None:
         """Bring the page of the unfinished run up to date; `launch` writes that of a finished one.
-        A report that fails is no reason to end a run."""
+        A report that fails is not a reason to end a run."""
         if all(s["status"] == "done" for s in read_cascade(self.run_dir)["stages"]):
             return
         try:

@@ -109,7 +109,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def begin(self, loop: int, *targets: Any) -> str:
-        """Return the mark at the start of a loop's body; empty if it is no loop over messages."""
+        """The mark at the start of a loop's body; empty if it is not a loop over messages."""
         run: Rendering = self._runs.current
         run.spend(None)
         index = next((run.messages[id(t)] for t in targets if id(t) in run.messages), None)

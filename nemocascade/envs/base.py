@@ -199,7 +199,7 @@ class Domain(ABC):
                 row = flattened(row)
                 if not self.claims(row):
                     if not any(other.claims(row) for other in others):
-                        raise RowError(f"it is no row of {self.domain}: fields {sorted(row)}")
+                        raise RowError(f"it is not a row of {self.domain}: fields {sorted(row)}")
                     theirs += 1
                     continue
                 prepared = self.prepare(fields.declared(row), folder)
@@ -276,7 +276,7 @@ class Domain(ABC):
             found: Any = self.check(prompt, response)
             if not isinstance(found, Verdict):
                 raise TypeError(
-                    f"check of {self.domain} returned {found!r}, which is no Verdict: return "
+                    f"check of {self.domain} returned {found!r}, which is not a Verdict: return "
                     "Verdict(reward)"
                 )
             return found

@@ -219,5 +219,5 @@ def _shortened(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     end = limit // 2
-    note = f"[{len(text) - limit} of {len(text)} characters left out]"
+    note = f"[{len(text) - limit} of {len(text)} characters omitted]"
     return f"{text[: limit - end]}\n{note}\n{text[len(text) - end :]}"

@@ -248,12 +248,12 @@ def _model_of(recipe: Any, preset: str) -> ModelConfig:
         return model
     if preset:
         if preset not in PRESETS:
-            raise PlanError(f"--model {preset!r} is no preset: use {', '.join(PRESETS)}")
+            raise PlanError(f"--model {preset!r} is not a preset: use {', '.join(PRESETS)}")
         return PRESETS[preset]()
     folder = Path(recipe.init_from)
     if not recipe.init_from or not folder.is_dir():
         raise PlanError(
-            f"the recipe takes its model from init_from({recipe.init_from!r}), which is no "
+            f"the recipe takes its model from init_from({recipe.init_from!r}), which is not a "
             "artifact folder: name one, or say --model with a preset to plan ahead"
         )
     # Imported here: Megatron-Core takes 3 s, and a recipe with a model of its own needs none.

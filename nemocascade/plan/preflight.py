@@ -116,7 +116,7 @@ def check_files(recipe: Any, into: Preflight) -> None:
             if not (built and name == "data.non_thinking_path")
         ]
         missing = [
-            f"{name}: {path} does not exist: mend --{_option(name)}"
+            f"{name}: {path} does not exist: fix --{_option(name)}"
             for name, path in paths
             if not Path(path).exists()
         ]
@@ -144,7 +144,7 @@ def check_rows(recipe: Any, into: Preflight) -> None:
                     # A chunk is a few hundred rows.
                     next(iter(read_chunks(file)))
             except DataError as error:
-                problems.append(f"{name}: {error}: mend --{_option(name)}")
+                problems.append(f"{name}: {error}: fix --{_option(name)}")
         into.add("rows", list(dict.fromkeys(problems)), f"{count} files")
 
 
@@ -187,7 +187,7 @@ def check_servers(recipe: Any, into: Preflight) -> None:
         urls = list(named_paths(recipe, "url"))
         warnings = [
             f"{name}: nobody answers at {url} from this host ({reason}): start the server before "
-            f"the job, or mend --{_option(name)}"
+            f"the job, or fix --{_option(name)}"
             for name, url in urls
             if (reason := _unreachable(url))
         ]

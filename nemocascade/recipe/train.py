@@ -250,7 +250,7 @@ class EngineConfig:
         unknown = "".join(sorted(set(self.recompute_layers) - set(LAYER_SYMBOLS)))
         if unknown:
             return [
-                f"engine.recompute_layers({self.recompute_layers}) has {unknown!r}, which is no "
+                f"engine.recompute_layers({self.recompute_layers}) has {unknown!r}, which is not a "
                 f"kind of layer: use symbols of {LAYER_SYMBOLS}, such as ME"
             ]
         if self.recompute and self.recompute_layers:

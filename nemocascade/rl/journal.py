@@ -254,7 +254,7 @@ class Journal:
         except DamagedRecordError as error:
             return str(error)
         except (KeyError, TypeError, ValueError) as error:
-            return f"a record that is no rollout ({type(error).__name__}: {error})"
+            return f"a record that is not a rollout ({type(error).__name__}: {error})"
         except OSError as error:
             if file == self.world.rank:
                 # It may be whole: nothing is appended, and nothing cut off.

@@ -29,7 +29,7 @@ _ROUNDING = 1e-2
 
 
 class BadReplyError(ValueError):
-    """A reply is no usable completion."""
+    """A reply is not a usable completion."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def read_answer(
             f"{len(ids)} tokens with {len(logprobs)} log-probabilities: training needs one for each"
         )
     wrong = next((x for x in logprobs if not math.isfinite(x) or x > _ROUNDING), None)
-    # The processed logits of a greedy answer are no probabilities.
+    # The processed logits of a greedy answer are not probabilities.
     if wrong is not None and sampling.temperature and trains:
         raise BadReplyError(f"a log-probability is {wrong}")
     return Answer(ids, logprobs, finish, None if experts is None else _experts(experts))

@@ -45,13 +45,13 @@ class Sampling:
         faults = []
         if self.temperature and not COLDEST <= self.temperature <= HOTTEST:
             faults.append(
-                f"temperature({self.temperature}) must be 0, which is greedy, or lie in "
+                f"temperature({self.temperature}) must be 0, which is greedy, or in "
                 f"{COLDEST}..{HOTTEST}"
             )
         if self.top_k < 0:
             faults.append(f"top_k({self.top_k}) must be at least 0, and 0 is all")
         if not 0 < self.top_p <= 1:
-            faults.append(f"top_p({self.top_p}) must lie in (0, 1], and 1 is all")
+            faults.append(f"top_p({self.top_p}) must be in (0, 1], and 1 is all")
         if self.max_tokens < 1:
             faults.append(f"max_tokens({self.max_tokens}) must be at least 1")
         if any(not s for s in (*self.stop_tokens, *self.stop_strings)):

@@ -334,7 +334,7 @@ class ServerEngine:
 
 
 def _final(server: Server, error: HttpError) -> Exception:
-    """The error for a request that no retry can mend."""
+    """The error for a request that no retry can fix."""
     if error.kind == "closed":
         return ServerError("the requests were cut off, because the engine was closed")
     return ServerError(f"the rollout server {server.url} rejects the request: {error}")

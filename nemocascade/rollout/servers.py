@@ -188,7 +188,7 @@ class ServerPool:
                 raise ServerError(f"a rollout server rejects its key or path: {error}") from None
             return str(error)
         except (ValueError, LookupError, TypeError) as error:
-            return f"/v1/models is no list of models ({type(error).__name__})"
+            return f"/v1/models is not a list of models ({type(error).__name__})"
         finally:
             http.close()
         if self.settings.model not in names:

@@ -105,7 +105,7 @@ def find_files(name: str | Path) -> list[str]:
             raise DataError(f"{path}: the folder holds no file of {KINDS}")
         return found
     if not path.is_file():
-        what = "is no regular file" if path.exists() else "no such file or folder"
+        what = "is not a regular file" if path.exists() else "no such file or folder"
         raise DataError(f"{path}: {what}; name data files, or folders of them")
     if not kind_of(path):
         raise DataError(f"{path}: unknown kind of file, known are {KINDS}")

@@ -80,7 +80,9 @@ def _check_text(text: str) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             half = text[error.start]
-            raise RowError(f"half a surrogate pair in a text ({half!r} is no character)") from None
+            raise RowError(
+                f"half a surrogate pair in a text ({half!r} is not a character)"
+            ) from None
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def _number(text: str) -> float:
 
 
 def _reject(name: str) -> NoReturn:
-    raise RowError(f"the value {name} is no JSON")
+    raise RowError(f"the value {name} is not JSON")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=_reject)

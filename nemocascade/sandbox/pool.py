@@ -55,7 +55,7 @@ class SandboxPool:
         if problems := self.config.problems():
             raise ValueError("; ".join(problems))
         if missing := [path for path in self.config.packages if not os.path.isdir(path)]:
-            raise ValueError(f"sandbox.packages: {', '.join(missing)} is no folder here")
+            raise ValueError(f"sandbox.packages: {', '.join(missing)} is not a folder here")
         self._modules = launch.installed(modules)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.isolation, first = self._choose()

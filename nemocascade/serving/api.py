@@ -137,7 +137,7 @@ def messages_of(messages: Sequence[Message]) -> tuple[Message, ...]:
     """The turns of a prompt. Raises ApiError where no answer can follow them."""
     for number, message in enumerate(messages):
         if message.role == "system" and number:
-            raise ApiError(f"message {number}: a system turn must stand first", "messages")
+            raise ApiError(f"message {number}: a system turn must come first", "messages")
     if messages[-1].role not in ("user", "tool"):
         raise ApiError(
             f"the last turn is the {messages[-1].role}'s: end with a user's or a tool's", "messages"
@@ -324,7 +324,7 @@ def typed_arguments(call: ToolCall, schema: Mapping[str, Any]) -> dict[str, Any]
     for name, value in call.arguments.items():
         kinds = _declared_types(properties.get(name))
         if isinstance(value, str) and kinds and "string" not in kinds:
-            # Text that is no JSON stays as the model wrote it.
+            # Text that is not JSON stays as the model wrote it.
             with contextlib.suppress(ValueError, RecursionError):
                 value = json.loads(_CONSTANTS.get(value, value))
         found[name] = value

@@ -116,7 +116,7 @@ class Talk:
             elif command == "/task":
                 self.task()
             elif command.startswith("/"):
-                self.write(f"{printable(command)} is no command\n{HELP}\n")
+                self.write(f"{printable(command)} is not a command\n{HELP}\n")
             elif line:
                 self.say(line)
 

@@ -208,7 +208,7 @@ async def _body(request: Request) -> Mapping[str, Any]:
     try:
         body = parse_json(data)
     except ValueError as error:
-        raise ApiError(f"the body is no JSON: {error}") from None
+        raise ApiError(f"the body is not JSON: {error}") from None
     if not isinstance(body, Mapping):
         raise ApiError("the body must be a JSON object")
     return body

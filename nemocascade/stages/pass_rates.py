@@ -56,7 +56,7 @@ def run_pass_rates(settings: PassRateSettings) -> dict[str, Any]:
     """Sample, verify and write; returns counts for the user. Every rank calls it.
 
     Raises RecipeError for invalid settings, CheckpointError if the artifact cannot be read,
-    DataError for rows that are no tasks, FolderInUseError if another job writes the same output,
+    DataError for rows that are not tasks, FolderInUseError if another job writes the same output,
     ServerError if the server fails, and Stopped if OUTPUT.progress/stop asks for it.
     """
     problems = settings.problems() + judge_problems(settings.envs.judge)

@@ -101,7 +101,7 @@ def test_a_cascade_trains_on_a_built_folder(tmp_path: Path, rows: Path) -> None:
     assert "sft: run" in before
     assert "sft: keep" in after
     assert "more: keep" in after
-    assert code == 75, "an artifact that cannot be read now is no reason to train again"
+    assert code == 75, "an artifact that cannot be read now is not a reason to train again"
     for stage in ("sft", "more"):
         assert read_artifact(run_dir / "stages" / stage / "artifact").data["path"] == [str(folder)]
 

@@ -246,7 +246,7 @@ def test_damage_is_counted_and_shown(tmp_path: Path) -> None:
         (metrics, "damaged lines, skipped"): 2,
         (metrics, "lines without a step, skipped"): 1,
         (metrics, "values of grad_norm that are not finite, skipped"): 1,
-        (metrics, "steps that stand twice: the later line counts"): 1,
+        (metrics, "steps with two lines: the later one counts"): 1,
         ("stages/sft/metrics.jsonl", "missing"): 1,
         ("stages/sft/scores.json", "damaged, skipped"): 1,
         ("stages/multi_domain_rl/recipe.json", "damaged, skipped"): 1,
@@ -258,7 +258,7 @@ def test_damage_is_counted_and_shown(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "name the run folder"), ("{", "is no JSON"), ('{"version": 9}', "this program reads")],
+    [(None, "name the run folder"), ("{", "is not JSON"), ('{"version": 9}', "this program reads")],
 )
 def test_a_folder_without_a_cascade_is_rejected(
     tmp_path: Path, content: str | None, message: str
@@ -335,13 +335,13 @@ def test_a_stage_cannot_name_a_folder_elsewhere(tmp_path: Path) -> None:
     cascade["stages"][0]["name"] = "a" * 300
     (run / "cascade.json").write_text(json.dumps(cascade))
     assert len(read_run(run).faults) == 1
-    with pytest.raises(ReportError, match="which is no folder of this run"):
+    with pytest.raises(ReportError, match="which is not a folder of this run"):
         report_text(run)
 
 
 def test_long_texts_and_long_curves_are_bounded() -> None:
     text = shortened("a" * 90_000 + "b" * 1_000, 4_000)
-    assert "87,000 characters left out" in text
+    assert "87,000 characters omitted" in text
     assert text.startswith("a" * 3_000)
     assert text.endswith("b" * 1_000)
     curve = [(step, float(step % 7)) for step in range(33_000)]

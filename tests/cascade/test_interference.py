@@ -75,7 +75,7 @@ def test_what_cannot_be_measured_is_rejected() -> None:
 
     text = message(stages=("if_rl", "mopd", "nope", "if_rl"), start="other")
     assert "mopd is mopd: only RL stages" in text
-    assert "'nope' is no stage" in text
+    assert "'nope' is not a stage" in text
     assert "if_rl twice" in text
     assert "--start 'other'" in text
     assert "--pairs needs two stages" in message(stages=("if_rl",), pairs=True)

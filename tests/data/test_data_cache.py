@@ -220,7 +220,7 @@ def test_blocks_are_hashed_each(
     assert cache.manifest["files"]["tokens.bin"] == {"bytes": len(data), "sha256": expected}
 
 
-def test_reasoning_that_is_left_out_is_reported(
+def test_reasoning_that_is_omitted_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)

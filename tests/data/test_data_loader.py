@@ -238,7 +238,7 @@ def test_an_error_while_prefetching_is_raised_in_its_step(
 
 
 def test_ranks_must_share_a_step_evenly(documents: DocumentSet) -> None:
-    with pytest.raises(DataError, match=r"sequences_per_step \(8\) is no multiple of .* \(3\)"):
+    with pytest.raises(DataError, match=r"sequences_per_step \(8\) is not a multiple of .* \(3\)"):
         _loader(documents, dp_size=3)
 
 

@@ -191,16 +191,16 @@ def test_skipped_files_are_counted_and_named(
         report_skipped(tmp_path)
     assert "5 files are skipped: .b.jsonl, gone.jsonl, more, pipe.jsonl, x.csv;" in caplog.text
     assert [Path(f).name for f in find_sources([str(tmp_path)])] == ["a.jsonl", "z.json"]
-    with pytest.raises(DataError, match=r"pipe\.jsonl: is no regular file"):
+    with pytest.raises(DataError, match=r"pipe\.jsonl: is not a regular file"):
         find_sources([str(tmp_path / "pipe.jsonl")])
     with pytest.raises(DataError, match=r"gone\.jsonl: no such file"):
         find_sources([str(tmp_path / "gone.jsonl")])
 
 
-def test_columns_of_other_types_are_left_out_and_named(
+def test_columns_of_other_types_are_skipped_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nanoseconds cannot become a Python value without pandas, and a map is no JSON object."""
+    """Nanoseconds cannot become a Python value without pandas, and a map is not a JSON object."""
     turn = pyarrow.struct([("role", pyarrow.string()), ("at", pyarrow.timestamp("ns"))])
     table = pyarrow.table(
         {
@@ -231,7 +231,7 @@ def test_values_of_columns_are_as_strict_as_json(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, path)
     bad = BadRows(2)
     assert list(read_rows([str(path)], bad)) == [(f"{path}:3", {"x": 2.0, "t": "b"})]
-    assert "1: the value nan is no JSON" in bad.examples[0]
+    assert "1: the value nan is not JSON" in bad.examples[0]
     assert "2: a text that is not UTF-8" in bad.examples[1]
 
 

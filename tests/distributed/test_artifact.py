@@ -158,7 +158,9 @@ def test_nothing_is_drawn_where_weights_are_loaded(
 
 
 def test_a_run_named_in_place_of_its_artifact_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no complete artifact; name the folder artifact of"):
+    with pytest.raises(
+        CheckpointError, match="not a complete artifact; name the folder artifact of"
+    ):
         read_artifact(tmp_path)
     (tmp_path / "artifact").mkdir()
     (tmp_path / "artifact" / "manifest.json").write_text("{}")

@@ -177,7 +177,7 @@ def test_future_imports_where_parts_are_compiled_alone(environments: dict[str, D
         ("mmlu_pro", {"answer": "Z", "answer_index": None}, "'Z' is none of the options"),
         ("mmlu_pro", {"options": "a, b"}, "options must be a list"),
         ("humaneval", {"test": "assert True"}, "test defines no function check"),
-        ("humaneval", {"entry_point": "1; x"}, "entry_point.* is no name of a function"),
+        ("humaneval", {"entry_point": "1; x"}, "entry_point.* is not the name of a function"),
         ("gsm8k", {"answer": "####"}, "answer does not end with a line '#### number'"),
         ("gsm8k", {"question": 5}, "question must be a text"),
     ],

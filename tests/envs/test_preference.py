@@ -302,7 +302,7 @@ def test_released_rows(tmp_path: Path) -> None:
         list(Preference(RuleJudge()).read(path))
     bad = BadRows(2)
     found = list(Preference(WrittenJudge()).read(path, bad.skip))
-    assert [f"{path}:{n}: it is no row of preference" for n in (3, 4)] == [
+    assert [f"{path}:{n}: it is not a row of preference" for n in (3, 4)] == [
         text.partition(": fields")[0] for text in bad.examples
     ]
     assert [p.answer["baseline"] for p in found] == [None, "Something one can do."]

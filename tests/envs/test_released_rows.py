@@ -118,7 +118,7 @@ def test_fields_may_stand_in_verifier_metadata(
         for given in (inner, json.dumps(inner))
     ]
     if name == "preference":  # a row with verifier_metadata is of another domain
-        with pytest.raises(DataError, match="it is no row of preference"):
+        with pytest.raises(DataError, match="it is not a row of preference"):
             list(domain.read(file_of(tmp_path / "rows.jsonl", *rows)))
         return
     for prompt in domain.read(file_of(tmp_path / "rows.jsonl", *rows)):
@@ -415,7 +415,7 @@ ADDED = (WHOSE[0], {**WHOSE[1], "status": "Lead"})
         ([ADDED], [(ADDED[0], {**ADDED[1], "status": "LEAD"})], False),
         ([ADDED], [(ADDED[0], {**ADDED[1], "customer_name": "n"})], True),
         ([ADDED], [(ADDED[0], {**ADDED[1], "notes": None})], False),
-        # A number is no text, and counts as missing.
+        # A number is not text, and counts as missing.
         ([(WON[0], {**WON[1], "new_value": 3})], [(WON[0], {**WON[1], "new_value": 4})], True),
         ([(WON[0], {**WON[1], "new_value": 3})], [(WON[0], {**WON[1], "new_value": "3"})], False),
     ],

@@ -161,7 +161,7 @@ def fuzz(
             raise
         except target.rejections:
             return None
-        # A reader's worst errors, such as a panic of a library, are no `Exception`.
+        # A reader's worst errors, such as a panic of a library, are not `Exception`.
         except BaseException as error:
             hangs += isinstance(error, HangError)
             return Failure(_origin(error), shown(case), data.hex(), traceback.format_exc())

@@ -228,7 +228,7 @@ def branches(root: str) -> dict[str, Any]:
     write_report(Path(run_dir))
     found["page"] = Path(run_dir, "report/interference.html").read_text(encoding="utf-8")
     found["index"] = Path(run_dir, "report/index.html").read_text(encoding="utf-8")
-    # Other scores of a measurement are no reason to score the cascade anew.
+    # Other scores of a measurement are not a reason to score the cascade anew.
     fewer = replace(base, scores=replace(base.scores, tasks=2))
     own = {n: Path(run_dir, n).read_bytes() for n in ("stages/sft/scores.json", "cascade.json")}
     measure_interference(fewer, InterferenceSettings("", stages=("if_rl",)))

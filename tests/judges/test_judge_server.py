@@ -226,7 +226,7 @@ def test_a_locked_cache_file_stops_nobody(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_cache_that_cannot_be_read_is_empty(tmp_path: Path) -> None:
-    assert AnswerCache(str(tmp_path)).get("a") is None, "a folder is no file"
+    assert AnswerCache(str(tmp_path)).get("a") is None, "a folder is not a file"
 
 
 def test_a_cache_forgets_what_was_used_longest_ago() -> None:

@@ -388,7 +388,7 @@ def spoil(header: dict[str, Any], **changes: Any) -> None:
     [
         (lambda data: data[:-4], "has .* bytes, its header says"),
         (lambda data: b"\xff" * 8 + data[8:], "longer than the file"),
-        (lambda data: with_header(data, lambda h: [h]), "its header is no JSON object"),
+        (lambda data: with_header(data, lambda h: [h]), "its header is not a JSON object"),
         (lambda data: with_header(data, lambda h: b"[" * 3000), "cannot be read"),
         (lambda data: with_header(data, lambda h: h.update(a=5)), "describes no tensor as 'a'"),
         (lambda data: with_header(data, lambda h: spoil(h, shape="ab")), "describes no tensor"),

@@ -411,7 +411,7 @@ def test_peft_loads_the_export(
 ) -> None:
     folder, model = stored
     if model.config.shape != DENSE:
-        pytest.skip("the hybrid's experts are no linears in transformers")
+        pytest.skip("the hybrid's experts are not linears in transformers")
     peft = installed("peft")
     import transformers
 

@@ -180,7 +180,7 @@ def test_a_search_finds_context_parallel_layouts() -> None:
 def test_rules_of_the_cut_are_named_and_the_nearest_keeps_cp() -> None:
     """A capacity that 2 x cp x tp does not divide, and a layout that needs too much memory."""
     [fault] = faults(sft(64, 262_144 + 8, tp=2, cp=8, ep=8))
-    assert "is no multiple of 2 x cp(8) x tp(2) = 32: set the capacity to" in fault
+    assert "is not a multiple of 2 x cp(8) x tp(2) = 32: set the capacity to" in fault
     job = sft(64, cp=4, ep=2)
     [fault] = faults(job)
     assert "GiB" in fault
@@ -255,7 +255,7 @@ def test_a_million_tokens_pass_preflight(tmp_path: Path) -> None:
     broken = replace(recipe, data=replace(recipe.data, capacity=MILLION + 16))
     found = Preflight()
     offline(broken, None, 32, found, dry_run=False, ahead=True)
-    assert any("no multiple of 2 x cp(8)" in p for p in found.problems)
+    assert any("not a multiple of 2 x cp(8)" in p for p in found.problems)
 
 
 def job_of(recipe: SftRecipe) -> Job:

@@ -278,7 +278,7 @@ def test_rows_that_cannot_be_read_are_problems(tmp_path: Path) -> None:
         strict=True,
     ):
         assert problem.startswith(f"domains.0.heldout_path: {tmp_path}")
-        assert problem.endswith("mend --domains.0.heldout-path")
+        assert problem.endswith("fix --domains.0.heldout-path")
         assert part in problem
 
 

@@ -43,7 +43,7 @@ def tool(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_predictions_are_in_range_save_for_known_misses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A miss that has come into the range is no miss any more, and loses its reason."""
+    """A miss that has come into the range is not a miss any more, and loses its reason."""
     published = tool("published_table", monkeypatch)
     least, most = published.RANGE
     assert len(published.RUNS) >= 12

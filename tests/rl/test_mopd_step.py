@@ -443,7 +443,7 @@ def test_settings_that_cannot_run_are_named() -> None:
     for part in (
         "math has no artifact",
         "code 0 times",
-        "office is no domain",
+        "office is not a domain",
         "ratio_low(3.0)",
         "which mopd.divergence(forward_kl) does not have",
         "dynamic_filtering",

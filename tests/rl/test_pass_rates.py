@@ -310,7 +310,7 @@ def settings(tmp_path: Path, **changes: Any) -> PassRateSettings:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"rows": ""}, r"rows\(''\) is no file: name a file"),
+        ({"rows": ""}, r"rows\(''\) is not a file: name a file"),
         ({"output": "x.parquet"}, r"output\('x.parquet'\) must name a file that ends in .jsonl"),
         ({"server": ""}, "set either --artifact or --server"),
         ({"artifact": "a"}, "set either --artifact or --server"),

@@ -164,7 +164,7 @@ def test_requests_go_to_the_least_loaded_server(server: FakeServer) -> None:
         assert min(counts) >= 10
 
 
-def test_a_lost_server_is_left_out(server: FakeServer) -> None:
+def test_a_lost_server_is_excluded(server: FakeServer) -> None:
     with fake_server() as other:
         engine = engine_of(server, other, concurrency=4)
         check(list(engine.run(requests(4), SHORT)), 4)

@@ -113,7 +113,7 @@ def test_proxies_of_the_environment_are_not_used(
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 def test_certificates(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A site's own authority counts; a certificate that nobody vouches for is no busy server."""
+    """A site's own authority counts; a certificate that nobody vouches for is not a busy server."""
     key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1"]
     make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]

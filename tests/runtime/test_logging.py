@@ -155,7 +155,7 @@ def test_a_line_fits_any_width_with_its_most_important_parts(width: int) -> None
     line = fitted(parts, width)
     assert len(line) <= width
     whole = [p.rank for p in parts if p.text and p.text in line]
-    # No part stands while a more important one is left out.
+    # No part is shown while a more important one is omitted.
     assert whole == sorted(whole, key=[1, 0, 2, 9, 3].index)
     assert not whole or max(whole) < 9 or len(whole) == 5
     if width >= 9:

@@ -265,7 +265,7 @@ def test_a_node_that_cannot_isolate_is_rejected_by_name(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("ray")
 def test_a_node_without_the_packages_is_rejected() -> None:
-    with pytest.raises(SandboxUnavailable, match=r"node node.*nowhere is no folder"):
+    with pytest.raises(SandboxUnavailable, match=r"node node.*nowhere is not a folder"):
         open_sandbox(replace(CONFIG, packages=("/nowhere",)))
 
 
@@ -286,7 +286,7 @@ def test_nodes_that_join_are_used_and_a_rejecting_one_is_not(
         wait_for(lambda: len(sandbox._nodes._nodes) == 3, 120, "the new node is not used")
         monkeypatch.setattr(launch, "missing", lambda isolation: "forbidden by this test")
         ray.cluster.append(FakeNode("bare", 8))
-        wait_for(lambda: "bare" in sandbox._nodes._left_out, 120, "it is not left out")
+        wait_for(lambda: "bare" in sandbox._nodes._excluded, 120, "it is not excluded")
         assert sandbox.run(Program("print(1)")).stdout == "1\n"
     assert "run" not in ray.cluster[-1].started
 

@@ -460,7 +460,7 @@ def test_a_chat_remembers_its_turns(artifact: str, tmp_path: Path) -> None:
     assert asked[1] > asked[0]
     text = "".join(shown)
     assert "[cut at 6 tokens: --max-tokens]" in text
-    assert "/nonsense is no command" in text
+    assert "/nonsense is not a command" in text
     assert "no task: start with --domain NAME" in text
 
 

@@ -110,7 +110,7 @@ def test_a_row_becomes_a_task_that_both_domains_read(
     out = tmp_path / "out"
     snapshot = f"snapshots/shop__cart@{row['base_commit']}"
     assert (found.made, found.kept, found.failed) == (["shop__cart-1"], [], {})
-    assert found.left_out == {snapshot: 1}
+    assert found.skipped == {snapshot: 1}
     assert "1 links and submodules are skipped" in found.text()
     assert sorted(p.name for p in out.iterdir()) == ["shop__cart-1", "snapshots"]
     # What git holds, untouched.
@@ -171,7 +171,7 @@ def test_clones_may_be_bare_and_lie_by_owner(
         ({"instance_id": "shop__cart-1"}, "a row before it has this instance_id"),
         ({"problem_statement": ""}, "is empty"),
         ({"patch": None}, "'patch' must be a text"),
-        ({"patch": "fix it"}, "no unified diff"),
+        ({"patch": "fix it"}, "not a unified diff"),
         ({"test_patch": " "}, "'test_patch' must be a text"),
         ({"test_patch": TEST_PATCH.replace("== 1", "== 2")}, "test_cart.py: hunk 1 does not apply"),
         ({"FAIL_TO_PASS": "[]"}, "names no test"),

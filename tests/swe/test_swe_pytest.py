@@ -205,7 +205,7 @@ FAKES = {
     "for name in ('tests.test_calc', 'test_calc'):\n"
     "    if name in sys.modules:\n"
     "        sys.modules[name].pytestmark = [pytest.mark.xfail]\n",
-    "a test that is left out": "import pytest\ndef double(x): pytest.skip('')\ncheck = double\n",
+    "a test that is skipped": "import pytest\ndef double(x): pytest.skip('')\ncheck = double\n",
     "the end of the session": "import pytest\npytest.exit('done', 0)\n",
 }
 

@@ -110,7 +110,7 @@ def test_a_file_that_cannot_be_read_is_named(
         read_snapshot(tmp_path)
 
 
-def test_links_that_are_left_out_are_a_warning(
+def test_links_that_are_skipped_are_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a.py").touch()
@@ -159,5 +159,7 @@ def test_ids_say_which_framework_runs_them(
 
 
 def test_pytest_cannot_run_dotted_ids() -> None:
-    with pytest.raises(ValueError, match=r"'tests\.test_a\.T\.test_b' is no test's name in pytest"):
+    with pytest.raises(
+        ValueError, match=r"'tests\.test_a\.T\.test_b' is not a test's name in pytest"
+    ):
         settings_of({}, {"FAIL_TO_PASS": ["tests.test_a.T.test_b"], "framework": "pytest"})

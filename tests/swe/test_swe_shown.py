@@ -65,7 +65,7 @@ def test_golden_files_are_cut_around_their_changes(max_chars: int) -> None:
             assert "\n```\n" + "\n".join(LINES[first - 1 : last]) + "\n```" in shown[path]
 
 
-def test_golden_files_are_never_left_out() -> None:
+def test_golden_files_are_never_omitted() -> None:
     shown = shown_files(
         "", {"a.py": TEXT}, ["a.py"], max_chars=1, retrieved=5, patch=patch_of("a.py", 9)
     )

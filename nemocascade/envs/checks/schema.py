@@ -68,7 +68,7 @@ def problem(schema: dict[str, Any], text: str, kind: str = "json") -> str | None
         odd = any(not isinstance(key, str) for part in _parts(value) for key in part)
     except (ValueError, RecursionError) as error:
         return f"not {kind.upper()}: {error}"[:300]
-    return "a key is no text" if odd else _violation(validator, value)
+    return "a key is not text" if odd else _violation(validator, value)
 
 
 def call_problem(
@@ -175,4 +175,4 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _reject(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
