@@ -191,7 +191,7 @@ def _teacher_problems(graph: StageGraph) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Choice:
+class StageChoice:
     """Selection of the stages that run.
 
     begin: first stage to run; earlier stages are used as they are, even if they are stale.

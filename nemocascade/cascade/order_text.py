@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nemocascade.cascade.effects import Effect
 from nemocascade.cascade.order import OrderAdvice, RankedOrder
-from nemocascade.cascade.order_mopd import MopdAdvice, Place
+from nemocascade.cascade.order_mopd import MopdAdvice, MopdPlace
 
 
 def order_text(advice: OrderAdvice) -> str:
@@ -129,7 +129,7 @@ def _mopd(advice: MopdAdvice) -> list[str]:
     return lines
 
 
-def _place(place: Place) -> str:
+def _place(place: MopdPlace) -> str:
     return f"after {place.after[-1]} it can win at most {_points(place.gain)} of the mean"
 
 

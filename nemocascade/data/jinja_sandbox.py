@@ -66,7 +66,7 @@ class Rendering:
             raise jinja2.TemplateError(f"it runs for more than {MAX_SECONDS:g} s")
 
 
-class Sandbox(ImmutableSandboxedEnvironment):
+class TemplateSandbox(ImmutableSandboxedEnvironment):
     """The sandbox. Templates compiled by it report loops, calls and outputs to the current run."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})

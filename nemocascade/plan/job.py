@@ -10,7 +10,7 @@ from nemocascade.megatron.generation.kv_cache import MOST_SLOTS
 from nemocascade.megatron.workspace import MixerBackend, planned_mixer, scan_problems
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.gpus import Gpu
-from nemocascade.plan.parameters import Place, StateBytes, state_bytes
+from nemocascade.plan.parameters import RankCoordinates, StateBytes, state_bytes
 from nemocascade.plan.workload import RolloutAssumptions, StepWork, work_of_recipe
 from nemocascade.recipe import (
     PRESETS,
@@ -139,7 +139,7 @@ class Job:
             )
         return found
 
-    def state(self, place: Place) -> StateBytes:
+    def state(self, place: RankCoordinates) -> StateBytes:
         """Parameters, gradients and optimizer state of the rank at `place`."""
         return state_bytes(
             self.model,

@@ -30,7 +30,7 @@ from nemocascade.plan.host_time import (
     operators,
 )
 from nemocascade.plan.job import Job
-from nemocascade.plan.parameters import Place, stage_chunks, stage_kinds
+from nemocascade.plan.parameters import RankCoordinates, stage_chunks, stage_kinds
 from nemocascade.plan.segments import crossed_segments, scan_rounds
 from nemocascade.train.flops import layer_flops
 
@@ -402,7 +402,7 @@ class StepModel:
     def _update(self) -> tuple[float, float, float]:
         """Seconds to reduce gradients, to gather weights, and of the update."""
         job, p = self.job, self.job.parallel
-        states = (job.state(Place(stage, 0, 0)) for stage in range(p.pp))
+        states = (job.state(RankCoordinates(stage, 0, 0)) for stage in range(p.pp))
         state = max(states, key=lambda s: s.gradients)
         replicas = job.replicas
         each = (replicas - 1) / replicas / self._speed(job.world_size)

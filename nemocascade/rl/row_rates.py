@@ -98,7 +98,7 @@ def _is_claimed(environment: Environment, row: Any) -> bool:
         return False
 
 
-class Journal:
+class RewardLog:
     """Rewards of finished samples, in FOLDER/rank_N.jsonl. Thread-safe. rank: of this process."""
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -141,7 +141,7 @@ def sample_missing(
     collector: Collector,
     asked: Mapping[int, Task],
     known: Verdicts,
-    journal: Journal,
+    journal: RewardLog,
     *,
     samples: int,
 ) -> Verdicts:

@@ -126,7 +126,7 @@ class Work(Protocol):
         """Called by every rank before a poll: raise what has failed on this rank meanwhile."""
 
 
-class Listed:
+class RequestList:
     """`Work` that is a list of requests, all of which are taken at once.
 
     Raises ValueError if two requests have one id.
@@ -186,7 +186,7 @@ class Completion:
 
 def as_work(requests: Sequence[Request] | Work) -> Work:
     """The requests as `Work`."""
-    return Listed(requests) if isinstance(requests, Sequence) else requests
+    return RequestList(requests) if isinstance(requests, Sequence) else requests
 
 
 Observe = Callable[[Sequence[int], Sequence[int], Sequence[float]], object]

@@ -348,7 +348,7 @@ def _declared_types(declared: Any) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ServedAnswer:
     """An answer. text: without its end. reply: parsed, for a chat. names: text of each token."""
 
     ids: list[int]
@@ -376,7 +376,9 @@ def usage(prompts: Sequence[Sequence[int]], written: int) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def choice_fields(asked: Asked, index: int, prompt: list[int], answer: Answer) -> dict[str, Any]:
+def choice_fields(
+    asked: Asked, index: int, prompt: list[int], answer: ServedAnswer
+) -> dict[str, Any]:
     """A finished choice of a reply that is not streamed."""
     fields: dict[str, Any] = {"index": index, "finish_reason": answer.finish}
     fields["logprobs"] = logprob_fields(asked, answer.ids, answer.logprobs, answer.names)

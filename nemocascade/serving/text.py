@@ -22,7 +22,7 @@ class TextDelta(NamedTuple):
     text: str
 
 
-class Decoder:
+class StreamDecoder:
     """Decodes tokens one by one. A character of several tokens comes with the last of them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

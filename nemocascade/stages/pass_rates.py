@@ -23,7 +23,7 @@ from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.rl.collector import Collector
 from nemocascade.rl.prompts import encode_prompts
 from nemocascade.rl.row_rates import (
-    Journal,
+    RewardLog,
     RowTasks,
     Verdicts,
     open_journal,
@@ -187,7 +187,7 @@ def _rate_rows(
         seed=settings.seed,
         threads=verifier_threads(rank_envs(settings.envs, world, engine)),
     )
-    with closing(Journal(folder, world.rank)) as journal:
+    with closing(RewardLog(folder, world.rank)) as journal:
         found = sample_missing(collector, asked, known, journal, samples=settings.samples)
     rewards: dict[int, list[float]] = {row: [] for row in asked}
     for (row, _), reward in sorted(found.items()):

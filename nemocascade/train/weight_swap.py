@@ -26,7 +26,7 @@ from nemocascade.types import Artifact
 WeightSet = list[Tensor]
 """This rank's shard of a model on the host, in the order of `live_tensors`."""
 
-Place = Callable[[str], None]
+ActivateSet = Callable[[str], None]
 """Copies a weight set, by its name, into the model."""
 
 
@@ -105,7 +105,7 @@ class WeightSwap:
             yield
 
     @contextmanager
-    def away(self) -> Iterator[Place]:
+    def away(self) -> Iterator[ActivateSet]:
         """Context manager for several swaps: yields a function that activates a set by its name.
 
         The model's own weights are copied and restored only once. Raises SwapError inside another

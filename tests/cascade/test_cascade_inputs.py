@@ -16,7 +16,7 @@ from helpers.data import qa_rows, sentencepiece_tokenizer, write_jsonl
 from helpers.ranks import run_ranks
 
 from nemocascade.cascade.comparison import compare
-from nemocascade.cascade.graph import Choice
+from nemocascade.cascade.graph import StageChoice
 from nemocascade.cascade.inputs import FileHashes, recipe_files, stage_inputs
 from nemocascade.cascade.preflight import check_cascade
 from nemocascade.cascade.run import dry_run, run_cascade
@@ -78,9 +78,9 @@ def run_and_decide(folder: str, tokenizer: str, run_dir: str) -> tuple[str, str,
     """The decisions before and after a run of the cascade, and the exit code if the file server of
     its artifacts does not answer."""
     cascade = cascade_on(Path(folder), tokenizer, run_dir)
-    before = dry_run(cascade, Choice())
+    before = dry_run(cascade, StageChoice())
     run_cascade(cascade)
-    after = dry_run(cascade, Choice())
+    after = dry_run(cascade, StageChoice())
     read = Path.read_text
 
     def silent(path: Path, *args: Any, **kwargs: Any) -> str:
@@ -89,7 +89,7 @@ def run_and_decide(folder: str, tokenizer: str, run_dir: str) -> tuple[str, str,
         return read(path, *args, **kwargs)
 
     with mock.patch.object(Path, "read_text", silent), pytest.raises(CheckpointError) as caught:
-        dry_run(cascade, Choice())
+        dry_run(cascade, StageChoice())
     return before, after, caught.value.exit_code
 
 

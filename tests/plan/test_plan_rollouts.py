@@ -16,7 +16,7 @@ import pytest
 from nemocascade.megatron.generation.kv_cache import MOST_SLOTS, state_bytes
 from nemocascade.plan import rollout_step
 from nemocascade.plan.errors import PlanError
-from nemocascade.plan.generation import Decoder, StepTerms, cache_bytes
+from nemocascade.plan.generation import DecodeTimeModel, StepTerms, cache_bytes
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import Job, job_of_recipe
 from nemocascade.plan.lengths import Lengths, find_lengths
@@ -247,16 +247,16 @@ def test_phases_add_what_stands() -> None:
 
 def test_decode_time_follows_bytes_launches_and_ranks() -> None:
     job = nano("if_rl", 128)
-    alone = Decoder(job, ParallelConfig())
+    alone = DecodeTimeModel(job, ParallelConfig())
     one, many = alone.step(1, 1, 1000), alone.step(64, 64, 64_000)
     # One row reads 3.2 B active parameters; the embedding is not read.
     assert one.weights * 4080e9 == pytest.approx(2 * 3.2e9, rel=0.1)
     assert many.weights < 10 * one.weights
     assert many.cache == 64 * one.cache
     assert many.launches == one.launches
-    eager = Decoder(replace(job, gpu=find_gpu("cpu")), ParallelConfig())
+    eager = DecodeTimeModel(replace(job, gpu=find_gpu("cpu")), ParallelConfig())
     assert eager.step(1, 1, 1).launches > 5 * one.launches
-    shared = Decoder(job, ParallelConfig(ep=8))
+    shared = DecodeTimeModel(job, ParallelConfig(ep=8))
     assert shared.members == 8
     # Rows of eight replicas read each expert once.
     assert shared.step(8, 64, 8000).weights < alone.step(8, 8, 8000).weights

@@ -31,7 +31,7 @@ from nemocascade.recipe import (
     RolloutConfig,
 )
 from nemocascade.recipe.pass_rates import PassRateSettings, settings_of_stage
-from nemocascade.rl.row_rates import Journal, open_journal, read_row_tasks, write_rated
+from nemocascade.rl.row_rates import RewardLog, open_journal, read_row_tasks, write_rated
 from nemocascade.rl.tasks import read_tasks
 from nemocascade.rollout.servers import ServerError
 from nemocascade.runtime.row_errors import DataError, reject_row
@@ -379,7 +379,7 @@ def test_a_journal_belongs_to_its_settings(tmp_path: Path) -> None:
     first = settings(tmp_path, rollout=RolloutConfig(slots=7)).key("digest", "tokens", "hash")
     assert open_journal(tmp_path, first) == {}
     for rank in (0, 1):
-        with closing(Journal(tmp_path, rank)) as journal:
+        with closing(RewardLog(tmp_path, rank)) as journal:
             journal.record(rank, 3, 0.5)
     same = settings(tmp_path, rollout=RolloutConfig(slots=9)).key("digest", "tokens", "hash")
     assert open_journal(tmp_path, same) == {(0, 3): 0.5, (1, 3): 0.5}

@@ -15,7 +15,7 @@ from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.replay import RouteRecorder
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ParallelConfig
-from nemocascade.rollout.engine import Completion, Listed, Request, Sampling, Supply
+from nemocascade.rollout.engine import Completion, Request, RequestList, Sampling, Supply
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.rollout.replies import RespondError
 from nemocascade.runtime.world import World
@@ -285,7 +285,7 @@ def test_routing_is_recorded(world: World, chunks: list[CascadeModel]) -> None:
     assert plain.routing is None
 
 
-class Pieces(Listed):
+class Pieces(RequestList):
     """Requests that are given out a few at a time; some are cancelled at a number of polls."""
 
     is_ordered = False

@@ -21,7 +21,7 @@ from helpers.fake_server import VOCABULARY, FakeServer, continued, fake_server, 
 
 from nemocascade.recipe import ModelConfig, RolloutConfig, RolloutServerConfig
 from nemocascade.rollout.completions import BadReplyError, drawn_ids, read_answer
-from nemocascade.rollout.engine import Completion, Listed, Request, Sampling, Supply
+from nemocascade.rollout.engine import Completion, Request, RequestList, Sampling, Supply
 from nemocascade.rollout.flight import Flight, request_name
 from nemocascade.rollout.server import ServerEngine
 from nemocascade.rollout.servers import ServerError, ServerPool
@@ -216,7 +216,7 @@ def test_nobody_waits_for_texts_that_are_not_wanted(server: FakeServer) -> None:
     assert time.monotonic() - started < 25
 
 
-class Cancelling(Listed):
+class Cancelling(RequestList):
     """Cancels all requests but one once that one has been answered.
 
     free_slots: the number given to the first poll.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nemocascade.megatron.checkpoint.errors import StorageProblem, storage_problem
 from nemocascade.megatron.checkpoint.storage import copied_to_host
-from nemocascade.megatron.checkpoint.writing import FolderTask, Outcome, Report, write_now
+from nemocascade.megatron.checkpoint.writing import FolderTask, Report, WriteOutcome, write_now
 from nemocascade.runtime.host_memory import available_memory
 from nemocascade.runtime.launcher import ranks_of_node
 from nemocascade.runtime.logging import LOGGER
@@ -44,7 +44,7 @@ class _Save:
     task: FolderTask
     thread: threading.Thread | None = None
     told: int = 0
-    outcome: Outcome = field(default_factory=Outcome)
+    outcome: WriteOutcome = field(default_factory=WriteOutcome)
 
 
 class Writer:
@@ -103,7 +103,7 @@ class Writer:
         self._wait(save)
         self._save = None
         self.world.watch.meet()
-        outcomes: list[Outcome] = self.world.all_gather_object(save.outcome)
+        outcomes: list[WriteOutcome] = self.world.all_gather_object(save.outcome)
         for outcome in outcomes:
             outcome.check(save.task.final)
         return True
@@ -165,7 +165,7 @@ class Writer:
             self._complete(save)
         except Exception as error:  # raised by `finish`
             problem = f"rank {self.world.rank} cannot write its part: {error!r}"
-            save.outcome = Outcome(problems=[storage_problem(problem, error)])
+            save.outcome = WriteOutcome(problems=[storage_problem(problem, error)])
         if save.outcome.problems:
             LOGGER.error("%s: %s", name, "; ".join(save.outcome.problems))
         elif self.world.is_main:
@@ -192,7 +192,7 @@ class Writer:
                 save.told, moved = told, time.monotonic()
             elif time.monotonic() - moved > self._give_up_s:
                 problem = f"{size - told} ranks do not finish their files"
-                return [Outcome(problems=[StorageProblem(problem)])]
+                return [WriteOutcome(problems=[StorageProblem(problem)])]
             else:
                 time.sleep(min(_POLL_S, 0.005 + (time.monotonic() - moved) / 20))
         keys = [f"{key}/{rank}" for rank in range(size)]
