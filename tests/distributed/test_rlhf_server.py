@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from helpers.ranks import run_ranks
+from helpers.rlhf import recipe
 from helpers.start_policy import start_policy
-from test_rlhf import recipe
 
 TIMEOUT_S = 4.0
 """Timeout of collectives: no wait for verdicts may depend on it."""

@@ -10,6 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.against_transformers import (
+    NEMOTRON_H,
+    QWEN3,
+    QWEN3_DENSE,
+    QWEN3_MOE,
+    TOLERANCE,
+    error,
+    packed_batch,
+    read_packed,
+    read_with_transformers,
+)
 from helpers.transformers_weights import (
     WeightMap,
     from_nemotron_h,
@@ -21,17 +32,6 @@ from helpers.transformers_weights import (
     randomise,
 )
 from safetensors.torch import load_file, save_file
-from test_model_against_transformers import (
-    NEMOTRON_H,
-    QWEN3,
-    QWEN3_DENSE,
-    QWEN3_MOE,
-    TOLERANCE,
-    error,
-    packed_batch,
-    read_packed,
-    read_with_transformers,
-)
 from torch import Tensor, nn
 
 from nemocascade.megatron.artifact import (

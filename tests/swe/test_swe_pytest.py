@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.sandbox import sandbox_or_skip
 from helpers.swe import copy_pytest
-from test_swe_repository import (
+from helpers.swe_attacks import (
     ATTACKS,
     FIND_TESTS,
     FIXED,
