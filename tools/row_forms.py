@@ -43,6 +43,8 @@ nemocascade data build ... --output data/sft_tokens \\
     --slurm.partition cpu --slurm.time 04:00:00 --slurm.tasks 96
 ```
 
+### The build
+
 - The same command resumes a build that was killed: finished shards stay. It shows the progress of
   a Slurm array.
 - One command builds a folder at a time, and the folder is not inside of `data.path`. Files that
@@ -51,6 +53,9 @@ nemocascade data build ... --output data/sft_tokens \\
   array is one shard: split large ones.
 - Bad rows are named and limited by `data.max_bad_rows`, as in a stage. A higher limit resumes
   where the build failed.
+
+### Its folder in a stage
+
 - Every rank maps the folder into its memory. Packs and batches are those that the rows give:
   packing needs the lengths alone, and a run may continue from rows to a folder with
   `--accept-changes True`.
