@@ -162,7 +162,7 @@ def score_table(run_dir: Path, run: CascadeListing) -> str:
 
 
 def _headings(domains: Sequence[str]) -> list[list[str]]:
-    """The rows above the scores: the words of each name stand below each other."""
+    """The rows above the scores: the words of each name are below each other."""
     words = [domain.split("_") for domain in domains]
     height = max(map(len, words))
     filled = [[*[""] * (height - len(w)), *(f"{word} " for word in w)] for w in words]

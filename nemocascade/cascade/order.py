@@ -165,7 +165,7 @@ def advise_order(
 
 
 def swaps[T](first: Sequence[T], second: Sequence[T]) -> int:
-    """Kendall's distance of two orders: pairs that stand in another order."""
+    """Kendall's distance of two orders: pairs that are in another order."""
     place = {stage: number for number, stage in enumerate(second)}
     return sum(place[a] > place[b] for a, b in itertools.combinations(first, 2))
 

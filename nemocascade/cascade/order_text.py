@@ -107,7 +107,7 @@ def _mopd(advice: MopdAdvice) -> list[str]:
     if not advice.places:
         lines = [
             "MOPD: not worth its place by these data: nowhere in this order does a measured "
-            "artifact lie above the student by more than noise"
+            "artifact are above the student by more than noise"
         ]
     else:
         best = advice.places[0]

@@ -46,7 +46,7 @@ class Rendering:
     """One rendering: what it has used, and the messages whose text it marks.
 
     messages: index by the id() of each message; empty if nothing is marked. marked: loops over
-        messages that have begun.
+        messages that have started.
     """
 
     mark: str

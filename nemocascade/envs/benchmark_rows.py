@@ -61,7 +61,7 @@ def check_rows(name: str, path: str) -> None:
     ]
     if bad:
         raise DataError(
-            f"{path}: {len(bad)} rows are none of {name}, whose rows have {', '.join(needed)}: "
+            f"{path}: {len(bad)} rows are not of {name}, whose rows have {', '.join(needed)}: "
             f"{bad[0]}; name another file, or another benchmark of {', '.join(BENCHMARKS)}"
         )
 

@@ -21,7 +21,7 @@ class RowForm:
     """A form of rows: what is done with each field, by its name, with dots for inner fields.
 
     read: fields that make the prompt or decide the verdict. No other field can be read. ignored:
-    fields that decide nothing; `a.*` stands for all further fields inside `a`. rejected: fields
+    fields that decide nothing; `a.*` means all further fields inside `a`. rejected: fields
     that decide verdicts in a way that is unknown here; a row with one is rejected.
     """
 
@@ -97,7 +97,7 @@ class DeclaredRow(dict[str, Any]):
 
 
 class RowFields:
-    """Fields of the rows of one source: the declared ones are handed on, others are counted."""
+    """Fields of the rows of one source: the declared ones are passed on, others are counted."""
 
     def __init__(self, domain: str, forms: Sequence[RowForm]) -> None:
         self._domain = domain

@@ -53,13 +53,13 @@ class SegmentRows:
         return slice(self.rows.start + self.bounds[-2], self.rows.stop)
 
     def pack(self, device: torch.device) -> PackedSeq:
-        """The segment's documents, as far as they lie in it."""
+        """The segment's documents, as far as they are in it."""
         return PackedSeq.from_cu_seqlens(self.bounds, device)
 
 
 @dataclass(frozen=True, eq=False)
 class RowRun:
-    """Consecutive rows of a rank: whole documents, as far as they lie in a segment.
+    """Consecutive rows of a rank: whole documents, as far as they are in a segment.
 
     continues: the segment of the one document that started in an earlier one; None: new documents.
     """

@@ -242,7 +242,7 @@ def check_disk(job: Job, recipe: Any, into: Preflight) -> None:
         if free < needed:
             problems.append(
                 f"{parent} has {free / GIB:.1f} GiB free; {keep + 1} checkpoints and the artifact "
-                f"take {needed / GIB:.1f} GiB: make room, or lower --checkpoint.keep"
+                f"take {needed / GIB:.1f} GiB: free some space, or lower --checkpoint.keep"
             )
         into.add("disk", problems, f"{needed / GIB:.1f} of {free / GIB:.1f} GiB free")
 

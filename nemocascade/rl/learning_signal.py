@@ -18,7 +18,7 @@ _SHOWN = 300
 
 
 class NothingLearntError(UserError, RuntimeError):
-    """No step of a stretch gave a learning signal; the message says why and what to do."""
+    """Several steps in a row gave no learning signal; the message says why and what to do."""
 
 
 class LearningSignal:

@@ -170,12 +170,12 @@ class SlotTable:
         """Forget the sampling rules that no sequence uses."""
         self._rules = {rule: rule for rule in self._rules.values() if rule in used}
 
-    def leave(self, sequence: ActiveSequence) -> None:
+    def free_slot(self, sequence: ActiveSequence) -> None:
         """Free the slot of a sequence that is suspended."""
         self.free.append(sequence.slot)
         sequence.slot = -1
 
-    def enter(self, sequence: ActiveSequence) -> None:
+    def assign_slot(self, sequence: ActiveSequence) -> None:
         """Assign a slot to a suspended sequence."""
         sequence.slot = self.free.pop()
 
@@ -278,4 +278,4 @@ class SlotTable:
         del self.sequences[sequence.seat]
         self.free_seats.append(sequence.seat)
         if sequence.slot >= 0:
-            self.leave(sequence)
+            self.free_slot(sequence)

@@ -31,7 +31,7 @@ NAME_WIDTH = 24
 
 class Option(NamedTuple):
     """A field as the command line names it. name: without dashes; empty for settings whose fields
-    stand beside those of their parent."""
+    are beside those of their parent."""
 
     name: str
     field: str
@@ -231,9 +231,9 @@ def _section_list(sections: Sequence[Option], path: tuple[str, ...], count: int)
         many = isinstance(option.value, tuple)
         about = type(option.value[0] if many else option.value).__doc__ or ""
         number = sum(1 for _ in leaves(_Holder(option.value)))
-        head, tail = f"  {name:{NAME_WIDTH}} ", f" ({number})"
-        left = width - len(head) - len(tail)
-        lines.append(head + textwrap.shorten(about, left, placeholder=" ...") + tail)
+        head, ending = f"  {name:{NAME_WIDTH}} ", f" ({number})"
+        left = width - len(head) - len(ending)
+        lines.append(head + textwrap.shorten(about, left, placeholder=" ...") + ending)
     example = ".".join((*path, sections[0].name))
     lines += [
         "",

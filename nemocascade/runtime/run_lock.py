@@ -221,7 +221,7 @@ class RunLock:
     def _beat(self) -> None:
         """Touch the lock file until the lock is released; end the process if another owns it."""
         while not self._stop.wait(self.interval_s):
-            with contextlib.suppress(OSError):  # a file system that is away for a while
+            with contextlib.suppress(OSError):  # a file system that is unavailable for a while
                 owner = _owner_of(self.path)
                 if owner == self.owner or (owner is None and self._create()):
                     os.utime(self.path)

@@ -208,7 +208,7 @@ class Checkpoints:
         Raises CheckpointError on every rank if a checkpoint that was in progress has failed.
         """
         is_asked, is_done = self.world.broadcast_object(
-            (self.world.stop.look(), self._writer.is_done)
+            (self.world.stop.poll(), self._writer.is_done)
         )
         if is_done:
             self.finish()

@@ -43,10 +43,10 @@ def test_pieces_are_small_and_only_those_asked_for_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    monkeypatch.setattr(row_files, "PIECE_ROWS", 50)
+    monkeypatch.setattr(row_files, "CHUNK_ROWS", 50)
     sizes = [len(chunk.numbers) for chunk in read_chunks([str(path)], max_rows=120)]
     assert sizes == [50, 50, 20]
-    monkeypatch.setattr(row_files, "PIECE_BYTES", 500)
+    monkeypatch.setattr(row_files, "CHUNK_BYTES", 500)
     assert max(sum(map(len, p.lines or ())) for p in read_chunks([str(path)])) < 500 + 1300
 
 
@@ -149,7 +149,7 @@ def test_arrays_are_read_in_chunks_of_any_size(
     rows = [{"t": '\\"x\\\\"' * i, "n": [[], {}, [{}]]} for i in range(20)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
-    monkeypatch.setattr(row_files, "PIECE_BYTES", size)
+    monkeypatch.setattr(row_files, "CHUNK_BYTES", size)
     assert [row for _, row in _read(path)] == rows
 
 

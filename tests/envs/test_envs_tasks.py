@@ -323,7 +323,11 @@ def test_released_rows(environments: dict[str, Domain], tmp_path: Path, name: st
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
-        ("multiple_choice", {"expected_answer": "C"}, r"'C' is none of the options \['A', 'B'\]"),
+        (
+            "multiple_choice",
+            {"expected_answer": "C"},
+            r"'C' is not one of the options \['A', 'B'\]",
+        ),
         ("multiple_choice", {"responses_create_params": {"input": []}}, "both empty"),
         ("instruction_following", {"kwargs": [{}]}, "2 instructions have 1 sets"),
         ("math", {"expected_answer": '["7f3a", "91bc"]'}, "a list of texts"),

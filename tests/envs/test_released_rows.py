@@ -464,7 +464,7 @@ def test_texts_of_a_call_become_values(text: Any, schema: Any, value: Any) -> No
     ("change", "reason"),
     [
         ({"response_mode": "audio"}, "response_mode 'audio' must be text or tool_call"),
-        ({"tool_name": "nobody"}, r"tool_name\('nobody'\) is none of the declared tools"),
+        ({"tool_name": "nobody"}, r"tool_name\('nobody'\) is not one of the declared tools"),
         ({"schema_str": "[]"}, "a schema must be an object"),
         ({"tool_payload_key": {"a": 1}}, "tool_payload_key must be a text, it is dict"),
     ],

@@ -229,7 +229,7 @@ def package_folder() -> str:
     ("registers", "shared", "warps", "blocks"),
     [
         (128, 98_328, 8, 2),
-        (129, 98_328, 8, 1),  # registers are handed out by eights
+        (129, 98_328, 8, 1),  # registers are allocated by eights
         (128, 115_712, 8, 2),
         (128, 115_720, 8, 1),
         (16, 0, 8, 8),  # threads bound it

@@ -453,7 +453,7 @@ def test_gradients_are_handed_out_once() -> None:
     hidden, weight = head.leaves()
     loss = linear_policy_loss(hidden, weight, head.target, Nll(torch.ones(9))).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="handed out its gradients already"):
+    with pytest.raises(RuntimeError, match="returned its gradients already"):
         loss.backward()
 
 

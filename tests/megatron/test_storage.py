@@ -78,8 +78,8 @@ def strided(values: torch.Tensor) -> torch.Tensor:
     """The same values in memory with gaps, as a slice of a fused weight has them."""
     if not values.ndim:
         return values.clone()
-    room = torch.empty([2 * n + 1 for n in values.shape], dtype=values.dtype)
-    view = room[tuple(slice(1, None, 2) for _ in values.shape)]
+    buffer = torch.empty([2 * n + 1 for n in values.shape], dtype=values.dtype)
+    view = buffer[tuple(slice(1, None, 2) for _ in values.shape)]
     return view.copy_(values)
 
 

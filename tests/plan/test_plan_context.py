@@ -245,7 +245,7 @@ def test_a_million_tokens_pass_preflight(tmp_path: Path) -> None:
     recipe = million(run_dir=str(tmp_path))
     found = Preflight()
     offline(recipe, job_of(recipe), 32, found, dry_run=True, ahead=True)
-    assert [p for p in found.problems if "make room" not in p] == []
+    assert [p for p in found.problems if "free some space" not in p] == []
     seen = {f.check: f.measured for f in found.findings}
     assert seen["dry run"].startswith("32 ranks of ")
     kept = replace(recipe, engine=replace(recipe.engine, recompute=False))

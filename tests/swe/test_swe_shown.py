@@ -33,7 +33,7 @@ def test_retrieved_files_fill_the_room_by_rank() -> None:
     }
     shown = shown_files("cart", files, ["gold.py"], max_chars=10_000, retrieved=3)
     assert list(shown) == ["best.py", "fair.py", "gold.py", "good.py"]
-    # The best one has no room; nothing worse than the third takes its place.
+    # The best one does not fit; nothing worse than the third takes its place.
     shown = shown_files("cart", files, ["gold.py"], max_chars=300, retrieved=3)
     assert list(shown) == ["fair.py", "gold.py", "good.py"]
     assert size(shown) <= 300

@@ -43,7 +43,7 @@ from nemocascade_kernels.moe_experts.triton_permute import (
     permute_kernel,
     unpermute_gradient_kernel,
     weights_gradient_kernel,
-    zero_tail_kernel,
+    zero_padding_kernel,
 )
 
 _PLAN_BLOCK = 128
@@ -128,7 +128,7 @@ def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, *, by_column: bool = Tru
     plan = make_plan(offsets, rows)
     out = _rows_product(x.contiguous(), w.contiguous(), plan, rows, by_column=by_column)
     if out.numel():
-        zero_tail_kernel[(multiprocessors(out.device),)](
+        zero_padding_kernel[(multiprocessors(out.device),)](
             out, offsets[-1:], rows, out.shape[1], BLOCK=_TAIL_BLOCK
         )
     return out

@@ -38,12 +38,12 @@ _POLL_S = 0.2
 
 @dataclass(eq=False)
 class _Save:
-    """A save in progress. told: number of parts that rank 0 knows of. outcome: set at the end, on
-    ranks other than 0 only if they could not tell their report."""
+    """A save in progress. reported: number of parts that rank 0 knows of. outcome: set at the end,
+    on ranks other than 0 only if they could not send their report."""
 
     task: FolderTask
     thread: threading.Thread | None = None
-    told: int = 0
+    reported: int = 0
     outcome: WriteOutcome = field(default_factory=WriteOutcome)
 
 
@@ -109,7 +109,7 @@ class Writer:
         return True
 
     def abandon(self) -> None:
-        """Wait on this rank alone until the save under way, if there is one, has ended.
+        """Wait on this rank alone until the running save, if there is one, has finished.
 
         After an error, so that a run completes its last save if its ranks can, and nothing writes
         to a folder that another job may own.
@@ -178,7 +178,7 @@ class Writer:
             return
         store, key = self._store, f"{self._name}/{self._number}"
         store.set(f"{key}/{self.world.rank}", pickle.dumps(report))
-        store.add(f"{key}/told", 1)
+        store.add(f"{key}/reported", 1)
         if self.world.is_main:
             save.outcome = save.task.finish(self._reports(save, key))
 
@@ -186,18 +186,18 @@ class Writer:
         """The reports of all ranks, on rank 0."""
         store, size = self._store, self.world.size
         moved = time.monotonic()
-        while save.told < size:
-            told = store.add(f"{key}/told", 0)
-            if told > save.told:
-                save.told, moved = told, time.monotonic()
+        while save.reported < size:
+            reported = store.add(f"{key}/reported", 0)
+            if reported > save.reported:
+                save.reported, moved = reported, time.monotonic()
             elif time.monotonic() - moved > self._give_up_s:
-                problem = f"{size - told} ranks do not finish their files"
+                problem = f"{size - reported} ranks do not finish their files"
                 return [WriteOutcome(problems=[StorageProblem(problem)])]
             else:
                 time.sleep(min(_POLL_S, 0.005 + (time.monotonic() - moved) / 20))
         keys = [f"{key}/{rank}" for rank in range(size)]
         reports = [pickle.loads(data) for data in store.multi_get(keys)]
-        for name in (*keys, f"{key}/told"):
+        for name in (*keys, f"{key}/reported"):
             store.delete_key(name)
         return reports
 
@@ -210,8 +210,8 @@ class Writer:
             size = 0
             with contextlib.suppress(OSError):
                 size = save.task.file.stat().st_size
-            if seen != (seen := (size, save.told)):
-                self.world.watch.progress(f"{size} bytes written, {save.told} parts are done")
+            if seen != (seen := (size, save.reported)):
+                self.world.watch.progress(f"{size} bytes written, {save.reported} parts are done")
 
 
 def _is_running(save: _Save) -> bool:

@@ -34,7 +34,7 @@ def merge_adapter(source: Path, target: Path, base: Path | None = None) -> tuple
     """Write the artifact `target` from the adapter `source`; returns its bytes and the number of
     merged tensors.
 
-    base: folder of the artifact that the adapter stands on; None is the one that it names.
+    base: folder of the adapter's base artifact; None is the one that it names.
 
     Raises ConversionError if `target` exists or `base` is another artifact, and CheckpointError if
     a folder is damaged.
