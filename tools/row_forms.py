@@ -13,7 +13,7 @@ from nemocascade.envs.row_forms import EVERY_ROW, RowForm
 HEAD = """# Rows of your data
 
 An environment reads its tasks from data files whose rows have the fields below. `a.b` is the
-field `b` inside of the field `a`. A field may also stand inside of `verifier_metadata`.
+field `b` inside of the field `a`. A field may also be inside of `verifier_metadata`.
 
 - A field in no table is named once for a path, with a count: it may be meant to change a verdict.
 - A field that is null or empty counts as missing.

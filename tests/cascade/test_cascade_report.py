@@ -73,7 +73,7 @@ def test_the_whole_run_is_in_the_report(finished: Path) -> None:
 
 
 def test_stages_have_the_numbers_of_the_progress_line(finished: Path) -> None:
-    """Side branches stand at the right, with their places in the order of the run."""
+    """Side branches are at the right, with their places in the order of the run."""
     run = read_run(finished)
     order = [words.words(name) for name, *_ in STAGES]
     page = (finished / "report" / "index.html").read_text()

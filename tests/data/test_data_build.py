@@ -310,7 +310,7 @@ def test_bad_rows_are_rejected_as_in_a_stage(tmp_path: Path, fmt: Any) -> None:
     # No shard has so many, all together have.
     with pytest.raises(DataError, match=r"3 bad rows, data\.max_bad_rows is 2(.|\n)*:81: no field"):
         _build(tmp_path / "out", replace(config, max_bad_rows=2))
-    # A higher limit goes on where the build failed.
+    # A higher limit resumes where the build failed.
     folder = _build(tmp_path / "out", replace(config, max_bad_rows=3))
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["bad_rows"], manifest["documents"]) == (3, 87)

@@ -335,7 +335,7 @@ def test_an_artifact_trained_on_another_template_says_so(
     assert said(stage="convert") == ""
     assert "another chat template (not recorded)" in said()
     assert "another chat template (0123) than" in said(template="0123")
-    # The template of the training text lies beside the tokenizer and is used.
+    # The template of the training text is beside the tokenizer and is used.
     (tmp_path / "chat_template.jinja").write_text(OWN_TEMPLATE.replace("These functions", "They"))
     assert "another chat template" in said(template=tokenizer.template.digest)
     assert said(template=load_tokenizer(tmp_path).template.digest) == ""

@@ -96,7 +96,7 @@ def check_same_layout(root: Path, whole: dict[str, Any], rest: dict[str, Any]) -
 def check_other_layout(
     moved: Path, source: Path, whole: dict[str, Any], rest: dict[str, Any], precision: str
 ) -> None:
-    """Loading gives the stored bits; training goes on as it would have, within rounding."""
+    """Loading gives the stored bits; training continues as it would have, within rounding."""
     changed = unequal(folder(moved / "loaded", HALF), folder(source, HALF), ignore=("rng/",))
     assert changed == []
     expected = pytest.approx(whole["losses"][HALF:], rel=LOSS_TOLERANCE[precision])

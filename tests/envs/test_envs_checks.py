@@ -171,7 +171,7 @@ def test_a_pattern_has_a_time_limit(hasty: ChildPool) -> None:
     assert (broken.reward, broken.fault) == (None, "row")
     assert "unterminated" in str(broken.error)
     good = ask(domain, choice("strict_single_letter_boxed", "B"), "B")
-    assert good.reward == 1.0, "the pool goes on"
+    assert good.reward == 1.0, "the pool continues"
 
 
 @pytest.mark.parametrize(

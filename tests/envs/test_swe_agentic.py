@@ -229,7 +229,7 @@ ANSWER = {
 
 @pytest.fixture(autouse=True)
 def binary_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that JSON cannot hold stands in the answer's repository."""
+    """A file that JSON cannot hold is in the answer's repository."""
 
     def found(answer: dict[str, object]) -> dict[str, bytes]:
         return FILES if answer is ANSWER else dict(snapshot_of(answer))

@@ -117,7 +117,7 @@ def test_pieces_equal_the_whole(world: World, case: str, monkeypatch: pytest.Mon
 def test_the_compiled_mixer_leaves_the_states_of_torch(
     world: World, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole texts, then one that goes on beside one that begins."""
+    """Whole texts, then one that continues beside one that starts."""
     shape: ModelConfig = SHAPES[case]
     lengths = (1, 31, 32, 33, 64, 67)
     count = len(lengths)
@@ -138,7 +138,7 @@ def test_the_compiled_mixer_leaves_the_states_of_torch(
 
 def test_a_piece_goes_on_after_steps(world: World, chunks: list[CascadeModel]) -> None:
     """Prompt, steps, a piece, steps, a piece: as the packed forward; the last piece goes to several
-    slots at once, and what stands in slots that it does not name does not matter."""
+    slots at once, and what is in slots that it does not name does not matter."""
     model = make_runner(world, chunks, slots=5)
     model.refresh()
     text = draw_tokens(ODD.vocab_size, 120, seed=1)

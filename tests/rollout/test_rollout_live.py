@@ -182,7 +182,7 @@ def test_stops(world: World, chunks: list[CascadeModel]) -> None:
 
 
 def test_an_environment_continues_a_text(world: World, chunks: list[CascadeModel]) -> None:
-    """Short and long answers, late ones, and none: it goes on as if it had been one prompt."""
+    """Short and long answers, late ones, and none: it continues as if it had been one prompt."""
     stop = tuple((t,) for t in range(0, VOCABULARY, 4))
     sampling = Sampling(max_tokens=60, seed=8, stop_tokens=stop)
 

@@ -83,7 +83,7 @@ def test_ids_and_logprobs(server: FakeServer, form: str, monkeypatch: pytest.Mon
 
 
 def test_stops_and_environments(server: FakeServer) -> None:
-    """A stopped text goes on with what the environment adds; its tokens are not the model's."""
+    """A stopped text continues with what the environment adds; its tokens are not the model's."""
     stop = Sampling(max_tokens=60, stop_tokens=tuple((t,) for t in range(0, 50, 7)))
     engine = engine_of(server)
 

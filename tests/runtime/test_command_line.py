@@ -53,7 +53,7 @@ def run(*lines: list[str]) -> tuple[list[list[Any]], set[str]]:
 def test_help_and_version_import_no_library() -> None:
     found, roots = run(["--help"], ["--version"], ["run", "--help"], [])
     assert [code for code, *_ in found] == [0, 0, 0, 0]
-    # The version stands in the kernel package, whose file is read without its import.
+    # The version is in the kernel package, whose file is read without its import.
     assert roots == {"nemocascade"}
 
 
