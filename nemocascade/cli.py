@@ -65,7 +65,7 @@ def _run(arguments: list[str]) -> None:
         raise SystemExit(usage)
     script = Path(arguments[0])
     if not script.is_file():
-        raise SystemExit(f"nemocascade run: {script} is no file: name a recipe script")
+        raise SystemExit(f"nemocascade run: {script} is not a file: name a recipe script")
     sys.argv = arguments
     # Modules beside the script, as Python itself runs it.
     sys.path.insert(0, str(script.parent.resolve()))
@@ -578,7 +578,7 @@ def main() -> None:
 
         near = difflib.get_close_matches(name, COMMANDS, 2)
         meant = f": did you mean {' or '.join(near)}?" if near else ""
-        print(f"{USAGE}\nnemocascade: {name!r} is no command{meant}", file=sys.stderr)
+        print(f"{USAGE}\nnemocascade: {name!r} is not a command{meant}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -266,7 +266,7 @@ class Program:
         without a function the source runs as a script.
     files: content by relative path, written to the program's folder before it starts.
     preamble: source that runs before, in the same namespace.
-    any_exit: an exit by `sys.exit` is status 0, whatever its own, and lost output is no failure.
+    any_exit: an exit by `sys.exit` is status 0, whatever its own, and lost output is not a failure.
     """
 
     source: str

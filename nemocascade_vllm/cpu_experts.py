@@ -31,7 +31,7 @@ def install() -> None:
         try:
             check(self)
         except NotImplementedError as error:
-            # The check that refuses experts without a gate on CPUs is the last one.
+            # The check that rejects experts without a gate on CPUs is the last one.
             if "is_act_and_mul" not in str(error):
                 raise
 

@@ -42,7 +42,7 @@ class Link:
             raise ValueError(f"transport({transport!r}) is unknown: use {' or '.join(TRANSPORTS)}")
         self.transport, self.rank = transport, rank
         prefix, timeout = dist.PrefixStore(name, store), timedelta(seconds=timeout_s)
-        # torch's types leave out the options of gloo and the methods of both groups.
+        # torch's types lack the options of gloo and the methods of both groups.
         gloo: Any = dist.ProcessGroupGloo
         self._group: Any
         if transport == "gloo":

@@ -4,7 +4,7 @@ python tools/published_table.py           # write the table
 python tools/published_table.py --check   # exit code 1 if the page is not up to date
 
 The runs are those of other engines whose model, layout and batch the planner can express. Their
-settings are given to the planner as they stand in the sources: packs of equal length, forced
+settings are given to the planner as they are in the sources: packs of equal length, forced
 balance of experts or the planner's default imbalance of 1.5 where routing is natural, and
 recomputation by kind of layer. No constant of the planner is chosen for a row.
 """

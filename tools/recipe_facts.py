@@ -12,8 +12,8 @@ class Fact(NamedTuple):
     """A published setting.
 
     script: of recipes/nemotron3_nano_30b. setting: dotted name in its recipe; an empty name is a
-    fact that is no setting. paper: the value as printed. place: in the paper. value: what follows
-    for the setting. why: reason why ours differs from `value`; empty if it is the same.
+    fact that is not a setting. paper: the value as printed. place: in the paper. value: what
+    follows for the setting. why: reason why ours differs from `value`; empty if it is the same.
     """
 
     script: str

@@ -13,11 +13,11 @@ from nemocascade.envs.row_forms import EVERY_ROW, RowForm
 HEAD = """# Rows of your data
 
 An environment reads its tasks from data files whose rows have the fields below. `a.b` is the
-field `b` inside of the field `a`. A field may also stand inside of `verifier_metadata`.
+field `b` inside of the field `a`. A field may also be inside of `verifier_metadata`.
 
 - A field in no table is named once for a path, with a count: it may be meant to change a verdict.
 - A field that is null or empty counts as missing.
-- A row that cannot be verified as it asks is refused, with its file, its number and the reason.
+- A row that cannot be verified as it asks is rejected, with its file, its number and the reason.
 - Rows for SFT, and how much data is tokenised before a job, are at the end.
 
 This page is written by `python tools/row_forms.py > docs/your_data.md`."""
@@ -43,6 +43,8 @@ nemocascade data build ... --output data/sft_tokens \\
     --slurm.partition cpu --slurm.time 04:00:00 --slurm.tasks 96
 ```
 
+### The build
+
 - The same command resumes a build that was killed: finished shards stay. It shows the progress of
   a Slurm array.
 - One command builds a folder at a time, and the folder is not inside of `data.path`. Files that
@@ -51,13 +53,16 @@ nemocascade data build ... --output data/sft_tokens \\
   array is one shard: split large ones.
 - Bad rows are named and limited by `data.max_bad_rows`, as in a stage. A higher limit resumes
   where the build failed.
+
+### Its folder in a stage
+
 - Every rank maps the folder into its memory. Packs and batches are those that the rows give:
   packing needs the lengths alone, and a run may continue from rows to a folder with
   `--accept-changes True`.
 - Long documents are cut when they are packed, so `data.capacity` and `data.over_long` may change.
   Settings that decide the tokens may not: tokenizer, chat template, `data.thinking`,
   `data.non_thinking_path`, `data.format`, its fields, and `data.max_rows`. A stage that differs
-  is refused with the setting's name.
+  is rejected with the setting's name.
 - Files are hashed while they are written, and afterwards checked by size and modification time.
   After a copy, or in doubt, `nemocascade data build --output data/sft_tokens --verify True` reads
   everything.
@@ -99,7 +104,7 @@ def section(title: str, forms: tuple[RowForm, ...] | list[RowForm]) -> Iterator[
         yield "| field | use | what is done with it |\n|---|---|---|"
         for use, fields in (
             ("read", form.read),
-            ("refused", form.refused),
+            ("rejected", form.rejected),
             ("ignored", form.ignored),
         ):
             yield from lines(use, fields)

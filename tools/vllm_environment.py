@@ -16,7 +16,7 @@ from pathlib import Path
 
 VERSION = "0.32.0"
 TORCH = "torch==2.13.0"
-_LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")
+_EXCLUDED = ("torch", "torchaudio", "torchvision", "torchcodec")
 # Runs in the new environment, whose pip brings `packaging`.
 _REQUIREMENTS = """
 import importlib.metadata
@@ -48,7 +48,7 @@ def main() -> None:
         [python, "-c", _REQUIREMENTS], check=True, capture_output=True, text=True
     ).stdout.split()
     names = {line: line.split("=")[0].split("[")[0].split("<")[0].split(">")[0] for line in found}
-    run(*pip, TORCH, *(line for line, name in names.items() if name not in _LEFT_OUT))
+    run(*pip, TORCH, *(line for line, name in names.items() if name not in _EXCLUDED))
     with tempfile.TemporaryDirectory() as copy:
         # A build leaves files beside its source.
         source = Path(__file__).resolve().parents[1] / "nemocascade_vllm"

@@ -11,7 +11,7 @@ the workers and the programs. Answers are checked.
 
 The paper ran 2,048 executions in 427.2 s on 384 cores: 80.1 core-seconds each. Its programs are
 contest solutions with all their tests, ours are short. Our figure therefore shows the overhead of
-the sandbox; it is no comparison of sandboxes.
+the sandbox; it is not a comparison of sandboxes.
 
 Exit code: 0 fine; 1 an answer is wrong; 3 the goal is missed and `--strict` was given.
 """
@@ -140,7 +140,7 @@ def make_rows(cores: int, time_s: float) -> list[Row]:
             try:
                 rows.append(pool_row(isolation, workers, config))
             except SandboxUnavailable as error:
-                print(f"left out: {error}")
+                print(f"skipped: {error}")
     rows.append(fresh_row("fresh interpreter, no isolation", [], cores))
     if shutil.which("bwrap"):
         prefix = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--"]

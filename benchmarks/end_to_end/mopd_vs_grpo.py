@@ -326,14 +326,14 @@ def main(arguments: list[str] | None = None) -> int:
         ways.append(EXACT.format(divergence))
         chosen[ways[-1]] = chosen["MOPD"]
     races: dict[str, list[Race]] = {way: [] for way in ways}
-    raced, refused = [], []
+    raced, rejected = [], []
     for seed in range(options.first, options.first + options.seeds):
         teacher = bench.teacher(seed)
         student = bench.student(seed, teacher)
         level, start = bench.score(seed, teacher), bench.score(seed, student)
         print(f"seed {seed}: teacher {level:.3f}, student {start:.3f}", flush=True)
         if level - start < setting.gap:
-            refused.append({"seed": seed, "teacher": level, "student": start})
+            rejected.append({"seed": seed, "teacher": level, "student": start})
             continue
         raced.append(seed)
         for way in ways:
@@ -347,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
         "end_to_end",
         settings=asdict(setting) | {"lr": chosen, "tuning": tried, "base": str(options.base)},
         seeds=raced,
-        refused_seeds=refused,
+        refused_seeds=rejected,
         summary=summary(races, setting.margin),
         races={way: [asdict(race) for race in found] for way, found in races.items()},
     )

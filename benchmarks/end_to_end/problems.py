@@ -91,7 +91,7 @@ def draw_batches(vocabulary: int, capacity: int, sequences: int) -> list[PackedB
     bins: list[list[Document]] = [[] for _ in range(sequences)]
     free = [capacity] * sequences
     for number, length in enumerate(reversed(lengths.int().tolist())):
-        place = next((i for i, room in enumerate(free) if room >= length), None)
+        place = next((i for i, left in enumerate(free) if left >= length), None)
         if place is None:
             raise ValueError(f"{sequences} x {capacity} slots are too few for document {number}")
         free[place] -= length

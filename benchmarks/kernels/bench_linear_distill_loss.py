@@ -127,7 +127,7 @@ def _other_backends(problem: Problem) -> list[Row]:
 
     def load(backend: str) -> Loss:
         if not op.serves(probe, backend=backend):
-            raise Unavailable("refused: see nemocascade_kernels.backends.why_refused")
+            raise Unavailable("see nemocascade_kernels.backends.unavailable_because")
         return ours(problem, backend=backend)
 
     return [

@@ -123,7 +123,7 @@ def _other_backends(problem: Problem) -> list[Row]:
     def load(backend: str) -> Callable[[], Loss]:
         def make() -> Loss:
             if not op.serves(probe, backend=backend):
-                raise Unavailable("refused: see nemocascade_kernels.backends.why_refused")
+                raise Unavailable("see nemocascade_kernels.backends.unavailable_because")
             return ours(backend)
 
         return make

@@ -5,7 +5,7 @@ instructions at the rate of the schedulers. A kernel of products takes its FLOPs
 rate of a large product, times how far its loop is bound by something else: by issue, or by reads of
 shared memory. What it does once a tile is added, unless a second block on the multiprocessor hides
 it. The last wave counts as a whole one. Latency that is not hidden, ragged tiles and the order of
-tiles in L2 are left out, so an estimate of a product is a least time.
+tiles in L2 are excluded, so an estimate of a product is a least time.
 """
 
 from __future__ import annotations

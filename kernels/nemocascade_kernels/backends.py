@@ -141,7 +141,7 @@ class Op:
             if self._limitation(name, tensors, demanded=False) is None:
                 return name
         raise BackendUnavailableError(
-            f"{self.name}: no implementation takes this call\n{self.why_refused(*tensors)}"
+            f"{self.name}: no implementation takes this call\n{self.unavailable_because(*tensors)}"
         )
 
     def serves(self, *tensors: Tensor, backend: str) -> bool:
@@ -154,7 +154,7 @@ class Op:
             return _ABSENT
         return self._limitation(backend, tensors, demanded=True)
 
-    def why_refused(self, *tensors: Tensor) -> str:
+    def unavailable_because(self, *tensors: Tensor) -> str:
         """A line for each implementation: available, or the reason why it is unavailable."""
         lines = []
         chosen = False
@@ -216,9 +216,9 @@ def ops() -> dict[str, Op]:
     return dict(_OPS)
 
 
-def why_refused(*tensors: Tensor) -> str:
-    """`Op.why_refused` of every op, for calls on these tensors."""
-    return "\n".join(op.why_refused(*tensors) for op in _OPS.values())
+def unavailable_because(*tensors: Tensor) -> str:
+    """`Op.unavailable_because` of every op, for calls on these tensors."""
+    return "\n".join(op.unavailable_because(*tensors) for op in _OPS.values())
 
 
 def interpreting() -> bool:

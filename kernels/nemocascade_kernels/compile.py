@@ -94,7 +94,7 @@ def triton_ops() -> list[str]:
 
 
 def kernels_of(op: str, arch: int) -> list[AotKernel]:
-    """The recorded launches of an op on an architecture (80, 90, 100); none if it refuses that.
+    """The recorded launches of an op on an architecture (80, 90, 100); none if it has none there.
 
     Raises LookupError for an op without any launch.
     """

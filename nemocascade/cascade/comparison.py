@@ -51,8 +51,8 @@ def _described(path: Path) -> Mapping[str, Any]:
         return as_json(load_any_recipe(path))
     raise RecipeError(
         [
-            f"{path} is no recipe, run folder or artifact: name a recipe script, or a folder with "
-            "recipe.json, cascade.json or manifest.json"
+            f"{path} is not a recipe, run folder or artifact: name a recipe script, or a folder "
+            "with recipe.json, cascade.json or manifest.json"
         ]
     )
 

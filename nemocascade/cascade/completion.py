@@ -68,7 +68,7 @@ def settings_class(command: str) -> type[Any]:
 
 
 def candidates(words: Sequence[str], commands: Sequence[str]) -> list[str]:
-    """Words that may stand in place of the last one; none where the shell should offer files.
+    """Words that may replace the last one; none where the shell should offer files.
 
     words: those after `nemocascade`, the last one as far as it is typed. commands: all names.
     """

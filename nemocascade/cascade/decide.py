@@ -159,7 +159,7 @@ def _damage(folder: Path, record: StageRecord, *, verify: bool) -> str:
         found = (verify_artifact if verify else read_artifact)(folder / "artifact")
     except CheckpointError as error:
         if error.may_pass:
-            raise  # a file server that does not answer is no reason to train again
+            raise  # a file server that does not answer is not a reason to train again
         return f"its artifact is damaged: {'; '.join(error.problems)}"
     if found.digest != record.artifact_digest:
         return (

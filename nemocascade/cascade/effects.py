@@ -85,7 +85,7 @@ def read_interference(run_dir: Path) -> Interference:
     found = read_versioned(path, VERSION)
     try:
         if found is None:
-            raise ValueError(f"it is no JSON of version {VERSION}")
+            raise ValueError(f"it is not JSON of version {VERSION}")
         # The other entries are computed from these.
         return record_of(Interference, found["measured"])
     except (ValueError, KeyError) as error:
@@ -132,7 +132,7 @@ class Effects:
         return np.stack([tasks.mean(1) for tasks in self.tasks], 1)
 
     def in_points(self, column: int) -> bool:
-        """True if all rewards of a domain lie in 0..1; they are then shown times 100."""
+        """True if all rewards of a domain are in 0..1; they are then shown times 100."""
         tasks = self.tasks[column]
         return bool((tasks >= 0).all() and (tasks <= 1).all())
 

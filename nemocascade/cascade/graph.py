@@ -116,7 +116,7 @@ class StageGraph:
         named = f"stages.{stage.name}.start({stage.start!r})"
         if stage.start not in self.names:
             return (
-                f"{named} is no stage: use one before it ({', '.join(earlier) or 'none'}), or "
+                f"{named} is not a stage: use one before it ({', '.join(earlier) or 'none'}), or "
                 "leave it empty"
             )
         chain = self._chain(stage.start)
@@ -180,7 +180,7 @@ def _teacher_problems(graph: StageGraph) -> list[str]:
                 )
             elif pin is not None and pin not in earlier:
                 found.append(
-                    f"teachers.pinned: {domain} is pinned to {pin!r}, which is no stage before "
+                    f"teachers.pinned: {domain} is pinned to {pin!r}, which is not a stage before "
                     f"{name}: use one of {', '.join(earlier)}"
                 )
     found += [
@@ -191,7 +191,7 @@ def _teacher_problems(graph: StageGraph) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Choice:
+class StageChoice:
     """Selection of the stages that run.
 
     begin: first stage to run; earlier stages are used as they are, even if they are stale.
@@ -207,7 +207,7 @@ class Choice:
         """Contradictions and unknown names in the selection."""
         names = StageGraph(cascade).names
         found = [
-            f"--{option} {name!r} is no stage: use one of {', '.join(names)}"
+            f"--{option} {name!r} is not a stage: use one of {', '.join(names)}"
             for option, name in (("from", self.begin), ("only", self.only))
             if name and name not in names
         ]

@@ -19,7 +19,7 @@ from nemocascade.cascade.effects import (
     Effects,
     Interference,
 )
-from nemocascade.cascade.graph import Choice, StageGraph
+from nemocascade.cascade.graph import StageChoice, StageGraph
 from nemocascade.cascade.inputs import FileHashes, score_files
 from nemocascade.cascade.records import SCORES, read_record, write_json
 from nemocascade.cascade.report.effects import sentences, table
@@ -45,7 +45,7 @@ from nemocascade.stages.setup import on_main_rank
 
 
 @dataclass(frozen=True)
-class Plan:
+class BranchPlan:
     """Branches of a measurement: a cascade of side branches that start from one artifact.
 
     start: stage of that artifact; empty if `artifact` is an external one. sequences: stages and
@@ -59,7 +59,7 @@ class Plan:
     sequences: dict[str, tuple[tuple[str, ...], int]]
 
 
-def plan_branches(cascade: CascadeRecipe, settings: InterferenceSettings) -> Plan:
+def plan_branches(cascade: CascadeRecipe, settings: InterferenceSettings) -> BranchPlan:
     """The branches of a measurement. Raises RecipeError with every invalid setting."""
     graph = StageGraph(cascade)
     if problems := graph.problems():
@@ -105,7 +105,7 @@ def plan_branches(cascade: CascadeRecipe, settings: InterferenceSettings) -> Pla
         alarm=replace(cascade.alarm, stop=False),
         keep_checkpoints=cascade.keep_checkpoints,
     )
-    return Plan(side, start, artifact, order, sequences)
+    return BranchPlan(side, start, artifact, order, sequences)
 
 
 def _problems(
@@ -117,7 +117,9 @@ def _problems(
     found = [f"--stages names {name} twice" for name in repeated(stages)]
     for name in dict.fromkeys(stages):
         if name not in known:
-            found.append(f"--stages {name!r} is no stage: use RL stages of the cascade ({allowed})")
+            found.append(
+                f"--stages {name!r} is not a stage: use RL stages of the cascade ({allowed})"
+            )
         elif name not in trainable:
             found.append(
                 f"--stages {name} is {known[name].kind}: only RL stages (GRPO) are measured; use "
@@ -128,7 +130,7 @@ def _problems(
     if settings.pairs and len(stages) == 1:
         found.append(f"--pairs needs two stages, and there is only {stages[0]}: name another")
     if settings.start and settings.start not in known:
-        found.append(f"--start {settings.start!r} is no stage: use one of {', '.join(known)}")
+        found.append(f"--start {settings.start!r} is not a stage: use one of {', '.join(known)}")
     return found
 
 
@@ -157,7 +159,7 @@ def measure_interference(cascade: CascadeRecipe, settings: InterferenceSettings)
     try:
         for name in chain:
             if not main(partial(_is_current, cascade, name)):
-                run_cascade(cascade, Choice(only=name))
+                run_cascade(cascade, StageChoice(only=name))
         reused: dict[str, str] = main(lambda: _finished(cascade, plan))
         scored = {"": plan.artifact, **reused}
         for name, artifact in scored.items():
@@ -179,7 +181,7 @@ def _is_current(cascade: CascadeRecipe, name: str) -> bool:
     return decide(cascade, name, files).action == "keep"
 
 
-def _finished(cascade: CascadeRecipe, plan: Plan) -> dict[str, str]:
+def _finished(cascade: CascadeRecipe, plan: BranchPlan) -> dict[str, str]:
     """Artifacts of the cascade's finished stages that are the same as a branch, by branch."""
     files = FileHashes(Path(plan.cascade.run_dir) / "files.json")
     graph = StageGraph(cascade)
@@ -207,12 +209,12 @@ def _without(cascade: CascadeRecipe, reused: dict[str, str]) -> CascadeRecipe | 
     return replace(cascade, stages=stages) if stages else None
 
 
-def _score_folder(plan: Plan, branch: str) -> Path:
+def _score_folder(plan: BranchPlan, branch: str) -> Path:
     """Folder of the scores of a reused artifact; "" is the start."""
     return Path(plan.cascade.run_dir) / "reused" / (branch or "start")
 
 
-def _score(plan: Plan, artifact: Path, folder: Path, main: Any) -> None:
+def _score(plan: BranchPlan, artifact: Path, folder: Path, main: Any) -> None:
     """Score an artifact of the cascade into `folder`, unless its scores are there already."""
     config = plan.cascade.scores
 
@@ -237,7 +239,7 @@ def _has_tasks(scores: Scores) -> bool:
     return all(score.task_means for score in scores.scores.values())
 
 
-def _write(plan: Plan, cascade: CascadeRecipe, reused: dict[str, str]) -> Effects:
+def _write(plan: BranchPlan, cascade: CascadeRecipe, reused: dict[str, str]) -> Effects:
     """Write interference.json from the branches' scores."""
     graph, side = StageGraph(cascade), StageGraph(plan.cascade)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from nemocascade.cascade.graph import Choice
+from nemocascade.cascade.graph import StageChoice
 from nemocascade.recipe import CascadeRecipe, StageConfig, StageRecipe
 from nemocascade.runtime.command_line import parse_settings
 from nemocascade.runtime.errors import exit_cleanly
@@ -66,7 +66,7 @@ def cascade_command(cascade: CascadeRecipe, names: Collection[str] | None = None
 
 def parse_cascade(
     cascade: CascadeRecipe, arguments: Sequence[str] | None = None
-) -> tuple[CascadeRecipe, Choice, bool]:
+) -> tuple[CascadeRecipe, StageChoice, bool]:
     """Parse overrides; returns the new cascade, the choice of stages, and True for a dry run.
 
     Settings of a stage carry its name: `--stages.if-rl.steps 20`. Unknown names end the program
@@ -81,7 +81,7 @@ def parse_cascade(
         replace(s, recipe=getattr(found.stages, s.name, s.recipe)) for s in cascade.stages
     )
     resolved = CascadeRecipe(**{**_values(found.shared), "stages": stages})
-    return resolved, Choice(found.begin, found.only, found.again), found.dry_run
+    return resolved, StageChoice(found.begin, found.only, found.again), found.dry_run
 
 
 def launch(cascade: CascadeRecipe, arguments: Sequence[str] | None = None) -> Path:

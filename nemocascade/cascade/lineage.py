@@ -27,7 +27,7 @@ from nemocascade.types import Artifact
 
 
 @dataclass(frozen=True)
-class Listed:
+class CascadeListing:
     """Contents of cascade.json. teachers: by domain."""
 
     stages: list[ListedStage]
@@ -35,23 +35,25 @@ class Listed:
     alarms: list[Alarm]
 
 
-def listed_in(run_dir: Path) -> Listed:
+def listed_in(run_dir: Path) -> CascadeListing:
     """Read a run's cascade.json.
 
-    Raises ReportError if it cannot be read, is damaged, or names a stage that is no folder of the
-    run.
+    Raises ReportError if it cannot be read, is damaged, or names a stage that is not a folder of
+    the run.
     """
     found = read_cascade(run_dir)
     try:
-        run = record_of(Listed, {name: found[name] for name in ("stages", "teachers", "alarms")})
+        run = record_of(
+            CascadeListing, {name: found[name] for name in ("stages", "teachers", "alarms")}
+        )
     except ValueError as error:
         raise ReportError(
-            f"{run_dir / CASCADE} is damaged ({error}): start the cascade again to mend it"
+            f"{run_dir / CASCADE} is damaged ({error}): start the cascade again to fix it"
         ) from None
     if wrong := [s.name for s in run.stages if not STAGE_NAME.fullmatch(s.name)]:
         raise ReportError(
-            f"{run_dir / CASCADE} names the stage {wrong[0]!r}, which is no folder of this run: "
-            "start the cascade again to mend it"
+            f"{run_dir / CASCADE} names the stage {wrong[0]!r}, which is not a folder of this run: "
+            "start the cascade again to fix it"
         )
     return run
 
@@ -74,7 +76,7 @@ def report_text(run_dir: Path) -> str:
     return "\n\n".join([*parts, "\n".join(["alarms:", *(alarms or ["  none"])])])
 
 
-def artifact_tree(run_dir: Path, run: Listed) -> str:
+def artifact_tree(run_dir: Path, run: CascadeListing) -> str:
     """Tree of the artifacts, each below the parent that its manifest names.
 
     Parents are matched by digest: a stage whose parent has been replaced since is listed apart."""
@@ -118,7 +120,7 @@ def _branch(
     return lines
 
 
-def score_table(run_dir: Path, run: Listed) -> str:
+def score_table(run_dir: Path, run: CascadeListing) -> str:
     """Held-out scores in hundredths: stages in rows, in the cascade's order; domains in columns, in
     the order in which stages train them.
 
@@ -160,7 +162,7 @@ def score_table(run_dir: Path, run: Listed) -> str:
 
 
 def _headings(domains: Sequence[str]) -> list[list[str]]:
-    """The rows above the scores: the words of each name stand below each other."""
+    """The rows above the scores: the words of each name are below each other."""
     words = [domain.split("_") for domain in domains]
     height = max(map(len, words))
     filled = [[*[""] * (height - len(w)), *(f"{word} " for word in w)] for w in words]

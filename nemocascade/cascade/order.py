@@ -79,7 +79,7 @@ class Fit:
 class OrderAdvice:
     """Orders that the data support.
 
-    domains: their weights. other_scales: domains whose rewards do not lie in 0..1.
+    domains: their weights. other_scales: domains whose rewards are not in 0..1.
     orders: the best ones, best first; empty without pairs. own: the recipe's order. tied, total:
     number of orders that do not differ from the best, and of all. distance: pairs of stages that
     the recipe has in another order than the best, and than the nearest order that is tied with it.
@@ -165,7 +165,7 @@ def advise_order(
 
 
 def swaps[T](first: Sequence[T], second: Sequence[T]) -> int:
-    """Kendall's distance of two orders: pairs that stand in another order."""
+    """Kendall's distance of two orders: pairs that are in another order."""
     place = {stage: number for number, stage in enumerate(second)}
     return sum(place[a] > place[b] for a, b in itertools.combinations(first, 2))
 

@@ -10,7 +10,7 @@ from statistics import NormalDist
 import numpy as np
 
 from nemocascade.cascade.effects import FOLDER, LEVEL, Effect, Effects
-from nemocascade.cascade.lineage import Listed, listed_in
+from nemocascade.cascade.lineage import CascadeListing, listed_in
 from nemocascade.cascade.order_model import OrderModel
 from nemocascade.cascade.records import CASCADE, SCORES
 from nemocascade.stages.scoring import read_scores
@@ -27,7 +27,7 @@ class Taught:
 
 
 @dataclass(frozen=True)
-class Place:
+class MopdPlace:
     """A place for MOPD: after the stages `after`. gain: weighted mean of the gaps, the most that
     distillation can win there."""
 
@@ -42,7 +42,7 @@ class MopdAdvice:
     MOPD has nothing to win. own: RL stages before the run's own MOPD, None without one. recovered:
     fraction of the gaps to its teachers that it closed; None if it was not scored."""
 
-    places: tuple[Place, ...]
+    places: tuple[MopdPlace, ...]
     own: int | None
     recovered: float | None
 
@@ -87,7 +87,9 @@ def advise_mopd(
                 weighted += gaps * model.weights[column]
         if taught:
             after = tuple(effects.stages[s] for s in order[:cut])
-            places.append(Place(after, Effect(total, float(weighted.std()), True), tuple(taught)))
+            places.append(
+                MopdPlace(after, Effect(total, float(weighted.std()), True), tuple(taught))
+            )
     own, recovered = _own_mopd(run_dir) if run_dir is not None else (None, None)
     return MopdAdvice(tuple(sorted(places, key=lambda p: -p.gain.change)), own, recovered)
 
@@ -106,7 +108,7 @@ def _own_mopd(run_dir: Path) -> tuple[int | None, float | None]:
     return own, _recovered(folder, run, main[number].name, main[number].start)
 
 
-def _recovered(folder: Path, run: Listed, name: str, start: str) -> float | None:
+def _recovered(folder: Path, run: CascadeListing, name: str, start: str) -> float | None:
     before, after = (read_scores(folder / "stages" / s / SCORES) for s in (start, name))
     if before is None or after is None or before.settings != after.settings:
         return None

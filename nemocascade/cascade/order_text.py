@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nemocascade.cascade.effects import Effect
 from nemocascade.cascade.order import OrderAdvice, RankedOrder
-from nemocascade.cascade.order_mopd import MopdAdvice, Place
+from nemocascade.cascade.order_mopd import MopdAdvice, MopdPlace
 
 
 def order_text(advice: OrderAdvice) -> str:
@@ -18,7 +18,7 @@ def order_text(advice: OrderAdvice) -> str:
     ]
     if advice.other_scales:
         parts.append(
-            f"rewards of {', '.join(advice.other_scales)} do not lie in 0..1: --weights says what "
+            f"rewards of {', '.join(advice.other_scales)} are not in 0..1: --weights says what "
             "they count"
         )
     if advice.fit is None:
@@ -73,13 +73,13 @@ def _orders(advice: OrderAdvice) -> list[str]:
     if own.differs:
         lines.append(
             f"the recipe's own order is {_points(own.behind)} behind the best, "
-            f"{far} of its pairs of stages stand otherwise, {near} if the nearest of those that do "
+            f"{far} of its pairs of stages are reversed, {near} if the nearest of those that do "
             f"not differ is taken: {_line(own)}"
         )
     else:
         lines.append(
             f"the recipe's own order does not differ from the best ({_points(own.behind)} behind, "
-            f"{far} pairs of stages stand otherwise), so it is the one proposed: {_line(own)}"
+            f"{far} pairs of stages are reversed), so it is the one proposed: {_line(own)}"
         )
     return [
         *lines,
@@ -107,7 +107,7 @@ def _mopd(advice: MopdAdvice) -> list[str]:
     if not advice.places:
         lines = [
             "MOPD: not worth its place by these data: nowhere in this order does a measured "
-            "artifact lie above the student by more than noise"
+            "artifact are above the student by more than noise"
         ]
     else:
         best = advice.places[0]
@@ -129,7 +129,7 @@ def _mopd(advice: MopdAdvice) -> list[str]:
     return lines
 
 
-def _place(place: Place) -> str:
+def _place(place: MopdPlace) -> str:
     return f"after {place.after[-1]} it can win at most {_points(place.gain)} of the mean"
 
 

@@ -208,7 +208,7 @@ def read_cascade(run_dir: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ReportError(
-            f"{path} is no JSON ({error}): start the cascade again to mend it"
+            f"{path} is not JSON ({error}): start the cascade again to fix it"
         ) from None
     known: dict[str, Any] = {"stages": [], "teachers": {}, "alarms": []}
     known |= found if isinstance(found, dict) else {}

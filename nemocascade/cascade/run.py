@@ -17,7 +17,7 @@ import torch
 
 from nemocascade.cascade.decide import Decision, decide
 from nemocascade.cascade.errors import AlarmError
-from nemocascade.cascade.graph import Choice, StageGraph, cascade_problems
+from nemocascade.cascade.graph import StageChoice, StageGraph, cascade_problems
 from nemocascade.cascade.inputs import FileHashes, score_files
 from nemocascade.cascade.records import (
     SCORES,
@@ -50,7 +50,7 @@ def _problems_here(cascade: CascadeRecipe) -> list[str]:
     return problems + [p for p in scoring_problems(cascade.scores) if p not in problems]
 
 
-def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
+def dry_run(cascade: CascadeRecipe, choice: StageChoice) -> str:
     """Text of the stages that would run, their inputs, the reasons, and their problems on the ranks
     of this launch. Verifies the weights of kept stages. Changes nothing but the cache of file
     hashes.
@@ -84,7 +84,7 @@ def dry_run(cascade: CascadeRecipe, choice: Choice) -> str:
     return "\n".join(lines)
 
 
-def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
+def run_cascade(cascade: CascadeRecipe, choice: StageChoice | None = None) -> Path:
     """Run the stages that are not up to date; returns the artifact folder of the last stage of the
     main line, or of the last stage if all are side branches.
 
@@ -92,7 +92,7 @@ def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
     CascadeError if the run cannot continue, AlarmError if an alarm stops it, and every error that a
     stage raises.
     """
-    choice = choice or Choice()
+    choice = choice or StageChoice()
     if problems := choice.problems(cascade) + _problems_here(cascade):
         raise RecipeError(problems)
     run = _Run(cascade, choice)
@@ -109,7 +109,7 @@ def run_cascade(cascade: CascadeRecipe, choice: Choice | None = None) -> Path:
 class _Run:
     """State of a running cascade, on every rank."""
 
-    def __init__(self, cascade: CascadeRecipe, choice: Choice) -> None:
+    def __init__(self, cascade: CascadeRecipe, choice: StageChoice) -> None:
         self.cascade, self.choice = cascade, choice
         self.graph = StageGraph(cascade)
         self.run_dir = Path(cascade.run_dir)
@@ -242,7 +242,7 @@ class _Run:
 
     def _report(self) -> None:
         """Bring the page of the unfinished run up to date; `launch` writes that of a finished one.
-        A report that fails is no reason to end a run."""
+        A report that fails is not a reason to end a run."""
         if all(s["status"] == "done" for s in read_cascade(self.run_dir)["stages"]):
             return
         try:

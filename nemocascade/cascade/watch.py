@@ -12,11 +12,11 @@ from nemocascade.cascade.report import words, write_report
 from nemocascade.cascade.report.read import read_run
 from nemocascade.cascade.report.record import Run, Stage
 from nemocascade.recipe.commands import WatchSettings
-from nemocascade.runtime.logging import Part, fitted, printable, terminal_width
+from nemocascade.runtime.logging import StatusPart, fitted, printable, terminal_width
 from nemocascade.runtime.run_lock import NAME as LOCK
 
 _FILES = (CASCADE, SCORES, STAGE, "recipe.json", "metrics.jsonl", LOCK)
-# Measures of a line in its order: name, text, rank as in `Part`.
+# Measures of a line in its order: name, text, rank as in `StatusPart`.
 _MEASURES = (
     ("reward", "reward {:.2f}", 3),
     ("loss", "loss {:.3f}", 4),
@@ -68,7 +68,7 @@ def _show(run_dir: Path, run: Run, shown: int) -> int:
     lines = status_lines(run, width=width)
     if not run.is_finished and not (run_dir / LOCK).exists():
         note = "no job owns this run now: start it again to resume it"
-        lines.append(fitted([Part(note, 0)], width))
+        lines.append(fitted([StatusPart(note, 0)], width))
     if sys.stdout.isatty() and shown:
         sys.stdout.write(f"\x1b[{shown}A\x1b[J")
     print(printable("\n".join(lines)), flush=True)
@@ -81,25 +81,25 @@ def status_lines(run: Run, *, width: int) -> list[str]:
     seconds = sum(stage.seconds or 0.0 for stage in run.stages)
     head = f"{run.name}: {done} of {len(run.stages)} stages done, {words.duration(seconds)}"
     longest = max((len(stage.name) for stage in run.stages), default=0)
-    lines = [fitted([Part(head, 0)], width)]
+    lines = [fitted([StatusPart(head, 0)], width)]
     for stage in run.stages:
-        parts = [Part(f"  {stage.name:<{longest}}", 0), Part(f"{stage.status:<7}", 1)]
+        parts = [StatusPart(f"  {stage.name:<{longest}}", 0), StatusPart(f"{stage.status:<7}", 1)]
         lines.append(fitted([*parts, *_parts(run, stage)], width))
     return lines
 
 
-def _parts(run: Run, stage: Stage) -> Iterator[Part]:
+def _parts(run: Run, stage: Stage) -> Iterator[StatusPart]:
     steps = max((curve[-1][0] for curve in stage.curves.values() if curve), default=0)
     if steps:
-        yield Part(f"step {steps}/{stage.recipe.get('steps', '?')}", 2)
-    yield Part("stale" if stage.stale else "", 3)
+        yield StatusPart(f"step {steps}/{stage.recipe.get('steps', '?')}", 2)
+    yield StatusPart("stale" if stage.stale else "", 3)
     for name, text, rank in _MEASURES:
         curve = stage.curves.get(name)
         if curve and not (name == "loss" and "reward" in stage.curves):
-            yield Part(text.format(curve[-1][1]), rank)
+            yield StatusPart(text.format(curve[-1][1]), rank)
     for domain in stage.domains if stage.kind != "sft" else ():
         if (score := stage.scores.get(domain)) is not None and score.score is not None:
             shown = words.score(score.score, points=run.in_points(domain))
-            yield Part(f"{words.label(domain)} {shown}", 7)
+            yield StatusPart(f"{words.label(domain)} {shown}", 7)
     if stage.seconds:
-        yield Part(words.duration(stage.seconds), 4)
+        yield StatusPart(words.duration(stage.seconds), 4)

@@ -115,7 +115,7 @@ def build(settings: BuildSettings, tokenizer: Tokenizer) -> dict[str, Any] | Non
         shutil.rmtree(work, ignore_errors=True)
         return manifest
     if output.exists():
-        raise DataError(f"{output} exists and is no built folder: choose another --output")
+        raise DataError(f"{output} exists and is not a built folder: choose another --output")
     _check_place(output, settings.data.path)
     lock = RunLock(work, option="--output")
     try:

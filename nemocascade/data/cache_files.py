@@ -51,7 +51,7 @@ COLUMNS: dict[str, np.dtype[Any]] = {
 }
 
 Progress = Callable[[str], object]
-"""Is told of completed work, in words."""
+"""Called with completed work, in words."""
 
 
 class CacheDamagedError(DataError):

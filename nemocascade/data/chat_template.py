@@ -127,7 +127,7 @@ class ChatTemplate:
         The trained segments are the assistant's text after its generation prompt, up to and
         including the token that ends the turn. thinking: False omits all reasoning.
 
-        Raises DataError if the template refuses the conversation, or if a trained turn or its end
+        Raises DataError if the template rejects the conversation, or if a trained turn or its end
         cannot be found in the text.
         """
         turns, mark = self._turns(conversation, thinking)
@@ -234,7 +234,7 @@ class ChatTemplate:
                         _, end = self._written(text, f"message {number}")
                         found += self._special.findall(text[:end])[-1:]
             except DataError as error:
-                # Many templates know no tools; a conversation that needs them is refused later.
+                # Many templates know no tools; a conversation that needs them is rejected later.
                 if conversation is chat:
                     raise TokenizerError(f"the chat template cannot be used: {error}") from None
         return tuple(dict.fromkeys(found))

@@ -96,7 +96,7 @@ def check_conversation(conversation: Conversation) -> None:
         raise RowError("no messages")
     for i, message in enumerate(messages):
         if message.role == "system" and i > 0:
-            raise RowError(f"message {i}: a system turn must stand first")
+            raise RowError(f"message {i}: a system turn must come first")
         if message.role == "tool" and (i == 0 or messages[i - 1].role not in ("assistant", "tool")):
             raise RowError(f"message {i}: a tool's result must follow an assistant turn")
         if message.role == "assistant":

@@ -46,7 +46,7 @@ class Rendering:
     """One rendering: what it has used, and the messages whose text it marks.
 
     messages: index by the id() of each message; empty if nothing is marked. marked: loops over
-        messages that have begun.
+        messages that have started.
     """
 
     mark: str
@@ -66,7 +66,7 @@ class Rendering:
             raise jinja2.TemplateError(f"it runs for more than {MAX_SECONDS:g} s")
 
 
-class Sandbox(ImmutableSandboxedEnvironment):
+class TemplateSandbox(ImmutableSandboxedEnvironment):
     """The sandbox. Templates compiled by it report loops, calls and outputs to the current run."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -109,7 +109,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def begin(self, loop: int, *targets: Any) -> str:
-        """Return the mark at the start of a loop's body; empty if it is no loop over messages."""
+        """The mark at the start of a loop's body; empty if it is not a loop over messages."""
         run: Rendering = self._runs.current
         run.spend(None)
         index = next((run.messages[id(t)] for t in targets if id(t) in run.messages), None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from nemocascade.data.jinja_sandbox import MAX_SOURCE, Rendering, Sandbox
+from nemocascade.data.jinja_sandbox import MAX_SOURCE, Rendering, TemplateSandbox
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.types import Message, Tool
 
@@ -18,7 +18,7 @@ from nemocascade.types import Message, Tool
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> CodeType:
     """Code of a template, which any sandbox can run: stages of one process read it once."""
-    return Sandbox().compile(source)
+    return TemplateSandbox().compile(source)
 
 
 class JinjaTemplate:
@@ -33,7 +33,7 @@ class JinjaTemplate:
             raise DataError(
                 f"the chat template has {len(source)} characters, at most {MAX_SOURCE} are read"
             )
-        environment = self._environment = Sandbox()
+        environment = self._environment = TemplateSandbox()
         self._tokens = dict(tokens)
         try:
             code = _compiled(source)

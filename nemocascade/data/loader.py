@@ -93,7 +93,7 @@ class PackedLoader:
         """
         if config.sequences_per_step % dp_size:
             raise DataError(
-                f"data.sequences_per_step ({config.sequences_per_step}) is no multiple of the "
+                f"data.sequences_per_step ({config.sequences_per_step}) is not a multiple of the "
                 f"data-parallel size ({dp_size}): change one of them"
             )
         self._documents = documents

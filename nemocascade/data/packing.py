@@ -200,11 +200,11 @@ def plan_packing(
 def _check(lengths: Sequence[int] | Int64Array, capacity: int, group: int, seed: int) -> Int64Array:
     problems = []
     if not 1 <= operator.index(capacity) <= MAX_CAPACITY:
-        problems.append(f"capacity({capacity}) must lie in 1..{MAX_CAPACITY}")
+        problems.append(f"capacity({capacity}) must be in 1..{MAX_CAPACITY}")
     if operator.index(group) < 1:
         problems.append(f"group({group}) must be at least 1")
     if not 0 <= operator.index(seed) < 1 << 63:
-        problems.append(f"seed({seed}) must lie in 0..2^63-1")
+        problems.append(f"seed({seed}) must be in 0..2^63-1")
     array = np.asarray(lengths)
     if array.size == 0:
         array = array.astype(np.int64)

@@ -27,7 +27,7 @@ def serving_of(artifact: Artifact) -> tuple[dict[str, bytes], dict[str, Any]]:
     Raises TokenizerError if the tokenizer cannot be used. That of a model which was only imported
     stays as it is, with a warning.
     """
-    # Left out, these would be the numbers of another vocabulary.
+    # If omitted, these would be the numbers of another vocabulary.
     settings: dict[str, Any] = dict.fromkeys(_IDS)
     if artifact.context_length:
         settings["max_position_embeddings"] = artifact.context_length

@@ -77,7 +77,7 @@ class ChunkTokenizer:
                     raise row
                 conversation = parse_row(row, self._formats[chunk.source], self._config)
                 segments = self._tokenizer.template.render(conversation, thinking=thinking)
-            # A DataError is the template's: it refuses the conversation.
+            # A DataError is the template's: it rejects the conversation.
             except (RowError, DataError) as error:
                 bad.append((number, str(error)))
                 continue

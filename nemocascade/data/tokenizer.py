@@ -132,7 +132,7 @@ class Tokenizer(ABC):
     ) -> list[int]:
         """Token ids of a conversation up to the assistant's next turn.
 
-        Raises DataError if the chat template refuses it.
+        Raises DataError if the chat template rejects it.
         """
         conversation = Conversation(tuple(messages), tuple(tools))
         return encode(self.template.render_prompt(conversation, thinking=thinking), self)[0]

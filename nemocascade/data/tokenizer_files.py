@@ -15,7 +15,7 @@ TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 def read_settings(file: Path) -> dict[str, Any]:
     """Read settings beside a tokenizer's file, empty if there are none. Raises TokenizerError if
-    they are no JSON."""
+    they are not JSON."""
     if not file.is_file():
         return {}
     try:

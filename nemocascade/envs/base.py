@@ -16,7 +16,7 @@ from nemocascade.envs.prompt_rows import flattened, pass_rate_of, turns_of
 from nemocascade.envs.row_forms import RowFields, RowForm
 from nemocascade.recipe.envs import EnvConfig
 from nemocascade.runtime.logging import LOGGER
-from nemocascade.runtime.row_errors import DataError, RowError, refuse_row
+from nemocascade.runtime.row_errors import DataError, RowError, reject_row
 from nemocascade.runtime.row_files import find_files, read_rows, report_skipped
 from nemocascade.runtime.turns import encodable, kind_of
 from nemocascade.sandbox.child import ChildError, ChildHostError, ChildPool
@@ -175,7 +175,7 @@ class Domain(ABC):
     def read(
         self,
         path: str | Path,
-        bad: Callable[[str, str], object] = refuse_row,
+        bad: Callable[[str, str], object] = reject_row,
         others: Collection[Environment] = (),
     ) -> Iterator[Prompt]:
         """Yield this domain's tasks from released rows: a data file, or a folder of them.
@@ -199,7 +199,7 @@ class Domain(ABC):
                 row = flattened(row)
                 if not self.claims(row):
                     if not any(other.claims(row) for other in others):
-                        raise RowError(f"it is no row of {self.domain}: fields {sorted(row)}")
+                        raise RowError(f"it is not a row of {self.domain}: fields {sorted(row)}")
                     theirs += 1
                     continue
                 prepared = self.prepare(fields.declared(row), folder)
@@ -276,7 +276,7 @@ class Domain(ABC):
             found: Any = self.check(prompt, response)
             if not isinstance(found, Verdict):
                 raise TypeError(
-                    f"check of {self.domain} returned {found!r}, which is no Verdict: return "
+                    f"check of {self.domain} returned {found!r}, which is not a Verdict: return "
                     "Verdict(reward)"
                 )
             return found

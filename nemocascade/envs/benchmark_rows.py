@@ -61,7 +61,7 @@ def check_rows(name: str, path: str) -> None:
     ]
     if bad:
         raise DataError(
-            f"{path}: {len(bad)} rows are none of {name}, whose rows have {', '.join(needed)}: "
+            f"{path}: {len(bad)} rows are not of {name}, whose rows have {', '.join(needed)}: "
             f"{bad[0]}; name another file, or another benchmark of {', '.join(BENCHMARKS)}"
         )
 
@@ -121,7 +121,7 @@ def humaneval_row(row: Row) -> dict[str, Any]:
     `check`, and `entry_point`, the function's name."""
     prompt, test, name = (_text(row, field) for field in BENCHMARKS["humaneval"].fields)
     if not name.isidentifier():
-        raise ValueError(f"entry_point({name[:80]!r}) is no name of a function")
+        raise ValueError(f"entry_point({name[:80]!r}) is not the name of a function")
     if "def check(" not in test:
         raise ValueError("test defines no function check, as HumanEval's do")
     asked = f"{WHOLE_FUNCTION}\n\n```python\n{prompt.strip()}\n```"

@@ -66,7 +66,7 @@ class Code(SandboxedDomain):
                 "unit_tests.outputs": "what each input must give",
                 "unit_tests.fn_name": "function to call; without it, programs",
             },
-            refused=dict.fromkeys(
+            rejected=dict.fromkeys(
                 ("checker", "generated_checker", "special_judge"),
                 "a program that judges outputs cannot be run",
             ),

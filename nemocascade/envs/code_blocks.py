@@ -148,7 +148,7 @@ def _blocks(text: str) -> list[_Block]:
 
 
 def _fence(line: str, top: _Block | None) -> _Block | None:
-    """Return the block that a line would open; None if it is no fence. top: the open block."""
+    """Return the block that a line would open; None if it is not a fence. top: the open block."""
     start = _indent(line)
     after = line.find("```", start) if top is None else -1
     if after > start and _AFTER_TEXT.fullmatch(line, after):

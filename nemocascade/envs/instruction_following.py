@@ -49,7 +49,7 @@ class InstructionFollowing(CheckedDomain):
         RowForm(
             "instructions (IFEval, IFBench, NeMo Gym)",
             read={
-                "instruction_id_list": "the kinds of the instructions; an unknown kind is refused",
+                "instruction_id_list": "the kinds of the instructions; an unknown kind is rejected",
                 "kwargs": "arguments of each kind, or null; null arguments count as missing",
                 "grading_mode": "`binary` or `fraction`; precedes `envs.if_grading`",
             },
@@ -117,8 +117,8 @@ class InstructionFollowing(CheckedDomain):
     def _try(self, kind: str, arguments: dict[str, Any]) -> None:
         """Raise ValueError if a library is missing, or the check cannot use the arguments."""
         options = Options(self._language_check, "rule")
-        if lacking := [name for name in needed(kind, options) if name in self._missing]:
-            raise ValueError(f"{kind} cannot be checked: {self._missing[lacking[0]]}")
+        if missing := [name for name in needed(kind, options) if name in self._missing]:
+            raise ValueError(f"{kind} cannot be checked: {self._missing[missing[0]]}")
         try:
             if is_quick(kind, arguments, options):
                 follows(kind, arguments, _TRIED, options)

@@ -71,7 +71,7 @@ class Mathematics(CheckedDomain):
             raise ValueError("expected_answer is empty")
         if _LIST_OF_TEXTS.match(str(expected)):
             raise ValueError(
-                "expected_answer is a list of texts, as in rows about walks on graphs: it is no "
+                "expected_answer is a list of texts, as in rows about walks on graphs: it is not a "
                 "formula, and math cannot compare it"
             )
         return {"expected": str(expected)}

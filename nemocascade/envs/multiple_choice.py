@@ -71,7 +71,9 @@ class MultipleChoice(CheckedDomain):
         }
         letter = row["expected_answer"].strip().upper()
         if letter not in options:
-            raise ValueError(f"expected_answer {letter!r} is none of the options {sorted(options)}")
+            raise ValueError(
+                f"expected_answer {letter!r} is not one of the options {sorted(options)}"
+            )
         template = row.get("template_metadata") or {}
         patterns = row.get("answer_regex") or template.get("output_regex") or []
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
@@ -79,7 +81,7 @@ class MultipleChoice(CheckedDomain):
             self._children.call(_LAST_MATCH, pattern, "")
         mode = row.get("grading_mode") or GRADING_MODES[0]
         if mode not in GRADING_MODES:
-            raise ValueError(f"grading_mode {mode!r} is none of {', '.join(GRADING_MODES)}")
+            raise ValueError(f"grading_mode {mode!r} is not one of {', '.join(GRADING_MODES)}")
         return {"letter": letter, "options": options, "patterns": patterns, "mode": mode}
 
     def check(self, prompt: Prompt, response: Sequence[Message]) -> Verdict:

@@ -29,7 +29,7 @@ class Office(Application):
 
     def __init__(self, tables: Mapping[str, list[Row]] = EMPTY) -> None:
         """`tables`: the initial state, copied. Raises ValueError for an unknown table, and for one
-        that is no list of objects."""
+        that is not a list of objects."""
         unknown = sorted(set(tables) - set(EMPTY))
         if unknown:
             raise ValueError(f"unknown tables {unknown}, known are {sorted(EMPTY)}")
@@ -271,11 +271,11 @@ def _day(text: str) -> str:
     try:
         return date.fromisoformat(text).isoformat()
     except ValueError:
-        raise CallError(f"{text!r} is no day of the form YYYY-MM-DD") from None
+        raise CallError(f"{text!r} is not a day of the form YYYY-MM-DD") from None
 
 
 def _start(text: str) -> str:
     try:
         return time.fromisoformat(text).strftime("%H:%M")
     except ValueError:
-        raise CallError(f"{text!r} is no time of the form HH:MM") from None
+        raise CallError(f"{text!r} is not a time of the form HH:MM") from None

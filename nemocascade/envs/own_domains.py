@@ -61,7 +61,7 @@ def _added(
 ) -> list[str]:
     """Add a class to `found`; returns what forbids it."""
     if not (isinstance(kind, type) and issubclass(kind, Domain)):
-        return [f"{said}: {kind!r} is no subclass of nemocascade.envs.base.Domain"]
+        return [f"{said}: {kind!r} is not a subclass of nemocascade.envs.base.Domain"]
     if missing := sorted(kind.__abstractmethods__):
         return [f"{said}: {kind.__name__} has no {', '.join(missing)}"]
     name = getattr(kind, "domain", None)
@@ -85,7 +85,7 @@ def _imported(name: str) -> ModuleType:
         return importlib.import_module(name)
     path = Path(name).resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file")
+        raise FileNotFoundError(f"{path} is not a file")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     module = importlib.import_module(path.stem)

@@ -77,7 +77,7 @@ def pass_rate_of(row: Row) -> float | None:
     except OverflowError:
         share = math.inf
     if share is not None and not 0 <= share <= 1:
-        raise ValueError(f"'pass_rate' is {str(rate)[:80]}, a share of tries lies in 0..1")
+        raise ValueError(f"'pass_rate' is {str(rate)[:80]}, a share of tries is in 0..1")
     return share
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from nemocascade.envs.base import Domain, task_id
 from nemocascade.recipe.envs import PythonToolConfig, SandboxConfig
-from nemocascade.runtime.row_errors import refuse_row
+from nemocascade.runtime.row_errors import reject_row
 from nemocascade.sandbox.ray_sandbox import AnySandbox, AnySession, RaySandbox, open_sandbox
 from nemocascade.types import (
     Environment,
@@ -156,7 +156,7 @@ class ToolIntegrated(Domain):
     def read(
         self,
         path: str | Path,
-        bad: Callable[[str, str], object] = refuse_row,
+        bad: Callable[[str, str], object] = reject_row,
         others: Collection[Environment] = (),
     ) -> Iterator[Prompt]:
         """Yield the tasks of the inner domain with the tool. Raises as the inner domain."""
@@ -219,5 +219,5 @@ def _shortened(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     end = limit // 2
-    note = f"[{len(text) - limit} of {len(text)} characters left out]"
+    note = f"[{len(text) - limit} of {len(text)} characters omitted]"
     return f"{text[: limit - end]}\n{note}\n{text[len(text) - end :]}"

@@ -21,14 +21,14 @@ class RowForm:
     """A form of rows: what is done with each field, by its name, with dots for inner fields.
 
     read: fields that make the prompt or decide the verdict. No other field can be read. ignored:
-    fields that decide nothing; `a.*` stands for all further fields inside `a`. refused: fields
-    that decide verdicts in a way that is unknown here; a row with one is refused.
+    fields that decide nothing; `a.*` means all further fields inside `a`. rejected: fields
+    that decide verdicts in a way that is unknown here; a row with one is rejected.
     """
 
     name: str
     read: Mapping[str, str]
     ignored: Mapping[str, str] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
+    rejected: Mapping[str, str] = field(default_factory=dict)
 
 
 _ID, _ORIGIN, _KIND = "a name of the row", "origin of the row", "a class of rows, for statistics"
@@ -97,25 +97,25 @@ class DeclaredRow(dict[str, Any]):
 
 
 class RowFields:
-    """Fields of the rows of one source: the declared ones are handed on, others are counted."""
+    """Fields of the rows of one source: the declared ones are passed on, others are counted."""
 
     def __init__(self, domain: str, forms: Sequence[RowForm]) -> None:
         self._domain = domain
         self._declares = bool(forms)
         forms = (EVERY_ROW, *forms)
         self._read = _tree(name for form in forms for name in form.read)
-        self._known = _tree(n for f in forms for n in (*f.read, *f.ignored, *f.refused))
-        self._refused = {name: why for form in forms for name, why in form.refused.items()}
+        self._known = _tree(n for f in forms for n in (*f.read, *f.ignored, *f.rejected))
+        self._rejected = {name: why for form in forms for name, why in form.rejected.items()}
         self._unknown: Counter[str] = Counter()
 
     def declared(self, row: Row) -> Row:
         """Return the fields of a row that may be read; all of them without a declaration.
 
-        Raises ValueError for a row with a field that is refused.
+        Raises ValueError for a row with a field that is rejected.
         """
         if not self._declares:
             return row
-        for name, why in self._refused.items():
+        for name, why in self._rejected.items():
             if any(_value(row, n) not in _ABSENT for n in (name, f"{METADATA}.{name}")):
                 raise ValueError(f"field {name!r} is not supported: {why}")
         self._unknown.update(_unknown(row, self._known))

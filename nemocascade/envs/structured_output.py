@@ -149,7 +149,7 @@ def _call_of(row: Row) -> dict[str, Any]:
         raise ValueError(f"tool_payload_key must be a text, it is {kind_of(key)}")
     if not tools:
         raise ValueError(
-            f"tool_name({name!r}) is none of the declared tools {[t.name for t in declared]}"
+            f"tool_name({name!r}) is not one of the declared tools {[t.name for t in declared]}"
         )
     return {"tools": tools, "key": key}
 

@@ -213,7 +213,7 @@ def _golden(row: Row, task: RepairTask) -> list[str]:
         raise ValueError(f"the golden files {named} are all hidden tests: name those to repair")
     made = made_files(task.patch) if task.patch else set()
     if missing := sorted(set(golden) - set(task.texts) - made):
-        raise ValueError(f"the golden file {missing[0]!r} is not in the repository, or is no text")
+        raise ValueError(f"the golden file {missing[0]!r} is not in the repository, or is not text")
     return golden
 
 

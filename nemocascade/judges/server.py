@@ -44,7 +44,7 @@ PATH = "/v1/chat/completions"
 _PROBE_S = 60.0
 _REST_S = 30.0
 """Time after a failure for which a server is asked only if all others have failed too."""
-_LOOK_S = 1.0
+_POLL_S = 1.0
 _LOG_EVERY_S = 30.0
 _SHOWN = 300
 
@@ -305,7 +305,7 @@ class _Servers:
         self.settings = settings
         self._lock = Lock()
         self._known: dict[str, _Server] = {}
-        self._looked_s = -math.inf
+        self._polled_s = -math.inf
         key = read_key(settings.api_key_env)
         for url in dict.fromkeys((settings.url, *settings.urls)):
             if url:
@@ -319,7 +319,7 @@ class _Servers:
     def post(self, body: bytes, timeout_s: float) -> bytes:
         """Ask the least loaded server; one that has just failed comes last. Raises HttpError."""
         with self._lock:
-            self._look()
+            self._add_announced()
             now = time.monotonic()
             server = min(self._known.values(), key=lambda s: (now - s.failed_s < _REST_S, s.load))
             server.load += 1
@@ -338,14 +338,14 @@ class _Servers:
         for server in self._known.values():
             server.http.close()
 
-    def _look(self) -> None:
+    def _add_announced(self) -> None:
         """Add servers that have announced themselves since.
 
         Raises HttpError, as for a server that starts, before there are as many as wanted.
         """
         settings, now = self.settings, time.monotonic()
-        if settings.announce and now - self._looked_s > _LOOK_S:
-            self._looked_s = now
+        if settings.announce and now - self._polled_s > _POLL_S:
+            self._polled_s = now
             for url, key in announced_servers(Path(settings.announce)).items():
                 if url not in self._known:
                     self._known[url] = _Server(url, key, settings.concurrency)

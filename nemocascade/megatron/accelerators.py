@@ -223,7 +223,7 @@ def _with_bf16_moments(adam: Finding, device: torch.device) -> Finding:
     try:
         parameter = torch.nn.Parameter(torch.zeros(1, device=device))
         kind([parameter], exp_avg_dtype=dtype, exp_avg_sq_dtype=dtype)
-    except Exception as error:  # an older version may refuse the dtype, or not know the argument
+    except Exception as error:  # an older version may reject the dtype, or not know the argument
         return replace(adam, limitation=f"no moments in bf16: {_reason(error)}")
     return adam
 

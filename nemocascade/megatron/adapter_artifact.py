@@ -1,4 +1,4 @@
-"""Adapters on disk: the factors that a stage trained, and the artifact that they stand on.
+"""Adapters on disk: the factors that a stage trained, and their base artifact.
 
     adapter/manifest.json               as an artifact's, and `lora`; the parent is its base
     adapter/index.json                  file and position of each box of each factor

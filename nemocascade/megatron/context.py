@@ -27,7 +27,7 @@ MOST_GATHERED = 16
 
 
 @dataclass(frozen=True)
-class Part:
+class SegmentRows:
     """One of a rank's two segments.
 
     number: of the segment in the pack. rows: among the rank's rows. bounds: of its documents among
@@ -53,13 +53,13 @@ class Part:
         return slice(self.rows.start + self.bounds[-2], self.rows.stop)
 
     def pack(self, device: torch.device) -> PackedSeq:
-        """The segment's documents, as far as they lie in it."""
+        """The segment's documents, as far as they are in it."""
         return PackedSeq.from_cu_seqlens(self.bounds, device)
 
 
 @dataclass(frozen=True, eq=False)
 class RowRun:
-    """Consecutive rows of a rank: whole documents, as far as they lie in a segment.
+    """Consecutive rows of a rank: whole documents, as far as they are in a segment.
 
     continues: the segment of the one document that started in an earlier one; None: new documents.
     """
@@ -86,12 +86,12 @@ class ContextShard:
             b - self._cu[bisect.bisect_right(self._cu, b) - 1] if b < batch.num_tokens else 0
             for b in borders
         ]
-        parts: list[Part] = []
+        parts: list[SegmentRows] = []
         for index, rows in enumerate(batch.segments):
             low, high = (bisect.bisect_right(self._cu, row) for row in (rows.start, rows.stop - 1))
             number = rows.start // self.segment
             parts.append(
-                Part(
+                SegmentRows(
                     number=number,
                     rows=slice(index * self.segment, (index + 1) * self.segment),
                     bounds=(0, *(c - rows.start for c in self._cu[low:high]), self.segment),
@@ -183,7 +183,7 @@ class AttendedKeys:
     documents: PackedSeq
 
     @classmethod
-    def of(cls, shard: ContextShard, part: Part) -> AttendedKeys:
+    def of(cls, shard: ContextShard, part: SegmentRows) -> AttendedKeys:
         start = part.number * shard.segment
         bounds = [0, *(b + part.before for b in part.bounds[1:])]
         return cls(

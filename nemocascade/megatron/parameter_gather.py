@@ -38,7 +38,7 @@ class ParameterGather:
         for unit in units:
             groups = _groups_of(chunk, unit)
             unit.register_forward_pre_hook(lambda *_call, groups=groups: _wait(groups))
-        # Computation after the layers, such as the LM head, is no call of a module.
+        # Computation after the layers, such as the LM head, is not a call of a module.
         rest = _groups_of(chunk, model)
         model.decoder.register_forward_hook(lambda *_call: _wait(rest))
 

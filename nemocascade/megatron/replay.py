@@ -104,7 +104,7 @@ class RouteReplay:
         elif choices.numel():
             low, high = int(choices.min()), int(choices.max())
             if low < 0 or high > shape.num_experts:
-                faults.append(f"they hold {low}..{high}, and must lie in 0..{shape.num_experts}")
+                faults.append(f"they hold {low}..{high}, and must be in 0..{shape.num_experts}")
         if faults:
             raise ValueError(
                 "recorded choices do not fit the model: " + "; ".join(faults)

@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from nemocascade.plan.job import Job
-from nemocascade.plan.parameters import Place, stage_parameters
+from nemocascade.plan.parameters import RankCoordinates, stage_parameters
 from nemocascade.recipe import ModelConfig, MoeTrainingConfig, ParallelConfig
 from nemocascade.types import CONVERTED_FILE_BYTES
 
@@ -55,7 +55,7 @@ def checkpoint_cost(job: Job) -> CheckpointCost:
     found = []
     for stage in range(p.pp):
         dense, expert = _written(job.model, replace(p, cp=1), job.moe, stage, width)
-        states = job.state(Place(stage, 0, 0)).optimizer
+        states = job.state(RankCoordinates(stage, 0, 0)).optimizer
         if not job.optimizer.distributed:
             states //= replicas
         found.append(states + dense // replicas + expert // expert_replicas)

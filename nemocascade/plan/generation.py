@@ -106,7 +106,7 @@ class _Stage:
     row_bytes: float
 
 
-class Decoder:
+class DecodeTimeModel:
     """Time of decode steps and prefills in a generation layout of the job's model.
 
     members: replicas that share experts and so decode in step. graphs: a step is a CUDA graph.

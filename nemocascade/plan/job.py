@@ -10,7 +10,7 @@ from nemocascade.megatron.generation.kv_cache import MOST_SLOTS
 from nemocascade.megatron.workspace import MixerBackend, planned_mixer, scan_problems
 from nemocascade.plan.errors import PlanError
 from nemocascade.plan.gpus import Gpu
-from nemocascade.plan.parameters import Place, StateBytes, state_bytes
+from nemocascade.plan.parameters import RankCoordinates, StateBytes, state_bytes
 from nemocascade.plan.workload import RolloutAssumptions, StepWork, work_of_recipe
 from nemocascade.recipe import (
     PRESETS,
@@ -139,7 +139,7 @@ class Job:
             )
         return found
 
-    def state(self, place: Place) -> StateBytes:
+    def state(self, place: RankCoordinates) -> StateBytes:
         """Parameters, gradients and optimizer state of the rank at `place`."""
         return state_bytes(
             self.model,
@@ -248,12 +248,12 @@ def _model_of(recipe: Any, preset: str) -> ModelConfig:
         return model
     if preset:
         if preset not in PRESETS:
-            raise PlanError(f"--model {preset!r} is no preset: use {', '.join(PRESETS)}")
+            raise PlanError(f"--model {preset!r} is not a preset: use {', '.join(PRESETS)}")
         return PRESETS[preset]()
     folder = Path(recipe.init_from)
     if not recipe.init_from or not folder.is_dir():
         raise PlanError(
-            f"the recipe takes its model from init_from({recipe.init_from!r}), which is no "
+            f"the recipe takes its model from init_from({recipe.init_from!r}), which is not a "
             "artifact folder: name one, or say --model with a preset to plan ahead"
         )
     # Imported here: Megatron-Core takes 3 s, and a recipe with a model of its own needs none.

@@ -119,6 +119,6 @@ def run_rows(path: str) -> list[dict[str, Any]]:
     """Lines of a metrics.jsonl. Raises PlanError if there is none."""
     if not Path(path).is_file():
         raise PlanError(
-            f"{path} is no file: name a metrics.jsonl, or lognormal:MEDIAN:DEVIATION for lengths"
+            f"{path} is not a file: name a metrics.jsonl, or lognormal:MEDIAN:DEVIATION for lengths"
         )
     return [row for _, row in read_undamaged(Path(path), lambda line: None)]

@@ -14,7 +14,7 @@ from nemocascade.megatron.generation.kv_cache import (
 )
 from nemocascade.plan.activations import Activations, in_flight
 from nemocascade.plan.job import Job
-from nemocascade.plan.parameters import Place, adapted_bytes, place_of, stage_chunks
+from nemocascade.plan.parameters import RankCoordinates, adapted_bytes, place_of, stage_chunks
 from nemocascade.recipe import LoraConfig, ParallelConfig
 
 GIB = float(1 << 30)
@@ -47,7 +47,7 @@ class Memory:
     without rollouts.
     """
 
-    place: Place
+    place: RankCoordinates
     parameters: float
     gradients: float
     optimizer: float
@@ -107,7 +107,7 @@ class Memory:
         return [(name, value / GIB) for name, value in names if value]
 
 
-def stage_memory(job: Job, place: Place) -> Memory:
+def stage_memory(job: Job, place: RankCoordinates) -> Memory:
     """Memory of the rank at `place`."""
     state = job.state(place)
     kept = Activations(job)
@@ -159,7 +159,7 @@ def _with_rollouts(job: Job, rank: Memory) -> Memory:
             job,
             own,
             stage,
-            replace(rank, weights=float(there.state(Place(stage, 0, 0)).parameters)),
+            replace(rank, weights=float(there.state(RankCoordinates(stage, 0, 0)).parameters)),
         )
         for stage in range(own.pp)
     )
@@ -210,7 +210,7 @@ def state_bytes_on_host(job: Job) -> float:
 def worst_rank(job: Job) -> Memory:
     """Memory of the rank that needs most. Ranks of a stage differ only in their optimizer shard."""
     # The first rank of a stage owns most: padding is at the ends of the buffers.
-    firsts = (Place(stage, 0, 0) for stage in range(job.parallel.pp))
+    firsts = (RankCoordinates(stage, 0, 0) for stage in range(job.parallel.pp))
     return max((stage_memory(job, place) for place in firsts), key=lambda m: urgency(job, m))
 
 
@@ -232,7 +232,7 @@ def with_slots(job: Job) -> Job:
 
 def _blocks(job: Job) -> list[Blocks]:
     """Blocks of the KV cache of each stage's ranks."""
-    places = (Place(stage, 0, 0) for stage in range(job.parallel.pp))
+    places = (RankCoordinates(stage, 0, 0) for stage in range(job.parallel.pp))
     return [m.blocks for m in (stage_memory(job, p) for p in places) if m.blocks is not None]
 
 

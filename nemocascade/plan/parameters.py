@@ -58,7 +58,7 @@ class StateBytes:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankCoordinates:
     """Coordinates of a rank. The order is tp (or etp, ep) fastest, then the replicas, then pp.
 
     dp: among the ranks that share the optimizer state of dense parameters, which are dp x cp.
@@ -69,11 +69,11 @@ class Place:
     expert_dp: int
 
 
-def place_of(rank: int, parallel: ParallelConfig, world_size: int) -> Place:
+def place_of(rank: int, parallel: ParallelConfig, world_size: int) -> RankCoordinates:
     """The coordinates of `rank` that its memory depends on."""
     stage = world_size // parallel.pp
     inner = rank % stage
-    return Place(
+    return RankCoordinates(
         pp=rank // stage,
         dp=inner // parallel.tp,
         expert_dp=inner // (parallel.etp * parallel.ep),
@@ -259,7 +259,7 @@ def state_bytes(
     model: ModelConfig,
     parallel: ParallelConfig,
     world_size: int,
-    place: Place,
+    place: RankCoordinates,
     *,
     precision: str,
     moe: MoeTrainingConfig,

@@ -37,7 +37,7 @@ from nemocascade.recipe.paths import named_paths
 from nemocascade.runtime.ray_cluster import cluster_problems
 from nemocascade.runtime.row_errors import DataError
 from nemocascade.runtime.row_files import find_files, is_built, read_chunks
-from nemocascade.train.checkpointing import refused_changes
+from nemocascade.train.checkpointing import rejected_changes
 
 # Share of a step that ranks may wait for other pipeline stages without a warning.
 MOST_BUBBLE = 0.2
@@ -116,7 +116,7 @@ def check_files(recipe: Any, into: Preflight) -> None:
             if not (built and name == "data.non_thinking_path")
         ]
         missing = [
-            f"{name}: {path} does not exist: mend --{_option(name)}"
+            f"{name}: {path} does not exist: fix --{_option(name)}"
             for name, path in paths
             if not Path(path).exists()
         ]
@@ -144,7 +144,7 @@ def check_rows(recipe: Any, into: Preflight) -> None:
                     # A chunk is a few hundred rows.
                     next(iter(read_chunks(file)))
             except DataError as error:
-                problems.append(f"{name}: {error}: mend --{_option(name)}")
+                problems.append(f"{name}: {error}: fix --{_option(name)}")
         into.add("rows", list(dict.fromkeys(problems)), f"{count} files")
 
 
@@ -187,7 +187,7 @@ def check_servers(recipe: Any, into: Preflight) -> None:
         urls = list(named_paths(recipe, "url"))
         warnings = [
             f"{name}: nobody answers at {url} from this host ({reason}): start the server before "
-            f"the job, or mend --{_option(name)}"
+            f"the job, or fix --{_option(name)}"
             for name, url in urls
             if (reason := _unreachable(url))
         ]
@@ -242,7 +242,7 @@ def check_disk(job: Job, recipe: Any, into: Preflight) -> None:
         if free < needed:
             problems.append(
                 f"{parent} has {free / GIB:.1f} GiB free; {keep + 1} checkpoints and the artifact "
-                f"take {needed / GIB:.1f} GiB: make room, or lower --checkpoint.keep"
+                f"take {needed / GIB:.1f} GiB: free some space, or lower --checkpoint.keep"
             )
         into.add("disk", problems, f"{needed / GIB:.1f} of {free / GIB:.1f} GiB free")
 
@@ -256,7 +256,7 @@ def check_start(recipe: Any, into: Preflight) -> None:
             checkpoint = latest_checkpoint(Path(recipe.run_dir) / "checkpoints")
             if checkpoint is not None:
                 found = f"checkpoint {checkpoint.name}"
-                problems = refused_changes(recipe)
+                problems = rejected_changes(recipe)
             elif recipe.init_from:
                 found = f"artifact {read_artifact(Path(recipe.init_from)).digest[:12]}"
         except CheckpointError as error:

@@ -27,7 +27,7 @@ class Costs(Protocol):
 
 
 @dataclass(eq=False)
-class Replica:
+class SimulatedReplica:
     """One replica. rows: number of sequences that decode. occupied: number of slots in use.
     waiting: ids of requests without one. cached: tokens of all that hold a slot. busy_s: seconds in
     which it decoded. prompt: the last one that was prefilled, whose state is kept."""
@@ -65,11 +65,11 @@ class DecodeGroup:
     row_steps: int = 0
     prefilled: float = 0.0
     most_cached: float = 0.0
-    replicas: list[Replica] = field(init=False)
+    replicas: list[SimulatedReplica] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.replicas = [Replica(self.slots) for _ in range(self.costs.members)]
-        self._running: list[tuple[int, int, Replica]] = []
+        self.replicas = [SimulatedReplica(self.slots) for _ in range(self.costs.members)]
+        self._running: list[tuple[int, int, SimulatedReplica]] = []
         self._dropped: set[int] = set()
         # Cached tokens, steps to the next end and their mean, until a sequence starts or ends.
         self._next: tuple[float, int, StepTerms] | None = None
@@ -80,7 +80,7 @@ class DecodeGroup:
         self.now, self.prefill_s = self.now + seconds, self.prefill_s + seconds
         self.prefilled += sum(map(sum, prompts))
 
-    def start(self, number: int, replica: Replica, length: int) -> None:
+    def start(self, number: int, replica: SimulatedReplica, length: int) -> None:
         """Decode `length` tokens of a sequence that holds a slot."""
         self._next = None
         replica.rows += 1
@@ -107,7 +107,7 @@ class DecodeGroup:
         steps, terms = self._to_next_end()
         return self.now + steps * terms.total
 
-    def advance(self, until: float = math.inf) -> list[tuple[int, Replica]]:
+    def advance(self, until: float = math.inf) -> list[tuple[int, SimulatedReplica]]:
         """Decode to the end of the first step that ends at `until` or later, or that a sequence
         ends its turn with; these are returned."""
         if not self.is_decoding:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nemocascade.plan.generation import StepTerms
-from nemocascade.plan.replicas import DecodeGroup, Replica
+from nemocascade.plan.replicas import DecodeGroup, SimulatedReplica
 from nemocascade.plan.workload import EpisodeCosts
 
 
@@ -74,7 +74,7 @@ class _Active:
     decoded, reply: tokens of a turn, and of the tool's result after it. last: of the last turn."""
 
     group: int
-    replica: Replica
+    replica: SimulatedReplica
     turns: int
     decoded: int
     reply: int
@@ -87,7 +87,7 @@ class _Verification:
     """A running verification on `width` cores, whose core seconds `left` are those at `since`."""
 
     number: int
-    replica: Replica
+    replica: SimulatedReplica
     width: int
     left: float
     since: float
@@ -99,13 +99,13 @@ class _Verifiers:
     replica. running: verifications that would use more cores."""
 
     free: int
-    pending: deque[tuple[int, Replica]] = field(default_factory=deque)
+    pending: deque[tuple[int, SimulatedReplica]] = field(default_factory=deque)
     running: list[_Verification] = field(default_factory=list)
 
 
 def first_polls(
     groups: Sequence[DecodeGroup], order: random.Random | None = None
-) -> list[tuple[int, Replica]]:
+) -> list[tuple[int, SimulatedReplica]]:
     """Every replica with the number of its group, in the drawn order in which they first poll."""
     everyone = [(n, replica) for n, group in enumerate(groups) for replica in group.replicas]
     (order or random.Random(1)).shuffle(everyone)
@@ -173,7 +173,7 @@ class RolloutEvents:
             self._turn_ended(number)
             self._take(group, replica)
 
-    def _take(self, group: int, replica: Replica) -> int:
+    def _take(self, group: int, replica: SimulatedReplica) -> int:
         """Poll for a replica; returns the number of requests that it took."""
         supply = self.queues[replica].poll(replica.slots - replica.taken, replica.taken)
         self._cancel(supply.cancelled)
@@ -181,7 +181,7 @@ class RolloutEvents:
         self._fill(group, replica)
         return len(supply.taken)
 
-    def _fill(self, group: int, replica: Replica) -> None:
+    def _fill(self, group: int, replica: SimulatedReplica) -> None:
         """Start waiting requests in free slots; consecutive copies share a prompt's prefill."""
         while replica.waiting and replica.occupied < replica.slots:
             number = replica.waiting.pop(0)
@@ -194,14 +194,14 @@ class RolloutEvents:
             replica.cached += self.rollouts.prompt
             self._starting.append(number)
 
-    def _sequence(self, group: int, replica: Replica, length: int) -> _Active:
+    def _sequence(self, group: int, replica: SimulatedReplica, length: int) -> _Active:
         turns = -(-self.costs.turns(length) // self.costs.merged)
         reply = int(length * self.costs.tool_share / turns) if turns > 1 else 0
         decoded = max(1, length // turns - reply)
         last = max(1, length - (turns - 1) * (decoded + reply))
         return _Active(group, replica, turns, decoded, reply, last)
 
-    def _prefill(self, group: int, replica: Replica, tokens: Sequence[float]) -> None:
+    def _prefill(self, group: int, replica: SimulatedReplica, tokens: Sequence[float]) -> None:
         replicas = self.groups[group].replicas
         prompts = self._prefills.setdefault(group, [[] for _ in replicas])
         prompts[replicas.index(replica)] += tokens

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from nemocascade.plan.checkpoints import HOST_LINK_GB_S
-from nemocascade.plan.generation import Decoder
+from nemocascade.plan.generation import DecodeTimeModel
 from nemocascade.plan.job import Job
 from nemocascade.plan.memory import fits, resident_slots, worst_rank
-from nemocascade.plan.parameters import Place
+from nemocascade.plan.parameters import RankCoordinates
 from nemocascade.plan.replicas import Costs, DecodeGroup
 from nemocascade.plan.rollout_events import RolloutEvents, Rollouts, RolloutTime, first_polls
 from nemocascade.plan.search import PricedLayout
@@ -167,7 +167,7 @@ def decode_groups(job: Job, slots: int, costs: Costs | None = None) -> list[Deco
     prefills; None: by the planner's model.
     """
     own = generation_parallel(job)
-    decoder = costs or Decoder(job, own)
+    decoder = costs or DecodeTimeModel(job, own)
     replicas = max(1, own.data_parallel(job.world_size))
     ranks, count = decoder.members * own.tp * own.pp, max(1, replicas // decoder.members)
     return [DecodeGroup(decoder, slots, ranks) for _ in range(count)]
@@ -178,7 +178,7 @@ def step_of(job: Job, rollout: RolloutTime) -> RolloutStep:
     work = job.work
     assert work is not None
     training = StepModel(job)
-    state = job.state(Place(0, 0, 0))
+    state = job.state(RankCoordinates(0, 0, 0))
     host = HOST_LINK_GB_S * 1e9
     kept = StepModel(job.with_layout(job.parallel, recompute=False))
     forward = kept.slowest.total / 3.0 * job.microbatches
@@ -203,7 +203,7 @@ def _copy_seconds(job: Job) -> float:
     if own == replace(job.parallel, cp=1):
         return 0.0
     there = replace(job, parallel=own)
-    copied = max(there.state(Place(stage, 0, 0)).parameters for stage in range(own.pp))
+    copied = max(there.state(RankCoordinates(stage, 0, 0)).parameters for stage in range(own.pp))
     p = job.parallel
     # A node that holds the whole model takes it from there.
     in_node = p.pp * max(p.tp * p.cp, p.ep * p.etp) <= job.gpu.per_node
@@ -285,7 +285,7 @@ def _bound(job: Job, work: StepWork) -> float:
     """Lower bound of the seconds of a job's generation: its longest text alone, and all texts in
     full slots."""
     own = generation_parallel(job)
-    decoder = Decoder(job, own)
+    decoder = DecodeTimeModel(job, own)
     replicas = max(1, own.data_parallel(job.world_size))
     slots = job.rollout.slots
     share = 1.0 - work.costs.tool_share

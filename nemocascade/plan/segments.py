@@ -1,4 +1,4 @@
-"""Rows that a context-parallel rank gathers, or hands on, because documents cross its segments."""
+"""Rows that a context-parallel rank gathers or sends on, because documents cross its segments."""
 
 from __future__ import annotations
 

@@ -53,9 +53,9 @@ def check_submission(settings: SubmitSettings, arguments: Sequence[str]) -> None
     if not settings.recipes:
         problems.append("no recipe: name at least one script")
     problems += number_problems(settings)
-    problems += [f"{r} is no file" for r in settings.recipes if not Path(r).is_file()]
+    problems += [f"{r} is not a file" for r in settings.recipes if not Path(r).is_file()]
     problems += [
-        f"{name}({path}) is no file: mend --{name}"
+        f"{name}({path}) is not a file: fix --{name}"
         for name in ("template", "environment")
         if (path := getattr(settings, name)) and not Path(path).is_file()
     ]
@@ -81,14 +81,14 @@ def _time_problems(settings: SubmitSettings) -> list[str]:
         return []
     if not (found := _TIME.fullmatch(settings.time)):
         return [
-            f"time({settings.time!r}) is no time limit of Slurm: write minutes, "
+            f"time({settings.time!r}) is not a time limit of Slurm: write minutes, "
             "hours:minutes:seconds, or days-hours"
         ]
     days, parts = int(found["days"] or 0), [int(part) for part in found["rest"].split(":")]
     # Without days, one number is minutes, and two are minutes and seconds.
     first = 0 if found["days"] or len(parts) == 3 else 1
     limit_s = days * 86_400 + sum(p * 60 ** (2 - first - i) for i, p in enumerate(parts))
-    # 0 is no limit.
+    # 0 is not a limit.
     if settings.warning_s < limit_s or not limit_s:
         return []
     return [

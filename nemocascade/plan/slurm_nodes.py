@@ -56,7 +56,7 @@ class ServerNodes:
 
 
 @dataclass(frozen=True)
-class RayNodes:
+class RayJobNodes:
     """Nodes of a heterogeneous job that run programs, and the Ray cluster that they make; 0 nodes
     for a cluster that exists. The head has no slots: it is on the node of this script, so that any
     of the others may be lost. A rank reaches the cluster through the raylet of its own node."""
@@ -137,12 +137,12 @@ def _kept(command: str) -> str:
 
 def further_nodes(
     settings: SubmitSettings, job: SlurmJob, container: str
-) -> list[ServerNodes | RayNodes]:
+) -> list[ServerNodes | RayJobNodes]:
     """Components of a stage's job besides its training nodes; none for one without rollouts.
 
     container: options of srun for the container of the job.
     """
-    found: list[ServerNodes | RayNodes] = []
+    found: list[ServerNodes | RayJobNodes] = []
     if job.settings is None:
         return found
     used: tuple[str, ...]
@@ -171,7 +171,7 @@ def further_nodes(
             )
         )
     if settings.worker_nodes or settings.worker_address:
-        found.append(RayNodes(settings.worker_nodes, container))
+        found.append(RayJobNodes(settings.worker_nodes, container))
     return found
 
 

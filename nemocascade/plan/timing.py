@@ -30,7 +30,7 @@ from nemocascade.plan.host_time import (
     operators,
 )
 from nemocascade.plan.job import Job
-from nemocascade.plan.parameters import Place, stage_chunks, stage_kinds
+from nemocascade.plan.parameters import RankCoordinates, stage_chunks, stage_kinds
 from nemocascade.plan.segments import crossed_segments, scan_rounds
 from nemocascade.train.flops import layer_flops
 
@@ -357,10 +357,10 @@ class StepModel:
         dp = p.data_parallel(job.world_size)
         slowest, count = self.slowest, job.microbatches
         bubble = slowest.total * (p.pp - 1) / p.vpp
-        hand_over = 0.0
+        transfer = 0.0
         if p.pp > 1:
             edge = self.stream / p.tp / self._speed(p.pp * job.world_size // p.pp)
-            hand_over = 2.0 * p.vpp * count * edge
+            transfer = 2.0 * p.vpp * count * edge
         reducing, gathering, update = self._update()
         backward = slowest.total * 2.0 / 3.0
         data = _exposed(reducing + gathering, backward)
@@ -378,7 +378,7 @@ class StepModel:
             tensor=count * slowest.tensor,
             context=count * slowest.context,
             expert=count * slowest.expert,
-            pipeline=hand_over,
+            pipeline=transfer,
             data=data,
             bubble=bubble,
             imbalance=working * (self.pack_imbalance - 1.0) if dp > 1 else 0.0,
@@ -402,7 +402,7 @@ class StepModel:
     def _update(self) -> tuple[float, float, float]:
         """Seconds to reduce gradients, to gather weights, and of the update."""
         job, p = self.job, self.job.parallel
-        states = (job.state(Place(stage, 0, 0)) for stage in range(p.pp))
+        states = (job.state(RankCoordinates(stage, 0, 0)) for stage in range(p.pp))
         state = max(states, key=lambda s: s.gradients)
         replicas = job.replicas
         each = (replicas - 1) / replicas / self._speed(job.world_size)

@@ -50,7 +50,7 @@ class AlarmConfig:
     """Alarm for a stage that lowers a domain's score."""
 
     drop: Positive = 5.0
-    """Points (hundredths of the mean reward) by which a domain's held-out score may lie below that
+    """Points (hundredths of the mean reward) by which a domain's held-out score may be below that
     of the stage's start artifact."""
 
     stop: bool = False

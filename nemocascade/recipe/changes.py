@@ -73,7 +73,7 @@ def changes_between(
 ) -> list[Change]:
     """Settings with different values, by name.
 
-    unset: settings at their defaults. Such a setting is no change if it is missing in `old`: a
+    unset: settings at their defaults. Such a setting is not a change if it is missing in `old`: a
     newer version has more settings, and their defaults behave as before.
     """
     before, after = dict(flat(old)), dict(flat(new))

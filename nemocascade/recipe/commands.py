@@ -1,4 +1,4 @@
-"""Settings of commands that are no stage."""
+"""Settings of commands that are not stages."""
 
 from __future__ import annotations
 

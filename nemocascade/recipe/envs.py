@@ -35,7 +35,7 @@ class RayConfig:
         is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16
         plain = host and host.isascii() and host.isprintable() and not set(host) & set(" /")
         if self.address and not (plain and is_port):
-            return [f"{name}.address({self.address!r}) is no address: write it as host:port"]
+            return [f"{name}.address({self.address!r}) is not an address: write it as host:port"]
         return []
 
 

@@ -34,7 +34,7 @@ def load_any_recipe(script: Path) -> Recipe:
 
 def _recipe_of(script: Path) -> object:
     if not script.is_file():
-        raise RecipeError([f"{script} is no file: name a recipe script"])
+        raise RecipeError([f"{script} is not a file: name a recipe script"])
     try:
         values = runpy.run_path(str(script), run_name="nemocascade_recipe")
     except UserError:
@@ -43,7 +43,7 @@ def _recipe_of(script: Path) -> object:
         own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(script)]
         line = error.lineno if isinstance(error, SyntaxError) else own[-1].lineno if own else None
         where = str(script) if line is None else f"{script}:{line}"
-        raise RecipeError([f"{where}: {type(error).__name__}: {error}: mend the script"]) from error
+        raise RecipeError([f"{where}: {type(error).__name__}: {error}: fix the script"]) from error
     if "RECIPE" not in values:
         raise RecipeError([f"{script} defines no RECIPE: a recipe script ends in `launch(RECIPE)`"])
     return values["RECIPE"]

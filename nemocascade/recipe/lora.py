@@ -23,7 +23,7 @@ SITES = {
     "experts.linear_fc2": "E",
 }
 """Weights that an adapter may adapt, with the kind of layer that has them."""
-_REFUSED = {
+_REJECTED = {
     "router": "its choices would differ from those of the base, whose balance they keep",
     "output_layer": "it is not a layer of the stack, and may be the embedding",
     "embedding": "its rows are looked up, not multiplied",
@@ -140,5 +140,5 @@ def _target_problems(target: str) -> Iterable[str]:
     known = dict.fromkeys(s if "linear_fc" not in s else s.split(".")[0] for s in SITES)
     name = target.split(".")[0]
     name = _SYNONYMS.get(name, name)
-    why = f"is never adapted, for {_REFUSED[name]}" if name in _REFUSED else "is no such weight"
+    why = f"is never adapted, for {_REJECTED[name]}" if name in _REJECTED else "is no such weight"
     yield f"lora.targets({target}) {why}: use {', '.join(known)}"

@@ -125,7 +125,7 @@ class ModelConfig:
             found.append("model.pattern is empty: give at least one layer, for example M*E")
         for symbol in sorted(set(self.pattern) - set(LAYER_SYMBOLS)):
             known = ", ".join(f"{s} ({n})" for s, n in LAYER_SYMBOLS.items())
-            found.append(f"model.pattern holds {symbol!r}, which is no layer: use {known}")
+            found.append(f"model.pattern holds {symbol!r}, which is not a layer: use {known}")
         for small, big, why in (
             ("num_kv_heads", "num_heads", "query heads share key/value heads in equal groups"),
             ("mamba_groups", "mamba_heads", "heads share B and C in equal groups"),
@@ -133,10 +133,10 @@ class ModelConfig:
         ):
             a, b = getattr(self, small), getattr(self, big)
             if a > 0 and b % a:
-                found.append(f"model.{big}({b}) is no multiple of model.{small}({a}): {why}")
+                found.append(f"model.{big}({b}) is not a multiple of model.{small}({a}): {why}")
         if "E" in self.pattern and not 1 <= self.experts_per_token <= self.num_experts:
             found.append(
-                f"model.experts_per_token({self.experts_per_token}) must lie in "
+                f"model.experts_per_token({self.experts_per_token}) must be in "
                 f"1..num_experts({self.num_experts})"
             )
         parts = {
@@ -149,7 +149,7 @@ class ModelConfig:
             found.append(f"the model has {said} in all layers: at most {MOST_PARTS} together")
         if not 1 <= self.router_top_groups <= self.router_groups:
             found.append(
-                f"model.router_top_groups({self.router_top_groups}) must lie in "
+                f"model.router_top_groups({self.router_top_groups}) must be in "
                 f"1..router_groups({self.router_groups})"
             )
         return tuple(found)

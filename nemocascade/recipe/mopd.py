@@ -99,7 +99,7 @@ class MopdRecipe(PolicyRecipe):
             if not t.artifact
         ]
         found += [
-            f"teachers: {d} is no domain of this recipe: take it out, or add it to domains"
+            f"teachers: {d} is not a domain of this recipe: take it out, or add it to domains"
             for d in sorted(set(taught) - {d.domain for d in self.domains})
         ]
         if not self.mopd.ratio_low < self.mopd.ratio_high:

@@ -97,7 +97,7 @@ class ParallelConfig:
         dp = self.data_parallel(world_size)
         if sequences_per_step % dp:
             found.append(
-                f"data.sequences_per_step({sequences_per_step}) is no multiple of dp({dp}) = "
+                f"data.sequences_per_step({sequences_per_step}) is not a multiple of dp({dp}) = "
                 f"world({world_size}) / (tp x pp x cp): set --data.sequences-per-step to a "
                 f"multiple of {dp}"
             )
@@ -119,7 +119,7 @@ class ParallelConfig:
             product = f"2 x cp({self.cp}) x tp({self.tp}) = {step}"
         if capacity % step:
             return [
-                f"capacity({capacity}) is no multiple of {product}: set the capacity to "
+                f"capacity({capacity}) is not a multiple of {product}: set the capacity to "
                 f"{-(-capacity // step) * step}, or lower --parallel.tp or --parallel.cp"
             ]
         segment = capacity // (2 * self.cp)
@@ -155,8 +155,8 @@ class ParallelConfig:
         for name, value, axis, size in rules:
             if value % size:
                 found.append(
-                    f"{name}({value}) is no multiple of {axis}({size}): set --parallel.{axis} to "
-                    f"a divisor of {value}"
+                    f"{name}({value}) is not a multiple of {axis}({size}): set "
+                    f"--parallel.{axis} to a divisor of {value}"
                 )
         if "E" not in model.pattern and (self.ep > 1 or self.etp > 1):
             found.append(

@@ -87,7 +87,7 @@ class PassRateSettings:
         """Every rule that these settings break, each with a remedy."""
         found = number_problems(self) + self.rollout.problems() + self.envs.problems()
         if not self.rows or not Path(self.rows).is_file():
-            found.append(f"rows({self.rows!r}) is no file: name a file with rows of tasks")
+            found.append(f"rows({self.rows!r}) is not a file: name a file with rows of tasks")
         if not self.output.endswith(".jsonl"):
             found.append(f"output({self.output!r}) must name a file that ends in .jsonl")
         elif Path(self.output).exists():

@@ -45,7 +45,7 @@ def is_file_name(name: str) -> bool:
 def path_problems(settings: Any, prefix: str = "") -> list[str]:
     """Every path in a tree of settings that no file system can have."""
     return [
-        f"{name}({path[:80]!r}) is no path: a name may have {LONGEST_NAME} bytes, a path "
+        f"{name}({path[:80]!r}) is not a path: a name may have {LONGEST_NAME} bytes, a path "
         f"{LONGEST_PATH}, and no character may be NUL"
         for kind in ("input", "artifact", "output")
         for name, path in named_paths(settings, kind, prefix)
@@ -64,7 +64,7 @@ def _size(path: str) -> int:
 
 def named_paths(settings: Any, kind: str, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield the dotted name of a setting and its path, for every path of this kind that a tree of
-    settings names. Data that is made from a seed (`synthetic:NAME`) is no path."""
+    settings names. Data that is made from a seed (`synthetic:NAME`) is not a path."""
     kind_of: Any = type(settings)
     hints = hints_of(kind_of)
     for field in fields(settings):

@@ -175,7 +175,7 @@ class RolloutConfig:
         found = []
         if not self.overlong_buffer < max(1, self.max_response_tokens):
             found.append(
-                f"rollout.overlong_buffer({self.overlong_buffer}) must lie in "
+                f"rollout.overlong_buffer({self.overlong_buffer}) must be in "
                 f"0..max_response_tokens({self.max_response_tokens})"
             )
         if self.filter_by == "domain" and not self.dynamic_filtering:

@@ -27,9 +27,9 @@ class Range:
         if self.high == math.inf:
             return f"must be {'above' if self.open_low else 'at least'} {self.low:g}"
         if not (self.open_low or self.open_high):
-            return f"must lie in {_plain(self.low)}..{_plain(self.high)}"
+            return f"must be in {_plain(self.low)}..{_plain(self.high)}"
         left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        return f"must lie in {left}{_plain(self.low)}, {_plain(self.high)}{right}"
+        return f"must be in {left}{_plain(self.low)}, {_plain(self.high)}{right}"
 
 
 LARGEST = 2**63 - 1

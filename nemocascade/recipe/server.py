@@ -61,7 +61,7 @@ class RolloutServerConfig:
     safetensors in `weights_folder`."""
 
     weights_folder: OutputPath = ""
-    """Folder for weights `disk`, which the servers see by the same path; it needs room for two
+    """Folder for weights `disk`, which the servers see by the same path; it needs space for two
     copies of the model. Empty: RUN/server_weights."""
 
     update_timeout_s: Seconds = 1800.0

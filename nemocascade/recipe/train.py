@@ -250,7 +250,7 @@ class EngineConfig:
         unknown = "".join(sorted(set(self.recompute_layers) - set(LAYER_SYMBOLS)))
         if unknown:
             return [
-                f"engine.recompute_layers({self.recompute_layers}) has {unknown!r}, which is no "
+                f"engine.recompute_layers({self.recompute_layers}) has {unknown!r}, which is not a "
                 f"kind of layer: use symbols of {LAYER_SYMBOLS}, such as ME"
             ]
         if self.recompute and self.recompute_layers:
@@ -272,8 +272,8 @@ class EngineConfig:
         return [
             f"engine.linears(fp8) runs in Transformer Engine, without engine.{name}({value}): set "
             f"--engine.{name} {remedy}, or --engine.linears bf16"
-            for name, (value, refused, remedy) in wrong.items()
-            if value == refused
+            for name, (value, rejected, remedy) in wrong.items()
+            if value == rejected
         ]
 
     def _tensor_parallel_problems(self) -> list[str]:
@@ -289,8 +289,8 @@ class EngineConfig:
             f"engine.overlap_tensor_parallel(True) runs in Transformer Engine, and not with "
             f"engine.{name}({value}), for {reason}: set --engine.{name} {remedy}, or "
             "--engine.overlap-tensor-parallel False"
-            for name, (value, refused, remedy, reason) in wrong.items()
-            if value == refused
+            for name, (value, rejected, remedy, reason) in wrong.items()
+            if value == rejected
         ]
 
 

@@ -59,7 +59,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Place:
+class RecordPosition:
     """A rollout in the journal: number of its file, and first byte of its record."""
 
     file: int
@@ -74,8 +74,8 @@ class Kept:
     them; None without one.
     """
 
-    rollouts: Mapping[int, Place] = field(default_factory=dict)
-    verdicts: Mapping[int, Place] = field(default_factory=dict)
+    rollouts: Mapping[int, RecordPosition] = field(default_factory=dict)
+    verdicts: Mapping[int, RecordPosition] = field(default_factory=dict)
     rewards: Mapping[int, float | None] = field(default_factory=dict)
 
 
@@ -108,7 +108,7 @@ class Journal:
         self._is_open = True
         self._synced = time.monotonic()
         self._ends: dict[int, int] = {}
-        self._found: dict[tuple[str, int], tuple[Place, str, Rollout | None]] = {}
+        self._found: dict[tuple[str, int], tuple[RecordPosition, str, Rollout | None]] = {}
         self._read()
 
     def kept(
@@ -127,7 +127,9 @@ class Journal:
         table = np.zeros((len(numbers) + 1, 8), dtype=np.int64)
         for row, number in zip(table, numbers, strict=False):
             for first, kind in ((0, "rollout"), (3, "verdict")):
-                place, key, outcome = self._found.get((kind, number), (Place(0, 0), "", None))
+                place, key, outcome = self._found.get(
+                    (kind, number), (RecordPosition(0, 0), "", None)
+                )
                 if not key:
                     continue
                 if key != self._key(number):
@@ -140,7 +142,7 @@ class Journal:
         self.world.watch.meet()
         self.world.sum_over_ranks(torch.from_numpy(table))
         # Two files may hold a rollout, if one could not be read in between: it is made again.
-        rollouts = {n: Place(*r[1:3]) for n, r in _rows(numbers, table) if r[0] == 1}
+        rollouts = {n: RecordPosition(*r[1:3]) for n, r in _rows(numbers, table) if r[0] == 1}
         scored = {n: r for n, r in _rows(numbers, table) if r[3] == 1 and n in rollouts}
         if table[-1, 0]:
             LOGGER.warning(
@@ -150,15 +152,15 @@ class Journal:
             )
         return Kept(
             rollouts,
-            {n: Place(*r[4:6]) for n, r in scored.items()},
+            {n: RecordPosition(*r[4:6]) for n, r in scored.items()},
             {n: _float(r[7]) if r[6] else None for n, r in scored.items()},
         )
 
-    def owner(self, place: Place) -> int:
+    def owner(self, place: RecordPosition) -> int:
         """The rank that restores the rollout at `place`."""
         return place.file % self.world.size
 
-    def load(self, place: Place, verdict: Place | None, domain: str) -> Rollout:
+    def load(self, place: RecordPosition, verdict: RecordPosition | None, domain: str) -> Rollout:
         """The rollout at `place` with its verdict, from any rank's file. domain: of its task."""
         rollout = rollout_of(read_record(self._path(place.file), place.start))
         if verdict is None:
@@ -248,13 +250,13 @@ class Journal:
             for record in read_records(self._path(file)):
                 head = record.head
                 outcome = scored_outcome(record) if head["kind"] == "verdict" else None
-                place = Place(file, record.start)
+                place = RecordPosition(file, record.start)
                 self._found[head["kind"], head["id"]] = (place, head["key"], outcome)
                 self._ends[file] = record.end
         except DamagedRecordError as error:
             return str(error)
         except (KeyError, TypeError, ValueError) as error:
-            return f"a record that is no rollout ({type(error).__name__}: {error})"
+            return f"a record that is not a rollout ({type(error).__name__}: {error})"
         except OSError as error:
             if file == self.world.rank:
                 # It may be whole: nothing is appended, and nothing cut off.

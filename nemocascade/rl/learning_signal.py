@@ -18,7 +18,7 @@ _SHOWN = 300
 
 
 class NothingLearntError(UserError, RuntimeError):
-    """No step of a stretch gave a learning signal; the message says why and what to do."""
+    """Several steps in a row gave no learning signal; the message says why and what to do."""
 
 
 class LearningSignal:
@@ -106,7 +106,7 @@ class LearningSignal:
         return NothingLearntError(
             f"{steps} steps in a row had no verdict (rollout.max_idle_steps is "
             f"{self.settings.max_idle_steps}), so nothing is learnt: the first verifier failed "
-            f"with {self._error or 'what the log says'}; mend the verifier, the judge or the rows"
+            f"with {self._error or 'what the log says'}; fix the verifier, the judge or the rows"
         )
 
     def _find_errors(self, step: int, gathered: Gathered) -> None:

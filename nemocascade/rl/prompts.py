@@ -19,9 +19,9 @@ from nemocascade.types import Prompt
 TokenIds = NDArray[np.int32]
 """Token ids, [n]."""
 Counts = NDArray[np.int64]
-"""Number of tokens of each prompt, or REFUSED or TOO_LONG; [P]."""
+"""Number of tokens of each prompt, or REJECTED or TOO_LONG; [P]."""
 
-REFUSED, TOO_LONG = -1, -2
+REJECTED, TOO_LONG = -1, -2
 
 
 class EncodedPrompts:
@@ -61,13 +61,13 @@ def encode_prompts(
     rollout: RolloutConfig,
     world: World | None = None,
 ) -> EncodedPrompts:
-    """Prompts with their ids. Dropped and counted: prompts that the chat template refuses, and
+    """Prompts with their ids. Dropped and counted: prompts that the chat template rejects, and
     prompts longer than `max_prompt_tokens`.
 
     world: its ranks encode a share each, and every rank gets all; None: every prompt is encoded
     here.
 
-    Raises DataError if all are refused, or if calls of the prompts' tools could not be parsed.
+    Raises DataError if all are rejected, or if calls of the prompts' tools could not be parsed.
     """
     if any(prompt.tools for prompt in prompts) and not tokenizer.template.reads_calls:
         raise DataError(
@@ -79,9 +79,9 @@ def encode_prompts(
         return tokenizer.prompt_ids(prompt.messages, prompt.tools, thinking=rollout.thinking)
 
     ids, counts = _encode_together(prompts, encoded, rollout.max_prompt_tokens, world)
-    refused, reason = int((counts == REFUSED).sum()), ""
-    if refused:
-        first = prompts[int((counts == REFUSED).argmax())]
+    rejected, reason = int((counts == REJECTED).sum()), ""
+    if rejected:
+        first = prompts[int((counts == REJECTED).argmax())]
         try:
             encoded(first)
         except DataError as error:
@@ -91,21 +91,21 @@ def encode_prompts(
         ids,
         counts[counts >= 0],
     )
-    if refused and refused == len(prompts):
+    if rejected and rejected == len(prompts):
         raise DataError(f"{prompts[0].domain}: no prompt can be rendered: {reason}")
-    if refused:
+    if rejected:
         LOGGER.warning(
             "%s: %d of %d prompts cannot be rendered and are dropped, the first: %s",
             prompts[0].domain,
-            refused,
+            rejected,
             len(prompts),
             reason,
         )
-    if len(kept) + refused < len(prompts):
+    if len(kept) + rejected < len(prompts):
         LOGGER.warning(
             "%s: %d of %d prompts are longer than rollout.max_prompt_tokens(%d) and are dropped",
             prompts[0].domain,
-            len(prompts) - refused - len(kept),
+            len(prompts) - rejected - len(kept),
             len(prompts),
             rollout.max_prompt_tokens,
         )
@@ -120,7 +120,7 @@ def _encode_together(
 ) -> tuple[TokenIds, Counts]:
     """The ids of all prompts of at most `most` tokens, end to end, and the count of each prompt.
 
-    encoded: raises DataError for a prompt that is refused. world: see `encode_prompts`.
+    encoded: raises DataError for a prompt that is rejected. world: see `encode_prompts`.
     """
     rank, ranks = (0, 1) if world is None else (world.rank, world.size)
     bounds = [len(prompts) * r // ranks for r in range(ranks + 1)]
@@ -130,7 +130,7 @@ def _encode_together(
         try:
             found = encoded(prompts[number])
         except DataError:
-            counts[number] = REFUSED
+            counts[number] = REJECTED
             continue
         counts[number] = len(found) if len(found) <= most else TOO_LONG
         if len(found) <= most:

@@ -99,7 +99,7 @@ def _read(file: BinaryIO, size: int) -> Record:
     except (ValueError, RecursionError):
         head = None
     if not isinstance(head, dict):
-        raise DamagedRecordError(start, f"the record at byte {start} is no JSON object")
+        raise DamagedRecordError(start, f"the record at byte {start} is not a JSON object")
     return Record(head, data, start, end)
 
 

@@ -41,8 +41,8 @@ class RowTasks:
         reasons = [f"{where}: {reason}" for where, reason in self.bad.items()]
         more = len(reasons) - SHOWN_BAD_ROWS
         shown = "\n  ".join(reasons[:SHOWN_BAD_ROWS])
-        tail = f"\n  and {more} more" if more > 0 else ""
-        return f"{len(reasons)} bad rows are skipped\n  {shown}{tail}" if reasons else ""
+        ending = f"\n  and {more} more" if more > 0 else ""
+        return f"{len(reasons)} bad rows are skipped\n  {shown}{ending}" if reasons else ""
 
 
 def read_row_tasks(path: Path, environments: Mapping[str, Environment], output: Path) -> RowTasks:
@@ -98,7 +98,7 @@ def _is_claimed(environment: Environment, row: Any) -> bool:
         return False
 
 
-class Journal:
+class RewardLog:
     """Rewards of finished samples, in FOLDER/rank_N.jsonl. Thread-safe. rank: of this process."""
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -141,7 +141,7 @@ def sample_missing(
     collector: Collector,
     asked: Mapping[int, Task],
     known: Verdicts,
-    journal: Journal,
+    journal: RewardLog,
     *,
     samples: int,
 ) -> Verdicts:

@@ -55,9 +55,9 @@ class Teachers:
         """Digests, in the order of their first domain: the order of the weight swaps."""
         return list(dict.fromkeys(self.by_domain.values()))
 
-    def read_ahead(self) -> None:
-        """Prefetch the first teacher in the background, if its weights are offloaded to a file."""
-        self.swap.read_ahead(self.names[0])
+    def prefetch(self) -> None:
+        """Read the first teacher in the background, if its weights are offloaded to a file."""
+        self.swap.prefetch(self.names[0])
 
     def batches(
         self, planned: Sequence[PlannedSequence]
@@ -83,7 +83,7 @@ class Teachers:
             for number, (name, packing) in enumerate(taught.items()):
                 place(name)
                 if number + 1 < len(taught):
-                    self.swap.read_ahead([*taught][number + 1])
+                    self.swap.prefetch([*taught][number + 1])
                 batches = packed_bins(run, sequences, packing.layout[mine], packing.capacity)
                 found |= self.scores.score(name, batches, sequences)
         self._send(found, planned, training, taught.values())

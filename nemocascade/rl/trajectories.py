@@ -88,7 +88,7 @@ def settings_of_run(path: Path) -> ReplaySettings:
     except FileNotFoundError:
         return ReplaySettings(str(path))
     except ValueError as error:
-        raise DataError(f"{folder.parent / 'recipe.json'} is no JSON: {error}") from error
+        raise DataError(f"{folder.parent / 'recipe.json'} is not JSON: {error}") from error
     envs = _filled(EnvConfig(), recipe.get("envs", {}))
     # Episodes with tools need no judge, and the run's judge may no longer be available.
     return ReplaySettings(str(path), replace(envs, judge=JudgeConfig()))
@@ -127,7 +127,7 @@ def replay(settings: ReplaySettings) -> list[Replayed]:
     rows: list[tuple[str, Mapping[str, Any]]] = []
     for file in files:
         if not file.is_file():
-            raise DataError(f"{file} is no file: name one of RUN/rollouts, or that folder")
+            raise DataError(f"{file} is not a file: name one of RUN/rollouts, or that folder")
         try:
             rows += read_objects(file)
         except ValueError as error:
@@ -140,7 +140,7 @@ def replay(settings: ReplaySettings) -> list[Replayed]:
         found = []
         for where, row in chosen:
             if row["domain"] not in environments:
-                raise DataError(f"{where}: {row['domain']!r} is no domain")
+                raise DataError(f"{where}: {row['domain']!r} is not a domain")
             environment = environments[row["domain"]]
             verdict = environment.score(_prompt(row), [_message(t) for t in row["turns"]])
             verified = row.get("details", {}).get(UNTRUNCATED_REWARD, row["reward"])

@@ -28,7 +28,7 @@ def try_verifiers(prompts: Iterable[Prompt], environments: Mapping[str, Environm
             problems.append(f"{prompt.domain} ({prompt.source}): {error}")
     if problems:
         raise DataError(
-            "verifiers fail on a dummy answer, so they would fail on every answer: mend the "
+            "verifiers fail on a dummy answer, so they would fail on every answer: fix the "
             "verifier, or take these rows out\n  " + "\n  ".join(problems)
         )
     LOGGER.info("verifiers: tried on dummy answers to %d forms of tasks", len(seen))

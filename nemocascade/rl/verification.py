@@ -30,7 +30,7 @@ from nemocascade.runtime.stopping import StopAsked
 from nemocascade.runtime.world import World
 from nemocascade.types import Environment, Message, Prompt, Verdict
 
-_LOOK_S = 1.0
+_POLL_S = 1.0
 """Interval in seconds for polling a judge's activity while waiting for verdicts."""
 
 OnVerdict = Callable[[Task, Rollout], object]
@@ -376,7 +376,7 @@ def _wait_for(
     while open_:
         if world.stop.asked():
             raise StopAsked
-        ended, open_ = wait(open_, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
+        ended, open_ = wait(open_, timeout=_POLL_S, return_when=FIRST_COMPLETED)
         activity = sum(e.activity for e in environments)
         if ended or activity != before:
             world.watch.progress(f"{len(futures) - len(open_)} of {len(futures)} {what}")

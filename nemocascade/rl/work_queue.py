@@ -202,7 +202,7 @@ class WorkQueue:
         self._allowed, self._share = len(self._chunks), -(-wanted // replicas)
         self._taken: list[int] = []
         self._read = 0
-        self._listened = self._looked = float("-inf")
+        self._listened = self._polled = float("-inf")
         self._cutoff = self._told = len(groups)
         self._is_open = bool(self._chunks)
         self._listen()
@@ -261,7 +261,7 @@ class WorkQueue:
         """Take the next chunks, as many as there are free slots, and at most this replica's share
         of all requests at a time: the others need work as well."""
         now = time.monotonic()
-        if self.replicas > 1 and now - self._looked < self.listen_s:
+        if self.replicas > 1 and now - self._polled < self.listen_s:
             return []
         free_slots = min(free_slots, self._share - busy)
         if free_slots <= 0:
@@ -275,7 +275,7 @@ class WorkQueue:
             free_slots, last = free_slots - size, last + 1
         if first >= self._allowed:
             # Nothing may be taken until the next draw; without one, never again.
-            self._looked = now
+            self._polled = now
             self._is_open = self.drawing is not None
         if last == first:
             return []

@@ -29,11 +29,11 @@ _ROUNDING = 1e-2
 
 
 class BadReplyError(ValueError):
-    """A reply is no usable completion."""
+    """A reply is not a usable completion."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class ServerReply:
     """A reply's tokens. logprobs: of each. finish: why the server stopped. experts: [p + n - 1, L,
     K] integers for a prompt of p tokens and an answer of n, if the server returned them."""
 
@@ -108,7 +108,7 @@ def read_answer(
     *,
     trains: bool = True,
     encode: Callable[[str], list[int]] | None = None,
-) -> Answer:
+) -> ServerReply:
     """The answer in a server's reply to `request_body`.
 
     vocabulary: ids from here on are not the model's. trains: every token needs a log-probability;
@@ -149,10 +149,10 @@ def read_answer(
             f"{len(ids)} tokens with {len(logprobs)} log-probabilities: training needs one for each"
         )
     wrong = next((x for x in logprobs if not math.isfinite(x) or x > _ROUNDING), None)
-    # The processed logits of a greedy answer are no probabilities.
+    # The processed logits of a greedy answer are not probabilities.
     if wrong is not None and sampling.temperature and trains:
         raise BadReplyError(f"a log-probability is {wrong}")
-    return Answer(ids, logprobs, finish, None if experts is None else _experts(experts))
+    return ServerReply(ids, logprobs, finish, None if experts is None else _experts(experts))
 
 
 def _ids_of(choice: dict[str, Any], logprobs: dict[str, Any]) -> Sequence[Any]:

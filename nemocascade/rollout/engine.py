@@ -45,13 +45,13 @@ class Sampling:
         faults = []
         if self.temperature and not COLDEST <= self.temperature <= HOTTEST:
             faults.append(
-                f"temperature({self.temperature}) must be 0, which is greedy, or lie in "
+                f"temperature({self.temperature}) must be 0, which is greedy, or in "
                 f"{COLDEST}..{HOTTEST}"
             )
         if self.top_k < 0:
             faults.append(f"top_k({self.top_k}) must be at least 0, and 0 is all")
         if not 0 < self.top_p <= 1:
-            faults.append(f"top_p({self.top_p}) must lie in (0, 1], and 1 is all")
+            faults.append(f"top_p({self.top_p}) must be in (0, 1], and 1 is all")
         if self.max_tokens < 1:
             faults.append(f"max_tokens({self.max_tokens}) must be at least 1")
         if any(not s for s in (*self.stop_tokens, *self.stop_strings)):
@@ -126,7 +126,7 @@ class Work(Protocol):
         """Called by every rank before a poll: raise what has failed on this rank meanwhile."""
 
 
-class Listed:
+class RequestList:
     """`Work` that is a list of requests, all of which are taken at once.
 
     Raises ValueError if two requests have one id.
@@ -186,7 +186,7 @@ class Completion:
 
 def as_work(requests: Sequence[Request] | Work) -> Work:
     """The requests as `Work`."""
-    return Listed(requests) if isinstance(requests, Sequence) else requests
+    return RequestList(requests) if isinstance(requests, Sequence) else requests
 
 
 Observe = Callable[[Sequence[int], Sequence[int], Sequence[float]], object]

@@ -20,7 +20,7 @@ from nemocascade.rollout.intake import Intake
 from nemocascade.rollout.prefill_queue import PrefillQueue
 from nemocascade.rollout.replies import Replies
 from nemocascade.rollout.residency import Residency
-from nemocascade.rollout.slots import ActiveSequence, BatchLimits, Part, Rows, SlotTable
+from nemocascade.rollout.slots import ActiveSequence, BatchLimits, RuleRows, SlotTable, TokenRows
 from nemocascade.rollout.stops import Decode, Stops
 from nemocascade.runtime.stopping import StopAsked
 from nemocascade.runtime.world import World
@@ -79,7 +79,7 @@ class Generation:
         self.intake = Intake(world, work)
         self.prefills = PrefillQueue(self.residency, sampling, limits, together=work.is_ordered)
         self.running: list[ActiveSequence] = []
-        self.rows: Rows | None = None
+        self.rows: TokenRows | None = None
         """The decode batch; None: to be rebuilt, because a sequence has started or stopped."""
         self.finished: list[Completion] = []
         self.cancelled: set[int] = set()
@@ -220,7 +220,7 @@ class Generation:
         if rows.sequences:
             self._draw(rows, logits, self.model.choices)
 
-    def _draw(self, rows: Rows, logits: Tensor | None, choices: Tensor | None = None) -> None:
+    def _draw(self, rows: TokenRows, logits: Tensor | None, choices: Tensor | None = None) -> None:
         """Draw the token at each row's position, and pause the sequences that it ends.
 
         choices: [n or more, L, K], the experts of the tokens before, if they are recorded.
@@ -242,7 +242,7 @@ class Generation:
             self.observe(ids, tokens.tolist(), found[:, 1].tolist())
         self._stop(rows, tokens)
 
-    def _stop(self, rows: Rows, tokens: Tensor) -> None:
+    def _stop(self, rows: TokenRows, tokens: Tensor) -> None:
         """Pause sequences that their last tokens [n] complete."""
         for part in rows.parts:
             row_indices = part.row_indices
@@ -271,7 +271,7 @@ class Generation:
         self.stops[rule] = stops = Stops(rule, self.model.vocabulary, self.decode)
         return stops
 
-    def _drawn(self, rows: Rows, logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _drawn(self, rows: TokenRows, logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens [n] and their log-probabilities [n], on every rank of the data-parallel group."""
         if logits is not None:
             found = [self._drawn_part(rows, logits, part) for part in rows.parts]
@@ -292,7 +292,7 @@ class Generation:
         dist.broadcast(both, src=last, group=group)
         return both[0].long(), both[1].float()
 
-    def _drawn_part(self, rows: Rows, logits: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    def _drawn_part(self, rows: TokenRows, logits: Tensor, part: RuleRows) -> tuple[Tensor, Tensor]:
         """Tokens [m] and their log-probabilities [m] of the rows of one sampling rule."""
         s, keys, positions = part.rule, rows.keys, rows.positions
         if part.rows is not None:

@@ -19,7 +19,7 @@ from nemocascade.rollout.slots import ActiveSequence, BatchLimits
 
 
 @dataclass
-class Group:
+class PrefillGroup:
     """Requests with the same prompt that have no slot yet. origin: see `ActiveSequence`.
 
     is_started: the prompt is being prefilled for other requests of the group. is_kept: that prefill
@@ -43,7 +43,7 @@ class Prefill:
     runs in the slot of the first. keep: the group whose other requests need the state later."""
 
     sequences: list[ActiveSequence]
-    keep: Group | None = None
+    keep: PrefillGroup | None = None
 
     @property
     def sequence(self) -> ActiveSequence:
@@ -99,13 +99,13 @@ class PrefillQueue:
         self.limits, self.spare = limits, limits.slots
         self._most = limits.prefill_tokens if together else 0
         self._queue: list[Prefill] = []
-        self._groups: deque[Group] = deque()
+        self._groups: deque[PrefillGroup] = deque()
 
     def append(self, requests: Sequence[Request]) -> None:
         """Queue requests that wait for a slot."""
         for request in requests:
             if not self._groups or self._groups[-1].prompt != request.prompt:
-                self._groups.append(Group(request.prompt, deque()))
+                self._groups.append(PrefillGroup(request.prompt, deque()))
             self._groups[-1].requests.append(request)
 
     @property
@@ -222,11 +222,11 @@ class PrefillQueue:
         group = self._groups[0]
         return (group.is_kept or not group.is_started) and self._startable(group) > 0
 
-    def _startable(self, group: Group) -> int:
+    def _startable(self, group: PrefillGroup) -> int:
         count = len(group.requests)
         return self.residency.startable(len(group.prompt), count, is_kept=group.is_kept)
 
-    def _start(self, group: Group) -> Prefill:
+    def _start(self, group: PrefillGroup) -> Prefill:
         """The prefill of a prompt for requests that start now."""
         sequences, pool = self._admit(group), self.residency.pool
         blocks = pool.take(pool.needed(len(group.prompt)))
@@ -247,7 +247,7 @@ class PrefillQueue:
         mine = self.residency.pool.fork(blocks, len(sequence.request.prompt))
         self.residency.place(sequence, mine)
 
-    def _forget(self, group: Group) -> None:
+    def _forget(self, group: PrefillGroup) -> None:
         """Drop a group that has no requests left, and its stored prompt."""
         self._groups.remove(group)
         self.residency.pool.release(group.blocks)
@@ -307,7 +307,7 @@ class PrefillQueue:
         if self.model.choices is not None:
             group.choices = self.table.routing_of(prefill.sequence, len(group.prompt)).clone()
 
-    def _admit(self, group: Group) -> list[ActiveSequence]:
+    def _admit(self, group: PrefillGroup) -> list[ActiveSequence]:
         """Assign free slots to as many requests of a group as fit."""
         requests = [group.requests.popleft() for _ in range(self._startable(group))]
         return self.table.admit(requests, self.sampling, group.origin)

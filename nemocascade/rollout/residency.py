@@ -113,7 +113,7 @@ class Residency:
         )
         self.pool.release(sequence.blocks)
         sequence.blocks = []
-        self.table.leave(sequence)
+        self.table.free_slot(sequence)
         insort(self.suspended, sequence, key=lambda t: t.order)
 
     def resume(self) -> list[ActiveSequence]:
@@ -147,7 +147,7 @@ class Residency:
         other = next(others, None)
         shared = [] if other is None else self.pool.share(other.blocks[:whole])
         self.suspended.remove(sequence)
-        self.table.enter(sequence)
+        self.table.assign_slot(sequence)
         self.place(
             sequence, shared + self.pool.take(self.pool.needed(sequence.length) - len(shared))
         )

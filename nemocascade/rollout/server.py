@@ -22,8 +22,8 @@ from nemocascade.recipe import ModelConfig
 from nemocascade.recipe.server import RolloutServerConfig
 from nemocascade.rollout.completions import (
     PATH,
-    Answer,
     BadReplyError,
+    ServerReply,
     drawn_ids,
     read_answer,
     request_body,
@@ -59,8 +59,8 @@ class ServerEngine:
     world: the first rank of each data-parallel group sends the requests and gets the completions;
     None means a single process. updates: brings the weights of the live model to
     the servers; None for servers whose weights never change. vocabulary: ids from here on are
-    refused; model_vocabulary: of the model, if it is larger, see `drawn_ids`. routing: the shape of
-    a model whose experts completions carry, for router replay. trains: False accepts answers
+    rejected; model_vocabulary: of the model, if it is larger, see `drawn_ids`. routing: the shape
+    of a model whose experts completions carry, for router replay. trains: False accepts answers
     without log-probabilities. codec: for servers that exchange text alone, where nothing trains.
     """
 
@@ -248,7 +248,7 @@ class ServerEngine:
 
     def _turn(
         self, request: Request, tokens: list[int], max_tokens: int, sampling: Sampling, stop: Event
-    ) -> Answer:
+    ) -> ServerReply:
         """One turn, from as many answers as it takes; its finish is `abort` if it was given up."""
         ids: list[int] = []
         logprobs: list[float] = []
@@ -284,7 +284,7 @@ class ServerEngine:
             except HttpError as error:
                 if stop.is_set():
                     self.pool.give_back(server)
-                    return Answer(ids, logprobs, "abort")
+                    return ServerReply(ids, logprobs, "abort")
                 failure, asked_s = str(error), error.wait_s
                 gone = error.kind in ("unreachable", "connection")
                 self.pool.count(error.kind)
@@ -299,19 +299,19 @@ class ServerEngine:
                 ids += answer.ids
                 logprobs += answer.logprobs
                 if answer.finish != "abort":
-                    return Answer(ids, logprobs, answer.finish, answer.experts)
+                    return ServerReply(ids, logprobs, answer.finish, answer.experts)
                 self.pool.count("aborted")
                 if len(ids) >= max_tokens:
-                    return Answer(ids, logprobs, "length", answer.experts)
+                    return ServerReply(ids, logprobs, "length", answer.experts)
                 continue
             LOGGER.debug("request %d on %s: %s", request.id, server.url, failure)
             if attempt < self.settings.retries and not gone:
                 stop.wait(backoff(attempt, _FIRST_WAIT_S, asked_s))
         if not stop.is_set():
             self.pool.count("dropped")
-        return Answer(ids, logprobs, "abort")
+        return ServerReply(ids, logprobs, "abort")
 
-    def _checked(self, answer: Answer, length: int) -> Answer:
+    def _checked(self, answer: ServerReply, length: int) -> ServerReply:
         """The answer with the experts of all tokens but the last, if they are wanted."""
         shape = self.routing
         if shape is None or answer.finish == "abort":
@@ -334,7 +334,7 @@ class ServerEngine:
 
 
 def _final(server: Server, error: HttpError) -> Exception:
-    """The error for a request that no retry can mend."""
+    """The error for a request that no retry can fix."""
     if error.kind == "closed":
         return ServerError("the requests were cut off, because the engine was closed")
-    return ServerError(f"the rollout server {server.url} refuses the request: {error}")
+    return ServerError(f"the rollout server {server.url} rejects the request: {error}")

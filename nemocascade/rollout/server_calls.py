@@ -23,7 +23,7 @@ CALL_S = 60.0
 class Failures:
     """Servers that did not do what they should, by URL.
 
-    reasons: they did not answer, or refused. alarms: their log-probabilities are wrong.
+    reasons: they did not answer, or rejected a call. alarms: their log-probabilities are wrong.
     """
 
     reasons: dict[str, str] = field(default_factory=dict)

@@ -29,7 +29,7 @@ STRIKES = 3
 """Failures in a row after which a server that still answers counts as lost."""
 REST_S = 30.0
 """Pause of a lost server that needs no weights, before it is tried again."""
-_LOOK_S = 1.0
+_POLL_S = 1.0
 
 
 class ServerError(UserError, RuntimeError):
@@ -161,7 +161,7 @@ class ServerPool:
                     f"rollout.server.wait_s({settings.wait_s:g}): {told}"
                 )
             progress(f"{len(answering)} of {wanted} rollout servers answer")
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     def answering(self, keys: dict[str, str]) -> tuple[dict[str, str], list[str]]:
         """Those of these servers that serve the model, and why the others do not."""
@@ -185,10 +185,10 @@ class ServerPool:
                 # It answers, and lists no models.
                 return ""
             if error.final and error.status:
-                raise ServerError(f"a rollout server refuses its key or path: {error}") from None
+                raise ServerError(f"a rollout server rejects its key or path: {error}") from None
             return str(error)
         except (ValueError, LookupError, TypeError) as error:
-            return f"/v1/models is no list of models ({type(error).__name__})"
+            return f"/v1/models is not a list of models ({type(error).__name__})"
         finally:
             http.close()
         if self.settings.model not in names:

@@ -79,7 +79,7 @@ class ActiveSequence:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class RuleRows:
     """The rows that are drawn by one sampling rule. row_indices: their numbers; rows: the same [m]
     int64 on the device. None in both is all rows."""
 
@@ -89,7 +89,7 @@ class Part:
 
 
 @dataclass(eq=False)
-class Rows:
+class TokenRows:
     """Rows of sequences that draw a token, [n] int64 each.
 
     sequences: the sequence of each row. seats, positions_on_host: its seat, and the position of a
@@ -98,7 +98,7 @@ class Rows:
     """
 
     sequences: list[ActiveSequence]
-    parts: list[Part]
+    parts: list[RuleRows]
     seats: Tensor
     positions_on_host: Tensor
     slots: Tensor
@@ -170,16 +170,16 @@ class SlotTable:
         """Forget the sampling rules that no sequence uses."""
         self._rules = {rule: rule for rule in self._rules.values() if rule in used}
 
-    def leave(self, sequence: ActiveSequence) -> None:
+    def free_slot(self, sequence: ActiveSequence) -> None:
         """Free the slot of a sequence that is suspended."""
         self.free.append(sequence.slot)
         sequence.slot = -1
 
-    def enter(self, sequence: ActiveSequence) -> None:
+    def assign_slot(self, sequence: ActiveSequence) -> None:
         """Assign a slot to a suspended sequence."""
         sequence.slot = self.free.pop()
 
-    def rows(self, sequences: list[ActiveSequence]) -> Rows:
+    def rows(self, sequences: list[ActiveSequence]) -> TokenRows:
         """The rows of `sequences`, each at the position after its cached tokens."""
         seats, slots, positions = (
             torch.tensor(column, dtype=torch.int64)
@@ -200,12 +200,14 @@ class SlotTable:
             ]
         moved = to_device(known, self.device)
         parts = [
-            Part(sequences[p[0]].rule, p, moved[4 + n]) if several else Part(sequences[0].rule)
+            RuleRows(sequences[p[0]].rule, p, moved[4 + n])
+            if several
+            else RuleRows(sequences[0].rule)
             for n, p in enumerate(by_rule.values())
         ]
-        return Rows(sequences, parts, seats, positions, *moved[:4])
+        return TokenRows(sequences, parts, seats, positions, *moved[:4])
 
-    def append(self, rows: Rows, tokens: Tensor, logprob: Tensor) -> None:
+    def append(self, rows: TokenRows, tokens: Tensor, logprob: Tensor) -> None:
         """Append the tokens [n] int64 that were drawn at the rows' positions."""
         at = rows.seats, rows.positions_on_host
         self.history[at], self.logprob[at] = tokens, logprob
@@ -220,7 +222,7 @@ class SlotTable:
         """Record the experts [m, L, K] of a sequence's tokens from position `first` on."""
         self._routing_like(choices)[sequence.seat, first : first + choices.shape[0]] = choices
 
-    def record_step_routing(self, rows: Rows, choices: Tensor) -> None:
+    def record_step_routing(self, rows: TokenRows, choices: Tensor) -> None:
         """Record the experts [n, L, K] of the token before each row's position."""
         self._routing_like(choices)[rows.seats, rows.positions_on_host - 1] = choices
 
@@ -276,4 +278,4 @@ class SlotTable:
         del self.sequences[sequence.seat]
         self.free_seats.append(sequence.seat)
         if sequence.slot >= 0:
-            self.leave(sequence)
+            self.free_slot(sequence)

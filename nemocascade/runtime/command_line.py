@@ -31,7 +31,7 @@ NAME_WIDTH = 24
 
 class Option(NamedTuple):
     """A field as the command line names it. name: without dashes; empty for settings whose fields
-    stand beside those of their parent."""
+    are beside those of their parent."""
 
     name: str
     field: str
@@ -193,7 +193,7 @@ def _print_help(
     for depth, name in enumerate(path):
         options = {o.name: o for o in options_of(node)} if dataclasses.is_dataclass(node) else {}
         if name not in options:
-            _refuse(prog, path[:depth], name, [o for o in options.values() if o.is_section])
+            _reject(prog, path[:depth], name, [o for o in options.values() if o.is_section])
         node = options[name].value
     sections = list(_sections(node)) if dataclasses.is_dataclass(node) else []
     with contextlib.suppress(SystemExit):
@@ -231,9 +231,9 @@ def _section_list(sections: Sequence[Option], path: tuple[str, ...], count: int)
         many = isinstance(option.value, tuple)
         about = type(option.value[0] if many else option.value).__doc__ or ""
         number = sum(1 for _ in leaves(_Holder(option.value)))
-        head, tail = f"  {name:{NAME_WIDTH}} ", f" ({number})"
-        left = width - len(head) - len(tail)
-        lines.append(head + textwrap.shorten(about, left, placeholder=" ...") + tail)
+        head, ending = f"  {name:{NAME_WIDTH}} ", f" ({number})"
+        left = width - len(head) - len(ending)
+        lines.append(head + textwrap.shorten(about, left, placeholder=" ...") + ending)
     example = ".".join((*path, sections[0].name))
     lines += [
         "",
@@ -295,7 +295,7 @@ def nearest(arguments: Sequence[str], kind: type[object]) -> list[str]:
     return [near for name in given for near in difflib.get_close_matches(name, names, 2, 0.75)]
 
 
-def _refuse(prog: str, path: tuple[str, ...], name: str, sections: Sequence[Option]) -> NoReturn:
+def _reject(prog: str, path: tuple[str, ...], name: str, sections: Sequence[Option]) -> NoReturn:
     known = [".".join((*path, o.name)) for o in sections]
     wrong = ".".join((*path, name))
     near = difflib.get_close_matches(wrong, known, n=1)

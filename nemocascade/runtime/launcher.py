@@ -16,7 +16,7 @@ class LauncherError(UserError, RuntimeError):
 
 
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""Number of processes, as srun and MPI launchers tell it. A batch script or a shell of salloc has
+"""Number of processes, as srun and MPI launchers set it. A batch script or a shell of salloc has
 none: SLURM_NTASKS, which they have, counts the tasks of the allocation."""
 
 

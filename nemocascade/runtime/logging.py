@@ -77,14 +77,14 @@ class Terminal(logging.StreamHandler[TextIO]):
 
 
 @dataclass(frozen=True)
-class Part:
+class StatusPart:
     """A part of a status line. rank: parts with the highest number are dropped first."""
 
     text: str
     rank: int
 
 
-def fitted(parts: Sequence[Part], width: int) -> str:
+def fitted(parts: Sequence[StatusPart], width: int) -> str:
     """One line of at most `width` characters with the most important parts, in their order."""
     kept = [part for part in parts if part.text]
     while len(line := "  ".join(part.text for part in kept)) > width and len(kept) > 1:

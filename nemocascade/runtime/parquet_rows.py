@@ -37,7 +37,7 @@ def unread_columns(path: str, columns: Collection[str] | None) -> list[str]:
 
 
 def batch_row(batch: pyarrow.RecordBatch, index: int) -> Any:
-    """Return a row of a batch. Raises RowError if it is no JSON value."""
+    """Return a row of a batch. Raises RowError if it is not a JSON value."""
     try:
         (row,) = batch.slice(index, 1).to_pylist()
     except UnicodeDecodeError as error:

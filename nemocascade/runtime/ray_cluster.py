@@ -160,7 +160,7 @@ def cluster_problems(settings: RayConfig) -> tuple[list[str], str]:
     except ClusterError as error:
         return [str(error)], ""
     if reason := unreachable(address):
-        return [f"Ray at {address}: {reason}, or mend --envs.sandbox.ray.address"], ""
+        return [f"Ray at {address}: {reason}, or fix --envs.sandbox.ray.address"], ""
     command = [sys.executable, "-m", "nemocascade.runtime.ray_description", address]
     try:
         done = subprocess.run(

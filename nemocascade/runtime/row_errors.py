@@ -18,7 +18,7 @@ class RowError(ValueError):
     """One row breaks its format. The message is the reason, without file and line."""
 
 
-def refuse_row(where: str, reason: str) -> NoReturn:
+def reject_row(where: str, reason: str) -> NoReturn:
     """Raise DataError for the row at `where` (`file:row`)."""
     raise DataError(f"{where}: {reason}")
 

@@ -26,8 +26,8 @@ from nemocascade.runtime.row_errors import DataError, RowError
 from nemocascade.runtime.strict_json import parse_json
 
 KINDS = ".jsonl, .json (both also .gz or .zst) and .parquet"
-PIECE_ROWS = 512
-PIECE_BYTES = 4 << 20
+CHUNK_ROWS = 512
+CHUNK_BYTES = 4 << 20
 
 _NAME = re.compile(r".*\.(?:(jsonl|json)(?:\.(?:gz|zst))?|(parquet))")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -105,7 +105,7 @@ def find_files(name: str | Path) -> list[str]:
             raise DataError(f"{path}: the folder holds no file of {KINDS}")
         return found
     if not path.is_file():
-        what = "is no regular file" if path.exists() else "no such file or folder"
+        what = "is not a regular file" if path.exists() else "no such file or folder"
         raise DataError(f"{path}: {what}; name data files, or folders of them")
     if not kind_of(path):
         raise DataError(f"{path}: unknown kind of file, known are {KINDS}")
@@ -166,7 +166,7 @@ def read_chunks(
         if kind == "parquet":
             chunks: Iterator[RowChunk] = (
                 RowChunk(source, range(start, start + batch.num_rows), batch=batch)
-                for start, batch in read_batches(path, columns, PIECE_ROWS, part)
+                for start, batch in read_batches(path, columns, CHUNK_ROWS, part)
             )
         elif part is not None and part.start:
             chunks = gather(_lines_within(path, part), source)
@@ -196,7 +196,7 @@ def gather(rows: Iterable[tuple[int, bytes]], source: int) -> Iterator[RowChunk]
         numbers.append(number)
         lines.append(line)
         size += len(line)
-        if len(lines) == PIECE_ROWS or size >= PIECE_BYTES:
+        if len(lines) == CHUNK_ROWS or size >= CHUNK_BYTES:
             yield RowChunk(source, numbers, lines=lines)
             numbers, lines, size = [], [], 0
     if lines:
@@ -296,7 +296,7 @@ def _elements(stream: BinaryIO) -> Iterator[bytes]:
     Raises EOFError if the array does not end, or something follows it.
     """
     data, start, at, depth, count = b"", 0, 0, 0, 0
-    size = PIECE_BYTES
+    size = CHUNK_BYTES
     while more := stream.read(size):
         data, at, start = data[start:] + more, at - start, 0
         while token := _TOKEN.search(data, at):
@@ -326,7 +326,7 @@ def _elements(stream: BinaryIO) -> Iterator[bytes]:
         else:
             at = len(data)
         # An element larger than the buffer is not scanned many times.
-        size = max(PIECE_BYTES, len(data) - start)
+        size = max(CHUNK_BYTES, len(data) - start)
     raise EOFError(f"the array does not end, after {count} rows")
 
 

@@ -17,7 +17,7 @@ _CHUNK = 4 << 20
 
 
 def parts_of(path: str, size: int) -> list[range | None]:
-    """Cut a data file into parts of about `size` bytes, in order. None stands for the whole file.
+    """Cut a data file into parts of about `size` bytes, in order. None means the whole file.
 
     Raises DataError if the file cannot be read.
     """

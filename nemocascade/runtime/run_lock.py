@@ -1,13 +1,13 @@
-"""The lock of a run folder: one job owns it, and every other one is refused by name.
+"""The lock of a run folder: one job owns it, and every other one is rejected by name.
 
 The lock is the file RUN/lock. It is created by a hard link, which is atomic on network file systems
 too, and names its owner. A thread of the owner touches the file every INTERVAL_S: its heartbeat.
 Another job decides by what it sees, never by comparing clocks of two hosts:
 
-    the same host, and the process is alive         refused at once
+    the same host, and the process is alive         rejected at once
     the same host, and the process is gone          taken over at once
     the same Slurm job, requeued since              taken over at once
-    another host, and the heartbeat changes         refused
+    another host, and the heartbeat changes         rejected
     another host, no heartbeat within STALE_S       taken over
 
 An owner that finds another's lock in place of its own, for example after it was suspended, ends.
@@ -221,7 +221,7 @@ class RunLock:
     def _beat(self) -> None:
         """Touch the lock file until the lock is released; end the process if another owns it."""
         while not self._stop.wait(self.interval_s):
-            with contextlib.suppress(OSError):  # a file system that is away for a while
+            with contextlib.suppress(OSError):  # a file system that is unavailable for a while
                 owner = _owner_of(self.path)
                 if owner == self.owner or (owner is None and self._create()):
                     os.utime(self.path)

@@ -16,8 +16,8 @@ from nemocascade.runtime.interrupt import EXIT_CODE, Interrupt
 STOP = "stop"
 """A file of this name in the run folder asks the run to save a checkpoint and stop. Schedulers
 create it before a time limit. The run renames it to `stop.done` once it has saved."""
-LOOK_S = 1.0
-"""Interval for looking at the file, or in the job's store."""
+POLL_S = 1.0
+"""Poll interval of the file, or of the job's store."""
 
 
 _LOADED_AT = time.time()
@@ -66,16 +66,16 @@ class StopRequest:
         self._is_main, self._store = is_main, store
         self._key = "nemocascade/stop"
         self._is_asked = False
-        self._looked = float("-inf")
+        self._polled = float("-inf")
 
     def asked(self) -> bool:
-        """True once this rank knows of a request. It looks at most every `LOOK_S`. Cheap."""
-        if not self._is_asked and time.monotonic() - self._looked >= LOOK_S:
-            self.look()
+        """True once this rank knows of a request. It polls at most every `POLL_S`. Cheap."""
+        if not self._is_asked and time.monotonic() - self._polled >= POLL_S:
+            self.poll()
         return self._is_asked
 
-    def look(self) -> bool:
-        """Look at once; see `asked`."""
+    def poll(self) -> bool:
+        """Poll at once; see `asked`."""
         if self._is_main and not self._is_asked:
             named = self.file is not None and self.file.exists()
             self._is_asked = named or self.interrupt.asked
@@ -83,7 +83,7 @@ class StopRequest:
                 self._store.set(self._key, "1")
         elif self._store is not None and not self._is_asked:
             self._is_asked = self._store.check([self._key])
-        self._looked = time.monotonic()
+        self._polled = time.monotonic()
         return self._is_asked
 
     def clear(self) -> None:

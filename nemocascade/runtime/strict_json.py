@@ -1,6 +1,6 @@
 """Strict JSON of data rows: values that every later step can render, hash and write again.
 
-Rows come from downloads. Refused are values beyond RFC 8259 (NaN, Infinity), duplicate keys,
+Rows come from downloads. Rejected are values beyond RFC 8259 (NaN, Infinity), duplicate keys,
 numbers beyond float64, half a surrogate pair, and nesting that would exhaust a recursive reader.
 The same rules hold for JSON inside of text fields, such as a tool call's arguments.
 """
@@ -61,7 +61,7 @@ def check_json(value: Any) -> None:
             elif isinstance(item, list):
                 inner += item
             elif isinstance(item, float) and not math.isfinite(item):
-                _refuse(str(item))
+                _reject(str(item))
             elif not isinstance(item, int | float | None):
                 raise RowError(f"a value of type {type(item).__name__}, which JSON does not have")
         if not inner:
@@ -80,7 +80,9 @@ def _check_text(text: str) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             half = text[error.start]
-            raise RowError(f"half a surrogate pair in a text ({half!r} is no character)") from None
+            raise RowError(
+                f"half a surrogate pair in a text ({half!r} is not a character)"
+            ) from None
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -99,8 +101,8 @@ def _number(text: str) -> float:
     return value
 
 
-def _refuse(name: str) -> NoReturn:
-    raise RowError(f"the value {name} is no JSON")
+def _reject(name: str) -> NoReturn:
+    raise RowError(f"the value {name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=_refuse)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=_reject)

@@ -212,7 +212,7 @@ class Watchdog:
             self.store.set(f"{self.prefix}/time/{self.rank}", repr(seconds))
 
     def rank_times(self) -> list[float]:
-        """The newest time that each rank has told, by rank; [] until all have."""
+        """The newest time that each rank has reported, by rank; [] until all have."""
         keys = [f"{self.prefix}/time/{rank}" for rank in range(self.size)]
         if self.store is None or self._thread is None or not self.store.check(keys):
             return []

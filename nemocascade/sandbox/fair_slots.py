@@ -1,4 +1,4 @@
-"""Slots of a pool, handed to waiting threads in the order of their requests."""
+"""Slots of a pool, assigned to waiting threads in the order of their requests."""
 
 from __future__ import annotations
 

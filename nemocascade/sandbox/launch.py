@@ -150,7 +150,7 @@ class Worker:
             assert process.stderr is not None
             said = process.stderr.read().decode(errors="replace").strip().splitlines()
             process.stderr.close()
-            reason = answer.get("refused") or (said[-1] if said else "the worker did not start")
+            reason = answer.get("unavailable") or (said[-1] if said else "the worker did not start")
             raise IsolationError(str(reason))
         assert process.stderr is not None
         process.stderr.close()
@@ -184,7 +184,7 @@ class Worker:
             return {}
         for _, kind, data in ancillary:
             sender = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
-            # A worker that refused may have ended: then its id is 0, or belongs to nobody.
+            # A worker that could not start may have ended: then its id is 0, or belongs to nobody.
             if kind == socket.SCM_CREDENTIALS and sender:
                 self.pid = sender
                 with contextlib.suppress(ProcessLookupError):

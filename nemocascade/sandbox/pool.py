@@ -55,7 +55,7 @@ class SandboxPool:
         if problems := self.config.problems():
             raise ValueError("; ".join(problems))
         if missing := [path for path in self.config.packages if not os.path.isdir(path)]:
-            raise ValueError(f"sandbox.packages: {', '.join(missing)} is no folder here")
+            raise ValueError(f"sandbox.packages: {', '.join(missing)} is not a folder here")
         self._modules = launch.installed(modules)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.isolation, first = self._choose()
@@ -276,7 +276,7 @@ def _run(worker: launch.Worker, program: Program, config: SandboxConfig, wall_s:
         answer = exchange.run(time.monotonic() + wall_s + GRACE_S)
         out, err, results = exchange.read.values()
     if "status" not in answer:
-        raise SandboxError(f"a program could not be isolated: {answer.get('refused')}")
+        raise SandboxError(f"a program could not be isolated: {answer.get('unavailable')}")
     # Without its waits for a CPU, it had less wall-clock time than the CPU time it may use.
     if answer["over_time"] == "wall" and wall_s - answer["waited_s"] < config.time_s:
         raise _StarvedError(

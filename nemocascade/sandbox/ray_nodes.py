@@ -40,7 +40,7 @@ REMIND_S = 60.0
 """Time from the first warning of a lost cluster to the second; the next come at twice the time."""
 LONGEST_REMIND_S = 3600.0
 """Longest interval between two warnings of a lost cluster."""
-LEFT_OUT_S = 30.0
+EXCLUDED_S = 30.0
 """A node that lost a call is not used for this long: Ray may not know yet that it is lost."""
 OPEN_S = 120.0
 """Timeout of a node's actor and its first worker."""
@@ -97,7 +97,8 @@ class _Outage:
 
 class RayNodes:
     """The nodes of a sandbox. Thread-safe. Raises SandboxUnavailable if no node can be used, or if
-    one refuses: it cannot isolate programs, has no such folder or module, or has other versions."""
+    one is unsuitable: it cannot isolate programs, has no such folder or module, or has other
+    versions."""
 
     def __init__(self, config: SandboxConfig, settings: PoolSettings) -> None:
         self._settings, self._wait_s = settings, config.ray.wait_s
@@ -105,7 +106,7 @@ class RayNodes:
         self._client = uuid.uuid4().hex
         self._changed = threading.Condition()
         self._nodes: dict[str, Node] = {}
-        self._left_out: dict[str, float] = {}
+        self._excluded: dict[str, float] = {}
         """Time at which a node may be used again, by id."""
         self.gone = ""
         """Why no call can be made any more; empty if it can."""
@@ -195,13 +196,13 @@ class RayNodes:
         except errors.RayError as error:
             said = str(error).strip().splitlines()
             reason = f"{about.host}: {said[0][:SHOWN] if said else type(error).__name__}"
-            self._leave_out(about, LEFT_OUT_S, f"node {reason}")
+            self._exclude(about, EXCLUDED_S, f"node {reason}")
             raise NodeLostError(reason) from None
 
-    def _leave_out(self, about: RayNode, seconds: float, reason: str) -> None:
+    def _exclude(self, about: RayNode, seconds: float, reason: str) -> None:
         with self._changed:
-            is_new = self._left_out.get(about.id, 0.0) < time.monotonic()
-            self._left_out[about.id] = time.monotonic() + seconds
+            is_new = self._excluded.get(about.id, 0.0) < time.monotonic()
+            self._excluded[about.id] = time.monotonic() + seconds
             self._nodes.pop(about.id, None)
         if is_new and not self._closed.is_set():
             LOGGER.warning("programs do not run on %s", reason)
@@ -217,7 +218,7 @@ class RayNodes:
                     known = set(self._nodes)
                     for gone in known - {node.id for node in found}:
                         del self._nodes[gone]
-                    later = self._left_out
+                    later = self._excluded
                     new = [n for n in found if n.id not in known and later.get(n.id, 0) < now]
                 self._add(new)
             except Exception as error:  # the cluster itself is lost: calls say so
@@ -228,8 +229,8 @@ class RayNodes:
     def _add(self, nodes: Sequence[RayNode], *, is_first: bool = False) -> list[str]:
         """Start actors on nodes and use those that answer; returns why others do not.
 
-        is_first: raise the error of a node that refuses the settings. Later, such a node is left
-        out for good.
+        is_first: raise the error of a node that rejects the settings. Later, such a node is
+        excluded for good.
         """
         started = [(about, actor := self._actor(about), self._opening(actor)) for about in nodes]
         deadline, reasons = time.monotonic() + OPEN_S, []
@@ -241,10 +242,10 @@ class RayNodes:
             except NodeLostError as error:
                 reasons.append(str(error))
                 continue
-            except Exception as error:  # the node refuses the settings
+            except Exception as error:  # the node rejects the settings
                 if is_first:
                     raise SandboxUnavailable(f"node {about.host}: {error}") from error
-                self._leave_out(about, float("inf"), f"node {about.host}: {error}")
+                self._exclude(about, float("inf"), f"node {about.host}: {error}")
                 continue
             with self._changed:
                 self._nodes[about.id], self.gone = Node(about, actor), ""

@@ -50,7 +50,7 @@ def run_series(
 
 
 class ProgramSeries:
-    """Hands out the numbers 0, 1, .. below `count`, and collects the outcomes. Thread-safe."""
+    """Dispatches the numbers 0, 1, .. below `count`, and collects the outcomes. Thread-safe."""
 
     def __init__(self, count: int) -> None:
         self._changed = Condition()

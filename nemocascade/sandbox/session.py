@@ -132,7 +132,7 @@ class SandboxSession:
             _order(worker, b"rest")
             return CellOutcome("ok", text)
         if "status" not in answer:
-            raise SandboxError(f"a session could not be isolated: {answer.get('refused')}")
+            raise SandboxError(f"a session could not be isolated: {answer.get('unavailable')}")
         if answer["over_time"] == "wall" and answer["waited_s"] >= STARVED_FACTOR * wall_s:
             raise SandboxError(
                 f"a cell waited {answer['waited_s']:.1f} s for a CPU: the host is too busy, lower "

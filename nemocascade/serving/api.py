@@ -137,7 +137,7 @@ def messages_of(messages: Sequence[Message]) -> tuple[Message, ...]:
     """The turns of a prompt. Raises ApiError where no answer can follow them."""
     for number, message in enumerate(messages):
         if message.role == "system" and number:
-            raise ApiError(f"message {number}: a system turn must stand first", "messages")
+            raise ApiError(f"message {number}: a system turn must come first", "messages")
     if messages[-1].role not in ("user", "tool"):
         raise ApiError(
             f"the last turn is the {messages[-1].role}'s: end with a user's or a tool's", "messages"
@@ -324,7 +324,7 @@ def typed_arguments(call: ToolCall, schema: Mapping[str, Any]) -> dict[str, Any]
     for name, value in call.arguments.items():
         kinds = _declared_types(properties.get(name))
         if isinstance(value, str) and kinds and "string" not in kinds:
-            # Text that is no JSON stays as the model wrote it.
+            # Text that is not JSON stays as the model wrote it.
             with contextlib.suppress(ValueError, RecursionError):
                 value = json.loads(_CONSTANTS.get(value, value))
         found[name] = value
@@ -348,7 +348,7 @@ def _declared_types(declared: Any) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ServedAnswer:
     """An answer. text: without its end. reply: parsed, for a chat. names: text of each token."""
 
     ids: list[int]
@@ -376,7 +376,9 @@ def usage(prompts: Sequence[Sequence[int]], written: int) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def choice_fields(asked: Asked, index: int, prompt: list[int], answer: Answer) -> dict[str, Any]:
+def choice_fields(
+    asked: Asked, index: int, prompt: list[int], answer: ServedAnswer
+) -> dict[str, Any]:
     """A finished choice of a reply that is not streamed."""
     fields: dict[str, Any] = {"index": index, "finish_reason": answer.finish}
     fields["logprobs"] = logprob_fields(asked, answer.ids, answer.logprobs, answer.names)

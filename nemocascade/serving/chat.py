@@ -17,7 +17,7 @@ from nemocascade.runtime.logging import printable
 from nemocascade.runtime.turns import encodable
 from nemocascade.serving.model import OpenModel, open_model
 from nemocascade.serving.settings import ChatSettings
-from nemocascade.serving.text import Decoder, Part, ReplyText
+from nemocascade.serving.text import Part, ReplyText, StreamDecoder
 from nemocascade.types import Environment, Message, Prompt, ToolSession
 
 HELP = """/reset           forget the conversation
@@ -116,7 +116,7 @@ class Talk:
             elif command == "/task":
                 self.task()
             elif command.startswith("/"):
-                self.write(f"{printable(command)} is no command\n{HELP}\n")
+                self.write(f"{printable(command)} is not a command\n{HELP}\n")
             elif line:
                 self.say(line)
 
@@ -211,7 +211,7 @@ class Talk:
         max_tokens = model.max_new_tokens(prompt, self.settings.max_tokens)
         sampling = replace(model.sampling, max_tokens=max_tokens)
         template = model.tokenizer.template
-        decoder = Decoder(model.tokenizer)
+        decoder = StreamDecoder(model.tokenizer)
         text = ReplyText(template.reasoning(self.thinking), template.ends)
         shown: Part = "content"
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from nemocascade.megatron.microbatch import Microbatch
-from nemocascade.serving.api import Answer, Asked, logprob_fields
+from nemocascade.serving.api import Asked, ServedAnswer, logprob_fields
 from nemocascade.serving.model import OpenModel
-from nemocascade.serving.text import Decoder
+from nemocascade.serving.text import StreamDecoder
 from nemocascade.types import Document, pack_documents
 
 _ROWS = 256
@@ -56,12 +56,12 @@ def echo_fields(
     asked: Asked,
     prompt: Sequence[int],
     scores: PromptScores | None,
-    answer: Answer,
+    answer: ServedAnswer,
     model: OpenModel,
 ) -> dict[str, Any]:
     """The text and the log-probabilities of a choice that repeats its prompt. The first token of
     the prompt has none, as no token precedes it."""
-    decoder = Decoder(model.tokenizer)
+    decoder = StreamDecoder(model.tokenizer)
     names = [decoder.add(token) for token in prompt]
     text = "".join(names) + decoder.rest()
     fields: dict[str, Any] = {"text": text + answer.text}

@@ -26,9 +26,9 @@ from nemocascade.runtime.logging import LOGGER
 from nemocascade.runtime.strict_json import parse_json
 from nemocascade.serving.answers import Answers
 from nemocascade.serving.api import (
-    Answer,
     ApiError,
     Asked,
+    ServedAnswer,
     call_fields,
     choice_fields,
     envelope,
@@ -40,7 +40,7 @@ from nemocascade.serving.api import (
 from nemocascade.serving.echo import PromptScores, echo_fields
 from nemocascade.serving.model import OpenModel, open_model
 from nemocascade.serving.settings import ServeSettings
-from nemocascade.serving.text import Decoder, ReplyText, TextDelta
+from nemocascade.serving.text import ReplyText, StreamDecoder, TextDelta
 
 MOST_BYTES = 64 << 20
 """Largest body of a request."""
@@ -208,7 +208,7 @@ async def _body(request: Request) -> Mapping[str, Any]:
     try:
         body = parse_json(data)
     except ValueError as error:
-        raise ApiError(f"the body is no JSON: {error}") from None
+        raise ApiError(f"the body is not JSON: {error}") from None
     if not isinstance(body, Mapping):
         raise ApiError("the body must be a JSON object")
     return body
@@ -280,7 +280,7 @@ class _Choice:
         self._answers, self._asked, self.prompt, self.place = answers, asked, prompt, place
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, float] | Completion | None] = asyncio.Queue()
-        self._decoder = Decoder(answers.model.tokenizer)
+        self._decoder = StreamDecoder(answers.model.tokenizer)
         self._number: int | None = None
         self.written = 0
 
@@ -316,7 +316,7 @@ class _Choice:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
-    async def whole(self) -> Answer:
+    async def whole(self) -> ServedAnswer:
         """The finished answer. Raises ApiError if the engine ended before."""
         ids: list[int] = []
         logprobs: list[float] = []
@@ -397,7 +397,7 @@ class _Choice:
         ids: list[int],
         logprobs: list[float],
         names: list[str],
-    ) -> Answer:
+    ) -> ServedAnswer:
         if completion is None:
             raise ApiError("the engine has ended", status=503)
         thinking = self._asked.thinking
@@ -408,4 +408,4 @@ class _Choice:
             if self._asked.one_call:
                 message = replace(reply.message, tool_calls=reply.message.tool_calls[:1])
                 reply = replace(reply, message=message)
-        return Answer(ids, logprobs, names, completion.finish, text.raw, reply)
+        return ServedAnswer(ids, logprobs, names, completion.finish, text.raw, reply)

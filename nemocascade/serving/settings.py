@@ -100,7 +100,9 @@ class GenerateSettings(ModelSettings):
         """Every rule that these settings break, each with a remedy."""
         found = []
         if not self.prompts or not Path(self.prompts).exists():
-            found.append(f"prompts({self.prompts!r}) is no file: name a file with rows of prompts")
+            found.append(
+                f"prompts({self.prompts!r}) is not a file: name a file with rows of prompts"
+            )
         if not self.output.endswith(".jsonl"):
             found.append(f"output({self.output!r}) must name a file that ends in .jsonl")
         elif Path(self.output).exists():

@@ -22,7 +22,7 @@ class TextDelta(NamedTuple):
     text: str
 
 
-class Decoder:
+class StreamDecoder:
     """Decodes tokens one by one. A character of several tokens comes with the last of them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -56,7 +56,8 @@ class ReplyText:
     parsed reply alone; without `with_calls` they are content.
 
     reasoning: state of the reasoning block after the prompt, see `ChatTemplate.reasoning`; None:
-    the text is no turn, and all of it is content. ends: texts that end it; they are not part of it.
+    the text is not a turn, and all of it is content. ends: texts that end it; they are not
+    part of it.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class ReplyText:
         return self._new((reply.message.reasoning, reply.message.content))
 
     def rest(self) -> str:
-        """The rest of a text that is no turn."""
+        """The rest of a text that is not a turn."""
         return "".join(delta.text for delta in self._new(("", self.raw)))
 
     def _certain(self) -> tuple[str, str]:

@@ -101,7 +101,7 @@ def _train(
         LOGGER.warning("%s", warning)
     for step in range(books.first, recipe.steps):
         started = time.perf_counter()
-        teachers.read_ahead()
+        teachers.prefetch()
         tasks = run.stream.peek(rollout.prompts_per_step, step)
         with run.collector.journalled(step_journal(step)):
             groups = tuple(

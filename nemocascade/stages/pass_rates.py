@@ -23,7 +23,7 @@ from nemocascade.recipe.rl import RolloutConfig
 from nemocascade.rl.collector import Collector
 from nemocascade.rl.prompts import encode_prompts
 from nemocascade.rl.row_rates import (
-    Journal,
+    RewardLog,
     RowTasks,
     Verdicts,
     open_journal,
@@ -56,7 +56,7 @@ def run_pass_rates(settings: PassRateSettings) -> dict[str, Any]:
     """Sample, verify and write; returns counts for the user. Every rank calls it.
 
     Raises RecipeError for invalid settings, CheckpointError if the artifact cannot be read,
-    DataError for rows that are no tasks, FolderInUseError if another job writes the same output,
+    DataError for rows that are not tasks, FolderInUseError if another job writes the same output,
     ServerError if the server fails, and Stopped if OUTPUT.progress/stop asks for it.
     """
     problems = settings.problems() + judge_problems(settings.envs.judge)
@@ -187,7 +187,7 @@ def _rate_rows(
         seed=settings.seed,
         threads=verifier_threads(rank_envs(settings.envs, world, engine)),
     )
-    with closing(Journal(folder, world.rank)) as journal:
+    with closing(RewardLog(folder, world.rank)) as journal:
         found = sample_missing(collector, asked, known, journal, samples=settings.samples)
     rewards: dict[int, list[float]] = {row: [] for row in asked}
     for (row, _), reward in sorted(found.items()):

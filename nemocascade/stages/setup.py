@@ -50,7 +50,7 @@ from nemocascade.runtime.run_lock import RunLock, end_by_exception_on_sigterm
 from nemocascade.runtime.stopping import StopRequest
 from nemocascade.runtime.watchdog import Watchdog, job_store
 from nemocascade.runtime.world import World, main_first
-from nemocascade.train.checkpointing import refused_changes
+from nemocascade.train.checkpointing import rejected_changes
 from nemocascade.types import Artifact
 
 LOG_S = 60.0
@@ -71,7 +71,7 @@ def stage_world(
     """
     size = world_size_of_environment()
     check = problems_before(recipe, size) if recipe.engine.preflight else recipe.problems(size)
-    if check := check + refused_changes(recipe):
+    if check := check + rejected_changes(recipe):
         raise RecipeError(check)
     run_dir = Path(recipe.run_dir)
     lock = RunLock(run_dir) if trains else None

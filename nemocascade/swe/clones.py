@@ -80,7 +80,7 @@ def write_snapshot(clone: Path, commit: str, target: Path) -> int:
     """
     if not _COMMIT.fullmatch(commit):
         raise CloneError(f"base_commit({commit!r}) must be the hash of a commit")
-    entries, left_out = _entries(clone, commit)
+    entries, skipped = _entries(clone, commit)
     if not entries:
         raise ValueError(f"{clone} has no file at {commit}")
     if sum(entry.size for entry in entries) > MOST_MIB << 20:
@@ -96,7 +96,7 @@ def write_snapshot(clone: Path, commit: str, target: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(stream.read(entry.size))
         stream.readline()  # the line break after the contents
-    return left_out
+    return skipped
 
 
 def _of_any(root: Path, name: str) -> list[Path]:
@@ -121,15 +121,15 @@ def _entries(clone: Path, commit: str) -> tuple[list[_Entry], int]:
         listed = _git(clone, "ls-tree", "-r", "-l", "-z", "--full-tree", f"{commit}^{{commit}}")
     except CloneError as error:
         raise CloneError(f"{clone} has no commit {commit}, fetch it ({error})") from error
-    found, left_out = [], 0
+    found, skipped = [], 0
     for line in listed.split(b"\0")[:-1]:
         about, _, path = line.partition(b"\t")
         mode, _, blob, size = about.split()
         if mode.startswith(_FILE):
             found.append(_Entry(os.fsdecode(path), blob, int(size)))
         else:
-            left_out += 1
-    return found, left_out
+            skipped += 1
+    return found, skipped
 
 
 def _git(clone: Path, *arguments: str, stdin: bytes = b"") -> bytes:

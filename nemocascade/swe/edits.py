@@ -112,7 +112,9 @@ def checked_path(path: str) -> str:
         or any(part in ("", ".", "..") or part.lower() == ".git" for part in parts)
         or any(ord(c) < 32 or c in '\\:*?"<>|' for c in path)
     ):
-        raise EditError(f"{path[:80]!r} is no path inside of the repository, such as src/cart.py")
+        raise EditError(
+            f"{path[:80]!r} is not a path inside of the repository, such as src/cart.py"
+        )
     return path
 
 
@@ -150,7 +152,7 @@ def _replaced(text: str, edit: Edit) -> str:
     times = "0 times" if found < 0 else "2 times or more"
     if found < 0 or within.find(searched, found + 1) >= 0:
         shown = edit.search[0].strip()[:80]
-        where = f"the {size} searched lines, from {shown!r} on, stand in it {times}"
+        where = f"the {size} searched lines, from {shown!r} on, occur {times}"
         raise EditError(f"{edit.path}: {where}, not once")
     if edit.search == edit.replace:
         raise EditError(f"{edit.path}: an edit that changes nothing")

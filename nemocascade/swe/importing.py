@@ -33,19 +33,20 @@ _NEEDED = ("instance_id", "repo", "base_commit", "patch")
 
 @dataclass
 class Imported:
-    """Result of the import by row name. left_out: skipped links and submodules, by snapshot."""
+    """Result of the import by row name. skipped: number of links and submodules, by
+    snapshot."""
 
     made: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def text(self) -> str:
         """Report one line per failure and per incomplete snapshot, and the counts."""
         lines = [f"{name}: {reason}" for name, reason in self.failed.items()]
         lines += [
             f"{name}: {count} links and submodules are skipped"
-            for name, count in self.left_out.items()
+            for name, count in self.skipped.items()
         ]
         counts = f"{len(self.made)} tasks made, {len(self.kept)} were there already"
         return "\n".join([*lines, f"{counts}, {len(self.failed)} rows cannot be imported"])
@@ -125,9 +126,9 @@ def _snapshot(row: Row, target: Path, clones: Path, found: Imported) -> str:
     name = f"{SNAPSHOTS}/{row['repo'].replace('/', '__')}@{commit}"
     if not (target / name).is_dir():
         with _new_folder(target, name) as folder:
-            left_out = write_snapshot(clone, commit, folder)
-        if left_out:
-            found.left_out[name] = left_out
+            skipped = write_snapshot(clone, commit, folder)
+        if skipped:
+            found.skipped[name] = skipped
     return name
 
 

@@ -104,7 +104,7 @@ def _files(lines: _Lines) -> tuple[FilePatch, ...]:
         else:
             lines.take()
     if not found:
-        raise PatchError("'patch' is no unified diff: it has no pairs of --- and +++ lines")
+        raise PatchError("'patch' is not a unified diff: it has no pairs of --- and +++ lines")
     return tuple(found)
 
 
@@ -135,7 +135,7 @@ def _before(files: Mapping[str, bytes], file: FilePatch) -> str:
     try:
         return files[file.old].decode()
     except UnicodeDecodeError:
-        raise PatchError(f"{file.old}: the patch changes lines, but the file is no text") from None
+        raise PatchError(f"{file.old}: the patch changes lines, but the file is not text") from None
 
 
 def _patched(text: str, file: FilePatch) -> str:

@@ -100,7 +100,7 @@ def opened(report: TestReport, sealed: Mapping[str, Sealed]) -> TestReport:
 
 
 def outcome_of(name: str, reports: Sequence[TestReport]) -> str:
-    """Combine the outcomes of all tests that `name` stands for."""
+    """Combine the outcomes of all tests that `name` covers."""
     mine = [report.outcome for report in reports if report.is_of(name)]
     bad = [found for found in mine if found not in ("passed", "skipped")]
     if bad or not mine:

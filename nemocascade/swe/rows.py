@@ -75,7 +75,7 @@ def inner_folder(folder: Path, name: str, field: str) -> Path:
         root = (outer / name).resolve()
         there = root.is_dir()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{field!r}: {name[:80]!r} is no path ({error})") from error
+        raise ValueError(f"{field!r}: {name[:80]!r} is not a path ({error})") from error
     if not root.is_relative_to(outer) or root == outer:
         raise ValueError(f"{field!r}: {name[:80]!r} is not inside of {outer}, the rows' own folder")
     if not there:
@@ -141,7 +141,8 @@ def test_settings_of(row: Row, tests: Row) -> dict[str, Any]:
         raise ValueError(f"tests.framework({framework!r}) must be unittest or pytest")
     if framework == "pytest" and dotted:
         raise ValueError(
-            f"{dotted[0]!r} is no test's name in pytest: name it as tests/test_a.py::Case::test_b"
+            f"{dotted[0]!r} is not a test's name in pytest: name it as "
+            "tests/test_a.py::Case::test_b"
         )
     return {**names, "framework": framework, "sealed": bool(tests.get("sealed", True))}
 

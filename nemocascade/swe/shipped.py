@@ -77,7 +77,7 @@ def vary(
     for text, what in ((right, "right"), (wrong, "wrong")):
         broken = files[path].replace(right, wrong)
         if (broken if what == "wrong" else files[path]).count(text) != 1:
-            raise ValueError(f"{path}: the {what} text must stand there once: {text!r}")
+            raise ValueError(f"{path}: the {what} text must occur there once: {text!r}")
     files[path] = files[path].replace(right, wrong)
     tests = {put(p): put(text) for p, text in chosen["tests"].items()}
     fails = [put(test) for test in bug["fail_to_pass"]]

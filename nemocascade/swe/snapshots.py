@@ -12,7 +12,7 @@ Files = Mapping[str, bytes]
 """A repository: contents by relative path, with `/` between folders."""
 
 MOST_MIB = 256
-_LEFT_OUT = {".git", "__pycache__"}
+_EXCLUDED = {".git", "__pycache__"}
 _LONGEST_NAME, _LONGEST_PATH = 255, 1000
 """Maximum bytes of a name and of a path; file systems allow the first and more than the second."""
 
@@ -24,7 +24,7 @@ def check_path(path: str) -> str:
     """
     pure = PurePosixPath(path)
     if not path or "\0" in path or "\\" in path or pure.is_absolute() or ".." in pure.parts:
-        raise ValueError(f"{path!r} is no path inside of the repository: name it from its root")
+        raise ValueError(f"{path!r} is not a path inside of the repository: name it from its root")
     if str(pure) == ".":
         raise ValueError(f"{path!r} names no file")
     try:
@@ -101,6 +101,6 @@ def _below(root: Path) -> Iterator[Path]:
             raise ValueError(f"{error.filename} cannot be read: {error}") from error
 
     for folder, folders, files in os.walk(root, onerror=fail):
-        folders[:] = sorted(set(folders) - _LEFT_OUT)
+        folders[:] = sorted(set(folders) - _EXCLUDED)
         yield from (path for name in folders if (path := Path(folder, name)).is_symlink())
-        yield from (Path(folder, name) for name in sorted(set(files) - _LEFT_OUT))
+        yield from (Path(folder, name) for name in sorted(set(files) - _EXCLUDED))

@@ -157,7 +157,7 @@ class Workspace:
         try:
             return data.decode()
         except UnicodeDecodeError:
-            raise ToolError(f"{path} is no text") from None
+            raise ToolError(f"{path} is not text") from None
 
     def _below(self, path: str) -> list[str]:
         files = self.files
@@ -197,7 +197,7 @@ def cut(text: str, limit: int, *, end: bool = False) -> str:
     """Truncate a text to its start (or end) within `limit`, with a note of how much was cut."""
     if len(text) <= limit:
         return text
-    note = f"[{len(text) - limit} of {len(text)} characters left out]"
+    note = f"[{len(text) - limit} of {len(text)} characters omitted]"
     return f"{note}\n{text[-limit:]}" if end else f"{text[:limit]}\n{note}"
 
 
@@ -219,4 +219,4 @@ def _number(text: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ToolError(f"{text!r} is no line number") from None
+        raise ToolError(f"{text!r} is not a line number") from None

@@ -50,7 +50,7 @@ class Source(Protocol):
         """Restore a position."""
 
 
-def refused_changes(recipe: Any) -> list[str]:
+def rejected_changes(recipe: Any) -> list[str]:
     """Settings that differ from those of the newest checkpoint in the recipe's run folder and need
     `--accept-changes`; empty without a checkpoint. Needs no process group."""
     try:
@@ -208,7 +208,7 @@ class Checkpoints:
         Raises CheckpointError on every rank if a checkpoint that was in progress has failed.
         """
         is_asked, is_done = self.world.broadcast_object(
-            (self.world.stop.look(), self._writer.is_done)
+            (self.world.stop.poll(), self._writer.is_done)
         )
         if is_done:
             self.finish()

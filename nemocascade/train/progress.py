@@ -10,7 +10,7 @@ from typing import Any
 from nemocascade.runtime.logging import (
     LOGGER,
     Console,
-    Part,
+    StatusPart,
     Terminal,
     fitted,
     terminal,
@@ -79,24 +79,24 @@ class Progress:
         line = fitted(self.parts(activity), terminal_width())
         live.show(line, keep=self._step == self.steps)
 
-    def parts(self, activity: str = "") -> list[Part]:
+    def parts(self, activity: str = "") -> list[StatusPart]:
         """The parts of the line; `fitted` chooses among them. activity: in the current step."""
         values = self._values
         # Steps of a stage that train nothing have no loss; SFT has no rollouts.
         measures = OF_REWARDS if "response_tokens" in values else OF_LOSSES
         known = {**values, **self._heldout}
         parts = [
-            Part(f"[{self.console.label}]" if self.console.label else "", 1),
-            Part(f"step {self._step}/{self.steps}", 0),
+            StatusPart(f"[{self.console.label}]" if self.console.label else "", 1),
+            StatusPart(f"step {self._step}/{self.steps}", 0),
         ]
         for name, text, rank in measures:
             value = known.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool):
-                parts.append(Part(text.format(value), rank))
+                parts.append(StatusPart(text.format(value), rank))
         if values and "heldout" not in known and self.console.start_score is not None:
             start = f"held-out {self.console.start_score:.2f} at the start"
-            parts.append(Part(start if measures is OF_REWARDS else "", 7))
-        return [*parts, Part(self._time_left(), 3), Part(activity, 8)]
+            parts.append(StatusPart(start if measures is OF_REWARDS else "", 7))
+        return [*parts, StatusPart(self._time_left(), 3), StatusPart(activity, 8)]
 
     def _time_left(self) -> str:
         done = self._step - self.first_step
@@ -113,7 +113,10 @@ class Activity:
     """
 
     def __init__(self, console: Console, what: str) -> None:
-        self._head = [Part(f"[{console.label}]" if console.label else "", 1), Part(what, 0)]
+        self._head = [
+            StatusPart(f"[{console.label}]" if console.label else "", 1),
+            StatusPart(what, 0),
+        ]
         self._shown_at = 0.0
 
     def show(self, phase: str, progress: str) -> None:
@@ -121,7 +124,7 @@ class Activity:
         live, now = terminal(), time.monotonic()
         if live is not None and now - self._shown_at >= ACTIVITY_S:
             self._shown_at = now
-            parts = [*self._head, Part(activity_text(phase, progress), 2)]
+            parts = [*self._head, StatusPart(activity_text(phase, progress), 2)]
             live.show(fitted(parts, terminal_width()))
 
 

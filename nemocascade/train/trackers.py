@@ -143,7 +143,7 @@ class MlflowTracker:
         self.run_id = kept_id(run_dir, "mlflow", lambda: self._start(run_dir))
         self.client.update_run(self.run_id, status="RUNNING")
         params = [Param(name, str(value)[:500]) for name, value in flat(dict(settings))]
-        # A resumed run may have other settings; MLflow refuses to change a parameter.
+        # A resumed run may have other settings; in MLflow a parameter cannot change.
         known = self.client.get_run(self.run_id).data.params
         new = [p for p in params if p.key not in known]
         for first in range(0, len(new), 100):

@@ -63,7 +63,7 @@ class StepResult:
     document tokens, without padding. trained_tokens: number of rows that train. flops: see
     train/flops.py. expert_load: [MoE layers, experts] slots, or None. expert_bias: [MoE layers,
     experts], the selection bias after the step, or None. metrics: from `measure`. stragglers: see
-    `straggler_values`; on the main rank, of all ranks that have told their time so far.
+    `straggler_values`; on the main rank, of all ranks that have reported their time so far.
     """
 
     loss: float
@@ -234,7 +234,7 @@ class Trainer:
         def finalize(*args: Any, **kwargs: Any) -> None:
             clock.stop()
             if on_cpu:
-                # Every rank has told its time before the reduction ends.
+                # Every rank has reported its time before the reduction ends.
                 watch.tell_time(clock.seconds())
             reduce(*args, **kwargs)
 

@@ -26,7 +26,7 @@ from nemocascade.types import Artifact
 WeightSet = list[Tensor]
 """This rank's shard of a model on the host, in the order of `live_tensors`."""
 
-Place = Callable[[str], None]
+ActivateSet = Callable[[str], None]
 """Copies a weight set, by its name, into the model."""
 
 
@@ -48,7 +48,7 @@ class WeightSwap:
         self._sets: dict[str, WeightSet | Path] = {}
         self._own: WeightSet | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
-        self._ahead: dict[str, Future[WeightSet]] = {}
+        self._prefetched: dict[str, Future[WeightSet]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -60,12 +60,12 @@ class WeightSwap:
         """Host memory of this rank's sets in bytes, including the model's own offloaded weights."""
         sets = [kept for kept in self._sets.values() if not isinstance(kept, Path)]
         sets += [self._own] if self._own else []
-        sets += [read.result() for read in self._ahead.values() if read.done()]
+        sets += [read.result() for read in self._prefetched.values() if read.done()]
         return sum(t.numel() * t.element_size() for kept in sets for t in kept)
 
     def keep(self, name: str) -> None:
         """Add a copy of the model's own current weights."""
-        self._refuse_while_swapped("keep")
+        self._require_own_weights("keep")
         self._store(name, self._copy())
 
     def load(self, name: str, artifact: Artifact) -> None:
@@ -73,7 +73,7 @@ class WeightSwap:
 
         Raises CheckpointError on every rank if it is damaged or of another shape.
         """
-        self._refuse_while_swapped("load")
+        self._require_own_weights("load")
         own = self._copy()
         try:
             load_artifact_weights(artifact, self.world, self.chunks)
@@ -83,16 +83,16 @@ class WeightSwap:
 
     def drop(self, name: str) -> None:
         """Delete a set."""
-        self._ahead.pop(name, None)
+        self._prefetched.pop(name, None)
         kept = self._sets.pop(name)
         if isinstance(kept, Path):
             kept.unlink(missing_ok=True)
 
-    def read_ahead(self, name: str) -> None:
-        """Prefetch a set from its file in the background; it stays in host memory until used."""
+    def prefetch(self, name: str) -> None:
+        """Read a set from its file in the background; it stays in host memory until used."""
         kept = self._sets[name]
-        if isinstance(kept, Path) and name not in self._ahead:
-            self._ahead[name] = self._reader.submit(_read, kept)
+        if isinstance(kept, Path) and name not in self._prefetched:
+            self._prefetched[name] = self._reader.submit(_read, kept)
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
@@ -105,13 +105,13 @@ class WeightSwap:
             yield
 
     @contextmanager
-    def away(self) -> Iterator[Place]:
+    def away(self) -> Iterator[ActivateSet]:
         """Context manager for several swaps: yields a function that activates a set by its name.
 
         The model's own weights are copied and restored only once. Raises SwapError inside another
         swap; activating an unknown name raises KeyError.
         """
-        self._refuse_while_swapped("use")
+        self._require_own_weights("use")
         self._own = self._copy(into=self._own)
 
         def place(name: str) -> None:
@@ -128,7 +128,7 @@ class WeightSwap:
     def close(self) -> None:
         """Delete all sets and their files."""
         self._reader.shutdown()
-        self._ahead.clear()
+        self._prefetched.clear()
         self._sets.clear()
         self._own = None
         self.world.barrier()
@@ -136,7 +136,7 @@ class WeightSwap:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _store(self, name: str, weights: WeightSet) -> None:
-        self._ahead.pop(name, None)
+        self._prefetched.pop(name, None)
         if self.folder is None:
             self._sets[name] = weights
             return
@@ -149,10 +149,10 @@ class WeightSwap:
         kept = self._sets[name]
         if not isinstance(kept, Path):
             return kept
-        ahead = self._ahead.pop(name, None)
+        ahead = self._prefetched.pop(name, None)
         return ahead.result() if ahead is not None else _read(kept)
 
-    def _refuse_while_swapped(self, what: str) -> None:
+    def _require_own_weights(self, what: str) -> None:
         if self.current is not None:
             raise SwapError(
                 f"cannot {what} weights while {self.current!r} is in place: leave its block first"

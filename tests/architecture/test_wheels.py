@@ -31,7 +31,7 @@ def run(*command: object, cwd: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both wheels by name, with the libraries of csrc/ that stand in this tree."""
+    """Both wheels by name, with the libraries of csrc/ that are in this tree."""
     folder = tmp_path_factory.mktemp("wheels")
     (folder / "source").mkdir()
     for path in ROOT.iterdir():

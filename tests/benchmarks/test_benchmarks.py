@@ -35,7 +35,7 @@ def test_dry_run_reaches_every_case(suite: str, capsys: pytest.CaptureFixture[st
     assert "missing: verl" in shown or "verl  " in shown
 
 
-def test_red_tests_are_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_red_tests_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "tests/kernels"
     folder.mkdir(parents=True)
     monkeypatch.setattr(run, "ROOT", tmp_path)
@@ -43,9 +43,9 @@ def test_red_tests_are_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (folder / "test_bad.py").write_text("def test(): assert False\n")
     assert "1 passed" in run.run_tests("good")
     for op in ("bad", "untested"):
-        with pytest.raises(SystemExit) as refused:
+        with pytest.raises(SystemExit) as error:
             run.run_tests(op)
-        assert refused.value.code == 2
+        assert error.value.code == 2
 
 
 def test_rows_are_timed_checked_and_excused() -> None:

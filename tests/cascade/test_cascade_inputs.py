@@ -16,7 +16,7 @@ from helpers.data import qa_rows, sentencepiece_tokenizer, write_jsonl
 from helpers.ranks import run_ranks
 
 from nemocascade.cascade.comparison import compare
-from nemocascade.cascade.graph import Choice
+from nemocascade.cascade.graph import StageChoice
 from nemocascade.cascade.inputs import FileHashes, recipe_files, stage_inputs
 from nemocascade.cascade.preflight import check_cascade
 from nemocascade.cascade.run import dry_run, run_cascade
@@ -78,9 +78,9 @@ def run_and_decide(folder: str, tokenizer: str, run_dir: str) -> tuple[str, str,
     """The decisions before and after a run of the cascade, and the exit code if the file server of
     its artifacts does not answer."""
     cascade = cascade_on(Path(folder), tokenizer, run_dir)
-    before = dry_run(cascade, Choice())
+    before = dry_run(cascade, StageChoice())
     run_cascade(cascade)
-    after = dry_run(cascade, Choice())
+    after = dry_run(cascade, StageChoice())
     read = Path.read_text
 
     def silent(path: Path, *args: Any, **kwargs: Any) -> str:
@@ -89,7 +89,7 @@ def run_and_decide(folder: str, tokenizer: str, run_dir: str) -> tuple[str, str,
         return read(path, *args, **kwargs)
 
     with mock.patch.object(Path, "read_text", silent), pytest.raises(CheckpointError) as caught:
-        dry_run(cascade, Choice())
+        dry_run(cascade, StageChoice())
     return before, after, caught.value.exit_code
 
 
@@ -101,7 +101,7 @@ def test_a_cascade_trains_on_a_built_folder(tmp_path: Path, rows: Path) -> None:
     assert "sft: run" in before
     assert "sft: keep" in after
     assert "more: keep" in after
-    assert code == 75, "an artifact that cannot be read now is no reason to train again"
+    assert code == 75, "an artifact that cannot be read now is not a reason to train again"
     for stage in ("sft", "more"):
         assert read_artifact(run_dir / "stages" / stage / "artifact").data["path"] == [str(folder)]
 
@@ -165,7 +165,7 @@ def test_preflight_reads_a_built_folder_with_the_tokenizer_that_will_be_there(
     assert "were written or copied after they were hashed" in problem
 
 
-def test_where_rows_are_read_a_built_folder_is_refused(tmp_path: Path, rows: Path) -> None:
+def test_where_rows_are_read_a_built_folder_is_rejected(tmp_path: Path, rows: Path) -> None:
     folder = built(tmp_path / "tokens", config_of(rows))
     with pytest.raises(DataError, match="holds tokens, no rows: where rows are read, name"):
         find_files(folder)

@@ -73,7 +73,7 @@ def test_the_whole_run_is_in_the_report(finished: Path) -> None:
 
 
 def test_stages_have_the_numbers_of_the_progress_line(finished: Path) -> None:
-    """Side branches stand at the right, with their places in the order of the run."""
+    """Side branches are at the right, with their places in the order of the run."""
     run = read_run(finished)
     order = [words.words(name) for name, *_ in STAGES]
     page = (finished / "report" / "index.html").read_text()
@@ -221,7 +221,8 @@ def test_a_run_of_side_branches_only_has_a_report(tmp_path: Path) -> None:
     (run / "cascade.json").write_text(json.dumps(state))
     page = check_page(write_report(run))
     columns = [str(a["class"]) for tag, a in page.elements if tag == "th" and "class" in a]
-    assert columns and "apart" not in columns, "a line apart from the main way, and there is none"
+    assert columns
+    assert "apart" not in columns, "a line apart from the main way, and there is none"
 
 
 def test_damage_is_counted_and_shown(tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_damage_is_counted_and_shown(tmp_path: Path) -> None:
         (metrics, "damaged lines, skipped"): 2,
         (metrics, "lines without a step, skipped"): 1,
         (metrics, "values of grad_norm that are not finite, skipped"): 1,
-        (metrics, "steps that stand twice: the later line counts"): 1,
+        (metrics, "steps with two lines: the later one counts"): 1,
         ("stages/sft/metrics.jsonl", "missing"): 1,
         ("stages/sft/scores.json", "damaged, skipped"): 1,
         ("stages/multi_domain_rl/recipe.json", "damaged, skipped"): 1,
@@ -257,9 +258,9 @@ def test_damage_is_counted_and_shown(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "name the run folder"), ("{", "is no JSON"), ('{"version": 9}', "this program reads")],
+    [(None, "name the run folder"), ("{", "is not JSON"), ('{"version": 9}', "this program reads")],
 )
-def test_a_folder_without_a_cascade_is_refused(
+def test_a_folder_without_a_cascade_is_rejected(
     tmp_path: Path, content: str | None, message: str
 ) -> None:
     if content is not None:
@@ -334,13 +335,13 @@ def test_a_stage_cannot_name_a_folder_elsewhere(tmp_path: Path) -> None:
     cascade["stages"][0]["name"] = "a" * 300
     (run / "cascade.json").write_text(json.dumps(cascade))
     assert len(read_run(run).faults) == 1
-    with pytest.raises(ReportError, match="which is no folder of this run"):
+    with pytest.raises(ReportError, match="which is not a folder of this run"):
         report_text(run)
 
 
 def test_long_texts_and_long_curves_are_bounded() -> None:
     text = shortened("a" * 90_000 + "b" * 1_000, 4_000)
-    assert "87,000 characters left out" in text
+    assert "87,000 characters omitted" in text
     assert text.startswith("a" * 3_000)
     assert text.endswith("b" * 1_000)
     curve = [(step, float(step % 7)) for step in range(33_000)]

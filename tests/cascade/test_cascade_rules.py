@@ -11,7 +11,7 @@ import pytest
 
 from nemocascade.cascade.decide import choose_teachers
 from nemocascade.cascade.errors import CascadeError
-from nemocascade.cascade.graph import Choice, StageGraph, cascade_problems
+from nemocascade.cascade.graph import StageChoice, StageGraph, cascade_problems
 from nemocascade.cascade.inputs import FileHashes, differences, key_of, recipe_files, stage_inputs
 from nemocascade.cascade.launch import parse_cascade
 from nemocascade.cascade.records import find_alarms
@@ -108,7 +108,7 @@ def test_everything_wrong_is_named_at_once() -> None:
         "alarm.drop(0)",
         "sft is first, so it cannot be a side branch",
         "stages.rl.start('rl2'): the two start from each other (rl <- rl2 <- rl)",
-        "stages.rl3.start('nowhere') is no stage: use one before it (sft, rl, rl2)",
+        "stages.rl3.start('nowhere') is not a stage: use one before it (sft, rl, rl2)",
         "stages.rl4.start('rl5') runs after it: move rl5 before rl4",
     ):
         assert part in found, found
@@ -148,7 +148,7 @@ def test_a_cascade_may_start_from_an_artifact_but_not_from_nothing() -> None:
             {"scores": ScoreConfig(domains=(ScoredDomain("math"), ScoredDomain("code", name="h")))},
             "teacher of code cannot be chosen, for no score has that name",
         ),
-        ({"teachers": TeacherChoice({"code": "last"})}, "pinned to 'last', which is no stage"),
+        ({"teachers": TeacherChoice({"code": "last"})}, "pinned to 'last', which is not a stage"),
         ({"teachers": TeacherChoice({"tool_calling": "sft"})}, "names tool_calling, which no MOPD"),
         ({"stages": (StageConfig("mopd", MOPD),)}, "no artifact can teach math, code"),
     ],
@@ -364,8 +364,8 @@ def test_overrides_go_by_the_names_of_stages() -> None:
     assert (found.scores.tasks, found.alarm.stop) == (9, True)
     assert found.teachers.pinned == {"math": "sft"}
     assert graph.stage("aside").side
-    assert (choice, dry) == (Choice(begin="rl"), True)
-    assert parse_cascade(cascade(), []) == (cascade(), Choice(), False)
+    assert (choice, dry) == (StageChoice(begin="rl"), True)
+    assert parse_cascade(cascade(), []) == (cascade(), StageChoice(), False)
 
 
 def test_an_unknown_override_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -375,12 +375,12 @@ def test_an_unknown_override_is_an_error(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_cannot_be_meant() -> None:
-    both = Choice(begin="sft", only="rl3").problems(cascade())
+    both = StageChoice(begin="sft", only="rl3").problems(cascade())
     assert len(both) == 2
-    assert "--only 'rl3' is no stage: use one of sft, rl" in both[0]
-    assert Choice(again=True).problems(cascade())[0].startswith("--again needs")
-    assert Choice(begin="mopd").stages(cascade()) == ["mopd", "last"]
-    assert Choice(only="aside").stages(cascade()) == ["aside"]
+    assert "--only 'rl3' is not a stage: use one of sft, rl" in both[0]
+    assert StageChoice(again=True).problems(cascade())[0].startswith("--again needs")
+    assert StageChoice(begin="mopd").stages(cascade()) == ["mopd", "last"]
+    assert StageChoice(only="aside").stages(cascade()) == ["aside"]
 
 
 def test_an_sft_stage_in_mid_cascade_keeps_the_tokenizer() -> None:

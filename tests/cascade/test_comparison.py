@@ -75,9 +75,9 @@ def test_artifacts_are_compared_with_their_facts(tmp_path: Path) -> None:
     assert any(line.startswith("artifact.changes.0.changes.optimizer.lr ") for line in found)
 
 
-def test_what_is_neither_is_refused(tmp_path: Path) -> None:
+def test_what_is_neither_is_rejected(tmp_path: Path) -> None:
     script = str(TINY / "sft.py")
-    with pytest.raises(RecipeError, match="is no recipe, run folder or artifact"):
+    with pytest.raises(RecipeError, match="is not a recipe, run folder or artifact"):
         compare(DiffSettings(script, str(tmp_path)))
     (tmp_path / "recipe.json").write_text("[" * 9000)
     with pytest.raises(RecipeError, match="holds no settings"):

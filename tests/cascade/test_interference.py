@@ -67,18 +67,18 @@ def test_pairs_run_in_both_orders() -> None:
     assert cascade_problems(plan.cascade, 1) == []
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
-    def refusal(**settings: object) -> str:
+def test_what_cannot_be_measured_is_rejected() -> None:
+    def message(**settings: object) -> str:
         with pytest.raises(RecipeError) as caught:
             plan_branches(cascade(), InterferenceSettings("", **settings))  # type: ignore[arg-type]
         return str(caught.value)
 
-    text = refusal(stages=("if_rl", "mopd", "nope", "if_rl"), start="other")
+    text = message(stages=("if_rl", "mopd", "nope", "if_rl"), start="other")
     assert "mopd is mopd: only RL stages" in text
-    assert "'nope' is no stage" in text
+    assert "'nope' is not a stage" in text
     assert "if_rl twice" in text
     assert "--start 'other'" in text
-    assert "--pairs needs two stages" in refusal(stages=("if_rl",), pairs=True)
+    assert "--pairs needs two stages" in message(stages=("if_rl",), pairs=True)
     only_sft = small_cascade("run", stages=(StageConfig("sft", sft()),))
     with pytest.raises(RecipeError, match="no RL stage"):
         plan_branches(only_sft, InterferenceSettings(""))

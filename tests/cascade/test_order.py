@@ -261,7 +261,7 @@ def test_holm_marks_few_cells_of_noise() -> None:
     assert marked <= 9
 
 
-def test_tasks_without_a_verdict_are_left_out_everywhere() -> None:
+def test_tasks_without_a_verdict_are_excluded_everywhere() -> None:
     found = measured({("a", "x"): 0.1}, {}, noise=0.0, tasks=10)
     found.base["x"][0] = None
     found.branches[0].tasks["x"][1] = None
@@ -330,7 +330,7 @@ def test_weights_choose_what_counts() -> None:
         advise_order(effects, {"y": float("inf")})
 
 
-def test_too_many_stages_are_refused() -> None:
+def test_too_many_stages_are_rejected() -> None:
     stages = [f"s{n}" for n in range(9)]
     effects = Effects(measured({}, {}, stages=stages, tasks=4, pairs=False))
     with pytest.raises(RecipeError, match="at most 8"):

@@ -226,7 +226,7 @@ def test_the_table_is_in_the_cascades_order(run: Path) -> None:
     stages = [s.name for s in listed_in(run).stages]
     first = names.index("sft")
     assert names[first : first + len(stages)] == stages
-    # Domains stand in the order in which stages train them.
+    # Domains are in the order in which stages train them.
     assert lines[first - 1].split()[:3] == ["stage", "following", "choice"]
     assert lines[first - 2].split()[:2] == ["instruction", "multiple"]
     row = next(line for line in lines if line.startswith("if_rl")).split()

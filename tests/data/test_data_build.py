@@ -213,7 +213,7 @@ def test_only_files_that_changed_are_doubted_and_verify_reads_all(tmp_path: Path
         ({"non_thinking_path": ()}, r"data.non_thinking_path is empty here and .*b\.jsonl in the"),
     ],
 )
-def test_a_stage_with_other_settings_is_refused_by_name(
+def test_a_stage_with_other_settings_is_rejected_by_name(
     tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     paths = tuple(str(write_jsonl(tmp_path / f"{n}.jsonl", qa_rows(9))) for n in "ab")
@@ -289,7 +289,7 @@ def test_a_folder_is_read_alone_and_only_for_its_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fmt", ["auto", "qa"])
-def test_bad_rows_are_refused_as_in_a_stage(tmp_path: Path, fmt: Any) -> None:
+def test_bad_rows_are_rejected_as_in_a_stage(tmp_path: Path, fmt: Any) -> None:
     rows: list[Any] = qa_rows(90)
     for at in (40, 41, 80):
         rows[at] = {"question": "q"}
@@ -310,7 +310,7 @@ def test_bad_rows_are_refused_as_in_a_stage(tmp_path: Path, fmt: Any) -> None:
     # No shard has so many, all together have.
     with pytest.raises(DataError, match=r"3 bad rows, data\.max_bad_rows is 2(.|\n)*:81: no field"):
         _build(tmp_path / "out", replace(config, max_bad_rows=2))
-    # A higher limit goes on where the build failed.
+    # A higher limit resumes where the build failed.
     folder = _build(tmp_path / "out", replace(config, max_bad_rows=3))
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["bad_rows"], manifest["documents"]) == (3, 87)

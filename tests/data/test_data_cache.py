@@ -220,7 +220,7 @@ def test_blocks_are_hashed_each(
     assert cache.manifest["files"]["tokens.bin"] == {"bytes": len(data), "sha256": expected}
 
 
-def test_reasoning_that_is_left_out_is_reported(
+def test_reasoning_that_is_omitted_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -343,7 +343,7 @@ def test_a_faster_builder_wins(
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_bad_rows_are_named_and_refused_even_from_a_cache(
+def test_bad_rows_are_named_and_rejected_even_from_a_cache(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows: list[Any] = [*qa_rows(3), "{", {"question": "q"}, {"question": "", "answer": "a"}]
@@ -375,7 +375,7 @@ def test_bad_rows_are_named_and_refused_even_from_a_cache(
         ([{"prompt": "a"}], "auto", r"rows.jsonl:1: no known format"),
     ],
 )
-def test_data_without_documents_is_refused(
+def test_data_without_documents_is_rejected(
     tmp_path: Path, rows: list[Any], fmt: Any, complaint: str
 ) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -439,7 +439,7 @@ def test_heldout_synthetic_rows_are_others(tmp_path: Path) -> None:
     assert len(texts[0] | texts[1]) == 400
 
 
-def test_training_on_the_heldout_file_is_refused(tmp_path: Path, rows_file: Path) -> None:
+def test_training_on_the_heldout_file_is_rejected(tmp_path: Path, rows_file: Path) -> None:
     config = DataConfig(path=(str(tmp_path),), heldout_path=(str(rows_file),))
     with pytest.raises(DataError, match=r"rows.jsonl: in data.path and in data.heldout_path"):
         build_data(config, sentencepiece_tokenizer(), tmp_path / "cache")

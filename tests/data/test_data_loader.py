@@ -136,7 +136,7 @@ def test_the_step_may_grow_on_resume(documents: DocumentSet) -> None:
     assert _same(got + large.next_step(), expected[:24])
 
 
-def test_a_foreign_position_is_refused_by_name(documents: DocumentSet) -> None:
+def test_a_foreign_position_is_rejected_by_name(documents: DocumentSet) -> None:
     state = _loader(documents).state_dict()
     other = _loader(
         DocumentSet(documents.cache, documents.indices[1:]),
@@ -144,9 +144,9 @@ def test_a_foreign_position_is_refused_by_name(documents: DocumentSet) -> None:
         seed=5,
         work=WorkModel(1.0, 0.0),
     )
-    with pytest.raises(DataError) as refusal:
+    with pytest.raises(DataError) as error:
         other.load_state_dict(state)
-    text = str(refusal.value)
+    text = str(error.value)
     for expected in (
         "seed is 5, the checkpoint has 1",
         "documents is ",
@@ -208,9 +208,9 @@ def test_documents_that_are_too_long(documents: DocumentSet) -> None:
     assert loader.position.dropped == len(long) * loader.position.epoch
     assert loader.position.truncated == 0
     for prefetch in (True, False):
-        refusing = _loader(documents, replace(config, over_long="refuse"), prefetch=prefetch)
+        rejecting = _loader(documents, replace(config, over_long="refuse"), prefetch=prefetch)
         with pytest.raises(DataError, match=rf"{len(long)} documents are longer.*\n .*rows.jsonl:"):
-            refusing.next_step()
+            rejecting.next_step()
     with pytest.raises(DataError, match=f"all {ROWS} documents are longer"):
         _loader(documents, replace(config, capacity=4)).next_step()
 
@@ -238,7 +238,7 @@ def test_an_error_while_prefetching_is_raised_in_its_step(
 
 
 def test_ranks_must_share_a_step_evenly(documents: DocumentSet) -> None:
-    with pytest.raises(DataError, match=r"sequences_per_step \(8\) is no multiple of .* \(3\)"):
+    with pytest.raises(DataError, match=r"sequences_per_step \(8\) is not a multiple of .* \(3\)"):
         _loader(documents, dp_size=3)
 
 
@@ -316,7 +316,9 @@ def test_documents_that_truncation_leaves_untrained_are_dropped_and_counted(
 
 
 @pytest.mark.parametrize("field", ["path", "heldout_path"])
-def test_data_that_is_all_untrained_is_refused_when_it_is_built(tmp_path: Path, field: str) -> None:
+def test_data_that_is_all_untrained_is_rejected_when_it_is_built(
+    tmp_path: Path, field: str
+) -> None:
     long = write_jsonl(tmp_path / "long.jsonl", [{"question": "word " * 300, "answer": "no"}] * 3)
     short = write_jsonl(tmp_path / "short.jsonl", qa_rows(8))
     heldout = (str(long),) if field == "heldout_path" else ()

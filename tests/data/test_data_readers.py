@@ -43,10 +43,10 @@ def test_pieces_are_small_and_only_those_asked_for_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    monkeypatch.setattr(row_files, "PIECE_ROWS", 50)
+    monkeypatch.setattr(row_files, "CHUNK_ROWS", 50)
     sizes = [len(chunk.numbers) for chunk in read_chunks([str(path)], max_rows=120)]
     assert sizes == [50, 50, 20]
-    monkeypatch.setattr(row_files, "PIECE_BYTES", 500)
+    monkeypatch.setattr(row_files, "CHUNK_BYTES", 500)
     assert max(sum(map(len, p.lines or ())) for p in read_chunks([str(path)])) < 500 + 1300
 
 
@@ -78,7 +78,7 @@ def test_folders_are_walked_by_name_and_other_files_left(tmp_path: Path) -> None
     ]
 
 
-def test_bad_rows_are_named_counted_and_refused_over_the_limit(tmp_path: Path) -> None:
+def test_bad_rows_are_named_counted_and_rejected_over_the_limit(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], "{broken", ROWS[1], "[" * 100_000])
     bad = BadRows(2)
     assert len(list(read_rows([str(path)], bad))) == 2
@@ -149,7 +149,7 @@ def test_arrays_are_read_in_chunks_of_any_size(
     rows = [{"t": '\\"x\\\\"' * i, "n": [[], {}, [{}]]} for i in range(20)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
-    monkeypatch.setattr(row_files, "PIECE_BYTES", size)
+    monkeypatch.setattr(row_files, "CHUNK_BYTES", size)
     assert [row for _, row in _read(path)] == rows
 
 
@@ -191,16 +191,16 @@ def test_skipped_files_are_counted_and_named(
         report_skipped(tmp_path)
     assert "5 files are skipped: .b.jsonl, gone.jsonl, more, pipe.jsonl, x.csv;" in caplog.text
     assert [Path(f).name for f in find_sources([str(tmp_path)])] == ["a.jsonl", "z.json"]
-    with pytest.raises(DataError, match=r"pipe\.jsonl: is no regular file"):
+    with pytest.raises(DataError, match=r"pipe\.jsonl: is not a regular file"):
         find_sources([str(tmp_path / "pipe.jsonl")])
     with pytest.raises(DataError, match=r"gone\.jsonl: no such file"):
         find_sources([str(tmp_path / "gone.jsonl")])
 
 
-def test_columns_of_other_types_are_left_out_and_named(
+def test_columns_of_other_types_are_skipped_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nanoseconds cannot become a Python value without pandas, and a map is no JSON object."""
+    """Nanoseconds cannot become a Python value without pandas, and a map is not a JSON object."""
     turn = pyarrow.struct([("role", pyarrow.string()), ("at", pyarrow.timestamp("ns"))])
     table = pyarrow.table(
         {
@@ -231,7 +231,7 @@ def test_values_of_columns_are_as_strict_as_json(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, path)
     bad = BadRows(2)
     assert list(read_rows([str(path)], bad)) == [(f"{path}:3", {"x": 2.0, "t": "b"})]
-    assert "1: the value nan is no JSON" in bad.examples[0]
+    assert "1: the value nan is not JSON" in bad.examples[0]
     assert "2: a text that is not UTF-8" in bad.examples[1]
 
 
@@ -239,7 +239,7 @@ def test_values_of_columns_are_as_strict_as_json(tmp_path: Path) -> None:
     ("name", "complaint"),
     [("absent.jsonl", "no such file"), ("rows.csv", "unknown kind"), ("", "holds no file")],
 )
-def test_paths_that_cannot_be_read_are_refused(tmp_path: Path, name: str, complaint: str) -> None:
+def test_paths_that_cannot_be_read_are_rejected(tmp_path: Path, name: str, complaint: str) -> None:
     (tmp_path / "rows.csv").write_text("a,b")
     with pytest.raises(DataError, match=complaint):
         find_sources([str(tmp_path / name)])

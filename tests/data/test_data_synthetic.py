@@ -53,6 +53,6 @@ def test_every_step_is_right_and_leads_to_the_boxed_answer() -> None:
     assert seen == set(SIGNS)
 
 
-def test_an_unknown_name_is_refused() -> None:
+def test_an_unknown_name_is_rejected() -> None:
     with pytest.raises(DataError, match="known are synthetic:arithmetic"):
         list(synthetic_rows("synthetic:algebra", seed=1))

@@ -191,7 +191,7 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_without_chat_tokens_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_without_chat_tokens_is_rejected(tmp_path: Path) -> None:
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<|im_end|>": 1}, "a"))
     model.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(TokenizerError, match=r"no token <\|im_start\|>, by which"):
@@ -229,7 +229,7 @@ def test_templates_without_a_default_are_none(tmp_path: Path, templates: str) ->
     assert load_tokenizer(tmp_path).chat_template is None
 
 
-def test_text_that_would_become_a_control_token_is_refused(tmp_path: Path) -> None:
+def test_text_that_would_become_a_control_token_is_rejected(tmp_path: Path) -> None:
     spec = json.loads(Path(huggingface_tokenizer().path).read_bytes())
     vocabulary = spec["model"]["vocab"]
     vocabulary["a"] = vocabulary["<|im_end|>"]
@@ -335,7 +335,7 @@ def test_an_artifact_trained_on_another_template_says_so(
     assert said(stage="convert") == ""
     assert "another chat template (not recorded)" in said()
     assert "another chat template (0123) than" in said(template="0123")
-    # The template of the training text lies beside the tokenizer and is used.
+    # The template of the training text is beside the tokenizer and is used.
     (tmp_path / "chat_template.jinja").write_text(OWN_TEMPLATE.replace("These functions", "They"))
     assert "another chat template" in said(template=tokenizer.template.digest)
     assert said(template=load_tokenizer(tmp_path).template.digest) == ""

@@ -401,7 +401,7 @@ CHATML = LOOP + PROMPT
         ),
     ],
 )
-def test_a_template_without_segments_is_refused_by_name(source: str, complaint: str) -> None:
+def test_a_template_without_segments_is_rejected_by_name(source: str, complaint: str) -> None:
     with pytest.raises(DataError, match=complaint):
         ChatTemplate(source, CONTROL_TAGS)
     ChatTemplate(CHATML.replace("END", "'<|im_end|>'"), CONTROL_TAGS)
@@ -420,8 +420,8 @@ def test_a_template_may_end_a_complete_conversation() -> None:
     assert ours.ends == ("<|im_end|>",)
 
 
-def test_text_that_a_template_takes_for_its_own_is_refused() -> None:
-    """The assistant's think tags are known to templates; what else they act on is refused."""
+def test_text_that_a_template_takes_for_its_own_is_rejected() -> None:
+    """The assistant's think tags are known to templates; what else they act on is rejected."""
     acting = CHATML.replace("END", "'<|im_end|>'").replace(
         "m.content +", "m.content.split('<tool_response>')[-1] +"
     )
@@ -459,13 +459,13 @@ def _with_template(folder: Path, source: str, config: Mapping[str, str]) -> Toke
     return load_tokenizer(folder)
 
 
-def test_what_a_template_refuses_is_skipped_by_name(
+def test_what_a_template_rejects_is_skipped_by_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refusing = (
+    rejecting = (
         HEADERS + "{% if 'no' in messages[0].content %}{{ raise_exception('no!') }}{% endif %}"
     )
-    tokenizer = _with_template(tmp_path, refusing, {})
+    tokenizer = _with_template(tmp_path, rejecting, {})
     prompts = [
         Prompt(str(i), "math", (Message("user", text),), {}, source=f"rows:{i}")
         for i, text in enumerate(("yes", "no"))

@@ -158,7 +158,9 @@ def test_nothing_is_drawn_where_weights_are_loaded(
 
 
 def test_a_run_named_in_place_of_its_artifact_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no complete artifact; name the folder artifact of"):
+    with pytest.raises(
+        CheckpointError, match="not a complete artifact; name the folder artifact of"
+    ):
         read_artifact(tmp_path)
     (tmp_path / "artifact").mkdir()
     (tmp_path / "artifact" / "manifest.json").write_text("{}")
@@ -168,7 +170,7 @@ def test_a_run_named_in_place_of_its_artifact_is_told(tmp_path: Path) -> None:
         read_artifact(tmp_path / "artifact" / "manifest.json")
 
 
-def test_damage_is_refused(artifact: Artifact, world: World, trainer: Trainer) -> None:
+def test_damage_is_rejected(artifact: Artifact, world: World, trainer: Trainer) -> None:
     path = artifact.folder / "tokenizer.model"
     path.write_bytes(b"Pieces")
     with pytest.raises(CheckpointError, match=r"tokenizer\.model was altered"):
@@ -184,7 +186,7 @@ def test_damage_is_refused(artifact: Artifact, world: World, trainer: Trainer) -
         load_artifact_weights(opened, world, fresh.chunks)
 
 
-def test_another_model_and_a_changed_artifact_are_refused(
+def test_another_model_and_a_changed_artifact_are_rejected(
     artifact: Artifact, world: World, trainer: Trainer
 ) -> None:
     wider = make_trainer({"model": {"mlp_width": 64}}, world)
@@ -197,7 +199,7 @@ def test_another_model_and_a_changed_artifact_are_refused(
         load_artifact_weights(artifact, world, trainer.chunks)
 
 
-def test_unknown_model_settings_are_refused(artifact: Artifact) -> None:
+def test_unknown_model_settings_are_rejected(artifact: Artifact) -> None:
     from dataclasses import replace
 
     strange = replace(artifact, model={**artifact.model, "num_eyes": 3})
@@ -263,11 +265,11 @@ def count_reads() -> dict[str, int]:
         file = io.BufferedReader(raw)
         return file if "b" in mode else io.TextIOWrapper(file, encoding=settings.get("encoding"))
 
-    def refused(*_: Any, **__: Any) -> None:
+    def rejected(*_: Any, **__: Any) -> None:
         raise AssertionError("a load maps no file: its bytes would be read again")
 
     replaced: list[tuple[Any, str, Any]]
-    replaced = [(Path, "open", counted), (storage, "safe_open", refused)]
+    replaced = [(Path, "open", counted), (storage, "safe_open", rejected)]
     for owner, name, function in replaced:
         setattr(owner, name, function)
     return CountedFile.counts
@@ -343,7 +345,7 @@ def load_damaged(folder: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["rank_00000.safetensors", "index.json", "tokenizer.model"])
-def test_every_rank_refuses_what_is_damaged(artifact: Artifact, name: str) -> None:
+def test_every_rank_rejects_what_is_damaged(artifact: Artifact, name: str) -> None:
     path = artifact.folder / name
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

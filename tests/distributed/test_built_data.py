@@ -73,5 +73,5 @@ def test_steps_on_a_built_folder_are_those_on_its_rows(tmp_path: Path) -> None:
     assert others == []
     for step in range(1, STEPS + 1):
         folders = [tmp_path / n / "checkpoints" / f"step_{step:08d}" for n in ("rows", "tokens")]
-        # The second run of a process goes on with its random state, which nothing uses here.
+        # The second run of a process continues with its random state, which nothing uses here.
         assert not unequal(*folders, ignore=("rng/",))

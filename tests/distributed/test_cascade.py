@@ -82,8 +82,8 @@ def test_the_report_shows_where_artifacts_come_from(found: dict[str, Any]) -> No
 def test_a_stage_that_is_not_there_yet_is_asked_for(found: dict[str, Any]) -> None:
     assert actions(found["before"]) == dict.fromkeys(STAGES, "run")
     assert "mopd: run\n  - after sft, if_rl, teacher, which run before it" in found["before"]
-    assert found["refused"].startswith("CascadeError: stage if_rl needs the artifact of sft")
-    assert "--only sft" in found["refused"]
+    assert found["rejected"].startswith("CascadeError: stage if_rl needs the artifact of sft")
+    assert "--only sft" in found["rejected"]
 
 
 def test_what_has_not_changed_is_not_run_again(found: dict[str, Any]) -> None:

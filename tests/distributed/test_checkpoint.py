@@ -96,7 +96,7 @@ def check_same_layout(root: Path, whole: dict[str, Any], rest: dict[str, Any]) -
 def check_other_layout(
     moved: Path, source: Path, whole: dict[str, Any], rest: dict[str, Any], precision: str
 ) -> None:
-    """Loading gives the stored bits; training goes on as it would have, within rounding."""
+    """Loading gives the stored bits; training continues as it would have, within rounding."""
     changed = unequal(folder(moved / "loaded", HALF), folder(source, HALF), ignore=("rng/",))
     assert changed == []
     expected = pytest.approx(whole["losses"][HALF:], rel=LOSS_TOLERANCE[precision])
@@ -282,7 +282,7 @@ def test_the_moments_of_a_checkpoint_may_change(
         }
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "other width": ({"model": {"mlp_width": 64}}, "model.mlp_width is 64 in this run and 48"),
     "other precision": ({"precision": "bf16"}, "set --engine.precision fp32"),
     "frozen router": (
@@ -292,11 +292,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def test_a_foreign_checkpoint_is_refused_and_named(
+def test_a_foreign_checkpoint_is_rejected_and_named(
     single: list[tuple[Path, dict[str, Any]]],
 ) -> None:
     base = {"shape": "relu2", "load": str(folder(single[0][0], HALF))}
-    jobs = [{**base, **changes} for changes, _ in REFUSED.values()]
+    jobs = [{**base, **changes} for changes, _ in REJECTED.values()]
     results = run_ranks(run_jobs, 1, {"jobs": jobs})[0]
-    for result, (name, (_, text)) in zip(results, REFUSED.items(), strict=True):
-        assert any(text in problem for problem in result["refused"]), (name, result)
+    for result, (name, (_, text)) in zip(results, REJECTED.items(), strict=True):
+        assert any(text in problem for problem in result["rejected"]), (name, result)

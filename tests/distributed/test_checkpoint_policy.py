@@ -32,7 +32,7 @@ from nemocascade.megatron.checkpoint.storage import write_shards
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import CheckpointConfig, EngineConfig, ParallelConfig, SftRecipe
 from nemocascade.runtime.world import World
-from nemocascade.train.checkpointing import Checkpoints, refused_changes
+from nemocascade.train.checkpointing import Checkpoints, rejected_changes
 from nemocascade.train.trainer import Trainer
 
 
@@ -90,7 +90,7 @@ def test_without_a_pointer_the_newest_complete_one_counts(
     assert latest_checkpoint(tmp_path / "nothing") is None
 
 
-def test_a_pointer_to_nothing_is_refused(tmp_path: Path, world: World, trainer: Trainer) -> None:
+def test_a_pointer_to_nothing_is_rejected(tmp_path: Path, world: World, trainer: Trainer) -> None:
     root = saved(tmp_path, world, trainer, [2]).root
     for name in ("step_00000009", "../elsewhere", ""):
         (root / "latest").write_text(name)
@@ -117,7 +117,7 @@ def test_rolling_back_by_the_pointer(tmp_path: Path, world: World, trainer: Trai
     assert bool((next(other.modules[0].parameters()) == 0.5).all())
 
 
-def test_resume_off_refuses_a_used_folder(tmp_path: Path, world: World, trainer: Trainer) -> None:
+def test_resume_off_rejects_a_used_folder(tmp_path: Path, world: World, trainer: Trainer) -> None:
     checkpoints = saved(tmp_path, world, trainer, [2])
     with pytest.raises(CheckpointError, match="step_00000002 exists and resume is off"):
         checkpoints.start(trainer, loader(), resume=False)
@@ -283,7 +283,7 @@ def test_without_memory_for_a_copy_saves_are_synchronous(
 
 
 @pytest.mark.parametrize("extra", [{"a": (1, 2)}, {1: 2}, {"a": float("nan")}, {"a": {1}}])
-def test_what_json_would_change_is_refused(
+def test_what_json_would_change_is_rejected(
     extra: dict[Any, Any], tmp_path: Path, world: World, trainer: Trainer
 ) -> None:
     with pytest.raises(CheckpointError, match="extra"):
@@ -354,23 +354,23 @@ def test_changed_settings_are_named_and_need_consent(
     trainer.step_number = 2
     first.save(trainer, loader())
     first.finish()
-    assert refused_changes(with_lr(tmp_path, 0.003, steps=9, checkpoint=CheckpointConfig())) == []
+    assert rejected_changes(with_lr(tmp_path, 0.003, steps=9, checkpoint=CheckpointConfig())) == []
     changed = with_lr(tmp_path, 0.1)
-    [problem] = refused_changes(changed)
+    [problem] = rejected_changes(changed)
     assert "optimizer.lr 0.003 -> 0.1 since step_00000002" in problem
     assert "--accept-changes True" in problem
     accepted = replace(changed, accept_changes=True)
-    assert refused_changes(accepted) == []
+    assert rejected_changes(accepted) == []
     second = resumed(world, trainer, accepted)
     trainer.step_number = 4
     second.save(trainer, loader())
     second.finish()
     # The change is part of the run from now on.
-    assert refused_changes(changed) == []
+    assert rejected_changes(changed) == []
     manifest = artifact_of(second, trainer)
     assert manifest["changes"] == [{"step": 2, "changes": {"optimizer.lr": [0.003, 0.1]}}]
     assert manifest["recipe"]["optimizer"]["lr"] == 0.1
-    assert refused_changes(replace(changed, run_dir=str(tmp_path / "new"))) == []
+    assert rejected_changes(replace(changed, run_dir=str(tmp_path / "new"))) == []
 
 
 def test_an_artifact_names_the_settings_that_trained_it(

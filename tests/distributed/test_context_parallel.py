@@ -218,7 +218,7 @@ def test_a_nan_stays_in_its_document(ranks: int) -> None:
 def states_of_both_forms() -> dict[str, list[float]]:
     """For each pack, the largest relative differences between scan and gather of border states.
 
-    These are states that enter, and gradients of those that leave. NaNs stand in states that nobody
+    These are states that enter, and gradients of those that leave. NaNs are in states that nobody
     reads.
     """
     import torch

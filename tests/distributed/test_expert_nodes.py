@@ -37,8 +37,8 @@ def step_each() -> dict[str, Any]:
 
 def _step(parallel: dict[str, Any], exchange: str, *, recompute: bool = False) -> dict[str, Any]:
     import torch
+    from helpers.equivalence import random_batches
     from nemocascade_kernels import Nll
-    from test_equivalence import random_batches
 
     from nemocascade.megatron.microbatch import Microbatch
 
@@ -150,7 +150,7 @@ STEPS = 3
 
 def train_each(layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Losses and gradient norms of `STEPS` steps on two nodes of two ranks."""
-    from test_equivalence import train
+    from helpers.equivalence import train
 
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     return {
@@ -164,7 +164,7 @@ def train_each(layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def train_one() -> list[list[float]]:
     """The same in one process."""
-    from test_equivalence import train
+    from helpers.equivalence import train
 
     return train({}, steps=STEPS)
 
@@ -185,7 +185,7 @@ def start_uneven() -> None:
     _model({"ep": 4}, "hierarchical", False)
 
 
-def test_nodes_that_are_not_filled_are_refused() -> None:
+def test_nodes_that_are_not_filled_are_rejected() -> None:
     with pytest.raises(RankError, match=r"do not fill nodes of 3: set --parallel\.ep to a "):
         run_ranks(start_uneven, 4)
 
@@ -261,6 +261,6 @@ def start_deepep() -> None:
     _model({"ep": 2}, "deepep", False)
 
 
-def test_deepep_without_gpus_is_refused() -> None:
+def test_deepep_without_gpus_is_rejected() -> None:
     with pytest.raises(RankError, match=r"it needs GPUs, and the device is cpu: set --engine\.exp"):
         run_ranks(start_deepep, 2)

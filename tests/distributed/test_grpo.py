@@ -1,7 +1,7 @@
 """A GRPO stage on every parallel layout, and resumed: rollouts, rewards and updates agree.
 
 Its curriculum adapts to the rewards. Pass rates of rows are sampled from the same artifact. The
-quick tests leave out settings that other layouts have too; slow ones take these.
+quick tests omit settings that other layouts have too; slow ones take these.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def others(runs: dict[str, Any]) -> dict[str, Any]:
-    """Runs that the quick tests leave out."""
+    """Runs that the quick tests omit."""
     arguments = {"artifact": runs["artifact"], "folder": runs["folder"]}
     (parts,) = run_ranks(adapter_in_parts, 1, arguments, timeout_s=300)
     for name, every, quick in (

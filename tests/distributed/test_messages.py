@@ -91,7 +91,7 @@ def _model(parallel: dict[str, Any], pattern: str, recompute: bool) -> tuple[Any
 
 
 def _batches(count: int) -> list[Any]:
-    from test_equivalence import random_batches
+    from helpers.equivalence import random_batches
 
     return random_batches(count, 512)
 

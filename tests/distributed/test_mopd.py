@@ -1,6 +1,6 @@
 """A MOPD stage on every parallel layout, and resumed: rollouts and updates agree.
 
-The quick tests leave out layouts on which the stage of the other divergence, or that of
+The quick tests omit layouts on which the stage of the other divergence, or that of
 `test_grpo.py`, takes the same way; slow ones take these.
 """
 
@@ -143,7 +143,7 @@ def on_two_ranks(alone: dict[str, Any], names: Iterable[str]) -> dict[str, Lines
 
 @pytest.fixture(scope="module")
 def others(runs: dict[str, Any]) -> dict[str, Lines]:
-    """Runs that the quick tests leave out."""
+    """Runs that the quick tests omit."""
     return on_two_ranks(runs, RUNS.keys() - set(QUICK))
 
 

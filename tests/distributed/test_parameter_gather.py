@@ -30,7 +30,7 @@ def _train(parallel: dict[str, Any], tied: bool, overlap: bool) -> dict[str, Any
     from dataclasses import replace
 
     import torch
-    from test_equivalence import random_batches
+    from helpers.equivalence import random_batches
 
     from nemocascade.megatron.config import Accelerators
     from nemocascade.megatron.world import start_world

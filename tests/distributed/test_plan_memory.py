@@ -11,8 +11,8 @@ import functools
 from typing import Any
 
 import pytest
+from helpers.equivalence import LAYOUTS
 from helpers.ranks import join_group, run_ranks
-from test_equivalence import LAYOUTS
 
 CAPACITY = 512
 DOCUMENT = 128

@@ -27,7 +27,7 @@ def replay_once(parallel: dict[str, Any], recompute: bool = False) -> dict[str, 
     from dataclasses import replace
 
     import torch
-    from test_equivalence import CAPACITY, random_batches
+    from helpers.equivalence import CAPACITY, random_batches
 
     from nemocascade.megatron.accelerators import detect
     from nemocascade.megatron.microbatch import Microbatch

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from helpers.ranks import run_ranks
+from helpers.rlhf import recipe
 from helpers.start_policy import start_policy
-from test_rlhf import recipe
 
 TIMEOUT_S = 4.0
 """Timeout of collectives: no wait for verdicts may depend on it."""
@@ -92,7 +92,7 @@ def slow(handler: Any) -> None:
 BEHAVIOURS: dict[str, Callable[[Any], None]] = {
     "slow": slow,
     "failing": lambda handler: reply(handler, 500, "oops"),
-    "refusing": lambda handler: reply(handler, 404, "no such model"),
+    "rejecting": lambda handler: reply(handler, 404, "no such model"),
 }
 
 
@@ -158,10 +158,10 @@ def test_a_step_without_any_verdict_trains_nothing(runs: dict[str, Any]) -> None
     assert not runs["failing"]["artifact"]
 
 
-def test_a_server_that_refuses_is_found_before_anything_is_written(runs: dict[str, Any]) -> None:
+def test_a_server_that_rejects_is_found_before_anything_is_written(runs: dict[str, Any]) -> None:
     for found in (runs, runs["of_rank_1"]):
-        assert "judge rejects" in found["refusing"]["error"]
-        assert "no such model" in found["refusing"]["error"]
-    folder = Path(runs["folder"]) / "refusing"
+        assert "judge rejects" in found["rejecting"]["error"]
+        assert "no such model" in found["rejecting"]["error"]
+    folder = Path(runs["folder"]) / "rejecting"
     assert not (folder / "metrics.jsonl").exists()
     assert not (folder / "recipe.json").exists()

@@ -1,6 +1,6 @@
 """Generation on every parallel layout gives the same tokens as one process.
 
-The quick tests leave out layouts whose axes others have too, and interpret few decode steps of few
+The quick tests omit layouts whose axes others have too, and interpret few decode steps of few
 rows; the slow ones take all of it.
 """
 

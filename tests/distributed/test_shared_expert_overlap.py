@@ -39,8 +39,8 @@ def _step(name: str, parallel: dict[str, Any], overlap: Any) -> dict[str, Any]:
     from unittest import mock
 
     import torch
+    from helpers.equivalence import random_batches
     from nemocascade_kernels import Nll
-    from test_equivalence import random_batches
 
     from nemocascade.megatron.config import Accelerators, make_config
     from nemocascade.megatron.layers.dispatch import RowExchange

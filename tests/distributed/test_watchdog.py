@@ -87,7 +87,7 @@ def fall_between_stages(fault: str, folder: str) -> None:
     from nemocascade.stages.setup import on_main_rank
 
     def work() -> None:
-        # Work that takes longer than the limit is no fault.
+        # Work that takes longer than the limit is not a fault.
         time.sleep(LIMIT_S + 1)
         fall_silent(fault, folder)
 

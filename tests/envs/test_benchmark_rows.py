@@ -174,10 +174,10 @@ def test_future_imports_where_parts_are_compiled_alone(environments: dict[str, D
     [
         ("math", {"solution": "It is 3/4."}, r"solution holds no \\boxed"),
         ("mmlu_pro", {"answer_index": 1}, r"answer_index\(1\) is not that of answer\(C\)"),
-        ("mmlu_pro", {"answer": "Z", "answer_index": None}, "'Z' is none of the options"),
+        ("mmlu_pro", {"answer": "Z", "answer_index": None}, "'Z' is not one of the options"),
         ("mmlu_pro", {"options": "a, b"}, "options must be a list"),
         ("humaneval", {"test": "assert True"}, "test defines no function check"),
-        ("humaneval", {"entry_point": "1; x"}, "entry_point.* is no name of a function"),
+        ("humaneval", {"entry_point": "1; x"}, "entry_point.* is not the name of a function"),
         ("gsm8k", {"answer": "####"}, "answer does not end with a line '#### number'"),
         ("gsm8k", {"question": 5}, "question must be a text"),
     ],

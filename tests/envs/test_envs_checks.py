@@ -153,9 +153,9 @@ def test_choices_of_released_rows(children: ChildPool) -> None:
     template = {"output_regex": ["x", "y"]}
     found = domain.parse({**row, "grading_mode": "lenient_boxed", "template_metadata": template})
     assert (found["mode"], found["patterns"]) == ("lenient_boxed", ["x", "y"])
-    with pytest.raises(ValueError, match="'C' is none of the options"):
+    with pytest.raises(ValueError, match="'C' is not one of the options"):
         domain.parse({**row, "options": [*options, {"C": None}], "expected_answer": "C"})
-    with pytest.raises(ValueError, match="grading_mode 'boxed' is none of strict_single"):
+    with pytest.raises(ValueError, match="grading_mode 'boxed' is not one of strict_single"):
         domain.parse({**row, "grading_mode": "boxed"})
     with pytest.raises(ChildError, match="unterminated"):
         domain.parse({**row, "answer_regex": ["x", "("]})
@@ -171,7 +171,7 @@ def test_a_pattern_has_a_time_limit(hasty: ChildPool) -> None:
     assert (broken.reward, broken.fault) == (None, "row")
     assert "unterminated" in str(broken.error)
     good = ask(domain, choice("strict_single_letter_boxed", "B"), "B")
-    assert good.reward == 1.0, "the pool goes on"
+    assert good.reward == 1.0, "the pool continues"
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_a_session_answers_every_call() -> None:
     assert json.loads(answers[0].content)["title"] == "go"
     assert answers[1].content == "error: unknown tool send_mail"
     assert answers[2].content.startswith("error: add_task: unknown arguments [], missing")
-    # The state goes on from step to step, and the next episode starts afresh.
+    # The state continues from step to step, and the next episode starts afresh.
     (second,) = session.step([ADD])
     assert json.loads(second.content)["id"] == 3
     (first,) = ToolCalling().session(prompt([ADD])).step([ADD])

@@ -251,7 +251,7 @@ def test_the_easiest_facts_are_told_apart_by_their_kind_and_some_are_counted() -
 
 @pytest.mark.parametrize("difficulty", [1, 2, 5])
 def test_whoever_reads_no_names_is_often_wrong(difficulty: int) -> None:
-    """Facts of the asked kinds stand there of others too."""
+    """Facts of the asked kinds are there of others too."""
     rng = random.Random(f"decoys/{difficulty}")
     for _ in range(200):
         task = make_task(rng, difficulty)

@@ -161,7 +161,7 @@ def test_a_group_of_16_makes_120_comparisons_in_one_call(tasks: list[Prompt]) ->
     pairs = [(len(q.facts["first"]), len(q.facts["second"])) for q in judge.asked[0][:120]]
     assert len({frozenset(pair) for pair in pairs}) == 120
     assert all(first != second for first, second in pairs)
-    # Each response stands first in half of its comparisons.
+    # Each response comes first in half of its comparisons.
     counts = [sum(first == i + 1 for first, _ in pairs) for i in range(16)]
     assert set(counts) == {7, 8}
     assert judge.asked[0][0].messages != judge.asked[0][120].messages
@@ -302,7 +302,7 @@ def test_released_rows(tmp_path: Path) -> None:
         list(Preference(RuleJudge()).read(path))
     bad = BadRows(2)
     found = list(Preference(WrittenJudge()).read(path, bad.skip))
-    assert [f"{path}:{n}: it is no row of preference" for n in (3, 4)] == [
+    assert [f"{path}:{n}: it is not a row of preference" for n in (3, 4)] == [
         text.partition(": fields")[0] for text in bad.examples
     ]
     assert [p.answer["baseline"] for p in found] == [None, "Something one can do."]

@@ -83,8 +83,8 @@ def test_calls_share_their_state_and_errors_are_text(session: PythonSession) -> 
     (failed,) = session.step([call("x / 0")])
     assert failed.content.endswith("ZeroDivisionError: division by zero")
     assert session.step([call("x")])[0].content == "6"
-    (refused,) = session.step([call("x")])
-    assert refused.content == "error: more than 4 calls: answer without the tool"
+    (rejected,) = session.step([call("x")])
+    assert rejected.content == "error: more than 4 calls: answer without the tool"
     assert not session.done
 
 
@@ -110,7 +110,7 @@ def test_a_call_that_is_none_starts_nothing(
 def test_long_output_is_cut_in_the_middle(session: PythonSession) -> None:
     (found,) = session.step([call("print('a' * 500)\n1 / 0")])
     assert found.content.startswith("a" * 100 + "\n[")
-    assert "characters left out]" in found.content
+    assert "characters omitted]" in found.content
     assert found.content.endswith("ZeroDivisionError: division by zero")
     assert len(found.content) < 200 + 60
 

@@ -118,7 +118,7 @@ def test_fields_may_stand_in_verifier_metadata(
         for given in (inner, json.dumps(inner))
     ]
     if name == "preference":  # a row with verifier_metadata is of another domain
-        with pytest.raises(DataError, match="it is no row of preference"):
+        with pytest.raises(DataError, match="it is not a row of preference"):
             list(domain.read(file_of(tmp_path / "rows.jsonl", *rows)))
         return
     for prompt in domain.read(file_of(tmp_path / "rows.jsonl", *rows)):
@@ -178,7 +178,7 @@ def test_a_session_of_the_workplace_answers_as_published(tmp_path: Path) -> None
         ({"email_id": made_tables()["emails"][0]["email_id"]}, "not given: body.*workplace_data"),
     ],
 )
-def test_rows_about_another_workplace_are_refused(
+def test_rows_about_another_workplace_are_rejected(
     tmp_path: Path, arguments: dict[str, Any], reason: str
 ) -> None:
     (released, *_) = workplace()
@@ -235,7 +235,9 @@ def test_files_of_a_workplace_decide(tmp_path: Path) -> None:
         ("bytes", r"emails\.csv is not a CSV file in UTF-8"),
     ],
 )
-def test_files_that_are_no_workplace_are_refused(tmp_path: Path, change: str, reason: str) -> None:
+def test_files_that_are_not_a_workplace_are_rejected(
+    tmp_path: Path, change: str, reason: str
+) -> None:
     columns = {"calendar": "event_id,x"} if change == "columns" else {}
     folder = write_csv(tmp_path / "csv_data", small_tables(), **columns)
     emails = tmp_path / "csv_data" / "processed" / "emails.csv"
@@ -413,7 +415,7 @@ ADDED = (WHOSE[0], {**WHOSE[1], "status": "Lead"})
         ([ADDED], [(ADDED[0], {**ADDED[1], "status": "LEAD"})], False),
         ([ADDED], [(ADDED[0], {**ADDED[1], "customer_name": "n"})], True),
         ([ADDED], [(ADDED[0], {**ADDED[1], "notes": None})], False),
-        # A number is no text, and counts as missing.
+        # A number is not text, and counts as missing.
         ([(WON[0], {**WON[1], "new_value": 3})], [(WON[0], {**WON[1], "new_value": 4})], True),
         ([(WON[0], {**WON[1], "new_value": 3})], [(WON[0], {**WON[1], "new_value": "3"})], False),
     ],
@@ -462,7 +464,7 @@ def test_texts_of_a_call_become_values(text: Any, schema: Any, value: Any) -> No
     ("change", "reason"),
     [
         ({"response_mode": "audio"}, "response_mode 'audio' must be text or tool_call"),
-        ({"tool_name": "nobody"}, r"tool_name\('nobody'\) is none of the declared tools"),
+        ({"tool_name": "nobody"}, r"tool_name\('nobody'\) is not one of the declared tools"),
         ({"schema_str": "[]"}, "a schema must be an object"),
         ({"tool_payload_key": {"a": 1}}, "tool_payload_key must be a text, it is dict"),
     ],

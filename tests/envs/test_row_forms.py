@@ -111,7 +111,7 @@ def test_what_is_declared_is_read_and_nothing_else(
     rows = [{"prompt": "p", **row} for row in ROWS[name]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     faults: list[str] = []
-    # Rows that need a judge are refused, but only after their fields were read.
+    # Rows that need a judge are rejected, but only after their fields were read.
     with suppress(DataError):
         list(domains[name].read(path, bad=lambda where, why: faults.append(why)))
     assert all("judge" in why for why in faults), faults
@@ -130,7 +130,7 @@ FORMS = (
         "made",
         read={"answer": "the answer", "tests.files": "tests"},
         ignored={"note": "nothing", "extra.*": "nothing"},
-        refused={"checker": "it cannot be run"},
+        rejected={"checker": "it cannot be run"},
     ),
 )
 ROW = {"prompt": "p", "answer": 1, "tests": {"files": 1}, "note": 1, "id": 3}
@@ -162,7 +162,7 @@ def test_an_unknown_field_is_named_once_with_its_count(
 
 
 @pytest.mark.parametrize("more", [{"checker": "x"}, {"verifier_metadata": {"checker": "x"}}])
-def test_a_field_that_decides_in_an_unknown_way_is_refused(more: dict[str, Any]) -> None:
+def test_a_field_that_decides_in_an_unknown_way_is_rejected(more: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="'checker' is not supported: it cannot be run"):
         RowFields("made", FORMS).declared({**ROW, **more})
 
@@ -189,5 +189,5 @@ def test_no_field_is_declared_twice_with_different_uses(domains: dict[str, Domai
     for domain in domains.values():
         forms = (EVERY_ROW, *domain.row_forms)
         read = {name for form in forms for name in form.read}
-        others = {name for form in forms for name in (*form.ignored, *form.refused)}
+        others = {name for form in forms for name in (*form.ignored, *form.rejected)}
         assert not read & others

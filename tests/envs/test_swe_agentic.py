@@ -178,20 +178,20 @@ def test_edits() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "reason"),
     [
-        ("read", {"path": "../../etc/passwd"}, "no path inside"),
-        ("read", {"path": "/etc/passwd"}, "no path inside"),
-        ("read", {"path": "lib/../../x"}, "no path inside"),
-        ("list", {"path": ".."}, "no path inside"),
-        ("search", {"text": "root", "path": "/etc"}, "no path inside"),
-        ("edit", {"path": "../x", "old": "", "new": "x"}, "no path inside"),
-        ("edit", {"path": "/tmp/x", "old": "", "new": "x"}, "no path inside"),
-        ("edit", {"path": "", "old": "", "new": "x"}, "no path inside"),
+        ("read", {"path": "../../etc/passwd"}, "not a path inside"),
+        ("read", {"path": "/etc/passwd"}, "not a path inside"),
+        ("read", {"path": "lib/../../x"}, "not a path inside"),
+        ("list", {"path": ".."}, "not a path inside"),
+        ("search", {"text": "root", "path": "/etc"}, "not a path inside"),
+        ("edit", {"path": "../x", "old": "", "new": "x"}, "not a path inside"),
+        ("edit", {"path": "/tmp/x", "old": "", "new": "x"}, "not a path inside"),
+        ("edit", {"path": "", "old": "", "new": "x"}, "not a path inside"),
         ("edit", {"path": "\ud800", "old": "", "new": "x"}, "half a surrogate pair"),
         ("edit", {"path": "x" * 256, "old": "", "new": "x"}, "is too long"),
         ("read", {"path": "b.py"}, "no file b.py"),
         ("read", {"path": "lib"}, "no file lib"),
-        ("read", {"path": "lib/c.bin"}, "no text"),
-        ("read", {"path": "a.py", "start": "many"}, "no line number"),
+        ("read", {"path": "lib/c.bin"}, "not text"),
+        ("read", {"path": "a.py", "start": "many"}, "not a line number"),
         ("read", {"path": "a.py", "start": "3", "end": "2"}, "lines 3 to 2 of 3"),
         ("edit", {"path": "a.py", "old": "q", "new": ""}, "0 times"),
         ("edit", {"path": "a.py", "old": "x", "new": ""}, "2 times"),
@@ -203,7 +203,7 @@ def test_edits() -> None:
         ("search", {"text": ""}, "an empty text"),
         ("fly", {}, "no tool 'fly', the tools are list, read"),
         ("call", {}, "no tool 'call'"),
-        ("run_tests", {"tests": "../x.py"}, "no path inside"),
+        ("run_tests", {"tests": "../x.py"}, "not a path inside"),
     ],
 )
 def test_a_call_that_cannot_be_executed_is_answered_with_what_is_wrong(
@@ -229,7 +229,7 @@ ANSWER = {
 
 @pytest.fixture(autouse=True)
 def binary_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that JSON cannot hold stands in the answer's repository."""
+    """A file that JSON cannot hold is in the answer's repository."""
 
     def found(answer: dict[str, object]) -> dict[str, bytes]:
         return FILES if answer is ANSWER else dict(snapshot_of(answer))
@@ -250,8 +250,8 @@ def test_edits_are_bounded() -> None:
 
 def test_answers_are_cut_and_say_by_how_much() -> None:
     assert cut("abc", 3) == "abc"
-    assert cut("abcdef", 2) == "ab\n[4 of 6 characters left out]"
-    assert cut("abcdef", 2, end=True) == "[4 of 6 characters left out]\nef"
+    assert cut("abcdef", 2) == "ab\n[4 of 6 characters omitted]"
+    assert cut("abcdef", 2, end=True) == "[4 of 6 characters omitted]\nef"
     session = SweAgentic(limits=AgentConfig(result_chars=50)).session(
         Prompt("x", "swe_agentic", (), ANSWER)
     )
@@ -262,7 +262,7 @@ def test_answers_are_cut_and_say_by_how_much() -> None:
     ):
         (answer,) = session.step([call])
         assert len(answer.content) < 120
-        assert "characters left out]" in answer.content
+        assert "characters omitted]" in answer.content
 
 
 def test_an_agent_sees_what_its_tests_say(domain: SweAgentic) -> None:
@@ -355,7 +355,7 @@ def test_the_time_of_all_test_runs_is_bounded(domain: SweAgentic) -> None:
 
 
 def test_what_tools_answer_can_be_encoded(domain: SweAgentic) -> None:
-    """Tokenizers refuse half a surrogate pair."""
+    """Tokenizers reject half a surrogate pair."""
     session = domain.session(Prompt("x", "swe_agentic", (), ANSWER))
     source = "raise ValueError('\\ud800 is half a pair')\n"
     answers = session.step(
@@ -440,7 +440,7 @@ def test_rows_of_a_folder_and_of_a_file(domain: SweAgentic, tmp_path: Path) -> N
         ({"FAIL_TO_PASS": []}, "names no test"),
         ({"FAIL_TO_PASS": "[1]"}, "must be a list of test ids"),
         ({"tests": {}}, "'tests.files' must be"),
-        ({"tests": {"files": {"../x": ""}}}, "no path inside"),
+        ({"tests": {"files": {"../x": ""}}}, "not a path inside"),
         ({"tests": {"files": "none"}}, "there is no folder"),
         ({"tests": {"files": {"t.py": ""}, "framework": "nose"}}, "'nose'"),
         ({"pass_rate": 3}, "'pass_rate' is 3"),
@@ -448,8 +448,8 @@ def test_rows_of_a_folder_and_of_a_file(domain: SweAgentic, tmp_path: Path) -> N
         ({"repository": "/etc"}, "'/etc' is not inside of"),
         ({"repository": "out"}, "'out' is not inside of"),
         ({"repository": "."}, "'.' is not inside of"),
-        ({"repository": "x" * 300}, "is no path"),
-        ({"repository": "a\0b"}, "is no path"),
+        ({"repository": "x" * 300}, "is not a path"),
+        ({"repository": "a\0b"}, "is not a path"),
         ({"tests": {"files": "r/../../secret"}}, "'tests.files': 'r/../../secret' is not inside"),
         ({"tests": {"files": "out/inner"}}, "'tests.files': 'out/inner' is not inside"),
     ],

@@ -292,7 +292,7 @@ def test_edits_cannot_leave_the_repository(domain: SweAgentless, tmp_path: Path,
     (prompt,) = read(tmp_path, domain, ROW)
     verdict = domain.score(prompt, said(RIGHT, Edit(path, (), ("x",))))
     assert verdict.reward == 0.0
-    assert "no path inside of the repository" in verdict.details["reason"]
+    assert "not a path inside of the repository" in verdict.details["reason"]
 
 
 def test_a_folder_is_read_without_following_links(domain: SweAgentless, tmp_path: Path) -> None:
@@ -323,12 +323,12 @@ def test_a_folder_is_read_without_following_links(domain: SweAgentless, tmp_path
     [
         ({"problem_statement": " "}, "is empty"),
         ({"repository": {}}, "nothing to edit"),
-        ({"repository": {"../cart.py": "x"}}, "no path inside of the repository"),
+        ({"repository": {"../cart.py": "x"}}, "not a path inside of the repository"),
         ({"repository": {"cart.py": 3}}, "cart.py: the content is int, not text"),
         ({"repository": "nowhere"}, "there is no folder .*nowhere"),
         ({"golden_files": ["card.py"]}, "the golden file 'card.py' is not in the repository"),
         ({"golden_files": []}, "'golden_files' and 'patch' are both missing"),
-        ({"golden_files": [], "patch": "fix"}, "no unified diff"),
+        ({"golden_files": [], "patch": "fix"}, "not a unified diff"),
         ({"tests": {}}, "needs a judge: set envs.judge"),
         ({"tests": {"files": {"t.py": "x"}}}, "names no test"),
         ({"tests": {**ROW["tests"], "files": {}}}, "tests that an edit could change"),

@@ -53,14 +53,14 @@ class HangError(BaseException):
 class Target:
     """A reader under test.
 
-    make: builds a case from choices. run: reads the case; the folder is empty. refusals: the
+    make: builds a case from choices. run: reads the case; the folder is empty. rejections: the
     errors that the reader promises. share: cases of this target, in relation to the others'.
     """
 
     name: str
     make: Callable[[Choices], Any]
     run: Callable[[Any, Path], object]
-    refusals: tuple[type[BaseException], ...]
+    rejections: tuple[type[BaseException], ...]
     share: float = 1.0
 
 
@@ -159,9 +159,9 @@ def fuzz(
                 target.run(case, Path(inner))
         except KeyboardInterrupt:
             raise
-        except target.refusals:
+        except target.rejections:
             return None
-        # A reader's worst errors, such as a panic of a library, are no `Exception`.
+        # A reader's worst errors, such as a panic of a library, are not `Exception`.
         except BaseException as error:
             hangs += isinstance(error, HangError)
             return Failure(_origin(error), shown(case), data.hex(), traceback.format_exc())

@@ -268,7 +268,7 @@ def _run(choices: Choices) -> Files:
 
 
 def _report(files: Files, folder: Path) -> None:
-    """Read a run folder in every way that there is; each may refuse it."""
+    """Read a run folder in every way that there is; each may reject it."""
     _write(files, folder)
     stage = folder / "stages" / "sft"
     for read in (

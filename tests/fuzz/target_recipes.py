@@ -173,7 +173,7 @@ def _parse(case: tuple[int, list[str]], folder: Path) -> None:
                 return
             parsed = parse(recipes()[number], arguments)
         except SystemExit as error:
-            # The parser names what it refuses, and ends with this code.
+            # The parser names what it rejects, and ends with this code.
             if error.code not in (0, 2):
                 raise
             return

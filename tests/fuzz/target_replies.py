@@ -193,10 +193,10 @@ def _target(
     name: str,
     make: Callable[[Choices], Any],
     run: Callable[[Any, Path], object],
-    *refusals: type[BaseException],
+    *rejections: type[BaseException],
     share: float = 1.0,
 ) -> Target:
-    return Target(name, make, run, refusals, share)
+    return Target(name, make, run, rejections, share)
 
 
 TARGETS = (

@@ -69,7 +69,7 @@ def _make(choices: Choices) -> tuple[str, Any, bool]:
     template = choices.of(TEMPLATES)
     for _ in range(choices.below(4)):
         template = edited(choices, template, PARTS)
-    # Half a surrogate pair is refused where the template's file is read.
+    # Half a surrogate pair is rejected where the template's file is read.
     template = template.encode(errors="replace").decode()
     row = mutated(choices, SFT) if choices.chance(3) else choices.of(SFT)
     return template, row, choices.chance(2)

@@ -39,7 +39,7 @@ def digit(choices: Choices) -> int:
 
 def fails(case: int, folder: Path) -> None:
     if case == 7:
-        raise ValueError("refused")
+        raise ValueError("rejected")
     if case > 7:
         raise KeyError(case)
 

@@ -91,7 +91,7 @@ class Record:
     """Counts since the last `taken`, by kind, name and place.
 
     counts: of (kind, name, place); kinds are sync, copy, operator, launch and collective.
-    faults: things that a GPU would refuse or get wrong.
+    faults: things that a GPU would reject or get wrong.
     captured: what the last captured graph launches, of (layer, kind, name, place). layer: name of
     the layer that runs.
     """

@@ -126,7 +126,7 @@ def _play_here(case: Any, path: Path) -> None:
 
 
 def budget_of(outcome: Any) -> Budget:
-    """The counts of an outcome as they stand in the file."""
+    """The counts of an outcome as they are in the file."""
     parts: dict[str, Any] = {}
     for part, counts in outcome.parts.items():
         named: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
@@ -137,7 +137,7 @@ def budget_of(outcome: Any) -> Budget:
 
 
 def label(kind: str, name: str, where: Any) -> str:
-    """The name under which a count stands in the file: no line, which any edit would move."""
+    """The name under which a count is in the file: no line, which any edit would move."""
     if kind in ("launch", "collective"):
         return str(name)
     if kind == "operator":

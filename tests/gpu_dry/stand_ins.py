@@ -171,7 +171,7 @@ BUFFERS: list[dict[str, Any]] = []
 def initialize_ub(
     shape: list[int], tp_size: int, quantization_modes: Any = None, bootstrap_backend: str = ""
 ) -> None:
-    """Note the arguments; like the package's, refuse buffers that exist."""
+    """Note the arguments; like the package's, reject buffers that exist."""
     assert not BUFFERS
     BUFFERS.append(locals().copy())
 

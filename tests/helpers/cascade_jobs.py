@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nemocascade.cascade.errors import CascadeError
-from nemocascade.cascade.graph import Choice, StageGraph
+from nemocascade.cascade.graph import StageChoice, StageGraph
 from nemocascade.cascade.interference import measure_interference
 from nemocascade.cascade.lineage import report_text
 from nemocascade.cascade.report import write_report
@@ -156,8 +156,8 @@ def scenarios(root: str) -> dict[str, Any]:
     """A cascade from end to end, and what comes of changes afterwards, in one process."""
     run_dir = f"{root}/run"
     base = small_cascade(run_dir)
-    found: dict[str, Any] = {"before": dry_run(base, Choice())}
-    found["refused"] = _refusal(base, Choice(only="if_rl"))
+    found: dict[str, Any] = {"before": dry_run(base, StageChoice())}
+    found["rejected"] = _error_of(base, StageChoice(only="if_rl"))
     started = time.monotonic()
     run_cascade(base)
     found |= {"first": digests(run_dir), "cascade": _json(run_dir, "cascade.json")}
@@ -167,21 +167,21 @@ def scenarios(root: str) -> dict[str, Any]:
     found["scores"] = {name: _json(run_dir, f"stages/{name}/scores.json") for name in names}
     found["leftovers"] = [str(p) for p in Path(run_dir).glob("stages/*/checkpoints")]
 
-    found["kept"] = dry_run(base, Choice())
-    found["taught again"] = dry_run(base, Choice(only="mopd", again=True))
+    found["kept"] = dry_run(base, StageChoice())
+    found["taught again"] = dry_run(base, StageChoice(only="mopd", again=True))
     times = _times(run_dir)
     run_cascade(base)
     found["untouched"] = times == _times(run_dir)
 
     # Two stages change; of what comes after, only what depends on them runs.
     changed = with_recipe(base, "last", seed=11)
-    found["change"] = dry_run(changed, Choice())
+    found["change"] = dry_run(changed, StageChoice())
     run_cascade(changed)
     found |= {"changed": digests(run_dir), "retired": digests_of(f"{run_dir}/retired")}
     upstream = with_recipe(changed, "if_rl", steps=3)
-    found["upstream"] = dry_run(upstream, Choice())
-    found["from"] = dry_run(upstream, Choice(begin="mopd"))
-    found["again"] = dry_run(changed, Choice(only="teacher", again=True))
+    found["upstream"] = dry_run(upstream, StageChoice())
+    found["from"] = dry_run(upstream, StageChoice(begin="mopd"))
+    found["again"] = dry_run(changed, StageChoice(only="teacher", again=True))
 
     # Other held-out tasks are other scores, of the same artifacts.
     fewer = replace(changed, scores=replace(changed.scores, tasks=4))
@@ -192,11 +192,13 @@ def scenarios(root: str) -> dict[str, Any]:
     scores = _json(run_dir, "stages/sft/scores.json")
     scores["scores"]["math"]["score"] = 1.0
     Path(run_dir, "stages/sft/scores.json").write_text(json.dumps(scores))
-    found["alarm"] = _refusal(replace(fewer, alarm=AlarmConfig(drop=50.0, stop=True)), Choice())
+    found["alarm"] = _error_of(
+        replace(fewer, alarm=AlarmConfig(drop=50.0, stop=True)), StageChoice()
+    )
     found["alarms"] = _json(run_dir, "cascade.json")["alarms"]
 
     next(Path(run_dir).glob("stages/last/artifact/*.safetensors")).unlink()
-    found["damaged"] = dry_run(fewer, Choice(only="last"))
+    found["damaged"] = dry_run(fewer, StageChoice(only="last"))
     return found
 
 
@@ -211,8 +213,8 @@ def branches(root: str) -> dict[str, Any]:
             StageConfig("math_rl", rl("math_rl", "math", steps=1)),
         ),
     )
-    run_cascade(base, Choice(only="sft"))
-    run_cascade(base, Choice(only="if_rl"))
+    run_cascade(base, StageChoice(only="sft"))
+    run_cascade(base, StageChoice(only="if_rl"))
     settings = InterferenceSettings("", pairs=True)
     measure_interference(base, settings)
     found: dict[str, Any] = {
@@ -228,7 +230,7 @@ def branches(root: str) -> dict[str, Any]:
     write_report(Path(run_dir))
     found["page"] = Path(run_dir, "report/interference.html").read_text(encoding="utf-8")
     found["index"] = Path(run_dir, "report/index.html").read_text(encoding="utf-8")
-    # Other scores of a measurement are no reason to score the cascade anew.
+    # Other scores of a measurement are not a reason to score the cascade anew.
     fewer = replace(base, scores=replace(base.scores, tasks=2))
     own = {n: Path(run_dir, n).read_bytes() for n in ("stages/sft/scores.json", "cascade.json")}
     measure_interference(fewer, InterferenceSettings("", stages=("if_rl",)))
@@ -237,7 +239,7 @@ def branches(root: str) -> dict[str, Any]:
     return found
 
 
-def _refusal(cascade: CascadeRecipe, choice: Choice) -> str:
+def _error_of(cascade: CascadeRecipe, choice: StageChoice) -> str:
     try:
         run_cascade(cascade, choice)
     except CascadeError as error:
@@ -326,4 +328,4 @@ def on_layouts(run_dir: str, layouts: dict[str, dict[str, Any]]) -> dict[str, An
 
 def on_one(run_dir: str) -> str:
     """Decisions of one process about a cascade that more ranks have run."""
-    return dry_run(small_cascade(run_dir), Choice())
+    return dry_run(small_cascade(run_dir), StageChoice())

@@ -118,7 +118,7 @@ def _run_job(job: dict[str, Any], name: str) -> dict[str, Any]:
             poison(trainer)
         return _train(job, world, trainer)
     except CheckpointError as error:
-        return {"refused": error.problems}
+        return {"rejected": error.problems}
     finally:
         world.close()
 

@@ -35,8 +35,8 @@ def skip_unless_served(op: backends.Op, backend: str, dtype: torch.dtype) -> Non
     probe = torch.zeros(1, 1, dtype=dtype, device=device_for(backend))
     try:
         op.chosen(probe, backend=backend)
-    except backends.BackendUnavailableError as refused:
-        pytest.skip(str(refused))
+    except backends.BackendUnavailableError as error:
+        pytest.skip(str(error))
 
 
 def factor_for(backend: str, dtype: torch.dtype) -> float:

@@ -112,7 +112,7 @@ def _name(target: str | Callable[..., Any]) -> str:
     if isinstance(target, str):
         return target
     if target.__qualname__ != target.__name__:
-        raise ValueError(f"{target.__qualname__} must stand at the top of its file")
+        raise ValueError(f"{target.__qualname__} must be at the top of its file")
     return f"{inspect.getfile(target)}:{target.__name__}"
 
 

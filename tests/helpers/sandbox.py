@@ -34,5 +34,5 @@ def wait_for_end(process: int) -> None:
     deadline = time.monotonic() + 10
     with contextlib.suppress(psutil.NoSuchProcess):
         while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline, f"process {process} goes on"
+            assert time.monotonic() < deadline, f"process {process} still runs"
             time.sleep(0.02)

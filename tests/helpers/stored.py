@@ -31,7 +31,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def unequal(a: Path, b: Path, *, ignore: tuple[str, ...] = ()) -> list[str]:
-    """Keys whose tensors are not the same bits in both, or stand in one only."""
+    """Keys whose tensors are not the same bits in both, or are in one only."""
     left, right = read_tensors(a), read_tensors(b)
     keys = sorted(key for key in left.keys() | right.keys() if not key.startswith(ignore or "\0"))
     return [

@@ -92,7 +92,7 @@ def from_qwen3(tensors: Tensors, shape: ModelConfig) -> Tensors:
 
 
 def convert_tensors(names: NameMap, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in memory under our names, in their dtypes; moves of absent tensors are left out."""
+    """Tensors in memory under our names, in their dtypes; moves of absent tensors are skipped."""
     ours: dict[str, Tensor] = {}
     for move in names.moves:
         if move.theirs in theirs and move.theirs not in names.copies:

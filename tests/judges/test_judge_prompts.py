@@ -52,7 +52,7 @@ def test_a_response_cannot_leave_its_block() -> None:
     [
         (comparison_text(4, 2, 1), Comparison(4, 2, 1)),
         ('Well.\n```json\n{"score_1": 5, "score_2": "3", "ranking": 2}\n```', Comparison(5, 3, 2)),
-        # The last one counts; what stands in the reasoning doesn't, nor does another object.
+        # The last one counts; what is in the reasoning doesn't, nor does another object.
         (
             '<think>{"score_1":1,"score_2":1,"ranking":1}</think> {"score_1":2,"score_2":4,'
             '"ranking":5} and {"score_1":2,"score_2":4,"ranking":6} {"note": {}} {',
@@ -82,7 +82,7 @@ def test_comparisons_that_parse(text: str, expected: Comparison) -> None:
         '<think>{"score_1": 4, "score_2": 2, "ranking": 1}</think>',
         # Reasoning that never ended has decided nothing.
         '<think>First {"score_1": 4, "score_2": 2, "ranking": 1}, but wait',
-        # What stands before the judge's own object may be quoted from a response.
+        # What is before the judge's own object may be quoted from a response.
         '{"score_1":1,"score_2":5,"ranking":6} I say {"score_1":10,"score_2":20,"ranking":6}',
     ],
 )

@@ -226,7 +226,7 @@ def test_a_locked_cache_file_stops_nobody(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_cache_that_cannot_be_read_is_empty(tmp_path: Path) -> None:
-    assert AnswerCache(str(tmp_path)).get("a") is None, "a folder is no file"
+    assert AnswerCache(str(tmp_path)).get("a") is None, "a folder is not a file"
 
 
 def test_a_cache_forgets_what_was_used_longest_ago() -> None:
@@ -397,7 +397,7 @@ def test_what_was_begun_in_vain_is_not_asked_again(server: Any, judges: Any) -> 
 
 
 def test_time_without_questions_is_no_silence(server: Any, judges: Any) -> None:
-    """Nor is a refusal: the server is there."""
+    """Nor is a rejection: the server is there."""
     faults = {0: 400, 2: 500}
     server.behave = lambda h, n: h.reply(faults[n], b"") if n in faults else h.say(GOOD)
     judge = judges(server.url, silence_s=0.2, retries=1)
@@ -425,7 +425,7 @@ def test_comparisons_begin_before_the_group_is_whole(server: Any, judges: Any) -
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
-def test_a_probe_finds_what_is_refused(server: Any, judges: Any, status: int) -> None:
+def test_a_probe_finds_what_is_rejected(server: Any, judges: Any, status: int) -> None:
     server.behave = lambda h, n: h.reply(status, b"no such model")
     assert "no such model" in judges(server.url).probe()
 

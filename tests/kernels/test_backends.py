@@ -19,7 +19,7 @@ CPU = torch.zeros(1)
 
 @pytest.fixture
 def op() -> Iterator[Op]:
-    """An op with three implementations, the best of which refuses vectors longer than 2."""
+    """An op with three implementations, the best of which rejects vectors longer than 2."""
     op = Op("an_op_of_the_tests")
     op.register("native", "math", limit=lambda x: "too long" if len(x) > 2 else None)
     op.register("torch", "cmath")
@@ -34,7 +34,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_native_limitation", lambda tensors: None)
 
 
-def test_the_first_that_does_not_refuse_runs(op: Op) -> None:
+def test_the_first_available_runs(op: Op) -> None:
     assert op.chosen(torch.zeros(2)) == "native"
     assert op.choose(torch.zeros(3)).__name__ == "cmath"
 
@@ -76,8 +76,8 @@ def test_misspelt_variable_is_an_error(
         op.chosen(CPU)
 
 
-def test_why_refused_has_a_line_for_each(op: Op) -> None:
-    lines = op.why_refused(torch.zeros(3)).splitlines()
+def test_unavailable_because_has_a_line_for_each(op: Op) -> None:
+    lines = op.unavailable_because(torch.zeros(3)).splitlines()
     assert [line.split()[1] for line in lines] == list(backends.ORDER)
     said = {line.split()[1]: " ".join(line.split()[2:]) for line in lines}
     assert said == {
@@ -91,7 +91,7 @@ def test_why_refused_has_a_line_for_each(op: Op) -> None:
     }
 
 
-def test_all_refuse(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_are_unavailable(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Op, "_limitation", lambda self, name, tensors, demanded: f"{name} is out")
     with pytest.raises(BackendUnavailableError, match="torch is out"):
         op.chosen(CPU)
@@ -120,7 +120,7 @@ def test_every_op_has_a_definition_and_serves_a_cpu() -> None:
     for name, op in backends.ops().items():
         assert "reference" in op.backends, name
         assert op.chosen(torch.zeros(1, 1)) in ("native", "torch", "reference"), name
-    assert "linear_logprob" in backends.why_refused(CPU)
+    assert "linear_logprob" in backends.unavailable_because(CPU)
 
 
 def test_the_variable_reaches_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_package_imports_without_triton() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import torch, nemocascade_kernels as k\n"
         "out = k.linear_logprob(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 3]))\n"
-        "print(out.logprob.tolist(), k.backends.why_refused(torch.ones(1)))"
+        "print(out.logprob.tolist(), k.backends.unavailable_because(torch.ones(1)))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],

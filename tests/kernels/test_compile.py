@@ -64,8 +64,8 @@ def test_every_launch_compiles_without_a_spill(arch: str) -> None:
     result = run("--arch", arch)
     kernels = without_a_spill(result.returncode, result.stdout + result.stderr)
     # FP8 is for Hopper alone.
-    refused = set() if arch == "sm_90" else {"moe_experts_fp8"}
-    assert {words[0] for words in kernels} == set(ahead.triton_ops()) - refused
+    rejected = set() if arch == "sm_90" else {"moe_experts_fp8"}
+    assert {words[0] for words in kernels} == set(ahead.triton_ops()) - rejected
     if arch == "sm_90":
         check_products_of_hopper(kernels, ("nemotron", "qwen3", "mixtral"))
 
@@ -229,7 +229,7 @@ def package_folder() -> str:
     ("registers", "shared", "warps", "blocks"),
     [
         (128, 98_328, 8, 2),
-        (129, 98_328, 8, 1),  # registers are handed out by eights
+        (129, 98_328, 8, 1),  # registers are allocated by eights
         (128, 115_712, 8, 2),
         (128, 115_720, 8, 1),
         (16, 0, 8, 8),  # threads bound it

@@ -409,7 +409,7 @@ def test_broken_calls() -> None:
         step_attention(q, q, q, cache, cache, table.long(), one, one, 8)
 
 
-def test_the_compiled_steps_refuse_foreign_slots() -> None:
+def test_the_compiled_steps_reject_foreign_slots() -> None:
     """Slots and positions are addresses: none may lie outside."""
     skip_unless_served(OP, "native", torch.float32)
     zxbcdt, conv, ssm, weights = mamba_case(MIXERS[0], 1, 2)

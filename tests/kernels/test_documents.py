@@ -27,7 +27,7 @@ def test_describes_documents() -> None:
         ([0, 2**31], "int32"),
     ],
 )
-def test_refuses_what_is_no_pack(cu_seqlens: list[int], rule: str) -> None:
+def test_what_is_not_a_pack_is_rejected(cu_seqlens: list[int], rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         PackedSeq.from_cu_seqlens(cu_seqlens)
 

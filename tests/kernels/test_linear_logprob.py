@@ -166,7 +166,7 @@ def test_gradient_with_respect_to_the_entropy_alone() -> None:
 def test_row_kernels_leave_their_neighbours_alone(
     backend: str, dtype: torch.dtype, stride: int
 ) -> None:
-    """Room behind a row may hold anything, and without room the next row begins there."""
+    """Memory behind a row may hold anything; without a gap the next row begins there."""
     skip_unless_served(OP, backend, dtype)
     kernels, device = OP.module(backend), device_for(backend)
     rows, vocabulary = 4, 70

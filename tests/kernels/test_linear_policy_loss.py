@@ -251,7 +251,7 @@ def test_the_penalty_has_the_gradients_of_nemo_rl(
         torch.testing.assert_close(found, -slope * unit, rtol=1e-3, atol=1e-5)
 
 
-def test_a_penalty_without_its_constants_is_refused() -> None:
+def test_a_penalty_without_its_constants_is_rejected() -> None:
     row = torch.ones(2)
     with pytest.raises(ValueError, match="needs ref_logprob"):
         Grpo(row, row, kl_coef=0.1)
@@ -426,7 +426,7 @@ def test_main_grad(backend: str, main_dtype: torch.dtype, monkeypatch: pytest.Mo
     assert_same_bits("hidden", hidden.grad, plain.hidden_grad)
 
 
-def test_main_grad_refuses_a_scale_that_was_not_promised() -> None:
+def test_main_grad_rejects_a_scale_that_was_not_promised() -> None:
     head = make_head(9, 5, 11)
     hidden, weight = head.leaves()
     weight.main_grad = torch.zeros_like(weight)
@@ -453,7 +453,7 @@ def test_gradients_are_handed_out_once() -> None:
     hidden, weight = head.leaves()
     loss = linear_policy_loss(hidden, weight, head.target, Nll(torch.ones(9))).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="handed out its gradients already"):
+    with pytest.raises(RuntimeError, match="returned its gradients already"):
         loss.backward()
 
 

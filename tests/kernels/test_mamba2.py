@@ -109,8 +109,8 @@ def assert_recurrence(
     assert [t.dtype for t in ours] == [dtype] * len(NAMES)
 
 
-#: Several segments of two chunks, of which some follow chunks that are no range, and a segment of
-#: eight; decays from one that lasts through a segment to one that clears a chunk.
+#: Several segments of two chunks, of which some follow chunks that are not a range, and a segment
+#: of eight; decays from one that lasts through a segment to one that clears a chunk.
 SEGMENTED = Shape(4, 8, 2, 8), (1, 130, 40, 300, 70), (-1e-4, -0.1, -2.0, -200.0)
 
 

@@ -151,7 +151,7 @@ def test_the_scan_alone_has_its_gradients(double: FlaDouble) -> None:
     assert double.calls["outputs"]
 
 
-def test_a_version_without_an_argument_is_refused(double: FlaDouble) -> None:
+def test_a_version_without_an_argument_is_rejected(double: FlaDouble) -> None:
     fla_check.check_version()
     module: Any = sys.modules["fla.ops.common.chunk_h"]
     module.chunk_fwd_kernel_h.arg_names.remove("split_offsets")
@@ -167,7 +167,7 @@ def test_a_version_without_an_argument_is_refused(double: FlaDouble) -> None:
         fla_check.check_version()
 
 
-def test_a_wrong_kernel_is_refused(double: FlaDouble) -> None:
+def test_a_wrong_kernel_is_rejected(double: FlaDouble) -> None:
     double.rounded = True
 
     def compare() -> None:

@@ -89,7 +89,7 @@ def test_rows_may_be_strided() -> None:
         assert torch.equal(SHAPE.run([rows, *inputs[1:]], packed, "native"), expected)
 
 
-def test_operators_refuse_what_would_read_outside() -> None:
+def test_operators_reject_what_would_read_outside() -> None:
     shape = Shape(2, 4, 1, 4)
     zxbcdt, *parameters = shape.inputs(3, torch.float32)
     joined = torch.cat([p.reshape(-1) for p in parameters])

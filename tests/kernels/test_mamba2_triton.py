@@ -252,7 +252,7 @@ def test_only_the_inputs_are_kept_for_backward() -> None:
     assert all(any(t is i for i in inputs) for t in kept)
 
 
-def test_sizes_that_are_no_powers_of_two_are_refused() -> None:
+def test_sizes_that_are_not_powers_of_two_are_rejected() -> None:
     inputs = (shape := Shape(2, 24, 1, 16)).inputs(3, torch.float32)
     with pytest.raises(
         BackendUnavailableError, match="head_dim 24 and state 16 must be powers of two from 16"

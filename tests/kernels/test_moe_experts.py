@@ -40,15 +40,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     sample = torch.zeros(1, 1, device=device_of(name))
     try:
         OP.chosen(sample, backend=name)
-    except BackendUnavailableError as refusal:
-        pytest.skip(str(refusal))
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
     return name
 
 
 def skip_unless_served(backend: str, dtype: torch.dtype) -> None:
     sample = torch.zeros(1, 1, dtype=dtype, device=device_of(backend))
     if not OP.serves(sample, backend=backend):
-        pytest.skip(OP.why_refused(sample))
+        pytest.skip(OP.unavailable_because(sample))
 
 
 def device_of(backend: str) -> torch.device:

@@ -264,7 +264,7 @@ def test_tokens_of_the_kernels_are_independent_of_others() -> None:
         assert_same_bits(NAMES[index], part[index][:40], whole[index][:40])
 
 
-def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(routing_of("random", 4, 3, 2), 8, 8, "relu2")
     with pytest.raises(ValueError, match="moe_experts_fp8 has no backend 'native'"):
         problem.solve("native")

@@ -156,7 +156,7 @@ def test_products_on_inputs_that_show_every_rounding(dtype: torch.dtype, transpo
 
 
 def test_the_probe_sees_a_library_that_is_not_stable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If one size gave other bits, it would not be used; if none agreed with itself, we refuse."""
+    """If one size gave other bits, it would not be used; if none agreed with itself, we reject."""
     plain = torch.mm
 
     def odd_at_256(a: Tensor, b: Tensor, **options: Tensor) -> Tensor:

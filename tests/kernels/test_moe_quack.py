@@ -134,7 +134,7 @@ def test_nothing_is_kept_without_gradients(double: Double) -> None:
     torch.testing.assert_close(y.float(), torch.full((5, HIDDEN), 256.0 * WIDTH), rtol=0.01, atol=0)
 
 
-def test_unfit_calls_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfit_calls_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     routing = moe_route(torch.zeros(3, 2), 1, backend="reference")
     x, w = torch.zeros(3, 8).bfloat16(), torch.zeros(2, 8, 8).bfloat16()
     with pytest.raises(BackendUnavailableError, match=r"pip install quack-kernels|needs CUDA"):

@@ -42,8 +42,8 @@ def backend(request: pytest.FixtureRequest) -> str:
     sample = torch.zeros(1, 2, device=device_of(name))
     try:
         OP.chosen(sample, backend=name)
-    except BackendUnavailableError as refusal:
-        pytest.skip(str(refusal))
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
     return name
 
 
@@ -362,7 +362,7 @@ def test_all_faults_are_named_at_once() -> None:
         moe_route(torch.zeros(3, 8), 1, score="tanh")
 
 
-def test_experts_out_of_range_are_refused_on_cpu() -> None:
+def test_experts_out_of_range_are_rejected_on_cpu() -> None:
     with pytest.raises(RuntimeError, match=r"experts hold 9"):
         make_routing(torch.tensor([[9]]), torch.ones(1, 1), 8, backend="native")
 

@@ -311,7 +311,7 @@ def test_shared_memory_is_allowed_for_all_sizes(library: ctypes.CDLL) -> None:
         is_sorted(library, 70, 8000, 1)  # more than the device allows: an error, not a launch
 
 
-def test_sizes_beyond_the_kernels_are_refused_together() -> None:
+def test_sizes_beyond_the_kernels_are_rejected_together() -> None:
     experts = torch.zeros(3, 33, dtype=torch.int32)
     rule = "experts=1025, at most 1024, top_k=33, at most 32: use backend='triton'"
     with pytest.raises(ValueError, match=rule):

@@ -206,10 +206,10 @@ def test_a_way_that_fails_is_out(folder: Path) -> None:
 
 def test_the_variable_names_ways(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(products, "_used", {})
-    monkeypatch.setattr(products, "_measured", lambda kind: fastest.Choice("mkl", {}, kind))
+    monkeypatch.setattr(products, "_measured", lambda kind: fastest.MeasuredChoice("mkl", {}, kind))
     monkeypatch.setenv(products.VARIABLE, "float")
     for kind in products.WAYS:
-        assert products.choice(kind) == fastest.Choice("float", {}, products.VARIABLE)
+        assert products.choice(kind) == fastest.MeasuredChoice("float", {}, products.VARIABLE)
     monkeypatch.setattr(products, "_used", {})
     monkeypatch.setenv(products.VARIABLE, "torch")
     assert products.choice("products").way == "torch"
@@ -219,8 +219,8 @@ def test_the_variable_names_ways(monkeypatch: pytest.MonkeyPatch, folder: Path) 
     with pytest.raises(ValueError, match="BF16_PRODUCTS: 'fast' is no way of bf16 products: name"):
         products.choice("sums")
     monkeypatch.setenv(products.VARIABLE, "mkl")
-    refused = {"mkl": "no MKL"}
-    monkeypatch.setattr(products, "limitation", lambda kind, way: refused.get(way))
+    rejected = {"mkl": "no MKL"}
+    monkeypatch.setattr(products, "limitation", lambda kind, way: rejected.get(way))
     with pytest.raises(ValueError, match="'mkl' is unavailable, no MKL: name one of"):
         products.choice("sums")
 

@@ -64,7 +64,7 @@ def test_main_grad_gets_the_gradient_in_float32() -> None:
     assert torch.equal(weight.main_grad, expected)
 
 
-def test_inputs_that_do_not_fit_are_refused() -> None:
+def test_inputs_that_do_not_fit_are_rejected() -> None:
     x, weight, _ = inputs(torch.bfloat16)
     with pytest.raises(ValueError, match=r"x \[67, 96\] torch.bfloat16 and weight \[96, 33\]"):
         router_logits(x, weight.t())

@@ -173,7 +173,7 @@ def test_a_target_outside_of_the_vocabulary_is_still_an_error() -> None:
 
 
 @pytest.mark.parametrize("bad", [Truncation(-1), Truncation(top_p=0.0), Truncation(top_p=1.5)])
-def test_truncations_without_meaning_are_refused(bad: Truncation) -> None:
+def test_truncations_without_meaning_are_rejected(bad: Truncation) -> None:
     head = make_head(3, 17, 131)
     with pytest.raises(ValueError, match="top_p"):
         linear_policy_loss(

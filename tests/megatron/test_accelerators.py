@@ -267,7 +267,7 @@ def test_moments_in_bf16_choose_the_adam(machine: Machine, monkeypatch: pytest.M
         AttributeError("module has no attribute"),
     ],
 )
-def test_a_broken_package_is_refused_with_its_reason(
+def test_a_broken_package_is_rejected_with_its_reason(
     machine: Machine, error: BaseException
 ) -> None:
     machine.installed = {"fla", "apex"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from nemocascade_kernels.common import products
-from nemocascade_kernels.common.fastest import Choice
+from nemocascade_kernels.common.fastest import MeasuredChoice
 
 from nemocascade.megatron.products import FILE, settle_products
 from nemocascade.recipe import EngineConfig, ParallelConfig, RecipeError
@@ -32,7 +32,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         products,
         "_measured",
-        lambda kind: Choice(fastest[0] if kind == "sums" else "torch", {"mkl": 0.1}, "measured"),
+        lambda kind: MeasuredChoice(
+            fastest[0] if kind == "sums" else "torch", {"mkl": 0.1}, "measured"
+        ),
     )
     return fastest
 

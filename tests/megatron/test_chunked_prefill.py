@@ -117,7 +117,7 @@ def test_pieces_equal_the_whole(world: World, case: str, monkeypatch: pytest.Mon
 def test_the_compiled_mixer_leaves_the_states_of_torch(
     world: World, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole texts, then one that goes on beside one that begins."""
+    """Whole texts, then one that continues beside one that starts."""
     shape: ModelConfig = SHAPES[case]
     lengths = (1, 31, 32, 33, 64, 67)
     count = len(lengths)
@@ -138,7 +138,7 @@ def test_the_compiled_mixer_leaves_the_states_of_torch(
 
 def test_a_piece_goes_on_after_steps(world: World, chunks: list[CascadeModel]) -> None:
     """Prompt, steps, a piece, steps, a piece: as the packed forward; the last piece goes to several
-    slots at once, and what stands in slots that it does not name does not matter."""
+    slots at once, and what is in slots that it does not name does not matter."""
     model = make_runner(world, chunks, slots=5)
     model.refresh()
     text = draw_tokens(ODD.vocab_size, 120, seed=1)
@@ -219,8 +219,8 @@ def test_the_engine_reads_prompts_in_pieces(world: World, chunks: list[CascadeMo
         list(LiveEngine(world, chunks, slots=20, prefill_chunk=54).run(requests, sampling))
     )
     pieces: dict[int, Completion] = {}
-    for slots, room in ((20, 0), (3, 0), (1, 0), (20, 1000), (7, 30)):
-        engine = LiveEngine(world, chunks, slots=slots, prefill_tokens=room, prefill_chunk=13)
+    for slots, budget in ((20, 0), (3, 0), (1, 0), (20, 1000), (7, 30)):
+        engine = LiveEngine(world, chunks, slots=slots, prefill_tokens=budget, prefill_chunk=13)
         found = by_id(list(engine.run(requests, sampling)))
         assert engine.counts.prefills == 4
         assert engine.counts.prefill_tokens == sum(len(r.prompt) for r in requests[::5])
@@ -228,11 +228,11 @@ def test_the_engine_reads_prompts_in_pieces(world: World, chunks: list[CascadeMo
         pieces = pieces or found
         for number, expected in whole.items():
             c = found[number]
-            assert torch.equal(c.tokens, expected.tokens), (slots, room, number)
+            assert torch.equal(c.tokens, expected.tokens), (slots, budget, number)
             assert float((c.logprob - expected.logprob).abs().max()) < 1e-4
             assert torch.equal(same[number].logprob, expected.logprob)
             # Alone in its passes, a prompt gives the same bits whatever number of slots there is.
-            assert room or torch.equal(c.logprob, pieces[number].logprob)
+            assert budget or torch.equal(c.logprob, pieces[number].logprob)
     assert any(not torch.equal(pieces[i].logprob, whole[i].logprob) for i in whole)
 
 

@@ -10,6 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.against_transformers import (
+    NEMOTRON_H,
+    QWEN3,
+    QWEN3_DENSE,
+    QWEN3_MOE,
+    TOLERANCE,
+    error,
+    packed_batch,
+    read_packed,
+    read_with_transformers,
+)
 from helpers.transformers_weights import (
     WeightMap,
     from_nemotron_h,
@@ -21,17 +32,6 @@ from helpers.transformers_weights import (
     randomise,
 )
 from safetensors.torch import load_file, save_file
-from test_model_against_transformers import (
-    NEMOTRON_H,
-    QWEN3,
-    QWEN3_DENSE,
-    QWEN3_MOE,
-    TOLERANCE,
-    error,
-    packed_batch,
-    read_packed,
-    read_with_transformers,
-)
 from torch import Tensor, nn
 
 from nemocascade.megatron.artifact import (
@@ -310,7 +310,7 @@ def test_all_unknown_settings_are_named_at_once(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_settings_of_another_type_or_size_are_refused(
+def test_settings_of_another_type_or_size_are_rejected(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     family, shape = SHAPES["nemotron, tiny"]
@@ -321,7 +321,7 @@ def test_settings_of_another_type_or_size_are_refused(
 
 
 @pytest.mark.parametrize("content", ["[" * 3000, '{"weight_map": 5}', '{"weight_map": {"a": [1]}}'])
-def test_a_broken_index_of_weights_is_refused(content: str, tmp_path: Path) -> None:
+def test_a_broken_index_of_weights_is_rejected(content: str, tmp_path: Path) -> None:
     family, shape = SHAPES["nemotron, tiny"]
     (tmp_path / "config.json").write_text(json.dumps(config_of_model(shape, family)))
     (tmp_path / "model.safetensors.index.json").write_text(content)
@@ -329,7 +329,7 @@ def test_a_broken_index_of_weights_is_refused(content: str, tmp_path: Path) -> N
         import_huggingface(tmp_path, tmp_path / "artifact")
 
 
-def test_weights_that_overlap_are_refused(tmp_path: Path) -> None:
+def test_weights_that_overlap_are_rejected(tmp_path: Path) -> None:
     _, shape = SHAPES["nemotron, tiny"]
     source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
     file = source / "model.safetensors"
@@ -357,7 +357,7 @@ def test_rounding_must_be_asked_for(tmp_path: Path) -> None:
     assert report.rounded == (name,)
 
 
-def test_a_head_that_is_not_tied_is_refused(tmp_path: Path) -> None:
+def test_a_head_that_is_not_tied_is_rejected(tmp_path: Path) -> None:
     _, shape = SHAPES["nemotron, attention first, dense MLP, tied"]
     source = save(their_model(NEMOTRON, shape), tmp_path / "hf")
     weights = tensors_of(source)
@@ -388,7 +388,7 @@ def spoil(header: dict[str, Any], **changes: Any) -> None:
     [
         (lambda data: data[:-4], "has .* bytes, its header says"),
         (lambda data: b"\xff" * 8 + data[8:], "longer than the file"),
-        (lambda data: with_header(data, lambda h: [h]), "its header is no JSON object"),
+        (lambda data: with_header(data, lambda h: [h]), "its header is not a JSON object"),
         (lambda data: with_header(data, lambda h: b"[" * 3000), "cannot be read"),
         (lambda data: with_header(data, lambda h: h.update(a=5)), "describes no tensor as 'a'"),
         (lambda data: with_header(data, lambda h: spoil(h, shape="ab")), "describes no tensor"),
@@ -400,7 +400,7 @@ def spoil(header: dict[str, Any], **changes: Any) -> None:
         (lambda data: with_header(data, lambda h: spoil(h, dtype="U8")), "describes no tensor"),
     ],
 )
-def test_damaged_files_are_refused(
+def test_damaged_files_are_rejected(
     damage: Callable[[bytes], bytes], message: str, tmp_path: Path
 ) -> None:
     _, shape = SHAPES["nemotron, all experts"]

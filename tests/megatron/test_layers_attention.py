@@ -136,7 +136,7 @@ def test_rotation_keeps_its_precision_at_the_end_of_256k() -> None:
     assert abs(sin[last, 0].item() - math.sin(last)) < 1e-6
 
 
-def test_other_microbatch_is_refused() -> None:
+def test_other_microbatch_is_rejected() -> None:
     with pytest.raises(ValueError, match="attention's q has 8 rows"):
         packed_attention(*qkv(8, torch.float32), pack((9,)))
 

@@ -269,7 +269,7 @@ def test_shards_tile_the_full_tensor() -> None:
         sharded_init((5,), fill, (Shard(0, 0, 1, (2, 2)), Shard(0, 0, 2, (2, 2))))
 
 
-def test_dropout_is_refused(world: World) -> None:
+def test_dropout_is_rejected(world: World) -> None:
     config: Any = configure(SHAPE)
     config.hidden_dropout = 0.1
     with pytest.raises(ValueError, match=r"hidden_dropout\(0.1\) is not supported"):

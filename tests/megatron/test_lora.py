@@ -343,7 +343,7 @@ def test_a_swap_gives_the_whole_artifact_and_the_policy_back(
     assert torch.equal(loss_of(model, shape), own)
 
 
-def test_another_base_is_refused(
+def test_another_base_is_rejected(
     stored: tuple[Path, CascadeModel], world: World, tmp_path: Path
 ) -> None:
     folder, model = stored
@@ -363,7 +363,7 @@ def test_another_base_is_refused(
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_damaged_adapter_is_refused(stored: tuple[Path, CascadeModel], tmp_path: Path) -> None:
+def test_a_damaged_adapter_is_rejected(stored: tuple[Path, CascadeModel], tmp_path: Path) -> None:
     import shutil
 
     folder, _ = stored
@@ -411,7 +411,7 @@ def test_peft_loads_the_export(
 ) -> None:
     folder, model = stored
     if model.config.shape != DENSE:
-        pytest.skip("the hybrid's experts are no linears in transformers")
+        pytest.skip("the hybrid's experts are not linears in transformers")
     peft = installed("peft")
     import transformers
 

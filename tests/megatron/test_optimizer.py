@@ -166,7 +166,7 @@ def test_bf16_moments_follow_their_definition(
                 moment[i] = state[name].clone()
 
 
-def test_betas_that_bf16_moments_cannot_follow_are_refused() -> None:
+def test_betas_that_bf16_moments_cannot_follow_are_rejected() -> None:
     [problem] = OptimizerConfig(moments="bf16", beta2=0.999).problems()
     assert "optimizer.beta2(0.999) is above 0.99" in problem
     assert "set --optimizer.moments fp32" in problem

@@ -205,7 +205,7 @@ def test_records_of_documents_are_laid_like_the_documents() -> None:
         lay_choices(SHAPE, [None] * 6, batch.cu_seqlens)
 
 
-def test_choices_that_do_not_fit_are_refused(world: World) -> None:
+def test_choices_that_do_not_fit_are_rejected(world: World) -> None:
     device, good = world.device, foreign_choices()
     with pytest.raises(ValueError, match=r"\[67, 1, 2\], and must be \[T, 2, 2\]"):
         RouteReplay.from_choices(SHAPE, good[:, :1], TOKENS, device)

@@ -78,8 +78,8 @@ def strided(values: torch.Tensor) -> torch.Tensor:
     """The same values in memory with gaps, as a slice of a fused weight has them."""
     if not values.ndim:
         return values.clone()
-    room = torch.empty([2 * n + 1 for n in values.shape], dtype=values.dtype)
-    view = room[tuple(slice(1, None, 2) for _ in values.shape)]
+    buffer = torch.empty([2 * n + 1 for n in values.shape], dtype=values.dtype)
+    view = buffer[tuple(slice(1, None, 2) for _ in values.shape)]
     return view.copy_(values)
 
 
@@ -226,7 +226,7 @@ def read_back(folder: Path, world: World, tensors: dict[str, torch.Tensor]) -> l
     return shards
 
 
-def refusal(folder: Path, world: World, tensors: dict[str, torch.Tensor] = FULL) -> str:
+def error_of(folder: Path, world: World, tensors: dict[str, torch.Tensor] = FULL) -> str:
     with pytest.raises(CheckpointError) as error:
         read_back(folder, world, tensors)
     return str(error.value)
@@ -241,7 +241,7 @@ NAMES = ["rank_00000.safetensors", "index.json", "extra.json", MANIFEST]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_altered_byte_is_a_refusal(folder: Path, world: World, name: str) -> None:
+def test_every_altered_byte_is_an_error(folder: Path, world: World, name: str) -> None:
     path = folder / name
     data = path.read_bytes()
     rng = random.Random(0)
@@ -249,19 +249,19 @@ def test_every_altered_byte_is_a_refusal(folder: Path, world: World, name: str) 
         changed = bytearray(data)
         changed[position] ^= 1
         path.write_bytes(changed)
-        assert name in refusal(folder, world), position
+        assert name in error_of(folder, world), position
     path.write_bytes(data)
     read_back(folder, world, FULL)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_missing_and_truncated_files_are_refusals(folder: Path, world: World, name: str) -> None:
+def test_missing_and_truncated_files_are_errors(folder: Path, world: World, name: str) -> None:
     path = folder / name
     data = path.read_bytes()
     path.write_bytes(data[:-3])
-    assert name in refusal(folder, world)
+    assert name in error_of(folder, world)
     path.unlink()
-    assert f"{name} is missing" in refusal(folder, world)
+    assert f"{name} is missing" in error_of(folder, world)
 
 
 def test_all_broken_parts_are_named_at_once(folder: Path, world: World) -> None:
@@ -271,7 +271,7 @@ def test_all_broken_parts_are_named_at_once(folder: Path, world: World) -> None:
     data[-1] ^= 255
     (folder / "rank_00000.safetensors").write_bytes(data)
     (folder / "rank_00009.safetensors").write_bytes(b"?")
-    message = refusal(folder, world)
+    message = error_of(folder, world)
     for part in ("extra.json is missing", "index.json has", "rank_00000.safetensors was altered"):
         assert part in message
     assert "rank_00009.safetensors is foreign" in message
@@ -285,11 +285,11 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -
     (folder / MANIFEST).write_text(json.dumps({**manifest, "digest": digest_of(manifest)}))
 
 
-def test_unknown_versions_and_other_kinds_are_refusals(folder: Path, world: World) -> None:
+def test_unknown_versions_and_other_kinds_are_errors(folder: Path, world: World) -> None:
     rewrite_manifest(folder, lambda m: m.update(version=99))
-    assert "version 99, this program reads" in refusal(folder, world)
+    assert "version 99, this program reads" in error_of(folder, world)
     rewrite_manifest(folder, lambda m: m.update(version=1, kind="artifact"))
-    assert "kind 'artifact', not 'checkpoint'" in refusal(folder, world)
+    assert "kind 'artifact', not 'checkpoint'" in error_of(folder, world)
 
 
 def resign(folder: Path, name: str, data: bytes) -> None:
@@ -302,44 +302,50 @@ def resign(folder: Path, name: str, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda i: i["files"].__setitem__(0, "../other/rank_00000.safetensors"), "no file of this"),
-        (lambda i: i["files"].__setitem__(0, "/etc/passwd"), "no file of this folder"),
-        (lambda i: i.pop("files"), "no index of tensors"),
+        (
+            lambda i: i["files"].__setitem__(0, "../other/rank_00000.safetensors"),
+            "not a file of this",
+        ),
+        (lambda i: i["files"].__setitem__(0, "/etc/passwd"), "not a file of this folder"),
+        (lambda i: i.pop("files"), "not an index of tensors"),
         (lambda i: i["tensors"]["model/a"].update(shape="x"), "index.json: "),
         (lambda i: i["tensors"]["model/a"].update(shape=[7, 4]), "24 of 28 elements"),
-        (lambda i: i["tensors"]["model/a"].update(dtype="F7"), "'F7' is no dtype"),
-        (lambda i: i["tensors"]["model/a"]["pieces"][0].update(file=5), "no index of tensors"),
-        (lambda i: i["tensors"].update({"model/a": None}), "no index of tensors"),
+        (lambda i: i["tensors"]["model/a"].update(dtype="F7"), "'F7' is not a dtype"),
+        (lambda i: i["tensors"]["model/a"]["pieces"][0].update(file=5), "not an index of tensors"),
+        (lambda i: i["tensors"].update({"model/a": None}), "not an index of tensors"),
         (lambda i: i["tensors"]["model/a"]["pieces"][0].update(name="gone"), "cannot be read"),
-        (lambda i: i["tensors"]["model/a"].update(shape=[6.0, 4]), "no index of tensors"),
-        (lambda i: i["tensors"]["model/a"].update(shape=[True, 24]), "no index of tensors"),
-        (lambda i: i["tensors"]["model/a"].update(shape=[-6, -4]), "no index of tensors"),
-        (lambda i: i["tensors"]["model/a"].update(shape=[2**64]), "no index of tensors"),
-        (lambda i: i["tensors"]["model/a"].update(dtype=[]), "'[]' is no dtype"),
-        (lambda i: i["tensors"]["model/a"]["pieces"][0].update(size="64"), "no index of tensors"),
+        (lambda i: i["tensors"]["model/a"].update(shape=[6.0, 4]), "not an index of tensors"),
+        (lambda i: i["tensors"]["model/a"].update(shape=[True, 24]), "not an index of tensors"),
+        (lambda i: i["tensors"]["model/a"].update(shape=[-6, -4]), "not an index of tensors"),
+        (lambda i: i["tensors"]["model/a"].update(shape=[2**64]), "not an index of tensors"),
+        (lambda i: i["tensors"]["model/a"].update(dtype=[]), "'[]' is not a dtype"),
+        (
+            lambda i: i["tensors"]["model/a"]["pieces"][0].update(size="64"),
+            "not an index of tensors",
+        ),
     ],
 )
-def test_a_malformed_index_is_a_refusal(
+def test_a_malformed_index_is_an_error(
     folder: Path, world: World, change: Callable[[Any], object], said: str
 ) -> None:
     index = json.loads((folder / "index.json").read_text())
     change(index)
     resign(folder, "index.json", json.dumps(index).encode())
-    assert said in refusal(folder, world)
+    assert said in error_of(folder, world)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"[" * 10_000, b"\xff", b"{}"])
-def test_what_is_no_index_is_a_refusal(folder: Path, world: World, data: bytes) -> None:
+def test_what_is_not_an_index_is_an_error(folder: Path, world: World, data: bytes) -> None:
     resign(folder, "index.json", data)
-    assert "index.json: " in refusal(folder, world)
+    assert "index.json: " in error_of(folder, world)
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"\xff" * 64, (8).to_bytes(8, "little") + b'{"a": 1', b"\0" * 8]
 )
-def test_a_malformed_weights_file_is_a_refusal(folder: Path, world: World, data: bytes) -> None:
+def test_a_malformed_weights_file_is_an_error(folder: Path, world: World, data: bytes) -> None:
     resign(folder, "rank_00000.safetensors", data)
-    assert "rank_00000.safetensors: tensor" in refusal(folder, world)
+    assert "rank_00000.safetensors: tensor" in error_of(folder, world)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +361,7 @@ def test_a_malformed_weights_file_is_a_refusal(folder: Path, world: World, data:
         (lambda h: h.update(x={"dtype": "U8", "shape": [9], "data_offsets": [0, 0]}), ""),
     ],
 )
-def test_a_header_that_is_not_that_of_the_index_is_a_refusal(
+def test_a_header_that_is_not_that_of_the_index_is_an_error(
     folder: Path, world: World, change: Callable[[dict[str, Any]], object], said: str
 ) -> None:
     data = (folder / "rank_00000.safetensors").read_bytes()
@@ -366,7 +372,7 @@ def test_a_header_that_is_not_that_of_the_index_is_a_refusal(
     data = len(text).to_bytes(8, "little") + text + data[end:]
     resign(folder, "rank_00000.safetensors", data)
     if said:
-        assert said in refusal(folder, world)
+        assert said in error_of(folder, world)
     else:
         read_back(folder, world, FULL)
 
@@ -386,17 +392,17 @@ def test_a_header_that_is_not_that_of_the_index_is_a_refusal(
         (lambda m: m.pop("step"), "has no 'step'"),
     ],
 )
-def test_a_malformed_manifest_is_a_refusal(
+def test_a_malformed_manifest_is_an_error(
     folder: Path, world: World, change: Callable[[Any], object], said: str
 ) -> None:
     rewrite_manifest(folder, change)
-    assert said in refusal(folder, world)
+    assert said in error_of(folder, world)
 
 
 def test_a_manifest_with_nan_is_altered(folder: Path, world: World) -> None:
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace('"step": 1', '"step": NaN'))
-    assert "was altered" in refusal(folder, world)
+    assert "was altered" in error_of(folder, world)
 
 
 def test_a_full_disk_names_the_file(
@@ -461,15 +467,15 @@ def test_one_lasting_problem_ends_the_job() -> None:
 
 def test_every_differing_tensor_is_named(folder: Path, world: World) -> None:
     other = {"model/a": torch.zeros(6, 5), "model/c": torch.zeros(2)}
-    message = refusal(folder, world, other)
+    message = error_of(folder, world, other)
     assert "model/b is foreign" in message
     assert "model/c is missing" in message
     assert "model/a has shape [6, 4], this run needs [6, 5]" in message
     halved = {**FULL, "model/b": FULL["model/b"].float()}
-    assert "model/b has dtype BF16, this run needs F32" in refusal(folder, world, halved)
+    assert "model/b has dtype BF16, this run needs F32" in error_of(folder, world, halved)
 
 
-def test_a_refusal_changes_nothing(folder: Path, world: World) -> None:
+def test_an_error_changes_nothing(folder: Path, world: World) -> None:
     manifest, index = read_folder(folder, world, "checkpoint")
     shards = whole_shards({**FULL, "model/c": torch.zeros(2)})
     for shard in shards:
@@ -479,7 +485,7 @@ def test_a_refusal_changes_nothing(folder: Path, world: World) -> None:
     assert all(bool((p.tensor == 3).all()) for p in shards)
 
 
-def test_a_part_that_no_file_holds_is_a_refusal(tmp_path: Path) -> None:
+def test_a_part_that_no_file_holds_is_an_error(tmp_path: Path) -> None:
     half = shards_of("w", torch.zeros(4, 4), [Box((0, 0), (2, 4))])
     index: Index = write_shards(tmp_path, "f.safetensors", half).index
     wanted = TensorShard("w", (4, 4), Box((1, 0), (2, 4)), torch.zeros(2, 4))

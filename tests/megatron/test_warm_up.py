@@ -176,7 +176,7 @@ def test_triton_is_checked_by_its_results(
 
 @pytest.mark.skipif(not interpreting(), reason="on a GPU the kernels need tensors there")
 def test_triton_is_checked_with_initial_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that drop the states of documents are right on new ones, and still refused."""
+    """Kernels that drop the states of documents are right on new ones, and still rejected."""
     places = triton_launch._places
     monkeypatch.setattr(triton_launch, "_places", lambda *a: torch.full_like(places(*a), -1))
     sizes, device = mixer_sizes(WIDE, 1), torch.device("cpu")

@@ -415,7 +415,7 @@ def test_the_documentation_holds_the_planners_numbers(gpu: str, ranks: tuple[int
     # The tables have the same rows where nothing fits.
     table = text.partition(f"\n{gpu.upper()}:\n")[2].partition("00:\n")[0]
     missing = [line for line in rows(gpu, ranks) if line not in table]
-    assert not missing, "run python -m nemocascade.plan.tables h200 h100 and mend the page"
+    assert not missing, "run python -m nemocascade.plan.tables h200 h100 and fix the page"
 
 
 def test_the_documentation_holds_the_memory_of_layouts() -> None:

@@ -74,7 +74,7 @@ def test_plan_of_a_script_that_is_not_there(
     with pytest.raises(SystemExit) as caught:
         nemocascade("plan", "nowhere.py", "--gpu", "h200")
     assert caught.value.code == 2
-    assert "nowhere.py is no file: name a recipe script" in capsys.readouterr().err
+    assert "nowhere.py is not a file: name a recipe script" in capsys.readouterr().err
 
 
 def test_preflight(nemocascade: Command, capsys: pytest.CaptureFixture[str]) -> None:

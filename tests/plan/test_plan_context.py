@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from nemocascade.megatron.context import ContextShard, Part
+from nemocascade.megatron.context import ContextShard, SegmentRows
 from nemocascade.plan.activations import Activations
 from nemocascade.plan.findings import Preflight
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import Job, job_of_recipe
 from nemocascade.plan.memory import every_rank, stage_memory, worst_rank
-from nemocascade.plan.parameters import Place
+from nemocascade.plan.parameters import RankCoordinates
 from nemocascade.plan.preflight import offline
 from nemocascade.plan.search import best_plans, faults, legal_layouts, nearest_fitting, price
 from nemocascade.plan.segments import crossed_segments
@@ -78,7 +78,7 @@ def test_crossed_segments_are_those_of_the_engine(document: int, cp: int) -> Non
     shards = [ContextShard(batch.shard(r, cp), torch.device("cpu")) for r in range(cp)]
     found = crossed_segments(capacity, document, cp)
 
-    def most(of_part: Callable[[Part], int]) -> int:
+    def most(of_part: Callable[[SegmentRows], int]) -> int:
         return max(sum(map(of_part, shard.parts)) for shard in shards)
 
     segment = capacity // 2 // cp
@@ -93,7 +93,7 @@ def test_crossed_segments_are_those_of_the_engine(document: int, cp: int) -> Non
 def test_optimizer_state_is_sharded_over_replicas_and_context() -> None:
     """Context-parallel ranks hold the same weights, each with its own shard of the optimizer."""
     by_data, by_context = (sft(64, tp=2, ep=8, cp=cp) for cp in (1, 8))
-    assert by_data.state(Place(0, 0, 0)) == by_context.state(Place(0, 0, 0))
+    assert by_data.state(RankCoordinates(0, 0, 0)) == by_context.state(RankCoordinates(0, 0, 0))
     assert len({m.optimizer for m in every_rank(by_context)}) > 1
     assert max(m.total for m in every_rank(by_context)) == worst_rank(by_context).total
 
@@ -180,7 +180,7 @@ def test_a_search_finds_context_parallel_layouts() -> None:
 def test_rules_of_the_cut_are_named_and_the_nearest_keeps_cp() -> None:
     """A capacity that 2 x cp x tp does not divide, and a layout that needs too much memory."""
     [fault] = faults(sft(64, 262_144 + 8, tp=2, cp=8, ep=8))
-    assert "is no multiple of 2 x cp(8) x tp(2) = 32: set the capacity to" in fault
+    assert "is not a multiple of 2 x cp(8) x tp(2) = 32: set the capacity to" in fault
     job = sft(64, cp=4, ep=2)
     [fault] = faults(job)
     assert "GiB" in fault
@@ -204,7 +204,7 @@ def test_generation_takes_context_ranks_as_replicas() -> None:
     for job in jobs:
         assert job.work is not None
         assert job.rollout.sequences == min(32 * 128, job.work.rollouts)
-    one, four = (stage_memory(j, Place(0, 0, 0)) for j in jobs)
+    one, four = (stage_memory(j, RankCoordinates(0, 0, 0)) for j in jobs)
     assert one.rollout == four.rollout > 0
     assert [j.parallel.data_parallel(64) for j in jobs] == [32, 8]
 
@@ -245,7 +245,7 @@ def test_a_million_tokens_pass_preflight(tmp_path: Path) -> None:
     recipe = million(run_dir=str(tmp_path))
     found = Preflight()
     offline(recipe, job_of(recipe), 32, found, dry_run=True, ahead=True)
-    assert [p for p in found.problems if "make room" not in p] == []
+    assert [p for p in found.problems if "free some space" not in p] == []
     seen = {f.check: f.measured for f in found.findings}
     assert seen["dry run"].startswith("32 ranks of ")
     kept = replace(recipe, engine=replace(recipe.engine, recompute=False))
@@ -255,7 +255,7 @@ def test_a_million_tokens_pass_preflight(tmp_path: Path) -> None:
     broken = replace(recipe, data=replace(recipe.data, capacity=MILLION + 16))
     found = Preflight()
     offline(broken, None, 32, found, dry_run=False, ahead=True)
-    assert any("no multiple of 2 x cp(8)" in p for p in found.problems)
+    assert any("not a multiple of 2 x cp(8)" in p for p in found.problems)
 
 
 def job_of(recipe: SftRecipe) -> Job:

@@ -146,7 +146,7 @@ def test_bf16_moments_are_half_of_the_moments() -> None:
         ({"ep": 8}, {"overlap_tensor_parallel": True}, "nothing is gathered with parallel.tp(1)"),
     ],
 )
-def test_overlaps_without_effect_are_refused(
+def test_overlaps_without_effect_are_rejected(
     parallel: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     job = job_of(ParallelConfig(**parallel), **settings)
@@ -173,7 +173,7 @@ def test_no_shared_expert() -> None:
         ),
         ({"overlap_tensor_parallel": True, "linears": "fp8"}, "blockwise FP8 has no user buffers"),
         ({"overlap_tensor_parallel": True, "precision": "fp32"}, "user buffers are in bf16"),
-        ({"recompute_layers": "MXE"}, "has 'X', which is no kind of layer"),
+        ({"recompute_layers": "MXE"}, "has 'X', which is not a kind of layer"),
         ({"recompute": True, "recompute_layers": "E"}, "has no effect, for engine.recompute"),
         ({"precision": "fp32", "gradients": "bf16"}, "needs bf16 weights"),
         ({"precision": "fp32", "expert_exchange": "deepep"}, "moves bf16 rows"),

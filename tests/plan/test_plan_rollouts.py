@@ -16,7 +16,7 @@ import pytest
 from nemocascade.megatron.generation.kv_cache import MOST_SLOTS, state_bytes
 from nemocascade.plan import rollout_step
 from nemocascade.plan.errors import PlanError
-from nemocascade.plan.generation import Decoder, StepTerms, cache_bytes
+from nemocascade.plan.generation import DecodeTimeModel, StepTerms, cache_bytes
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.job import Job, job_of_recipe
 from nemocascade.plan.lengths import Lengths, find_lengths
@@ -181,7 +181,7 @@ def test_slots_that_follow_from_memory_are_those_that_fit() -> None:
 
 def test_the_pool_takes_what_its_setting_allows() -> None:
     """The blocks that the engine allocates, beside the states of all slots. Too small a pool for
-    all sequences costs time, and too small a pool for one is refused."""
+    all sequences costs time, and too small a pool for one is rejected."""
     job = nano("if_rl", 128)
     free = available(job) - (worst_rank(job).rollout - worst_rank(job).cache)
 
@@ -247,16 +247,16 @@ def test_phases_add_what_stands() -> None:
 
 def test_decode_time_follows_bytes_launches_and_ranks() -> None:
     job = nano("if_rl", 128)
-    alone = Decoder(job, ParallelConfig())
+    alone = DecodeTimeModel(job, ParallelConfig())
     one, many = alone.step(1, 1, 1000), alone.step(64, 64, 64_000)
     # One row reads 3.2 B active parameters; the embedding is not read.
     assert one.weights * 4080e9 == pytest.approx(2 * 3.2e9, rel=0.1)
     assert many.weights < 10 * one.weights
     assert many.cache == 64 * one.cache
     assert many.launches == one.launches
-    eager = Decoder(replace(job, gpu=find_gpu("cpu")), ParallelConfig())
+    eager = DecodeTimeModel(replace(job, gpu=find_gpu("cpu")), ParallelConfig())
     assert eager.step(1, 1, 1).launches > 5 * one.launches
-    shared = Decoder(job, ParallelConfig(ep=8))
+    shared = DecodeTimeModel(job, ParallelConfig(ep=8))
     assert shared.members == 8
     # Rows of eight replicas read each expert once.
     assert shared.step(8, 64, 8000).weights < alone.step(8, 8, 8000).weights
@@ -264,7 +264,7 @@ def test_decode_time_follows_bytes_launches_and_ranks() -> None:
     assert alone.prefill(16_000) > 1.9 * alone.prefill(8000)
 
 
-def test_lengths_are_read_and_refused(tmp_path: Path) -> None:
+def test_lengths_are_read_and_rejected(tmp_path: Path) -> None:
     lengths = find_lengths("lognormal:8000:1.0", 49_152)
     assert lengths.evenly(1001)[500] == 8000
     assert max(lengths.evenly(2048)) == 49_152
@@ -453,7 +453,7 @@ def test_dropped_sequences_are_prefilled_and_not_trained(tmp_path: Path) -> None
     assert step.rollout.prefill_s == pytest.approx(16 * 0.6 / 24)
 
 
-def test_a_run_without_measurements_is_refused(tmp_path: Path) -> None:
+def test_a_run_without_measurements_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 0.5}\n')
     work = nano("if_rl", 128).work

@@ -104,10 +104,10 @@ def test_the_30b_recipes_pass_as_256_ranks(path: Path, tmp_path: Path) -> None:
     job = job_of_recipe(recipe, find_gpu("h200"), 256, preset=NANO)
     found = Preflight()
     offline(recipe, job, 256, found, dry_run=True, ahead=True)
-    room = shutil.disk_usage(tmp_path).free > 2**40
+    has_space = shutil.disk_usage(tmp_path).free > 2**40
     missing = re.compile(r"(domains\.\d+|envs\.\w+)\.\w+: data/\S+ does not exist")
     problems = [p for p in found.problems if not missing.match(p)]
-    assert [p for p in problems if room or "make room" not in p] == []
+    assert [p for p in problems if has_space or "free some space" not in p] == []
     [built] = [f for f in found.findings if f.check == "dry run"]
     assert re.match(r"256 ranks of \d+ kinds built on the meta device", built.measured)
     assert found.seconds < 120
@@ -197,7 +197,7 @@ def test_too_little_memory_and_disk_are_foreseen(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     problems = problems_before(recipe, 1)
     assert any("GiB, a cpu gives" in p for p in problems)
-    assert any("make room" in p for p in problems)
+    assert any("free some space" in p for p in problems)
 
 
 def test_warnings_are_counted_in_the_conclusion() -> None:
@@ -278,7 +278,7 @@ def test_rows_that_cannot_be_read_are_problems(tmp_path: Path) -> None:
         strict=True,
     ):
         assert problem.startswith(f"domains.0.heldout_path: {tmp_path}")
-        assert problem.endswith("mend --domains.0.heldout-path")
+        assert problem.endswith("fix --domains.0.heldout-path")
         assert part in problem
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nemocascade.plan.advice import bf16_advice, bf16_lines
-from nemocascade.plan.generation import GRAPH_KERNEL_S, NODE_LATENCY_S, Decoder
+from nemocascade.plan.generation import GRAPH_KERNEL_S, NODE_LATENCY_S, DecodeTimeModel
 from nemocascade.plan.gpus import find_gpu
 from nemocascade.plan.host_time import (
     DISPATCH_OPERATORS,
@@ -43,7 +43,7 @@ def tool(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_predictions_are_in_range_save_for_known_misses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A miss that has come into the range is no miss any more, and loses its reason."""
+    """A miss that has come into the range is not a miss any more, and loses its reason."""
     published = tool("published_table", monkeypatch)
     least, most = published.RANGE
     assert len(published.RUNS) >= 12
@@ -182,7 +182,7 @@ def test_a_decode_step_is_the_captured_one_of_the_dry_run(
 ) -> None:
     """`tests/gpu_dry/test_gpu_dry.py` compares the kernels of each kind of layer."""
     small = replace(job(512), model=replace(nemotron3_nano_30b(), pattern=pattern))
-    step = Decoder(replace(small, world_size=8), parallel).step(0, 0, 0)
+    step = DecodeTimeModel(replace(small, world_size=8), parallel).step(0, 0, 0)
     kernels, collectives = graph_of(case)
     assert step.launches / GRAPH_KERNEL_S == pytest.approx(kernels)
     assert step.collectives / NODE_LATENCY_S == pytest.approx(collectives)

@@ -26,7 +26,7 @@ def test_all_wrong_settings_are_named() -> None:
     for part in (
         "nodes(0) must be",
         "warning_s(0) must be",
-        "no.py is no file",
+        "no.py is not a file",
         "share one folder",
     ):
         assert part in str(caught.value)
@@ -35,13 +35,13 @@ def test_all_wrong_settings_are_named() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"time": "abc"}, "'abc') is no time limit of Slurm"),
+        ({"time": "abc"}, "'abc') is not a time limit of Slurm"),
         ({"time": "10", "warning_s": 600}, "warning_s(600) is not below time(10), 600 s"),
         ({"time": "10:30", "warning_s": 631}, "631) is not below time(10:30), 630 s"),
         ({"time": "1:00:00", "warning_s": 3600}, "3600) is not below time(1:00:00), 3600 s"),
         ({"time": "1-1", "warning_s": 90_000}, "90000) is not below time(1-1), 90000 s"),
-        ({"template": "no.sbatch"}, "template(no.sbatch) is no file"),
-        ({"environment": "no.sh"}, "environment(no.sh) is no file"),
+        ({"template": "no.sbatch"}, "template(no.sbatch) is not a file"),
+        ({"environment": "no.sh"}, "environment(no.sh) is not a file"),
     ],
 )
 def test_a_job_that_could_not_run_is_not_submitted(settings: dict[str, Any], said: str) -> None:
@@ -99,7 +99,7 @@ def test_arguments_that_a_recipe_does_not_have_end_the_submission(
         ("import no_such_module", r"script\.py:1: ModuleNotFoundError: No module named"),
         (
             "from nemocascade.recipe import SftRecipe\nRECIPE = SftRecipe(stepz=4)",
-            r"script\.py:2: TypeError: .*'stepz': mend the script",
+            r"script\.py:2: TypeError: .*'stepz': fix the script",
         ),
     ],
 )

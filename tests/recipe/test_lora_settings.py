@@ -1,4 +1,4 @@
-"""Settings of adapters: what is adapted, and what is refused with a remedy."""
+"""Settings of adapters: what is adapted, and what is rejected with a remedy."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_world_size_rule_names_value_and_remedy() -> None:
 def test_a_share_lies_between_none_and_all(name: str, share: float) -> None:
     shares: dict[str, Any] = {name: share}
     (problem,) = recipe(demonstrations=DemonstrationConfig(**shares)).problems(1)
-    assert problem == f"demonstrations.{name}({share}) must lie in 0..1"
+    assert problem == f"demonstrations.{name}({share}) must be in 0..1"
 
 
 def test_all_problems_at_once() -> None:
@@ -105,7 +105,11 @@ def test_fp8_linears_need_transformer_engine_on_a_gpu() -> None:
     ("parallel", "world", "part"),
     [
         (ParallelConfig(vpp=2), 1, "vpp(2)"),
-        (ParallelConfig(cp=3), 3, "is no multiple of 2 x cp(3) x tp(1) = 6: set the capacity to"),
+        (
+            ParallelConfig(cp=3),
+            3,
+            "is not a multiple of 2 x cp(3) x tp(1) = 6: set the capacity to",
+        ),
         (ParallelConfig(cp=2), 3, "cp(2) = 2 does not divide the world of 3"),
         (ParallelConfig(cp=512), 512, "/ (2 x cp(512)) = 2 tokens"),
         (ParallelConfig(pp=3), 3, "8 layers"),

@@ -103,11 +103,11 @@ def test_every_number_has_a_rule_that_its_default_keeps(settings: Any) -> None:
     ("change", "problem"),
     [
         ({"steps": 1.5}, "steps(1.5) must be a whole number"),
-        ({"seed": 2**32}, "seed(4294967296) must lie in 0..4294967295"),
-        ({"engine.timeout_s": 1e9}, "engine.timeout_s(1000000000.0) must lie in 1..2592000"),
+        ({"seed": 2**32}, "seed(4294967296) must be in 0..4294967295"),
+        ({"engine.timeout_s": 1e9}, "engine.timeout_s(1000000000.0) must be in 1..2592000"),
         ({"optimizer.eps": 0.0}, "optimizer.eps(0.0) must be above 0"),
-        ({"optimizer.beta1": 1.0}, "optimizer.beta1(1.0) must lie in [0, 1)"),
-        ({"data.capacity": 2**31}, "data.capacity(2147483648) must lie in 1..2147483647"),
+        ({"optimizer.beta1": 1.0}, "optimizer.beta1(1.0) must be in [0, 1)"),
+        ({"data.capacity": 2**31}, "data.capacity(2147483648) must be in 1..2147483647"),
         ({"steps": 2**63}, "steps(9223372036854775808) must fit in 64 bits"),
         ({"optimizer.lr": -(2**63)}, "optimizer.lr(-9223372036854775808) must fit in 64 bits"),
     ],
@@ -134,12 +134,12 @@ def test_names_of_files(name: str, expected: bool) -> None:
 
 @pytest.mark.parametrize("path", ["x" * 256, "a/" * 2048, "a\0b", "\ud83d", "a/" + "é" * 128])
 @pytest.mark.parametrize("kind", RECIPES)
-def test_a_path_that_no_file_system_has_is_refused(kind: str, path: str) -> None:
+def test_a_path_that_no_file_system_has_is_rejected(kind: str, path: str) -> None:
     recipe = RECIPES[kind]
     if kind == "scores":
         name = "scores.domains.0.heldout_path"
         recipe = replace(recipe, domains=(ScoredDomain(heldout_path=(path,)),))
     else:
         name, recipe = "run_dir", replace(recipe, run_dir=path)
-    assert [p for p in recipe.problems(1) if p.startswith(f"{name}(") and "is no path" in p]
-    assert not [p for p in RECIPES[kind].problems(1) if "is no path" in p]
+    assert [p for p in recipe.problems(1) if p.startswith(f"{name}(") and "is not a path" in p]
+    assert not [p for p in RECIPES[kind].problems(1) if "is not a path" in p]

@@ -56,7 +56,7 @@ def test_a_script_loads_as_its_type(script: Path) -> None:
         assert recipe.stage == script.stem
 
 
-def test_another_type_is_refused_with_script_and_types(tmp_path: Path) -> None:
+def test_another_type_is_rejected_with_script_and_types(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"tiny/sft\.py: RECIPE is of type SftRecipe, not Grpo"):
         load_recipe(RECIPES / "tiny" / "sft.py", GrpoRecipe)
     script = tmp_path / "script.py"

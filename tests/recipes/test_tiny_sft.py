@@ -240,7 +240,7 @@ def test_fp8_experts_train_as_well_over_seeds(tmp_path: Path) -> None:
     assert abs(statistics.mean(differences)) <= 0.01 + 2 * error, differences
 
 
-def test_a_second_job_is_refused_and_ctrl_c_saves(
+def test_a_second_job_is_rejected_and_ctrl_c_saves(
     trained: tuple[Path, list[dict[str, float]]], tmp_path: Path
 ) -> None:
     tokenizer = ("--tokenizer.path", str(trained[0] / "tokenizer.model"))

@@ -53,7 +53,7 @@ def test_the_domain_makes_reads_and_scores(
     monkeypatch.setattr(domain, "check", lambda prompt, response: 1.0)
     verdict = domain.score(task, task.demonstration)
     assert verdict.reward is None
-    assert "check of sorting returned 1.0, which is no Verdict" in str(verdict.error)
+    assert "check of sorting returned 1.0, which is not a Verdict" in str(verdict.error)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "Sort 7 3 5", "digits": "7 3 5"}))
     domain = sorting_of(module)
@@ -77,7 +77,7 @@ def test_names_are_known_where_the_module_is_named(module: str) -> None:
         ("1 / 0", "cannot be imported: ZeroDivisionError"),
         ("raise SystemExit(3)", "cannot be imported: SystemExit: 3"),
         ("x = 1", "holds no class marked with @environment"),
-        ("@environment\nclass A:\n    domain = 'a'", "no subclass of"),
+        ("@environment\nclass A:\n    domain = 'a'", "not a subclass of"),
         ("@environment\nclass A(Domain):\n    domain = 'a'", "A has no check, claims, make, parse"),
         ("@environment\nclass A(Mathematics):\n    pass", "'math' exists already"),
         ("@environment\nclass A(Mathematics):\n    domain = 'a b'", "A.domain is 'a b'"),

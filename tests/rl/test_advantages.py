@@ -46,7 +46,7 @@ def test_settings_change_the_mean_and_the_deviation() -> None:
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
-def test_left_out_rewards_are_divided_by_the_deviation_of_the_others(unbiased: bool) -> None:
+def test_leave_one_out_rewards_are_divided_by_the_deviation_of_the_others(unbiased: bool) -> None:
     """The rule of NeMo-RL's `use_leave_one_out_baseline` with `normalize_rewards`, by hand."""
     rows = [[1.0, 0.25, 0.0, 0.5], [0.1, 0.1, 0.1, 0.7], [1.0, 0.0, 0.0, 0.0]]
     rewards = torch.tensor(rows, dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_left_out_rewards_are_divided_by_the_deviation_of_the_others(unbiased: b
     assert found[2].tolist()[0] == 1.0
 
 
-def test_left_out_of_two_rewards_is_their_difference() -> None:
+def test_leave_one_out_of_two_rewards_is_their_difference() -> None:
     rewards = torch.tensor([[0.75, 0.0, 0.5]])
     valid = torch.tensor([[True, False, True]])
     found = group_advantages(rewards, valid, GrpoConfig(leave_one_out=True))
@@ -79,7 +79,7 @@ def test_equal_rewards_teach_nothing(value: float) -> None:
     assert found.eq(0).all()
 
 
-def test_a_failed_verifier_is_left_out() -> None:
+def test_a_failed_verifier_is_excluded() -> None:
     rewards = torch.tensor([[1.0, math.nan, 0.0, 1.0], [1.0, math.nan, math.nan, 1.0]])
     valid = ~rewards.isnan()
     found = group_advantages(rewards, valid, GrpoConfig())

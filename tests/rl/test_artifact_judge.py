@@ -31,7 +31,7 @@ def artifact(folder: Path, *, hidden: int = 64, tokenizer: str = "ids") -> Artif
     )
 
 
-def test_another_shape_or_tokenizer_is_refused_by_both_names(
+def test_another_shape_or_tokenizer_is_rejected_by_both_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = artifact(tmp_path / "policy")

@@ -253,7 +253,7 @@ def test_answers_that_are_compared_have_no_pass_rate(environments: dict[str, Env
             r"difficulty\(2\) above easiest_difficulty\(2\)",
         ),
         ({"curriculum": "adaptive", "difficulty": 3, "tasks": 3}, r"tasks\(3\).* 4 levels"),
-        ({"target_pass_rate": 1.0}, r"domains.0.target_pass_rate\(1.0\) must lie in \(0, 1\)"),
+        ({"target_pass_rate": 1.0}, r"domains.0.target_pass_rate\(1.0\) must be in \(0, 1\)"),
         ({"curriculum_spread": 0.0}, r"domains.0.curriculum_spread\(0.0\) must be at least 0.01"),
         ({"curriculum_spread": float("inf")}, r"curriculum_spread\(inf\) must be a finite number"),
         ({"curriculum_steps": -1}, r"domains.0.curriculum_steps\(-1\)"),

@@ -157,7 +157,7 @@ def batches(
     return [replace(b, ref_logprob=r) for b, r in zip(packed, reference, strict=True)]
 
 
-def test_what_does_not_train_is_left_out() -> None:
+def test_what_does_not_train_is_excluded() -> None:
     """Answers without a verdict; truncated ones under the filter, which still count in the mean."""
     settings = replace(recipe(), rollout=RolloutConfig(overlong_filter=True))
     kept = training_sequences(advantages_of(groups(), settings.rollout, settings.grpo), settings)

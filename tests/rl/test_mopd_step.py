@@ -348,12 +348,12 @@ def test_a_hundred_turns_of_three_teachers_leave_no_trace(
         with swap.away() as place:
             for name in ("a", "b", "c"):
                 place(name)
-                swap.read_ahead("b" if name == "a" else "c")
+                swap.prefetch("b" if name == "a" else "c")
         if turn == 20:
             memory = _resident()
     assert all(torch.equal(a, b) for a, b in zip(before, live_tensors(trainer.chunks), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(state, _optimizer_bits(trainer), strict=True))
-    # The student's own, and the teachers; or the one teacher that is read ahead.
+    # The student's own, and the teachers; or the one teacher that is prefetched.
     assert swap.num_bytes == 4 * one if keep == "host" else swap.num_bytes <= 2 * one
     assert _resident() - memory < 16, "MiB"
     trainer.train_step([probe])
@@ -392,7 +392,7 @@ def artifact(
     )
 
 
-def test_a_teacher_that_does_not_fit_is_refused(
+def test_a_teacher_that_does_not_fit_is_rejected(
     world: World, trainer: Trainer, tmp_path: Path
 ) -> None:
     """Both faults at once, by name, before anything starts."""
@@ -443,7 +443,7 @@ def test_settings_that_cannot_run_are_named() -> None:
     for part in (
         "math has no artifact",
         "code 0 times",
-        "office is no domain",
+        "office is not a domain",
         "ratio_low(3.0)",
         "which mopd.divergence(forward_kl) does not have",
         "dynamic_filtering",

@@ -31,10 +31,10 @@ from nemocascade.recipe import (
     RolloutConfig,
 )
 from nemocascade.recipe.pass_rates import PassRateSettings, settings_of_stage
-from nemocascade.rl.row_rates import Journal, open_journal, read_row_tasks, write_rated
+from nemocascade.rl.row_rates import RewardLog, open_journal, read_row_tasks, write_rated
 from nemocascade.rl.tasks import read_tasks
 from nemocascade.rollout.servers import ServerError
-from nemocascade.runtime.row_errors import DataError, refuse_row
+from nemocascade.runtime.row_errors import DataError, reject_row
 from nemocascade.runtime.stopping import Stopped
 from nemocascade.stages.pass_rates import run_pass_rates
 from nemocascade.types import Environment, Message, Prompt, Verdict
@@ -310,7 +310,7 @@ def settings(tmp_path: Path, **changes: Any) -> PassRateSettings:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"rows": ""}, r"rows\(''\) is no file: name a file"),
+        ({"rows": ""}, r"rows\(''\) is not a file: name a file"),
         ({"output": "x.parquet"}, r"output\('x.parquet'\) must name a file that ends in .jsonl"),
         ({"server": ""}, "set either --artifact or --server"),
         ({"artifact": "a"}, "set either --artifact or --server"),
@@ -379,7 +379,7 @@ def test_a_journal_belongs_to_its_settings(tmp_path: Path) -> None:
     first = settings(tmp_path, rollout=RolloutConfig(slots=7)).key("digest", "tokens", "hash")
     assert open_journal(tmp_path, first) == {}
     for rank in (0, 1):
-        with closing(Journal(tmp_path, rank)) as journal:
+        with closing(RewardLog(tmp_path, rank)) as journal:
             journal.record(rank, 3, 0.5)
     same = settings(tmp_path, rollout=RolloutConfig(slots=9)).key("digest", "tokens", "hash")
     assert open_journal(tmp_path, same) == {(0, 3): 0.5, (1, 3): 0.5}
@@ -398,5 +398,5 @@ def test_a_row_without_a_verdict_has_no_rate(
     rates = {0: {"pass_rate": None, "pass_rate_samples": 0}}
     assert write_rated(path, output, rates, ()) == 2
     assert lines_of(output) == [row(1) | rates[0], row(2)]
-    prompts = list(environments["math"].read(output, refuse_row, ()))
+    prompts = list(environments["math"].read(output, reject_row, ()))
     assert [p.pass_rate for p in prompts] == [None, None]

@@ -16,9 +16,9 @@ from nemocascade.megatron.generation import kv_cache
 from nemocascade.megatron.generation.kv_cache import (
     MOST_SLOTS,
     BlockTable,
+    CacheBytes,
     CacheMemory,
     Load,
-    StateBytes,
     blocks_of,
     state_bytes,
 )
@@ -28,7 +28,7 @@ from nemocascade.recipe import EngineConfig, ParallelConfig, tiny
 from nemocascade.rollout import live
 from nemocascade.rollout.blocks import BlockPool
 from nemocascade.rollout.capacity import GIB, CapacityError, check_capacity
-from nemocascade.rollout.engine import Completion, Counts, Listed, Request, Sampling, Supply
+from nemocascade.rollout.engine import Completion, Counts, Request, RequestList, Sampling, Supply
 from nemocascade.rollout.generation import Generation
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.rollout.residency import Residency
@@ -128,7 +128,7 @@ def write(
         memory[blocks[at // size], at % size] = tokens[-1]
 
 
-def test_the_pool_refuses() -> None:
+def test_the_pool_rejects_unfit_calls() -> None:
     pool = BlockPool(2, 4)
     [block, _] = pool.take(2)
     with pytest.raises(ValueError, match="1 blocks are wanted, and 0 of 2 are free"):
@@ -328,7 +328,7 @@ def test_another_text_takes_the_place_of_one_that_waits(
     assert {c.turns for c in results[0].values()} == {1, 2}
 
 
-class Pieces(Listed):
+class Pieces(RequestList):
     """Requests that are given out as slots are free; some are cancelled at a number of polls."""
 
     is_ordered = False
@@ -389,7 +389,7 @@ def test_sizes_are_those_of_the_tensors(world: World) -> None:
 
 
 def test_capacity_follows_from_memory() -> None:
-    each = StateBytes(token=100, slot=5000)
+    each = CacheBytes(token=100, slot=5000)
     load = Load(longest=160, prompt=40, requests=1000)
     memory = CacheMemory(budget=20 * (5000 + 80 * 100), each=each, size=16)
     assert memory.slots(load) == 20
@@ -401,9 +401,9 @@ def test_capacity_follows_from_memory() -> None:
     assert CacheMemory(10**12, each, 16).slots(load) == MOST_SLOTS
     assert CacheMemory(1, each, 16).slots(load) == 1
     # Layers of one kind alone.
-    assert CacheMemory(100_000, StateBytes(0, 5000), 16).slots(load) == 18
-    assert CacheMemory(100_000, StateBytes(0, 5000), 16).blocks(load, 3) == 3 * 10 + 3
-    assert CacheMemory(100_000, StateBytes(100, 0), 16).slots(load) == 12
+    assert CacheMemory(100_000, CacheBytes(0, 5000), 16).slots(load) == 18
+    assert CacheMemory(100_000, CacheBytes(0, 5000), 16).blocks(load, 3) == 3 * 10 + 3
+    assert CacheMemory(100_000, CacheBytes(100, 0), 16).slots(load) == 12
 
 
 def test_slots_follow_from_memory(world: World, chunks: list[CascadeModel]) -> None:

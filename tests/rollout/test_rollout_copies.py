@@ -27,11 +27,11 @@ from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.world import World
 
 READS = ("cpu", "numpy", "item", "tolist", "__bool__", "__int__", "__float__", "__index__")
-ROOMS = ("/nemocascade/rollout/", "/nemocascade/megatron/generation/")
+FOLDERS = ("/nemocascade/rollout/", "/nemocascade/megatron/generation/")
 
 
 class Remote(Tensor):
-    """A tensor whose reads are counted, by the file of the innermost caller in `ROOMS`."""
+    """A tensor whose reads are counted, by the file of the innermost caller in `FOLDERS`."""
 
     reads: ClassVar[Counter[str]] = Counter()
 
@@ -46,7 +46,7 @@ class Remote(Tensor):
         while "/nemocascade" not in frame.f_code.co_filename and frame.f_back is not None:
             frame = frame.f_back
         file = frame.f_code.co_filename
-        if any(room in file for room in ROOMS):
+        if any(folder in file for folder in FOLDERS):
             cls.reads[file.rsplit("/", 1)[1]] += 1
         return out.as_subclass(Tensor) if isinstance(out, Tensor) else out
 

@@ -15,7 +15,7 @@ from nemocascade.megatron.model import CascadeModel
 from nemocascade.megatron.replay import RouteRecorder
 from nemocascade.megatron.world import start_world
 from nemocascade.recipe import EngineConfig, ParallelConfig
-from nemocascade.rollout.engine import Completion, Listed, Request, Sampling, Supply
+from nemocascade.rollout.engine import Completion, Request, RequestList, Sampling, Supply
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.rollout.replies import RespondError
 from nemocascade.runtime.world import World
@@ -182,7 +182,7 @@ def test_stops(world: World, chunks: list[CascadeModel]) -> None:
 
 
 def test_an_environment_continues_a_text(world: World, chunks: list[CascadeModel]) -> None:
-    """Short and long answers, late ones, and none: it goes on as if it had been one prompt."""
+    """Short and long answers, late ones, and none: it continues as if it had been one prompt."""
     stop = tuple((t,) for t in range(0, VOCABULARY, 4))
     sampling = Sampling(max_tokens=60, seed=8, stop_tokens=stop)
 
@@ -285,7 +285,7 @@ def test_routing_is_recorded(world: World, chunks: list[CascadeModel]) -> None:
     assert plain.routing is None
 
 
-class Pieces(Listed):
+class Pieces(RequestList):
     """Requests that are given out a few at a time; some are cancelled at a number of polls."""
 
     is_ordered = False

@@ -21,7 +21,7 @@ from helpers.fake_server import VOCABULARY, FakeServer, continued, fake_server, 
 
 from nemocascade.recipe import ModelConfig, RolloutConfig, RolloutServerConfig
 from nemocascade.rollout.completions import BadReplyError, drawn_ids, read_answer
-from nemocascade.rollout.engine import Completion, Listed, Request, Sampling, Supply
+from nemocascade.rollout.engine import Completion, Request, RequestList, Sampling, Supply
 from nemocascade.rollout.flight import Flight, request_name
 from nemocascade.rollout.server import ServerEngine
 from nemocascade.rollout.servers import ServerError, ServerPool
@@ -83,7 +83,7 @@ def test_ids_and_logprobs(server: FakeServer, form: str, monkeypatch: pytest.Mon
 
 
 def test_stops_and_environments(server: FakeServer) -> None:
-    """A stopped text goes on with what the environment adds; its tokens are not the model's."""
+    """A stopped text continues with what the environment adds; its tokens are not the model's."""
     stop = Sampling(max_tokens=60, stop_tokens=tuple((t,) for t in range(0, 50, 7)))
     engine = engine_of(server)
 
@@ -164,7 +164,7 @@ def test_requests_go_to_the_least_loaded_server(server: FakeServer) -> None:
         assert min(counts) >= 10
 
 
-def test_a_lost_server_is_left_out(server: FakeServer) -> None:
+def test_a_lost_server_is_excluded(server: FakeServer) -> None:
     with fake_server() as other:
         engine = engine_of(server, other, concurrency=4)
         check(list(engine.run(requests(4), SHORT)), 4)
@@ -188,9 +188,9 @@ def test_a_slow_server_costs_one_timeout(server: FakeServer) -> None:
         assert engine.pool.counts["timeout"] >= 1
 
 
-def test_a_refused_request_names_the_server(server: FakeServer) -> None:
+def test_a_rejected_request_names_the_server(server: FakeServer) -> None:
     server.faults = ["400"]
-    with pytest.raises(ServerError, match=r"127.0.0.1:\d+ refuses the request.*status 400"):
+    with pytest.raises(ServerError, match=r"127.0.0.1:\d+ rejects the request.*status 400"):
         list(engine_of(server).run(requests(1), SHORT))
 
 
@@ -216,7 +216,7 @@ def test_nobody_waits_for_texts_that_are_not_wanted(server: FakeServer) -> None:
     assert time.monotonic() - started < 25
 
 
-class Cancelling(Listed):
+class Cancelling(RequestList):
     """Cancels all requests but one once that one has been answered.
 
     free_slots: the number given to the first poll.

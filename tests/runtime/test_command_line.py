@@ -53,7 +53,7 @@ def run(*lines: list[str]) -> tuple[list[list[Any]], set[str]]:
 def test_help_and_version_import_no_library() -> None:
     found, roots = run(["--help"], ["--version"], ["run", "--help"], [])
     assert [code for code, *_ in found] == [0, 0, 0, 0]
-    # The version stands in the kernel package, whose file is read without its import.
+    # The version is in the kernel package, whose file is read without its import.
     assert roots == {"nemocascade"}
 
 
@@ -79,7 +79,7 @@ def test_help_for_a_reader_that_has_gone_is_no_error() -> None:
 def test_a_misspelt_command_is_told_the_nearest() -> None:
     [found], _ = run(["genrate"])
     assert found[0] == 2
-    assert "'genrate' is no command: did you mean generate" in found[2]
+    assert "'genrate' is not a command: did you mean generate" in found[2]
 
 
 def test_help_takes_less_than_half_a_second_of_cpu() -> None:

@@ -113,7 +113,7 @@ def test_proxies_of_the_environment_are_not_used(
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 def test_certificates(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A site's own authority counts; a certificate that nobody vouches for is no busy server."""
+    """A site's own authority counts; a certificate that nobody vouches for is not a busy server."""
     key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1"]
     make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
@@ -136,7 +136,7 @@ def test_certificates(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     http._certificates.cache_clear()
 
 
-def test_a_refusal_says_how_long_to_wait(server: Any, client: HttpClient) -> None:
+def test_a_rejection_says_how_long_to_wait(server: Any, client: HttpClient) -> None:
     server.statuses = [429]
     with pytest.raises(HttpError, match="status 429: 'why'") as error:
         client.post(server.url, b"why", 30.0)
@@ -151,7 +151,7 @@ def test_a_final_error_is_not_to_be_retried(server: Any, client: HttpClient) -> 
     assert error.value.final
 
 
-def test_a_long_reply_is_refused(server: Any, client: HttpClient) -> None:
+def test_a_long_reply_is_rejected(server: Any, client: HttpClient) -> None:
     assert len(client.post(server.url, b" " * 1000, 10.0)) == 1000
     with pytest.raises(HttpError, match="longer than 1000 bytes"):
         client.post(server.url, b" " * 1001, 10.0)

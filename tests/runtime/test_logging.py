@@ -22,7 +22,7 @@ from nemocascade.runtime.logging import (
     FILE_ONLY,
     LOGGER,
     Console,
-    Part,
+    StatusPart,
     fitted,
     start_logging,
     terminal,
@@ -145,17 +145,22 @@ def test_a_narrow_terminal_does_not_wrap_its_last_line(
     monkeypatch.setattr(os, "get_terminal_size", lambda _: size)
     width = terminal_width()
     assert width == max(1, columns - 1)
-    assert len(fitted([Part("step 3/15", 0), Part("reward 0.41", 1)], width)) <= width
+    assert len(fitted([StatusPart("step 3/15", 0), StatusPart("reward 0.41", 1)], width)) <= width
 
 
 @pytest.mark.parametrize("width", range(1, 60))
 def test_a_line_fits_any_width_with_its_most_important_parts(width: int) -> None:
-    parts = [Part("[2/10 if_rl]", 1), Part("step 3/15", 0), Part("", 2), Part("reward 0.41", 2)]
-    parts += [Part("grad norm 1.20", 9), Part("40 s left", 3)]
+    parts = [
+        StatusPart("[2/10 if_rl]", 1),
+        StatusPart("step 3/15", 0),
+        StatusPart("", 2),
+        StatusPart("reward 0.41", 2),
+    ]
+    parts += [StatusPart("grad norm 1.20", 9), StatusPart("40 s left", 3)]
     line = fitted(parts, width)
     assert len(line) <= width
     whole = [p.rank for p in parts if p.text and p.text in line]
-    # No part stands while a more important one is left out.
+    # No part is shown while a more important one is omitted.
     assert whole == sorted(whole, key=[1, 0, 2, 9, 3].index)
     assert not whole or max(whole) < 9 or len(whole) == 5
     if width >= 9:

@@ -62,7 +62,7 @@ def forge(folder: Path, **changes: Any) -> Owner:
     return owner
 
 
-def test_the_second_job_is_refused_by_name_and_touches_nothing(owned: RunLock) -> None:
+def test_the_second_job_is_rejected_by_name_and_touches_nothing(owned: RunLock) -> None:
     before = sorted(owned.folder.iterdir())
     with pytest.raises(FolderInUseError, match=f"in use by process {os.getpid()} on "):
         lock_of(owned.folder).acquire()

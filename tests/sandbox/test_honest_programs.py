@@ -61,7 +61,7 @@ def test_packages_that_are_asked_for_stay(sandbox: SandboxPool) -> None:
 def test_bubblewrap_is_found_wherever_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker's own PATH does not decide, and a program that is none is no crash."""
+    """The worker's own PATH does not decide, and a program that is none is not a crash."""
     real = shutil.which("bwrap")
     launch._bwrap.cache_clear()
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

@@ -110,7 +110,7 @@ def test_a_killed_node_loses_no_program(cluster: Cluster) -> None:
             killed = time.perf_counter()
             assert [int(f.result().stdout) for f in found] == list(range(192))
         print(f"\nafter kill -9 of a node: all answered in {time.perf_counter() - killed:.1f} s")
-        assert len(sandbox._nodes._left_out) == 1, "the node had nothing to lose"
+        assert len(sandbox._nodes._excluded) == 1, "the node had nothing to lose"
         assert sandbox.run(Program("raise SystemExit(3)")).exit_status == 3
         if session._node.about.slots == 8:
             with pytest.raises(SandboxError):

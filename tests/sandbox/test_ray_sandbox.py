@@ -1,5 +1,5 @@
-"""Programs on the nodes of a Ray cluster: choice of nodes, losses, refusals. Ray is played; the
-nodes' sandboxes are real."""
+"""Programs on the nodes of a Ray cluster: choice of nodes, losses, unsuitable nodes. Ray is played;
+the nodes' sandboxes are real."""
 
 from __future__ import annotations
 
@@ -257,20 +257,20 @@ def test_a_pool_is_shared_and_ends_with_its_last_client(ray: FakeRay) -> None:
 
 
 @pytest.mark.usefixtures("ray")
-def test_a_node_that_cannot_isolate_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_cannot_isolate_is_rejected_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "missing", lambda isolation: "forbidden by this test")
     with pytest.raises(SandboxUnavailable, match=r"node node[01]: programs cannot be isolated"):
         open_sandbox(CONFIG)
 
 
 @pytest.mark.usefixtures("ray")
-def test_a_node_without_the_packages_is_refused() -> None:
-    with pytest.raises(SandboxUnavailable, match=r"node node.*nowhere is no folder"):
+def test_a_node_without_the_packages_is_rejected() -> None:
+    with pytest.raises(SandboxUnavailable, match=r"node node.*nowhere is not a folder"):
         open_sandbox(replace(CONFIG, packages=("/nowhere",)))
 
 
 @pytest.mark.usefixtures("ray")
-def test_a_node_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_of_another_version_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"ray": "2.60.0", "python": "3.12.0", "nemocascade": "0.1"}
     monkeypatch.setattr(ray_actor, "own_versions", lambda: found)
     monkeypatch.setattr(ray_nodes, "own_versions", lambda: {**found, "nemocascade": "9.9"})
@@ -278,7 +278,7 @@ def test_a_node_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -
         open_sandbox(CONFIG)
 
 
-def test_nodes_that_join_are_used_and_a_refusing_one_is_not(
+def test_nodes_that_join_are_used_and_a_rejecting_one_is_not(
     ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened() as sandbox:
@@ -286,7 +286,7 @@ def test_nodes_that_join_are_used_and_a_refusing_one_is_not(
         wait_for(lambda: len(sandbox._nodes._nodes) == 3, 120, "the new node is not used")
         monkeypatch.setattr(launch, "missing", lambda isolation: "forbidden by this test")
         ray.cluster.append(FakeNode("bare", 8))
-        wait_for(lambda: "bare" in sandbox._nodes._left_out, 120, "it is not left out")
+        wait_for(lambda: "bare" in sandbox._nodes._excluded, 120, "it is not excluded")
         assert sandbox.run(Program("print(1)")).stdout == "1\n"
     assert "run" not in ray.cluster[-1].started
 
@@ -345,16 +345,16 @@ def test_a_rank_has_its_share_of_the_slots(ray: FakeRay, monkeypatch: pytest.Mon
 
 
 def test_what_is_wrong_is_said(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(error: Exception) -> None:
+    def reject(error: Exception) -> None:
         def fail() -> None:
             raise error
 
         ray.connect = fail
 
-    refuse(ConnectionError("Can't find a raylet"))
+    reject(ConnectionError("Can't find a raylet"))
     with pytest.raises(ClusterError, match="ray start --address=head:6379 --num-cpus=0"):
         open_sandbox(CONFIG)
-    refuse(RuntimeError("Version mismatch: The cluster was started with: Ray: 2.1"))
+    reject(RuntimeError("Version mismatch: The cluster was started with: Ray: 2.1"))
     with pytest.raises(ClusterSettingsError, match="Version mismatch"):
         open_sandbox(CONFIG)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -53,7 +53,7 @@ def attack(sandbox: SandboxPool, source: str) -> Outcome:
     return outcome
 
 
-def refused(sandbox: SandboxPool, source: str, *errors: str) -> None:
+def denied(sandbox: SandboxPool, source: str, *errors: str) -> None:
     """The last line of `source` must raise one of `errors`; lines before must work."""
     *lines, last = source.strip().splitlines()
     head = "\n".join(lines)
@@ -148,16 +148,16 @@ except OSError as e:
     "arguments", ["", "socket.AF_INET, socket.SOCK_DGRAM", "socket.AF_UNIX", "socket.AF_NETLINK, 3"]
 )
 def test_sockets(sandbox: SandboxPool, arguments: str) -> None:
-    refused(sandbox, f"import socket\nsocket.socket({arguments})", "PermissionError")
+    denied(sandbox, f"import socket\nsocket.socket({arguments})", "PermissionError")
 
 
 def test_reading_files_of_the_host(sandbox: SandboxPool, tmp_path: Path) -> None:
     secret = tmp_path / "checkpoint"
     secret.write_text("weights")
-    refused(sandbox, f"open({str(secret)!r}).read()", "FileNotFoundError")
-    refused(sandbox, f"open({os.path.abspath(__file__)!r}).read()", "FileNotFoundError")
+    denied(sandbox, f"open({str(secret)!r}).read()", "FileNotFoundError")
+    denied(sandbox, f"open({os.path.abspath(__file__)!r}).read()", "FileNotFoundError")
     for path in ("/etc/passwd", "/proc/self/environ", "/dev/mem"):
-        refused(sandbox, f"open({path!r}, 'rb')", "FileNotFoundError", "PermissionError")
+        denied(sandbox, f"open({path!r}, 'rb')", "FileNotFoundError", "PermissionError")
 
 
 def test_the_root_holds_nothing_else(sandbox: SandboxPool) -> None:
@@ -195,18 +195,18 @@ def test_symbolic_links(sandbox: SandboxPool, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("weights")
     for target in (str(secret), "../" * 20 + str(secret)):
-        refused(
+        denied(
             sandbox,
             f"import os\nos.symlink({target!r}, 'link')\nopen('link').read()",
             "FileNotFoundError",
         )
-    refused(sandbox, "import os\nos.link('/usr/bin/env', 'x')", "OSError", "PermissionError")
+    denied(sandbox, "import os\nos.link('/usr/bin/env', 'x')", "OSError", "PermissionError")
 
 
 def test_proc_is_hidden(sandbox: SandboxPool) -> None:
-    refused(sandbox, "import os\nos.listdir('/proc')", "PermissionError")
+    denied(sandbox, "import os\nos.listdir('/proc')", "PermissionError")
     for path in ("/proc/1/environ", "/proc/self/mem", "/proc/1/root/etc/passwd"):
-        refused(sandbox, f"open({path!r}, 'rb')", "PermissionError", "FileNotFoundError")
+        denied(sandbox, f"open({path!r}, 'rb')", "PermissionError", "FileNotFoundError")
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ print(found)
 def test_limits_cannot_be_raised(sandbox: SandboxPool) -> None:
     for name in ("AS", "NPROC", "CPU", "FSIZE", "NOFILE"):
         kind = f"resource.RLIMIT_{name}"
-        refused(
+        denied(
             sandbox,
             f"import resource\nresource.setrlimit({kind}, (-1, -1))",
             "ValueError",

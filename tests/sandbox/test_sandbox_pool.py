@@ -176,7 +176,7 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("forbidden")
-def test_a_host_that_forbids_isolation_is_refused() -> None:
+def test_a_host_that_forbids_isolation_is_rejected() -> None:
     with pytest.raises(
         SandboxUnavailable, match=r"bubblewrap: forbidden.*namespaces.*allow_unsafe"
     ):

@@ -143,7 +143,7 @@ def test_a_thread_between_cells_has_no_more_time_than_a_cell(opened: SandboxSess
     assert opened._worker is not None
     deadline = time.monotonic() + 60
     while alive_below(opened._worker.pid):
-        assert time.monotonic() < deadline, "the thread goes on"
+        assert time.monotonic() < deadline, "the thread still runs"
         time.sleep(0.1)
     found = opened.run("1")
     assert (found.status, opened.alive) == ("time", False)

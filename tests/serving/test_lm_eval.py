@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from helpers.integrations import installed
-from test_serving import artifact, client, model_of, server  # noqa: F401 - fixtures
+from helpers.serving import client_of, model_of, served, start_artifact
 
 from nemocascade.data.serving import serving_of
 from nemocascade.data.tokenizer import load_artifact_tokenizer
@@ -17,6 +18,21 @@ from nemocascade.megatron.artifact import read_artifact
 from nemocascade.megatron.convert import Serving, export_huggingface
 
 CHOICES = ("one two", "a much longer answer")
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return start_artifact(tmp_path_factory.mktemp("sft"))
+
+
+@pytest.fixture(scope="module")
+def server(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    yield from served(artifact, tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> Any:
+    return client_of(server)
 
 
 @pytest.fixture
@@ -33,7 +49,7 @@ def task(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def expected_accuracy(server: str, name: str, folder: str) -> float:  # noqa: F811
+def expected_accuracy(server: str, name: str, folder: str) -> float:
     """Share of the rows whose right choice has the larger log-likelihood, by our own requests."""
     tokenizer = load_artifact_tokenizer(read_artifact(Path(folder)))
     right = 0
@@ -51,9 +67,9 @@ def expected_accuracy(server: str, name: str, folder: str) -> float:  # noqa: F8
 @pytest.mark.slow
 @pytest.mark.integration
 def test_lm_eval_reads_log_likelihoods_and_answers(
-    server: str,  # noqa: F811
-    client: Any,  # noqa: F811
-    artifact: str,  # noqa: F811
+    server: str,
+    client: Any,
+    artifact: str,
     task: dict[str, Any],
     tmp_path: Path,
 ) -> None:

@@ -13,7 +13,7 @@ from nemocascade.data.reply import parse_reply
 from nemocascade.data.tokenizer import load_tokenizer
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.recipe import DataConfig
-from nemocascade.serving.text import Decoder, ReplyText
+from nemocascade.serving.text import ReplyText, StreamDecoder
 
 ENDS = ("<|im_end|>",)
 PARTS = [
@@ -74,10 +74,10 @@ def test_characters_of_several_tokens_come_whole(tmp_path: Path) -> None:
     said = "naïve  café 🙂🙃 x\n\n  y"
     ids = tokenizer.encode(said)
     assert len(ids) > len(said), "bytes are tokens of their own here"
-    decoder = Decoder(tokenizer)
+    decoder = StreamDecoder(tokenizer)
     pieces = [decoder.add(token) for token in ids]
     assert "".join(pieces) == said
     assert not any("\ufffd" in piece for piece in pieces)
-    cut = Decoder(tokenizer)
+    cut = StreamDecoder(tokenizer)
     shown = "".join(cut.add(token) for token in tokenizer.encode("a🙂")[:-1])
     assert (shown, set(cut.rest())) == ("a", {"\ufffd"})

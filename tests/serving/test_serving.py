@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,8 +11,8 @@ from typing import Any, cast
 import httpx2
 import openai
 import pytest
-from helpers.commands import Command
 from helpers.ranks import run_ranks
+from helpers.serving import client_of, model_of, served, start_artifact
 from starlette.testclient import TestClient
 
 from nemocascade.envs.base import Domain
@@ -54,43 +51,19 @@ TOOL: Any = {
 }
 
 
-def made_artifact(folder: str) -> str:
-    from helpers.start_policy import start_policy
-
-    return start_policy(folder)
-
-
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
-    (found,) = run_ranks(made_artifact, 1, {"folder": str(tmp_path_factory.mktemp("sft"))})
-    return str(found)
+    return start_artifact(tmp_path_factory.mktemp("sft"))
 
 
 @pytest.fixture(scope="module")
 def server(artifact: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a server of the artifact."""
-    folder = tmp_path_factory.mktemp("serve")
-    command = ["-m", "nemocascade.cli", "serve", artifact, "--port", "0"]
-    command += ["--work-dir", str(folder), "--engine.precision", "fp32", "--slots", "4"]
-    with Command([*command, "--max-tokens", "24"]) as process:
-        while not (found := re.search(r"at (http://\S+)/v1", process.said())):
-            assert process.poll() is None, process.said()
-            time.sleep(0.05)
-        yield found.group(1)
-        process.send_signal(signal.SIGINT)
-        done = process.wait(60)
-    assert done.returncode == 0, done.stderr
-    assert "ended by Ctrl-C" in done.stderr
+    yield from served(artifact, tmp_path_factory.mktemp("serve"))
 
 
 @pytest.fixture(scope="module")
 def client(server: str) -> Any:
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
-
-
-def model_of(client: Any) -> str:
-    (found,) = client.models.list().data
-    return str(found.id)
+    return client_of(server)
 
 
 def test_a_chat_is_answered(client: Any) -> None:
@@ -460,7 +433,7 @@ def test_a_chat_remembers_its_turns(artifact: str, tmp_path: Path) -> None:
     assert asked[1] > asked[0]
     text = "".join(shown)
     assert "[cut at 6 tokens: --max-tokens]" in text
-    assert "/nonsense is no command" in text
+    assert "/nonsense is not a command" in text
     assert "no task: start with --domain NAME" in text
 
 
@@ -471,7 +444,7 @@ def environments() -> Iterator[dict[str, Domain]]:
     close_environments(found)
 
 
-def test_a_context_beyond_memory_is_refused_before_it_is_served(
+def test_a_context_beyond_memory_is_rejected_before_it_is_served(
     artifact: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = ServeSettings(
@@ -482,7 +455,7 @@ def test_a_context_beyond_memory_is_refused_before_it_is_served(
     assert "http://" not in caplog.text
 
 
-def test_a_task_beyond_the_context_is_refused(
+def test_a_task_beyond_the_context_is_rejected(
     artifact: str, environments: dict[str, Domain], tmp_path: Path
 ) -> None:
     shown: list[str] = []

@@ -110,7 +110,7 @@ def test_a_row_becomes_a_task_that_both_domains_read(
     out = tmp_path / "out"
     snapshot = f"snapshots/shop__cart@{row['base_commit']}"
     assert (found.made, found.kept, found.failed) == (["shop__cart-1"], [], {})
-    assert found.left_out == {snapshot: 1}
+    assert found.skipped == {snapshot: 1}
     assert "1 links and submodules are skipped" in found.text()
     assert sorted(p.name for p in out.iterdir()) == ["shop__cart-1", "snapshots"]
     # What git holds, untouched.
@@ -171,7 +171,7 @@ def test_clones_may_be_bare_and_lie_by_owner(
         ({"instance_id": "shop__cart-1"}, "a row before it has this instance_id"),
         ({"problem_statement": ""}, "is empty"),
         ({"patch": None}, "'patch' must be a text"),
-        ({"patch": "fix it"}, "no unified diff"),
+        ({"patch": "fix it"}, "not a unified diff"),
         ({"test_patch": " "}, "'test_patch' must be a text"),
         ({"test_patch": TEST_PATCH.replace("== 1", "== 2")}, "test_cart.py: hunk 1 does not apply"),
         ({"FAIL_TO_PASS": "[]"}, "names no test"),
@@ -249,7 +249,7 @@ def test_rows_of_a_folder_with_other_columns_are_read(
     }
 
 
-def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.touch()
     with pytest.raises(DataError, match=f"{path}: no row can be read"):
@@ -377,7 +377,7 @@ def test_a_row_of_r2e_gym_becomes_a_task_without_its_image(
         ({"expected_output_json": "[]"}, "expected_output_json must be an object, it is list"),
     ],
 )
-def test_rows_of_r2e_gym_are_refused_one_by_one(
+def test_rows_of_r2e_gym_are_rejected_one_by_one(
     run: Callable[..., Imported], clones: Path, change: dict[str, Any], reason: str
 ) -> None:
     good = r2e_row(clones)
@@ -388,7 +388,7 @@ def test_rows_of_r2e_gym_are_refused_one_by_one(
     assert found.text().endswith("1 tasks made, 0 were there already, 1 rows cannot be imported")
 
 
-def test_a_name_of_two_owners_is_refused(run: Callable[..., Imported], clones: Path) -> None:
+def test_a_name_of_two_owners_is_rejected(run: Callable[..., Imported], clones: Path) -> None:
     (clones / "other").mkdir()
     git(clones, "clone", "-q", "--bare", "shop__cart", "other/Cart.git")
     found = run(r2e_row(clones))

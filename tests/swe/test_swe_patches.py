@@ -87,15 +87,15 @@ def test_prose_and_a_mail_around_a_patch_are_not_read() -> None:
 @pytest.mark.parametrize(
     ("patch", "fault"),
     [
-        ("", "no unified diff"),
-        ("fix it", "no unified diff"),
+        ("", "not a unified diff"),
+        ("fix it", "not a unified diff"),
         ("@@ -1 +1 @@\n-a\n+b\n", "line 1 of the patch: a hunk of no file"),
         (ONE.replace("-2,3", "-2,4"), "a.py: hunk 1 has fewer lines"),
         (ONE.replace("2,3", "2,2"), "a.py: hunk 1 has more lines"),
         (ONE.replace("+2,3", "+2,2"), "does not fit the counts"),
         (ONE.replace("\n-3", "\n*3"), r"'\*3' does not fit"),
         (ONE.replace("b/a.py", "b/c.py"), "'a.py' becomes 'c.py', without"),
-        (ONE.replace("/a.py", "/../a.py"), "no path inside of the repository"),
+        (ONE.replace("/a.py", "/../a.py"), "not a path inside of the repository"),
         ("--- /dev/null\n+++ /dev/null\n", "names no file"),
         ("diff --git a/a b/b\ncopy from a\ncopy to b\n", "a copy of a file"),
         (ONE.replace("+three", "+\ud83d"), "the patch cannot be read"),
@@ -103,7 +103,7 @@ def test_prose_and_a_mail_around_a_patch_are_not_read() -> None:
         (ONE.replace("a.py", "a\0.py"), "the patch cannot be read"),
     ],
 )
-def test_patches_that_cannot_be_read_are_refused(patch: str, fault: str) -> None:
+def test_patches_that_cannot_be_read_are_rejected(patch: str, fault: str) -> None:
     with pytest.raises(PatchError, match=fault):
         parse_patch(patch)
 
@@ -119,10 +119,10 @@ def test_patches_that_cannot_be_read_are_refused(patch: str, fault: str) -> None
         ("--- /dev/null\n+++ b/a.py\n@@ -0,0 +1 @@\n+x\n", "a.py: the patch makes it, and it is"),
         ("--- a/a.py\n+++ /dev/null\n@@ -1 +0,0 @@\n-1\n", "a.py: the patch deletes it, but"),
         ("diff --git a/a.py b/a.py\nindex 1..2\nGIT binary patch\ndelta 9\nzc\n", "binary file"),
-        (ONE.replace("a.py", "x.bin"), "x.bin: the patch changes lines, but the file is no text"),
+        (ONE.replace("a.py", "x.bin"), "x.bin: the patch changes lines, but the file is not text"),
     ],
 )
-def test_patches_that_do_not_fit_are_refused(patch: str, fault: str) -> None:
+def test_patches_that_do_not_fit_are_rejected(patch: str, fault: str) -> None:
     with pytest.raises(PatchError, match=fault):
         apply_patch({**FILES, "x.bin": b"\xff"}, patch)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.sandbox import sandbox_or_skip
 from helpers.swe import copy_pytest
-from test_swe_repository import (
+from helpers.swe_attacks import (
     ATTACKS,
     FIND_TESTS,
     FIXED,
@@ -205,7 +205,7 @@ FAKES = {
     "for name in ('tests.test_calc', 'test_calc'):\n"
     "    if name in sys.modules:\n"
     "        sys.modules[name].pytestmark = [pytest.mark.xfail]\n",
-    "a test that is left out": "import pytest\ndef double(x): pytest.skip('')\ncheck = double\n",
+    "a test that is skipped": "import pytest\ndef double(x): pytest.skip('')\ncheck = double\n",
     "the end of the session": "import pytest\npytest.exit('done', 0)\n",
 }
 
@@ -231,7 +231,7 @@ def test_a_setting_cannot_load_a_plugin(sandbox: SandboxPool, name: str) -> None
 
 
 def test_an_entry_point_of_the_repository_is_no_plugin(sandbox: SandboxPool) -> None:
-    """Its metadata may stand in the snapshot, but the code that it names is an edit's."""
+    """Its metadata may be in the snapshot, but the code that it names is an edit's."""
     before = SNAPSHOT | {"h.egg-info/entry_points.txt": b"[pytest11]\nhelper = helper\n"}
     edits = {"helper.py": PLUGIN.encode()}
     assert judge(sandbox, before, before | edits, FUNCTIONS).reward == 0.0
@@ -248,7 +248,7 @@ def test_plugins_of_the_repository_and_of_the_packages_work(sandbox: SandboxPool
     right = judge(sandbox, before, before | {"pack/calc.py": FIXED}, tests)
     assert right.reward == 1.0, right
     assert judge(sandbox, before, before, tests).reward == 0.0
-    # What stands in the repository under a plugin's name is not that plugin.
+    # What is in the repository under a plugin's name is not that plugin.
     shadow = {"pack/calc.py": FIXED, "seven.py": PLUGIN.encode()}
     assert judge(sandbox, before, before | shadow, tests).reward == 1.0
     assert judge(sandbox, before, before | {"seven.py": PLUGIN.encode()}, tests).reward == 0.0

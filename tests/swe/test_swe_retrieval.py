@@ -55,7 +55,7 @@ def test_equal_files_stand_by_path() -> None:
     assert FileIndex(files).rank("total", 2) == ["b.py", "m.py"]
 
 
-def test_tests_are_not_ranked_and_neither_is_what_is_left_out() -> None:
+def test_tests_are_not_ranked_and_neither_is_what_is_omitted() -> None:
     tests = ("test_a.py", "a/b_test.py", "Tests/data.txt", "lib/testing/x.py", "test/y.txt")
     files = dict.fromkeys((*tests, "latest.py", "contest.py", "b.py"), "total")
     assert FileIndex(files).rank("total", 9) == ["b.py", "contest.py", "latest.py"]

@@ -85,7 +85,7 @@ def test_a_file_of_tests_that_cannot_be_read_is_named(
         read(tmp_path, tests={"files": {"tests/test_shop.py": TESTS, "x": content}})
 
 
-def test_a_snapshot_that_could_not_be_read_later_is_refused(tmp_path: Path) -> None:
+def test_a_snapshot_that_could_not_be_read_later_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "empty" / ".git").mkdir(parents=True)
     (tmp_path / "empty" / ".git" / "config").touch()
     with pytest.raises(ValueError, match=r"rows\.jsonl:1.*empty holds no file"):
@@ -102,15 +102,15 @@ def test_a_file_that_cannot_be_read_is_named(
 ) -> None:
     (tmp_path / "a.py").touch()
 
-    def refuse(path: Path) -> bytes:
+    def reject(path: Path) -> bytes:
         raise PermissionError(f"not for you: {path}")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "read_bytes", reject)
     with pytest.raises(ValueError, match=r"a\.py cannot be read: not for you"):
         read_snapshot(tmp_path)
 
 
-def test_links_that_are_left_out_are_a_warning(
+def test_links_that_are_skipped_are_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a.py").touch()
@@ -121,7 +121,7 @@ def test_links_that_are_left_out_are_a_warning(
     assert "2 links are skipped" in caplog.text
 
 
-def test_a_test_that_stands_nowhere_is_refused(tmp_path: Path) -> None:
+def test_a_test_that_is_nowhere_is_rejected(tmp_path: Path) -> None:
     for name in ("tests.test_gone.T.test_a", "tests/test_gone.py::test_a"):
         with pytest.raises(ValueError, match=rf"rows\.jsonl:1.*file of {name} is in neither"):
             read(tmp_path, FAIL_TO_PASS=[name])
@@ -159,5 +159,7 @@ def test_ids_say_which_framework_runs_them(
 
 
 def test_pytest_cannot_run_dotted_ids() -> None:
-    with pytest.raises(ValueError, match=r"'tests\.test_a\.T\.test_b' is no test's name in pytest"):
+    with pytest.raises(
+        ValueError, match=r"'tests\.test_a\.T\.test_b' is not a test's name in pytest"
+    ):
         settings_of({}, {"FAIL_TO_PASS": ["tests.test_a.T.test_b"], "framework": "pytest"})

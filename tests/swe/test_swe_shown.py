@@ -33,7 +33,7 @@ def test_retrieved_files_fill_the_room_by_rank() -> None:
     }
     shown = shown_files("cart", files, ["gold.py"], max_chars=10_000, retrieved=3)
     assert list(shown) == ["best.py", "fair.py", "gold.py", "good.py"]
-    # The best one has no room; nothing worse than the third takes its place.
+    # The best one does not fit; nothing worse than the third takes its place.
     shown = shown_files("cart", files, ["gold.py"], max_chars=300, retrieved=3)
     assert list(shown) == ["fair.py", "gold.py", "good.py"]
     assert size(shown) <= 300
@@ -65,7 +65,7 @@ def test_golden_files_are_cut_around_their_changes(max_chars: int) -> None:
             assert "\n```\n" + "\n".join(LINES[first - 1 : last]) + "\n```" in shown[path]
 
 
-def test_golden_files_are_never_left_out() -> None:
+def test_golden_files_are_never_omitted() -> None:
     shown = shown_files(
         "", {"a.py": TEXT}, ["a.py"], max_chars=1, retrieved=5, patch=patch_of("a.py", 9)
     )

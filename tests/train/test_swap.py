@@ -66,7 +66,7 @@ def loss(trainer: Trainer) -> float:
 
 
 def test_every_weight_is_swapped_and_comes_back(trainer: Trainer) -> None:
-    """Training goes on as if nothing had happened, expert biases included."""
+    """Training continues as if nothing had happened, expert biases included."""
     swap = WeightSwap(trainer.world, trainer.chunks)
     swap.keep("start")
     start, before = bits(trainer), loss(trainer)

@@ -222,7 +222,7 @@ def test_a_missing_package_is_an_error_before_the_run(
     for kind in (SftRecipe, GrpoRecipe):
         found = kind(log=LogConfig(trackers=("wandb",))).problems(1)
         assert any("pip install 'nemocascade[wandb]'" in line for line in found)
-    # The folder that W&B writes is no package.
+    # The folder that W&B writes is not a package.
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr("importlib.util.find_spec", real)
     if real("wandb") is None:

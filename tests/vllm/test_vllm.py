@@ -159,10 +159,10 @@ def test_log_probabilities_over_updates(
 
 
 @pytest.mark.parametrize("resets", [True, False])
-def test_the_probe_refuses_a_stale_cache(
+def test_the_probe_rejects_a_stale_cache(
     world: World, resets: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the reset an update passes; without it the server goes on from the old weights."""
+    """With the reset an update passes; without it the server continues from the old weights."""
     if not resets:
         calls: dict[str, tuple[str, ...]] = {"pause": (), "resume": ()}
         monkeypatch.setitem(weight_updates._CALLS, "vllm", calls)

@@ -31,7 +31,7 @@ MARGIN = 1.2
 
 
 @dataclass(frozen=True)
-class Choice:
+class MeasuredChoice:
     """The chosen way, the seconds of each way (None: it failed), and where the choice is from: a
     path, or "measured now"."""
 
@@ -40,7 +40,7 @@ class Choice:
     source: str
 
 
-def choose(name: str, ways: Mapping[str, Callable[[], object]]) -> Choice:
+def choose(name: str, ways: Mapping[str, Callable[[], object]]) -> MeasuredChoice:
     """The fastest way, from the cache or by measuring. ways: calls to time, in order of preference;
     one that raises is out. Raises RuntimeError if all do."""
     key = {"computation": name, "ways": list(ways), **machine()}
@@ -54,7 +54,7 @@ def choose(name: str, ways: Mapping[str, Callable[[], object]]) -> Choice:
         raise RuntimeError(f"no way of {name} works on this machine: tried {', '.join(ways)}")
     best = min(found.values())
     way = next(way for way, time_s in found.items() if time_s <= MARGIN * best)
-    choice = Choice(way, seconds, "measured now")
+    choice = MeasuredChoice(way, seconds, "measured now")
     return _keep(path, key, choice, ways)
 
 
@@ -64,7 +64,7 @@ def measure(ways: Mapping[str, Callable[[], object]]) -> dict[str, float | None]
     for way, call in ways.items():
         try:
             call()
-        except Exception:  # a library may refuse a processor in any way
+        except Exception:  # a library may reject a processor in any way
             best[way] = None
         else:
             best[way] = float("inf")
@@ -108,20 +108,22 @@ def _digest(key: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read(path: Path, key: Mapping[str, object], ways: Mapping[str, object]) -> Choice | None:
+def _read(
+    path: Path, key: Mapping[str, object], ways: Mapping[str, object]
+) -> MeasuredChoice | None:
     """The kept choice; None if there is none that can be read."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == key and kept["seconds"][kept["way"]] is not None and kept["way"] in ways:
-            return Choice(kept["way"], dict(kept["seconds"]), str(path))
+            return MeasuredChoice(kept["way"], dict(kept["seconds"]), str(path))
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
 
 
 def _keep(
-    path: Path, key: Mapping[str, object], choice: Choice, ways: Mapping[str, object]
-) -> Choice:
+    path: Path, key: Mapping[str, object], choice: MeasuredChoice, ways: Mapping[str, object]
+) -> MeasuredChoice:
     """Keep a choice, and return it; or that of another process that was first."""
     text = json.dumps({"key": key, "way": choice.way, "seconds": choice.seconds}, indent=1) + "\n"
     try:

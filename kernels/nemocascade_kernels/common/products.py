@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nemocascade_kernels import native
 from nemocascade_kernels.common import fastest
-from nemocascade_kernels.common.fastest import Choice
+from nemocascade_kernels.common.fastest import MeasuredChoice
 
 #: The ways of each kind, in order of preference.
 WAYS = {"sums": ("onednn", "mkl", "float"), "products": ("torch", "float")}
@@ -38,7 +38,7 @@ VARIABLE = "NEMOCASCADE_BF16_PRODUCTS"
 _TRIAL = (1024, 2048, 512)
 #: Rows and columns of a block that is copied to float32.
 _BLOCK = 2048
-_used: dict[str, Choice] = {}
+_used: dict[str, MeasuredChoice] = {}
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
@@ -85,7 +85,7 @@ def adds_products(total: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def choice(kind: str) -> Choice:
+def choice(kind: str) -> MeasuredChoice:
     """The way of "sums" or "products" in this process: that of `use`, of the variable, or of the
     measurement.
 
@@ -93,14 +93,14 @@ def choice(kind: str) -> Choice:
     """
     if kind not in _used:
         named = named_way(kind)
-        _used[kind] = _measured(kind) if named is None else Choice(named, {}, VARIABLE)
+        _used[kind] = _measured(kind) if named is None else MeasuredChoice(named, {}, VARIABLE)
     return _used[kind]
 
 
 def use(kind: str, way: str, source: str, seconds: Mapping[str, float | None]) -> None:
     """Use a way in this process from now on. source: where the choice is from. seconds: of each
     way, if they were measured."""
-    _used[kind] = Choice(way, seconds, source)
+    _used[kind] = MeasuredChoice(way, seconds, source)
 
 
 def named_way(kind: str) -> str | None:
@@ -134,16 +134,16 @@ def limitation(kind: str, way: str) -> str | None:
         return "this torch does not export it"
     try:
         _trial_call(kind, way, (2, 8, 8))()
-    except Exception as error:  # torch passes a library's refusal on without its words
+    except Exception as error:  # torch passes on a library's error without its text
         return f"{way} fails on this processor: {' '.join(str(error).split())[:120]}"
     return None
 
 
 @functools.cache
-def _measured(kind: str) -> Choice:
+def _measured(kind: str) -> MeasuredChoice:
     ways = available(kind)
     if len(ways) == 1:
-        return Choice(ways[0], {}, "the only one on this machine")
+        return MeasuredChoice(ways[0], {}, "the only one on this machine")
     calls = {way: _trial_call(kind, way, _TRIAL) for way in ways}
     return fastest.choose(f"bf16_{kind}", calls)
 

@@ -15,7 +15,7 @@ from nemocascade_kernels.decode_step.weights import MambaWeights
 FUSED = False
 
 # Probabilities are first summed in segments of this many.
-_STRETCH = 128
+_SEGMENT = 128
 _MARGIN = 2.0**-40
 
 
@@ -189,17 +189,17 @@ def _invert(weights: Tensor, u: Tensor) -> Tensor:
     It has two levels, because the sums of segments are cheaper than all partial sums.
     """
     rows, width = weights.shape
-    stretches = F.pad(weights, (0, -width % _STRETCH)).view(rows, -1, _STRETCH)
-    sums = stretches.sum(2, dtype=torch.float64).cumsum(1)
+    segments = F.pad(weights, (0, -width % _SEGMENT)).view(rows, -1, _SEGMENT)
+    sums = segments.sum(2, dtype=torch.float64).cumsum(1)
     # Below the total in spite of rounding, so that a weight above zero is found.
     target = u[:, None] * sums[:, -1:] * (1 - _MARGIN)
     at = _first_above(sums, target)
     before = torch.where(at > 0, sums.gather(1, (at - 1).clamp_(min=0)), 0.0)
-    inside = stretches.gather(1, at[:, :, None].expand(-1, -1, _STRETCH)).squeeze(1)
+    inside = segments.gather(1, at[:, :, None].expand(-1, -1, _SEGMENT)).squeeze(1)
     partial = inside.cumsum(1, dtype=torch.float64)
     target = torch.minimum(target - before, partial[:, -1:] * (1 - _MARGIN))
     # Weights that are not finite give any id; the caller sees it by the log-probability.
-    return (at * _STRETCH + _first_above(partial, target)).squeeze(1).clamp_(max=width - 1)
+    return (at * _SEGMENT + _first_above(partial, target)).squeeze(1).clamp_(max=width - 1)
 
 
 def _first_above(sums: Tensor, target: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from nemocascade_kernels.linear_distill_loss.statistics import (
 )
 
 
-class Teacher(NamedTuple):
+class TeacherHead(NamedTuple):
     """hidden: [T, G], or [R, G] of the rows that train; weight: [V, G]."""
 
     hidden: Tensor
@@ -82,7 +82,7 @@ class _Chunk(NamedTuple):
 
 
 def one_pass(
-    teacher: Teacher,
+    teacher: TeacherHead,
     settings: OnePass,
     hidden: Tensor,
     weight: Tensor,
@@ -105,7 +105,7 @@ class _Walk:
         self,
         hidden: Tensor,
         weight: Tensor,
-        teacher: Teacher,
+        teacher: TeacherHead,
         settings: OnePass,
         needed: GradientSettings,
     ) -> None:

@@ -15,7 +15,7 @@ from nemocascade_kernels.common.linear_head.chunks import Rows, look_ahead, trai
 from nemocascade_kernels.common.linear_head.gradients import HeadLoss, PassSettings
 from nemocascade_kernels.common.main_grad import checked_main_grad
 from nemocascade_kernels.linear_distill_loss import reference
-from nemocascade_kernels.linear_distill_loss.one_pass import OnePass, Teacher, one_pass
+from nemocascade_kernels.linear_distill_loss.one_pass import OnePass, TeacherHead, one_pass
 from nemocascade_kernels.linear_distill_loss.reference import DIVERGENCES, Divergence
 
 OP = backends.Op("linear_distill_loss")
@@ -114,7 +114,7 @@ def linear_distill_loss(
         return _by_definition(
             hidden,
             weight,
-            Teacher(teacher_hidden, teacher_weight),
+            TeacherHead(teacher_hidden, teacher_weight),
             token_weight,
             divergence,
             target,
@@ -138,7 +138,7 @@ def linear_distill_loss(
     # Within apply the grad mode is off, and needs_input_grad does not reflect the previous mode.
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    teacher = Teacher(teacher_hidden.detach(), teacher_weight.detach())
+    teacher = TeacherHead(teacher_hidden.detach(), teacher_weight.detach())
     compute = functools.partial(one_pass, teacher, settings)
     loss, found, logprob = HeadLoss.apply(
         hidden.contiguous(), weight, PassSettings(OP.name, compute, grad_scale, main_grad)
@@ -149,7 +149,7 @@ def linear_distill_loss(
 def _by_definition(
     hidden: Tensor,
     weight: Tensor,
-    teacher: Teacher,
+    teacher: TeacherHead,
     token_weight: Tensor,
     divergence: Divergence,
     target: Tensor | None,

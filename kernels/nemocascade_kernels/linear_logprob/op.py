@@ -142,10 +142,10 @@ class _LinearLogprob(torch.autograd.Function):
             hidden_grad, weight_grad = _backward(
                 ctx.saved_tensors, logprob_grad, entropy_grad, settings, needed
             )
-        return hidden_grad, _handed_out(ctx.weight, weight_grad, settings), None, None
+        return hidden_grad, _weight_gradient(ctx.weight, weight_grad, settings), None, None
 
 
-def _handed_out(
+def _weight_gradient(
     weight: Tensor, gradient: WeightGradient | None, settings: _Settings
 ) -> Tensor | None:
     if gradient is None:

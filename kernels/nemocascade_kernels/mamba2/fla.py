@@ -20,7 +20,7 @@ from torch import Tensor
 from nemocascade_kernels.common.documents import PackedSeq
 from nemocascade_kernels.mamba2 import fla_kernels as kernels
 from nemocascade_kernels.mamba2.arguments import Inputs, Sizes, States
-from nemocascade_kernels.mamba2.fla_kernels import Tables, tables
+from nemocascade_kernels.mamba2.fla_kernels import ChunkTables, tables
 from nemocascade_kernels.mamba2.gate import Gate, time_step_slope
 from nemocascade_kernels.mamba2.states import forward_by_scan
 
@@ -33,7 +33,7 @@ _GATE_ELEMENTS = 2**27
 
 
 @dataclass(frozen=True)
-class Part:
+class HeadRange:
     """Heads that are scanned in one call, and the groups whose B and C they use.
 
     opens: they are the first heads of their groups.
@@ -48,7 +48,7 @@ class Part:
         return slice(self.heads.start * s.head_dim, self.heads.stop * s.head_dim)
 
 
-def parts(rows: int, s: Sizes) -> list[Part]:
+def parts(rows: int, s: Sizes) -> list[HeadRange]:
     """Split the heads equally, into whole groups or into parts of one group.
 
     Raises ValueError if a single head is too large for 32-bit offsets.
@@ -63,7 +63,9 @@ def parts(rows: int, s: Sizes) -> list[Part]:
     sizes = [n for n in range(1, s.heads + 1) if s.heads % n == 0]
     size = max((n for n in sizes if n <= most and (n % ratio == 0 or ratio % n == 0)), default=1)
     return [
-        Part(slice(lo, lo + size), slice(lo // ratio, -(-(lo + size) // ratio)), lo % ratio == 0)
+        HeadRange(
+            slice(lo, lo + size), slice(lo // ratio, -(-(lo + size) // ratio)), lo % ratio == 0
+        )
         for lo in range(0, s.heads, size)
     ]
 
@@ -193,7 +195,7 @@ def scan_backward(
 
 def _scans(
     mixed: Tensor, dt: Tensor, A: Tensor, D: Tensor, packed: PackedSeq, s: Sizes
-) -> Iterator[tuple[Part, _Scan]]:
+) -> Iterator[tuple[HeadRange, _Scan]]:
     """The scans of all parts of the heads."""
     x, B, C = (r.contiguous() for r in _kinds(mixed, s))
     for part in parts(packed.total, s):
@@ -210,8 +212,8 @@ class _Scan:
     def __init__(
         self,
         s: Sizes,
-        part: Part,
-        t: Tables,
+        part: HeadRange,
+        t: ChunkTables,
         x: Tensor,
         B: Tensor,
         C: Tensor,
@@ -301,7 +303,7 @@ def _addressable(rows: Tensor) -> Tensor:
     return rows if rows.shape[0] * rows.stride(0) <= _LIMIT else rows.contiguous()
 
 
-def _convolve(rows: Tensor, weight: Tensor, bias: Tensor, t: Tables) -> Tensor:
+def _convolve(rows: Tensor, weight: Tensor, bias: Tensor, t: ChunkTables) -> Tensor:
     return kernels.convolution(_addressable(rows), weight, bias, t)
 
 
@@ -309,7 +311,7 @@ def _convolve_backward(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor,
-    t: Tables,
+    t: ChunkTables,
     d_rows: Tensor,
     d_weight: Tensor,
     d_bias: Tensor,

@@ -82,7 +82,7 @@ def _load(module: str, name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Tables:
+class ChunkTables:
     """Chunks of all documents: int64 tensors on the device.
 
     cu_seqlens: [D + 1]. offsets: [D + 1], the first chunk of each document, and N.
@@ -99,7 +99,7 @@ class Tables:
         return {"cu_seqlens": self.cu_seqlens, "chunk_indices": self.indices}
 
 
-def tables(packed: PackedSeq) -> Tables:
+def tables(packed: PackedSeq) -> ChunkTables:
     """The pack's chunks; made once for all layers and passes, with one copy to the device.
 
     Raises ValueError if there are more chunks than one launch holds.
@@ -107,7 +107,7 @@ def tables(packed: PackedSeq) -> Tables:
     return packed.cached("fla chunks", lambda: _make_tables(packed))
 
 
-def _make_tables(packed: PackedSeq) -> Tables:
+def _make_tables(packed: PackedSeq) -> ChunkTables:
     counts = (packed.lengths + CHUNK - 1) // CHUNK
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     total = int(offsets[-1])
@@ -124,10 +124,10 @@ def _make_tables(packed: PackedSeq) -> Tables:
     parts = [torch.nn.functional.pad(t, (0, t.numel() % 2)) for t in (ends, offsets)]
     [whole] = to_device([torch.cat([*parts, indices.view(-1)])], packed.device)
     first, second, rest = whole.split([*(p.numel() for p in parts), indices.numel()])
-    return Tables(first[: ends.numel()], second[: offsets.numel()], rest.view(-1, 2))
+    return ChunkTables(first[: ends.numel()], second[: offsets.numel()], rest.view(-1, 2))
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor, t: Tables) -> Tensor:
+def convolution(x: Tensor, weight: Tensor, bias: Tensor, t: ChunkTables) -> Tensor:
     """`silu(conv(x))` within documents, [T, W]. x: [T, W], rows at any distance."""
     forward = _load("fla.modules.causal_conv1d", "causal_conv1d_fwd")
     y: Tensor = forward(
@@ -137,7 +137,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor, t: Tables) -> Tensor:
 
 
 def convolution_backward(
-    x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, t: Tables
+    x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, t: ChunkTables
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x [T, W], weight [W, K] and bias [W]. dy: [T, W], rows at any distance."""
     backward = _load("fla.modules.causal_conv1d", "causal_conv1d_bwd")
@@ -147,21 +147,21 @@ def convolution_backward(
     return dx[0], d_weight, d_bias
 
 
-def decay_sums(g: Tensor, t: Tables) -> Tensor:
+def decay_sums(g: Tensor, t: ChunkTables) -> Tensor:
     """Sums of log decays `g` [T, h] within chunks, in base 2."""
     cumsum = _load("fla.ops.utils", "chunk_local_cumsum")
     sums: Tensor = cumsum(g[None], chunk_size=CHUNK, scale=_LOG2_E, **t.places)
     return sums[0]
 
 
-def decay_sums_backward(d_sums: Tensor, t: Tables) -> Tensor:
+def decay_sums_backward(d_sums: Tensor, t: ChunkTables) -> Tensor:
     """Gradient of the log decays [T, h], from that of their natural sums [T, h]."""
     cumsum = _load("fla.ops.utils", "chunk_local_cumsum")
     dg: Tensor = cumsum(d_sums[None], chunk_size=CHUNK, reverse=True, **t.places)
     return dg[0]
 
 
-def states(B: Tensor, v: Tensor, sums: Tensor, t: Tables, dtype: torch.dtype) -> Tensor:
+def states(B: Tensor, v: Tensor, sums: Tensor, t: ChunkTables, dtype: torch.dtype) -> Tensor:
     """The state that enters each chunk, [N, h, n, p] in `dtype`. B: [T, h, n]; v: [T, h, p]."""
     (rows, heads, n), p = B.shape, v.shape[2]
     h = v.new_empty(t.indices.shape[0], heads, n, p, dtype=dtype)
@@ -172,7 +172,7 @@ def states(B: Tensor, v: Tensor, sums: Tensor, t: Tables, dtype: torch.dtype) ->
     return h
 
 
-def state_gradients(C: Tensor, sums: Tensor, dy: Tensor, t: Tables) -> Tensor:
+def state_gradients(C: Tensor, sums: Tensor, dy: Tensor, t: ChunkTables) -> Tensor:
     """The gradient of the state that leaves each chunk, [N, h, n, p] float32.
 
     C: [T, h, n]; dy: [T, h, p].
@@ -187,13 +187,13 @@ def state_gradients(C: Tensor, sums: Tensor, dy: Tensor, t: Tables) -> Tensor:
     return dh
 
 
-def _state_grid(t: Tables, heads: int, n: int, p: int) -> Any:
+def _state_grid(t: ChunkTables, heads: int, n: int, p: int) -> Any:
     documents = t.offsets.shape[0] - 1
     return lambda meta: (-(-n // meta["BK"]) * -(-p // meta["BV"]) * documents * heads,)
 
 
 def _state_arguments(
-    sums: Tensor, t: Tables, rows: int, heads: int, n: int, p: int
+    sums: Tensor, t: ChunkTables, rows: int, heads: int, n: int, p: int
 ) -> dict[str, Any]:
     """Shared arguments of the two kernels over states."""
     tensors = {"g": sums, "g_gamma": None, "gk": None, "gv": None}
@@ -203,7 +203,7 @@ def _state_arguments(
     return tensors | places | sizes | uses | {"STATE_V_FIRST": False}
 
 
-def outputs(C: Tensor, B: Tensor, v: Tensor, h: Tensor, sums: Tensor, t: Tables) -> Tensor:
+def outputs(C: Tensor, B: Tensor, v: Tensor, h: Tensor, sums: Tensor, t: ChunkTables) -> Tensor:
     """y [T, h, p] in v's dtype. B, C: [T, g, n]; v: [T, h, p]; h: from `states`."""
     function = _load("fla.ops.common.chunk_o", "chunk_fwd_o")
     y: Tensor = function(
@@ -214,7 +214,7 @@ def outputs(C: Tensor, B: Tensor, v: Tensor, h: Tensor, sums: Tensor, t: Tables)
 
 
 def gradients(
-    C: Tensor, B: Tensor, v: Tensor, h: Tensor, sums: Tensor, dy: Tensor, dh: Tensor, t: Tables
+    C: Tensor, B: Tensor, v: Tensor, h: Tensor, sums: Tensor, dy: Tensor, dh: Tensor, t: ChunkTables
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of C and B [T, g, n], of v [T, h, p], and of the natural sums [T, h].
 

@@ -96,7 +96,7 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class BlockResult:
     """Results of a block: y without D x, [c, g, s, r, p], and the values that backward needs.
 
     scores: tril(C B^T) [c g, s, s]; u and within = scores u: [c g, s, r p]; all float64.
@@ -214,17 +214,17 @@ def grow_states(lay: Layout, block: ChunkBlock, f: Decays, m: Chunks, states: Te
     carry_states(block, f.reach, f.mixing, states)
 
 
-def mix(lay: Layout, block: ChunkBlock, f: Decays, m: Chunks, states: Tensor) -> Mixed:
+def mix(lay: Layout, block: ChunkBlock, f: Decays, m: Chunks, states: Tensor) -> BlockResult:
     """Compute y of a block without D x. states: after body chunks, [chunks, g, n, r, p]."""
     scores = torch.bmm(m.C, m.B.transpose(1, 2)).double().tril_()
     u = lay.doubled(m.x, f.split)
     within = torch.bmm(scores, u)
     y = (within.view(m.x.shape) * f.e).to(lay.dtype)
     if block.enter is None:
-        return Mixed(y, scores, u, within, None)
+        return BlockResult(y, scores, u, within, None)
     read = torch.bmm(m.C, lay.matrices(states.index_select(0, block.enter)))
     y.addcmul_(read.view(m.x.shape), f.opened)
-    return Mixed(y, scores, u, within, read)
+    return BlockResult(y, scores, u, within, read)
 
 
 def scatter(target: Tensor, rows: Tensor, block: ChunkBlock) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemocascade_kernels.mamba2.chunks import ChunkBlock
 from nemocascade_kernels.mamba2.segments import carry_gradients
-from nemocascade_kernels.mamba2.ssd import Chunks, Decays, Layout, Mixed
+from nemocascade_kernels.mamba2.ssd import BlockResult, Chunks, Decays, Layout
 
 
 class InnerGradients(NamedTuple):
@@ -37,7 +37,7 @@ class ChunkGradients:
 
 
 def inner_backward(
-    lay: Layout, block: ChunkBlock, f: Decays, m: Chunks, mixed: Mixed, dy: Tensor
+    lay: Layout, block: ChunkBlock, f: Decays, m: Chunks, mixed: BlockResult, dy: Tensor
 ) -> InnerGradients:
     """Gradients of a block by the products within chunks. dy: [c, g, s, r, p], zero in padding.
 

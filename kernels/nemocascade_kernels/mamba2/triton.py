@@ -31,18 +31,22 @@ def mix(
 ) -> tuple[Tensor, Tensor | None]:
     """Output [T, h p] in zxbcdt's dtype and, if `final`, the states after the documents
     [D, h, p, n] float32, with gradients of all inputs."""
-    out, ssm = Mixer.apply(packed, s, documents, True, final, *i, *(initial or (None, None)))
+    out, ssm = MixerWithStates.apply(
+        packed, s, documents, True, final, *i, *(initial or (None, None))
+    )
     return out, ssm
 
 
 def final_states(i: Inputs, packed: PackedSeq, s: Sizes, initial: States | None) -> Tensor:
     """The states after the documents [D, h, p, n] float32 alone, with gradients of all inputs that
     they depend on."""
-    states: Tensor = Mixer.apply(packed, s, None, False, True, *i, *(initial or (None, None)))[1]
+    states: Tensor = MixerWithStates.apply(
+        packed, s, None, False, True, *i, *(initial or (None, None))
+    )[1]
     return states
 
 
-class Mixer(torch.autograd.Function):
+class MixerWithStates(torch.autograd.Function):
     """Autograd of the mixer with its states; only inputs are kept for backward."""
 
     @staticmethod

@@ -5,7 +5,7 @@
 With `M_tj = exp(L_t - L_j) (C_t . B_j) dt_j (x_j . dy_t)`, the gradient of a log decay g_s sums
 what passes from rows before s to rows from s on: M_tj for j < s <= t; what rows read from the
 entering state; what the leaving state keeps of rows; and what it keeps of the entering one. Only
-the first of these is a difference of sums, and the diagonal is no part of it.
+the first of these is a difference of sums, and the diagonal is not part of it.
 
 Sums over rows are added for each span of tiles in order, then for all spans: results do not depend
 on the device.

@@ -32,7 +32,7 @@ from nemocascade_kernels.moe_experts.fp8_quantize import (
 )
 from nemocascade_kernels.moe_experts.tiles import launch
 from nemocascade_kernels.moe_experts.triton import (
-    Plan,
+    TilePlan,
     _combine,
     _sum_dots,
     make_plan,
@@ -75,7 +75,7 @@ def quantized_rows(x: Tensor) -> Quantized:
     return out
 
 
-def quantized_columns(x: Tensor, routing: Routing, plan: Plan) -> Quantized:
+def quantized_columns(x: Tensor, routing: Routing, plan: TilePlan) -> Quantized:
     """Rows of x [T, H] in the order of the slots, in blocks of 128 rows x 1, transposed."""
     tiles, width = plan.expert.shape[0], x.shape[1]
     blocks = _blocks(width)
@@ -107,7 +107,7 @@ def quantized_weight(w: Tensor, *, gates: int = 1, transposed: bool = False) -> 
 
 
 def _rows_product(
-    left: Quantized, right: Quantized, plan: Plan, out: Tensor, routing: Routing | None = None
+    left: Quantized, right: Quantized, plan: TilePlan, out: Tensor, routing: Routing | None = None
 ) -> Tensor:
     """Compute `out[r] = left[r] @ right[e]^T`, times the combine weights of `routing`."""
     order = weights = None
@@ -122,7 +122,12 @@ def _rows_product(
 
 
 def _weight_gradient(
-    left: Quantized, right: Quantized, weight: Tensor, plan: Plan, gates: int, total: Tensor | None
+    left: Quantized,
+    right: Quantized,
+    weight: Tensor,
+    plan: TilePlan,
+    gates: int,
+    total: Tensor | None,
 ) -> Tensor | None:
     """left^T right of each expert, [E, N, K]; with `total`, add to it and return None."""
     if total is not None and not total.is_contiguous():

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 #: Maximum rows of a block: its rows and intermediate results should stay in a core's cache.
-_LONGEST_PIECE = 256
+_LARGEST_BLOCK = 256
 
 
 def experts_forward(
@@ -128,7 +128,7 @@ def _block_sizes(hidden: int, width: int, up: int) -> tuple[int, ...]:
         )
     ]
     return best_sizes(
-        [{n: rows for n, rows in found.items() if n <= _LONGEST_PIECE} for found in trials]
+        [{n: rows for n, rows in found.items() if n <= _LARGEST_BLOCK} for found in trials]
     )
 
 

@@ -128,7 +128,7 @@ def moe_experts(
         if fp8:
             result = implementation.experts(x, routing, w_up, w_down, activation, main_grads)
         else:
-            _refuse_main_grad(accumulate_main_grad)
+            _reject_main_grad(accumulate_main_grad)
             result = implementation.experts(x, routing, w_up, w_down, activation)
         return result
     inputs = (x, routing.weights, w_up, w_down)
@@ -184,7 +184,7 @@ def grouped_gemm(
         raise ValueError("grouped_gemm: " + "; ".join(faults))
     implementation = OP.choose(x, w, backend=backend)
     if not hasattr(implementation, "grouped_gemm_backward_x"):
-        _refuse_main_grad(accumulate_main_grad)
+        _reject_main_grad(accumulate_main_grad)
         result: Tensor = implementation.grouped_gemm(x, w, offsets)
         return result
     output: Tensor = _GroupedGemm.apply(
@@ -376,7 +376,7 @@ def _main_grads(accumulate: bool, *weights: Tensor) -> tuple[Tensor | None, ...]
     )
 
 
-def _refuse_main_grad(accumulate: bool) -> None:
+def _reject_main_grad(accumulate: bool) -> None:
     if accumulate:
         raise ValueError(
             "the reference implementation leaves gradients to autograd and has no "

@@ -104,7 +104,7 @@ def resident_programs(compiled: Any, device: torch.device) -> int:
     # The type's stub does not declare the registers.
     properties: Any = torch.cuda.get_device_properties(device)
     threads = 32 * compiled.metadata.num_warps
-    # Registers are handed out to warps in groups of 8 a thread.
+    # Registers are allocated to warps in groups of 8 a thread.
     registers = triton.cdiv(max(compiled.n_regs, 1), 8) * 8 * threads
     shared = compiled.metadata.shared + _RESERVED_SHARED
     blocks = min(

@@ -43,7 +43,7 @@ from nemocascade_kernels.moe_experts.triton_permute import (
     permute_kernel,
     unpermute_gradient_kernel,
     weights_gradient_kernel,
-    zero_tail_kernel,
+    zero_padding_kernel,
 )
 
 _PLAN_BLOCK = 128
@@ -66,7 +66,7 @@ def _matrices(stack: Tensor, tile: Tile, by_column: bool, arch: int) -> tuple[An
     return TensorDescriptor.from_tensor(stack, [1, *block]), True
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     """The rows of each row tile; see `plan_kernel`."""
 
     offsets: Tensor
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
     tiles: Tensor
 
 
-def make_plan(offsets: Tensor, rows: int) -> Plan:
+def make_plan(offsets: Tensor, rows: int) -> TilePlan:
     """Plan for at most `rows` sorted rows."""
     num_experts = offsets.shape[0] - 1
     most = rows // ROWS_OF_TILE + min(num_experts, rows)
@@ -86,13 +86,13 @@ def make_plan(offsets: Tensor, rows: int) -> Plan:
         E=num_experts, BLOCK_E=triton.next_power_of_2(num_experts), ROWS=ROWS_OF_TILE,
         BLOCK=_PLAN_BLOCK,
     )  # fmt: skip
-    return Plan(offsets, expert, row, tiles)
+    return TilePlan(offsets, expert, row, tiles)
 
 
 def _rows_product(
     left: Tensor,
     right: Tensor,
-    plan: Plan,
+    plan: TilePlan,
     rows: int,
     *,
     by_column: bool,
@@ -128,7 +128,7 @@ def grouped_gemm(x: Tensor, w: Tensor, offsets: Tensor, *, by_column: bool = Tru
     plan = make_plan(offsets, rows)
     out = _rows_product(x.contiguous(), w.contiguous(), plan, rows, by_column=by_column)
     if out.numel():
-        zero_tail_kernel[(multiprocessors(out.device),)](
+        zero_padding_kernel[(multiprocessors(out.device),)](
             out, offsets[-1:], rows, out.shape[1], BLOCK=_TAIL_BLOCK
         )
     return out
@@ -264,7 +264,7 @@ def experts_forward(
 def _token_sums(
     left: Tensor,
     right: Tensor,
-    plan: Plan,
+    plan: TilePlan,
     routing: Routing,
     *,
     by_column: bool,

@@ -29,7 +29,7 @@ def permute_kernel(
 
 
 @triton.jit
-def zero_tail_kernel(out_ptr, filled_ptr, rows, width, BLOCK: tl.constexpr):
+def zero_padding_kernel(out_ptr, filled_ptr, rows, width, BLOCK: tl.constexpr):
     """Write zeros from row `filled` on, with a fixed number of programs."""
     size = (rows - tl.load(filled_ptr)).to(tl.int64) * width
     begin = out_ptr + tl.load(filled_ptr).to(tl.int64) * width

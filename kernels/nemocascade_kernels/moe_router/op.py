@@ -172,13 +172,13 @@ def _check(
         faults.append(f"num_groups={settings.num_groups} must divide the {count} experts")
     elif not 1 <= settings.top_groups <= settings.num_groups:
         faults.append(
-            f"top_groups={settings.top_groups} must lie in 1..num_groups={settings.num_groups}"
+            f"top_groups={settings.top_groups} must be in 1..num_groups={settings.num_groups}"
         )
     else:
         reachable = count // settings.num_groups * settings.top_groups
         if not 1 <= settings.top_k <= reachable:
             faults.append(
-                f"top_k={settings.top_k} must lie in 1..{reachable}, the experts a token can reach"
+                f"top_k={settings.top_k} must be in 1..{reachable}, the experts a token can reach"
             )
     if tokens * settings.top_k >= _MOST_SLOTS:
         faults.append(_too_many(tokens * settings.top_k))

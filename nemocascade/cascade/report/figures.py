@@ -162,7 +162,7 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
         color, dash = style_of(line.style)
         steps, values = thinned(line.curve)
         if line.dots or len(steps) == 1:
-            # Dots lie over the curve, outlined in the page's colour so that they stand out.
+            # Dots are over the curve, outlined in the page's colour so that they stand out.
             ax.plot(steps, values, "o", ms=4, color=color, mec=PAPER, mew=0.8, clip_on=False)
         elif len(steps) >= SMOOTH_FROM:
             ax.plot(steps, values, color=color, alpha=0.3, lw=0.8)

@@ -42,7 +42,7 @@ def phase_seconds(stage: Stage) -> dict[str, float]:
         curve = stage.curves.get(name, ())
         if not curve:
             return 0.0
-        # With log.every above 1, the lines stand for all steps.
+        # With log.every above 1, the lines represent all steps.
         steps = max(points[-1][0] for points in stage.curves.values() if points)
         return sum(value for _, value in curve) * max(1.0, steps / len(curve))
 

@@ -181,8 +181,8 @@ def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
     if len(text) <= longest:
         return text
     tail = longest // 4
-    left_out = len(text) - longest
-    return f"{text[: longest - tail]}\n[… {left_out:,} characters left out …]\n{text[-tail:]}"
+    omitted = len(text) - longest
+    return f"{text[: longest - tail]}\n[… {omitted:,} characters omitted …]\n{text[-tail:]}"
 
 
 def _metrics(path: Path, faults: Faults, *, wanted: bool) -> dict[str, Curve]:
@@ -198,7 +198,7 @@ def _metrics(path: Path, faults: Faults, *, wanted: bool) -> dict[str, Curve]:
             faults.add(path, "lines without a step, skipped")
             continue
         if int(step) in by_step:
-            faults.add(path, "steps that stand twice: the later line counts")
+            faults.add(path, "steps with two lines: the later one counts")
         by_step[int(step)] = row
     curves: dict[str, list[tuple[int, float]]] = {}
     for step, row in sorted(by_step.items()):
@@ -239,7 +239,7 @@ def _mappings(found: Any, path: Path, what: str, faults: Faults) -> Iterator[Map
         if isinstance(entry, Mapping):
             yield entry
         else:
-            faults.add(path, f"{what} that is no object, skipped")
+            faults.add(path, f"{what} that is not an object, skipped")
 
 
 def _mapping(found: Any) -> Mapping[str, Any]:

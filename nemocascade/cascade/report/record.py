@@ -119,6 +119,6 @@ class Run:
         return [s.name for s in self.stages].index(name) + 1
 
     def in_points(self, domain: str) -> bool:
-        """True if all scores of a domain lie in 0..1; they are then shown times 100."""
+        """True if all scores of a domain are in 0..1; they are then shown times 100."""
         values = [s.scores[domain].score for s in self.scored if domain in s.scores]
         return all(value is None or 0 <= value <= 1 for value in values)

@@ -109,7 +109,7 @@ def _change(before: float | None, after: float | None, points: bool) -> str:
 
 
 def other_scales(run: Run) -> list[str]:
-    """Domains whose scores do not lie in 0..1."""
+    """Domains whose scores are not in 0..1."""
     return [domain for domain in run.domains if not run.in_points(domain)]
 
 
@@ -119,7 +119,7 @@ def verifier_errors(run: Run) -> int:
 
 
 def mean_score(run: Run, stage: Stage) -> float | None:
-    """Mean over the domains whose scores lie in 0..1; None unless the stage has all of them."""
+    """Mean over the domains whose scores are in 0..1; None unless the stage has all of them."""
     values = [value_of(stage, domain) for domain in run.domains if run.in_points(domain)]
     found = [value for value in values if value is not None]
     return sum(found) / len(found) if found and len(found) == len(values) else None

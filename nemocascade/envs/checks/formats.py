@@ -36,14 +36,14 @@ def value_of(kind: str, text: str, schema: Any) -> Any:
         raise ValueError(str(error)) from error
     except (yaml.YAMLError, csv.Error, xmltodict.expat.ExpatError) as error:
         raise ValueError(str(error)) from error
-    raise ValueError(f"{kind} is none of {', '.join(KINDS)}")
+    raise ValueError(f"{kind} is not one of {', '.join(KINDS)}")
 
 
 def _of_element(value: Any, schema: Any) -> Any:
     """Return an XML element as the value that the schema describes, as far as it can be."""
     kinds = _kinds(schema)
     if "array" in kinds:
-        # The elements of a list stand in one element that has no other.
+        # The elements of a list are in one element that has no other.
         if isinstance(value, dict) and len(value) == 1:
             value = next(iter(value.values()))
         listed = value if isinstance(value, list) else [] if value is None else [value]

@@ -61,14 +61,14 @@ def problem(schema: dict[str, Any], text: str, kind: str = "json") -> str | None
     validator = _validator(schema)
     try:
         if kind == "json":
-            value = json.loads(text, parse_constant=_refuse)
+            value = json.loads(text, parse_constant=_reject)
         else:
             value = formats.value_of(kind, text, schema)
         # YAML has keys of other types, and CSV puts surplus cells under None.
         odd = any(not isinstance(key, str) for part in _parts(value) for key in part)
     except (ValueError, RecursionError) as error:
         return f"not {kind.upper()}: {error}"[:300]
-    return "a key is no text" if odd else _violation(validator, value)
+    return "a key is not text" if odd else _violation(validator, value)
 
 
 def call_problem(
@@ -99,7 +99,7 @@ def typed(value: Any, schema: Any) -> Any:
         return value
     for read in (json.loads, ast.literal_eval):
         try:
-            found = json.loads(json.dumps(read(value.strip())), parse_constant=_refuse)
+            found = json.loads(json.dumps(read(value.strip())), parse_constant=_reject)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
         kinds = {_KINDS[type(found)]}
@@ -174,5 +174,5 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
             yield from _parts(inner)
 
 
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+def _reject(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

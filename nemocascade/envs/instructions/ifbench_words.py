@@ -189,7 +189,7 @@ def keywords(
 
 
 def keyword_position(text: str, splitter: Splitter, keyword: str, n: int, m: int) -> bool:
-    """Unlike `keywords:keyword_specific_position`: in any case, marks are no words."""
+    """Unlike `keywords:keyword_specific_position`: in any case, marks are not words."""
     sentences = splitter.sentences(text)
     if not 1 <= n <= len(sentences):
         return False
@@ -198,7 +198,7 @@ def keyword_position(text: str, splitter: Splitter, keyword: str, n: int, m: int
 
 
 def second_and_last(text: str, splitter: Splitter, keyword: str) -> bool:
-    """The second and the last but one word are the key word; a mark at the end is no word."""
+    """The second and the last but one word are the key word; a mark at the end is not a word."""
     words = splitter.words(text)
     end = -3 if words and words[-1] in PUNCTUATION else -2
     if len(words) < -end:

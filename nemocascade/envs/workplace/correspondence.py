@@ -160,7 +160,7 @@ class Correspondence(Databases):
     def _send(self, recipient: Any, subject: Any, body: Any) -> None:
         address = lower("recipient", recipient)
         if "@" not in address or "." not in address:
-            raise CallError(f"{recipient!r} is no e-mail address")
+            raise CallError(f"{recipient!r} is not an e-mail address")
         table = self.tables["emails"]
         table.add(
             {

@@ -104,7 +104,7 @@ def time_of(text: Any) -> datetime:
             return datetime(year, month, day, hour, minute, second)
         return datetime.fromisoformat(text).replace(tzinfo=None)
     except ValueError:
-        raise CallError(f"{text!r} is no time of the form YYYY-MM-DD HH:MM:SS") from None
+        raise CallError(f"{text!r} is not a time of the form YYYY-MM-DD HH:MM:SS") from None
 
 
 def page_of(name: str, found: Sequence[Record], page: int, page_size: int) -> Any:

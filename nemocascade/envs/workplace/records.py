@@ -121,7 +121,7 @@ class Records(Databases):
         if assigned_to_email:
             address = lower("assigned_to_email", assigned_to_email)
             if not _ADDRESS.fullmatch(address):
-                raise CallError(f"{assigned_to_email!r} is no e-mail address")
+                raise CallError(f"{assigned_to_email!r} is not an e-mail address")
             found = [t for t in found if str(t["assigned_to_email"]).lower() == address]
         return found
 

@@ -115,7 +115,7 @@ class Table:
     def same(self, other: Table) -> bool:
         """Return True if labels and rows agree; only `_CASED` columns have a case.
 
-        Elsewhere, values that are no texts all count as missing.
+        Elsewhere, values that are not texts all count as missing.
         """
         return len(self.rows) == len(other.rows) and all(
             label == its and (mine is theirs or _folded(mine) == _folded(theirs))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nemocascade.megatron.checkpoint.errors import StorageProblem, storage_problem
 from nemocascade.megatron.checkpoint.storage import copied_to_host
-from nemocascade.megatron.checkpoint.writing import FolderTask, Outcome, Report, write_now
+from nemocascade.megatron.checkpoint.writing import FolderTask, Report, WriteOutcome, write_now
 from nemocascade.runtime.host_memory import available_memory
 from nemocascade.runtime.launcher import ranks_of_node
 from nemocascade.runtime.logging import LOGGER
@@ -38,13 +38,13 @@ _POLL_S = 0.2
 
 @dataclass(eq=False)
 class _Save:
-    """A save in progress. told: number of parts that rank 0 knows of. outcome: set at the end, on
-    ranks other than 0 only if they could not tell their report."""
+    """A save in progress. reported: number of parts that rank 0 knows of. outcome: set at the end,
+    on ranks other than 0 only if they could not send their report."""
 
     task: FolderTask
     thread: threading.Thread | None = None
-    told: int = 0
-    outcome: Outcome = field(default_factory=Outcome)
+    reported: int = 0
+    outcome: WriteOutcome = field(default_factory=WriteOutcome)
 
 
 class Writer:
@@ -103,13 +103,13 @@ class Writer:
         self._wait(save)
         self._save = None
         self.world.watch.meet()
-        outcomes: list[Outcome] = self.world.all_gather_object(save.outcome)
+        outcomes: list[WriteOutcome] = self.world.all_gather_object(save.outcome)
         for outcome in outcomes:
             outcome.check(save.task.final)
         return True
 
     def abandon(self) -> None:
-        """Wait on this rank alone until the save under way, if there is one, has ended.
+        """Wait on this rank alone until the running save, if there is one, has finished.
 
         After an error, so that a run completes its last save if its ranks can, and nothing writes
         to a folder that another job may own.
@@ -165,7 +165,7 @@ class Writer:
             self._complete(save)
         except Exception as error:  # raised by `finish`
             problem = f"rank {self.world.rank} cannot write its part: {error!r}"
-            save.outcome = Outcome(problems=[storage_problem(problem, error)])
+            save.outcome = WriteOutcome(problems=[storage_problem(problem, error)])
         if save.outcome.problems:
             LOGGER.error("%s: %s", name, "; ".join(save.outcome.problems))
         elif self.world.is_main:
@@ -178,7 +178,7 @@ class Writer:
             return
         store, key = self._store, f"{self._name}/{self._number}"
         store.set(f"{key}/{self.world.rank}", pickle.dumps(report))
-        store.add(f"{key}/told", 1)
+        store.add(f"{key}/reported", 1)
         if self.world.is_main:
             save.outcome = save.task.finish(self._reports(save, key))
 
@@ -186,18 +186,18 @@ class Writer:
         """The reports of all ranks, on rank 0."""
         store, size = self._store, self.world.size
         moved = time.monotonic()
-        while save.told < size:
-            told = store.add(f"{key}/told", 0)
-            if told > save.told:
-                save.told, moved = told, time.monotonic()
+        while save.reported < size:
+            reported = store.add(f"{key}/reported", 0)
+            if reported > save.reported:
+                save.reported, moved = reported, time.monotonic()
             elif time.monotonic() - moved > self._give_up_s:
-                problem = f"{size - told} ranks do not finish their files"
-                return [Outcome(problems=[StorageProblem(problem)])]
+                problem = f"{size - reported} ranks do not finish their files"
+                return [WriteOutcome(problems=[StorageProblem(problem)])]
             else:
                 time.sleep(min(_POLL_S, 0.005 + (time.monotonic() - moved) / 20))
         keys = [f"{key}/{rank}" for rank in range(size)]
         reports = [pickle.loads(data) for data in store.multi_get(keys)]
-        for name in (*keys, f"{key}/told"):
+        for name in (*keys, f"{key}/reported"):
             store.delete_key(name)
         return reports
 
@@ -210,8 +210,8 @@ class Writer:
             size = 0
             with contextlib.suppress(OSError):
                 size = save.task.file.stat().st_size
-            if seen != (seen := (size, save.told)):
-                self.world.watch.progress(f"{size} bytes written, {save.told} parts are done")
+            if seen != (seen := (size, save.reported)):
+                self.world.watch.progress(f"{size} bytes written, {save.reported} parts are done")
 
 
 def _is_running(save: _Save) -> bool:

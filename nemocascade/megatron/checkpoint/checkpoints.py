@@ -209,5 +209,5 @@ def _extra_problems(extra: dict[str, Any]) -> list[str]:
     try:
         same = json.loads(json.dumps(extra, allow_nan=False)) == extra
     except (TypeError, ValueError) as error:
-        return [f"extra is no JSON: {error}"]
+        return [f"extra is not JSON: {error}"]
     return [] if same else ["extra changes when written as JSON: use lists and string keys"]

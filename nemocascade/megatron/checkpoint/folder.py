@@ -173,7 +173,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             folder,
-            [f"{MANIFEST} is missing: this is no complete {kind}{_remedy(folder, kind)}"],
+            [f"{MANIFEST} is missing: this is not a complete {kind}{_remedy(folder, kind)}"],
         ) from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         problem = f"{MANIFEST} cannot be read: {error!r}"
@@ -220,7 +220,7 @@ def _malformed(manifest: dict[str, Any], kind: str) -> list[str]:
     if not isinstance(files, dict):
         return [*problems, f"{MANIFEST} lists no files"]
     if manifest.get("tokenizer") not in (None, *files):
-        problems.append(f"{MANIFEST} names a tokenizer that is no file of the folder")
+        problems.append(f"{MANIFEST} names a tokenizer that is not a file of the folder")
     return problems + [
         f"{MANIFEST} has a wrong entry for the file {name!r}"
         for name, record in files.items()

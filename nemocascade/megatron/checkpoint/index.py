@@ -108,8 +108,8 @@ def index_to_json(index: Index) -> dict[str, Any]:
 def index_from_json(value: Any, known: Container[str]) -> Index:
     """Inverse of `index_to_json`.
 
-    Raises ValueError if the value is no index, names a file that is not `known`, or has a tensor
-    whose shards do not tile it.
+    Raises ValueError if the value is not an index, names a file that is not `known`, or has a
+    tensor whose shards do not tile it.
     """
     try:
         files = value["files"]
@@ -126,11 +126,11 @@ def index_from_json(value: Any, known: Container[str]) -> Index:
         foreign = [file for file in files if file not in known]
         problems = [p for key, entry in index.items() for p in _tiling_problems(key, entry)]
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"it is no index of tensors: {error!r}") from error
+        raise ValueError(f"it is not an index of tensors: {error!r}") from error
     problems += [
-        f"{entry.dtype!r} is no dtype" for entry in index.values() if entry.dtype not in DTYPES
+        f"{entry.dtype!r} is not a dtype" for entry in index.values() if entry.dtype not in DTYPES
     ]
-    problems += [f"it names {file!r}, which is no file of this folder" for file in foreign]
+    problems += [f"it names {file!r}, which is not a file of this folder" for file in foreign]
     if problems:
         raise ValueError("; ".join(problems))
     return index
@@ -142,5 +142,5 @@ def _box(shard: dict[str, Any]) -> Box:
 
 def _sizes(value: list[Any]) -> tuple[int, ...]:
     if wrong := [n for n in value if type(n) is not int or not 0 <= n < 2**63]:
-        raise ValueError(f"{str(wrong[0])[:80]!r} is no size of a tensor")
+        raise ValueError(f"{str(wrong[0])[:80]!r} is not a size of a tensor")
     return tuple(value)

@@ -185,7 +185,7 @@ class _Owners:
             n == 1 or a == b for n, a, b in zip(view.shape, view.stride(), strides, strict=True)
         )
         if not owner.is_contiguous() or not regular:
-            raise TypeError(f"{leaf.key}: its sharded tensor is no rectangle of {name}")
+            raise TypeError(f"{leaf.key}: its sharded tensor is not a rectangle of {name}")
         offset = []
         for stride in strides:
             offset.append(skipped // stride)

@@ -37,7 +37,7 @@ _Wanted = tuple[str, Box]
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Region:
     """Consecutive bytes of a file: a box of a global tensor. key: "" for bytes of no tensor."""
 
     key: str
@@ -48,10 +48,10 @@ class _Piece:
     def num_bytes(self) -> int:
         return self.box.volume * self.dtype.itemsize
 
-    def split(self, limit: int) -> list[_Piece]:
-        """Pieces of at most `limit` bytes, in the order of the file."""
+    def split(self, limit: int) -> list[_Region]:
+        """Regions of at most `limit` bytes, in the order of the file."""
         boxes = self.box.split(max(1, limit // self.dtype.itemsize))
-        return [_Piece(self.key, box, self.dtype) for box in boxes]
+        return [_Region(self.key, box, self.dtype) for box in boxes]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _File:
     """A file that is read once, in order, and hashed.
 
     record: its entry in the manifest. stored: its tensors. order: numbers of `stored` in the order
-    of the file; -n stands for n bytes of no tensor. problem: the reason why it cannot be used.
+    of the file; -n means n bytes of no tensor. problem: the reason why it cannot be used.
     """
 
     def __init__(self, path: Path, record: Mapping[str, Any], stored: Sequence[_Stored]) -> None:
@@ -226,7 +226,7 @@ class FolderStream:
         for number in range(max(map(len, chunks), default=0)):
             now = [found[number] if number < len(found) else (0, []) for found in chunks]
             leaving = self._leaving(*now[self.world.rank], receivers)
-            self._exchange(leaving, _arriving([pieces for _, pieces in now], mine))
+            self._exchange(leaving, _arriving([regions for _, regions in now], mine))
         for file in self._files:
             file.close()
         return self._problems()
@@ -234,38 +234,38 @@ class FolderStream:
     def _problems(self) -> list[str]:
         return [file.problem for file in self._files if file.problem is not None]
 
-    def _chunks(self) -> list[list[tuple[int, list[_Piece]]]]:
-        """Pieces of a file, and its number, for every rank and round."""
+    def _chunks(self) -> list[list[tuple[int, list[_Region]]]]:
+        """Regions of a file, and its number, for every rank and round."""
         orders = self.world.all_gather_object([file.order for file in self._files])
         sources = max(1, min(self.world.size, len(self._names)))
         limit = max(SMALLEST_CHUNK, min(CHUNK_BYTES, ROUND_BYTES // sources))
-        found: list[list[tuple[int, list[_Piece]]]] = []
+        found: list[list[tuple[int, list[_Region]]]] = []
         for rank, files in enumerate(orders):
             found.append([])
             names = self._names[rank :: self.world.size]
             for number, (name, order) in enumerate(zip(names, files, strict=True)):
-                pieces = [p for n in order for p in _piece(self._stored[name], n).split(limit)]
-                buckets = consecutive([p.num_bytes for p in pieces], limit)
-                found[-1] += [(number, [pieces[n] for n in bucket]) for bucket in buckets]
+                regions = [p for n in order for p in _region(self._stored[name], n).split(limit)]
+                buckets = consecutive([p.num_bytes for p in regions], limit)
+                found[-1] += [(number, [regions[n] for n in bucket]) for bucket in buckets]
         return found
 
     def _leaving(
         self,
         number: int,
-        pieces: Sequence[_Piece],
+        regions: Sequence[_Region],
         receivers: Mapping[str, Sequence[tuple[int, Box]]],
     ) -> dict[int, list[Tensor]]:
-        """Read the pieces of a file; returns the parts that each rank wants, in order."""
+        """Read the regions of a file; returns the parts that each rank wants, in order."""
         leaving: dict[int, list[Tensor]] = {}
-        if not pieces:
+        if not regions:
             return leaving
-        data = self._files[number].read(sum(p.num_bytes for p in pieces))
-        for piece, part in zip(pieces, data.split([p.num_bytes for p in pieces]), strict=True):
-            values = _values(part, piece.dtype, piece.box.size)
-            for rank, box in receivers.get(piece.key, ()):
-                common = piece.box.intersect(box)
+        data = self._files[number].read(sum(p.num_bytes for p in regions))
+        for region, part in zip(regions, data.split([p.num_bytes for p in regions]), strict=True):
+            values = _values(part, region.dtype, region.box.size)
+            for rank, box in receivers.get(region.key, ()):
+                common = region.box.intersect(box)
                 if common is not None:
-                    inner = values[common.relative_to(piece.box.offset).slices()]
+                    inner = values[common.relative_to(region.box.offset).slices()]
                     leaving.setdefault(rank, []).append(inner)
         return leaving
 
@@ -305,26 +305,26 @@ class _Place:
 
 
 def _arriving(
-    pieces: Sequence[Sequence[_Piece]], wanted: Mapping[str, Sequence[TensorShard]]
+    regions: Sequence[Sequence[_Region]], wanted: Mapping[str, Sequence[TensorShard]]
 ) -> dict[int, list[_Place]]:
-    """The places of what each rank sends in a round, in the order of its pieces."""
+    """The places of what each rank sends in a round, in the order of its regions."""
     found: dict[int, list[_Place]] = {}
-    for source, read in enumerate(pieces):
-        for piece in read:
-            for shard in wanted.get(piece.key, ()):
-                common = piece.box.intersect(shard.box)
+    for source, read in enumerate(regions):
+        for region in read:
+            for shard in wanted.get(region.key, ()):
+                common = region.box.intersect(shard.box)
                 if common is not None:
                     inner = shard.tensor.detach()[common.relative_to(shard.box.offset).slices()]
-                    found.setdefault(source, []).append(_Place(inner, piece.dtype))
+                    found.setdefault(source, []).append(_Place(inner, region.dtype))
     return found
 
 
-def _piece(stored: Sequence[_Stored], number: int) -> _Piece:
-    """The piece that a number of a file's order stands for."""
+def _region(stored: Sequence[_Stored], number: int) -> _Region:
+    """The region of a number in a file's order."""
     if number < 0:
-        return _Piece("", whole((-number,)), torch.uint8)
+        return _Region("", whole((-number,)), torch.uint8)
     found = stored[number]
-    return _Piece(found.key, found.shard.box, DTYPES[found.dtype])
+    return _Region(found.key, found.shard.box, DTYPES[found.dtype])
 
 
 def _values(data: Tensor, dtype: torch.dtype, size: tuple[int, ...]) -> Tensor:

@@ -39,7 +39,7 @@ from nemocascade.runtime.world import World
 
 
 @dataclass(frozen=True)
-class Outcome:
+class WriteOutcome:
     """The end of a write: the manifest's digest, or the problems. nonfinite: they are of weights
     or optimizer state that are NaN or infinite."""
 
@@ -55,7 +55,7 @@ class Outcome:
             )
 
 
-Report = WrittenFile | Outcome
+Report = WrittenFile | WriteOutcome
 """A rank's file, or why it could not be written."""
 
 
@@ -94,23 +94,23 @@ class FolderTask:
             return write_shards(self.temporary, self.file.name, self.shards)
         except OSError as error:
             problem = f"rank {self.rank} cannot write its file: {error}"
-            return Outcome(problems=[storage_problem(problem, error)])
+            return WriteOutcome(problems=[storage_problem(problem, error)])
         except NonFiniteWeightsError as error:
-            return Outcome(problems=error.problems, nonfinite=True)
+            return WriteOutcome(problems=error.problems, nonfinite=True)
 
-    def finish(self, reports: Sequence[Report]) -> Outcome:
+    def finish(self, reports: Sequence[Report]) -> WriteOutcome:
         """Complete the folder on rank 0, or remove what was written if a rank has a problem."""
-        failed = [r for r in reports if isinstance(r, Outcome)]
+        failed = [r for r in reports if isinstance(r, WriteOutcome)]
         if found := [f for f in failed if f.nonfinite] or failed:
             problems = list(dict.fromkeys(p for f in found for p in f.problems))
-            outcome = Outcome(problems=problems, nonfinite=found[0].nonfinite)
+            outcome = WriteOutcome(problems=problems, nonfinite=found[0].nonfinite)
         else:
             outcome = self._complete([r for r in reports if isinstance(r, WrittenFile)])
         if outcome.problems:
             shutil.rmtree(self.temporary, ignore_errors=True)
         return outcome
 
-    def _complete(self, written: Sequence[WrittenFile]) -> Outcome:
+    def _complete(self, written: Sequence[WrittenFile]) -> WriteOutcome:
         try:
             digest, problems = finish_folder(
                 self.temporary, self.final, self.kind, written, self.documents, self.fields
@@ -120,7 +120,7 @@ class FolderTask:
         except OSError as error:
             digest = ""
             problems = [storage_problem(f"rank 0 cannot complete it: {error}", error)]
-        return Outcome(digest, problems)
+        return WriteOutcome(digest, problems)
 
 
 def open_folder(
@@ -181,7 +181,7 @@ def write_folder(
 def write_now(task: FolderTask, world: World) -> str:
     """Write an opened folder; see `write_folder`. Every rank calls it."""
     reports: list[Report] = world.all_gather_object(task.write())
-    outcome: Outcome = world.broadcast_object(task.finish(reports) if world.is_main else None)
+    outcome: WriteOutcome = world.broadcast_object(task.finish(reports) if world.is_main else None)
     outcome.check(task.final)
     return outcome.digest
 

@@ -11,7 +11,7 @@ from nemocascade.runtime.stored_records import record_of
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-# Types of the settings that are no field of ours, and of their elements.
+# Types of the settings that are not fields of ours, and of their elements.
 _TYPES: dict[str, tuple[Any, Any]] = {
     "architectures": (list, str),
     "layers_block_type": (list, str),

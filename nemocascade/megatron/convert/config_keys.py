@@ -1,7 +1,7 @@
 """Keys of a `config.json`: spellings, fixed values, and keys without effect on the model.
 
 Every key of a folder is read, or has the one value that our model has, or is listed here as
-harmless. Any other key is a refusal: it may change what the model computes.
+harmless. Any other key is an error: it may change what the model computes.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def one_spelling(config: Config, family: Family) -> tuple[dict[str, Any], list[s
         if other not in found:
             continue
         value = found.pop(other)
-        # Null is no value: the other spelling has it.
+        # Null is not a value: the other spelling has it.
         if found.get(name) is None:
             found[name] = value
         elif value is not None and found[name] != value:
@@ -164,7 +164,7 @@ def layer_pattern(config: Config) -> tuple[str, list[str]]:
     if types is not None:
         unknown = sorted({str(t) for t in types} - set(_LAYER_TYPES))
         problems += [
-            f"layers_block_type holds {name!r}, which is no layer here" for name in unknown
+            f"layers_block_type holds {name!r}, which is not a layer here" for name in unknown
         ]
         spelled["layers_block_type"] = "".join(_LAYER_TYPES.get(t, "?") for t in types)
     if written := config.get("hybrid_override_pattern"):
@@ -179,7 +179,7 @@ def layer_pattern(config: Config) -> tuple[str, list[str]]:
     if count is not None and count != len(pattern):
         problems.append(
             f"num_hidden_layers({count}) in config.json, but {pattern} has {len(pattern)} layers: "
-            "set it to their number, or mend the pattern"
+            "set it to their number, or fix the pattern"
         )
     return pattern, problems
 
@@ -200,7 +200,7 @@ def width_problems(config: Config, pattern: str) -> list[str]:
         if hidden and heads and width and expand * hidden != heads * width:
             problems.append(
                 f"expand({expand!r}) x hidden_size({hidden}) in config.json is not the inner width "
-                f"mamba_num_heads({heads}) x mamba_head_dim({width}) = {heads * width}: mend what "
+                f"mamba_num_heads({heads}) x mamba_head_dim({width}) = {heads * width}: fix what "
                 "the weights do not have"
             )
     return problems

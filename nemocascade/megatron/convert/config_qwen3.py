@@ -132,7 +132,7 @@ def to_qwen3(shape: ModelConfig) -> dict[str, Any]:
     problems = differences(shape, _QWEN3_OURS)
     layers = shape.num_layers // 2
     if shape.pattern != "*-" * layers:
-        problems.append(f"model.pattern({shape.pattern}) is no sequence of *-")
+        problems.append(f"model.pattern({shape.pattern}) is not a sequence of *-")
     if problems:
         raise ConfigError(problems)
     return {
@@ -149,7 +149,7 @@ def to_qwen3_moe(shape: ModelConfig) -> dict[str, Any]:
     problems = differences(shape, _QWEN3_MOE_OURS)
     mixers, mlps = shape.pattern[::2], shape.pattern[1::2]
     if set(mixers) != {"*"} or not set(mlps) <= {"E", "-"} or len(mixers) != len(mlps):
-        problems.append(f"model.pattern({shape.pattern}) is no sequence of *E and *-")
+        problems.append(f"model.pattern({shape.pattern}) is not a sequence of *E and *-")
     if problems:
         raise ConfigError(problems)
     return {

@@ -255,7 +255,7 @@ def _read_origin(source: Path) -> Origin | None:
         origin = record_of(Origin, read_json(source / ORIGIN))
         model_of_config(origin.config)
         if unknown := {origin.dtypes.main, *origin.dtypes.others.values()} - DTYPES.keys():
-            raise ValueError(f"{min(unknown)[:80]!r} is no dtype")
+            raise ValueError(f"{min(unknown)[:80]!r} is not a dtype")
     except ValueError as error:
         raise ConversionError(source, [f"{ORIGIN} is damaged: {error}"]) from None
     return origin

@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConversionError(path.parent, [f"{path.name} is missing"]) from None
     except (ValueError, RecursionError) as error:
-        raise ConversionError(path.parent, [f"{path.name} is no JSON: {error}"]) from None
+        raise ConversionError(path.parent, [f"{path.name} is not JSON: {error}"]) from None
     if not isinstance(value, dict):
         raise ConversionError(path.parent, [f"{path.name} holds no JSON object"])
     return value
@@ -58,7 +58,7 @@ def read_index(folder: Path) -> Index:
     problems: list[str] = []
     for file in files:
         if Path(file).name != file:
-            problems.append(f"{WEIGHTS_INDEX} names {file!r}, which is no file of this folder")
+            problems.append(f"{WEIGHTS_INDEX} names {file!r}, which is not a file of this folder")
             continue
         try:
             header = _read_header(folder / file)
@@ -93,7 +93,7 @@ def _read_header(path: Path) -> dict[str, Any]:
             raise ValueError(f"its header of {length} bytes is longer than the file")
         header: dict[str, Any] = json.loads(file.read(length))
     if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     header.pop("__metadata__", None)
     if wrong := [name for name, entry in header.items() if not _is_entry(entry)]:
         raise ValueError(f"its header describes no tensor as {wrong[0][:80]!r}")

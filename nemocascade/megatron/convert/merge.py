@@ -34,7 +34,7 @@ def merge_adapter(source: Path, target: Path, base: Path | None = None) -> tuple
     """Write the artifact `target` from the adapter `source`; returns its bytes and the number of
     merged tensors.
 
-    base: folder of the artifact that the adapter stands on; None is the one that it names.
+    base: folder of the adapter's base artifact; None is the one that it names.
 
     Raises ConversionError if `target` exists or `base` is another artifact, and CheckpointError if
     a folder is damaged.
@@ -43,7 +43,7 @@ def merge_adapter(source: Path, target: Path, base: Path | None = None) -> tuple
     folder = base or Path(adapter.artifact.parent or "")
     if base is None and not folder.is_dir():
         raise ConversionError(
-            source, [f"its base, {folder}, is no folder here: name it with --base FOLDER"]
+            source, [f"its base, {folder}, is not a folder here: name it with --base FOLDER"]
         )
     on, stored = open_artifact(folder)
     problems = adapter.base_problems(on) or index_problems(index, stored)

@@ -41,7 +41,7 @@ def blocks_of(tokens: int, size: int) -> int:
 
 
 @dataclass(frozen=True)
-class StateBytes:
+class CacheBytes:
     """Bytes that generation keeps on a rank: token, of a cached token's keys and values; slot, of
     a sequence's Mamba states."""
 
@@ -49,7 +49,7 @@ class StateBytes:
     slot: int
 
 
-def state_bytes(model: ModelConfig, layers: str, tp: int, width: int) -> StateBytes:
+def state_bytes(model: ModelConfig, layers: str, tp: int, width: int) -> CacheBytes:
     """Sizes for a rank.
 
     layers: pattern of the rank's layers. tp: tensor-parallel ranks. width: bytes of a parameter.
@@ -57,7 +57,7 @@ def state_bytes(model: ModelConfig, layers: str, tp: int, width: int) -> StateBy
     heads = max(model.num_kv_heads // tp, 1)
     convolution = (model.mamba_conv - 1) * model.mamba_channels * width
     scan = model.mamba_inner * model.mamba_state * 4
-    return StateBytes(
+    return CacheBytes(
         token=layers.count("*") * 2 * heads * model.head_dim * width,
         slot=layers.count("M") * (convolution + scan) // tp,
     )
@@ -78,7 +78,7 @@ class CacheMemory:
     of a block."""
 
     budget: int
-    each: StateBytes
+    each: CacheBytes
     size: int
 
     @property

@@ -33,7 +33,7 @@ class Attention(MegatronModule):
     With fewer key/value heads than TP ranks, the ranks that share a key/value head gather its
     projection and each takes its own query heads, as in Megatron; the weights stay sharded.
     Under context parallelism queries stay on their rank and keys and values are gathered, which
-    grouped queries make small. A pack whose documents lie within segments exchanges nothing.
+    grouped queries make small. A pack whose documents are within segments exchanges nothing.
     use_te: Transformer Engine computes the attention of CUDA tensors, except that over gathered
     keys.
     Raises ValueError if the heads cannot be sharded this way.

@@ -30,7 +30,7 @@ def dispatched_by_deepep(
     dispatch: Any = fused_a2a.fused_dispatch
     combine: Any = fused_a2a.fused_combine
     local = routing.num_experts // group.size()
-    # In DeepEP, -1 is no expert.
+    # In DeepEP, -1 is not an expert.
     ids = routing.experts.long()
     ids = ids.masked_fill(ids == routing.num_experts, -1)
     rows, ids, weights, _, handle = dispatch(x, ids, routing.weights, routing.num_experts, group)

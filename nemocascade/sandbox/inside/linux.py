@@ -17,7 +17,7 @@ CLONE_NEWNET = 0x40000000
 NAMESPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
 PROGRAM_NAMESPACES = CLONE_NEWNS | CLONE_NEWPID
 """Those of a program in its worker's. The worker's host name, network and IPC are empty, and the
-seccomp filter lets no program leave anything there: it refuses sockets, queues and shared memory.
+seccomp filter lets no program leave anything there: it denies sockets, queues and shared memory.
 To make and remove one of each kind would take an eighth of a short program's time."""
 
 MS_RDONLY = 0x1

@@ -67,7 +67,7 @@ def program(machine: str, *, executes: bool) -> list[tuple[int, int, int, int]]:
     """
     clone, clone3 = _CLONE[machine]
     allowed = numbers(machine) + ([_EXECVE[machine]] if executes else [])
-    refuse = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
+    deny = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
     head = [
         (_LOAD, 0, 0, _ARCH),
         # Another architecture has other numbers: 32-bit calls would bypass the filter.
@@ -80,8 +80,8 @@ def program(machine: str, *, executes: bool) -> list[tuple[int, int, int, int]]:
         (_EQUAL, 0, 4, clone),
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
         (_ANY_BIT, 0, 1, _NEW_NAMESPACES),
-        refuse,
+        deny,
         (_RETURN, 0, 0, _ALLOW),
     ]
     tests = [(_EQUAL, len(allowed) - i, 0, number) for i, number in enumerate(allowed)]
-    return [*head, *tests, refuse, (_RETURN, 0, 0, _ALLOW)]
+    return [*head, *tests, deny, (_RETURN, 0, 0, _ALLOW)]

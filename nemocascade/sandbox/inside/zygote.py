@@ -30,9 +30,9 @@ CHANNEL_FD = 200
 """File descriptor of the worker's socket, above those of a program."""
 FDS = 5
 """File descriptors passed with a program: stdin, stdout, stderr, results, job."""
-LOOK_S = 0.05
+POLL_S = 0.05
 """Interval of reading a program's CPU time."""
-IDLE_LOOK_S = 1.0
+IDLE_POLL_S = 1.0
 """The same for a session without a running cell."""
 PATIENCE = 4.0
 """Longest waits for a CPU that a cell's wall-clock limit excludes, in units of that limit."""
@@ -63,7 +63,7 @@ def main(settings_text: str) -> None:
     try:
         _settle(settings)
     except (OSError, KeyError) as error:
-        channel.send(json.dumps({"refused": f"{type(error).__name__}: {error}"}).encode())
+        channel.send(json.dumps({"unavailable": f"{type(error).__name__}: {error}"}).encode())
         return
     channel.send(json.dumps({"ready": True}).encode())
     while True:
@@ -128,7 +128,7 @@ def _supervise(fds: list[int], settings: dict[str, Any], watch: Watch) -> dict[s
     if not text.isdigit():
         if settings["isolation"] == "none":
             shutil.rmtree(settings["scratch"], ignore_errors=True)
-        return {"refused": text or "the child that isolates a program died"}
+        return {"unavailable": text or "the child that isolates a program died"}
     program = int(text)
     over_time, waited_s = watch(program)
     _, status, usage = os.wait4(program, 0)
@@ -159,7 +159,7 @@ def _wait(
         poll.register(watched, select.POLLIN)
         poll.register(channel, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll(1000 * LOOK_S)}
+            ready = {fd for fd, _ in poll.poll(1000 * POLL_S)}
             if watched in ready:
                 return over_time, waited_s
             if channel.fileno() in ready:
@@ -197,8 +197,8 @@ def _attend(channel: socket.socket, settings: dict[str, Any], program: int) -> t
         poll.register(watched, select.POLLIN)
         poll.register(channel, select.POLLIN)
         while True:
-            look_s = IDLE_LOOK_S if wall_s == math.inf else LOOK_S
-            ready = {fd for fd, _ in poll.poll(1000 * look_s)}
+            poll_s = IDLE_POLL_S if wall_s == math.inf else POLL_S
+            ready = {fd for fd, _ in poll.poll(1000 * poll_s)}
             if watched in ready:
                 return over
             now = time.monotonic()

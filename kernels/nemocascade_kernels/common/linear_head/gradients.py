@@ -1,6 +1,6 @@
 """Gradients of a linear head that are computed in the forward pass, chunk by chunk.
 
-`HeadGradients` makes them from the gradients of chunks of logits; `HeadLoss` hands them out in
+`HeadGradients` makes them from the gradients of chunks of logits; `HeadLoss` returns them in
 backward.
 """
 
@@ -116,7 +116,7 @@ def checked_sum(loss: Tensor, rows: Rows) -> Tensor:
 
 
 class PassSettings(NamedTuple):
-    """How `HeadLoss` computes, and hands out its gradients.
+    """How `HeadLoss` computes and returns its gradients.
 
     name: of the op, for messages. compute: maps (hidden, weight, hidden_needs_grad,
     weight_needs_grad) to (loss, outputs..., hidden_grad, weight_grad). grad_scale: factor in the
@@ -154,7 +154,7 @@ class HeadLoss(torch.autograd.Function):
         settings: PassSettings = ctx.settings
         if ctx.gradients is None:
             raise RuntimeError(
-                f"{settings.name} has handed out its gradients already: they are made in the "
+                f"{settings.name} has returned its gradients already: they are made in the "
                 "forward pass and kept once. Call it again for another backward"
             )
         hidden_grad, weight_grad = ctx.gradients
