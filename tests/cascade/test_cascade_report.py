@@ -221,7 +221,8 @@ def test_a_run_of_side_branches_only_has_a_report(tmp_path: Path) -> None:
     (run / "cascade.json").write_text(json.dumps(state))
     page = check_page(write_report(run))
     columns = [str(a["class"]) for tag, a in page.elements if tag == "th" and "class" in a]
-    assert columns and "apart" not in columns, "a line apart from the main way, and there is none"
+    assert columns
+    assert "apart" not in columns, "a line apart from the main way, and there is none"
 
 
 def test_damage_is_counted_and_shown(tmp_path: Path) -> None:
