@@ -93,20 +93,13 @@ def detect(engine: EngineConfig, device: torch.device, *, moments: Moments = "fp
     overlap = _examine(_TE_OVERLAP, asked, device)
     flash = _examine(_FLASH_3, engine.flash_attention_3, device)
     triton = _triton(device)
-    if device.type == "cuda" and triton.used and engine.fla == "auto":
-        fla = _behind_triton()
-    else:
-        fla = _examine(_FLA, engine.fla, device)
-    mixer: MixerBackend | None = None
-    if device.type == "cuda":
-        mixer = "fla" if fla.used else "triton" if triton.used else "torch"
-    named = (
+    fla = _fla(engine, device, triton)
+    reasons = _missing(
         (engine.transformer_engine, (adam_te, te_attention)),
         (engine.apex, (adam_apex, gradient)),
         (engine.fla, (fla,)),
         (engine.flash_attention_3, (flash,)),
     )
-    reasons = _missing([f for setting, found in named if setting == "on" for f in found])
     reasons += _missing_modes(engine, experts, linears, overlap)
     if reasons:
         raise AcceleratorError("; ".join(reasons))
@@ -118,7 +111,7 @@ def detect(engine: EngineConfig, device: torch.device, *, moments: Moments = "fp
             fused_weight_gradient=gradient.used,
             te_linears=linears.used,
             te_overlap=overlap.used,
-            mamba2=mixer,
+            mamba2=_mixer(device, fla, triton),
             flash_attention=3 if flash.used else 2,
         ),
         findings=(
@@ -154,8 +147,26 @@ def _adams(engine: EngineConfig, device: torch.device, moments: Moments) -> tupl
     return te, apex
 
 
-def _missing(demanded: Sequence[Finding]) -> list[str]:
-    """The reason why packages that are set to "on" are not used."""
+def _fla(engine: EngineConfig, device: torch.device, triton: Finding) -> Finding:
+    """fla-core; where our Triton kernels run, it is not even imported, unless it is "on"."""
+    if device.type != "cuda" or not triton.used or engine.fla != "auto":
+        return _examine(_FLA, engine.fla, device)
+    version = _version(_FLA.distributions) if _installed(_FLA.module) else None
+    reason = "they are preferred: --engine.fla on" if version else "not installed"
+    return Finding(_FLA.name, version, _FLA.purpose, "our Triton kernels", reason)
+
+
+def _mixer(device: torch.device, fla: Finding, triton: Finding) -> MixerBackend | None:
+    """The Mamba-2 mixer on a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return "fla" if fla.used else "triton" if triton.used else "torch"
+
+
+def _missing(*settings: tuple[str, Sequence[Finding]]) -> list[str]:
+    """The reason why packages that are set to "on" are not used. settings: with the findings that
+    each of them decides."""
+    demanded = [f for setting, found in settings if setting == "on" for f in found]
     broken = [f for f in demanded if not f.used and "preferred" not in f.limitation]
     if not broken:
         return []
@@ -193,13 +204,6 @@ class _Package:
     purpose: str
     instead: str
     check: Callable[[torch.device], object]
-
-
-def _behind_triton() -> Finding:
-    """fla-core where our Triton kernels run: it is not even imported."""
-    version = _version(_FLA.distributions) if _installed(_FLA.module) else None
-    reason = "they are preferred: --engine.fla on" if version else "not installed"
-    return Finding(_FLA.name, version, _FLA.purpose, "our Triton kernels", reason)
 
 
 def fla_limitation(engine: EngineConfig, device: torch.device) -> str:

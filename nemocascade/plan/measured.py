@@ -102,15 +102,7 @@ def read_run(
     Raises PlanError if no step has every measurement: the run's rollouts came from servers, or
     nothing trained.
     """
-    rows = [row for row in run_rows(path) if all(row.get(key) is not None for key in _NEEDED)]
-    if not rows:
-        raise PlanError(
-            f"{path} has no step with {', '.join(_NEEDED)}: name the metrics.jsonl of an RL or "
-            "MOPD run with --rollout.engine live"
-        )
-    # The first step of a run warms up, and a resumed one generates a part of its rollouts.
-    whole = [row for row in rows if not row.get("rollouts_restored")] or rows
-    rows = [row for row in whole if row.get("step") != 1] or whole
+    rows = _steady_steps(path)
 
     def total(key: str) -> float:
         return float(sum(row.get(key) or 0.0 for row in rows))
@@ -153,6 +145,20 @@ def read_run(
         scoring_s=scoring / len(rows),
         other_s=max(0.0, total("step_time_s") - known) / len(rows),
     )
+
+
+def _steady_steps(path: str) -> list[dict[str, Any]]:
+    """The steps with every measurement, without those that are slow or short for a known reason.
+    Raises PlanError as `read_run`."""
+    rows = [row for row in run_rows(path) if all(row.get(key) is not None for key in _NEEDED)]
+    if not rows:
+        raise PlanError(
+            f"{path} has no step with {', '.join(_NEEDED)}: name the metrics.jsonl of an RL or "
+            "MOPD run with --rollout.engine live"
+        )
+    # The first step of a run warms up, and a resumed one generates a part of its rollouts.
+    whole = [row for row in rows if not row.get("rollouts_restored")] or rows
+    return [row for row in whole if row.get("step") != 1] or whole
 
 
 def _rounds(row: dict[str, Any], round_tokens: int) -> float:

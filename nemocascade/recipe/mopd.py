@@ -86,22 +86,7 @@ class MopdRecipe(PolicyRecipe):
         return self.mopd.capacity
 
     def problems(self, world_size: int, model: ModelConfig | None = None) -> list[str]:
-        found = super().problems(world_size, model)
-        taught = [t.domain for t in self.teachers]
-        for domain in (d.domain for d in self.domains):
-            if taught.count(domain) != 1:
-                found.append(
-                    f"teachers name {domain} {taught.count(domain)} times: it needs one teacher"
-                )
-        found += [
-            f"teachers: {t.domain} has no artifact: name a folder"
-            for t in self.teachers
-            if not t.artifact
-        ]
-        found += [
-            f"teachers: {d} is not a domain of this recipe: take it out, or add it to domains"
-            for d in sorted(set(taught) - {d.domain for d in self.domains})
-        ]
+        found = super().problems(world_size, model) + self._teacher_problems()
         if not self.mopd.ratio_low < self.mopd.ratio_high:
             found.append(
                 f"mopd.ratio_low({self.mopd.ratio_low}) must be below ratio_high"
@@ -137,4 +122,23 @@ class MopdRecipe(PolicyRecipe):
                 "rollout.min_best_reward masks prompts by their rewards, which distillation does "
                 "not use: set it to None"
             )
+        return found
+
+    def _teacher_problems(self) -> list[str]:
+        """Domains without one teacher, and teachers without an artifact or a domain."""
+        taught, domains = [t.domain for t in self.teachers], [d.domain for d in self.domains]
+        found = [
+            f"teachers name {domain} {taught.count(domain)} times: it needs one teacher"
+            for domain in domains
+            if taught.count(domain) != 1
+        ]
+        found += [
+            f"teachers: {t.domain} has no artifact: name a folder"
+            for t in self.teachers
+            if not t.artifact
+        ]
+        found += [
+            f"teachers: {domain} is not a domain of this recipe: take it out, or add it to domains"
+            for domain in sorted(set(taught) - set(domains))
+        ]
         return found

@@ -301,13 +301,7 @@ class Collector:
             self.world.watch.enter("rollout: verdicts")
             found = verification.rollouts(self.world)
             ended = time.perf_counter()
-            work = (verification.busy_s, verification.verdicts)
-            values = (generated - started, ended - generated, *work)
-            for name, value in zip(TIMES, values, strict=True):
-                self._times[name] += value
-            for name, value in verification.busy_by_domain.items() if len(self.limits) > 1 else ():
-                name = f"verify_time_s/{name}"
-                self._times[name] = self._times.get(name, 0.0) + value
+            self._add_times(generated - started, ended - generated, verification)
             return {n: rollout for n, rollout in found.items() if queue.is_needed(n)}
         except BaseException:
             verification.give_up()
@@ -317,6 +311,14 @@ class Collector:
             queue.verification = None
             verification.close()
             episodes.close_all()
+
+    def _add_times(self, generation_s: float, wait_s: float, verification: Verification) -> None:
+        work = (verification.busy_s, verification.verdicts)
+        for name, value in zip(TIMES, (generation_s, wait_s, *work), strict=True):
+            self._times[name] += value
+        for name, value in verification.busy_by_domain.items() if len(self.limits) > 1 else ():
+            name = f"verify_time_s/{name}"
+            self._times[name] = self._times.get(name, 0.0) + value
 
     def take_times(self) -> dict[str, float]:
         """On this rank since the last call: seconds of generation, of the wait for verdicts after

@@ -58,30 +58,52 @@ def open_engine(
             training=training if settings.offload else None,
             tool_calls=tool_calls,
         )
-    server, tensors = settings.server, LiveTensors(world, chunks)
     shape = chunks[0].config.shape
+    updates = _weight_updates(
+        world,
+        chunks,
+        settings,
+        run_dir,
+        vocabulary=vocabulary,
+        logprobs=logprobs,
+        precision=precision,
+    )
+    return ServerEngine(
+        settings.server,
+        vocabulary=vocabulary,
+        model_vocabulary=shape.vocab_size,
+        world=rollout_world,
+        updates=updates,
+        routing=shape if settings.replay_routing else None,
+    )
+
+
+def _weight_updates(
+    world: World,
+    chunks: Sequence[CascadeModel],
+    settings: RolloutConfig,
+    run_dir: Path,
+    *,
+    vocabulary: int,
+    logprobs: Logprobs,
+    precision: str,
+) -> WeightUpdates:
+    """The updates of the servers' weights, through a folder or a broadcast."""
+    server, tensors = settings.server, LiveTensors(world, chunks)
     transfer: Transfer
     if server.weights == "disk":
         folder = Path(server.weights_folder or run_dir / "server_weights")
         transfer = FolderTransfer(world, server, tensors, folder)
     else:
         transfer = BroadcastTransfer(world, server, tensors)
-    updates = WeightUpdates(
+    return WeightUpdates(
         world,
         server,
         transfer,
         logprobs,
         sampling=Sampling(temperature=settings.temperature),
         vocabulary=vocabulary,
-        model_vocabulary=shape.vocab_size,
+        model_vocabulary=chunks[0].config.shape.vocab_size,
         longest=settings.max_prompt_tokens + settings.max_response_tokens,
         alarm=server.alarm(precision),
-    )
-    return ServerEngine(
-        server,
-        vocabulary=vocabulary,
-        model_vocabulary=shape.vocab_size,
-        world=rollout_world,
-        updates=updates,
-        routing=shape if settings.replay_routing else None,
     )

@@ -258,29 +258,11 @@ class ServerEngine:
                 break
             server = self.pool.take(tried, may_rest=self.updates is None)
             tried.add(server)
-            so_far = [*tokens, *ids]
-            body = request_body(
-                self.settings.model,
-                so_far,
-                max_tokens - len(ids),
-                sampling,
-                number=request.id,
-                drawn=self.drawn,
-                text=None if self.codec is None else self.codec.decode(so_far),
-            )
             failure, asked_s, gone = "", None, False
             try:
-                reply = server.post(PATH, body, self.settings.timeout_s, request_name(request.id))
-                answer = read_answer(
-                    reply,
-                    so_far,
-                    max_tokens - len(ids),
-                    sampling,
-                    self.vocabulary,
-                    trains=self.trains,
-                    encode=None if self.codec is None else self.codec.encode,
+                answer = self._ask(
+                    server, request, [*tokens, *ids], max_tokens - len(ids), sampling
                 )
-                answer = self._checked(answer, len(so_far) + len(answer.ids))
             except HttpError as error:
                 if stop.is_set():
                     self.pool.give_back(server)
@@ -310,6 +292,40 @@ class ServerEngine:
         if not stop.is_set():
             self.pool.count("dropped")
         return ServerReply(ids, logprobs, "abort")
+
+    def _ask(
+        self,
+        server: Server,
+        request: Request,
+        tokens: list[int],
+        max_tokens: int,
+        sampling: Sampling,
+    ) -> ServerReply:
+        """A server's answer to one request that continues `tokens`.
+
+        Raises HttpError if there is none, and BadReplyError for one that cannot be used.
+        """
+        codec = self.codec
+        body = request_body(
+            self.settings.model,
+            tokens,
+            max_tokens,
+            sampling,
+            number=request.id,
+            drawn=self.drawn,
+            text=None if codec is None else codec.decode(tokens),
+        )
+        reply = server.post(PATH, body, self.settings.timeout_s, request_name(request.id))
+        answer = read_answer(
+            reply,
+            tokens,
+            max_tokens,
+            sampling,
+            self.vocabulary,
+            trains=self.trains,
+            encode=None if codec is None else codec.encode,
+        )
+        return self._checked(answer, len(tokens) + len(answer.ids))
 
     def _checked(self, answer: ServerReply, length: int) -> ServerReply:
         """The answer with the experts of all tokens but the last, if they are wanted."""

@@ -283,15 +283,8 @@ def _run(worker: launch.Worker, program: Program, config: SandboxConfig, wall_s:
             f"a program waited {answer['waited_s']:.1f} of {wall_s:g} s for a CPU: the host is too "
             "busy, lower sandbox.workers"
         )
-    status: Status = "ok" if answer["status"] == 0 else "failed"
-    # The kernel kills a program over its CPU time, which threads use up faster than wall time.
-    killed = answer["status"] == -signal.SIGKILL
-    if exchange.over:
-        status = "output"
-    elif answer["over_time"] or (killed and answer["cpu_s"] >= config.time_s):
-        status = "time"
     return Outcome(
-        status,
+        "output" if exchange.over else _status(answer, config),
         answer["status"],
         out.decode(errors="replace"),
         err.decode(errors="replace"),
@@ -299,6 +292,15 @@ def _run(worker: launch.Worker, program: Program, config: SandboxConfig, wall_s:
         answer["wall_s"],
         answer["cpu_s"],
     )
+
+
+def _status(answer: Mapping[str, Any], config: SandboxConfig) -> Status:
+    """How a program ended that did not write too much."""
+    # The kernel kills a program over its CPU time, which threads use up faster than wall time.
+    killed = answer["status"] == -signal.SIGKILL
+    if answer["over_time"] or (killed and answer["cpu_s"] >= config.time_s):
+        return "time"
+    return "ok" if answer["status"] == 0 else "failed"
 
 
 def _check_size(files: Mapping[str, bytes], config: SandboxConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,10 +220,7 @@ def _assemble(
     )
     heldout = _heldout_tasks(recipe, environments, tokenizer, world)
     if not isinstance(recipe, MopdRecipe) or recipe.mopd.score_rollouts:
-        world.watch.enter("trial of the verifiers")
-        prompts = [prompt for found in stream.prompts.values() for prompt in found.prompts]
-        prompts += [task.prompt for task in heldout]
-        main_first(world, lambda: try_verifiers(prompts, environments), lambda: None)
+        _try_verifiers(world, stream, heldout, environments)
     checkpoints = Checkpoints(Path(recipe.run_dir), recipe.checkpoint, world, recipe)
     if collector.journals is not None:
         checkpoints.on_saved = collector.journals.prune
@@ -242,6 +239,19 @@ def _assemble(
         parent=parent,
         start_answers={},
     )
+
+
+def _try_verifiers(
+    world: World,
+    stream: TaskStream,
+    heldout: Sequence[Task],
+    environments: Mapping[str, Environment],
+) -> None:
+    """Let the verifiers judge trial responses to the stage's prompts, on the main rank."""
+    world.watch.enter("trial of the verifiers")
+    prompts = [prompt for found in stream.prompts.values() for prompt in found.prompts]
+    prompts += [task.prompt for task in heldout]
+    main_first(world, lambda: try_verifiers(prompts, environments), lambda: None)
 
 
 def _journals(recipe: PolicyRecipe, world: World, trainer: Trainer) -> Journals | None:

@@ -35,7 +35,7 @@ from nemocascade.rl.journal import Journals
 from nemocascade.rl.prompts import encode_prompts
 from nemocascade.rl.tasks import GroupRequest, Task, read_tasks
 from nemocascade.rl.verification import rank_envs, verifier_threads
-from nemocascade.rollout.engine import Engine
+from nemocascade.rollout.engine import Engine, Sampling
 from nemocascade.rollout.live import LiveEngine
 from nemocascade.runtime.launcher import world_size_of_environment
 from nemocascade.runtime.logging import LOGGER, Console, end_status, printable
@@ -223,7 +223,6 @@ def _answer(
 ) -> dict[str, list[Group]]:
     """Answer the tasks of all domains in one pass, each by its own sampling. Answers that the
     journal `name` has are not generated again."""
-    known = known_domains(config.envs.modules)
     rollout = RolloutConfig(
         max_prompt_tokens=config.max_prompt_tokens,
         max_response_tokens=config.max_response_tokens,
@@ -240,8 +239,30 @@ def _answer(
         threads=verifier_threads(rank_envs(config.envs, world, engine)),
         journals=journals,
     )
-    wanted: list[GroupRequest] = []
-    labels: list[str] = []
+    wanted = _heldout_groups(world, tokenizer, environments, config, rollout, collector.sampling())
+    found: dict[str, list[Group]] = {d.label: [] for d in config.domains}
+    with collector.journalled(name):
+        groups = collector.roll_out_each([request for _, request in wanted], compared=False)
+        for (label, _), group in zip(wanted, groups, strict=True):
+            found[label].append(group)
+    return found
+
+
+def _heldout_groups(
+    world: World,
+    tokenizer: Tokenizer,
+    environments: Mapping[str, Environment],
+    config: ScoreConfig,
+    rollout: RolloutConfig,
+    default: Sampling,
+) -> list[tuple[str, GroupRequest]]:
+    """Requests for the answers to every held-out task, each with the label of its set of tasks.
+
+    default: the sampling, where a set of tasks has none of its own. Raises DataError for a set
+    without tasks.
+    """
+    known = known_domains(config.envs.modules)
+    wanted: list[tuple[str, GroupRequest]] = []
     for domain in config.domains:
         how = config.sampling_of(domain)
         prompts = read_tasks(
@@ -260,7 +281,7 @@ def _answer(
                 f"scores.max_prompt_tokens({rollout.max_prompt_tokens}): raise it"
             )
         sampling = replace(
-            collector.sampling(),
+            default,
             temperature=how.temperature,
             top_p=how.top_p,
             max_tokens=how.max_tokens,
@@ -270,14 +291,8 @@ def _answer(
         for number, (prompt, ids) in enumerate(encoded):
             task = Task(prompt, ids, number, how.thinking)
             samples = range(first + number * how.samples, first + (number + 1) * how.samples)
-            wanted.append(GroupRequest(task, samples, sampling))
-            labels.append(domain.label)
-    found: dict[str, list[Group]] = {d.label: [] for d in config.domains}
-    with collector.journalled(name):
-        groups = collector.roll_out_each(wanted, compared=False)
-        for label, group in zip(labels, groups, strict=True):
-            found[label].append(group)
-    return found
+            wanted.append((domain.label, GroupRequest(task, samples, sampling)))
+    return wanted
 
 
 def _place(domain: ScoredDomain, known: Sequence[str]) -> int:

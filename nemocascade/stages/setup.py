@@ -16,11 +16,7 @@ from nemocascade.data.loader import HeldoutLoader
 from nemocascade.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from nemocascade.data.tokenizer_training import train_tokenizer
 from nemocascade.megatron.accelerators import Detection, detect
-from nemocascade.megatron.artifact import (
-    artifact_model,
-    load_artifact_weights,
-    read_artifact_together,
-)
+from nemocascade.megatron.artifact import artifact_model, load_artifact_weights
 from nemocascade.megatron.config import Accelerators, make_config
 from nemocascade.megatron.model import build_model
 from nemocascade.megatron.products import settle_products
@@ -242,16 +238,16 @@ def open_frozen(
     )
 
 
-def open_tokenizer(recipe: SftRecipe, world: World) -> Tokenizer:
-    """The recipe's tokenizer, otherwise that of the artifact it starts from; without an artifact,
-    one is trained on its data at the first start.
+def open_tokenizer(recipe: SftRecipe, world: World, start: Artifact | None = None) -> Tokenizer:
+    """The recipe's tokenizer, otherwise that of `start`, the artifact it starts from; without an
+    artifact, one is trained on its data at the first start.
 
     Raises RecipeError if the artifact has none, and an error if the tokenizer has more ids than the
     model has embeddings.
     """
     named = recipe.tokenizer.path
-    if not named and recipe.init_from:
-        named = artifact_tokenizer(read_artifact_together(Path(recipe.init_from), world))
+    if not named and start is not None:
+        named = artifact_tokenizer(start)
     path = named or str(Path(recipe.run_dir) / "tokenizer.model")
 
     def prepare() -> Tokenizer:

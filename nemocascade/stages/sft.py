@@ -9,7 +9,7 @@ from typing import Any
 from nemocascade.data.documents import StageData
 from nemocascade.data.loader import HeldoutLoader, PackedLoader
 from nemocascade.data.packing import WorkModel
-from nemocascade.data.tokenizer import check_template
+from nemocascade.data.tokenizer import Tokenizer, check_template
 from nemocascade.megatron.artifact import read_artifact_together
 from nemocascade.megatron.parameters import count_parameters
 from nemocascade.recipe import SftRecipe
@@ -40,7 +40,12 @@ def run_sft(recipe: SftRecipe, console: Console | None = None) -> Path:
         settings = recipe
         if recipe.demonstrations.domains:
             recipe = with_demonstrations(recipe, world)
-        tokenizer = open_tokenizer(recipe, world)
+        start = None
+        if recipe.init_from:
+            start = read_artifact_together(Path(recipe.init_from), world)
+        tokenizer = open_tokenizer(recipe, world, start)
+        if start is not None:
+            check_template(start, tokenizer)
         data = open_stage_data(recipe, world, tokenizer)
         checkpoints = Checkpoints(run_dir, recipe.checkpoint, world, settings)
         loads = checkpoints.will_load(init_from=recipe.init_from)
@@ -56,34 +61,42 @@ def run_sft(recipe: SftRecipe, console: Console | None = None) -> Path:
             lora=recipe.lora,
             initialise=not loads,
         )
-        loader = PackedLoader(
-            data.train,
-            recipe.data,
-            seed=recipe.seed,
-            dp_rank=world.dp_rank,
-            dp_size=world.dp_size,
-            cp_rank=world.cp_rank,
-            cp_size=world.parallel.cp,
-            pad_id=tokenizer.pad_id,
-            # Packs of equal work let ranks finish together.
-            work=WorkModel.of_transformer(
-                count_parameters(recipe.model).active,
-                recipe.model.pattern.count("*"),
-                recipe.model.num_heads * recipe.model.head_dim,
-            ),
-        )
+        loader = _packed_loader(recipe, world, tokenizer, data)
         heldout = None
         if data.heldout is not None:
             heldout = heldout_loader(recipe.data, world, tokenizer, data.heldout)
-        if recipe.init_from:
-            check_template(read_artifact_together(Path(recipe.init_from), world), tokenizer)
-        checkpoints.start(trainer, loader, resume=recipe.resume, init_from=recipe.init_from)
+        checkpoints.start(
+            trainer, loader, resume=recipe.resume, init_from=recipe.init_from, artifact=start
+        )
         heldout_loss = _train(recipe, world, trainer, loader, heldout, checkpoints)
         loader.close()
         scores = {} if heldout_loss is None else {"heldout_loss": heldout_loss}
         return checkpoints.write_artifact(
             trainer, recipe, "sft", tokenizer, _describe(recipe, data), scores
         )
+
+
+def _packed_loader(
+    recipe: SftRecipe, world: World, tokenizer: Tokenizer, data: StageData
+) -> PackedLoader:
+    """This rank's loader of the training documents."""
+    shape = recipe.model
+    return PackedLoader(
+        data.train,
+        recipe.data,
+        seed=recipe.seed,
+        dp_rank=world.dp_rank,
+        dp_size=world.dp_size,
+        cp_rank=world.cp_rank,
+        cp_size=world.parallel.cp,
+        pad_id=tokenizer.pad_id,
+        # Packs of equal work let ranks finish together.
+        work=WorkModel.of_transformer(
+            count_parameters(shape).active,
+            shape.pattern.count("*"),
+            shape.num_heads * shape.head_dim,
+        ),
+    )
 
 
 def _describe(recipe: SftRecipe, data: StageData) -> dict[str, Any]:

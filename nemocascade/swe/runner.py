@@ -268,7 +268,7 @@ def _pytest_runner(plugins: list[str]) -> Callable[[list[str], _Report, TestCode
     """Return a runner by pytest with `plugins`; the repository's settings may disable them."""
 
     def run(names: list[str], report: _Report, codes: TestCode) -> None:
-        import pytest  # type: ignore[import-not-found,unused-ignore]
+        import pytest
 
         # One missing id would abort the whole run, so request files, not ids.
         files = dict.fromkeys(name.partition("::")[0] for name in names)
@@ -298,33 +298,15 @@ def _pytest_recorder(
 ) -> Any:
     """Return a plugin that deselects unwanted tests and reports each outcome."""
 
-    def asked(test: str) -> bool:
-        """Return True if a test, or something that contains it, is wanted."""
-        ends = [i for i in range(len(test)) if test[i] == "[" or test.startswith("::", i)]
-        return test in wanted or any(test[:end] in wanted for end in ends)
-
-    def is_replaced(item: Any) -> bool:
-        """Return True if an item does not run what its file says."""
-        path, owner = item.nodeid.partition("::")[0], getattr(item, "cls", None)
-        case = getattr(item, "_instance", None) or getattr(item, "_testcase", None)
-        if isinstance(case, unittest.TestCase) and case_is_tampered(case, codes):
-            return True
-        function = getattr(item, "obj", None)
-        if function is not None and codes.is_replaced(item.nodeid, function):
-            return True
-        return codes.differs(
-            path, getattr(item, "module", None), owner, item.name.partition("[")[0]
-        )
-
     class Recorder:
         def __init__(self) -> None:
             self.outcome, self.text = "passed", ""
             self.expected: set[str] = set()
             self.replaced = False
 
-        @pytest.hookimpl(trylast=True)  # type: ignore[untyped-decorator,unused-ignore]
+        @pytest.hookimpl(trylast=True)  # type: ignore[untyped-decorator]
         def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-            items[:] = [item for item in items if asked(item.nodeid)]
+            items[:] = [item for item in items if _is_wanted(item.nodeid, wanted)]
 
         def pytest_collection_finish(self, session: Any) -> None:
             # Only tests with the mark: any code under test may call pytest.xfail.
@@ -346,19 +328,37 @@ def _pytest_recorder(
             if self.outcome in ("passed", "skipped"):
                 self.outcome, self.text = report.outcome, str(report.longrepr)
 
-        @pytest.hookimpl(tryfirst=True)  # type: ignore[untyped-decorator,unused-ignore]
+        @pytest.hookimpl(tryfirst=True)  # type: ignore[untyped-decorator]
         def pytest_runtest_call(self, item: Any) -> None:
-            self.replaced = self.replaced or is_replaced(item)
+            self.replaced = self.replaced or _item_is_replaced(item, codes)
 
-        @pytest.hookimpl(tryfirst=True)  # type: ignore[untyped-decorator,unused-ignore]
+        @pytest.hookimpl(tryfirst=True)  # type: ignore[untyped-decorator]
         def pytest_runtest_teardown(self, item: Any) -> None:
-            self.replaced = self.replaced or is_replaced(item)
+            self.replaced = self.replaced or _item_is_replaced(item, codes)
 
         def pytest_runtest_logfinish(self, nodeid: str, location: Any) -> None:
             tell(nodeid, nodeid, self.outcome, self.text, self.replaced)
             self.outcome, self.text, self.replaced = "passed", "", False
 
     return Recorder()
+
+
+def _is_wanted(test: str, wanted: set[str]) -> bool:
+    """Return True if a test, or something that contains it, is wanted."""
+    ends = [i for i in range(len(test)) if test[i] == "[" or test.startswith("::", i)]
+    return test in wanted or any(test[:end] in wanted for end in ends)
+
+
+def _item_is_replaced(item: Any, codes: TestCode) -> bool:
+    """Return True if an item of pytest does not run what its file says."""
+    path, owner = item.nodeid.partition("::")[0], getattr(item, "cls", None)
+    case = getattr(item, "_instance", None) or getattr(item, "_testcase", None)
+    if isinstance(case, unittest.TestCase) and case_is_tampered(case, codes):
+        return True
+    function = getattr(item, "obj", None)
+    if function is not None and codes.is_replaced(item.nodeid, function):
+        return True
+    return codes.differs(path, getattr(item, "module", None), owner, item.name.partition("[")[0])
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def _trees(source: bytes, path: str, with_pytest: bool) -> Iterator[ast.Module]:
     yield ast.parse(source)
     if not with_pytest:
         return
-    from _pytest.assertion.rewrite import rewrite_asserts  # type: ignore[import-not-found,unused-ignore]
+    from _pytest.assertion.rewrite import rewrite_asserts
 
     for hook in (False, True):
         tree = ast.parse(source)

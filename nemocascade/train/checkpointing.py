@@ -105,11 +105,18 @@ class Checkpoints:
         return bool(self.world.broadcast_object(found))
 
     def start(
-        self, trainer: Trainer, source: Source, *, resume: bool, init_from: str = ""
+        self,
+        trainer: Trainer,
+        source: Source,
+        *,
+        resume: bool,
+        init_from: str = "",
+        artifact: Artifact | None = None,
     ) -> Path | None:
         """Resume from the newest checkpoint; without one, start from `init_from` or as built.
 
-        Leftovers of a killed run are removed. Returns the checkpoint's folder, or None.
+        artifact: that of `init_from`, if it has been read already. Leftovers of a killed run are
+        removed. Returns the checkpoint's folder, or None.
 
         Raises CheckpointError on every rank if the checkpoint or artifact cannot be read, or if
         the run folder holds checkpoints and `resume` is off.
@@ -124,11 +131,11 @@ class Checkpoints:
             trainer.step_number = self.saved_step = self.first_step = extra["step"]
             source.load_state_dict(extra["data"])
             self.parent = extra["parent"]
-            self._check_parent(folder, init_from)
+            self._check_parent(folder, init_from, artifact)
             LOGGER.info("resumed from %s, step %d", folder, self.saved_step)
             self._note_changes(extra)
         elif init_from:
-            artifact = read_artifact_together(Path(init_from), self.world)
+            artifact = artifact or read_artifact_together(Path(init_from), self.world)
             load_artifact_weights(artifact, self.world, trainer.chunks, trainer.optimizer)
             if trainer.config.lora.adapter:
                 self._start_adapter(trainer, artifact)
@@ -339,14 +346,14 @@ class Checkpoints:
             values = {change.name: [change.old, change.new] for change in found}
             self.changes = [*self.changes, {"step": self.saved_step, "changes": values}]
 
-    def _check_parent(self, folder: Path, init_from: str) -> None:
+    def _check_parent(self, folder: Path, init_from: str, artifact: Artifact | None) -> None:
         """Check that `init_from` is still the run's parent; it may have been deleted since."""
         wanted = None
         if init_from:
             if not self.world.broadcast_object(Path(init_from).exists()):
                 LOGGER.info("init_from %s is gone; the run continues without it", init_from)
                 return
-            wanted = read_artifact_together(Path(init_from), self.world).digest
+            wanted = (artifact or read_artifact_together(Path(init_from), self.world)).digest
         had = self.parent["digest"] if self.parent else None
         if wanted != had:
             raise CheckpointError(

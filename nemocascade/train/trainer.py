@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -75,6 +75,16 @@ class StepResult:
     expert_bias: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     stragglers: dict[str, Any] = field(default_factory=dict)
+
+
+class _Totals(NamedTuple):
+    """Sums of a step over all ranks with different rows. weight: of all tokens."""
+
+    weight: float
+    tokens: int
+    trained_tokens: int
+    documents: int
+    flops: float
 
 
 class Trainer:
@@ -172,27 +182,14 @@ class Trainer:
         watch.enter(f"step {self.step_number + 1}: forward and backward")
         self._zero_gradients()
         totals = self._totals(batches)
-        weight_sum = float(totals[0])
-        if not weight_sum > 0:
-            raise NothingToTrainError(
-                f"step {self.step_number + 1}: none of its {int(totals[1])} tokens trains, for "
-                "every label is masked or truncated: look at the rows, or raise --data.capacity"
-            )
-        batches = [replace(b, token_weight=b.token_weight / weight_sum) for b in batches]
-        aux_scale = 1.0 / max(1.0, float(totals[3]))
-        entropy = measure is not None
-        micro = [
-            Microbatch.from_batch(
-                b,
-                self.world.device,
-                aux_scale,
-                replay=self._replay(b),
-                temperature=temperature,
-                truncation=truncation,
-                entropy=entropy,
-            )
-            for b in batches
-        ]
+        batches = [replace(b, token_weight=b.token_weight / totals.weight) for b in batches]
+        micro = self._microbatches(
+            batches,
+            totals.documents,
+            temperature=temperature,
+            truncation=truncation,
+            entropy=measure is not None,
+        )
         self._clock.start()
         outputs = run_schedule(
             self.world, self.config, self._chunks, micro, lambda m: objective(batch_of(m))
@@ -213,15 +210,14 @@ class Trainer:
         self._garbage.after_step(self.step_number)
         watch.enter(f"after step {self.step_number}")
         load, bias = table
-        has_bias = self.config.shape.router_bias
         return StepResult(
             loss=float(loss),
             grad_norm=norm,
-            tokens=int(totals[1]),
-            trained_tokens=int(totals[2]),
-            flops=float(totals[4]),
+            tokens=totals.tokens,
+            trained_tokens=totals.trained_tokens,
+            flops=totals.flops,
             expert_load=load if len(load) else None,
-            expert_bias=bias if len(bias) and has_bias else None,
+            expert_bias=bias if len(bias) and self.config.shape.router_bias else None,
             metrics=measure(self.world, measured, batches) if measure else {},
             stragglers=stragglers,
         )
@@ -281,9 +277,8 @@ class Trainer:
         """Mean negative log-likelihood of held-out batches and the number of its tokens."""
         return heldout_loss(self.world, self.config, self.chunks, steps)
 
-    def _totals(self, batches: Sequence[PackedBatch]) -> Tensor:
-        """[5] float64 over all ranks with different rows: weight, tokens, trained rows, documents,
-        FLOPs."""
+    def _totals(self, batches: Sequence[PackedBatch]) -> _Totals:
+        """Sums over the batches of all ranks. Raises NothingToTrainError as `train_step`."""
         local = torch.zeros(5, dtype=torch.float64)
         for batch in batches:
             weight = batch.token_weight
@@ -298,7 +293,45 @@ class Trainer:
                 ],
                 dtype=torch.float64,
             )
-        return self.world.sum_over_data_parallel(local)
+        found = self.world.sum_over_data_parallel(local)
+        totals = _Totals(
+            weight=float(found[0]),
+            tokens=int(found[1]),
+            trained_tokens=int(found[2]),
+            documents=int(found[3]),
+            flops=float(found[4]),
+        )
+        if not totals.weight > 0:
+            raise NothingToTrainError(
+                f"step {self.step_number + 1}: none of its {totals.tokens} tokens trains, for "
+                "every label is masked or truncated: look at the rows, or raise --data.capacity"
+            )
+        return totals
+
+    def _microbatches(
+        self,
+        batches: Sequence[PackedBatch],
+        documents: int,
+        *,
+        temperature: float,
+        truncation: Truncation | None,
+        entropy: bool,
+    ) -> list[Microbatch]:
+        """This rank's batches on its device. documents: of the step, over which auxiliary losses
+        are averaged."""
+        aux_scale = 1.0 / max(1.0, documents)
+        return [
+            Microbatch.from_batch(
+                batch,
+                self.world.device,
+                aux_scale,
+                replay=self._replay(batch),
+                temperature=temperature,
+                truncation=truncation,
+                entropy=entropy,
+            )
+            for batch in batches
+        ]
 
     def _replay(self, batch: PackedBatch) -> RouteReplay | None:
         """The recorded experts of a batch, for its training pass; None if it has none."""

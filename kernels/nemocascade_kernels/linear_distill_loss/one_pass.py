@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemocascade_kernels.common.linear_head.chunks import (
-    Rows,
-    chunks,
-    in_flight,
-    logits_buffer,
-    look_ahead,
-)
 from nemocascade_kernels.common.linear_head.gradients import (
-    GradientSettings,
-    HeadGradients,
+    HeadPass,
+    Needed,
     by_row,
     checked_sum,
     take_hidden,
 )
+from nemocascade_kernels.common.linear_head.one_pass import HeadWalk
 from nemocascade_kernels.common.linear_head.statistics import Shards
 from nemocascade_kernels.common.products import multiply
 from nemocascade_kernels.linear_distill_loss.reference import Divergence
@@ -41,26 +35,13 @@ class TeacherHead(NamedTuple):
     weight: Tensor
 
 
-class OnePass(NamedTuple):
-    """Settings of a pass; see `linear_distill_loss` for those not described here.
+@dataclass(frozen=True, kw_only=True)
+class OnePass(HeadPass):
+    """Settings of a pass. The kernels are those of torch.py. token_weight, target: by slot."""
 
-    kernels: the module of row kernels, see torch.py. rows: the slots to compute. token_weight,
-    target: by slot. scale: 1 / temperature. first_id: first id of this rank's shard. vocabulary:
-    size of the full vocabulary.
-    """
-
-    kernels: ModuleType
     divergence: Divergence
-    rows: Rows
     token_weight: Tensor
     target: Tensor | None
-    scale: float
-    group: dist.ProcessGroup | None
-    first_id: int
-    vocabulary: int
-    reduce_hidden_grad: bool
-    main_grad: Tensor | None
-    grad_scale: float
 
 
 class PassResult(NamedTuple):
@@ -82,53 +63,31 @@ class _Chunk(NamedTuple):
 
 
 def one_pass(
-    teacher: TeacherHead,
-    settings: OnePass,
-    hidden: Tensor,
-    weight: Tensor,
-    hidden_needs_grad: bool,
-    weight_needs_grad: bool,
+    teacher: TeacherHead, settings: OnePass, hidden: Tensor, weight: Tensor, needed: Needed
 ) -> PassResult:
     """Compute loss, divergences, and the required gradients, scaled by grad_scale."""
-    needed = GradientSettings(
-        hidden_needs_grad,
-        weight_needs_grad,
-        settings.group,
-        settings.reduce_hidden_grad,
-        settings.main_grad,
-    )
     return _Walk(hidden, weight, teacher, settings, needed).run()
 
 
-class _Walk:
+class _Walk(HeadWalk[OnePass, _Chunk]):
     def __init__(
         self,
         hidden: Tensor,
         weight: Tensor,
         teacher: TeacherHead,
         settings: OnePass,
-        needed: GradientSettings,
+        needed: Needed,
     ) -> None:
-        self.hidden, self.weight, self.teacher, self.settings = hidden, weight, teacher, settings
+        super().__init__(hidden, weight, settings, needed, heads=2)
+        self.teacher = teacher
         size, dtype = settings.rows.size, torch.promote_types(hidden.dtype, torch.float32)
         self.slope = settings.token_weight.to(dtype) * settings.grad_scale
         # All are indexed by slot; a slot's row is settings.rows.index[slot].
         self.divergence = torch.zeros(size, dtype=dtype, device=hidden.device)
         self.logprob = torch.zeros_like(self.divergence)
-        self.gradients = HeadGradients(hidden, weight, settings.rows, needed)
-        self.needs_grad = needed.hidden or needed.weight
-        self.depth = look_ahead(settings.group)
-        self.chunks = chunks(size, weight, buffers=2 * (self.depth + 1))
-        longest = max((c.stop - c.start for c in self.chunks), default=0)
-        self.buffers = [
-            (logits_buffer(longest, weight), logits_buffer(longest, weight))
-            for _ in range(self.depth + 1)
-        ]
-        self.turn = 0
-        self.fused = not self.depth and hasattr(settings.kernels, "fused_rows")
 
     def run(self) -> PassResult:
-        in_flight(self.chunks, self.start, self.finish, self.depth)
+        self.walk()
         rows, tokens = self.settings.rows, self.hidden.shape[0]
         loss = self.settings.token_weight.to(self.divergence.dtype) * self.divergence
         return PassResult(
@@ -139,11 +98,9 @@ class _Walk:
         )
 
     def start(self, slots: slice) -> _Chunk:
-        """Compute a chunk's logits of both heads, and start the gather over the ranks."""
         settings, count = self.settings, slots.stop - slots.start
         hidden = take_hidden(self.hidden, settings.rows, slots)
-        logits, teacher = (buffer[:count] for buffer in self.buffers[self.turn % (self.depth + 1)])
-        self.turn += 1
+        logits, teacher = self.buffers.take()[:count], self.buffers.take()[:count]
         multiply(hidden, self.weight.t(), out=logits)
         multiply(self.take_teacher(slots), self.teacher.weight.t(), out=teacher)
         if self.fused:
@@ -178,7 +135,6 @@ class _Walk:
             self.record_logprob(slots, self.logprob[slots], lse)
 
     def finish(self, chunk: _Chunk) -> None:
-        """Combine a chunk's statistics, and overwrite its logits with gradients."""
         if chunk.shards is not None:
             self.combine(chunk, chunk.shards.wait())
         if self.needs_grad:

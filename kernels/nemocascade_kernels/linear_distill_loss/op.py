@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemocascade_kernels import backends
-from nemocascade_kernels.common.linear_head.checks import check_head, check_targets
-from nemocascade_kernels.common.linear_head.chunks import Rows, look_ahead, trained_rows
-from nemocascade_kernels.common.linear_head.gradients import HeadLoss, PassSettings
+from nemocascade_kernels.common.linear_head.checks import check_head, check_reference, check_targets
+from nemocascade_kernels.common.linear_head.chunks import Rows, trained_rows
+from nemocascade_kernels.common.linear_head.gradients import HeadLoss
 from nemocascade_kernels.common.main_grad import checked_main_grad
 from nemocascade_kernels.linear_distill_loss import reference
 from nemocascade_kernels.linear_distill_loss.one_pass import OnePass, TeacherHead, one_pass
@@ -106,11 +106,7 @@ def linear_distill_loss(
     everything = slice(0, rows.size)
     first_id, vocabulary = check_targets(rows.take(ids, everything), weight, tp_group)
     if chosen == "reference":
-        if look_ahead(tp_group) or accumulate_main_grad:
-            raise backends.BackendUnavailableError(
-                "linear_distill_loss: backend 'reference' knows neither tp_group nor "
-                "accumulate_main_grad: use another"
-            )
+        check_reference(OP.name, tp_group, accumulate_main_grad)
         return _by_definition(
             hidden,
             weight,
@@ -122,6 +118,7 @@ def linear_distill_loss(
             rows,
         )
     settings = OnePass(
+        op=OP.name,
         kernels=OP.module(chosen),
         divergence=divergence,
         rows=rows,
@@ -140,9 +137,7 @@ def linear_distill_loss(
         hidden, weight = hidden.detach(), weight.detach()
     teacher = TeacherHead(teacher_hidden.detach(), teacher_weight.detach())
     compute = functools.partial(one_pass, teacher, settings)
-    loss, found, logprob = HeadLoss.apply(
-        hidden.contiguous(), weight, PassSettings(OP.name, compute, grad_scale, main_grad)
-    )
+    loss, found, logprob = HeadLoss.apply(hidden.contiguous(), weight, settings, compute)
     return _output(loss, found, logprob, rows)
 
 

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemocascade_kernels import backends
-from nemocascade_kernels.common.linear_head.checks import check_head, check_targets
+from nemocascade_kernels.common.linear_head.checks import check_head, check_reference, check_targets
 from nemocascade_kernels.common.linear_head.chunks import (
+    LogitsBuffers,
     WeightGradient,
     all_rows,
-    chunks,
     in_flight,
-    logits_buffer,
     look_ahead,
     sum_over_shards,
 )
@@ -85,11 +84,7 @@ def linear_logprob(
     chosen = OP.chosen(hidden, weight, target, backend=backend)
     first_id, vocabulary = check_targets(target, weight, tp_group)
     if chosen == "reference":
-        if look_ahead(tp_group) or accumulate_main_grad:
-            raise backends.BackendUnavailableError(
-                "linear_logprob: backend 'reference' knows neither tp_group nor "
-                "accumulate_main_grad: use another"
-            )
+        check_reference(OP.name, tp_group, accumulate_main_grad)
         logprob, entropy = reference.linear_logprob(hidden, weight, target, temperature)
         return LinearLogprob(logprob, entropy if return_entropy else None)
     settings = _Settings(
@@ -163,11 +158,10 @@ def _forward(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logprob, lse, entropy = torch.empty(3, rows.size, dtype=dtype, device=hidden.device)
     depth = look_ahead(settings.group)
-    row_chunks = chunks(rows.size, weight, buffers=1)
-    buffer = logits_buffer(max((p.stop - p.start for p in row_chunks), default=0), weight)
+    buffers = LogitsBuffers(rows.size, weight)
 
     def start(chunk: slice) -> tuple[slice, Gathering]:
-        logits = buffer[: chunk.stop - chunk.start]
+        logits = buffers.take()[: chunk.stop - chunk.start]
         multiply(hidden[chunk], weight.t(), out=logits)
         local = target[chunk] - settings.first_id
         # The logits are not needed again: the next chunk may overwrite them.
@@ -183,7 +177,7 @@ def _forward(
         if result.entropy is not None:
             entropy[chunk] = result.entropy
 
-    in_flight(row_chunks, start, end, depth)
+    in_flight(buffers.chunks, start, end, depth)
     return logprob, lse, entropy if settings.entropy else None
 
 
@@ -202,12 +196,11 @@ def _backward(
         entropy_slope = entropy_grad.contiguous()
     hidden_grad = torch.empty_like(hidden) if needed[0] else None
     weight_grad = WeightGradient(weight, into=settings.main_grad) if needed[1] else None
-    row_chunks = chunks(hidden.shape[0], weight, buffers=1)
-    buffer = logits_buffer(max((p.stop - p.start for p in row_chunks), default=0), weight)
+    buffers = LogitsBuffers(hidden.shape[0], weight)
     sums = []
-    for chunk in row_chunks:
+    for chunk in buffers.chunks:
         rows = hidden[chunk]
-        logits = buffer[: rows.shape[0]]
+        logits = buffers.take()[: rows.shape[0]]
         multiply(rows, weight.t(), out=logits)
         settings.kernels.gradient_(
             logits,

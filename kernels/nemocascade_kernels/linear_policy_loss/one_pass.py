@@ -2,53 +2,34 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemocascade_kernels.common.linear_head.chunks import (
-    Rows,
-    chunks,
-    in_flight,
-    logits_buffer,
-    look_ahead,
-)
 from nemocascade_kernels.common.linear_head.gradients import (
-    GradientSettings,
-    HeadGradients,
+    HeadPass,
+    Needed,
     by_row,
     checked_sum,
     take_hidden,
 )
+from nemocascade_kernels.common.linear_head.one_pass import HeadWalk
 from nemocascade_kernels.common.linear_head.statistics import Gathering, RowResult, finish
 from nemocascade_kernels.common.linear_head.truncation import Truncation, truncate_
 from nemocascade_kernels.common.products import multiply
 from nemocascade_kernels.linear_policy_loss.objectives import Objective, fused_row
 
 
-class OnePass(NamedTuple):
-    """Settings of a pass; see `linear_policy_loss` for those not described here.
+@dataclass(frozen=True, kw_only=True)
+class OnePass(HeadPass):
+    """Settings of a pass. The kernels have `statistics` and `gradient_`; their `fused_rows` is for
+    an objective of `fused_row`."""
 
-    kernels: the module of row kernels, with `statistics` and `gradient_`. Its `fused_rows`, if any,
-        computes both at once for an objective of `fused_row` without a collective in between.
-    rows: the slots to compute. scale: 1 / temperature.
-    first_id: first id of this rank's shard. vocabulary: size of the full vocabulary.
-    """
-
-    kernels: ModuleType
     objective: Objective
-    rows: Rows
-    scale: float
     entropy: bool
-    group: dist.ProcessGroup | None
-    first_id: int
-    vocabulary: int
-    reduce_hidden_grad: bool
-    main_grad: Tensor | None
-    grad_scale: float
     truncation: Truncation | None
 
 
@@ -71,34 +52,17 @@ class _Chunk(NamedTuple):
 
 
 def one_pass(
-    target: Tensor,
-    settings: OnePass,
-    hidden: Tensor,
-    weight: Tensor,
-    hidden_needs_grad: bool,
-    weight_needs_grad: bool,
+    target: Tensor, settings: OnePass, hidden: Tensor, weight: Tensor, needed: Needed
 ) -> PassResult:
     """Compute loss, log-probabilities, and the required gradients, scaled by grad_scale."""
-    needed = GradientSettings(
-        hidden_needs_grad,
-        weight_needs_grad,
-        settings.group,
-        settings.reduce_hidden_grad,
-        settings.main_grad,
-    )
     return _Walk(hidden, weight, target, settings, needed).run()
 
 
-class _Walk:
+class _Walk(HeadWalk[OnePass, _Chunk]):
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        settings: OnePass,
-        needed: GradientSettings,
+        self, hidden: Tensor, weight: Tensor, target: Tensor, settings: OnePass, needed: Needed
     ) -> None:
-        self.hidden, self.weight, self.settings = hidden, weight, settings
+        super().__init__(hidden, weight, settings, needed)
         size, dtype = settings.rows.size, torch.promote_types(hidden.dtype, torch.float32)
         # All are indexed by slot; a slot's row is settings.rows.index[slot].
         everything = slice(0, size)
@@ -107,19 +71,11 @@ class _Walk:
         self.objective = settings.objective.at(everything if index is None else index)
         self.loss = torch.zeros(size, dtype=dtype, device=hidden.device)
         self.logprob, self.entropy = torch.zeros_like(self.loss), torch.zeros_like(self.loss)
-        self.gradients = HeadGradients(hidden, weight, settings.rows, needed)
-        self.depth = look_ahead(settings.group)
-        self.needs_grad = needed.hidden or needed.weight
-        self.chunks = chunks(size, weight, buffers=self.depth + 1)
-        longest = max((c.stop - c.start for c in self.chunks), default=0)
-        self.buffers = [logits_buffer(longest, weight) for _ in range(self.depth + 1)]
-        self.turn = 0
-        has_twin = hasattr(settings.kernels, "fused_rows") and fused_row(settings.objective)
-        self.fused = not self.depth and bool(has_twin)
+        self.fused = self.fused and fused_row(settings.objective) is not None
 
     def run(self) -> PassResult:
         settings = self.settings
-        in_flight(self.chunks, self.start, self.finish, self.depth)
+        self.walk()
         rows, tokens = settings.rows, self.hidden.shape[0]
         return PassResult(
             checked_sum(self.loss, rows),
@@ -129,11 +85,9 @@ class _Walk:
         )
 
     def start(self, slots: slice) -> _Chunk:
-        """Compute a chunk's logits, reduce its rows, and start the gather over the ranks."""
         settings = self.settings
         hidden = take_hidden(self.hidden, settings.rows, slots)
-        logits = self.buffers[self.turn % len(self.buffers)][: slots.stop - slots.start]
-        self.turn += 1
+        logits = self.buffers.take()[: slots.stop - slots.start]
         multiply(hidden, self.weight.t(), out=logits)
         kept = self.truncate(slots, logits)
         if self.fused:
@@ -151,7 +105,7 @@ class _Walk:
             return None
         target = self.target[slots]
         kept = truncate_(logits, target, settings.scale, settings.truncation, settings.group)
-        if look_ahead(settings.group):
+        if self.depth:
             is_kept = kept.int()
             dist.all_reduce(is_kept, op=dist.ReduceOp.MAX, group=settings.group)
             kept = is_kept.bool()
@@ -159,7 +113,6 @@ class _Walk:
         return kept | (ids < 0) | (ids >= settings.vocabulary)
 
     def finish(self, chunk: _Chunk) -> None:
-        """Apply the objective to a chunk, and overwrite its logits with gradients."""
         settings, slots = self.settings, chunk.slots
         target = self.target[slots]
         if chunk.gathering is not None:

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemocascade_kernels import backends
-from nemocascade_kernels.common.linear_head.checks import check_head, check_targets
-from nemocascade_kernels.common.linear_head.chunks import Rows, look_ahead, trained_rows
-from nemocascade_kernels.common.linear_head.gradients import HeadLoss, PassSettings
+from nemocascade_kernels.common.linear_head.checks import check_head, check_reference, check_targets
+from nemocascade_kernels.common.linear_head.chunks import Rows, trained_rows
+from nemocascade_kernels.common.linear_head.gradients import HeadLoss
 from nemocascade_kernels.common.linear_head.truncation import Truncation, check_truncation
 from nemocascade_kernels.common.main_grad import checked_main_grad
 from nemocascade_kernels.linear_policy_loss import reference
@@ -113,17 +113,14 @@ def linear_policy_loss(
         target if rows.index is None else target[rows.index], weight, tp_group
     )
     if chosen == "reference":
-        if look_ahead(tp_group) or accumulate_main_grad:
-            raise backends.BackendUnavailableError(
-                "linear_policy_loss: backend 'reference' knows neither tp_group nor "
-                "accumulate_main_grad: use another"
-            )
+        check_reference(OP.name, tp_group, accumulate_main_grad)
         loss, logprob, entropy = reference.linear_policy_loss(
             hidden, weight, target, objective, temperature, truncation
         )
         found = entropy if return_entropy else None
         return _output(loss, logprob, found, objective, rows, truncation)
     settings = OnePass(
+        op=OP.name,
         kernels=OP.module(chosen),
         objective=objective,
         rows=rows,
@@ -141,9 +138,7 @@ def linear_policy_loss(
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
     compute = functools.partial(one_pass, target, settings)
-    loss, logprob, found_entropy = HeadLoss.apply(
-        hidden.contiguous(), weight, PassSettings(OP.name, compute, grad_scale, main_grad)
-    )
+    loss, logprob, found_entropy = HeadLoss.apply(hidden.contiguous(), weight, settings, compute)
     return _output(loss, logprob, found_entropy, objective, rows, truncation)
 
 

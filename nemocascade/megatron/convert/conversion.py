@@ -158,12 +158,7 @@ def import_huggingface(source: Path, target: Path, *, precision: Precision = "au
         "context_length": int(config.get("max_position_embeddings") or 0),
     }
     with Reader(source, index, error=ConversionError) as reader:
-        for copy in names.copies:
-            embedding = next(m.ours for m in names.moves if m.theirs == copy)
-            first = next(m.theirs for m in names.moves if m.ours == embedding)
-            if not equal_tensors(reader, copy, first):
-                problem = f"{copy} differs from {first}, but config.json says they are tied"
-                raise ConversionError(source, [problem])
+        _check_copies(source, names, reader)
         tensors = outgoing(names, reader, dtypes, to_ours=True)
         written = store_artifact(target, tensors, documents, fields)
     carried = {*documents, CONFIG, *(p.file for e in index.values() for p in e.shards)}
@@ -172,6 +167,16 @@ def import_huggingface(source: Path, target: Path, *, precision: Precision = "au
     return Conversion(
         target, family, chosen, len(tensors), written, tuple(rounded), tuple(sorted(left))
     )
+
+
+def _check_copies(source: Path, names: NameMap, reader: Reader) -> None:
+    """Raise ConversionError if a stored copy of a tied tensor differs from the tensor."""
+    for copy in names.copies:
+        embedding = next(m.ours for m in names.moves if m.theirs == copy)
+        first = next(m.theirs for m in names.moves if m.ours == embedding)
+        if not equal_tensors(reader, copy, first):
+            problem = f"{copy} differs from {first}, but config.json says they are tied"
+            raise ConversionError(source, [problem])
 
 
 def export_huggingface(

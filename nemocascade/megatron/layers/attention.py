@@ -24,6 +24,7 @@ from nemocascade.megatron.layers.linear import column_linear, row_linear
 from nemocascade.megatron.layers.norm import RMSNorm
 from nemocascade.megatron.layers.rope import rotary_tables, rotate
 from nemocascade.megatron.microbatch import Microbatch
+from nemocascade.recipe import ModelConfig
 
 
 class Attention(MegatronModule):
@@ -52,17 +53,7 @@ class Attention(MegatronModule):
         shape, self.tp_group = config.shape, pg_collection.tp
         tp = self.tp_group.size()
         self.head_dim = shape.head_dim
-        if shape.num_heads % tp or (shape.num_kv_heads % tp and tp % shape.num_kv_heads):
-            raise ValueError(
-                f"tp({tp}) must divide model.num_heads({shape.num_heads}), and divide "
-                f"model.num_kv_heads({shape.num_kv_heads}) or be a multiple of it: choose such a TP"
-            )
-        width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        if width % tp:
-            raise ValueError(
-                f"tp({tp}) does not divide the {width} rows of the query, key and value "
-                "projection: choose a TP that does"
-            )
+        width = _projection_rows(shape, tp)
         self.cp_group = pg_collection.cp
         self.ratio = shape.num_heads // shape.num_kv_heads
         self.kv_heads = max(1, shape.num_kv_heads // tp)
@@ -155,3 +146,20 @@ class Attention(MegatronModule):
             mine = self.ratio // self.sharing
             q = q.narrow(2, rank % self.sharing * mine, mine)
         return q, k.squeeze(2), v.squeeze(2)
+
+
+def _projection_rows(shape: ModelConfig, tp: int) -> int:
+    """Rows of the query, key and value projection. Raises ValueError if `tp` ranks cannot share
+    them and the heads."""
+    if shape.num_heads % tp or (shape.num_kv_heads % tp and tp % shape.num_kv_heads):
+        raise ValueError(
+            f"tp({tp}) must divide model.num_heads({shape.num_heads}), and divide "
+            f"model.num_kv_heads({shape.num_kv_heads}) or be a multiple of it: choose such a TP"
+        )
+    rows = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    if rows % tp:
+        raise ValueError(
+            f"tp({tp}) does not divide the {rows} rows of the query, key and value "
+            "projection: choose a TP that does"
+        )
+    return rows

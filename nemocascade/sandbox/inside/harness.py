@@ -79,7 +79,7 @@ def _open_streams() -> None:
     sys.stderr = io.TextIOWrapper(
         io.FileIO(2, "w", closefd=False), encoding="utf-8", errors="replace", write_through=True
     )
-    builtins.open = io.open = _open  # type: ignore[assignment,unused-ignore]
+    builtins.open = io.open = _open
 
 
 def _open(file: Any, *arguments: Any, **options: Any) -> Any:

@@ -6,6 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemocascade_kernels.backends import BackendUnavailableError
+from nemocascade_kernels.common.linear_head.chunks import look_ahead
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -34,6 +37,15 @@ def check_head(hidden: Tensor, weight: Tensor, target: Tensor, temperature: floa
             for name, tensor in (("hidden", hidden), ("weight", weight), ("target", target))
         )
         raise ValueError(f"{'; '.join(faults)}. Got {given}")
+
+
+def check_reference(op: str, group: dist.ProcessGroup | None, accumulate_main_grad: bool) -> None:
+    """Raise BackendUnavailableError for settings that no reference of a head's op has."""
+    if look_ahead(group) or accumulate_main_grad:
+        raise BackendUnavailableError(
+            f"{op}: backend 'reference' knows neither tp_group nor accumulate_main_grad: use "
+            "another"
+        )
 
 
 def check_targets(

@@ -6,6 +6,7 @@ nothing here synchronises with the host, so the loop can be captured in a CUDA g
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -130,8 +131,20 @@ def logits_bytes(
     return buffers * min(each, rows) * row_bytes
 
 
-def logits_buffer(rows: int, weight: Tensor) -> Tensor:
-    """Allocate the logits of `rows` rows: [rows, V] with aligned rows, uninitialised."""
+class LogitsBuffers:
+    """The chunks of `rows` rows, and `count` buffers for their logits, used in turn."""
+
+    def __init__(self, rows: int, weight: Tensor, count: int = 1) -> None:
+        self.chunks = chunks(rows, weight, buffers=count)
+        longest = max((c.stop - c.start for c in self.chunks), default=0)
+        self._buffers = itertools.cycle([_logits_buffer(longest, weight) for _ in range(count)])
+
+    def take(self) -> Tensor:
+        """The next buffer: [rows of the longest chunk, V] with aligned rows, uninitialised."""
+        return next(self._buffers)
+
+
+def _logits_buffer(rows: int, weight: Tensor) -> Tensor:
     stride = _row_stride(weight.shape[0], weight.element_size(), weight.device.type)
     buffer = torch.empty(rows, stride, dtype=weight.dtype, device=weight.device)
     return buffer[:, : weight.shape[0]]

@@ -7,6 +7,8 @@ backward.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,18 +21,34 @@ from nemocascade_kernels.common.main_grad import placeholder_gradient
 from nemocascade_kernels.common.products import multiply
 
 
-class GradientSettings(NamedTuple):
-    """Which gradients of a head are needed, and where they go.
+@dataclass(frozen=True, kw_only=True)
+class HeadPass:
+    """Settings of a single pass; see `linear_policy_loss` for those not described here.
 
-    hidden, weight: they are needed. group: the ranks that share the vocabulary. reduce_hidden:
-    sum the gradient in hidden over them. main_grad: the gradient in weight is added to it.
+    op: its name, for messages. kernels: the module of row kernels; its `fused_rows`, if any, makes
+    the results and the gradient of rows at once, without a collective in between. rows: the slots
+    to compute. scale: 1 / temperature. group: the ranks that share the vocabulary. first_id: first
+    id of this rank's shard. vocabulary: size of the full vocabulary. main_grad: the gradient in
+    weight is added to it.
     """
+
+    op: str
+    kernels: ModuleType
+    rows: Rows
+    scale: float
+    group: dist.ProcessGroup | None
+    first_id: int
+    vocabulary: int
+    reduce_hidden_grad: bool
+    main_grad: Tensor | None
+    grad_scale: float
+
+
+class Needed(NamedTuple):
+    """Which gradients of a head are needed."""
 
     hidden: bool
     weight: bool
-    group: dist.ProcessGroup | None
-    reduce_hidden: bool
-    main_grad: Tensor | None
 
 
 class _HiddenPart(NamedTuple):
@@ -42,34 +60,25 @@ class _HiddenPart(NamedTuple):
 
 
 class HeadGradients:
-    """Gradients in hidden [T, H] and weight [V, H], from those in chunks of logits.
+    """Gradients in hidden [T, H] and weight [V, H], from those in chunks of logits."""
 
-    rows: the slots whose chunks come.
-    """
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        rows: Rows,
-        settings: GradientSettings,
-    ) -> None:
-        self._head, self._rows, self._settings = weight, rows, settings
-        self._hidden = torch.zeros_like(hidden) if settings.hidden else None
+    def __init__(self, hidden: Tensor, weight: Tensor, settings: HeadPass, needed: Needed) -> None:
+        self._head, self._settings = weight, settings
+        self._hidden = torch.zeros_like(hidden) if needed.hidden else None
         self._weight = None
-        if settings.weight:
+        if needed.weight:
             self._weight = WeightGradient(weight, into=settings.main_grad)
         self._unscattered: _HiddenPart | None = None
 
     def add(self, slots: slice, dlogits: Tensor, hidden: Tensor) -> None:
         """Add the two matrix products of a chunk's backward: dlogits [R, V], hidden [R, H]."""
-        index = self._rows.index
+        index = self._settings.rows.index
         if self._hidden is not None:
             self._scatter()
             out = self._hidden[slots] if index is None else None
             product = multiply(dlogits, self._head, out=out)
             group = self._settings.group
-            work = sum_over_shards(product, group) if self._settings.reduce_hidden else None
+            work = sum_over_shards(product, group) if self._settings.reduce_hidden_grad else None
             self._unscattered = _HiddenPart(slots, product, work)
         if self._weight is not None:
             self._weight.add(dlogits, hidden)
@@ -88,7 +97,7 @@ class HeadGradients:
             return
         if last.work is not None:
             last.work.wait()
-        index = self._rows.index
+        index = self._settings.rows.index
         if index is not None:
             self._hidden.index_copy_(0, index[last.slots], last.product)
 
@@ -115,31 +124,24 @@ def checked_sum(loss: Tensor, rows: Rows) -> Tensor:
     return torch.where(rows.filled > rows.size, torch.nan, total)
 
 
-class PassSettings(NamedTuple):
-    """How `HeadLoss` computes and returns its gradients.
-
-    name: of the op, for messages. compute: maps (hidden, weight, hidden_needs_grad,
-    weight_needs_grad) to (loss, outputs..., hidden_grad, weight_grad). grad_scale: factor in the
-    gradients. main_grad: what the gradient in weight was added to, or None.
-    """
-
-    name: str
-    compute: Callable[[Tensor, Tensor, bool, bool], tuple[Tensor | None, ...]]
-    grad_scale: float
-    main_grad: Tensor | None
-
-
 class HeadLoss(torch.autograd.Function):
-    """A loss on a linear head whose gradients are computed in its forward pass, and kept once."""
+    """A loss on a linear head whose gradients are computed in its forward pass, and kept once.
+
+    compute: maps (hidden, weight, needed) to (loss, outputs..., hidden_grad, weight_grad).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, settings: PassSettings
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        settings: HeadPass,
+        compute: Callable[[Tensor, Tensor, Needed], tuple[Tensor | None, ...]],
     ) -> tuple[Tensor | None, ...]:
         # The caller chooses the dtypes; autocast would change only those of some products.
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, *outputs, hidden_grad, weight_grad = settings.compute(
-                hidden, weight, ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+            loss, *outputs, hidden_grad, weight_grad = compute(
+                hidden, weight, Needed(*ctx.needs_input_grad[:2])
             )
         ctx.settings, ctx.weight = settings, weight
         ctx.gradients = (hidden_grad, weight_grad)
@@ -150,11 +152,11 @@ class HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, loss_grad: Tensor, *_: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        settings: PassSettings = ctx.settings
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        settings: HeadPass = ctx.settings
         if ctx.gradients is None:
             raise RuntimeError(
-                f"{settings.name} has returned its gradients already: they are made in the "
+                f"{settings.op} has returned its gradients already: they are made in the "
                 "forward pass and kept once. Call it again for another backward"
             )
         hidden_grad, weight_grad = ctx.gradients
@@ -170,10 +172,10 @@ class HeadLoss(torch.autograd.Function):
             weight_grad = torch.mul(weight_grad, factor, out=scaled)
         elif weight_grad is not None:
             weight_grad = weight_grad.to(weight.dtype)
-        return hidden_grad, weight_grad, None
+        return hidden_grad, weight_grad, None, None
 
 
-def _factor(loss_grad: Tensor, settings: PassSettings) -> Tensor | None:
+def _factor(loss_grad: Tensor, settings: HeadPass) -> Tensor | None:
     """Correction factor of the gradients, which include grad_scale; None if it is 1."""
     factor = loss_grad / settings.grad_scale
     if loss_grad.is_cuda:
