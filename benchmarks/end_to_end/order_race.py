@@ -1,6 +1,6 @@
 """Orders of the tiny RL stages compared, at equal steps, prompts and rollouts.
 
-    python benchmarks/end_to_end/order_race.py --jobs 2 --mopd --out <record>.json
+    python benchmarks/end_to_end/order_race.py --jobs 2 --mopd --updates --out <record>.json
     python benchmarks/end_to_end/order_race.py --sft runs/tiny/cascade/stages/sft/artifact ...
     python benchmarks/end_to_end/order_race.py --quick             # checks that the code runs
 
@@ -9,6 +9,10 @@ prompts and rollouts: the paper's order, its reverse, two random ones, the one t
 order` proposes, and all domains mixed in each of as many stages. With `--mopd` each of them is also
 run with MOPD after its second stage, from teachers that the scores choose, the start among them;
 those runs have that many steps more. Tokens differ, for answers differ in length.
+
+A mixed stage updates the weights for every domain in each of its steps, a stage of one domain in
+its own alone. With `--updates` the paper's order also runs with as many updates for each domain,
+in smaller batches, and the mixture with as few, in larger ones: prompts and rollouts stay equal.
 
 Every artifact is scored on every domain, on the same tasks for all ways, which the advisor reads
 too. Reported, with 95 % bootstrap intervals over seeds: mean over the domains and worst domain at
@@ -22,6 +26,7 @@ With `--jobs` several ways run at a time. A plot is written beside the record.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import multiprocessing
@@ -90,6 +95,27 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Way:
+    """Stages in their order, with factors for the steps and the prompts of each."""
+
+    order: tuple[str, ...]
+    steps: int = 1
+    prompts: float = 1.0
+
+    @property
+    def is_scaled(self) -> bool:
+        """True if its batches are not those of the others."""
+        return self.prompts != 1.0
+
+
+UPDATES = {
+    "paper, small batches": Way(PAPER, len(PAPER), 1 / len(PAPER)),
+    "mixed, large batches": Way((MIXED,), 1, len(PAPER)),
+}
+"""Ways with the updates for each domain of the mixture, and of the paper's order."""
+
+
+@dataclass(frozen=True)
 class Run:
     """One way with one seed: scores by domain after each stage, the first before any. steps and
     tokens are cumulative."""
@@ -125,6 +151,7 @@ class OrderRace:
         self, setting: Setting, work: Path, sft: Path | None, *, mopd: bool = False
     ) -> None:
         self.setting, self.work, self.mopd = setting, work, mopd
+        self.folder = ""
         base = load_recipe(ROOT / "recipes" / "tiny" / "cascade.py", CascadeRecipe)
         self.stages = {s.name: s.recipe for s in base.stages}
         domains = tuple(d for d in base.scores.domains if d.domain not in SLOW)
@@ -187,7 +214,7 @@ class OrderRace:
             # MOPD's teachers are stages before it.
             stages[2:2] = branch
         return CascadeRecipe(
-            run_dir=str(self.work / f"seed_{seed}/{'-'.join(order)}"),
+            run_dir=str(self.work / self.folder / f"seed_{seed}" / "-".join(order)),
             stages=tuple(stages),
             scores=self.scores,
         )
@@ -210,8 +237,11 @@ class OrderRace:
             recipe, steps=steps, seed=seed, optimizer=optimizer, domains=domains, teachers=teachers
         )
 
-    def run(self, order: Sequence[str], seed: int) -> list[Run]:
+    def run(self, way: Way, seed: int) -> list[Run]:
         """Run one way, without MOPD and, if it takes part, with MOPD. Finished stages are kept."""
+        if way.is_scaled:
+            return [self.scaled(way).run(Way(way.order), seed)[0]]
+        order = way.order
         cascade = self.cascade(order, seed)
         run_cascade(cascade)
         main = StageGraph(cascade).names
@@ -223,6 +253,18 @@ class OrderRace:
             run_cascade(cascade)
             side = [s.name for s in cascade.stages if s.side]
             found.append(self._result(cascade, [*main[:2], *side]))
+        return found
+
+    def scaled(self, way: Way) -> OrderRace:
+        """The race with other batches, without MOPD, beside this one."""
+        setting = replace(
+            self.setting,
+            steps=self.setting.steps * way.steps,
+            prompts=max(1, round(self.setting.prompts * way.prompts)),
+        )
+        found = copy.copy(self)
+        found.setting, found.mopd = setting, False
+        found.folder = f"steps_{setting.steps}_prompts_{setting.prompts}"
         return found
 
     def _result(self, cascade: CascadeRecipe, names: Sequence[str]) -> Run:
@@ -388,6 +430,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/order_race"))
     parser.add_argument("--sft", type=Path, help="artifact that all ways start from")
     parser.add_argument("--mopd", action="store_true", help="each way also with MOPD")
+    parser.add_argument("--updates", action="store_true", help="also with other batches")
     parser.add_argument("--out", type=Path, help="write the record to this file, and a plot")
     parser.add_argument("--quick", action="store_true", help="few steps, to try the code")
     for name, value in asdict(Setting()).items():
@@ -413,7 +456,8 @@ def main(arguments: list[str] | None = None) -> int:
     effects = race.effects()
     # Empty if the orders do not differ by more than noise.
     advised = advise_order(effects, draws=setting.advice_draws).proposed
-    ways = ways_of(advised)
+    ways = {name: Way(order) for name, order in ways_of(advised).items()}
+    ways |= UPDATES if options.updates else {}
     seeds = list(range(1, options.seeds + 1))
     units = list(itertools.product(seeds, ways))
     runs: dict[str, list[Run]] = {}
@@ -427,7 +471,7 @@ def main(arguments: list[str] | None = None) -> int:
         "end_to_end",
         settings=asdict(setting) | {"sft": str(options.sft)},
         seeds=seeds,
-        orders=ways,
+        orders={name: asdict(way) for name, way in ways.items()},
         advised=advised,
         seeds_agree=seeds_agree(effects) if effects.seeds > 1 else None,
         summary=summary(runs, setting.level),
@@ -436,7 +480,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(json.dumps(record["summary"], indent=1))
     if options.out is not None:
         write_record(options.out, record)
-        plot(options.out.with_suffix(".png"), runs)
+        plot(options.out.with_suffix(".png"), {n: r for n, r in runs.items() if n not in UPDATES})
     return 0
 
 

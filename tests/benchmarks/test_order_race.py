@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.ranks import run_ranks
+from helpers.start_policy import start_policy
 
 from benchmarks.end_to_end.order_race import (
     MIXED,
     PAPER,
+    ROOT,
+    UPDATES,
     WITH_MOPD,
     OrderRace,
     Run,
     Setting,
+    Way,
     plot,
     seeds_agree,
     summary,
@@ -26,6 +33,8 @@ from nemocascade.cascade.graph import StageGraph, cascade_problems
 from nemocascade.cascade.interference import plan_branches
 from nemocascade.recipe import GrpoRecipe
 from nemocascade.recipe.commands import InterferenceSettings
+
+SCRIPT = ROOT / "benchmarks" / "end_to_end" / "order_race.py"
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +82,24 @@ def test_every_way_can_run_and_trains_as_much(race: OrderRace) -> None:
     assert len(plan.sequences) == 4 + 12
     assert plan.artifact == "sft/artifact"
     assert cascade_problems(plan.cascade, 1) == []
+
+
+def test_other_batches_train_as_many_prompts_and_change_the_updates(race: OrderRace) -> None:
+    """Updates for a domain: the mixture's in every step, a stage's own in its steps alone."""
+    ways = {"paper": Way(PAPER), "mixed": Way((MIXED,) * len(PAPER)), **UPDATES}
+    prompts, steps = set(), {}
+    for name, way in ways.items():
+        scaled = race.scaled(way) if way.is_scaled else race
+        cascade = scaled.cascade(way.order, 1)
+        assert cascade_problems(cascade, 1) == []
+        stages = [s.recipe for s in cascade.stages if isinstance(s.recipe, GrpoRecipe)]
+        prompts.add(sum(r.steps * r.rollout.prompts_per_step for r in stages))
+        steps[name] = sum(r.steps for r in stages)
+    assert len(prompts) == 1
+    assert steps["paper, small batches"] == len(PAPER) * steps["mixed"]
+    assert steps["mixed, large batches"] * len(PAPER) == steps["paper"]
+    folders = {race.scaled(way).cascade(way.order, 1).run_dir for way in UPDATES.values()}
+    assert len(folders | {race.cascade(PAPER, 1).run_dir}) == 3
 
 
 def test_a_mixed_stage_has_all_domains_in_equal_parts(race: OrderRace) -> None:
@@ -136,3 +163,21 @@ def test_the_matrix_of_two_seeds_agrees_if_training_has_no_luck(luck: float, agr
 def test_ways_run_in_processes_of_their_own(race: OrderRace) -> None:
     copy = pickle.loads(pickle.dumps(race))
     assert copy.cascade(PAPER, 3) == race.cascade(PAPER, 3)
+
+
+@pytest.mark.slow
+def test_the_quick_race_leaves_a_record_and_resumes(tmp_path: Path) -> None:
+    record = tmp_path / "race.json"
+    [artifact] = run_ranks(start_policy, 1, {"folder": str(tmp_path / "start")})
+    command = [sys.executable, str(SCRIPT), "--quick", "--mopd", "--updates", "--seeds", "1"]
+    command += ["--work", str(tmp_path / "work"), "--sft", artifact, "--out", str(record)]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert first.returncode == 0, first.stderr[-4000:]
+    found = json.loads(record.read_text())
+    ways = ways_of(found["advised"])
+    expected = {*ways, *(f"{name}{WITH_MOPD}" for name in ways), *UPDATES}
+    assert set(found["runs"]) == set(found["summary"]["ways"]) == expected
+    assert record.with_suffix(".png").stat().st_size > 1000
+    # All of it is kept, so the second race is the first one's.
+    again = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert again.stdout == first.stdout, again.stderr[-4000:]
