@@ -469,7 +469,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"seed {seed}, {name}{suffix}: {run.end:.3f}", flush=True)
     record = new_record(
         "end_to_end",
-        settings=asdict(setting) | {"sft": str(options.sft)},
+        settings=asdict(setting) | {"sft": effects.measured.digest},
         seeds=seeds,
         orders={name: asdict(way) for name, way in ways.items()},
         advised=advised,
