@@ -272,14 +272,14 @@ def test_a_folder_without_a_cascade_is_rejected(
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        ({"stages": None}, "Listed.stages cannot be 'None'"),
-        ({"stages": 5}, "Listed.stages cannot be '5'"),
-        ({"stages": [{"name": "sft"}]}, "Listed.stages.0 has no field 'kind'"),
-        ({"teachers": {"math": "sft"}}, "Listed.teachers.math cannot be 'sft'"),
-        ({"teachers": {"math": {"stage": "sft"}}}, "Listed.teachers.math has no"),
-        ({"teachers": 0.5}, "Listed.teachers cannot be '0.5'"),
-        ({"alarms": [{"domain": "math"}]}, "Listed.alarms.0 has no"),
-        ({"alarms": {"a": 1}}, "Listed.alarms cannot be"),
+        ({"stages": None}, "CascadeListing.stages cannot be 'None'"),
+        ({"stages": 5}, "CascadeListing.stages cannot be '5'"),
+        ({"stages": [{"name": "sft"}]}, "CascadeListing.stages.0 has no field 'kind'"),
+        ({"teachers": {"math": "sft"}}, "CascadeListing.teachers.math cannot be 'sft'"),
+        ({"teachers": {"math": {"stage": "sft"}}}, "CascadeListing.teachers.math has no"),
+        ({"teachers": 0.5}, "CascadeListing.teachers cannot be '0.5'"),
+        ({"alarms": [{"domain": "math"}]}, "CascadeListing.alarms.0 has no"),
+        ({"alarms": {"a": 1}}, "CascadeListing.alarms cannot be"),
     ],
     ids=str,
 )
