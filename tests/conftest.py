@@ -75,9 +75,11 @@ def _quick_interpreter() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_logger() -> Iterator[None]:
-    """`start_logging` replaces the handlers, and then `caplog` would see nothing."""
+    """`start_logging` replaces the handlers and ends the propagation to the root logger: `caplog`
+    would see nothing of a test that calls it, and in later ones every message twice."""
     logger = logging.getLogger("nemocascade")
     handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    logger.propagate = True
     yield
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)

@@ -212,7 +212,6 @@ def test_fla_that_is_switched_off_is_not_checked(
 ) -> None:
     engine = replace(ENGINE, fla="off")
     caplog.set_level(logging.WARNING, "nemocascade")
-    monkeypatch.setattr(logging.getLogger("nemocascade"), "propagate", True)
     found = warm_up(TRITON, MODEL, engine, world_of(other="no kernel")[0], 64)
     assert found.mamba2 == "torch"
     assert "fla-core" not in caplog.text

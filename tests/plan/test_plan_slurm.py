@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import subprocess
 from dataclasses import replace
@@ -400,7 +399,6 @@ def test_a_warning_shorter_than_two_steps_is_named(tmp_path: Path) -> None:
 def test_a_run_warns_once_of_steps_that_are_too_long_for_its_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("nemocascade"), "propagate", True)
     [call] = Played(tmp_path, ['echo "$NEMOCASCADE_WARNING_S" > $PLAYED/lead; exit 0']).calls
     assert "torchrun" in call
     [lead] = (tmp_path / "lead").read_text().split()

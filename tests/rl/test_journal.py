@@ -39,7 +39,6 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(autouse=True)
 def shown(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("nemocascade").propagate = True
     caplog.set_level(logging.INFO, "nemocascade")
 
 
