@@ -443,7 +443,7 @@ def main(arguments: list[str] | None = None) -> int:
     setting = Setting()
     if options.quick:
         setting = replace(
-            setting, steps=1, mopd_steps=1, prompts=2, rollouts=2, tasks=4, advice_seeds=1
+            setting, steps=1, mopd_steps=1, prompts=16, rollouts=2, tasks=4, advice_seeds=1
         )
     named = {n: v for n in asdict(setting) if (v := getattr(options, n)) is not None}
     setting = replace(setting, **named)

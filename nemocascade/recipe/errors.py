@@ -19,3 +19,7 @@ class RecipeError(UserError, ValueError):
         self.problems = problems
         lines = "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))
         super().__init__(f"{len(problems)} setting(s) cannot run:\n{lines}")
+
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[list[str]]]:
+        """Pass the problems on to other processes, of which the message would be made twice."""
+        return type(self), (self.problems,)

@@ -50,6 +50,9 @@ class DamagedRecordError(ValueError):
         super().__init__(reason)
         self.start = start
 
+    def __reduce__(self) -> tuple[type[DamagedRecordError], tuple[int, str]]:
+        return type(self), (self.start, str(self))
+
 
 def record_bytes(
     head: Mapping[str, Any], data: bytes | memoryview = b""

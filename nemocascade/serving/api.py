@@ -56,6 +56,9 @@ class ApiError(ValueError):
         super().__init__(message)
         self.status, self.param = status, param
 
+    def __reduce__(self) -> tuple[type[ApiError], tuple[str, str | None, int]]:
+        return type(self), (str(self), self.param, self.status)
+
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"

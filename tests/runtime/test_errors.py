@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from nemocascade.recipe import SftRecipe, UserError
+from nemocascade.megatron.checkpoint.errors import (
+    CheckpointError,
+    FolderError,
+    NonFiniteWeightsError,
+    StorageProblem,
+)
+from nemocascade.megatron.convert.config_fields import ConfigError
+from nemocascade.recipe import RecipeError, SftRecipe, UserError
+from nemocascade.rl.rollout_records import DamagedRecordError
 from nemocascade.rollout.servers import ServersLostError
 from nemocascade.runtime import errors
 from nemocascade.runtime.command_line import parse_settings
@@ -23,6 +32,7 @@ from nemocascade.runtime.interrupt import AGAIN_S, Interrupt
 from nemocascade.runtime.launcher import MainRankError
 from nemocascade.runtime.logging import LOGGER, printable, start_logging
 from nemocascade.runtime.run_lock import FolderInUseError
+from nemocascade.serving.api import ApiError
 
 
 def fails_with(error: BaseException) -> int:
@@ -33,6 +43,26 @@ def fails_with(error: BaseException) -> int:
         exit_cleanly(work)
     assert isinstance(caught.value.code, int)
     return caught.value.code
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RecipeError(["a is 1: set --a 2", "b"]),
+        ConfigError(["a model of another kind"]),
+        FolderError("folder", ["no manifest"]),
+        CheckpointError(Path("folder"), [StorageProblem("a disk that is full")]),
+        NonFiniteWeightsError("folder", ["weight"]),
+        ApiError("too long", "max_tokens", 413),
+        DamagedRecordError(7, "a checksum"),
+        ServersLostError("none answers"),
+        MainRankError("rank 0 failed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_reaches_another_process_as_it_is(error: Exception) -> None:
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found), vars(found)) == (type(error), str(error), vars(error))
 
 
 def test_a_text_on_a_full_disk_names_its_file() -> None:

@@ -39,6 +39,9 @@ class ConfigError(ValueError):
         self.problems = problems
         super().__init__("; ".join(problems))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
+        return type(self), (self.problems,)
+
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family that `config.json` names. Raises ConfigError for others."""
