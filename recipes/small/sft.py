@@ -38,7 +38,7 @@ RECIPE = SftRecipe(
     model=small(),
     data=DataConfig(capacity=8192, sequences_per_step=4, balance_group=4),
     demonstrations=DemonstrationConfig(
-        domains=(GSM8K, DomainConfig(tasks=2400)), heldout=256, thinking=0.0
+        domains=(GSM8K, DomainConfig(domain="multiple_choice")), heldout=256, thinking=0.0
     ),
     tokenizer=TokenizerConfig(train_vocab_size=8192),
     # A small model from random weights takes larger steps than the paper's 30B.

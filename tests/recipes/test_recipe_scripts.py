@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 
+from nemocascade.envs.registry import close_environments, make_environments
 from nemocascade.recipe import (
     CascadeRecipe,
+    DomainConfig,
     EngineConfig,
+    EnvConfig,
     GrpoRecipe,
     MopdRecipe,
     RecipeError,
     SftRecipe,
+    StageConfig,
     load_any_recipe,
     load_recipe,
 )
@@ -66,6 +70,43 @@ def test_another_type_is_rejected_with_script_and_types(tmp_path: Path) -> None:
     script.write_text("")
     with pytest.raises(RecipeError, match="defines no RECIPE"):
         load_recipe(script, SftRecipe)
+
+
+def generated(script: Path) -> Iterator[tuple[DomainConfig, int, bool, int]]:
+    """Domains of a script's stages whose tasks are made, with their number, their side and seed."""
+    loaded: Any = load_any_recipe(script)
+    stages = loaded.stages if isinstance(loaded, CascadeRecipe) else [StageConfig("", loaded)]
+    for recipe in (stage.recipe for stage in stages):
+        is_sft = isinstance(recipe, SftRecipe)
+        owner = recipe.demonstrations if is_sft else recipe
+        heldout = recipe.demonstrations.heldout if is_sft else recipe.eval.prompts
+        for domain in owner.domains:
+            if not domain.path:
+                yield domain, domain.tasks, False, recipe.seed
+                if not domain.heldout_path:
+                    yield domain, heldout, True, recipe.seed
+    if isinstance(loaded, CascadeRecipe):
+        for scored in loaded.scores.domains:
+            if not scored.heldout_path:
+                domain = DomainConfig(domain=scored.domain, difficulty=scored.difficulty)
+                yield domain, scored.tasks or loaded.scores.tasks, True, loaded.scores.seed
+
+
+def test_every_domain_can_make_the_tasks_that_a_script_asks_for() -> None:
+    environments = make_environments(EnvConfig())
+    asked: dict[tuple[str, int, bool, int], int] = {}
+    # The domain of own_domain is in a file of its own, which another test runs.
+    for script in (s for s in SCRIPTS if s.parent.name != "own_domain"):
+        for domain, count, is_heldout, seed in generated(script):
+            key = domain.domain, domain.difficulty, is_heldout, seed
+            asked[key] = max(asked.get(key, 0), count)
+    assert len(asked) > 20
+    for (name, difficulty, is_heldout, seed), count in asked.items():
+        made = environments[name].prompts(
+            seed=seed, count=count, difficulty=difficulty, heldout=is_heldout
+        )
+        assert len(list(made)) == count
+    close_environments(environments)
 
 
 def restated(script: Path) -> Iterator[str]:
