@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -70,7 +71,7 @@ def test_short_programs(cluster: Cluster) -> None:
     ]
     rates: list[list[float]] = [[], []]
     programs = [Program(f"print({n} + 1)") for n in range(150)]
-    for turn in range(4):
+    for turn in range(6):
         for box, found in zip(boxes, rates, strict=True):
             started = time.perf_counter()
             outcomes = run_all(box, programs, 8)
@@ -79,8 +80,10 @@ def test_short_programs(cluster: Cluster) -> None:
                 found.append(len(programs) / (time.perf_counter() - started))
     for box in boxes:
         box.close()
-    local, ray = (max(found) for found in rates)
-    print(f"\nshort programs: {local:.0f}/s local, {ray:.0f}/s on two nodes of Ray")
+    for name, found in zip(("local", "on two nodes of Ray"), rates, strict=True):
+        middle, best = statistics.median(found), max(found)
+        print(f"\nshort programs {name}: {middle:.0f}/s, {best:.0f}/s at best")
+    local, ray = map(max, rates)
     assert ray >= 0.2 * local
 
 
