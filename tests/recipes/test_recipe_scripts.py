@@ -76,7 +76,8 @@ def generated(script: Path) -> Iterator[tuple[DomainConfig, int, bool, int]]:
     """Domains of a script's stages whose tasks are made, with their number, their side and seed."""
     loaded: Any = load_any_recipe(script)
     stages = loaded.stages if isinstance(loaded, CascadeRecipe) else [StageConfig("", loaded)]
-    for recipe in (stage.recipe for stage in stages):
+    for stage in stages:
+        recipe: Any = stage.recipe
         is_sft = isinstance(recipe, SftRecipe)
         owner = recipe.demonstrations if is_sft else recipe
         heldout = recipe.demonstrations.heldout if is_sft else recipe.eval.prompts
