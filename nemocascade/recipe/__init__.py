@@ -18,7 +18,7 @@ from nemocascade.recipe.envs import (
     SandboxConfig,
     ToolCallingConfig,
 )
-from nemocascade.recipe.errors import RecipeError, UserError
+from nemocascade.recipe.errors import PicklableError, RecipeError, UserError
 from nemocascade.recipe.grpo import GrpoConfig
 from nemocascade.recipe.judge import JudgeConfig
 from nemocascade.recipe.loading import Recipe, load_any_recipe, load_recipe
@@ -84,6 +84,7 @@ __all__ = [
     "MopdRecipe",
     "OptimizerConfig",
     "ParallelConfig",
+    "PicklableError",
     "PolicyRecipe",
     "PythonToolConfig",
     "Recipe",

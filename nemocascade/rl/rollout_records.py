@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from nemocascade.recipe import PicklableError
 from nemocascade.rl.rollouts import NOT_SCORED, ChoiceShape, Rollout, TokenSequence, whole_rollout
 from nemocascade.types import Message, ToolCall, Verdict
 
@@ -43,15 +44,12 @@ class Record(NamedTuple):
     end: int
 
 
-class DamagedRecordError(ValueError):
+class DamagedRecordError(PicklableError, ValueError):
     """A file holds something else than a whole record from `start` on; the message says what."""
 
     def __init__(self, start: int, reason: str) -> None:
         super().__init__(reason)
         self.start = start
-
-    def __reduce__(self) -> tuple[type[DamagedRecordError], tuple[int, str]]:
-        return type(self), (self.start, str(self))
 
 
 def record_bytes(

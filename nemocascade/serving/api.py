@@ -19,6 +19,7 @@ from typing import Any
 
 from nemocascade.data.formats import parse_turns
 from nemocascade.data.reply import Reply
+from nemocascade.recipe import PicklableError
 from nemocascade.rollout.engine import Sampling
 from nemocascade.runtime.turns import parse_tools
 from nemocascade.serving.model import OpenModel
@@ -49,15 +50,12 @@ _CONSTANTS = {"True": "true", "False": "false", "None": "null"}
 """JSON of Python's constants, which chat templates write in calls."""
 
 
-class ApiError(ValueError):
+class ApiError(PicklableError, ValueError):
     """A request that cannot be answered. status: of HTTP. param: the field."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
         self.status, self.param = status, param
-
-    def __reduce__(self) -> tuple[type[ApiError], tuple[str, str | None, int]]:
-        return type(self), (str(self), self.param, self.status)
 
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""

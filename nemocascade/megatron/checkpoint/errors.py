@@ -13,12 +13,9 @@ class FolderError(UserError, RuntimeError):
     """A folder of weights that cannot be used; the message lists every reason."""
 
     def __init__(self, where: object, problems: Sequence[str]) -> None:
-        self.where, self.problems = where, list(problems)
+        self.problems = list(problems)
         lines = "\n".join(f"  {i}. {p}" for i, p in enumerate(self.problems, 1))
         super().__init__(f"{where}: {len(self.problems)} problem(s):\n{lines}")
-
-    def __reduce__(self) -> tuple[type[FolderError], tuple[object, list[str]]]:
-        return type(self), (self.where, self.problems)
 
 
 class StorageProblem(str):

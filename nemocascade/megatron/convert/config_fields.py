@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 from nemocascade.megatron.convert.names import Family
-from nemocascade.recipe import ModelConfig
+from nemocascade.recipe import ModelConfig, PicklableError
 from nemocascade.runtime.stored_records import record_of
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -32,15 +32,12 @@ _TYPES: dict[str, tuple[Any, Any]] = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(PicklableError, ValueError):
     """A model that one of the two sides cannot express; `problems` lists every reason."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         super().__init__("; ".join(problems))
-
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
-        return type(self), (self.problems,)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
