@@ -102,11 +102,6 @@ class Way:
     steps: int = 1
     prompts: float = 1.0
 
-    @property
-    def is_scaled(self) -> bool:
-        """True if its batches are not those of the others."""
-        return self.prompts != 1.0
-
 
 UPDATES = {
     "paper, small batches": Way(PAPER, len(PAPER), 1 / len(PAPER)),
@@ -237,11 +232,8 @@ class OrderRace:
             recipe, steps=steps, seed=seed, optimizer=optimizer, domains=domains, teachers=teachers
         )
 
-    def run(self, way: Way, seed: int) -> list[Run]:
+    def run(self, order: Sequence[str], seed: int) -> list[Run]:
         """Run one way, without MOPD and, if it takes part, with MOPD. Finished stages are kept."""
-        if way.is_scaled:
-            return [self.scaled(way).run(Way(way.order), seed)[0]]
-        order = way.order
         cascade = self.cascade(order, seed)
         run_cascade(cascade)
         main = StageGraph(cascade).names
@@ -256,7 +248,9 @@ class OrderRace:
         return found
 
     def scaled(self, way: Way) -> OrderRace:
-        """The race with other batches, without MOPD, beside this one."""
+        """The race with the batches of a way; if they are others, without MOPD, and beside it."""
+        if way.prompts == 1:
+            return self
         setting = replace(
             self.setting,
             steps=self.setting.steps * way.steps,
@@ -462,7 +456,9 @@ def main(arguments: list[str] | None = None) -> int:
     units = list(itertools.product(seeds, ways))
     runs: dict[str, list[Run]] = {}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        done = pool.map(race.run, (ways[name] for _, name in units), (seed for seed, _ in units))
+        races = (race.scaled(ways[name]) for _, name in units)
+        orders = (ways[name].order for _, name in units)
+        done = pool.map(OrderRace.run, races, orders, (seed for seed, _ in units))
         for (seed, name), found in zip(units, done, strict=True):
             for run, suffix in zip(found, ("", WITH_MOPD), strict=False):
                 runs.setdefault(name + suffix, []).append(run)

@@ -89,8 +89,7 @@ def test_other_batches_train_as_many_prompts_and_change_the_updates(race: OrderR
     ways = {"paper": Way(PAPER), "mixed": Way((MIXED,) * len(PAPER)), **UPDATES}
     prompts, steps = set(), {}
     for name, way in ways.items():
-        scaled = race.scaled(way) if way.is_scaled else race
-        cascade = scaled.cascade(way.order, 1)
+        cascade = race.scaled(way).cascade(way.order, 1)
         assert cascade_problems(cascade, 1) == []
         stages = [s.recipe for s in cascade.stages if isinstance(s.recipe, GrpoRecipe)]
         prompts.add(sum(r.steps * r.rollout.prompts_per_step for r in stages))
