@@ -207,9 +207,7 @@ def test_ranks_check_what_all_of_them_have(monkeypatch: pytest.MonkeyPatch) -> N
     assert checked == ["fla", "fla"]
 
 
-def test_fla_that_is_switched_off_is_not_checked(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fla_that_is_switched_off_is_not_checked(caplog: pytest.LogCaptureFixture) -> None:
     engine = replace(ENGINE, fla="off")
     caplog.set_level(logging.WARNING, "nemocascade")
     found = warm_up(TRITON, MODEL, engine, world_of(other="no kernel")[0], 64)

@@ -139,8 +139,7 @@ def pivot_root(new: str, old: str) -> None:
 
 def prctl(option: int, argument: int = 0) -> None:
     """Call prctl(2) with one argument. Raises OSError."""
-    if _prctl(option, argument):
-        _check(-1, f"prctl({option}, {argument})")
+    _check(_prctl(option, argument), f"prctl({option}, {argument})")
 
 
 def _prctl(option: int, argument: int) -> int:

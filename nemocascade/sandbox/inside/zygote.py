@@ -103,7 +103,8 @@ def _settle(settings: dict[str, Any]) -> None:
 
 @cache
 def _filter(*, executes: bool) -> linux.SeccompFilter:
-    """Return the filter of programs, made before the first fork. Raises KeyError."""
+    """Return the filter of programs; an isolated worker makes it before the first fork. Raises
+    KeyError."""
     return linux.SeccompFilter(seccomp.program(linux.MACHINE, executes=executes))
 
 

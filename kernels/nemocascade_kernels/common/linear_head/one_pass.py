@@ -31,8 +31,8 @@ class HeadWalk[Pass: HeadPass, Chunk]:
 
     def start(self, slots: slice) -> Chunk:
         """Compute a chunk's logits, reduce its rows, and start the gather over the ranks."""
-        raise NotImplementedError
+        raise NotImplementedError  # each op defines its own
 
     def finish(self, chunk: Chunk) -> None:
         """Combine a chunk's shards, and overwrite its logits with gradients."""
-        raise NotImplementedError
+        raise NotImplementedError  # each op defines its own
